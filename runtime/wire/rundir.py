@@ -1,0 +1,102 @@
+"""The run directory: which files it holds, and the two small JSON files that say what a run is and how it is.
+
+    RUN/run.json                what was launched; written once per attempt, before anything starts
+    RUN/state.json              a `RunStatus`; replaced atomically by the supervisor
+    RUN/config.json             the config as the user wrote it, with --set applied
+    RUN/resolved.json           every value that the run uses
+    RUN/recording.sqlite        what the hub heard
+    RUN/logs/<attempt>/         rank-N.log, torchrun.log, supervisor.log
+    RUN/checkpoints/step-N/     unless zerotop.checkpoint.folder says otherwise
+    SOCKETS/                    /tmp/zerotop-UID/<8 characters>/: telemetry, ranks, screens, commands
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from runtime.wire.messages import RunStatus
+
+RUN_VARIABLE = "ZEROTOP_RUN"
+"""Environment of every rank: the run directory's path. Its presence is what makes initialize() start telemetry and control."""
+ATTEMPT_VARIABLE = "ZEROTOP_ATTEMPT"
+SUPERVISOR_VARIABLE = "ZEROTOP_SUPERVISOR_PID"
+RESUME_VARIABLE = "ZEROTOP_RESUME"
+""""1": continue from the newest complete checkpoint."""
+
+
+class RunFile(BaseModel):
+    """run.json."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    created_wall_s: float
+    attempt: int
+    host: str
+    boot_id: str
+    supervisor_pid: int = 0
+    supervisor_start: float = 0.0  # psutil's create_time(): with the pid and boot id it names one process for ever
+    nproc: int
+    device: str  # "cpu" | "cuda"
+    config_path: str  # where the user's file lay, for messages
+    config_folder: str  # globs in the config are relative to this
+    script: list[str] | None = None  # SCRIPT.py and its arguments; None: the built-in trainer
+    sockets: str
+    version: str = ""
+
+
+class Sockets:
+    """The four Unix sockets of a run, as paths and as ZeroMQ endpoints."""
+
+    names = ("telemetry", "ranks", "screens", "commands")
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, name: str) -> Path:
+        assert name in self.names
+        return self.folder / name
+
+    def endpoint(self, name: str) -> str:
+        return f"ipc://{self.path(name)}"
+
+
+LIVE_TOPIC = b"live"
+"""Screens subscribe to this for packets, and to SNAPSHOT_TOPIC + anything unique for one snapshot of their own."""
+SNAPSHOT_TOPIC = b"snapshot/"
+
+
+def read_run(run: Path) -> RunFile:
+    return RunFile.model_validate_json((run / "run.json").read_bytes())
+
+
+def read_status(run: Path) -> RunStatus:
+    return RunStatus.model_validate_json((run / "state.json").read_bytes())
+
+
+def write_json(path: Path, data: BaseModel | dict) -> None:  # type: ignore[type-arg]
+    """Replace `path` atomically (0600): a reader sees the old content or the new one, never half."""
+    text = data.model_dump_json(indent=1) if isinstance(data, BaseModel) else json.dumps(data, indent=1)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as out:
+            out.write(text + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def boot_id() -> str:
+    """This boot's identity; empty where the kernel does not tell (not Linux)."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

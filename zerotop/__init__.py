@@ -1,0 +1,1 @@
+"""zerotop: launches, watches and steers ZeRO training runs from a terminal."""

@@ -1,0 +1,206 @@
+"""RunState: every message of a run goes in through `apply`, and whoever shows or reports the run reads the fields.
+
+The hub, the screen, `zerotop status` and a replay all fold the same messages in here, so they can't disagree.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.wire.messages import (
+    Ack,
+    Collectives,
+    Command,
+    CommandRecord,
+    Event,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    LogRecord,
+    Memory,
+    Message,
+    NodeStats,
+    Packet,
+    Phases,
+    RunStatus,
+    Snapshot,
+    StepResult,
+)
+from zerotop.state.series import Series
+from zerotop.state.waits import Waits
+
+EVENTS_KEPT = 500
+COMMANDS_KEPT = 100
+
+
+@dataclass
+class RankState:
+    """The newest word of one rank on everything."""
+
+    rank: int
+    hello: Hello | None = None
+    heartbeat: Heartbeat | None = None
+    step: StepResult | None = None
+    memory: Memory | None = None
+    goodbye: Goodbye | None = None
+    spans: deque[tuple[str, int, int, int, int]] = field(default_factory=lambda: deque(maxlen=256))
+    """Newest phase intervals: (phase, step, micro_step, start_ns, end_ns)."""
+    heard_ns: int = 0
+    """Arrival at the hub (the hub node's monotonic clock) of the newest packet: the data's age is the hub's now minus this."""
+    packets_lost: int = 0
+    last_seq: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def phase(self) -> str:
+        if self.goodbye is not None:
+            return self.goodbye.outcome
+        return self.heartbeat.phase if self.heartbeat else "init"
+
+
+@dataclass
+class RunState:
+    status: RunStatus | None = None
+    ranks: dict[int, RankState] = field(default_factory=dict)
+    nodes: dict[str, NodeStats] = field(default_factory=dict)
+    events: deque[Event | LogRecord] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
+    commands: dict[str, CommandRecord] = field(default_factory=dict)  # by command id, oldest first
+    series: Series = field(default_factory=Series)
+    waits: Waits = field(default_factory=Waits)
+    hub_seq: int = 0
+    hub_now_ns: int = 0
+    """The newest arrival stamp seen: the hub's clock as far as we know."""
+
+    # ---- input -----------------------------------------------------------------------------------------------------
+    def apply_snapshot(self, snapshot: Snapshot) -> None:
+        self.hub_seq = snapshot.hub_seq
+        self.hub_now_ns = snapshot.now_ns
+        self.apply_all(snapshot.messages, snapshot.now_ns)
+
+    def apply_packet(self, packet: Packet) -> bool:
+        """False (and nothing happens) when the snapshot already held this packet."""
+        if packet.hub_seq and packet.hub_seq <= self.hub_seq:
+            return False
+        self.hub_seq = max(self.hub_seq, packet.hub_seq)
+        self.hub_now_ns = max(self.hub_now_ns, packet.arrival_ns)
+        if packet.source.startswith("rank/"):
+            rank = self.rank(int(packet.source.split("/")[1]))
+            channel = f"{packet.attempt}/{'events' if _is_event_packet(packet) else 'telemetry'}"
+            before = rank.last_seq.get(channel)
+            if before is not None and packet.seq > before + 1:
+                rank.packets_lost += packet.seq - before - 1
+            rank.last_seq[channel] = packet.seq
+        self.apply_all(packet.messages, packet.arrival_ns)
+        return True
+
+    def apply_all(self, messages: Iterable[Message], arrival_ns: int) -> None:
+        for message in messages:
+            self.apply(message, arrival_ns)
+
+    def apply(self, message: Message, arrival_ns: int = 0) -> None:
+        rank = getattr(message, "rank", None)
+        if isinstance(rank, int) and not isinstance(message, Ack):
+            self.rank(rank).heard_ns = max(self.rank(rank).heard_ns, arrival_ns)
+        match message:
+            case Hello():
+                fresh = self.rank(message.rank)
+                if fresh.hello is not None and fresh.hello.attempt != message.attempt:
+                    # A new attempt of the rank: nothing of the dead process may shine through.
+                    self.ranks[message.rank] = fresh = RankState(message.rank, heard_ns=fresh.heard_ns)
+                    self.waits.restart()
+                fresh.hello = message
+            case Heartbeat():
+                self.rank(message.rank).heartbeat = message
+            case Phases():
+                self.rank(message.rank).spans.extend(message.spans)
+            case StepResult():
+                self.rank(message.rank).step = message
+                self.series.add(message)
+            case Memory():
+                self.rank(message.rank).memory = message
+            case Collectives():
+                self.waits.add(message, self.world_size)
+            case Goodbye():
+                self.rank(message.rank).goodbye = message
+            case NodeStats():
+                self.nodes[message.host] = message
+            case Event() | LogRecord():
+                self.events.append(message)
+            case CommandRecord():
+                self._record(message)
+            case Ack():
+                known = self.commands.get(message.id)
+                if known is not None:
+                    self._record(CommandRecord(command=known.command, ack=message))
+            case RunStatus():
+                self.status = message
+
+    def _record(self, record: CommandRecord) -> None:
+        self.commands[record.command.id] = record
+        while len(self.commands) > COMMANDS_KEPT:
+            del self.commands[next(iter(self.commands))]
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+    def rank(self, number: int) -> RankState:
+        if number not in self.ranks:
+            self.ranks[number] = RankState(number)
+        return self.ranks[number]
+
+    @property
+    def hello(self) -> Hello | None:
+        """The lowest rank's hello: what is the same on all ranks (stage, precision, steps...) is read here."""
+        return next((state.hello for _, state in sorted(self.ranks.items()) if state.hello), None)
+
+    @property
+    def world_size(self) -> int:
+        return self.hello.world_size if self.hello else 0
+
+    @property
+    def step(self) -> int:
+        """The last finished optimizer step that every reporting rank has reached."""
+        done = [state.step.step for state in self.ranks.values() if state.step]
+        if done:
+            return min(done)
+        return self.hello.start_step if self.hello else (self.status.step if self.status else 0)
+
+    @property
+    def loss(self) -> float | None:
+        newest = max((s.step for s in self.ranks.values() if s.step), key=lambda r: r.step, default=None)
+        return newest.loss if newest else None
+
+    @property
+    def state_name(self) -> str:
+        return self.status.state if self.status else "starting"
+
+    def open_commands(self) -> list[Command]:
+        """Accepted, and neither applied nor rejected yet."""
+        return [record.command for record in self.commands.values() if record.ack.state == "accepted"]
+
+    def pending_text(self) -> str:
+        names = [command.name for command in self.open_commands()]
+        return f"{', '.join(names)}: waiting for a step boundary" if names else ""
+
+    def snapshot_messages(self) -> list[Any]:
+        """What a late screen must be told to be where this state is, in an order that `apply` understands."""
+        messages: list[Any] = []
+        if self.status:
+            messages.append(self.status)
+        for _, state in sorted(self.ranks.items()):
+            if state.hello:
+                messages.append(state.hello)
+        messages += self.series.messages()
+        for _, state in sorted(self.ranks.items()):
+            messages += [m for m in (state.step, state.memory, state.heartbeat, state.goodbye) if m is not None]
+            if state.spans and state.heartbeat:
+                messages.append(Phases(rank=state.rank, micro_steps=state.heartbeat.micro_steps, spans=list(state.spans)))  # type: ignore[arg-type]
+        messages += self.waits.messages()
+        messages += list(self.nodes.values())
+        messages += list(self.commands.values())
+        messages += list(self.events)
+        return messages
+
+
+def _is_event_packet(packet: Packet) -> bool:
+    return any(isinstance(m, Hello | LogRecord | Event | Ack | Goodbye) for m in packet.messages)

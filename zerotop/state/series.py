@@ -1,0 +1,58 @@
+"""Figures over steps, thinned so that a run of a million steps costs a screen the same memory as one of a thousand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from runtime.wire.messages import StepResult
+
+POINTS_KEPT = 1024
+
+
+class Series:
+    """Global figures per optimizer step (from the lowest rank that reports), at most POINTS_KEPT points.
+
+    When full, every second point goes and from then on only every 2^k-th step is kept, so the whole run stays in sight. The newest
+    step is always there.
+    """
+
+    def __init__(self) -> None:
+        self.stride = 1
+        self._points: list[StepResult] = []
+        self._newest: StepResult | None = None
+        self._tokens: dict[int, float] = {}
+
+    def add(self, result: StepResult) -> None:
+        if result.tokens_per_s is not None:
+            self._tokens[result.rank] = result.tokens_per_s
+        lowest = self._newest.rank if self._newest else result.rank
+        if result.rank > lowest:
+            return
+        if self._newest and result.step <= self._newest.step:
+            # A resumed attempt starts over at its checkpoint's step: what came after it never happened.
+            self._points = [point for point in self._points if point.step < result.step]
+        self._newest = result
+        if result.step % self.stride == 0 or not self._points:
+            self._points.append(result)
+        if len(self._points) > POINTS_KEPT:
+            self.stride *= 2
+            self._points = [point for point in self._points if point.step % self.stride == 0]
+
+    def __iter__(self) -> Iterator[StepResult]:
+        yield from self._points
+        if self._newest is not None and (not self._points or self._points[-1].step != self._newest.step):
+            yield self._newest
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def messages(self) -> list[StepResult]:
+        return list(self)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The whole run's throughput: the sum of every rank's newest figure."""
+        return sum(self._tokens.values()) if self._tokens else None
+
+    def recent_step_ms(self, count: int = 20) -> list[float]:
+        return [point.step_ms for point in list(self)[-count:]]
