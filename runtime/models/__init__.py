@@ -1,0 +1,1 @@
+"""Models that the trainer builds itself. `presets` is torch-free; `gpt` is torch."""
