@@ -60,15 +60,19 @@ class GPT(nn.Module):
             if parameter.dim() < 2:
                 parameter.fill_(1.0)
             else:
-                parameter.normal_(0.0, residual_std if name.endswith(("attention_out.weight", "feed_out.weight")) else 0.02)
+                into_residual = name.endswith(("attention_out.weight", "feed_out.weight"))
+                parameter.normal_(0.0, residual_std if into_residual else 0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in fp32 over targets that are not -100; without targets the logits.
 
-        `tokens` and `targets` are int64 [batch, seq_len]. With no counted target the loss is 0 (and has zero gradients).
+        `tokens` and `targets` are int64 [batch, seq_len]. With no counted target the loss is 0, with zero
+        gradients.
         """
         if tokens.shape[1] > self.config.max_seq_len:
-            raise ValueError(f"sequence of {tokens.shape[1]} tokens: this model was built for {self.config.max_seq_len}")
+            raise ValueError(
+                f"{tokens.shape[1]} tokens in a sequence; the model was built for {self.config.max_seq_len}"
+            )
         cos, sin = self._rotary_tables(tokens.device, tokens.shape[1])
         x = self.embedding(tokens)
         for block in self.blocks:

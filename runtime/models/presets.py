@@ -70,8 +70,8 @@ def preset(name: str) -> GPTConfig:
 def load_model_config(section: Any, vocab_size: int | None = None, seq_len: int | None = None) -> GPTConfig:
     """Shape for a `zerotop.model` section (an object or mapping with `preset`), a preset's name or a GPTConfig.
 
-    `vocab_size` is the tokenizer's number of tokens (it is padded here), `seq_len` the training sequence length; without
-    them the preset's own hold. Raises ModelError for an unknown preset or a model that is not the built-in GPT.
+    `vocab_size` is the tokenizer's number of tokens (it is padded here), `seq_len` the training sequence length;
+    without them the preset's own hold. Raises ModelError for an unknown preset or a model that is not the built-in GPT.
     """
     config = section if isinstance(section, GPTConfig) else preset(_preset_name(section))
     if vocab_size is not None:

@@ -1,0 +1,247 @@
+"""Token files: text tokenized once into a file in the cache, memory-mapped by every rank.
+
+A token file is a 4096-byte header (a magic line, then JSON) and the tokens as uint16 or uint32, documents separated by
+the end-of-text token. It appears under its final name complete or not at all, and is named after what it was made from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from runtime.data import DataError
+from runtime.data.tokenizer import Tokenizer
+
+MAGIC = b"zerotop tokens 1\n"
+HEADER_BYTES = 4096
+PIECE_BYTES = 1 << 20
+_BATCH_BYTES = 16 << 20
+
+Log = Callable[[str], None]
+
+
+class TokenDataset:
+    """Windows of `seq_len + 1` tokens of a token file; neighbours share one token, so every token is predicted once.
+
+    Raises DataError when the text is too short for one window, OSError or DataError when the file is no token file.
+    """
+
+    def __init__(self, path: Path, seq_len: int) -> None:
+        header = read_header(path)
+        self.path = path
+        self.seq_len = seq_len
+        self.token_count: int = header["tokens"]
+        self.vocab_size: int = header["vocab_size"]
+        self.eot: int | None = header["eot"]
+        self.fingerprint: str = header["digest"]
+        """Digest of the tokens themselves: equal on every rank and after a resume, or the data is not the same."""
+        self.windows = max(0, (self.token_count - 1) // seq_len)
+        if self.windows == 0:
+            raise DataError(
+                f"zerotop.data: the text has {self.token_count} tokens, but one sample needs zerotop.data.seq_len + 1 "
+                f"= {seq_len + 1}; give more text in zerotop.data.files or lower zerotop.data.seq_len"
+            )
+        self._tokens = np.memmap(path, header["dtype"], mode="r", offset=HEADER_BYTES, shape=(self.token_count,))
+
+    def __len__(self) -> int:
+        return self.windows
+
+    def rows(self, windows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int64 [len(windows), seq_len + 1]. Raises IndexError for a window that is not there."""
+        rows = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
+        for row, window in zip(rows, windows, strict=True):
+            if not 0 <= window < self.windows:
+                raise IndexError(f"window {window} of {self.windows}")
+            first = int(window) * self.seq_len
+            row[:] = self._tokens[first : first + self.seq_len + 1]
+        return rows
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a token file, checked against the file's length. Raises DataError when it is not one."""
+    with path.open("rb") as file:
+        head = file.read(HEADER_BYTES)
+        length = file.seek(0, os.SEEK_END)
+    if not head.startswith(MAGIC):
+        raise DataError(f"{path} is not a token file of this version")
+    header: dict[str, Any] = json.loads(head[len(MAGIC) :].rstrip(b"\0"))
+    if length != HEADER_BYTES + header["tokens"] * np.dtype(header["dtype"]).itemsize:
+        raise DataError(f"{path} is cut short; delete it to have it built again")
+    return header
+
+
+def cache_folder() -> Path:
+    """Where token files are kept: $XDG_CACHE_HOME/zerotop/tokens, by default under ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "zerotop" / "tokens"
+
+
+def token_file(files: Sequence[Path], tokenizer: Tokenizer, log: Log, cache: Path | None = None) -> Path:
+    """Path of the token file of these documents, built now if nobody has built it yet.
+
+    Of several processes that ask at once one builds and the others wait. `log` gets a line with a percentage about once
+    a second while building takes longer than that. Raises DataError for unreadable text or a cache that cannot be
+    written.
+    """
+    cache = cache or cache_folder()
+    path = cache / f"{_digest(files, tokenizer)}.bin"
+    if _is_complete(path):
+        return path
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_suffix(".lock"), log) as alone:
+            if not _is_complete(path):
+                if alone:
+                    for left_over in cache.glob(f"{path.stem}.*.part"):
+                        left_over.unlink(missing_ok=True)
+                _build(path, files, tokenizer, log)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the token file in {cache}: {error.strerror or error}; "
+            "set XDG_CACHE_HOME to a folder with room for it"
+        ) from None
+    return path
+
+
+def _digest(files: Sequence[Path], tokenizer: Tokenizer) -> str:
+    """Names the token file after its making: format, tokenizer, and path, size and time of every document, in order."""
+    made_from = hashlib.blake2b(MAGIC + tokenizer.digest.encode(), digest_size=16)
+    for file in files:
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise DataError(f"zerotop.data.files: cannot read {file}: {error.strerror}") from None
+        made_from.update(f"\0{file.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+    return made_from.hexdigest()
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        read_header(path)
+    except (OSError, DataError, ValueError, KeyError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _lock(path: Path, log: Log) -> Iterator[bool]:
+    """Hold the file lock. Yields False where the file system has none: then all build, which is slow, not wrong."""
+    with path.open("a") as file:
+        locked = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log("waiting for the token file that another process is building")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            locked = False
+        yield locked
+
+
+def _build(path: Path, files: Sequence[Path], tokenizer: Tokenizer, log: Log) -> None:
+    part = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.part")
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    progress = _Progress(sum(file.stat().st_size for file in files), len(files), log)
+    digest = hashlib.blake2b(str(dtype).encode(), digest_size=16)
+    count = replaced = 0
+    try:
+        with part.open("wb") as out:
+            out.write(bytes(HEADER_BYTES))
+            for pieces in _batches(files):
+                encoded, bad = tokenizer.encode([piece for piece, _ in pieces])
+                replaced += bad
+                for tokens, (piece, last) in zip(encoded, pieces, strict=True):
+                    ending = [tokenizer.eot] if last and tokenizer.eot is not None else []
+                    stored = tokens.astype(dtype).tobytes() + np.asarray(ending, dtype).tobytes()
+                    out.write(stored)
+                    digest.update(stored)
+                    count += len(tokens) + len(ending)
+                    progress.add(len(piece))
+            made = {"dtype": dtype.name, "tokens": count, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot}
+            notes = {"digest": digest.hexdigest(), "documents": len(files), "replaced_characters": replaced}
+            header = MAGIC + json.dumps(made | notes).encode()
+            out.seek(0)
+            out.write(header)
+            out.flush()
+            os.fsync(out.fileno())
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    if replaced:
+        log(f"the text is not all UTF-8: {replaced:,} characters were replaced")
+    progress.done(count, path)
+
+
+def _batches(files: Sequence[Path]) -> Iterator[list[tuple[bytes, bool]]]:
+    """(piece, last of its document), some megabytes of them at a time so that a tokenizer can use its threads."""
+    batch: list[tuple[bytes, bool]] = []
+    size = 0
+    for file in files:
+        try:
+            with file.open("rb") as source:
+                for piece, last in _pieces(source):
+                    batch.append((piece, last))
+                    size += len(piece)
+                    if size >= _BATCH_BYTES:
+                        yield batch
+                        batch, size = [], 0
+        except OSError as error:
+            raise DataError(f"zerotop.data.files: cannot read {file}: {error.strerror}") from None
+    if batch:
+        yield batch
+
+
+def _pieces(source: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """A document in pieces of about a megabyte, cut after a newline where there is one, else between two characters."""
+    rest = b""
+    while chunk := source.read(PIECE_BYTES):
+        text = rest + chunk
+        cut = text.rfind(b"\n") + 1
+        if cut == 0:
+            lead = next((back for back in range(1, min(4, len(text)) + 1) if text[-back] & 0xC0 != 0x80), 0)
+            cut = len(text) - lead or len(text)
+        rest = text[cut:]
+        if rest or len(chunk) == PIECE_BYTES:
+            yield text[:cut], False
+        else:
+            yield text[:cut], True
+            return
+    yield rest, True
+
+
+class _Progress:
+    """One line a second at most, and none at all for what takes less than a second."""
+
+    def __init__(self, total_bytes: int, documents: int, log: Log) -> None:
+        self._total, self._documents, self._log = total_bytes, documents, log
+        self._seen = 0
+        self._start = self._said = time.monotonic()
+
+    def add(self, seen_bytes: int) -> None:
+        self._seen += seen_bytes
+        now = time.monotonic()
+        if now - self._said >= 1.0 and self._seen < self._total:
+            self._said = now
+            self._log(
+                f"tokenizing {self._documents:,} files: {100 * self._seen / self._total:.0f}% "
+                f"of {self._total / 2**20:,.1f} MiB"
+            )
+
+    def done(self, tokens: int, path: Path) -> None:
+        seconds = time.monotonic() - self._start
+        if seconds >= 1.0:
+            self._log(f"tokenized {self._documents:,} files into {tokens:,} tokens in {seconds:.1f} s ({path})")
