@@ -1,0 +1,30 @@
+// What each ISA offers; api.cpp picks one set at run time.
+#pragma once
+#include <stdint.h>
+
+#include "../formula.h"
+
+namespace zt {
+
+enum Dtype : int32_t { NONE = 0, F32 = 1, BF16 = 2 };   // runtime/native.py mirrors these
+
+struct AdamArgs {
+  float *p, *m, *v;
+  const void* g;        // F32 or BF16
+  uint16_t* out;        // bf16, or null
+  int64_t n;
+  bool nt;              // non-temporal stores for out: it will not be read from this cache soon
+};
+
+struct Kernels {
+  const char* name;
+  void (*adam)(const AdamArgs&, Dtype grad, bool l2, const ZtHyper&);
+  double (*block)(const void* x, int64_t n, Dtype);     // sum of squares of one block, n <= ZT_BLOCK
+  void (*accumulate)(float* acc, const void* g, int64_t n, Dtype, float scale, bool overwrite);
+};
+
+#define ZT_DECLARE(isa) namespace isa { extern const Kernels kernels; }
+ZT_DECLARE(generic) ZT_DECLARE(avx2) ZT_DECLARE(avx512) ZT_DECLARE(sve)
+#undef ZT_DECLARE
+
+}  // namespace zt

@@ -1,0 +1,29 @@
+"""The ZeRO trainer, with DeepSpeed's calls: `import runtime as deepspeed` moves a script.
+
+Nothing is imported until it is asked for: the monitor uses runtime.wire, runtime.config and runtime.plan without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime import zero
+    from runtime.engine import Engine, add_config_arguments, init_distributed, initialize
+
+__all__ = ["Engine", "add_config_arguments", "init_distributed", "initialize", "zero"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("zerotop")
+    if name == "zero":
+        return importlib.import_module("runtime.zero")
+    if name in __all__:
+        return getattr(importlib.import_module("runtime.engine"), name)
+    raise AttributeError(f"module 'runtime' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""Who updates the parameters: the plain reference, the fused kernels, the offloaded form."""
