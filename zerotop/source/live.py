@@ -1,0 +1,252 @@
+"""The live source: a hub's two Unix sockets, folded into a RunState.
+
+The SUB socket first subscribes to the live packets, then to a snapshot topic of its own, which makes the hub send the
+whole state. Packets that overtake the snapshot are held back. Both subscriptions stay: after a broken connection ZeroMQ
+renews them by itself and the hub answers with a new snapshot, which replaces the state. A hole in the hub's numbering
+(a screen that was suspended for long) is healed the same way.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+from runtime.wire.codec import ProtocolError, decode_packet, decode_snapshot, decode_up, encode
+from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandRecord, Packet, RunStatus
+from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
+from zerotop.state.run import RunState
+
+FRAMES_PER_POLL = 5000
+HELD_BACK = 10_000
+SILENCE_S = 3.0
+"""The hub's probe speaks once a second: after this long without a word, look whether the run still lives."""
+LOST_S = 6.0
+ASK_AGAIN_S = 2.0
+"""A snapshot that has not come, or a command without an answer, is asked for again after this long."""
+
+
+class LiveSource:
+    """Reads a running hub; `read_status` says, in times of silence, how the run is as far as its directory knows."""
+
+    def __init__(
+        self, sockets: Sockets, run_path: Path | None = None, read_status: Callable[[], RunStatus | None] | None = None
+    ) -> None:
+        self.state = RunState()
+        self.sockets = sockets
+        self.run_path = run_path
+        self._read_status = read_status
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._screens: zmq.Socket[bytes] | None = None
+        self._commands: zmq.Socket[bytes] | None = None
+        self._topic = b""
+        self._have_snapshot = False
+        self._asked_at = 0.0
+        self._held_back: list[Packet] = []
+        self._heard_at: float | None = None
+        self._looked_at = 0.0
+        self._broken = ""
+        self._sent: dict[str, tuple[Command, float]] = {}  # without any answer yet: command, when it was sent
+        self._mine: dict[str, CommandRecord] = {}  # own commands and their newest answers
+        self._connection_before = ""
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        self._context = zmq.Context()
+        screens = self._screens = self._context.socket(zmq.SUB)
+        commands = self._commands = self._context.socket(zmq.DEALER)
+        for socket in (screens, commands):
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.RECONNECT_IVL, 100)
+            socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+            socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+            socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
+        screens.setsockopt(zmq.RCVHWM, HELD_BACK)
+        screens.subscribe(LIVE_TOPIC)
+        screens.connect(self.sockets.endpoint("screens"))
+        commands.connect(self.sockets.endpoint("commands"))
+        self._ask_for_snapshot()
+
+    def close(self) -> None:
+        for socket in (self._screens, self._commands):
+            if socket is not None:
+                socket.close(0)
+        if self._context is not None:
+            self._context.term()
+        self._screens = self._commands = self._context = None
+
+    # ---- reading ---------------------------------------------------------------------------------------------------
+    @property
+    def connection(self) -> str:
+        if self._broken:
+            return f"lost: {self._broken}"
+        if self.state.status is not None and self.state.status.state not in LIVE_STATES:
+            return "ended"
+        if self._heard_at is None or not self._have_snapshot:
+            return "connecting"
+        age_s = self.age_s() or 0.0
+        return "live" if age_s < LOST_S else f"lost: nothing heard for {age_s:.0f} s"
+
+    @property
+    def can_control(self) -> bool:
+        return self.connection != "ended" and not self._broken
+
+    @property
+    def broken(self) -> str:
+        """Why this source can never work (the other side speaks another protocol); empty when nothing is wrong."""
+        return self._broken
+
+    def age_s(self) -> float | None:
+        return None if self._heard_at is None else time.monotonic() - self._heard_at
+
+    def wait(self, timeout_s: float) -> None:
+        poller = zmq.Poller()
+        for socket in (self._screens, self._commands):
+            if socket is not None:
+                poller.register(socket, zmq.POLLIN)
+        poller.poll(int(timeout_s * 1000))
+
+    def poll(self) -> bool:
+        if self._screens is None or self._commands is None:
+            return False
+        changed = False
+        try:
+            for frames in _drain(self._screens):
+                changed = self._screen_frames(frames) or changed
+            for frames in _drain(self._commands):
+                answer = decode_up(frames[-1])
+                if isinstance(answer, Ack):
+                    self._heard()
+                    self._answer(answer)
+                    changed = True
+        except ProtocolError as error:
+            self._broken = str(error)
+        self._keep_own_answers()
+        changed = self._look_after() or changed
+        connection = self.connection.split(" for ")[0]  # a growing age alone is no change
+        changed = changed or connection != self._connection_before
+        self._connection_before = connection
+        return changed
+
+    def _screen_frames(self, frames: list[bytes]) -> bool:
+        topic, frame = frames[0], frames[-1]
+        self._heard()
+        if topic == self._topic:
+            snapshot = decode_snapshot(frame)
+            self.state = RunState()
+            self.state.apply_snapshot(snapshot)
+            self._have_snapshot = True
+            self._broken = ""
+            for packet in self._held_back:
+                self.state.apply_packet(packet)
+            self._held_back.clear()
+            return True
+        if topic != LIVE_TOPIC:
+            return False  # an answer to an earlier question of ours
+        packet = decode_packet(frame)
+        if not self._have_snapshot:
+            self._held_back.append(packet)
+            del self._held_back[:-HELD_BACK]
+            return False
+        hole = packet.hub_seq > self.state.hub_seq + 1
+        changed = self.state.apply_packet(packet)
+        if hole and time.monotonic() - self._asked_at > ASK_AGAIN_S:
+            self._ask_for_snapshot()
+        return changed
+
+    def _heard(self) -> None:
+        self._heard_at = time.monotonic()
+
+    def _ask_for_snapshot(self) -> None:
+        assert self._screens is not None
+        if self._topic:
+            self._screens.unsubscribe(self._topic)
+        self._topic = SNAPSHOT_TOPIC + uuid.uuid4().hex.encode()
+        self._screens.subscribe(self._topic)
+        self._asked_at = time.monotonic()
+
+    # ---- looking after the connection ------------------------------------------------------------------------------
+    def _look_after(self) -> bool:
+        now = time.monotonic()
+        if self.connection == "ended":
+            return self._refuse_unanswered()
+        if self._heard_at is not None and not self._have_snapshot and now - self._asked_at > ASK_AGAIN_S:
+            self._ask_for_snapshot()
+        silent = self._heard_at is None or now - self._heard_at > SILENCE_S
+        if silent and now - self._looked_at > 1.0:
+            self._looked_at = now
+            status = self._read_status() if self._read_status else None
+            if status is not None and (status.state not in LIVE_STATES or self.state.status is None):
+                self.state.apply(status)
+                return True
+        return self._send_again(now)
+
+    def _send_again(self, now: float) -> bool:
+        # The same id acts once, so repeating is safe: the first may have gone down with a broken tunnel.
+        for identity, (command, sent_at) in list(self._sent.items()):
+            if now - sent_at > ASK_AGAIN_S and self._push(command):
+                self._sent[identity] = (command, now)
+        return False
+
+    def _refuse_unanswered(self) -> bool:
+        """The run has ended: whatever nobody answered never will be."""
+        waiting = [command for command, _ in self._sent.values()]
+        for command in waiting:
+            self._answer(Ack(id=command.id, state="rejected", reason=self._ended_reason(), wall_s=time.time()))
+        return bool(waiting)
+
+    def _ended_reason(self) -> str:
+        status = self.state.status
+        assert status is not None
+        why = f": {status.reason}" if status.reason else ""
+        return f"{status.name} has ended ({status.state}{why})"
+
+    # ---- commands --------------------------------------------------------------------------------------------------
+    def send(self, command: Command) -> None:
+        self._sent[command.id] = (command, time.monotonic())
+        if self.connection == "ended":
+            self._refuse_unanswered()
+        else:
+            self._push(command)
+
+    def _push(self, command: Command) -> bool:
+        assert self._commands is not None, "start() comes first"
+        try:
+            self._commands.send(encode(command), zmq.NOBLOCK)
+        except zmq.Again:  # the queue is full or nobody is connected: _send_again comes back to it
+            return False
+        return True
+
+    def _answer(self, ack: Ack) -> None:
+        sent = self._sent.pop(ack.id, None)
+        known = self._mine.get(ack.id)
+        command = sent[0] if sent else known.command if known else None
+        if command is None or (known is not None and known.ack.state != "accepted"):
+            return  # not ours, or answered for good already
+        self._mine[ack.id] = CommandRecord(command=command.model_copy(update={"number": ack.number}), ack=ack)
+        self._keep_own_answers()
+
+    def _keep_own_answers(self) -> None:
+        """The hub tells everybody too, and in an order of its own: a final answer must not fall back to `accepted`."""
+        for identity, record in self._mine.items():
+            shown = self.state.commands.get(identity)
+            if shown is None or (shown.ack.state == "accepted" and record.ack.state != "accepted"):
+                self.state.apply(record)
+        for identity in list(self._sent):
+            shown = self.state.commands.get(identity)
+            if shown is not None:
+                self._answer(shown.ack)
+
+
+def _drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:
+    """All that has arrived, at most FRAMES_PER_POLL messages."""
+    arrived = []
+    for _ in range(FRAMES_PER_POLL):
+        try:
+            arrived.append(socket.recv_multipart(zmq.NOBLOCK))
+        except zmq.Again:
+            break
+    return arrived
