@@ -31,7 +31,9 @@ class Block(nn.Module):
         batch, seq_len, dim = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, seq_len, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        v = v.contiguous()  # a view would keep all of qkv alive until backward: 2 * dim more per token
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, seq_len, dim))
         return x + self.feed_out(F.gelu(self.feed_in(self.feed_norm(x))))
 

@@ -1,0 +1,252 @@
+"""What a run will take: bytes per GPU and on the host, and bytes sent per step, for every ZeRO stage. Torch-free.
+
+With Psi parameters on N ranks, Adam and 16-bit parameters with fp32 masters, ZeRO's own table (arXiv 1910.02054, section 5)
+counts 16 Psi bytes per GPU at stage 0, 4 Psi + 12 Psi / N at 1, 2 Psi + 14 Psi / N at 2 and 16 Psi / N at 3, with gradients
+in 16 bit. Gradients that accumulate in fp32, as here by default, take 4 bytes instead of 2.
+
+States (parameters, gradients, masters, optimizer) are exact for this engine's layout: every unit is padded to
+64 elements per rank. What the engine keeps in flight is a bound from the same layout. Activations, logits and context
+are estimates and marked so (runtime/estimate.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from runtime.estimate import activation_bytes, context_bytes, logits_bytes
+from runtime.models.presets import GPTConfig
+from runtime.zero.layout import padded
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+STAGES = (0, 1, 2, 3)
+
+CATEGORIES = ("parameters", "gradients", "masters", "optimizer", "buffers", "activations", "logits", "context")
+EXACT = ("parameters", "gradients", "masters", "optimizer")
+"""Categories that follow from the layout alone; the others depend on what runs when, or are estimates."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Workload:
+    """A model and how it is trained. `units` are (name, parameters) in forward order, as the engine cuts the model."""
+
+    name: str
+    units: tuple[tuple[str, int], ...]
+    shape: GPTConfig
+    world_size: int
+    precision: str = "bf16"
+    grad_accum_dtype: str = "fp32"
+    moments: int = 2
+    """fp32 state tensors per parameter that the optimizer keeps: 2 for Adam."""
+    micro_batch: int = 1
+    accumulation: int = 1
+    seq_len: int = 1024
+    pin_memory: bool = True
+    shape_guessed: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("world_size", "micro_batch", "accumulation", "seq_len"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("precision", "grad_accum_dtype"):
+            if getattr(self, field) not in ELEMENT_BYTES:
+                raise ValueError(f"{field}: expected one of {', '.join(ELEMENT_BYTES)}, got {getattr(self, field)!r}")
+        if not self.units or any(numel < 0 for _, numel in self.units):
+            raise ValueError("units must name at least one unit, none with a negative size")
+
+    @property
+    def parameters(self) -> int:
+        return sum(numel for _, numel in self.units)
+
+    @property
+    def padded_parameters(self) -> int:
+        return sum(padded(numel, self.world_size) for _, numel in self.units)
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.accumulation * self.world_size
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """One way to run the workload. Bytes are per GPU (`gpu`) and for all ranks on one node (`host`), per category."""
+
+    stage: int | None
+    """None: plain data parallelism (torch's DDP), the thing to compare with."""
+    offload: bool
+    gpu: dict[str, int]
+    host: dict[str, int]
+    sent_bytes: int
+    """Sent by each rank per optimizer step, with ring collectives."""
+    pcie_bytes: int
+    """Copied between each GPU and its host per optimizer step, both directions together."""
+    pinned: bool = False
+
+    @property
+    def label(self) -> str:
+        if self.stage is None:
+            return "data parallel"
+        return f"stage {self.stage}{' + offload' if self.offload else ''}"
+
+    @property
+    def gpu_bytes(self) -> int:
+        return sum(self.gpu.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Parameters, gradients, masters and optimizer states on the GPU: the part that ZeRO shares out."""
+        return sum(self.gpu[category] for category in EXACT)
+
+    @property
+    def variable_bytes(self) -> int:
+        """States and what the engine keeps in flight: what differs between layouts."""
+        return self.state_bytes + self.gpu["buffers"]
+
+    def document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "layout": self.label,
+            "stage": self.stage,
+            "offload_optimizer": self.offload,
+            "gpu_bytes": self.gpu_bytes,
+            "gpu_bytes_by_category": self.gpu,
+            "host_bytes": self.host_bytes,
+            "host_bytes_by_category": self.host,
+            "host_pinned_bytes": self.host_bytes if self.pinned else 0,
+            "sent_bytes_per_step": self.sent_bytes,
+            "pcie_bytes_per_step": self.pcie_bytes,
+        }
+
+
+def plan(workload: Workload) -> list[Layout]:
+    """Plain data parallelism, then stages 0-3, then stages 0-3 with the optimizer offloaded to the host."""
+    staged = [stage_layout(workload, stage, offload) for offload in (False, True) for stage in STAGES]
+    return [data_parallel(workload), *staged]
+
+
+def data_parallel(workload: Workload) -> Layout:
+    """torch's DDP with autocast: parameters, gradients and Adam's moments in fp32, 16 bytes per parameter.
+
+    Assumes gradient_as_bucket_view=True (without it DDP holds the gradients twice) and one all-reduce per step
+    (no_sync while accumulating). In 16 bit autocast keeps a cast copy of the weights from forward to backward.
+    """
+    count, world = workload.parameters, workload.world_size
+    cast_copy = ELEMENT_BYTES[workload.precision] * count if workload.precision != "fp32" else 0
+    states = {"parameters": 4 * count, "gradients": 4 * count, "masters": 0}
+    states |= {"optimizer": 4 * workload.moments * count, "buffers": cast_copy}
+    sent = _ring(2 * 4 * count, world)
+    return Layout(None, False, states | _unshared(workload), {}, sent, 0)
+
+
+def stage_layout(workload: Workload, stage: int, offload: bool = False) -> Layout:
+    """This engine at a ZeRO stage, with the masters and optimizer states on the GPU or (offload) on the host."""
+    if stage not in STAGES:
+        raise ValueError(f"stage must be one of 0, 1, 2, 3, got {stage!r}")
+    world = workload.world_size
+    whole = workload.padded_parameters
+    owned = whole if stage == 0 else whole // world
+    element, accumulator = ELEMENT_BYTES[workload.precision], ELEMENT_BYTES[workload.grad_accum_dtype]
+    # Fp32 parameters are their own masters, unless the states live elsewhere.
+    master = 4 * owned if workload.precision != "fp32" or offload else 0
+    moments = 4 * workload.moments * owned
+    kept_gradients = accumulator * (whole if stage < 2 else owned)
+    gradients_on_host = offload and stage >= 2
+    gpu = {
+        "parameters": element * (owned if stage == 3 else whole),
+        "gradients": 0 if gradients_on_host else kept_gradients,
+        "masters": 0 if offload else master,
+        "optimizer": 0 if offload else moments,
+        "buffers": _in_flight(workload, stage, offload),
+    }
+    host: dict[str, int] = {}
+    if offload:
+        staging = (element + (0 if gradients_on_host else accumulator)) * _two_largest(workload) // _sharers(workload, stage)
+        per_rank = {"gradients": kept_gradients if gradients_on_host else 0, "masters": master, "optimizer": moments}
+        host = {category: size * world for category, size in (per_rank | {"staging": staging}).items()}
+    pinned = offload and workload.pin_memory
+    sent = _sent(workload, stage)
+    return Layout(stage, offload, gpu | _unshared(workload), host, sent, _pcie(workload, stage, offload), pinned)
+
+
+def _unshared(workload: Workload) -> dict[str, int]:
+    """What no stage changes."""
+    element = ELEMENT_BYTES[workload.precision]
+    return {
+        "activations": activation_bytes(workload.shape, workload.micro_batch, workload.seq_len, element),
+        "logits": logits_bytes(workload.shape, workload.micro_batch, workload.seq_len, element),
+        "context": context_bytes(workload.world_size),
+    }
+
+
+def _sharers(workload: Workload, stage: int) -> int:
+    return 1 if stage == 0 else workload.world_size
+
+
+def _two_largest(workload: Workload) -> int:
+    """Elements of the two largest units other than the root: as many are in flight at once."""
+    sizes = (padded(numel, workload.world_size) for name, numel in workload.units if name != "root")
+    return sum(sorted(sizes, reverse=True)[:2])
+
+
+def _in_flight(workload: Workload, stage: int, offload: bool) -> int:
+    """Most that the engine holds beside the states.
+
+    Stages 0 and 1 reduce in place in the accumulators. Stage 2 holds two units' whole gradients, one being filled and one
+    being reduced, and the root unit's through all of backward. Stage 3 holds the same of gathered parameters as well.
+    With offload at stages 2 and 3 two units' reduced ranges wait for their copy to the host.
+    """
+    if stage < 2:
+        return 0
+    element = ELEMENT_BYTES[workload.precision]
+    two = _two_largest(workload)
+    root = sum(padded(numel, workload.world_size) for name, numel in workload.units if name == "root")
+    leaving = element * two // workload.world_size if offload else 0
+    return element * (two + root) * (2 if stage == 3 else 1) + leaving
+
+
+def _ring(size: int, world_size: int) -> int:
+    """Bytes each rank sends to reduce-scatter or all-gather `size` bytes around a ring (an all-reduce is both)."""
+    return size * (world_size - 1) // world_size
+
+
+def _sent(workload: Workload, stage: int) -> int:
+    """Sent per rank and optimizer step.
+
+    Stage 0 all-reduces the accumulators; 1 reduce-scatters them and gathers the new parameters; 2 reduce-scatters at every
+    micro-step, in the parameters' precision; 3 also gathers at every forward and backward, and so need not at the end.
+    """
+    whole = workload.padded_parameters
+    element, accumulator = ELEMENT_BYTES[workload.precision], ELEMENT_BYTES[workload.grad_accum_dtype]
+    per_element = {
+        0: 2 * accumulator,
+        1: accumulator + element,
+        2: workload.accumulation * element + element,
+        3: workload.accumulation * 3 * element,
+    }[stage]
+    return _ring(per_element * whole, workload.world_size)
+
+
+def _pcie(workload: Workload, stage: int, offload: bool) -> int:
+    """Copied per rank and step with offload: gradients down (at every micro-step from stage 2 on), new parameters up."""
+    if not offload:
+        return 0
+    element, accumulator = ELEMENT_BYTES[workload.precision], ELEMENT_BYTES[workload.grad_accum_dtype]
+    down = workload.accumulation * element if stage >= 2 else accumulator
+    return (down + element) * (workload.padded_parameters // _sharers(workload, stage))
+
+
+def workload_document(workload: Workload) -> dict[str, Any]:
+    """For JSON."""
+    document = dataclasses.asdict(workload)
+    document["units"] = [{"name": name, "parameters": numel} for name, numel in workload.units]
+    return document | {"parameters": workload.parameters, "padded_parameters": workload.padded_parameters}
+
+
+def find(layouts: Sequence[Layout], stage: int | None, offload: bool = False) -> Layout:
+    """The layout of that stage in what `plan` returned."""
+    return next(layout for layout in layouts if layout.stage == stage and layout.offload == offload)
