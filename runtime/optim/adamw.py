@@ -26,7 +26,7 @@ def adamw_reference(
 ) -> None:
     """One step in place; arguments as `runtime.native.adamw`, on any device.
 
-    Decoupled weight decay (adamw) is arXiv 1711.05101; without it the decay joins the gradient, as arXiv 1412.6980 has it.
+    Decoupled weight decay (adamw): arXiv 1711.05101; without it the decay joins the gradient (Adam, arXiv 1412.6980).
     Order of operations: torch.optim.AdamW's.
     """
     if step < 1:

@@ -1,0 +1,79 @@
+"""The optimizer as scripts and schedulers see it, over the user's parameters; its numbers drive the rules of every flat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from runtime.config import ConfigError, OptimizerConfig
+from runtime.memory import Ledger
+from runtime.optim.rules import AdamRule, Rule, TorchRule
+from runtime.zero.unit import Flat
+
+ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD")
+"""Optimizers of torch.optim that treat every element by itself, and so work on flat ranges as they are."""
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """`param_groups` hold the user's own parameters and numbers (lr, weight_decay, ...); change them as with any optimizer.
+
+    The update itself runs inside engine.step(), on each rank's ranges.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], kind: str, decoupled: bool, bias_correction: bool = True) -> None:
+        self.kind, self.decoupled, self.bias_correction = kind, decoupled, bias_correction
+        super().__init__(groups, {})
+
+    def make_rule(self, flat: Flat, ledger: Ledger) -> Rule:
+        if self.kind in ("Adam", "AdamW"):
+            return AdamRule(flat, self.decoupled, self.bias_correction, ledger)
+        return TorchRule(flat, getattr(torch.optim, self.kind), self.numbers(1.0), ledger)
+
+    def numbers(self, lr_factor: float) -> list[dict[str, Any]]:
+        """Each group's numbers without its parameters, lr multiplied by the run's learning-rate factor."""
+        return [{**{k: v for k, v in g.items() if k != "params"}, "lr": float(g["lr"]) * lr_factor} for g in self.param_groups]
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        raise RuntimeError("optimizer.step(): call engine.step() instead; it reduces, clips, updates and gathers on all ranks")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do: the engine drops gradients itself, after each optimizer step."""
+
+
+def optimizer_from_config(parameters: list[dict[str, Any]] | Iterable[nn.Parameter], config: OptimizerConfig) -> ZeroOptimizer:
+    """`parameters`: what the script gave as model_parameters (parameters, or groups with numbers of their own)."""
+    listed = list(parameters)
+    groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
+    numbers = config.torch_kwargs()
+    full = [{**_defaults(config.type), **numbers, **{k: v for k, v in group.items() if k != "params"}, "params": list(group["params"])} for group in groups]
+    return ZeroOptimizer(full, config.type, decoupled=config.type == "AdamW", bias_correction=config.bias_correction)
+
+
+def optimizer_from_torch(optimizer: torch.optim.Optimizer) -> ZeroOptimizer:
+    """The numbers and groups of a torch optimizer that a script made; its (still empty) states are left behind.
+
+    Raises ConfigError for an optimizer that is not elementwise, or that has already stepped.
+    """
+    kind = type(optimizer).__name__
+    if type(optimizer).__module__.split(".")[0] != "torch" or kind not in ELEMENTWISE:
+        raise ConfigError(
+            [f"optimizer: expected an elementwise optimizer of torch.optim ({', '.join(ELEMENTWISE)}), got {type(optimizer).__module__}.{kind}: "
+             "a rank holds only a flat range of each unit, not whole matrices"]
+        )  # fmt: skip
+    if optimizer.state:
+        raise ConfigError([f"optimizer: this {kind} has stepped already; give it to initialize() fresh, and load states with load_checkpoint()"])
+    groups = [dict(group) for group in optimizer.param_groups]
+    if any(group.get("amsgrad") for group in groups) and kind in ("Adam", "AdamW"):
+        raise ConfigError(["optimizer: amsgrad=True is not supported; use amsgrad=False"])
+    if any(group.get("maximize") for group in groups) and kind in ("Adam", "AdamW"):
+        raise ConfigError(["optimizer: maximize=True is not supported with Adam and AdamW; negate the loss"])
+    return ZeroOptimizer(groups, kind, decoupled=kind == "AdamW" or bool(groups[0].get("decoupled_weight_decay")))
+
+
+def _defaults(kind: str) -> dict[str, Any]:
+    if kind in ("Adam", "AdamW"):
+        return {}
+    return dict(getattr(torch.optim, kind)([nn.Parameter(torch.zeros(1))]).defaults)
