@@ -1,0 +1,57 @@
+"""DeepSpeed-style JSON config -> validated, complete settings of a run. Torch-free.
+
+    config = load("config.json", ["zerotop.train.steps=50"])   # ConfigError lists every mistake at once
+    resolved = config.resolve(world_size=2, device="cpu")      # batch arithmetic, "auto", precision
+
+Files, in the order in which they use each other: errors · section · deepspeed, zerotop, optimizers, schedulers (the
+sections, one docstring per key) · known (DeepSpeed's other keys) · source (text, lines, --set) · sift (keys sorted) ·
+batch · resolved · config · load.
+"""
+
+from __future__ import annotations
+
+from .batch import DEFAULT_MICRO_BATCH
+from .config import Config, Device
+from .deepspeed import DType
+from .errors import ConfigError
+from .load import expand_files, load
+from .optimizers import OptimizerConfig
+from .resolved import Fp16Config, OffloadOptimizerConfig, OffloadParamConfig, Resolved
+from .schedulers import SchedulerConfig, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from .zerotop import (
+    MODEL_PRESETS,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    TelemetryConfig,
+    TrainConfig,
+    ZerotopConfig,
+)
+
+__all__ = [
+    "DEFAULT_MICRO_BATCH",
+    "MODEL_PRESETS",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DType",
+    "DataConfig",
+    "Device",
+    "Fp16Config",
+    "LogConfig",
+    "ModelConfig",
+    "OffloadOptimizerConfig",
+    "OffloadParamConfig",
+    "OptimizerConfig",
+    "Resolved",
+    "SchedulerConfig",
+    "TelemetryConfig",
+    "TrainConfig",
+    "WarmupCosineLR",
+    "WarmupDecayLR",
+    "WarmupLR",
+    "ZerotopConfig",
+    "expand_files",
+    "load",
+]

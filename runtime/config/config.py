@@ -1,0 +1,210 @@
+"""The config as the file gives it, and the step from there to what a run trains with."""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr
+
+from .batch import ACCUMULATION, MICRO, TRAIN, solve
+from .deepspeed import AnyDType, Bf16Section, DataTypesSection, DType, Fp16Section, ZeroSection
+from .errors import Findings, Path, dotted
+from .optimizers import DEFAULT_ADAM_LR, AdamParams, OptimizerConfig, OptimizerSection
+from .resolved import Fp16Config, OffloadOptimizerConfig, OffloadParamConfig, Resolved
+from .schedulers import SchedulerSection
+from .section import Flag, Int, Num, Section
+from .zerotop import DEFAULT_PRESET, DEFAULT_STEPS, ZerotopConfig
+
+Device = Literal["cpu", "cuda"]
+BatchSize = Annotated[Int, Field(ge=1)]
+
+
+class Config(Section):
+    """A checked config file. `load` makes one; `resolve` completes it for a number of ranks and a device."""
+
+    train_batch_size: BatchSize | None = None
+    """Sequences per optimizer step, over all ranks."""
+    train_micro_batch_size_per_gpu: BatchSize | None = None
+    """Sequences per rank and micro-step."""
+    gradient_accumulation_steps: BatchSize | None = None
+    """Micro-steps per optimizer step."""
+    gradient_clipping: Annotated[Num, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 does not clip. Unset: 1.0, as in DeepSpeed."""
+    optimizer: OptimizerSection | None = None
+    """The optimizer. Unset: AdamW at 3e-4 in the built-in trainer; a script brings its own."""
+    scheduler: SchedulerSection | None = None
+    """The learning-rate schedule. Unset: constant."""
+    fp16: Fp16Section = Fp16Section()
+    """16-bit floats with loss scaling."""
+    bf16: Bf16Section = Bf16Section()
+    """bfloat16 with fp32 master weights."""
+    zero_optimization: ZeroSection = ZeroSection()
+    """ZeRO."""
+    data_types: DataTypesSection = DataTypesSection()
+    """Precision of gradient accumulation."""
+    communication_data_type: AnyDType | None = None
+    """Precision in which gradients are reduced. Unset: that in which they accumulate."""
+    dataloader_drop_last: Flag = False
+    """Whether a loader that initialize() builds leaves out an incomplete last batch."""
+    zerotop: ZerotopConfig = ZerotopConfig()
+    """Our own settings."""
+
+    _found: Findings = PrivateAttr(default_factory=Findings)
+    _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """The JSON object this was read from, overrides applied: loading it again gives an equal Config."""
+        return copy.deepcopy(self._raw)
+
+    @property
+    def origin(self) -> str:
+        """The file as the user wrote it, or "config" for a dictionary."""
+        return self._found.origin.name
+
+    def _is_auto(self, *path: str) -> bool:
+        return path in self._found.autos
+
+    def resolve(self, world_size: int, device: Device, *, script: bool = False) -> Resolved:
+        """Complete this config for `world_size` ranks on `device`; raises ConfigError with every problem at once.
+
+        `script`: a script of the user's brings model, data and perhaps optimizer, so these are not filled in.
+        """
+        if world_size < 1:
+            raise ValueError(f"world_size must be at least 1, got {world_size}")
+        found = Findings(origin=self._found.origin)
+        notes = self._found.notes()
+        batch_autos = {key for key in (TRAIN, MICRO, ACCUMULATION) if self._is_auto(key)}
+        batch = solve(
+            self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps,
+            world_size, batch_autos, found, notes,
+        )  # fmt: skip
+        precision = self._precision(device, found, notes)
+        zero = self.zero_optimization
+        zerotop = self.zerotop if script else self._complete_zerotop(notes)
+        optimizer = self._optimizer(script, notes)
+        scheduler = None
+        if self.scheduler is not None:
+            scheduler = self.scheduler.resolve(
+                found,
+                lr=optimizer.lr if optimizer else None,
+                steps=zerotop.train.steps,
+                auto={path[-1] for path in self._found.autos if path[:2] == ("scheduler", "params")},
+                notes=notes,
+            )
+        accumulate = self.data_types.grad_accum_dtype or "fp32"
+        if accumulate not in ("fp32", precision):
+            allowed = "fp32" if precision == "fp32" else f"fp32 or {precision}"
+            found.problem(
+                ("data_types", "grad_accum_dtype"),
+                f": expected {allowed} when training in {precision}, got {accumulate}",
+            )
+        offload_param = _cpu(zero.offload_param)
+        if offload_param is not None and zero.stage < 3:
+            notes.append(
+                f"zero_optimization.offload_param: no effect here, because the stage is {zero.stage} and only stage 3 "
+                "shards parameters"
+            )
+            offload_param = None
+        notes += self._filled_autos()
+        found.raise_if_any()
+        assert batch is not None  # a missing batch was recorded as a problem
+        return Resolved(
+            world_size=world_size,
+            device=device,
+            micro_batch=batch.micro,
+            accumulation=batch.accumulation,
+            global_batch=batch.total,
+            stage=zero.stage,
+            precision=precision,
+            grad_accum_dtype=accumulate,
+            communication_data_type=self.communication_data_type,
+            gradient_clipping=self.gradient_clipping,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            fp16=Fp16Config(**self.fp16.model_dump(exclude={"enabled"})),
+            offload_optimizer=OffloadOptimizerConfig(**kept) if (kept := _cpu(zero.offload_optimizer)) else None,
+            offload_param=OffloadParamConfig(**offload_param) if offload_param else None,
+            dataloader_drop_last=self.dataloader_drop_last,
+            zerotop=zerotop,
+            notes=tuple(notes),
+        )
+
+    def _precision(self, device: Device, found: Findings, notes: list[str]) -> DType:
+        if self.fp16.enabled:
+            if device == "cpu":
+                found.problem(
+                    ("fp16", "enabled"),
+                    ': fp16 needs a GPU, and this run is on the CPU. Write "bf16": {"enabled": true} instead of fp16, '
+                    "or use --device cuda on a machine with a GPU",
+                )
+            return "fp16"
+        if self.bf16.enabled:
+            return "bf16"
+        asked = [key for key in ("bf16", "fp16") if self._is_auto(key, "enabled")]
+        if not asked:
+            return "fp32"
+        refused = "bf16" not in asked and "enabled" in self.bf16.model_fields_set
+        precision: DType = "bf16" if device == "cuda" and not refused else "fp32"
+        why = "on the CPU" if device == "cpu" else "as bf16.enabled is false" if refused else "on a GPU"
+        notes.append(f"{', '.join(f'{key}.enabled' for key in asked)}: auto, {precision} {why}")
+        return precision
+
+    def _optimizer(self, script: bool, notes: list[str]) -> OptimizerConfig | None:
+        if self.optimizer is None:
+            if script:
+                return None
+            notes.append(f"optimizer: AdamW with lr {DEFAULT_ADAM_LR:g}, as there is no optimizer section")
+            return OptimizerConfig(type="AdamW", lr=DEFAULT_ADAM_LR, adam_w_mode=True)
+        params = self.optimizer.params
+        resolved = self.optimizer.resolve(self._is_auto("optimizer", "params", "lr"))
+        if "lr" not in params.model_fields_set:
+            notes.append(f"optimizer.params.lr: {resolved.lr:g}, our default")
+        if isinstance(params, AdamParams) and self.optimizer.type == "Adam" and resolved.weight_decay > 0:
+            how = "decays weights directly, as AdamW" if resolved.adam_w_mode else "decays weights through the gradient"
+            if "adam_w_mode" not in params.model_fields_set:
+                notes.append(f"optimizer.type: Adam {how} does and DeepSpeed too; adam_w_mode false means L2 instead")
+        return resolved
+
+    def _complete_zerotop(self, notes: list[str]) -> ZerotopConfig:
+        """Our section for the built-in trainer, which needs a model, a text and a number of steps."""
+        zerotop = self.zerotop
+        if zerotop.model.preset is None and zerotop.model.path is None:
+            notes.append(f"zerotop.model: the built-in {DEFAULT_PRESET}, as there is neither a model nor a script")
+            zerotop = zerotop.model_copy(update={"model": zerotop.model.model_copy(update={"preset": DEFAULT_PRESET})})
+        if not zerotop.data.files:
+            notes.append("zerotop.data.files: the source text of Python's standard library, as no files are given")
+        if zerotop.train.steps is None:
+            notes.append(f"zerotop.train.steps: {DEFAULT_STEPS}, our default")
+            zerotop = zerotop.model_copy(update={"train": zerotop.train.model_copy(update={"steps": DEFAULT_STEPS})})
+        return zerotop
+
+    def _filled_autos(self) -> list[str]:
+        """One line for every key that is "auto" and plainly takes its default; the others have their own notes."""
+        spoken: set[Path] = {
+            (TRAIN,), (MICRO,), (ACCUMULATION,), ("fp16", "enabled"), ("bf16", "enabled"),
+            ("optimizer", "params", "lr"), ("scheduler", "params", "warmup_max_lr"), ("scheduler", "params", "warmup_num_steps"),
+            ("scheduler", "params", "total_num_steps"), ("zerotop", "train", "steps"), ("zerotop", "model", "preset"),
+        }  # fmt: skip
+        lines = []
+        for path in sorted(self._found.autos - spoken):
+            value: Any = self
+            for key in path:
+                value = getattr(value, key, None)
+            lines.append(f"{dotted(path)}: {_plain(value)}, our default")
+        return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_plain(item) for item in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else "unset" if value is None else str(value)
+
+
+def _cpu(section: Section | None) -> dict[str, Any] | None:
+    """The fields of an offload section that is on."""
+    fields = section.model_dump() if section is not None else {"device": "none"}
+    return fields if fields["device"] == "cpu" else None

@@ -1,0 +1,92 @@
+"""DeepSpeed's own sections, as far as they mean something here. The others are in known.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from .section import Flag, Int, Num, Section, integer
+
+DType = Literal["fp32", "bf16", "fp16"]
+
+_DTYPES = {
+    "fp32": "fp32", "float32": "fp32", "float": "fp32",
+    "bf16": "bf16", "bfp16": "bf16", "bfloat16": "bf16",
+    "fp16": "fp16", "float16": "fp16", "half": "fp16",
+}  # fmt: skip
+
+
+def _dtype(value: Any) -> Any:
+    return _DTYPES.get(value.lower().removeprefix("torch."), value) if isinstance(value, str) else value
+
+
+Stage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(integer)]
+AnyDType = Annotated[DType, BeforeValidator(_dtype)]
+"""fp32, bf16 or fp16, also under torch's names."""
+
+
+class Fp16Section(Section):
+    """The `fp16` section: 16-bit floats with a scaled loss."""
+
+    enabled: Flag = False
+    """Whether the model computes in fp16. "auto": bf16 on a GPU, fp32 on a CPU, unless bf16 says otherwise."""
+    loss_scale: Annotated[Num, Field(ge=0)] = 0.0
+    """Factor on the loss; 0 finds it while training."""
+    initial_scale_power: Annotated[Int, Field(ge=0, le=127)] = 16
+    """The first dynamic scale is 2 to this power."""
+    loss_scale_window: Annotated[Int, Field(ge=1)] = 1000
+    """Optimizer steps without overflow after which a dynamic scale doubles."""
+    hysteresis: Annotated[Int, Field(ge=1)] = 2
+    """Overflows before a dynamic scale halves."""
+    consecutive_hysteresis: Flag = False
+    """Whether a step without overflow refills the hysteresis."""
+    min_loss_scale: Annotated[Num, Field(gt=0)] = 1.0
+    """A dynamic scale never falls below this."""
+    auto_cast: Flag = False
+    """Whether floating-point inputs of the model are cast to fp16."""
+
+
+class Bf16Section(Section):
+    """The `bf16` section."""
+
+    enabled: Flag = False
+    """Whether the model computes in bfloat16, with fp32 master weights. "auto": on a GPU."""
+
+
+class OffloadOptimizerSection(Section):
+    """`zero_optimization.offload_optimizer`: where optimizer states live and who updates them."""
+
+    device: Literal["none", "cpu"] = "none"
+    """`cpu` keeps states and fp32 master weights in host memory; `none` keeps them on the GPU."""
+    pin_memory: Flag = False
+    """Whether that host memory is page-locked, which makes transfers faster."""
+    ratio: Annotated[Num, Field(ge=0, le=1)] = 1.0
+    """Share of the states that goes to the host."""
+
+
+class OffloadParamSection(Section):
+    """`zero_optimization.offload_param`: where parameters wait at stage 3."""
+
+    device: Literal["none", "cpu"] = "none"
+    """`cpu` keeps each rank's range in host memory until it is gathered."""
+    pin_memory: Flag = False
+    """Whether that host memory is page-locked, which makes transfers faster."""
+
+
+class ZeroSection(Section):
+    """The `zero_optimization` section. `true` is an old spelling of stage 1."""
+
+    stage: Stage = 0
+    """What is sharded over the ranks. 0: nothing; 1: optimizer states; 2: gradients too; 3: parameters too."""
+    offload_optimizer: OffloadOptimizerSection | None = None
+    """Optimizer states in host memory."""
+    offload_param: OffloadParamSection | None = None
+    """Parameters in host memory; only at stage 3."""
+
+
+class DataTypesSection(Section):
+    """The `data_types` section."""
+
+    grad_accum_dtype: AnyDType | None = None
+    """Precision in which gradients accumulate. Unset: fp32."""

@@ -1,0 +1,108 @@
+"""What is said about a bad config: all problems at once, each with its key, what was expected, and the way out."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Path = tuple[str, ...]
+"""Where a value stands in the config, e.g. ("zero_optimization", "stage")."""
+
+
+class ConfigError(Exception):
+    """A config that cannot be used. `str(error)` is the whole message, `problems` its parts, one per mistake."""
+
+    def __init__(self, problems: Sequence[str] | str, origin: str = "") -> None:
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        self.origin = origin
+        if len(self.problems) == 1:
+            text = f"{origin}: {self.problems[0]}" if origin else self.problems[0]
+        else:
+            head = f"{origin} has {len(self.problems)} problems:" if origin else f"{len(self.problems)} problems:"
+            text = "\n".join([head, *(f"  - {_indent(problem)}" for problem in self.problems)])
+        super().__init__(text)
+
+
+def _indent(problem: str) -> str:
+    return problem.replace("\n", "\n    ")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a config came from, so that a problem can name the line or the --set that caused it."""
+
+    name: str = "config"
+    """The file as the user wrote it, or "config" for a dictionary."""
+    lines: Mapping[Path, int] = field(default_factory=dict)
+    """Line number in the file, from 1, of every key."""
+    overrides: Mapping[Path, str] = field(default_factory=dict)
+    """The --set argument that gave a key its value."""
+
+    def place(self, path: Path) -> str:
+        """`line 7` or `--set a.b=1` for the key at `path` or its nearest parent; empty when not known."""
+        for length in range(len(path), 0, -1):
+            head = path[:length]
+            if head in self.overrides:
+                return f"--set {self.overrides[head]}"
+            if head in self.lines:
+                return f"line {self.lines[head]}"
+        return ""
+
+
+@dataclass
+class Findings:
+    """What reading a config brings up: problems, notes, and the keys that were "auto"."""
+
+    origin: Origin = field(default_factory=Origin)
+    problems: list[str] = field(default_factory=list)
+    no_effect: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> keys that have no effect for this reason."""
+    autos: set[Path] = field(default_factory=set)
+    """Keys whose value is "auto" and that are therefore treated as absent."""
+    vocabulary: Mapping[str, Path] = field(default_factory=dict)
+    """Name of every key of a config -> where it belongs, for suggestions."""
+
+    def problem(self, path: Path, text: str) -> None:
+        """Record that the value at `path` is wrong; `text` continues after the key."""
+        place = self.origin.place(path)
+        self.problems.append(f"{place + ': ' if place else ''}{dotted(path)}{text}")
+
+    def ignored(self, path: Path, reason: str) -> None:
+        """Record that the key at `path` has no effect here, because `reason`."""
+        self.no_effect.setdefault(reason, []).append(dotted(path))
+
+    def raise_if_any(self) -> None:
+        if self.problems:
+            raise ConfigError(self.problems, self.origin.name)
+
+    def notes(self) -> list[str]:
+        """One line per reason: the keys without effect, and why."""
+        return [f"{', '.join(keys)}: no effect here, because {reason}" for reason, keys in self.no_effect.items()]
+
+
+def dotted(path: Iterable[str]) -> str:
+    return ".".join(path)
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A JSON value as the user wrote it, with its kind in words where that is not obvious: `"16" (a string)`."""
+    text = json.dumps(value, default=repr, ensure_ascii=False)
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    if isinstance(value, str):
+        return f"{text} (a string)"
+    if isinstance(value, list | tuple):
+        return f"{text} (a list)"
+    if isinstance(value, Mapping):
+        return f"{text} (an object)"
+    return text
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The one of `words` most like `word`, or None when none is close."""
+    by_fold = {candidate.lower(): candidate for candidate in words}
+    folded = word.strip().lower().replace("-", "_")
+    near = difflib.get_close_matches(folded, by_fold, n=1, cutoff=0.6)
+    return by_fold[near[0]] if near else None

@@ -1,0 +1,100 @@
+"""What a run is trained with: every default chosen, every "auto" filled. The engine and the trainer read this."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+from .deepspeed import DType
+from .optimizers import OptimizerConfig
+from .schedulers import SchedulerConfig
+from .section import Section
+from .zerotop import ZerotopConfig
+
+
+class Fp16Config(Section):
+    """Loss scaling for fp16. `loss_scale` 0 is dynamic: it starts at 2**initial_scale_power."""
+
+    loss_scale: float = 0.0
+    initial_scale_power: int = 16
+    loss_scale_window: int = 1000
+    hysteresis: int = 2
+    consecutive_hysteresis: bool = False
+    min_loss_scale: float = 1.0
+    auto_cast: bool = False
+
+    @property
+    def dynamic(self) -> bool:
+        return self.loss_scale == 0.0
+
+
+class OffloadOptimizerConfig(Section):
+    """Optimizer states in host memory."""
+
+    device: Literal["cpu"] = "cpu"
+    pin_memory: bool = False
+    ratio: float = 1.0
+    """Share of the states that goes to the host, 0 to 1."""
+
+
+class OffloadParamConfig(Section):
+    """Stage 3 parameters in host memory."""
+
+    device: Literal["cpu"] = "cpu"
+    pin_memory: bool = False
+
+
+class Resolved(Section):
+    """A complete config for a given number of ranks and kind of device."""
+
+    world_size: int
+    """Ranks."""
+    device: Literal["cpu", "cuda"]
+    """Kind of device that every rank trains on."""
+    micro_batch: int
+    """Sequences per rank and micro-step."""
+    accumulation: int
+    """Micro-steps per optimizer step."""
+    global_batch: int
+    """Sequences per optimizer step: micro_batch x accumulation x world_size."""
+    stage: Literal[0, 1, 2, 3]
+    """ZeRO stage."""
+    precision: DType
+    """Precision of parameters and activations; optimizer states and master weights are fp32."""
+    grad_accum_dtype: DType
+    """Precision in which gradients accumulate: fp32, or `precision` when the config says so."""
+    communication_data_type: DType | None
+    """Precision in which gradients are reduced. None: that in which they accumulate."""
+    gradient_clipping: float
+    """Largest global gradient norm; 0 does not clip."""
+    optimizer: OptimizerConfig | None
+    """None only under a script whose config has no optimizer section: the script brings its own."""
+    scheduler: SchedulerConfig | None
+    """None: a constant learning rate, or the script's own scheduler."""
+    fp16: Fp16Config
+    """Loss scaling; it matters when precision is fp16."""
+    offload_optimizer: OffloadOptimizerConfig | None
+    """None: optimizer states stay on the training device."""
+    offload_param: OffloadParamConfig | None
+    """None: parameters stay on the training device. Only at stage 3."""
+    dataloader_drop_last: bool
+    """Whether a loader that initialize() builds from `training_data` leaves out an incomplete last batch."""
+    zerotop: ZerotopConfig
+    """Our own section. Without a script, model.preset or model.path and train.steps are set."""
+    notes: tuple[str, ...]
+    """Keys without effect and why, and the defaults that were chosen: one line each, to be shown once at launch."""
+
+    def to_json(self) -> str:
+        """This config as a JSON document; `from_json` reads it back equal."""
+        return json.dumps(self.model_dump(mode="json"), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Resolved:
+        """Read what `to_json` wrote. Raises pydantic's ValidationError when it is something else."""
+        return cls.model_validate_json(text)
+
+    def digest(self) -> str:
+        """12 hex digits that are equal for equal configs; notes do not count."""
+        canonical = json.dumps(self.model_dump(mode="json", exclude={"notes"}), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]

@@ -1,0 +1,187 @@
+"""The `scheduler` section: the numbers of DeepSpeed's three warm-up schedules. The formulas are the scheduler's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from .errors import Findings
+from .section import Int, Num, Section
+
+DEEPSPEED_WARMUP_STEPS = 1000
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+NonNegative = Annotated[Num, Field(ge=0)]
+Steps = Annotated[Int, Field(ge=1)]
+WarmupSteps = Annotated[Int, Field(ge=0)]
+Shape = Annotated[Literal["log", "linear"], BeforeValidator(_lower)]
+
+
+class _WarmupParams(Section):
+    warmup_num_steps: WarmupSteps | None = None
+    """Optimizer steps of warm-up. Unset: 1000 as in DeepSpeed, or a tenth of all steps when there are fewer than 1000;
+    "auto": a tenth of all steps, or none when their number is not known."""
+    warmup_type: Shape = "log"
+    """How the learning rate grows: with the logarithm of the step, or linearly."""
+    last_batch_iteration: Annotated[Int, Field(ge=-1)] = -1
+    """The step to continue after; -1 starts from the beginning."""
+
+
+class WarmupLRParams(_WarmupParams):
+    """`scheduler.params` of WarmupLR: from warmup_min_lr to warmup_max_lr, then constant."""
+
+    warmup_min_lr: NonNegative = 0.0
+    """Learning rate at the first step; "auto" is 0."""
+    warmup_max_lr: NonNegative | None = None
+    """Learning rate after the warm-up. Unset or "auto": the optimizer's lr."""
+
+
+class WarmupDecayLRParams(WarmupLRParams):
+    """`scheduler.params` of WarmupDecayLR: as WarmupLR, then linearly to 0 at total_num_steps."""
+
+    warmup_max_lr: NonNegative | None = None
+    """Learning rate after the warm-up. Unset: 0.001 as in DeepSpeed; "auto": the optimizer's lr."""
+    total_num_steps: Steps | None = None
+    """Step at which the learning rate reaches 0. Unset or "auto": zerotop.train.steps."""
+
+
+class WarmupCosineLRParams(_WarmupParams):
+    """`scheduler.params` of WarmupCosineLR: ratios of the optimizer's lr, up to 1 and down a cosine."""
+
+    total_num_steps: Steps | None = None
+    """Step at which the cosine ends. Unset or "auto": zerotop.train.steps."""
+    warmup_min_ratio: Annotated[Num, Field(ge=0, le=1)] = 0.0
+    """Ratio at the first step."""
+    cos_min_ratio: Annotated[Num, Field(ge=0, le=1)] = 0.0001
+    """Ratio at the end."""
+
+
+PARAMS: dict[str, type[_WarmupParams]] = {
+    "WarmupLR": WarmupLRParams,
+    "WarmupDecayLR": WarmupDecayLRParams,
+    "WarmupCosineLR": WarmupCosineLRParams,
+}
+"""Supported schedulers and the params each takes."""
+
+REFUSED: dict[str, str] = {
+    "OneCycle": "it is not supported yet; WarmupCosineLR is the nearest",
+    "LRRangeTest": "it is not supported yet; try learning rates with --set optimizer.params.lr=...",
+}
+"""DeepSpeed's other schedulers, and why they cannot run here."""
+
+
+class WarmupLR(Section):
+    """WarmupLR, complete."""
+
+    type: Literal["WarmupLR"] = "WarmupLR"
+    warmup_min_lr: float
+    warmup_max_lr: float | None
+    """None (only under a script with an optimizer of its own): the lr of its first parameter group at the start."""
+    warmup_num_steps: int
+    warmup_type: Literal["log", "linear"]
+    last_batch_iteration: int
+
+
+class WarmupDecayLR(Section):
+    """WarmupDecayLR, complete."""
+
+    type: Literal["WarmupDecayLR"] = "WarmupDecayLR"
+    warmup_min_lr: float
+    warmup_max_lr: float | None
+    """As in WarmupLR."""
+    warmup_num_steps: int
+    warmup_type: Literal["log", "linear"]
+    last_batch_iteration: int
+    total_num_steps: int
+
+
+class WarmupCosineLR(Section):
+    """WarmupCosineLR, complete."""
+
+    type: Literal["WarmupCosineLR"] = "WarmupCosineLR"
+    warmup_num_steps: int
+    warmup_type: Literal["log", "linear"]
+    last_batch_iteration: int
+    total_num_steps: int
+    warmup_min_ratio: float
+    cos_min_ratio: float
+
+
+SchedulerConfig = Annotated[WarmupLR | WarmupDecayLR | WarmupCosineLR, Field(discriminator="type")]
+
+
+class SchedulerSection(Section):
+    """The `scheduler` section as it stands in the file, checked."""
+
+    type: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
+    """Name of the schedule."""
+    params: WarmupLRParams | WarmupDecayLRParams | WarmupCosineLRParams
+    """The schedule's own settings."""
+
+    def resolve(
+        self, found: Findings, *, lr: float | None, steps: int | None, auto: set[str], notes: list[str]
+    ) -> WarmupLR | WarmupDecayLR | WarmupCosineLR | None:
+        """The complete schedule, or None after a problem was recorded.
+
+        `lr`: the optimizer's, None when a script brings its own; `steps`: all optimizer steps, None when not known;
+        `auto`: the params that are "auto" in the file.
+        """
+        params = self.params
+        total = None if self.type == "WarmupLR" else _total(params, steps, notes)
+        if self.type != "WarmupLR" and total is None:
+            found.problem(
+                ("scheduler", "params", "total_num_steps"),
+                ": how many steps there are is up to the script; give the number here or as zerotop.train.steps",
+            )
+            return None
+        span = total if total is not None else steps
+        warmup = params.warmup_num_steps
+        if warmup is None:
+            warmup = _warmup_steps("warmup_num_steps" in auto, span, notes)
+        if total is not None and warmup > total:
+            notes.append(f"scheduler: the warm-up of {warmup} steps is longer than total_num_steps = {total}")
+        common: dict[str, Any] = {
+            "warmup_num_steps": warmup,
+            "warmup_type": params.warmup_type,
+            "last_batch_iteration": params.last_batch_iteration,
+        }
+        if isinstance(params, WarmupCosineLRParams):
+            return WarmupCosineLR(
+                total_num_steps=total or 0,
+                warmup_min_ratio=params.warmup_min_ratio,
+                cos_min_ratio=params.cos_min_ratio,
+                **common,
+            )
+        top = params.warmup_max_lr
+        if top is None and isinstance(params, WarmupDecayLRParams) and "warmup_max_lr" not in auto:
+            top = 1e-3
+            notes.append("scheduler.params.warmup_max_lr: unset, 0.001 as in DeepSpeed")
+        elif top is None:
+            top = lr
+            notes.append(f"scheduler.params.warmup_max_lr: the optimizer's lr{f' {lr:g}' if lr is not None else ''}")
+        common |= {"warmup_min_lr": params.warmup_min_lr, "warmup_max_lr": top}
+        return WarmupDecayLR(total_num_steps=total, **common) if total is not None else WarmupLR(**common)
+
+
+def _total(params: _WarmupParams, steps: int | None, notes: list[str]) -> int | None:
+    given: int | None = getattr(params, "total_num_steps", None)
+    if given is None and steps is not None:
+        notes.append(f"scheduler.params.total_num_steps: {steps}, as zerotop.train.steps")
+    return steps if given is None else given
+
+
+def _warmup_steps(auto: bool, span: int | None, notes: list[str]) -> int:
+    """`span`: all steps when their number is known."""
+    if span is None:
+        steps, why = (0, "no steps known to take a share of") if auto else (DEEPSPEED_WARMUP_STEPS, "as in DeepSpeed")
+    elif auto or span <= DEEPSPEED_WARMUP_STEPS:
+        steps, why = span // 10, f"a tenth of {span} steps"
+    else:
+        steps, why = DEEPSPEED_WARMUP_STEPS, "as in DeepSpeed"
+    notes.append(f"scheduler.params.warmup_num_steps: {steps}, {why}")
+    return steps

@@ -1,0 +1,126 @@
+"""Sorting raw keys: ours are kept, known ones noted or refused, unknown ones reported with a suggestion."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from .errors import Findings, Path, dotted, nearest, shown
+from .known import NO_EFFECT, REFUSED, SPELLINGS, STAGE3_PREFIX, known_keys
+from .section import Section
+
+AUTO = "auto"
+
+S = TypeVar("S", bound=Section)
+
+
+def sift(model: type[Section], raw: Any, path: Path, found: Findings) -> dict[str, Any]:
+    """The keys of `raw` that are fields of `model`, without those that are null or "auto"; sections recursively."""
+    if not isinstance(raw, Mapping):
+        found.problem(path, f": expected an object, got {shown(raw)}")
+        return {}
+    kept: dict[str, Any] = {}
+    for key, value in raw.items():
+        here = (*path, str(key))
+        if str(key) not in model.model_fields:
+            _other(model, here, value, found)
+        elif value is None:
+            continue
+        elif (section := section_of(model, str(key))) is not None:
+            kept[str(key)] = sift(section, value, here, found)
+        elif value == AUTO:
+            found.autos.add(here)
+        else:
+            kept[str(key)] = value
+    return kept
+
+
+def check(model: type[S], kept: Mapping[str, Any], path: Path, found: Findings) -> S | None:
+    """An instance of `model`, or None after every wrong value was recorded as a problem."""
+    try:
+        return model.model_validate(kept)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            where = (*path, *(str(part) for part in detail["loc"]))
+            found.problem(where, f": {_say(detail)}")
+        return None
+
+
+def section_of(model: type[Section], key: str) -> type[Section] | None:
+    """The section that the field `key` holds, or None when it holds a plain value."""
+    annotation = model.model_fields[key].annotation
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    sections = [option for option in options if isinstance(option, type) and issubclass(option, Section)]
+    return sections[0] if len(sections) == 1 else None
+
+
+def _other(model: type[Section], here: Path, value: Any, found: Findings) -> None:
+    """A key that is no field of its section."""
+    key = dotted(here)
+    if here[0] == "zero_optimization":
+        key = key.replace(STAGE3_PREFIX, "")
+    key = SPELLINGS.get(key, key)
+    inner = [f"{key}.{name}" for name in value if f"{key}.{name}" in REFUSED] if isinstance(value, Mapping) else []
+    for name in inner:
+        test, reason = REFUSED[name]
+        if test(value[name.rsplit(".", 1)[1]]):
+            found.problem((*here, name.rsplit(".", 1)[1]), f": {reason}")
+            return
+    if key in REFUSED:
+        test, reason = REFUSED[key]
+        if test(value):
+            found.problem(here, f": {reason}")
+    elif key in NO_EFFECT:
+        if value is not None and not (isinstance(value, Mapping) and value.get("enabled") is False):
+            found.ignored(here, NO_EFFECT[key])
+    else:
+        found.problem(here, f": unknown key{_suggestion(model, here, found)}")
+
+
+def _suggestion(model: type[Section], here: Path, found: Findings) -> str:
+    section, name = here[:-1], here[-1]
+    ours = {*model.model_fields, *known_keys(section)}
+    if near := nearest(name, ours):
+        return f". Did you mean {dotted((*section, near))}?"
+    if near := nearest(name, found.vocabulary):
+        return f". Did you mean {dotted(found.vocabulary[near])}?"
+    fields = ", ".join(model.model_fields)
+    return f". Known keys{' of ' + dotted(section) if section else ''}: {fields}"
+
+
+def paths(model: type[Section], section: Path) -> typing.Iterator[Path]:
+    """The path of every field, outer ones first."""
+    for name in model.model_fields:
+        yield (*section, name)
+    for name in model.model_fields:
+        if inner := section_of(model, name):
+            yield from paths(inner, (*section, name))
+
+
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def _say(detail: Mapping[str, Any]) -> str:
+    """What pydantic found, as `expected ..., got ...`."""
+    context = detail.get("ctx", {})
+    got = shown(detail["input"])
+    for name, words in _BOUNDS.items():
+        if name in context:
+            return f"expected {words} {context[name]}, got {got}"
+    if detail["type"] == "literal_error":
+        return f"expected {context['expected'].replace(chr(39), chr(34))}, got {got}{_near_choice(detail)}"
+    if detail["type"] == "missing":
+        return "is missing"
+    return str(detail["msg"])
+
+
+def _near_choice(detail: Mapping[str, Any]) -> str:
+    if not isinstance(detail["input"], str):
+        return ""
+    choices = [part.strip(" '") for part in detail["ctx"]["expected"].replace(" or ", ", ").split(",")]
+    near = nearest(detail["input"], choices)
+    return f". Did you mean {near}?" if near else ""

@@ -1,0 +1,151 @@
+"""Reading the JSON text: every mistake gets its line, every key remembers its own, --set changes single keys."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+from .errors import ConfigError, Origin, Path, dotted, shown
+
+_MAX_BYTES = 16 * 2**20  # a config is a few kB; this is someone's data or checkpoint
+_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]:,]|-?Infinity|NaN')
+
+
+def read(source: str | FilePath | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origin]:
+    """The raw config with the overrides applied, and where each key came from. Raises ConfigError."""
+    if isinstance(source, Mapping):
+        raw: dict[str, Any] = copy.deepcopy(dict(source))
+        name, lines = "config", dict[Path, int]()
+    else:
+        name = str(source)
+        raw, lines = _parse(_read_text(FilePath(source), name), name)
+    taken = _apply(raw, overrides)
+    return raw, Origin(name=name, lines=lines, overrides=taken)
+
+
+def _read_text(path: FilePath, name: str) -> str:
+    try:
+        if path.is_dir():
+            inside = sorted(entry.name for entry in path.glob("*.json"))
+            hint = f"; it contains {', '.join(inside[:5])}" if inside else ""
+            raise ConfigError(f"expected a JSON file, got a directory{hint}", name)
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError("no such file", name) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror or error}", name) from None
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(f"larger than {_MAX_BYTES // 2**20} MiB, so it cannot be a config file", name)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x})", name) from None
+
+
+def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Path, int]]:
+    if not text.strip():
+        raise ConfigError("the file is empty; expected a JSON object, for example {}", name)
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(_not_json(text, error), name) from None
+    except RecursionError:
+        raise ConfigError("not usable: nested too deeply", name) from None
+    lines, problems = _scan(text)
+    if problems:
+        raise ConfigError(problems, name)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"expected a JSON object at the top, {{...}}, got {shown(raw)}", name)
+    return raw, lines
+
+
+def _not_json(text: str, error: json.JSONDecodeError) -> str:
+    """The parser's complaint with the line it is about and a caret under the column."""
+    line = (text.splitlines() or [""])[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
+    column = error.colno
+    start = max(0, column - 60)
+    excerpt = line[start : start + 100].replace("\t", " ")
+    hint = ""
+    rest = text[error.pos :].lstrip()
+    before = text[: error.pos].rstrip()
+    if rest.startswith(("//", "/*", "#")):
+        hint = " (JSON has no comments)"
+    elif (before.endswith(",") and rest[:1] in "}]") or (rest[:1] == "," and rest[1:].lstrip()[:1] in ("}", "]")):
+        hint = " (a comma before a closing bracket is not JSON)"
+    elif rest.startswith("'"):
+        hint = ' (JSON strings take double quotes: "...")'
+    elif re.match(r"(True|False|None)\b", rest):
+        hint = " (JSON writes true, false and null)"
+    pointer = " " * (column - 1 - start) + "^"
+    return f"not JSON: line {error.lineno}, column {column}: {error.msg}{hint}\n{excerpt}\n{pointer}"
+
+
+def _scan(text: str) -> tuple[dict[Path, int], list[str]]:
+    """Line of every key of a JSON text that parses, and what Python's parser lets through: duplicate keys, NaN."""
+    lines: dict[Path, int] = {}
+    problems: list[str] = []
+    stack: list[str | None] = []  # per open bracket the key inside it that is being read; None in a list
+    line, at, word = 1, 0, ""
+    for token in _TOKEN.finditer(text):
+        line += text.count("\n", at, token.start())
+        at = token.start()
+        symbol = token.group()
+        if symbol[0] == '"':
+            word = symbol
+        elif symbol == ":":
+            stack[-1] = json.loads(word)
+            path = tuple(key for key in stack if key is not None)
+            if None in stack:
+                continue  # objects inside lists have no path of their own
+            if path in lines:
+                problems.append(f"line {line}: {dotted(path)} is given twice (first on line {lines[path]})")
+            lines.setdefault(path, line)
+        elif symbol in "{[":
+            stack.append("" if symbol == "{" else None)
+        elif symbol in "}]":
+            stack.pop()
+        elif symbol != ",":
+            path = tuple(key for key in stack if key)
+            problems.append(f"line {line}: {dotted(path)}: {symbol} is not a JSON number; expected a finite one")
+    return lines, problems
+
+
+def _apply(raw: dict[str, Any], overrides: Sequence[str]) -> dict[Path, str]:
+    """Set each `dotted.key=value` in `raw`; returns which override gave which key its value."""
+    taken: dict[Path, str] = {}
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        path = tuple(part.strip() for part in key.split("."))
+        if not equals or not all(path):
+            problems.append(f"--set {override}: expected key=value, for example zerotop.train.steps=50")
+            continue
+        place = raw
+        for depth, part in enumerate(path[:-1], 1):
+            # `"zero_optimization": true` is an old spelling of stage 1; a key set inside it makes it an object.
+            below = place.get(part)
+            if below is None or (isinstance(below, bool) and path[:depth] == ("zero_optimization",)):
+                below = place[part] = {} if below is None else {"stage": int(below)}
+            if not isinstance(below, dict):
+                problems.append(f"--set {override}: {dotted(path[:depth])} is {shown(below)}, not an object")
+                break
+            place = below
+        else:
+            place[path[-1]] = _value(text)
+            taken[path] = override
+    if problems:
+        raise ConfigError(problems)
+    return taken
+
+
+def _value(text: str) -> Any:
+    """JSON where it parses as JSON, else the text itself: steps=50 is a number, type=AdamW a string."""
+    try:
+        return json.loads(text, parse_constant=lambda word: word)
+    except (json.JSONDecodeError, RecursionError):
+        return text

@@ -1,0 +1,105 @@
+"""The `zerotop` section: what DeepSpeed's keys do not say. DeepSpeed ignores it, so that one file serves both."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ..knobs import KNOBS
+from .section import Flag, Int, Num, Section, Text, Texts
+
+MODEL_PRESETS = ("gpt-tiny", "gpt-small", "gpt-124m", "gpt-350m", "gpt-1.3b", "gpt-7b")
+"""Names of the built-in GPTs, smallest first."""
+
+DEFAULT_PRESET = "gpt-small"
+DEFAULT_STEPS = 200
+
+Preset = Literal["gpt-tiny", "gpt-small", "gpt-124m", "gpt-350m", "gpt-1.3b", "gpt-7b"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+class ModelConfig(Section):
+    """What is trained when no script is given. Give `preset` or `path`, not both."""
+
+    preset: Annotated[Preset, BeforeValidator(_lower)] | None = None
+    """A built-in GPT, newly initialised. With neither preset nor path: gpt-small."""
+
+    path: Text | None = None
+    """A Hugging Face model: a directory, or an id on the hub."""
+
+
+class DataConfig(Section):
+    """The text that the built-in trainer learns."""
+
+    files: Texts = ()
+    """Globs of text files (`**` crosses folders, `~` is the home folder), relative to where launch was
+    called. Empty: the source text of Python's own standard library."""
+
+    tokenizer: Text = "bytes"
+    """`bytes` (one token per UTF-8 byte), or a Hugging Face tokenizer: a directory, or an id on the hub."""
+
+    seq_len: Annotated[Int, Field(ge=1, le=2**24)] = 512
+    """Tokens per sequence."""
+
+
+class TrainConfig(Section):
+    """How long and from which seed the built-in trainer trains."""
+
+    steps: Annotated[Int, Field(ge=1)] | None = None
+    """Optimizer steps. Unset: 200 in the built-in trainer, unknown with a script, which decides itself."""
+
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
+    """Seed of initial weights, data order and dropout."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are made and how many stay."""
+
+    interval: Annotated[Int, Field(ge=KNOBS["checkpoint_interval"].min, le=KNOBS["checkpoint_interval"].max)] = 500
+    """Optimizer steps between two automatic checkpoints; 0 makes none (the command `checkpoint` still does)."""
+
+    keep: Annotated[Int, Field(ge=KNOBS["checkpoints_kept"].min, le=KNOBS["checkpoints_kept"].max)] = 2
+    """Newest complete checkpoints that stay on disk."""
+
+    folder: Text | None = None
+    """Where checkpoints go. Unset: the run's own directory."""
+
+
+class TelemetryConfig(Section):
+    """What ranks send to the screen."""
+
+    enabled: Flag = True
+    """Whether ranks publish telemetry. Commands work either way."""
+
+    hz: Annotated[Num, Field(ge=KNOBS["telemetry_hz"].min, le=KNOBS["telemetry_hz"].max)] = 10.0
+    """Messages per second that each rank sends at most."""
+
+
+class LogConfig(Section):
+    """What is logged."""
+
+    level: Annotated[LogLevel, BeforeValidator(_lower)] = "info"
+    """Lowest level of log records that ranks send and write."""
+
+    interval: Annotated[Int, Field(ge=KNOBS["log_interval"].min, le=KNOBS["log_interval"].max)] = 10
+    """Optimizer steps between two progress lines."""
+
+
+class ZerotopConfig(Section):
+    """The whole `zerotop` section."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    log: LogConfig = LogConfig()
+
+    units: Texts | None = None
+    """Names of the modules to cut the model into, as `named_modules()` gives them; `*` matches one part of a name
+    (`transformer.h.*`). Unset: the children of the largest repeated ModuleList."""
