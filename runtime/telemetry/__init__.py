@@ -1,0 +1,9 @@
+"""A rank's side of telemetry and commands. Torch-free: a rank, a test or another trainer can use it as it is."""
+
+from runtime.telemetry.handler import TelemetryHandler
+from runtime.telemetry.inbox import Inbox
+from runtime.telemetry.null import NullTelemetry
+from runtime.telemetry.orphan import die_with_parent
+from runtime.telemetry.publisher import Telemetry, TelemetryError
+
+__all__ = ["Inbox", "NullTelemetry", "Telemetry", "TelemetryError", "TelemetryHandler", "die_with_parent"]

@@ -1,0 +1,39 @@
+"""Python's logging, as messages to the hub."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+LevelName = Literal["debug", "info", "warning", "error", "critical"]
+TEXT_KEPT = 8000
+"""Characters of one record; the rank's log file has the rest."""
+
+
+def level_name(number: int) -> LevelName:
+    if number >= logging.CRITICAL:
+        return "critical"
+    if number >= logging.ERROR:
+        return "error"
+    if number >= logging.WARNING:
+        return "warning"
+    return "info" if number >= logging.INFO else "debug"
+
+
+class TelemetryHandler(logging.Handler):
+    """Hands every record, with its traceback if it has one, to `send(level, text, logger, wall_s)`. `setLevel` at any time."""
+
+    def __init__(self, send: Callable[[LevelName, str, str, float], None], level: int = logging.INFO) -> None:
+        super().__init__(level)
+        self._send = send
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            if len(text) > TEXT_KEPT:
+                text = f"{text[:TEXT_KEPT]}... ({len(text) - TEXT_KEPT} more characters)"
+            self._send(level_name(record.levelno), text, record.name, record.created)
+        except Exception:
+            self.handleError(record)  # a wrong format string in somebody's log call: logging's own way to say so

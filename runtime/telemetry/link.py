@@ -1,0 +1,137 @@
+"""The two sockets between a rank and the hub, and the pair that wakes the thread which owns them."""
+
+from __future__ import annotations
+
+import errno
+import math
+import socket
+import time
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import Any
+
+import zmq
+
+from runtime.telemetry.outbox import Outbox
+from runtime.wire.codec import ProtocolError, decode_down, encode
+from runtime.wire.messages import Command, Packet, Resend
+from runtime.wire.rundir import Sockets
+
+HEARTBEAT_INTERVAL_MS = 2_000
+HEARTBEAT_TIMEOUT_MS = 10_000
+RECONNECT_MS = 100
+RECONNECT_MAX_MS = 2_000
+TELEMETRY_QUEUED = 100
+"""Packets: at the usual 10 Hz, ten seconds of a hub that does not read."""
+
+
+class Link:
+    """Sockets to the hub of one run. All but `wake` belongs to one thread.
+
+    The hub need not be there yet, nor stay: connecting goes on in the background. `report` hears of frames that are not ours. Raises ValueError for
+    a socket path the kernel can't take.
+    """
+
+    def __init__(self, sockets: Sockets, rank: int, attempt: int, report: Callable[[str], None]) -> None:
+        self.outbox = Outbox(rank, attempt)
+        self._source = f"rank/{rank}"
+        self._attempt = attempt
+        self._report = report
+        self._seq = 0
+        self._context = zmq.Context()
+        self._publisher = self._connect(zmq.PUB, sockets, "telemetry", {zmq.SNDHWM: TELEMETRY_QUEUED})
+        self._dealer = self._connect(
+            zmq.DEALER,
+            sockets,
+            "ranks",
+            {
+                zmq.ROUTING_ID: f"rank/{rank}/{attempt}".encode(),
+                zmq.HEARTBEAT_IVL: HEARTBEAT_INTERVAL_MS,
+                zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS,
+            },
+        )
+        # Socket objects and not bare descriptors: after close() a late wake() must not write to whatever reuses the number.
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._wake_fd = self._wake_read.fileno()
+        self._poller = zmq.Poller()
+        self._poller.register(self._dealer, zmq.POLLIN)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+
+    def _connect(self, kind: int, sockets: Sockets, name: str, options: dict[int, Any]) -> zmq.Socket[bytes]:
+        connected = self._context.socket(kind)
+        try:
+            for option, value in {zmq.LINGER: 0, zmq.RECONNECT_IVL: RECONNECT_MS, zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS, **options}.items():
+                connected.setsockopt(option, value)
+            connected.connect(sockets.endpoint(name))
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            way_out = ": a Unix socket's path holds 107 characters" if error.errno == errno.ENAMETOOLONG else ""
+            raise ValueError(f"can't use the socket {sockets.path(name)}: {error.strerror}{way_out}") from None
+        return connected
+
+    def wake(self) -> None:
+        """End `wait` from any thread, also from a signal handler."""
+        try:
+            self._wake_write.send(b"\0")
+        except OSError:
+            return  # full: that wakes just as well; closed: nobody sleeps any more
+
+    def wait(self, timeout_s: float) -> list[Command | Resend]:
+        """Sleep until something arrives, `wake`, or timeout_s; returns what arrived."""
+        ready = dict(self._poller.poll(_ceil_ms(timeout_s)))
+        if self._wake_fd in ready:
+            self._wake_read.recv(4096)
+        arrived: list[Command | Resend] = []
+        while self._dealer in ready:
+            try:
+                frame = self._dealer.recv_multipart(zmq.NOBLOCK)[-1]
+            except zmq.Again:
+                break
+            try:
+                message = decode_down(frame)
+            except ProtocolError as error:
+                self._report(f"a frame from the hub was ignored: {error}")
+                continue
+            if message is not None:
+                arrived.append(message)
+        return arrived
+
+    def publish(self, messages: list[Any]) -> None:
+        """One telemetry packet; lost, and seen as a gap in the numbers, when nobody takes it."""
+        self._seq += 1
+        packet = Packet.model_construct(
+            source=self._source, attempt=self._attempt, seq=self._seq, sent_ns=monotonic_ns(), messages=messages
+        )
+        self._publisher.send(encode(packet), zmq.NOBLOCK)
+
+    def send_events(self, messages: list[Any]) -> None:
+        """Queue `messages`, and send what the hub can take now; the rest goes with the next call."""
+        self.outbox.add(messages)
+        while (frame := self.outbox.next_frame()) is not None:
+            try:
+                self._dealer.send(frame, zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self.outbox.sent()
+
+    def close(self, timeout_s: float) -> None:
+        """Flush for at most timeout_s seconds, then let go of everything."""
+        deadline = time.monotonic() + timeout_s
+        while self.outbox.next_frame() is not None:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not self._dealer.poll(_ceil_ms(remaining), zmq.POLLOUT):
+                break
+            self.send_events([])
+        linger = max(0, int((deadline - time.monotonic()) * 1000))
+        self._dealer.close(linger=linger)
+        self._publisher.close(linger=linger)
+        self._context.term()
+        self._wake_read.close()
+        self._wake_write.close()
+
+
+def _ceil_ms(seconds: float) -> int:
+    # Rounded up: rounded down, the last fraction of a millisecond before a tick would be spent spinning.
+    return math.ceil(seconds * 1000)

@@ -1,0 +1,129 @@
+"""Nothing of a run outlives its supervisor: how a rank notices that it is gone, and what happens then."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+
+GRACE_VARIABLE = "ZEROTOP_ORPHAN_GRACE_S"
+DEFAULT_GRACE_S = 60.0
+FALLBACK_INTERVAL_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(signal_number: int) -> bool:
+    """Have the kernel send this process `signal_number` when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG).
+
+    Call it early, from the main thread. False, and nothing happens, where the kernel has no such thing (not Linux). A parent that ends during the
+    call would never trigger it, so then the signal is sent at once.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal_number), 0, 0, 0) != 0:
+        return False
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal_number)
+    return True
+
+
+def grace_s() -> float:
+    """Seconds an orphaned rank has to checkpoint and leave; raises ValueError when the variable is no number of seconds."""
+    text = os.environ.get(GRACE_VARIABLE, "")
+    if not text:
+        return DEFAULT_GRACE_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{GRACE_VARIABLE}: expected a number of seconds from 0, got {text!r}")
+    return seconds
+
+
+class SupervisorWatch:
+    """A sleeping thread that wakes when process `pid` ends, calls `on_gone` once, and ends this process when the grace is over.
+
+    It is a thread of its own because it must work when everything else is stuck. It waits on a pidfd; where the kernel refuses one, it looks at
+    pid and start time once a second.
+    """
+
+    def __init__(self, pid: int, on_gone: Callable[[], None], grace_s: float) -> None:
+        self.pid = pid
+        self.gone = False
+        self._on_gone = on_gone
+        self._grace_s = grace_s
+        self._stopped = threading.Event()
+        self._stop_read, self._stop_write = os.pipe()
+        self._pidfd: int | None = None
+        self._process: psutil.Process | None = None
+        try:
+            # Opened here and not in the thread: from now on the pid can't be mistaken for a later process.
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self.gone = True
+        except (OSError, AttributeError):
+            try:
+                self._process = psutil.Process(pid)
+            except psutil.NoSuchProcess:
+                self.gone = True
+        self._thread = threading.Thread(target=self._run, name="zerotop-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, and with it the grace timer."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        os.write(self._stop_write, b"\0")
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        for descriptor in (self._stop_read, self._stop_write, self._pidfd):
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _run(self) -> None:
+        if not self.gone:
+            self._wait()
+        if self._stopped.is_set():
+            return
+        self.gone = True
+        deadline = time.monotonic() + self._grace_s
+        self._on_gone()
+        if self._stopped.wait(max(0.0, deadline - time.monotonic())):
+            return
+        words = f"zerotop: the supervisor (pid {self.pid}) is gone and this rank did not stop within {self._grace_s:g} s: it ends now\n"
+        try:
+            os.write(2, words.encode())
+        finally:
+            os._exit(1)
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._stop_read, select.POLLIN)
+        if self._pidfd is not None:
+            poll.register(self._pidfd, select.POLLIN)
+            poll.poll()
+            return
+        assert self._process is not None
+        while not poll.poll(FALLBACK_INTERVAL_S * 1000):
+            if not _lives(self._process):
+                return
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        # is_running() compares start times. A zombie has ended: its parent has merely not looked yet.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,78 @@
+"""Events on their way to the hub: numbered packets that can be sent again."""
+
+from __future__ import annotations
+
+from collections import deque
+from time import monotonic_ns, time
+from typing import Any
+
+from runtime.wire.codec import encode
+from runtime.wire.messages import LogRecord, Packet
+
+PACKETS_KEPT = 2000
+BYTES_KEPT = 16 * 2**20
+MESSAGES_PER_PACKET = 200
+
+
+class Outbox:
+    """Encoded event packets, numbered from 1, with a mark at the next one to send.
+
+    The newest PACKETS_KEPT packets (and at most BYTES_KEPT bytes) are kept for `rewind`, and the first one always: it holds the hello.
+    Used by one thread.
+    """
+
+    def __init__(self, rank: int, attempt: int) -> None:
+        self._rank = rank
+        self._attempt = attempt
+        self._first: bytes | None = None
+        self._kept: deque[tuple[int, bytes]] = deque()
+        self._bytes = 0
+        self._last_seq = 0
+        self._next_seq = 1
+
+    def add(self, messages: list[Any]) -> None:
+        """Make packets of `messages`; one that JSON can't carry is replaced by a log record that says so."""
+        for start in range(0, len(messages), MESSAGES_PER_PACKET):
+            part = messages[start : start + MESSAGES_PER_PACKET]
+            try:
+                frame = self._encode(part)
+            except (TypeError, ValueError):
+                frame = self._encode([self._checked(message) for message in part])
+            self._last_seq += 1
+            self._first = self._first or frame
+            self._kept.append((self._last_seq, frame))
+            self._bytes += len(frame)
+        while len(self._kept) > PACKETS_KEPT or (self._bytes > BYTES_KEPT and len(self._kept) > 1):
+            self._bytes -= len(self._kept.popleft()[1])
+
+    def next_frame(self) -> bytes | None:
+        """The next packet to send, or None when all are sent. It stays the next one until `sent`."""
+        if self._next_seq > self._last_seq:
+            return None
+        if self._next_seq == 1:
+            return self._first
+        oldest = self._kept[0][0]
+        self._next_seq = max(self._next_seq, oldest)  # what fell out is gone: the hub sees the gap in the numbers
+        return self._kept[self._next_seq - oldest][1]
+
+    def sent(self) -> None:
+        self._next_seq += 1
+
+    def rewind(self, first_seq: int) -> None:
+        """Send everything from packet `first_seq` on again."""
+        self._next_seq = min(self._next_seq, max(1, first_seq))
+
+    def _encode(self, messages: list[Any]) -> bytes:
+        return encode(
+            Packet(
+                source=f"rank/{self._rank}", attempt=self._attempt, seq=self._last_seq + 1, sent_ns=monotonic_ns(), messages=messages
+            )
+        )
+
+    def _checked(self, message: Any) -> Any:
+        try:
+            encode(message)
+        except (TypeError, ValueError) as error:
+            text = f"a message of kind {message.kind} could not be sent: {error}"
+            return LogRecord(rank=self._rank, level="error", logger="runtime.telemetry", text=text, wall_s=time())
+        return message

@@ -1,0 +1,193 @@
+"""What the training thread leaves behind: phase intervals, collectives and step results, in rings that never block.
+
+Every method here is called on the training path, so it does nothing but arithmetic and appends: no lock, no socket, no message objects. One
+thread at a time may call it (autograd's device thread counts as the training thread: the caller waits for it). `drain` belongs to the publisher.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from time import monotonic_ns
+from types import TracebackType
+from typing import Any
+
+from runtime.wire.messages import PhaseName, StepResult
+
+Span = tuple[PhaseName, int, int, int, int]
+"""(phase, step, micro_step, start_ns, end_ns), as `Phases` carries it."""
+CollectiveRecord = tuple[int, str, int, int, int, int, int]
+"""(seq, op, bytes, issue_ns, end_ns, duration_us, wait_us), as `Collectives` carries it."""
+
+SPANS_KEPT = 4096
+COLLECTIVES_KEPT = 8192
+STEPS_KEPT = 1024
+STEP_MASK = 0xFFFF
+"""The step of the newest 65536 issued collectives is remembered until they complete."""
+
+
+@dataclass(frozen=True)
+class Drained:
+    """Everything recorded since the last drain, oldest first."""
+
+    spans: list[Span]
+    collectives: list[tuple[int, CollectiveRecord]]  # (step in which it was issued, record)
+    steps: list[StepResult]
+    dropped: int  # entries lost to full rings since the start
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the training thread is right now; the fields of a `Heartbeat`."""
+
+    phase: PhaseName
+    step: int
+    micro_step: int
+    phase_since_ns: int
+    entered_seq: int
+    entered_op: str
+    completed_seq: int
+    progress_ns: int
+
+
+class _Ring:
+    """The reader's side of a bounded deque: takes what is there and works out how much fell out in between.
+
+    The writer counts its appends after making them, so `appended` never runs ahead of the deque and a loss is never counted that did not happen.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.items: deque[Any] = deque(maxlen=capacity)
+        self.taken = 0
+        self.lost = 0
+
+    def take(self, appended: int) -> list[Any]:
+        items = self.items
+        taken = [items.popleft() for _ in range(len(items))]
+        self.taken += len(taken)
+        self.lost = max(self.lost, appended - self.taken - len(items))
+        return taken
+
+
+class _SpanContext:
+    """Runs one phase inside another; on leaving, the outer phase goes on as a new interval at the step and micro-step reached by then."""
+
+    __slots__ = ("_outer", "_phase", "_recorder")
+
+    def __init__(self, recorder: Recorder, phase: PhaseName) -> None:
+        self._recorder = recorder
+        self._phase = phase
+        self._outer: PhaseName = phase
+
+    def __enter__(self) -> None:
+        self._outer = self._recorder._now[0]
+        self._recorder.enter(self._phase)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._recorder.enter(self._outer)
+
+
+class Recorder:
+    """The training thread's half of `Telemetry`."""
+
+    def __init__(self) -> None:
+        now = monotonic_ns()
+        # One tuple, replaced as a whole: the heartbeat reads it from another thread and must never see half of a change.
+        self._now: tuple[PhaseName, int, int, int] = ("init", 0, 0, now)  # phase, step, micro_step, since_ns
+        self._entered: tuple[int, str] = (0, "")
+        self._completed_seq = 0
+        self._progress_ns = now
+        self._spans = _Ring(SPANS_KEPT)
+        self._collectives = _Ring(COLLECTIVES_KEPT)
+        self._steps = _Ring(STEPS_KEPT)
+        # Bound once: an attribute look-up less per call.
+        self._append_span = self._spans.items.append
+        self._append_collective = self._collectives.items.append
+        self._spans_put = self._collectives_put = self._steps_put = 0
+        self._issued_in_step: list[int] = [0] * (STEP_MASK + 1)
+        self._previous_end_ns = 0
+        self._counted_to_ns = now  # phase time up to here is in the sums of an earlier step
+        self._phase_ns: dict[str, int] = {}
+        self._wait_ns = 0
+        self._comm_bytes = 0
+
+    # ---- the training thread ---------------------------------------------------------------------------------------
+    def enter(self, phase: PhaseName, step: int | None = None, micro_step: int | None = None) -> None:
+        """End the current phase interval and begin the next; None keeps the step (1-based) or micro-step (1-based; 0 outside accumulation)."""
+        now = monotonic_ns()
+        old_phase, old_step, old_micro_step, since = self._now
+        self._append_span((old_phase, old_step, old_micro_step, since, now))
+        self._spans_put += 1
+        counted = self._counted_to_ns
+        sums = self._phase_ns
+        sums[old_phase] = sums.get(old_phase, 0) + now - (since if since > counted else counted)
+        self._now = (phase, old_step if step is None else step, old_micro_step if micro_step is None else micro_step, now)
+        self._progress_ns = now
+
+    def span(self, phase: PhaseName) -> _SpanContext:
+        """A phase inside a phase. Intervals never overlap: the outer one ends where the inner begins, so no time is counted twice."""
+        return _SpanContext(self, phase)
+
+    def issued(self, op: str, nbytes: int) -> int:
+        """Note that a collective is being issued; returns its sequence number, from 1. Its bytes count for the current step."""
+        seq = self._entered[0] + 1
+        self._entered = (seq, op)
+        self._issued_in_step[seq & STEP_MASK] = self._now[1]
+        self._comm_bytes += nbytes
+        self._progress_ns = monotonic_ns()
+        return seq
+
+    def completed(self, seq: int, op: str, nbytes: int, issue_ns: int, end_ns: int, wait_ns: int) -> None:
+        """Note a finished collective, in issue order; wait_ns is how long the training thread stood still for it.
+
+        The duration starts at the later of its issue and the previous completion: before that, the group was busy with another one.
+        """
+        previous = self._previous_end_ns
+        duration_ns = end_ns - (issue_ns if issue_ns > previous else previous)
+        if end_ns > previous:
+            self._previous_end_ns = end_ns
+        if seq > self._completed_seq:
+            self._completed_seq = seq
+        self._wait_ns += wait_ns
+        # End times come from callbacks of the transport and may cross by microseconds; a duration is never negative.
+        record = (seq, op, nbytes, issue_ns, end_ns, duration_ns // 1000 if duration_ns > 0 else 0, wait_ns // 1000)
+        self._append_collective((self._issued_in_step[seq & STEP_MASK], record))
+        self._collectives_put += 1
+        self._progress_ns = monotonic_ns()
+
+    def step(self, result: StepResult) -> None:
+        """Publish an optimizer step. Where `result` leaves phase_ms, wait_ms or comm_bytes at the default, what was seen since the last step goes in."""
+        now = monotonic_ns()
+        phase, _, _, since = self._now
+        sums, self._phase_ns = self._phase_ns, {}
+        sums[phase] = sums.get(phase, 0) + now - max(since, self._counted_to_ns)
+        self._counted_to_ns = now
+        self._steps.items.append((result, sums, self._wait_ns, self._comm_bytes))
+        self._steps_put += 1
+        self._wait_ns = self._comm_bytes = 0
+        self._progress_ns = now
+
+    # ---- the publisher ---------------------------------------------------------------------------------------------
+    def drain(self) -> Drained:
+        spans = self._spans.take(self._spans_put)
+        collectives = self._collectives.take(self._collectives_put)
+        steps = [_filled(*entry) for entry in self._steps.take(self._steps_put)]
+        return Drained(spans, collectives, steps, self._spans.lost + self._collectives.lost + self._steps.lost)
+
+    def position(self) -> Position:
+        # completed before entered: read the other way round, a completion in between would show more completed than entered.
+        completed_seq = self._completed_seq
+        entered_seq, entered_op = self._entered
+        phase, step, micro_step, since_ns = self._now
+        return Position(phase, step, micro_step, since_ns, entered_seq, entered_op, completed_seq, self._progress_ns)
+
+
+def _filled(result: StepResult, phase_ns: dict[str, int], wait_ns: int, comm_bytes: int) -> StepResult:
+    update: dict[str, Any] = {}
+    if not result.phase_ms:
+        update["phase_ms"] = {phase: round(ns / 1e6, 3) for phase, ns in phase_ns.items()}
+    if not result.wait_ms:
+        update["wait_ms"] = round(wait_ns / 1e6, 3)
+    if not result.comm_bytes:
+        update["comm_bytes"] = comm_bytes
+    return result.model_copy(update=update)
