@@ -1,4 +1,4 @@
-"""What a training step takes beyond the states, estimated from a GPT's shape; and shapes guessed from a parameter count.
+"""What a step takes beyond the states, estimated from a GPT's shape; and shapes guessed from a parameter count.
 
 Torch-free. The figures are for the built-in GPT (no dropout, no activation checkpointing, fused attention); other
 transformers of the same shape differ by some ten per cent.
@@ -17,7 +17,18 @@ NCCL_BYTES = 600 * 10**6
 """One NCCL communicator's channels: 544-688 MB were seen on A100."""
 
 # Layers and width of published models, for guessing the shape behind a parameter count.
-_SHAPES = ((4, 256), (8, 512), (12, 768), (24, 1024), (24, 2048), (32, 2560), (32, 4096), (40, 5120), (60, 6656), (80, 8192))
+_SHAPES = (
+    (4, 256),
+    (8, 512),
+    (12, 768),
+    (24, 1024),
+    (24, 2048),
+    (32, 2560),
+    (32, 4096),
+    (40, 5120),
+    (60, 6656),
+    (80, 8192),
+)
 _SHAPES_LARGE = ((96, 12288), (118, 16384))
 
 
@@ -35,7 +46,7 @@ def activation_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_
 
 
 def logits_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int) -> int:
-    """Logits in the model's precision, their log-softmax in fp32 and its gradient in fp32, all alive as backward starts."""
+    """Logits in the model's precision, and in fp32 their log-softmax and its gradient: alive as backward starts."""
     return micro_batch * seq_len * config.vocab_size * (element_bytes + 4 + 4)
 
 

@@ -1,8 +1,8 @@
 """What a run will take: bytes per GPU and on the host, and bytes sent per step, for every ZeRO stage. Torch-free.
 
-With Psi parameters on N ranks, Adam and 16-bit parameters with fp32 masters, ZeRO's own table (arXiv 1910.02054, section 5)
-counts 16 Psi bytes per GPU at stage 0, 4 Psi + 12 Psi / N at 1, 2 Psi + 14 Psi / N at 2 and 16 Psi / N at 3, with gradients
-in 16 bit. Gradients that accumulate in fp32, as here by default, take 4 bytes instead of 2.
+With Psi parameters on N ranks, Adam and 16-bit parameters with fp32 masters, ZeRO's own table (arXiv 1910.02054,
+section 5) counts 16 Psi bytes per GPU at stage 0, 4 Psi + 12 Psi / N at 1, 2 Psi + 14 Psi / N at 2 and 16 Psi / N at 3,
+with gradients in 16 bit. Gradients that accumulate in fp32, as here by default, take 4 bytes instead of 2.
 
 States (parameters, gradients, masters, optimizer) are exact for this engine's layout: every unit is padded to
 64 elements per rank. What the engine keeps in flight is a bound from the same layout. Activations, logits and context
@@ -21,6 +21,8 @@ from runtime.zero.layout import padded
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STAGES = (0, 1, 2, 3)
+REDUCTIONS_IN_FLIGHT = 2
+"""As runtime/zero/schedule.py has it; a test compares."""
 
 CATEGORIES = ("parameters", "gradients", "masters", "optimizer", "buffers", "activations", "logits", "context")
 EXACT = ("parameters", "gradients", "masters", "optimizer")
@@ -37,11 +39,15 @@ class Workload:
     world_size: int
     precision: str = "bf16"
     grad_accum_dtype: str = "fp32"
+    reduce_dtype: str | None = None
+    """Precision in which gradients travel and wait to be reduced. None: that in which they accumulate."""
     moments: int = 2
     """fp32 state tensors per parameter that the optimizer keeps: 2 for Adam."""
     micro_batch: int = 1
     accumulation: int = 1
     seq_len: int = 1024
+    offload_ratio: float = 1.0
+    """Share of the states that offload moves to the host."""
     pin_memory: bool = True
     shape_guessed: bool = False
 
@@ -52,6 +58,10 @@ class Workload:
         for field in ("precision", "grad_accum_dtype"):
             if getattr(self, field) not in ELEMENT_BYTES:
                 raise ValueError(f"{field}: expected one of {', '.join(ELEMENT_BYTES)}, got {getattr(self, field)!r}")
+        if self.reduce_dtype is not None and self.reduce_dtype not in ELEMENT_BYTES:
+            raise ValueError(f"reduce_dtype: expected one of {', '.join(ELEMENT_BYTES)}, got {self.reduce_dtype!r}")
+        if not 0 <= self.offload_ratio <= 1:
+            raise ValueError(f"offload_ratio must be between 0 and 1, got {self.offload_ratio}")
         if not self.units or any(numel < 0 for _, numel in self.units):
             raise ValueError("units must name at least one unit, none with a negative size")
 
@@ -64,8 +74,16 @@ class Workload:
         return sum(padded(numel, self.world_size) for _, numel in self.units)
 
     @property
-    def global_batch(self) -> int:
-        return self.micro_batch * self.accumulation * self.world_size
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.precision]
+
+    @property
+    def accumulator_bytes(self) -> int:
+        return ELEMENT_BYTES[self.grad_accum_dtype]
+
+    @property
+    def reduced_bytes(self) -> int:
+        return ELEMENT_BYTES[self.reduce_dtype or self.grad_accum_dtype]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,27 +168,27 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False) -> Layou
     world = workload.world_size
     whole = workload.padded_parameters
     owned = whole if stage == 0 else whole // world
-    element, accumulator = ELEMENT_BYTES[workload.precision], ELEMENT_BYTES[workload.grad_accum_dtype]
+    on_host = int(owned * workload.offload_ratio) if offload else 0
+    on_gpu = owned - on_host
     # Fp32 parameters are their own masters, unless the states live elsewhere.
-    master = 4 * owned if workload.precision != "fp32" or offload else 0
-    moments = 4 * workload.moments * owned
-    kept_gradients = accumulator * (whole if stage < 2 else owned)
-    gradients_on_host = offload and stage >= 2
+    master = 4 if workload.precision != "fp32" else 0
+    moments = 4 * workload.moments
+    accumulator = workload.accumulator_bytes
     gpu = {
-        "parameters": element * (owned if stage == 3 else whole),
-        "gradients": 0 if gradients_on_host else kept_gradients,
-        "masters": 0 if offload else master,
-        "optimizer": 0 if offload else moments,
+        "parameters": workload.element_bytes * (owned if stage == 3 else whole),
+        "gradients": accumulator * (whole if stage < 2 else on_gpu),
+        "masters": master * on_gpu,
+        "optimizer": moments * on_gpu,
         "buffers": _in_flight(workload, stage, offload),
     }
     host: dict[str, int] = {}
     if offload:
-        staging = (element + (0 if gradients_on_host else accumulator)) * _two_largest(workload) // _sharers(workload, stage)
-        per_rank = {"gradients": kept_gradients if gradients_on_host else 0, "masters": master, "optimizer": moments}
-        host = {category: size * world for category, size in (per_rank | {"staging": staging}).items()}
+        per_rank = {"gradients": accumulator * on_host if stage >= 2 else 0, "masters": 4 * on_host}
+        per_rank |= {"optimizer": moments * on_host, "staging": _staging(workload, stage)}
+        host = {category: size * world for category, size in per_rank.items()}
     pinned = offload and workload.pin_memory
     sent = _sent(workload, stage)
-    return Layout(stage, offload, gpu | _unshared(workload), host, sent, _pcie(workload, stage, offload), pinned)
+    return Layout(stage, offload, gpu | _unshared(workload), host, sent, _pcie(workload, stage, on_host), pinned)
 
 
 def _unshared(workload: Workload) -> dict[str, int]:
@@ -188,7 +206,7 @@ def _sharers(workload: Workload, stage: int) -> int:
 
 
 def _two_largest(workload: Workload) -> int:
-    """Elements of the two largest units other than the root: as many are in flight at once."""
+    """Elements of the two largest units other than the root."""
     sizes = (padded(numel, workload.world_size) for name, numel in workload.units if name != "root")
     return sum(sorted(sizes, reverse=True)[:2])
 
@@ -196,17 +214,46 @@ def _two_largest(workload: Workload) -> int:
 def _in_flight(workload: Workload, stage: int, offload: bool) -> int:
     """Most that the engine holds beside the states.
 
-    Stages 0 and 1 reduce in place in the accumulators. Stage 2 holds two units' whole gradients, one being filled and one
-    being reduced, and the root unit's through all of backward. Stage 3 holds the same of gathered parameters as well.
-    With offload at stages 2 and 3 two units' reduced ranges wait for their copy to the host.
+    Stages 0 and 1 reduce in place in the accumulators (through a copy of two units where gradients travel in another
+    precision). From stage 2 on whole gradients live in a pool (see `pool_elements`). Stage 3 also holds the gathered
+    parameters of two units and the root. With offload from stage 2 on, two units' reduced ranges wait for their copy.
     """
-    if stage < 2:
-        return 0
-    element = ELEMENT_BYTES[workload.precision]
     two = _two_largest(workload)
+    if stage < 2:
+        return 0 if workload.reduced_bytes == workload.accumulator_bytes else workload.reduced_bytes * two
     root = sum(padded(numel, workload.world_size) for name, numel in workload.units if name == "root")
-    leaving = element * two // workload.world_size if offload else 0
-    return element * (two + root) * (2 if stage == 3 else 1) + leaving
+    gathered = workload.element_bytes * (two + root) if stage == 3 else 0
+    leaving = workload.reduced_bytes * two // workload.world_size if offload else 0
+    return workload.reduced_bytes * pool_elements(workload) + gathered + leaving
+
+
+def pool_elements(workload: Workload) -> int:
+    """Elements of all whole-gradient buffers that one backward borrows: played through as runtime/zero/schedule.py does.
+
+    Units are filled last to first and the root after them; REDUCTIONS_IN_FLIGHT are being reduced while the next is filled. A
+    buffer that is given back is lent again if it is large enough, the smallest that is.
+    """
+    order = [numel for name, numel in reversed(workload.units) if name != "root"]
+    order += [numel for name, numel in workload.units if name == "root"]
+    allocated, free, flying = 0, list[int](), list[int]()
+    for numel in (padded(numel, workload.world_size) for numel in order if numel):
+        fitting = [size for size in free if size >= numel]
+        if fitting:
+            buffer = min(fitting)
+            free.remove(buffer)
+        else:
+            buffer = numel
+            allocated += numel
+        if len(flying) == REDUCTIONS_IN_FLIGHT:
+            free.append(flying.pop(0))
+        flying.append(buffer)
+    return allocated
+
+
+def _staging(workload: Workload, stage: int) -> int:
+    """Host memory that copies pass through: two units' new parameters and, below stage 2, two units' gradients."""
+    coming = workload.accumulator_bytes if stage < 2 else 0
+    return (workload.element_bytes + coming) * _two_largest(workload) // _sharers(workload, stage)
 
 
 def _ring(size: int, world_size: int) -> int:
@@ -217,27 +264,23 @@ def _ring(size: int, world_size: int) -> int:
 def _sent(workload: Workload, stage: int) -> int:
     """Sent per rank and optimizer step.
 
-    Stage 0 all-reduces the accumulators; 1 reduce-scatters them and gathers the new parameters; 2 reduce-scatters at every
-    micro-step, in the parameters' precision; 3 also gathers at every forward and backward, and so need not at the end.
+    Stage 0 all-reduces the gradients; 1 reduce-scatters them and gathers the new parameters; 2 reduce-scatters at every
+    micro-step; 3 also gathers at every forward and every backward, and so need not at the end.
     """
-    whole = workload.padded_parameters
-    element, accumulator = ELEMENT_BYTES[workload.precision], ELEMENT_BYTES[workload.grad_accum_dtype]
+    element, reduced = workload.element_bytes, workload.reduced_bytes
     per_element = {
-        0: 2 * accumulator,
-        1: accumulator + element,
-        2: workload.accumulation * element + element,
-        3: workload.accumulation * 3 * element,
+        0: 2 * reduced,
+        1: reduced + element,
+        2: workload.accumulation * reduced + element,
+        3: workload.accumulation * (reduced + 2 * element),
     }[stage]
-    return _ring(per_element * whole, workload.world_size)
+    return _ring(per_element * workload.padded_parameters, workload.world_size)
 
 
-def _pcie(workload: Workload, stage: int, offload: bool) -> int:
-    """Copied per rank and step with offload: gradients down (at every micro-step from stage 2 on), new parameters up."""
-    if not offload:
-        return 0
-    element, accumulator = ELEMENT_BYTES[workload.precision], ELEMENT_BYTES[workload.grad_accum_dtype]
-    down = workload.accumulation * element if stage >= 2 else accumulator
-    return (down + element) * (workload.padded_parameters // _sharers(workload, stage))
+def _pcie(workload: Workload, stage: int, on_host: int) -> int:
+    """Copied per rank and step: gradients down (from stage 2 on at every micro-step), new parameters up."""
+    down = workload.accumulation * workload.reduced_bytes if stage >= 2 else workload.accumulator_bytes
+    return (down + workload.element_bytes) * on_host
 
 
 def workload_document(workload: Workload) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from runtime.data import DataError
+from runtime.data.vocab import BYTE_TOKENS
 
 KEY = "zerotop.data.tokenizer"
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[SEP]")
@@ -37,7 +38,7 @@ class ByteTokenizer:
     """Tokens 0-255 are the bytes; 256 ends a document, so no byte is taken away from the text."""
 
     name = "bytes"
-    vocab_size = 257
+    vocab_size = BYTE_TOKENS
     eot: int | None = 256
     digest = "bytes-1"
 

@@ -84,11 +84,14 @@ def load_model_config(section: Any, vocab_size: int | None = None, seq_len: int 
 def _preset_name(section: Any) -> str:
     if isinstance(section, str):
         return section
-    name = section.get("preset") if isinstance(section, dict) else getattr(section, "preset", None)
+    name, path = (
+        section.get(key) if isinstance(section, dict) else getattr(section, key, None) for key in ("preset", "path")
+    )
     if name is None:
+        found = f"path {path!r}" if path is not None else "neither preset nor path"
         raise ModelError(
-            "zerotop.model: only presets of the built-in GPT can be built so far "
-            f'(write "model": {{"preset": "gpt-tiny"}}; presets: {", ".join(PRESETS)})'
+            f"zerotop.model: expected a preset of the built-in GPT ({', '.join(PRESETS)}), got {found}; "
+            "a model of your own, from Hugging Face too, trains from a script (zerotop launch CONFIG -- SCRIPT.py)"
         )
     return str(name)
 

@@ -1,0 +1,194 @@
+"""What a plan means, in plain words: where ZeRO costs memory, what fits, and the smallest change that makes it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+from runtime.plan import Layout, Workload, find, stage_layout
+from runtime.sizes import format_size
+
+MOST_GPUS = 4096
+_TIGHT = 0.92
+"""Above this share of the VRAM an estimate that is a little off decides whether it fits."""
+
+
+def advise(
+    workload: Workload,
+    layouts: Sequence[Layout],
+    chosen: Layout | None = None,
+    vram_bytes: int | None = None,
+    host_ram_bytes: int | None = None,
+) -> list[str]:
+    """Sentences about what `plan(workload)` returned; `chosen` is the layout that the user means to run."""
+    lines = [*_costs(workload, layouts), *_small_states(layouts), *_traffic(workload, layouts)]
+    lines += _offload(workload, layouts, chosen, host_ram_bytes)
+    if vram_bytes is not None:
+        lines += _fits(workload, layouts, chosen, vram_bytes, host_ram_bytes)
+    return lines
+
+
+def _costs(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
+    """Stages that take more than plain data parallelism, or more than the stage below."""
+    plain = find(layouts, None)
+    stages = [find(layouts, stage) for stage in range(4)]
+    if workload.world_size == 1:
+        least = min((layout for layout in layouts if layout.offload), key=lambda layout: layout.gpu_bytes)
+        extra = " and ".join(
+            f"stage {layout.stage} adds {format_size(layout.variable_bytes - stages[0].variable_bytes)}"
+            for layout in stages[2:]
+        )
+        yield (
+            f"One GPU: there is nobody to share with, so stages 1 to 3 save nothing ({extra} in flight). "
+            f"Only offload lowers VRAM: {least.label} takes {format_size(least.gpu_bytes)} "
+            f"instead of {format_size(stages[0].gpu_bytes)}."
+        )
+        return
+    for layout in stages:
+        more = layout.variable_bytes - plain.variable_bytes
+        if more > 0:
+            yield (
+                f"ZeRO costs memory here: {layout.label} takes {format_size(more)} per GPU more than plain data "
+                f"parallelism ({_reason(workload, layout)})."
+            )
+    for below, layout in itertools.pairwise(stages[1:]):
+        more = layout.variable_bytes - below.variable_bytes
+        if more > 0:
+            yield (
+                f"{layout.label.capitalize()} takes {format_size(more)} per GPU more than {below.label}: "
+                f"{_reason(workload, layout)}."
+            )
+
+
+def _reason(workload: Workload, layout: Layout) -> str:
+    padding = workload.padded_parameters / workload.parameters - 1
+    if padding > 0.05:
+        return f"the units are so small that padding to 64 elements per rank adds {padding:.0%}"
+    if layout.gpu["buffers"]:
+        return f"{format_size(layout.gpu['buffers'])} are in flight: whole units, in a model of few units"
+    return "parameters in 16 bit, masters and gradients in fp32"
+
+
+def _small_states(layouts: Sequence[Layout]) -> Iterator[str]:
+    whole = find(layouts, 0)
+    if whole.state_bytes < 0.25 * whole.gpu_bytes:
+        names = ("activations", "logits", "context")
+        rest = ", ".join(f"{name} {format_size(whole.gpu[name])}" for name in names)
+        yield (
+            f"The states are only {format_size(whole.state_bytes)} of about {format_size(whole.gpu_bytes)} per GPU "
+            f"({rest}), and only states can be shared out: no stage and no offload saves more than that. "
+            "Stage 0 is the simplest choice; a smaller micro-batch saves more."
+        )
+
+
+def _traffic(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
+    if workload.world_size == 1:
+        return
+    one, two, three = (find(layouts, stage) for stage in (1, 2, 3))
+    steps = workload.accumulation
+    if two.sent_bytes > one.sent_bytes:
+        yield (
+            f"With {steps} micro-steps stage 2 sends {format_size(two.sent_bytes)} per GPU and step, stage 1 "
+            f"{format_size(one.sent_bytes)}: stage 2 reduces at every micro-step, because it keeps only its own range."
+        )
+    yield (
+        f"Stage 3 gathers every unit twice per micro-step: {format_size(three.sent_bytes)} sent per GPU and step, "
+        f"{three.sent_bytes / two.sent_bytes:.1f} times stage 2."
+    )
+
+
+def _offload(
+    workload: Workload, layouts: Sequence[Layout], chosen: Layout | None, host_ram_bytes: int | None
+) -> Iterator[str]:
+    layout = chosen if chosen is not None and chosen.offload else find(layouts, 2, offload=True)
+    ranks = workload.world_size
+    kind = "pinned host RAM" if layout.pinned else "host RAM"
+    yield (
+        f"{layout.label.capitalize()} keeps {format_size(layout.host_bytes)} in {kind}"
+        f"{f' ({ranks} ranks on one node, {format_size(layout.host_bytes / ranks)} each)' if ranks > 1 else ''}, "
+        f"beside the processes themselves, and copies {format_size(layout.pcie_bytes)} per GPU and step."
+    )
+    if layout.stage == 0 and ranks > 1:
+        yield f"At stage 0 every rank offloads all of the states: {ranks} copies in one host. Stage 1 keeps one."
+    if host_ram_bytes is not None:
+        offloads = [one for one in layouts if one.offload]
+        too_much = [one for one in offloads if one.host_bytes > host_ram_bytes]
+        if too_much:
+            yield (
+                f"Host RAM of {format_size(host_ram_bytes)} is not enough for "
+                + ", ".join(f"{one.label} ({format_size(one.host_bytes)})" for one in too_much)
+                + "."
+            )
+        else:
+            most = max(one.host_bytes for one in offloads)
+            enough = f"Host RAM of {format_size(host_ram_bytes)} is enough for every offload"
+            yield f"{enough} ({format_size(most)} at most)."
+
+
+def _fits(
+    workload: Workload, layouts: Sequence[Layout], chosen: Layout | None, vram_bytes: int, host_ram_bytes: int | None
+) -> Iterator[str]:
+    def fits(layout: Layout) -> bool:
+        return layout.gpu_bytes <= vram_bytes and (host_ram_bytes is None or layout.host_bytes <= host_ram_bytes)
+
+    fitting = [layout.label for layout in layouts if fits(layout)]
+    yield f"In {format_size(vram_bytes)} of VRAM: {', '.join(fitting) + ' fit' if fitting else 'none of these fits'}."
+    wanted = chosen if chosen is not None else find(layouts, None)
+    if fits(wanted):
+        share = wanted.gpu_bytes / vram_bytes
+        tight = "; that is tight, and a part of it is estimated" if share > _TIGHT else ""
+        yield f"{wanted.label.capitalize()} fits: about {share:.0%} of the VRAM{tight}."
+        return
+    short = wanted.gpu_bytes - vram_bytes
+    what = f"{format_size(short)} of VRAM" if short > 0 else "host RAM"
+    change = smallest_change(workload, wanted, fits)
+    way_out = f"The smallest change that fits: {change}." if change else f"Nothing up to {MOST_GPUS} GPUs fits."
+    yield f"{wanted.label.capitalize()} does not fit: {what} short. {way_out}"
+
+
+def smallest_change(workload: Workload, wanted: Layout, fits: Callable[[Layout], bool]) -> str | None:
+    """The mildest way to make it fit, in words; None when nothing does.
+
+    Mildest first: a higher stage up to 2 (same results, hardly slower), a smaller micro-batch with more accumulation
+    (same global batch), stage 3, offload, both with the smallest micro-batch, more GPUs.
+    """
+    stage = wanted.stage or 0
+    higher = range(stage + 1, 3)
+    for option in higher:
+        if fits(stage_layout(workload, option, wanted.offload)):
+            return f"stage {option}{' + offload' if wanted.offload else ''}"
+    smaller = _smaller_micro_batches(workload)
+    kept_stages = dict.fromkeys((stage, *higher))
+    for one in smaller:
+        for option in kept_stages:
+            if fits(stage_layout(one, option, wanted.offload)):
+                at = f"stage {option}, " if option != stage or wanted.stage is None else ""
+                return at + _micro_batch_words(one)
+    for option, offload in (
+        (3, wanted.offload),
+        *((option, True) for option in (max(1, stage), 2, 3) if option >= stage),
+    ):
+        if fits(stage_layout(workload, option, offload)):
+            return f"stage {option}{' + offload' if offload else ''}"
+    for offload in (False, True):
+        if smaller and fits(stage_layout(smaller[-1], 3, offload)):
+            return f"stage 3{' + offload' if offload else ''}, {_micro_batch_words(smaller[-1])}"
+    gpus = workload.world_size
+    while gpus < MOST_GPUS:
+        gpus = min(2 * gpus, MOST_GPUS)
+        if fits(stage_layout(dataclasses.replace(workload, world_size=gpus), 3)):
+            return f"{gpus} GPUs at stage 3"
+    return None
+
+
+def _smaller_micro_batches(workload: Workload) -> list[Workload]:
+    """The same global batch in smaller micro-batches, largest first."""
+    product = workload.micro_batch * workload.accumulation
+    sizes = [size for size in range(workload.micro_batch - 1, 0, -1) if product % size == 0]
+    return [dataclasses.replace(workload, micro_batch=size, accumulation=product // size) for size in sizes]
+
+
+def _micro_batch_words(workload: Workload) -> str:
+    steps = workload.accumulation
+    return f"train_micro_batch_size_per_gpu {workload.micro_batch} with gradient_accumulation_steps {steps}"

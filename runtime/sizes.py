@@ -1,0 +1,50 @@
+"""Sizes and counts as people write and read them. Torch-free."""
+
+from __future__ import annotations
+
+import re
+
+_BINARY = ("", "K", "M", "G", "T", "P")
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `80GiB`, `80GB` (10^9), `24G` (as GPUs are sold: 2^30) or `1024`. Raises ValueError with what it expects."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?)(B?)\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"{text!r} is not a size; expected a number with a unit, for example 80GiB, 80GB or 24G")
+    power = _BINARY.index(match[2].upper())
+    decimal = match[4] and not match[3]
+    size = int(float(match[1]) * (1000 if decimal else 1024) ** power)
+    if size < 1:
+        raise ValueError(f"{text!r} is no size to plan with; expected more than 0 bytes")
+    return size
+
+
+def parse_count(text: str) -> int | None:
+    """Parameters of `7B`, `124M`, `1.3b` or `3,311,872`; None when it is not a count at all. 0 is not one either."""
+    match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*([KMBGT]?)\s*", text, re.IGNORECASE)
+    if match is None:
+        return None
+    number = match[1].replace(",", "").replace("_", "")
+    return round(float(number) * _COUNTS[match[2].upper()]) or None
+
+
+def format_size(size_bytes: float) -> str:
+    """In 2^10 steps with three digits: `512 B`, `39.5 GiB`, `1.21 TiB`."""
+    size, power = float(size_bytes), 0
+    while abs(size) >= 999.5 and power < len(_BINARY) - 1:
+        size, power = size / 1024, power + 1
+    if power == 0:
+        return f"{size:.0f} B"
+    digits = 0 if abs(size) >= 99.95 else 1 if abs(size) >= 9.995 else 2
+    return f"{size:.{digits}f} {_BINARY[power]}iB"
+
+
+def format_count(count: int) -> str:
+    """With three digits: `3.31M`, `6.85B`."""
+    for name in ("T", "B", "M", "K"):
+        if count >= 0.9995 * _COUNTS[name]:
+            number = count / _COUNTS[name]
+            return f"{number:.{0 if number >= 99.95 else 1 if number >= 9.995 else 2}f}{name}"
+    return str(count)
