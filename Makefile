@@ -1,0 +1,44 @@
+# Every target sets up what it needs from nothing; a second call takes seconds. Settings, after the target:
+#   PYTHON=python3.12     the Python to start from (3.11 or newer); its torch is kept if it has one
+#   VENV=.venv            where the environment goes
+#   TORCH=auto            auto: the torch PYTHON has, else the pinned one; or a pip requirement
+#   NET=1                 0: download nothing, say what is missing
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= auto
+NET    ?= 1
+ARGS   ?=
+export NET
+
+bin    := $(VENV)/bin
+setup  := bash tools/setup.sh "$(PYTHON)" "$(VENV)" "$(TORCH)"
+inputs := pyproject.toml CMakeLists.txt tools/setup.sh $(wildcard csrc/* csrc/*/* themes/* examples/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install test gpu-check lint clean
+
+help:                ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+demo: $(VENV)/.ok-train  ## start a two-rank ZeRO-2 run on real text and open the screen on it (q leaves the run running)
+	@echo "zerotop launch examples/quickstart.json"
+	@$(bin)/zerotop launch examples/quickstart.json $(ARGS)
+install: $(VENV)/.ok-train  ## set up the environment and install zerotop into it
+	@echo "installed: $(bin)/zerotop (or: source $(bin)/activate)"
+test: $(VENV)/.ok-dev  ## run the tests (ARGS="-k name" passes on to pytest)
+	@$(bin)/python -m pytest -q $(ARGS)
+gpu-check: $(VENV)/.ok-dev  ## run the tests that need an NVIDIA GPU
+	@$(bin)/python -m pytest -q -rs tests/gpu $(ARGS)
+lint: $(VENV)/.ok-dev  ## ruff, mypy and the import contracts
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+clean:               ## remove the environment and what was built
+	rm -rf "$(VENV)" build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(VENV)/.ok-train: $(inputs)
+	@$(setup) train
+	@touch $@
+$(VENV)/.ok-dev: $(inputs)
+	@$(setup) train,dev
+	@touch $@ $(VENV)/.ok-train
