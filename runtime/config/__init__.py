@@ -5,7 +5,7 @@
 
 Files, in the order in which they use each other: errors · section · deepspeed, zerotop, optimizers, schedulers (the
 sections, one docstring per key) · known (DeepSpeed's other keys) · source (text, lines, --set) · sift (keys sorted) ·
-batch · resolved · config · load.
+batch · resolved · config · load; files (globs) stands by itself.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from .batch import DEFAULT_MICRO_BATCH
 from .config import Config, Device
 from .deepspeed import DType
 from .errors import ConfigError
-from .load import expand_files, load
+from .files import expand_files
+from .load import load
 from .optimizers import OptimizerConfig
 from .resolved import Fp16Config, OffloadOptimizerConfig, OffloadParamConfig, Resolved
 from .schedulers import SchedulerConfig, WarmupCosineLR, WarmupDecayLR, WarmupLR
 from .zerotop import (
-    MODEL_PRESETS,
     CheckpointConfig,
     DataConfig,
     LogConfig,
@@ -31,7 +31,6 @@ from .zerotop import (
 
 __all__ = [
     "DEFAULT_MICRO_BATCH",
-    "MODEL_PRESETS",
     "CheckpointConfig",
     "Config",
     "ConfigError",

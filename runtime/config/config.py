@@ -181,11 +181,13 @@ class Config(Section):
         return zerotop
 
     def _filled_autos(self) -> list[str]:
-        """One line for every key that is "auto" and plainly takes its default; the others have their own notes."""
+        """One line for every key that is "auto" and takes its default; the others have their own notes."""
         spoken: set[Path] = {
             (TRAIN,), (MICRO,), (ACCUMULATION,), ("fp16", "enabled"), ("bf16", "enabled"),
-            ("optimizer", "params", "lr"), ("scheduler", "params", "warmup_max_lr"), ("scheduler", "params", "warmup_num_steps"),
-            ("scheduler", "params", "total_num_steps"), ("zerotop", "train", "steps"), ("zerotop", "model", "preset"),
+            ("optimizer", "params", "lr"),
+            ("scheduler", "params", "warmup_max_lr"), ("scheduler", "params", "warmup_num_steps"),
+            ("scheduler", "params", "total_num_steps"),
+            ("zerotop", "train", "steps"), ("zerotop", "model", "preset"),
         }  # fmt: skip
         lines = []
         for path in sorted(self._found.autos - spoken):

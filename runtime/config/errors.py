@@ -23,7 +23,14 @@ class ConfigError(Exception):
         else:
             head = f"{origin} has {len(self.problems)} problems:" if origin else f"{len(self.problems)} problems:"
             text = "\n".join([head, *(f"  - {_indent(problem)}" for problem in self.problems)])
-        super().__init__(text)
+        super().__init__(_printable(text))
+
+
+def _printable(text: str) -> str:
+    """`text` with what would steer or break a terminal (keys may hold anything) written as escapes."""
+    return "".join(
+        char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def _indent(problem: str) -> str:
@@ -43,13 +50,15 @@ class Origin:
 
     def place(self, path: Path) -> str:
         """`line 7` or `--set a.b=1` for the key at `path` or its nearest parent; empty when not known."""
-        for length in range(len(path), 0, -1):
-            head = path[:length]
+        heads = [path[:length] for length in range(len(path), 0, -1)]
+        for head in heads:  # first, because an override replaces everything that the file has below its key
             if head in self.overrides:
                 return f"--set {self.overrides[head]}"
+        for head in heads:
             if head in self.lines:
                 return f"line {self.lines[head]}"
-        return ""
+        below = [text for key, text in self.overrides.items() if key[: len(path)] == path]
+        return f"--set {below[0]}" if below else ""
 
 
 @dataclass
@@ -89,7 +98,7 @@ def dotted(path: Iterable[str]) -> str:
 
 def shown(value: Any, limit: int = 60) -> str:
     """A JSON value as the user wrote it, with its kind in words where that is not obvious: `"16" (a string)`."""
-    text = json.dumps(value, default=repr, ensure_ascii=False)
+    text = json.dumps(value, default=repr, ensure_ascii=False, skipkeys=True)
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     if isinstance(value, str):
         return f"{text} (a string)"

@@ -199,7 +199,8 @@ REFUSED: dict[str, tuple[Test, str]] = {
     "zero_optimization.zero_quantized_weights": (_on, _EXACT),
     "zero_optimization.zero_quantized_gradients": (_on, _EXACT),
     "zero_optimization.zero_quantized_nontrainable_weights": (_on, "it stores frozen weights rounded"),
-    "zero_optimization.mics_shard_size": (_positive, "leave it out: zerotop shards over all ranks, never over subgroups"),
+    "zero_optimization.mics_shard_size": (_positive,
+        "leave it out: zerotop shards over all ranks, never over subgroups"),
     "zero_optimization.zenflow": (_on, "it updates most parameters late, which changes results"),
 }  # fmt: skip
 """Key -> (when it is refused, why). Otherwise it is off and passes silently."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 from . import optimizers, schedulers
 from .config import Config
-from .errors import ConfigError, Findings, Path, nearest, shown
-from .sift import check, paths, sift
+from .errors import Findings, Path, nearest, shown
+from .sift import AUTO, check, paths, sift
 from .source import read
 
 
@@ -35,26 +34,6 @@ def load(source: str | FilePath | Mapping[str, Any], overrides: Sequence[str] = 
     assert config is not None  # a config that fails its check leaves a problem
     config._found, config._raw = found, raw
     return config
-
-
-def expand_files(patterns: Sequence[str], folder: str | FilePath = ".") -> list[FilePath]:
-    """The files that `zerotop.data.files` names, sorted and each once; relative patterns start in `folder`.
-
-    Raises ConfigError when a pattern matches no file.
-    """
-    files: set[FilePath] = set()
-    problems = []
-    for number, pattern in enumerate(patterns):
-        start = FilePath(folder) / FilePath(pattern).expanduser()
-        matches = [FilePath(name) for name in glob.glob(str(start), recursive=True)]
-        regular = [path for path in matches if path.is_file()]
-        if not regular:
-            what = "only directories" if matches else "nothing"
-            problems.append(f'zerotop.data.files[{number}]: "{pattern}" matches {what} in {FilePath(folder).resolve()}')
-        files.update(path.resolve() for path in regular)
-    if problems:
-        raise ConfigError(problems)
-    return sorted(files)
 
 
 _PARAM_PATHS: list[Path] = [
@@ -110,7 +89,7 @@ def _optimizer(kept: dict[str, Any], found: Findings) -> Any:
     if canonical is None:
         near = nearest(name, optimizers.PARAMS)
         hint = f"Did you mean {near}? " if near else ""
-        found.problem(path, f": unknown optimizer {shown(name)}. {hint}Known: {', '.join(optimizers.PARAMS)}")
+        found.problem(path, f": unknown optimizer {name}. {hint}Known: {', '.join(optimizers.PARAMS)}")
         return None
     raw = kept.get("params", {})
     where = ("optimizer", "params")
@@ -132,6 +111,12 @@ def _optimizer(kept: dict[str, Any], found: Findings) -> Any:
     return None if params is None else {"type": canonical, "params": params}
 
 
+def _no_name(name: Any, path: Path, example: str, found: Findings) -> str:
+    if name is None and path not in found.autos:
+        return f" is missing; write for example {example}"
+    return f": expected a name such as {example}, got {shown(name if name is not None else AUTO)}"
+
+
 def _scheduler(kept: dict[str, Any], found: Findings) -> Any:
     """The scheduler section, or None after recording why it cannot be used."""
     path: Path = ("scheduler", "type")
@@ -147,7 +132,7 @@ def _scheduler(kept: dict[str, Any], found: Findings) -> Any:
     if name not in schedulers.PARAMS:
         near = nearest(name, schedulers.PARAMS)
         hint = f"Did you mean {near}? " if near else ""
-        found.problem(path, f": unknown scheduler {shown(name)}. {hint}Known: {', '.join(schedulers.PARAMS)}")
+        found.problem(path, f": unknown scheduler {name}. {hint}Known: {', '.join(schedulers.PARAMS)}")
         return None
     where = ("scheduler", "params")
     model = schedulers.PARAMS[name]

@@ -44,81 +44,117 @@ class SgdParams(_TorchParams):
     """`optimizer.params` of torch.optim.SGD."""
 
     lr: NonNegative = 1e-3
+    """Learning rate."""
     momentum: NonNegative = 0.0
+    """Share of the last update that is kept."""
     dampening: Num = 0.0
+    """Share of the gradient that momentum leaves out."""
     weight_decay: NonNegative = 0.0
+    """Weight decay."""
     nesterov: Flag = False
+    """Whether momentum looks ahead."""
 
 
 class AdamaxParams(_TorchParams):
     """`optimizer.params` of torch.optim.Adamax."""
 
     lr: NonNegative = 2e-3
+    """Learning rate."""
     betas: Betas = (0.9, 0.999)
+    """Decay rates of the running averages of the gradient and of its square or maximum."""
     eps: NonNegative = 1e-8
+    """Added to the denominator."""
     weight_decay: NonNegative = 0.0
+    """Weight decay."""
 
 
 class NAdamParams(AdamaxParams):
     """`optimizer.params` of torch.optim.NAdam."""
 
     momentum_decay: NonNegative = 4e-3
+    """How fast the momentum schedule decays."""
     decoupled_weight_decay: Flag = False
+    """Whether weights decay directly instead of through the gradient."""
 
 
 class RAdamParams(AdamaxParams):
     """`optimizer.params` of torch.optim.RAdam."""
 
     lr: NonNegative = 1e-3
+    """Learning rate."""
     decoupled_weight_decay: Flag = False
+    """Whether weights decay directly instead of through the gradient."""
 
 
 class RmsPropParams(_TorchParams):
     """`optimizer.params` of torch.optim.RMSprop."""
 
     lr: NonNegative = 1e-2
+    """Learning rate."""
     alpha: Fraction = 0.99
+    """Decay rate of the running average of the squared gradient."""
     eps: NonNegative = 1e-8
+    """Added to the denominator."""
     weight_decay: NonNegative = 0.0
+    """Weight decay."""
     momentum: NonNegative = 0.0
+    """Share of the last update that is kept."""
     centered: Flag = False
+    """Whether the gradient is divided by an estimate of its standard deviation."""
 
 
 class RpropParams(_TorchParams):
     """`optimizer.params` of torch.optim.Rprop."""
 
     lr: NonNegative = 1e-2
+    """Learning rate."""
     etas: Pair = (0.5, 1.2)
+    """Factors on the step size: when the sign of the gradient changes, and when not."""
     step_sizes: Pair = (1e-6, 50.0)
+    """Smallest and largest step."""
 
 
 class AdagradParams(_TorchParams):
     """`optimizer.params` of torch.optim.Adagrad."""
 
     lr: NonNegative = 1e-2
+    """Learning rate."""
     lr_decay: NonNegative = 0.0
+    """How fast the learning rate falls."""
     weight_decay: NonNegative = 0.0
+    """Weight decay."""
     initial_accumulator_value: NonNegative = 0.0
+    """What the sum of squared gradients starts with."""
     eps: NonNegative = 1e-10
+    """Added to the denominator."""
 
 
 class AdadeltaParams(_TorchParams):
     """`optimizer.params` of torch.optim.Adadelta."""
 
     lr: NonNegative = 1.0
+    """Learning rate."""
     rho: Annotated[Num, Field(ge=0, le=1)] = 0.9
+    """Decay rate of the running average of the squared gradient."""
     eps: NonNegative = 1e-6
+    """Added to the denominator."""
     weight_decay: NonNegative = 0.0
+    """Weight decay."""
 
 
 class AsgdParams(_TorchParams):
     """`optimizer.params` of torch.optim.ASGD."""
 
     lr: NonNegative = 1e-2
+    """Learning rate."""
     lambd: Num = 1e-4
+    """Decay of the weights towards the average."""
     alpha: Num = 0.75
+    """Power of the learning-rate update."""
     t0: Num = 1e6
+    """Step at which averaging starts."""
     weight_decay: NonNegative = 0.0
+    """Weight decay."""
 
 
 PARAMS: dict[str, type[Section]] = {

@@ -17,12 +17,19 @@ class Fp16Config(Section):
     """Loss scaling for fp16. `loss_scale` 0 is dynamic: it starts at 2**initial_scale_power."""
 
     loss_scale: float = 0.0
+    """Factor on the loss; 0 is dynamic."""
     initial_scale_power: int = 16
+    """The first dynamic scale is 2 to this power."""
     loss_scale_window: int = 1000
+    """Optimizer steps without overflow after which a dynamic scale doubles."""
     hysteresis: int = 2
+    """Overflows before a dynamic scale halves."""
     consecutive_hysteresis: bool = False
+    """Whether a step without overflow refills the hysteresis."""
     min_loss_scale: float = 1.0
+    """A dynamic scale never falls below this."""
     auto_cast: bool = False
+    """Whether floating-point inputs of the model are cast to fp16."""
 
     @property
     def dynamic(self) -> bool:
@@ -33,7 +40,9 @@ class OffloadOptimizerConfig(Section):
     """Optimizer states in host memory."""
 
     device: Literal["cpu"] = "cpu"
+    """Where they live."""
     pin_memory: bool = False
+    """Whether that host memory is page-locked."""
     ratio: float = 1.0
     """Share of the states that goes to the host, 0 to 1."""
 
@@ -42,7 +51,9 @@ class OffloadParamConfig(Section):
     """Stage 3 parameters in host memory."""
 
     device: Literal["cpu"] = "cpu"
+    """Where they live."""
     pin_memory: bool = False
+    """Whether that host memory is page-locked."""
 
 
 class Resolved(Section):

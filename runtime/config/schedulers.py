@@ -79,37 +79,55 @@ class WarmupLR(Section):
     """WarmupLR, complete."""
 
     type: Literal["WarmupLR"] = "WarmupLR"
+    """Name of the schedule."""
     warmup_min_lr: float
+    """Learning rate at the first step."""
     warmup_max_lr: float | None
     """None (only under a script with an optimizer of its own): the lr of its first parameter group at the start."""
     warmup_num_steps: int
+    """Optimizer steps of warm-up."""
     warmup_type: Literal["log", "linear"]
+    """How the learning rate grows."""
     last_batch_iteration: int
+    """The step to continue after; -1 starts from the beginning."""
 
 
 class WarmupDecayLR(Section):
     """WarmupDecayLR, complete."""
 
     type: Literal["WarmupDecayLR"] = "WarmupDecayLR"
+    """Name of the schedule."""
     warmup_min_lr: float
+    """Learning rate at the first step."""
     warmup_max_lr: float | None
     """As in WarmupLR."""
     warmup_num_steps: int
+    """Optimizer steps of warm-up."""
     warmup_type: Literal["log", "linear"]
+    """How the learning rate grows."""
     last_batch_iteration: int
+    """The step to continue after; -1 starts from the beginning."""
     total_num_steps: int
+    """Optimizer step at which the schedule ends."""
 
 
 class WarmupCosineLR(Section):
     """WarmupCosineLR, complete."""
 
     type: Literal["WarmupCosineLR"] = "WarmupCosineLR"
+    """Name of the schedule."""
     warmup_num_steps: int
+    """Optimizer steps of warm-up."""
     warmup_type: Literal["log", "linear"]
+    """How the learning rate grows."""
     last_batch_iteration: int
+    """The step to continue after; -1 starts from the beginning."""
     total_num_steps: int
+    """Optimizer step at which the schedule ends."""
     warmup_min_ratio: float
+    """Ratio to the base learning rate at the first step."""
     cos_min_ratio: float
+    """Ratio to the base learning rate at the end."""
 
 
 SchedulerConfig = Annotated[WarmupLR | WarmupDecayLR | WarmupCosineLR, Field(discriminator="type")]

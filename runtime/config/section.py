@@ -25,7 +25,7 @@ def integer(value: Any) -> int:
     # 5e8 is how people write five hundred million in JSON, and it parses as a float.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong("a whole number", value)
-    if not math.isfinite(value) or value != int(value):
+    if isinstance(value, float) and not value.is_integer():
         raise _wrong("a whole number", value)
     return int(value)
 

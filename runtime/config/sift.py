@@ -110,7 +110,7 @@ def _say(detail: Mapping[str, Any]) -> str:
     got = shown(detail["input"])
     for name, words in _BOUNDS.items():
         if name in context:
-            return f"expected {words} {context[name]}, got {got}"
+            return f"expected {words} {context[name]:g}, got {got}"
     if detail["type"] == "literal_error":
         return f"expected {context['expected'].replace(chr(39), chr(34))}, got {got}{_near_choice(detail)}"
     if detail["type"] == "missing":

@@ -12,6 +12,8 @@ from typing import Any
 from .errors import ConfigError, Origin, Path, dotted, shown
 
 _MAX_BYTES = 16 * 2**20  # a config is a few kB; this is someone's data or checkpoint
+_MAX_DEPTH = 64
+_TOO_DEEP = f"nested more than {_MAX_DEPTH} deep, so it cannot be a config file"
 _TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]:,]|-?Infinity|NaN')
 
 
@@ -35,6 +37,8 @@ def _read_text(path: FilePath, name: str) -> str:
             raise ConfigError(f"expected a JSON file, got a directory{hint}", name)
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
+    except ValueError as error:
+        raise ConfigError(f"not a path: {error}", name) from None
     except FileNotFoundError:
         raise ConfigError("no such file", name) from None
     except OSError as error:
@@ -55,7 +59,9 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Path, int]]:
     except json.JSONDecodeError as error:
         raise ConfigError(_not_json(text, error), name) from None
     except RecursionError:
-        raise ConfigError("not usable: nested too deeply", name) from None
+        raise ConfigError(_TOO_DEEP, name) from None
+    except ValueError as error:  # a number with thousands of digits
+        raise ConfigError(f"not usable: {error}", name) from None
     lines, problems = _scan(text)
     if problems:
         raise ConfigError(problems, name)
@@ -107,6 +113,8 @@ def _scan(text: str) -> tuple[dict[Path, int], list[str]]:
             lines.setdefault(path, line)
         elif symbol in "{[":
             stack.append("" if symbol == "{" else None)
+            if len(stack) > _MAX_DEPTH:
+                return lines, [f"line {line}: {_TOO_DEEP}"]
         elif symbol in "}]":
             stack.pop()
         elif symbol != ",":
@@ -147,5 +155,5 @@ def _value(text: str) -> Any:
     """JSON where it parses as JSON, else the text itself: steps=50 is a number, type=AdamW a string."""
     try:
         return json.loads(text, parse_constant=lambda word: word)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text

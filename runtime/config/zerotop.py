@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from ..knobs import KNOBS
+from ..models.presets import PRESETS
+from .errors import nearest, shown
 from .section import Flag, Int, Num, Section, Text, Texts
-
-MODEL_PRESETS = ("gpt-tiny", "gpt-small", "gpt-124m", "gpt-350m", "gpt-1.3b", "gpt-7b")
-"""Names of the built-in GPTs, smallest first."""
 
 DEFAULT_PRESET = "gpt-small"
 DEFAULT_STEPS = 200
 
-Preset = Literal["gpt-tiny", "gpt-small", "gpt-124m", "gpt-350m", "gpt-1.3b", "gpt-7b"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -23,10 +22,24 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+def _preset(value: object) -> str:
+    name = value.lower() if isinstance(value, str) else value
+    if isinstance(name, str) and name in PRESETS:
+        return name
+    near = nearest(name, PRESETS) if isinstance(name, str) else None
+    hint = f". Did you mean {near}?" if near else ""
+    raise PydanticCustomError(
+        "wrong_preset", "{text}", {"text": f"expected one of {', '.join(PRESETS)}, got {shown(value)}{hint}"}
+    )
+
+
+Preset = Annotated[str, BeforeValidator(_preset)]
+
+
 class ModelConfig(Section):
     """What is trained when no script is given. Give `preset` or `path`, not both."""
 
-    preset: Annotated[Preset, BeforeValidator(_lower)] | None = None
+    preset: Preset | None = None
     """A built-in GPT, newly initialised. With neither preset nor path: gpt-small."""
 
     path: Text | None = None
@@ -101,5 +114,5 @@ class ZerotopConfig(Section):
     log: LogConfig = LogConfig()
 
     units: Texts | None = None
-    """Names of the modules to cut the model into, as `named_modules()` gives them; `*` matches one part of a name
+    """Names of the modules to cut the model into, as `named_modules()` gives them; `*` matches anything
     (`transformer.h.*`). Unset: the children of the largest repeated ModuleList."""
