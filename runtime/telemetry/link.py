@@ -18,7 +18,8 @@ from runtime.wire.messages import Command, Packet, Resend
 from runtime.wire.rundir import Sockets
 
 HEARTBEAT_INTERVAL_MS = 2_000
-HEARTBEAT_TIMEOUT_MS = 10_000
+HEARTBEAT_TIMEOUT_MS = 30_000
+"""Long: a hub that only stands still for a while must not lose its connection."""
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 TELEMETRY_QUEUED = 100
@@ -57,12 +58,18 @@ class Link:
         self._wake_fd = self._wake_read.fileno()
         self._poller = zmq.Poller()
         self._poller.register(self._dealer, zmq.POLLIN)
+        self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._connections = 0
         self._poller.register(self._wake_fd, zmq.POLLIN)
 
     def _connect(self, kind: int, sockets: Sockets, name: str, options: dict[int, Any]) -> zmq.Socket[bytes]:
         connected = self._context.socket(kind)
         try:
-            for option, value in {zmq.LINGER: 0, zmq.RECONNECT_IVL: RECONNECT_MS, zmq.RECONNECT_IVL_MAX: RECONNECT_MAX_MS, **options}.items():
+            connected.linger = 0
+            connected.reconnect_ivl = RECONNECT_MS
+            connected.reconnect_ivl_max = RECONNECT_MAX_MS
+            for option, value in options.items():
                 connected.setsockopt(option, value)
             connected.connect(sockets.endpoint(name))
         except zmq.ZMQError as error:
@@ -84,6 +91,12 @@ class Link:
         if self._wake_fd in ready:
             self._wake_read.recv(4096)
         arrived: list[Command | Resend] = []
+        if self._monitor in ready:
+            self._monitor.recv_multipart()
+            self._connections += 1
+            if self._connections > 1:
+                # What was under way when the connection broke is lost without a trace: the hub drops what it has already.
+                self.outbox.rewind(1)
         while self._dealer in ready:
             try:
                 frame = self._dealer.recv_multipart(zmq.NOBLOCK)[-1]
@@ -125,6 +138,8 @@ class Link:
                 break
             self.send_events([])
         linger = max(0, int((deadline - time.monotonic()) * 1000))
+        self._dealer.disable_monitor()
+        self._monitor.close(linger=0)
         self._dealer.close(linger=linger)
         self._publisher.close(linger=linger)
         self._context.term()
