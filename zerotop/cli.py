@@ -1,0 +1,130 @@
+"""The zerotop command. Every subcommand is a module of zerotop.commands, imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+COMMANDS = {
+    "launch": ("launch", "start a run and open the live screen on it"),
+    "attach": ("attach", "open the screen on a run, here or on another box over SSH"),
+    "ls": ("ls", "list runs"),
+    "status": ("status", "show where a run is: step, loss, and every rank"),
+    "logs": ("logs", "print what the ranks wrote"),
+    "pause": ("control", "hold the run at the next step boundary"),
+    "resume": ("control", "let a paused run go on"),
+    "checkpoint": ("control", "write a checkpoint at the next step boundary"),
+    "set": ("control", "change a setting of the running run"),
+    "stop": ("control", "write a checkpoint, then end the run"),
+    "abort": ("control", "end the run at once, without a checkpoint"),
+    "plan": ("plan", "say what each ZeRO stage would cost in memory and traffic"),
+    "doctor": ("doctor", "check this machine and say how to mend what is missing"),
+    "resolve": ("resolve", ""),
+}
+"""Command -> (module of zerotop.commands, its line in the help; empty: not for people)."""
+EXITS = "Exit codes: 0 done; 1 the run failed or the command was rejected; 2 bad usage, an unknown run or a bad value."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has seen enough. Python would complain once more when it flushes.
+        sys.stdout = None
+        return 0
+    except Exception as error:
+        exit_code = _exit_code(error)
+        if exit_code is None:
+            raise
+        _report(str(error), words)
+        return exit_code
+
+
+def _run(words: list[str]) -> int:
+    command = words[0] if words else ""
+    if command and not command.startswith("-") and command not in COMMANDS:
+        near = difflib.get_close_matches(
+            command, [name for name, (_, line) in COMMANDS.items() if line], n=1, cutoff=0.7
+        )
+        hint = f" Did you mean {near[0]}?" if near else " zerotop --help lists them."
+        _report(f"zerotop has no command {command!r}.{hint}", words)
+        return 2
+    parser = _parser(command)
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    arguments = parser.parse_args(words)
+    module = importlib.import_module(f"zerotop.commands.{COMMANDS[arguments.command][0]}")
+    result: int = module.run(arguments)
+    return result
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        # argparse's own version action wants the text beforehand, and package metadata take longer than --help.
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"zerotop {version('zerotop')}")
+        except PackageNotFoundError:
+            print("zerotop (run from its source, not installed)")
+        parser.exit(0)
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The parser with `command`'s own arguments; the other commands only as lines of the help."""
+    parser = _Parser(
+        prog="zerotop", description="Launch, watch and steer ZeRO training runs from a terminal.", epilog=EXITS
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    if command in COMMANDS:
+        module = importlib.import_module(f"zerotop.commands.{COMMANDS[command][0]}")
+        module.register(subparsers)
+        return parser
+    for name, (_, line) in COMMANDS.items():
+        if line:
+            subparsers.add_parser(name, help=line)
+    return parser
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an error that is meant for people; None for a fault of ours, which deserves its traceback."""
+    # Imported here, because a good call needs none of them.
+    from runtime.config import ConfigError
+    from runtime.knobs import KnobError
+    from runtime.wire.codec import ProtocolError
+    from zerotop.output import CommandError
+    from zerotop.runs.paths import RunError
+    from zerotop.source.base import SourceError
+
+    if isinstance(error, CommandError):
+        return error.exit_code
+    return 2 if isinstance(error, ConfigError | KnobError | ProtocolError | RunError | SourceError) else None
+
+
+def _report(message: str, words: list[str]) -> None:
+    """To people on stderr; a program that asked for JSON gets its one document as well."""
+    print(f"zerotop: {message}", file=sys.stderr, flush=True)
+    own_words = words[: words.index("--")] if "--" in words else words
+    if "--json" in own_words:
+        from zerotop.output import print_json
+
+        print_json({"error": message})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

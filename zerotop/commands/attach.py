@@ -1,0 +1,67 @@
+"""zerotop attach: the screen on a run that goes on whether anybody looks or not."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zerotop.source.base import Source
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "attach",
+        help="open the screen on a run",
+        description="Open the screen on a run, here or on another box over SSH. Leaving it (q) never touches the run.",
+    )
+    parser.add_argument(
+        "target", nargs="?", metavar="TARGET", help="run | user@host | user@host:run; default: the newest live run"
+    )
+    parser.add_argument("--read-only", action="store_true", help="show only: the keys that steer the run do nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from zerotop.output import CommandError
+    from zerotop.runs.directory import find_run
+    from zerotop.source.opening import open_source
+    from zerotop.source.target import parse_target
+
+    target = parse_target(arguments.target)
+    # Whether there is such a run is the first thing to say, and only a look at our own directories.
+    entry = None if target.host else find_run(target.run, live_only=True)
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise CommandError("attach draws a screen and needs a terminal; without one: zerotop status, zerotop logs -f")
+    source: Source
+    if entry is not None:
+        source = open_source(entry)
+    else:
+        from zerotop.source.remote import open_remote
+
+        assert target.host is not None
+        source = open_remote(target.host, target.run)
+    return show(source, read_only=arguments.read_only, again=arguments.target or "")
+
+
+def show(source: Source, *, read_only: bool = False, again: str = "") -> int:
+    """The screen on a started source until the user leaves it; closes the source. `again`: what to attach to again.
+
+    Returns 1 when the run was seen to fail, else 0.
+    """
+    from runtime.wire.messages import LIVE_STATES
+    from zerotop.output import say
+    from zerotop.tui.app import ZerotopApp
+
+    try:
+        ZerotopApp(source, read_only=read_only).run()
+    finally:
+        source.close()
+    status = source.state.status
+    if status is None:
+        return 0
+    if status.state in LIVE_STATES:
+        say(f"{status.name} goes on ({status.state}): zerotop attach {again or status.name} opens it again")
+        return 0
+    say(f"{status.name}: {status.state}" + (f", {status.reason}" if status.reason else ""))
+    return 1 if status.state == "failed" else 0

@@ -1,0 +1,194 @@
+"""zerotop pause, resume, checkpoint, set, stop, abort: send one command to a run's hub and wait for its answer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.wire.messages import CommandRecord
+    from zerotop.source.target import Target
+
+NAMES = ("pause", "resume", "checkpoint", "set", "stop", "abort")
+DEFAULT_TIMEOUT_S = 60.0
+_DOES = {
+    "pause": "Hold the run at the next step boundary, on all ranks at once. A paused run still checkpoints and stops.",
+    "resume": "Let a paused run go on.",
+    "checkpoint": "Write a checkpoint at the next step boundary.",
+    "set": "Change a setting of the running run at the next step boundary.",
+    "stop": "End the run after the current step and a last checkpoint; launch --resume continues it.",
+    "abort": "End the run at once, without a checkpoint: steps since the last checkpoint are lost.",
+}
+_SAYS = {
+    "stop": "{name} finishes its current step, writes a checkpoint and ends; launch --resume continues it",
+    "abort": "{name} ends at once, without a checkpoint",
+}
+
+
+def register(subparsers: Any) -> None:
+    for name in NAMES:
+        parser = subparsers.add_parser(name, help=_DOES[name], description=_DOES[name])
+        if name == "set":
+            from runtime.knobs import KNOBS
+
+            width = max(len(knob) for knob in KNOBS)
+            parser.formatter_class = argparse.RawDescriptionHelpFormatter
+            parser.epilog = "settings:\n" + "\n".join(
+                f"  {knob.name:<{width}}  {knob.description} ({knob.allowed})" for knob in KNOBS.values()
+            )
+            parser.add_argument("words", nargs="+", metavar="[RUN] KEY=VALUE", help="one or more settings; see below")
+        else:
+            parser.add_argument(
+                "target", nargs="?", metavar="RUN", help="a run, or user@host[:run]; default: the newest live run"
+            )
+        if name == "checkpoint":
+            parser.add_argument(
+                "--wait", action="store_true", help="return when it is complete on disk, not when it is accepted"
+            )
+        if name == "abort":
+            parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
+        waits = "none" if name == "checkpoint" else f"{DEFAULT_TIMEOUT_S:.0f}"
+        parser.add_argument(
+            "--timeout",
+            type=_seconds,
+            metavar="SECONDS",
+            help=f"how long to wait until it is applied; default: {waits}",
+        )
+        parser.add_argument("--json", action="store_true", help="print the answer as one JSON document")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return seconds
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from zerotop.output import CommandError, say
+    from zerotop.source.target import parse_target
+
+    name: str = arguments.command
+    text, settings = _split_words(arguments.words) if name == "set" else (arguments.target, {})
+    target = parse_target(text)
+    if name == "abort" and not arguments.yes and not _confirmed(text):
+        say("zerotop: nothing was sent")
+        return 1
+    if target.host:
+        return _run_there(target.host, target, arguments, settings)
+
+    from zerotop.runs.directory import find_run
+    from zerotop.source.opening import open_source
+
+    entry = find_run(target.run)
+    if not entry.live:
+        reason = f": {entry.status.reason}" if entry.status.reason else ""
+        raise CommandError(
+            f"{entry.name} has ended ({entry.status.state}{reason}): there is nothing to {name}", exit_code=1
+        )
+
+    from zerotop.source.asking import ask, new_command, refused
+
+    command = new_command(name, settings)
+    if name == "set":
+        problem = _check(settings)
+        if problem:
+            return _print(entry.name, refused(command, problem), arguments.json)
+        command = new_command(name, _values(settings))
+    if name in _SAYS:
+        say(_SAYS[name].format(name=entry.name))
+    accepted_is_enough = name == "checkpoint" and not arguments.wait
+    timeout_s = arguments.timeout
+    if timeout_s is None and not (name == "checkpoint" and arguments.wait):
+        timeout_s = DEFAULT_TIMEOUT_S
+    source = open_source(entry)
+    try:
+        record = ask(source, command, until="accepted" if accepted_is_enough else "applied", timeout_s=timeout_s)
+    finally:
+        source.close()
+    return _print(entry.name, record, arguments.json, accepted_is_enough)
+
+
+def _split_words(words: list[str]) -> tuple[str | None, dict[str, str]]:
+    """[RUN] KEY=VALUE...: the run, and the settings as typed."""
+    from zerotop.output import CommandError
+
+    run_text = None if "=" in words[0] else words[0]
+    pairs = words if run_text is None else words[1:]
+    if not pairs:
+        raise CommandError(f"set {run_text}: expected KEY=VALUE after the run, such as log_interval=10")
+    settings: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise CommandError(f"set: expected KEY=VALUE, such as log_interval=10, got {pair!r}")
+        if key in settings:
+            raise CommandError(f"set: {key} is given twice")
+        settings[key] = value
+    return run_text, settings
+
+
+def _check(settings: dict[str, str]) -> str:
+    """Why the settings are not allowed; empty when they are. The hub and the ranks check again."""
+    from runtime.knobs import KnobError
+
+    try:
+        _values(settings)
+    except KnobError as error:
+        return str(error)
+    return ""
+
+
+def _values(settings: dict[str, str]) -> dict[str, Any]:
+    from runtime.knobs import parse_knob
+
+    return {key: parse_knob(key, value) for key, value in settings.items()}
+
+
+def _confirmed(text: str | None) -> bool:
+    """On a terminal abort asks first; a script that calls it means it."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    sys.stderr.write(f"Abort {text or 'the newest live run'}? Steps since its last checkpoint are lost. [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _run_there(host: str, target: Target, arguments: argparse.Namespace, settings: dict[str, str]) -> int:
+    from zerotop.source.ssh import run_there
+
+    words = [arguments.command]
+    if target.run:
+        words.append(target.run)
+    words += [f"{key}={value}" for key, value in settings.items()]
+    if getattr(arguments, "wait", False):
+        words.append("--wait")
+    if arguments.command == "abort":
+        words.append("--yes")
+    if arguments.timeout is not None:
+        words += ["--timeout", f"{arguments.timeout:g}"]
+    if arguments.json:
+        words.append("--json")
+    return run_there(host, words)
+
+
+def _print(name: str, record: CommandRecord, as_json: bool, accepted_is_enough: bool = False) -> int:
+    from zerotop.output import print_json, say
+    from zerotop.report import command_document
+
+    command, ack = record.command, record.ack
+    done = ack.state == "applied" or (ack.state == "accepted" and accepted_is_enough)
+    if as_json:
+        print_json(command_document(record))
+    if not done:
+        say(f"zerotop: {name} {ack.state} {command.name}" + (f": {ack.reason}" if ack.reason else ""))
+        return 1
+    if not as_json:
+        at = f" at step {ack.step}" if ack.step is not None else ""
+        extras = "".join(f", {key} {value}" for key, value in ack.result.items())
+        print(f"{name}: {command.name} {ack.state} as #{ack.number or command.number}{at}{extras}")
+    return 0

@@ -1,0 +1,35 @@
+"""zerotop ls: every run of this user, here or on another box."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("ls", help="list runs", description="List runs, newest first.")
+    parser.add_argument("host", nargs="?", metavar="HOST", help="another box, as user@host; default: this one")
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from zerotop.output import print_json, say
+
+    if arguments.host:
+        from zerotop.source.ssh import run_there
+        from zerotop.source.target import checked_host
+
+        host = checked_host(arguments.host.removesuffix(":"))
+        return run_there(host, ["ls", *(["--json"] if arguments.json else [])])
+
+    from zerotop.report import list_document, list_text
+    from zerotop.runs.directory import list_runs, runs_home
+
+    document = list_document(list_runs())
+    if arguments.json:
+        print_json(document)
+    elif document:
+        print(list_text(document))
+    else:
+        say(f"no runs in {runs_home()}: zerotop launch CONFIG starts one")
+    return 0

@@ -1,0 +1,76 @@
+"""zerotop status: where one run is, from its hub while it lives and from its recording afterwards."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zerotop.runs.directory import RunEntry
+    from zerotop.source.base import Source
+
+HUB_ANSWERS_WITHIN_S = 5.0
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "status", help="show where a run is", description="Show where a run is: step, loss, and every rank."
+    )
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="RUN",
+        help="a run, or user@host[:run]; default: the newest live run, else the newest",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from zerotop.output import print_json, say
+    from zerotop.report import status_document, status_text
+    from zerotop.source.opening import open_source
+    from zerotop.source.target import parse_target
+
+    target = parse_target(arguments.target)
+    if target.host:
+        from zerotop.source.ssh import run_there
+
+        words = ["status", *([target.run] if target.run else []), *(["--json"] if arguments.json else [])]
+        return run_there(target.host, words)
+
+    entry = find_any_run(target.run)
+    source = open_source(entry)
+    try:
+        _listen(source)
+        if source.connection not in ("live", "ended"):
+            say(f"zerotop: the hub of {entry.name} does not answer ({source.connection}): its directory says:")
+        document = status_document(source.state, entry)
+    finally:
+        source.close()
+    if arguments.json:
+        print_json(document)
+    else:
+        print(status_text(document))
+    return 0
+
+
+def find_any_run(name: str | None) -> RunEntry:
+    """The run called `name`; without a name the newest live one, else the newest of all. Raises RunError."""
+    from zerotop.runs.directory import find_run, list_runs
+
+    if name is None:
+        runs = list_runs()
+        if runs and not any(entry.live for entry in runs):
+            return runs[0]
+    return find_run(name)
+
+
+def _listen(source: Source) -> None:
+    """Until the hub has told the whole state; a run that is only just starting may have no hub yet."""
+    deadline = time.monotonic() + HUB_ANSWERS_WITHIN_S
+    while time.monotonic() < deadline:
+        source.poll()
+        if source.connection != "connecting":
+            return
+        source.wait(0.05)

@@ -1,0 +1,93 @@
+"""What commands print: JSON documents, aligned tables, figures with units, and errors for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+
+class CommandError(Exception):
+    """One clear message for people: what was expected, what came, the way out. Ends the program with `exit_code`.
+
+    2: bad usage, an unknown run, a bad value; nothing was done. 1: a command was rejected or could not be carried out.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def print_json(document: Any) -> None:
+    """One JSON document to stdout. NaN and infinities, which JSON does not have, become null."""
+    print(json.dumps(finite(document), indent=1, allow_nan=False, ensure_ascii=False), flush=True)
+
+
+def finite(value: Any) -> Any:
+    """`value` with every float that is not finite replaced by None, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def say(text: str) -> None:
+    """A diagnostic or progress line: stderr, so that stdout stays clean for answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns aligned by padding; those whose index is in `right` are aligned to the right."""
+    widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(line(row) for row in [header, *rows])
+
+
+def bytes_text(count: float | None) -> str:
+    """1.5 GiB; a dash when there is no figure."""
+    if count is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def duration_text(seconds: float | None) -> str:
+    """42s, 3m 05s, 2h 07m, 3d 4h; a dash when there is no figure."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-"
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600}h"
+
+
+def number_text(value: float | None, form: str = ".4g") -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def time_text(wall_s: float | None) -> str:
+    """ISO 8601 in local time with its offset, to the second; empty when there is none."""
+    if wall_s is None:
+        return ""
+    text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(wall_s))
+    return f"{text[:-2]}:{text[-2:]}"

@@ -1,0 +1,221 @@
+"""A run's state as the documents and the text that `status` and `ls` print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from runtime.wire.messages import CommandRecord, StepResult
+from zerotop.output import bytes_text, duration_text, number_text, table, time_text
+from zerotop.state.memory import memory_use
+from zerotop.state.progress import progress
+from zerotop.state.run import RankState, RunState
+
+if TYPE_CHECKING:
+    from zerotop.runs.directory import RunEntry
+
+
+# ---- status ----------------------------------------------------------------------------------------------------
+def status_document(state: RunState, entry: RunEntry | None = None) -> dict[str, Any]:
+    """What `status --json` prints. `entry` adds where the run lies, and speaks for a hub that has said nothing yet."""
+    status = state.status or (entry.status if entry else None)
+    hello = state.hello
+    newest = _newest_step(state)
+    how_far = progress(state)
+    return {
+        "name": status.name if status else "",
+        "state": status.state if status else state.state_name,
+        "step": max(how_far.step, status.step if status else 0),
+        "steps": how_far.steps if how_far.steps is not None else planned_steps(entry),
+        "loss": newest.loss if newest else None,
+        "lr": newest.lr if newest else None,
+        "grad_norm": newest.grad_norm if newest else None,
+        "tokens_per_s": how_far.tokens_per_s,
+        "step_ms": how_far.step_ms,
+        "eta_s": how_far.eta_s,
+        "attempt": status.attempt if status else 0,
+        "stage": hello.stage if hello else None,
+        "precision": hello.precision if hello else None,
+        "reason": status.reason if status else "",
+        "error": status.error if status else "",
+        "failed_rank": status.failed_rank if status else None,
+        "exit_code": status.exit_code if status else None,
+        "last_checkpoint_step": status.last_checkpoint_step if status else None,
+        "started_wall_s": status.started_wall_s if status else None,
+        "ended_wall_s": status.ended_wall_s if status else None,
+        "folder": str(entry.path) if entry else None,
+        "ranks": [_rank_document(state, rank) for _, rank in sorted(state.ranks.items())],
+        "commands": [command_document(record) for record in state.commands.values()],
+    }
+
+
+def _newest_step(state: RunState) -> StepResult | None:
+    return max((rank.step for rank in state.ranks.values() if rank.step), key=lambda step: step.step, default=None)
+
+
+def _rank_document(state: RunState, rank: RankState) -> dict[str, Any]:
+    heartbeat, step, memory, hello = rank.heartbeat, rank.step, rank.memory, rank.hello
+    figures: dict[str, Any] = {}
+    if memory is not None:
+        figures = {
+            **{str(name): size for name, size in memory.ledger.items()},
+            # Derived, not counted: see zerotop/state/memory.py.
+            **{name: size for name, size in memory_use(memory).parts if name not in memory.ledger},
+            "allocated_bytes": memory.allocated_bytes,
+            "reserved_bytes": memory.reserved_bytes,
+            "device_used_bytes": memory.device_used_bytes,
+            "device_total_bytes": memory.device_total_bytes,
+            "rss_bytes": memory.rss_bytes,
+            "pinned_bytes": memory.pinned_bytes,
+            "host_total_bytes": memory.host_total_bytes,
+        }
+    return {
+        "rank": rank.rank,
+        "phase": rank.phase,
+        "micro_step": heartbeat.micro_step if heartbeat else None,
+        "micro_steps": heartbeat.micro_steps if heartbeat else hello.accumulation if hello else None,
+        "step": step.step if step else None,
+        "host": hello.host if hello else None,
+        "pid": hello.pid if hello else None,
+        "device": hello.device if hello else None,
+        "memory": figures,
+        "wait_ms": step.wait_ms if step else None,
+        "step_ms": step.step_ms if step else None,
+        "tokens_per_s": step.tokens_per_s if step else None,
+        "age_s": max(0.0, (state.hub_now_ns - rank.heard_ns) / 1e9) if rank.heard_ns and state.hub_now_ns else None,
+    }
+
+
+def command_document(record: CommandRecord) -> dict[str, Any]:
+    """What a control command prints with --json."""
+    command, ack = record.command, record.ack
+    return {
+        "command": command.name,
+        "arguments": command.arguments,
+        "who": command.who,
+        "id": command.id,
+        "number": ack.number or command.number,
+        "state": ack.state,
+        "step": ack.step,
+        "reason": ack.reason,
+        "result": ack.result,
+    }
+
+
+def status_text(document: dict[str, Any]) -> str:
+    """A status document for people."""
+    lines = [_headline(document)]
+    if document["loss"] is not None:
+        figures = (
+            ("loss", document["loss"], ".4f"),
+            ("lr", document["lr"], ".3g"),
+            ("norm", document["grad_norm"], ".3g"),
+        )
+        parts = [f"{name} {number_text(value, form)}" for name, value, form in figures]
+        if document["tokens_per_s"] is not None:
+            parts.append(f"{document['tokens_per_s']:,.0f} tokens/s")
+        lines.append("  ".join(parts))
+    if document["last_checkpoint_step"] is not None:
+        lines.append(f"newest checkpoint: step {document['last_checkpoint_step']}")
+    if document["ranks"]:
+        lines += ["", _ranks_text(document["ranks"])]
+    for command in document["commands"]:
+        if command["state"] == "accepted":
+            lines.append(f"#{command['number']} {command['command']}: waiting for a step boundary")
+    if document["error"]:
+        failed = document["failed_rank"]
+        lines += ["", f"error of rank {failed}:" if failed is not None else "error:", document["error"].rstrip()]
+    return "\n".join(lines)
+
+
+def _headline(document: dict[str, Any]) -> str:
+    of = f" of {document['steps']}" if document["steps"] is not None else ""
+    parts = [f"{document['name']}: {document['state']}", f"step {document['step']}{of}"]
+    if document["stage"] is not None:
+        parts.append(f"ZeRO-{document['stage']} {document['precision']}")
+    if document["eta_s"] is not None:
+        parts.append(f"{duration_text(document['eta_s'])} to go")
+    if document["reason"]:
+        parts.append(document["reason"])
+    return ", ".join(parts)
+
+
+def _ranks_text(ranks: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for rank in ranks:
+        memory = rank["memory"]
+        used = memory.get("device_used_bytes") or memory.get("allocated_bytes") or memory.get("rss_bytes")
+        micro = f" {rank['micro_step']}/{rank['micro_steps']}" if rank["micro_step"] else ""
+        rows.append(
+            (
+                str(rank["rank"]),
+                rank["host"] or "-",
+                rank["device"] or "-",
+                f"{rank['phase']}{micro}",
+                number_text(rank["step"], "d"),
+                bytes_text(used),
+                bytes_text(memory.get("rss_bytes")),
+                number_text(rank["wait_ms"], ".1f"),
+                number_text(rank["tokens_per_s"], ",.0f"),
+            )
+        )
+    header = ("RANK", "HOST", "DEVICE", "PHASE", "STEP", "MEMORY", "RSS", "WAIT ms", "TOKENS/s")
+    return table(header, rows, right=(0, 4, 5, 6, 7, 8))
+
+
+# ---- ls --------------------------------------------------------------------------------------------------------
+def list_document(entries: Sequence[RunEntry]) -> list[dict[str, Any]]:
+    """What `ls --json` prints, from the run directories alone: the step is as new as state.json is."""
+    return [
+        {
+            "name": entry.name,
+            "state": entry.status.state,
+            "step": entry.status.step,
+            "steps": planned_steps(entry),
+            "attempt": entry.status.attempt,
+            "host": entry.run.host,
+            "nproc": entry.run.nproc,
+            "device": entry.run.device,
+            "started": time_text(_started(entry)),
+            "started_wall_s": _started(entry),
+            "ended_wall_s": entry.status.ended_wall_s,
+            "last_checkpoint_step": entry.status.last_checkpoint_step,
+            "reason": entry.status.reason,
+            "folder": str(entry.path),
+        }
+        for entry in entries
+    ]
+
+
+def list_text(document: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        (
+            run["name"],
+            run["state"],
+            f"{run['step']}" + (f"/{run['steps']}" if run["steps"] is not None else ""),
+            f"{run['nproc']} {run['device']}",
+            run["host"],
+            run["started"][:16].replace("T", " "),
+            run["reason"],
+        )
+        for run in document
+    ]
+    return table(("NAME", "STATE", "STEP", "RANKS", "HOST", "STARTED", "WHY"), rows, right=(2,))
+
+
+def _started(entry: RunEntry) -> float:
+    started = entry.status.started_wall_s
+    return entry.run.created_wall_s if started is None else started
+
+
+def planned_steps(entry: RunEntry | None) -> int | None:
+    """Optimizer steps the run was launched for, as its resolved config says; None when a script decides."""
+    if entry is None or entry.run.script is not None:
+        return None
+    try:
+        resolved = json.loads((entry.path / "resolved.json").read_bytes())
+        steps = resolved["zerotop"]["train"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a launch that was interrupted has not written it
+    return steps if isinstance(steps, int) else None

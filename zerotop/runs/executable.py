@@ -1,0 +1,41 @@
+"""Where another box finds zerotop here: `launch` leaves its Python's path in the state home for ssh commands to read.
+
+A shell that ssh starts has no virtual environment and often a short PATH: a search for `zerotop` there would mostly fail.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+
+from zerotop.runs.paths import make_private_folder, state_home
+
+MARK = "zerotop-answers:"
+"""Printed on a line of its own before the answer: what a login shell's start-up files print comes before it."""
+
+# One line and no single quote in it, so that it survives inside the single quotes of any login shell.
+_FIND = (
+    'f="${XDG_STATE_HOME:-$HOME/.local/state}/zerotop/executable"; p=; if [ -r "$f" ]; then IFS= read -r p < "$f"; fi; '
+    f'echo "{MARK}"; '
+    # -P: a folder called zerotop in the home must not stand in for the package.
+    'if [ -n "$p" ] && [ -x "$p" ]; then exec "$p" -P -m zerotop "$@"; fi; '
+    'for z in zerotop "$HOME/.local/bin/zerotop"; do '
+    'if command -v "$z" >/dev/null 2>&1; then exec "$z" "$@"; fi; done; '
+    'echo "no zerotop found: $f names none, and there is none in PATH" >&2; exit 127'
+)
+
+
+def record_executable() -> None:
+    """Write this Python's path to STATE/executable; raises RunError when the state home can't be written."""
+    folder = make_private_folder(state_home())
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".executable.")
+    with os.fdopen(handle, "w") as out:
+        out.write(sys.executable + "\n")
+    os.replace(temporary, folder / "executable")
+
+
+def shell_command(words: list[str]) -> str:
+    """The command line that runs `zerotop WORDS...` in any login shell: prints MARK, then becomes zerotop."""
+    return f"exec sh -c {shlex.quote(_FIND)} zerotop {shlex.join(words)}"

@@ -1,0 +1,90 @@
+"""Ask a run's hub to do something and wait for its answer: what a command line does that has no screen."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import socket
+import time
+import uuid
+from typing import Any, Literal, cast
+
+from runtime.wire.messages import Ack, Command, CommandName, CommandRecord
+from zerotop.output import CommandError, say
+from zerotop.source.base import Source
+
+HUB_ANSWERS_WITHIN_S = 10.0
+SAY_SO_AFTER_S = 1.0
+
+
+def asker() -> str:
+    """user@host:pid, for the run's record of who asked for what."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container whose uid has no name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}:{os.getpid()}"
+
+
+def new_command(name: str, arguments: dict[str, Any] | None = None) -> Command:
+    """A command with an id of its own and the asker's name."""
+    return Command(
+        id=uuid.uuid4().hex, name=cast(CommandName, name), arguments=arguments or {}, who=asker(), wall_s=time.time()
+    )
+
+
+def refused(command: Command, reason: str) -> CommandRecord:
+    """A command that was rejected before it was sent."""
+    return CommandRecord(command=command, ack=Ack(id=command.id, state="rejected", reason=reason, wall_s=time.time()))
+
+
+def ask(
+    source: Source, command: Command, *, until: Literal["accepted", "applied"], timeout_s: float | None
+) -> CommandRecord:
+    """Send `command` and return its newest answer: rejected, `until`, or `accepted` after `timeout_s` (with a reason).
+
+    Says on stderr what it waits for after a second. Raises CommandError when no hub takes it.
+    """
+    started = time.monotonic()
+    source.send(command)
+    said = False
+    while True:
+        source.poll()
+        record = source.state.commands.get(command.id)
+        waited_s = time.monotonic() - started
+        if record is not None:
+            if record.ack.state != "accepted" or until == "accepted":
+                return record
+            if source.connection == "ended":
+                return _at_the_end(source, record)
+            if timeout_s is not None and waited_s > timeout_s:
+                return _with(record, reason=f"not applied yet after {timeout_s:g} s; it stays in force")
+            if not said and waited_s > SAY_SO_AFTER_S:
+                said = True
+                say(f"accepted as #{record.ack.number}, waiting for a step boundary...")
+        else:
+            if not source.can_control:
+                raise CommandError(source.connection.removeprefix("lost: "))
+            limit_s = min(timeout_s or HUB_ANSWERS_WITHIN_S, HUB_ANSWERS_WITHIN_S)
+            if waited_s > limit_s:
+                name = source.state.status.name if source.state.status else "the run"
+                raise CommandError(
+                    f"the hub of {name} has not answered within {limit_s:g} s ({source.connection}); nothing is known "
+                    f"to have happened: zerotop status {name} shows how it is",
+                    exit_code=1,
+                )
+        source.wait(0.05)
+
+
+def _at_the_end(source: Source, record: CommandRecord) -> CommandRecord:
+    """The run ended with the command still open: for stop and abort that is the answer, for others a refusal."""
+    status = source.state.status
+    assert status is not None
+    done = {"stop": ("stopped", "finished"), "abort": ("aborted",)}.get(record.command.name, ())
+    if status.state in done:
+        return _with(record, state="applied", step=status.step)
+    return _with(record, state="rejected", reason=f"the run ended first ({status.state})")
+
+
+def _with(record: CommandRecord, **changes: Any) -> CommandRecord:
+    return record.model_copy(update={"ack": record.ack.model_copy(update=changes)})

@@ -1,0 +1,107 @@
+"""A run on another box as a source: its hub's sockets come through an SshLink, renewed whenever it breaks."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from runtime.wire.messages import LIVE_STATES, RunStatus
+from runtime.wire.rundir import Sockets
+from zerotop.output import CommandError
+from zerotop.source.live import LiveSource
+from zerotop.source.ssh import SshLink
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 30.0
+
+
+def open_remote(host: str, run: str | None) -> RemoteSource:
+    """A started source on `run` (None: the newest live one) of `host`. ssh may ask on the terminal. Raises SshError."""
+    link = SshLink(host)
+    try:
+        link.open()
+        found = _resolve(link, run)
+        if not found["live"]:
+            status = RunStatus.model_validate(found["status"])
+            why = f": {status.reason}" if status.reason else ""
+            raise CommandError(f"run {found['name']} on {host} is over ({status.state}{why})")
+        if not found["here"]:
+            raise CommandError(f"{found['name']} runs on {found['host']}, not on {host}: attach there")
+        link.forward(Sockets(found["sockets"]))
+    except BaseException:
+        link.close()
+        raise
+    source = RemoteSource(link, found["name"])
+    source.start()
+    return source
+
+
+def _resolve(link: SshLink, run: str | None) -> dict[str, Any]:
+    answer = link.ask(["resolve", *([run] if run else []), "--json"])
+    if not isinstance(answer, dict) or not {"name", "live", "here", "sockets", "status"} <= answer.keys():
+        raise CommandError(f"the zerotop on {link.host} answers in another way: install the same version on both sides")
+    return answer
+
+
+class RemoteSource(LiveSource):
+    """A LiveSource on forwarded sockets. A thread keeps the link up and asks how the run is when the hub is silent."""
+
+    def __init__(self, link: SshLink, run: str) -> None:
+        super().__init__(link.sockets, None, self._word_from_there)
+        self.link = link
+        self.run = run
+        self._trouble = ""
+        self._word: RunStatus | None = None
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="ssh keeper", daemon=True)
+
+    def start(self) -> None:
+        super().start()
+        self._keeper.start()
+
+    @property
+    def connection(self) -> str:
+        own = super().connection
+        return f"lost: {self._trouble}" if self._trouble and own != "ended" else own
+
+    def close(self) -> None:
+        self._closing.set()
+        self._wake.set()
+        super().close()
+        self.link.close()
+        if self._keeper.is_alive():
+            self._keeper.join(5.0)
+
+    def _word_from_there(self) -> RunStatus | None:
+        """What the other box last said about the run; asks it again, in the keeper's thread."""
+        self._wake.set()
+        return self._word
+
+    def _keep(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._closing.is_set():
+            asked = self._wake.wait(0.5)
+            self._wake.clear()
+            if self._closing.is_set() or (self._word is not None and self._word.state not in LIVE_STATES):
+                continue
+            try:
+                if not self.link.alive:
+                    self._trouble = f"{self.link.last_words}; connecting again"
+                    self.link.open(quiet=True)
+                    self._ask(forward=True)
+                elif asked:
+                    self._ask(forward=False)
+                self._trouble = ""
+                pause_s = FIRST_PAUSE_S
+            except (CommandError, OSError) as error:
+                if not self._closing.is_set():
+                    self._trouble = f"{error}; trying again in {pause_s:.0f} s"
+                    self._closing.wait(pause_s)
+                    pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    def _ask(self, *, forward: bool) -> None:
+        found = _resolve(self.link, self.run)
+        if forward and found["live"]:
+            self.link.forward(Sockets(found["sockets"]))
+        self._word = RunStatus.model_validate(found["status"])
