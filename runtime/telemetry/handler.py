@@ -22,7 +22,7 @@ def level_name(number: int) -> LevelName:
 
 
 class TelemetryHandler(logging.Handler):
-    """Hands every record, with its traceback if it has one, to `send(level, text, logger, wall_s)`. `setLevel` at any time."""
+    """Hands every record, with its traceback, to `send(level, text, logger, wall_s)`. `setLevel` at any time."""
 
     def __init__(self, send: Callable[[LevelName, str, str, float], None], level: int = logging.INFO) -> None:
         super().__init__(level)

@@ -14,11 +14,13 @@ IDS_KEPT = 4096
 class Inbox:
     """Filled by the publisher thread in the hub's numbering; read by the training thread.
 
-    Numbers only go up: what is not newer than the last number taken or marked applied is a repetition and is dropped, as is an id seen before.
+    Numbers only go up: what is not newer than the last number taken or marked applied is a repetition and is dropped,
+    as is an id seen before.
     """
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()  # re-entrant: a signal handler may call request_stop() while the same thread is in here
+        # Its lock is re-entrant: a signal handler may call request_stop() while the same thread is in here.
+        self._condition = threading.Condition()
         self._waiting: list[Command] = []
         self._ids: set[str] = set()
         self._ids_in_order: deque[str] = deque()

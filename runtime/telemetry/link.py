@@ -29,8 +29,8 @@ TELEMETRY_QUEUED = 100
 class Link:
     """Sockets to the hub of one run. All but `wake` belongs to one thread.
 
-    The hub need not be there yet, nor stay: connecting goes on in the background. `report` hears of frames that are not ours. Raises ValueError for
-    a socket path the kernel can't take.
+    The hub need not be there yet, nor stay: connecting goes on in the background. `report` hears of frames that are not
+    ours. Raises ValueError for a socket path the kernel can't take.
     """
 
     def __init__(self, sockets: Sockets, rank: int, attempt: int, report: Callable[[str], None]) -> None:
@@ -51,7 +51,7 @@ class Link:
                 zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS,
             },
         )
-        # Socket objects and not bare descriptors: after close() a late wake() must not write to whatever reuses the number.
+        # Socket objects, not bare descriptors: after close() a late wake() can't write to what reuses the number.
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -95,7 +95,7 @@ class Link:
             self._monitor.recv_multipart()
             self._connections += 1
             if self._connections > 1:
-                # What was under way when the connection broke is lost without a trace: the hub drops what it has already.
+                # What was under way when the connection broke is lost; the hub drops what it has already.
                 self.outbox.rewind(1)
         while self._dealer in ready:
             try:

@@ -11,6 +11,9 @@ from runtime.telemetry.handler import LevelName
 from runtime.telemetry.inbox import Inbox
 from runtime.wire.messages import Ack, Hello, Memory, PhaseName, StepResult
 
+Severity = Literal["info", "warning", "error"]
+Outcome = Literal["finished", "stopped", "aborted", "failed"]
+
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
@@ -43,7 +46,7 @@ class NullTelemetry:
         what: str,
         text: str,
         *,
-        severity: Literal["info", "warning", "error"] = "info",
+        severity: Severity = "info",
         step: int | None = None,
         data: dict[str, Any] | None = None,
     ) -> None: ...
@@ -54,6 +57,6 @@ class NullTelemetry:
 
     def memory_changed(self) -> None: ...
 
-    def goodbye(self, outcome: Literal["finished", "stopped", "aborted", "failed"], step: int, error: str = "") -> None: ...
+    def goodbye(self, outcome: Outcome, step: int, error: str = "") -> None: ...
 
     def close(self, timeout_s: float = 2.0) -> None: ...

@@ -19,10 +19,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(signal_number: int) -> bool:
-    """Have the kernel send this process `signal_number` when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG).
+    """Have the kernel send this process `signal_number` when the thread that started it ends (prctl(2)).
 
-    Call it early, from the main thread. False, and nothing happens, where the kernel has no such thing (not Linux). A parent that ends during the
-    call would never trigger it, so then the signal is sent at once.
+    Call it early, from the main thread. False, and nothing happens, where the kernel has no such thing (not Linux). A
+    parent that ends during the call would never trigger it, so then the signal is sent at once.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -36,7 +36,7 @@ def die_with_parent(signal_number: int) -> bool:
 
 
 def grace_s() -> float:
-    """Seconds an orphaned rank has to checkpoint and leave; raises ValueError when the variable is no number of seconds."""
+    """Seconds an orphaned rank has to checkpoint and leave; ValueError when the variable is no number of seconds."""
     text = os.environ.get(GRACE_VARIABLE, "")
     if not text:
         return DEFAULT_GRACE_S
@@ -50,10 +50,10 @@ def grace_s() -> float:
 
 
 class SupervisorWatch:
-    """A sleeping thread that wakes when process `pid` ends, calls `on_gone` once, and ends this process when the grace is over.
+    """A sleeping thread that wakes when process `pid` ends, calls `on_gone` once, and past the grace ends this process.
 
-    It is a thread of its own because it must work when everything else is stuck. It waits on a pidfd; where the kernel refuses one, it looks at
-    pid and start time once a second.
+    It is a thread of its own because it must work when everything else is stuck. It waits on a pidfd; where the kernel
+    refuses one, it looks at pid and start time once a second.
     """
 
     def __init__(self, pid: int, on_gone: Callable[[], None], grace_s: float) -> None:
@@ -102,7 +102,8 @@ class SupervisorWatch:
         self._on_gone()
         if self._stopped.wait(max(0.0, deadline - time.monotonic())):
             return
-        words = f"zerotop: the supervisor (pid {self.pid}) is gone and this rank did not stop within {self._grace_s:g} s: it ends now\n"
+        cause = f"the supervisor (pid {self.pid}) is gone"
+        words = f"zerotop: {cause} and this rank did not stop within {self._grace_s:g} s: it ends now\n"
         try:
             os.write(2, words.encode())
         finally:

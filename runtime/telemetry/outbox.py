@@ -17,8 +17,8 @@ MESSAGES_PER_PACKET = 200
 class Outbox:
     """Encoded event packets, numbered from 1, with a mark at the next one to send.
 
-    The newest PACKETS_KEPT packets (and at most BYTES_KEPT bytes) are kept for `rewind`, and the first one always: it holds the hello.
-    Used by one thread.
+    The newest PACKETS_KEPT packets (and at most BYTES_KEPT bytes) are kept for `rewind`, and the first one always: it
+    holds the hello. Used by one thread.
     """
 
     def __init__(self, rank: int, attempt: int) -> None:
@@ -63,11 +63,9 @@ class Outbox:
         self._next_seq = min(self._next_seq, max(1, first_seq))
 
     def _encode(self, messages: list[Any]) -> bytes:
-        return encode(
-            Packet(
-                source=f"rank/{self._rank}", attempt=self._attempt, seq=self._last_seq + 1, sent_ns=monotonic_ns(), messages=messages
-            )
-        )
+        seq = self._last_seq + 1
+        source = f"rank/{self._rank}"
+        return encode(Packet(source=source, attempt=self._attempt, seq=seq, sent_ns=monotonic_ns(), messages=messages))
 
     def _checked(self, message: Any) -> Any:
         try:

@@ -2,7 +2,7 @@
 
 The training thread never waits for the hub, nor touches a socket. The publisher thread owns both sockets:
 
-- PUB, one packet per tick: phases, collectives, step results, memory and always a heartbeat. Dropped when nobody takes them.
+- PUB, one packet per tick: phases, collectives, step results, memory, always a heartbeat. Dropped when nobody reads.
 - DEALER, events in numbered packets that the hub may ask for again; downwards, commands.
 """
 
@@ -19,12 +19,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from runtime.telemetry.handler import LevelName, TelemetryHandler
 from runtime.telemetry.inbox import Inbox
 from runtime.telemetry.link import Link
-from runtime.telemetry.null import NullTelemetry
+from runtime.telemetry.null import NullTelemetry, Outcome, Severity
 from runtime.telemetry.orphan import SupervisorWatch, grace_s
 from runtime.telemetry.recorder import Recorder
 from runtime.wire.messages import (
@@ -45,7 +45,7 @@ from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIA
 SPANS_PER_PACKET = 500
 EVENTS_KEPT = 20_000
 LOGS_KEPT = 5_000
-"""Log records wait in line with the events; past this many, further ones are dropped and counted, so that a flood can't push events out."""
+"""Log records wait in line with the events; past this many they are dropped: a flood can't push events out."""
 MEMORY_INTERVAL_S = 1.0
 MEMORY_INTERVAL_CHANGED_S = 0.1
 LONGEST_SLEEP_S = 0.25
@@ -57,7 +57,7 @@ class TelemetryError(Exception):
 
 
 class Telemetry(Recorder):
-    """One per rank and process. `enter`, `span`, `issued`, `completed` and `step` are the training thread's (see `Recorder`)."""
+    """One per rank and process. `enter`, `span`, `issued`, `completed`, `step`: see `Recorder`."""
 
     def __init__(self, rank: int, attempt: int, sockets: Sockets, supervisor_pid: int | None = None) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Telemetry(Recorder):
 
     @classmethod
     def from_environment(cls, rank: int) -> Telemetry | NullTelemetry:
-        """Telemetry of the run that ZEROTOP_RUN names, or one that does nothing when it is unset. Raises TelemetryError."""
+        """Telemetry of the run that ZEROTOP_RUN names, or one that does nothing. Raises TelemetryError."""
         folder = os.environ.get(RUN_VARIABLE, "")
         if not folder:
             return NullTelemetry()
@@ -92,9 +92,11 @@ class Telemetry(Recorder):
             run = read_run(Path(folder))
         except (OSError, ValueError) as error:
             raise TelemetryError(
-                f"{RUN_VARIABLE}={folder} is not a run directory: {_first_line(error)}. `zerotop launch` sets this variable; unset it to train without telemetry"
+                f"{RUN_VARIABLE}={folder} is not a run directory: {_first_line(error)}. `zerotop launch` sets this "
+                "variable; unset it to train without telemetry"
             ) from None
-        return cls(rank, _number(ATTEMPT_VARIABLE, run.attempt), Sockets(run.sockets), _number(SUPERVISOR_VARIABLE, None))
+        attempt = _number(ATTEMPT_VARIABLE, run.attempt)
+        return cls(rank, attempt, Sockets(run.sockets), _number(SUPERVISOR_VARIABLE, None))
 
     # ---- life ------------------------------------------------------------------------------------------------------
     def start(self, hello: Hello) -> None:
@@ -121,8 +123,8 @@ class Telemetry(Recorder):
         self._logger.addHandler(self.log_handler)
         atexit.register(self.close)
 
-    def goodbye(self, outcome: Literal["finished", "stopped", "aborted", "failed"], step: int, error: str = "") -> None:
-        """The last word, before `close`. Only the first one counts: what a failing run says on its way out must not replace the cause."""
+    def goodbye(self, outcome: Outcome, step: int, error: str = "") -> None:
+        """The last word, before `close`. Only the first one counts: what goes wrong on the way out is not the cause."""
         if self._said_goodbye:
             return
         self._said_goodbye = True
@@ -131,7 +133,7 @@ class Telemetry(Recorder):
     def close(self, timeout_s: float = 2.0) -> None:
         """Send what is left, for at most timeout_s seconds, and end the threads. Idempotent; also runs at exit.
 
-        When the supervisor is gone, the grace timer goes on: a process that hangs on its way out must not outlive the run.
+        When the supervisor is gone the grace timer goes on: a process that hangs while leaving must not outlive the run.
         """
         if self._link is None or self._close_by is not None:
             return
@@ -139,7 +141,7 @@ class Telemetry(Recorder):
         self._logger.removeHandler(self.log_handler)
         self._close_by = time.monotonic() + timeout_s
         self._link.wake()
-        # The thread keeps to the time itself; longer only if memory_source hangs, and then it is left behind (a daemon thread).
+        # The thread keeps to the time itself, unless memory_source hangs; then it is left behind (a daemon thread).
         self._thread.join(timeout_s + 0.5)
         if self._watch is not None and not self._watch.gone:
             self._watch.stop()
@@ -164,19 +166,23 @@ class Telemetry(Recorder):
         what: str,
         text: str,
         *,
-        severity: Literal["info", "warning", "error"] = "info",
+        severity: Severity = "info",
         step: int | None = None,
         data: dict[str, Any] | None = None,
     ) -> None:
         """A line for the event pane; `what` is a stable word. `data` must be JSON."""
-        self._send_event(Event(rank=self.rank, what=what, text=text, severity=severity, step=step, data=data or {}, wall_s=time.time()))
+        wall_s = time.time()
+        self._send_event(
+            Event(rank=self.rank, what=what, text=text, severity=severity, step=step, data=data or {}, wall_s=wall_s)
+        )
 
     def log(self, level: LevelName, text: str, logger: str = "runtime", wall_s: float | None = None) -> None:
-        """One log record. `log_handler` (on the root logger when that is set up, else on `runtime`) calls this; see `log_handler.setLevel`."""
+        """One log record; `log_handler` calls this (on the root logger if that is set up, else on `runtime`)."""
         if len(self._events) >= LOGS_KEPT:
             self._logs_dropped += 1
             return
-        self._events.append(LogRecord(rank=self.rank, level=level, logger=logger, text=text, wall_s=wall_s or time.time()))
+        wall_s = wall_s or time.time()
+        self._events.append(LogRecord(rank=self.rank, level=level, logger=logger, text=text, wall_s=wall_s))
 
     def ack(self, ack: Ack) -> None:
         """The answer to a command; rank and wall_s are filled in."""
@@ -244,7 +250,8 @@ class Telemetry(Recorder):
         return messages
 
     def _measured(self) -> list[Any]:
-        """Everything the training thread recorded since the last tick, and a heartbeat. Built unvalidated: it is ours, and there is much of it."""
+        """What the training thread recorded since the last tick, and a heartbeat."""
+        # Built unvalidated: it is our own, and there is much of it.
         drained = self.drain()
         messages: list[Any] = []
         if drained.spans:
@@ -280,7 +287,8 @@ class Telemetry(Recorder):
         events = [self._events.popleft() for _ in range(len(self._events))]
         if self._logs_dropped and len(self._events) < LOGS_KEPT:
             dropped, self._logs_dropped = self._logs_dropped, 0
-            events.append(self._own_record("warning", f"{dropped} log records came too fast and were not sent: see the rank's log file"))
+            text = f"{dropped} log records came too fast and were not sent: see the rank's log file"
+            events.append(self._own_record("warning", text))
         self._link.send_events(events)
 
     def _receive(self, message: Command | Resend) -> None:

@@ -1,7 +1,8 @@
 """What the training thread leaves behind: phase intervals, collectives and step results, in rings that never block.
 
-Every method here is called on the training path, so it does nothing but arithmetic and appends: no lock, no socket, no message objects. One
-thread at a time may call it (autograd's device thread counts as the training thread: the caller waits for it). `drain` belongs to the publisher.
+The training path calls these methods, so they do nothing but arithmetic and appends: no lock, no socket, no message
+objects. One thread at a time may call them (autograd's device thread counts as the training thread: the caller waits
+for it). `drain` and `position` belong to the publisher.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Position:
 class _Ring:
     """The reader's side of a bounded deque: takes what is there and works out how much fell out in between.
 
-    The writer counts its appends after making them, so `appended` never runs ahead of the deque and a loss is never counted that did not happen.
+    The writer counts its appends after making them, so `appended` never runs ahead of the deque, and no loss is counted
+    that did not happen.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -70,7 +72,7 @@ class _Ring:
 
 
 class _SpanContext:
-    """Runs one phase inside another; on leaving, the outer phase goes on as a new interval at the step and micro-step reached by then."""
+    """Runs one phase inside another; then the outer one goes on as a new interval, at the step reached by then."""
 
     __slots__ = ("_outer", "_phase", "_recorder")
 
@@ -83,7 +85,9 @@ class _SpanContext:
         self._outer = self._recorder._now[0]
         self._recorder.enter(self._phase)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._recorder.enter(self._outer)
 
 
@@ -92,7 +96,7 @@ class Recorder:
 
     def __init__(self) -> None:
         now = monotonic_ns()
-        # One tuple, replaced as a whole: the heartbeat reads it from another thread and must never see half of a change.
+        # One tuple, replaced as a whole: the heartbeat reads it from another thread and must not see half of a change.
         self._now: tuple[PhaseName, int, int, int] = ("init", 0, 0, now)  # phase, step, micro_step, since_ns
         self._entered: tuple[int, str] = (0, "")
         self._completed_seq = 0
@@ -113,7 +117,10 @@ class Recorder:
 
     # ---- the training thread ---------------------------------------------------------------------------------------
     def enter(self, phase: PhaseName, step: int | None = None, micro_step: int | None = None) -> None:
-        """End the current phase interval and begin the next; None keeps the step (1-based) or micro-step (1-based; 0 outside accumulation)."""
+        """End the current phase interval and begin the next; None keeps the step or micro-step.
+
+        Both are 1-based: the step being worked on, and the micro-step of its accumulation (0 outside of one).
+        """
         now = monotonic_ns()
         old_phase, old_step, old_micro_step, since = self._now
         self._append_span((old_phase, old_step, old_micro_step, since, now))
@@ -121,15 +128,19 @@ class Recorder:
         counted = self._counted_to_ns
         sums = self._phase_ns
         sums[old_phase] = sums.get(old_phase, 0) + now - (since if since > counted else counted)
-        self._now = (phase, old_step if step is None else step, old_micro_step if micro_step is None else micro_step, now)
+        if step is None:
+            step = old_step
+        if micro_step is None:
+            micro_step = old_micro_step
+        self._now = (phase, step, micro_step, now)
         self._progress_ns = now
 
     def span(self, phase: PhaseName) -> _SpanContext:
-        """A phase inside a phase. Intervals never overlap: the outer one ends where the inner begins, so no time is counted twice."""
+        """A phase inside a phase. The outer interval ends where the inner one begins, so no time is counted twice."""
         return _SpanContext(self, phase)
 
     def issued(self, op: str, nbytes: int) -> int:
-        """Note that a collective is being issued; returns its sequence number, from 1. Its bytes count for the current step."""
+        """Note a collective that is being issued; returns its number, from 1. Its bytes count for the current step."""
         seq = self._entered[0] + 1
         self._entered = (seq, op)
         self._issued_in_step[seq & STEP_MASK] = self._now[1]
@@ -140,7 +151,8 @@ class Recorder:
     def completed(self, seq: int, op: str, nbytes: int, issue_ns: int, end_ns: int, wait_ns: int) -> None:
         """Note a finished collective, in issue order; wait_ns is how long the training thread stood still for it.
 
-        The duration starts at the later of its issue and the previous completion: before that, the group was busy with another one.
+        The duration starts at the later of its issue and the previous completion: until then, the group was busy with
+        another one.
         """
         previous = self._previous_end_ns
         duration_ns = end_ns - (issue_ns if issue_ns > previous else previous)
@@ -156,7 +168,10 @@ class Recorder:
         self._progress_ns = monotonic_ns()
 
     def step(self, result: StepResult) -> None:
-        """Publish an optimizer step. Where `result` leaves phase_ms, wait_ms or comm_bytes at the default, what was seen since the last step goes in."""
+        """Publish an optimizer step.
+
+        Where `result` leaves phase_ms, wait_ms or comm_bytes at the default, what was seen since the last step goes in.
+        """
         now = monotonic_ns()
         phase, _, _, since = self._now
         sums, self._phase_ns = self._phase_ns, {}
@@ -175,7 +190,7 @@ class Recorder:
         return Drained(spans, collectives, steps, self._spans.lost + self._collectives.lost + self._steps.lost)
 
     def position(self) -> Position:
-        # completed before entered: read the other way round, a completion in between would show more completed than entered.
+        # In this order: the other way round, a collective in between would show as completed but not entered.
         completed_seq = self._completed_seq
         entered_seq, entered_op = self._entered
         phase, step, micro_step, since_ns = self._now
