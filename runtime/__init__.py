@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runtime import zero
-    from runtime.engine import Engine, add_config_arguments, init_distributed, initialize
+    from runtime.api import add_config_arguments, init_distributed, initialize
+    from runtime.engine import Engine
 
 __all__ = ["Engine", "add_config_arguments", "init_distributed", "initialize", "zero"]
 
@@ -21,7 +22,7 @@ def __getattr__(name: str) -> Any:
     if name == "zero":
         return importlib.import_module("runtime.zero")
     if name in __all__:
-        return getattr(importlib.import_module("runtime.engine"), name)
+        return getattr(importlib.import_module("runtime.engine" if name == "Engine" else "runtime.api"), name)
     raise AttributeError(f"module 'runtime' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

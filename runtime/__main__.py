@@ -1,0 +1,124 @@
+"""One rank: `python -m runtime CONFIG.json` or `python -m runtime SCRIPT.py ARGS...`, started by torchrun.
+
+Under `zerotop launch` (ZEROTOP_RUN is set) the config is the run's, output goes to the run's log files, and the first argument, if any, is the
+user's script. Without it, the arguments say it all and output stays on the terminal.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import runpy
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from runtime.telemetry import die_with_parent
+from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE
+
+ERROR_LINES = 40
+
+
+def main() -> int:
+    run = os.environ.get(RUN_VARIABLE)
+    if run:
+        # torchrun gone (killed): nobody would end this rank.
+        die_with_parent(signal.SIGKILL)
+        _redirect_output(Path(run))
+    logging.basicConfig(format="%(asctime)s %(levelname).1s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.getLogger("runtime").setLevel(logging.INFO)
+    try:
+        _train(Path(run) if run else None, sys.argv[1:])
+    except SystemExit:
+        raise
+    except BaseException as error:
+        return _failed(error)
+    finally:
+        _leave()
+    return 0
+
+
+def _train(run: Path | None, arguments: list[str]) -> None:
+    from runtime.config import ConfigError, Resolved, load
+
+    if arguments and arguments[0].endswith(".py"):
+        _run_script(arguments)
+        return
+    from runtime.comm import init_distributed
+    from runtime.train import train
+    from runtime.wire.rundir import read_run
+
+    if run is not None:
+        train(Resolved.from_json((run / "resolved.json").read_bytes()), Path(read_run(run).config_folder))
+        return
+    if len(arguments) != 1:
+        raise ConfigError(f"expected one CONFIG.json or a SCRIPT.py with its arguments, got {arguments or 'nothing'}")
+    import torch.distributed as dist
+
+    device = init_distributed()
+    config = load(arguments[0]).resolve(dist.get_world_size(), "cuda" if device.type == "cuda" else "cpu")
+    train(config, Path.cwd())
+
+
+def _run_script(arguments: list[str]) -> None:
+    """The user's script as `python SCRIPT.py ARGS...` would run it: its folder is where its imports are looked for first."""
+    script = Path(arguments[0]).resolve()
+    sys.argv = [str(script), *arguments[1:]]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+    _goodbye("finished", "")
+
+
+def _redirect_output(run: Path) -> None:
+    """stdout and stderr of this rank, also those of C++ code, go to its log file; append mode, so that the supervisor may truncate it."""
+    folder = run / "logs" / os.environ.get(ATTEMPT_VARIABLE, "1")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / f"rank-{os.environ.get('RANK', '0')}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _failed(error: BaseException) -> int:
+    from runtime.config import ConfigError
+    from runtime.data import DataError
+    from runtime.models.presets import ModelError
+
+    if isinstance(error, ConfigError | DataError | ModelError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _goodbye("failed", str(error))
+        return 2
+    traceback.print_exc()
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    _goodbye("failed", "\n".join(lines[-ERROR_LINES:]))
+    return 1
+
+
+def _goodbye(outcome: str, error: str) -> None:
+    """Tell the hub, if this rank got far enough to know it."""
+    from runtime.setup import current_session
+
+    session = current_session()
+    if session is not None:
+        session.link.goodbye(outcome, session.step(), error)  # type: ignore[arg-type]
+
+
+def _leave() -> None:
+    """Send what is left, and let the process group go without waiting for ranks that may be gone."""
+    from runtime.setup import current_session
+
+    session = current_session()
+    if session is not None:
+        session.link.close()
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Destructors of a process group whose peers are gone may hang; everything that must be saved is saved.
+    os._exit(code)

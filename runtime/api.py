@@ -1,0 +1,145 @@
+"""The calls of a training script, with DeepSpeed's names and argument order."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from runtime import comm as collectives
+from runtime.comm import Comm
+from runtime.config import ConfigError, Resolved, load
+from runtime.engine import Engine
+from runtime.optim.lr import WarmupSchedule
+from runtime.optim.optimizer import ZeroOptimizer, optimizer_from_config, optimizer_from_torch
+from runtime.setup import Session, refuse_unsupported
+from runtime.wire.rundir import RUN_VARIABLE
+
+log = logging.getLogger("runtime.engine")
+
+ModelParameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+
+
+def initialize(
+    args: argparse.Namespace | None = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
+    model_parameters: ModelParameters | None = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: Any = None,
+    collate_fn: Callable[[Any], Any] | None = None,
+    config: str | Path | Mapping[str, Any] | Resolved | None = None,
+    config_params: str | Path | Mapping[str, Any] | None = None,
+) -> tuple[Engine, ZeroOptimizer, DataLoader[Any] | None, Any]:
+    """Make an engine of `model`; returns (engine, optimizer, training data loader or None, LR scheduler or None).
+
+    model_parameters: parameters or parameter groups for the config's optimizer; default: all that require a gradient.
+    optimizer: a fresh torch.optim optimizer (or a function of the parameters that makes one) instead of the config's.
+    lr_scheduler: a scheduler, or a function of the optimizer, instead of the config's; the engine steps it after each optimizer step.
+    config: a DeepSpeed-style file or dictionary; under `zerotop launch` it may be left out, and is then the launched one.
+
+    Under `zerotop launch` the engine publishes telemetry and obeys commands; under --resume it has loaded the newest checkpoint on return.
+    Raises ConfigError for a config, model or optimizer that can't be used, on every rank alike and before any training.
+    """
+    if model is None:
+        raise ConfigError("initialize(model=...): expected a torch.nn.Module, got None")
+    device = init_distributed()
+    chosen = config if config is not None else config_params if config_params is not None else getattr(args, "deepspeed_config", None)
+    resolved = _resolve(chosen, device)
+    refuse_unsupported(resolved)
+    session = Session.join(torch.distributed.get_rank(), resolved.zerotop.telemetry.enabled)
+    comm = Comm(device, session.recorder)
+    parameters = list(model_parameters) if model_parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    zero_optimizer = _make_optimizer(resolved, optimizer, parameters)
+    engine = Engine(model, resolved, zero_optimizer, comm, session)
+    engine.lr_scheduler = _make_scheduler(resolved, lr_scheduler, zero_optimizer)
+    resumed = engine.steering.resume()
+    _announce(engine, resumed)
+    return engine, zero_optimizer, _make_loader(resolved, comm, training_data, collate_fn), engine.lr_scheduler
+
+
+def init_distributed(dist_backend: str | None = None, **_deepspeed_only: Any) -> torch.device:
+    """Join the process group (NCCL on GPUs, else Gloo), as `torchrun` or `zerotop launch` set it up. Returns this rank's device.
+
+    dist_backend: "gloo" keeps the ranks on CPUs. DeepSpeed's other arguments are accepted and not needed.
+    """
+    forced = os.environ.get("ZEROTOP_DEVICE", "auto")
+    return collectives.init_distributed("cpu" if dist_backend == "gloo" else forced)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add --deepspeed, --deepspeed_config and --local_rank, as DeepSpeed does."""
+    group = parser.add_argument_group("ZeRO", "configuration of the training engine")
+    group.add_argument("--deepspeed", action="store_true", help="accepted for scripts written for DeepSpeed; initialize() decides")
+    group.add_argument("--deepspeed_config", default=None, metavar="FILE", help="the JSON config file")
+    group.add_argument("--local_rank", type=int, default=-1, help="accepted for older launchers; LOCAL_RANK is used")
+    return parser
+
+
+def _resolve(config: Any, device: torch.device) -> Resolved:
+    if isinstance(config, Resolved):
+        return config
+    world_size = torch.distributed.get_world_size()
+    if config is None:
+        folder = os.environ.get(RUN_VARIABLE)
+        if not folder:
+            raise ConfigError("initialize(config=...): expected a path or a dictionary, got None (it may only be left out under `zerotop launch`)")
+        return Resolved.from_json((Path(folder) / "resolved.json").read_bytes())
+    return load(config).resolve(world_size, "cuda" if device.type == "cuda" else "cpu", script=True)
+
+
+def _make_optimizer(config: Resolved, given: Any, parameters: list[Any]) -> ZeroOptimizer:
+    if given is None:
+        if config.optimizer is None:
+            raise ConfigError('there is no optimizer: add an "optimizer" section to the config, or call initialize(optimizer=...)')
+        return optimizer_from_config(parameters, config.optimizer)
+    if not isinstance(given, torch.optim.Optimizer):
+        if not callable(given):
+            raise ConfigError(f"initialize(optimizer=...): expected a torch optimizer or a function that makes one, got {type(given).__name__}")
+        given = given(parameters)
+    return optimizer_from_torch(given)
+
+
+def _make_scheduler(config: Resolved, given: Any, optimizer: ZeroOptimizer) -> Any:
+    if given is not None:
+        return given(optimizer) if callable(given) and not hasattr(given, "step") else given
+    return WarmupSchedule(optimizer, config.scheduler) if config.scheduler is not None else None
+
+
+def _make_loader(config: Resolved, comm: Comm, data: Dataset[Any] | None, collate_fn: Any) -> DataLoader[Any] | None:
+    if data is None:
+        return None
+    sampler: Any = DistributedSampler(data, comm.world_size, comm.rank, shuffle=True, seed=config.zerotop.train.seed)
+    return DataLoader(
+        data,
+        batch_size=config.micro_batch,
+        sampler=sampler,
+        collate_fn=collate_fn,
+        drop_last=config.dataloader_drop_last,
+        pin_memory=comm.device.type == "cuda",
+    )
+
+
+def _announce(engine: Engine, resumed: Path | None) -> None:
+    """Say hello and what this run is, now that all of it is known."""
+    from runtime.memory import memory_message
+
+    session, link = engine.session, engine.session.link
+    link.memory_source = lambda: memory_message(engine.comm.rank, engine.ledger, engine.device)
+    link.start(session.hello(engine.config, engine.comm, engine.module, engine.global_steps))
+    logging.getLogger("runtime").setLevel(engine.config.zerotop.log.level.upper())
+    if engine.comm.rank == 0:
+        units = len(engine.flats)
+        log.info(
+            f"stage {engine.config.stage}, {engine.config.precision}, {engine.comm.world_size} ranks over {engine.comm.backend}: "
+            f"{sum(p.numel() for p in engine.module.parameters()):,} parameters in {units} units"
+        )
+        if resumed is not None:
+            link.event("resumed", f"continuing from {resumed.name}", step=engine.global_steps, data={"path": str(resumed)})

@@ -1,0 +1,275 @@
+"""The engine: a model cut into units, and DeepSpeed's calls around it.
+
+    engine, optimizer, loader, scheduler = initialize(model=model, config="config.json")
+    loss = engine(inputs, targets)     forward
+    engine.backward(loss)              gradients land in the units' flat buffers; complete units are reduced while backward goes on
+    engine.step()                      at the end of an accumulation: agree on norm and commands, clip, update, gather
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from runtime import checkpoint
+from runtime.comm import Comm
+from runtime.config import Resolved
+from runtime.memory import Ledger
+from runtime.optim.optimizer import ZeroOptimizer
+from runtime.setup import Assembly, Session, assemble
+from runtime.steer import Steering
+from runtime.wire.messages import StepResult
+from runtime.zero.clip import Boundary, agree, clip_coefficient
+from runtime.zero.schedule import Schedule
+
+log = logging.getLogger("runtime.engine")
+
+
+class Engine:
+    """One rank's part of a training run. Made by `initialize`."""
+
+    def __init__(self, module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm, session: Session) -> None:
+        self.module, self.config, self.optimizer, self.comm, self.session = module, config, optimizer, comm, session
+        self.telemetry = session.recorder
+        self.device, self.ledger = comm.device, Ledger()
+        self.lr_scheduler: Any = None
+        self.global_steps = 0
+        """Optimizer steps, skipped ones included: what progress and checkpoints count."""
+        self.micro_steps = 0
+        self.optimizer_steps = 0
+        """Updates really taken: Adam's bias correction counts these."""
+        self.lr_factor = 1.0
+        self.registered: dict[str, Any] = {}
+        self._norm: float | None = None
+        self._syncing = True
+        self._loss_sum: torch.Tensor | float = 0.0
+        self._losses = 0
+        self._tokens = 0
+        parts: Assembly = assemble(module, config, optimizer, comm, self.ledger)
+        self.policy, self.flats, self.frozen, self.rules = parts.policy, parts.flats, parts.frozen, parts.rules
+        self.schedule = Schedule(parts.reduce_order, self.telemetry)
+        self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
+        self.steering = Steering(self, session)
+        session.step = lambda: self.global_steps
+        self._began_ns = time.monotonic_ns()
+
+    # ---- forward, backward, step ---------------------------------------------------------------------------------------
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The model's forward. Its phase in telemetry lasts until backward() begins."""
+        if self.module.training and torch.is_grad_enabled():
+            self.telemetry.enter("forward", self.global_steps + 1, self._micro_step)
+            self._tokens += _tokens_in(inputs, named)
+        else:
+            self.telemetry.enter("eval", self.global_steps + 1, 0)
+        return self.module(*inputs, **named)
+
+    forward = __call__
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
+        """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages micro-steps and ranks.
+
+        Returns the loss as given. Raises ValueError for anything that backward can't start from.
+        """
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError(f"engine.backward(loss): expected a scalar tensor that requires grad, got {_describe(loss)}")
+        self.telemetry.enter("backward", self.global_steps + 1, self._micro_step)
+        boundary = self.is_gradient_accumulation_boundary()
+        reduce = self._syncing and (boundary or self.policy.reduce_every_micro_step)
+        self.schedule.begin_backward(reduce)
+        (loss / self.gradient_accumulation_steps()).backward(retain_graph=retain_graph)
+        self.schedule.end_backward()
+        self._loss_sum = self._loss_sum + loss.detach().double()
+        self._losses += 1
+        return loss
+
+    def step(self) -> None:
+        """End of a micro-step; at the boundary also the optimizer step, and commands that wait are applied.
+
+        Leaves with RunStopped (a SystemExit) after a `stop` command, once its checkpoint is complete.
+        """
+        if not self._syncing:
+            raise RuntimeError("engine.step() inside engine.no_sync(): leave the context for the last backward, then step")
+        if self._losses == 0:
+            raise RuntimeError("engine.step() without engine.backward(loss) before it: there is no gradient to step with")
+        boundary = self.is_gradient_accumulation_boundary()
+        self.micro_steps += 1
+        if boundary:
+            self._optimizer_step()
+
+    def _optimizer_step(self) -> None:
+        """Agree (norm, loss, commands) -> clip -> update each unit and gather it -> report -> commands."""
+        telemetry = self.telemetry
+        telemetry.enter("step", self.global_steps + 1, self.gradient_accumulation_steps())
+        divisor = float(self.comm.world_size)
+        loss = self._loss_sum / self._losses
+        agreed = agree(self.flats, self.comm, loss, divisor, self.steering.command_waits(), self.steering.stop_asked())
+        scale = clip_coefficient(agreed.grad_norm, self.config.gradient_clipping) / divisor
+        numbers = self.optimizer.numbers(self.lr_factor)
+        self.optimizer_steps += 1
+        gathers = []
+        for flat, rule in zip(self.flats, self.rules, strict=True):
+            rule.update(numbers, self.optimizer_steps, scale)
+            gathers.append(flat.gather())
+        with telemetry.span("gather"):
+            for gather in gathers:
+                gather.wait()
+        for flat in self.flats:
+            flat.clear()
+        self.global_steps += 1
+        self._norm = agreed.grad_norm
+        self._report(agreed, numbers[0]["lr"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self._loss_sum, self._losses, self._tokens = 0.0, 0, 0
+        self.steering.at_boundary(agreed)
+        telemetry.enter("data", self.global_steps + 1, 0)
+        self._began_ns = time.monotonic_ns()
+
+    def _report(self, agreed: Boundary, lr: float) -> None:
+        now = time.monotonic_ns()
+        seconds = (now - self._began_ns) / 1e9
+        samples = self.config.micro_batch * self.config.accumulation
+        result = StepResult(
+            rank=self.comm.rank,
+            step=self.global_steps,
+            loss=agreed.loss,
+            lr=lr,
+            grad_norm=agreed.grad_norm,
+            step_ms=seconds * 1000,
+            tokens_per_s=self._tokens / seconds if self._tokens else None,
+            samples_per_s=samples / seconds,
+            end_ns=now,
+        )
+        self.telemetry.step(result)
+        self.steering.progress(result)
+
+    # ---- accumulation ----------------------------------------------------------------------------------------------------
+    @property
+    def _micro_step(self) -> int:
+        return self.micro_steps % self.gradient_accumulation_steps() + 1
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-step under way is the accumulation's last."""
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside only accumulate on this rank, in whole buffers at every stage; the next one outside reduces them all."""
+        self._syncing = False
+        try:
+            yield
+        finally:
+            self._syncing = True
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------------
+    def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None) -> bool:
+        """Write SAVE_DIR/TAG (default tag: step-NNNNNNNN); every rank must call it. client_state: plain data and tensors.
+
+        Raises CheckpointError on every rank if any could not write.
+        """
+        with self.telemetry.span("checkpoint"):
+            checkpoint.save(self, Path(save_dir), str(tag or checkpoint.step_tag(self.global_steps)), client_state)
+        if client_state is not None:
+            self.steering.client_state = client_state
+        return True
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[str | None, dict[str, Any]]:
+        """Load LOAD_DIR/TAG, or the newest complete checkpoint in LOAD_DIR. Returns (its path, client_state), or (None, {}) when there is none."""
+        path = Path(load_dir) / str(tag) if tag is not None else checkpoint.newest(Path(load_dir))
+        path = self.comm.broadcast_object(path)
+        if path is None:
+            return None, {}
+        return str(path), checkpoint.load(self, path)
+
+    def register_state(self, **items: Any) -> None:
+        """Objects with state_dict() and load_state_dict() (a sampler, a metric) that checkpoints shall include, also keyboard ones."""
+        for name, item in items.items():
+            if not (hasattr(item, "state_dict") and hasattr(item, "load_state_dict")):
+                raise TypeError(f"register_state({name}=...): expected state_dict() and load_state_dict(), {type(item).__name__} lacks them")
+            self.registered[name] = item
+
+    # ---- what scripts ask ------------------------------------------------------------------------------------------------
+    def train(self, mode: bool = True) -> Engine:
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        return self.train(False)
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+    @property
+    def local_rank(self) -> int:
+        return self.session.local_rank
+
+    @property
+    def global_rank(self) -> int:
+        return self.comm.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.comm.world_size
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self.module.parameters(recurse)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.module.state_dict()
+
+    def zero_grad(self) -> None:
+        """Nothing to do: gradients are dropped after each optimizer step. Here because scripts call it."""
+
+    def get_global_grad_norm(self) -> float | None:
+        """L2 norm of the last step's mean gradient, before clipping; None before the first step."""
+        return self._norm
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group at the next step, the run's factor included."""
+        return [group["lr"] for group in self.optimizer.numbers(self.lr_factor)]
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.config.micro_batch
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.config.accumulation
+
+    def train_batch_size(self) -> int:
+        return self.config.global_batch
+
+    def gradient_clipping(self) -> float:
+        return self.config.gradient_clipping
+
+    def zero_optimization_stage(self) -> int:
+        return self.config.stage
+
+    def finish(self) -> None:
+        """The training is complete: last checkpoint, and the hub hears that this rank finished."""
+        self.steering.finish()
+
+
+def _tokens_in(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> int:
+    """Tokens of a micro-batch: elements of input_ids, else of the first integer tensor of two dimensions; 0 when there is none."""
+    candidates: Iterable[Any] = [named["input_ids"]] if "input_ids" in named else [*inputs, *named.values()]
+    for value in candidates:
+        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
+            return math.prod(value.shape)
+    return 0
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+    return type(value).__name__

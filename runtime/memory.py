@@ -1,0 +1,59 @@
+"""The ledger: every persistent byte that the engine holds has a category, so that a screen can say what memory is used for."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import get_args
+
+import psutil
+import torch
+
+from runtime.wire.messages import Category, Memory
+
+
+class Ledger:
+    """Exact bytes per category, changed by whoever allocates and frees. Reading from another thread sees a recent, whole figure."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[Category, int] = {category: 0 for category in get_args(Category)}
+        self.pinned_bytes = 0
+
+    def hold(self, category: Category, tensor: torch.Tensor) -> torch.Tensor:
+        """Count `tensor`'s own elements and hand it back, so that an allocation reads `x = ledger.hold("optimizer", torch.zeros(n))`."""
+        self.add(category, tensor.numel() * tensor.element_size())
+        return tensor
+
+    def add(self, category: Category, nbytes: int) -> None:
+        self._bytes[category] += nbytes
+
+    def release(self, category: Category, tensor: torch.Tensor) -> None:
+        self.add(category, -tensor.numel() * tensor.element_size())
+
+    def totals(self) -> dict[Category, int]:
+        """Bytes per category right now."""
+        return dict(self._bytes)
+
+    def total_bytes(self) -> int:
+        return sum(self._bytes.values())
+
+
+def memory_message(rank: int, ledger: Ledger, device: torch.device) -> Memory:
+    """The ledger beside what the process and the device report."""
+    allocated = reserved = used = total = None
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        free, total = torch.cuda.mem_get_info(device)
+        used = total - free
+    return Memory(
+        rank=rank,
+        ledger=ledger.totals(),
+        pinned_bytes=ledger.pinned_bytes,
+        rss_bytes=psutil.Process(os.getpid()).memory_info().rss,
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
+        device_used_bytes=used,
+        device_total_bytes=total,
+        host_total_bytes=psutil.virtual_memory().total,
+        at_ns=time.monotonic_ns(),
+    )

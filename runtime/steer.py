@@ -1,0 +1,230 @@
+"""Commands at a step boundary: all ranks apply each one at the same optimizer step, and rank 0 answers with that step.
+
+[Note: how ranks agree]
+The hub numbers commands and sends each to every rank. While training, only rank 0 looks: the boundary's all-reduce carries "rank 0 has
+commands", and rank 0 broadcasts them. While paused no collective runs: each rank follows the hub's numbered log for itself, and since all
+paused at one step and read one log in one order, they do the same things. A `resume` ends that at the same number on all ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime import checkpoint
+from runtime.knobs import KNOBS, KnobError
+from runtime.setup import Session
+from runtime.wire.messages import Ack, Command, StepResult
+from runtime.zero.clip import Boundary
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+
+log = logging.getLogger("runtime.train")
+
+PAUSED_POLL_S = 5.0
+"""How long a paused rank sleeps at a time; a command or a dead supervisor wakes it at once."""
+
+
+class RunStopped(SystemExit):
+    """Raised out of engine.step() when the run was asked to stop and its state is saved. Exit code 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
+class Steering:
+    """Knobs, automatic checkpoints and commands of one rank."""
+
+    def __init__(self, engine: Engine, session: Session) -> None:
+        self.engine, self.session, self.link = engine, session, session.link
+        section = engine.config.zerotop
+        self.knobs: dict[str, Any] = {
+            "log_level": section.log.level,
+            "log_interval": section.log.interval,
+            "telemetry_hz": section.telemetry.hz,
+            "checkpoint_interval": section.checkpoint.interval,
+            "checkpoints_kept": section.checkpoint.keep,
+            "lr_factor": engine.lr_factor,
+        }
+        assert self.knobs.keys() == KNOBS.keys()
+        self.client_state: dict[str, Any] = {}
+        self.folder = self._checkpoint_folder()
+        self._last_saved = -1
+        self._saved_path: Path | None = None
+
+    def _checkpoint_folder(self) -> Path | None:
+        """Automatic and keyboard checkpoints need a run; a script without one saves by itself."""
+        run, chosen = self.session.run, self.engine.config.zerotop.checkpoint.folder
+        if self.session.folder is None or run is None:
+            return None
+        return Path(run.config_folder, chosen).expanduser() / run.name if chosen else self.session.folder / "checkpoints"
+
+    # ---- the engine asks -------------------------------------------------------------------------------------------------
+    def command_waits(self) -> bool:
+        return self.engine.comm.rank == 0 and self.link.inbox.waiting()
+
+    def stop_asked(self) -> bool:
+        return self.link.inbox.stop_requested
+
+    def at_boundary(self, agreed: Boundary) -> None:
+        """Automatic checkpoint, then commands, then a stop that some rank needs."""
+        interval, step = self.knobs["checkpoint_interval"], self.engine.global_steps
+        if self.folder is not None and interval and step % interval == 0:
+            self._save()
+        if agreed.command_waits:
+            commands = self.engine.comm.broadcast_object(self.link.inbox.take() if self.engine.comm.rank == 0 else None)
+            self._apply_all(deque(commands))
+        if agreed.stop_asked:
+            self._stop("the supervisor is gone")
+
+    def progress(self, result: StepResult) -> None:
+        """A log line every log_interval steps, on rank 0."""
+        if result.rank != 0 or result.step % self.knobs["log_interval"]:
+            return
+        total = self.engine.config.zerotop.train.steps
+        of = f"/{total}" if total else ""
+        speed = f" · {result.tokens_per_s * self.engine.comm.world_size:,.0f} tokens/s" if result.tokens_per_s else ""
+        log.info(
+            f"step {result.step}{of} · loss {result.loss:.4f} · lr {result.lr:.3g} · norm {result.grad_norm:.3f} · {result.step_ms:.0f} ms{speed}"
+        )
+
+    def finish(self) -> None:
+        """The last step is done: save it if checkpoints are on, and say goodbye."""
+        if self.folder is not None and self.knobs["checkpoint_interval"] and self._last_saved != self.engine.global_steps:
+            self._save()
+        self.link.goodbye("finished", self.engine.global_steps)
+
+    def resume(self) -> Path | None:
+        """Under --resume: load the newest complete checkpoint of the run. Returns it."""
+        if not self.session.resume or self.folder is None:
+            return None
+        path = self.engine.comm.broadcast_object(checkpoint.newest(self.folder))
+        if path is None:
+            log.warning(f"--resume: no complete checkpoint in {self.folder}; starting from step 0")
+            return None
+        self.client_state = checkpoint.load(self.engine, path)
+        self.knobs["lr_factor"] = self.engine.lr_factor
+        self._last_saved = self.engine.global_steps
+        return path
+
+    # ---- commands: see [Note: how ranks agree] ---------------------------------------------------------------------------
+    def _apply_all(self, commands: deque[Command]) -> None:
+        paused = False
+        while commands or paused:
+            command = commands.popleft() if commands else self._next_while_paused()
+            if command is None:
+                continue
+            self.link.inbox.mark_applied(command.number)
+            if command.name == "pause":
+                paused = True
+                self._answer(command, "applied")
+                self.engine.telemetry.enter("paused", self.engine.global_steps, 0)
+            elif command.name == "resume":
+                paused = False
+                self._answer(command, "applied")
+                self.engine.telemetry.enter("step", self.engine.global_steps, 0)
+            else:
+                self._apply(command)
+                if paused:
+                    self.engine.telemetry.enter("paused", self.engine.global_steps, 0)
+
+    def _next_while_paused(self) -> Command | None:
+        if self.link.inbox.stop_requested:
+            self._stop(self.link.inbox.stop_reason)
+        return self.link.inbox.next(PAUSED_POLL_S)
+
+    def _apply(self, command: Command) -> None:
+        match command.name:
+            case "checkpoint":
+                self._checkpoint(command)
+            case "set":
+                self._set(command)
+            case "stop":
+                self._stop(f"stop asked for by {command.who or 'the keyboard'}", command)
+            case _:
+                self._answer(command, "rejected", f"{command.name} is not a command that ranks know")
+
+    def _checkpoint(self, command: Command) -> None:
+        if self.folder is None:
+            self._answer(command, "rejected", "there is no run directory to save into")
+        elif self._save():
+            self._answer(command, "applied", result={"path": str(self._saved_path), "step": self.engine.global_steps})
+        else:
+            self._answer(command, "rejected", self._problem)
+
+    def _set(self, command: Command) -> None:
+        """All values of one `set` or none: checked first, then applied."""
+        try:
+            values = {name: _knob(name).check(value) for name, value in command.arguments.items()}
+        except KnobError as error:
+            self._answer(command, "rejected", str(error))
+            return
+        self.knobs.update(values)
+        if "lr_factor" in values:
+            self.engine.lr_factor = float(values["lr_factor"])
+        if "telemetry_hz" in values:
+            self.link.hz = float(values["telemetry_hz"])
+        if "log_level" in values:
+            logging.getLogger("runtime").setLevel(str(values["log_level"]).upper())
+        self._answer(command, "applied", result=values)
+
+    def _stop(self, why: str, command: Command | None = None) -> None:
+        """Save (unless this step is saved), say goodbye, leave."""
+        saved = self.folder is None or self._last_saved == self.engine.global_steps or self._save()
+        if command is not None:
+            self._answer(command, "applied", result={"checkpoint": str(self._saved_path) if self._saved_path and saved else None})
+        log.info(f"stopping at step {self.engine.global_steps}: {why}{'' if saved else ' (no checkpoint: ' + self._problem + ')'}")
+        self.link.goodbye("stopped", self.engine.global_steps, "" if saved else self._problem)
+        raise RunStopped
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------------
+    _problem = ""
+
+    def _save(self) -> bool:
+        """Save this step under the run. A failure is an event, not the end: training goes on with the older checkpoints."""
+        assert self.folder is not None
+        engine, began = self.engine, time.monotonic()
+        try:
+            with engine.telemetry.span("checkpoint"):
+                self._saved_path = checkpoint.save(engine, self.folder, checkpoint.step_tag(engine.global_steps), self.client_state)
+        except checkpoint.CheckpointError as error:
+            self._problem = str(error)
+            if engine.comm.rank == 0:
+                self.link.event("checkpoint", self._problem, severity="error", step=engine.global_steps)
+            return False
+        self._last_saved = engine.global_steps
+        if engine.comm.rank == 0:
+            took = time.monotonic() - began
+            self.link.event(
+                "checkpoint",
+                f"checkpoint at step {engine.global_steps} saved in {took:.1f} s",
+                step=engine.global_steps,
+                data={"path": str(self._saved_path), "seconds": round(took, 3)},
+            )
+            self._prune()
+        return True
+
+    def _prune(self) -> None:
+        assert self.folder is not None
+        try:
+            checkpoint.prune(self.folder, self.knobs["checkpoints_kept"])
+        except (OSError, shutil.Error) as error:
+            self.link.event("checkpoint", f"an old checkpoint could not be deleted: {error}", severity="warning")
+
+    def _answer(self, command: Command, state: Any, reason: str = "", result: dict[str, Any] | None = None) -> None:
+        if self.engine.comm.rank != 0:
+            return
+        self.link.ack(
+            Ack(id=command.id, number=command.number, state=state, step=self.engine.global_steps, reason=reason, result=result or {}, rank=0, wall_s=time.time())
+        )
+
+
+def _knob(name: str):  # type: ignore[no-untyped-def]
+    if name not in KNOBS:
+        raise KnobError(f"unknown knob {name}: expected one of {', '.join(KNOBS)}")
+    return KNOBS[name]

@@ -1,0 +1,64 @@
+"""The global gradient norm, and what else all ranks must agree on at a boundary, in one small all-reduce."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from runtime import native
+from runtime.comm import Comm
+from runtime.zero.unit import Flat
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What the ranks found out together at the end of an accumulation."""
+
+    grad_norm: float
+    """L2 norm of the mean gradient (before clipping); inf or nan when a gradient is."""
+    loss: float
+    """Mean over micro-steps and ranks."""
+    command_waits: bool
+    """Rank 0 has commands that all ranks must apply at this boundary."""
+    stop_asked: bool
+    """Some rank must stop (its supervisor is gone)."""
+
+
+def agree(flats: Sequence[Flat], comm: Comm, loss: torch.Tensor | float, divisor: float, command_waits: bool, stop_asked: bool) -> Boundary:
+    """One all-reduce of four numbers in fp64, at every stage, clipping or not.
+
+    `divisor` turns the summed gradient into the mean one (world size x loss scale). Each rank contributes the squares of its own range only,
+    also where it holds everything, so that no element counts twice.
+    """
+    squares = sum_of_squares([own_gradient(flat, comm) for flat in flats])
+    figures = torch.tensor(
+        [squares, float(loss), float(command_waits), float(stop_asked)], dtype=torch.float64, device=comm.device
+    )
+    comm.all_reduce(figures).wait()
+    total, loss_sum, waits, stops = figures.tolist()
+    norm = math.sqrt(total) / divisor if total >= 0 else math.nan
+    return Boundary(norm, loss_sum / comm.world_size, waits > 0, stops > 0)
+
+
+def own_gradient(flat: Flat, comm: Comm) -> torch.Tensor:
+    low, high = flat.layout.range(comm.rank)
+    return flat.gradient[low - flat.start : high - flat.start]
+
+
+def sum_of_squares(tensors: Sequence[torch.Tensor]) -> float:
+    """In fp64 and in a fixed order, so that the same gradients give the same bits at any number of threads."""
+    total = 0.0
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and native.available():
+            total += native.sum_of_squares(tensor)[0]
+        else:
+            total += float(torch.linalg.vector_norm(tensor, dtype=torch.float64).square())
+    return total
+
+
+def clip_coefficient(grad_norm: float, limit: float) -> float:
+    """min(1, limit / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_; limit 0 means no clipping."""
+    return min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0
