@@ -60,6 +60,7 @@ class Knob:
 
     def _refusal(self, value: Any) -> KnobError:
         shown = value if isinstance(value, str) else repr(value)
+        shown = shown if len(shown) <= 40 else shown[:37] + "..."
         near = difflib.get_close_matches(str(value).lower(), self.choices, n=1)
         hint = f". Did you mean {near[0]}?" if near else ""
         return KnobError(f"{self.name}: expected {self.allowed}, got {shown or 'nothing'}{hint}")
@@ -139,7 +140,8 @@ def get_knob(name: str) -> Knob:
     by_key = {knob.key: knob.name for knob in KNOBS.values() if knob.key}
     tail = {key.rsplit(".", 1)[1]: knob_name for key, knob_name in by_key.items()}
     near = difflib.get_close_matches(name.lower().replace("-", "_"), KNOBS, n=1, cutoff=0.5)
-    guess = by_key.get(name) or (near[0] if near else None) or tail.get(name)
+    starts = [knob_name for knob_name in KNOBS if len(name) > 1 and knob_name.startswith(name.lower())]
+    guess = by_key.get(name) or (near or starts or [tail.get(name)])[0]
     hint = f"Did you mean {guess}? " if guess else ""
     raise KnobError(f"{name or 'the empty name'} is not a knob. {hint}Knobs: {', '.join(KNOBS)}")
 
@@ -154,5 +156,7 @@ def parse_knob(name: str, text: str) -> KnobValue:
         number = float(text)
     except ValueError:
         raise knob._refusal(text) from None
-    # Whole numbers go through int(), so that large ones stay exact.
-    return knob.check(int(text) if text.lstrip("+-").isdecimal() else number)
+    if not math.isfinite(number):
+        raise knob._refusal(text)
+    # Bounds are far below 2**53, so a float holds every allowed whole number exactly.
+    return knob.check(int(number) if number.is_integer() and abs(number) < 2**53 else number)

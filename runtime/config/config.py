@@ -55,7 +55,7 @@ class Config(Section):
 
     @property
     def raw(self) -> dict[str, Any]:
-        """The JSON object this was read from, overrides applied: loading it again gives an equal Config."""
+        """The JSON object this was read from, overrides applied: loading it again gives the same settings."""
         return copy.deepcopy(self._raw)
 
     @property

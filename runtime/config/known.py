@@ -53,6 +53,7 @@ NO_EFFECT: dict[str, str] = {
     "nebula": _CHECKPOINT,
     "datastates": _CHECKPOINT,
     "aio": _NVME,
+    "compression_training": "everything in it is switched off",
     "comms_logger": _MEASURED,
     "flops_profiler": _MEASURED,
     "tensorboard": _RECORDED,

@@ -78,9 +78,7 @@ def _optimizer(kept: dict[str, Any], found: Findings) -> Any:
     path: Path = ("optimizer", "type")
     name = kept.get("type")
     if not isinstance(name, str):
-        found.problem(
-            path, f": expected a name such as AdamW, got {shown(name)}" if name is not None else " is missing"
-        )
+        found.problem(path, _no_name(name, path, "AdamW", found))
         return None
     if reason := optimizers.REFUSED.get(name.strip().lower()):
         found.problem(path, f": {name} cannot run here: {reason}. Use AdamW, or one of {', '.join(optimizers.PARAMS)}")
@@ -122,9 +120,7 @@ def _scheduler(kept: dict[str, Any], found: Findings) -> Any:
     path: Path = ("scheduler", "type")
     name = kept.get("type")
     if not isinstance(name, str):
-        found.problem(
-            path, f": expected a name such as WarmupLR, got {shown(name)}" if name is not None else " is missing"
-        )
+        found.problem(path, _no_name(name, path, "WarmupLR", found))
         return None
     if reason := schedulers.REFUSED.get(name):
         found.problem(path, f": {name} cannot run here: {reason}")

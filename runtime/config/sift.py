@@ -70,14 +70,13 @@ def _other(model: type[Section], here: Path, value: Any, found: Findings) -> Non
         if test(value[name.rsplit(".", 1)[1]]):
             found.problem((*here, name.rsplit(".", 1)[1]), f": {reason}")
             return
-    if key in REFUSED:
-        test, reason = REFUSED[key]
-        if test(value):
-            found.problem(here, f": {reason}")
+    test, reason = REFUSED.get(key, (None, ""))
+    if test is not None and test(value):
+        found.problem(here, f": {reason}")
     elif key in NO_EFFECT:
         if value is not None and not (isinstance(value, Mapping) and value.get("enabled") is False):
             found.ignored(here, NO_EFFECT[key])
-    else:
+    elif test is None:
         found.problem(here, f": unknown key{_suggestion(model, here, found)}")
 
 
@@ -114,7 +113,7 @@ def _say(detail: Mapping[str, Any]) -> str:
     if detail["type"] == "literal_error":
         return f"expected {context['expected'].replace(chr(39), chr(34))}, got {got}{_near_choice(detail)}"
     if detail["type"] == "missing":
-        return "is missing"
+        return "expected a value, got nothing"
     return str(detail["msg"])
 
 
