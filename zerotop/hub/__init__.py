@@ -1,0 +1,1 @@
+"""One hub per run: it gathers what ranks say, keeps and records it, tells every screen, and routes commands."""

@@ -1,0 +1,335 @@
+"""The hub: ranks speak to it, screens listen to it, and it never waits for either."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from runtime.wire.codec import ProtocolError, decode_down, decode_packet, encode
+from runtime.wire.messages import (
+    LIVE_STATES,
+    PROTOCOL,
+    Ack,
+    Command,
+    Event,
+    LogRecord,
+    Message,
+    Packet,
+    Resend,
+    RunStatus,
+    Snapshot,
+)
+from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, RunFile, Sockets
+from zerotop.hub.recorder import Recorder
+from zerotop.hub.router import CommandRouter
+from zerotop.state.run import RunState
+
+_YIELD_EVERY = 64
+_RESEND_S = 0.5
+_RESENDS = 4
+"""Asked so often in vain, the missing event packets are given up and counted as lost."""
+_SUBSCRIBE = b"\x01"
+
+
+class Hub:
+    """Gathers, folds, records and republishes one attempt of a run. Lives in the supervisor's event loop.
+
+    `abort(command)` is called for an accepted abort; `on_status(status)` whenever the run's status changes.
+    """
+
+    def __init__(
+        self,
+        run: RunFile,
+        status: RunStatus,
+        *,
+        recorder: Recorder,
+        abort: Callable[[Command], None],
+        on_status: Callable[[RunStatus], None],
+    ) -> None:
+        self.state = RunState()
+        self.status = status
+        self._run = run
+        self._sockets = Sockets(run.sockets)
+        self._recorder = recorder
+        self._on_status = on_status
+        self._context = zmq.asyncio.Context()
+        self._telemetry = self._socket(zmq.SUB)
+        self._ranks = self._socket(zmq.ROUTER)
+        self._screens = self._socket(zmq.XPUB)
+        self._commands = self._socket(zmq.ROUTER)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._hub_seq = 0
+        self._own_seq: dict[str, int] = {}
+        self._heard: dict[int, _EventChannel] = {}
+        self._complained: set[str] = set()
+        self.router = CommandRouter(
+            self.state,
+            answer=self._answer,
+            forward=self._forward,
+            publish=lambda record: self.say(record),
+            abort=abort,
+        )
+
+    def _socket(self, kind: int) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.linger = 0
+        return socket
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Bind the four sockets (the caller holds the folder's lock) and begin to listen."""
+        self._telemetry.subscribe(b"")
+        self._telemetry.rcvhwm = 10_000
+        self._ranks.router_handover = 1
+        self._screens.xpub_verbose = 1  # a frame for every subscription: late screens ask for a snapshot so
+        for socket in (self._screens, self._commands):
+            socket.heartbeat_ivl = 5_000
+            socket.heartbeat_timeout = 15_000
+        for name, socket in self._named_sockets():
+            socket.bind(self._sockets.endpoint(name))
+        receivers = (
+            (self._telemetry, self._from_telemetry),
+            (self._ranks, self._from_rank),
+            (self._screens, self._from_screen),
+            (self._commands, self._from_asker),
+        )
+        self._tasks = [asyncio.create_task(self._receive(socket, handle)) for socket, handle in receivers]
+        self._tasks.append(asyncio.create_task(self._tick()))
+        self.set_status()
+
+    async def close(self, linger_ms: int = 1000) -> None:
+        """Stop listening; what is queued for screens still goes out, for at most `linger_ms`."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for name, socket in self._named_sockets():
+            socket.close(linger=linger_ms if name in ("screens", "commands") else 0)
+        await asyncio.get_running_loop().run_in_executor(None, self._context.term)
+
+    def _named_sockets(self) -> list[tuple[str, zmq.asyncio.Socket]]:
+        return list(zip(Sockets.names, (self._telemetry, self._ranks, self._screens, self._commands), strict=True))
+
+    async def _receive(self, socket: zmq.asyncio.Socket, handle: Callable[[list[bytes]], None]) -> None:
+        count = 0
+        while True:
+            frames = await socket.recv_multipart()
+            try:
+                handle(frames)
+            except ProtocolError as error:
+                self.complain(str(error))
+            except Exception as error:
+                traceback.print_exc()  # into supervisor.log; one bad message must not make the hub deaf
+                self.complain(f"the hub failed on a message: {type(error).__name__}: {error}")
+            count += 1
+            if count % _YIELD_EVERY == 0:
+                await asyncio.sleep(0)  # a full queue never makes recv wait, and the other sockets want their turn
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            if self.state.step != self.status.step and self.state.ranks:
+                self.set_status(step=self.state.step)
+            if self._recorder.error:
+                self.complain(self._recorder.error)
+            now = time.monotonic()
+            for rank, channel in self._heard.items():
+                if channel.missing and now - channel.asked_s > _RESEND_S:
+                    self._ask_again(rank, channel)
+
+    # ---- what the supervisor and the probe say ---------------------------------------------------------------------
+    def say(self, *messages: Message, source: str = "supervisor") -> None:
+        """Fold, record and publish messages of our own."""
+        self._own_seq[source] = self._own_seq.get(source, 0) + 1
+        packet = Packet(
+            source=source,
+            attempt=self._run.attempt,
+            seq=self._own_seq[source],
+            sent_ns=time.monotonic_ns(),
+            messages=list(messages),  # type: ignore[arg-type]
+        )
+        self._take(packet, encode(packet))
+
+    def set_status(self, **changes: Any) -> None:
+        """Change the run's status and tell everyone."""
+        self.status = self.status.model_copy(update=changes)
+        self.say(self.status)
+        self._on_status(self.status)
+
+    def event(self, what: str, text: str, severity: str = "info", **data: Any) -> None:
+        fields = {
+            "rank": None,
+            "what": what,
+            "text": text,
+            "severity": severity,
+            "wall_s": time.time(),
+            "step": self.state.step or None,
+        }
+        self.say(Event.model_validate(fields | ({"data": data} if data else {})))
+
+    def complain(self, text: str) -> None:
+        """A warning about what came in; the same one is said once."""
+        if text not in self._complained and len(self._complained) < 100:
+            self._complained.add(text)
+            self.say(LogRecord(rank=None, level="warning", logger="zerotop.hub", text=text, wall_s=time.time()))
+
+    # ---- what comes in ---------------------------------------------------------------------------------------------
+    def _take(self, packet: Packet, frame: bytes) -> None:
+        """Fold, record and republish one packet. The hub's stamps go in at the end of `frame`, its JSON."""
+        self._hub_seq += 1
+        stamped = packet.model_copy(update={"arrival_ns": time.monotonic_ns(), "hub_seq": self._hub_seq})
+        self.state.apply_packet(stamped)
+        for message in packet.messages:
+            self._recorder.add(packet.source, message)
+        stamps = b',"arrival_ns":%d,"hub_seq":%d}' % (stamped.arrival_ns, stamped.hub_seq)
+        self._send(self._screens, [LIVE_TOPIC, frame.rstrip()[:-1] + stamps])
+
+    def _from_telemetry(self, frames: list[bytes]) -> None:
+        packet = decode_packet(frames[-1])
+        if self._ours(packet):
+            self._take(packet, frames[-1])
+            self._look_for_start()
+
+    def _from_rank(self, frames: list[bytes]) -> None:
+        identity, frame = frames[0], frames[-1]
+        packet = decode_packet(frame)
+        if not self._ours(packet):
+            return
+        rank = int(packet.source.removeprefix("rank/"))
+        channel = self._heard.get(rank)
+        if channel is None:
+            channel = self._heard[rank] = _EventChannel(identity)
+            for command in self.router.open_commands():  # given before this rank was there to hear them
+                self._send(self._ranks, [identity, encode(command)])
+        if packet.seq <= channel.last_seq:
+            return  # sent again after a Resend, and here already
+        if packet.seq > channel.last_seq + 1:
+            channel.missing = True
+            if channel.asked >= _RESENDS:
+                self.complain(f"rank {rank} lost its event packets {channel.last_seq + 1} to {packet.seq - 1}")
+            else:
+                if time.monotonic() - channel.asked_s > _RESEND_S:
+                    self._ask_again(rank, channel)
+                return  # it comes again, in its place
+        channel.last_seq, channel.missing, channel.asked = packet.seq, False, 0
+        self._take(packet, frame)
+        for message in packet.messages:
+            if isinstance(message, Ack) and (message.rank or 0) == 0:
+                self._acknowledged(message)
+            elif (
+                isinstance(message, Event)
+                and message.what == "checkpoint"
+                and message.step
+                and message.severity == "info"
+            ):
+                self.set_status(last_checkpoint_step=message.step)
+        self._look_for_start()
+
+    def _ask_again(self, rank: int, channel: _EventChannel) -> None:
+        channel.asked += 1
+        channel.asked_s = time.monotonic()
+        self._send(self._ranks, [channel.identity, encode(Resend(first_seq=channel.last_seq + 1))])
+
+    def _ours(self, packet: Packet) -> bool:
+        name, _, number = packet.source.partition("/")
+        return name == "rank" and number.isdigit() and packet.attempt == self._run.attempt
+
+    def _acknowledged(self, ack: Ack) -> None:
+        command = self.router.hear(ack)
+        if command is None or ack.state != "applied":
+            return
+        if command.name == "pause" and self.status.state in ("starting", "running"):
+            self.set_status(state="paused", reason=f"paused at step {ack.step}")
+        elif command.name == "resume" and self.status.state == "paused":
+            self.set_status(state="running", reason="")
+        elif command.name == "checkpoint" and ack.step:
+            self.set_status(last_checkpoint_step=ack.step)
+
+    def _look_for_start(self) -> None:
+        if self.status.state != "starting" or len(self.state.ranks) < self._run.nproc:
+            return
+        if all(
+            rank.step or (rank.heartbeat and rank.phase not in ("init", "idle")) for rank in self.state.ranks.values()
+        ):
+            self.set_status(state="running", reason="")
+
+    # ---- screens ---------------------------------------------------------------------------------------------------
+    def _from_screen(self, frames: list[bytes]) -> None:
+        if frames[0].startswith(_SUBSCRIBE + SNAPSHOT_TOPIC):
+            self._send(self._screens, [frames[0][1:], encode(self.snapshot())])
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            hub_seq=self._hub_seq,
+            now_ns=time.monotonic_ns(),
+            wall_s=time.time(),
+            messages=self.state.snapshot_messages(),
+        )
+
+    def _from_asker(self, frames: list[bytes]) -> None:
+        asker, frame = frames[0], frames[-1]
+        try:
+            command = decode_down(frame)
+        except ProtocolError as error:
+            self._refuse(asker, frame, str(error))
+            return
+        if isinstance(command, Command):
+            self.command(command, asker)
+
+    def command(self, command: Command, asker: bytes = b"") -> None:
+        """Take a command from a screen, or from the supervisor itself."""
+        before = len(self.router.open_commands())
+        self.router.submit(command, asker)
+        if command.name == "stop" and len(self.router.open_commands()) > before and self.status.state in LIVE_STATES:
+            self.set_status(state="stopping", reason=f"stop asked by {command.who}" if command.who else "stop asked")
+
+    def _refuse(self, asker: bytes, frame: bytes, reason: str) -> None:
+        """Answer a command that can't be read, if it can be told whose it is."""
+        try:
+            data = json.loads(frame)
+            ack = Ack(
+                id=data["id"],
+                state="rejected",
+                reason=f"{data.get('name')!r} is no command that this run knows: {reason}",
+            )
+        except (ValueError, KeyError, TypeError):
+            self.complain(f"a screen sent something unreadable: {reason}")
+            return
+        self._answer(asker, ack.model_copy(update={"wall_s": time.time()}))
+
+    # ---- sending: queued or dropped, never waited for --------------------------------------------------------------
+    def _answer(self, asker: bytes, ack: Ack) -> None:
+        if asker:
+            self._send(self._commands, [asker, encode(ack)])
+
+    def _forward(self, command: Command) -> None:
+        for channel in self._heard.values():
+            self._send(self._ranks, [channel.identity, encode(command)])
+
+    def _send(self, socket: zmq.asyncio.Socket, frames: list[bytes]) -> None:
+        # XPUB and ROUTER drop what a full or vanished peer can't take. With NOBLOCK the future is done at once.
+        sent = socket.send_multipart(frames, flags=zmq.NOBLOCK)
+        assert isinstance(sent, asyncio.Future)
+        error = sent.exception()
+        if error is not None and getattr(error, "errno", None) not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+            raise error
+
+
+class _EventChannel:
+    """What the hub knows of one rank's event packets."""
+
+    def __init__(self, identity: bytes) -> None:
+        self.identity = identity
+        self.last_seq = 0
+        self.missing = False
+        self.asked = 0
+        self.asked_s = 0.0
+
+
+assert PROTOCOL == 1, "the hub's stamps are spliced into frames of protocol 1"

@@ -1,0 +1,179 @@
+"""Commands: checked, numbered, recorded, forwarded to the ranks, and answered. Holds no socket; the hub gives it ways to speak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.knobs import KnobError, get_knob, parse_knob
+from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandRecord, RunStateName
+from zerotop.state.run import RunState
+
+REMEMBERED = 1000
+"""Commands whose answers are kept, so that a repeated id is answered again and not acted on again."""
+
+Asker = bytes
+"""A screen's ZeroMQ identity; b"" for the supervisor itself."""
+
+
+@dataclass
+class _Case:
+    command: Command
+    acks: list[Ack] = field(default_factory=list)
+    askers: set[Asker] = field(default_factory=set)
+
+    @property
+    def open(self) -> bool:
+        return not any(ack.state in ("applied", "rejected") for ack in self.acks)
+
+
+class CommandRouter:
+    """Every command ends in exactly one of applied and rejected, also when the run ends first.
+
+    `answer(asker, ack)` tells one screen; `forward(command)` tells all ranks; `publish(record)` tells everyone and the recording;
+    `abort(command)` ends the run without its ranks' help; the supervisor then calls `finish`.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        *,
+        answer: Callable[[Asker, Ack], None],
+        forward: Callable[[Command], None],
+        publish: Callable[[CommandRecord], None],
+        abort: Callable[[Command], None],
+    ) -> None:
+        self._state = state
+        self._answer = answer
+        self._forward = forward
+        self._publish = publish
+        self._abort = abort
+        self._cases: dict[str, _Case] = {}
+        self._number = 0
+
+    # ---- from screens ----------------------------------------------------------------------------------------------
+    def submit(self, command: Command, asker: Asker = b"") -> None:
+        """Accept or reject `command`. The same id again gets the same answers again, and acts once."""
+        known = self._cases.get(command.id)
+        if known is not None:
+            known.askers.add(asker)
+            for ack in known.acks:
+                self._answer(asker, ack)
+            return
+        arguments, refusal = self._check(command)
+        if not refusal:
+            self._number += 1
+        numbered = command.model_copy(
+            update={
+                "arguments": arguments,
+                "number": 0 if refusal else self._number,
+                "wall_s": command.wall_s or time.time(),
+            }
+        )
+        case = self._cases[command.id] = _Case(numbered, askers={asker})
+        self._forget()
+        if refusal:
+            self._tell(case, "rejected", reason=refusal)
+            return
+        self._tell(case, "accepted")
+        if command.name == "abort":
+            self._abort(numbered)
+        else:
+            self._forward(numbered)
+
+    def _check(self, command: Command) -> tuple[dict[str, Any], str]:
+        """The arguments in the ranks' own types, and why the command can't be accepted ("": it can)."""
+        state = self._state.state_name
+        if state not in LIVE_STATES:
+            return command.arguments, f"the run is over ({state})"
+        waiting = {case.command.name for case in self._cases.values() if case.open}
+        if "abort" in waiting:
+            return command.arguments, "the run is being aborted"
+        if command.name == "abort":
+            return _without_arguments(command)
+        if "stop" in waiting or state == "stopping":
+            return command.arguments, "the run is stopping already (abort ends it at once)"
+        match command.name:
+            case "pause" if "pause" in waiting:
+                return command.arguments, "a pause is waiting for a step boundary already"
+            case "pause" if state == "paused" and "resume" not in waiting:
+                return command.arguments, "the run is paused already"
+            case "resume" if state != "paused" and "pause" not in waiting:
+                return command.arguments, f"the run is not paused ({state})"
+            case "resume" if "resume" in waiting:
+                return command.arguments, "a resume is on its way already"
+            case "set":
+                return _knobs(command.arguments)
+        return _without_arguments(command)
+
+    # ---- from ranks and the supervisor -----------------------------------------------------------------------------
+    def hear(self, ack: Ack) -> Command | None:
+        """Rank 0's word on a command; relayed to whoever asked. Returns the command, None for one that nobody here knows."""
+        case = self._cases.get(ack.id)
+        if case is None or ack.state == "accepted" or any(ack == known for known in case.acks):
+            return None
+        self._keep(case, ack.model_copy(update={"number": case.command.number, "wall_s": ack.wall_s or time.time()}))
+        return case.command
+
+    def finish(self, state: RunStateName, step: int) -> None:
+        """The run is over: answer what is still open."""
+        for case in [case for case in self._cases.values() if case.open]:
+            name = case.command.name
+            if (name, state) in (("stop", "stopped"), ("abort", "aborted")):
+                self._tell(case, "applied", step=step)
+            elif name == "abort":
+                self._tell(case, "rejected", reason=f"the run ended by itself first ({state})")
+            else:
+                self._tell(case, "rejected", reason="the run ended before it could be applied")
+
+    def open_commands(self, above: int = 0) -> list[Command]:
+        """Accepted commands for ranks that have a number above `above` and no final answer yet, in order."""
+        return [
+            case.command
+            for case in self._cases.values()
+            if case.open and case.command.number > above and case.command.name != "abort"
+        ]
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+    def _tell(self, case: _Case, state: str, *, step: int | None = None, reason: str = "") -> None:
+        now = time.time()
+        fields = {
+            "id": case.command.id,
+            "number": case.command.number,
+            "state": state,
+            "step": step,
+            "reason": reason,
+            "wall_s": now,
+        }
+        self._keep(case, Ack.model_validate({key: value for key, value in fields.items() if value is not None}))
+
+    def _keep(self, case: _Case, ack: Ack) -> None:
+        case.acks.append(ack)
+        for asker in case.askers:
+            self._answer(asker, ack)
+        self._publish(CommandRecord(command=case.command, ack=ack))
+
+    def _forget(self) -> None:
+        for old in list(self._cases)[: max(0, len(self._cases) - REMEMBERED)]:
+            if not self._cases[old].open:
+                del self._cases[old]
+
+
+def _without_arguments(command: Command) -> tuple[dict[str, Any], str]:
+    if command.arguments:
+        return command.arguments, f"{command.name} takes no arguments, got {', '.join(command.arguments)}"
+    return {}, ""
+
+
+def _knobs(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    if not arguments:
+        return arguments, "set needs a knob and a value, such as log_interval=1"
+    try:
+        return {
+            name: parse_knob(name, value) if isinstance(value, str) else get_knob(name).check(value)
+            for name, value in arguments.items()
+        }, ""
+    except KnobError as error:
+        return arguments, str(error)

@@ -1,0 +1,92 @@
+"""The host: CPU, memory, and what the run's own processes take of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from runtime.wire.messages import GpuStats, NodeStats
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class HostProbe:
+    """Call `sample` about once a second, always from one thread: CPU figures are the share since the call before."""
+
+    def __init__(self) -> None:
+        self._processes: dict[int, psutil.Process] = {}
+        self._root = psutil.Process()
+        psutil.cpu_percent()
+
+    def sample(self, rank_pids: Mapping[int, int], gpus: list[GpuStats] | None, gpu_note: str) -> NodeStats:
+        """One NodeStats of this node. `rank_pids` is rank -> pid for the ranks on it; one that has ended is left out."""
+        memory = psutil.virtual_memory()
+        used, total = _container_memory(memory.total - memory.available, memory.total)
+        rss, cpu = self._ranks(rank_pids)
+        return NodeStats(
+            host=socket.gethostname(),
+            cpu_percent=psutil.cpu_percent(),
+            cpu_count=psutil.cpu_count() or 1,
+            load_1m=os.getloadavg()[0],
+            ram_used_bytes=used,
+            ram_total_bytes=total,
+            swap_used_bytes=_swap_used(),
+            rank_rss_bytes=rss,
+            rank_cpu_percent=cpu,
+            run_rss_bytes=self._run_rss(),
+            gpus=gpus,
+            gpu_note=gpu_note,
+            at_ns=time.monotonic_ns(),
+            wall_s=time.time(),
+        )
+
+    def _ranks(self, pids: Mapping[int, int]) -> tuple[dict[int, int], dict[int, float]]:
+        rss: dict[int, int] = {}
+        cpu: dict[int, float] = {}
+        for rank, pid in pids.items():
+            try:
+                process = self._processes.get(rank)
+                if process is None or process.pid != pid:
+                    process = self._processes[rank] = psutil.Process(pid)
+                with process.oneshot():
+                    rss[rank] = process.memory_info().rss
+                    cpu[rank] = process.cpu_percent()
+            except psutil.Error:
+                self._processes.pop(rank, None)
+                rss.pop(rank, None)
+        return rss, cpu
+
+    def _run_rss(self) -> int:
+        total = 0
+        for process in [self._root, *self._root.children(recursive=True)]:
+            try:
+                total += process.memory_info().rss
+            except psutil.Error:
+                continue
+        return total
+
+
+def _swap_used() -> int:
+    try:
+        return int(psutil.swap_memory().used)
+    except (OSError, RuntimeError):  # no /proc/swaps in some containers
+        return 0
+
+
+def _container_memory(used: int, total: int) -> tuple[int, int]:
+    """Host figures, or the cgroup's where it allows less than the host has: that is where the OOM killer strikes."""
+    try:
+        group = _CGROUP / Path("/proc/self/cgroup").read_text().split("::", 1)[1].strip().lstrip("/")
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max" or int(limit) >= total:
+            return used, total
+        current = int((group / "memory.current").read_text())
+        counters = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, current - int(counters.get("inactive_file", 0))), int(limit)
+    except (OSError, IndexError, ValueError):
+        return used, total

@@ -1,0 +1,1 @@
+"""Runs as directories: where they lie, who supervises them, and how they ended."""

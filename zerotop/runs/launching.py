@@ -1,0 +1,273 @@
+"""Start a run: check everything first, then make its directory, then its supervisor. Nothing is left behind when it can't start."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.config import Config, ConfigError, Resolved, expand_files, load
+from runtime.wire.messages import RunStatus
+from runtime.wire.rundir import RunFile, boot_id, write_json
+from zerotop.runs.devices import Device, choose
+from zerotop.runs.directory import RunEntry, existing_message, find_run, list_runs, make_run_folder, read_entry
+from zerotop.runs.names import check_name, generate_name
+from zerotop.runs.outcome import tail
+from zerotop.runs.paths import RunError, make_private_folder, make_sockets_folder, remove_sockets, runs_home
+from zerotop.runs.torchrun import with_import_path
+
+UP_TIMEOUT_S = 30.0
+_FIXED: dict[str, tuple[str, Callable[[Resolved], Any]]] = {
+    "model": ("zerotop.model", lambda resolved: resolved.zerotop.model),
+    "data": ("zerotop.data", lambda resolved: resolved.zerotop.data),
+    "seed": ("zerotop.train.seed", lambda resolved: resolved.zerotop.train.seed),
+    "optimizer type": ("optimizer.type", lambda resolved: resolved.optimizer and resolved.optimizer.type),
+    "global batch": ("train_batch_size", lambda resolved: resolved.global_batch),
+}
+"""What a resumed attempt must have in common with the one before: words, the config's key, where it is found."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A run that has passed every check that can be made before anything exists."""
+
+    config: Config
+    resolved: Resolved
+    config_path: str
+    config_folder: str
+    device: Device
+    nproc: int
+    script: list[str] | None
+    notes: list[dict[str, str]]
+    previous: RunEntry | None
+
+
+def start_run(
+    config_path: str | Path | None,
+    *,
+    nproc: int | None = None,
+    device: str = "auto",
+    name: str | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    script: Sequence[str] | None = None,
+    command: Sequence[str] | None = None,
+) -> RunEntry:
+    """Start a run, or with `resume` the next attempt of the run called `name`, and return when its supervisor is up.
+
+    `config_path` may be None under `resume`: the run's own config. `script` is SCRIPT.py and its arguments. `command` replaces torchrun.
+    Raises RunError or ConfigError, whose messages are for people; then nothing was started and nothing is left.
+    """
+    plan = _check(config_path, nproc, device, name, overrides, resume, script)
+    if plan.previous is not None:
+        path = plan.previous.path
+        attempt = plan.previous.run.attempt + 1
+    else:
+        path = make_run_folder(name or generate_name({entry.name for entry in list_runs()}))
+        attempt = 1
+    with contextlib.ExitStack() as undo:
+        if plan.previous is None:
+            undo.callback(shutil.rmtree, path, ignore_errors=True)
+        run = _write_files(plan, path, attempt, command, undo)
+        _start_supervisor(path, run, resume)
+        undo.pop_all()
+    return read_entry(path)
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------------
+def _check(
+    config_path: str | Path | None,
+    nproc: int | None,
+    device: str,
+    name: str | None,
+    overrides: Sequence[str],
+    resume: bool,
+    script: Sequence[str] | None,
+) -> _Plan:
+    if name is not None:
+        check_name(name)
+    previous = _previous(name) if resume else None
+    if previous is None and name is not None and (runs_home() / name).exists():
+        raise RunError(existing_message(name))
+    if config_path is None and previous is None:
+        raise RunError("launch needs a config file: zerotop launch CONFIG")
+    if previous is not None and script is None:
+        script = previous.run.script
+    chosen, count = choose(
+        device if device != "auto" or previous is None else previous.run.device,
+        nproc or (previous.run.nproc if previous else None),
+    )
+    if config_path is None:
+        assert previous is not None
+        config = load(previous.path / "config.json", overrides)
+        origin, folder = previous.run.config_path, previous.run.config_folder
+    else:
+        config = load(config_path, overrides)
+        origin = os.path.abspath(config_path)
+        folder = os.path.dirname(origin)
+    resolved = config.resolve(count, chosen, script=bool(script))
+    notes = [{"what": "note", "text": text} for text in resolved.notes]
+    if script:
+        script = _checked_script(script)
+    elif resolved.zerotop.data.files:
+        try:
+            expand_files(resolved.zerotop.data.files, folder)
+        except ConfigError as error:
+            raise ConfigError(error.problems, config.origin) from None
+    if previous is not None:
+        notes += _compare(previous, resolved)
+    return _Plan(config, resolved, origin, folder, chosen, count, list(script) if script else None, notes, previous)
+
+
+def _previous(name: str | None) -> RunEntry:
+    if name is None:
+        ended = [entry.name for entry in list_runs() if not entry.live]
+        known = f" Runs that have ended: {', '.join(ended[:8])}" if ended else " No run has ended yet"
+        raise RunError(f"--resume needs --name: which run is to go on?{known}")
+    entry = find_run(name)
+    if entry.live:
+        raise RunError(
+            f"run {name} is {entry.status.state}: there is nothing to resume. zerotop attach {name} opens it"
+        )
+    return entry
+
+
+def _checked_script(script: Sequence[str]) -> list[str]:
+    path = Path(script[0])
+    if not path.is_file():
+        raise RunError(f"{script[0]}: there is no such script. After -- comes SCRIPT.py and its arguments")
+    return [str(path.resolve()), *script[1:]]
+
+
+def _compare(previous: RunEntry, resolved: Resolved) -> list[dict[str, str]]:
+    """What a resume changes, as notes; raises RunError for what it must not change."""
+    try:
+        old = Resolved.from_json((previous.path / "resolved.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"can't read {previous.path / 'resolved.json'}: {str(error).splitlines()[0]}") from None
+    broken = []
+    for words, (key, read) in _FIXED.items():
+        before, now = read(old), read(resolved)
+        if before != now:
+            broken.append(f"{words} ({key}): was {_shown(before)}, is {_shown(now)}")
+    if broken:
+        listed = "\n  - ".join(broken)
+        raise RunError(
+            f"--resume can't continue {previous.name} with another\n  - {listed}\nrestore these, or start a new run under another --name"
+        )
+    changes = _changes(
+        old.model_dump(mode="json", exclude={"notes"}), resolved.model_dump(mode="json", exclude={"notes"})
+    )
+    return [{"what": "changed", "text": f"{key}: {_shown(before)} -> {_shown(now)}"} for key, before, now in changes]
+
+
+def _changes(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *(name for name in new if name not in old)]
+        return [
+            change
+            for name in names
+            for change in _changes(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        ]
+    return [] if old == new else [(key, old, new)]
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value.model_dump(mode="json", exclude_none=True) if hasattr(value, "model_dump") else value)
+
+
+# ---- files and the supervisor ------------------------------------------------------------------------------------------
+def _write_files(
+    plan: _Plan, path: Path, attempt: int, command: Sequence[str] | None, undo: contextlib.ExitStack
+) -> RunFile:
+    try:
+        logs = make_private_folder(path / "logs" / str(attempt))
+        sockets = make_sockets_folder()
+        undo.callback(remove_sockets, sockets)
+        now = time.time()
+        run = RunFile(
+            name=path.name,
+            created_wall_s=plan.previous.run.created_wall_s if plan.previous else now,
+            attempt=attempt,
+            host=socket.gethostname(),
+            boot_id=boot_id(),
+            nproc=plan.nproc,
+            device=plan.device,
+            config_path=plan.config_path,
+            config_folder=plan.config_folder,
+            script=plan.script,
+            command=list(command) if command else None,
+            sockets=str(sockets),
+            version=_version(),
+        )
+        status = RunStatus(name=run.name, state="starting", attempt=attempt, started_wall_s=now)
+        if plan.previous is not None:
+            old = plan.previous.status
+            status = status.model_copy(
+                update={"last_checkpoint_step": old.last_checkpoint_step, "step": old.last_checkpoint_step or 0}
+            )
+            for kept in ("config.json", "resolved.json", "run.json", "state.json"):
+                undo.callback(_restore, path / kept, (path / kept).read_bytes())
+        (logs / "notes.json").write_text(json.dumps(plan.notes, indent=1))
+        write_json(path / "config.json", plan.config.raw)
+        write_json(path / "resolved.json", plan.resolved)
+        write_json(path / "state.json", status)
+        write_json(path / "run.json", run)
+    except OSError as error:
+        raise RunError(f"can't write the run directory {path}: {error.strerror}") from None
+    return run
+
+
+def _restore(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _start_supervisor(path: Path, run: RunFile, resume: bool) -> None:
+    """Start it in a session of its own and wait until it says that it is up; raises RunError with its reason when it can't."""
+    read_end, write_end = os.pipe()
+    command = [sys.executable, "-P", "-m", "zerotop.runs.supervisor", str(path), "--ready-fd", str(write_end)]
+    try:
+        starting = subprocess.Popen(
+            command + (["--resume"] if resume else []),
+            env=with_import_path(dict(os.environ)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(write_end,),
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(read_end)
+        raise
+    finally:
+        os.close(write_end)
+    with starting, os.fdopen(read_end, "rb") as answers:
+        assert starting.stderr is not None
+        complaint = starting.stderr.read().decode(errors="replace")  # ends when it detaches
+        ready, _, _ = select.select([answers], [], [], UP_TIMEOUT_S)
+        line = answers.readline() if ready else b""
+    if line and "error" not in (answer := json.loads(line)):
+        return
+    if line:
+        raise RunError(f"the run can't start: {answer['error']}")
+    words = complaint.strip() or tail(path / "logs" / str(run.attempt) / "supervisor.log")
+    slow = "" if ready else f" within {UP_TIMEOUT_S:.0f} s"
+    raise RunError(f"the supervisor did not come up{slow}" + (f":\n{words}" if words else ""))
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("zerotop")
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,41 @@
+"""Names of runs: what is allowed, and a short one when none is given."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Container
+
+from zerotop.runs.paths import RunError
+
+MAX_LENGTH = 40
+_ALLOWED = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_ADJECTIVES = (
+    "amber brave brisk calm clear coral dusty early fleet frosty gentle golden hazel ivory jolly keen lively lucid mellow misty "
+    "noble olive plain quick quiet rapid rosy silver solid steady sunny swift tidy topaz vivid warm wild young"
+).split()
+_NOUNS = (
+    "badger beacon birch brook canyon cedar comet crane delta ember falcon fern fjord grove harbor heron iris island lagoon lark "
+    "maple meadow otter peak pine prairie raven reef ridge river sparrow spruce summit thistle tiger valley willow wren"
+).split()
+
+
+def check_name(name: str) -> str:
+    """`name` itself when it is allowed; raises RunError otherwise."""
+    if len(name) > MAX_LENGTH or not _ALLOWED.fullmatch(name):
+        raise RunError(
+            f"--name {name!r}: a run's name is 1 to {MAX_LENGTH} of the characters a-z 0-9 . _ - and starts with a letter or a digit"
+        )
+    return name
+
+
+def generate_name(taken: Container[str]) -> str:
+    """Two plain words, such as quiet-otter, that no run has yet."""
+    for _ in range(200):
+        name = f"{random.choice(_ADJECTIVES)}-{random.choice(_NOUNS)}"
+        if name not in taken:
+            return name
+    number = 2
+    while (numbered := f"{random.choice(_ADJECTIVES)}-{random.choice(_NOUNS)}-{number}") in taken:
+        number += 1
+    return numbered
