@@ -1,10 +1,12 @@
 """A run without torch: fake ranks that speak the real protocol, and a launcher that behaves as torchrun does.
 
-    python tests/fake_rank.py --ranks 2        starts the ranks (give it as RunFile.command); each rank is this script again, with RANK set
+    python tests/fake_rank.py --ranks 2
 
-Behaviour comes from the environment: FAKE_STEPS (default 1000000), FAKE_STEP_S (0.02), FAKE_CRASH="RANK:STEP" (raises there), FAKE_HANG="RANK:STEP"
-(stands still there, as in a collective), FAKE_IGNORE_TERM=1, FAKE_CHILD=1 (every rank starts a sleeping child in a session of its own),
-FAKE_LATE_S (seconds before telemetry starts), FAKE_PIDS (a file to which every process adds its pid).
+starts the ranks (give it as RunFile.command); each rank is this script again, with RANK set. The environment says how
+they behave: FAKE_STEPS (default 1000000), FAKE_STEP_S (0.02), FAKE_CRASH="RANK:STEP" (raises there),
+FAKE_HANG="RANK:STEP" (stands still there, as in a collective), FAKE_IGNORE_TERM=1, FAKE_CHILD=1 (every rank starts a
+sleeping child in a session of its own), FAKE_LATE_S (seconds before telemetry starts), FAKE_PIDS (a file to which every
+process adds its pid).
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from runtime.telemetry import Telemetry
-from runtime.wire.messages import Ack, Command, Goodbye, Hello, Memory, StepResult
+from runtime.wire.messages import Ack, Command, Hello, Memory, StepResult
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, boot_id, read_run
 
 MICRO_STEPS = 2
@@ -38,7 +40,7 @@ def note_pid() -> None:
             file.write(f"{os.getpid()}\n")
 
 
-# ---- the launcher ------------------------------------------------------------------------------------------------------
+# ---- the launcher ----------------------------------------------------------------------------------------------------
 def launch(ranks: int) -> int:
     """Start the ranks in sessions of their own; when one fails, TERM the others and say so in torchrun's words."""
     note_pid()
@@ -76,7 +78,7 @@ def launch(ranks: int) -> int:
         time.sleep(0.02)
 
 
-# ---- one rank ----------------------------------------------------------------------------------------------------------
+# ---- one rank --------------------------------------------------------------------------------------------------------
 class FakeRank:
     def __init__(self) -> None:
         self.rank = int(os.environ["RANK"])
@@ -94,19 +96,38 @@ class FakeRank:
 
     def hello(self) -> Hello:
         return Hello(
-            run=self.run.name, attempt=self.run.attempt, rank=self.rank, local_rank=self.rank, world_size=self.world_size, host=self.run.host,
-            pid=os.getpid(), boot_id=boot_id(), wall_s=time.time(), mono_ns=time.monotonic_ns(), device="cpu", backend="gloo",
-            config_digest="fake", model_name="fake", parameters=1000, stage=2, precision="fp32", micro_batch=1, accumulation=MICRO_STEPS,
-            global_batch=MICRO_STEPS * self.world_size, seq_len=8, steps=self.steps, telemetry_hz=20.0,
-        )  # fmt: skip
+            run=self.run.name,
+            attempt=self.run.attempt,
+            rank=self.rank,
+            local_rank=self.rank,
+            world_size=self.world_size,
+            host=self.run.host,
+            pid=os.getpid(),
+            boot_id=boot_id(),
+            wall_s=time.time(),
+            mono_ns=time.monotonic_ns(),
+            device="cpu",
+            backend="gloo",
+            config_digest="fake",
+            stage=2,
+            precision="fp32",
+            micro_batch=1,
+            accumulation=MICRO_STEPS,
+            global_batch=MICRO_STEPS * self.world_size,
+            steps=self.steps,
+            telemetry_hz=20.0,
+        )
 
     def memory(self) -> Memory:
         return Memory(
-            rank=self.rank, ledger={"parameters": 4000, "gradients": 2000, "optimizer": 8000}, rss_bytes=10**7, host_total_bytes=10**9,
+            rank=self.rank,
+            ledger={"parameters": 4000, "gradients": 2000, "optimizer": 8000},
+            rss_bytes=10**7,
+            host_total_bytes=10**9,
             at_ns=time.monotonic_ns(),
-        )  # fmt: skip
+        )
 
-    def train(self) -> str:
+    def train(self) -> Literal["finished", "stopped"]:
         """The outcome for the goodbye."""
         self.telemetry.memory_source = self.memory
         self.telemetry.start(self.hello())
@@ -195,9 +216,7 @@ def run_rank() -> int:
         rank.telemetry.goodbye("failed", rank.step, text)
         rank.telemetry.close()
         return 1
-    rank.telemetry.goodbye(
-        Goodbye.model_validate({"rank": 0, "outcome": outcome, "step": 0, "wall_s": 0}).outcome, rank.step
-    )
+    rank.telemetry.goodbye(outcome, rank.step)
     rank.telemetry.close()
     return 0
 

@@ -15,11 +15,12 @@ from runtime.wire.messages import Collectives, Heartbeat, Memory, Message, NodeS
 
 COMMIT_S = 1.0
 DENSE_S = 3600.0
-"""Sampled kinds are kept once a second for so long, later once per elapsed/DENSE_S seconds: a week costs six times an hour."""
+"""Sampled kinds are kept once a second for so long, later once per elapsed/DENSE_S seconds: a week costs six times an
+hour."""
 _SAMPLED = (StepResult, Memory, Heartbeat, NodeStats, Collectives, Phases)
 _NETWORK_FILE_SYSTEMS = frozenset(
-    ("nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "lustre", "gpfs", "beegfs", "beegfs_nodev", "ceph", "fuse.ceph")
-    + ("fuse.sshfs", "fuse.glusterfs", "glusterfs", "afs", "9p", "pvfs2", "orangefs", "wekafs", "panfs", "virtiofs")
+    "nfs nfs4 cifs smb2 smb3 smbfs lustre gpfs beegfs beegfs_nodev ceph fuse.ceph fuse.sshfs "  # noqa: SIM905
+    "fuse.glusterfs glusterfs afs 9p pvfs2 orangefs wekafs panfs virtiofs".split()
 )
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS messages(
@@ -139,7 +140,8 @@ def read_messages(run: Path) -> Iterator[Message]:
 
 
 def on_network_file_system(path: Path) -> bool:
-    """Whether SQLite's shared-memory log (WAL) can't be used where `path` lies. False where the system does not tell (not Linux)."""
+    """Whether SQLite's shared-memory log (WAL) can't be used where `path` lies. False where the system does not tell
+    (not Linux)."""
     try:
         lines = Path("/proc/self/mounts").read_text().splitlines()
     except OSError:

@@ -1,4 +1,5 @@
-"""Commands: checked, numbered, recorded, forwarded to the ranks, and answered. Holds no socket; the hub gives it ways to speak."""
+"""Commands: checked, numbered, recorded, forwarded to the ranks, and answered. Holds no socket; the hub gives it ways
+to speak."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class _Case:
 class CommandRouter:
     """Every command ends in exactly one of applied and rejected, also when the run ends first.
 
-    `answer(asker, ack)` tells one screen; `forward(command)` tells all ranks; `publish(record)` tells everyone and the recording;
+    `answer(asker, ack)` tells one screen; `forward(command)` tells all ranks; `publish(record)` tells everyone and the
+    recording;
     `abort(command)` ends the run without its ranks' help; the supervisor then calls `finish`.
     """
 
@@ -110,7 +112,8 @@ class CommandRouter:
 
     # ---- from ranks and the supervisor -----------------------------------------------------------------------------
     def hear(self, ack: Ack) -> Command | None:
-        """Rank 0's word on a command; relayed to whoever asked. Returns the command, None for one that nobody here knows."""
+        """Rank 0's word on a command; relayed to whoever asked. Returns the command, None for one that nobody here
+        knows."""
         case = self._cases.get(ack.id)
         if case is None or ack.state == "accepted" or any(ack == known for known in case.acks):
             return None

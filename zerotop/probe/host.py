@@ -24,7 +24,7 @@ class HostProbe:
         psutil.cpu_percent()
 
     def sample(self, rank_pids: Mapping[int, int], gpus: list[GpuStats] | None, gpu_note: str) -> NodeStats:
-        """One NodeStats of this node. `rank_pids` is rank -> pid for the ranks on it; one that has ended is left out."""
+        """One NodeStats of this node. `rank_pids` is rank -> pid of the ranks on it; one that has ended is left out."""
         memory = psutil.virtual_memory()
         used, total = _container_memory(memory.total - memory.available, memory.total)
         rss, cpu = self._ranks(rank_pids)

@@ -132,7 +132,8 @@ def _text(value: str | bytes | None) -> str:
 
 
 def count_devices(nvml: Any = pynvml) -> tuple[int, str]:
-    """How many GPUs the driver has, and why none when there are none. For the command line; may take as long as the driver does."""
+    """How many GPUs the driver has, and why none when there are none. For the command line; may take as long as the
+    driver does."""
     counted: list[tuple[int, str]] = []
 
     def count() -> None:

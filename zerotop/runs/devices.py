@@ -15,7 +15,8 @@ Device = Literal["cpu", "cuda"]
 
 
 def choose(device: str, nproc: int | None) -> tuple[Device, int]:
-    """The device and number of ranks for `launch`: --device auto takes the GPUs that are there, --nproc defaults to all of them (CPU: 1).
+    """The device and number of ranks for `launch`: --device auto takes the GPUs that are there, --nproc defaults to all
+    of them (CPU: 1).
 
     Raises RunError when the machine can't do what was asked.
     """
@@ -31,13 +32,15 @@ def choose(device: str, nproc: int | None) -> tuple[Device, int]:
         return "cpu", _on_cpu(nproc)
     if not cuda_built:
         raise RunError(
-            "--device cuda: the installed torch is built without CUDA; install a CUDA build of torch, or use --device cpu"
+            "--device cuda: the installed torch is built without CUDA; "
+            "install a CUDA build of torch, or use --device cpu"
         )
     if gpus == 0:
         raise RunError(f"--device cuda: no GPU can be used here ({note}); use --device cpu")
     if nproc is not None and nproc > gpus:
         raise RunError(
-            f"--nproc {nproc}: this machine has {gpus} GPU{'s' * (gpus > 1)}{note and f' ({note})'}; use --nproc {gpus} or --device cpu"
+            f"--nproc {nproc}: this machine has {gpus} GPU{'s' * (gpus > 1)}{note and f' ({note})'}; "
+            f"use --nproc {gpus} or --device cpu"
         )
     return "cuda", nproc or gpus
 
@@ -67,7 +70,8 @@ def visible_gpus() -> tuple[int, str]:
 
 
 def torch_has_cuda() -> bool:
-    """Whether the installed torch is built for CUDA, read from its version file; raises RunError when torch is not installed."""
+    """Whether the installed torch is built for CUDA, read from its version file; raises RunError when torch is not
+    installed."""
     found = importlib.util.find_spec("torch")  # a top-level name: finds it without running it
     if found is None or found.origin is None:
         raise RunError(

@@ -34,7 +34,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunEntry:
-    """One run as its directory tells it. `status` is the effective one: it knows when the supervisor died without a word."""
+    """One run as its directory tells it. `status` is the effective one: it knows when the supervisor died without a
+    word."""
 
     path: Path
     run: RunFile

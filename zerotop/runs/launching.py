@@ -1,4 +1,5 @@
-"""Start a run: check everything first, then make its directory, then its supervisor. Nothing is left behind when it can't start."""
+"""Start a run: check everything first, then make its directory, then its supervisor. Nothing is left behind when it
+can't start."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def start_run(
 ) -> RunEntry:
     """Start a run, or with `resume` the next attempt of the run called `name`, and return when its supervisor is up.
 
-    `config_path` may be None under `resume`: the run's own config. `script` is SCRIPT.py and its arguments. `command` replaces torchrun.
+    `config_path` may be None under `resume`: the run's own config. `script` is SCRIPT.py and its arguments. `command`
+    replaces torchrun.
     Raises RunError or ConfigError, whose messages are for people; then nothing was started and nothing is left.
     """
     plan = _check(config_path, nproc, device, name, overrides, resume, script)
@@ -85,7 +87,7 @@ def start_run(
     return read_entry(path)
 
 
-# ---- checks ------------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 def _check(
     config_path: str | Path | None,
     nproc: int | None,
@@ -164,7 +166,8 @@ def _compare(previous: RunEntry, resolved: Resolved) -> list[dict[str, str]]:
     if broken:
         listed = "\n  - ".join(broken)
         raise RunError(
-            f"--resume can't continue {previous.name} with another\n  - {listed}\nrestore these, or start a new run under another --name"
+            f"--resume can't continue {previous.name} with another\n  - {listed}\n"
+            "restore these, or start a new run under another --name"
         )
     changes = _changes(
         old.model_dump(mode="json", exclude={"notes"}), resolved.model_dump(mode="json", exclude={"notes"})
@@ -187,7 +190,7 @@ def _shown(value: Any) -> str:
     return json.dumps(value.model_dump(mode="json", exclude_none=True) if hasattr(value, "model_dump") else value)
 
 
-# ---- files and the supervisor ------------------------------------------------------------------------------------------
+# ---- files and the supervisor ----------------------------------------------------------------------------------------
 def _write_files(
     plan: _Plan, path: Path, attempt: int, command: Sequence[str] | None, undo: contextlib.ExitStack
 ) -> RunFile:
@@ -234,7 +237,8 @@ def _restore(path: Path, content: bytes) -> None:
 
 
 def _start_supervisor(path: Path, run: RunFile, resume: bool) -> None:
-    """Start it in a session of its own and wait until it says that it is up; raises RunError with its reason when it can't."""
+    """Start it in a session of its own and wait until it says that it is up; raises RunError with its reason when it
+    can't."""
     read_end, write_end = os.pipe()
     command = [sys.executable, "-P", "-m", "zerotop.runs.supervisor", str(path), "--ready-fd", str(write_end)]
     try:

@@ -9,7 +9,8 @@ LOG_LIMIT_BYTES = 64 * 2**20
 
 
 def cap_logs(folder: Path, limit_bytes: int = LOG_LIMIT_BYTES) -> list[Path]:
-    """Move the newest part of each log over the limit to NAME.1 and empty it in place, since its writer keeps it open (for appending).
+    """Move the newest part of each log over the limit to NAME.1 and empty it in place, since its writer keeps it open
+    (for appending).
 
     Returns the logs that were emptied. What is written in the moment between the two is lost.
     """

@@ -11,20 +11,23 @@ from zerotop.runs.paths import RunError
 MAX_LENGTH = 40
 _ALLOWED = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _ADJECTIVES = (
-    "amber brave brisk calm clear coral dusty early fleet frosty gentle golden hazel ivory jolly keen lively lucid mellow misty "
-    "noble olive plain quick quiet rapid rosy silver solid steady sunny swift tidy topaz vivid warm wild young"
-).split()
+    "amber brave brisk calm clear coral dusty early fleet frosty gentle golden hazel ivory jolly keen "  # noqa: SIM905
+    "lively lucid mellow misty noble olive plain quick quiet rapid rosy silver solid steady sunny swift "
+    "tidy topaz vivid warm wild young".split()
+)
 _NOUNS = (
-    "badger beacon birch brook canyon cedar comet crane delta ember falcon fern fjord grove harbor heron iris island lagoon lark "
-    "maple meadow otter peak pine prairie raven reef ridge river sparrow spruce summit thistle tiger valley willow wren"
-).split()
+    "badger beacon birch brook canyon cedar comet crane delta ember falcon fern fjord grove harbor "  # noqa: SIM905
+    "heron iris island lagoon lark maple meadow otter peak pine prairie raven reef ridge river sparrow "
+    "spruce summit thistle tiger valley willow wren".split()
+)
 
 
 def check_name(name: str) -> str:
     """`name` itself when it is allowed; raises RunError otherwise."""
     if len(name) > MAX_LENGTH or not _ALLOWED.fullmatch(name):
         raise RunError(
-            f"--name {name!r}: a run's name is 1 to {MAX_LENGTH} of the characters a-z 0-9 . _ - and starts with a letter or a digit"
+            f"--name {name!r}: a run's name is 1 to {MAX_LENGTH} of the characters a-z 0-9 . _ - "
+            "and starts with a letter or a digit"
         )
     return name
 

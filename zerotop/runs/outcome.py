@@ -12,7 +12,8 @@ from zerotop.runs.processes import signal_name
 
 ERROR_LINES = 30
 _TAIL_BYTES = 64 * 1024
-# torchrun's own words on its children. Its monitor logs the first line; its closing table holds one block per failed rank.
+# torchrun's own words on its children. Its monitor logs the first line; its closing table holds one block per failed
+# rank.
 _FIRST = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) ")
 _BLOCK = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) ")
 _SIGTERM_EXIT = -15
@@ -20,7 +21,8 @@ _SIGTERM_EXIT = -15
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the supervisor saw. `exit_codes` are of ranks whose code is known at first hand (adopted children); torchrun's log has the rest."""
+    """What the supervisor saw. `exit_codes` are of ranks whose code is known at first hand (adopted children);
+    torchrun's log has the rest."""
 
     nproc: int
     launcher_exit: int | None
@@ -78,7 +80,8 @@ def _exit_codes(seen: Evidence) -> dict[int, int]:
 def _first_to_fail(seen: Evidence, codes: Mapping[int, int]) -> int | None:
     """A rank's death makes its peers fail too (lost connections, torchrun's TERM); the cause must not hide behind them.
 
-    A rank that was killed said nothing, and its peers' complaints follow from that; among ranks that raised, the first one did it.
+    A rank that was killed said nothing, and its peers' complaints follow from that; among ranks that raised, the first
+    one did it.
     """
     killed = [rank for rank, code in codes.items() if code < 0 and code != _SIGTERM_EXIT and rank not in seen.goodbyes]
     if killed:

@@ -19,7 +19,8 @@ class RunError(Exception):
 
 
 def state_home() -> Path:
-    """$XDG_STATE_HOME/zerotop, by default ~/.local/state/zerotop. A relative XDG_STATE_HOME counts as unset, as its standard demands."""
+    """$XDG_STATE_HOME/zerotop, by default ~/.local/state/zerotop. A relative XDG_STATE_HOME counts as unset, as its
+    standard demands."""
     given = os.environ.get("XDG_STATE_HOME", "")
     base = Path(given) if os.path.isabs(given) else Path.home() / ".local" / "state"
     return base / "zerotop"
@@ -41,7 +42,8 @@ def make_private_folder(folder: Path) -> Path:
         raise RunError(f"{folder} is not a plain directory: remove it, it stands where zerotop keeps private files")
     if found.st_uid != os.getuid():
         raise RunError(
-            f"{folder} belongs to user id {found.st_uid}, not to you ({os.getuid()}): it can't be trusted with private files"
+            f"{folder} belongs to user id {found.st_uid}, not to you ({os.getuid()}): "
+            "it can't be trusted with private files"
         )
     if stat.S_IMODE(found.st_mode) & 0o077:
         folder.chmod(0o700)
@@ -49,12 +51,14 @@ def make_private_folder(folder: Path) -> Path:
 
 
 def sockets_home() -> Path:
-    """/tmp/zerotop-UID. Not in the home (often NFS, and too long for a Unix socket) and not XDG_RUNTIME_DIR (it goes at logout)."""
+    """/tmp/zerotop-UID. Not in the home (often NFS, and too long for a Unix socket) and not XDG_RUNTIME_DIR (it goes at
+    logout)."""
     return Path("/tmp") / f"zerotop-{os.getuid()}"
 
 
 def make_sockets_folder() -> Path:
-    """A new folder for one attempt's sockets: 8 characters, 0700, in a home that is ours; folders of dead runs are swept first."""
+    """A new folder for one attempt's sockets: 8 characters, 0700, in a home that is ours; folders of dead runs are
+    swept first."""
     home = make_private_folder(sockets_home())
     _sweep(home)
     while True:
@@ -68,7 +72,8 @@ def make_sockets_folder() -> Path:
 
 
 def lock_sockets(folder: Path) -> int:
-    """Take the folder's lock for this process's life and return its descriptor; raises RunError if another process has it.
+    """Take the folder's lock for this process's life and return its descriptor; raises RunError if another process has
+    it.
 
     ZeroMQ removes an existing socket file when it binds, so a second hub would silently steal the first one's address.
     """
@@ -89,7 +94,8 @@ def remove_sockets(folder: Path) -> None:
 
 
 def _sweep(home: Path) -> None:
-    """Remove folders whose supervisor is gone: nobody holds the lock. A folder without a lock file may be starting at this moment."""
+    """Remove folders whose supervisor is gone: nobody holds the lock. A folder without a lock file may be starting at
+    this moment."""
     for folder in home.iterdir():
         try:
             descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

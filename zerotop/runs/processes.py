@@ -1,4 +1,4 @@
-"""Processes of a run: the supervisor keeps every one of them as its descendant, so that it can end them all and nothing else."""
+"""Processes of a run: the supervisor keeps each one as its descendant, so that it can end them all and nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def become_subreaper() -> bool:
-    """Orphaned descendants become our children instead of init's. False where the kernel has no such thing (not Linux)."""
+    """Orphaned descendants become our children instead of init's. False where the kernel can't do that (not Linux)."""
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -22,10 +22,11 @@ def become_subreaper() -> bool:
 
 
 def detach(log: str) -> None:
-    """Leave the terminal's session and the starter's children: fork once more, stdin from /dev/null, stdout and stderr to `log`.
+    """Leave the terminal's session and the starter's children: fork once more, stdin from /dev/null, stdout and stderr
+    to `log`.
 
-    Call it before any thread starts. The caller must be a session leader already (Popen(start_new_session=True)), so that the second
-    process is none and can never get a terminal again.
+    Call it before any thread starts. The caller must be a session leader already (Popen(start_new_session=True)), so
+    that the second process is none and can never get a terminal again.
     """
     if os.fork():
         os._exit(0)
@@ -41,7 +42,7 @@ def detach(log: str) -> None:
 
 
 def descendants() -> list[psutil.Process]:
-    """Every living process below this one. psutil checks pid and start time before it signals, so a reused pid is safe."""
+    """Every living process below this one. psutil compares start times before it signals: a reused pid is safe."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -75,9 +76,11 @@ def reap() -> dict[int, int]:
 
 
 def kill_descendants(patience_s: float = 2.0) -> int:
-    """KILL whatever still lives below us, again until nothing does (a process may fork while it dies). Returns how many were left.
+    """KILL whatever still lives below us, again until nothing does (a process may fork while it dies). Returns how many
+    were left.
 
-    A process in uninterruptible sleep (a wedged driver) can't be killed; after `patience_s` it is counted and left to the kernel.
+    A process in uninterruptible sleep (a wedged driver) can't be killed; after `patience_s` it is counted and left to
+    the kernel.
     """
     deadline = time.monotonic() + patience_s
     while left := descendants():

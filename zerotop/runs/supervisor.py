@@ -35,7 +35,8 @@ from zerotop.runs.processes import become_subreaper, descendants, detach, kill_d
 
 STOP_DEADLINE_VARIABLE = "ZEROTOP_STOP_DEADLINE_S"
 STOP_DEADLINE_S = 60.0
-"""After SIGTERM or SIGUSR1 (a batch system's warning), the run has so long to stop after a checkpoint; then it is aborted."""
+"""After SIGTERM or SIGUSR1 (a batch system's warning), the run has so long to stop after a checkpoint; then it is
+aborted."""
 TERM_PATIENCE_S = 5.0
 LAST_WORDS_S = 2.0
 CAP_INTERVAL_S = 10.0
@@ -210,7 +211,8 @@ class Supervisor:
         await self._end_processes()
 
     async def _hear_last_words(self) -> None:
-        """The ranks are gone; their goodbyes may still be on their way. After a failure not for long: a killed rank says nothing."""
+        """The ranks are gone; their goodbyes may still be on their way. After a failure not for long: a killed rank
+        says nothing."""
         failed = self._launcher is not None and self._launcher.returncode != 0
         deadline = time.monotonic() + (LAST_WORDS_S / 4 if failed else LAST_WORDS_S)
         ranks = self.hub.state.ranks.values()

@@ -14,8 +14,8 @@ from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE,
 def command(run: RunFile, path: Path) -> list[str]:
     """torchrun for one node, with nothing that listens beyond this machine.
 
-    Its usual rendezvous (`localhost:0`) is a TCP store that listens on every interface and unpickles what it is sent; a file in the
-    private sockets folder does the same for one node.
+    Its usual rendezvous (`localhost:0`) is a TCP store that listens on every interface and unpickles what it is sent; a
+    file in the private sockets folder does the same for one node.
     """
     ranks = ["-m", "runtime", *(run.script or [])]
     return [
