@@ -141,7 +141,7 @@ def get_knob(name: str) -> Knob:
     tail = {key.rsplit(".", 1)[1]: knob_name for key, knob_name in by_key.items()}
     near = difflib.get_close_matches(name.lower().replace("-", "_"), KNOBS, n=1, cutoff=0.5)
     starts = [knob_name for knob_name in KNOBS if len(name) > 1 and knob_name.startswith(name.lower())]
-    guess = by_key.get(name) or (near or starts or [tail.get(name)])[0]
+    guess = by_key.get(name) or next(iter([*near, *starts]), None) or tail.get(name)
     hint = f"Did you mean {guess}? " if guess else ""
     raise KnobError(f"{name or 'the empty name'} is not a knob. {hint}Knobs: {', '.join(KNOBS)}")
 

@@ -70,13 +70,12 @@ def _other(model: type[Section], here: Path, value: Any, found: Findings) -> Non
         if test(value[name.rsplit(".", 1)[1]]):
             found.problem((*here, name.rsplit(".", 1)[1]), f": {reason}")
             return
-    test, reason = REFUSED.get(key, (None, ""))
-    if test is not None and test(value):
-        found.problem(here, f": {reason}")
+    if key in REFUSED and REFUSED[key][0](value):
+        found.problem(here, f": {REFUSED[key][1]}")
     elif key in NO_EFFECT:
         if value is not None and not (isinstance(value, Mapping) and value.get("enabled") is False):
             found.ignored(here, NO_EFFECT[key])
-    elif test is None:
+    elif key not in REFUSED:
         found.problem(here, f": unknown key{_suggestion(model, here, found)}")
 
 

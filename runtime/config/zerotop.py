@@ -107,11 +107,17 @@ class ZerotopConfig(Section):
     """The whole `zerotop` section."""
 
     model: ModelConfig = ModelConfig()
+    """What is trained."""
     data: DataConfig = DataConfig()
+    """What it learns."""
     train: TrainConfig = TrainConfig()
+    """How long."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are made."""
     telemetry: TelemetryConfig = TelemetryConfig()
+    """What ranks send."""
     log: LogConfig = LogConfig()
+    """What is logged."""
 
     units: Texts | None = None
     """Names of the modules to cut the model into, as `named_modules()` gives them; `*` matches anything
