@@ -10,6 +10,8 @@ from runtime.plan import Layout, Workload, find, stage_layout
 from runtime.sizes import format_size
 
 MOST_GPUS = 4096
+_NOTABLE = 0.01
+"""Differences below this share (padding, mostly) are not worth a sentence."""
 _TIGHT = 0.92
 """Above this share of the VRAM an estimate that is a little off decides whether it fits."""
 
@@ -22,7 +24,7 @@ def advise(
     host_ram_bytes: int | None = None,
 ) -> list[str]:
     """Sentences about what `plan(workload)` returned; `chosen` is the layout that the user means to run."""
-    lines = [*_costs(workload, layouts), *_small_states(layouts), *_traffic(workload, layouts)]
+    lines = [*_costs(workload, layouts), *_small_states(layouts, workload.micro_batch), *_traffic(workload, layouts)]
     lines += _offload(workload, layouts, chosen, host_ram_bytes)
     if vram_bytes is not None:
         lines += _fits(workload, layouts, chosen, vram_bytes, host_ram_bytes)
@@ -47,14 +49,14 @@ def _costs(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
         return
     for layout in stages:
         more = layout.variable_bytes - plain.variable_bytes
-        if more > 0:
+        if more > _NOTABLE * plain.variable_bytes:
             yield (
                 f"ZeRO costs memory here: {layout.label} takes {format_size(more)} per GPU more than plain data "
                 f"parallelism ({_reason(workload, layout)})."
             )
     for below, layout in itertools.pairwise(stages[1:]):
         more = layout.variable_bytes - below.variable_bytes
-        if more > 0:
+        if more > _NOTABLE * below.variable_bytes:
             yield (
                 f"{layout.label.capitalize()} takes {format_size(more)} per GPU more than {below.label}: "
                 f"{_reason(workload, layout)}."
@@ -70,15 +72,17 @@ def _reason(workload: Workload, layout: Layout) -> str:
     return "parameters in 16 bit, masters and gradients in fp32"
 
 
-def _small_states(layouts: Sequence[Layout]) -> Iterator[str]:
+def _small_states(layouts: Sequence[Layout], micro_batch: int) -> Iterator[str]:
     whole = find(layouts, 0)
     if whole.state_bytes < 0.25 * whole.gpu_bytes:
         names = ("activations", "logits", "context")
+        batch_bytes = whole.gpu["activations"] + whole.gpu["logits"]
+        smaller = " A smaller micro-batch saves more." if micro_batch > 1 and batch_bytes > whole.state_bytes else ""
         rest = ", ".join(f"{name} {format_size(whole.gpu[name])}" for name in names)
         yield (
             f"The states are only {format_size(whole.state_bytes)} of about {format_size(whole.gpu_bytes)} per GPU "
             f"({rest}), and only states can be shared out: no stage and no offload saves more than that. "
-            "Stage 0 is the simplest choice; a smaller micro-batch saves more."
+            f"Stage 0 is the simplest choice.{smaller}"
         )
 
 
@@ -133,7 +137,8 @@ def _fits(
         return layout.gpu_bytes <= vram_bytes and (host_ram_bytes is None or layout.host_bytes <= host_ram_bytes)
 
     fitting = [layout.label for layout in layouts if fits(layout)]
-    yield f"In {format_size(vram_bytes)} of VRAM: {', '.join(fitting) + ' fit' if fitting else 'none of these fits'}."
+    what_fits = f"{', '.join(fitting)} fit{'s' if len(fitting) == 1 else ''}" if fitting else "none of these fits"
+    yield f"In {format_size(vram_bytes)} of VRAM: {what_fits}."
     wanted = chosen if chosen is not None else find(layouts, None)
     if fits(wanted):
         share = wanted.gpu_bytes / vram_bytes
@@ -151,7 +156,7 @@ def smallest_change(workload: Workload, wanted: Layout, fits: Callable[[Layout],
     """The mildest way to make it fit, in words; None when nothing does.
 
     Mildest first: a higher stage up to 2 (same results, hardly slower), a smaller micro-batch with more accumulation
-    (same global batch), stage 3, offload, both with the smallest micro-batch, more GPUs.
+    (same global batch), stage 3, offload, both with the smallest micro-batch, twice the GPUs and so on.
     """
     stage = wanted.stage or 0
     higher = range(stage + 1, 3)
@@ -177,8 +182,11 @@ def smallest_change(workload: Workload, wanted: Layout, fits: Callable[[Layout],
     gpus = workload.world_size
     while gpus < MOST_GPUS:
         gpus = min(2 * gpus, MOST_GPUS)
-        if fits(stage_layout(dataclasses.replace(workload, world_size=gpus), 3)):
-            return f"{gpus} GPUs at stage 3"
+        for one in (workload, *smaller[-1:]):
+            for offload in (wanted.offload, True):
+                if fits(stage_layout(dataclasses.replace(one, world_size=gpus), 3, offload)):
+                    batch = f", {_micro_batch_words(one)}" if one is not workload else ""
+                    return f"{gpus} GPUs at stage 3{' + offload' if offload else ''}{batch}"
     return None
 
 

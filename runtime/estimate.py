@@ -6,6 +6,7 @@ transformers of the same shape differ by some ten per cent.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from runtime.models.presets import GPTConfig, unit_parameters
@@ -67,8 +68,6 @@ def guess_units(parameters: int, config: GPTConfig) -> list[tuple[str, int]]:
     """Units of exactly `parameters` parameters in all, in the proportions of `config`'s own units."""
     units = unit_parameters(config)
     total = sum(numel for _, numel in units)
-    edges, seen = [0], 0
-    for _, numel in units:
-        seen += numel
-        edges.append(parameters * seen // total)
-    return [(name, end - start) for (name, _), start, end in zip(units, edges, edges[1:], strict=True)]
+    edges = [parameters * seen // total for seen in itertools.accumulate((numel for _, numel in units), initial=0)]
+    sizes = [end - start for start, end in itertools.pairwise(edges)]
+    return [(name, size) for (name, _), size in zip(units, sizes, strict=True)]

@@ -228,10 +228,10 @@ def _in_flight(workload: Workload, stage: int, offload: bool) -> int:
 
 
 def pool_elements(workload: Workload) -> int:
-    """Elements of all whole-gradient buffers that one backward borrows: played through as runtime/zero/schedule.py does.
+    """Elements of all whole-gradient buffers that one backward borrows: played through as runtime/zero does.
 
-    Units are filled last to first and the root after them; REDUCTIONS_IN_FLIGHT are being reduced while the next is filled. A
-    buffer that is given back is lent again if it is large enough, the smallest that is.
+    Units are filled last to first and the root after them; REDUCTIONS_IN_FLIGHT are being reduced while the next is
+    filled. A buffer that is given back is lent again if it is large enough, the smallest that is.
     """
     order = [numel for name, numel in reversed(workload.units) if name != "root"]
     order += [numel for name, numel in workload.units if name == "root"]

@@ -9,7 +9,7 @@ _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `80GiB`, `80GB` (10^9), `24G` (as GPUs are sold: 2^30) or `1024`. Raises ValueError with what it expects."""
+    """Bytes of `80GiB`, `80GB` (10^9), `24G` (as GPUs are sold: 2^30) or `1024`; ValueError else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?)(B?)\s*", text, re.IGNORECASE)
     if match is None or (match[3] and not match[2]):
         raise ValueError(f"{text!r} is not a size; expected a number with a unit, for example 80GiB, 80GB or 24G")
