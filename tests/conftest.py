@@ -1,4 +1,4 @@
-"""For every test: one thread per torch operation, unless the environment says otherwise.
+"""For every test: one thread per torch operation, unless the environment says otherwise; and shared process groups of real ranks.
 
 Two spinning threads on a busy two-core machine make small operations 30 times slower; ranks get their own setting.
 """
@@ -6,5 +6,34 @@ Two spinning threads on a busy two-core machine make small operations 30 times s
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def _rank_groups() -> Iterator[dict[int, Ranks]]:
+    groups: dict[int, Ranks] = {}
+    yield groups
+    for group in groups.values():
+        group.close()
+
+
+@pytest.fixture
+def ranks(_rank_groups: dict[int, Ranks]) -> Callable[[int], Ranks]:
+    """`ranks(n)`: n processes in one Gloo group, shared by all tests of this world size (see tests/ranks.py)."""
+
+    def of(world_size: int) -> Ranks:
+        group = _rank_groups.get(world_size)
+        if group is not None and group.broken:
+            group.close()
+            group = None
+        if group is None:
+            group = _rank_groups[world_size] = Ranks(world_size)
+        return group
+
+    return of
