@@ -38,6 +38,12 @@ class Series:
             self.stride *= 2
             self._points = [point for point in self._points if point.step % self.stride == 0]
 
+    def copy(self) -> Series:
+        """An independent copy: what is added to one is not seen by the other."""
+        other = Series()
+        other.stride, other._points, other._newest, other._tokens = self.stride, list(self._points), self._newest, dict(self._tokens)
+        return other
+
     def __iter__(self) -> Iterator[StepResult]:
         yield from self._points
         if self._newest is not None and (not self._points or self._points[-1].step != self._newest.step):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from runtime.wire.messages import Collectives
 
 OPEN_KEPT = 512
-VERDICTS_KEPT = 256
+VERDICTS_KEPT = 1024
 MIN_SKEW_US = 200
 """Below this, who came last is noise."""
 
@@ -43,6 +43,14 @@ class Waits:
     def restart(self) -> None:
         """A new attempt numbers its collectives from 1 again."""
         self.__init__()  # type: ignore[misc]
+
+    def copy(self) -> Waits:
+        """An independent copy: what is added to one is not seen by the other."""
+        other = Waits()
+        other.meetings = self.meetings.copy()
+        other._open = {seq: dict(by_rank) for seq, by_rank in self._open.items()}
+        other._recent = dict(self._recent)
+        return other
 
     def add(self, message: Collectives, world_size: int) -> None:
         self._recent[message.rank] = message

@@ -1,0 +1,275 @@
+"""A run that exists only as messages: feeds the screen without sockets, processes or torch.
+
+    python tests/tui/scripted_run.py --ranks 8 --gpu          looks at the real screen, on a terminal
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+
+from runtime.wire.messages import (
+    Ack,
+    Collectives,
+    Command,
+    CommandRecord,
+    Event,
+    GpuStats,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    LogRecord,
+    Memory,
+    Message,
+    NodeStats,
+    Phases,
+    RunStatus,
+    StepResult,
+)
+from zerotop.state.run import RunState
+
+MIB = 2**20
+GIB = 2**30
+MS = 1_000_000
+
+
+class ScriptedRun:
+    """A `Source` whose run moves only when told: `steps(n)`, `beat()`, `answer(command)`. Time is a number of its own."""
+
+    def __init__(self, ranks: int = 2, gpu: bool = False, accumulation: int = 4, steps: int = 200, seed: int = 0) -> None:
+        self.state = RunState()
+        self.connection = "live"
+        self.can_control = True
+        self.sent: list[Command] = []
+        self.closed = False
+        self.age: float | None = 0.1
+        self.auto_answer = False
+        self.ranks, self.gpu, self.accumulation, self.total = ranks, gpu, accumulation, steps
+        self.now_ns = 1_000_000_000_000
+        self.wall_s = 1_790_000_000.0
+        self.step = 0
+        self.seq = 0
+        self.number = 0
+        self.slow_rank = ranks - 1
+        self._random = random.Random(seed)
+        self._changed = True
+        self._open()
+
+    # ---- Source ----------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        self._changed = True
+
+    def poll(self) -> bool:
+        changed, self._changed = self._changed, False
+        return changed
+
+    def wait(self, timeout_s: float) -> None:
+        time.sleep(timeout_s)
+
+    def send(self, command: Command) -> None:
+        self.sent.append(command)
+        if self.auto_answer:
+            self.accept(command)
+            self.apply_command(command)
+
+    def age_s(self) -> float | None:
+        return self.age
+
+    def close(self) -> None:
+        self.closed = True
+
+    # ---- the script ------------------------------------------------------------------------------------------------
+    def say(self, *messages: Message) -> None:
+        self.state.hub_now_ns = self.now_ns
+        self.state.apply_all(messages, self.now_ns)
+        self._changed = True
+
+    def status(self, state: str, **more: object) -> None:
+        before = self.state.status
+        fields = before.model_dump(exclude={"kind"}) if before else {"name": "q1", "attempt": 1}
+        self.say(RunStatus(**{**fields, "state": state, **more}))
+
+    def _open(self) -> None:
+        self.status("running", started_wall_s=self.wall_s)
+        for rank in range(self.ranks):
+            self.say(
+                Hello(
+                    run="q1", attempt=1, rank=rank, local_rank=rank, world_size=self.ranks, host="node-a", pid=4000 + rank, boot_id="b",
+                    wall_s=self.wall_s, mono_ns=self.now_ns, device=f"cuda:{rank}" if self.gpu else "cpu",
+                    device_name="NVIDIA H200" if self.gpu else "", device_uuid=f"GPU-{rank}" if self.gpu else "",
+                    backend="nccl" if self.gpu else "gloo", config_digest="d", model_name="gpt-7b" if self.gpu else "gpt-tiny",
+                    parameters=6_738_000_000 if self.gpu else 3_200_000, stage=2, precision="bf16", micro_batch=4,
+                    accumulation=self.accumulation, global_batch=4 * self.accumulation * self.ranks, seq_len=512, steps=self.total,
+                    torch_version="2.13.0",
+                )
+            )
+        self.event("start", f"{self.ranks} ranks on node-a")
+        self.node()
+        for rank in range(self.ranks):
+            self.memory(rank)
+            self.beat(rank, "init", 0)
+
+    def memory(self, rank: int) -> None:
+        if self.gpu:
+            ledger = {"parameters": 13 * GIB, "gradients": 2 * GIB, "optimizer": 52 * GIB // self.ranks, "masters": 26 * GIB // self.ranks,
+                      "buffers": 40 * MIB, "communication": 900 * MIB}
+            held = sum(ledger.values())
+            allocated = held + int((9 + math.sin(self.step / 3 + rank)) * GIB)
+            self.say(Memory(rank=rank, ledger=ledger, pinned_bytes=2 * GIB, rss_bytes=5 * GIB, allocated_bytes=allocated,
+                            reserved_bytes=allocated + 3 * GIB, device_used_bytes=allocated + 4 * GIB, device_total_bytes=140 * GIB,
+                            host_total_bytes=1024 * GIB, at_ns=self.now_ns))
+        else:
+            ledger = {"parameters": 13 * MIB, "gradients": 13 * MIB // self.ranks, "optimizer": 26 * MIB // self.ranks, "communication": 6 * MIB}
+            self.say(Memory(rank=rank, ledger=ledger, rss_bytes=(310 + 7 * rank) * MIB, host_total_bytes=24 * GIB, at_ns=self.now_ns))
+
+    def node(self) -> None:
+        gpus = None
+        if self.gpu:
+            gpus = [
+                GpuStats(index=i, uuid=f"GPU-{i}", name="NVIDIA H200", used_bytes=100 * GIB, total_bytes=140 * GIB, utilization_percent=97.0 - i,
+                         power_w=640.0 + i, power_limit_w=700, temperature_c=61 + i, sm_clock_mhz=1830)
+                for i in range(self.ranks)
+            ]
+        self.say(
+            NodeStats(host="node-a", cpu_percent=87, cpu_count=192 if self.gpu else 2, load_1m=2.1, ram_used_bytes=9 * GIB,
+                      ram_total_bytes=(1024 if self.gpu else 24) * GIB, rank_rss_bytes={r: (310 + 7 * r) * MIB for r in range(self.ranks)},
+                      run_rss_bytes=900 * MIB, gpus=gpus, gpu_note="" if gpus else "NVML: no driver", at_ns=self.now_ns, wall_s=self.wall_s)
+        )
+
+    def beat(self, rank: int, phase: str = "forward", micro: int = 1, *, entered: int | None = None, completed: int | None = None,
+             op: str = "reduce", idle_ms: float = 0.0) -> None:
+        entered = self.seq if entered is None else entered
+        self.say(Heartbeat(rank=rank, phase=phase, phase_since_ns=self.now_ns - int(idle_ms * MS), step=self.step + 1, micro_step=micro,
+                           micro_steps=self.accumulation, entered_seq=entered, completed_seq=entered if completed is None else completed,
+                           entered_op=op, progress_ns=self.now_ns - int(idle_ms * MS), now_ns=self.now_ns))
+
+    def event(self, what: str, text: str, severity: str = "info", rank: int | None = None, step: int | None = None) -> None:
+        self.say(Event(rank=rank, what=what, text=text, severity=severity, step=step, wall_s=self.wall_s))
+
+    def log(self, text: str, level: str = "info", rank: int | None = 0) -> None:
+        self.say(LogRecord(rank=rank, level=level, logger="runtime", text=text, wall_s=self.wall_s))
+
+    def steps(self, count: int, step_ms: float = 400.0) -> None:
+        for _ in range(count):
+            self._step(step_ms)
+
+    def _step(self, step_ms: float) -> None:
+        self.step += 1
+        begin = self.now_ns
+        loss = 2.2 + 3.4 * math.exp(-self.step / 45) + self._random.uniform(-0.06, 0.06)
+        micro_ns = int(step_ms * 0.8 * MS / self.accumulation)
+        for rank in range(self.ranks):
+            spans, at = [], begin
+            for micro in range(1, self.accumulation + 1):
+                for phase, share in (("data", 0.04), ("forward", 0.34), ("backward", 0.62)):
+                    spans.append((phase, self.step, micro, at, at + int(micro_ns * share)))
+                    at += int(micro_ns * share)
+            for phase, share in (("reduce", 0.09), ("step", 0.08), ("gather", 0.03)):
+                spans.append((phase, self.step, 0, at, at + int(step_ms * share * MS)))
+                at += int(step_ms * share * MS)
+            last = rank == self.slow_rank
+            wait_ms = (0.03 if last else 0.09) * step_ms
+            records = []
+            for k in range(4):
+                duration = 900 + self._random.randint(0, 200) + (0 if last else 12_000)
+                records.append((self.seq + k + 1, "reduce" if k < 3 else "gather", 6 * MIB, at, at, duration, 500))
+            self.say(
+                Phases(rank=rank, micro_steps=self.accumulation, spans=spans),
+                Collectives(rank=rank, step=self.step, records=records),
+                StepResult(rank=rank, step=self.step, loss=loss, lr=3e-4 * min(1, self.step / 20), grad_norm=1.1 + self._random.uniform(-0.3, 0.5),
+                           step_ms=step_ms * self._random.uniform(0.95, 1.05), tokens_per_s=4 * 512 * self.accumulation / step_ms * 1000,
+                           wait_ms=wait_ms, comm_bytes=24 * MIB, end_ns=at),
+            )
+        self.seq += 4
+        self.now_ns = begin + int(step_ms * MS)
+        self.wall_s += step_ms / 1000
+        for rank in range(self.ranks):
+            self.memory(rank)
+            self.beat(rank, "forward", 1)
+        if self.step % 10 == 0:
+            self.log(f"step {self.step}/{self.total} loss {loss:.3f} {step_ms:.0f} ms")
+        if self.step % 50 == 0:
+            self.event("checkpoint", f"checkpoints/step-{self.step}", step=self.step)
+            self.status("running", last_checkpoint_step=self.step)
+
+    def silence(self, seconds: float) -> None:
+        """Time goes by on the hub, and nothing happens."""
+        self.now_ns += int(seconds * 1e9)
+        self.state.hub_now_ns = self.now_ns
+        self._changed = True
+
+    # ---- commands --------------------------------------------------------------------------------------------------
+    def accept(self, command: Command) -> None:
+        self.number += 1
+        numbered = command.model_copy(update={"number": self.number})
+        self.say(CommandRecord(command=numbered, ack=Ack(id=command.id, number=self.number, state="accepted")))
+
+    def apply_command(self, command: Command) -> None:
+        result = {"path": f"checkpoints/step-{self.step}"} if command.name == "checkpoint" else {}
+        self.say(Ack(id=command.id, number=self.number, state="applied", step=self.step, result=result))
+        if command.name in {"pause", "resume", "stop"}:
+            self.status({"pause": "paused", "resume": "running", "stop": "stopped"}[command.name])
+
+    def reject(self, command: Command, reason: str) -> None:
+        self.say(Ack(id=command.id, number=self.number, state="rejected", reason=reason))
+
+    def fail(self, rank: int, error: str) -> None:
+        self.say(Goodbye(rank=rank, outcome="failed", step=self.step, error=error, wall_s=self.wall_s))
+        self.status("failed", reason=error.strip().splitlines()[-1], failed_rank=rank, error=error, exit_code=1)
+
+
+class LiveScriptedRun(ScriptedRun):
+    """The same in real time: one step per `step_ms`, heartbeats in between; commands act at the next step."""
+
+    def __init__(self, *args: int, step_ms: float = 1000.0, **more: int) -> None:
+        super().__init__(*args, **more)
+        self.step_ms = step_ms
+        self._begun = time.monotonic()
+        self.steps(60, step_ms)
+        self._pending: list[Command] = []
+
+    def send(self, command: Command) -> None:
+        super().send(command)
+        self.accept(command)
+        self._pending.append(command)
+
+    def poll(self) -> bool:
+        elapsed_ms = (time.monotonic() - self._begun) * 1000
+        if self.state.state_name == "running" and elapsed_ms < self.step_ms:
+            micro = min(self.accumulation, 1 + int(elapsed_ms / (self.step_ms * 0.8) * self.accumulation))
+            phase = "reduce" if elapsed_ms > 0.8 * self.step_ms else "backward" if int(elapsed_ms / 70) % 2 else "forward"
+            self.now_ns += 250 * MS
+            for rank in range(self.ranks):
+                self.beat(rank, phase, 0 if phase == "reduce" else micro)
+        elif self.state.state_name in {"running", "paused"}:
+            for command in self._pending:
+                self.apply_command(command)
+            self._pending.clear()
+            self._begun = time.monotonic()
+            if self.state.state_name == "running":
+                self.steps(1, self.step_ms)
+                self.node()
+            else:
+                self.now_ns += 250 * MS
+                for rank in range(self.ranks):
+                    self.beat(rank, "paused", 0)
+        return super().poll()
+
+
+def main() -> None:
+    from zerotop.tui.app import ZerotopApp
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--step-ms", type=float, default=1000)
+    parser.add_argument("--read-only", action="store_true")
+    given = parser.parse_args()
+    run = LiveScriptedRun(ranks=given.ranks, gpu=given.gpu, step_ms=given.step_ms, steps=2000)
+    print(ZerotopApp(run, read_only=given.read_only).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""A still picture of a run, for a view that must not move while the run goes on."""
+
+from __future__ import annotations
+
+import copy
+
+from zerotop.state.run import RunState
+
+
+def freeze(state: RunState) -> RunState:
+    """A copy that later messages don't touch. Messages are immutable, so only the containers are copied."""
+    still = copy.copy(state)
+    still.ranks = {number: copy.copy(rank) for number, rank in state.ranks.items()}
+    for rank in still.ranks.values():
+        rank.spans = copy.copy(rank.spans)
+    still.nodes = dict(state.nodes)
+    still.events = copy.copy(state.events)
+    still.commands = dict(state.commands)
+    still.series = state.series.copy()
+    still.waits = state.waits.copy()
+    return still

@@ -1,0 +1,45 @@
+"""How far a run is and when it will be done."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from zerotop.state.run import RunState
+
+
+@dataclass(frozen=True)
+class Progress:
+    """step of `steps` (None: a script decides); `eta_s` None while no step time is known, or nothing moves."""
+
+    step: int
+    steps: int | None
+    step_ms: float | None  # median of the recent steps
+    eta_s: float | None
+    tokens_per_s: float | None  # of the whole run
+
+    @property
+    def share(self) -> float | None:
+        return min(1.0, self.step / self.steps) if self.steps else None
+
+
+def progress(state: RunState) -> Progress:
+    """The median of recent steps carries the ETA: one slow step (a checkpoint, a hiccup) must not move it."""
+    hello = state.hello
+    steps = hello.steps if hello else None
+    recent = state.series.recent_step_ms(20)
+    step_ms = statistics.median(recent) if recent else None
+    done = state.step
+    eta_s = (
+        (steps - done) * step_ms / 1000
+        if steps and step_ms is not None and state.state_name in {"running", "stopping"}
+        else None
+    )
+    return Progress(done, steps, step_ms, eta_s, state.series.tokens_per_s)
+
+
+def steps_at_risk(state: RunState) -> int:
+    """Optimizer steps that would be lost if the run died now: those since the newest checkpoint, or since this attempt's start."""
+    start = state.hello.start_step if state.hello else 0
+    saved = state.status.last_checkpoint_step if state.status else None
+    return max(0, state.step - max(start, saved or 0))

@@ -1,0 +1,183 @@
+"""Verdicts on a run that stands still, and on the rank that the others wait for.
+
+Nothing here compares clocks of two nodes. A rank's idle time is measured by its own heartbeat (its now minus its last progress, one clock),
+plus how long ago that heartbeat reached the hub (the hub's clock alone).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zerotop.state.run import RankState, RunState
+
+STALL_MIN_S = 10.0
+STALL_STEPS = 5
+"""A run stalls when nothing has moved for max(STALL_MIN_S, STALL_STEPS x the p99 step time)."""
+FIRST_STEPS = 3
+"""The first steps of an attempt compile, warm up and allocate: no verdict yet."""
+QUIET_PHASES = frozenset({"checkpoint", "paused", "eval", "init"})
+"""While any rank is in one of these, the others may rightly stand still."""
+LAGGARD_SHARE = 0.6
+LAGGARD_MEETINGS = 5
+LAGGARD_WAIT_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A run without progress. `missing` have not entered collective `seq`, `waiting` are in it; both empty when no collective is to blame."""
+
+    idle_s: float
+    text: str
+    seq: int | None = None
+    op: str = ""
+    missing: tuple[int, ...] = ()
+    waiting: tuple[int, ...] = ()
+    silent: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Laggard:
+    """The rank that came last in most of the recent collectives, and what that cost the others."""
+
+    rank: int
+    share: float  # 0..1, of the collectives whose skew matters
+    others_wait_ms: float  # per step, mean over the other ranks
+    text: str
+
+
+def idle_s(rank: RankState, hub_now_ns: int) -> float:
+    """Seconds since the rank's training thread last did anything that telemetry sees; 0 before its first heartbeat."""
+    beat = rank.heartbeat
+    if beat is None:
+        return 0.0
+    since_heard_ns = max(0, hub_now_ns - rank.heard_ns) if rank.heard_ns else 0
+    return (max(0, beat.now_ns - beat.progress_ns) + since_heard_ns) / 1e9
+
+
+def threshold_s(state: RunState) -> float:
+    """Seconds without progress from which a run counts as stalled."""
+    recent = sorted(state.series.recent_step_ms(100))
+    p99_ms = recent[min(len(recent) - 1, int(len(recent) * 0.99))] if recent else 0.0
+    return max(STALL_MIN_S, STALL_STEPS * p99_ms / 1000)
+
+
+def find_stall(state: RunState) -> Stall | None:
+    """The verdict at `state.hub_now_ns`, or None when the run moves or has a good reason not to."""
+    ranks = [rank for _, rank in sorted(state.ranks.items()) if rank.heartbeat is not None and rank.goodbye is None]
+    if state.state_name not in {"running", "stopping"} or not ranks:
+        return None
+    if any(rank.phase in QUIET_PHASES for rank in ranks):
+        return None
+    start = state.hello.start_step if state.hello else 0
+    if state.step - start < FIRST_STEPS:
+        return None
+    limit = threshold_s(state)
+    # The liveliest rank decides: one that still moves (reading data, say) is slow, not stuck.
+    idle = min(idle_s(rank, state.hub_now_ns) for rank in ranks)
+    if idle < limit:
+        return None
+    return _blame(ranks, idle, state.hub_now_ns, limit)
+
+
+def _blame(ranks: list[RankState], idle: float, hub_now_ns: int, limit: float) -> Stall:
+    beats = {rank.rank: rank.heartbeat for rank in ranks if rank.heartbeat is not None}
+    silent = tuple(rank.rank for rank in ranks if rank.heard_ns and (hub_now_ns - rank.heard_ns) / 1e9 >= limit)
+    head = f"no progress for {idle:.0f} s: "
+    tail = f"; nothing heard from {_ranks(silent)}" if silent else ""
+    lowest = min(beat.entered_seq for beat in beats.values())
+    seq = lowest + 1
+    waiting = tuple(number for number, beat in beats.items() if beat.entered_seq >= seq)
+    missing = tuple(number for number in beats if number not in waiting)
+    if waiting:
+        # Only a rank whose newest collective is this very one tells its name; those further ahead (asynchronous) have moved on.
+        op = next((beat.entered_op for beat in beats.values() if beat.entered_seq == seq and beat.entered_op), "")
+        first = beats[missing[0]]
+        where = f" ({'it is' if len(missing) == 1 else 'they are'} in {_where(first.phase, first.micro_step, first.micro_steps)})"
+        verb = "has" if len(missing) == 1 else "have"
+        stays = "waits" if len(waiting) == 1 else "wait"
+        text = (
+            f"{_ranks(missing)} {verb} not entered collective {_name(seq, op)}{where}, {_ranks(waiting)} {stays} in it"
+        )
+        return Stall(idle, head + text + tail, seq, op, missing, waiting, silent)
+    held = tuple(number for number, beat in beats.items() if beat.completed_seq < lowest)
+    if held:
+        op = next((beat.entered_op for beat in beats.values() if beat.entered_op), "")
+        who = (
+            "all ranks have"
+            if len(held) == len(beats)
+            else f"all ranks have entered and {_ranks(held)} {'has' if len(held) == 1 else 'have'}"
+        )
+        text = f"{who} {'entered' if len(held) == len(beats) else 'not left'} collective {_name(lowest, op)}"
+        text += ", it does not complete" if len(held) == len(beats) else ""
+        return Stall(idle, head + text + tail, lowest, op, (), held, silent)
+    places = {_where(beat.phase, beat.micro_step, beat.micro_steps) for beat in beats.values()}
+    text = f"all ranks are in {places.pop()}" if len(places) == 1 else "ranks are in " + ", ".join(sorted(places))
+    return Stall(idle, f"{head}{text}, outside any collective{tail}", silent=silent)
+
+
+def find_laggard(state: RunState, steps: int = 10) -> Laggard | None:
+    """The rank that the others waited for in the last `steps` steps; None when the last place goes round or costs little."""
+    counts = state.waits.came_last(steps)
+    total = sum(counts.values())
+    if total < LAGGARD_MEETINGS:
+        return None
+    rank, most = max(counts.items(), key=lambda item: item[1])
+    share = most / total
+    cost_ms = mean_wait_ms(state, steps)
+    others = [wait for number, wait in cost_ms.items() if number != rank]
+    wait_ms = sum(others) / len(others) if others else 0.0
+    recent = state.series.recent_step_ms(steps)
+    step_ms = sum(recent) / len(recent) if recent else 0.0
+    if share < LAGGARD_SHARE or not step_ms or wait_ms < LAGGARD_WAIT_SHARE * step_ms:
+        return None
+    text = (
+        f"rank {rank} came last in {share:.0%} of collectives of the last {steps} steps; "
+        f"the others wait {wait_ms:.0f} ms per step for it ({wait_ms / step_ms:.0%})"
+    )
+    return Laggard(rank, share, wait_ms, text)
+
+
+def came_last_share(state: RunState, steps: int = 10) -> dict[int, float]:
+    """Rank -> share (0..1) of the recent collectives with a skew that matters in which it came last; empty when there are none."""
+    counts = state.waits.came_last(steps)
+    total = sum(counts.values())
+    return {rank: count / total for rank, count in counts.items()} if total else {}
+
+
+def mean_wait_ms(state: RunState, steps: int = 10) -> dict[int, float]:
+    """Rank -> milliseconds per step that it waited for others, mean over the newest `steps` steps that have collectives."""
+    meetings = state.waits.meetings
+    if not meetings:
+        return {}
+    newest = meetings[-1].step
+    totals: dict[int, float] = {}
+    seen: set[int] = set()
+    for meeting in meetings:
+        # The newest step is still being reported: half its collectives would look like half the waiting.
+        if newest - steps <= meeting.step < newest:
+            seen.add(meeting.step)
+            for rank, waited_us in meeting.waited_us.items():
+                totals[rank] = totals.get(rank, 0.0) + waited_us / 1000
+    return {rank: total / len(seen) for rank, total in totals.items()}
+
+
+def _name(seq: int, op: str) -> str:
+    return f"{seq} ({op})" if op else str(seq)
+
+
+def _where(phase: str, micro_step: int, micro_steps: int) -> str:
+    return f"{phase} {micro_step}/{micro_steps}" if micro_step else phase
+
+
+def _ranks(numbers: tuple[int, ...]) -> str:
+    """'rank 3', 'ranks 0, 2', 'ranks 0-6, 9': short enough for one line at any world size."""
+    parts: list[str] = []
+    first = last = numbers[0]
+    for number in (*numbers[1:], None):
+        if number is not None and number == last + 1:
+            last = number
+            continue
+        parts.append(str(first) if first == last else f"{first}-{last}" if last > first + 1 else f"{first}, {last}")
+        if number is not None:
+            first = last = number
+    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(parts)

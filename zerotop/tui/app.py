@@ -1,0 +1,258 @@
+"""The screen's application: polls a source four times a second, shows what changed, and turns keys into commands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from textual.app import App, SystemCommand
+from textual.binding import BindingType
+from textual.screen import Screen
+
+from runtime.wire.messages import LIVE_STATES, CommandName
+from zerotop.source.base import Source
+from zerotop.state.freeze import freeze
+from zerotop.state.run import RunState
+from zerotop.tui import steering
+from zerotop.tui.commands import CommandDesk
+from zerotop.tui.keys import KEYS, STEERING, load_keymap
+from zerotop.tui.panels.plots import PlotPanel
+from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.screens.help import HelpScreen
+from zerotop.tui.screens.knobs import KnobScreen, Setting, known_values
+from zerotop.tui.screens.live import LiveScreen
+from zerotop.tui.screens.main import MainScreen
+from zerotop.tui.screens.rank import RankScreen
+from zerotop.tui.theme import DEFAULT, Palette, load_palettes
+from zerotop.tui.view import TICK_S, View, build_view
+from zerotop.tui.widgets.keybar import KeyBar
+
+THEME_VARIABLE = "ZEROTOP_THEME"
+Outcome = Literal["detached", "ended"]
+
+
+class ZerotopApp(App[Outcome]):
+    """Shows a started `source` until the user leaves. `run()` returns "detached" while the run goes on, "ended" after it has.
+
+    Closing the source stays with whoever opened it. The app reads the source in one thread, its own.
+    """
+
+    TITLE = "zerotop"
+    CSS_PATH = "zerotop.tcss"
+    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (120, "-wide")]
+    BINDINGS: ClassVar[list[BindingType]] = [key.binding() for key in KEYS]
+
+    def __init__(self, source: Source, read_only: bool = False) -> None:
+        super().__init__()
+        self.source = source
+        self.read_only = read_only
+        self.palettes, self._problems = load_palettes()
+        keymap, problems = load_keymap()
+        self._problems += problems
+        self._keymap_given = keymap
+        self.desk = CommandDesk()
+        self.frozen: RunState | None = None
+        self._signature: tuple[object, ...] = ()
+        self._can_steer: bool | None = None
+        for palette in self.palettes.values():
+            self.register_theme(palette.theme())
+        wanted = os.environ.get(THEME_VARIABLE, DEFAULT)
+        if wanted not in self.palettes:
+            self._problems.append(f"{THEME_VARIABLE}={wanted}: no such theme; there are {', '.join(self.palettes)}")
+            wanted = DEFAULT
+        self.theme = wanted
+        for name in set(self.available_themes) - set(self.palettes):
+            self.unregister_theme(name)
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+    def get_default_screen(self) -> Screen[Any]:
+        return MainScreen(self.palette)
+
+    def on_mount(self) -> None:
+        self.set_keymap(self._keymap_given)
+        for problem in self._problems:
+            self.notify(problem, title="skipped", severity="warning", timeout=15, markup=False)
+        self.theme_changed_signal.subscribe(self, lambda _: self._repaint())
+        self.set_interval(TICK_S, self.tick)
+        self.call_after_refresh(self.tick)
+
+    @property
+    def palette(self) -> Palette:
+        return self.palettes.get(self.theme, self.palettes[DEFAULT])
+
+    @property
+    def shown_state(self) -> RunState:
+        """What panels show: the live state, or the still picture of a frozen view."""
+        return self.frozen if self.frozen is not None else self.source.state
+
+    @property
+    def rank_count(self) -> int:
+        return max(len(self.shown_state.ranks), self.shown_state.world_size)
+
+    def tick(self) -> None:
+        """Drain the source; draw only when something that is shown changed."""
+        changed = self.source.poll()
+        age_s = self.source.age_s() or 0.0
+        # The age is shown in whole seconds from two on; a command waits in tenths of a second only as long as it is open.
+        waiting = bool(self.desk.waiting(self.source.state))
+        signature = (self.source.connection, int(age_s) if age_s >= 2 else 0, self.source.can_control)
+        if not changed and signature == self._signature and not waiting:
+            return
+        self._signature = signature
+        if self.can_steer != self._can_steer:
+            self._can_steer = self.can_steer
+            self.refresh_bindings()
+        if self.frozen is None or waiting:
+            self.update_view()
+
+    def update_view(self) -> None:
+        screen = next((s for s in reversed(self.screen_stack) if isinstance(s, LiveScreen)), None)
+        if screen is not None:
+            screen.show_view(self.make_view())
+
+    def make_view(self) -> View:
+        return build_view(
+            self.shown_state,
+            self.palette,
+            connection=self.source.connection,
+            age_s=self.source.age_s() or 0.0,
+            frozen=self.frozen is not None,
+            read_only=self.read_only,
+            # Commands stay live in a frozen view: an answer to a key must never be missed.
+            commands=self.desk.lives(self.source.state),
+        )
+
+    def _repaint(self) -> None:
+        for screen in self.screen_stack:
+            for bar in screen.query(KeyBar):
+                bar.palette = self.palette
+                bar.refresh()
+        self.update_view()
+
+    # ---- what may be done now --------------------------------------------------------------------------------------
+    @property
+    def can_steer(self) -> bool:
+        return not self.why_not_steer
+
+    @property
+    def why_not_steer(self) -> str:
+        state = self.source.state.state_name
+        if self.read_only:
+            return "this screen only watches (--read-only)"
+        if state not in LIVE_STATES:
+            return f"the run has ended ({state})"
+        return "" if self.source.can_control else "this source can't reach the run"
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        if action in STEERING and not self.can_steer:
+            return False
+        # Keys of the main screen's panels do nothing while a dialog or another screen is on top.
+        if action in {"panel", "filter", "next_figure"} and not isinstance(self.screen, MainScreen):
+            return False
+        return True
+
+    # ---- steering --------------------------------------------------------------------------------------------------
+    def send(self, name: CommandName, arguments: dict[str, Any] | None = None) -> None:
+        """Hand one command to the run; its life shows in the command strip from now on."""
+        self.source.send(self.desk.make(name, arguments))
+        self.update_view()
+
+    def action_pause_resume(self) -> None:
+        name, problem = steering.pause_or_resume(self.source.state, self.desk.waiting(self.source.state))
+        if problem:
+            self.notify(problem, severity="warning")
+        else:
+            self.send(name)
+
+    def action_checkpoint(self) -> None:
+        self.send("checkpoint")
+
+    def action_stop(self) -> None:
+        self.push_screen(steering.stop_question(self.source.state), lambda yes: self.send("stop") if yes else None)
+
+    def action_abort(self) -> None:
+        self.push_screen(steering.abort_question(self.source.state), lambda yes: self.send("abort") if yes else None)
+
+    def action_set_knob(self) -> None:
+        def send(setting: Setting | None) -> None:
+            if setting is not None:
+                self.send("set", {setting[0]: setting[1]})
+
+        self.push_screen(KnobScreen(known_values(self.source.state)), send)
+
+    # ---- the view --------------------------------------------------------------------------------------------------
+    def action_detach(self) -> None:
+        self.exit("detached" if self.source.state.state_name in LIVE_STATES else "ended")
+
+    def action_help_quit(self) -> None:
+        self.notify("q leaves the screen and the run goes on; S stops the run after a checkpoint", title="the run goes on")
+
+    def action_freeze(self) -> None:
+        self.frozen = freeze(self.source.state) if self.frozen is None else None
+        for screen in self.screen_stack:
+            screen.set_class(self.frozen is not None, "-frozen")
+        self.update_view()
+
+    def action_next_theme(self) -> None:
+        names = list(self.palettes)
+        self.theme = names[(names.index(self.theme) + 1) % len(names)] if self.theme in names else DEFAULT
+        self.notify(f"theme: {self.palette.label}", timeout=2)
+
+    def action_next_figure(self) -> None:
+        focused = self.focused
+        panel = focused if isinstance(focused, PlotPanel) else self.screen.query_one("#learning", PlotPanel)
+        panel.next_figure()
+
+    def action_panel(self, name: str) -> None:
+        if isinstance(self.screen, MainScreen):
+            self.screen.focus_panel(name)
+
+    def action_filter(self) -> None:
+        if isinstance(self.screen, MainScreen):
+            self.screen.open_filter()
+
+    def action_zoom(self) -> None:
+        screen = self.screen
+        if isinstance(screen, LiveScreen) and not screen.unzoom() and self.focused is not None:
+            screen.zoom(self.focused)
+
+    async def action_back(self) -> None:
+        screen = self.screen
+        if isinstance(screen, LiveScreen) and screen.unzoom():
+            return
+        if isinstance(screen, MainScreen):
+            screen.close_filter()
+        elif len(self.screen_stack) > 1:
+            self.pop_screen()
+            self.call_after_refresh(self.update_view)
+
+    def action_help(self) -> None:
+        keys = {key.id: self.get_key_display(key.binding()) for key in KEYS}
+        for name, given in self._keymap_given.items():
+            keys[name] = given
+        self.push_screen(HelpScreen(self.palette, keys, self.can_steer, self.why_not_steer))
+
+    def action_save_picture(self) -> None:
+        self.deliver_screenshot(f"{self.source.state.status.name if self.source.state.status else 'zerotop'}.svg")
+
+    def save_svg(self, path: str | Path) -> Path:
+        """Write the screen as it is now as an SVG picture."""
+        target = Path(path)
+        target.write_text(self.export_screenshot(title=f"{self.TITLE}"), encoding="utf-8")
+        return target
+
+    def on_rank_table_opened(self, message: RankTable.Opened) -> None:
+        self.push_screen(RankScreen(self.palette, message.rank))
+        self.screen.set_class(self.frozen is not None, "-frozen")
+        self.call_after_refresh(self.update_view)
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """The palette offers what the keys do, and only what may be done now."""
+        for key in KEYS:
+            if "(" in key.action or not self.check_action(key.action, ()):
+                continue
+            yield SystemCommand(key.label, key.help, getattr(self, f"action_{key.action}"))
+        for name, palette in self.palettes.items():
+            yield SystemCommand(f"Theme: {palette.label}", f"use the theme {name}", lambda name=name: setattr(self, "theme", name))

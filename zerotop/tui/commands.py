@@ -1,0 +1,96 @@
+"""Commands on their way: sent by this screen, or seen in the run's record, each with its life in one line."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.wire.messages import Command, CommandName, CommandRecord
+from zerotop.state.run import RunState
+
+SENT_KEPT = 100
+
+
+@dataclass(frozen=True)
+class CommandLife:
+    """One command: `state` is sent | accepted | applied | rejected; `waited_s` since it was sent, None for somebody else's."""
+
+    id: str
+    label: str
+    state: str
+    text: str
+    waited_s: float | None
+
+    @property
+    def open(self) -> bool:
+        return self.state in {"sent", "accepted"}
+
+
+@dataclass
+class _Sent:
+    command: Command
+    at_s: float
+    done_s: float | None = None
+
+
+class CommandDesk:
+    """Makes commands with an id of their own, and tells what became of them.
+
+    Times are of this screen's own clock, from the keystroke to the answer: the hub's wall clock may be another machine's.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._sent: dict[str, _Sent] = {}
+        self._who = f"{getpass.getuser()}@{socket.gethostname()}"
+
+    def make(self, name: CommandName, arguments: dict[str, Any] | None = None) -> Command:
+        command = Command(id=uuid.uuid4().hex, name=name, arguments=arguments or {}, who=self._who, wall_s=time.time())
+        self._sent[command.id] = _Sent(command, self._now())
+        while len(self._sent) > SENT_KEPT:
+            del self._sent[next(iter(self._sent))]
+        return command
+
+    def waiting(self, state: RunState) -> list[Command]:
+        """Commands not answered to the end yet: those the hub keeps, and those of ours it has not seen."""
+        unseen = [sent.command for key, sent in self._sent.items() if key not in state.commands]
+        return state.open_commands() + unseen
+
+    def lives(self, state: RunState) -> tuple[CommandLife, ...]:
+        """Every known command, oldest first."""
+        known = [self._life(record) for record in state.commands.values()]
+        for key, sent in self._sent.items():
+            if key not in state.commands:
+                label, waited = _label(sent.command, 0), self._now() - sent.at_s
+                known.append(CommandLife(key, label, "sent", f"{label}: sent … no answer yet", waited))
+        return tuple(known)
+
+    def _life(self, record: CommandRecord) -> CommandLife:
+        command, ack = record.command, record.ack
+        sent = self._sent.get(command.id)
+        if sent is not None and ack.state != "accepted" and sent.done_s is None:
+            sent.done_s = self._now()
+        waited_s = None if sent is None else (sent.done_s or self._now()) - sent.at_s
+        label = _label(command, ack.number or command.number)
+        took = f" ({waited_s:.1f} s)" if waited_s is not None else ""
+        if ack.state == "accepted":
+            holds = "" if command.name == "abort" else " … waiting for a step boundary"
+            text = f"{label}: accepted{holds}"
+        elif ack.state == "applied":
+            step = f" at step {ack.step}" if ack.step is not None else ""
+            result = "".join(f", {key} {value}" for key, value in ack.result.items() if isinstance(value, str | int | float))
+            text = f"{label}: applied{step}{took}{result}"
+        else:
+            text = f"{label}: rejected: {ack.reason or 'no reason given'}"
+        return CommandLife(command.id, label, ack.state, text, waited_s)
+
+
+def _label(command: Command, number: int) -> str:
+    arguments = " ".join(f"{key}={value}" for key, value in command.arguments.items())
+    name = f"{command.name} {arguments}".strip()
+    return f"{name} #{number}" if number else name

@@ -1,0 +1,100 @@
+"""The keys: one table that bindings, footer, help and the user's own key map are made from."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from textual.binding import Binding
+
+from zerotop.tui.theme import config_folder
+
+
+@dataclass(frozen=True)
+class Key:
+    """`id` is the name in keys.toml; `steers`: acts on the run, so it goes when the screen may only watch."""
+
+    id: str
+    keys: str
+    action: str
+    label: str
+    help: str
+    show: bool = False
+    steers: bool = False
+
+    def binding(self) -> Binding:
+        return Binding(self.keys, self.action, self.label, show=self.show, id=self.id)
+
+
+KEYS: tuple[Key, ...] = (
+    Key("help", "question_mark", "help", "Help", "this page", show=True),
+    Key("detach", "q", "detach", "Leave", "leave the screen; the run goes on, `zerotop attach` opens it again", show=True),
+    Key("pause", "P", "pause_resume", "Pause/resume", "pause at the next step boundary, or go on", True, True),
+    Key("checkpoint", "C", "checkpoint", "Checkpoint", "write a checkpoint at the next step boundary", True, True),
+    Key("set", "E,colon", "set_knob", "Set", "change a setting while the run goes on", True, True),
+    Key("stop", "S", "stop", "Stop", "checkpoint at the next step boundary, then end the run (asks first)", True, True),
+    Key("abort", "A", "abort", "Abort", "end the run now, without a checkpoint (asks first)", True, True),
+    Key("freeze", "f", "freeze", "Freeze", "freeze the view, not the run; once more follows again", show=True),
+    Key("zoom", "z", "zoom", "Zoom", "the focused panel takes the whole screen, and gives it back", show=True),
+    Key("figure", "g", "next_figure", "Figure", "the next figure in the focused plot: loss, gradient norm, learning rate", show=True),
+    Key("filter", "slash", "filter", "Filter", "filter the events; Esc clears", show=True),
+    Key("theme", "t", "next_theme", "Theme", "the next theme", show=True),
+    Key("panel.ranks", "1", "panel('ranks')", "Ranks", "to the ranks: ↑ ↓ select, Enter opens one"),
+    Key("panel.learning", "2", "panel('learning')", "Loss", "to the loss"),
+    Key("panel.speed", "3", "panel('speed')", "Throughput", "to the throughput"),
+    Key("panel.memory", "4", "panel('memory')", "Memory", "to the selected rank's memory"),
+    Key("panel.host", "5", "panel('host')", "Host", "to the host"),
+    Key("panel.events", "6", "panel('events')", "Events", "to the events: ↑ ↓ scroll, End follows again"),
+    Key("picture", "ctrl+s", "save_picture", "Picture", "save the screen as an SVG picture"),
+)
+STEERING = frozenset(key.action for key in KEYS if key.steers)
+OTHER_HELP = (
+    ("Tab, Shift+Tab", "the next panel, the one before"),
+    ("Esc", "back: out of a rank, a dialog, a zoomed panel, a filter"),
+    ("Ctrl+P", "every command and theme by name"),
+)
+
+
+def load_keymap() -> tuple[dict[str, str], list[str]]:
+    """The user's own keys from keys.toml (`id = "key"`), and a line for each entry that can't be used."""
+    path = config_folder() / "keys.toml"
+    if not path.exists():
+        return {}, []
+    return read_keymap(path)
+
+
+def read_keymap(path: Path) -> tuple[dict[str, str], list[str]]:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return {}, [f"keys {path}: {error}; the usual keys stay"]
+    known = {key.id: key for key in KEYS}
+    keymap: dict[str, str] = {}
+    problems: list[str] = []
+    for name, value in _flat(data).items():
+        if name not in known:
+            problems.append(f"keys {path}: unknown key {name!r}; expected one of {', '.join(known)}")
+        elif not isinstance(value, str) or not value.strip():
+            problems.append(f'keys {path}: {name} must be a key such as "x", "ctrl+x" or "f5"')
+        else:
+            keymap[name] = value.strip()
+    taken: dict[str, str] = {}
+    for key in KEYS:
+        for one in keymap.get(key.id, key.keys).split(","):
+            if one in taken:
+                problems.append(f"keys {path}: {one!r} is both {taken[one]} and {key.id}; the usual keys stay")
+                return {}, problems
+            taken[one] = key.id
+    return keymap, problems
+
+
+def _flat(data: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """TOML reads `panel.ranks = "x"` as a table: put the dotted names together again."""
+    flat: dict[str, object] = {}
+    for name, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

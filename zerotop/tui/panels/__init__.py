@@ -1,0 +1,1 @@
+"""The parts of the main screen, one per file; each draws itself from a View, line by line."""

@@ -1,0 +1,122 @@
+"""Events and log records, newest at the bottom; follows them unless scrolled up; `/` filters."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from datetime import datetime
+
+from textual.geometry import Size
+
+from runtime.wire.messages import Event, LogRecord
+from zerotop.tui.text import SEVERITIES
+from zerotop.tui.view import View
+from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
+
+PREFIX = 24
+"""Cells before the text: time, glyph, word, rank."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One screen line of a record; the first carries the record, continuation lines only text."""
+
+    text: str
+    severity: str
+    record: Event | LogRecord | None
+
+
+class EventPanel(ScrollPanel):
+    def __init__(self, *, id: str, title: str = "6 events", rank: int | None = None) -> None:
+        super().__init__(id=id)
+        self.rank = rank
+        """Only this rank's records; None: everything."""
+        self.filter = ""
+        self._title = title
+        self._lines: list[_Line] = []
+        self._key: tuple[object, ...] = ()
+        self._follow = True
+
+    def accept(self, view: View) -> None:
+        super().accept(view)
+        width = self.scrollable_content_region.width or 80
+        events = view.state.events
+        # The deque is full after a while, so its length says nothing: the newest record tells whether any came.
+        key = (id(events[-1]) if events else 0, len(events), self.filter, width)
+        if key == self._key:
+            return
+        self._key = key
+        at_end = self._follow
+        self._lines = self._wrap(view, width)
+        self.virtual_size = Size(0, len(self._lines))
+        title = self._title + (f" · filter “{self.filter}” · {len(self._lines)} lines" if self.filter else "")
+        if self.border_title != title:
+            self.border_title = title
+        if at_end:
+            self.scroll_end(animate=False, immediate=True)
+            self._follow = True
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        super().watch_scroll_y(old_value, new_value)
+        self._follow = new_value >= self.max_scroll_y
+        self.border_subtitle = "" if self._follow else "scrolled up · End follows again"
+
+    def on_resize(self) -> None:
+        super().on_resize()
+        if self.view is not None:
+            self.accept(self.view)
+        if self._follow:
+            self.scroll_end(animate=False, immediate=True)
+
+    def set_filter(self, text: str) -> None:
+        self.filter = text.strip()
+        self._follow = True
+        self.redraw()
+
+    def forget(self) -> None:
+        """Make the lines anew at the next view: another rank, another text."""
+        self._key = ()
+        self._follow = True
+
+    def _wrap(self, view: View, width: int) -> list[_Line]:
+        room = max(20, width - PREFIX)
+        wanted = self.filter.lower()
+        lines: list[_Line] = []
+        for record in view.state.events:
+            if self.rank is not None and record.rank != self.rank:
+                continue
+            severity = record.severity if isinstance(record, Event) else record.level
+            text = _text(record)
+            if wanted and wanted not in f"{SEVERITIES[severity][1]} {_who(record)} {text}".lower():
+                continue
+            pieces = [piece for line in text.splitlines() or [""] for piece in textwrap.wrap(line, room) or [""]]
+            lines += [_Line(piece, severity, record if not i else None) for i, piece in enumerate(pieces)]
+        return lines
+
+    def draw(self, view: View, width: int, height: int) -> list[Row]:
+        palette = view.palette
+        muted = palette.style("muted")
+        if not self._lines:
+            return [Row().add(" nothing matches the filter" if self.filter else " nothing to report yet", muted)]
+        first = self.scroll_offset.y
+        rows: list[Row] = []
+        for line in self._lines[first : first + height]:
+            glyph, word, colour = SEVERITIES[line.severity]
+            style = palette.style(colour) if colour != "muted" else PLAIN
+            row = Row()
+            if line.record is not None:
+                when = datetime.fromtimestamp(line.record.wall_s).strftime("%H:%M:%S")
+                row.add(f"{when} ", muted).add(f"{glyph} {word:<5} ", palette.style(colour)).cell(_who(line.record), 6, muted)
+            rows.append(row.to(PREFIX).add(line.text, style))
+        return rows
+
+
+def _who(record: Event | LogRecord) -> str:
+    return "run" if record.rank is None else f"rank {record.rank}"
+
+
+def _text(record: Event | LogRecord) -> str:
+    if isinstance(record, LogRecord):
+        return record.text
+    step = f" (step {record.step})" if record.step is not None and f"step {record.step}" not in record.text else ""
+    return f"{record.what}: {record.text}{step}" if record.text else f"{record.what}{step}"

@@ -1,0 +1,120 @@
+"""Two lines on the run as a whole: what it is, how it is, how far it is."""
+
+from __future__ import annotations
+
+from rich.style import Style
+
+from zerotop.tui.text import STATES, count_text, duration_text, figure_text, ms_text
+from zerotop.tui.view import View
+from zerotop.tui.widgets.bar import thin_bar
+from zerotop.tui.widgets.lines import PLAIN, Panel, Row
+
+FROZEN_BADGE = " ❄ VIEW FROZEN · f goes on "
+
+
+class Header(Panel):
+    """Pieces are ordered by worth: what does not fit is left out from the end of its line."""
+
+    can_focus = False
+    ALLOW_MAXIMIZE = False
+
+    def natural_height(self, width: int) -> int:
+        return 2
+
+    def draw(self, view: View, width: int, height: int) -> list[Row]:
+        return [self._identity(view, width), self._progress(view, width)][:height]
+
+    def _identity(self, view: View, width: int) -> Row:
+        state, palette = view.state, view.palette
+        muted = palette.style("muted")
+        glyph, colour = STATES.get(state.state_name, ("?", "foreground"))
+        row = Row().gap()
+        name = state.status.name if state.status else state.hello.run if state.hello else "…"
+        right, right_style = _connection(view)
+        room = width - len(right) - 3
+        row.add(name, palette.style("primary", bold=True)).gap(2)
+        row.add(f"{glyph} {state.state_name}", palette.style(colour, bold=True))
+        if view.frozen:
+            row.gap(2).add(FROZEN_BADGE, palette.style("accent", bold=True, reverse=True))
+        for text in _facts(view):
+            if row.width + 3 + len(text) <= room:
+                row.add("  ", muted).add(text, muted if view.stale else PLAIN)
+        return row.to(width - len(right) - 1).add(right, right_style)
+
+    def _progress(self, view: View, width: int) -> Row:
+        palette, done = view.palette, view.progress
+        muted, plain = palette.style("muted"), (palette.style("muted") if view.stale else PLAIN)
+        row = Row().gap()
+        if done.steps is None:
+            row.add("step ", muted).add(f"{done.step}", plain)
+        else:
+            row.add("step ", muted).add(f"{done.step}", Style(bold=True)).add(f" of {done.steps}", plain)
+        share = done.share
+        tail = _figures(view)
+        fixed = row.width + (7 if share is not None else 0)
+        room = width - fixed - 2
+        shown: list[tuple[str, str]] = []
+        least_bar = 12 if share is not None else 0
+        for label, value in tail:
+            cost = len(label) + len(value) + 3
+            if cost <= room - least_bar:
+                shown.append((label, value))
+                room -= cost
+        if share is not None:
+            bar = max(0, min(room, width // 3))
+            colour = STATES.get(view.state.state_name, ("", "primary"))[1]
+            row.gap().extend(thin_bar(share, bar, palette.style(colour), palette.style("border")))
+            row.add(f" {share:>4.0%}", plain)
+        for label, value in shown:
+            row.gap(2).add(f"{label} ", muted).add(value, plain)
+        return row
+
+
+def _connection(view: View) -> tuple[str, Style]:
+    palette = view.palette
+    if view.ended:
+        return "run ended", palette.style("muted")
+    age = duration_text(view.age_s) if view.age_s >= 2 else ""
+    if view.connection == "live":
+        if view.stale:
+            return f"▲ no data for {age}", palette.style("warning", bold=True)
+        return f"● live{' · ' + age if age else ''}" + (" · read-only" if view.read_only else ""), palette.style("success")
+    glyph, colour = ("◌", "primary") if view.connection == "connecting" else ("▲", "warning")
+    return f"{glyph} {view.connection}{' · data ' + age + ' old' if age else ''}", palette.style(colour, bold=True)
+
+
+def _facts(view: View) -> list[str]:
+    hello, status = view.state.hello, view.state.status
+    facts: list[str] = []
+    if hello is not None:
+        model = f"{hello.model_name} {count_text(hello.parameters)}" if hello.parameters else hello.model_name
+        facts += [model.strip(), f"ZeRO-{hello.stage}" if hello.stage else "ZeRO-0 (data parallel)", hello.precision]
+        facts.append(f"{hello.world_size} rank{'s' if hello.world_size != 1 else ''}")
+        facts.append(f"batch {hello.global_batch} = {hello.world_size} × {hello.micro_batch} × {hello.accumulation}")
+        if hello.seq_len:
+            facts.append(f"seq {hello.seq_len}")
+        if hello.backend:
+            facts.append(hello.backend)
+    if status is not None and status.reason and status.state != "running":
+        facts.insert(0, status.reason)
+    return [fact for fact in facts if fact]
+
+
+def _figures(view: View) -> list[tuple[str, str]]:
+    state, done, status = view.state, view.progress, view.state.status
+    figures: list[tuple[str, str]] = []
+    if done.steps is not None and not view.ended:
+        figures.append(("ETA", duration_text(done.eta_s)))
+    newest = list(state.series)[-1:]
+    figures.append(("loss", figure_text(state.loss)))
+    figures.append(("tok/s", count_text(done.tokens_per_s)))
+    attempt = status.attempt if status else 0
+    if attempt > 1:
+        figures.append(("attempt", f"{attempt} ({attempt - 1} restart{'s' if attempt > 2 else ''})"))
+    saved = status.last_checkpoint_step if status else None
+    figures.append(("checkpoint", f"step {saved}" if saved is not None else "none yet"))
+    if newest:
+        figures += [("step", ms_text(done.step_ms)), ("lr", figure_text(newest[0].lr)), ("norm", figure_text(newest[0].grad_norm))]
+        if newest[0].loss_scale:
+            figures.append(("scale", f"{newest[0].loss_scale:g}"))
+    return figures

@@ -1,0 +1,104 @@
+"""The node under the ranks: RAM, what the ranks hold of it, pinned memory, CPU."""
+
+from __future__ import annotations
+
+from runtime.wire.messages import NodeStats
+from zerotop.tui.text import bytes_text, used_of
+from zerotop.tui.view import View
+from zerotop.tui.widgets.bar import meter
+from zerotop.tui.widgets.lines import PLAIN, Panel, Row
+
+
+class HostPanel(Panel, can_focus=True):
+    """Several nodes: one block each, as many as fit. In one line when there is no more room than that."""
+
+    def accept(self, view: View) -> None:
+        super().accept(view)
+        nodes = view.state.nodes
+        title = f"5 host {next(iter(nodes))}" if len(nodes) == 1 else f"5 hosts ({len(nodes)})" if nodes else "5 host"
+        if self.border_title != title:
+            self.border_title = title
+
+    def natural_height(self, width: int) -> int:
+        return 6
+
+    def draw(self, view: View, width: int, height: int) -> list[Row]:
+        nodes = [node for _, node in sorted(view.state.nodes.items())]
+        if not nodes:
+            return [Row().add("no word of the probe yet" if height > 1 else " host: no word of the probe yet", view.palette.style("muted"))]
+        if height < 4:
+            return [_line(view, node, width) for node in nodes[:height]]
+        rows: list[Row] = []
+        for node in nodes:
+            block = _block(view, node, width, named=len(nodes) > 1)
+            if rows and len(rows) + len(block) > height:
+                break
+            rows += block
+        return rows[:height]
+
+
+def _pinned_bytes(view: View, node: NodeStats) -> int:
+    ranks = view.state.ranks.values()
+    here = [rank for rank in ranks if rank.memory is not None and rank.hello is not None and rank.hello.host == node.host]
+    return sum(rank.memory.pinned_bytes for rank in here if rank.memory is not None)
+
+
+def _gpu_note(view: View, node: NodeStats) -> str:
+    if node.gpus:
+        names = sorted({gpu.name for gpu in node.gpus})
+        return f"{len(node.gpus)} × {names[0]}" if len(names) == 1 else f"{len(node.gpus)} GPUs"
+    hello = view.state.hello
+    if hello is not None and hello.device == "cpu":
+        return "no GPU: CPU run"
+    return f"n/a{': ' + node.gpu_note if node.gpu_note else ''}"
+
+
+def _line(view: View, node: NodeStats, width: int) -> Row:
+    palette, muted = view.palette, view.palette.style("muted")
+    share = node.ram_used_bytes / node.ram_total_bytes if node.ram_total_bytes else 0.0
+    row = Row().gap().add("RAM ", muted)
+    row.extend(meter(share, 10, palette.style("warning" if share > 0.9 else "primary"), palette.style("border")))
+    row.gap().add(used_of(node.ram_used_bytes, node.ram_total_bytes))
+    for label, value in (
+        ("ranks", bytes_text(sum(node.rank_rss_bytes.values()))),
+        ("CPU", f"{node.cpu_percent:.0f}%"),
+        ("pinned", bytes_text(_pinned_bytes(view, node))),
+        ("GPU", _gpu_note(view, node)),
+    ):
+        if row.width + len(label) + len(value) + 4 <= width:
+            row.add(f"  {label} ", muted).add(value)
+    return row
+
+
+def _block(view: View, node: NodeStats, width: int, named: bool) -> list[Row]:
+    palette = view.palette
+    muted, text = palette.style("muted"), (palette.style("muted") if view.stale else PLAIN)
+    rows = [Row().add(node.host, palette.style("primary"))] if named else []
+    figures = used_of(node.ram_used_bytes, node.ram_total_bytes)
+    size = max(4, width - 8 - len(figures) - 2)
+
+    def measured(label: str, share: float, value: str) -> Row:
+        fill = palette.style("warning" if share > 0.9 else "primary")
+        return (
+            Row().cell(label, 8, muted).extend(meter(share, size, fill, palette.style("border"))).gap()
+            .cell(value, width - 9 - size, text, right=True)
+        )
+
+    total = node.ram_total_bytes or 1
+    ranks = sum(node.rank_rss_bytes.values())
+    pinned = _pinned_bytes(view, node)
+    rows.append(measured("RAM", node.ram_used_bytes / total, figures))
+    rows.append(measured("ranks", ranks / total, bytes_text(ranks)))
+    rows.append(measured("pinned", pinned / total, bytes_text(pinned)))
+    rows.append(measured("CPU", node.cpu_percent / 100, f"{node.cpu_percent:.0f}% of {node.cpu_count}"))
+    rest = [("load", f"{node.load_1m:.1f}")]
+    if node.swap_used_bytes:
+        rest.append(("swap", bytes_text(node.swap_used_bytes)))
+    if node.run_rss_bytes:
+        rest.append(("run", bytes_text(node.run_rss_bytes)))
+    row = Row()
+    for label, value in rest:
+        row.cell(label, 8 if not row.width else len(label) + 1, muted).add(value, text).gap(2)
+    rows.append(row)
+    rows.append(Row().cell("GPU", 8, muted).add(_gpu_note(view, node)[: max(0, width - 8)], text))
+    return rows

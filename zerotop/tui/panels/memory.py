@@ -1,0 +1,65 @@
+"""The selected rank's memory by category, in figures: also the legend of the bars in the rank table."""
+
+from __future__ import annotations
+
+from zerotop.state.memory import DERIVED_CATEGORIES, memory_use
+from zerotop.tui.text import bytes_text
+from zerotop.tui.view import View
+from zerotop.tui.widgets.bar import block_label
+from zerotop.tui.widgets.lines import PLAIN, Panel, Row
+
+
+class MemoryPanel(Panel, can_focus=True):
+    rank = 0
+
+    def accept(self, view: View) -> None:
+        super().accept(view)
+        title = f"4 memory of rank {self.rank}"
+        if self.border_title != title:
+            self.border_title = title
+
+    def natural_height(self, width: int) -> int:
+        return 10
+
+    def draw(self, view: View, width: int, height: int) -> list[Row]:
+        palette = view.palette
+        muted = palette.style("muted")
+        state = view.state.ranks.get(self.rank)
+        if state is None or state.memory is None:
+            return [Row().add("no figures yet", muted)]
+        use = memory_use(state.memory)
+        text = palette.style("muted") if view.stale else PLAIN
+        rows: list[Row] = []
+        for name, count in use.parts:
+            word = name + (" ~" if name in DERIVED_CATEGORIES else "")
+            row = Row().add(block_label(name[:1], 3), palette.category(name)).gap().cell(word, 14, text)
+            row.cell(bytes_text(count), 10, text, right=True)
+            share = count / use.used_bytes if use.used_bytes else 0.0
+            rows.append(row.cell(f"{share:.0%}", 6, muted, right=True))
+        row = Row().gap(4).cell("used", 14, muted).cell(bytes_text(use.used_bytes), 10, text, right=True)
+        of = bytes_text(use.total_bytes) + ("" if use.on_gpu else " RAM")
+        rows.append(row.add(f" of {of}" if use.total_bytes else "", muted))
+        if len(rows) < height:
+            rows.append(Row().gap(4).add("~ derived, not counted", muted))
+        return rows
+
+
+class Legend(Panel):
+    """The bars' letters and words in one line, for screens too small for the memory panel."""
+
+    ALLOW_MAXIMIZE = False
+
+    def draw(self, view: View, width: int, height: int) -> list[Row]:
+        names: list[str] = []
+        for rank in view.state.ranks.values():
+            for name, _ in memory_use(rank.memory).parts if rank.memory else ():
+                if name not in names:
+                    names.append(name)
+        row = Row().gap()
+        spelled = sum(len(name) + 3 for name in names) + 1 <= width
+        for name in names:
+            word = name if spelled else name[:5]
+            if row.width + len(word) + 3 > width:
+                break
+            row.add(name[:1].upper(), view.palette.category(name)).gap().add(word, view.palette.style("muted")).gap()
+        return [row]

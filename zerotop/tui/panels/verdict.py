@@ -1,0 +1,55 @@
+"""What is wrong, in one place: why the run ended badly, why it stands still, whom the others wait for. Takes no room otherwise."""
+
+from __future__ import annotations
+
+import textwrap
+
+from zerotop.tui.view import View
+from zerotop.tui.widgets.lines import Panel, Row
+
+ERROR_LINES = 6
+
+
+class VerdictLine(Panel):
+    ALLOW_MAXIMIZE = False
+    lines: tuple[tuple[str, str], ...] = ()
+
+    def accept(self, view: View) -> None:
+        super().accept(view)
+        width = max(20, (self.screen.size.width or 80) - 3)
+        lines: list[tuple[str, str]] = []
+        for glyph, text, colour in verdicts(view):
+            for i, piece in enumerate(textwrap.wrap(text, width - 2)[:2] or [""]):
+                lines.append((f"{glyph if not i else ' '} {piece}", colour))
+        status = view.state.status
+        if status is not None and status.error:
+            tail = status.error.rstrip().splitlines()
+            lines += [(f"  {piece}", "error") for piece in tail[-ERROR_LINES:]]
+        if tuple(lines) != self.lines:
+            self.lines = tuple(lines)
+            self.styles.height = len(lines)
+            self.display = bool(lines)
+            self._shown = None
+
+    def natural_height(self, width: int) -> int:
+        return len(self.lines)
+
+    def draw(self, view: View, width: int, height: int) -> list[Row]:
+        return [Row().gap().add(text, view.palette.style(colour, bold=not i)) for i, (text, colour) in enumerate(self.lines)]
+
+
+def verdicts(view: View) -> list[tuple[str, str, str]]:
+    """(glyph, text, colour of [ui]), worst first."""
+    found: list[tuple[str, str, str]] = []
+    status = view.state.status
+    if status is not None and status.state == "failed":
+        rank = f"rank {status.failed_rank}: " if status.failed_rank is not None else ""
+        code = f" (exit code {status.exit_code})" if status.exit_code is not None else ""
+        found.append(("✖", f"the run failed: {rank}{status.reason or 'no reason given'}{code}", "error"))
+    elif status is not None and status.state == "aborted":
+        found.append(("✖", f"the run was aborted{': ' + status.reason if status.reason else ''}", "error"))
+    if view.stall is not None:
+        found.append(("▲", view.stall.text, "error"))
+    elif view.laggard is not None:
+        found.append(("▲", view.laggard.text, "warning"))
+    return found

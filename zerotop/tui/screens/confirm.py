@@ -1,0 +1,38 @@
+"""A question before something that can't be taken back: what will happen, what is lost, and one key that does it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+
+class ConfirmScreen(ModalScreen[bool]):
+    """True only for `y`: Enter, Space or a slip of the finger do nothing, Esc and `n` go back."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "answer(True)", "Yes"),
+        Binding("n,escape,q", "answer(False)", "No"),
+    ]
+
+    def __init__(self, question: str, lines: tuple[str, ...], yes: str, *, dangerous: bool) -> None:
+        super().__init__()
+        self.question = question
+        self.lines = lines
+        self.yes = yes
+        self.dangerous = dangerous
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog" + (" dangerous" if self.dangerous else "")) as dialog:
+            dialog.border_title = ("▲ " if self.dangerous else "") + self.question
+            for line in self.lines:
+                yield Static(Content(line))
+            yield Static(Content.from_markup("[b $accent]y[/] $yes      [b $accent]n[/] go back", yes=self.yes), classes="choices")
+
+    def action_answer(self, answer: bool) -> None:
+        self.dismiss(answer)

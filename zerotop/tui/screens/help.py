@@ -1,0 +1,69 @@
+"""Every key and what it does, and what the glyphs mean."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rich.table import Table
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import ModalScreen
+from textual.widgets import Static
+
+from zerotop.tui.keys import KEYS, OTHER_HELP
+from zerotop.tui.text import STATES
+from zerotop.tui.theme import Palette, config_folder
+
+
+class HelpScreen(ModalScreen[None]):
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "leave", "Back")]
+
+    def __init__(self, palette: Palette, keys: dict[str, str], can_steer: bool, why_not: str) -> None:
+        super().__init__()
+        self.palette = palette
+        self.keys = keys
+        """Key id -> the key as this user has it."""
+        self.can_steer = can_steer
+        self.why_not = why_not
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="dialog help") as dialog:
+            dialog.border_title = "keys"
+            dialog.border_subtitle = "Esc goes back"
+            yield Static(self._table())
+
+    def _table(self) -> Table:
+        accent, muted = self.palette.style("accent", bold=True), self.palette.style("muted")
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column()
+
+        def head(text: str) -> None:
+            table.add_row("", "")
+            table.add_row(Text(text, self.palette.style("primary", bold=True)), "")
+
+        table.add_row(Text("the run", self.palette.style("primary", bold=True)), Text("" if self.can_steer else self.why_not, muted))
+        for key in (key for key in KEYS if key.steers):
+            table.add_row(Text(self.keys[key.id], accent if self.can_steer else muted), Text(key.help, "" if self.can_steer else muted))
+        head("the screen")
+        for key in (key for key in KEYS if not key.steers):
+            table.add_row(Text(self.keys[key.id], accent), Text(key.help))
+        for name, text in OTHER_HELP:
+            table.add_row(Text(name, accent), Text(text))
+        head("one rank")
+        table.add_row(Text("[ ]", accent), Text("the rank before, the next one"))
+        head("signs")
+        table.add_row(Text("run"), Text("  ".join(f"{glyph} {name}" for name, (glyph, _) in STATES.items())))
+        table.add_row(Text("micro-steps"), Text("● done  ◐ current  ○ to come"))
+        table.add_row(Text("wait/step"), Text("time a rank stood still for communication in its last step, and its share"))
+        table.add_row(Text("last in"), Text("share of the last 10 steps' collectives in which the others waited for this rank"))
+        head("your own")
+        table.add_row(Text("themes"), Text(f"{config_folder() / 'themes'}/NAME.toml: a palette; see themes/dark.toml"))
+        table.add_row(Text("keys"), Text(f'{config_folder() / "keys.toml"}: lines like  freeze = "F"  with these names:'))
+        table.add_row("", Text(", ".join(key.id for key in KEYS), muted))
+        return table
+
+    def action_leave(self) -> None:
+        self.dismiss(None)

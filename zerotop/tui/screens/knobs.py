@@ -1,0 +1,109 @@
+"""Change a setting of the running run: pick a knob, type a value, see at once whether it is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Input, OptionList, Static
+from textual.widgets.option_list import Option
+
+from runtime.knobs import KNOBS, Knob, KnobError, KnobValue, parse_knob
+from zerotop.state.run import RunState
+
+Setting = tuple[str, KnobValue]
+
+
+def known_values(state: RunState) -> dict[str, KnobValue]:
+    """What this screen knows of the knobs' values: the newest applied `set` of each, and what the ranks' hello tells."""
+    values: dict[str, KnobValue] = {}
+    if state.hello is not None:
+        values["telemetry_hz"] = state.hello.telemetry_hz
+    for record in state.commands.values():
+        if record.command.name == "set" and record.ack.state == "applied":
+            values |= {name: value for name, value in record.command.arguments.items() if name in KNOBS}
+    return values
+
+
+class KnobScreen(ModalScreen[Setting | None]):
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Back")]
+
+    def __init__(self, values: Mapping[str, KnobValue]) -> None:
+        super().__init__()
+        self.values = values
+        self.chosen = next(iter(KNOBS.values()))
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog wide") as dialog:
+            dialog.border_title = "change a setting at the next step boundary"
+            yield OptionList(*(Option(self._line(knob), id=knob.name) for knob in KNOBS.values()), id="knobs")
+            yield Static(id="about")
+            yield Input(id="value")
+            yield Static(id="verdict-value")
+            yield Static(
+                Content.from_markup("[b $accent]↑ ↓[/] choose   [b $accent]Enter[/] type a value, then send it   [b $accent]Esc[/] go back"),
+                classes="choices",
+            )
+
+    def _line(self, knob: Knob) -> Text:
+        value = self.values.get(knob.name)
+        now = "as configured" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        return Text(f"{knob.name:<20} {now} {knob.unit if value is not None else ''}")
+
+    def on_mount(self) -> None:
+        self.query_one(OptionList).highlighted = 0
+        self.query_one(OptionList).focus()
+
+    @on(OptionList.OptionHighlighted)
+    def _about(self, message: OptionList.OptionHighlighted) -> None:
+        self.chosen = KNOBS[str(message.option.id)]
+        allowed = self.chosen.allowed + (f" ({self.chosen.unit})" if self.chosen.unit else "")
+        self.query_one("#about", Static).update(Content(f"{self.chosen.description}\n{allowed}"))
+        field = self.query_one(Input)
+        field.placeholder = f"new value of {self.chosen.name}"
+        field.value = ""
+        self._judge("")
+
+    @on(OptionList.OptionSelected)
+    def _type(self) -> None:
+        self.query_one(Input).focus()
+
+    @on(Input.Changed)
+    def _changed(self, message: Input.Changed) -> None:
+        self._judge(message.value)
+
+    def _judge(self, text: str) -> KnobValue | None:
+        """Say at once whether the value would be taken."""
+        verdict = self.query_one("#verdict-value", Static)
+        verdict.remove_class("good", "bad")
+        if not text.strip():
+            verdict.update("")
+            return None
+        try:
+            value = parse_knob(self.chosen.name, text)
+        except KnobError as error:
+            verdict.update(Content(f"✖ {error}"))
+            verdict.add_class("bad")
+            return None
+        verdict.update(Content(f"✔ Enter sends: set {self.chosen.name}={value}"))
+        verdict.add_class("good")
+        return value
+
+    @on(Input.Submitted)
+    def _send(self, message: Input.Submitted) -> None:
+        value = self._judge(message.value)
+        if value is not None:
+            self.dismiss((self.chosen.name, value))
+
+    def action_leave(self) -> None:
+        if self.query_one(Input).has_focus:
+            self.query_one(OptionList).focus()
+        else:
+            self.dismiss(None)

@@ -1,0 +1,113 @@
+"""The run on one screen."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.widgets import Input
+
+from zerotop.tui.panels.events import EventPanel
+from zerotop.tui.panels.header import Header
+from zerotop.tui.panels.host import HostPanel
+from zerotop.tui.panels.memory import Legend, MemoryPanel
+from zerotop.tui.panels.plots import LEARNING, SPEED, PlotPanel
+from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.panels.strip import CommandStrip
+from zerotop.tui.panels.verdict import VerdictLine
+from zerotop.tui.screens.live import LiveScreen
+from zerotop.tui.theme import Palette
+from zerotop.tui.view import View
+from zerotop.tui.widgets.keybar import KeyBar
+
+
+class MainScreen(LiveScreen):
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "app.back", "Back", show=False)]
+
+    def __init__(self, palette: Palette) -> None:
+        super().__init__()
+        self.palette = palette
+
+    def compose(self) -> ComposeResult:
+        yield Header(id="header")
+        yield VerdictLine(id="verdict")
+        yield RankTable(id="ranks")
+        yield Legend(id="legend")
+        with Horizontal(id="middle"):
+            yield PlotPanel(2, LEARNING, id="learning")
+            yield PlotPanel(3, SPEED, id="speed")
+            with Vertical(id="side"):
+                yield MemoryPanel(id="memory")
+                yield HostPanel(id="host")
+        yield HostPanel(id="host-line")
+        yield EventPanel(id="events")
+        yield Input(placeholder="filter: part of a line, a severity, rank 1 …  Enter keeps it, Esc clears it", id="filter")
+        yield CommandStrip(id="strip")
+        yield KeyBar(self.palette)
+
+    def on_mount(self) -> None:
+        self.query_one("#host-line").can_focus = False
+        self.query_one("#filter").display = False
+        self.query_one(RankTable).focus()
+
+    def show_view(self, view: View) -> None:
+        self.fit_panels()
+        super().show_view(view)
+
+    def on_resize(self) -> None:
+        self.fit_panels()
+
+    def fit_panels(self) -> None:
+        """The rank table is as high as its ranks, as long as the rest keeps room to be read."""
+        table = self.query_one(RankTable)
+        height = self.size.height
+        most = max(5, height - 17 if height < 34 else height * 45 // 100)
+        wanted = min(table.rows_wanted, most)
+        if table.styles.height is None or table.styles.height.value != wanted:
+            table.styles.height = wanted
+
+    # ---- panels ----------------------------------------------------------------------------------------------------
+    @on(RankTable.Selected)
+    def _rank_selected(self, message: RankTable.Selected) -> None:
+        memory = self.query_one(MemoryPanel)
+        memory.rank = message.rank
+        memory.redraw()
+
+    def focus_panel(self, name: str) -> None:
+        """Focus a panel; one that this size has no room for is shown alone."""
+        panel = self.query_one(f"#{name}")
+        if self.maximized is not None and self.maximized is not panel:
+            self.minimize()
+        shown = panel.display and all(parent.display for parent in panel.ancestors if hasattr(parent, "display"))
+        if not shown:
+            self.zoom(panel)
+        panel.focus()
+
+    # ---- the filter of the events ----------------------------------------------------------------------------------
+    def open_filter(self) -> None:
+        field = self.query_one("#filter", Input)
+        field.display = True
+        field.focus()
+
+    def close_filter(self) -> bool:
+        """Esc: True when there was a filter or its field to take away."""
+        field, panel = self.query_one("#filter", Input), self.query_one(EventPanel)
+        if not field.display and not panel.filter:
+            return False
+        field.value = ""
+        field.display = False
+        panel.set_filter("")
+        panel.focus()
+        return True
+
+    @on(Input.Changed, "#filter")
+    def _filter_changed(self, message: Input.Changed) -> None:
+        self.query_one(EventPanel).set_filter(message.value)
+
+    @on(Input.Submitted, "#filter")
+    def _filter_kept(self) -> None:
+        self.query_one("#filter").display = False
+        self.query_one(EventPanel).focus()

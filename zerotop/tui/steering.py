@@ -1,0 +1,50 @@
+"""What the control keys will do, in words, before they do it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runtime.wire.messages import Command, CommandName
+from zerotop.state.progress import progress, steps_at_risk
+from zerotop.state.run import RunState
+from zerotop.tui.screens.confirm import ConfirmScreen
+from zerotop.tui.text import duration_text
+
+
+def pause_or_resume(state: RunState, waiting: Sequence[Command]) -> tuple[CommandName, str]:
+    """(what P means now, why it can't be sent). A second P while the first still waits must not turn it round."""
+    for command in waiting:
+        if command.name in {"pause", "resume"}:
+            return "pause", f"{command.name} still waits for a step boundary"
+    return ("resume" if state.state_name == "paused" else "pause"), ""
+
+
+def run_name(state: RunState) -> str:
+    return state.status.name if state.status else state.hello.run if state.hello else "the run"
+
+
+def stop_question(state: RunState) -> ConfirmScreen:
+    """Where it will stop, that nothing is lost, and how to go on."""
+    name = run_name(state)
+    where = "where it is paused" if state.state_name == "paused" else f"at the next boundary, about step {state.step + 1}"
+    lines = (
+        f"It writes a checkpoint {where}, then the run ends. Nothing is lost.",
+        f"To go on later: zerotop launch CONFIG --name {name} --resume",
+    )
+    return ConfirmScreen(f"stop {name}?", lines, "checkpoint, then stop", dangerous=False)
+
+
+def abort_question(state: RunState) -> ConfirmScreen:
+    """What is lost: the steps since the newest checkpoint, and the time they took."""
+    name = run_name(state)
+    lost = steps_at_risk(state)
+    saved = state.status.last_checkpoint_step if state.status else None
+    step_ms = progress(state).step_ms
+    time = f", about {duration_text(lost * step_ms / 1000)} of training" if step_ms and lost else ""
+    steps = f"{lost} step{'s' if lost != 1 else ''}"
+    if saved is not None:
+        loss = f"Lost: {steps} since the checkpoint at step {saved}{time}." if lost else f"Nothing is lost: step {saved} is saved."
+    else:
+        loss = f"Lost: everything. There is no checkpoint yet ({steps}{time})."
+    lines = ("The ranks end now, without a checkpoint and without waiting for a boundary.", loss, "S stops the run after a checkpoint instead.")
+    return ConfirmScreen(f"abort {name}?", lines, "abort now", dangerous=True)

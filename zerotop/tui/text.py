@@ -1,0 +1,114 @@
+"""Figures as people read them, short enough for a table cell."""
+
+from __future__ import annotations
+
+import math
+
+STATES: dict[str, tuple[str, str]] = {
+    "starting": ("◌", "primary"),
+    "running": ("▶", "success"),
+    "paused": ("⏸", "warning"),
+    "restarting": ("↻", "warning"),
+    "stopping": ("◧", "warning"),
+    "stopped": ("■", "foreground"),
+    "finished": ("✔", "success"),
+    "aborted": ("✖", "error"),
+    "failed": ("✖", "error"),
+}
+"""Run state -> (glyph, colour of [ui]); the word always stands beside the glyph."""
+SEVERITIES: dict[str, tuple[str, str, str]] = {
+    "debug": ("·", "debug", "muted"),
+    "info": ("●", "info", "muted"),
+    "warning": ("▲", "warn", "warning"),
+    "error": ("✖", "error", "error"),
+    "critical": ("✖", "crit", "error"),
+}
+"""Severity -> (glyph, word, colour of [ui])."""
+
+
+def bytes_text(count: float) -> str:
+    """Binary units in at most 8 characters: '512 KiB', '1.4 GiB'."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def used_of(used: int, total: int) -> str:
+    """'6.2/24.0 GiB': both in the unit of the total."""
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+        if total >= scale:
+            return (
+                f"{used / scale:.1f}/{total / scale:.0f} {unit}"
+                if total >= 100 * scale
+                else f"{used / scale:.1f}/{total / scale:.1f} {unit}"
+            )
+    return bytes_text(used)
+
+
+def count_text(value: float | None) -> str:
+    """Decimal units in at most 6 characters: '950', '12.3k', '1.31B'."""
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    for limit, scale, unit in ((1e3, 1.0, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "B"), (1e15, 1e12, "T")):
+        if abs(value) < limit * 0.9995:
+            scaled = value / scale
+            if not unit:
+                return f"{scaled:.0f}"
+            return (
+                f"{scaled:.0f}{unit}"
+                if abs(scaled) >= 100
+                else f"{scaled:.1f}{unit}"
+                if abs(scaled) >= 10
+                else f"{scaled:.2f}{unit}"
+            )
+    return f"{value:.0e}"
+
+
+def duration_text(seconds: float | None) -> str:
+    """'42 s', '3:07', '2:15:40', '3 d 04 h'."""
+    if seconds is None or not math.isfinite(seconds):
+        return "n/a"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d}"
+    if whole < 86400:
+        return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    return f"{whole // 86400} d {whole // 3600 % 24:02d} h"
+
+
+def ms_text(milliseconds: float | None) -> str:
+    """'0.4 ms', '132 ms', '4.1 s'."""
+    if milliseconds is None or not math.isfinite(milliseconds):
+        return "n/a"
+    if milliseconds >= 9999.5:
+        return f"{milliseconds / 1000:.1f} s"
+    return f"{milliseconds:.1f} ms" if milliseconds < 99.95 else f"{milliseconds:.0f} ms"
+
+
+def figure_text(value: float | None) -> str:
+    """A loss, a norm, a rate: four significant digits, and words for what is not a number."""
+    if value is None:
+        return "n/a"
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "+inf" if value > 0 else "-inf"
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
+        return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def dots(micro_step: int, micro_steps: int, most: int = 8) -> str:
+    """Where a rank is in its accumulation: done ●, current ◐, to come ○; scaled down to `most` dots. micro_step 0: outside."""
+    if micro_steps <= 1:
+        return ""
+    shown = min(micro_steps, most)
+    if not micro_step:
+        return "○" * shown
+    current = (micro_step - 1) * shown // micro_steps
+    return "●" * current + "◐" + "○" * (shown - current - 1)

@@ -1,0 +1,154 @@
+"""Palettes: the themes of the package, and the user's own beside them.
+
+A palette is a TOML file of colours. A user's file may give only what it changes; the rest comes from the built-in palette of
+the same brightness. A file that can't be used is reported and skipped: a colour must never keep a run from being seen.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.style import Style
+from textual.color import Color, ColorParseError
+from textual.theme import Theme
+
+DEFAULT = "dark"
+SECTIONS = ("ui", "categories", "phases", "plots")
+
+
+class ThemeError(ValueError):
+    """A palette file that can't be used; the message names the file, what is wrong and what is expected."""
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The colours of one theme, as "#rrggbb". Keys of each section are those of themes/dark.toml."""
+
+    name: str
+    label: str
+    dark: bool
+    ui: dict[str, str]
+    categories: dict[str, str]
+    phases: dict[str, str]
+    plots: dict[str, str]
+
+    def theme(self) -> Theme:
+        ui = self.ui
+        return Theme(
+            name=self.name,
+            dark=self.dark,
+            primary=ui["primary"],
+            secondary=ui["secondary"],
+            accent=ui["accent"],
+            success=ui["success"],
+            warning=ui["warning"],
+            error=ui["error"],
+            foreground=ui["foreground"],
+            background=ui["background"],
+            surface=ui["surface"],
+            panel=ui["panel"],
+            variables={"muted": ui["muted"], "line": ui["border"], "footer-background": ui["background"]},
+        )
+
+    def style(self, role: str, *, bold: bool = False, reverse: bool = False) -> Style:
+        """Text in a colour of [ui]; `reverse` puts it on that colour instead."""
+        return _style(self.ui[role], None if not reverse else self.ui["background"], bold, reverse)
+
+    def category(self, name: str) -> Style:
+        return _block(self.categories.get(name, self.categories["other"]))
+
+    def phase(self, name: str) -> Style:
+        return _block(self.phases.get(name, self.phases["idle"]))
+
+    def phase_text(self, name: str) -> Style:
+        """The phase's colour as text: only hue, its word always stands beside it."""
+        return _style(
+            self.phases[name] if self.dark and name in self.phases else self.ui["foreground"], None, False, False
+        )
+
+    def plot(self, name: str) -> Style:
+        return _style(self.plots.get(name, self.ui["primary"]), None, False, False)
+
+
+@cache
+def _style(color: str, other: str | None, bold: bool, reverse: bool) -> Style:
+    return Style(color=other, bgcolor=color, bold=bold) if reverse else Style(color=color, bold=bold)
+
+
+@cache
+def _block(color: str) -> Style:
+    """A filled cell with a letter that can be read on it, black or white by the fill's brightness."""
+    ink = Color.parse(color).get_contrast_text(1.0)
+    return Style(color=ink.rich_color, bgcolor=color)
+
+
+def load_palettes() -> tuple[dict[str, Palette], list[str]]:
+    """All palettes by name, built-in first, and one line for each user file that had to be skipped."""
+    palettes: dict[str, Palette] = {}
+    for path in sorted(
+        _builtin_folder().glob("*.toml"), key=lambda item: (item.stem != DEFAULT, item.stem == "colour-blind")
+    ):
+        palettes[path.stem] = read_palette(path, None)
+    problems: list[str] = []
+    bases = {palette.dark: palette for palette in reversed(palettes.values())}
+    for path in sorted(user_folder().glob("*.toml")):
+        try:
+            palettes[path.stem] = read_palette(path, bases)
+        except ThemeError as error:
+            problems.append(str(error))
+    return palettes, problems
+
+
+def config_folder() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "zerotop"
+
+
+def user_folder() -> Path:
+    return config_folder() / "themes"
+
+
+def _builtin_folder() -> Path:
+    # Join first: in an editable install files() is two folders seen as one, and only the joined path is a real one.
+    installed = Path(str(files("zerotop") / "themes"))
+    # Run from a source tree that was never installed, the palettes lie beside the package.
+    return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "themes"
+
+
+def read_palette(path: Path, bases: dict[bool, Palette] | None) -> Palette:
+    """The palette in `path`; keys it leaves out come from `bases[dark]`. Raises ThemeError."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ThemeError(f"theme {path}: {error}") from None
+    dark = data.pop("dark", True)
+    label = data.pop("label", path.stem)
+    if not isinstance(dark, bool) or not isinstance(label, str):
+        raise ThemeError(f"theme {path}: `dark` must be true or false, and `label` a text")
+    base = bases[dark] if bases else None
+    if unknown := sorted(set(data) - set(SECTIONS)):
+        raise ThemeError(f"theme {path}: unknown key {unknown[0]!r}; expected label, dark, {', '.join(SECTIONS)}")
+    colors = {section: _section(path, section, data.get(section, {}), base) for section in SECTIONS}
+    fresh = Palette(path.stem, label, dark, **colors)
+    return fresh if base is None else replace(base, name=path.stem, label=label, **colors)
+
+
+def _section(path: Path, section: str, given: Any, base: Palette | None) -> dict[str, str]:
+    colors: dict[str, str] = dict(getattr(base, section)) if base else {}
+    if not isinstance(given, dict):
+        raise ThemeError(f"theme {path}: {section} must be a table of colours, [{section}]")
+    for key, value in given.items():
+        if base and key not in colors:
+            raise ThemeError(f"theme {path}: unknown key {section}.{key}; expected one of {', '.join(colors)}")
+        try:
+            colors[key] = Color.parse(value).hex6.lower()
+        except (ColorParseError, TypeError):
+            raise ThemeError(
+                f'theme {path}: {section}.{key} = {value!r} is not a colour; write it as "#rrggbb"'
+            ) from None
+    return colors

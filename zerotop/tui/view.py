@@ -1,0 +1,67 @@
+"""What panels are given at a tick: one object with everything they may show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zerotop.state.progress import Progress, progress
+from zerotop.state.run import RunState
+from zerotop.state.stall import Laggard, Stall, find_laggard, find_stall
+from zerotop.tui.commands import CommandLife
+from zerotop.tui.theme import Palette
+
+TICK_S = 0.25
+
+
+@dataclass(frozen=True)
+class View:
+    """`age_s`: since anything was heard; `commands`: newest last."""
+
+    state: RunState
+    palette: Palette
+    progress: Progress
+    stall: Stall | None
+    laggard: Laggard | None
+    connection: str
+    age_s: float
+    stale: bool
+    frozen: bool
+    read_only: bool
+    commands: tuple[CommandLife, ...]
+
+    @property
+    def ended(self) -> bool:
+        return self.state.state_name in {"stopped", "finished", "aborted", "failed"}
+
+
+def build_view(
+    state: RunState,
+    palette: Palette,
+    *,
+    connection: str,
+    age_s: float,
+    frozen: bool,
+    read_only: bool,
+    commands: tuple[CommandLife, ...],
+) -> View:
+    ended = state.state_name in {"stopped", "finished", "aborted", "failed"}
+    stale = not ended and (age_s > stale_after_s(state) or connection not in {"live", "ended"})
+    return View(
+        state=state,
+        palette=palette,
+        progress=progress(state),
+        stall=None if stale else find_stall(state),
+        laggard=None if stale or ended else find_laggard(state),
+        connection=connection,
+        age_s=age_s,
+        stale=stale,
+        frozen=frozen,
+        read_only=read_only,
+        commands=commands,
+    )
+
+
+def stale_after_s(state: RunState) -> float:
+    """Data older than three missed ticks is grey: a tick is what the slower side promises, the ranks' telemetry or the probe's second."""
+    hz = state.hello.telemetry_hz if state.hello else 1.0
+    return 3 * max(1.0, 1 / hz if hz > 0 else 1.0)

@@ -1,0 +1,1 @@
+"""What panels are drawn with: a line-by-line widget, bars, plots."""

@@ -1,0 +1,65 @@
+"""Bars in character cells: one figure of a total, or a whole split by category."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.segment import Segment
+from rich.style import Style
+
+EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def split_cells(values: Sequence[float], total: float, width: int) -> list[int]:
+    """Cells for each value on a bar of `width` cells standing for `total`: largest remainders, and one cell for what is small but there.
+
+    The cells never exceed `width`; a value gets none only when it is zero or there are more values than cells.
+    """
+    if width <= 0 or total <= 0:
+        return [0] * len(values)
+    scale = max(total, sum(values))
+    exact = [max(0.0, value) / scale * width for value in values]
+    cells = [int(part) for part in exact]
+    filled = min(width, max(round(sum(exact)), sum(1 for part in exact if part > 0)))
+    by_remainder = sorted(range(len(values)), key=lambda i: exact[i] - cells[i], reverse=True)
+    for i in by_remainder:
+        if sum(cells) < filled and exact[i] > cells[i]:
+            cells[i] += 1
+    for i, part in enumerate(exact):
+        if part > 0 and not cells[i]:
+            donor = max(range(len(cells)), key=lambda j: cells[j])
+            if cells[donor] > 1:
+                cells[donor] -= 1
+                cells[i] = 1
+    return cells
+
+
+def stacked_bar(parts: Sequence[tuple[str, float, Style]], total: float, width: int, empty: Style) -> list[Segment]:
+    """A bar of labelled blocks: each part says its word where it fits and its first letter where not, so colour is not needed to read it."""
+    cells = split_cells([value for _, value, _ in parts], total, width)
+    segments = [Segment(block_label(name, size), style) for (name, _, style), size in zip(parts, cells, strict=True) if size]
+    rest = width - sum(cells)
+    return [*segments, Segment("·" * rest, empty)] if rest > 0 else segments
+
+
+def block_label(name: str, size: int) -> str:
+    if size >= len(name) + 2:
+        return name.center(size)
+    return name[:1].upper().center(size)
+
+
+def meter(share: float, width: int, fill: Style, empty: Style) -> list[Segment]:
+    """One share (0..1) with eighth-cell precision."""
+    share = min(1.0, max(0.0, share))
+    eighths = round(share * width * 8)
+    full, part = divmod(eighths, 8)
+    text = "█" * full + (EIGHTHS[part] if part else "")
+    return [Segment(text, fill), Segment("░" * (width - len(text)), empty)]
+
+
+def thin_bar(share: float, width: int, fill: Style, empty: Style) -> list[Segment]:
+    """A progress line with half-cell precision."""
+    share = min(1.0, max(0.0, share))
+    halves = round(share * width * 2)
+    full, half = divmod(halves, 2)
+    return [Segment("━" * full + "╸" * half, fill), Segment("─" * (width - full - half), empty)]

@@ -1,0 +1,40 @@
+"""The footer: which keys do what just now, the most important first; what does not fit is left to `?`."""
+
+from __future__ import annotations
+
+from rich.style import Style
+from textual.strip import Strip
+from textual.widget import Widget
+
+from zerotop.tui.theme import Palette
+from zerotop.tui.widgets.lines import PLAIN, Row
+
+
+class KeyBar(Widget):
+    """Shows the active bindings that have `show=True`, in order; each can be clicked. Follows remapped keys by itself."""
+
+    DEFAULT_CSS = "KeyBar { dock: bottom; height: 1; }"
+
+    def __init__(self, palette: Palette) -> None:
+        super().__init__()
+        self.palette = palette
+
+    def on_mount(self) -> None:
+        self.screen.bindings_updated_signal.subscribe(self, lambda _: self.refresh())
+
+    def render_line(self, y: int) -> Strip:
+        width = self.size.width
+        row = Row()
+        seen: set[str] = set()
+        for active in self.screen.active_bindings.values():
+            binding = active.binding
+            if not binding.show or not active.enabled or binding.action in seen:
+                continue
+            seen.add(binding.action)
+            key = self.app.get_key_display(binding)
+            if row.width + len(key) + len(binding.description) + 3 > width:
+                continue
+            click = Style(meta={"@click": f"app.{binding.action}" if "." not in binding.action else binding.action})
+            row.gap().add(key, self.palette.style("accent", bold=True) + click)
+            row.gap().add(binding.description, self.palette.style("muted") + click).gap()
+        return row.strip(width, PLAIN).apply_style(self.rich_style)

@@ -1,0 +1,150 @@
+"""Line-by-line drawing: a row builder, and a widget that repaints only the lines that changed.
+
+Over SSH every repainted cell costs, and most of what a run shows stays the same from one tick to the next. So a panel makes
+all its visible lines (cheap), compares them with the last ones (cheaper), and asks for a repaint of the differing lines only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.cells import cell_len, set_cell_size
+from rich.segment import Segment
+from rich.style import Style
+from textual.binding import Binding, BindingType
+from textual.geometry import Region, Size
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+from textual.widget import Widget
+
+if TYPE_CHECKING:
+    from zerotop.tui.view import View
+
+PLAIN = Style()
+
+
+class Row:
+    """Builds one line from pieces of text, measured in cells."""
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+        self.width = 0
+
+    def add(self, text: str, style: Style = PLAIN) -> Row:
+        if text:
+            self.segments.append(Segment(text, style))
+            self.width += cell_len(text)
+        return self
+
+    def extend(self, segments: Iterable[Segment]) -> Row:
+        for segment in segments:
+            self.add(segment.text, segment.style or PLAIN)
+        return self
+
+    def cell(self, text: str, width: int, style: Style = PLAIN, *, right: bool = False) -> Row:
+        """`text` in exactly `width` cells: padded, or cut with an ellipsis."""
+        return self.add(fit(text, width, right=right), style)
+
+    def gap(self, width: int = 1) -> Row:
+        return self.add(" " * width)
+
+    def to(self, column: int) -> Row:
+        """Blanks up to `column` (nothing when the row is already there)."""
+        return self.gap(max(0, column - self.width))
+
+    def strip(self, width: int, style: Style = PLAIN) -> Strip:
+        """Exactly `width` cells; `style` lies under everything."""
+        line = Strip(self.segments, self.width).adjust_cell_length(width)
+        return line.apply_style(style) if style else line
+
+
+def fit(text: str, width: int, *, right: bool = False) -> str:
+    size = cell_len(text)
+    if width <= 0:
+        return ""
+    if size > width:
+        return set_cell_size(text, width - 1) + "…"
+    return " " * (width - size) + text if right else text + " " * (width - size)
+
+
+class _Drawn(Widget):
+    """What fixed and scrolling panels share: the view they show, and the lines they showed last."""
+
+    view: View | None = None
+    _shown: list[Strip] | None = None
+
+    def draw(self, view: View, width: int, height: int) -> list[Row]:
+        """The visible lines, at most `height` of them, each at most `width` cells. Must not keep anything of the view."""
+        raise NotImplementedError
+
+    def accept(self, view: View) -> None:
+        """Take the tick's view; subclasses update titles and virtual sizes here, before the lines are drawn."""
+        self.view = view
+
+    def show(self, view: View) -> None:
+        """Draw `view` and repaint what differs from the lines on screen. Hidden panels only remember it."""
+        self.accept(view)
+        before = self._shown
+        if not self.display or not self.size.width or not self.size.height:
+            self._shown = None
+            return
+        after = self._make()
+        if before is None or len(before) != len(after):
+            self.refresh()
+        else:
+            width = self.size.width
+            for y, (old, new) in enumerate(zip(before, after, strict=True)):
+                if old != new:
+                    self.refresh(Region(0, y, width, 1))
+
+    def redraw(self) -> None:
+        """Show the same view again: something of our own changed (selection, scrolling, size)."""
+        if self.view is not None:
+            self.show(self.view)
+
+    def _make(self) -> list[Strip]:
+        width, height = self.scrollable_content_region.size if isinstance(self, ScrollView) else self.size
+        rows = self.draw(self.view, width, height) if self.view is not None else []
+        self._shown = [row.strip(width) for row in rows[:height]]
+        return self._shown
+
+    def render_line(self, y: int) -> Strip:
+        lines = self._shown if self._shown is not None else self._make()
+        base = self.rich_style
+        width = self.size.width
+        if y >= len(lines):
+            return Strip.blank(width, base)
+        return lines[y].adjust_cell_length(width).apply_style(base)
+
+    def on_resize(self) -> None:
+        self._shown = None
+        self.refresh()
+
+
+class Panel(_Drawn):
+    """A panel of fixed content: what does not fit is not shown."""
+
+    ALLOW_MAXIMIZE = True
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        return self.natural_height(width)
+
+    def natural_height(self, width: int) -> int:
+        """Lines wanted when the style says `height: auto`."""
+        return 1
+
+
+class ScrollPanel(_Drawn, ScrollView, can_focus=True):
+    """A panel whose lines scroll. `draw` still makes the visible lines only, from `self.scroll_offset.y` on."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("home", "scroll_home", "Top", show=False),
+        Binding("end", "scroll_end", "Bottom", show=False),
+    ]
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        super().watch_scroll_y(old_value, new_value)
+        if round(old_value) != round(new_value):
+            self._shown = None
+            self.refresh()
