@@ -1,6 +1,6 @@
 """Where another box finds zerotop here: `launch` leaves its Python's path in the state home for ssh commands to read.
 
-A shell that ssh starts has no virtual environment and often a short PATH: a search for `zerotop` there would mostly fail.
+A shell that ssh starts has no virtual environment and often a short PATH: a search for `zerotop` would mostly fail.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from pathlib import Path
 
 from runtime.wire.messages import Ack, Command, CommandRecord, RunStatus
+from zerotop.source.base import SourceError
 from zerotop.state.run import RunState
 
 
@@ -24,7 +26,10 @@ class RecordedSource:
     def start(self) -> None:
         from zerotop.hub.recorder import read_messages
 
-        self.state.apply_all(read_messages(self.run_path), 0)
+        try:
+            self.state.apply_all(read_messages(self.run_path), 0)
+        except (sqlite3.Error, OSError) as error:
+            raise SourceError(f"can't read the recording in {self.run_path}: {error}") from None
         self.state.apply(self._status)
         self._changed = True
 

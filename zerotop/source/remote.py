@@ -69,9 +69,10 @@ class RemoteSource(LiveSource):
         self._closing.set()
         self._wake.set()
         super().close()
-        self.link.close()
+        self.link.stop()
         if self._keeper.is_alive():
-            self._keeper.join(5.0)
+            self._keeper.join(10.0)
+        self.link.close()
 
     def _word_from_there(self) -> RunStatus | None:
         """What the other box last said about the run; asks it again, in the keeper's thread."""

@@ -53,7 +53,7 @@ def ssh_words() -> list[str]:
 
 
 def run_there(host: str, words: list[str]) -> int:
-    """Run `zerotop WORDS...` on `host`, its output as ours, and return its exit code. Raises SshError when ssh fails."""
+    """Run `zerotop WORDS...` on `host`, its output as ours; returns its exit code. Raises SshError when ssh fails."""
     command = [*ssh_words(), *_COMMON, "--", host, shell_command(words)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -90,6 +90,8 @@ class SshLink:
         self._process: subprocess.Popen[bytes] | None = None
         self._said: collections.deque[str] = collections.deque(maxlen=20)
         self._echo = False
+        self._lock = threading.Lock()  # a thread may be connecting again while another one closes
+        self._closing = False
 
     @property
     def alive(self) -> bool:
@@ -101,7 +103,7 @@ class SshLink:
         return self._said[-1] if self._said else "the connection was closed"
 
     def open(self, *, quiet: bool = False) -> None:
-        """Connect. ssh may ask for passwords on the terminal unless `quiet` (a screen is in the way). Raises SshError."""
+        """Connect. ssh may ask on the terminal unless `quiet` (a screen is in the way). Raises SshError."""
         self._end_process()
         self._said.clear()
         self._control.unlink(missing_ok=True)
@@ -110,16 +112,17 @@ class SshLink:
         if quiet:
             options += ["-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
         master = ["-M", "-S", str(self._control), "-o", "ControlPersist=no"]
-        self._process = subprocess.Popen(
-            [*ssh_words(), *_COMMON, *master, *options, "--", self.host, _HOLD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        command = [*ssh_words(), *_COMMON, *master, *options, "--", self.host, _HOLD]
+        with self._lock:
+            if self._closing:
+                raise SshError("the connection is being closed")
+            process = self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
         self._echo = not quiet
-        listener = threading.Thread(target=self._listen, args=(self._process,), name="ssh words", daemon=True)
+        listener = threading.Thread(target=self._listen, args=(process,), name="ssh words", daemon=True)
         listener.start()
-        connected = self._await_mark(self._process, RECONNECT_WITHIN_S if quiet else None)
+        connected = self._await_mark(process, RECONNECT_WITHIN_S if quiet else None)
         self._echo = False
         if not connected:
             self._end_process()
@@ -151,7 +154,15 @@ class SshLink:
             if done.returncode:
                 raise SshError(f"ssh to {self.host} can't forward {there.path(name)}: {_last_line(done.stderr)}")
 
+    def stop(self) -> None:
+        """End the connection for good; whoever waits for it in another thread gets an SshError. `close` tidies up."""
+        with self._lock:
+            self._closing = True
+            if self._process is not None:
+                self._process.terminate()
+
     def close(self) -> None:
+        self.stop()
         self._end_process()
         shutil.rmtree(self.folder, ignore_errors=True)
 

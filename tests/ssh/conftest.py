@@ -1,0 +1,154 @@
+"""A real sshd on loopback with keys of its own, and a "box" behind it: a state home with one live run and its hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runtime.wire.messages import RunStatus
+from runtime.wire.rundir import RunFile, boot_id, write_json
+from tests.unit.fakehub import FakeHub
+
+SSHD = "/usr/sbin/sshd"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass
+class Box:
+    """What the tests call user@box: this machine through sshd, with another state home."""
+
+    target: str
+    state_home: Path
+    folder: Path
+
+    def write_run(self, name: str, sockets: Path, status: RunStatus, supervisor: psutil.Process | None = None) -> Path:
+        """A run directory there; its supervisor is this process unless told otherwise."""
+        supervisor = supervisor or psutil.Process()
+        run = self.state_home / "zerotop" / "runs" / name
+        run.mkdir(parents=True, exist_ok=True)
+        file = RunFile(
+            name=name,
+            created_wall_s=time.time(),
+            attempt=1,
+            host=socket.gethostname(),
+            boot_id=boot_id(),
+            supervisor_pid=supervisor.pid,
+            supervisor_start=supervisor.create_time(),
+            nproc=2,
+            device="cpu",
+            config_path="c.json",
+            config_folder="/",
+            sockets=str(sockets),
+        )
+        write_json(run / "run.json", file)
+        write_json(run / "state.json", status)
+        return run
+
+
+@pytest.fixture(scope="session")
+def short_folder() -> Iterator[Path]:
+    # Not tmp_path: a Unix socket's path holds 107 characters.
+    with tempfile.TemporaryDirectory(prefix="zt-ssh-", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def sshd(short_folder: Path) -> Iterator[Box]:
+    if not Path(SSHD).exists():
+        pytest.skip(f"no {SSHD}: install openssh-server to test attaching over SSH")
+    if shutil.which("ssh") is None or shutil.which("ssh-keygen") is None:
+        pytest.skip("no ssh or ssh-keygen: install openssh-client to test attaching over SSH")
+    for name in ("host", "user"):
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(short_folder / f"key-{name}")], check=True
+        )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    state_home = short_folder / "state"
+    state_home.mkdir()
+    paths = f'XDG_STATE_HOME={state_home} "PYTHONPATH={ROOT}" PYTHONDONTWRITEBYTECODE=1'
+    server = short_folder / "sshd_config"
+    server.write_text(
+        f"ListenAddress 127.0.0.1:{port}\nHostKey {short_folder}/key-host\n"
+        f"AuthorizedKeysFile {short_folder}/key-user.pub\nStrictModes no\nUsePAM no\nPidFile none\n"
+        "PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+        # What talkative start-up files do to every answer.
+        'ForceCommand echo "Welcome to the box!"; eval "$SSH_ORIGINAL_COMMAND"\n'
+        f"SetEnv {paths}\n"
+    )
+    host_key = (short_folder / "key-host.pub").read_text().split()[:2]
+    (short_folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {' '.join(host_key)}\n")
+    user = getpass.getuser()
+    (short_folder / "ssh_config").write_text(
+        f"Host box\n HostName 127.0.0.1\n Port {port}\n IdentityFile {short_folder}/key-user\n"
+        f" IdentitiesOnly yes\n UserKnownHostsFile {short_folder}/known_hosts\n GlobalKnownHostsFile none\n"
+        " IdentityAgent none\n"
+        f"Host strange\n HostName 127.0.0.1\n Port {port}\n IdentityFile {short_folder}/key-user\n"
+        f" IdentitiesOnly yes\n UserKnownHostsFile none\n GlobalKnownHostsFile none\n BatchMode yes\n"
+        "Host nobody\n HostName 127.0.0.1\n Port 1\n"
+    )
+    separation = Path(
+        "/run/sshd"
+    )  # where sshd puts its unprivileged half when root starts it; the package's unit makes it
+    made = os.getuid() == 0 and not separation.exists()
+    if made:
+        separation.mkdir(mode=0o755)
+    log = short_folder / "sshd.log"
+    process = subprocess.Popen([SSHD, "-D", "-f", str(server), "-E", str(log)])
+    try:
+        deadline = time.monotonic() + 10
+        while not _listens(port):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        config = short_folder / "ssh_config"
+        tried = subprocess.run(["ssh", "-F", str(config), "box", "true"], capture_output=True, text=True, timeout=20)
+        if tried.returncode:
+            pytest.skip(f"sshd does not let {user} in: {tried.stderr.strip()}; {log.read_text()[-300:]}")
+        yield Box(f"{user}@box", state_home, short_folder)
+    finally:
+        process.terminate()
+        process.wait(10)
+        if made:
+            separation.rmdir()
+
+
+@pytest.fixture
+def box(sshd: Box, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Box:
+    """The box as an empty one that knows its zerotop, and our side with a state home of its own."""
+    monkeypatch.setenv("ZEROTOP_SSH", f"ssh -F {sshd.folder / 'ssh_config'}")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "here"))
+    home = sshd.state_home / "zerotop"
+    shutil.rmtree(home, ignore_errors=True)
+    home.mkdir()
+    (home / "executable").write_text(sys.executable + "\n")
+    return sshd
+
+
+@pytest.fixture
+def hub(box: Box) -> Iterator[FakeHub]:
+    """A hub on the box, with the live run q1."""
+    folder = box.folder / "hub"
+    folder.mkdir(exist_ok=True)
+    hub = FakeHub(folder)
+    box.write_run("q1", folder, RunStatus(name="q1", state="running", attempt=1, step=3))
+    yield hub
+    hub.close()
+    shutil.rmtree(folder)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,180 @@
+"""Attaching to, listing and steering runs on another box, through a real sshd."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runtime.wire.messages import Command, RunStatus
+from runtime.wire.rundir import write_json
+from tests.ssh.conftest import ROOT, Box
+from tests.unit.fakehub import FakeHub, step_result
+from zerotop.cli import main
+from zerotop.output import CommandError
+from zerotop.runs.paths import sockets_home
+from zerotop.source.remote import RemoteSource, open_remote
+
+
+def until(condition: Callable[[], bool], within_s: float = 20.0, what: str = "") -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, what or "not in time"
+        time.sleep(0.02)
+
+
+def polled(source: RemoteSource, condition: Callable[[], bool]) -> Callable[[], bool]:
+    def check() -> bool:
+        source.poll()
+        return condition()
+
+    return check
+
+
+@pytest.fixture
+def source(box: Box, hub: FakeHub) -> Iterator[RemoteSource]:
+    source = open_remote(box.target, "q1")
+    yield source
+    source.close()
+
+
+def test_attach_sees_the_run_and_steers_it(source: RemoteSource, hub: FakeHub) -> None:
+    until(polled(source, lambda: source.connection == "live"))
+    assert source.state.world_size == 2
+    hub.publish(step_result(0, 8), step_result(1, 8))
+    until(polled(source, lambda: source.state.step == 8))
+    source.send(Command(id="c1", name="pause"))
+    until(polled(source, lambda: "c1" in source.state.commands and source.state.commands["c1"].ack.state == "applied"))
+    assert hub.commands[0].name == "pause"
+
+
+def test_nothing_listens_on_tcp_and_nobody_else_may_look(source: RemoteSource) -> None:
+    until(polled(source, lambda: source.connection == "live"))
+    assert source.link._process is not None
+    own = [psutil.Process(), psutil.Process(source.link._process.pid)]
+    listening = [c for process in own for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert listening == []
+    assert source.link.folder.stat().st_mode & 0o777 == 0o700
+    assert source.link.sockets.path("screens").stat().st_mode & 0o077 == 0
+
+
+def test_a_broken_connection_comes_back(source: RemoteSource, hub: FakeHub) -> None:
+    until(polled(source, lambda: source.connection == "live"))
+    assert source.link._process is not None
+    first = source.link._process.pid
+    psutil.Process(first).kill()
+    until(polled(source, lambda: source.connection.startswith("lost: ")))
+    hub.publish(step_result(0, 12), step_result(1, 12))
+    until(polled(source, lambda: source.connection == "live" and source.state.step == 12))
+    assert source.link._process.pid != first
+    source.send(Command(id="c2", name="resume"))
+    until(polled(source, lambda: "c2" in source.state.commands))
+
+
+def test_a_run_that_dies_without_a_word_is_noticed(source: RemoteSource, hub: FakeHub, box: Box) -> None:
+    until(polled(source, lambda: source.connection == "live"))
+    hub.close()
+    died = RunStatus(name="q1", state="failed", reason="the supervisor died")
+    write_json(box.state_home / "zerotop" / "runs" / "q1" / "state.json", died)
+    until(polled(source, lambda: source.connection == "ended"))
+    assert source.state.status is not None
+    assert source.state.status.reason == "the supervisor died"
+
+
+def test_close_leaves_nothing(box: Box, hub: FakeHub) -> None:
+    source = open_remote(box.target, None)
+    folder = source.link.folder
+    assert source.link._process is not None
+    ssh = psutil.Process(source.link._process.pid)
+    assert folder.is_dir()
+    source.close()
+    source.close()
+    assert not folder.exists()
+    assert not ssh.is_running()
+
+
+def test_ssh_ends_with_a_killed_screen(box: Box, hub: FakeHub) -> None:
+    program = (
+        "import sys, time\nfrom zerotop.source.remote import open_remote\n"
+        f"source = open_remote({box.target!r}, 'q1')\nprint(source.link._process.pid, source.link.folder, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    screen = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert screen.stdout is not None
+        pid, folder = screen.stdout.readline().split()
+        ssh = psutil.Process(int(pid))
+    finally:
+        screen.kill()
+        screen.wait()
+        assert screen.stdout is not None
+        screen.stdout.close()
+    until(lambda: not ssh.is_running() or ssh.status() == psutil.STATUS_ZOMBIE, what="ssh outlived the screen")
+    for name in os.listdir(folder):  # SIGKILL leaves the files; they are this test's to remove
+        (Path(folder) / name).unlink()
+    Path(folder).rmdir()
+
+
+def test_ls(box: Box, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", box.target, "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [(run["name"], run["state"], run["step"]) for run in listed] == [("q1", "running", 3)]
+    assert main(["ls", box.target]) == 0
+    assert "q1" in capsys.readouterr().out
+
+
+def test_status_and_commands_reach_the_run(box: Box, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", f"{box.target}:q1", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["ranks"]) == 2
+    assert main(["set", f"{box.target}:q1", "log_interval=5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "applied"
+    assert hub.commands[0].arguments == {"log_interval": 5}
+    assert main(["set", f"{box.target}:q1", "log_interval=-5", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["state"] == "rejected"
+    assert len(hub.commands) == 1
+
+
+def test_unknown_run(box: Box, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CommandError, match=r"there is no run called 'nope'. Runs: q1 \(running\)"):
+        open_remote(box.target, "nope")
+    assert main(["status", f"{box.target}:nope", "--json"]) == 2
+    assert "no run called" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_a_run_that_is_over_is_not_attached_to(box: Box) -> None:
+    box.write_run("old", Path("/nowhere"), RunStatus(name="old", state="finished", step=200, reason="all steps done"))
+    with pytest.raises(CommandError, match=r"run old on .* is over \(finished: all steps done\)"):
+        open_remote(box.target, "old")
+
+
+def test_refusals_say_why(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CommandError, match=r"ssh to nobody failed: .*refused"):
+        open_remote("nobody", None)
+    # Host keys are ssh's business: an unknown one is refused as the user's settings say.
+    with pytest.raises(CommandError, match=r"ssh to strange failed: .*verification failed"):
+        open_remote("strange", None)
+    assert main(["ls", "nobody"]) == 2
+    assert "ssh to nobody failed" in capfd.readouterr().err
+    assert main(["ls", "--", "-oProxyCommand=true"]) == 2
+
+
+def test_a_box_without_zerotop_says_so(box: Box, capfd: pytest.CaptureFixture[str]) -> None:
+    (box.state_home / "zerotop" / "executable").write_text("/nowhere/python\n")
+    assert main(["ls", box.target]) == 2
+    assert "there is no zerotop on" in capfd.readouterr().err
+    with pytest.raises(CommandError, match="no zerotop found"):
+        open_remote(box.target, None)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    before = set(sockets_home().glob("ssh-*"))
+    yield
+    assert set(sockets_home().glob("ssh-*")) <= before

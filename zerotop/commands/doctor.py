@@ -1,0 +1,197 @@
+"""zerotop doctor: what this machine has and lacks, and the way out of each lack."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+MIB = 2**20
+GIB = 2**30
+SHM_ENOUGH_BYTES = GIB
+"""Ranks of one box move data through /dev/shm; containers often have 64 MiB of it."""
+
+
+class Finding(NamedTuple):
+    """`level`: ok; warn: something is missing or slow; fail: zerotop can't work here. `fix` is empty when all is well."""
+
+    name: str
+    level: str
+    text: str
+    fix: str = ""
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="check this machine",
+        description="Check this machine: each line is ok, warn or fail, with the way out. Exit code 1 when one fails.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from zerotop.output import print_json
+
+    findings = [check() for check in CHECKS]
+    if arguments.json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            print(f"{finding.level:<4}  {finding.name:<{width}}  {finding.text}")
+            if finding.fix:
+                print(f"{'':<4}  {'':<{width}}  -> {finding.fix}")
+    return 1 if any(finding.level == "fail" for finding in findings) else 0
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _python() -> Finding:
+    text = f"{sys.version.split()[0]} ({sys.executable})"
+    if sys.version_info >= (3, 14):
+        return Finding("python", "warn", text, "newer than what zerotop was tested with: 3.11 to 3.13 are")
+    return Finding("python", "ok", text)
+
+
+def _torch() -> Finding:
+    found = _version("torch")  # importing it would take seconds
+    if found is None:
+        return Finding(
+            "torch", "warn", "not installed: this box can watch runs, not train", "pip install 'zerotop[train]'"
+        )
+    try:
+        major, minor = (int(part) for part in found.split(".")[:2])
+    except ValueError:
+        return Finding("torch", "warn", f"{found}: not a version that zerotop knows", "tested with 2.11 to 2.13")
+    if (major, minor) < (2, 11):
+        return Finding("torch", "fail", found, "training needs torch 2.11 or newer: pip install -U torch")
+    if (major, minor) > (2, 13):
+        return Finding("torch", "warn", f"{found}: newer than what zerotop was tested with", "2.11 to 2.13 are tested")
+    return Finding("torch", "ok", found)
+
+
+def _cpu_kernels() -> Finding:
+    from runtime import native
+
+    text = native.cpu_status()
+    if not native.available():
+        return Finding("CPU kernels", "warn", text, "without them the optimizer on the CPU runs in plain torch, slower")
+    return Finding("CPU kernels", "ok", text)
+
+
+def _cuda_kernels() -> Finding:
+    from runtime import native
+
+    text = native.cuda_status()
+    if "not available" in text and shutil.which("nvidia-smi"):
+        return Finding("CUDA kernels", "warn", text, "this box has a GPU: install nvcc, then run make install")
+    return Finding("CUDA kernels", "ok", text)
+
+
+def _nvml() -> Finding:
+    try:
+        import pynvml
+    except ImportError:
+        return Finding("NVML", "warn", "nvidia-ml-py is not installed", "pip install nvidia-ml-py")
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        if shutil.which("nvidia-smi"):
+            return Finding("NVML", "warn", f"{error}", "does nvidia-smi work? GPU figures show as n/a until it does")
+        return Finding("NVML", "ok", f"no NVIDIA driver here ({error}): GPU figures show as n/a")
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError as error:
+        return Finding("NVML", "warn", f"the driver answers with an error: {error}", "does nvidia-smi work?")
+    finally:
+        pynvml.nvmlShutdown()
+    return Finding("NVML", "ok", f"driver {driver}, {count} GPU{'s' if count != 1 else ''}")
+
+
+def _ssh() -> Finding:
+    from zerotop.source.ssh import SshError, ssh_words
+
+    try:
+        words = ssh_words()
+    except SshError as error:
+        return Finding("ssh", "warn", str(error), "only needed to attach to runs on other boxes")
+    return Finding("ssh", "ok", " ".join([shutil.which(words[0]) or words[0], *words[1:]]))
+
+
+def _terminal() -> Finding:
+    encoding = (sys.stdout.encoding or "").lower()
+    locale = next((os.environ[name] for name in ("LC_ALL", "LC_CTYPE", "LANG") if os.environ.get(name)), "")
+    text = f"TERM={os.environ.get('TERM', '')} locale={locale or 'none'} output={encoding or 'unknown'}"
+    if encoding.replace("-", "") != "utf8":
+        return Finding("terminal", "warn", text, "bars and dots need UTF-8: export LC_ALL=C.UTF-8")
+    if os.environ.get("TERM", "") in ("", "dumb") and sys.stdout.isatty():
+        return Finding("terminal", "warn", text, "the screen needs a real terminal type: export TERM=xterm-256color")
+    return Finding("terminal", "ok", text)
+
+
+def _locked_memory() -> Finding:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return Finding("ulimit -l", "ok", "unlimited")
+    text = f"{soft / MIB:.0f} MiB of memory may be locked"
+    if shutil.which("nvidia-smi"):
+        return Finding("ulimit -l", "warn", text, "for InfiniBand set memlock unlimited in /etc/security/limits.conf")
+    return Finding("ulimit -l", "ok", f"{text} (matters with InfiniBand only)")
+
+
+def _shared_memory() -> Finding:
+    try:
+        size = shutil.disk_usage("/dev/shm")
+    except OSError as error:
+        return Finding("/dev/shm", "warn", f"{error.strerror}", "ranks of one box exchange data through it")
+    text = f"{size.total / GIB:.1f} GiB, {size.free / GIB:.1f} GiB free"
+    if size.total < SHM_ENOUGH_BYTES:
+        return Finding("/dev/shm", "warn", text, "NCCL may fail: start the container with --shm-size=8g or --ipc=host")
+    return Finding("/dev/shm", "ok", text)
+
+
+def _state_home() -> Finding:
+    from zerotop.runs.paths import RunError, make_private_folder, runs_home, sockets_home
+
+    try:
+        home = make_private_folder(runs_home())
+    except RunError as error:
+        return Finding("state home", "fail", str(error), "set XDG_STATE_HOME to a folder that you may write")
+    if not os.access(home, os.W_OK | os.X_OK):
+        return Finding("state home", "fail", f"{home} is not writable", "set XDG_STATE_HOME to a folder that is")
+    try:
+        make_private_folder(sockets_home())
+    except RunError as error:
+        return Finding("state home", "fail", str(error), "sockets of runs lie there")
+    free = shutil.disk_usage(home).free
+    if free < GIB:
+        return Finding("state home", "warn", f"{home}, {free / MIB:.0f} MiB free", "checkpoints go there: make room")
+    return Finding("state home", "ok", f"{home}, {free / GIB:.0f} GiB free")
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    _python,
+    _torch,
+    _cpu_kernels,
+    _cuda_kernels,
+    _nvml,
+    _ssh,
+    _terminal,
+    _locked_memory,
+    _shared_memory,
+    _state_home,
+)

@@ -1,0 +1,161 @@
+"""zerotop logs: what the ranks wrote, from the run directory; -f goes on until the run ends."""
+
+from __future__ import annotations
+
+import argparse
+import select
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zerotop.runs.directory import RunEntry
+
+POLL_S = 0.25
+BLOCK_BYTES = 2**16
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "logs",
+        help="print what the ranks wrote",
+        description="Print what the ranks of a run's newest attempt wrote to stdout and stderr, rank by rank.",
+    )
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="RUN",
+        help="a run, or user@host[:run]; default: the newest live run, else the newest",
+    )
+    parser.add_argument("-f", "--follow", action="store_true", help="go on with new lines until the run ends")
+    parser.add_argument("--rank", type=_count, metavar="R", help="only this rank")
+    parser.add_argument("-n", "--lines", type=_count, metavar="N", help="only the last N lines of each rank")
+    parser.add_argument("--attempt", type=_count, metavar="A", help="an earlier attempt; default: the newest")
+    parser.add_argument("--json", action="store_true", help="print one JSON list of {rank, line}")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from zerotop.commands.status import find_any_run
+    from zerotop.output import CommandError, print_json
+    from zerotop.source.target import parse_target
+
+    if arguments.follow and arguments.json:
+        raise CommandError("--json is one document and -f has no end: use one of them")
+    target = parse_target(arguments.target)
+    if target.host:
+        return _run_there(target.host, target.run, arguments)
+    entry = find_any_run(target.run)
+    tails = _tails(entry, arguments.rank, arguments.attempt)
+    first = [(tail, _last(tail.new_lines(at_end=not entry.live), arguments.lines)) for tail in tails]
+    if arguments.json:
+        print_json([{"rank": tail.rank, "line": line} for tail, lines in first for line in lines])
+        return 0
+    labelled = len(tails) > 1
+    for tail, lines in first:
+        _print(tail, lines, labelled)
+    if arguments.follow and arguments.attempt is None:
+        _follow(entry, arguments.rank, tails)
+    return 0
+
+
+def _run_there(host: str, name: str | None, arguments: argparse.Namespace) -> int:
+    from zerotop.source.ssh import run_there
+
+    words = ["logs", *([name] if name else [])]
+    for flag in ("follow", "json"):
+        words += [f"--{flag}"] if getattr(arguments, flag) else []
+    for option in ("rank", "lines", "attempt"):
+        value = getattr(arguments, option)
+        words += [f"--{option}", str(value)] if value is not None else []
+    return run_there(host, words)
+
+
+class _Tail:
+    """One log file, read from where the last read ended."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rank = int(path.stem.removeprefix("rank-"))
+        self._offset = 0
+        self._rest = b""
+
+    def new_lines(self, *, at_end: bool) -> list[str]:
+        """Complete lines since the last call; `at_end` takes an unfinished last one as well."""
+        with self.path.open("rb") as log:
+            if log.seek(0, 2) < self._offset:  # the size cap has emptied it
+                self._offset, self._rest = 0, b""
+            log.seek(self._offset)
+            while block := log.read(BLOCK_BYTES):
+                self._rest += block
+            self._offset = log.tell()
+        *lines, self._rest = self._rest.split(b"\n")
+        if at_end and self._rest:
+            lines.append(self._rest)
+            self._rest = b""
+        return [line.decode(errors="replace").rstrip("\r") for line in lines]
+
+
+def _tails(entry: RunEntry, rank: int | None, attempt: int | None) -> list[_Tail]:
+    """The logs of one attempt, by rank. Raises CommandError when there are none to show."""
+    from zerotop.output import CommandError
+
+    folder = _newest_attempt(entry) if attempt is None else entry.logs(attempt)
+    paths = sorted(folder.glob("rank-*.log"), key=lambda path: int(path.stem.removeprefix("rank-")))
+    if rank is not None:
+        wanted = [path for path in paths if path.stem == f"rank-{rank}"]
+        if paths and not wanted:
+            raise CommandError(f"{entry.name} has no rank {rank}: its ranks are 0 to {len(paths) - 1}")
+        paths = wanted
+    if not paths:
+        raise CommandError(f"{entry.name} ({entry.status.state}) has no logs in {folder}: its ranks have not started")
+    return [_Tail(path) for path in paths]
+
+
+def _newest_attempt(entry: RunEntry) -> Path:
+    """A supervisor that starts the ranks again after a failure counts attempts on its own."""
+    numbers = [int(folder.name) for folder in (entry.path / "logs").glob("*") if folder.name.isdecimal()]
+    return entry.logs(max(numbers)) if numbers else entry.logs()
+
+
+def _last(lines: list[str], count: int | None) -> list[str]:
+    return lines if count is None else lines[len(lines) - min(count, len(lines)) :]
+
+
+def _print(tail: _Tail, lines: list[str], labelled: bool) -> None:
+    for line in lines:
+        print(f"[{tail.rank}] {line}" if labelled else line)
+    sys.stdout.flush()
+
+
+def _follow(entry: RunEntry, rank: int | None, tails: list[_Tail]) -> None:
+    from zerotop.runs.directory import read_entry
+
+    for live in _ticks(entry):
+        folder = _newest_attempt(entry)
+        if folder != tails[0].path.parent and any(folder.glob("rank-*.log")):
+            tails = _tails(entry, rank, int(folder.name))
+        for tail in tails:
+            _print(tail, tail.new_lines(at_end=not live), len(tails) > 1)
+    status = read_entry(entry.path).status
+    print(f"zerotop: {entry.name} is over ({status.state})", file=sys.stderr)
+
+
+def _ticks(entry: RunEntry) -> Iterator[bool]:
+    """Whether the run is live, every POLL_S, until it is not or nobody reads our output any more."""
+    from zerotop.runs.directory import read_entry
+
+    gone = select.poll()
+    gone.register(sys.stdout.fileno(), 0)  # errors and hang-ups are always reported
+    live = entry.live
+    while live:
+        if gone.poll(int(POLL_S * 1000)):
+            raise BrokenPipeError
+        live = read_entry(entry.path).live
+        yield live
