@@ -133,7 +133,7 @@ class Telemetry(Recorder):
     def close(self, timeout_s: float = 2.0) -> None:
         """Send what is left, for at most timeout_s seconds, and end the threads. Idempotent; also runs at exit.
 
-        When the supervisor is gone the grace timer goes on: a process that hangs while leaving must not outlive the run.
+        When the supervisor is gone the grace timer goes on: a process that hangs on leaving must not outlive the run.
         """
         if self._link is None or self._close_by is not None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -108,9 +109,11 @@ def test_a_signal_handler_may_request_the_stop_while_next_waits(later: list[thre
     inbox = Inbox()
     before = signal.signal(signal.SIGUSR1, lambda number, frame: inbox.request_stop("signal USR1"))
     try:
-        later.append(threading.Timer(0.1, signal.raise_signal, [signal.SIGUSR1]))
+        later.append(threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGUSR1]))
         later[0].start()
+        start = time.monotonic()
         assert inbox.next(10) is None
+        assert time.monotonic() - start < 5
         assert inbox.stop_requested
     finally:
         signal.signal(signal.SIGUSR1, before)

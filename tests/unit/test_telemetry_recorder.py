@@ -108,7 +108,7 @@ def test_a_collective_lasts_from_the_later_of_issue_and_previous_completion() ->
     first, second, third = (recorder.issued("reduce_scatter", 64) for _ in range(3))
     assert (first, second, third) == (1, 2, 3)
     recorder.completed(first, "reduce_scatter", 64, 1_000_000, 5_000_000, 0)
-    recorder.completed(second, "reduce_scatter", 64, 2_000_000, 9_000_000, 250_000)  # queued behind the first until 5 ms
+    recorder.completed(second, "reduce_scatter", 64, 2_000_000, 9_000_000, 250_000)  # queued behind the first
     recorder.completed(third, "reduce_scatter", 64, 10_000_000, 12_000_000, 0)
     durations = [(record[0], record[5], record[6]) for _, record in recorder.drain().collectives]
     assert durations == [(1, 4000, 0), (2, 4000, 250), (3, 2000, 0)]
