@@ -60,10 +60,20 @@ def _run(words: list[str]) -> int:
     if not words:
         parser.print_help(sys.stderr)
         return 2
-    arguments = parser.parse_args(words)
+    own_words, script = _split(words)
+    arguments = parser.parse_args(own_words)
+    arguments.script = script
     module = importlib.import_module(f"zerotop.commands.{COMMANDS[arguments.command][0]}")
     result: int = module.run(arguments)
     return result
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str] | None]:
+    """What stands before `--`, and the script and its arguments after it, which argparse must not see: launch's only."""
+    if words[0] != "launch" or "--" not in words:
+        return words, None
+    place = words.index("--")
+    return words[:place], words[place + 1 :]
 
 
 class _Parser(argparse.ArgumentParser):

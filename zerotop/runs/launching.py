@@ -23,6 +23,7 @@ from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
 from zerotop.runs.devices import Device, choose
 from zerotop.runs.directory import RunEntry, existing_message, find_run, list_runs, make_run_folder, read_entry
+from zerotop.runs.executable import record_executable
 from zerotop.runs.names import check_name, generate_name
 from zerotop.runs.outcome import tail
 from zerotop.runs.paths import RunError, make_private_folder, make_sockets_folder, remove_sockets, runs_home
@@ -72,6 +73,7 @@ def start_run(
     Raises RunError or ConfigError, whose messages are for people; then nothing was started and nothing is left.
     """
     plan = _check(config_path, nproc, device, name, overrides, resume, script)
+    record_executable()  # attach over SSH finds zerotop by it
     if plan.previous is not None:
         path = plan.previous.path
         attempt = plan.previous.run.attempt + 1
@@ -85,6 +87,15 @@ def start_run(
         _start_supervisor(path, run, resume)
         undo.pop_all()
     return read_entry(path)
+
+
+def read_notes(entry: RunEntry) -> list[dict[str, str]]:
+    """What launch found out about the newest attempt's config: {"what": note | changed, "text": ...} each."""
+    try:
+        notes: list[dict[str, str]] = json.loads((entry.logs() / "notes.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return notes
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

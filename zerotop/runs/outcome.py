@@ -103,7 +103,7 @@ def _rank_reason(rank: int, code: int | None, goodbye: Goodbye | None) -> str:
         return f"rank {rank} was killed by {name}{hint}"
     if goodbye is not None and goodbye.error:
         last = goodbye.error.strip().splitlines()[-1].strip()
-        return f"rank {rank} failed at step {goodbye.step}: {last}"
+        return f"rank {rank} failed after step {goodbye.step}: {last}"
     return f"rank {rank} failed" if code is None else f"rank {rank} exited with code {code}"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -299,7 +300,8 @@ class Ready:
         self._say({"up": True})
 
     def say_error(self, text: str) -> None:
-        self._say({"error": text})
+        with contextlib.suppress(RunError):  # nobody waits: state.json and supervisor.log tell it
+            self._say({"error": text})
 
     def _say(self, message: dict[str, object]) -> None:
         if self._descriptor is None:
@@ -308,7 +310,7 @@ class Ready:
         try:
             os.write(descriptor, json.dumps(message).encode() + b"\n")
         except BrokenPipeError:
-            print("nobody waits any more for this supervisor to be up", file=sys.stderr)
+            raise RunError("the launch was interrupted: nobody waits any more for this supervisor to be up") from None
         finally:
             os.close(descriptor)
 
@@ -357,7 +359,9 @@ async def _supervise(path: Path, run: RunFile, resume: bool, ready: Ready) -> Ou
 
 
 def _fail(path: Path, reason: str, error: str) -> None:
-    """state.json for a supervisor that can't go on."""
+    """state.json for a supervisor that can't go on. An interrupted launch has removed its directory already."""
+    if not path.exists():
+        return
     status = read_status(path)
     write_json(
         path / "state.json",

@@ -1,0 +1,91 @@
+"""zerotop launch: start a run, then the screen on it, or plain progress lines, or nothing more."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zerotop.runs.directory import RunEntry
+
+_DESCRIPTION = """\
+Start a run of a DeepSpeed-style JSON config and open the live screen on it. The run is detached from this terminal from
+its first moment: leaving the screen (q), closing the terminal or losing the connection never touches it.
+
+Without a terminal, or with --no-screen, progress lines are printed and the exit code is the run's: 0 finished or
+stopped, 1 failed or aborted. There Ctrl-C asks the run to stop after a checkpoint, and a second one aborts it."""
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "launch",
+        help="start a run",
+        usage="%(prog)s CONFIG [options] [-- SCRIPT.py ARGS...]",
+        description=_DESCRIPTION,
+        epilog="-- SCRIPT.py ARGS...  train with a script of your own (import runtime as deepspeed) on every rank",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="JSON file; with --resume the run's own by default")
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks; default: one per GPU, 1 on the CPU")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--name", help="name of the run; default: two words")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="replace one key of the config, such as zerotop.train.steps=50; may be repeated",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue run --name from its newest complete checkpoint")
+    parser.add_argument("--detach", action="store_true", help="return as soon as the run is up")
+    parser.add_argument("--no-screen", action="store_true", help="print progress lines instead of drawing the screen")
+    parser.add_argument("--json", action="store_true", help="print the run's state as one JSON document when done")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from zerotop.output import CommandError, print_json, say
+    from zerotop.report import status_document
+    from zerotop.runs.launching import start_run
+    from zerotop.source.opening import open_source
+    from zerotop.state.run import RunState
+
+    if arguments.script == []:
+        raise CommandError("after -- comes a script: zerotop launch CONFIG -- SCRIPT.py ARGS...")
+    entry = start_run(
+        arguments.config,
+        nproc=arguments.nproc,
+        device=arguments.device,
+        name=arguments.name,
+        overrides=arguments.overrides,
+        resume=arguments.resume,
+        script=arguments.script,
+    )
+    plain = arguments.no_screen or arguments.json or not (sys.stdin.isatty() and sys.stdout.isatty())
+    if arguments.detach or plain:
+        say(_first_words(entry))
+    if arguments.detach:
+        say(f"zerotop attach {entry.name} opens the screen on it; zerotop stop {entry.name} ends it")
+        if arguments.json:
+            print_json(status_document(RunState(), entry))
+        return 0
+    if plain:
+        from zerotop.commands.progress import follow
+
+        return follow(open_source(entry), entry, as_json=arguments.json)
+
+    from zerotop.commands.attach import show
+
+    return show(open_source(entry), again=entry.name)
+
+
+def _first_words(entry: RunEntry) -> str:
+    """What was started, and what there is to know about its config."""
+    from zerotop.runs.launching import read_notes
+
+    run = entry.run
+    ranks = f"{run.nproc} rank{'s' * (run.nproc > 1)} on {'the CPU' if run.device == 'cpu' else run.device}"
+    attempt = f", attempt {run.attempt}" if run.attempt > 1 else ""
+    notes = [f"  {note['text']}" for note in read_notes(entry)]
+    return "\n".join([f"{entry.name}: {ranks}{attempt}, in {entry.path}", *notes])

@@ -1,0 +1,155 @@
+"""A run as plain lines, for pipes, logs and batch systems; Ctrl-C steers it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from runtime.wire.messages import Command, Event, LogRecord, RunStatus, StepResult
+from zerotop.output import duration_text, number_text, print_json, say
+from zerotop.report import status_document
+from zerotop.runs.directory import RunEntry
+from zerotop.source.base import Source
+from zerotop.state.progress import progress
+from zerotop.state.run import RunState
+
+POLL_S = 0.25
+_LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "changed", "signal"})
+
+
+def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
+    """Print lines until the run ends; the exit code is 0 when it finished or stopped, 1 when it failed or was aborted.
+
+    The first Ctrl-C sends stop, the second abort. With `as_json` the lines go to stderr, and at the end the run's state
+    goes to stdout. Closes the source.
+    """
+    lines = _Lines(entry, to_stderr=as_json)
+    try:
+        with _interrupts() as count:
+            asked = 0
+            while True:
+                source.wait(POLL_S)
+                source.poll()
+                lines.tell(source.state)
+                if source.connection == "ended":
+                    break
+                while asked < min(2, count[0]):
+                    asked += 1
+                    _ask(source, ("stop", "abort")[asked - 1])
+    finally:
+        source.close()
+    status = source.state.status or entry.status
+    lines.end(status)
+    if as_json:
+        print_json(status_document(source.state, entry))
+    return 0 if status.state in ("finished", "stopped") else 1
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Count Ctrl-C instead of dying of it."""
+    count = [0]
+
+    def note(*_: Any) -> None:
+        count[0] += 1
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield count
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _ask(source: Source, name: str) -> None:
+    words = {"stop": "stopping after a checkpoint; Ctrl-C again aborts at once", "abort": "aborting"}
+    say(words[name])
+    who = f"{os.environ.get('USER', '') or os.getuid()} (Ctrl-C)"
+    source.send(Command.model_validate({"id": uuid.uuid4().hex, "name": name, "who": who}))
+
+
+class _Lines:
+    """Remembers what was printed already: the state is polled, and starts anew after a reconnect."""
+
+    def __init__(self, entry: RunEntry, *, to_stderr: bool) -> None:
+        self._out = sys.stderr if to_stderr else sys.stdout
+        self._interval = _log_interval(entry)
+        self._printed_step = 0
+        self._told: set[tuple[float, str]] = set()
+        self._start_wall_s = entry.status.started_wall_s or 0.0
+
+    def tell(self, state: RunState) -> None:
+        self._tell_events(state)
+        self._interval = _changed_interval(state) or self._interval
+        new = [point for point in state.series if point.step > self._printed_step]
+        due = [point for point in new if point.step % self._interval == 0]
+        # The series thins long runs, so the newest step stands in for a multiple that it no longer has.
+        if not due and new and new[-1].step // self._interval > self._printed_step // self._interval:
+            due = new[-1:]
+        for point in due:
+            self._print(step_line(point, state, newest=point is due[-1]))
+            self._printed_step = point.step
+
+    def _tell_events(self, state: RunState) -> None:
+        for event in state.events:
+            key = (event.wall_s, event.text)
+            if key in self._told or event.wall_s < self._start_wall_s:
+                continue
+            self._told.add(key)
+            if _is_loud(event):
+                self._print(event.text if isinstance(event, Event) else f"rank {event.rank}: {event.text}")
+
+    def end(self, status: RunStatus) -> None:
+        if status.error:
+            whose = "" if status.failed_rank is None else f" of rank {status.failed_rank}"
+            say(f"last lines{whose}:\n{status.error.rstrip()}")
+        line = f"{status.name}: {status.state} at step {status.step}" + (f", {status.reason}" if status.reason else "")
+        if status.state in ("failed", "aborted"):
+            say(line)
+        else:
+            self._print(line)
+
+    def _print(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+
+
+def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str:
+    """step 40/200  loss 2.3456  lr 0.0003  norm 1.2  12,345 tokens/s  ETA 1m 05s"""
+    how_far = progress(state)
+    of = f"/{how_far.steps}" if how_far.steps else ""
+    parts = [f"step {point.step}{of}", f"loss {number_text(point.loss, '.4f')}", f"lr {number_text(point.lr, '.3g')}"]
+    if point.grad_norm is not None:
+        parts.append(f"norm {number_text(point.grad_norm, '.3g')}")
+    if newest and how_far.tokens_per_s is not None:
+        parts.append(f"{how_far.tokens_per_s:,.0f} tokens/s")
+    if newest and how_far.eta_s is not None:
+        parts.append(f"ETA {duration_text(how_far.eta_s)}")
+    if point.skipped:
+        parts.append("skipped (overflow)")
+    return "  ".join(parts)
+
+
+def _is_loud(event: Event | LogRecord) -> bool:
+    if isinstance(event, LogRecord):
+        return not event.logger.startswith("zerotop.") and event.level in ("warning", "error", "critical")
+    return event.what != "exit" and (event.severity != "info" or event.what in _LOUD_EVENTS)
+
+
+def _log_interval(entry: RunEntry) -> int:
+    try:
+        return max(1, int(json.loads((entry.path / "resolved.json").read_text())["zerotop"]["log"]["interval"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return 10
+
+
+def _changed_interval(state: RunState) -> int | None:
+    """The newest log_interval that a `set` has applied."""
+    for record in reversed(state.commands.values()):
+        if record.ack.state == "applied" and "log_interval" in record.command.arguments:
+            return int(record.command.arguments["log_interval"])
+    return None
