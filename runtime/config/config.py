@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
@@ -62,6 +63,12 @@ class Config(Section):
     def origin(self) -> str:
         """The file as the user wrote it, or "config" for a dictionary."""
         return self._found.origin.name
+
+    @property
+    def folder(self) -> FilePath:
+        """Where relative paths in this config start: the folder of its file, or the current one for a dictionary."""
+        origin = self._found.origin
+        return FilePath(origin.name).resolve().parent if origin.is_file else FilePath.cwd()
 
     def _is_auto(self, *path: str) -> bool:
         return path in self._found.autos

@@ -43,6 +43,8 @@ class Origin:
 
     name: str = "config"
     """The file as the user wrote it, or "config" for a dictionary."""
+    is_file: bool = False
+    """Whether `name` is a file."""
     lines: Mapping[Path, int] = field(default_factory=dict)
     """Line number in the file, from 1, of every key."""
     overrides: Mapping[Path, str] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Findings:
     def problem(self, path: Path, text: str) -> None:
         """Record that the value at `path` is wrong; `text` continues after the key."""
         place = self.origin.place(path)
-        self.problems.append(f"{place + ': ' if place else ''}{dotted(path)}{text}")
+        self.problems.append(f"{clipped(place, 200) + ': ' if place else ''}{clipped(dotted(path), 200)}{text}")
 
     def ignored(self, path: Path, reason: str) -> None:
         """Record that the key at `path` has no effect here, because `reason`."""
@@ -96,10 +98,15 @@ def dotted(path: Iterable[str]) -> str:
     return ".".join(path)
 
 
+def clipped(text: str, limit: int = 60) -> str:
+    """`text`, or its beginning and "..." when it is longer than `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 def shown(value: Any, limit: int = 60) -> str:
     """A JSON value as the user wrote it, with its kind in words where that is not obvious: `"16" (a string)`."""
     text = json.dumps(value, default=repr, ensure_ascii=False, skipkeys=True)
-    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    text = clipped(text, limit)
     if isinstance(value, str):
         return f"{text} (a string)"
     if isinstance(value, list | tuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import optimizers, schedulers
 from .config import Config
-from .errors import Findings, Path, nearest, shown
+from .errors import Findings, Path, clipped, nearest, shown
 from .sift import AUTO, check, paths, sift
 from .source import read
 
@@ -87,7 +87,7 @@ def _optimizer(kept: dict[str, Any], found: Findings) -> Any:
     if canonical is None:
         near = nearest(name, optimizers.PARAMS)
         hint = f"Did you mean {near}? " if near else ""
-        found.problem(path, f": unknown optimizer {name}. {hint}Known: {', '.join(optimizers.PARAMS)}")
+        found.problem(path, f": unknown optimizer {clipped(name)}. {hint}Known: {', '.join(optimizers.PARAMS)}")
         return None
     raw = kept.get("params", {})
     where = ("optimizer", "params")
@@ -128,7 +128,7 @@ def _scheduler(kept: dict[str, Any], found: Findings) -> Any:
     if name not in schedulers.PARAMS:
         near = nearest(name, schedulers.PARAMS)
         hint = f"Did you mean {near}? " if near else ""
-        found.problem(path, f": unknown scheduler {name}. {hint}Known: {', '.join(schedulers.PARAMS)}")
+        found.problem(path, f": unknown scheduler {clipped(name)}. {hint}Known: {', '.join(schedulers.PARAMS)}")
         return None
     where = ("scheduler", "params")
     model = schedulers.PARAMS[name]

@@ -275,6 +275,6 @@ class OptimizerSection(Section):
                 bias_correction=params.bias_correction,
                 adam_w_mode=decoupled,
             )
-        given = params.model_dump(exclude_unset=True)
+        given = params.model_dump(mode="json", exclude_unset=True)  # lists, so that it reads back equal from JSON
         given.pop("lr", None)
         return OptimizerConfig(type=self.type, lr=params.lr, extra=given)

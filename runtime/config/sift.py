@@ -64,11 +64,10 @@ def _other(model: type[Section], here: Path, value: Any, found: Findings) -> Non
     if here[0] == "zero_optimization":
         key = key.replace(STAGE3_PREFIX, "")
     key = SPELLINGS.get(key, key)
-    inner = [f"{key}.{name}" for name in value if f"{key}.{name}" in REFUSED] if isinstance(value, Mapping) else []
-    for name in inner:
-        test, reason = REFUSED[name]
-        if test(value[name.rsplit(".", 1)[1]]):
-            found.problem((*here, name.rsplit(".", 1)[1]), f": {reason}")
+    for name, inner in value.items() if isinstance(value, Mapping) else ():
+        refused, reason = REFUSED.get(f"{key}.{name}", (None, ""))
+        if refused is not None and refused(inner):
+            found.problem((*here, str(name)), f": {reason}")
             return
     if key in REFUSED and REFUSED[key][0](value):
         found.problem(here, f": {REFUSED[key][1]}")

@@ -26,7 +26,7 @@ def read(source: str | FilePath | Mapping[str, Any], overrides: Sequence[str] = 
         name = str(source)
         raw, lines = _parse(_read_text(FilePath(source), name), name)
     taken = _apply(raw, overrides)
-    return raw, Origin(name=name, lines=lines, overrides=taken)
+    return raw, Origin(name=name, is_file=not isinstance(source, Mapping), lines=lines, overrides=taken)
 
 
 def _read_text(path: FilePath, name: str) -> str:

@@ -50,8 +50,8 @@ class DataConfig(Section):
     """The text that the built-in trainer learns."""
 
     files: Texts = ()
-    """Globs of text files (`**` crosses folders, `~` is the home folder), relative to where launch was
-    called. Empty: the source text of Python's own standard library."""
+    """Globs of text files (`**` crosses folders, `~` is the home folder), relative to the folder of the
+    config file. Empty: the source text of Python's own standard library."""
 
     tokenizer: Text = "bytes"
     """`bytes` (one token per UTF-8 byte), or a Hugging Face tokenizer: a directory, or an id on the hub."""
@@ -80,7 +80,8 @@ class CheckpointConfig(Section):
     """Newest complete checkpoints that stay on disk."""
 
     folder: Text | None = None
-    """Where checkpoints go. Unset: the run's own directory."""
+    """Where checkpoints go, in a folder named like the run; relative to the folder of the config file. Unset: the run's
+    own directory."""
 
 
 class TelemetryConfig(Section):

@@ -274,3 +274,64 @@ def test_overrides() -> None:
     assert config.zerotop.data.files == ("*.md",)
     assert source == {"zero_optimization": True, "zerotop": {"train": {"steps": 5}}}
     assert load(config.raw).model_dump() == config.model_dump()
+
+
+def every_key() -> list[str]:
+    from runtime.config import Config
+    from runtime.config.known import NO_EFFECT, REFUSED, SPELLINGS
+    from runtime.config.optimizers import PARAMS
+    from runtime.config.schedulers import PARAMS as SCHEDULES
+    from runtime.config.sift import paths
+
+    params = [f"optimizer.params.{name}" for model in PARAMS.values() for name in model.model_fields]
+    params += [f"scheduler.params.{name}" for model in SCHEDULES.values() for name in model.model_fields]
+    ours = [".".join(path) for path in paths(Config, ())]
+    old = ["zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param", "allgather_size", "compile.passes"]
+    return sorted({*ours, *params, *NO_EFFECT, *REFUSED, *SPELLINGS, *old})
+
+
+STRANGE: list[Any] = [
+    None, True, False, 0, -1, 3, 0.5, 1e300, float("nan"), float("inf"), 10**400,
+    "", "x", "auto", "cpu", "\0", "y" * 9999, [], [1, 2], [[]],
+    {}, {"a": 1}, {"enabled": True}, {"enabled": "auto"}, {"enabled": {}}, {"type": []}, {"params": 3}, object(),
+]  # fmt: skip
+
+
+def around(key: str) -> dict[str, Any]:
+    """A config in which `key` is known: params belong to one optimizer or schedule."""
+    from runtime.config.optimizers import PARAMS
+    from runtime.config.schedulers import PARAMS as SCHEDULES
+
+    section, _, name = key.partition(".params.")
+    tree: dict[str, Any] = {}
+    for kind, table in (("optimizer", PARAMS), ("scheduler", SCHEDULES)):
+        takers = [taker for taker, model in table.items() if not name or section != kind or name in model.model_fields]
+        tree[kind] = {"type": takers[0], "params": {}}
+    return tree
+
+
+@pytest.mark.parametrize("key", every_key())
+def test_no_value_of_any_key_gives_a_traceback(key: str) -> None:
+    """Whatever stands there, the outcome is a usable config or a ConfigError with a message."""
+    usable = 0
+    for value in STRANGE:
+        tree = place = around(key)
+        *parents, last = key.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+        try:
+            resolved = load(tree).resolve(2, "cuda")
+        except ConfigError as error:
+            assert error.problems
+            assert all(len(problem) < 1000 for problem in error.problems)
+        else:
+            usable += 1
+            assert resolved.from_json(resolved.to_json()) == resolved
+    assert usable > 0 or key.endswith(".type"), "not even null is taken"
+
+
+def test_long_names_are_cut_short() -> None:
+    found = problems({"y" * 9999: 1}, "x=" + "z" * 9999)
+    assert len(found) == 2
+    assert all(len(problem) < 1000 for problem in found)

@@ -254,7 +254,7 @@ def test_digest_is_of_what_is_trained() -> None:
 def test_resolved_is_immutable_and_reads_back() -> None:
     resolved = resolve({"optimizer": {"type": "SGD", "params": {"nesterov": True, "momentum": 0.9}}})
     with pytest.raises(ValueError, match="frozen"):
-        resolved.stage = 1  # type: ignore[misc]
+        resolved.stage = 1
     again = Resolved.from_json(resolved.to_json())
     assert again == resolved
     assert again.digest() == resolved.digest()
