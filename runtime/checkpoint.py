@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,10 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from runtime.optim.rules import Rule, TorchRule
 from runtime.zero.unit import Flat
@@ -60,30 +63,65 @@ class Manifest(BaseModel):
     state_names: list[str]
 
 
+@dataclass(frozen=True)
 class Piece:
-    """A rank's slice of one parameter-sized tensor, as torch.distributed.checkpoint asks about shards (its _Checkpointable protocol).
+    """A rank's slice of one parameter-sized tensor: `tensor` (numel,) are elements [start, start + numel) of `total`."""
 
-    `tensor` (numel,) are elements [start, start + numel) of `total`; reading fills `tensor` in place.
-    """
+    tensor: torch.Tensor
+    start: int
+    total: int
 
-    def __init__(self, tensor: torch.Tensor, start: int, total: int) -> None:
-        self.tensor, self.start, self.total = tensor, start, total
+    @classmethod
+    def whole(cls, tensor: torch.Tensor) -> Piece:
+        """A tensor that one rank writes and every rank reads; flattened (a copy where it is not contiguous)."""
+        flat = tensor.detach().reshape(-1)
+        return cls(flat, 0, flat.numel())
 
-    def _chunk(self) -> ChunkStorageMetadata:
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=torch.Size([self.tensor.numel()]))
 
-    def size(self) -> torch.Size:
-        return torch.Size([self.total])
 
-    def __create_write_items__(self, fqn: str, _object: Any) -> list[WriteItem]:
-        data = TensorWriteData(self._chunk(), TensorProperties.create_from_tensor(self.tensor), self.size())
-        return [WriteItem(MetadataIndex(fqn, torch.Size([self.start])), WriteItemType.SHARD, tensor_data=data)]
+class _SavePlanner(DefaultSavePlanner):
+    """torch's planner asks tensors for their shards, which only its own distributed tensors can say; this one has the pieces."""
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
+    def __init__(self, pieces: dict[str, Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.pieces = pieces
 
-    def __get_tensor_shard__(self, _index: MetadataIndex) -> torch.Tensor:
-        return self.tensor
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan(
+            [
+                WriteItem(
+                    MetadataIndex(name, piece.chunk.offsets),
+                    WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(piece.chunk, TensorProperties.create_from_tensor(piece.tensor), torch.Size([piece.total])),
+                )
+                for name, piece in self.pieces.items()
+            ]
+        )
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.pieces[index.fqn].tensor
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self, pieces: dict[str, Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.pieces = pieces
+
+    def create_local_plan(self) -> LoadPlan:
+        known = self.metadata.state_dict_metadata
+        missing = [name for name in self.pieces if name not in known]
+        if missing:
+            raise CheckpointError(f"it lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+        return LoadPlan(
+            [item for name, piece in self.pieces.items() for item in create_read_items_for_chunk_list(name, known[name], [piece.chunk])]
+        )
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.pieces[index.fqn].tensor
 
 
 # ---- saving ------------------------------------------------------------------------------------------------------------
@@ -96,13 +134,17 @@ def save(engine: Engine, folder: Path, tag: str, client_state: dict[str, Any] | 
     partial = folder / f".{tag}.partial"
     _on_rank_0(engine, f"create {partial}", lambda: _fresh(partial))
     try:
-        state = dict(_pieces(engine, own_range_only=True))
+        pieces = dict(_pieces(engine, own_range_only=True))
         if comm.rank == 0:
-            state |= {f"buffer.{name}": tensor for name, tensor in _buffers(engine)}
-            state |= {f"frozen.{name}": parameter.detach() for name, parameter in engine.frozen}
+            pieces |= {name: Piece.whole(tensor) for name, tensor in _whole_tensors(engine)}
         problem = ""
         try:
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(partial), process_group=engine.checkpoint_group)
+            dcp.save(
+                {name: piece.tensor for name, piece in pieces.items()},
+                storage_writer=dcp.FileSystemWriter(partial),
+                planner=_SavePlanner(pieces),
+                process_group=engine.checkpoint_group,
+            )
             torch.save(_rng_state(), partial / f"rng-{comm.rank}.pt")
         except Exception as error:  # any rank's failure must become every rank's
             problem = f"rank {comm.rank}: {_root_cause(error)}"
@@ -207,15 +249,22 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
         if isinstance(rule, TorchRule) and manifest.optimizer_step > 0:
             rule.prepare()
     common = torch.load(path / "common.pt", map_location="cpu", weights_only=True)
-    state: dict[str, Any] = dict(_pieces(engine, own_range_only=False))
+    pieces = dict(_pieces(engine, own_range_only=False))
     if manifest.optimizer_step == 0:
-        state = {name: piece for name, piece in state.items() if name.startswith("param.")}
-    state |= {f"buffer.{name}": tensor for name, tensor in _buffers(engine)}
-    state |= {f"frozen.{name}": parameter.detach() for name, parameter in engine.frozen}
+        pieces = {name: piece for name, piece in pieces.items() if name.startswith("param.")}
+    whole = {name: (tensor, Piece.whole(tensor)) for name, tensor in _whole_tensors(engine)}
+    pieces |= {name: piece for name, (_, piece) in whole.items()}
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(path), process_group=engine.checkpoint_group)
+        dcp.load(
+            {name: piece.tensor for name, piece in pieces.items()},
+            storage_reader=dcp.FileSystemReader(path),
+            planner=_LoadPlanner(pieces),
+            process_group=engine.checkpoint_group,
+        )
     except Exception as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {_root_cause(error)}") from error
+    for tensor, piece in whole.values():
+        tensor.copy_(piece.tensor.view(tensor.shape))
     for flat in engine.flats:
         flat.masters_to_parameters()
     for pending in [flat.gather() for flat in engine.flats]:
@@ -277,6 +326,12 @@ def _shapes(engine: Engine) -> dict[str, list[int]]:
 def _buffers(engine: Engine) -> list[tuple[str, torch.Tensor]]:
     persistent = engine.module.state_dict().keys()
     return [(name, buffer) for name, buffer in engine.module.named_buffers() if name in persistent]
+
+
+def _whole_tensors(engine: Engine) -> list[tuple[str, torch.Tensor]]:
+    """What all ranks hold alike and rank 0 writes: buffers and frozen parameters."""
+    buffers = [(f"buffer.{name}", tensor) for name, tensor in _buffers(engine)]
+    return buffers + [(f"frozen.{name}", parameter.data) for name, parameter in engine.frozen]
 
 
 def _rng_state() -> dict[str, Any]:
