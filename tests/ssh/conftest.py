@@ -14,12 +14,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from runtime.wire.messages import RunStatus
-from runtime.wire.rundir import RunFile, boot_id, write_json
 from tests.unit.fakehub import FakeHub
+from tests.unit.fakerun import write_run
 
 SSHD = "/usr/sbin/sshd"
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,28 +32,9 @@ class Box:
     state_home: Path
     folder: Path
 
-    def write_run(self, name: str, sockets: Path, status: RunStatus, supervisor: psutil.Process | None = None) -> Path:
-        """A run directory there; its supervisor is this process unless told otherwise."""
-        supervisor = supervisor or psutil.Process()
-        run = self.state_home / "zerotop" / "runs" / name
-        run.mkdir(parents=True, exist_ok=True)
-        file = RunFile(
-            name=name,
-            created_wall_s=time.time(),
-            attempt=1,
-            host=socket.gethostname(),
-            boot_id=boot_id(),
-            supervisor_pid=supervisor.pid,
-            supervisor_start=supervisor.create_time(),
-            nproc=2,
-            device="cpu",
-            config_path="c.json",
-            config_folder="/",
-            sockets=str(sockets),
-        )
-        write_json(run / "run.json", file)
-        write_json(run / "state.json", status)
-        return run
+    def write_run(self, name: str, sockets: Path, status: RunStatus) -> Path:
+        """A live-looking run directory there; its supervisor is this process."""
+        return write_run(self.state_home, name, sockets, status)
 
 
 @pytest.fixture(scope="session")

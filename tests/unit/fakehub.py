@@ -17,23 +17,45 @@ from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
 
 
 def hello(rank: int = 0, **changes: Any) -> Hello:
-    values: dict[str, Any] = dict(
-        run="r1", attempt=1, rank=rank, local_rank=rank, world_size=2, host="box", pid=100 + rank, boot_id="b",
-        wall_s=0.0, mono_ns=0, device="cpu", config_digest="d", stage=2, precision="bf16", micro_batch=1,
-        accumulation=4, global_batch=8, steps=200,
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "run": "r1",
+        "attempt": 1,
+        "rank": rank,
+        "local_rank": rank,
+        "world_size": 2,
+        "host": "box",
+        "pid": 100 + rank,
+        "boot_id": "b",
+        "wall_s": 0.0,
+        "mono_ns": 0,
+        "device": "cpu",
+        "config_digest": "d",
+        "stage": 2,
+        "precision": "bf16",
+        "micro_batch": 1,
+        "accumulation": 4,
+        "global_batch": 8,
+        "steps": 200,
+    }
     return Hello(**{**values, **changes})
 
 
 def step_result(rank: int = 0, step: int = 1, **changes: Any) -> StepResult:
-    values: dict[str, Any] = dict(
-        rank=rank, step=step, loss=2.5, lr=1e-3, grad_norm=0.5, step_ms=100.0, tokens_per_s=1000.0, end_ns=step * 10**8
-    )
+    values: dict[str, Any] = {
+        "rank": rank,
+        "step": step,
+        "loss": 2.5,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "step_ms": 100.0,
+        "tokens_per_s": 1000.0,
+        "end_ns": step * 10**8,
+    }
     return StepResult(**{**values, **changes})
 
 
 class FakeHub:
-    """Binds `screens` and `commands` in `folder`. `answer(command)` gives the acks that a command gets; it may return none."""
+    """Binds `screens` and `commands` in `folder`. `answer(command)` gives the acks that a command gets; maybe none."""
 
     def __init__(self, folder: Path, answer: Callable[[Command], list[Ack]] | None = None) -> None:
         self.sockets = Sockets(folder)

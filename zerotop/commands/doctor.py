@@ -16,7 +16,7 @@ SHM_ENOUGH_BYTES = GIB
 
 
 class Finding(NamedTuple):
-    """`level`: ok; warn: something is missing or slow; fail: zerotop can't work here. `fix` is empty when all is well."""
+    """`level`: ok; warn: something is missing or slow; fail: zerotop can't work here. `fix`: empty when all is well."""
 
     name: str
     level: str

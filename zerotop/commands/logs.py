@@ -111,7 +111,8 @@ def _tails(entry: RunEntry, rank: int | None, attempt: int | None) -> list[_Tail
     if rank is not None:
         wanted = [path for path in paths if path.stem == f"rank-{rank}"]
         if paths and not wanted:
-            raise CommandError(f"{entry.name} has no rank {rank}: its ranks are 0 to {len(paths) - 1}")
+            there = ", ".join(path.stem.removeprefix("rank-") for path in paths)
+            raise CommandError(f"{entry.name} has no rank {rank}: its ranks are {there}")
         paths = wanted
     if not paths:
         raise CommandError(f"{entry.name} ({entry.status.state}) has no logs in {folder}: its ranks have not started")

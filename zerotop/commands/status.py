@@ -42,7 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     entry = find_any_run(target.run)
     source = open_source(entry)
     try:
-        _listen(source)
+        if not entry.live or entry.sockets.path("screens").exists():  # else it is only just starting
+            _listen(source)
         if source.connection not in ("live", "ended"):
             say(f"zerotop: the hub of {entry.name} does not answer ({source.connection}): its directory says:")
         document = status_document(source.state, entry)
@@ -67,7 +68,7 @@ def find_any_run(name: str | None) -> RunEntry:
 
 
 def _listen(source: Source) -> None:
-    """Until the hub has told the whole state; a run that is only just starting may have no hub yet."""
+    """Until the hub has told the whole state, or for as long as a hub may take."""
     deadline = time.monotonic() + HUB_ANSWERS_WITHIN_S
     while time.monotonic() < deadline:
         source.poll()
