@@ -29,10 +29,9 @@ test: $(VENV)/.ok-dev  ## run the tests (ARGS="-k name" passes on to pytest)
 gpu-check: $(VENV)/.ok-dev  ## run the tests that need an NVIDIA GPU
 	@$(bin)/python -m pytest -q -rs tests/gpu $(ARGS)
 lint: $(VENV)/.ok-dev  ## ruff, mypy and the import contracts
-	$(bin)/ruff check .
-	$(bin)/ruff format --check .
-	$(bin)/mypy
-	$(bin)/lint-imports
+	@failed=; for check in "ruff check ." "ruff format --check ." mypy lint-imports; do \
+	  echo "$$check"; $(bin)/$$check || failed="$$failed [$$check]"; \
+	done; [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 clean:               ## remove the environment and what was built
 	rm -rf "$(VENV)" build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
