@@ -69,7 +69,7 @@ def _run(words: list[str]) -> int:
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str] | None]:
-    """What stands before `--`, and the script and its arguments after it, which argparse must not see: launch's only."""
+    """Before `--`, and the script with its arguments after it: launch's only, and argparse must not see them."""
     if words[0] != "launch" or "--" not in words:
         return words, None
     place = words.index("--")

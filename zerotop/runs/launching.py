@@ -92,8 +92,8 @@ def start_run(
 def read_notes(entry: RunEntry) -> list[dict[str, str]]:
     """What launch found out about the newest attempt's config: {"what": note | changed, "text": ...} each."""
     try:
-        notes: list[dict[str, str]] = json.loads((entry.logs() / "notes.json").read_text())
-    except (OSError, ValueError):
+        notes: list[dict[str, str]] = json.loads((entry.logs() / "notes.json").read_text())["notes"]
+    except (OSError, ValueError, KeyError):
         return []
     return notes
 
@@ -206,6 +206,7 @@ def _write_files(
     plan: _Plan, path: Path, attempt: int, command: Sequence[str] | None, undo: contextlib.ExitStack
 ) -> RunFile:
     try:
+        make_private_folder(path / "logs")
         logs = make_private_folder(path / "logs" / str(attempt))
         sockets = make_sockets_folder()
         undo.callback(remove_sockets, sockets)
@@ -233,7 +234,7 @@ def _write_files(
             )
             for kept in ("config.json", "resolved.json", "run.json", "state.json"):
                 undo.callback(_restore, path / kept, (path / kept).read_bytes())
-        (logs / "notes.json").write_text(json.dumps(plan.notes, indent=1))
+        write_json(logs / "notes.json", {"notes": plan.notes})
         write_json(path / "config.json", plan.config.raw)
         write_json(path / "resolved.json", plan.resolved)
         write_json(path / "state.json", status)

@@ -127,7 +127,7 @@ class Supervisor:
     def _announce(self) -> None:
         """What launch found out, for the event pane: defaults chosen, keys without effect, what a resume changed."""
         try:
-            notes = json.loads((self.logs / "notes.json").read_text())
+            notes = json.loads((self.logs / "notes.json").read_text())["notes"]
         except FileNotFoundError:
             return
         now = time.time()
