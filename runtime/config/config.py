@@ -114,7 +114,7 @@ class Config(Section):
                 "shards parameters"
             )
             offload_param = None
-        notes += self._filled_autos()
+        notes += self._filled_autos(optimizer)
         found.raise_if_any()
         assert batch is not None  # a missing batch was recorded as a problem
         return Resolved(
@@ -187,7 +187,7 @@ class Config(Section):
             zerotop = zerotop.model_copy(update={"train": zerotop.train.model_copy(update={"steps": DEFAULT_STEPS})})
         return zerotop
 
-    def _filled_autos(self) -> list[str]:
+    def _filled_autos(self, optimizer: OptimizerConfig | None) -> list[str]:
         """One line for every key that is "auto" and takes its default; the others have their own notes."""
         spoken: set[Path] = {
             (TRAIN,), (MICRO,), (ACCUMULATION,), ("fp16", "enabled"), ("bf16", "enabled"),
@@ -201,6 +201,8 @@ class Config(Section):
             value: Any = self
             for key in path:
                 value = getattr(value, key, None)
+            if path == ("optimizer", "params", "weight_decay") and optimizer is not None and optimizer.is_adam:
+                value = optimizer.weight_decay  # its default depends on torch_adam
             lines.append(f"{dotted(path)}: {_plain(value)}, our default")
         return lines
 

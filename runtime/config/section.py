@@ -14,7 +14,7 @@ from .errors import shown
 class Section(BaseModel):
     """One object of the config file: immutable, and no key beside its fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 def _wrong(expected: str, got: Any) -> PydanticCustomError:
