@@ -105,7 +105,9 @@ class SupervisorWatch:
         cause = f"the supervisor (pid {self.pid}) is gone"
         words = f"zerotop: {cause} and this rank did not stop within {self._grace_s:g} s: it ends now\n"
         try:
-            os.write(2, words.encode())
+            # Nobody may be reading a pipe's other end any more: a full one must not hold this up.
+            if select.select([], [2], [], 0)[1]:
+                os.write(2, words.encode())
         finally:
             os._exit(1)
 

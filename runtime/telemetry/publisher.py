@@ -214,6 +214,8 @@ class Telemetry(Recorder):
             try:
                 for message in self._link.wait(min(max(0.0, next_tick - now), LONGEST_SLEEP_S)):
                     self._receive(message)
+                if self.inbox.orphaned:
+                    self._log_orphaned()
                 self._send_events()
                 now = time.monotonic()
                 if now >= next_tick:
@@ -251,7 +253,7 @@ class Telemetry(Recorder):
 
     def _measured(self) -> list[Any]:
         """What the training thread recorded since the last tick, and a heartbeat."""
-        # Built unvalidated: it is our own, and there is much of it.
+        # model_construct: our own figures need no validation, and this runs ten times a second beside the training.
         drained = self.drain()
         messages: list[Any] = []
         if drained.spans:
@@ -289,7 +291,8 @@ class Telemetry(Recorder):
             dropped, self._logs_dropped = self._logs_dropped, 0
             text = f"{dropped} log records came too fast and were not sent: see the rank's log file"
             events.append(self._own_record("warning", text))
-        self._link.send_events(events)
+        if events or self._link.outbox.next_frame() is not None:
+            self._link.send_events(events)
 
     def _receive(self, message: Command | Resend) -> None:
         assert self._link is not None
@@ -297,6 +300,12 @@ class Telemetry(Recorder):
             self.inbox.put(message)
         else:
             self._link.outbox.rewind(message.first_seq)
+
+    def _log_orphaned(self) -> None:
+        text = f"the supervisor (pid {self._supervisor_pid}) is gone: this rank stops at the next step boundary"
+        if text not in self._told:
+            self._told.add(text)
+            logging.getLogger("runtime.telemetry").error(text)
 
     def _tell_once(self, text: str) -> None:
         # A set of texts would grow with every new number in a message; the first lines of the first few are enough.
@@ -309,10 +318,9 @@ class Telemetry(Recorder):
         return LogRecord(rank=self.rank, level=level, logger="runtime.telemetry", text=text, wall_s=time.time())
 
     def _supervisor_gone(self) -> None:
+        # Runs in the watch, which must not get stuck: logging, whose locks others hold, is left to the publisher.
         self.inbox.mark_orphaned()
-        logging.getLogger("runtime.telemetry").error(
-            "the supervisor (pid %s) is gone: this rank stops at the next step boundary", self._supervisor_pid
-        )
+        self._wake()
 
 
 def _number(variable: str, default: Any) -> Any:

@@ -8,10 +8,9 @@ for it). `drain` and `position` belong to the publisher.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from time import monotonic_ns
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.wire.messages import PhaseName, StepResult
 
@@ -27,8 +26,7 @@ STEP_MASK = 0xFFFF
 """The step of the newest 65536 issued collectives is remembered until they complete."""
 
 
-@dataclass(frozen=True)
-class Drained:
+class Drained(NamedTuple):
     """Everything recorded since the last drain, oldest first."""
 
     spans: list[Span]
@@ -37,8 +35,7 @@ class Drained:
     dropped: int  # entries lost to full rings since the start
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """Where the training thread is right now; the fields of a `Heartbeat`."""
 
     phase: PhaseName

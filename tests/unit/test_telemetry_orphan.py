@@ -45,7 +45,11 @@ def no_pidfd(pid: int, flags: int = 0) -> int:
 
 @pytest.mark.parametrize("pidfd", [True, False])
 def test_a_paused_rank_wakes_when_its_supervisor_dies(
-    pidfd: bool, supervisor: subprocess.Popen[bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
+    pidfd: bool,
+    supervisor: subprocess.Popen[bytes],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     if not pidfd:
         monkeypatch.setattr(os, "pidfd_open", no_pidfd)
@@ -61,6 +65,10 @@ def test_a_paused_rank_wakes_when_its_supervisor_dies(
         killer.join()
         assert time.monotonic() - start < DEADLINE_S
         assert telemetry.inbox.orphaned and telemetry.inbox.stop_requested
+        deadline = time.monotonic() + DEADLINE_S
+        while f"the supervisor (pid {supervisor.pid}) is gone" not in caplog.text:
+            assert time.monotonic() < deadline, "the rank's log does not say why it stops"
+            time.sleep(0.01)
         start = time.monotonic()
         telemetry.close()
         assert time.monotonic() - start < 1, "with the supervisor went the hub: there is nobody to flush to"
