@@ -74,3 +74,12 @@ def test_an_unknown_name_of_runtime_is_an_attribute_error() -> None:
         runtime.initialise  # noqa: B018
     assert runtime.__version__
     assert "initialize" in dir(runtime)
+
+
+@pytest.mark.parametrize(("folder", "name"), [("themes", "dark.toml"), ("examples", "quickstart.json")])
+def test_data_files_are_found_where_the_package_is_installed(tmp_path: Path, folder: str, name: str) -> None:
+    code = f"from importlib.resources import files; print((files('zerotop') / '{folder}' / '{name}').read_text())"
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stderr}\nafter adding a file to {folder}/, run `make install`"
+    source = Path(__file__).parents[2] / folder / name
+    assert done.stdout.rstrip("\n") == source.read_text().rstrip("\n"), "an old copy is installed: run `make install`"
