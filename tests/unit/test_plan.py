@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -404,6 +405,14 @@ def test_batch_sizes_that_do_not_multiply_are_explained(zerotop_plan: Run, tmp_p
     code, _, err = zerotop_plan(str(config), "--gpus", "4")
     assert code == 2
     assert "64 != 16 x 4 x 4" in err
+
+
+def test_plain_letters_where_the_encoding_has_no_blocks() -> None:
+    command = [sys.executable, "-m", "zerotop", "plan", "gpt-7b", "--gpus", "4", "--vram", "80GiB"]
+    environment = dict(os.environ, PYTHONIOENCODING="ascii")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True)
+    assert "P parameters  G gradients  M masters  O optimizer" in done.stdout
+    assert "PPGGGG" in done.stdout
 
 
 def test_the_parser_registers_itself() -> None:

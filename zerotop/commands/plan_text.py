@@ -54,7 +54,9 @@ def render(
         _legend(width, paint),
         _figures(layouts, width),
     ]
-    marks = [("• ", text) for text in advice] + [("- ", text) for text in [*_assumptions(workload), *notes]]
+    marks = [(f"{paint.bullet} ", text) for text in advice] + [
+        ("- ", text) for text in [*_assumptions(workload), *notes]
+    ]
     wrapped = [textwrap.fill(text, width, initial_indent=mark, subsequent_indent="  ") for mark, text in marks]
     return "\n\n".join([*parts, "\n".join(wrapped[: len(advice)]), "\n".join(wrapped[len(advice) :])])
 
@@ -86,6 +88,10 @@ class _Paint:
         glyph, colour = _GLYPHS[category]
         text = (glyph if self.blocks else _ASCII[category]) * cells
         return f"\x1b[{colour}m{text}\x1b[0m" if self.colour and text else text
+
+    @property
+    def bullet(self) -> str:
+        return "•" if self.blocks else "*"
 
     @property
     def limit(self) -> str:
