@@ -1,7 +1,7 @@
 """One rank: `python -m runtime CONFIG.json` or `python -m runtime SCRIPT.py ARGS...`, started by torchrun.
 
-Under `zerotop launch` (ZEROTOP_RUN is set) the config is the run's, output goes to the run's log files, and the first argument, if any, is the
-user's script. Without it, the arguments say it all and output stays on the terminal.
+Under `zerotop launch` (ZEROTOP_RUN is set) the config is the run's, output goes to the run's log files, and the first
+argument, if any, is the user's script. Without it, the arguments say it all and output stays on the terminal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def main() -> int:
         # torchrun gone (killed): nobody would end this rank.
         die_with_parent(signal.SIGKILL)
         _redirect_output(Path(run))
-    logging.basicConfig(format="%(asctime)s %(levelname).1s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.basicConfig(
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stdout
+    )
     logging.getLogger("runtime").setLevel(logging.INFO)
     try:
         _train(Path(run) if run else None, sys.argv[1:])
@@ -62,7 +64,8 @@ def _train(run: Path | None, arguments: list[str]) -> None:
 
 
 def _run_script(arguments: list[str]) -> None:
-    """The user's script as `python SCRIPT.py ARGS...` would run it: its folder is where its imports are looked for first."""
+    """The user's script as `python SCRIPT.py ARGS...` would run it: its folder is where its imports are looked for
+    first."""
     script = Path(arguments[0]).resolve()
     sys.argv = [str(script), *arguments[1:]]
     sys.path.insert(0, str(script.parent))
@@ -71,7 +74,8 @@ def _run_script(arguments: list[str]) -> None:
 
 
 def _redirect_output(run: Path) -> None:
-    """stdout and stderr of this rank, also those of C++ code, go to its log file; append mode, so that the supervisor may truncate it."""
+    """stdout and stderr of this rank, also those of C++ code, go to its log file; append mode, so that the supervisor
+    may truncate it."""
     folder = run / "logs" / os.environ.get(ATTEMPT_VARIABLE, "1")
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / f"rank-{os.environ.get('RANK', '0')}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -42,21 +42,31 @@ def initialize(
 
     model_parameters: parameters or parameter groups for the config's optimizer; default: all that require a gradient.
     optimizer: a fresh torch.optim optimizer (or a function of the parameters that makes one) instead of the config's.
-    lr_scheduler: a scheduler, or a function of the optimizer, instead of the config's; the engine steps it after each optimizer step.
-    config: a DeepSpeed-style file or dictionary; under `zerotop launch` it may be left out, and is then the launched one.
+    lr_scheduler: a scheduler, or a function of the optimizer, instead of the config's; the engine steps it after each
+    optimizer step. config: a DeepSpeed-style file or dictionary; under `zerotop launch` it may be left out, and is then
+    the launched one.
 
-    Under `zerotop launch` the engine publishes telemetry and obeys commands; under --resume it has loaded the newest checkpoint on return.
+    Under `zerotop launch` the engine publishes telemetry and obeys commands; under --resume it has loaded the newest
+    checkpoint on return.
     Raises ConfigError for a config, model or optimizer that can't be used, on every rank alike and before any training.
     """
     if model is None:
         raise ConfigError("initialize(model=...): expected a torch.nn.Module, got None")
     device = init_distributed()
-    chosen = config if config is not None else config_params if config_params is not None else getattr(args, "deepspeed_config", None)
+    chosen = (
+        config
+        if config is not None
+        else config_params
+        if config_params is not None
+        else getattr(args, "deepspeed_config", None)
+    )
     resolved = _resolve(chosen, device)
     refuse_unsupported(resolved)
     session = Session.join(torch.distributed.get_rank(), resolved.zerotop.telemetry.enabled)
     comm = Comm(device, session.recorder)
-    parameters = list(model_parameters) if model_parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    parameters = (
+        list(model_parameters) if model_parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    )
     zero_optimizer = _make_optimizer(resolved, optimizer, parameters)
     engine = Engine(model, resolved, zero_optimizer, comm, session)
     engine.lr_scheduler = _make_scheduler(resolved, lr_scheduler, zero_optimizer)
@@ -66,7 +76,8 @@ def initialize(
 
 
 def init_distributed(dist_backend: str | None = None, **_deepspeed_only: Any) -> torch.device:
-    """Join the process group (NCCL on GPUs, else Gloo), as `torchrun` or `zerotop launch` set it up. Returns this rank's device.
+    """Join the process group (NCCL on GPUs, else Gloo), as `torchrun` or `zerotop launch` set it up. Returns this
+    rank's device.
 
     dist_backend: "gloo" keeps the ranks on CPUs. DeepSpeed's other arguments are accepted and not needed.
     """
@@ -77,7 +88,9 @@ def init_distributed(dist_backend: str | None = None, **_deepspeed_only: Any) ->
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add --deepspeed, --deepspeed_config and --local_rank, as DeepSpeed does."""
     group = parser.add_argument_group("ZeRO", "configuration of the training engine")
-    group.add_argument("--deepspeed", action="store_true", help="accepted for scripts written for DeepSpeed; initialize() decides")
+    group.add_argument(
+        "--deepspeed", action="store_true", help="accepted for scripts written for DeepSpeed; initialize() decides"
+    )
     group.add_argument("--deepspeed_config", default=None, metavar="FILE", help="the JSON config file")
     group.add_argument("--local_rank", type=int, default=-1, help="accepted for older launchers; LOCAL_RANK is used")
     return parser
@@ -90,7 +103,10 @@ def _resolve(config: Any, device: torch.device) -> Resolved:
     if config is None:
         folder = os.environ.get(RUN_VARIABLE)
         if not folder:
-            raise ConfigError("initialize(config=...): expected a path or a dictionary, got None (it may only be left out under `zerotop launch`)")
+            raise ConfigError(
+                "initialize(config=...): expected a path or a dictionary, got None (it may only be left out "
+                "under `zerotop launch`)"
+            )
         return Resolved.from_json((Path(folder) / "resolved.json").read_bytes())
     return load(config).resolve(world_size, "cuda" if device.type == "cuda" else "cpu", script=True)
 
@@ -98,11 +114,16 @@ def _resolve(config: Any, device: torch.device) -> Resolved:
 def _make_optimizer(config: Resolved, given: Any, parameters: list[Any]) -> ZeroOptimizer:
     if given is None:
         if config.optimizer is None:
-            raise ConfigError('there is no optimizer: add an "optimizer" section to the config, or call initialize(optimizer=...)')
+            raise ConfigError(
+                'there is no optimizer: add an "optimizer" section to the config, or call initialize(optimizer=...)'
+            )
         return optimizer_from_config(parameters, config.optimizer)
     if not isinstance(given, torch.optim.Optimizer):
         if not callable(given):
-            raise ConfigError(f"initialize(optimizer=...): expected a torch optimizer or a function that makes one, got {type(given).__name__}")
+            raise ConfigError(
+                f"initialize(optimizer=...): expected a torch optimizer or a function that makes one, got "
+                f"{type(given).__name__}"
+            )
         given = given(parameters)
     return optimizer_from_torch(given)
 
@@ -138,8 +159,11 @@ def _announce(engine: Engine, resumed: Path | None) -> None:
     if engine.comm.rank == 0:
         units = len(engine.flats)
         log.info(
-            f"stage {engine.config.stage}, {engine.config.precision}, {engine.comm.world_size} ranks over {engine.comm.backend}: "
+            f"stage {engine.config.stage}, {engine.config.precision}, {engine.comm.world_size} ranks over "
+            f"{engine.comm.backend}: "
             f"{sum(p.numel() for p in engine.module.parameters()):,} parameters in {units} units"
         )
         if resumed is not None:
-            link.event("resumed", f"continuing from {resumed.name}", step=engine.global_steps, data={"path": str(resumed)})
+            link.event(
+                "resumed", f"continuing from {resumed.name}", step=engine.global_steps, data={"path": str(resumed)}
+            )

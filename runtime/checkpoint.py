@@ -1,7 +1,8 @@
 """Checkpoints: sharded, atomic, keyed by parameter name, readable at any world size, stage and unit cut.
 
     FOLDER/TAG/                 complete as soon as it has this name: written as FOLDER/.TAG.partial and renamed
-      .metadata, __N_*.distcp   torch.distributed.checkpoint: fp32 masters and optimizer states as 1-D slices of each parameter
+      .metadata, __N_*.distcp   torch.distributed.checkpoint: fp32 masters and optimizer states as 1-D slices of each
+      parameter
       common.pt                 scheduler, optimizer scalars, client_state (rank 0's)
       rng-N.pt                  random number states of rank N
       manifest.json             step, world size, parameter shapes, ...
@@ -22,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -65,7 +67,8 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Piece:
-    """A rank's slice of one parameter-sized tensor: `tensor` (numel,) are elements [start, start + numel) of `total`."""
+    """A rank's slice of one parameter-sized tensor: `tensor` (numel,) are elements [start, start + numel) of
+    `total`."""
 
     tensor: torch.Tensor
     start: int
@@ -83,7 +86,8 @@ class Piece:
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """torch's planner asks tensors for their shards, which only its own distributed tensors can say; this one has the pieces."""
+    """torch's planner asks tensors for their shards, which only its own distributed tensors can say; this one has the
+    pieces."""
 
     def __init__(self, pieces: dict[str, Piece]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -95,7 +99,9 @@ class _SavePlanner(DefaultSavePlanner):
                 WriteItem(
                     MetadataIndex(name, piece.chunk.offsets),
                     WriteItemType.SHARD,
-                    tensor_data=TensorWriteData(piece.chunk, TensorProperties.create_from_tensor(piece.tensor), torch.Size([piece.total])),
+                    tensor_data=TensorWriteData(
+                        piece.chunk, TensorProperties.create_from_tensor(piece.tensor), torch.Size([piece.total])
+                    ),
                 )
                 for name, piece in self.pieces.items()
             ]
@@ -112,19 +118,27 @@ class _LoadPlanner(DefaultLoadPlanner):
         self.pieces = pieces
 
     def create_local_plan(self) -> LoadPlan:
-        known = self.metadata.state_dict_metadata
+        assert self.metadata is not None
+        known: dict[str, Any] = self.metadata.state_dict_metadata
         missing = [name for name in self.pieces if name not in known]
         if missing:
-            raise CheckpointError(f"it lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+            raise CheckpointError(
+                f"it lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            )
         return LoadPlan(
-            [item for name, piece in self.pieces.items() for item in create_read_items_for_chunk_list(name, known[name], [piece.chunk])]
+            [
+                item
+                for name, piece in self.pieces.items()
+                for item in create_read_items_for_chunk_list(name, known[name], [piece.chunk])
+            ]
         )
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self.pieces[index.fqn].tensor
 
 
-# ---- saving ------------------------------------------------------------------------------------------------------------
+# ---- saving
+# ------------------------------------------------------------------------------------------------------------
 def save(engine: Engine, folder: Path, tag: str, client_state: dict[str, Any] | None = None) -> Path:
     """Write FOLDER/TAG; every rank calls this at the same step. Returns the complete checkpoint's path.
 
@@ -139,9 +153,9 @@ def save(engine: Engine, folder: Path, tag: str, client_state: dict[str, Any] | 
             pieces |= {name: Piece.whole(tensor) for name, tensor in _whole_tensors(engine)}
         problem = ""
         try:
-            dcp.save(
+            state_dict_saver.save(
                 {name: piece.tensor for name, piece in pieces.items()},
-                storage_writer=dcp.FileSystemWriter(partial),
+                storage_writer=FileSystemWriter(partial),
                 planner=_SavePlanner(pieces),
                 process_group=engine.checkpoint_group,
             )
@@ -215,9 +229,11 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-# ---- loading -----------------------------------------------------------------------------------------------------------
+# ---- loading
+# -----------------------------------------------------------------------------------------------------------
 def newest(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step in `folder`; one being written, or without a readable manifest, does not count."""
+    """The complete checkpoint with the highest step in `folder`; one being written, or without a readable manifest,
+    does not count."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith(".") or not (path / MANIFEST).is_file():
@@ -242,7 +258,8 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def load(engine: Engine, path: Path) -> dict[str, Any]:
-    """Continue from the checkpoint at `path`: masters, optimizer, scheduler, random numbers, counters. Returns its client_state."""
+    """Continue from the checkpoint at `path`: masters, optimizer, scheduler, random numbers, counters. Returns its
+    client_state."""
     manifest = read_manifest(path)
     _compare(engine, manifest, path)
     for rule in engine.rules:
@@ -255,9 +272,9 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     whole = {name: (tensor, Piece.whole(tensor)) for name, tensor in _whole_tensors(engine)}
     pieces |= {name: piece for name, (_, piece) in whole.items()}
     try:
-        dcp.load(
+        state_dict_loader.load(
             {name: piece.tensor for name, piece in pieces.items()},
-            storage_reader=dcp.FileSystemReader(path),
+            storage_reader=FileSystemReader(path),
             planner=_LoadPlanner(pieces),
             process_group=engine.checkpoint_group,
         )
@@ -293,16 +310,22 @@ def _compare(engine: Engine, manifest: Manifest, path: Path) -> None:
         if ours.get(name) != theirs.get(name):
             have = f"has shape {ours[name]}" if name in ours else "does not exist"
             want = f"has shape {theirs[name]}" if name in theirs else "does not exist"
-            raise CheckpointError(f"checkpoint {path} does not fit the model: parameter {name} {want} in the checkpoint and {have} in the model")
+            raise CheckpointError(
+                f"checkpoint {path} does not fit the model: parameter {name} {want} in the checkpoint and "
+                f"{have} in the model"
+            )
     if manifest.optimizer != engine.optimizer.kind:
         raise CheckpointError(
-            f"checkpoint {path} was made with optimizer {manifest.optimizer}, the config says {engine.optimizer.kind}: set optimizer.type to {manifest.optimizer}"
+            f"checkpoint {path} was made with optimizer {manifest.optimizer}, the config says "
+            f"{engine.optimizer.kind}: set optimizer.type to {manifest.optimizer}"
         )
 
 
-# ---- what is in a checkpoint -------------------------------------------------------------------------------------------
+# ---- what is in a checkpoint
+# -------------------------------------------------------------------------------------------
 def _pieces(engine: Engine, own_range_only: bool) -> Iterator[tuple[str, Piece]]:
-    """Masters and optimizer states of this rank by parameter name. Saving takes each rank's range once, also where all hold everything."""
+    """Masters and optimizer states of this rank by parameter name. Saving takes each rank's range once, also where all
+    hold everything."""
     for flat, rule in zip(engine.flats, engine.rules, strict=True):
         start, end = flat.layout.range(engine.comm.rank) if own_range_only else (flat.start, flat.end)
         for part in flat.layout.slices(start, end):
@@ -311,10 +334,12 @@ def _pieces(engine: Engine, own_range_only: bool) -> Iterator[tuple[str, Piece]]
             yield from _state_pieces(rule, flat, part.name, at, part.numel, part.param_start, part.param_numel)
 
 
-def _state_pieces(rule: Rule, _flat: Flat, name: str, at: int, numel: int, param_start: int, total: int) -> Iterator[tuple[str, Piece]]:
+def _state_pieces(
+    rule: Rule, _flat: Flat, name: str, at: int, numel: int, param_start: int, total: int
+) -> Iterator[tuple[str, Piece]]:
     for state in rule.states():
         low = at - state.start
-        if 0 <= low and low + numel <= state.tensor.numel():
+        if low >= 0 and low + numel <= state.tensor.numel():
             yield f"state.{state.name}.{name}", Piece(state.tensor[low : low + numel], param_start, total)
 
 
@@ -335,8 +360,12 @@ def _whole_tensors(engine: Engine) -> list[tuple[str, torch.Tensor]]:
 
 
 def _rng_state() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -352,7 +381,8 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-# ---- helpers -----------------------------------------------------------------------------------------------------------
+# ---- helpers
+# -----------------------------------------------------------------------------------------------------------
 def _on_rank_0(engine: Engine, what: str, action: Any) -> None:
     """Run `action` on rank 0 only, and let its failure be everyone's, so that no rank waits for one that gave up."""
     problem = ""
@@ -391,4 +421,3 @@ def prune(folder: Path, keep: int) -> list[Path]:
 
 def step_tag(step: int) -> str:
     return f"step-{step:08d}"
-

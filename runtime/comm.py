@@ -1,7 +1,8 @@
 """Collectives: in place, in one order on every rank, each timed and counted.
 
-Reduce-scatter is "in place and the rest is clobbered": afterwards the own range of the buffer holds the sum, the other ranges hold nothing
-of use. That lets Gloo use its all_reduce (its reduce-scatter is a cloned all_reduce, at twice the time) and NCCL its real reduce-scatter.
+Reduce-scatter is "in place and the rest is clobbered": afterwards the own range of the buffer holds the sum, the other
+ranges hold nothing of use. That lets Gloo use its all_reduce (its reduce-scatter is a cloned all_reduce, at twice the
+time) and NCCL its real reduce-scatter.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import torch
 import torch.distributed as dist
 
 from runtime.telemetry import NullTelemetry, Telemetry
+
+# torch 2.13 renames both; 2.11 has only the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Pending:
@@ -53,7 +58,9 @@ class Done:
 class Comm:
     """The collectives of one process group, for tensors on one device."""
 
-    def __init__(self, device: torch.device, telemetry: Telemetry | NullTelemetry, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, device: torch.device, telemetry: Telemetry | NullTelemetry, group: dist.ProcessGroup | None = None
+    ) -> None:
         self.group = group
         self.device = device
         self.telemetry = telemetry
@@ -67,17 +74,28 @@ class Comm:
         """Sum `buffer` (any shape) over ranks, in place."""
         if self.world_size == 1:
             return Done()
-        return Pending(self, "all_reduce", _nbytes(buffer), lambda: dist.all_reduce(buffer, group=self.group, async_op=True))
+        return Pending(
+            self, "all_reduce", _nbytes(buffer), lambda: dist.all_reduce(buffer, group=self.group, async_op=True)
+        )
 
     def reduce_scatter(self, buffer: torch.Tensor) -> Pending | Done:
-        """Sum `buffer` (1-D, a multiple of the world size) over ranks into this rank's range of it; the other ranges are clobbered."""
+        """Sum `buffer` (1-D, a multiple of the world size) over ranks into this rank's range of it; the other ranges
+        are clobbered."""
         if self.world_size == 1:
             return Done()
         if self.backend == "gloo":
-            return Pending(self, "reduce_scatter", _nbytes(buffer), lambda: dist.all_reduce(buffer, group=self.group, async_op=True))
+            return Pending(
+                self,
+                "reduce_scatter",
+                _nbytes(buffer),
+                lambda: dist.all_reduce(buffer, group=self.group, async_op=True),
+            )
         own = self.own_range(buffer)
         return Pending(
-            self, "reduce_scatter", _nbytes(buffer), lambda: dist.reduce_scatter_tensor(own, buffer, group=self.group, async_op=True)
+            self,
+            "reduce_scatter",
+            _nbytes(buffer),
+            lambda: _reduce_scatter(own, buffer, group=self.group, async_op=True),
         )
 
     def all_gather(self, buffer: torch.Tensor) -> Pending | Done:
@@ -86,23 +104,28 @@ class Comm:
             return Done()
         own = self.own_range(buffer)
         return Pending(
-            self, "all_gather", _nbytes(buffer), lambda: dist.all_gather_into_tensor(buffer, own, group=self.group, async_op=True)
+            self, "all_gather", _nbytes(buffer), lambda: _all_gather(buffer, own, group=self.group, async_op=True)
         )
 
     def broadcast(self, buffer: torch.Tensor, source: int = 0) -> None:
         if self.world_size > 1:
             Pending(
-                self, "broadcast", _nbytes(buffer), lambda: dist.broadcast(buffer, source, group=self.group, async_op=True)
+                self,
+                "broadcast",
+                _nbytes(buffer),
+                lambda: dist.broadcast(buffer, source, group=self.group, async_op=True),
             ).wait()
 
     def own_range(self, buffer: torch.Tensor) -> torch.Tensor:
         numel = buffer.numel() // self.world_size
         return buffer[self.rank * numel : (self.rank + 1) * numel]
 
-    # ---- small things between ranks, on the host ------------------------------------------------------------------------
+    # ---- small things between ranks, on the host
+    # ------------------------------------------------------------------------
     @property
     def control_group(self) -> dist.ProcessGroup:
-        """A Gloo group over the same ranks. Every rank must ask for it first at the same point, for making a group is collective."""
+        """A Gloo group over the same ranks. Every rank must ask for it first at the same point, for making a group is
+        collective."""
         if self._control_group is None:
             self._control_group = dist.new_group(backend="gloo")
         return self._control_group
@@ -129,9 +152,11 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def init_distributed(device: str = "auto") -> torch.device:
-    """Join the process group that the launcher's environment describes (or a world of one), unless the script has done so already.
+    """Join the process group that the launcher's environment describes (or a world of one), unless the script has done
+    so already.
 
-    device: "cpu", "cuda" or "auto" (CUDA when there is one). Returns this rank's device. NCCL serves GPUs and Gloo CPUs.
+    device: "cpu", "cuda" or "auto" (CUDA when there is one). Returns this rank's device. NCCL serves GPUs and Gloo
+    CPUs.
     """
     want_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -143,5 +168,5 @@ def init_distributed(device: str = "auto") -> torch.device:
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, device_id=chosen if want_cuda else None)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=torch.distributed.distributed_c10d.HashStore(), rank=0, world_size=1)
     return chosen

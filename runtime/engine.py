@@ -1,9 +1,9 @@
 """The engine: a model cut into units, and DeepSpeed's calls around it.
 
-    engine, optimizer, loader, scheduler = initialize(model=model, config="config.json")
-    loss = engine(inputs, targets)     forward
-    engine.backward(loss)              gradients land in the units' flat buffers; complete units are reduced while backward goes on
-    engine.step()                      at the end of an accumulation: agree on norm and commands, clip, update, gather
+engine, optimizer, loader, scheduler = initialize(model=model, config="config.json")
+loss = engine(inputs, targets)     forward
+engine.backward(loss)              gradients land in flat buffers; complete units are reduced meanwhile
+engine.step()                      at the end of an accumulation: agree on norm and commands, clip, update, gather
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ log = logging.getLogger("runtime.engine")
 class Engine:
     """One rank's part of a training run. Made by `initialize`."""
 
-    def __init__(self, module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm, session: Session) -> None:
+    def __init__(
+        self, module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm, session: Session
+    ) -> None:
         self.module, self.config, self.optimizer, self.comm, self.session = module, config, optimizer, comm, session
         self.telemetry = session.recorder
         self.device, self.ledger = comm.device, Ledger()
@@ -61,7 +63,8 @@ class Engine:
         session.step = lambda: self.global_steps
         self._began_ns = time.monotonic_ns()
 
-    # ---- forward, backward, step ---------------------------------------------------------------------------------------
+    # ---- forward, backward, step
+    # ---------------------------------------------------------------------------------------
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The model's forward. Its phase in telemetry lasts until backward() begins."""
         if self.module.training and torch.is_grad_enabled():
@@ -74,12 +77,15 @@ class Engine:
     forward = __call__
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
-        """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages micro-steps and ranks.
+        """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages
+        micro-steps and ranks.
 
         Returns the loss as given. Raises ValueError for anything that backward can't start from.
         """
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise ValueError(f"engine.backward(loss): expected a scalar tensor that requires grad, got {_describe(loss)}")
+            raise ValueError(
+                f"engine.backward(loss): expected a scalar tensor that requires grad, got {_describe(loss)}"
+            )
         self.telemetry.enter("backward", self.global_steps + 1, self._micro_step)
         boundary = self.is_gradient_accumulation_boundary()
         reduce = self._syncing and (boundary or self.policy.reduce_every_micro_step)
@@ -96,9 +102,13 @@ class Engine:
         Leaves with RunStopped (a SystemExit) after a `stop` command, once its checkpoint is complete.
         """
         if not self._syncing:
-            raise RuntimeError("engine.step() inside engine.no_sync(): leave the context for the last backward, then step")
+            raise RuntimeError(
+                "engine.step() inside engine.no_sync(): leave the context for the last backward, then step"
+            )
         if self._losses == 0:
-            raise RuntimeError("engine.step() without engine.backward(loss) before it: there is no gradient to step with")
+            raise RuntimeError(
+                "engine.step() without engine.backward(loss) before it: there is no gradient to step with"
+            )
         boundary = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
         if boundary:
@@ -151,7 +161,8 @@ class Engine:
         self.telemetry.step(result)
         self.steering.progress(result)
 
-    # ---- accumulation ----------------------------------------------------------------------------------------------------
+    # ---- accumulation
+    # ----------------------------------------------------------------------------------------------------
     @property
     def _micro_step(self) -> int:
         return self.micro_steps % self.gradient_accumulation_steps() + 1
@@ -162,16 +173,21 @@ class Engine:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards inside only accumulate on this rank, in whole buffers at every stage; the next one outside reduces them all."""
+        """Backwards inside only accumulate on this rank, in whole buffers at every stage; the next one outside reduces
+        them all."""
         self._syncing = False
         try:
             yield
         finally:
             self._syncing = True
 
-    # ---- checkpoints -----------------------------------------------------------------------------------------------------
-    def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None) -> bool:
-        """Write SAVE_DIR/TAG (default tag: step-NNNNNNNN); every rank must call it. client_state: plain data and tensors.
+    # ---- checkpoints
+    # -----------------------------------------------------------------------------------------------------
+    def save_checkpoint(
+        self, save_dir: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None
+    ) -> bool:
+        """Write SAVE_DIR/TAG (default tag: step-NNNNNNNN); every rank must call it. client_state: plain data and
+        tensors.
 
         Raises CheckpointError on every rank if any could not write.
         """
@@ -182,7 +198,8 @@ class Engine:
         return True
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[str | None, dict[str, Any]]:
-        """Load LOAD_DIR/TAG, or the newest complete checkpoint in LOAD_DIR. Returns (its path, client_state), or (None, {}) when there is none."""
+        """Load LOAD_DIR/TAG, or the newest complete checkpoint in LOAD_DIR. Returns (its path, client_state), or (None,
+        {}) when there is none."""
         path = Path(load_dir) / str(tag) if tag is not None else checkpoint.newest(Path(load_dir))
         path = self.comm.broadcast_object(path)
         if path is None:
@@ -190,13 +207,18 @@ class Engine:
         return str(path), checkpoint.load(self, path)
 
     def register_state(self, **items: Any) -> None:
-        """Objects with state_dict() and load_state_dict() (a sampler, a metric) that checkpoints shall include, also keyboard ones."""
+        """Objects with state_dict() and load_state_dict() (a sampler, a metric) that checkpoints shall include, also
+        keyboard ones."""
         for name, item in items.items():
             if not (hasattr(item, "state_dict") and hasattr(item, "load_state_dict")):
-                raise TypeError(f"register_state({name}=...): expected state_dict() and load_state_dict(), {type(item).__name__} lacks them")
+                raise TypeError(
+                    f"register_state({name}=...): expected state_dict() and load_state_dict(), "
+                    f"{type(item).__name__} lacks them"
+                )
             self.registered[name] = item
 
-    # ---- what scripts ask ------------------------------------------------------------------------------------------------
+    # ---- what scripts ask
+    # ------------------------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Engine:
         self.module.train(mode)
         return self
@@ -261,7 +283,8 @@ class Engine:
 
 
 def _tokens_in(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> int:
-    """Tokens of a micro-batch: elements of input_ids, else of the first integer tensor of two dimensions; 0 when there is none."""
+    """Tokens of a micro-batch: elements of input_ids, else of the first integer tensor of two dimensions; 0 when there
+    is none."""
     candidates: Iterable[Any] = [named["input_ids"]] if "input_ids" in named else [*inputs, *named.values()]
     for value in candidates:
         if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():

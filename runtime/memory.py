@@ -1,4 +1,5 @@
-"""The ledger: every persistent byte that the engine holds has a category, so that a screen can say what memory is used for."""
+"""The ledger: every persistent byte that the engine holds has a category, so that a screen can say what memory is used
+for."""
 
 from __future__ import annotations
 
@@ -13,14 +14,16 @@ from runtime.wire.messages import Category, Memory
 
 
 class Ledger:
-    """Exact bytes per category, changed by whoever allocates and frees. Reading from another thread sees a recent, whole figure."""
+    """Exact bytes per category, changed by whoever allocates and frees. Reading from another thread sees a recent,
+    whole figure."""
 
     def __init__(self) -> None:
-        self._bytes: dict[Category, int] = {category: 0 for category in get_args(Category)}
+        self._bytes: dict[Category, int] = dict.fromkeys(get_args(Category), 0)
         self.pinned_bytes = 0
 
     def hold(self, category: Category, tensor: torch.Tensor) -> torch.Tensor:
-        """Count `tensor`'s own elements and hand it back, so that an allocation reads `x = ledger.hold("optimizer", torch.zeros(n))`."""
+        """Count `tensor`'s own elements and hand it back, so that an allocation reads `x = ledger.hold("optimizer",
+        torch.zeros(n))`."""
         self.add(category, tensor.numel() * tensor.element_size())
         return tensor
 

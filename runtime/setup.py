@@ -1,4 +1,5 @@
-"""From a model, a config and a process group to the parts of an engine: units, flats, rules, and the run they belong to."""
+"""From a model, a config and a process group to the parts of an engine: units, flats, rules, and the run they belong
+to."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ class Session:
         """The session of this process; it stays reachable through `current_session`."""
         global _current
         link = Telemetry.from_environment(rank)
-        session = cls(rank, int(os.environ.get("LOCAL_RANK", "0")), link, link if telemetry_enabled else NullTelemetry())
+        session = cls(
+            rank, int(os.environ.get("LOCAL_RANK", "0")), link, link if telemetry_enabled else NullTelemetry()
+        )
         if name := os.environ.get(RUN_VARIABLE):
             session.folder, session.run = Path(name), read_run(Path(name))
             session.attempt = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
@@ -83,7 +86,9 @@ class Session:
             device_uuid=device_uuid,
             backend=comm.backend,
             config_digest=config.digest(),
-            model_name=type(module).__name__ if scripted else section.model.preset or section.model.path or type(module).__name__,
+            model_name=type(module).__name__
+            if scripted
+            else section.model.preset or section.model.path or type(module).__name__,
             parameters=sum(p.numel() for p in module.parameters()),
             stage=config.stage,
             precision=config.precision,
@@ -122,16 +127,22 @@ def refuse_unsupported(config: Resolved) -> None:
     """What a config may say and this engine can't do yet; better no run than another one than asked for."""
     problems = []
     if config.stage not in STAGES:
-        problems.append(f"zero_optimization.stage: expected 0, 1 or 2, got {config.stage}: stage 3 is not supported yet; stage 2 comes nearest")
+        problems.append(
+            f"zero_optimization.stage: expected 0, 1 or 2, got {config.stage}: stage 3 is not supported yet; "
+            f"stage 2 comes nearest"
+        )
     if config.precision == "fp16":
         problems.append('fp16.enabled: fp16 training is not supported yet; use "bf16": {"enabled": true}')
     if config.offload_optimizer is not None:
-        problems.append('zero_optimization.offload_optimizer: not supported yet; remove it, or set its device to "none"')
+        problems.append(
+            'zero_optimization.offload_optimizer: not supported yet; remove it, or set its device to "none"'
+        )
     if config.offload_param is not None:
         problems.append('zero_optimization.offload_param: not supported yet; remove it, or set its device to "none"')
     if config.communication_data_type not in (None, config.grad_accum_dtype):
         problems.append(
-            f"communication_data_type: gradients are reduced in the precision in which they accumulate ({config.grad_accum_dtype}) for now; remove the key"
+            f"communication_data_type: gradients are reduced in the precision in which they accumulate "
+            f"({config.grad_accum_dtype}) for now; remove the key"
         )
     if problems:
         raise ConfigError(problems)
@@ -162,7 +173,16 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
     by_cut: dict[int, list[Flat]] = {}
     for index, unit in enumerate(cuts):
         by_cut[index] = [
-            Flat(f"{unit.name}/{str(dtype).removeprefix('torch.')}", members, dtype, parts.policy, comm, ledger, pool, accumulate)
+            Flat(
+                f"{unit.name}/{str(dtype).removeprefix('torch.')}",
+                members,
+                dtype,
+                parts.policy,
+                comm,
+                ledger,
+                pool,
+                accumulate,
+            )
             for dtype, members in _by_dtype(unit, group_of, frozen, precision).items()
         ]
         parts.flats += by_cut[index]
@@ -186,7 +206,8 @@ def _by_dtype(
 
 
 def _computes_in(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:
-    """Under 16-bit precision every parameter is 16-bit, as in DeepSpeed; under fp32 a model keeps the dtypes it came with."""
+    """Under 16-bit precision every parameter is 16-bit, as in DeepSpeed; under fp32 a model keeps the dtypes it came
+    with."""
     return dtype if precision == torch.float32 else precision
 
 
@@ -195,7 +216,8 @@ def _cast(tensor: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
 
 
 def _cast_buffers(module: nn.Module, precision: torch.dtype, comm: Comm, ledger: Ledger) -> None:
-    """Floating buffers follow the precision, as scripts written for DeepSpeed expect; batch norm keeps its statistics in fp32."""
+    """Floating buffers follow the precision, as scripts written for DeepSpeed expect; batch norm keeps its statistics
+    in fp32."""
     for owner in module.modules():
         for name, buffer in list(owner._buffers.items()):
             if buffer is None:
@@ -209,7 +231,8 @@ def _cast_buffers(module: nn.Module, precision: torch.dtype, comm: Comm, ledger:
 
 
 def _same_model_everywhere(module: nn.Module, comm: Comm) -> None:
-    """Collectives over buffers of different sizes hang or corrupt: compare the models first, and name the first difference."""
+    """Collectives over buffers of different sizes hang or corrupt: compare the models first, and name the first
+    difference."""
     mine = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()]
     everyone = comm.gather_objects(mine)
     for rank, theirs in enumerate(everyone):
@@ -217,8 +240,14 @@ def _same_model_everywhere(module: nn.Module, comm: Comm) -> None:
             continue
         for first, other in zip(everyone[0], theirs, strict=False):
             if first != other:
-                raise ConfigError(f"the ranks disagree about the model: rank 0 has parameter {_parameter(first)}, rank {rank} has {_parameter(other)}")
-        raise ConfigError(f"the ranks disagree about the model: rank 0 has {len(everyone[0])} parameters, rank {rank} has {len(theirs)}")
+                raise ConfigError(
+                    f"the ranks disagree about the model: rank 0 has parameter {_parameter(first)}, rank "
+                    f"{rank} has {_parameter(other)}"
+                )
+        raise ConfigError(
+            f"the ranks disagree about the model: rank 0 has {len(everyone[0])} parameters, rank {rank} has "
+            f"{len(theirs)}"
+        )
 
 
 def _parameter(entry: tuple[str, tuple[int, ...], str, bool]) -> str:

@@ -1,9 +1,10 @@
 """Commands at a step boundary: all ranks apply each one at the same optimizer step, and rank 0 answers with that step.
 
 [Note: how ranks agree]
-The hub numbers commands and sends each to every rank. While training, only rank 0 looks: the boundary's all-reduce carries "rank 0 has
-commands", and rank 0 broadcasts them. While paused no collective runs: each rank follows the hub's numbered log for itself, and since all
-paused at one step and read one log in one order, they do the same things. A `resume` ends that at the same number on all ranks.
+The hub numbers commands and sends each to every rank. While training, only rank 0 looks: the boundary's all-reduce
+carries "rank 0 has commands", and rank 0 broadcasts them. While paused no collective runs: each rank follows the hub's
+numbered log for itself, and since all paused at one step and read one log in one order, they do the same things. A
+`resume` ends that at the same number on all ranks.
 """
 
 from __future__ import annotations
@@ -62,9 +63,12 @@ class Steering:
         run, chosen = self.session.run, self.engine.config.zerotop.checkpoint.folder
         if self.session.folder is None or run is None:
             return None
-        return Path(run.config_folder, chosen).expanduser() / run.name if chosen else self.session.folder / "checkpoints"
+        return (
+            Path(run.config_folder, chosen).expanduser() / run.name if chosen else self.session.folder / "checkpoints"
+        )
 
-    # ---- the engine asks -------------------------------------------------------------------------------------------------
+    # ---- the engine asks
+    # -------------------------------------------------------------------------------------------------
     def command_waits(self) -> bool:
         return self.engine.comm.rank == 0 and self.link.inbox.waiting()
 
@@ -90,12 +94,17 @@ class Steering:
         of = f"/{total}" if total else ""
         speed = f" · {result.tokens_per_s * self.engine.comm.world_size:,.0f} tokens/s" if result.tokens_per_s else ""
         log.info(
-            f"step {result.step}{of} · loss {result.loss:.4f} · lr {result.lr:.3g} · norm {result.grad_norm:.3f} · {result.step_ms:.0f} ms{speed}"
+            f"step {result.step}{of} · loss {result.loss:.4f} · lr {result.lr:.3g} · norm "
+            f"{result.grad_norm:.3f} · {result.step_ms:.0f} ms{speed}"
         )
 
     def finish(self) -> None:
         """The last step is done: save it if checkpoints are on, and say goodbye."""
-        if self.folder is not None and self.knobs["checkpoint_interval"] and self._last_saved != self.engine.global_steps:
+        if (
+            self.folder is not None
+            and self.knobs["checkpoint_interval"]
+            and self._last_saved != self.engine.global_steps
+        ):
             self._save()
         self.link.goodbye("finished", self.engine.global_steps)
 
@@ -112,7 +121,8 @@ class Steering:
         self._last_saved = self.engine.global_steps
         return path
 
-    # ---- commands: see [Note: how ranks agree] ---------------------------------------------------------------------------
+    # ---- commands: see [Note: how ranks agree]
+    # ---------------------------------------------------------------------------
     def _apply_all(self, commands: deque[Command]) -> None:
         paused = False
         while commands or paused:
@@ -177,21 +187,30 @@ class Steering:
         """Save (unless this step is saved), say goodbye, leave."""
         saved = self.folder is None or self._last_saved == self.engine.global_steps or self._save()
         if command is not None:
-            self._answer(command, "applied", result={"checkpoint": str(self._saved_path) if self._saved_path and saved else None})
-        log.info(f"stopping at step {self.engine.global_steps}: {why}{'' if saved else ' (no checkpoint: ' + self._problem + ')'}")
+            self._answer(
+                command, "applied", result={"checkpoint": str(self._saved_path) if self._saved_path and saved else None}
+            )
+        log.info(
+            f"stopping at step {self.engine.global_steps}: "
+            f"{why}{'' if saved else ' (no checkpoint: ' + self._problem + ')'}"
+        )
         self.link.goodbye("stopped", self.engine.global_steps, "" if saved else self._problem)
         raise RunStopped
 
-    # ---- checkpoints -----------------------------------------------------------------------------------------------------
+    # ---- checkpoints
+    # -----------------------------------------------------------------------------------------------------
     _problem = ""
 
     def _save(self) -> bool:
-        """Save this step under the run. A failure is an event, not the end: training goes on with the older checkpoints."""
+        """Save this step under the run. A failure is an event, not the end: training goes on with the older
+        checkpoints."""
         assert self.folder is not None
         engine, began = self.engine, time.monotonic()
         try:
             with engine.telemetry.span("checkpoint"):
-                self._saved_path = checkpoint.save(engine, self.folder, checkpoint.step_tag(engine.global_steps), self.client_state)
+                self._saved_path = checkpoint.save(
+                    engine, self.folder, checkpoint.step_tag(engine.global_steps), self.client_state
+                )
         except checkpoint.CheckpointError as error:
             self._problem = str(error)
             if engine.comm.rank == 0:
@@ -220,7 +239,16 @@ class Steering:
         if self.engine.comm.rank != 0:
             return
         self.link.ack(
-            Ack(id=command.id, number=command.number, state=state, step=self.engine.global_steps, reason=reason, result=result or {}, rank=0, wall_s=time.time())
+            Ack(
+                id=command.id,
+                number=command.number,
+                state=state,
+                step=self.engine.global_steps,
+                reason=reason,
+                result=result or {},
+                rank=0,
+                wall_s=time.time(),
+            )
         )
 
 

@@ -52,10 +52,12 @@ def run(engine: Engine, batches: Batches, steps: int | None) -> None:
 
 
 def check(engine: Engine, step: int) -> None:
-    """A gradient that is not finite has spoiled the parameters of this step: further steps would only hide where it began."""
+    """A gradient that is not finite has spoiled the parameters of this step: further steps would only hide where it
+    began."""
     norm = engine.get_global_grad_norm()
     if norm is not None and not math.isfinite(norm):
         raise TrainingError(
-            f"the gradient norm is {norm} at step {step}: lower optimizer.params.lr, set gradient_clipping, or look at the data; "
+            f"the gradient norm is {norm} at step {step}: lower optimizer.params.lr, set gradient_clipping, or "
+            f"look at the data; "
             "launch with --resume to continue from the newest checkpoint"
         )

@@ -1,4 +1,5 @@
-"""For every test: one thread per torch operation, unless the environment says otherwise; and shared process groups of real ranks.
+"""For every test: one thread per torch operation, unless the environment says otherwise; and shared process groups of
+real ranks.
 
 Two spinning threads on a busy two-core machine make small operations 30 times slower; ranks get their own setting.
 """

@@ -2,8 +2,8 @@
 
     results = ranks(2).run(function, argument, ...)     # function(argument, ...) on every rank; a list in rank order
 
-`function` must be importable (module level). An exception on any rank fails the test with that rank's traceback, and the group is started
-anew for the next test, for its ranks may have parted ways.
+`function` must be importable (module level). An exception on any rank fails the test with that rank's traceback, and
+the group is started anew for the next test, for its ranks may have parted ways.
 """
 
 from __future__ import annotations

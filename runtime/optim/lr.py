@@ -1,7 +1,8 @@
-"""DeepSpeed's warm-up schedules, step for step (deepspeed/runtime/lr_schedules.py, v0.19: WarmupLR, WarmupDecayLR, WarmupCosineLR).
+"""DeepSpeed's warm-up schedules, step for step (deepspeed/runtime/lr_schedules.py, v0.19: WarmupLR, WarmupDecayLR,
+WarmupCosineLR).
 
-Like DeepSpeed's they count iterations from -1, so the first optimizer step runs at the schedule's minimum, and a schedule is advanced after
-each optimizer step.
+Like DeepSpeed's they count iterations from -1, so the first optimizer step runs at the schedule's minimum, and a
+schedule is advanced after each optimizer step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from runtime.config import SchedulerConfig
+from runtime.config import SchedulerConfig, WarmupCosineLR
 
 
 class WarmupSchedule:
@@ -47,7 +48,7 @@ class WarmupSchedule:
 def learning_rate(config: SchedulerConfig, iteration: int, base: float) -> float:
     """The learning rate at `iteration` (-1 before the first optimizer step) for a group whose own is `base`."""
     warmup = max(2, config.warmup_num_steps)
-    if config.type == "WarmupCosineLR":
+    if isinstance(config, WarmupCosineLR):
         return base * _cosine_ratio(config, iteration, warmup)
     low = config.warmup_min_lr
     high = config.warmup_max_lr if config.warmup_max_lr is not None else base
@@ -65,7 +66,7 @@ def _warm(iteration: int, warmup: int, shape: str) -> float:
     return iteration / warmup if shape == "linear" else math.log(iteration + 1) / math.log(warmup)
 
 
-def _cosine_ratio(config: SchedulerConfig, iteration: int, warmup: int) -> float:
+def _cosine_ratio(config: WarmupCosineLR, iteration: int, warmup: int) -> float:
     if iteration < 0:
         return 0.0
     if iteration < warmup:

@@ -1,4 +1,5 @@
-"""The optimizer as scripts and schedulers see it, over the user's parameters; its numbers drive the rules of every flat."""
+"""The optimizer as scripts and schedulers see it, over the user's parameters; its numbers drive the rules of every
+flat."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "R
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
-    """`param_groups` hold the user's own parameters and numbers (lr, weight_decay, ...); change them as with any optimizer.
+    """`param_groups` hold the user's own parameters and numbers (lr, weight_decay, ...); change them as with any
+    optimizer.
 
     The update itself runs inside engine.step(), on each rank's ranges.
     """
@@ -34,21 +36,36 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def numbers(self, lr_factor: float) -> list[dict[str, Any]]:
         """Each group's numbers without its parameters, lr multiplied by the run's learning-rate factor."""
-        return [{**{k: v for k, v in g.items() if k != "params"}, "lr": float(g["lr"]) * lr_factor} for g in self.param_groups]
+        return [
+            {**{k: v for k, v in g.items() if k != "params"}, "lr": float(g["lr"]) * lr_factor}
+            for g in self.param_groups
+        ]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        raise RuntimeError("optimizer.step(): call engine.step() instead; it reduces, clips, updates and gathers on all ranks")
+        raise RuntimeError(
+            "optimizer.step(): call engine.step() instead; it reduces, clips, updates and gathers on all ranks"
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: the engine drops gradients itself, after each optimizer step."""
 
 
-def optimizer_from_config(parameters: list[dict[str, Any]] | Iterable[nn.Parameter], config: OptimizerConfig) -> ZeroOptimizer:
+def optimizer_from_config(
+    parameters: list[dict[str, Any]] | Iterable[nn.Parameter], config: OptimizerConfig
+) -> ZeroOptimizer:
     """`parameters`: what the script gave as model_parameters (parameters, or groups with numbers of their own)."""
-    listed = list(parameters)
+    listed: list[Any] = list(parameters)
     groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
     numbers = config.torch_kwargs()
-    full = [{**_defaults(config.type), **numbers, **{k: v for k, v in group.items() if k != "params"}, "params": list(group["params"])} for group in groups]
+    full = [
+        {
+            **_defaults(config.type),
+            **numbers,
+            **{k: v for k, v in group.items() if k != "params"},
+            "params": list(group["params"]),
+        }
+        for group in groups
+    ]
     return ZeroOptimizer(full, config.type, decoupled=config.type == "AdamW", bias_correction=config.bias_correction)
 
 
@@ -60,11 +77,16 @@ def optimizer_from_torch(optimizer: torch.optim.Optimizer) -> ZeroOptimizer:
     kind = type(optimizer).__name__
     if type(optimizer).__module__.split(".")[0] != "torch" or kind not in ELEMENTWISE:
         raise ConfigError(
-            [f"optimizer: expected an elementwise optimizer of torch.optim ({', '.join(ELEMENTWISE)}), got {type(optimizer).__module__}.{kind}: "
-             "a rank holds only a flat range of each unit, not whole matrices"]
-        )  # fmt: skip
+            f"optimizer: expected an elementwise optimizer of torch.optim ({', '.join(ELEMENTWISE)}), "
+            f"got {type(optimizer).__module__}.{kind}: a rank holds only a flat range of each unit, not whole matrices"
+        )
     if optimizer.state:
-        raise ConfigError([f"optimizer: this {kind} has stepped already; give it to initialize() fresh, and load states with load_checkpoint()"])
+        raise ConfigError(
+            [
+                f"optimizer: this {kind} has stepped already; give it to initialize() fresh, and load states "
+                f"with load_checkpoint()"
+            ]
+        )
     groups = [dict(group) for group in optimizer.param_groups]
     if any(group.get("amsgrad") for group in groups) and kind in ("Adam", "AdamW"):
         raise ConfigError(["optimizer: amsgrad=True is not supported; use amsgrad=False"])

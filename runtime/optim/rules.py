@@ -5,7 +5,7 @@ Both have one interface, so that the engine, the checkpoint and later offload do
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,8 +32,9 @@ class State:
 
 
 class Rule(Protocol):
-    def update(self, groups: list[Hyper], step: int, scale: float) -> None:
-        """Take optimizer step `step` (from 1) with gradient x `scale`, and leave the new values in masters and own parameters."""
+    def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
+        """Take optimizer step `step` (from 1) with gradient x `scale`, and leave the new values in masters and own
+        parameters."""
 
     def states(self) -> Iterator[State]:
         """Every state tensor, to be written to or read from a checkpoint."""
@@ -52,7 +53,7 @@ class AdamRule:
         self.exp_avg = ledger.hold("optimizer", torch.zeros_like(flat.masters))
         self.exp_avg_sq = ledger.hold("optimizer", torch.zeros_like(flat.masters))
 
-    def update(self, groups: list[Hyper], step: int, scale: float) -> None:
+    def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         flat = self.flat
         out = None if flat.dtype == torch.float32 else flat.own_parameters
         for segment in flat.segments:
@@ -98,7 +99,19 @@ def _adam_on_cuda(p, m, v, g, out, *, step, lr, beta1, beta2, eps, weight_decay,
     """torch's own fused kernel, over one segment."""
     if not adamw:
         adamw_reference(
-            p, m, v, g, out, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, grad_scale=grad_scale, adamw=False
+            p,
+            m,
+            v,
+            g,
+            out,
+            step=step,
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            grad_scale=grad_scale,
+            adamw=False,
         )
         return
     grad = g.mul_(grad_scale) if g.dtype == torch.float32 else g.float().mul_(grad_scale)
@@ -113,7 +126,9 @@ def _adam_on_cuda(p, m, v, g, out, *, step, lr, beta1, beta2, eps, weight_decay,
 class TorchRule:
     """Any elementwise optimizer of torch.optim, unchanged, over segments of the masters."""
 
-    def __init__(self, flat: Flat, kind: type[torch.optim.Optimizer], groups: list[Hyper], ledger: Ledger) -> None:
+    def __init__(
+        self, flat: Flat, kind: Callable[..., torch.optim.Optimizer], groups: Sequence[Hyper], ledger: Ledger
+    ) -> None:
         self.flat, self.ledger = flat, ledger
         self.parts = [nn.Parameter(flat.masters[s.start : s.end], requires_grad=True) for s in flat.segments]
         self.optimizer = kind(
@@ -125,7 +140,7 @@ class TorchRule:
         )
         self._held = 0
 
-    def update(self, groups: list[Hyper], step: int, scale: float) -> None:
+    def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         flat = self.flat
         flat.gradient.mul_(scale)
         for part, segment, own in zip(self.parts, flat.segments, self.optimizer.param_groups, strict=False):
@@ -162,7 +177,9 @@ class TorchRule:
     def scalars(self) -> dict[str, Any]:
         for part in self.parts:
             state = self.optimizer.state.get(part, {})
-            return {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in state.items() if not _per_element(v, part)}
+            return {
+                k: v.item() if isinstance(v, torch.Tensor) else v for k, v in state.items() if not _per_element(v, part)
+            }
         return {}
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:

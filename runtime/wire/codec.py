@@ -9,7 +9,6 @@ from pydantic import BaseModel, ValidationError
 
 from runtime.wire.messages import PROTOCOL, Packet, Snapshot, down_adapter, up_adapter
 
-
 _Shell = TypeVar("_Shell", Packet, Snapshot)
 
 
@@ -46,7 +45,10 @@ def _decode_many(frame: bytes, model: type[_Shell]) -> _Shell:
     data = _load(frame)
     protocol = data.get("protocol", PROTOCOL)
     if protocol != PROTOCOL:
-        raise ProtocolError(f"the run speaks protocol {protocol}, this zerotop speaks {PROTOCOL}: install the same version on both sides")
+        raise ProtocolError(
+            f"the run speaks protocol {protocol}, this zerotop speaks {PROTOCOL}: install the same version on "
+            f"both sides"
+        )
     known = []
     for item in data.get("messages", ()):
         try:

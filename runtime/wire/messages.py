@@ -2,14 +2,17 @@
 
 Three channels carry them, and each says what it may lose:
 
-- telemetry (a rank's PUB to the hub): `Phases`, `StepResult`, `Memory`, `Collectives`, `Heartbeat`. May be dropped; a gap is counted by
-  `Packet.seq`.
-- events (a rank's DEALER to the hub's ROUTER): `Hello`, `LogRecord`, `Event`, `Ack`, `Goodbye`. Numbered by `Packet.seq`, asked for again with
-  `Resend`; never lost while both ends live. Downwards the same pair carries `Command`, in the hub's numbering.
-- screens (the hub's XPUB): all of the above as they arrive, and the hub's own `RunStatus`, `NodeStats`, `CommandRecord`; first a `Snapshot`.
+- telemetry (a rank's PUB to the hub): `Phases`, `StepResult`, `Memory`, `Collectives`, `Heartbeat`. May be dropped; a
+  gap is counted by `Packet.seq`.
+- events (a rank's DEALER to the hub's ROUTER): `Hello`, `LogRecord`, `Event`, `Ack`, `Goodbye`. Numbered by
+  `Packet.seq`, asked for again with `Resend`; never lost while both ends live. Downwards the same pair carries
+  `Command`, in the hub's numbering.
+- screens (the hub's XPUB): all of the above as they arrive, and the hub's own `RunStatus`, `NodeStats`,
+  `CommandRecord`; first a `Snapshot`.
 
-Units stand in the field names. `*_ns` are CLOCK_MONOTONIC nanoseconds of the sender's node (comparable on one node only); `*_wall_s` are Unix
-seconds. Older readers ignore unknown fields, and skip messages of an unknown kind (see codec.py).
+Units stand in the field names. `*_ns` are CLOCK_MONOTONIC nanoseconds of the sender's node (comparable on one node
+only); `*_wall_s` are Unix seconds. Older readers ignore unknown fields, and skip messages of an unknown kind (see
+codec.py).
 """
 
 from __future__ import annotations
@@ -19,14 +22,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 PROTOCOL = 1
-"""Raised when an old reader would misread a message; a hello with another number is refused with a message that says so."""
+"""Raised when an old reader would misread a message; a hello with another number is refused with a message that says
+so."""
 
-PhaseName = Literal["idle", "data", "forward", "backward", "reduce", "gather", "offload", "step", "checkpoint", "paused", "eval", "init"]
+PhaseName = Literal[
+    "idle", "data", "forward", "backward", "reduce", "gather", "offload", "step", "checkpoint", "paused", "eval", "init"
+]
 CommandName = Literal["pause", "resume", "checkpoint", "stop", "abort", "set"]
-RunStateName = Literal["starting", "running", "paused", "restarting", "stopping", "stopped", "finished", "aborted", "failed"]
+RunStateName = Literal[
+    "starting", "running", "paused", "restarting", "stopping", "stopped", "finished", "aborted", "failed"
+]
 LIVE_STATES: frozenset[str] = frozenset({"starting", "running", "paused", "restarting", "stopping"})
 Category = Literal["parameters", "gradients", "optimizer", "masters", "buffers", "communication"]
-"""What a persistent byte of a rank is used for. masters: fp32 copies of 16-bit parameters; communication: gather and reduce buffers."""
+"""What a persistent byte of a rank is used for. masters: fp32 copies of 16-bit parameters; communication: gather and
+reduce buffers."""
 
 
 class Message(BaseModel):
@@ -68,7 +77,8 @@ class Hello(Message):
 
 
 class Phases(Message):
-    """Finished intervals since the last packet: (phase, step, micro_step (1-based, 0 outside accumulation), start_ns, end_ns)."""
+    """Finished intervals since the last packet: (phase, step, micro_step (1-based, 0 outside accumulation), start_ns,
+    end_ns)."""
 
     kind: Literal["phases"] = "phases"
     rank: int
@@ -77,7 +87,8 @@ class Phases(Message):
 
 
 class StepResult(Message):
-    """One optimizer step of one rank. loss, grad_norm are global figures (equal on all ranks); times and bytes are the rank's own."""
+    """One optimizer step of one rank. loss, grad_norm are global figures (equal on all ranks); times and bytes are the
+    rank's own."""
 
     kind: Literal["step"] = "step"
     rank: int
@@ -97,7 +108,8 @@ class StepResult(Message):
 
 
 class Memory(Message):
-    """Where a rank's memory is. `ledger` is exact (what the engine holds); the device figures are the allocator's and the driver's."""
+    """Where a rank's memory is. `ledger` is exact (what the engine holds); the device figures are the allocator's and
+    the driver's."""
 
     kind: Literal["memory"] = "memory"
     rank: int
@@ -115,8 +127,9 @@ class Memory(Message):
 class Collectives(Message):
     """Finished collectives, in issue order: (seq, op, bytes, issue_ns, end_ns, duration_us, wait_us).
 
-    seq counts a rank's collectives from 1; all ranks issue in one order, so equal seq means the same collective. duration runs from the later of
-    its issue and the previous completion, to its completion; wait is the part for which the training thread stood still.
+    seq counts a rank's collectives from 1; all ranks issue in one order, so equal seq means the same collective.
+    duration runs from the later of its issue and the previous completion, to its completion; wait is the part for which
+    the training thread stood still.
     """
 
     kind: Literal["collectives"] = "collectives"
@@ -153,7 +166,8 @@ class LogRecord(Message):
 
 
 class Event(Message):
-    """Something worth a line in the event pane: what is a stable word ("checkpoint", "resumed", "overflow", "exit", ...)."""
+    """Something worth a line in the event pane: what is a stable word ("checkpoint", "resumed", "overflow", "exit",
+    ...)."""
 
     kind: Literal["event"] = "event"
     rank: int | None
@@ -178,7 +192,8 @@ class Command(Message):
 
 
 class Ack(Message):
-    """accepted (by the hub) -> applied at `step` (by rank 0) | rejected: `reason`; `result` e.g. the checkpoint's path."""
+    """accepted (by the hub) -> applied at `step` (by rank 0) | rejected: `reason`; `result` e.g. the checkpoint's
+    path."""
 
     kind: Literal["ack"] = "ack"
     id: str
@@ -244,7 +259,8 @@ class GpuStats(Message):
 
 
 class NodeStats(Message):
-    """One node, sampled by its probe once a second. `gpus` is None when NVML is not there (then `gpu_note` says why)."""
+    """One node, sampled by its probe once a second. `gpus` is None when NVML is not there (then `gpu_note` says
+    why)."""
 
     kind: Literal["node"] = "node"
     host: str
@@ -271,7 +287,19 @@ class Resend(Message):
 
 
 Up = Annotated[
-    Hello | Phases | StepResult | Memory | Collectives | Heartbeat | LogRecord | Event | Ack | Goodbye | RunStatus | NodeStats | CommandRecord,
+    Hello
+    | Phases
+    | StepResult
+    | Memory
+    | Collectives
+    | Heartbeat
+    | LogRecord
+    | Event
+    | Ack
+    | Goodbye
+    | RunStatus
+    | NodeStats
+    | CommandRecord,
     Field(discriminator="kind"),
 ]
 """Everything that flows towards screens."""

@@ -1,13 +1,13 @@
 """The run directory: which files it holds, and the two small JSON files that say what a run is and how it is.
 
-    RUN/run.json                what was launched; written once per attempt, before anything starts
-    RUN/state.json              a `RunStatus`; replaced atomically by the supervisor
-    RUN/config.json             the config as the user wrote it, with --set applied
-    RUN/resolved.json           every value that the run uses
-    RUN/recording.sqlite        what the hub heard
-    RUN/logs/<attempt>/         rank-N.log, torchrun.log, supervisor.log
-    RUN/checkpoints/step-N/     unless zerotop.checkpoint.folder says otherwise
-    SOCKETS/                    /tmp/zerotop-UID/<8 characters>/: telemetry, ranks, screens, commands
+RUN/run.json                what was launched; written once per attempt, before anything starts
+RUN/state.json              a `RunStatus`; replaced atomically by the supervisor
+RUN/config.json             the config as the user wrote it, with --set applied
+RUN/resolved.json           every value that the run uses
+RUN/recording.sqlite        what the hub heard
+RUN/logs/<attempt>/         rank-N.log, torchrun.log, supervisor.log
+RUN/checkpoints/step-N/     unless zerotop.checkpoint.folder says otherwise
+SOCKETS/                    /tmp/zerotop-UID/<8 characters>/: telemetry, ranks, screens, commands
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict
 from runtime.wire.messages import RunStatus
 
 RUN_VARIABLE = "ZEROTOP_RUN"
-"""Environment of every rank: the run directory's path. Its presence is what makes initialize() start telemetry and control."""
+"""Environment of every rank: the run directory's path. Its presence is what makes initialize() start telemetry and
+control."""
 ATTEMPT_VARIABLE = "ZEROTOP_ATTEMPT"
 SUPERVISOR_VARIABLE = "ZEROTOP_SUPERVISOR_PID"
 RESUME_VARIABLE = "ZEROTOP_RESUME"

@@ -27,11 +27,13 @@ class Boundary:
     """Some rank must stop (its supervisor is gone)."""
 
 
-def agree(flats: Sequence[Flat], comm: Comm, loss: torch.Tensor | float, divisor: float, command_waits: bool, stop_asked: bool) -> Boundary:
+def agree(
+    flats: Sequence[Flat], comm: Comm, loss: torch.Tensor | float, divisor: float, command_waits: bool, stop_asked: bool
+) -> Boundary:
     """One all-reduce of four numbers in fp64, at every stage, clipping or not.
 
-    `divisor` turns the summed gradient into the mean one (world size x loss scale). Each rank contributes the squares of its own range only,
-    also where it holds everything, so that no element counts twice.
+    `divisor` turns the summed gradient into the mean one (world size x loss scale). Each rank contributes the squares
+    of its own range only, also where it holds everything, so that no element counts twice.
     """
     squares = sum_of_squares([own_gradient(flat, comm) for flat in flats])
     figures = torch.tensor(

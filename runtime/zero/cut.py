@@ -1,4 +1,5 @@
-"""Cut a model into units: the blocks of its largest repeated ModuleList, the embedding, the head, and the rest (the root unit)."""
+"""Cut a model into units: the blocks of its largest repeated ModuleList, the embedding, the head, and the rest (the
+root unit)."""
 
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ class UnitError(ValueError):
 
 
 def cut(model: nn.Module, patterns: list[str] | None = None) -> list[Cut]:
-    """Units in forward order; every parameter of `model` is in exactly one of them, and units without parameters are left out.
+    """Units in forward order; every parameter of `model` is in exactly one of them, and units without parameters are
+    left out.
 
-    `patterns` (the config's zerotop.units) are module paths, `*` allowed: each matching module becomes a unit. A parameter that modules of
-    several units use (tied weights) belongs to the root unit, which comes first.
+    `patterns` (the config's zerotop.units) are module paths, `*` allowed: each matching module becomes a unit. A
+    parameter that modules of several units use (tied weights) belongs to the root unit, which comes first.
     """
     modules = dict(model.named_modules())
     if patterns:
@@ -57,8 +59,11 @@ def _default_cut(model: nn.Module, modules: dict[str, nn.Module]) -> list[Cut]:
 
 
 def _around(model: nn.Module, blocks_name: str) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The siblings of the block list and of its ancestors: those registered before it run before it, as far as anyone can tell."""
-    before, after, at = [], [], model
+    """The siblings of the block list and of its ancestors: those registered before it run before it, as far as anyone
+    can tell."""
+    before: list[nn.Module] = []
+    after: list[nn.Module] = []
+    at = model
     for part in blocks_name.split("."):
         earlier = True
         for name, child in at.named_children():
@@ -82,7 +87,8 @@ def _share_out(model: nn.Module, root: Cut, cuts: list[Cut]) -> None:
 
 
 def reduce_order(units: list[Cut]) -> Iterator[int]:
-    """Indices in the order in which gradients are expected to be complete: the head first, the root unit (open all along) last."""
+    """Indices in the order in which gradients are expected to be complete: the head first, the root unit (open all
+    along) last."""
     for index in reversed(range(len(units))):
         if units[index].name != "root":
             yield index

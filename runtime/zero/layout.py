@@ -1,9 +1,10 @@
-"""Shard arithmetic: which element of which parameter lies where in a flat buffer, and who owns it. Pure integers, torch-free.
+"""Shard arithmetic: which element of which parameter lies where in a flat buffer, and who owns it. Pure integers,
+torch-free.
 
-    flat buffer   | p0 ......... | p1 ... | p2 .................... | padding |      numel = multiple of world x ALIGNMENT
-    ranges        |<----- rank 0 ----->|<----- rank 1 ----->|<----- rank 2 ----->|     all equal
-    segments      maximal runs of one optimizer parameter group inside a range
-    slices        the part of each parameter that lies inside a range
+flat buffer   | p0 ......... | p1 ... | p2 .................... | padding |      numel = multiple of world x ALIGNMENT
+ranges        |<----- rank 0 ----->|<----- rank 1 ----->|<----- rank 2 ----->|     all equal
+segments      maximal runs of one optimizer parameter group inside a range
+slices        the part of each parameter that lies inside a range
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Layout:
         return rank * self.range_numel, (rank + 1) * self.range_numel
 
     def segments(self, start: int, end: int) -> list[Segment]:
-        """The groups' runs inside elements [start, end), relative to start. Padding belongs to no group and is left out."""
+        """The groups' runs inside elements [start, end), relative to start. Padding belongs to no group and is left
+        out."""
         runs: list[Segment] = []
         for slot in self.slots:
             low, high = max(slot.offset, start), min(slot.end, end)
@@ -102,7 +104,8 @@ class Layout:
         return runs
 
     def slices(self, start: int, end: int) -> list[Slice]:
-        """The parts of parameters inside elements [start, end), relative to start; parameters without a part are left out."""
+        """The parts of parameters inside elements [start, end), relative to start; parameters without a part are left
+        out."""
         parts = []
         for slot in self.slots:
             low, high = max(slot.offset, start), min(slot.end, end)

@@ -1,4 +1,5 @@
-"""When each unit's gradients are reduced: hooks notice that a unit is complete, and reductions are issued in one fixed order on all ranks."""
+"""When each unit's gradients are reduced: hooks notice that a unit is complete, and reductions are issued in one fixed
+order on all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ IN_FLIGHT = 2
 
 
 class Schedule:
-    """Drives the flats through a backward. `order`: the flats in the order in which their reductions are issued, equal on all ranks."""
+    """Drives the flats through a backward. `order`: the flats in the order in which their reductions are issued, equal
+    on all ranks."""
 
     def __init__(self, order: Sequence[Flat], telemetry: Telemetry | NullTelemetry) -> None:
         self.order = list(order)
@@ -37,7 +39,8 @@ class Schedule:
         return arrived
 
     def begin_backward(self, reduce: bool) -> None:
-        """`reduce`: this backward's gradients go out to the other ranks (every one at stages 2 and 3, else only the boundary's)."""
+        """`reduce`: this backward's gradients go out to the other ranks (every one at stages 2 and 3, else only the
+        boundary's)."""
         self._ready.clear()
         self._next = 0
         self._reducing = reduce

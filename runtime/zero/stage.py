@@ -13,7 +13,8 @@ class StagePolicy:
     own_states: bool
     """Masters and optimizer states exist for the rank's own range only."""
     reduce_every_micro_step: bool
-    """Gradients are reduced as each unit's backward ends, and only the own range is kept. Otherwise they stay whole until the boundary."""
+    """Gradients are reduced as each unit's backward ends, and only the own range is kept. Otherwise they stay whole
+    until the boundary."""
 
     @property
     def own_gradients(self) -> bool:

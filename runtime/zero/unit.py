@@ -1,12 +1,13 @@
 """A unit: parameters that are gathered, reduced and updated together, in one flat buffer per dtype.
 
 [Note: life of a gradient]
-A backward leaves each parameter's gradient in `param.grad`; a hook moves it into the flat gradient buffer at once and drops it, so no gradient
-exists twice for longer than one hook.
-- Policies that keep whole gradients (stages 0, 1): the flat buffer is the accumulator itself. It is reduced once, in the last micro-step's
-  backward, in place; the optimizer reads it where it is.
-- Policies that keep only their own range (stages 2, 3): the flat buffer is borrowed from a pool for one backward of this unit, reduced, its own
-  range added to the accumulator, and given back. About two units' buffers exist at any time, and the root unit's.
+A backward leaves each parameter's gradient in `param.grad`; a hook moves it into the flat gradient buffer at once and
+drops it, so no gradient exists twice for longer than one hook.
+- Policies that keep whole gradients (stages 0, 1): the flat buffer is the accumulator itself. It is reduced once, in
+  the last micro-step's backward, in place; the optimizer reads it where it is.
+- Policies that keep only their own range (stages 2, 3): the flat buffer is borrowed from a pool for one backward of
+  this unit, reduced, its own range added to the accumulator, and given back. About two units' buffers exist at any
+  time, and the root unit's.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class GradientState(enum.Enum):
 
 
 class BufferPool:
-    """Whole-unit gradient buffers, lent out for the time of one backward. A buffer is never given back to the allocator: faulting its pages in
-    again would cost more than the reduction."""
+    """Whole-unit gradient buffers, lent out for the time of one backward. A buffer is never given back to the
+    allocator: faulting its pages in again would cost more than the reduction."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, ledger: Ledger) -> None:
         self.dtype, self.device, self.ledger = dtype, device, ledger
@@ -79,7 +80,8 @@ class Flat:
         self.segments = self.layout.segments(self.start, self.end)
         self._adopt(dtype)
         self.whole: torch.Tensor | None = None
-        """(layout.numel,) gradients of this backward (stage 2, 3: borrowed) or since the boundary (stages 0, 1: kept)."""
+        """(layout.numel,) gradients of this backward (stage 2, 3: borrowed) or since the boundary (stages 0, 1:
+        kept)."""
         self.accumulated: torch.Tensor | None = None
         """(state_numel,) own range's gradients since the boundary; stages 2, 3 only."""
         self._borrowed: torch.Tensor | None = None
@@ -97,7 +99,8 @@ class Flat:
     # ---- parameters --------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def _adopt(self, dtype: torch.dtype) -> None:
-        """Move the parameters' values (rank 0's) into the flat buffer, one unit at a time, so that peak memory is one unit above the model."""
+        """Move the parameters' values (rank 0's) into the flat buffer, one unit at a time, so that peak memory is one
+        unit above the model."""
         device = self.comm.device
         exact = torch.zeros(self.layout.numel, dtype=torch.float32, device=device)
         for slot, parameter in zip(self.layout.slots, self.members, strict=True):
@@ -129,7 +132,8 @@ class Flat:
 
     # ---- gradients: see [Note: life of a gradient] -------------------------------------------------------------------
     def receive(self, index: int, parameter: nn.Parameter) -> bool:
-        """Move one parameter's fresh gradient into the flat buffer. True when it was the last one missing in this backward."""
+        """Move one parameter's fresh gradient into the flat buffer. True when it was the last one missing in this
+        backward."""
         grad = parameter.grad
         parameter.grad = None
         if grad is None:
@@ -137,8 +141,10 @@ class Flat:
         slot = self.layout.slots[index]
         if self._arrived[index] and self.gradient_state is not GradientState.FILLING:
             raise RuntimeError(
-                f"{slot.name} received a second gradient in one backward, after its unit was reduced: a module that is used several times "
-                "under re-entrant activation checkpointing does this; call torch.utils.checkpoint with use_reentrant=False"
+                f"{slot.name} received a second gradient in one backward, after its unit was reduced: a module "
+                f"that is used several times "
+                "under re-entrant activation checkpointing does this; call torch.utils.checkpoint with "
+                "use_reentrant=False"
             )
         whole = self._whole_buffer()
         target = whole[slot.offset : slot.end].view(slot.shape)
@@ -203,7 +209,8 @@ class Flat:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """(state_numel,) summed over ranks and micro-steps; the caller divides by the world size through its gradient scale."""
+        """(state_numel,) summed over ranks and micro-steps; the caller divides by the world size through its gradient
+        scale."""
         if self.policy.own_gradients:
             assert self.accumulated is not None
             return self.accumulated

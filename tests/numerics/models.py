@@ -1,4 +1,5 @@
-"""Small models with awkward shapes: odd sizes, sizes below the world's, frozen, tied and unused parameters, no blocks at all."""
+"""Small models with awkward shapes: odd sizes, sizes below the world's, frozen, tied and unused parameters, no blocks
+at all."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ class Block(nn.Module):
 
 
 class Uneven(nn.Module):
-    """Token model with dimension 13: no size is a multiple of anything. `tied`: the head shares the embedding's weight."""
+    """Token model with dimension 13: no size is a multiple of anything. `tied`: the head shares the embedding's
+    weight."""
 
     def __init__(self, tied: bool = False, frozen: bool = False, unused: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Parameters after 20 steps equal a plain single-process AdamW on the whole batch, per parameter, at every stage and world size."""
+"""Parameters after 20 steps equal a plain single-process AdamW on the whole batch, per parameter, at every stage and
+world size."""
 
 from __future__ import annotations
 
@@ -13,8 +14,12 @@ STEPS = 20
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-5, "weight_decay": 0.1}
 
 
-def config(stage: int, accumulation: int, clip: float, precision: str = "fp32", optimizer: str = "AdamW", **extra: Any) -> dict[str, Any]:
-    params = {k: list(v) if isinstance(v, tuple) else v for k, v in HYPER.items()} if optimizer == "AdamW" else {"lr": 1e-3}
+def config(
+    stage: int, accumulation: int, clip: float, precision: str = "fp32", optimizer: str = "AdamW", **extra: Any
+) -> dict[str, Any]:
+    params = (
+        {k: list(v) if isinstance(v, tuple) else v for k, v in HYPER.items()} if optimizer == "AdamW" else {"lr": 1e-3}
+    )
     base: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": accumulation,
@@ -33,7 +38,9 @@ def micro_batch(step: int, micro: int, rank: int, world: int) -> tuple[torch.Ten
     return torch.cat([tokens for tokens, _ in rows]), torch.cat([targets for _, targets in rows])
 
 
-def train_with_engine(kind: str, settings: dict[str, Any], steps: int = STEPS) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+def train_with_engine(
+    kind: str, settings: dict[str, Any], steps: int = STEPS
+) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """Parameters by name, global losses and norms, as one rank of the current process group ends up with them."""
     import torch.distributed as dist
 
@@ -54,8 +61,11 @@ def train_with_engine(kind: str, settings: dict[str, Any], steps: int = STEPS) -
     return {name: p.detach().clone() for name, p in engine.module.named_parameters()}, losses, norms
 
 
-def train_plainly(kind: str, world: int, accumulation: int, clip: float, optimizer: str = "AdamW", steps: int = STEPS) -> dict[str, torch.Tensor]:
-    """The same in one process, plain torch, the whole batch at once. An unused parameter counts as having a zero gradient."""
+def train_plainly(
+    kind: str, world: int, accumulation: int, clip: float, optimizer: str = "AdamW", steps: int = STEPS
+) -> dict[str, torch.Tensor]:
+    """The same in one process, plain torch, the whole batch at once. An unused parameter counts as having a zero
+    gradient."""
     model = make(kind)
     trained = [p for p in model.parameters() if p.requires_grad]
     numbers = HYPER if optimizer == "AdamW" else {"lr": 1e-3}
@@ -112,8 +122,11 @@ def test_all_ranks_hold_the_same_bits_and_the_same_seed_gives_them_again(ranks):
             assert torch.equal(value, first[0][0][name]), name
 
 
-def train_plainly_in_bf16(kind: str, world: int, accumulation: int, clip: float) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """bf16 parameters beside fp32 masters, gradients of each micro-batch accumulated in fp32: what the engine promises, written out."""
+def train_plainly_in_bf16(
+    kind: str, world: int, accumulation: int, clip: float
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """bf16 parameters beside fp32 masters, gradients of each micro-batch accumulated in fp32: what the engine promises,
+    written out."""
     model = make(kind)
     parameters = list(model.parameters())
     masters = [p.detach().clone() for p in parameters]
@@ -148,6 +161,7 @@ def test_bf16_follows_fp32_masters(ranks, world, stage, accumulation):
     losses = [sum(per_rank) / world for per_rank in zip(*(losses for _, losses, _ in results), strict=True)]
     assert max(abs(a - b) for a, b in zip(losses, plain_losses, strict=True)) <= 2e-3
     for ours, _, _ in results:
-        # One bf16 ulp near the largest weight: masters agree to fp32 rounding, and rounding them to bf16 may fall either way.
+        # One bf16 ulp near the largest weight: masters agree to fp32 rounding, and rounding them to bf16 may fall
+        # either way.
         assert_equal(ours, plain, tolerance=8e-3)
         assert all(p.dtype == torch.bfloat16 for p in ours.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from hypothesis import given
@@ -21,7 +22,7 @@ def test_ranges_tile_the_buffer(sizes, world):
     layout = layout_of(sizes, world)
     ends = [layout.range(rank) for rank in range(world)]
     assert ends[0][0] == 0 and ends[-1][1] == layout.numel
-    assert all(a[1] == b[0] for a, b in zip(ends, ends[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))
     assert layout.range_numel % ALIGNMENT == 0
     assert 0 <= layout.numel - layout.used < world * ALIGNMENT
 
@@ -33,12 +34,12 @@ def test_slices_cover_every_parameter_element_exactly_once(sizes, world):
     for rank in range(world):
         start, end = layout.range(rank)
         for part in layout.slices(start, end):
-            assert 0 <= part.range_start and part.range_start + part.numel <= layout.range_numel
+            assert part.range_start >= 0 and part.range_start + part.numel <= layout.range_numel
             owned[part.name].append((part.param_start, part.param_start + part.numel))
     for slot in layout.slots:
         parts = sorted(owned[slot.name])
         assert sum(high - low for low, high in parts) == slot.numel == math.prod(slot.shape)
-        assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(parts))
 
 
 @given(shapes, st.integers(1, 9))

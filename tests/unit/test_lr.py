@@ -27,12 +27,16 @@ def test_warmup_lr_grows_with_the_logarithm_by_default():
 
 
 def test_warmup_decay_reaches_zero_at_the_last_step():
-    config = schedule("WarmupDecayLR", warmup_max_lr=0.1, warmup_num_steps=10, warmup_type="linear", total_num_steps=110)
+    config = schedule(
+        "WarmupDecayLR", warmup_max_lr=0.1, warmup_num_steps=10, warmup_type="linear", total_num_steps=110
+    )
     assert [learning_rate(config, i, 0.1) for i in (5, 10, 60, 110, 200)] == pytest.approx([0.05, 0.1, 0.05, 0, 0])
 
 
 def test_warmup_cosine_is_a_ratio_of_the_groups_own_rate():
-    config = schedule("WarmupCosineLR", warmup_num_steps=10, warmup_type="linear", total_num_steps=110, cos_min_ratio=0.1)
+    config = schedule(
+        "WarmupCosineLR", warmup_num_steps=10, warmup_type="linear", total_num_steps=110, cos_min_ratio=0.1
+    )
     assert learning_rate(config, -1, 0.3) == 0
     assert learning_rate(config, 5, 0.3) == pytest.approx(0.15)
     assert learning_rate(config, 59, 0.3) == pytest.approx(0.3 * 0.55)  # half-way down: 0.1 + 0.9 / 2

@@ -49,7 +49,8 @@ class RankState:
     spans: deque[tuple[str, int, int, int, int]] = field(default_factory=lambda: deque(maxlen=256))
     """Newest phase intervals: (phase, step, micro_step, start_ns, end_ns)."""
     heard_ns: int = 0
-    """Arrival at the hub (the hub node's monotonic clock) of the newest packet: the data's age is the hub's now minus this."""
+    """Arrival at the hub (the hub node's monotonic clock) of the newest packet: the data's age is the hub's now minus
+    this."""
     packets_lost: int = 0
     last_seq: dict[str, int] = field(default_factory=dict)
 
@@ -194,7 +195,9 @@ class RunState:
         for _, state in sorted(self.ranks.items()):
             messages += [m for m in (state.step, state.memory, state.heartbeat, state.goodbye) if m is not None]
             if state.spans and state.heartbeat:
-                messages.append(Phases(rank=state.rank, micro_steps=state.heartbeat.micro_steps, spans=list(state.spans)))  # type: ignore[arg-type]
+                messages.append(
+                    Phases(rank=state.rank, micro_steps=state.heartbeat.micro_steps, spans=list(state.spans))
+                )  # type: ignore[arg-type]
         messages += self.waits.messages()
         messages += list(self.nodes.values())
         messages += list(self.commands.values())

@@ -12,8 +12,8 @@ POINTS_KEPT = 1024
 class Series:
     """Global figures per optimizer step (from the lowest rank that reports), at most POINTS_KEPT points.
 
-    When full, every second point goes and from then on only every 2^k-th step is kept, so the whole run stays in sight. The newest
-    step is always there.
+    When full, every second point goes and from then on only every 2^k-th step is kept, so the whole run stays in sight.
+    The newest step is always there.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,12 @@ class Series:
     def copy(self) -> Series:
         """An independent copy: what is added to one is not seen by the other."""
         other = Series()
-        other.stride, other._points, other._newest, other._tokens = self.stride, list(self._points), self._newest, dict(self._tokens)
+        other.stride, other._points, other._newest, other._tokens = (
+            self.stride,
+            list(self._points),
+            self._newest,
+            dict(self._tokens),
+        )
         return other
 
     def __iter__(self) -> Iterator[StepResult]:

@@ -1,7 +1,8 @@
 """Who waits for whom, without comparing clocks.
 
-In one collective every rank is held until the last one arrives, so the rank with the shortest duration came last, its duration is the
-transfer, and what any other rank's duration has beyond that is waiting. Only durations are compared, never times of two nodes.
+In one collective every rank is held until the last one arrives, so the rank with the shortest duration came last, its
+duration is the transfer, and what any other rank's duration has beyond that is waiting. Only durations are compared,
+never times of two nodes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Meeting:
 class Waits:
     def __init__(self) -> None:
         self.meetings: deque[Meeting] = deque(maxlen=VERDICTS_KEPT)
-        self._open: dict[int, dict[int, tuple[str, int, int, int]]] = {}  # seq -> rank -> (op, bytes, step, duration_us)
+        self._open: dict[
+            int, dict[int, tuple[str, int, int, int]]
+        ] = {}  # seq -> rank -> (op, bytes, step, duration_us)
         self._recent: dict[int, Collectives] = {}
 
     def restart(self) -> None:
