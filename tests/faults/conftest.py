@@ -4,7 +4,6 @@ Runs of fake ranks under the real supervisor, in a state home of their own; ever
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 from runtime.wire.messages import Command, CommandRecord
 from zerotop.runs.directory import RunEntry, read_entry
 from zerotop.runs.launching import start_run
+from zerotop.runs.paths import remove_sockets
 from zerotop.source.live import LiveSource
 
 DEADLINE_S = 20.0
@@ -64,7 +64,11 @@ class FakeRun:
         self.see(lambda source: source.state.state_name == name, f"state {name}")
 
     def see_step(self, step: int) -> None:
-        self.see(lambda source: len(source.state.ranks) == 2 and source.state.step >= step, f"step {step} on all ranks")
+        def there(source: LiveSource) -> bool:
+            done = [rank.step.step for rank in source.state.ranks.values() if rank.step]
+            return len(done) == 2 and min(done) >= step
+
+        self.see(there, f"step {step} on both ranks")
 
     def command(self, name: str, identity: str | None = None, **arguments: object) -> CommandRecord:
         """Send a command and wait for its final answer."""
@@ -100,9 +104,10 @@ class FakeRun:
     def close(self) -> None:
         for source in self._sources:
             source.close()
-        for process in self.processes():
-            process.kill()
-        until(self.all_gone, "the test's own clearing up")
+        if read_entry(self.path).live:
+            for process in self.processes():
+                process.kill()
+        until(self.all_gone, "the end of every process")
 
 
 def _final(record: CommandRecord | None) -> bool:
@@ -144,7 +149,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     yield begin
     for run in runs:
         run.close()
-        assert not os.path.exists(run.entry.sockets.folder) or _was_killed(run), "the sockets folder is still there"
+        if _was_killed(run):
+            remove_sockets(run.entry.sockets.folder)
+        assert not run.entry.sockets.folder.exists()
 
 
 def _was_killed(run: FakeRun) -> bool:

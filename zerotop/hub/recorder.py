@@ -51,6 +51,7 @@ class Recorder:
         self._attempt = attempt
         self._start = time.monotonic()
         self._last: dict[tuple[str, str], float] = {}
+        self._held: dict[tuple[str, str], Message] = {}
         self._rows: list[tuple[int, float, str, str, bytes]] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -60,14 +61,21 @@ class Recorder:
 
     def add(self, source: str, message: Message) -> None:
         """Keep `message`, unless it is of a sampled kind and one like it was just kept. Never blocks on the disk."""
-        if self.error or not self._wanted(source, message):
-            return
+        if not self.error and self._wanted(source, message):
+            self._append(source, message)
+
+    def _append(self, source: str, message: Message) -> None:
         row = (self._attempt, time.time(), source, str(getattr(message, "kind", "")), encode(message))
         with self._lock:
             self._rows.append(row)
 
     def close(self) -> None:
-        """Write what is left. Bounded: a disk that doesn't answer is left alone after some seconds."""
+        """Write what is left, and the newest of each sampled kind, so that the recording ends where the run did.
+
+        Bounded: a disk that doesn't answer is left alone after some seconds.
+        """
+        for (source, _), message in self._held.items():
+            self._append(source, message)
         self._closing.set()
         self._thread.join(timeout=5)
 
@@ -81,8 +89,10 @@ class Recorder:
         key = (source, message.kind)
         # A tenth of slack: a 1 Hz source must not lose every second sample to jitter.
         if now - self._last.get(key, -interval_s) < 0.9 * interval_s:
+            self._held[key] = message
             return False
         self._last[key] = now
+        self._held.pop(key, None)
         return True
 
     def _write_until_closed(self) -> None:

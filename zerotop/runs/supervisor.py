@@ -55,6 +55,7 @@ class Supervisor:
         self._abort_reason: str | None = None
         self._abort_asked = asyncio.Event()
         self._exit_codes: dict[int, int] = {}
+        self._rank_codes: dict[int, int] = {}
         self._launcher: subprocess.Popen[bytes] | None = None
         self._launcher_ended = asyncio.Event()
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
@@ -209,6 +210,8 @@ class Supervisor:
             task.cancel()
         if self._abort_reason is None:
             await self._hear_last_words()
+        # What ends from here on ends by our hand, and says nothing about the cause.
+        self._rank_codes = self._rank_exit_codes()
         await self._end_processes()
 
     async def _hear_last_words(self) -> None:
@@ -245,7 +248,7 @@ class Supervisor:
                 launcher_exit=self._launcher.returncode if self._launcher else None,
                 logs=self.logs,
                 goodbyes={rank: rank_state.goodbye for rank, rank_state in state.ranks.items() if rank_state.goodbye},
-                exit_codes=self._rank_exit_codes(),
+                exit_codes=self._rank_codes,
                 stopping=self.hub.status.state == "stopping",
                 abort_reason=self._abort_reason,
             )
