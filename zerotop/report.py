@@ -33,7 +33,7 @@ def status_document(state: RunState, entry: RunEntry | None = None) -> dict[str,
         "grad_norm": newest.grad_norm if newest else None,
         "tokens_per_s": how_far.tokens_per_s,
         "step_ms": how_far.step_ms,
-        "eta_s": how_far.eta_s,
+        "eta_s": how_far.eta_s if state.state_name == "running" else None,
         "attempt": status.attempt if status else 0,
         "stage": hello.stage if hello else None,
         "precision": hello.precision if hello else None,
@@ -73,7 +73,7 @@ def _rank_document(state: RunState, rank: RankState) -> dict[str, Any]:
     return {
         "rank": rank.rank,
         "phase": rank.phase,
-        "micro_step": heartbeat.micro_step if heartbeat else None,
+        "micro_step": heartbeat.micro_step if heartbeat and not rank.goodbye else None,
         "micro_steps": heartbeat.micro_steps if heartbeat else hello.accumulation if hello else None,
         "step": step.step if step else None,
         "host": hello.host if hello else None,
@@ -145,7 +145,7 @@ def _ranks_text(ranks: Sequence[dict[str, Any]]) -> str:
     rows = []
     for rank in ranks:
         memory = rank["memory"]
-        used = memory.get("device_used_bytes") or memory.get("allocated_bytes") or memory.get("rss_bytes")
+        used = memory.get("device_used_bytes") or memory.get("allocated_bytes")
         micro = f" {rank['micro_step']}/{rank['micro_steps']}" if rank["micro_step"] else ""
         rows.append(
             (
@@ -160,7 +160,7 @@ def _ranks_text(ranks: Sequence[dict[str, Any]]) -> str:
                 number_text(rank["tokens_per_s"], ",.0f"),
             )
         )
-    header = ("RANK", "HOST", "DEVICE", "PHASE", "STEP", "MEMORY", "RSS", "WAIT ms", "TOKENS/s")
+    header = ("RANK", "HOST", "DEVICE", "PHASE", "STEP", "VRAM", "RSS", "WAIT ms", "TOKENS/s")
     return table(header, rows, right=(0, 4, 5, 6, 7, 8))
 
 

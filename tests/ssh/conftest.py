@@ -123,7 +123,8 @@ def hub(box: Box) -> Iterator[FakeHub]:
     folder = box.folder / "hub"
     folder.mkdir(exist_ok=True)
     hub = FakeHub(folder)
-    box.write_run("q1", folder, RunStatus(name="q1", state="running", attempt=1, step=3))
+    hub.messages[0] = status = RunStatus(name="q1", state="running", attempt=1, step=3)
+    box.write_run("q1", folder, status)
     yield hub
     hub.close()
     shutil.rmtree(folder)

@@ -41,11 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         assert target.host is not None
         source = open_remote(target.host, target.run)
-    return show(source, read_only=arguments.read_only, again=arguments.target or "")
+    return show(source, read_only=arguments.read_only, host=target.host)
 
 
-def show(source: Source, *, read_only: bool = False, again: str = "") -> int:
-    """The screen on a started source until the user leaves it; closes the source. `again`: what to attach to again.
+def show(source: Source, *, read_only: bool = False, host: str | None = None) -> int:
+    """The screen on a started source until the user leaves it; closes the source. `host`: the box it runs on.
 
     Returns 1 when the run was seen to fail, else 0.
     """
@@ -60,8 +60,9 @@ def show(source: Source, *, read_only: bool = False, again: str = "") -> int:
     status = source.state.status
     if status is None:
         return 0
+    there = f"{host}:" if host else ""
     if status.state in LIVE_STATES:
-        say(f"{status.name} goes on ({status.state}): zerotop attach {again or status.name} opens it again")
+        say(f"{status.name} goes on ({status.state}): zerotop attach {there}{status.name} opens it again")
         return 0
     say(f"{status.name}: {status.state}" + (f", {status.reason}" if status.reason else ""))
     return 1 if status.state == "failed" else 0

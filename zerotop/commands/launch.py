@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from zerotop.commands.attach import show
 
-    return show(open_source(entry), again=entry.name)
+    return show(open_source(entry))
 
 
 def _first_words(entry: RunEntry) -> str:
