@@ -59,8 +59,8 @@ def _train(run: Path | None, arguments: list[str]) -> None:
     import torch.distributed as dist
 
     device = init_distributed()
-    config = load(arguments[0]).resolve(dist.get_world_size(), "cuda" if device.type == "cuda" else "cpu")
-    train(config, Path.cwd())
+    config = load(arguments[0])
+    train(config.resolve(dist.get_world_size(), "cuda" if device.type == "cuda" else "cpu"), config.folder)
 
 
 def _run_script(arguments: list[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -92,7 +93,7 @@ class AdamRule:
 def _adam_kernel(masters: torch.Tensor):  # type: ignore[no-untyped-def]
     if masters.device.type == "cuda":
         return _adam_on_cuda
-    return native.adamw if native.available() else adamw_reference
+    return partial(native.adamw, threads=torch.get_num_threads()) if native.available() else adamw_reference
 
 
 def _adam_on_cuda(p, m, v, g, out, *, step, lr, beta1, beta2, eps, weight_decay, grad_scale, adamw):  # type: ignore[no-untyped-def]

@@ -55,7 +55,7 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> float:
     total = 0.0
     for tensor in tensors:
         if tensor.device.type == "cpu" and native.available():
-            total += native.sum_of_squares(tensor)[0]
+            total += native.sum_of_squares(tensor, threads=torch.get_num_threads())[0]
         else:
             total += float(torch.linalg.vector_norm(tensor, dtype=torch.float64).square())
     return total
