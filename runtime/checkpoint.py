@@ -137,8 +137,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.pieces[index.fqn].tensor
 
 
-# ---- saving
-# ------------------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------------------
 def save(engine: Engine, folder: Path, tag: str, client_state: dict[str, Any] | None = None) -> Path:
     """Write FOLDER/TAG; every rank calls this at the same step. Returns the complete checkpoint's path.
 
@@ -229,8 +228,7 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-# ---- loading
-# -----------------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 def newest(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step in `folder`; one being written, or without a readable manifest,
     does not count."""
@@ -321,8 +319,7 @@ def _compare(engine: Engine, manifest: Manifest, path: Path) -> None:
         )
 
 
-# ---- what is in a checkpoint
-# -------------------------------------------------------------------------------------------
+# ---- what is in a checkpoint -------------------------------------------------------------------------------
 def _pieces(engine: Engine, own_range_only: bool) -> Iterator[tuple[str, Piece]]:
     """Masters and optimizer states of this rank by parameter name. Saving takes each rank's range once, also where all
     hold everything."""
@@ -381,8 +378,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-# ---- helpers
-# -----------------------------------------------------------------------------------------------------------
+# ---- helpers -----------------------------------------------------------------------------------------------
 def _on_rank_0(engine: Engine, what: str, action: Any) -> None:
     """Run `action` on rank 0 only, and let its failure be everyone's, so that no rank waits for one that gave up."""
     problem = ""

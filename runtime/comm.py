@@ -120,8 +120,7 @@ class Comm:
         numel = buffer.numel() // self.world_size
         return buffer[self.rank * numel : (self.rank + 1) * numel]
 
-    # ---- small things between ranks, on the host
-    # ------------------------------------------------------------------------
+    # ---- small things between ranks, on the host -----------------------------------------------------------
     @property
     def control_group(self) -> dist.ProcessGroup:
         """A Gloo group over the same ranks. Every rank must ask for it first at the same point, for making a group is

@@ -63,8 +63,7 @@ class Engine:
         session.step = lambda: self.global_steps
         self._began_ns = time.monotonic_ns()
 
-    # ---- forward, backward, step
-    # ---------------------------------------------------------------------------------------
+    # ---- forward, backward, step ---------------------------------------------------------------------------
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The model's forward. Its phase in telemetry lasts until backward() begins."""
         if self.module.training and torch.is_grad_enabled():
@@ -161,8 +160,7 @@ class Engine:
         self.telemetry.step(result)
         self.steering.progress(result)
 
-    # ---- accumulation
-    # ----------------------------------------------------------------------------------------------------
+    # ---- accumulation --------------------------------------------------------------------------------------
     @property
     def _micro_step(self) -> int:
         return self.micro_steps % self.gradient_accumulation_steps() + 1
@@ -181,8 +179,7 @@ class Engine:
         finally:
             self._syncing = True
 
-    # ---- checkpoints
-    # -----------------------------------------------------------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------------------------
     def save_checkpoint(
         self, save_dir: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None
     ) -> bool:
@@ -217,8 +214,7 @@ class Engine:
                 )
             self.registered[name] = item
 
-    # ---- what scripts ask
-    # ------------------------------------------------------------------------------------------------
+    # ---- what scripts ask ----------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Engine:
         self.module.train(mode)
         return self

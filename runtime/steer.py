@@ -63,12 +63,11 @@ class Steering:
         run, chosen = self.session.run, self.engine.config.zerotop.checkpoint.folder
         if self.session.folder is None or run is None:
             return None
-        return (
-            Path(run.config_folder, chosen).expanduser() / run.name if chosen else self.session.folder / "checkpoints"
-        )
+        if not chosen:
+            return self.session.folder / "checkpoints"
+        return Path(run.config_folder, Path(chosen).expanduser()) / run.name
 
-    # ---- the engine asks
-    # -------------------------------------------------------------------------------------------------
+    # ---- the engine asks -----------------------------------------------------------------------------------
     def command_waits(self) -> bool:
         return self.engine.comm.rank == 0 and self.link.inbox.waiting()
 
@@ -121,8 +120,7 @@ class Steering:
         self._last_saved = self.engine.global_steps
         return path
 
-    # ---- commands: see [Note: how ranks agree]
-    # ---------------------------------------------------------------------------
+    # ---- commands: see [Note: how ranks agree] -------------------------------------------------------------
     def _apply_all(self, commands: deque[Command]) -> None:
         paused = False
         while commands or paused:
@@ -197,8 +195,7 @@ class Steering:
         self.link.goodbye("stopped", self.engine.global_steps, "" if saved else self._problem)
         raise RunStopped
 
-    # ---- checkpoints
-    # -----------------------------------------------------------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------------------------
     _problem = ""
 
     def _save(self) -> bool:
