@@ -1,6 +1,6 @@
 """A run that exists only as messages: feeds the screen without sockets, processes or torch.
 
-    python tests/tui/scripted_run.py --ranks 8 --gpu          looks at the real screen, on a terminal
+python tests/tui/scripted_run.py --ranks 8 --gpu          looks at the real screen, on a terminal
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from runtime.wire.messages import (
     Command,
     CommandRecord,
     Event,
-    GpuStats,
     Goodbye,
+    GpuStats,
     Heartbeat,
     Hello,
     LogRecord,
@@ -38,7 +38,9 @@ MS = 1_000_000
 class ScriptedRun:
     """A `Source` whose run moves only when told: `steps(n)`, `beat()`, `answer(command)`. Time is a number of its own."""
 
-    def __init__(self, ranks: int = 2, gpu: bool = False, accumulation: int = 4, steps: int = 200, seed: int = 0) -> None:
+    def __init__(
+        self, ranks: int = 2, gpu: bool = False, accumulation: int = 4, steps: int = 200, seed: int = 0
+    ) -> None:
         self.state = RunState()
         self.connection = "live"
         self.can_control = True
@@ -96,12 +98,30 @@ class ScriptedRun:
         for rank in range(self.ranks):
             self.say(
                 Hello(
-                    run="q1", attempt=1, rank=rank, local_rank=rank, world_size=self.ranks, host="node-a", pid=4000 + rank, boot_id="b",
-                    wall_s=self.wall_s, mono_ns=self.now_ns, device=f"cuda:{rank}" if self.gpu else "cpu",
-                    device_name="NVIDIA H200" if self.gpu else "", device_uuid=f"GPU-{rank}" if self.gpu else "",
-                    backend="nccl" if self.gpu else "gloo", config_digest="d", model_name="gpt-7b" if self.gpu else "gpt-tiny",
-                    parameters=6_738_000_000 if self.gpu else 3_200_000, stage=2, precision="bf16", micro_batch=4,
-                    accumulation=self.accumulation, global_batch=4 * self.accumulation * self.ranks, seq_len=512, steps=self.total,
+                    run="q1",
+                    attempt=1,
+                    rank=rank,
+                    local_rank=rank,
+                    world_size=self.ranks,
+                    host="node-a",
+                    pid=4000 + rank,
+                    boot_id="b",
+                    wall_s=self.wall_s,
+                    mono_ns=self.now_ns,
+                    device=f"cuda:{rank}" if self.gpu else "cpu",
+                    device_name="NVIDIA H200" if self.gpu else "",
+                    device_uuid=f"GPU-{rank}" if self.gpu else "",
+                    backend="nccl" if self.gpu else "gloo",
+                    config_digest="d",
+                    model_name="gpt-7b" if self.gpu else "gpt-tiny",
+                    parameters=6_738_000_000 if self.gpu else 3_200_000,
+                    stage=2,
+                    precision="bf16",
+                    micro_batch=4,
+                    accumulation=self.accumulation,
+                    global_batch=4 * self.accumulation * self.ranks,
+                    seq_len=512,
+                    steps=self.total,
                     torch_version="2.13.0",
                 )
             )
@@ -113,39 +133,113 @@ class ScriptedRun:
 
     def memory(self, rank: int) -> None:
         if self.gpu:
-            ledger = {"parameters": 13 * GIB, "gradients": 2 * GIB, "optimizer": 52 * GIB // self.ranks, "masters": 26 * GIB // self.ranks,
-                      "buffers": 40 * MIB, "communication": 900 * MIB}
+            ledger = {
+                "parameters": 13 * GIB,
+                "gradients": 2 * GIB,
+                "optimizer": 52 * GIB // self.ranks,
+                "masters": 26 * GIB // self.ranks,
+                "buffers": 40 * MIB,
+                "communication": 900 * MIB,
+            }
             held = sum(ledger.values())
             allocated = held + int((9 + math.sin(self.step / 3 + rank)) * GIB)
-            self.say(Memory(rank=rank, ledger=ledger, pinned_bytes=2 * GIB, rss_bytes=5 * GIB, allocated_bytes=allocated,
-                            reserved_bytes=allocated + 3 * GIB, device_used_bytes=allocated + 4 * GIB, device_total_bytes=140 * GIB,
-                            host_total_bytes=1024 * GIB, at_ns=self.now_ns))
+            self.say(
+                Memory(
+                    rank=rank,
+                    ledger=ledger,
+                    pinned_bytes=2 * GIB,
+                    rss_bytes=5 * GIB,
+                    allocated_bytes=allocated,
+                    reserved_bytes=allocated + 3 * GIB,
+                    device_used_bytes=allocated + 4 * GIB,
+                    device_total_bytes=140 * GIB,
+                    host_total_bytes=1024 * GIB,
+                    at_ns=self.now_ns,
+                )
+            )
         else:
-            ledger = {"parameters": 13 * MIB, "gradients": 13 * MIB // self.ranks, "optimizer": 26 * MIB // self.ranks, "communication": 6 * MIB}
-            self.say(Memory(rank=rank, ledger=ledger, rss_bytes=(310 + 7 * rank) * MIB, host_total_bytes=24 * GIB, at_ns=self.now_ns))
+            ledger = {
+                "parameters": 13 * MIB,
+                "gradients": 13 * MIB // self.ranks,
+                "optimizer": 26 * MIB // self.ranks,
+                "communication": 6 * MIB,
+            }
+            self.say(
+                Memory(
+                    rank=rank,
+                    ledger=ledger,
+                    rss_bytes=(310 + 7 * rank) * MIB,
+                    host_total_bytes=24 * GIB,
+                    at_ns=self.now_ns,
+                )
+            )
 
     def node(self) -> None:
         gpus = None
         if self.gpu:
             gpus = [
-                GpuStats(index=i, uuid=f"GPU-{i}", name="NVIDIA H200", used_bytes=100 * GIB, total_bytes=140 * GIB, utilization_percent=97.0 - i,
-                         power_w=640.0 + i, power_limit_w=700, temperature_c=61 + i, sm_clock_mhz=1830)
+                GpuStats(
+                    index=i,
+                    uuid=f"GPU-{i}",
+                    name="NVIDIA H200",
+                    used_bytes=100 * GIB,
+                    total_bytes=140 * GIB,
+                    utilization_percent=97.0 - i,
+                    power_w=640.0 + i,
+                    power_limit_w=700,
+                    temperature_c=61 + i,
+                    sm_clock_mhz=1830,
+                )
                 for i in range(self.ranks)
             ]
         self.say(
-            NodeStats(host="node-a", cpu_percent=87, cpu_count=192 if self.gpu else 2, load_1m=2.1, ram_used_bytes=9 * GIB,
-                      ram_total_bytes=(1024 if self.gpu else 24) * GIB, rank_rss_bytes={r: (310 + 7 * r) * MIB for r in range(self.ranks)},
-                      run_rss_bytes=900 * MIB, gpus=gpus, gpu_note="" if gpus else "NVML: no driver", at_ns=self.now_ns, wall_s=self.wall_s)
+            NodeStats(
+                host="node-a",
+                cpu_percent=87,
+                cpu_count=192 if self.gpu else 2,
+                load_1m=2.1,
+                ram_used_bytes=9 * GIB,
+                ram_total_bytes=(1024 if self.gpu else 24) * GIB,
+                rank_rss_bytes={r: (310 + 7 * r) * MIB for r in range(self.ranks)},
+                run_rss_bytes=900 * MIB,
+                gpus=gpus,
+                gpu_note="" if gpus else "NVML: no driver",
+                at_ns=self.now_ns,
+                wall_s=self.wall_s,
+            )
         )
 
-    def beat(self, rank: int, phase: str = "forward", micro: int = 1, *, entered: int | None = None, completed: int | None = None,
-             op: str = "reduce", idle_ms: float = 0.0) -> None:
+    def beat(
+        self,
+        rank: int,
+        phase: str = "forward",
+        micro: int = 1,
+        *,
+        entered: int | None = None,
+        completed: int | None = None,
+        op: str = "reduce",
+        idle_ms: float = 0.0,
+    ) -> None:
         entered = self.seq if entered is None else entered
-        self.say(Heartbeat(rank=rank, phase=phase, phase_since_ns=self.now_ns - int(idle_ms * MS), step=self.step + 1, micro_step=micro,
-                           micro_steps=self.accumulation, entered_seq=entered, completed_seq=entered if completed is None else completed,
-                           entered_op=op, progress_ns=self.now_ns - int(idle_ms * MS), now_ns=self.now_ns))
+        self.say(
+            Heartbeat(
+                rank=rank,
+                phase=phase,
+                phase_since_ns=self.now_ns - int(idle_ms * MS),
+                step=self.step + 1,
+                micro_step=micro,
+                micro_steps=self.accumulation,
+                entered_seq=entered,
+                completed_seq=entered if completed is None else completed,
+                entered_op=op,
+                progress_ns=self.now_ns - int(idle_ms * MS),
+                now_ns=self.now_ns,
+            )
+        )
 
-    def event(self, what: str, text: str, severity: str = "info", rank: int | None = None, step: int | None = None) -> None:
+    def event(
+        self, what: str, text: str, severity: str = "info", rank: int | None = None, step: int | None = None
+    ) -> None:
         self.say(Event(rank=rank, what=what, text=text, severity=severity, step=step, wall_s=self.wall_s))
 
     def log(self, text: str, level: str = "info", rank: int | None = 0) -> None:
@@ -178,9 +272,18 @@ class ScriptedRun:
             self.say(
                 Phases(rank=rank, micro_steps=self.accumulation, spans=spans),
                 Collectives(rank=rank, step=self.step, records=records),
-                StepResult(rank=rank, step=self.step, loss=loss, lr=3e-4 * min(1, self.step / 20), grad_norm=1.1 + self._random.uniform(-0.3, 0.5),
-                           step_ms=step_ms * self._random.uniform(0.95, 1.05), tokens_per_s=4 * 512 * self.accumulation / step_ms * 1000,
-                           wait_ms=wait_ms, comm_bytes=24 * MIB, end_ns=at),
+                StepResult(
+                    rank=rank,
+                    step=self.step,
+                    loss=loss,
+                    lr=3e-4 * min(1, self.step / 20),
+                    grad_norm=1.1 + self._random.uniform(-0.3, 0.5),
+                    step_ms=step_ms * self._random.uniform(0.95, 1.05),
+                    tokens_per_s=4 * 512 * self.accumulation / step_ms * 1000,
+                    wait_ms=wait_ms,
+                    comm_bytes=24 * MIB,
+                    end_ns=at,
+                ),
             )
         self.seq += 4
         self.now_ns = begin + int(step_ms * MS)
@@ -239,7 +342,9 @@ class LiveScriptedRun(ScriptedRun):
         elapsed_ms = (time.monotonic() - self._begun) * 1000
         if self.state.state_name == "running" and elapsed_ms < self.step_ms:
             micro = min(self.accumulation, 1 + int(elapsed_ms / (self.step_ms * 0.8) * self.accumulation))
-            phase = "reduce" if elapsed_ms > 0.8 * self.step_ms else "backward" if int(elapsed_ms / 70) % 2 else "forward"
+            phase = (
+                "reduce" if elapsed_ms > 0.8 * self.step_ms else "backward" if int(elapsed_ms / 70) % 2 else "forward"
+            )
             self.now_ns += 250 * MS
             for rank in range(self.ranks):
                 self.beat(rank, phase, 0 if phase == "reduce" else micro)

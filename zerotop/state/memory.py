@@ -10,7 +10,8 @@ from zerotop.state.run import RankState, RunState
 
 LEDGER_CATEGORIES: tuple[str, ...] = get_args(Category)
 DERIVED_CATEGORIES = ("activations", "cache", "other")
-"""Not counted but computed: activations = allocated - ledger; cache = reserved - allocated; other = what the driver (CPU: the kernel) sees beyond."""
+"""Not counted but computed: activations = allocated - ledger; cache = reserved - allocated; other = what the driver
+(CPU: the kernel) sees beyond."""
 CATEGORIES = LEDGER_CATEGORIES + DERIVED_CATEGORIES
 
 
@@ -33,7 +34,8 @@ def memory_use(memory: Memory) -> MemoryUse:
         used = max(memory.rss_bytes, ledger)
         parts["other"] = used - ledger
         return _use(parts, used, memory.host_total_bytes, False, memory.pinned_bytes)
-    # States that live on the host are in the ledger too: only what fits into the allocator's figure can be on the device.
+    # States that live on the host are in the ledger too: only what fits into the allocator's figure can be on the
+    # device.
     allocated = memory.allocated_bytes
     reserved = max(memory.reserved_bytes or 0, allocated)
     parts["activations"] = max(0, allocated - ledger)

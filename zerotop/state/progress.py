@@ -39,7 +39,8 @@ def progress(state: RunState) -> Progress:
 
 
 def steps_at_risk(state: RunState) -> int:
-    """Optimizer steps that would be lost if the run died now: those since the newest checkpoint, or since this attempt's start."""
+    """Optimizer steps that would be lost if the run died now: those since the newest checkpoint, or since this
+    attempt's start."""
     start = state.hello.start_step if state.hello else 0
     saved = state.status.last_checkpoint_step if state.status else None
     return max(0, state.step - max(start, saved or 0))

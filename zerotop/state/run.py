@@ -195,9 +195,8 @@ class RunState:
         for _, state in sorted(self.ranks.items()):
             messages += [m for m in (state.step, state.memory, state.heartbeat, state.goodbye) if m is not None]
             if state.spans and state.heartbeat:
-                messages.append(
-                    Phases(rank=state.rank, micro_steps=state.heartbeat.micro_steps, spans=list(state.spans))
-                )  # type: ignore[arg-type]
+                spans: Any = list(state.spans)
+                messages.append(Phases(rank=state.rank, micro_steps=state.heartbeat.micro_steps, spans=spans))
         messages += self.waits.messages()
         messages += list(self.nodes.values())
         messages += list(self.commands.values())

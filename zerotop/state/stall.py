@@ -1,13 +1,14 @@
 """Verdicts on a run that stands still, and on the rank that the others wait for.
 
-Nothing here compares clocks of two nodes. A rank's idle time is measured by its own heartbeat (its now minus its last progress, one clock),
-plus how long ago that heartbeat reached the hub (the hub's clock alone).
+Nothing here compares clocks of two nodes. A rank's idle time is measured by its own heartbeat (its now minus its last
+progress, one clock), plus how long ago that heartbeat reached the hub (the hub's clock alone).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runtime.wire.messages import Heartbeat
 from zerotop.state.run import RankState, RunState
 
 STALL_MIN_S = 10.0
@@ -24,7 +25,8 @@ LAGGARD_WAIT_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Stall:
-    """A run without progress. `missing` have not entered collective `seq`, `waiting` are in it; both empty when no collective is to blame."""
+    """A run without progress. `missing` have not entered collective `seq`, `waiting` are in it; both empty when no
+    collective is to blame."""
 
     idle_s: float
     text: str
@@ -89,34 +91,29 @@ def _blame(ranks: list[RankState], idle: float, hub_now_ns: int, limit: float) -
     waiting = tuple(number for number, beat in beats.items() if beat.entered_seq >= seq)
     missing = tuple(number for number in beats if number not in waiting)
     if waiting:
-        # Only a rank whose newest collective is this very one tells its name; those further ahead (asynchronous) have moved on.
+        # Only a rank whose newest collective is this very one tells its name; those further ahead (asynchronous) have
+        # moved on.
         op = next((beat.entered_op for beat in beats.values() if beat.entered_seq == seq and beat.entered_op), "")
-        first = beats[missing[0]]
-        where = f" ({'it is' if len(missing) == 1 else 'they are'} in {_where(first.phase, first.micro_step, first.micro_steps)})"
-        verb = "has" if len(missing) == 1 else "have"
-        stays = "waits" if len(waiting) == 1 else "wait"
-        text = (
-            f"{_ranks(missing)} {verb} not entered collective {_name(seq, op)}{where}, {_ranks(waiting)} {stays} in it"
-        )
+        text = f"{_ranks(missing)} {_has(missing)} not entered collective {_name(seq, op)}, "
+        text += f"{_ranks(waiting)} {'waits' if len(waiting) == 1 else 'wait'} in it; "
+        text += f"rank {missing[0]} is in {_where(beats[missing[0]])}"
         return Stall(idle, head + text + tail, seq, op, missing, waiting, silent)
     held = tuple(number for number, beat in beats.items() if beat.completed_seq < lowest)
     if held:
         op = next((beat.entered_op for beat in beats.values() if beat.entered_op), "")
-        who = (
-            "all ranks have"
-            if len(held) == len(beats)
-            else f"all ranks have entered and {_ranks(held)} {'has' if len(held) == 1 else 'have'}"
-        )
-        text = f"{who} {'entered' if len(held) == len(beats) else 'not left'} collective {_name(lowest, op)}"
-        text += ", it does not complete" if len(held) == len(beats) else ""
+        if len(held) == len(beats):
+            text = f"all ranks have entered collective {_name(lowest, op)}, it does not complete"
+        else:
+            text = f"all ranks have entered collective {_name(lowest, op)}, {_ranks(held)} {_has(held)} not left it"
         return Stall(idle, head + text + tail, lowest, op, (), held, silent)
-    places = {_where(beat.phase, beat.micro_step, beat.micro_steps) for beat in beats.values()}
-    text = f"all ranks are in {places.pop()}" if len(places) == 1 else "ranks are in " + ", ".join(sorted(places))
+    places = sorted({_where(beat) for beat in beats.values()})
+    text = f"all ranks are in {places[0]}" if len(places) == 1 else "ranks are in " + ", ".join(places)
     return Stall(idle, f"{head}{text}, outside any collective{tail}", silent=silent)
 
 
 def find_laggard(state: RunState, steps: int = 10) -> Laggard | None:
-    """The rank that the others waited for in the last `steps` steps; None when the last place goes round or costs little."""
+    """The rank that the others waited for in the last `steps` steps; None when the last place goes round or costs
+    little."""
     counts = state.waits.came_last(steps)
     total = sum(counts.values())
     if total < LAGGARD_MEETINGS:
@@ -131,21 +128,23 @@ def find_laggard(state: RunState, steps: int = 10) -> Laggard | None:
     if share < LAGGARD_SHARE or not step_ms or wait_ms < LAGGARD_WAIT_SHARE * step_ms:
         return None
     text = (
-        f"rank {rank} came last in {share:.0%} of collectives of the last {steps} steps; "
-        f"the others wait {wait_ms:.0f} ms per step for it ({wait_ms / step_ms:.0%})"
+        f"rank {rank} came last in {share:.0%} of collectives; "
+        f"others wait {wait_ms:.0f} ms a step ({wait_ms / step_ms:.0%})"
     )
     return Laggard(rank, share, wait_ms, text)
 
 
 def came_last_share(state: RunState, steps: int = 10) -> dict[int, float]:
-    """Rank -> share (0..1) of the recent collectives with a skew that matters in which it came last; empty when there are none."""
+    """Rank -> share (0..1) of the recent collectives with a skew that matters in which it came last; empty when there
+    are none."""
     counts = state.waits.came_last(steps)
     total = sum(counts.values())
     return {rank: count / total for rank, count in counts.items()} if total else {}
 
 
 def mean_wait_ms(state: RunState, steps: int = 10) -> dict[int, float]:
-    """Rank -> milliseconds per step that it waited for others, mean over the newest `steps` steps that have collectives."""
+    """Rank -> milliseconds per step that it waited for others, mean over the newest `steps` steps that have
+    collectives."""
     meetings = state.waits.meetings
     if not meetings:
         return {}
@@ -165,8 +164,12 @@ def _name(seq: int, op: str) -> str:
     return f"{seq} ({op})" if op else str(seq)
 
 
-def _where(phase: str, micro_step: int, micro_steps: int) -> str:
-    return f"{phase} {micro_step}/{micro_steps}" if micro_step else phase
+def _where(beat: Heartbeat) -> str:
+    return f"{beat.phase} {beat.micro_step}/{beat.micro_steps}" if beat.micro_step else beat.phase
+
+
+def _has(numbers: tuple[int, ...]) -> str:
+    return "has" if len(numbers) == 1 else "have"
 
 
 def _ranks(numbers: tuple[int, ...]) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from textual.app import App, SystemCommand
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.screen import Screen
+from textual.widgets import Input
 
 from runtime.wire.messages import LIVE_STATES, CommandName
 from zerotop.source.base import Source
@@ -34,14 +35,15 @@ Outcome = Literal["detached", "ended"]
 
 
 class ZerotopApp(App[Outcome]):
-    """Shows a started `source` until the user leaves. `run()` returns "detached" while the run goes on, "ended" after it has.
+    """Shows a started `source` until the user leaves. `run()` returns "detached" while the run goes on, "ended" after
+    it has.
 
     Closing the source stays with whoever opened it. The app reads the source in one thread, its own.
     """
 
     TITLE = "zerotop"
     CSS_PATH = "zerotop.tcss"
-    HORIZONTAL_BREAKPOINTS: ClassVar[list[tuple[int, str]] | None] = [(0, "-narrow"), (120, "-wide")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]  # noqa: RUF012 (an instance variable in App)
     BINDINGS: ClassVar[list[BindingType]] = [key.binding() for key in KEYS]
 
     def __init__(self, source: Source, read_only: bool = False) -> None:
@@ -95,7 +97,8 @@ class ZerotopApp(App[Outcome]):
         """Drain the source; draw only when something that is shown changed."""
         changed = self.source.poll()
         age_s = self.source.age_s() or 0.0
-        # The age is shown in whole seconds from two on; a command waits in tenths of a second only as long as it is open.
+        # The age is shown in whole seconds from two on; a command waits in tenths of a second only as long as it is
+        # open.
         waiting = bool(self.desk.waiting(self.source.state))
         signature = (self.source.connection, int(age_s) if age_s >= 2 else 0, self.source.can_control)
         if not changed and signature == self._signature and not waiting:
@@ -151,7 +154,7 @@ class ZerotopApp(App[Outcome]):
         # Keys of the main screen's panels do nothing while a dialog or another screen is on top.
         if action in {"panel", "filter", "next_figure"} and not isinstance(self.screen, MainScreen):
             return False
-        return True
+        return not (action == "filter" and isinstance(self.focused, Input))
 
     # ---- steering --------------------------------------------------------------------------------------------------
     def send(self, name: CommandName, arguments: dict[str, Any] | None = None) -> None:
@@ -187,7 +190,9 @@ class ZerotopApp(App[Outcome]):
         self.exit("detached" if self.source.state.state_name in LIVE_STATES else "ended")
 
     def action_help_quit(self) -> None:
-        self.notify("q leaves the screen and the run goes on; S stops the run after a checkpoint", title="the run goes on")
+        self.notify(
+            "q leaves the screen and the run goes on; S stops the run after a checkpoint", title="the run goes on"
+        )
 
     def action_freeze(self) -> None:
         self.frozen = freeze(self.source.state) if self.frozen is None else None
@@ -229,10 +234,11 @@ class ZerotopApp(App[Outcome]):
             self.call_after_refresh(self.update_view)
 
     def action_help(self) -> None:
-        keys = {key.id: self.get_key_display(key.binding()) for key in KEYS}
-        for name, given in self._keymap_given.items():
-            keys[name] = given
+        keys = {key.id: self._keys_text(self._keymap_given.get(key.id, key.keys)) for key in KEYS}
         self.push_screen(HelpScreen(self.palette, keys, self.can_steer, self.why_not_steer))
+
+    def _keys_text(self, keys: str) -> str:
+        return " ".join(self.get_key_display(Binding(key, "")) for key in keys.split(","))
 
     def action_save_picture(self) -> None:
         self.deliver_screenshot(f"{self.source.state.status.name if self.source.state.status else 'zerotop'}.svg")
@@ -255,4 +261,6 @@ class ZerotopApp(App[Outcome]):
                 continue
             yield SystemCommand(key.label, key.help, getattr(self, f"action_{key.action}"))
         for name, palette in self.palettes.items():
-            yield SystemCommand(f"Theme: {palette.label}", f"use the theme {name}", lambda name=name: setattr(self, "theme", name))
+            yield SystemCommand(
+                f"Theme: {palette.label}", f"use the theme {name}", lambda name=name: setattr(self, "theme", name)
+            )

@@ -18,7 +18,9 @@ SENT_KEPT = 100
 
 @dataclass(frozen=True)
 class CommandLife:
-    """One command: `state` is sent | accepted | applied | rejected; `waited_s` since it was sent, None for somebody else's."""
+    """One command: `state` is sent | accepted | applied | rejected; `waited_s` since it was sent, None for somebody
+    else's.
+    """
 
     id: str
     label: str
@@ -41,7 +43,8 @@ class _Sent:
 class CommandDesk:
     """Makes commands with an id of their own, and tells what became of them.
 
-    Times are of this screen's own clock, from the keystroke to the answer: the hub's wall clock may be another machine's.
+    Times are of this screen's own clock, from the keystroke to the answer: the hub's wall clock may be another
+    machine's.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
@@ -83,7 +86,9 @@ class CommandDesk:
             text = f"{label}: accepted{holds}"
         elif ack.state == "applied":
             step = f" at step {ack.step}" if ack.step is not None else ""
-            result = "".join(f", {key} {value}" for key, value in ack.result.items() if isinstance(value, str | int | float))
+            result = "".join(
+                f", {key} {value}" for key, value in ack.result.items() if isinstance(value, str | int | float)
+            )
             text = f"{label}: applied{step}{took}{result}"
         else:
             text = f"{label}: rejected: {ack.reason or 'no reason given'}"

@@ -26,7 +26,9 @@ def run_name(state: RunState) -> str:
 def stop_question(state: RunState) -> ConfirmScreen:
     """Where it will stop, that nothing is lost, and how to go on."""
     name = run_name(state)
-    where = "where it is paused" if state.state_name == "paused" else f"at the next boundary, about step {state.step + 1}"
+    where = (
+        "where it is paused" if state.state_name == "paused" else f"at the next boundary, about step {state.step + 1}"
+    )
     lines = (
         f"It writes a checkpoint {where}, then the run ends. Nothing is lost.",
         f"To go on later: zerotop launch CONFIG --name {name} --resume",
@@ -43,8 +45,16 @@ def abort_question(state: RunState) -> ConfirmScreen:
     time = f", about {duration_text(lost * step_ms / 1000)} of training" if step_ms and lost else ""
     steps = f"{lost} step{'s' if lost != 1 else ''}"
     if saved is not None:
-        loss = f"Lost: {steps} since the checkpoint at step {saved}{time}." if lost else f"Nothing is lost: step {saved} is saved."
+        loss = (
+            f"Lost: {steps} since the checkpoint at step {saved}{time}."
+            if lost
+            else f"Nothing is lost: step {saved} is saved."
+        )
     else:
         loss = f"Lost: everything. There is no checkpoint yet ({steps}{time})."
-    lines = ("The ranks end now, without a checkpoint and without waiting for a boundary.", loss, "S stops the run after a checkpoint instead.")
+    lines = (
+        "The ranks end now: no checkpoint, no waiting for a boundary.",
+        loss,
+        "S stops the run after a checkpoint instead.",
+    )
     return ConfirmScreen(f"abort {name}?", lines, "abort now", dangerous=True)

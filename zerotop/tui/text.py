@@ -38,7 +38,7 @@ def bytes_text(count: float) -> str:
 
 def used_of(used: int, total: int) -> str:
     """'6.2/24.0 GiB': both in the unit of the total."""
-    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if total >= scale:
             return (
                 f"{used / scale:.1f}/{total / scale:.0f} {unit}"
@@ -104,7 +104,9 @@ def figure_text(value: float | None) -> str:
 
 
 def dots(micro_step: int, micro_steps: int, most: int = 8) -> str:
-    """Where a rank is in its accumulation: done ●, current ◐, to come ○; scaled down to `most` dots. micro_step 0: outside."""
+    """Where a rank is in its accumulation: done ●, current ◐, to come ○; scaled down to `most` dots. micro_step 0:
+    outside.
+    """
     if micro_steps <= 1:
         return ""
     shown = min(micro_steps, most)

@@ -1,6 +1,7 @@
 """Palettes: the themes of the package, and the user's own beside them.
 
-A palette is a TOML file of colours. A user's file may give only what it changes; the rest comes from the built-in palette of
+A palette is a TOML file of colours. A user's file may give only what it changes; the rest comes from the built-in
+palette of
 the same brightness. A file that can't be used is reported and skipped: a colour must never keep a run from being seen.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -134,8 +135,7 @@ def read_palette(path: Path, bases: dict[bool, Palette] | None) -> Palette:
     if unknown := sorted(set(data) - set(SECTIONS)):
         raise ThemeError(f"theme {path}: unknown key {unknown[0]!r}; expected label, dark, {', '.join(SECTIONS)}")
     colors = {section: _section(path, section, data.get(section, {}), base) for section in SECTIONS}
-    fresh = Palette(path.stem, label, dark, **colors)
-    return fresh if base is None else replace(base, name=path.stem, label=label, **colors)
+    return Palette(path.stem, label, dark, **colors)
 
 
 def _section(path: Path, section: str, given: Any, base: Palette | None) -> dict[str, str]:

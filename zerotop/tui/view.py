@@ -62,6 +62,8 @@ def build_view(
 
 
 def stale_after_s(state: RunState) -> float:
-    """Data older than three missed ticks is grey: a tick is what the slower side promises, the ranks' telemetry or the probe's second."""
+    """Data older than three missed ticks is grey: a tick is what the slower side promises, the ranks' telemetry or
+    the probe's second.
+    """
     hz = state.hello.telemetry_hz if state.hello else 1.0
     return 3 * max(1.0, 1 / hz if hz > 0 else 1.0)

@@ -53,7 +53,7 @@ class EventPanel(ScrollPanel):
         if self.border_title != title:
             self.border_title = title
         if at_end:
-            self.scroll_end(animate=False, immediate=True)
+            self.scroll_end(animate=False, immediate=True, force=True)
             self._follow = True
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
@@ -66,7 +66,7 @@ class EventPanel(ScrollPanel):
         if self.view is not None:
             self.accept(self.view)
         if self._follow:
-            self.scroll_end(animate=False, immediate=True)
+            self.scroll_end(animate=False, immediate=True, force=True)
 
     def set_filter(self, text: str) -> None:
         self.filter = text.strip()
@@ -106,7 +106,9 @@ class EventPanel(ScrollPanel):
             row = Row()
             if line.record is not None:
                 when = datetime.fromtimestamp(line.record.wall_s).strftime("%H:%M:%S")
-                row.add(f"{when} ", muted).add(f"{glyph} {word:<5} ", palette.style(colour)).cell(_who(line.record), 6, muted)
+                row.add(f"{when} ", muted).add(f"{glyph} {word:<5} ", palette.style(colour)).cell(
+                    _who(line.record), 6, muted
+                )
             rows.append(row.to(PREFIX).add(line.text, style))
         return rows
 

@@ -78,7 +78,9 @@ def _connection(view: View) -> tuple[str, Style]:
     if view.connection == "live":
         if view.stale:
             return f"▲ no data for {age}", palette.style("warning", bold=True)
-        return f"● live{' · ' + age if age else ''}" + (" · read-only" if view.read_only else ""), palette.style("success")
+        return f"● live{' · ' + age if age else ''}" + (" · read-only" if view.read_only else ""), palette.style(
+            "success"
+        )
     glyph, colour = ("◌", "primary") if view.connection == "connecting" else ("▲", "warning")
     return f"{glyph} {view.connection}{' · data ' + age + ' old' if age else ''}", palette.style(colour, bold=True)
 
@@ -95,7 +97,7 @@ def _facts(view: View) -> list[str]:
             facts.append(f"seq {hello.seq_len}")
         if hello.backend:
             facts.append(hello.backend)
-    if status is not None and status.reason and status.state != "running":
+    if status is not None and status.reason and status.state not in {"running", "failed", "aborted"}:
         facts.insert(0, status.reason)
     return [fact for fact in facts if fact]
 
@@ -114,7 +116,11 @@ def _figures(view: View) -> list[tuple[str, str]]:
     saved = status.last_checkpoint_step if status else None
     figures.append(("checkpoint", f"step {saved}" if saved is not None else "none yet"))
     if newest:
-        figures += [("step", ms_text(done.step_ms)), ("lr", figure_text(newest[0].lr)), ("norm", figure_text(newest[0].grad_norm))]
+        figures += [
+            ("step", ms_text(done.step_ms)),
+            ("lr", figure_text(newest[0].lr)),
+            ("norm", figure_text(newest[0].grad_norm)),
+        ]
         if newest[0].loss_scale:
             figures.append(("scale", f"{newest[0].loss_scale:g}"))
     return figures

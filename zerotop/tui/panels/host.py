@@ -25,7 +25,12 @@ class HostPanel(Panel, can_focus=True):
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         nodes = [node for _, node in sorted(view.state.nodes.items())]
         if not nodes:
-            return [Row().add("no word of the probe yet" if height > 1 else " host: no word of the probe yet", view.palette.style("muted"))]
+            return [
+                Row().add(
+                    "no word of the probe yet" if height > 1 else " host: no word of the probe yet",
+                    view.palette.style("muted"),
+                )
+            ]
         if height < 4:
             return [_line(view, node, width) for node in nodes[:height]]
         rows: list[Row] = []
@@ -39,7 +44,9 @@ class HostPanel(Panel, can_focus=True):
 
 def _pinned_bytes(view: View, node: NodeStats) -> int:
     ranks = view.state.ranks.values()
-    here = [rank for rank in ranks if rank.memory is not None and rank.hello is not None and rank.hello.host == node.host]
+    here = [
+        rank for rank in ranks if rank.memory is not None and rank.hello is not None and rank.hello.host == node.host
+    ]
     return sum(rank.memory.pinned_bytes for rank in here if rank.memory is not None)
 
 
@@ -80,7 +87,10 @@ def _block(view: View, node: NodeStats, width: int, named: bool) -> list[Row]:
     def measured(label: str, share: float, value: str) -> Row:
         fill = palette.style("warning" if share > 0.9 else "primary")
         return (
-            Row().cell(label, 8, muted).extend(meter(share, size, fill, palette.style("border"))).gap()
+            Row()
+            .cell(label, 8, muted)
+            .extend(meter(share, size, fill, palette.style("border")))
+            .gap()
             .cell(value, width - 9 - size, text, right=True)
         )
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from zerotop.state.memory import DERIVED_CATEGORIES, memory_use
-from zerotop.tui.text import bytes_text
+from zerotop.tui.text import bytes_text, used_of
 from zerotop.tui.view import View
-from zerotop.tui.widgets.bar import block_label
+from zerotop.tui.widgets.bar import category_letter
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row
 
 
@@ -14,7 +14,11 @@ class MemoryPanel(Panel, can_focus=True):
 
     def accept(self, view: View) -> None:
         super().accept(view)
+        state = view.state.ranks.get(self.rank)
         title = f"4 memory of rank {self.rank}"
+        if state is not None and state.memory is not None:
+            use = memory_use(state.memory)
+            title += f" · {used_of(use.used_bytes, use.total_bytes)}"
         if self.border_title != title:
             self.border_title = title
 
@@ -32,16 +36,22 @@ class MemoryPanel(Panel, can_focus=True):
         rows: list[Row] = []
         for name, count in use.parts:
             word = name + (" ~" if name in DERIVED_CATEGORIES else "")
-            row = Row().add(block_label(name[:1], 3), palette.category(name)).gap().cell(word, 14, text)
+            row = Row().add(f" {category_letter(name)} ", palette.category(name)).gap().cell(word, 14, text)
             row.cell(bytes_text(count), 10, text, right=True)
             share = count / use.used_bytes if use.used_bytes else 0.0
             rows.append(row.cell(f"{share:.0%}", 6, muted, right=True))
-        row = Row().gap(4).cell("used", 14, muted).cell(bytes_text(use.used_bytes), 10, text, right=True)
-        of = bytes_text(use.total_bytes) + ("" if use.on_gpu else " RAM")
-        rows.append(row.add(f" of {of}" if use.total_bytes else "", muted))
         if len(rows) < height:
             rows.append(Row().gap(4).add("~ derived, not counted", muted))
         return rows
+
+
+SHORT = {
+    "parameters": "params",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "communication": "comm",
+    "activations": "activ",
+}
 
 
 class Legend(Panel):
@@ -58,8 +68,10 @@ class Legend(Panel):
         row = Row().gap()
         spelled = sum(len(name) + 3 for name in names) + 1 <= width
         for name in names:
-            word = name if spelled else name[:5]
+            word = name if spelled else SHORT.get(name, name)
             if row.width + len(word) + 3 > width:
                 break
-            row.add(name[:1].upper(), view.palette.category(name)).gap().add(word, view.palette.style("muted")).gap()
+            row.add(category_letter(name), view.palette.category(name)).gap().add(
+                word, view.palette.style("muted")
+            ).gap()
         return [row]

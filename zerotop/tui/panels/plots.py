@@ -23,7 +23,8 @@ class Figure:
 
 
 def _throughput(point: StepResult, world_size: int) -> float | None:
-    # Series keeps one rank's steps. All ranks take the same steps with equal micro-batches, so the run's rate is that many times its own.
+    # Series keeps one rank's steps. All ranks take the same steps with equal micro-batches, so the run's rate is that
+    # many times its own.
     return None if point.tokens_per_s is None else point.tokens_per_s * max(1, world_size)
 
 

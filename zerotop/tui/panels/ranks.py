@@ -22,7 +22,12 @@ from zerotop.tui.widgets.bar import stacked_bar
 from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
 
 AFTER_ACCUMULATION = frozenset({"reduce", "step", "offload", "gather", "checkpoint", "paused"})
-OUTCOMES = {"finished": ("✔", "success"), "stopped": ("■", "muted"), "aborted": ("✖", "error"), "failed": ("✖", "error")}
+OUTCOMES = {
+    "finished": ("✔", "success"),
+    "stopped": ("■", "muted"),
+    "aborted": ("✖", "error"),
+    "failed": ("✖", "error"),
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class RankTable(ScrollPanel):
     @property
     def rows_wanted(self) -> int:
         """Lines for every rank, the column titles and the borders."""
-        return max(1, self._count) + 3
+        return max(1, self._count) + 1 + self.gutter.height
 
     def accept(self, view: View) -> None:
         super().accept(view)
@@ -91,8 +96,8 @@ class RankTable(ScrollPanel):
             self._count = count
             self.virtual_size = Size(0, count + 1)
         on_gpu = any(r.memory is not None and r.memory.allocated_bytes is not None for r in view.state.ranks.values())
-        kind = "VRAM" if on_gpu else "RSS; the fullest bar is the largest rank"
-        title = f"1 ranks · memory is {kind}"
+        kind = "VRAM" if on_gpu else "RSS, bars against the largest rank"
+        title = f"1 ranks · memory: {kind}"
         if self.border_title != title:
             self.border_title = title
 
@@ -102,7 +107,10 @@ class RankTable(ScrollPanel):
             return [Row().add("waiting for the first word of a rank".center(width), muted)]
         uses = [memory_use(rank.memory) for rank in view.state.ranks.values() if rank.memory]
         context = _Context(
-            view, max((use.used_bytes for use in uses), default=0), came_last_share(view.state), stale_after_s(view.state)
+            view,
+            max((use.used_bytes for use in uses), default=0),
+            came_last_share(view.state),
+            stale_after_s(view.state),
         )
         columns = _choose(view, width)
         fixed = sum(column.width + 1 for column in columns)
@@ -122,7 +130,10 @@ class RankTable(ScrollPanel):
         rank = state.ranks.get(number) or RankState(number)
         gpu = gpu_of(state, rank)
         row = Row()
-        row.add("▌" if number == self.selected else " ", context.view.palette.style("primary" if self.has_focus else "muted"))
+        row.add(
+            "▌" if number == self.selected else " ",
+            context.view.palette.style("primary" if self.has_focus else "muted"),
+        )
         for column, size in zip(columns, sizes, strict=True):
             start = row.width
             column.draw(row, context, rank, gpu, size - (1 if start == 1 else 0))
@@ -152,7 +163,7 @@ class RankTable(ScrollPanel):
     def on_click(self, event: events.Click) -> None:
         line = event.get_content_offset_capture(self).y - 1
         number = self.scroll_offset.y + line
-        if 0 <= line and number < self._count:
+        if line >= 0 and number < self._count:
             if number == self.selected and event.chain > 1:
                 self.action_open()
             else:
@@ -212,6 +223,9 @@ def _phase(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, s
         glyph, colour = OUTCOMES[phase]
         row.cell(f"{glyph} {phase} at step {rank.goodbye.step}", size, palette.style(colour))
         return
+    if context.view.ended:
+        row.cell(f"– ended in {phase}", size, palette.style("muted"))
+        return
     start = row.width
     dim = _dim(context, rank)
     if beat is not None and beat.micro_steps > 1:
@@ -266,7 +280,9 @@ def _rss(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, siz
     row.cell(bytes_text(rank.memory.rss_bytes) if rank.memory else "", size, _dim(context, rank) or PLAIN, right=True)
 
 
-def _gpu_cell(text: Callable[[GpuStats], str | None]) -> Callable[[Row, _Context, RankState, GpuStats | None, int], None]:
+def _gpu_cell(
+    text: Callable[[GpuStats], str | None],
+) -> Callable[[Row, _Context, RankState, GpuStats | None, int], None]:
     def draw(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
         shown = text(gpu) if gpu is not None else None
         style = _dim(context, rank) or (PLAIN if shown else context.view.palette.style("muted"))
@@ -289,7 +305,7 @@ COLUMNS = (
     _Column("rank", 5, 100, _number, right=True),
     _Column("device", 7, 40, _device),
     _Column("memory", 12, 90, _memory),
-    _Column("used", 17, 80, _used, right=True),
+    _Column("used", 15, 80, _used, right=True),
     _Column("RSS", 9, 20, _rss, right=True, gpu=True),
     _Column("pinned", 9, 25, _pinned, right=True),
     _Column("phase", 19, 95, _phase),

@@ -34,6 +34,13 @@ class CommandStrip(Panel):
         rows = []
         for life in self.shown:
             glyph, colour = LOOKS[life.state]
-            waited = f"  {life.waited_s:.0f} s" if life.open and life.waited_s is not None and life.waited_s >= 2 else ""
-            rows.append(Row().gap().add(f"{glyph} ", view.palette.style(colour)).cell(life.text + waited, width - 3, view.palette.style(colour)))
+            waited = (
+                f"  {life.waited_s:.0f} s" if life.open and life.waited_s is not None and life.waited_s >= 2 else ""
+            )
+            rows.append(
+                Row()
+                .gap()
+                .add(f"{glyph} ", view.palette.style(colour))
+                .cell(life.text + waited, width - 3, view.palette.style(colour))
+            )
         return rows

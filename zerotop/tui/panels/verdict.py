@@ -1,4 +1,6 @@
-"""What is wrong, in one place: why the run ended badly, why it stands still, whom the others wait for. Takes no room otherwise."""
+"""What is wrong, in one place: why the run ended badly, why it stands still, whom the others wait for. Takes no room
+otherwise.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class VerdictLine(Panel):
         return len(self.lines)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
-        return [Row().gap().add(text, view.palette.style(colour, bold=not i)) for i, (text, colour) in enumerate(self.lines)]
+        return [
+            Row().gap().add(text, view.palette.style(colour, bold=not i)) for i, (text, colour) in enumerate(self.lines)
+        ]
 
 
 def verdicts(view: View) -> list[tuple[str, str, str]]:

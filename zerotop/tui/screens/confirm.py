@@ -32,7 +32,10 @@ class ConfirmScreen(ModalScreen[bool]):
             dialog.border_title = ("▲ " if self.dangerous else "") + self.question
             for line in self.lines:
                 yield Static(Content(line))
-            yield Static(Content.from_markup("[b $accent]y[/] $yes      [b $accent]n[/] go back", yes=self.yes), classes="choices")
+            yield Static(
+                Content.from_markup("[b $accent]y[/] $yes      [b $accent]n[/] go back", yes=self.yes),
+                classes="choices",
+            )
 
     def action_answer(self, answer: bool) -> None:
         self.dismiss(answer)

@@ -44,9 +44,15 @@ class HelpScreen(ModalScreen[None]):
             table.add_row("", "")
             table.add_row(Text(text, self.palette.style("primary", bold=True)), "")
 
-        table.add_row(Text("the run", self.palette.style("primary", bold=True)), Text("" if self.can_steer else self.why_not, muted))
+        table.add_row(
+            Text("the run", self.palette.style("primary", bold=True)),
+            Text("" if self.can_steer else self.why_not, muted),
+        )
         for key in (key for key in KEYS if key.steers):
-            table.add_row(Text(self.keys[key.id], accent if self.can_steer else muted), Text(key.help, "" if self.can_steer else muted))
+            table.add_row(
+                Text(self.keys[key.id], accent if self.can_steer else muted),
+                Text(key.help, "" if self.can_steer else muted),
+            )
         head("the screen")
         for key in (key for key in KEYS if not key.steers):
             table.add_row(Text(self.keys[key.id], accent), Text(key.help))
@@ -57,11 +63,17 @@ class HelpScreen(ModalScreen[None]):
         head("signs")
         table.add_row(Text("run"), Text("  ".join(f"{glyph} {name}" for name, (glyph, _) in STATES.items())))
         table.add_row(Text("micro-steps"), Text("● done  ◐ current  ○ to come"))
-        table.add_row(Text("wait/step"), Text("time a rank stood still for communication in its last step, and its share"))
-        table.add_row(Text("last in"), Text("share of the last 10 steps' collectives in which the others waited for this rank"))
+        table.add_row(
+            Text("wait/step"), Text("time a rank stood still for communication in its last step, and its share")
+        )
+        table.add_row(
+            Text("last in"), Text("share of the last 10 steps' collectives in which the others waited for this rank")
+        )
         head("your own")
         table.add_row(Text("themes"), Text(f"{config_folder() / 'themes'}/NAME.toml: a palette; see themes/dark.toml"))
-        table.add_row(Text("keys"), Text(f'{config_folder() / "keys.toml"}: lines like  freeze = "F"  with these names:'))
+        table.add_row(
+            Text("keys"), Text(f'{config_folder() / "keys.toml"}: lines like  freeze = "F"  with these names:')
+        )
         table.add_row("", Text(", ".join(key.id for key in KEYS), muted))
         return table
 

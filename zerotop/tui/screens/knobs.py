@@ -48,7 +48,9 @@ class KnobScreen(ModalScreen[Setting | None]):
             yield Input(id="value")
             yield Static(id="verdict-value")
             yield Static(
-                Content.from_markup("[b $accent]↑ ↓[/] choose   [b $accent]Enter[/] type a value, then send it   [b $accent]Esc[/] go back"),
+                Content.from_markup(
+                    "[b $accent]↑ ↓[/] choose   [b $accent]Enter[/] type a value, send it   [b $accent]Esc[/] go back"
+                ),
                 classes="choices",
             )
 

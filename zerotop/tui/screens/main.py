@@ -24,6 +24,13 @@ from zerotop.tui.view import View
 from zerotop.tui.widgets.keybar import KeyBar
 
 
+class FilterField(Input):
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "submit", "Keep this filter", show=True),
+        Binding("escape", "app.back", "Clear it", show=True),
+    ]
+
+
 class MainScreen(LiveScreen):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "app.back", "Back", show=False)]
 
@@ -44,7 +51,7 @@ class MainScreen(LiveScreen):
                 yield HostPanel(id="host")
         yield HostPanel(id="host-line")
         yield EventPanel(id="events")
-        yield Input(placeholder="filter: part of a line, a severity, rank 1 …  Enter keeps it, Esc clears it", id="filter")
+        yield FilterField(placeholder="part of a line, a severity, rank 1 …", id="filter")
         yield CommandStrip(id="strip")
         yield KeyBar(self.palette)
 
@@ -54,8 +61,8 @@ class MainScreen(LiveScreen):
         self.query_one(RankTable).focus()
 
     def show_view(self, view: View) -> None:
-        self.fit_panels()
         super().show_view(view)
+        self.fit_panels()
 
     def on_resize(self) -> None:
         self.fit_panels()
@@ -64,8 +71,12 @@ class MainScreen(LiveScreen):
         """The rank table is as high as its ranks, as long as the rest keeps room to be read."""
         table = self.query_one(RankTable)
         height = self.size.height
-        most = max(5, height - 17 if height < 34 else height * 45 // 100)
+        # Header and footer, the lines that come and go, and the least that plots and events can be read in.
+        others = 3 + len(self.query_one(VerdictLine).lines) + len(self.query_one(CommandStrip).shown)
+        least = 2 + 5 + 3 if self.has_class("-narrow") else 1 + 12 + 6
+        most = max(4, height - others - least)
         wanted = min(table.rows_wanted, most)
+        self.set_class((height - wanted - others) * 3 // 5 < 19, "-low")
         if table.styles.height is None or table.styles.height.value != wanted:
             table.styles.height = wanted
 

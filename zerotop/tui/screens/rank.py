@@ -99,9 +99,16 @@ class CollectiveTable(Panel, can_focus=True):
             waited_us = meeting.waited_us.get(self.rank, 0)
             last = meeting.last_rank == self.rank
             row = Row().cell(str(meeting.seq), 8, right=True).gap().cell(meeting.op, 16).gap()
-            row.cell(bytes_text(meeting.bytes), 9, right=True).gap().cell(ms_text(meeting.transfer_us / 1000), 9, right=True)
+            row.cell(bytes_text(meeting.bytes), 9, right=True).gap().cell(
+                ms_text(meeting.transfer_us / 1000), 9, right=True
+            )
             row.gap().cell(ms_text(waited_us / 1000), 9, PLAIN if waited_us >= 1000 else muted, right=True).gap()
-            row.cell("▲ this" if last else f"rank {meeting.last_rank}", 10, view.palette.style("warning") if last else muted, right=True)
+            row.cell(
+                "▲ this" if last else f"rank {meeting.last_rank}",
+                10,
+                view.palette.style("warning") if last else muted,
+                right=True,
+            )
             rows.append(row)
         if len(rows) == 1:
             rows.append(Row().gap().add("none yet that all ranks have reported", muted))

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from rich.segment import Segment
 from rich.style import Style
 
+from zerotop.state.memory import DERIVED_CATEGORIES
+
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def split_cells(values: Sequence[float], total: float, width: int) -> list[int]:
-    """Cells for each value on a bar of `width` cells standing for `total`: largest remainders, and one cell for what is small but there.
+    """Cells for each value on a bar of `width` cells standing for `total`: largest remainders, and one cell for what
+    is small but there.
 
     The cells never exceed `width`; a value gets none only when it is zero or there are more values than cells.
     """
@@ -35,17 +38,24 @@ def split_cells(values: Sequence[float], total: float, width: int) -> list[int]:
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, Style]], total: float, width: int, empty: Style) -> list[Segment]:
-    """A bar of labelled blocks: each part says its word where it fits and its first letter where not, so colour is not needed to read it."""
+    """A bar of labelled blocks: each part says its word where it fits and its first letter where not, so colour is
+    not needed to read it.
+    """
     cells = split_cells([value for _, value, _ in parts], total, width)
-    segments = [Segment(block_label(name, size), style) for (name, _, style), size in zip(parts, cells, strict=True) if size]
+    segments = [
+        Segment(block_label(name, size), style) for (name, _, style), size in zip(parts, cells, strict=True) if size
+    ]
     rest = width - sum(cells)
     return [*segments, Segment("·" * rest, empty)] if rest > 0 else segments
 
 
 def block_label(name: str, size: int) -> str:
-    if size >= len(name) + 2:
-        return name.center(size)
-    return name[:1].upper().center(size)
+    return name.center(size) if size >= len(name) + 2 else category_letter(name).center(size)
+
+
+def category_letter(name: str) -> str:
+    """One letter for each category: small for the derived ones, so that cache is not communication."""
+    return name[:1] if name in DERIVED_CATEGORIES else name[:1].upper()
 
 
 def meter(share: float, width: int, fill: Style, empty: Style) -> list[Segment]:

@@ -11,7 +11,9 @@ from zerotop.tui.widgets.lines import PLAIN, Row
 
 
 class KeyBar(Widget):
-    """Shows the active bindings that have `show=True`, in order; each can be clicked. Follows remapped keys by itself."""
+    """Shows the active bindings that have `show=True`, in order; each can be clicked. Follows remapped keys by
+    itself.
+    """
 
     DEFAULT_CSS = "KeyBar { dock: bottom; height: 1; }"
 
@@ -31,7 +33,7 @@ class KeyBar(Widget):
             if not binding.show or not active.enabled or binding.action in seen:
                 continue
             seen.add(binding.action)
-            key = self.app.get_key_display(binding)
+            key = self.app.get_key_display(binding).replace("enter", "Enter").replace("esc", "Esc")
             if row.width + len(key) + len(binding.description) + 3 > width:
                 continue
             click = Style(meta={"@click": f"app.{binding.action}" if "." not in binding.action else binding.action})

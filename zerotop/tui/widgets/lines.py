@@ -1,7 +1,9 @@
 """Line-by-line drawing: a row builder, and a widget that repaints only the lines that changed.
 
-Over SSH every repainted cell costs, and most of what a run shows stays the same from one tick to the next. So a panel makes
-all its visible lines (cheap), compares them with the last ones (cheaper), and asks for a repaint of the differing lines only.
+Over SSH every repainted cell costs, and most of what a run shows stays the same from one tick to the next. So a panel
+makes
+all its visible lines (cheap), compares them with the last ones (cheaper), and asks for a repaint of the differing
+lines only.
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ class _Drawn(Widget):
     _shown: list[Strip] | None = None
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
-        """The visible lines, at most `height` of them, each at most `width` cells. Must not keep anything of the view."""
+        """The visible lines, at most `height` of them, each at most `width` cells. Must not keep anything of the
+        view.
+        """
         raise NotImplementedError
 
     def accept(self, view: View) -> None:

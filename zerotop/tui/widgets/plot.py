@@ -22,7 +22,9 @@ def plot_rows(
     line: Style,
     faint: Style,
 ) -> list[Row]:
-    """`height` rows of `width` cells: y labels on the left, x range in the last row. Says so when there is nothing to draw."""
+    """`height` rows of `width` cells: y labels on the left, x range in the last row. Says so when there is nothing to
+    draw.
+    """
     finite = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
     if height < 2 or width < 12 or not finite:
         text = "no data yet" if not points else "no finite value yet" if not finite else ""
@@ -62,7 +64,9 @@ def _span(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def _rasterise(
     points: Sequence[tuple[float, float | None]], low: float, high: float, width: int, height: int
 ) -> list[list[int]]:
-    """(height, width) braille bits. Each dot column holds the range of its values; neighbours are joined, gaps are not."""
+    """(height, width) braille bits. Each dot column holds the range of its values; neighbours are joined, gaps are
+    not.
+    """
     dots_x, dots_y = width * 2, height * 4
     first, last = points[0][0], points[-1][0]
     scale_x = (dots_x - 1) / (last - first) if last > first else 0.0

@@ -36,7 +36,9 @@ def timeline_rows(spans: Iterable[Span], palette: Palette, width: int, height: i
 
 
 def phase_cells(spans: Sequence[Span], start_ns: int, scale_ns: int, width: int) -> list[str]:
-    """For each of `width` cells the phase that fills most of it; "" where none does. The strip ends where the spans end."""
+    """For each of `width` cells the phase that fills most of it; "" where none does. The strip ends where the spans
+    end.
+    """
     cell_ns = scale_ns / width
     weights: list[dict[str, float]] = [{} for _ in range(width)]
     for phase, _step, _micro, begin, end in spans:
