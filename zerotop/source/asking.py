@@ -45,6 +45,16 @@ def ask(
 
     Says on stderr what it waits for after a second. Raises CommandError when no hub takes it.
     """
+    try:
+        return _ask(source, command, until, timeout_s)
+    except KeyboardInterrupt:
+        record = source.state.commands.get(command.id)
+        if record is not None and record.ack.state == "accepted":
+            say(f"#{record.ack.number} {command.name} was accepted and stays in force")
+        raise
+
+
+def _ask(source: Source, command: Command, until: str, timeout_s: float | None) -> CommandRecord:
     started = time.monotonic()
     source.send(command)
     said = False

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from runtime.wire.rundir import Sockets
 from zerotop.output import CommandError
 from zerotop.runs.executable import MARK, shell_command
@@ -84,7 +86,9 @@ class SshLink:
 
     def __init__(self, host: str) -> None:
         self.host = host
-        self.folder = Path(tempfile.mkdtemp(prefix="ssh-", dir=make_private_folder(sockets_home())))
+        home = make_private_folder(sockets_home())
+        _sweep(home)
+        self.folder = Path(tempfile.mkdtemp(prefix=f"ssh-{os.getpid()}-", dir=home))
         self.sockets = Sockets(self.folder)
         self._control = self.folder / "ssh"
         self._process: subprocess.Popen[bytes] | None = None
@@ -221,6 +225,14 @@ class SshLink:
             process.kill()
             process.wait()
         process.stdout.close()
+
+
+def _sweep(home: Path) -> None:
+    """Remove what screens left that were killed: folders are called ssh-PID-..."""
+    for folder in home.glob("ssh-*-*"):
+        pid = folder.name.split("-")[1]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _last_line(text: str) -> str:

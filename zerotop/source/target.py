@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from zerotop.output import CommandError
 
-_REMOTE = re.compile(r"(?P<host>(?:[^@:/\s]+@)?(?:\[[0-9A-Fa-f:.%]+\]|[^@:/\s\[\]]+))(?::(?P<run>.*))?")
+_REMOTE = re.compile(r"(?P<host>(?:[^@:/\s]+@)?(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^@:/\s\[\]]+))(?::(?P<run>.*))?")
 
 
 @dataclass(frozen=True)
