@@ -13,6 +13,7 @@ import psutil
 from runtime.wire.messages import GpuStats, NodeStats
 
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 class HostProbe:
@@ -81,7 +82,7 @@ def _swap_used() -> int:
 def _container_memory(used: int, total: int) -> tuple[int, int]:
     """Host figures, or the cgroup's where it allows less than the host has: that is where the OOM killer strikes."""
     try:
-        group = _CGROUP / Path("/proc/self/cgroup").read_text().split("::", 1)[1].strip().lstrip("/")
+        group = _CGROUP / _OWN_CGROUP.read_text().split("::", 1)[1].strip().lstrip("/")
         limit = (group / "memory.max").read_text().strip()
         if limit == "max" or int(limit) >= total:
             return used, total

@@ -89,7 +89,7 @@ def _first_to_fail(seen: Evidence, codes: Mapping[int, int]) -> int | None:
     failed = sorted((goodbye.wall_s, rank) for rank, goodbye in seen.goodbyes.items() if goodbye.outcome == "failed")
     if failed:
         return failed[0][1]
-    return next(iter(codes), None)
+    return next((rank for rank, code in codes.items() if code != _SIGTERM_EXIT), next(iter(codes), None))
 
 
 def _rank_reason(rank: int, code: int | None, goodbye: Goodbye | None) -> str:

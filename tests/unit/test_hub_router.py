@@ -1,0 +1,174 @@
+"""The command router by itself: numbers, refusals, repeated ids, and an answer for everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from runtime.wire.messages import Ack, Command, CommandRecord, RunStatus
+from zerotop.hub.router import CommandRouter
+from zerotop.state.run import RunState
+
+
+@dataclass
+class Desk:
+    """A router with its outlets written down."""
+
+    state: RunState = field(default_factory=RunState)
+    answers: list[tuple[bytes, str, str]] = field(default_factory=list)
+    forwarded: list[Command] = field(default_factory=list)
+    published: list[CommandRecord] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.set("running")
+        self.router = CommandRouter(
+            self.state,
+            answer=lambda asker, ack: self.answers.append((asker, ack.state, ack.reason)),
+            forward=self.forwarded.append,
+            publish=self.published.append,
+            abort=lambda command: self.aborted.append(command.id),
+        )
+
+    def set(self, state: str) -> None:
+        self.state.apply(RunStatus.model_validate({"name": "q1", "state": state}))
+
+    def ask(self, name: str, identity: str = "", asker: bytes = b"a", **arguments: object) -> tuple[str, str]:
+        """The newest answer: (state, reason)."""
+        command = Command.model_validate(
+            {"id": identity or f"{name}{len(self.answers)}", "name": name, "arguments": arguments}
+        )
+        self.router.submit(command, asker)
+        return self.answers[-1][1:]
+
+    def applied(self, number: int, step: int = 5) -> Command | None:
+        command = next(command for command in self.forwarded if command.number == number)
+        return self.router.hear(Ack(id=command.id, number=number, state="applied", step=step, rank=0))
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def test_accepted_commands_are_numbered_from_one_without_holes(desk: Desk) -> None:
+    assert desk.ask("checkpoint") == ("accepted", "")
+    assert desk.ask("set", nonsense=1)[0] == "rejected"
+    assert desk.ask("pause") == ("accepted", "")
+    assert [(command.name, command.number) for command in desk.forwarded] == [("checkpoint", 1), ("pause", 2)]
+    assert [record.ack.state for record in desk.published] == ["accepted", "rejected", "accepted"]
+
+
+def test_an_applied_command_is_told_to_its_asker_and_everyone(desk: Desk) -> None:
+    desk.ask("checkpoint", asker=b"me")
+    command = desk.applied(1, step=17)
+    assert command is not None and command.name == "checkpoint"
+    assert desk.answers[-1] == (b"me", "applied", "")
+    assert desk.published[-1].ack.step == 17 and desk.published[-1].ack.number == 1
+    assert desk.router.open_commands() == []
+
+
+def test_the_same_id_acts_once_and_is_answered_every_time(desk: Desk) -> None:
+    desk.ask("checkpoint", identity="x", asker=b"one")
+    desk.ask("checkpoint", identity="x", asker=b"two")
+    assert len(desk.forwarded) == 1
+    desk.applied(1)
+    told = [(asker, state) for asker, state, _ in desk.answers]
+    assert sorted(told[2:]) == [(b"one", "applied"), (b"two", "applied")]
+    desk.ask("checkpoint", identity="x", asker=b"three")
+    assert [answer[:2] for answer in desk.answers[-2:]] == [(b"three", "accepted"), (b"three", "applied")]
+    assert len(desk.forwarded) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "arguments", "reason"),
+    [
+        ("finished", "pause", {}, "the run is over (finished)"),
+        ("failed", "abort", {}, "the run is over (failed)"),
+        ("paused", "pause", {}, "the run is paused already"),
+        ("running", "resume", {}, "the run is not paused (running)"),
+        ("stopping", "checkpoint", {}, "the run is stopping already (abort ends it at once)"),
+        ("running", "pause", {"now": 1}, "pause takes no arguments, got now"),
+        ("running", "abort", {"now": 1}, "abort takes no arguments, got now"),
+        ("running", "set", {}, "set needs a knob and a value"),
+        ("running", "set", {"log_interval": "soon"}, "a whole number from 1"),
+        ("running", "set", {"log_interval": 0}, "a whole number from 1"),
+        ("running", "set", {"log_intervall": "1"}, "Did you mean log_interval?"),
+    ],
+)
+def test_refusals_say_why(desk: Desk, state: str, name: str, arguments: dict[str, object], reason: str) -> None:
+    desk.set(state)
+    verdict, why = desk.ask(name, **arguments)
+    assert verdict == "rejected" and reason in why
+    assert desk.forwarded == [] and desk.aborted == []
+
+
+def test_values_reach_the_ranks_in_their_own_types(desk: Desk) -> None:
+    desk.ask("set", log_interval="3", lr_factor="0.5", log_level="DEBUG")
+    assert desk.forwarded[0].arguments == {"log_interval": 3, "lr_factor": 0.5, "log_level": "debug"}
+
+
+def test_what_waits_counts_as_done_for_what_comes_next(desk: Desk) -> None:
+    desk.ask("pause")
+    assert desk.ask("pause")[1] == "a pause is waiting for a step boundary already"
+    assert desk.ask("resume")[0] == "accepted"  # it will be paused by then
+    assert desk.ask("resume")[1] == "a resume is on its way already"
+    desk.set("paused")
+    assert desk.ask("stop")[0] == "accepted"
+    assert desk.ask("checkpoint")[1] == "the run is stopping already (abort ends it at once)"
+    assert desk.ask("abort")[0] == "accepted"
+    assert desk.ask("abort")[1] == "the run is being aborted"
+
+
+def test_a_paused_run_with_a_resume_on_its_way_can_be_paused_again(desk: Desk) -> None:
+    desk.set("paused")
+    desk.ask("resume")
+    assert desk.ask("pause")[0] == "accepted"
+
+
+def test_abort_is_not_for_ranks(desk: Desk) -> None:
+    desk.ask("abort", identity="end")
+    assert desk.aborted == ["end"] and desk.forwarded == [] and desk.router.open_commands() == []
+
+
+@pytest.mark.parametrize(
+    ("end", "name", "verdict"),
+    [
+        ("stopped", "stop", "applied"),
+        ("aborted", "abort", "applied"),
+        ("aborted", "stop", "rejected"),
+        ("finished", "checkpoint", "rejected"),
+        ("finished", "abort", "rejected"),
+        ("failed", "stop", "rejected"),
+    ],
+)
+def test_the_end_answers_everything(desk: Desk, end: str, name: str, verdict: str) -> None:
+    desk.ask(name)
+    desk.router.finish(end, step=9)  # type: ignore[arg-type]
+    assert desk.answers[-1][1] == verdict
+    assert bool(desk.answers[-1][2]) == (verdict == "rejected")
+    count = len(desk.answers)
+    desk.router.finish(end, step=9)  # type: ignore[arg-type]
+    assert len(desk.answers) == count
+
+
+def test_late_ranks_are_given_what_is_open_in_order(desk: Desk) -> None:
+    for name in ("checkpoint", "pause", "set"):
+        desk.ask(name, **({"log_interval": 1} if name == "set" else {}))
+    desk.applied(1)
+    assert [command.number for command in desk.router.open_commands()] == [2, 3]
+    assert [command.number for command in desk.router.open_commands(above=2)] == [3]
+
+
+def test_an_answer_to_nothing_we_know_is_ignored(desk: Desk) -> None:
+    assert desk.router.hear(Ack(id="stranger", state="applied", step=1)) is None
+    assert desk.answers == [] and desk.published == []
+
+
+def test_a_million_commands_do_not_pile_up(desk: Desk) -> None:
+    for number in range(1500):
+        desk.ask("checkpoint", identity=f"c{number}")
+        desk.applied(number + 1)
+        desk.forwarded.clear()
+    assert len(desk.router._cases) <= 1001
