@@ -107,8 +107,8 @@ class ZerotopApp(App[Outcome]):
         if self.can_steer != self._can_steer:
             self._can_steer = self.can_steer
             self.refresh_bindings()
-        if self.frozen is None or waiting:
-            self.update_view()
+        # A frozen view is drawn too: its panels come out as they were, only the header and the commands are live.
+        self.update_view()
 
     def update_view(self) -> None:
         screen = next((s for s in reversed(self.screen_stack) if isinstance(s, LiveScreen)), None)

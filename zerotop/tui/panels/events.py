@@ -62,7 +62,6 @@ class EventPanel(ScrollPanel):
         self.border_subtitle = "" if self._follow else "scrolled up · End follows again"
 
     def on_resize(self) -> None:
-        super().on_resize()
         if self.view is not None:
             self.accept(self.view)
         if self._follow:

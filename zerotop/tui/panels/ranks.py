@@ -303,7 +303,7 @@ def _power(gpu: GpuStats) -> str | None:
 
 COLUMNS = (
     _Column("rank", 5, 100, _number, right=True),
-    _Column("device", 7, 40, _device),
+    _Column("device", 8, 40, _device),
     _Column("memory", 12, 90, _memory),
     _Column("used", 15, 80, _used, right=True),
     _Column("RSS", 9, 20, _rss, right=True, gpu=True),
@@ -322,7 +322,7 @@ COLUMNS = (
 
 
 def _choose(view: View, width: int) -> list[_Column]:
-    """The columns that fit, in their order: the least worthy go first. Widths adapt to what this run can show at all."""
+    """The columns that fit, in their order: the least worthy go first. Widths follow what this run can show at all."""
     ranks = view.state.ranks.values()
     on_gpu = any(rank.memory is not None and rank.memory.allocated_bytes is not None for rank in ranks)
     many_micro = any(rank.heartbeat is not None and rank.heartbeat.micro_steps > 4 for rank in ranks)

@@ -48,7 +48,7 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
     status = view.state.status
     if status is not None and status.state == "failed":
         rank = f"rank {status.failed_rank}: " if status.failed_rank is not None else ""
-        code = f" (exit code {status.exit_code})" if status.exit_code is not None else ""
+        code = f" (exit {status.exit_code})" if status.exit_code is not None else ""
         found.append(("✖", f"the run failed: {rank}{status.reason or 'no reason given'}{code}", "error"))
     elif status is not None and status.state == "aborted":
         found.append(("✖", f"the run was aborted{': ' + status.reason if status.reason else ''}", "error"))

@@ -22,7 +22,7 @@ Setting = tuple[str, KnobValue]
 
 
 def known_values(state: RunState) -> dict[str, KnobValue]:
-    """What this screen knows of the knobs' values: the newest applied `set` of each, and what the ranks' hello tells."""
+    """What is known of the knobs' values: the newest applied `set` of each, and what the ranks' hello tells."""
     values: dict[str, KnobValue] = {}
     if state.hello is not None:
         values["telemetry_hz"] = state.hello.telemetry_hz

@@ -9,7 +9,7 @@ from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
 
 class LiveScreen(Screen[None]):
-    ALLOW_IN_MAXIMIZED_VIEW = "Header,VerdictLine,CommandStrip,KeyBar,.-textual-system"
+    ALLOW_IN_MAXIMIZED_VIEW = "Header,KeyBar,.-textual-system"
     view: View | None = None
 
     def show_view(self, view: View) -> None:

@@ -139,13 +139,21 @@ class Panel(_Drawn):
         return 1
 
 
-class ScrollPanel(_Drawn, ScrollView, can_focus=True):
+class ScrollPanel(ScrollView, _Drawn, can_focus=True):  # the first base gives the default styles
     """A panel whose lines scroll. `draw` still makes the visible lines only, from `self.scroll_offset.y` on."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("home", "scroll_home", "Top", show=False),
-        Binding("end", "scroll_end", "Bottom", show=False),
+        Binding("up", "by(-1)", "Up", show=False),
+        Binding("down", "by(1)", "Down", show=False),
+        Binding("pageup", "by(-10)", "Ten up", show=False),
+        Binding("pagedown", "by(10)", "Ten down", show=False),
+        Binding("home", "by(-100000)", "Top", show=False),
+        Binding("end", "by(100000)", "Bottom", show=False),
     ]
+
+    def action_by(self, lines: int) -> None:
+        """Scroll at once: an animation would repaint the panel many times over a slow line."""
+        self.scroll_to(y=self.scroll_offset.y + lines, animate=False, force=True)
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)

@@ -1,0 +1,255 @@
+"""What the screen shows, at the sizes it promises to work at."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from conftest import OpenApp, screen_text, settle
+from rich.cells import cell_len
+from scripted_run import ScriptedRun
+
+from zerotop.tui.panels.events import EventPanel
+from zerotop.tui.panels.header import FROZEN_BADGE
+from zerotop.tui.panels.memory import MemoryPanel
+from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.screens.rank import RankScreen
+from zerotop.tui.widgets.lines import Panel, ScrollPanel
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 36), (200, 50)])
+@pytest.mark.parametrize(("ranks", "gpu"), [(2, False), (8, True), (64, True)])
+async def test_every_panel_lies_inside_the_terminal(open_app: OpenApp, size: tuple[int, int], ranks: int, gpu: bool) -> None:
+    run = ScriptedRun(ranks=ranks, gpu=gpu)
+    run.steps(20)
+    async with open_app(run, size=size) as (app, _, _):
+        panels = [p for p in (*app.screen.query(Panel), *app.screen.query(ScrollPanel)) if p.region.area]
+        assert {"header", "ranks", "learning", "speed", "events"} <= {panel.id for panel in panels}
+        for panel in panels:
+            assert panel.region in app.screen.region, panel
+            for other in panels:
+                assert panel is other or not panel.region.overlaps(other.region), (panel, other)
+        text = screen_text(app)
+        assert len(text) == size[1]
+        assert all(cell_len(line) == size[0] for line in text)
+        joined = "\n".join(text)
+        assert "running" in joined and "step 20 of 200" in joined and "ZeRO-2" in joined
+        assert text[-1].split()[:2] == ["?", "Help"]
+
+
+async def test_eight_ranks_are_all_in_sight_in_a_small_terminal(open_app: OpenApp) -> None:
+    run = ScriptedRun(ranks=8, gpu=True)
+    run.steps(20)
+    async with open_app(run, size=(80, 24)) as (app, _, _):
+        rows = [line for line in screen_text(app) if "GiB" in line and "/4" in line]
+        assert len(rows) == 8
+
+
+async def test_a_rank_shows_its_micro_step_as_dots_and_words(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        run.beat(1, "backward", 3)
+        run.beat(0, "reduce", 0)
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert "●●◐○ 3/4 backward" in text
+        assert "●●●● reduce" in text
+
+
+async def test_selection_scrolls_through_many_ranks_and_moves_the_memory_panel(open_app: OpenApp) -> None:
+    run = ScriptedRun(ranks=256, gpu=True)
+    run.steps(4)
+    async with open_app(run, size=(200, 50)) as (app, pilot, _):
+        await pilot.press("1", "down", "down")
+        assert app.screen.query_one(RankTable).selected == 2
+        await pilot.press("end")
+        await pilot.pause()
+        assert app.screen.query_one(RankTable).selected == 255
+        assert app.screen.query_one(MemoryPanel).rank == 255
+        assert any("255 cuda:255" in line for line in screen_text(app))
+        await pilot.press("home")
+        await pilot.pause()
+        assert any("  0 cuda:0" in line for line in screen_text(app))
+
+
+async def test_enter_opens_a_rank_and_escape_goes_back(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        run.log("only rank 1 says this", rank=1)
+        run.log("only rank 0 says this", rank=0)
+        await pilot.press("down", "enter")
+        await settle(app, pilot)
+        assert isinstance(app.screen, RankScreen) and app.screen.rank == 1
+        text = "\n".join(screen_text(app))
+        assert "pid 4001" in text and "backward" in text and "only rank 1 says this" in text
+        assert "only rank 0 says this" not in text
+        await pilot.press("right_square_bracket")
+        await settle(app, pilot)
+        assert "pid 4000" in "\n".join(screen_text(app))
+        await pilot.press("escape")
+        await settle(app, pilot)
+        assert not isinstance(app.screen, RankScreen)
+
+
+async def test_a_cpu_run_says_so_and_a_gpu_run_shows_the_probes_figures(open_app: OpenApp) -> None:
+    async with open_app(size=(200, 50)) as (app, _, _):
+        assert "no GPU: CPU run" in "\n".join(screen_text(app))
+    run = ScriptedRun(ranks=2, gpu=True)
+    run.steps(5)
+    async with open_app(run, size=(200, 50)) as (app, _, _):
+        text = "\n".join(screen_text(app))
+        assert "640/700 W" in text and "61°C" in text and "1830 MHz" in text and "96%" in text
+
+
+async def test_memory_is_split_into_counted_and_derived_categories(open_app: OpenApp) -> None:
+    run = ScriptedRun(ranks=2, gpu=True)
+    run.steps(5)
+    async with open_app(run, size=(200, 50)) as (app, _, _):
+        text = "\n".join(screen_text(app))
+        for word in ("parameters", "gradients", "optimizer", "masters", "communication", "activations ~", "cache ~"):
+            assert word in text
+        assert "13.0 GiB" in text
+
+
+async def test_old_data_is_called_old_and_loses_its_colour(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        assert "● live" in screen_text(app)[0]
+        run.age = 7.0
+        await settle(app, pilot)
+        assert "no data for 7 s" in screen_text(app)[0]
+        assert app.make_view().stale
+        run.connection = "lost: ssh ended"
+        await settle(app, pilot)
+        assert "lost: ssh ended" in screen_text(app)[0]
+        run.connection, run.age = "live", 0.1
+        await settle(app, pilot)
+        assert "● live" in screen_text(app)[0] and not app.make_view().stale
+
+
+async def test_a_failed_run_shows_the_failing_ranks_error(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        run.fail(1, 'Traceback (most recent call last):\n  File "train.py", line 31\nRuntimeError: out of memory')
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert "✖ failed" in text
+        assert "rank 1: RuntimeError: out of memory" in text
+        assert 'File "train.py", line 31' in text
+        assert "✖ failed at step 20" in text
+
+
+async def test_events_follow_the_newest_unless_scrolled_up(open_app: OpenApp) -> None:
+    async with open_app(size=(80, 24)) as (app, pilot, run):
+        for number in range(40):
+            run.log(f"line number {number}")
+        await settle(app, pilot)
+        assert "line number 39" in "\n".join(screen_text(app))
+        await pilot.press("6", "up", "up", "up")
+        await settle(app, pilot)
+        run.log("line number 40")
+        await settle(app, pilot)
+        assert "line number 40" not in "\n".join(screen_text(app))
+        await pilot.press("end")
+        await settle(app, pilot)
+        run.log("line number 41")
+        await settle(app, pilot)
+        assert "line number 41" in "\n".join(screen_text(app))
+
+
+async def test_the_filter_narrows_the_events_and_escape_clears_it(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        run.log("overflow, scale halved", "warning", 1)
+        run.log("all is well")
+        await settle(app, pilot)
+        await pilot.press("slash", *"overfl")
+        await settle(app, pilot)
+        panel = app.screen.query_one(EventPanel)
+        assert panel.filter == "overfl"
+        text = "\n".join(screen_text(app))
+        assert "overflow, scale halved" in text and "all is well" not in text
+        await pilot.press("enter")
+        assert panel.has_focus and panel.filter == "overfl"
+        await pilot.press("escape")
+        await settle(app, pilot)
+        assert panel.filter == "" and "all is well" in "\n".join(screen_text(app))
+
+
+async def test_a_frozen_view_stands_still_looks_frozen_and_still_shows_answers(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        await pilot.press("f")
+        run.steps(5)
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert FROZEN_BADGE.strip() in text and "step 20 of" in text and "paused" not in text
+        assert app.screen.has_class("-frozen")
+        await pilot.press("C")
+        run.accept(run.sent[0])
+        run.apply_command(run.sent[0])
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert "checkpoint #1: applied at step 25" in text and "step 20 of" in text
+        await pilot.press("f")
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert FROZEN_BADGE.strip() not in text and "step 25 of" in text
+
+
+async def test_nothing_is_drawn_when_nothing_changed(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_app() as (app, pilot, run):
+        drawn: list[object] = []
+        monkeypatch.setattr(type(app.screen), "show_view", lambda self, view: drawn.append(view))
+        for _ in range(3):
+            await settle(app, pilot)
+        assert drawn == []
+        run.steps(1)
+        await settle(app, pilot)
+        assert len(drawn) == 1
+
+
+async def test_zoom_gives_the_focused_panel_the_screen_and_takes_it_back(open_app: OpenApp) -> None:
+    async with open_app(size=(80, 24)) as (app, pilot, _):
+        await pilot.press("2", "z")
+        await settle(app, pilot)
+        plot = app.screen.query_one("#learning")
+        assert plot.region.width == 80 and plot.region.height >= 20
+        assert plot.region in app.screen.region
+        await pilot.press("escape")
+        await settle(app, pilot)
+        assert plot.region.width < 80
+        # The memory panel has no place in this size: its number shows it alone.
+        await pilot.press("4")
+        await settle(app, pilot)
+        assert "parameters" in "\n".join(screen_text(app)) and app.screen.query_one("#memory").region.height >= 20
+
+
+async def test_g_shows_the_next_figure(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, _):
+        assert "2 loss" in "\n".join(screen_text(app))
+        await pilot.press("g")
+        await settle(app, pilot)
+        assert "2 gradient norm" in "\n".join(screen_text(app))
+        await pilot.press("3", "g")
+        await settle(app, pilot)
+        assert "3 step time" in "\n".join(screen_text(app))
+
+
+async def test_a_loss_that_is_not_a_number_is_shown_as_such(open_app: OpenApp) -> None:
+    run = ScriptedRun()
+    run.steps(5)
+    last = run.state.ranks[0].step
+    assert last is not None
+    run.say(last.model_copy(update={"step": 6, "loss": math.nan}))
+    async with open_app(run) as (app, _, _):
+        assert "2 loss  NaN" in "\n".join(screen_text(app))
+
+
+async def test_an_empty_run_draws_and_says_what_it_waits_for(open_app: OpenApp) -> None:
+    run = ScriptedRun()
+    run.state.__init__()  # type: ignore[misc]
+    run.connection, run.age = "connecting", None
+    async with open_app(run, size=(80, 24)) as (app, _, _):
+        text = "\n".join(screen_text(app))
+        assert "◌ connecting" in text and "waiting for the first word of a rank" in text and "no data yet" in text
+
+
+async def test_the_program_saves_its_own_picture(open_app: OpenApp, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    async with open_app() as (app, _, _):
+        path = app.save_svg(tmp_path / "screen.svg")
+        assert path.read_text().lstrip().startswith("<svg") and "ZeRO-2" in path.read_text()
