@@ -55,7 +55,8 @@ class BufferPool:
 
 
 def _accumulate(target: torch.Tensor, grad: torch.Tensor) -> None:
-    """target += grad, where torch is slow: a 16-bit gradient into an fp32 buffer on a CPU takes it five times as long."""
+    """target += grad, where torch is slow: a 16-bit gradient into an fp32 buffer on a CPU takes it five times as
+    long."""
     mixed = target.dtype == torch.float32 and grad.dtype == torch.bfloat16
     if mixed and target.device.type == "cpu" and grad.is_contiguous() and native.available():
         native.accumulate(target, grad.view(-1), threads=torch.get_num_threads())
