@@ -80,7 +80,7 @@ class FakeRun:
         return self.source.state.commands[sent.id]
 
     def pid_of_rank(self, rank: int) -> int:
-        self.see(lambda source: source.state.ranks[rank].hello is not None, f"rank {rank}'s hello")
+        self.see(lambda source: source.state.rank(rank).hello is not None, f"rank {rank}'s hello")
         hello = self.source.state.ranks[rank].hello
         assert hello is not None
         return hello.pid

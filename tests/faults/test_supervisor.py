@@ -229,6 +229,16 @@ def test_a_killed_supervisor_leaves_no_rank_and_no_lie(start: Start) -> None:
     assert not run.entry.sockets.folder.exists()  # swept with the next launch
 
 
+def test_sockets_of_a_killed_supervisor_stay_until_its_launcher_has_ended(start: Start) -> None:
+    run = start(FAKE_HANG="0:3", ZEROTOP_ORPHAN_GRACE_S="3")
+    launcher = psutil.Process(run.pid_of_rank(0)).parent()
+    assert launcher is not None
+    psutil.Process(read_run(run.path).supervisor_pid).kill()
+    make_sockets_folder().rmdir()
+    assert launcher.is_running() and run.entry.sockets.folder.exists()
+    until(run.all_gone, "every process gone")
+
+
 def test_sigterm_stops_the_run(start: Start) -> None:
     run = start()
     run.see_step(2)

@@ -93,5 +93,7 @@ def test_torchrun_itself_failing_shows_its_own_words_without_its_table(tmp_path:
         "failed", "torchrun exited with code 2 before any rank failed", 2, None, "python: No module named torch"
     )
     assert end(tmp_path, -9).reason == "torchrun was killed by SIGKILL"
+    noise = "W1123 09:56:31.908000 37 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 38 signal"
+    assert end(tmp_path, 1, log=noise + "\n" + TORCHRUN.format(code=-9, rank=1)).error == ""
     no_log = end(tmp_path, 1, log=TORCHRUN.format(code=1, rank=1))
     assert "FAILED" not in no_log.error and "Failures" not in no_log.error

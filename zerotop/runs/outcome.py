@@ -16,6 +16,7 @@ _TAIL_BYTES = 64 * 1024
 # rank.
 _FIRST = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) ")
 _BLOCK = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) ")
+_AGENT = re.compile(r"[IWE]\d{4} \d\d:.*torch/distributed/elastic/")
 _SIGTERM_EXIT = -15
 
 
@@ -131,7 +132,7 @@ def _launcher_tail(seen: Evidence) -> str:
     for line in tail(seen.logs / "torchrun.log", lines=400).splitlines():
         if "failed (exitcode:" in line or re.match(r"={20,}$", line):
             break
-        if line.strip("* ") and "OMP_NUM_THREADS" not in line:
+        if line.strip("* ") and "OMP_NUM_THREADS" not in line and not _AGENT.match(line):
             kept.append(line)
     return "\n".join(kept[-ERROR_LINES:])
 

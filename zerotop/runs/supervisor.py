@@ -80,7 +80,7 @@ class Supervisor:
             loop.add_signal_handler(signal.SIGCHLD, self._collect)
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 loop.add_signal_handler(number, self._stop_by_signal, number)
-            self._start_launcher()
+            self._start_launcher(lock)
             ready.say_up()
             gpus.start()
             self._announce()
@@ -111,14 +111,24 @@ class Supervisor:
             update={"attempt": self.run_file.attempt, "started_wall_s": status.started_wall_s or time.time()}
         )
 
-    def _start_launcher(self) -> None:
-        """Start torchrun, or what run.json gives in its place."""
+    def _start_launcher(self, lock: int) -> None:
+        """Start torchrun, or what run.json gives in its place.
+
+        It inherits the lock on the sockets folder, where its rendezvous lies too: if this supervisor is killed, nobody
+        sweeps that folder away before torchrun has ended.
+        """
         command = self.run_file.command or torchrun.command(self.run_file, self.path)
         variables = torchrun.environment(self.run_file, self.path, supervisor_pid=os.getpid(), resume=self._resume)
         with (self.logs / "torchrun.log").open("ab") as log:
             try:
                 self._launcher = subprocess.Popen(
-                    command, env=variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    command,
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(lock,),
+                    start_new_session=True,
                 )
             except OSError as error:
                 raise RunError(f"can't start the ranks: {command[0]}: {error.strerror}") from None
