@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from runtime.telemetry import NullTelemetry, Telemetry
+from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, read_run
 
 # torch 2.13 renames both; 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -164,9 +166,26 @@ def init_distributed(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         backend = "nccl" if want_cuda and dist.is_nccl_available() else "gloo"
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if run := os.environ.get(RUN_VARIABLE):
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(
+                backend,
+                store=dist.FileStore(_store_file(run), world_size),
+                rank=rank,
+                world_size=world_size,
+                device_id=chosen if want_cuda else None,
+            )
+        elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, device_id=chosen if want_cuda else None)
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return chosen
+
+
+def _store_file(run: str) -> str:
+    """Where the ranks of a run meet. torch's usual TCP store listens on every interface and trusts whoever connects; the
+    run's private sockets folder serves one node as well."""
+    attempt = os.environ.get(ATTEMPT_VARIABLE, "1")
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return str(Path(read_run(Path(run)).sockets) / f"group-{attempt}-{restart}")
