@@ -1,0 +1,138 @@
+"""launch without a screen: progress lines, Ctrl-C, and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime.wire.rundir import read_status
+from tests.faults.conftest import FakeRun, until
+from zerotop import cli
+from zerotop.commands.progress import follow
+from zerotop.runs import launching
+from zerotop.source.opening import open_source
+
+Start = Callable[..., FakeRun]
+
+
+def interrupt_when(*conditions: Callable[[], bool]) -> threading.Thread:
+    """Press Ctrl-C once for each condition, in order, as soon as it holds and somebody listens for it."""
+    usual = signal.getsignal(signal.SIGINT)
+
+    def press() -> None:
+        for condition in conditions:
+            until(lambda: signal.getsignal(signal.SIGINT) is not usual, "a handler for Ctrl-C")
+            until(condition, "the time to press Ctrl-C")
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_lines_per_interval_and_exit_code_0(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start({"overrides": ["zerotop.log.interval=5"]}, FAKE_STEPS=20)
+    assert follow(open_source(run.entry), run.entry) == 0
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line.split()[1] for line in lines if line.startswith("step ")]
+    assert steps == ["5/20", "10/20", "15/20", "20/20"]
+    assert lines[0].startswith("step 5/20  loss 1.0000  lr 0.001  norm 1")
+    assert lines[-1] == f"{run.path.name}: finished at step 20, all ranks finished"
+
+
+def test_ctrl_c_stops_after_a_checkpoint(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start()
+    before = signal.getsignal(signal.SIGINT)
+    thread = interrupt_when(lambda: read_status(run.path).step >= 2)
+    assert follow(open_source(run.entry), run.entry) == 0
+    thread.join()
+    captured = capsys.readouterr()
+    assert "stopping after a checkpoint; Ctrl-C again aborts at once" in captured.err
+    assert f"{run.path.name}: stopped at step" in captured.out
+    assert read_status(run.path).state == "stopped"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_aborts(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start(FAKE_HANG="0:3")
+    thread = interrupt_when(
+        lambda: read_status(run.path).state == "running", lambda: read_status(run.path).state == "stopping"
+    )
+    assert follow(open_source(run.entry), run.entry) == 1
+    thread.join()
+    assert "aborting" in capsys.readouterr().err
+    status = read_status(run.path)
+    assert status.state == "aborted" and status.reason.endswith("(Ctrl-C)")
+
+
+def test_a_failure_shows_the_last_error_once_and_exits_1(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start(FAKE_CRASH="1:4")
+    assert follow(open_source(run.entry), run.entry, as_json=True) == 1
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert (document["state"], document["failed_rank"]) == ("failed", 1)
+    assert captured.err.count("last lines of rank 1:") == 1
+    assert "RuntimeError: rank 1 breaks at step 4 as it was told" in captured.err
+
+
+def test_a_killed_supervisor_ends_the_lines_with_the_truth(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start()
+    supervisor = next(process for process in run.processes() if "zerotop.runs.supervisor" in process.cmdline())
+
+    def kill() -> None:
+        until(lambda: read_status(run.path).step >= 2, "step 2")
+        supervisor.kill()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    assert follow(open_source(run.entry), run.entry) == 1
+    thread.join()
+    assert "the supervisor died (killed?); last known step" in capsys.readouterr().err
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+def test_launch_detach_json(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[FakeRun] = []
+
+    def fake_start(config_path: str, **options: object) -> object:
+        started.append(start({"config_path": config_path, **options}, FAKE_STEPS=5))
+        return started[0].entry
+
+    monkeypatch.setattr(launching, "start_run", fake_start)
+    config = str(tmp_path / "config.json")
+    assert cli.main(["launch", config, "--nproc", "2", "--device", "cpu", "--name", "q7", "--detach", "--json"]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document["name"] == "q7" and document["state"] in ("starting", "running")
+    assert "q7: 2 ranks on the CPU" in captured.err and "zerotop.train.steps: 200, our default" in captured.err
+    started[0].see_state("finished")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["launch"], "launch needs a config file"),
+        (["launch", "no-such.json"], "no-such.json"),
+        (["launch", "config.json", "--name", "No Good"], "a-z 0-9"),
+        (["launch", "config.json", "--"], "after -- comes a script"),
+        (["launch", "config.json", "--device", "cpu", "--", "no-such.py", "--set", "x"], "there is no such script"),
+    ],
+)
+def test_a_bad_call_is_one_line_and_exit_code_2(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert not (tmp_path / "state").exists()

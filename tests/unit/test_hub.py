@@ -1,0 +1,200 @@
+"""The hub on real sockets, in this process: lost and repeated event packets, and what late screens see."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import zmq
+import zmq.asyncio
+
+from runtime.wire.codec import decode_down, decode_packet, decode_snapshot, encode
+from runtime.wire.messages import Command, Event, Heartbeat, Packet, Resend, RunStatus
+from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, RunFile, Sockets
+from zerotop.hub.hub import Hub
+from zerotop.hub.recorder import Recorder
+
+DEADLINE_S = 10.0
+
+
+class Bench:
+    """A hub of a one-rank run, and sockets to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run = RunFile(
+            name="q1", created_wall_s=0, attempt=1, host="h", boot_id="b", nproc=1, device="cpu", config_path="c",
+            config_folder="/", sockets=str(folder),
+        )  # fmt: skip
+        self.statuses: list[str] = []
+        self.aborts: list[Command] = []
+        self.recorder = Recorder(folder / "recording.sqlite", 1)
+        self.hub = Hub(
+            self.run,
+            RunStatus(name="q1", state="starting"),
+            recorder=self.recorder,
+            abort=self.aborts.append,
+            on_status=lambda status: self.statuses.append(status.state),
+        )
+        self.hub.start()
+        self._context = zmq.asyncio.Context()
+        self._open: list[zmq.asyncio.Socket] = []
+
+    def connect(self, kind: int, name: str, identity: bytes = b"") -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.linger = 0
+        if identity:
+            socket.routing_id = identity
+        socket.connect(Sockets(self.run.sockets).endpoint(name))
+        self._open.append(socket)
+        return socket
+
+    async def close(self) -> None:
+        for socket in self._open:
+            socket.close()
+        self._context.term()
+        await self.hub.close(linger_ms=0)
+        self.recorder.close()
+
+    def event_texts(self) -> list[str]:
+        return [event.text for event in self.hub.state.events]
+
+
+@pytest_asyncio.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    await made.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+async def heard(socket: zmq.asyncio.Socket) -> list[bytes]:
+    return await asyncio.wait_for(socket.recv_multipart(), DEADLINE_S)
+
+
+def packet(seq: int, *messages: Any, attempt: int = 1) -> bytes:
+    said = messages or (Event(rank=0, what="x", text=f"event {seq}", wall_s=0),)
+    return encode(Packet(source="rank/0", attempt=attempt, seq=seq, sent_ns=0, messages=list(said)))
+
+
+def beat(phase: str = "forward") -> Heartbeat:
+    return Heartbeat.model_validate(
+        {
+            "rank": 0, "phase": phase, "phase_since_ns": 0, "step": 1, "micro_step": 1, "micro_steps": 1,
+            "entered_seq": 0, "completed_seq": 0, "progress_ns": 0, "now_ns": 0,
+        }
+    )  # fmt: skip
+
+
+async def test_lost_events_are_asked_for_and_put_in_their_place(bench: Bench) -> None:
+    rank = bench.connect(zmq.DEALER, "ranks", b"rank/0/1")
+    for seq in (1, 4, 5):
+        await rank.send(packet(seq))
+    asked = decode_down((await heard(rank))[-1])
+    assert isinstance(asked, Resend) and asked.first_seq == 2
+    for seq in (2, 3, 4, 5):
+        await rank.send(packet(seq))
+    await until(lambda: len(bench.event_texts()) == 5)
+    assert bench.event_texts() == [f"event {seq}" for seq in range(1, 6)]
+
+
+async def test_events_that_nobody_has_any_more_do_not_hold_up_the_rest(bench: Bench) -> None:
+    rank = bench.connect(zmq.DEALER, "ranks", b"rank/0/1")
+    await rank.send(packet(1))
+    deadline = time.monotonic() + DEADLINE_S
+    while "event 4" not in bench.event_texts():
+        assert time.monotonic() < deadline
+        await rank.send(packet(4))  # 2 and 3 fell out of the rank's memory
+        await asyncio.sleep(0.05)
+    assert "rank 0 lost its event packets 2 to 3" in bench.event_texts()
+    await rank.send(packet(5))
+    await until(lambda: bench.event_texts()[-1] == "event 5")
+
+
+async def test_another_attempt_s_packets_are_not_ours(bench: Bench) -> None:
+    rank = bench.connect(zmq.DEALER, "ranks", b"rank/0/0")
+    await rank.send(packet(1, attempt=7))
+    await rank.send(packet(1))
+    await until(lambda: bench.event_texts() == ["event 1"])
+
+
+async def test_the_run_is_running_once_its_ranks_train(bench: Bench) -> None:
+    telemetry = bench.connect(zmq.PUB, "telemetry")
+    seq = 0
+
+    async def tell_until(phase: str, condition: Callable[[], bool]) -> None:
+        nonlocal seq
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline
+            seq += 1
+            await telemetry.send(packet(seq, beat(phase)))
+            await asyncio.sleep(0.01)
+
+    await tell_until("init", lambda: 0 in bench.hub.state.ranks)
+    assert bench.statuses == ["starting"]
+    await tell_until("forward", lambda: bench.statuses[-1] == "running")
+    assert bench.hub.state.state_name == "running"
+
+
+async def test_a_snapshot_and_the_packets_after_it_leave_no_gap(bench: Bench) -> None:
+    bench.hub.event("note", "before")
+    screen = bench.connect(zmq.SUB, "screens")
+    screen.subscribe(LIVE_TOPIC)
+    screen.subscribe(SNAPSHOT_TOPIC + b"me")
+    live: list[Packet] = []
+    while (frames := await heard(screen))[0] == LIVE_TOPIC:
+        live.append(decode_packet(frames[1]))
+    assert frames[0] == SNAPSHOT_TOPIC + b"me"
+    snapshot = decode_snapshot(frames[1])
+    assert [message.text for message in snapshot.messages if isinstance(message, Event)] == ["before"]
+    assert all(packet.hub_seq <= snapshot.hub_seq for packet in live)
+    bench.hub.event("note", "after")
+    topic, frame = await heard(screen)
+    after = decode_packet(frame)
+    assert topic == LIVE_TOPIC and after.hub_seq == snapshot.hub_seq + 1 and after.arrival_ns > 0
+    other = bench.connect(zmq.SUB, "screens")
+    other.subscribe(SNAPSHOT_TOPIC + b"you")
+    topic, frame = await heard(other)
+    assert topic == SNAPSHOT_TOPIC + b"you" and decode_snapshot(frame).hub_seq == after.hub_seq
+
+
+async def test_fields_of_a_newer_rank_pass_through_unread(bench: Bench) -> None:
+    screen = bench.connect(zmq.SUB, "screens")
+    screen.subscribe(LIVE_TOPIC)
+    screen.subscribe(SNAPSHOT_TOPIC + b"me")
+    await heard(screen)  # the subscription is there
+    rank = bench.connect(zmq.DEALER, "ranks", b"rank/0/1")
+    await rank.send(packet(1)[:-1] + b',"new":{"field":1}}')
+    while b'"new":{"field":1}' not in (frame := (await heard(screen))[1]):
+        continue
+    assert decode_packet(frame).hub_seq > 0
+
+
+async def test_a_fault_in_one_message_does_not_make_the_hub_deaf(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = bench.hub.state.apply_packet
+
+    def stumble(packet: Packet) -> bool:
+        if packet.source == "rank/0" and packet.seq == 2:
+            raise ZeroDivisionError("a fault of ours")
+        return whole(packet)
+
+    monkeypatch.setattr(bench.hub.state, "apply_packet", stumble)
+    rank = bench.connect(zmq.DEALER, "ranks", b"rank/0/1")
+    for seq in (1, 2, 3):
+        await rank.send(packet(seq))
+    await until(lambda: "event 3" in bench.event_texts())
+    assert any("a fault of ours" in text for text in bench.event_texts())
+    assert "ZeroDivisionError" in capsys.readouterr().err
