@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -286,15 +287,19 @@ class Supervisor:
             )
         severity = "info" if outcome.state in ("finished", "stopped") else "error"
         self.hub.event("exit", f"{outcome.state}: {outcome.reason}", severity)
-        self.hub.set_status(
-            state=outcome.state,
-            reason=outcome.reason,
-            step=step,
-            exit_code=outcome.exit_code,
-            failed_rank=outcome.failed_rank,
-            error=outcome.error,
-            ended_wall_s=time.time(),
-        )
+        end: dict[str, Any] = {
+            "state": outcome.state,
+            "reason": outcome.reason,
+            "step": step,
+            "exit_code": outcome.exit_code,
+            "failed_rank": outcome.failed_rank,
+            "error": outcome.error,
+            "ended_wall_s": time.time(),
+        }
+        # On disk first: whoever learns of the end from a screen finds it in the directory too.
+        status = self.hub.status.model_copy(update=end)
+        await asyncio.get_running_loop().run_in_executor(self._disk, self._write_status_now, status)
+        self.hub.set_status(**end)
         return outcome
 
     def _rank_exit_codes(self) -> dict[int, int]:
