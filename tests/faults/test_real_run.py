@@ -1,0 +1,181 @@
+"""Real ranks under the real supervisor: commands land at one step, a resumed run repeats itself bit for bit, and whatever
+is killed takes the whole run with it and leaves an honest state."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runtime.wire.messages import StepResult
+from runtime.wire.rundir import read_run, read_status
+from tests.faults.conftest import FakeRun, until
+from zerotop.hub.recorder import read_messages
+from zerotop.runs.directory import read_entry
+from zerotop.runs.launching import start_run
+from zerotop.runs.paths import remove_sockets
+
+pytestmark = pytest.mark.timeout(240)
+STEPS = 24
+START_DEADLINE_S = 60.0
+
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 2,
+    "zero_optimization": {"stage": 2},
+    "bf16": {"enabled": True},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+    "zerotop": {
+        "model": {"preset": "gpt-tiny"},
+        "data": {"seq_len": 16, "files": ["text.txt"]},
+        "train": {"steps": STEPS},
+        "checkpoint": {"interval": 0},
+    },
+}
+
+SCRIPT = """
+import sys, torch
+import runtime as deepspeed
+
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+engine, optimizer, _, _ = deepspeed.initialize(model=net, model_parameters=net.parameters())
+for step in range(int(sys.argv[1])):
+    if step == 5 and "crash" in sys.argv:
+        raise ValueError("the script's own mistake")
+    loss = engine(torch.randn(4, 8, dtype=net[0].weight.dtype)).square().mean()
+    engine.backward(loss)
+    engine.step()
+"""
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeRun]]:
+    """`launch(name=..., ...)`: start_run() with a small real config, watched by a screen's source."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 200)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    runs: list[FakeRun] = []
+
+    def begin(**arguments: object) -> FakeRun:
+        entry = start_run(**{"config_path": config, "nproc": 2, "device": "cpu", **arguments})  # type: ignore[arg-type]
+        run = FakeRun(entry, tmp_path / "no-pids")
+        runs.append(run)
+        return run
+
+    yield begin
+    for run in runs:
+        run.close()
+        remove_sockets(run.entry.sockets.folder)
+
+
+def descendants(run: FakeRun) -> list[psutil.Process]:
+    return psutil.Process(read_run(run.path).supervisor_pid).children(recursive=True)
+
+
+def see_training(run: FakeRun, step: int = 2) -> None:
+    def there(source: object) -> bool:
+        state = run.source.state
+        done = [rank.step.step for rank in state.ranks.values() if rank.step]
+        assert state.state_name not in ("failed", "finished"), state.status
+        return len(done) == 2 and min(done) >= step
+
+    deadline = time.monotonic() + START_DEADLINE_S
+    while not (run.source.poll() is not None and there(run.source)):
+        assert time.monotonic() < deadline, run.source.state.status
+        time.sleep(0.05)
+
+
+def see_end(run: FakeRun, name: str) -> None:
+    until(lambda: read_status(run.path).state == name, f"state {name}", START_DEADLINE_S)
+    until(run.all_gone, "every process gone")
+
+
+def losses(path: Path) -> dict[int, float | None]:
+    """Step -> loss as rank 0 reported it; of a step taken twice, the last."""
+    return {m.step: m.loss for m in read_messages(path) if isinstance(m, StepResult) and m.rank == 0}
+
+
+def test_commands_land_at_one_step_and_a_resumed_run_repeats_itself_bit_for_bit(launch):
+    whole = launch(name="whole")
+    run = launch(name="broken", overrides=["zerotop.log.interval=3"])
+    see_training(run)
+    paused = run.command("pause").ack
+    assert paused.state == "applied" and paused.step is not None
+    ranks = [psutil.Process(run.pid_of_rank(rank)) for rank in (0, 1)]
+    before = [sum(process.cpu_times()[:2]) for process in ranks]
+    began = time.monotonic()
+    assert run.command("set", log_interval="1").ack.step == paused.step
+    saved = run.command("checkpoint").ack
+    assert (saved.state, saved.step) == ("applied", paused.step) and Path(saved.result["path"]).is_dir()
+    until(lambda: time.monotonic() - began > 2, "two seconds of pause")
+    used = max(sum(p.cpu_times()[:2]) - b for p, b in zip(ranks, before, strict=True))
+    assert used < 1.0, "a paused rank spins"  # a checkpoint and telemetry are in it; a spinning rank takes all of 2 s
+    assert run.command("resume").ack.step == paused.step
+    stopped = run.command("stop").ack
+    assert stopped.state == "applied" and stopped.step >= paused.step
+    see_end(run, "stopped")
+    again = launch(name="broken", resume=True, overrides=["zerotop.log.interval=3"])
+    see_end(again, "finished")
+    see_end(whole, "finished")
+    assert losses(run.path) == losses(whole.path)
+    assert sorted(losses(run.path)) == list(range(1, STEPS + 1))
+    final = read_status(run.path)
+    assert (final.step, final.attempt, final.last_checkpoint_step) == (STEPS, 2, stopped.step)
+
+
+@pytest.mark.parametrize("victim", ["rank", "torchrun", "supervisor"])
+def test_kill_9_of_any_process_ends_the_whole_run(launch, victim):
+    run = launch(overrides=["zerotop.train.steps=100000"])
+    see_training(run)
+    processes = descendants(run)
+    target = {
+        "rank": run.pid_of_rank(1),
+        "torchrun": next(p.pid for p in processes if "torch.distributed.run" in " ".join(p.cmdline())),
+        "supervisor": read_run(run.path).supervisor_pid,
+    }[victim]
+    os.kill(target, signal.SIGKILL)
+    until(
+        lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes),
+        "every process gone",
+        START_DEADLINE_S,
+    )
+    until(run.all_gone, "the supervisor gone")
+    status = read_entry(run.path).status
+    assert status.state == "failed"
+    if victim == "rank":
+        assert status.failed_rank == 1 and "SIGKILL" in status.reason
+    if victim == "supervisor":
+        assert "supervisor" in status.reason
+        # The ranks saw it go, and saved their work before they left.
+        assert [p.name for p in (run.path / "checkpoints").iterdir()]
+
+
+def test_a_users_script_is_watched_and_steered_with_no_line_added(launch, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT)
+    run = launch(script=[str(script), "100000"])
+    see_training(run)
+    paused = run.command("pause").ack
+    assert paused.state == "applied"
+    assert run.command("checkpoint").ack.step == paused.step
+    assert run.command("stop").ack.step == paused.step
+    see_end(run, "stopped")
+
+
+def test_a_scripts_own_error_is_shown(launch, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT)
+    run = launch(script=[str(script), "100", "crash"])
+    see_end(run, "failed")
+    status = read_status(run.path)
+    assert "ValueError: the script's own mistake" in status.error
+    assert status.failed_rank in (0, 1)
