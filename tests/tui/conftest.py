@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from screen_reading import OpenApp, settle
 from scripted_run import ScriptedRun
 from textual.pilot import Pilot
 
 from zerotop.tui.app import Outcome, ZerotopApp
-
-OpenApp = Callable[..., AbstractAsyncContextManager[tuple[ZerotopApp, Pilot[Outcome], ScriptedRun]]]
 
 
 @pytest.fixture(autouse=True)
@@ -41,20 +40,3 @@ def open_app() -> OpenApp:
             yield app, pilot, run
 
     return open_
-
-
-async def settle(app: ZerotopApp, pilot: Pilot[Outcome]) -> None:
-    """One tick, and everything that it sets in motion (a panel that grows makes another one shrink)."""
-    await pilot.pause()
-    app.tick()
-    await pilot.pause()
-    await pilot.pause()
-
-
-def screen_text(app: ZerotopApp) -> list[str]:
-    """What stands on the terminal, line by line."""
-    width, height = app.size
-    lines = app.screen._compositor.render_strips() if app.screen.is_current else []
-    texts = ["".join(segment.text for segment in strip) for strip in lines[:height]]
-    assert all(len(text) <= width * 2 for text in texts)
-    return texts

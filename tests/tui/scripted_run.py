@@ -36,7 +36,7 @@ MS = 1_000_000
 
 
 class ScriptedRun:
-    """A `Source` whose run moves only when told: `steps(n)`, `beat()`, `answer(command)`. Time is a number of its own."""
+    """A `Source` whose run moves only when told: `steps(n)`, `beat(rank)`, `accept(command)`. Its time is a number."""
 
     def __init__(
         self, ranks: int = 2, gpu: bool = False, accumulation: int = 4, steps: int = 200, seed: int = 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from conftest import OpenApp, screen_text, settle
 from rich.cells import cell_len
+from screen_reading import OpenApp, screen_text, settle
 from scripted_run import ScriptedRun
 
 from zerotop.tui.panels.events import EventPanel
@@ -19,7 +19,9 @@ from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 36), (200, 50)])
 @pytest.mark.parametrize(("ranks", "gpu"), [(2, False), (8, True), (64, True)])
-async def test_every_panel_lies_inside_the_terminal(open_app: OpenApp, size: tuple[int, int], ranks: int, gpu: bool) -> None:
+async def test_every_panel_lies_inside_the_terminal(
+    open_app: OpenApp, size: tuple[int, int], ranks: int, gpu: bool
+) -> None:
     run = ScriptedRun(ranks=ranks, gpu=gpu)
     run.steps(20)
     async with open_app(run, size=size) as (app, _, _):

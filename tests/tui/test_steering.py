@@ -1,0 +1,179 @@
+"""Keys that act on the run: what they send, what they ask first, what they say about the answer."""
+
+from __future__ import annotations
+
+import pytest
+from screen_reading import OpenApp, screen_text, settle
+from scripted_run import ScriptedRun
+from textual.widgets import Input, Static
+
+from zerotop.tui.screens.confirm import ConfirmScreen
+from zerotop.tui.screens.knobs import KnobScreen
+from zerotop.tui.widgets.keybar import KeyBar
+
+
+def footer(app) -> str:  # type: ignore[no-untyped-def]
+    return app.screen.query_one(KeyBar).render_line(0).text
+
+
+async def test_p_pauses_then_resumes(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        await pilot.press("P")
+        assert [(c.name, c.arguments) for c in run.sent] == [("pause", {})]
+        assert run.sent[0].id and run.sent[0].who
+        run.accept(run.sent[0])
+        run.apply_command(run.sent[0])
+        await settle(app, pilot)
+        assert "⏸ paused" in screen_text(app)[0]
+        await pilot.press("P")
+        assert [c.name for c in run.sent] == ["pause", "resume"]
+        assert run.sent[0].id != run.sent[1].id
+
+
+async def test_a_second_p_while_the_first_waits_is_not_turned_round(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        await pilot.press("P", "P")
+        run.accept(run.sent[0])
+        await settle(app, pilot)
+        await pilot.press("P")
+        assert [c.name for c in run.sent] == ["pause"]
+        assert any("still waits for a step boundary" in str(n.message) for n in app._notifications)
+
+
+async def test_a_command_shows_its_life_from_key_to_step(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        await pilot.press("C")
+        await settle(app, pilot)
+        assert "checkpoint: sent" in "\n".join(screen_text(app))
+        run.accept(run.sent[0])
+        await settle(app, pilot)
+        assert "checkpoint #1: accepted … waiting for a step boundary" in "\n".join(screen_text(app))
+        run.apply_command(run.sent[0])
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert "✔ checkpoint #1: applied at step 20 (" in text and "checkpoints/step-20" in text
+
+
+async def test_a_rejection_says_why(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        await pilot.press("C")
+        run.accept(run.sent[0])
+        run.reject(run.sent[0], "the disk is full")
+        await settle(app, pilot)
+        assert "✖ checkpoint #1: rejected: the disk is full" in "\n".join(screen_text(app))
+
+
+@pytest.mark.parametrize(("key", "name"), [("S", "stop"), ("A", "abort")])
+@pytest.mark.parametrize("answer", ["n", "escape", "enter", "space", "q"])
+async def test_stop_and_abort_ask_first_and_only_y_does_it(open_app: OpenApp, key: str, name: str, answer: str) -> None:
+    async with open_app() as (app, pilot, run):
+        await pilot.press(key)
+        assert isinstance(app.screen, ConfirmScreen) and run.sent == []
+        await pilot.press(answer)
+        await pilot.pause()
+        assert run.sent == [] and app.is_running
+        if isinstance(app.screen, ConfirmScreen):
+            await pilot.press("y")
+            await pilot.pause()
+            assert [c.name for c in run.sent] == [name]
+
+
+async def test_stop_says_where_it_stops_and_how_to_go_on(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        await pilot.press("S")
+        text = " ".join(str(static.content) for static in app.screen.query(Static))
+        assert "about step 21" in text and "zerotop launch CONFIG --name q1 --resume" in text
+        await pilot.press("y")
+        await pilot.pause()
+        assert [c.name for c in run.sent] == ["stop"]
+
+
+async def test_abort_says_what_is_lost(open_app: OpenApp) -> None:
+    run = ScriptedRun()
+    run.steps(53)
+    async with open_app(run) as (app, pilot, _):
+        await pilot.press("A")
+        text = " ".join(str(static.content) for static in app.screen.query(Static))
+        assert "3 steps since the checkpoint at step 50" in text and "about 1 s of training" in text
+    fresh = ScriptedRun()
+    fresh.steps(20)
+    async with open_app(fresh) as (app, pilot, _):
+        await pilot.press("A")
+        text = " ".join(str(static.content) for static in app.screen.query(Static))
+        assert "There is no checkpoint yet (20 steps" in text
+
+
+async def test_a_knob_is_checked_while_typed_and_sent_with_its_type(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        await pilot.press("E")
+        assert isinstance(app.screen, KnobScreen)
+        await pilot.press("down", "enter", "0")
+        await pilot.pause()
+        verdict = app.screen.query_one("#verdict-value", Static)
+        assert "a whole number from 1 to 1000000" in str(verdict.content) and verdict.has_class("bad")
+        await pilot.press("enter")
+        assert run.sent == [] and isinstance(app.screen, KnobScreen)
+        app.screen.query_one(Input).value = ""
+        await pilot.press("5")
+        await pilot.pause()
+        assert verdict.has_class("good")
+        await pilot.press("enter")
+        await pilot.pause()
+        assert [(c.name, c.arguments) for c in run.sent] == [("set", {"log_interval": 5})]
+        run.accept(run.sent[0])
+        run.apply_command(run.sent[0])
+        await settle(app, pilot)
+        assert "set log_interval=5 #1: applied at step 20" in "\n".join(screen_text(app))
+        await pilot.press("colon")
+        await pilot.pause()
+        assert "log_interval" in "\n".join(screen_text(app)) and "5 steps" in "\n".join(screen_text(app))
+        await pilot.press("escape")
+        await pilot.pause()
+        assert not isinstance(app.screen, KnobScreen)
+
+
+@pytest.mark.parametrize("why", ["read-only", "ended", "recording"])
+async def test_who_may_only_watch_gets_no_steering_keys(open_app: OpenApp, why: str) -> None:
+    run = ScriptedRun()
+    run.steps(20)
+    if why == "ended":
+        run.status("finished")
+    run.can_control = why != "recording"
+    async with open_app(run, size=(200, 50), read_only=why == "read-only") as (app, pilot, _):
+        await pilot.press("P", "C", "S", "A", "E", "colon")
+        await pilot.pause()
+        assert run.sent == [] and not isinstance(app.screen, ConfirmScreen | KnobScreen)
+        assert "Pause" not in footer(app) and "Abort" not in footer(app) and "Leave" in footer(app)
+        names = {command.title for command in app.get_system_commands(app.screen)}
+        assert "Abort" not in names and {"Freeze", "Theme: Light"} <= names
+
+
+async def test_steering_keys_go_when_the_run_ends_under_the_screen(open_app: OpenApp) -> None:
+    async with open_app(size=(200, 50)) as (app, pilot, run):
+        assert "Pause" in footer(app)
+        run.status("finished")
+        await settle(app, pilot)
+        assert "Pause" not in footer(app) and "✔ finished" in screen_text(app)[0]
+        await pilot.press("P")
+        assert run.sent == []
+
+
+@pytest.mark.parametrize(("state", "outcome"), [("running", "detached"), ("paused", "detached"), ("finished", "ended")])
+async def test_q_leaves_and_sends_nothing(open_app: OpenApp, state: str, outcome: str) -> None:
+    async with open_app() as (app, pilot, run):
+        run.status(state)
+        await settle(app, pilot)
+        await pilot.press("q")
+        await pilot.pause()
+        assert app.return_value == outcome and run.sent == [] and not run.closed
+
+
+async def test_a_command_of_somebody_else_is_shown_too(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        other = app.desk.make("pause").model_copy(update={"id": "of another screen", "who": "b@laptop"})
+        app.desk._sent.clear()
+        run.accept(other)
+        run.apply_command(other)
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert "pause #1: applied at step 20" in text and "⏸ paused" in text

@@ -1,0 +1,165 @@
+"""Themes, the user's own files, the help page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from screen_reading import OpenApp, screen_text, settle
+from scripted_run import ScriptedRun
+from textual.color import Color
+
+from zerotop.tui.app import ZerotopApp
+from zerotop.tui.keys import KEYS, read_keymap
+from zerotop.tui.screens.help import HelpScreen
+from zerotop.tui.theme import Palette, ThemeError, load_palettes, read_palette
+
+PALETTES = list(load_palettes()[0].values())
+
+
+@pytest.mark.parametrize("palette", PALETTES, ids=lambda palette: palette.name)
+def test_text_can_be_read_on_every_palettes_background(palette: Palette) -> None:
+    """WCAG 2 contrast: 4.5 for text, 3 for what is only secondary (https://www.w3.org/TR/WCAG22/#contrast-minimum)."""
+    ground = Color.parse(palette.ui["background"])
+    for role in ("foreground", "primary", "success", "warning", "error", "accent"):
+        assert _contrast(Color.parse(palette.ui[role]), ground) >= 4.5, role
+    for role in ("muted", "secondary"):
+        assert _contrast(Color.parse(palette.ui[role]), ground) >= 3, role
+    for name, fill in {**palette.categories, **palette.phases}.items():
+        block = Color.parse(fill)
+        assert _contrast(block.get_contrast_text(1.0), block) >= 3, name
+
+
+def _contrast(one: Color, other: Color) -> float:
+    def luminance(color: Color) -> float:
+        parts = [c / 255 for c in color.rgb]
+        r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_the_colour_blind_palette_tells_all_categories_apart_by_more_than_hue() -> None:
+    palette = next(p for p in PALETTES if p.name == "colour-blind")
+    values = list(palette.categories.values())
+    assert len(set(values)) == len(values)
+    ramp = list(palette.categories)
+    for one, other in zip(ramp, ramp[1:], strict=False):
+        first, second = Color.parse(palette.categories[one]), Color.parse(palette.categories[other])
+        assert _contrast(first, second) >= 1.2, f"{one} and {other} stand side by side and are equally light"
+
+
+async def test_t_goes_round_the_themes(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, _):
+        seen = [app.theme]
+        for _ in PALETTES[1:]:
+            await pilot.press("t")
+            await settle(app, pilot)
+            seen.append(app.theme)
+            assert app.screen.styles.background == Color.parse(app.palette.ui["background"])
+        assert seen == ["dark", "light", "colour-blind"]
+        await pilot.press("t")
+        assert app.theme == "dark"
+
+
+async def test_a_theme_of_the_users_own_joins_and_a_broken_one_is_only_reported(
+    open_app: OpenApp, no_user_files: Path
+) -> None:
+    folder = no_user_files / "themes"
+    (folder / "mine.toml").write_text('label = "Mine"\n[ui]\nprimary = "#ff00ff"\n')
+    (folder / "broken.toml").write_text('[ui]\nprimary = "no colour"\n')
+    (folder / "worse.toml").write_text("not toml at all [")
+    (folder / "typo.toml").write_text('[categories]\nparametres = "#ffffff"\n')
+    async with open_app() as (app, pilot, _):
+        assert "mine" in app.palettes and {"broken", "worse", "typo"}.isdisjoint(app.palettes)
+        notes = "\n".join(str(note.message) for note in app._notifications)
+        assert "broken.toml" in notes and 'write it as "#rrggbb"' in notes
+        assert "worse.toml" in notes and "unknown key categories.parametres" in notes
+        app.theme = "mine"
+        await settle(app, pilot)
+        assert app.palette.ui["primary"] == "#ff00ff"
+        assert app.palette.categories == app.palettes["dark"].categories
+        assert "running" in screen_text(app)[0]
+
+
+def test_a_palette_that_is_not_a_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('ui = "dark"\n')
+    with pytest.raises(ThemeError, match=r"must be a table of colours"):
+        read_palette(tmp_path / "x.toml", {True: PALETTES[0]})
+
+
+async def test_an_unknown_theme_in_the_environment_is_reported(
+    open_app: OpenApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZEROTOP_THEME", "purple")
+    async with open_app() as (app, _, _):
+        assert app.theme == "dark"
+        assert any("ZEROTOP_THEME=purple" in str(note.message) for note in app._notifications)
+
+
+async def test_no_color_draws_only_greys(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    run = ScriptedRun(gpu=True)
+    run.steps(5)
+    async with open_app(run) as (app, _, _):
+        assert app.no_color
+        for widget in app.screen.query("RankTable, Header, MemoryPanel"):
+            for strip in widget.render_lines(widget.size.region):
+                for segment in strip:
+                    for color in (segment.style.color, segment.style.bgcolor) if segment.style else ():
+                        if color is not None and color.triplet is not None:
+                            assert len(set(color.triplet)) == 1
+        assert "▶ running" in "\n".join(screen_text(app))
+
+
+async def test_keys_can_be_given_other_keys(open_app: OpenApp, no_user_files: Path) -> None:
+    (no_user_files / "keys.toml").write_text('checkpoint = "K"\n"panel.events" = "9"\n')
+    async with open_app(size=(200, 50)) as (app, pilot, run):
+        await pilot.press("C")
+        assert run.sent == []
+        await pilot.press("K")
+        assert [c.name for c in run.sent] == ["checkpoint"]
+        await pilot.press("9")
+        assert app.focused is not None and app.focused.id == "events"
+        assert "K Checkpoint" in "\n".join(screen_text(app))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nonsense [", "the usual keys stay"),
+        ('chekpoint = "K"', "unknown key 'chekpoint'"),
+        ("checkpoint = 3", "checkpoint must be a key"),
+        ('checkpoint = "P"', "'P' is both pause and checkpoint"),
+    ],
+)
+async def test_a_broken_key_file_is_reported_and_the_usual_keys_stay(
+    open_app: OpenApp, no_user_files: Path, text: str, expected: str
+) -> None:
+    (no_user_files / "keys.toml").write_text(text)
+    async with open_app() as (app, pilot, run):
+        assert any(expected in str(note.message) for note in app._notifications)
+        await pilot.press("C")
+        assert [c.name for c in run.sent] == ["checkpoint"]
+
+
+def test_the_key_table_has_no_two_keys_alike(tmp_path: Path) -> None:
+    (tmp_path / "keys.toml").write_text("")
+    assert read_keymap(tmp_path / "keys.toml") == ({}, [])
+    assert len({key.id for key in KEYS}) == len(KEYS)
+    for key in KEYS:
+        assert hasattr(ZerotopApp, f"action_{key.action.split('(')[0]}")
+
+
+async def test_help_lists_every_key_and_closes(open_app: OpenApp) -> None:
+    async with open_app(size=(200, 60)) as (app, pilot, _):
+        await pilot.press("question_mark")
+        await pilot.pause()
+        assert isinstance(app.screen, HelpScreen)
+        text = "\n".join(screen_text(app))
+        for key in KEYS:
+            assert key.help[:40] in text
+        await pilot.press("escape")
+        await pilot.pause()
+        assert not isinstance(app.screen, HelpScreen)

@@ -1,0 +1,274 @@
+"""RunState and what it is made of: series, waits, memory, progress, still pictures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from runtime.wire.messages import (
+    Ack,
+    Collectives,
+    Command,
+    CommandRecord,
+    Event,
+    GpuStats,
+    Heartbeat,
+    Hello,
+    LogRecord,
+    Memory,
+    NodeStats,
+    Packet,
+    Phases,
+    RunStatus,
+    Snapshot,
+    StepResult,
+)
+from zerotop.state.freeze import freeze
+from zerotop.state.memory import gpu_of, memory_use
+from zerotop.state.progress import progress, steps_at_risk
+from zerotop.state.run import COMMANDS_KEPT, EVENTS_KEPT, RunState
+from zerotop.state.series import POINTS_KEPT, Series
+from zerotop.state.waits import OPEN_KEPT, Waits
+
+
+def result(step: int, rank: int = 0, step_ms: float = 100.0, loss: float | None = 2.0) -> StepResult:
+    return StepResult(
+        rank=rank, step=step, loss=loss, lr=1e-3, grad_norm=1.0, step_ms=step_ms, tokens_per_s=50.0, end_ns=step
+    )
+
+
+def hello(rank: int = 0, attempt: int = 1, **more: object) -> Hello:
+    fields = {
+        "run": "q1", "attempt": attempt, "rank": rank, "local_rank": rank, "world_size": 2, "host": "a", "pid": 1, "boot_id": "b",
+        "wall_s": 0, "mono_ns": 0, "device": "cpu", "config_digest": "d", "stage": 2, "precision": "bf16", "micro_batch": 1,
+        "accumulation": 4, "global_batch": 8, "steps": 100, **more,
+    }  # fmt: skip
+    return Hello.model_validate(fields)
+
+
+def beat(rank: int = 0, phase: str = "forward") -> Heartbeat:
+    return Heartbeat(
+        rank=rank, phase=phase, phase_since_ns=0, step=1, micro_step=1, micro_steps=4, entered_seq=0, completed_seq=0, progress_ns=0, now_ns=0
+    )  # fmt: skip
+
+
+# ---- folding -------------------------------------------------------------------------------------------------------
+def test_a_late_screen_is_where_the_early_one_is() -> None:
+    early = RunState()
+    early.apply(RunStatus(name="q1", state="running", last_checkpoint_step=5))
+    for rank in range(2):
+        early.apply(hello(rank), 10)
+        early.apply(beat(rank), 11)
+        early.apply(Phases(rank=rank, micro_steps=4, spans=[("forward", 1, 1, 0, 5), ("backward", 1, 1, 5, 9)]), 11)
+        early.apply(Memory(rank=rank, ledger={"parameters": 7}, rss_bytes=9, host_total_bytes=99, at_ns=1), 12)
+        for step in range(1, 8):
+            early.apply(result(step, rank), 13)
+            early.apply(Collectives(rank=rank, step=step, records=[(step, "reduce", 8, 0, 0, 500 + 900 * rank, 0)]), 13)
+    early.apply(Event(rank=None, what="checkpoint", text="at step 5", wall_s=1))
+    early.apply(LogRecord(rank=1, level="warning", logger="x", text="hm", wall_s=2))
+    command = Command(id="c", name="pause", number=1)
+    early.apply(CommandRecord(command=command, ack=Ack(id="c", state="applied", step=7)))
+
+    late = RunState()
+    late.apply_snapshot(Snapshot(hub_seq=40, now_ns=20, wall_s=0, messages=early.snapshot_messages()))
+    assert (late.step, late.loss, late.state_name, late.world_size) == (7, 2.0, "running", 2)
+    assert [p.step for p in late.series] == [p.step for p in early.series]
+    assert list(late.events) == list(early.events) and late.commands == early.commands
+    assert {r: s.phase for r, s in late.ranks.items()} == {0: "forward", 1: "forward"}
+    assert list(late.ranks[1].spans) == list(early.ranks[1].spans)
+    assert late.ranks[0].memory == early.ranks[0].memory
+    assert late.waits.meetings[-1] == early.waits.meetings[-1]
+    assert late.snapshot_messages() == early.snapshot_messages()
+
+
+def test_packets_that_the_snapshot_held_are_not_applied_twice() -> None:
+    run = RunState()
+    run.apply_snapshot(Snapshot(hub_seq=5, now_ns=1, wall_s=0, messages=[]))
+    event = Event(rank=0, what="x", text="", wall_s=0)
+    old = Packet(source="rank/0", attempt=1, seq=3, sent_ns=0, arrival_ns=2, hub_seq=5, messages=[event])
+    assert run.apply_packet(old) is False and not run.events
+    assert run.apply_packet(old.model_copy(update={"hub_seq": 6, "arrival_ns": 9})) is True
+    assert len(run.events) == 1 and run.hub_now_ns == 9 and run.ranks[0].heard_ns == 9
+
+
+def test_gaps_in_a_ranks_numbers_are_counted_per_channel() -> None:
+    run = RunState()
+    for seq in (1, 2, 5):
+        run.apply_packet(Packet(source="rank/0", attempt=1, seq=seq, sent_ns=0, messages=[beat()]))
+    run.apply_packet(
+        Packet(source="rank/0", attempt=1, seq=1, sent_ns=0, messages=[Event(rank=0, what="x", text="", wall_s=0)])
+    )
+    assert run.ranks[0].packets_lost == 2
+    run.apply_packet(Packet(source="rank/0", attempt=2, seq=1, sent_ns=0, messages=[beat()]))
+    assert run.ranks[0].packets_lost == 2
+
+
+def test_nothing_of_a_dead_attempt_shines_through() -> None:
+    run = RunState()
+    run.apply(hello(0))
+    run.apply(beat(0, "backward"))
+    run.apply(Memory(rank=0, ledger={}, rss_bytes=1, host_total_bytes=2, at_ns=0))
+    run.apply(Collectives(rank=0, step=1, records=[(1, "reduce", 1, 0, 0, 1, 0)]))
+    run.apply(hello(0, attempt=2))
+    assert run.ranks[0].phase == "init" and run.ranks[0].memory is None
+    assert run.waits.messages() == []
+
+
+def test_commands_live_from_accepted_to_applied_and_old_ones_go() -> None:
+    run = RunState()
+    run.apply(Ack(id="unknown", state="applied"))
+    assert run.commands == {}
+    for number in range(COMMANDS_KEPT + 5):
+        command = Command(id=str(number), name="checkpoint", number=number + 1)
+        run.apply(CommandRecord(command=command, ack=Ack(id=str(number), state="accepted")))
+    assert len(run.commands) == COMMANDS_KEPT and "0" not in run.commands
+    assert run.pending_text().endswith("waiting for a step boundary")
+    for key in list(run.commands):
+        run.apply(Ack(id=key, state="applied", step=3))
+    assert run.open_commands() == [] and run.pending_text() == ""
+
+
+def test_events_are_bounded() -> None:
+    run = RunState()
+    for number in range(EVENTS_KEPT + 10):
+        run.apply(Event(rank=0, what=str(number), text="", wall_s=0))
+    assert len(run.events) == EVENTS_KEPT and run.events[-1].what == str(EVENTS_KEPT + 9)  # type: ignore[union-attr]
+
+
+def test_the_step_of_a_run_is_what_every_rank_has_finished() -> None:
+    run = RunState()
+    run.apply(hello(0, start_step=40))
+    assert run.step == 40
+    run.apply(result(43, 0))
+    run.apply(result(42, 1))
+    assert run.step == 42
+
+
+# ---- series --------------------------------------------------------------------------------------------------------
+def test_a_long_series_keeps_the_whole_run_in_bounded_memory() -> None:
+    series = Series()
+    for step in range(1, 20_001):
+        series.add(result(step))
+        assert len(series) <= POINTS_KEPT + 1
+    steps = [point.step for point in series]
+    assert steps == sorted(set(steps)) and steps[-1] == 20_000 and steps[0] <= 2 * series.stride
+    assert len(steps) > POINTS_KEPT // 3
+
+
+def test_a_resumed_attempt_takes_back_what_never_happened() -> None:
+    series = Series()
+    for step in range(1, 31):
+        series.add(result(step))
+    series.add(result(21, loss=9.0))
+    assert [point.step for point in series] == list(range(1, 22)) and list(series)[-1].loss == 9.0
+
+
+def test_throughput_is_the_sum_over_ranks_and_points_are_one_ranks() -> None:
+    series = Series()
+    for rank in (0, 1, 2):
+        series.add(result(1, rank))
+    assert len(series) == 1 and series.tokens_per_s == 150.0
+
+
+# ---- waits ---------------------------------------------------------------------------------------------------------
+def test_collectives_that_are_never_complete_do_not_pile_up() -> None:
+    waits = Waits()
+    for seq in range(1, 2000):
+        waits.add(Collectives(rank=0, step=1, records=[(seq, "reduce", 1, 0, 0, 5, 0)]), 2)
+    assert len(waits._open) == OPEN_KEPT and not waits.meetings
+
+
+def test_waiting_is_what_is_beyond_the_shortest_duration() -> None:
+    waits = Waits()
+    for rank, duration in ((0, 5_000), (1, 1_000), (2, 4_000)):
+        waits.add(Collectives(rank=rank, step=3, records=[(1, "reduce", 64, 0, 0, duration, 0)]), 3)
+    meeting = waits.meetings[0]
+    assert (meeting.last_rank, meeting.transfer_us, meeting.skew_us) == (1, 1_000, 4_000)
+    assert waits.waited_ms(3) == {0: 4.0, 1: 0.0, 2: 3.0} and waits.came_last() == {1: 1}
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+def test_gpu_memory_is_split_into_counted_and_derived_parts_that_add_up() -> None:
+    use = memory_use(
+        Memory(
+            rank=0, ledger={"parameters": 100, "optimizer": 50}, pinned_bytes=7, rss_bytes=1, allocated_bytes=180, reserved_bytes=200,
+            device_used_bytes=230, device_total_bytes=1000, host_total_bytes=1, at_ns=0,
+        )
+    )  # fmt: skip
+    assert dict(use.parts) == {"parameters": 100, "optimizer": 50, "activations": 30, "cache": 20, "other": 30}
+    assert sum(count for _, count in use.parts) == use.used_bytes == 230
+    assert (use.total_bytes, use.on_gpu, use.pinned_bytes) == (1000, True, 7)
+
+
+def test_cpu_memory_is_the_ledger_and_the_rest_of_the_process() -> None:
+    use = memory_use(Memory(rank=0, ledger={"parameters": 100}, rss_bytes=400, host_total_bytes=1000, at_ns=0))
+    assert dict(use.parts) == {"parameters": 100, "other": 300} and use.used_bytes == 400 and not use.on_gpu
+
+
+def test_a_ranks_gpu_is_found_by_its_uuid_alone() -> None:
+    run = RunState()
+    run.apply(hello(0, device_uuid="GPU-b"))
+    run.apply(hello(1))
+    gpus = [GpuStats(index=0, uuid="GPU-a", name="x"), GpuStats(index=1, uuid="GPU-b", name="y")]
+    run.apply(
+        NodeStats(
+            host="a",
+            cpu_percent=0,
+            cpu_count=1,
+            load_1m=0,
+            ram_used_bytes=0,
+            ram_total_bytes=1,
+            gpus=gpus,
+            at_ns=0,
+            wall_s=0,
+        )
+    )
+    found = gpu_of(run, run.ranks[0])
+    assert found is not None and found.index == 1
+    assert gpu_of(run, run.ranks[1]) is None
+
+
+# ---- progress ------------------------------------------------------------------------------------------------------
+def test_one_slow_step_does_not_move_the_eta() -> None:
+    run = RunState()
+    run.apply(RunStatus(name="q1", state="running", last_checkpoint_step=15))
+    run.apply(hello(0))
+    for step in range(1, 21):
+        run.apply(result(step, step_ms=60_000 if step == 18 else 500))
+    done = progress(run)
+    assert done.step_ms == 500 and done.eta_s == pytest.approx(40) and done.share == pytest.approx(0.2)
+    assert steps_at_risk(run) == 5
+    run.apply(RunStatus(name="q1", state="paused"))
+    assert progress(run).eta_s is None and steps_at_risk(run) == 20
+
+
+def test_an_unknown_length_has_no_share_and_no_eta() -> None:
+    run = RunState()
+    run.apply(RunStatus(name="q1", state="running"))
+    run.apply(hello(0, steps=None))
+    run.apply(result(3))
+    assert progress(run).share is None and progress(run).eta_s is None
+
+
+# ---- still pictures ------------------------------------------------------------------------------------------------
+def test_a_still_picture_does_not_move_with_the_run() -> None:
+    run = RunState()
+    run.apply(hello(0))
+    run.apply(hello(1))
+    for step in range(1, 6):
+        for rank in (0, 1):
+            run.apply(result(step, rank))
+            run.apply(Collectives(rank=rank, step=step, records=[(step, "reduce", 1, 0, 0, 500 + 900 * rank, 0)]))
+    run.apply(beat(0))
+    still = freeze(run)
+    before = still.snapshot_messages()
+    meetings = list(still.waits.meetings)
+    for rank in (0, 1):
+        run.apply(result(6, rank, loss=math.nan))
+        run.apply(Collectives(rank=rank, step=6, records=[(6, "reduce", 1, 0, 0, 500, 0)]))
+        run.apply(beat(rank, "paused"))
+        run.apply(Phases(rank=rank, micro_steps=4, spans=[("forward", 6, 1, 0, 1)]))
+    run.apply(Event(rank=0, what="x", text="", wall_s=0))
+    assert still.snapshot_messages() == before and list(still.waits.meetings) == meetings
+    assert still.step == 5 and run.step == 6
