@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_the_colour_blind_palette_tells_all_categories_apart_by_more_than_hue() 
     values = list(palette.categories.values())
     assert len(set(values)) == len(values)
     ramp = list(palette.categories)
-    for one, other in zip(ramp, ramp[1:], strict=False):
+    for one, other in pairwise(ramp):
         first, second = Color.parse(palette.categories[one]), Color.parse(palette.categories[other])
         assert _contrast(first, second) >= 1.2, f"{one} and {other} stand side by side and are equally light"
 

@@ -40,17 +40,42 @@ def result(step: int, rank: int = 0, step_ms: float = 100.0, loss: float | None 
 
 def hello(rank: int = 0, attempt: int = 1, **more: object) -> Hello:
     fields = {
-        "run": "q1", "attempt": attempt, "rank": rank, "local_rank": rank, "world_size": 2, "host": "a", "pid": 1, "boot_id": "b",
-        "wall_s": 0, "mono_ns": 0, "device": "cpu", "config_digest": "d", "stage": 2, "precision": "bf16", "micro_batch": 1,
-        "accumulation": 4, "global_batch": 8, "steps": 100, **more,
-    }  # fmt: skip
+        "run": "q1",
+        "attempt": attempt,
+        "rank": rank,
+        "local_rank": rank,
+        "world_size": 2,
+        "host": "a",
+        "pid": 1,
+        "boot_id": "b",
+        "wall_s": 0,
+        "mono_ns": 0,
+        "device": "cpu",
+        "config_digest": "d",
+        "stage": 2,
+        "precision": "bf16",
+        "micro_batch": 1,
+        "accumulation": 4,
+        "global_batch": 8,
+        "steps": 100,
+        **more,
+    }
     return Hello.model_validate(fields)
 
 
 def beat(rank: int = 0, phase: str = "forward") -> Heartbeat:
     return Heartbeat(
-        rank=rank, phase=phase, phase_since_ns=0, step=1, micro_step=1, micro_steps=4, entered_seq=0, completed_seq=0, progress_ns=0, now_ns=0
-    )  # fmt: skip
+        rank=rank,
+        phase=phase,
+        phase_since_ns=0,
+        step=1,
+        micro_step=1,
+        micro_steps=4,
+        entered_seq=0,
+        completed_seq=0,
+        progress_ns=0,
+        now_ns=0,
+    )
 
 
 # ---- folding -------------------------------------------------------------------------------------------------------
@@ -192,10 +217,18 @@ def test_waiting_is_what_is_beyond_the_shortest_duration() -> None:
 def test_gpu_memory_is_split_into_counted_and_derived_parts_that_add_up() -> None:
     use = memory_use(
         Memory(
-            rank=0, ledger={"parameters": 100, "optimizer": 50}, pinned_bytes=7, rss_bytes=1, allocated_bytes=180, reserved_bytes=200,
-            device_used_bytes=230, device_total_bytes=1000, host_total_bytes=1, at_ns=0,
+            rank=0,
+            ledger={"parameters": 100, "optimizer": 50},
+            pinned_bytes=7,
+            rss_bytes=1,
+            allocated_bytes=180,
+            reserved_bytes=200,
+            device_used_bytes=230,
+            device_total_bytes=1000,
+            host_total_bytes=1,
+            at_ns=0,
         )
-    )  # fmt: skip
+    )
     assert dict(use.parts) == {"parameters": 100, "optimizer": 50, "activations": 30, "cache": 20, "other": 30}
     assert sum(count for _, count in use.parts) == use.used_bytes == 230
     assert (use.total_bytes, use.on_gpu, use.pinned_bytes) == (1000, True, 7)

@@ -28,9 +28,25 @@ def a_run(steps: int = 10, step_ms: float = 400.0, state: str = "running", world
 
 def hello(rank: int, world: int = WORLD, start_step: int = 0) -> Hello:
     return Hello(
-        run="q1", attempt=1, rank=rank, local_rank=rank, world_size=world, host="a", pid=1, boot_id="b", wall_s=0, mono_ns=0,
-        device="cpu", config_digest="d", stage=2, precision="fp32", micro_batch=1, accumulation=4, global_batch=4, start_step=start_step,
-    )  # fmt: skip
+        run="q1",
+        attempt=1,
+        rank=rank,
+        local_rank=rank,
+        world_size=world,
+        host="a",
+        pid=1,
+        boot_id="b",
+        wall_s=0,
+        mono_ns=0,
+        device="cpu",
+        config_digest="d",
+        stage=2,
+        precision="fp32",
+        micro_batch=1,
+        accumulation=4,
+        global_batch=4,
+        start_step=start_step,
+    )
 
 
 def beat(
@@ -41,11 +57,20 @@ def beat(
     idle_ns = int(idle_s * S)
     run.apply(
         Heartbeat(
-            rank=rank, phase=phase, phase_since_ns=now_ns - idle_ns, step=11, micro_step=3, micro_steps=4, entered_seq=entered,
-            completed_seq=completed, entered_op=op, progress_ns=now_ns - idle_ns, now_ns=now_ns,
+            rank=rank,
+            phase=phase,
+            phase_since_ns=now_ns - idle_ns,
+            step=11,
+            micro_step=3,
+            micro_steps=4,
+            entered_seq=entered,
+            completed_seq=completed,
+            entered_op=op,
+            progress_ns=now_ns - idle_ns,
+            now_ns=now_ns,
         ),
         run.hub_now_ns,
-    )  # fmt: skip
+    )
 
 
 def stuck(run: RunState, idle_s: float = 14.0) -> None:

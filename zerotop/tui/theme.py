@@ -12,6 +12,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,10 @@ def _block(color: str) -> Style:
 def load_palettes() -> tuple[dict[str, Palette], list[str]]:
     """All palettes by name, built-in first, and one line for each user file that had to be skipped."""
     palettes: dict[str, Palette] = {}
-    for path in sorted(
-        _builtin_folder().glob("*.toml"), key=lambda item: (item.stem != DEFAULT, item.stem == "colour-blind")
-    ):
-        palettes[path.stem] = read_palette(path, None)
+    order = {f"{DEFAULT}.toml": 0, "light.toml": 1}
+    for item in sorted(_builtin_files(), key=lambda item: (order.get(item.name, 2), item.name)):
+        palette = read_palette(item, None)
+        palettes[palette.name] = palette
     problems: list[str] = []
     bases = {palette.dark: palette for palette in reversed(palettes.values())}
     for path in sorted(user_folder().glob("*.toml")):
@@ -114,31 +115,32 @@ def user_folder() -> Path:
     return config_folder() / "themes"
 
 
-def _builtin_folder() -> Path:
-    # Join first: in an editable install files() is two folders seen as one, and only the joined path is a real one.
-    installed = Path(str(files("zerotop") / "themes"))
-    # Run from a source tree that was never installed, the palettes lie beside the package.
-    return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "themes"
+def _builtin_files() -> list[Traversable]:
+    # In a source tree the palettes lie beside the package, and what a build once copied may be old.
+    source = Path(__file__).parents[2]
+    folder: Traversable = source / "themes" if (source / "pyproject.toml").is_file() else files("zerotop") / "themes"
+    return [item for item in folder.iterdir() if item.name.endswith(".toml")]
 
 
-def read_palette(path: Path, bases: dict[bool, Palette] | None) -> Palette:
+def read_palette(path: Path | Traversable, bases: dict[bool, Palette] | None) -> Palette:
     """The palette in `path`; keys it leaves out come from `bases[dark]`. Raises ThemeError."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ThemeError(f"theme {path}: {error}") from None
     dark = data.pop("dark", True)
-    label = data.pop("label", path.stem)
+    name = path.name.removesuffix(".toml")
+    label = data.pop("label", name)
     if not isinstance(dark, bool) or not isinstance(label, str):
         raise ThemeError(f"theme {path}: `dark` must be true or false, and `label` a text")
     base = bases[dark] if bases else None
     if unknown := sorted(set(data) - set(SECTIONS)):
         raise ThemeError(f"theme {path}: unknown key {unknown[0]!r}; expected label, dark, {', '.join(SECTIONS)}")
     colors = {section: _section(path, section, data.get(section, {}), base) for section in SECTIONS}
-    return Palette(path.stem, label, dark, **colors)
+    return Palette(name, label, dark, **colors)
 
 
-def _section(path: Path, section: str, given: Any, base: Palette | None) -> dict[str, str]:
+def _section(path: Path | Traversable, section: str, given: Any, base: Palette | None) -> dict[str, str]:
     colors: dict[str, str] = dict(getattr(base, section)) if base else {}
     if not isinstance(given, dict):
         raise ThemeError(f"theme {path}: {section} must be a table of colours, [{section}]")
