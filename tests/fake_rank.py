@@ -3,7 +3,7 @@
     python tests/fake_rank.py --ranks 2
 
 starts the ranks (give it as RunFile.command); each rank is this script again, with RANK set. The environment says how
-they behave: FAKE_STEPS (default 1000000), FAKE_STEP_S (0.02), FAKE_CRASH="RANK:STEP" (raises there),
+they behave: FAKE_STEPS (default 1000000), FAKE_START (0), FAKE_STEP_S (0.02), FAKE_CRASH="RANK:STEP" (raises there),
 FAKE_HANG="RANK:STEP" (stands still there, as in a collective), FAKE_IGNORE_TERM=1, FAKE_CHILD=1 (every rank starts a
 sleeping child in a session of its own), FAKE_LATE_S (seconds before telemetry starts), FAKE_PIDS (a file to which every
 process adds its pid).
@@ -86,7 +86,7 @@ class FakeRank:
         self.run = read_run(Path(os.environ[RUN_VARIABLE]))
         self.steps = int(setting("STEPS", "1000000"))
         self.step_s = float(setting("STEP_S", "0.02"))
-        self.step = 0
+        self.step = int(setting("START", "0"))
         self.paused = False
         self.stopping = False
         self.seq = 0
@@ -115,6 +115,7 @@ class FakeRank:
             accumulation=MICRO_STEPS,
             global_batch=MICRO_STEPS * self.world_size,
             steps=self.steps,
+            start_step=self.step,
             telemetry_hz=20.0,
         )
 

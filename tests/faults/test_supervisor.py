@@ -104,7 +104,7 @@ def test_commands_are_applied_at_a_step_and_recorded(start: Start) -> None:
     assert run.command("pause").ack.reason == "the run is paused already"
     changed = run.command("set", log_interval="1", lr_factor=0.5)
     assert changed.ack.step == paused.ack.step
-    assert changed.command.arguments == {"log_interval": 1, "lr_factor": 0.5}
+    assert changed.ack.result == {"log_interval": 1, "lr_factor": 0.5}  # in the ranks' own types
     saved = run.command("checkpoint")
     assert saved.ack.result == {"path": f"checkpoints/step-{paused.ack.step}", "step": paused.ack.step}
     run.see(lambda source: source.state.status.last_checkpoint_step == paused.ack.step, "the checkpoint in the status")
@@ -281,13 +281,16 @@ def test_resume_is_a_new_attempt_with_the_same_data(start: Start) -> None:
         start({"name": "q1", "resume": True, "overrides": ["zerotop.train.seed=3"]})
     assert read_status(first.path).state == "finished"
     second = start(
-        {"name": "q1", "resume": True, "overrides": ["gradient_clipping=0.5"], "config_path": None}, FAKE_STEPS=9
+        {"name": "q1", "resume": True, "overrides": ["gradient_clipping=0.5"], "config_path": None},
+        FAKE_START=5,
+        FAKE_STEPS=9,
     )
     second.see_state("finished")
     status = read_status(second.path)
     assert (status.attempt, status.step) == (2, 9)
     texts = [event.text for event in second.source.state.events]
     assert "gradient_clipping: 1.0 -> 0.5" in texts
+    assert [point.step for point in second.source.state.series] == list(range(1, 10))  # both attempts
     assert json.loads((second.path / "config.json").read_text())["gradient_clipping"] == 0.5
     assert {path.name for path in (second.path / "logs").iterdir()} == {"1", "2"}
 

@@ -10,7 +10,7 @@ import pytest
 
 from runtime.wire.messages import Event, Heartbeat, Hello, LogRecord, RunStatus, StepResult
 from zerotop.hub import recorder as module
-from zerotop.hub.recorder import Recorder, on_network_file_system, read_messages, read_recording
+from zerotop.hub.recorder import Recorder, earlier_steps, on_network_file_system, read_messages, read_recording
 from zerotop.state.run import RunState
 
 
@@ -82,6 +82,10 @@ def test_attempts_share_one_recording(tmp_path: Path, recorder: Recorder) -> Non
     second = Recorder(tmp_path / "recording.sqlite", 2)
     second.add("rank/0", step(0, 2))
     second.close()
+    assert [step.step for step in earlier_steps(tmp_path, 2)] == [1]
+    assert [step.step for step in earlier_steps(tmp_path, 3)] == [1, 2]
+    assert [step.step for step in earlier_steps(tmp_path, 3, limit=1)] == [2]  # thinned, the newest kept
+    assert earlier_steps(tmp_path, 1) == []
     assert [(row.attempt, row.message.step) for row in read_recording(tmp_path)] == [(1, 1), (2, 2)]  # type: ignore[attr-defined]
 
 

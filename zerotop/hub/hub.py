@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import zmq
@@ -25,6 +25,7 @@ from runtime.wire.messages import (
     Resend,
     RunStatus,
     Snapshot,
+    StepResult,
 )
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, RunFile, Sockets
 from zerotop.hub.recorder import Recorder
@@ -41,7 +42,9 @@ _SUBSCRIBE = b"\x01"
 class Hub:
     """Gathers, folds, records and republishes one attempt of a run. Lives in the supervisor's event loop.
 
-    `abort(command)` is called for an accepted abort; `on_status(status)` whenever the run's status changes.
+    `abort(command)` is called for an accepted abort; `on_status(status)` whenever the run's status changes. `earlier`
+    are
+    steps of the attempts before, so that a resumed run's curves are whole.
     """
 
     def __init__(
@@ -52,8 +55,11 @@ class Hub:
         recorder: Recorder,
         abort: Callable[[Command], None],
         on_status: Callable[[RunStatus], None],
+        earlier: Iterable[StepResult] = (),
     ) -> None:
         self.state = RunState()
+        for step in earlier:
+            self.state.series.add(step)
         self.status = status
         self._run = run
         self._sockets = Sockets(run.sockets)

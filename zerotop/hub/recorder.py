@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.wire.codec import decode_up, encode
+from runtime.wire.codec import ProtocolError, decode_up, encode
 from runtime.wire.messages import Collectives, Heartbeat, Memory, Message, NodeStats, Phases, StepResult
 
 COMMIT_S = 1.0
@@ -30,6 +30,7 @@ CREATE TABLE IF NOT EXISTS messages(
 
 
 _INSERT = "INSERT INTO messages(attempt, wall_s, source, kind, body) VALUES (?, ?, ?, ?, ?)"
+_EARLIER = "FROM messages WHERE kind = 'step' AND source = 'rank/0' AND attempt < ?"
 _SELECT = "SELECT attempt, wall_s, source, body FROM messages ORDER BY id"
 
 
@@ -147,6 +148,29 @@ def read_messages(run: Path) -> Iterator[Message]:
     """What a RunState folds to be where the recording ends."""
     for row in read_recording(run):
         yield row.message
+
+
+def earlier_steps(run: Path, attempt: int, limit: int = 1000) -> list[StepResult]:
+    """Rank 0's steps of the attempts before `attempt`, evenly thinned to at most about `limit`: a resumed run's
+    history.
+
+    Empty when there is none, or the recording is damaged.
+    """
+    path = run / "recording.sqlite"
+    if attempt <= 1 or not path.exists():
+        return []
+    try:
+        database = sqlite3.connect(f"file:{_quote(path)}?mode=ro", uri=True, timeout=5)
+        try:
+            (count,) = database.execute(f"SELECT count(*) {_EARLIER}", (attempt,)).fetchone()
+            stride = max(1, -(-count // limit))
+            rows = database.execute(f"SELECT body {_EARLIER} ORDER BY id", (attempt,))
+            steps = [decode_up(body) for index, (body,) in enumerate(rows) if (count - 1 - index) % stride == 0]
+        finally:
+            database.close()
+    except (sqlite3.Error, ProtocolError):
+        return []
+    return [step for step in steps if isinstance(step, StepResult)]
 
 
 def on_network_file_system(path: Path) -> bool:

@@ -16,7 +16,7 @@ Device = Literal["cpu", "cuda"]
 
 def choose(device: str, nproc: int | None) -> tuple[Device, int]:
     """The device and number of ranks for `launch`: --device auto takes the GPUs that are there, --nproc defaults to all
-    of them (CPU: 1).
+    of them (on a CPU to two, so that there is something to communicate, where it has two cores).
 
     Raises RunError when the machine can't do what was asked.
     """
@@ -46,7 +46,7 @@ def choose(device: str, nproc: int | None) -> tuple[Device, int]:
 
 
 def _on_cpu(nproc: int | None) -> int:
-    count = nproc or 1
+    count = nproc or min(2, os.cpu_count() or 1)
     limit = 8 * (os.cpu_count() or 1)
     if count > limit:
         raise RunError(

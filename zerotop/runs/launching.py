@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.config import Config, ConfigError, Resolved, expand_files, load
+from runtime.config import Config, ConfigError, Resolved, expand_files, load, refuse_unsupported
 from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
 from zerotop.runs.devices import Device, choose
@@ -129,7 +129,13 @@ def _check(
         config = load(config_path, overrides)
         origin = os.path.abspath(config_path)
         folder = os.path.dirname(origin)
+    if nproc is None and previous is None and chosen == "cpu":
+        count = _ranks_on_cpu(config, count, bool(script))
     resolved = config.resolve(count, chosen, script=bool(script))
+    try:
+        refuse_unsupported(resolved)
+    except ConfigError as error:
+        raise ConfigError(error.problems, config.origin) from None
     notes = [{"what": "note", "text": text} for text in resolved.notes]
     if script:
         script = _checked_script(script)
@@ -141,6 +147,15 @@ def _check(
     if previous is not None:
         notes += _compare(previous, resolved)
     return _Plan(config, resolved, origin, folder, chosen, count, list(script) if script else None, notes, previous)
+
+
+def _ranks_on_cpu(config: Config, count: int, script: bool) -> int:
+    """Ranks on a CPU when nobody said how many: `count`, or one rank where the config's batch sizes fit only that."""
+    try:
+        config.resolve(count, "cpu", script=script)
+    except ConfigError:
+        return 1
+    return count
 
 
 def _previous(name: str | None) -> RunEntry:

@@ -26,7 +26,7 @@ import psutil
 from runtime.wire.messages import Command, Event, LogRecord, RunStatus
 from runtime.wire.rundir import RunFile, boot_id, read_run, read_status, write_json
 from zerotop.hub.hub import Hub
-from zerotop.hub.recorder import Recorder
+from zerotop.hub.recorder import Recorder, earlier_steps
 from zerotop.probe.host import HostProbe
 from zerotop.probe.nvml import GpuProbe
 from zerotop.runs import torchrun
@@ -73,6 +73,7 @@ class Supervisor:
             recorder=recorder,
             abort=self._abort_command,
             on_status=self._write_status,
+            earlier=earlier_steps(self.path, self.run_file.attempt),
         )
         write_json(self.path / "run.json", self.run_file)
         gpus = GpuProbe()
@@ -264,16 +265,9 @@ class Supervisor:
                 abort_reason=self._abort_reason,
             )
         )
-        step = max(
-            [
-                state.step,
-                *(
-                    r.goodbye.step
-                    for r in state.ranks.values()
-                    if r.goodbye and outcome.state in ("finished", "stopped")
-                ),
-            ]
-        )
+        good = outcome.state in ("finished", "stopped")
+        # Telemetry may have lost the last step; a goodbye on a good end knows it.
+        step = max([state.step, *(rank.goodbye.step for rank in state.ranks.values() if rank.goodbye and good)])
         self.hub.router.finish(outcome.state, step)
         if outcome.error:
             self.hub.say(
@@ -285,8 +279,7 @@ class Supervisor:
                     wall_s=time.time(),
                 )
             )
-        severity = "info" if outcome.state in ("finished", "stopped") else "error"
-        self.hub.event("exit", f"{outcome.state}: {outcome.reason}", severity)
+        self.hub.event("exit", f"{outcome.state}: {outcome.reason}", "info" if good else "error")
         end: dict[str, Any] = {
             "state": outcome.state,
             "reason": outcome.reason,
