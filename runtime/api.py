@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from runtime import comm as collectives
 from runtime.comm import Comm
-from runtime.config import ConfigError, Resolved, load
+from runtime.config import ConfigError, Resolved, load, refuse_unsupported
 from runtime.engine import Engine
 from runtime.optim.lr import WarmupSchedule
 from runtime.optim.optimizer import ZeroOptimizer, optimizer_from_config, optimizer_from_torch
-from runtime.setup import Session, refuse_unsupported
+from runtime.setup import Session
 from runtime.wire.rundir import RUN_VARIABLE
 
 log = logging.getLogger("runtime.engine")

@@ -184,8 +184,8 @@ def init_distributed(device: str = "auto") -> torch.device:
 
 
 def _store_file(run: str) -> str:
-    """Where the ranks of a run meet. torch's usual TCP store listens on every interface and trusts whoever connects; the
-    run's private sockets folder serves one node as well."""
+    """Where the ranks of a run meet. torch's usual TCP store listens on every interface and trusts whoever connects;
+    the run's private sockets folder serves one node as well."""
     attempt = os.environ.get(ATTEMPT_VARIABLE, "1")
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return str(Path(read_run(Path(run)).sockets) / f"group-{attempt}-{restart}")

@@ -123,31 +123,6 @@ class Assembly:
     rules: list[Rule] = field(default_factory=list)
 
 
-def refuse_unsupported(config: Resolved) -> None:
-    """What a config may say and this engine can't do yet; better no run than another one than asked for."""
-    problems = []
-    if config.stage not in STAGES:
-        problems.append(
-            f"zero_optimization.stage: expected 0, 1 or 2, got {config.stage}: stage 3 is not supported yet; "
-            f"stage 2 comes nearest"
-        )
-    if config.precision == "fp16":
-        problems.append('fp16.enabled: fp16 training is not supported yet; use "bf16": {"enabled": true}')
-    if config.offload_optimizer is not None:
-        problems.append(
-            'zero_optimization.offload_optimizer: not supported yet; remove it, or set its device to "none"'
-        )
-    if config.offload_param is not None:
-        problems.append('zero_optimization.offload_param: not supported yet; remove it, or set its device to "none"')
-    if config.communication_data_type not in (None, config.grad_accum_dtype):
-        problems.append(
-            f"communication_data_type: gradients are reduced in the precision in which they accumulate "
-            f"({config.grad_accum_dtype}) for now; remove the key"
-        )
-    if problems:
-        raise ConfigError(problems)
-
-
 def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm, ledger: Ledger) -> Assembly:
     """Cut `module` into units and move its parameters into flat buffers (rank 0's values everywhere).
 

@@ -5,7 +5,7 @@
 
 Files, in the order in which they use each other: errors · section · deepspeed, zerotop, optimizers, schedulers (the
 sections, one docstring per key) · known (DeepSpeed's other keys) · source (text, lines, --set) · sift (keys sorted) ·
-batch · resolved · config · load; files (globs) stands by itself.
+batch · resolved · config · load; supported (what the trainer can't do yet); files (globs) stands by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .load import load
 from .optimizers import OptimizerConfig
 from .resolved import Fp16Config, OffloadOptimizerConfig, OffloadParamConfig, Resolved
 from .schedulers import SchedulerConfig, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from .supported import refuse_unsupported
 from .zerotop import (
     CheckpointConfig,
     DataConfig,
@@ -53,4 +54,5 @@ __all__ = [
     "ZerotopConfig",
     "expand_files",
     "load",
+    "refuse_unsupported",
 ]

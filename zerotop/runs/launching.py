@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.config import Config, ConfigError, Resolved, expand_files, load, refuse_unsupported
+from runtime.data.vocab import count_tokens
 from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
 from zerotop.runs.devices import Device, choose
@@ -139,14 +140,28 @@ def _check(
     notes = [{"what": "note", "text": text} for text in resolved.notes]
     if script:
         script = _checked_script(script)
-    elif resolved.zerotop.data.files:
-        try:
-            expand_files(resolved.zerotop.data.files, folder)
-        except ConfigError as error:
-            raise ConfigError(error.problems, config.origin) from None
+    else:
+        _check_data(config, resolved, Path(folder))
     if previous is not None:
         notes += _compare(previous, resolved)
     return _Plan(config, resolved, origin, folder, chosen, count, list(script) if script else None, notes, previous)
+
+
+def _check_data(config: Config, resolved: Resolved, folder: Path) -> None:
+    """What the ranks would only find out after they have started."""
+    data = resolved.zerotop.data
+    try:
+        if data.files:
+            expand_files(data.files, folder)
+        count_tokens(data.tokenizer, folder)
+    except ConfigError as error:
+        raise ConfigError(error.problems, config.origin) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f'zerotop.data.tokenizer: expected "bytes", a tokenizer.json, or a folder with one, got {data.tokenizer!r} '
+            f"({getattr(error, 'strerror', None) or error})",
+            config.origin,
+        ) from None
 
 
 def _ranks_on_cpu(config: Config, count: int, script: bool) -> int:
