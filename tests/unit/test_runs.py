@@ -252,7 +252,7 @@ def test_auto_takes_what_is_there(gpus) -> None:  # type: ignore[no-untyped-def]
     gpus(4)
     assert devices.choose("auto", None) == ("cuda", 4)
     assert devices.choose("auto", 2) == ("cuda", 2)
-    assert devices.choose("cpu", None) == ("cpu", 1)
+    assert devices.choose("cpu", None) == ("cpu", min(2, os.cpu_count() or 1))
     gpus(4, visible="2,3")
     assert devices.choose("auto", None) == ("cuda", 2)
     gpus(4, visible="1,9,2")
@@ -264,7 +264,7 @@ def test_auto_takes_what_is_there(gpus) -> None:  # type: ignore[no-untyped-def]
     gpus(0)
     assert devices.choose("auto", 2) == ("cpu", 2)
     gpus(4, built=False)
-    assert devices.choose("auto", None) == ("cpu", 1)
+    assert devices.choose("auto", None) == ("cpu", min(2, os.cpu_count() or 1))
 
 
 @pytest.mark.parametrize(
