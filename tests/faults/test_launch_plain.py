@@ -46,6 +46,20 @@ def test_lines_per_interval_and_exit_code_0(start: Start, capsys: pytest.Capture
     assert lines[-1] == f"{run.path.name}: finished at step 20, all ranks finished"
 
 
+def test_a_resumed_run_prints_its_own_steps_only(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["zerotop.log.interval=1"]
+    first = start({"name": "q1", "overrides": overrides}, FAKE_STEPS=40)
+    first.see_step(2)
+    first.command("checkpoint")
+    first.see_state("finished")
+    saved = read_status(first.path).last_checkpoint_step
+    assert saved is not None
+    again = start({"name": "q1", "resume": True, "overrides": overrides}, FAKE_START=saved, FAKE_STEPS=saved + 3)
+    assert follow(open_source(again.entry), again.entry) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == [f"{saved + more}/{saved + 3}" for more in (1, 2, 3)]
+
+
 def test_ctrl_c_stops_after_a_checkpoint(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     run = start()
     before = signal.getsignal(signal.SIGINT)

@@ -20,7 +20,7 @@ from zerotop.state.progress import progress
 from zerotop.state.run import RunState
 
 POLL_S = 0.25
-_LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "changed", "signal"})
+_LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal"})
 
 
 def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
@@ -79,7 +79,8 @@ class _Lines:
     def __init__(self, entry: RunEntry, *, to_stderr: bool) -> None:
         self._out = sys.stderr if to_stderr else sys.stdout
         self._interval = _log_interval(entry)
-        self._printed_step = 0
+        # A resumed run's screen knows the steps of the attempts before; they are no news here.
+        self._printed_step = entry.status.step if entry.run.attempt > 1 else 0
         self._told: set[tuple[float, str]] = set()
         self._start_wall_s = entry.status.started_wall_s or 0.0
 
