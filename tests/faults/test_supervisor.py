@@ -272,7 +272,9 @@ def test_a_name_is_taken_once(start: Start) -> None:
 
 
 def test_resume_is_a_new_attempt_with_the_same_data(start: Start) -> None:
-    first = start({"name": "q1"}, FAKE_STEPS=5)
+    first = start({"name": "q1"}, FAKE_STEPS=30)
+    saved = first.command("checkpoint").ack.step
+    assert saved is not None
     first.see_state("finished")
     until(first.all_gone, "the first attempt gone")
     with pytest.raises(RunError, match="choose another --name"):
@@ -282,15 +284,15 @@ def test_resume_is_a_new_attempt_with_the_same_data(start: Start) -> None:
     assert read_status(first.path).state == "finished"
     second = start(
         {"name": "q1", "resume": True, "overrides": ["gradient_clipping=0.5"], "config_path": None},
-        FAKE_START=5,
-        FAKE_STEPS=9,
+        FAKE_START=saved,
+        FAKE_STEPS=saved + 4,
     )
     second.see_state("finished")
     status = read_status(second.path)
-    assert (status.attempt, status.step) == (2, 9)
+    assert (status.attempt, status.step) == (2, saved + 4)
     texts = [event.text for event in second.source.state.events]
     assert "gradient_clipping: 1.0 -> 0.5" in texts
-    assert [point.step for point in second.source.state.series] == list(range(1, 10))  # both attempts
+    assert [point.step for point in second.source.state.series] == list(range(1, saved + 5))  # both attempts
     assert json.loads((second.path / "config.json").read_text())["gradient_clipping"] == 0.5
     assert {path.name for path in (second.path / "logs").iterdir()} == {"1", "2"}
 

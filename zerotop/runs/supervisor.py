@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from runtime.wire.messages import Command, Event, LogRecord, RunStatus
+from runtime.wire.messages import Command, Event, LogRecord, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, boot_id, read_run, read_status, write_json
 from zerotop.hub.hub import Hub
 from zerotop.hub.recorder import Recorder, earlier_steps
@@ -73,7 +73,7 @@ class Supervisor:
             recorder=recorder,
             abort=self._abort_command,
             on_status=self._write_status,
-            earlier=earlier_steps(self.path, self.run_file.attempt),
+            earlier=self._earlier_steps(),
         )
         write_json(self.path / "run.json", self.run_file)
         gpus = GpuProbe()
@@ -112,6 +112,11 @@ class Supervisor:
         return status.model_copy(
             update={"attempt": self.run_file.attempt, "started_wall_s": status.started_wall_s or time.time()}
         )
+
+    def _earlier_steps(self) -> list[StepResult]:
+        """Steps of the attempts before, up to the checkpoint that this one goes on from: later ones never happened."""
+        last = self._first_status().step
+        return [result for result in earlier_steps(self.path, self.run_file.attempt) if result.step <= last]
 
     def _start_launcher(self, lock: int) -> None:
         """Start torchrun, or what run.json gives in its place.
