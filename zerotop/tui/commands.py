@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from runtime.wire.messages import Command, CommandName, CommandRecord
@@ -86,9 +87,8 @@ class CommandDesk:
             text = f"{label}: accepted{holds}"
         elif ack.state == "applied":
             step = f" at step {ack.step}" if ack.step is not None else ""
-            result = "".join(
-                f", {key} {value}" for key, value in ack.result.items() if isinstance(value, str | int | float)
-            )
+            path = ack.result.get("path")
+            result = ", " + "/".join(Path(path).parts[-2:]) if isinstance(path, str) else ""
             text = f"{label}: applied{step}{took}{result}"
         else:
             text = f"{label}: rejected: {ack.reason or 'no reason given'}"

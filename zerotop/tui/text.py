@@ -37,14 +37,11 @@ def bytes_text(count: float) -> str:
 
 
 def used_of(used: int, total: int) -> str:
-    """'6.2/24.0 GiB': both in the unit of the total."""
+    """'6.2/24.0 GiB' in the unit of the total; '442 MiB/24.0 GiB' where that would round the figure away."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if total >= scale:
-            return (
-                f"{used / scale:.1f}/{total / scale:.0f} {unit}"
-                if total >= 100 * scale
-                else f"{used / scale:.1f}/{total / scale:.1f} {unit}"
-            )
+            whole = f"{total / scale:.0f} {unit}" if total >= 100 * scale else f"{total / scale:.1f} {unit}"
+            return f"{bytes_text(used)}/{whole}" if used < scale else f"{used / scale:.1f}/{whole}"
     return bytes_text(used)
 
 

@@ -120,4 +120,6 @@ def _text(record: Event | LogRecord) -> str:
     if isinstance(record, LogRecord):
         return record.text
     step = f" (step {record.step})" if record.step is not None and f"step {record.step}" not in record.text else ""
-    return f"{record.what}: {record.text}{step}" if record.text else f"{record.what}{step}"
+    if not record.text or record.text.lower().startswith(record.what.lower()):
+        return f"{record.text or record.what}{step}"
+    return f"{record.what}: {record.text}{step}"

@@ -105,7 +105,7 @@ def _facts(view: View) -> list[str]:
 def _figures(view: View) -> list[tuple[str, str]]:
     state, done, status = view.state, view.progress, view.state.status
     figures: list[tuple[str, str]] = []
-    if done.steps is not None and not view.ended:
+    if done.eta_s is not None:
         figures.append(("ETA", duration_text(done.eta_s)))
     newest = list(state.series)[-1:]
     figures.append(("loss", figure_text(state.loss)))

@@ -47,6 +47,8 @@ class PlotPanel(Panel, can_focus=True):
         self.number = number
         self.figures = figures
         self.chosen = 0
+        self._drawn: list[Row] = []
+        self._drawn_key: tuple[object, ...] = ()
 
     @property
     def figure(self) -> Figure:
@@ -68,7 +70,13 @@ class PlotPanel(Panel, can_focus=True):
             self.border_title = title
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
-        palette = view.palette
-        points = [(float(p.step), self.figure.value(p, view.state.world_size)) for p in view.state.series]
+        palette, series = view.palette, list(view.state.series)
+        key = (series[-1] if series else None, len(series), width, height, self.chosen, palette.name, view.stale)
+        if key == self._drawn_key:
+            return self._drawn  # between two steps there is nothing new to plot
+        world_size = view.state.world_size
+        points = [(float(point.step), self.figure.value(point, world_size)) for point in series]
         line = palette.style("muted") if view.stale else palette.plot(self.figure.color)
-        return plot_rows(points, width, height, self.figure.text, line, palette.style("muted"))
+        self._drawn = plot_rows(points, width, height, self.figure.text, line, palette.style("muted"))
+        self._drawn_key = key
+        return self._drawn

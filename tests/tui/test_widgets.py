@@ -1,0 +1,141 @@
+"""The drawing parts by themselves: bars, plots, timelines, figures as text."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.style import Style
+
+from zerotop.tui.text import bytes_text, count_text, dots, duration_text, figure_text, ms_text, used_of
+from zerotop.tui.theme import load_palettes
+from zerotop.tui.widgets.bar import meter, split_cells, stacked_bar, thin_bar
+from zerotop.tui.widgets.lines import Row, fit
+from zerotop.tui.widgets.plot import plot_rows
+from zerotop.tui.widgets.timeline import phase_cells, timeline_rows
+
+PLAIN = Style()
+VALUES = st.lists(st.floats(0, 1e12, allow_nan=False), max_size=9)
+
+
+@given(VALUES, st.floats(0, 1e12, allow_nan=False), st.integers(0, 200))
+def test_cells_fill_a_bar_and_never_burst_it(values: list[float], total: float, width: int) -> None:
+    cells = split_cells(values, total, width)
+    assert len(cells) == len(values) and all(cell >= 0 for cell in cells) and sum(cells) <= width
+    if total > 0:
+        scale = max(total, sum(values))
+        assert all(not cell for value, cell in zip(values, cells, strict=True) if not value)
+        for value, cell in zip(values, cells, strict=True):
+            # Off by its rounding, and by what it had to give to the small ones.
+            assert abs(cell - value / scale * width) < 1 + len(values)
+
+
+def test_a_small_part_keeps_its_cell() -> None:
+    assert split_cells([1e9, 1.0, 1e9], 4e9, 20) == [4, 1, 5]
+    assert split_cells([1.0, 0.0, 1e9], 1e9, 10) == [1, 0, 9]
+
+
+def test_a_full_bar_is_full_and_labels_fit() -> None:
+    segments = stacked_bar([("parameters", 50, PLAIN), ("cache", 45, PLAIN), ("other", 5, PLAIN)], 100, 40, PLAIN)
+    text = "".join(segment.text for segment in segments)
+    assert cell_len(text) == 40 and "parameters" in text and " cache " in text and text.rstrip().endswith("o")
+
+
+@given(st.floats(-1, 2, allow_nan=False), st.integers(1, 80))
+def test_meters_keep_their_width(share: float, width: int) -> None:
+    for bar in (meter, thin_bar):
+        assert cell_len("".join(s.text for s in bar(share, width, PLAIN, PLAIN))) == width
+
+
+POINTS = st.lists(st.one_of(st.none(), st.floats(-1e30, 1e30), st.just(math.nan), st.just(math.inf)), max_size=60)
+
+
+@given(POINTS, st.integers(1, 100), st.integers(0, 20))
+def test_a_plot_of_anything_stays_in_its_box(values: list[float | None], width: int, height: int) -> None:
+    points = [(float(i), value) for i, value in enumerate(values)]
+    rows = plot_rows(points, width, height, figure_text, PLAIN, PLAIN)
+    assert len(rows) == height
+    if width >= 40:
+        assert all(row.width <= width for row in rows)
+
+
+def test_a_plot_rises_where_its_values_rise_and_has_a_gap_where_they_are_nan() -> None:
+    points = [(float(x), None if 40 <= x < 60 else float(x)) for x in range(100)]
+    rows = plot_rows(points, 58, 11, lambda y: f"{y:.0f}", PLAIN, PLAIN)
+    lines = ["".join(s.text for s in row.segments) for row in rows]
+    assert lines[0].startswith("99┤") and lines[9].startswith(" 0┤") and lines[10].rstrip().endswith("step 99")
+    columns = [next((y for y in range(10) if lines[y][3 + x] != " "), None) for x in range(55)]
+    drawn = [y for y in columns if y is not None]
+    assert drawn == sorted(drawn, reverse=True) and columns[0] == 9 and columns[-1] == 0
+    assert all(y is None for y in columns[23:32]) and columns.count(None) >= 9
+
+
+def test_a_steep_line_has_no_holes() -> None:
+    rows = plot_rows([(0.0, 0.0), (1.0, 0.0), (2.0, 100.0), (3.0, 100.0)], 44, 10, figure_text, PLAIN, PLAIN)
+    body = ["".join(s.text for s in row.segments)[7:] for row in rows[:-1]]
+    assert all(line.strip() for line in body)
+
+
+def test_a_timeline_shows_each_phase_where_most_of_its_cell_is() -> None:
+    spans = [("forward", 7, 1, 1000, 4000), ("backward", 7, 1, 4000, 10000)]
+    assert phase_cells(spans, 1000, 9000, 9) == ["forward"] * 3 + ["backward"] * 6
+    assert phase_cells(spans, 1000, 18000, 6) == ["forward", "backward", "backward", "", "", ""]
+
+
+def test_a_timeline_draws_the_newest_steps_on_one_scale() -> None:
+    palette = load_palettes()[0]["dark"]
+    spans = [("forward", step, 1, step * 100_000_000, step * 100_000_000 + step * 10_000_000) for step in range(1, 9)]
+    rows = timeline_rows(spans, palette, 60, 4)
+    lines = ["".join(s.text for s in row.segments) for row in rows]
+    assert [line.split()[0] for line in lines] == ["5", "6", "7", "8"] and lines[-1].endswith("80.0 ms")
+    assert all(row.width == 60 for row in rows)
+    assert len(timeline_rows([], palette, 60, 4)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (bytes_text(0), "0 B"),
+        (bytes_text(1023), "1.0 KiB"),
+        (bytes_text(1536 * 2**20), "1.5 GiB"),
+        (bytes_text(3 * 2**40), "3.0 TiB"),
+        (used_of(38 * 2**30, 140 * 2**30), "38.0/140 GiB"),
+        (used_of(442 * 2**20, 24 * 2**30), "442 MiB/24.0 GiB"),
+        (count_text(999), "999"),
+        (count_text(12_340), "12.3k"),
+        (count_text(1_310_000_000), "1.31B"),
+        (count_text(999_999), "1.00M"),
+        (count_text(None), "n/a"),
+        (duration_text(59.4), "59 s"),
+        (duration_text(60), "1:00"),
+        (duration_text(3725), "1:02:05"),
+        (duration_text(90_000), "1 d 01 h"),
+        (duration_text(math.inf), "n/a"),
+        (ms_text(0.04), "0.0 ms"),
+        (ms_text(99.96), "100 ms"),
+        (ms_text(12_000), "12.0 s"),
+        (figure_text(2.34567), "2.346"),
+        (figure_text(0.0003), "3.00e-4"),
+        (figure_text(math.nan), "NaN"),
+        (figure_text(-math.inf), "-inf"),
+        (dots(0, 4), "○○○○"),
+        (dots(3, 4), "●●◐○"),
+        (dots(4, 4), "●●●◐"),
+        (dots(1, 1), ""),
+        (dots(64, 64), "●●●●●●●◐"),
+        (dots(1, 64, 4), "◐○○○"),
+        (fit("abcdef", 4), "abc…"),
+        (fit("ab", 4, right=True), "  ab"),
+        (fit("漢字漢字", 5), "漢字…"),
+    ],
+)
+def test_figures_as_text(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def test_a_row_counts_cells_not_characters() -> None:
+    row = Row().add("漢字").gap().cell("x", 3, right=True).to(10)
+    assert row.width == 10 and row.strip(6).text == "漢字  "
