@@ -332,6 +332,8 @@ class Snapshot(Message):
     hub_seq: int
     now_ns: int
     wall_s: float
+    heard_ns: dict[int, int] = Field(default_factory=dict)
+    """When the hub last heard from each rank, on its own clock."""
     messages: list[Up]
 
 

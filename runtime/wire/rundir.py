@@ -46,6 +46,7 @@ class RunFile(BaseModel):
     device: str  # "cpu" | "cuda"
     config_path: str  # where the user's file lay, for messages
     config_folder: str  # globs in the config are relative to this
+    working_folder: str = ""  # where launch was called; a script's relative paths start there, in every attempt
     script: list[str] | None = None  # SCRIPT.py and its arguments; None: the built-in trainer
     command: list[str] | None = None  # started in torchrun's place, with the same environment; None: torchrun
     sockets: str

@@ -126,7 +126,11 @@ class FakeHub:
         if frame[:1] == b"\x01" and topic.startswith(SNAPSHOT_TOPIC) and self.answers_snapshots:
             with self._lock:
                 snapshot = Snapshot(
-                    hub_seq=self.hub_seq, now_ns=time.monotonic_ns(), wall_s=time.time(), messages=self.messages
+                    hub_seq=self.hub_seq,
+                    now_ns=time.monotonic_ns(),
+                    wall_s=time.time(),
+                    heard_ns={m.rank: time.monotonic_ns() for m in self.messages if isinstance(m, Hello)},
+                    messages=self.messages,
                 )
             screens.send_multipart([topic, encode(snapshot)])
             self.snapshots_sent += 1

@@ -96,7 +96,9 @@ def test_a_late_screen_is_where_the_early_one_is() -> None:
     early.apply(CommandRecord(command=command, ack=Ack(id="c", state="applied", step=7)))
 
     late = RunState()
-    late.apply_snapshot(Snapshot(hub_seq=40, now_ns=20, wall_s=0, messages=early.snapshot_messages()))
+    heard = {rank: state.heard_ns for rank, state in early.ranks.items()}
+    late.apply_snapshot(Snapshot(hub_seq=40, now_ns=20, wall_s=0, heard_ns=heard, messages=early.snapshot_messages()))
+    assert {rank: state.heard_ns for rank, state in late.ranks.items()} == {0: 13, 1: 13}  # not the snapshot's own time
     assert (late.step, late.loss, late.state_name, late.world_size) == (7, 2.0, "running", 2)
     assert [p.step for p in late.series] == [p.step for p in early.series]
     assert list(late.events) == list(early.events) and late.commands == early.commands

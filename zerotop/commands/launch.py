@@ -27,7 +27,12 @@ def register(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="JSON file; with --resume the run's own by default")
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks; default: one per GPU; on the CPU 2, or 1 where the batch sizes ask for it")
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="ranks; default: one per GPU, on the CPU 2, or 1 where the batch sizes ask for it",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--name", help="name of the run; default: two words")
     parser.add_argument(

@@ -275,6 +275,7 @@ class Hub:
             hub_seq=self._hub_seq,
             now_ns=time.monotonic_ns(),
             wall_s=time.time(),
+            heard_ns={rank: state.heard_ns for rank, state in self.state.ranks.items()},
             messages=self.state.snapshot_messages(),
         )
 

@@ -251,6 +251,7 @@ def _write_files(
             device=plan.device,
             config_path=plan.config_path,
             config_folder=plan.config_folder,
+            working_folder=plan.previous.run.working_folder if plan.previous else os.getcwd(),
             script=plan.script,
             command=list(command) if command else None,
             sockets=str(sockets),

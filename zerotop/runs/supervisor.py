@@ -131,6 +131,7 @@ class Supervisor:
                 self._launcher = subprocess.Popen(
                     command,
                     env=variables,
+                    cwd=self.run_file.working_folder or None,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

@@ -78,7 +78,9 @@ class RunState:
     def apply_snapshot(self, snapshot: Snapshot) -> None:
         self.hub_seq = snapshot.hub_seq
         self.hub_now_ns = snapshot.now_ns
-        self.apply_all(snapshot.messages, snapshot.now_ns)
+        self.apply_all(snapshot.messages, 0)
+        for rank, heard_ns in snapshot.heard_ns.items():
+            self.rank(rank).heard_ns = heard_ns
 
     def apply_packet(self, packet: Packet) -> bool:
         """False (and nothing happens) when the snapshot already held this packet."""
