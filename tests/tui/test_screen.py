@@ -134,7 +134,7 @@ async def test_a_failed_run_shows_the_failing_ranks_error(open_app: OpenApp) -> 
         assert "✖ failed" in text
         assert "rank 1: RuntimeError: out of memory" in text
         assert 'File "train.py", line 31' in text
-        assert "✖ failed at step 20" in text
+        assert "✖ failed at 20" in text
 
 
 async def test_events_follow_the_newest_unless_scrolled_up(open_app: OpenApp) -> None:

@@ -24,7 +24,7 @@ async def test_p_pauses_then_resumes(open_app: OpenApp) -> None:
         run.accept(run.sent[0])
         run.apply_command(run.sent[0])
         await settle(app, pilot)
-        assert "⏸ paused" in screen_text(app)[0]
+        assert "⏸ paused" in screen_text(app)[0] and "P Resume" in footer(app)
         await pilot.press("P")
         assert [c.name for c in run.sent] == ["pause", "resume"]
         assert run.sent[0].id != run.sent[1].id

@@ -114,6 +114,8 @@ class ZerotopApp(App[Outcome]):
         screen = next((s for s in reversed(self.screen_stack) if isinstance(s, LiveScreen)), None)
         if screen is not None:
             screen.show_view(self.make_view())
+            paused = self.source.state.state_name == "paused"
+            screen.query_one(KeyBar).relabel({"pause_resume": "Resume"} if paused else {})
 
     def make_view(self) -> View:
         return build_view(

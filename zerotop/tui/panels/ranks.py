@@ -221,7 +221,7 @@ def _phase(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, s
     phase, beat = rank.phase, rank.heartbeat
     if rank.goodbye is not None:
         glyph, colour = OUTCOMES[phase]
-        row.cell(f"{glyph} {phase} at step {rank.goodbye.step}", size, palette.style(colour))
+        row.cell(f"{glyph} {phase} at {rank.goodbye.step}", size, palette.style(colour))
         return
     if context.view.ended:
         row.cell(f"– ended in {phase}", size, palette.style("muted"))

@@ -20,6 +20,13 @@ class KeyBar(Widget):
     def __init__(self, palette: Palette) -> None:
         super().__init__()
         self.palette = palette
+        self._labels: dict[str, str] = {}
+
+    def relabel(self, labels: dict[str, str]) -> None:
+        """Action -> what its key does just now, where that is not what its binding says."""
+        if labels != self._labels:
+            self._labels = labels
+            self.refresh()
 
     def on_mount(self) -> None:
         self.screen.bindings_updated_signal.subscribe(self, lambda _: self.refresh())
@@ -33,10 +40,11 @@ class KeyBar(Widget):
             if not binding.show or not active.enabled or binding.action in seen:
                 continue
             seen.add(binding.action)
+            label = self._labels.get(binding.action, binding.description)
             key = self.app.get_key_display(binding).replace("enter", "Enter").replace("esc", "Esc")
-            if row.width + len(key) + len(binding.description) + 3 > width:
+            if row.width + len(key) + len(label) + 3 > width:
                 continue
             click = Style(meta={"@click": f"app.{binding.action}" if "." not in binding.action else binding.action})
             row.gap().add(key, self.palette.style("accent", bold=True) + click)
-            row.gap().add(binding.description, self.palette.style("muted") + click).gap()
+            row.gap().add(label, self.palette.style("muted") + click).gap()
         return row.strip(width, PLAIN).apply_style(self.rich_style)
