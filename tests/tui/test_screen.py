@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -251,7 +252,30 @@ async def test_an_empty_run_draws_and_says_what_it_waits_for(open_app: OpenApp) 
         assert "◌ connecting" in text and "waiting for the first word of a rank" in text and "no data yet" in text
 
 
-async def test_the_program_saves_its_own_picture(open_app: OpenApp, tmp_path) -> None:  # type: ignore[no-untyped-def]
+async def test_the_program_saves_its_own_picture(open_app: OpenApp, tmp_path: Path) -> None:
     async with open_app() as (app, _, _):
         path = app.save_svg(tmp_path / "screen.svg")
         assert path.read_text().lstrip().startswith("<svg") and "ZeRO-2" in path.read_text()
+
+
+async def test_control_s_saves_a_picture_and_says_where(
+    open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DOWNLOAD_DIR", str(tmp_path))
+    async with open_app() as (app, pilot, _):
+        await pilot.press("ctrl+s")
+        await app.workers.wait_for_complete()
+        for _ in range(200):
+            await pilot.pause(0.01)
+            if app._notifications:
+                break
+        assert (tmp_path / "q1.svg").read_text().lstrip().startswith("<svg")
+        assert "q1.svg" in str(next(iter(app._notifications)).message)
+
+
+async def test_log_lines_with_escapes_and_several_lines_are_shown_plain(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        run.log("\x1b[31mloud\x1b[0m first\nsecond\tline", "error", 1)
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert "✖ error rank 1 loud first" in text and "second  line" in text and "\x1b" not in text

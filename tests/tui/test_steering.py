@@ -177,3 +177,16 @@ async def test_a_command_of_somebody_else_is_shown_too(open_app: OpenApp) -> Non
         await settle(app, pilot)
         text = "\n".join(screen_text(app))
         assert "pause #1: applied at step 20" in text and "⏸ paused" in text
+
+
+async def test_the_footers_keys_can_be_clicked(open_app: OpenApp) -> None:
+    async with open_app(size=(200, 50)) as (app, pilot, run):
+        at = footer(app).index("Checkpoint")
+        assert await pilot.click(KeyBar, offset=(at + 2, 0))
+        await pilot.pause()
+        assert [c.name for c in run.sent] == ["checkpoint"]
+        await pilot.press("1", "enter")
+        await settle(app, pilot)
+        await pilot.click(KeyBar, offset=(footer(app).index("Next rank"), 0))
+        await pilot.pause()
+        assert app.screen.rank == 1  # type: ignore[attr-defined]

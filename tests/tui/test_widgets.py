@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.style import Style
 
-from zerotop.tui.text import bytes_text, count_text, dots, duration_text, figure_text, ms_text, used_of
+from zerotop.tui.text import bytes_text, clean, count_text, dots, duration_text, figure_text, ms_text, used_of
 from zerotop.tui.theme import load_palettes
 from zerotop.tui.widgets.bar import meter, split_cells, stacked_bar, thin_bar
 from zerotop.tui.widgets.lines import Row, fit
@@ -139,3 +139,20 @@ def test_figures_as_text(text: str, expected: str) -> None:
 def test_a_row_counts_cells_not_characters() -> None:
     row = Row().add("漢字").gap().cell("x", 3, right=True).to(10)
     assert row.width == 10 and row.strip(6).text == "漢字  "
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain\nlines", "plain\nlines"),
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("\x1b]0;a title\x07text", "text"),
+        ("10%\r50%\r100%\n", "100%\n"),
+        ("a\tb", "a   b"),
+        ("bell\x07 and \x9b2J", "bell and 2J"),
+        ("\x1b", ""),
+    ],
+)
+def test_what_a_rank_says_cannot_steer_the_terminal(text: str, expected: str) -> None:
+    assert clean(text) == expected
+    assert all(ch.isprintable() for ch in Row().add(text).strip(80).text)

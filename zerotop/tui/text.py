@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 STATES: dict[str, tuple[str, str]] = {
     "starting": ("◌", "primary"),
@@ -24,6 +25,20 @@ SEVERITIES: dict[str, tuple[str, str, str]] = {
     "critical": ("✖", "crit", "error"),
 }
 """Severity -> (glyph, word, colour of [ui])."""
+
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)?")
+_CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+def clean(text: str) -> str:
+    """Text of a rank without what would steer the terminal: escape sequences and control characters, line ends aside.
+
+    A carriage return starts its line anew, as a progress bar means it.
+    """
+    text = _ESCAPES.sub("", text.expandtabs(4).replace("\r\n", "\n"))
+    lines = (line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
+    return "\n".join(_CONTROLS.sub("", line) for line in lines)
 
 
 def bytes_text(count: float) -> str:

@@ -9,7 +9,7 @@ from datetime import datetime
 from textual.geometry import Size
 
 from runtime.wire.messages import Event, LogRecord
-from zerotop.tui.text import SEVERITIES
+from zerotop.tui.text import SEVERITIES, clean
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
 
@@ -85,7 +85,7 @@ class EventPanel(ScrollPanel):
             if self.rank is not None and record.rank != self.rank:
                 continue
             severity = record.severity if isinstance(record, Event) else record.level
-            text = _text(record)
+            text = clean(_text(record))
             if wanted and wanted not in f"{SEVERITIES[severity][1]} {_who(record)} {text}".lower():
                 continue
             pieces = [piece for line in text.splitlines() or [""] for piece in textwrap.wrap(line, room) or [""]]
@@ -120,6 +120,6 @@ def _text(record: Event | LogRecord) -> str:
     if isinstance(record, LogRecord):
         return record.text
     step = f" (step {record.step})" if record.step is not None and f"step {record.step}" not in record.text else ""
-    if not record.text or record.text.lower().startswith(record.what.lower()):
+    if not record.text or record.text.lower().startswith((f"{record.what} ".lower(), f"{record.what}:".lower())):
         return f"{record.text or record.what}{step}"
     return f"{record.what}: {record.text}{step}"

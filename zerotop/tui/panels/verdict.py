@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import textwrap
 
+from zerotop.tui.text import clean
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Panel, Row
 
@@ -25,7 +26,7 @@ class VerdictLine(Panel):
                 lines.append((f"{glyph if not i else ' '} {piece}", colour))
         status = view.state.status
         if status is not None and status.error:
-            tail = status.error.rstrip().splitlines()
+            tail = clean(status.error).rstrip().splitlines()
             lines += [(f"  {piece}", "error") for piece in tail[-ERROR_LINES:]]
         if tuple(lines) != self.lines:
             self.lines = tuple(lines)

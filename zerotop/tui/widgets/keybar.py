@@ -44,7 +44,8 @@ class KeyBar(Widget):
             key = self.app.get_key_display(binding).replace("enter", "Enter").replace("esc", "Esc")
             if row.width + len(key) + len(label) + 3 > width:
                 continue
-            click = Style(meta={"@click": f"app.{binding.action}" if "." not in binding.action else binding.action})
+            owner = "app." if active.node is self.app else "screen." if active.node is self.screen else ""
+            click = Style(meta={"@click": binding.action if "." in binding.action else owner + binding.action})
             row.gap().add(key, self.palette.style("accent", bold=True) + click)
             row.gap().add(label, self.palette.style("muted") + click).gap()
         return row.strip(width, PLAIN).apply_style(self.rich_style)

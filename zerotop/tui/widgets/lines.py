@@ -20,6 +20,8 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widget import Widget
 
+from zerotop.tui.text import clean
+
 if TYPE_CHECKING:
     from zerotop.tui.view import View
 
@@ -35,6 +37,8 @@ class Row:
 
     def add(self, text: str, style: Style = PLAIN) -> Row:
         if text:
+            if not text.isprintable():
+                text = clean(text).replace("\n", " ")  # nothing that a rank says may reach the terminal as a command
             self.segments.append(Segment(text, style))
             self.width += cell_len(text)
         return self
