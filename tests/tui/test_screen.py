@@ -279,3 +279,16 @@ async def test_log_lines_with_escapes_and_several_lines_are_shown_plain(open_app
         await settle(app, pilot)
         text = "\n".join(screen_text(app))
         assert "✖ error rank 1 loud first" in text and "second  line" in text and "\x1b" not in text
+
+
+async def test_any_size_draws_and_a_resize_lays_out_anew(open_app: OpenApp) -> None:
+    run = ScriptedRun(ranks=8, gpu=True)
+    run.steps(20)
+    async with open_app(run, size=(200, 50)) as (app, pilot, _):
+        for size in ((20, 5), (40, 12), (80, 24), (300, 90), (100, 20), (200, 50)):
+            await pilot.resize_terminal(*size)
+            await settle(app, pilot)
+            text = screen_text(app)
+            assert len(text) == size[1] and all(cell_len(line) == size[0] for line in text)
+        assert sum("cuda:" in line for line in text) == 8
+        assert app.screen.query_one("#memory").region.height >= 11

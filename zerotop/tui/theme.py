@@ -69,7 +69,9 @@ class Palette:
         return _block(self.phases.get(name, self.phases["idle"]))
 
     def phase_text(self, name: str) -> Style:
-        """The phase's colour as text: only hue, its word always stands beside it."""
+        """The phase's colour as text: only hue, its word always stands beside it. Fills of quiet phases are too dim."""
+        if name in {"paused", "init", "idle"}:
+            return self.style("warning" if name == "paused" else "muted")
         return _style(
             self.phases[name] if self.dark and name in self.phases else self.ui["foreground"], None, False, False
         )

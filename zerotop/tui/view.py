@@ -51,7 +51,7 @@ def build_view(
         palette=palette,
         progress=progress(state),
         stall=None if stale else find_stall(state),
-        laggard=None if stale or ended else find_laggard(state),
+        laggard=None if stale or state.state_name != "running" else find_laggard(state),
         connection=connection,
         age_s=age_s,
         stale=stale,

@@ -117,7 +117,7 @@ def _figures(view: View) -> list[tuple[str, str]]:
     figures.append(("checkpoint", f"step {saved}" if saved is not None else "none yet"))
     if newest:
         figures += [
-            ("step", ms_text(done.step_ms)),
+            ("step time", ms_text(done.step_ms)),
             ("lr", figure_text(newest[0].lr)),
             ("norm", figure_text(newest[0].grad_norm)),
         ]
