@@ -94,7 +94,7 @@ class Steering:
         speed = f" · {result.tokens_per_s * self.engine.comm.world_size:,.0f} tokens/s" if result.tokens_per_s else ""
         log.info(
             f"step {result.step}{of} · loss {result.loss:.4f} · lr {result.lr:.3g} · norm "
-            f"{result.grad_norm:.3f} · {result.step_ms:.0f} ms{speed}"
+            f"{result.grad_norm:.3f} · {result.step_ms:.1f} ms{speed}"
         )
 
     def finish(self) -> None:
