@@ -154,7 +154,9 @@ def _announce(engine: Engine, resumed: Path | None) -> None:
 
     session, link = engine.session, engine.session.link
     link.memory_source = lambda: memory_message(engine.comm.rank, engine.ledger, engine.device)
-    link.start(session.hello(engine.config, engine.comm, engine.module, engine.global_steps))
+    link.start(
+        session.hello(engine.config, engine.comm, engine.module, engine.global_steps, dict(engine.steering.knobs))
+    )
     logging.getLogger("runtime").setLevel(engine.config.zerotop.log.level.upper())
     if engine.comm.rank == 0:
         units = len(engine.flats)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,7 +64,7 @@ class Session:
         _current = session
         return session
 
-    def hello(self, config: Resolved, comm: Comm, module: nn.Module, start_step: int) -> Hello:
+    def hello(self, config: Resolved, comm: Comm, module: nn.Module, start_step: int, knobs: dict[str, Any]) -> Hello:
         device_name, device_uuid = platform.machine(), ""
         if comm.device.type == "cuda":
             properties = torch.cuda.get_device_properties(comm.device)
@@ -100,6 +101,7 @@ class Session:
             start_step=start_step,
             torch_version=torch.__version__,
             telemetry_hz=section.telemetry.hz,
+            knobs=knobs,
         )
 
 

@@ -74,6 +74,7 @@ class Hello(Message):
     start_step: int = 0
     torch_version: str = ""
     telemetry_hz: float = 10.0
+    knobs: dict[str, Any] = Field(default_factory=dict)  # every knob's value at the start of the attempt
 
 
 class Phases(Message):

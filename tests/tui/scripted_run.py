@@ -123,6 +123,7 @@ class ScriptedRun:
                     seq_len=512,
                     steps=self.total,
                     torch_version="2.13.0",
+                    knobs={"log_interval": 10, "log_level": "info", "lr_factor": 1.0, "telemetry_hz": 10.0},
                 )
             )
         self.event("start", f"{self.ranks} ranks on node-a")
@@ -311,7 +312,9 @@ class ScriptedRun:
 
     def apply_command(self, command: Command) -> None:
         result = {"path": f"checkpoints/step-{self.step}"} if command.name == "checkpoint" else {}
-        self.say(Ack(id=command.id, number=self.number, state="applied", step=self.step, result=result))
+        self.say(
+            Ack(id=command.id, number=self.number, state="applied", wall_s=self.wall_s, step=self.step, result=result)
+        )
         if command.name in {"pause", "resume", "stop"}:
             self.status({"pause": "paused", "resume": "running", "stop": "stopped"}[command.name])
 

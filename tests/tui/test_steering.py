@@ -107,6 +107,7 @@ async def test_a_knob_is_checked_while_typed_and_sent_with_its_type(open_app: Op
     async with open_app() as (app, pilot, run):
         await pilot.press("E")
         assert isinstance(app.screen, KnobScreen)
+        assert "log_interval         10 steps" in "\n".join(screen_text(app))  # what the ranks started with
         await pilot.press("down", "enter", "0")
         await pilot.pause()
         verdict = app.screen.query_one("#verdict-value", Static)

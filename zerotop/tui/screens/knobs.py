@@ -22,12 +22,12 @@ Setting = tuple[str, KnobValue]
 
 
 def known_values(state: RunState) -> dict[str, KnobValue]:
-    """What is known of the knobs' values: the newest applied `set` of each, and what the ranks' hello tells."""
-    values: dict[str, KnobValue] = {}
-    if state.hello is not None:
-        values["telemetry_hz"] = state.hello.telemetry_hz
+    """Every knob's value: what the attempt started with, and each `set` that was applied since."""
+    hello = state.hello
+    values: dict[str, KnobValue] = dict(hello.knobs) if hello else {}
+    since = hello.wall_s if hello else 0.0
     for record in state.commands.values():
-        if record.command.name == "set" and record.ack.state == "applied":
+        if record.command.name == "set" and record.ack.state == "applied" and record.ack.wall_s >= since:
             values |= {name: value for name, value in record.command.arguments.items() if name in KNOBS}
     return values
 
@@ -56,7 +56,7 @@ class KnobScreen(ModalScreen[Setting | None]):
 
     def _line(self, knob: Knob) -> Text:
         value = self.values.get(knob.name)
-        now = "as configured" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        now = "?" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
         return Text(f"{knob.name:<20} {now} {knob.unit if value is not None else ''}")
 
     def on_mount(self) -> None:
