@@ -1,5 +1,5 @@
-"""Real ranks under the real supervisor: commands land at one step, a resumed run repeats itself bit for bit, and whatever
-is killed takes the whole run with it and leaves an honest state."""
+"""Real ranks under the real supervisor: commands land at one step, a resumed run repeats itself bit for bit, and
+whatever is killed takes the whole run with it and leaves an honest state."""
 
 from __future__ import annotations
 
