@@ -1,5 +1,5 @@
-"""Runs of fake ranks under the real supervisor, in a state home of their own; every process of them is gone afterwards.
-Runs of fake ranks under the real supervisor, in a state home of their own; every process of them is gone afterwards."""
+"""Runs of fake ranks under the real supervisor, in a state home of their own; every process of them is gone
+afterwards."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def _lives(process: psutil.Process) -> bool:
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeRun]]:
-    """`start(FAKE_STEPS=50, ...)`: a two-rank fake run with this environment; `launch` are start_run's own arguments.
-    `start(FAKE_STEPS=50, ...)`: a two-rank fake run with this environment; `launch` are start_run's own arguments."""
+    """`start(FAKE_STEPS=50, ...)`: a two-rank fake run with this environment; `launch` are start_run's own
+    arguments."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1}))

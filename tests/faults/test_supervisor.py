@@ -1,5 +1,5 @@
-"""What a run does when it ends, breaks, is told to stop, or is killed: nothing survives, and the directory is honest.
-What a run does when it ends, breaks, is told to stop, or is killed: nothing survives, and the directory is honest."""
+"""What a run does when it ends, breaks, is told to stop, or is killed: nothing survives, and the directory is
+honest."""
 
 from __future__ import annotations
 
