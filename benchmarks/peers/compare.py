@@ -125,7 +125,7 @@ def _error_line(text: str) -> str:
     """The error of the rank that failed first; of a rank that could not say it, torchrun's last word on it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line.partition("bench_train: error: ")[2] for line in lines if "bench_train: error: " in line]
-    signals = [line for line in lines if "Signal " in line]
+    signals = [line.removeprefix("traceback : ") for line in lines if line.startswith("traceback : Signal ")]
     return [*said, *signals[-1:], *lines[-1:], ""][0]
 
 
