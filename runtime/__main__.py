@@ -6,6 +6,7 @@ argument, if any, is the user's script. Without it, the arguments say it all and
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import runpy
@@ -32,12 +33,10 @@ def main() -> int:
     logging.getLogger("runtime").setLevel(logging.INFO)
     try:
         _train(Path(run) if run else None, sys.argv[1:])
-    except SystemExit:
-        raise
+    except SystemExit as leaving:
+        return _exited(leaving.code)
     except BaseException as error:
         return _failed(error)
-    finally:
-        _leave()
     return 0
 
 
@@ -87,6 +86,17 @@ def _redirect_output(run: Path) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
+def _exited(code: object) -> int:
+    """What `sys.exit(code)` in a script, or a run that was asked to stop, means to the process that waits for us."""
+    if code is None or code == 0:
+        _goodbye("finished", "")  # a stopped run has said so already, and the first word counts
+        return 0
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+    _goodbye("failed", f"SystemExit: {code}")
+    return code if isinstance(code, int) else 1
+
+
 def _failed(error: BaseException) -> int:
     from runtime.config import ConfigError
     from runtime.data import DataError
@@ -122,7 +132,10 @@ def _leave() -> None:
 
 if __name__ == "__main__":
     code = main()
+    _leave()
+    atexit._run_exitfuncs()  # a script's own: its logger may have something left to send
     sys.stdout.flush()
     sys.stderr.flush()
-    # Destructors of a process group whose peers are gone may hang; everything that must be saved is saved.
+    # Not through the interpreter's end: a process group's threads may abort there, or hang when the peers are gone, and
+    # everything that must be saved is saved.
     os._exit(code)

@@ -35,10 +35,10 @@ def agree(
     `divisor` turns the summed gradient into the mean one (world size x loss scale). Each rank contributes the squares
     of its own range only, also where it holds everything, so that no element counts twice.
     """
-    squares = sum_of_squares([own_gradient(flat, comm) for flat in flats])
-    figures = torch.tensor(
-        [squares, float(loss), float(command_waits), float(stop_asked)], dtype=torch.float64, device=comm.device
-    )
+    figures = torch.zeros(4, dtype=torch.float64, device=comm.device)
+    figures[0] = sum_of_squares([own_gradient(flat, comm) for flat in flats])
+    figures[1] = loss
+    figures[2:] = torch.tensor([command_waits, stop_asked], dtype=torch.float64)
     comm.all_reduce(figures).wait()
     total, loss_sum, waits, stops = figures.tolist()
     norm = math.sqrt(total) / divisor if total >= 0 else math.nan
@@ -50,15 +50,12 @@ def own_gradient(flat: Flat, comm: Comm) -> torch.Tensor:
     return flat.gradient[low - flat.start : high - flat.start]
 
 
-def sum_of_squares(tensors: Sequence[torch.Tensor]) -> float:
-    """In fp64 and in a fixed order, so that the same gradients give the same bits at any number of threads."""
-    total = 0.0
-    for tensor in tensors:
-        if tensor.device.type == "cpu" and native.available():
-            total += native.sum_of_squares(tensor, threads=torch.get_num_threads())[0]
-        else:
-            total += float(torch.linalg.vector_norm(tensor, dtype=torch.float64).square())
-    return total
+def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor | float:
+    """In fp64 and in a fixed order, so that the same gradients give the same bits at any number of threads. On a GPU
+    the sum stays there (a 0-dim tensor): reading it here would make the host wait for every unit."""
+    if tensors[0].device.type == "cpu" and native.available():
+        return sum(native.sum_of_squares(tensor, threads=torch.get_num_threads())[0] for tensor in tensors)
+    return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in tensors]).sum()
 
 
 def clip_coefficient(grad_norm: float, limit: float) -> float:

@@ -1,0 +1,64 @@
+"""The engine on one GPU over NCCL equals plain torch on the same GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+PROGRAM = """
+import torch
+from runtime.api import initialize
+from tests.numerics.models import make
+from tests.numerics.test_parity import HYPER, STEPS, config, micro_batch
+
+stage = {stage}
+engine, _, _, _ = initialize(model=make("plain"), config=config(stage, 2, clip=0.5, precision={precision!r}))
+assert engine.device.type == "cuda" and engine.comm.backend == "nccl"
+plain = make("plain").cuda()
+update = torch.optim.AdamW(plain.parameters(), **HYPER)
+for step in range(STEPS):
+    theirs = 0.0
+    ours = 0.0
+    for micro in range(2):
+        tokens, targets = (t.cuda() for t in micro_batch(step, micro, 0, 1))
+        loss = engine(tokens, targets)
+        engine.backward(loss)
+        engine.step()
+        ours += loss.item() / 2
+        with torch.autocast("cuda", torch.bfloat16, enabled={precision!r} == "bf16"):
+            loss = plain(tokens, targets)
+        (loss / 2).backward()
+        theirs += loss.item() / 2
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    update.step()
+    update.zero_grad()
+    assert abs(ours - theirs) <= {tolerance}, (step, ours, theirs)
+if {precision!r} == "fp32":
+    for (name, a), b in zip(engine.module.named_parameters(), plain.parameters(), strict=True):
+        assert (a - b).abs().max().item() <= 1e-5, name
+assert engine.ledger.totals()["optimizer"] == 8 * sum(flat.state_numel for flat in engine.flats)
+assert torch.cuda.memory_allocated() >= engine.ledger.total_bytes()
+print("equal")
+"""
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-2)])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_one_gpu_equals_plain_torch(stage: int, precision: str, tolerance: float) -> None:
+    program = PROGRAM.format(stage=stage, precision=precision, tolerance=tolerance)
+    root = Path(__file__).resolve().parents[2]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-2000:]
