@@ -185,7 +185,7 @@ def test_a_scripts_own_error_is_shown(launch, tmp_path):
 def test_a_script_may_leave_by_sys_exit(launch, tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(SCRIPT + "\nimport atexit\natexit.register(print, 'left properly')\nsys.exit(0)\n")
-    run = launch(script=[str(script), "3"])
+    run = launch(script=[str(script), "6"])  # micro-steps: three optimizer steps
     see_end(run, "finished")
     assert read_status(run.path).step == 3
     assert "left properly" in (run.path / "logs" / "1" / "rank-0.log").read_text()
