@@ -12,10 +12,12 @@ export NET
 
 bin    := $(VENV)/bin
 setup  := bash tools/setup.sh "$(PYTHON)" "$(VENV)" "$(TORCH)"
-inputs := pyproject.toml CMakeLists.txt tools/setup.sh $(wildcard csrc/* csrc/*/* themes/* examples/*)
+# The editable install lists the modules that exist when it is made, so a module that came, went or moved wants a new one.
+modules := build/modules.txt
+inputs := $(modules) pyproject.toml CMakeLists.txt tools/setup.sh $(wildcard csrc/* csrc/*/* themes/* examples/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test gpu-check lint clean
+.PHONY: help demo install test gpu-check lint clean FORCE
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -35,6 +37,10 @@ lint: $(VENV)/.ok-dev  ## ruff, mypy and the import contracts
 clean:               ## remove the environment and what was built
 	rm -rf "$(VENV)" build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
+$(modules): FORCE
+	@mkdir -p build; find runtime zerotop -name '*.py' | sort > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+FORCE:
 $(VENV)/.ok-train: $(inputs)
 	@$(setup) train
 	@touch $@

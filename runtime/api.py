@@ -130,7 +130,21 @@ def _make_optimizer(config: Resolved, given: Any, parameters: list[Any]) -> Zero
 
 def _make_scheduler(config: Resolved, given: Any, optimizer: ZeroOptimizer) -> Any:
     if given is not None:
-        return given(optimizer) if callable(given) and not hasattr(given, "step") else given
+        scheduler = given(optimizer) if callable(given) and not hasattr(given, "step") else given
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ConfigError(
+                "lr_scheduler: ReduceLROnPlateau needs a metric at each step, which engine.step() "
+                "does not have; leave it "
+                "out of initialize() and step it yourself"
+            )
+        bound = getattr(scheduler, "optimizer", None)
+        if bound is not None and bound is not optimizer and bound is not optimizer.given:
+            raise ConfigError(
+                "lr_scheduler: it changes another optimizer than the one that trains; build it on the "
+                "optimizer that you "
+                "give to initialize(), or give a function of the optimizer"
+            )
+        return scheduler
     return WarmupSchedule(optimizer, config.scheduler) if config.scheduler is not None else None
 
 
@@ -157,7 +171,7 @@ def _announce(engine: Engine, resumed: Path | None) -> None:
     link.start(
         session.hello(engine.config, engine.comm, engine.module, engine.global_steps, dict(engine.steering.knobs))
     )
-    logging.getLogger("runtime").setLevel(engine.config.zerotop.log.level.upper())
+    engine.steering.apply_log_level()
     if engine.comm.rank == 0:
         units = len(engine.flats)
         log.info(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from runtime.config import ConfigError
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, read_run
 
@@ -68,7 +69,8 @@ class Comm:
         self.telemetry = telemetry
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
-        self.backend = str(dist.get_backend(group))
+        # A group made without naming a backend says "undefined" and has Gloo for CPUs.
+        self.backend = "gloo" if device.type == "cpu" else str(dist.get_backend(group))
         self.timed_by_future = self.backend == "gloo"
         self._control_group: dist.ProcessGroup | None = None
 
@@ -118,6 +120,13 @@ class Comm:
                 lambda: dist.broadcast(buffer, source, group=self.group, async_op=True),
             ).wait()
 
+    def broadcast_bytes(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """Broadcast a tensor of any dtype and layout, also those that the backend has no arithmetic for."""
+        if self.world_size > 1 and tensor.numel() > 0:
+            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            self.broadcast(flat, source)
+            tensor.detach().copy_(flat.view(tensor.dtype).view(tensor.shape))
+
     def own_range(self, buffer: torch.Tensor) -> torch.Tensor:
         numel = buffer.numel() // self.world_size
         return buffer[self.rank * numel : (self.rank + 1) * numel]
@@ -162,7 +171,15 @@ def init_distributed(device: str = "auto") -> torch.device:
     want_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device("cuda", local_rank) if want_cuda else torch.device("cpu")
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        return torch.device("cpu")  # the script has decided
     if want_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"this is rank {local_rank} of its node, and the node has {torch.cuda.device_count()} "
+                "GPUs: start as many "
+                "ranks as there are GPUs, or keep them on the CPU (ZEROTOP_DEVICE=cpu)"
+            )
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         backend = "nccl" if want_cuda and dist.is_nccl_available() else "gloo"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,17 +51,24 @@ class Engine:
         """Updates really taken: Adam's bias correction counts these."""
         self.lr_factor = 1.0
         self.registered: dict[str, Any] = {}
+        self.client_state: dict[str, Any] = {}
+        """What save_checkpoint() was given last, or what the loaded checkpoint held: also keyboard checkpoints carry
+        it."""
+        self._unclaimed: dict[str, Any] = {}
         self._norm: float | None = None
         self._syncing = True
+        self._backwards = 0  # since the last step(), outside no_sync
         self._loss_sum: torch.Tensor | float = 0.0
         self._losses = 0
         self._tokens = 0
         parts: Assembly = assemble(module, config, optimizer, comm, self.ledger)
         self.policy, self.flats, self.frozen, self.rules = parts.policy, parts.flats, parts.frozen, parts.rules
         self.schedule = Schedule(parts.reduce_order, self.telemetry)
+        module._zerotop_detach = self.schedule.detach  # type: ignore[assignment]
         self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
         self.steering = Steering(self, session)
-        session.step = lambda: self.global_steps
+        weak = weakref.ref(self)  # the session outlives engines
+        session.step = lambda: engine.global_steps if (engine := weak()) else 0
         self._began_ns = time.monotonic_ns()
 
     # ---- forward, backward, step ---------------------------------------------------------------------------
@@ -85,6 +93,12 @@ class Engine:
             raise ValueError(
                 f"engine.backward(loss): expected a scalar tensor that requires grad, got {_describe(loss)}"
             )
+        if self._syncing and self._backwards:
+            raise RuntimeError(
+                "engine.backward() twice before engine.step(): add the losses and call it once, or "
+                "wrap all but the last "
+                "in engine.no_sync()"
+            )
         self.telemetry.enter("backward", self.global_steps + 1, self._micro_step)
         boundary = self.is_gradient_accumulation_boundary()
         reduce = self._syncing and (boundary or self.policy.reduce_every_micro_step)
@@ -93,6 +107,7 @@ class Engine:
         self.schedule.end_backward()
         self._loss_sum = self._loss_sum + loss.detach().double()
         self._losses += 1
+        self._backwards += self._syncing
         return loss
 
     def step(self) -> None:
@@ -104,14 +119,18 @@ class Engine:
             raise RuntimeError(
                 "engine.step() inside engine.no_sync(): leave the context for the last backward, then step"
             )
-        if self._losses == 0:
+        if self._backwards == 0:
             raise RuntimeError(
-                "engine.step() without engine.backward(loss) before it: there is no gradient to step with"
+                "engine.step() without engine.backward(loss) before it (outside no_sync): there is no "
+                "gradient to step with"
             )
         boundary = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
+        self._backwards = 0
         if boundary:
             self._optimizer_step()
+        else:
+            self.telemetry.enter("data", self.global_steps + 1, self._micro_step)
 
     def _optimizer_step(self) -> None:
         """Agree (norm, loss, commands) -> clip -> update each unit and gather it -> report -> commands."""
@@ -120,29 +139,35 @@ class Engine:
         divisor = float(self.comm.world_size)
         loss = self._loss_sum / self._losses
         agreed = agree(self.flats, self.comm, loss, divisor, self.steering.command_waits(), self.steering.stop_asked())
-        scale = clip_coefficient(agreed.grad_norm, self.config.gradient_clipping) / divisor
         numbers = self.optimizer.numbers(self.lr_factor)
-        self.optimizer_steps += 1
-        gathers = []
-        for flat, rule in zip(self.flats, self.rules, strict=True):
-            rule.update(numbers, self.optimizer_steps, scale)
-            gathers.append(flat.gather())
-        with telemetry.span("gather"):
-            for gather in gathers:
-                gather.wait()
+        skipped = not math.isfinite(agreed.grad_norm)
+        if not skipped:
+            self._update(numbers, clip_coefficient(agreed.grad_norm, self.config.gradient_clipping) / divisor)
         for flat in self.flats:
             flat.clear()
         self.global_steps += 1
         self._norm = agreed.grad_norm
-        self._report(agreed, numbers[0]["lr"])
-        if self.lr_scheduler is not None:
+        self._report(agreed, numbers[0]["lr"], skipped)
+        if self.lr_scheduler is not None and not skipped:
+            self.optimizer.mark_stepped()
             self.lr_scheduler.step()
         self._loss_sum, self._losses, self._tokens = 0.0, 0, 0
         self.steering.at_boundary(agreed)
         telemetry.enter("data", self.global_steps + 1, 0)
         self._began_ns = time.monotonic_ns()
 
-    def _report(self, agreed: Boundary, lr: float) -> None:
+    def _update(self, numbers: list[dict[str, Any]], scale: float) -> None:
+        """Every unit in forward order; while one is gathered the next is updated already."""
+        self.optimizer_steps += 1
+        gathers = []
+        for flat, rule in zip(self.flats, self.rules, strict=True):
+            rule.update(numbers, self.optimizer_steps, scale)
+            gathers.append(flat.gather())
+        with self.telemetry.span("gather"):
+            for gather in gathers:
+                gather.wait()
+
+    def _report(self, agreed: Boundary, lr: float, skipped: bool) -> None:
         now = time.monotonic_ns()
         seconds = (now - self._began_ns) / 1e9
         samples = self.config.micro_batch * self.config.accumulation
@@ -155,6 +180,7 @@ class Engine:
             step_ms=seconds * 1000,
             tokens_per_s=self._tokens / seconds if self._tokens else None,
             samples_per_s=samples / seconds,
+            skipped=skipped,
             end_ns=now,
         )
         self.telemetry.step(result)
@@ -186,12 +212,31 @@ class Engine:
         """Write SAVE_DIR/TAG (default tag: step-NNNNNNNN); every rank must call it. client_state: plain data and
         tensors.
 
-        Raises CheckpointError on every rank if any could not write.
+        Raises CheckpointError on every rank if any could not write, or in the middle of an accumulation, whose
+        gradients a checkpoint does not hold.
         """
-        with self.telemetry.span("checkpoint"):
-            checkpoint.save(self, Path(save_dir), str(tag or checkpoint.step_tag(self.global_steps)), client_state)
+        if self._losses:
+            raise checkpoint.CheckpointError(
+                "save_checkpoint() in the middle of an accumulation would lose its gradients: call it "
+                "after the step() at "
+                "which is_gradient_accumulation_boundary() was true"
+            )
         if client_state is not None:
-            self.steering.client_state = client_state
+            self.client_state = client_state
+        with self.telemetry.span("checkpoint"):
+            tag = str(tag or checkpoint.step_tag(self.global_steps))
+            checkpoint.save(self, Path(save_dir), tag, self.client_state)
+        return True
+
+    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
+        """Rank 0 writes the module's state_dict, as it computes, to SAVE_DIR/SAVE_FILENAME; every rank must call it."""
+        path = Path(save_dir) / save_filename
+
+        def write() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self.module.state_dict(), path)
+
+        checkpoint.on_rank_0(self.comm, f"write {path}", write)
         return True
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[str | None, dict[str, Any]]:
@@ -201,11 +246,21 @@ class Engine:
         path = self.comm.broadcast_object(path)
         if path is None:
             return None, {}
-        return str(path), checkpoint.load(self, path)
+        self.resume_from(path)
+        return str(path), self.client_state
+
+    def resume_from(self, path: Path) -> None:
+        """Load the checkpoint at `path`; objects that are registered later get their states then."""
+        loaded = checkpoint.load(self, path)
+        self.client_state, self._unclaimed = loaded.client_state, loaded.registered
+        self.steering.forget_saved()
+        for name in list(self.registered):
+            self._claim(name)
 
     def register_state(self, **items: Any) -> None:
         """Objects with state_dict() and load_state_dict() (a sampler, a metric) that checkpoints shall include, also
-        keyboard ones."""
+        keyboard ones. Where a checkpoint has been loaded that holds them (under --resume: by initialize()), they are
+        restored here."""
         for name, item in items.items():
             if not (hasattr(item, "state_dict") and hasattr(item, "load_state_dict")):
                 raise TypeError(
@@ -213,6 +268,11 @@ class Engine:
                     f"{type(item).__name__} lacks them"
                 )
             self.registered[name] = item
+            self._claim(name)
+
+    def _claim(self, name: str) -> None:
+        if name in self._unclaimed:
+            self.registered[name].load_state_dict(self._unclaimed.pop(name))
 
     # ---- what scripts ask ----------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Engine:

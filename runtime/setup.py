@@ -29,6 +29,7 @@ from runtime.zero.unit import BufferPool, Flat
 
 log = logging.getLogger("runtime.setup")
 
+TRAINABLE = (torch.float32, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -130,7 +131,10 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
 
     Raises ConfigError for what the model or config can't have, on every rank alike.
     """
-    _same_model_everywhere(module, comm)
+    _same_model_everywhere(module, config, optimizer, comm)
+    _check_parameters(module, config, optimizer)
+    if detach := getattr(module, "_zerotop_detach", None):
+        detach()  # an earlier engine on the same model must not go on taking its gradients
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     parts = Assembly(STAGES[config.stage])
     precision = DTYPES[config.precision]
@@ -138,9 +142,13 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
     _cast_buffers(module, precision, comm, ledger)
     parts.frozen = [(name, p) for name, p in module.named_parameters() if p not in group_of or not p.requires_grad]
     frozen = {p for _, p in parts.frozen}
+    left_out = sum(parameter.requires_grad for _, parameter in parts.frozen)
+    if left_out and comm.rank == 0:
+        log.warning(f"{left_out} parameters require a gradient and are in no optimizer group: they stay as they are")
     for _, parameter in parts.frozen:
+        parameter.requires_grad_(False)
         parameter.data = ledger.hold("parameters", _cast(parameter.data, precision))
-        comm.broadcast(parameter.data)
+        comm.broadcast_bytes(parameter.data)
     try:
         cuts = cut(module, list(config.zerotop.units) if config.zerotop.units else None)
     except UnitError as error:
@@ -203,15 +211,45 @@ def _cast_buffers(module: nn.Module, precision: torch.dtype, comm: Comm, ledger:
                 owner._buffers[name] = _cast(buffer, precision)
             held = owner._buffers[name]
             assert held is not None
-            comm.broadcast(held)
+            comm.broadcast_bytes(held)
             ledger.hold("buffers", held)
 
 
-def _same_model_everywhere(module: nn.Module, comm: Comm) -> None:
+def _check_parameters(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer) -> None:
+    """What would train nothing, or fail at the first step with torch's words instead of ours."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    foreign = sum(p not in names for group in optimizer.param_groups for p in group["params"])
+    if foreign:
+        raise ConfigError(
+            f"{foreign} parameters of the optimizer are not in the model: make the optimizer from "
+            "model.parameters() after "
+            "the last change of the model, and give modules with parameters of their own to "
+            "initialize() inside the model"
+        )
+    for parameter, name in names.items():
+        if config.precision == "fp32" and parameter.requires_grad and parameter.dtype not in TRAINABLE:
+            raise ConfigError(
+                f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}: expected float32 "
+                "or bfloat16; call "
+                'model.float() before initialize(), or set "bf16": {"enabled": true}'
+            )
+
+
+def _same_model_everywhere(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm) -> None:
     """Collectives over buffers of different sizes hang or corrupt: compare the models first, and name the first
     difference."""
-    mine = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()]
-    everyone = comm.gather_objects(mine)
+    group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    mine = [
+        (name, tuple(p.shape), str(p.dtype), p.requires_grad, group_of.get(p)) for name, p in module.named_parameters()
+    ]
+    mine += [(f"(buffer) {name}", tuple(b.shape), str(b.dtype), False, None) for name, b in module.named_buffers()]
+    gathered = comm.gather_objects((config.digest(), mine))
+    for rank, (digest, _) in enumerate(gathered):
+        if digest != gathered[0][0]:
+            raise ConfigError(
+                f"the ranks disagree about the config: rank 0 has {gathered[0][0]}, rank {rank} has {digest}"
+            )
+    everyone = [parameters for _, parameters in gathered]
     for rank, theirs in enumerate(everyone):
         if theirs == everyone[0]:
             continue
@@ -227,6 +265,7 @@ def _same_model_everywhere(module: nn.Module, comm: Comm) -> None:
         )
 
 
-def _parameter(entry: tuple[str, tuple[int, ...], str, bool]) -> str:
-    name, shape, dtype, trainable = entry
-    return f"{name} {list(shape)} {dtype.removeprefix('torch.')}{'' if trainable else ' (frozen)'}"
+def _parameter(entry: tuple[str, tuple[int, ...], str, bool, int | None]) -> str:
+    name, shape, dtype, trainable, group = entry
+    kind = "" if trainable else " (frozen)"
+    return f"{name} {list(shape)} {dtype.removeprefix('torch.')}{kind}{'' if group is None else f' in group {group}'}"

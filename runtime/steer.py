@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime import checkpoint
-from runtime.knobs import KNOBS, KnobError
+from runtime.knobs import KNOBS, KnobError, get_knob
 from runtime.setup import Session
 from runtime.wire.messages import Ack, Command, StepResult
 from runtime.zero.clip import Boundary
@@ -53,7 +53,6 @@ class Steering:
             "lr_factor": engine.lr_factor,
         }
         assert self.knobs.keys() == KNOBS.keys()
-        self.client_state: dict[str, Any] = {}
         self.folder = self._checkpoint_folder()
         self._last_saved = -1
         self._saved_path: Path | None = None
@@ -86,7 +85,11 @@ class Steering:
             self._stop("the supervisor is gone")
 
     def progress(self, result: StepResult) -> None:
-        """A log line every log_interval steps, on rank 0."""
+        """A log line every log_interval steps, on rank 0; and a word on every step that was skipped."""
+        if result.rank == 0 and result.skipped:
+            text = f"step {result.step} changed nothing: the gradient norm is {result.grad_norm}"
+            self.link.event("overflow", text, severity="error", step=result.step)
+            log.error(text)
         if result.rank != 0 or result.step % self.knobs["log_interval"]:
             return
         total = self.engine.config.zerotop.train.steps
@@ -115,10 +118,14 @@ class Steering:
         if path is None:
             log.warning(f"--resume: no complete checkpoint in {self.folder}; starting from step 0")
             return None
-        self.client_state = checkpoint.load(self.engine, path)
+        self.engine.resume_from(path)
         self.knobs["lr_factor"] = self.engine.lr_factor
-        self._last_saved = self.engine.global_steps
+        self._last_saved, self._saved_path = self.engine.global_steps, path
         return path
+
+    def forget_saved(self) -> None:
+        """The engine's state is no longer that of the newest checkpoint of this step."""
+        self._last_saved, self._saved_path = -1, None
 
     # ---- commands: see [Note: how ranks agree] -------------------------------------------------------------
     def _apply_all(self, commands: deque[Command]) -> None:
@@ -160,7 +167,7 @@ class Steering:
     def _checkpoint(self, command: Command) -> None:
         if self.folder is None:
             self._answer(command, "rejected", "there is no run directory to save into")
-        elif self._save():
+        elif self._last_saved == self.engine.global_steps or self._save():
             self._answer(command, "applied", result={"path": str(self._saved_path), "step": self.engine.global_steps})
         else:
             self._answer(command, "rejected", self._problem)
@@ -168,18 +175,24 @@ class Steering:
     def _set(self, command: Command) -> None:
         """All values of one `set` or none: checked first, then applied."""
         try:
-            values = {name: _knob(name).check(value) for name, value in command.arguments.items()}
+            values = {name: get_knob(name).check(value) for name, value in command.arguments.items()}
         except KnobError as error:
             self._answer(command, "rejected", str(error))
             return
         self.knobs.update(values)
         if "lr_factor" in values:
             self.engine.lr_factor = float(values["lr_factor"])
+            self.forget_saved()  # a checkpoint holds the factor
         if "telemetry_hz" in values:
             self.link.hz = float(values["telemetry_hz"])
         if "log_level" in values:
-            logging.getLogger("runtime").setLevel(str(values["log_level"]).upper())
+            self.apply_log_level()
         self._answer(command, "applied", result=values)
+
+    def apply_log_level(self) -> None:
+        level = str(self.knobs["log_level"]).upper()
+        logging.getLogger("runtime").setLevel(level)
+        self.link.log_handler.setLevel(level)
 
     def _stop(self, why: str, command: Command | None = None) -> None:
         """Save (unless this step is saved), say goodbye, leave."""
@@ -206,7 +219,7 @@ class Steering:
         try:
             with engine.telemetry.span("checkpoint"):
                 self._saved_path = checkpoint.save(
-                    engine, self.folder, checkpoint.step_tag(engine.global_steps), self.client_state
+                    engine, self.folder, checkpoint.step_tag(engine.global_steps), engine.client_state
                 )
         except checkpoint.CheckpointError as error:
             self._problem = str(error)
@@ -247,9 +260,3 @@ class Steering:
                 wall_s=time.time(),
             )
         )
-
-
-def _knob(name: str):  # type: ignore[no-untyped-def]
-    if name not in KNOBS:
-        raise KnobError(f"unknown knob {name}: expected one of {', '.join(KNOBS)}")
-    return KNOBS[name]

@@ -34,10 +34,10 @@ class WarmupSchedule:
     get_lr = get_last_lr
 
     def state_dict(self) -> dict[str, Any]:
-        return {"iteration": self.iteration, "base_lrs": self.base_lrs}
+        return {"iteration": self.iteration}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.iteration, self.base_lrs = state["iteration"], list(state["base_lrs"])
+        self.iteration = state["iteration"]  # the rates themselves are the config's, which may have changed
         self._set()
 
     def _set(self) -> None:

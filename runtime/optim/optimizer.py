@@ -25,9 +25,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
     The update itself runs inside engine.step(), on each rank's ranges.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], kind: str, decoupled: bool, bias_correction: bool = True) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        kind: str,
+        decoupled: bool,
+        bias_correction: bool = True,
+        given: torch.optim.Optimizer | None = None,
+    ) -> None:
         self.kind, self.decoupled, self.bias_correction = kind, decoupled, bias_correction
-        super().__init__(groups, {})
+        self.given = given
+        """The script's own optimizer, whose groups these are: a scheduler bound to either changes both."""
+        numbers = {key: value for key, value in groups[0].items() if key != "params"}
+        super().__init__(groups, numbers)  # the defaults: some schedulers look there for betas or momentum
+        if given is not None:
+            self.param_groups = given.param_groups
+        self.initial_lrs = [float(group["lr"]) for group in self.param_groups]
 
     def make_rule(self, flat: Flat, ledger: Ledger) -> Rule:
         if self.kind in ("Adam", "AdamW"):
@@ -45,6 +58,12 @@ class ZeroOptimizer(torch.optim.Optimizer):
         raise RuntimeError(
             "optimizer.step(): call engine.step() instead; it reduces, clips, updates and gathers on all ranks"
         )
+
+    def mark_stepped(self) -> None:
+        """torch's schedulers warn when they are advanced before the optimizer they watch has stepped."""
+        for optimizer in (self, self.given):
+            if optimizer is not None:
+                optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: the engine drops gradients itself, after each optimizer step."""
@@ -87,12 +106,13 @@ def optimizer_from_torch(optimizer: torch.optim.Optimizer) -> ZeroOptimizer:
                 f"with load_checkpoint()"
             ]
         )
-    groups = [dict(group) for group in optimizer.param_groups]
+    groups = optimizer.param_groups
     if any(group.get("amsgrad") for group in groups) and kind in ("Adam", "AdamW"):
         raise ConfigError(["optimizer: amsgrad=True is not supported; use amsgrad=False"])
     if any(group.get("maximize") for group in groups) and kind in ("Adam", "AdamW"):
         raise ConfigError(["optimizer: maximize=True is not supported with Adam and AdamW; negate the loss"])
-    return ZeroOptimizer(groups, kind, decoupled=kind == "AdamW" or bool(groups[0].get("decoupled_weight_decay")))
+    decoupled = kind == "AdamW" or bool(groups[0].get("decoupled_weight_decay"))
+    return ZeroOptimizer(groups, kind, decoupled, given=optimizer)
 
 
 def _defaults(kind: str) -> dict[str, Any]:

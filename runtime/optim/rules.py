@@ -40,10 +40,10 @@ class Rule(Protocol):
     def states(self) -> Iterator[State]:
         """Every state tensor, to be written to or read from a checkpoint."""
 
-    def scalars(self) -> dict[str, Any]:
-        """States that are not per element, JSON-able; equal on all ranks."""
+    def scalars(self) -> dict[int, dict[str, Any]]:
+        """States that are not per element, by parameter group; a rank knows those of the groups in its range."""
 
-    def load_scalars(self, scalars: dict[str, Any]) -> None: ...
+    def load_scalars(self, scalars: dict[int, dict[str, Any]]) -> None: ...
 
 
 class AdamRule:
@@ -82,12 +82,11 @@ class AdamRule:
         yield State("exp_avg", 0, self.exp_avg)
         yield State("exp_avg_sq", 0, self.exp_avg_sq)
 
-    def scalars(self) -> dict[str, Any]:
+    def scalars(self) -> dict[int, dict[str, Any]]:
         return {}
 
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
-        if scalars:
-            raise ValueError(f"the checkpoint's optimizer keeps {', '.join(sorted(scalars))}, which Adam does not have")
+    def load_scalars(self, scalars: dict[int, dict[str, Any]]) -> None:
+        """Nothing to take: Adam's only scalar is the step count, which the engine keeps."""
 
 
 def _adam_kernel(masters: torch.Tensor):  # type: ignore[no-untyped-def]
@@ -175,18 +174,21 @@ class TorchRule:
                 if isinstance(value, torch.Tensor) and value.shape == part.shape and value.dim() > 0:
                     yield State(name, segment.start, value)
 
-    def scalars(self) -> dict[str, Any]:
-        for part in self.parts:
+    def scalars(self) -> dict[int, dict[str, Any]]:
+        found: dict[int, dict[str, Any]] = {}
+        for part, segment in zip(self.parts, self.flat.segments, strict=True):
             state = self.optimizer.state.get(part, {})
-            return {
-                k: v.item() if isinstance(v, torch.Tensor) else v for k, v in state.items() if not _per_element(v, part)
+            found[segment.group] = {
+                name: value.item() if isinstance(value, torch.Tensor) else value
+                for name, value in state.items()
+                if not _per_element(value, part)
             }
-        return {}
+        return found
 
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
-        for part in self.parts:
+    def load_scalars(self, scalars: dict[int, dict[str, Any]]) -> None:
+        for part, segment in zip(self.parts, self.flat.segments, strict=True):
             state = self.optimizer.state[part]
-            for name, value in scalars.items():
+            for name, value in scalars.get(segment.group, {}).items():
                 old = state.get(name)
                 state[name] = torch.full_like(old, value) if isinstance(old, torch.Tensor) else value
 

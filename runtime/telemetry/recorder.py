@@ -172,6 +172,7 @@ class Recorder:
         now = monotonic_ns()
         phase, _, _, since = self._now
         sums, self._phase_ns = self._phase_ns, {}
+        sums.pop("init", None)  # what came before the first step is no part of it
         sums[phase] = sums.get(phase, 0) + now - max(since, self._counted_to_ns)
         self._counted_to_ns = now
         self._steps.items.append((result, sums, self._wait_ns, self._comm_bytes))

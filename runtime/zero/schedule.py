@@ -3,8 +3,9 @@ order on all ranks."""
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -26,17 +27,29 @@ class Schedule:
         self._next = 0
         self._flying: deque[Flat] = deque()
         self._reducing = False
-        for position, flat in enumerate(self.order):
-            for index, parameter in enumerate(flat.members):
-                parameter.register_post_accumulate_grad_hook(self._hook(position, flat, index))
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._hook(position, index))
+            for position, flat in enumerate(self.order)
+            for index, parameter in enumerate(flat.members)
+        ]
 
-    def _hook(self, position: int, flat: Flat, index: int):  # type: ignore[no-untyped-def]
+    def _hook(self, position: int, index: int) -> Callable[[nn.Parameter], None]:
+        # Weak: torch keeps hooks where the garbage collector can't see that only they hold the engine.
+        weak = weakref.ref(self)
+
         def arrived(parameter: nn.Parameter) -> None:
-            if flat.receive(index, parameter):
-                self._ready.add(position)
-                self._issue_ready()
+            schedule = weak()
+            if schedule is not None and schedule.order[position].receive(index, parameter):
+                schedule._ready.add(position)
+                schedule._issue_ready()
 
         return arrived
+
+    def detach(self) -> None:
+        """Take the hooks off the parameters: another engine takes over, or none."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def begin_backward(self, reduce: bool) -> None:
         """`reduce`: this backward's gradients go out to the other ranks (every one at stages 2 and 3, else only the

@@ -149,6 +149,8 @@ class Flat:
         parameter.grad = None
         if grad is None:
             return False
+        if grad.is_sparse:
+            grad = grad.to_dense()
         slot = self.layout.slots[index]
         if self._arrived[index] and self.gradient_state is not GradientState.FILLING:
             raise RuntimeError(

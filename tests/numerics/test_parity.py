@@ -83,6 +83,20 @@ def train_plainly(
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def train_plainly_grouped(groups: Any, world: int, steps: int, schedule: Any) -> dict[str, torch.Tensor]:
+    """Plain AdamW with parameter groups of their own and a LambdaLR, two samples per rank and step."""
+    model = make("plain")
+    update = torch.optim.AdamW(groups(model), lr=1e-3, eps=1e-5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(update, schedule)
+    for step in range(steps):
+        rows = [batch(step, sample) for sample in range(2 * world)]
+        model(torch.cat([t for t, _ in rows]), torch.cat([t for _, t in rows])).backward()
+        update.step()
+        update.zero_grad()
+        scheduler.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
 def assert_equal(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
     assert ours.keys() == plain.keys()
     worst = {name: (ours[name].float() - plain[name].float()).abs().max().item() for name in plain}

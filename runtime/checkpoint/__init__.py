@@ -1,0 +1,29 @@
+"""Checkpoints: sharded, atomic, keyed by parameter name, readable at any world size, stage and unit cut.
+
+    FOLDER/TAG/                 complete as soon as it has this name: written as FOLDER/.TAG.partial and renamed
+      .metadata, __N_*.distcp   torch.distributed.checkpoint: fp32 masters and optimizer states as 1-D slices of each
+                                parameter
+      common.pt                 scheduler, optimizer scalars, client_state, registered objects (rank 0's)
+      rng-N.pt                  random number states of rank N
+      manifest.json             step, world size, parameter shapes, ...
+
+manifest (what a checkpoint says of itself, and which ones there are) · shards (tensors and torch's planners) · rng ·
+saving · loading. Every collective part runs on Gloo, on a group apart from training's.
+"""
+
+from runtime.checkpoint.loading import Loaded, load
+from runtime.checkpoint.manifest import CheckpointError, Manifest, newest, prune, read_manifest, step_tag
+from runtime.checkpoint.saving import on_rank_0, save
+
+__all__ = [
+    "CheckpointError",
+    "Loaded",
+    "Manifest",
+    "load",
+    "newest",
+    "on_rank_0",
+    "prune",
+    "read_manifest",
+    "save",
+    "step_tag",
+]

@@ -1,0 +1,112 @@
+"""Reading a checkpoint into an engine of any world size, stage and unit cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from runtime.checkpoint import rng
+from runtime.checkpoint.manifest import CheckpointError, Manifest, read_manifest
+from runtime.checkpoint.saving import COMMON
+from runtime.checkpoint.shards import LoadPlanner, Piece, pieces_of, root_cause, shapes_of, whole_tensors
+from runtime.optim.rules import TorchRule
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint holds for the script."""
+
+    client_state: dict[str, Any]
+    registered: dict[str, Any]
+
+
+def load(engine: Engine, path: Path) -> Loaded:
+    """Continue from the checkpoint at `path`: masters, optimizer, scheduler, random numbers, counters.
+
+    Learning rates are the checkpoint's where the configured ones are what they were when it was made, else the
+    config's.
+    Raises CheckpointError before anything is changed when the checkpoint does not fit.
+    """
+    manifest = read_manifest(path)
+    _compare(engine, manifest, path)
+    try:
+        common = torch.load(path / COMMON, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path / COMMON} cannot be read: {root_cause(error)}") from error
+    _load_tensors(engine, manifest, path)
+    for flat in engine.flats:
+        flat.masters_to_parameters()
+    for pending in [flat.gather() for flat in engine.flats]:
+        pending.wait()
+    for rule in engine.rules:
+        rule.load_scalars(common["scalars"])
+    if common["initial_lrs"] == engine.optimizer.initial_lrs:
+        for group, lr in zip(engine.optimizer.param_groups, common["lr"], strict=True):
+            group["lr"] = lr
+    if engine.lr_scheduler is not None and common["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(common["scheduler"])
+    engine.global_steps = manifest.step
+    engine.micro_steps = manifest.step * engine.gradient_accumulation_steps()  # which may be another one now
+    engine.optimizer_steps, engine.lr_factor = manifest.optimizer_step, manifest.lr_factor
+    states = path / f"rng-{engine.comm.rank}.pt"
+    if states.is_file():  # a larger world than the one that saved keeps its fresh states on the ranks that are new
+        rng.set_state(torch.load(states, map_location="cpu", weights_only=True))
+    return Loaded(dict(common["client_state"]), dict(common["registered"]))
+
+
+def _load_tensors(engine: Engine, manifest: Manifest, path: Path) -> None:
+    if manifest.optimizer_step > 0:
+        for rule in engine.rules:
+            if isinstance(rule, TorchRule):
+                rule.prepare()
+    frozen_then = set(manifest.frozen)
+    pieces = {
+        name: piece
+        for name, piece in pieces_of(engine, own_range_only=False).items()
+        if name.startswith("param.") or (manifest.optimizer_step > 0 and name.split(".", 2)[2] not in frozen_then)
+    }
+    whole = {name: (tensor, Piece.whole(tensor)) for name, tensor in whole_tensors(engine).items()}
+    pieces |= {name: piece for name, (_, piece) in whole.items()}
+    try:
+        state_dict_loader.load(
+            {name: piece.tensor for name, piece in pieces.items()},
+            storage_reader=FileSystemReader(path),
+            planner=LoadPlanner(pieces),
+            process_group=engine.checkpoint_group,
+        )
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {root_cause(error)}") from error
+    for tensor, piece in whole.values():
+        tensor.copy_(piece.tensor.view(tensor.shape))
+
+
+def _compare(engine: Engine, manifest: Manifest, path: Path) -> None:
+    """The first difference between the engine and the checkpoint, by name."""
+    ours, theirs = shapes_of(engine), manifest.shapes
+    for name in [*ours, *(n for n in theirs if n not in ours)]:
+        if ours.get(name) != theirs.get(name):
+            have = f"has shape {ours[name]}" if name in ours else "does not exist"
+            want = f"has shape {theirs[name]}" if name in theirs else "does not exist"
+            raise CheckpointError(
+                f"checkpoint {path} does not fit the model: "
+                f"parameter {name} {want} in the checkpoint and {have} in the model"
+            )
+    if manifest.optimizer != engine.optimizer.kind:
+        raise CheckpointError(
+            f"checkpoint {path} was made with optimizer {manifest.optimizer}, the config says {engine.optimizer.kind}: "
+            f"set optimizer.type to {manifest.optimizer}"
+        )
+    if manifest.groups != len(engine.optimizer.param_groups):
+        raise CheckpointError(
+            f"checkpoint {path} has {manifest.groups} parameter groups, the optimizer has "
+            f"{len(engine.optimizer.param_groups)}: make the groups as they were"
+        )
