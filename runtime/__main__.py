@@ -1,7 +1,7 @@
 """One rank: `python -m runtime CONFIG.json` or `python -m runtime SCRIPT.py ARGS...`, started by torchrun.
 
-Under `zerotop launch` (ZEROTOP_RUN is set) the config is the run's, output goes to the run's log files, and the first
-argument, if any, is the user's script. Without it, the arguments say it all and output stays on the terminal.
+Under `zerotop launch` (ZEROTOP_RUN is set) config and script are the run's (run.json), and output goes to the run's log
+files. Without it, the arguments say it all and output stays on the terminal.
 """
 
 from __future__ import annotations
@@ -42,16 +42,19 @@ def main() -> int:
 
 def _train(run: Path | None, arguments: list[str]) -> None:
     from runtime.config import ConfigError, Resolved, load
+    from runtime.wire.rundir import read_run
 
+    launched = read_run(run) if run is not None else None
+    if launched is not None and launched.script:
+        arguments = launched.script
     if arguments and arguments[0].endswith(".py"):
         _run_script(arguments)
         return
     from runtime.comm import init_distributed
     from runtime.train import train
-    from runtime.wire.rundir import read_run
 
-    if run is not None:
-        train(Resolved.from_json((run / "resolved.json").read_bytes()), Path(read_run(run).config_folder))
+    if run is not None and launched is not None:
+        train(Resolved.from_json((run / "resolved.json").read_bytes()), Path(launched.config_folder))
         return
     if len(arguments) != 1:
         raise ConfigError(f"expected one CONFIG.json or a SCRIPT.py with its arguments, got {arguments or 'nothing'}")

@@ -163,7 +163,7 @@ def test_kill_9_of_any_process_ends_the_whole_run(launch, victim):
 def test_a_users_script_is_watched_and_steered_with_no_line_added(launch, tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(SCRIPT)
-    run = launch(script=[str(script), "100000"])
+    run = launch(script=[str(script), "100000", "--nproc", "7"])  # an argument that torchrun would misread
     see_training(run)
     paused = run.command("pause").ack
     assert paused.state == "applied"

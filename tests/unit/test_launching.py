@@ -11,7 +11,7 @@ import pytest
 
 from runtime.config import ConfigError
 from zerotop.runs import launching
-from zerotop.runs.paths import runs_home
+from zerotop.runs.paths import RunError, runs_home
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +44,30 @@ def test_what_the_ranks_cannot_do_starts_nothing(tmp_path: Path, settings: dict[
     with pytest.raises(ConfigError, match=re.escape(message)):
         launching.start_run(config, device="cpu", name="never")
     assert not (runs_home() / "never").exists()
+
+
+def test_a_script_with_a_syntax_error_starts_nothing(tmp_path: Path) -> None:
+    config, script = tmp_path / "config.json", tmp_path / "mine.py"
+    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1}))
+    script.write_text("x = 1\ndef (\n")
+    with pytest.raises(RunError, match=re.escape("mine.py, line 2: invalid syntax; nothing was started")):
+        launching.start_run(config, device="cpu", name="never", script=[str(script)])
+    assert not (runs_home() / "never").exists()
+
+
+def test_text_shorter_than_a_sequence_starts_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    (tmp_path / "short.txt").write_text("a few words")
+    data = {"files": ["short.txt"], "seq_len": 64}
+    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zerotop": {"data": data}}))
+    with pytest.raises(ConfigError, match=re.escape("zerotop.data.seq_len: 64 tokens are more than the text")):
+        launching.start_run(config, device="cpu", name="never")
+    assert not (runs_home() / "never").exists()
+
+
+def test_when_no_number_of_ranks_fits_the_message_is_about_the_usual_one(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    batch = {"train_batch_size": 30, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}
+    config.write_text(json.dumps(batch))
+    with pytest.raises(ConfigError, match=f"30 != 4 x 4 x {min(2, os.cpu_count() or 1)}"):
+        launching.start_run(config, device="cpu", name="never")

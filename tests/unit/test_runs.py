@@ -220,8 +220,8 @@ def test_nothing_of_torchrun_listens_beyond_this_machine() -> None:
     assert words[words.index("--rdzv-conf") + 1] == "store_type=file"
     assert words[words.index("--rdzv-endpoint") + 1] == "/tmp/zerotop-0/abcd1234/rendezvous-2"
     assert words[-2:] == ["-m", "runtime"] and "-P" in words
-    script = torchrun.command(run_file(script=["/x/train.py", "--lr", "1"]), Path("/run"))
-    assert script[-5:] == ["-m", "runtime", "/x/train.py", "--lr", "1"]
+    # torchrun would take some of a script's arguments for abbreviations of its own: they reach ranks through run.json.
+    assert torchrun.command(run_file(script=["/x/train.py", "--nproc", "1"]), Path("/run")) == words
 
 
 def test_the_environment_keeps_what_the_user_set() -> None:

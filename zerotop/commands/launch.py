@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,17 +45,15 @@ def register(subparsers: Any) -> None:
         help="replace one key of the config, such as zerotop.train.steps=50; may be repeated",
     )
     parser.add_argument("--resume", action="store_true", help="continue run --name from its newest complete checkpoint")
-    parser.add_argument("--detach", action="store_true", help="return as soon as the run is up")
+    parser.add_argument("--detach", action="store_true", help="return as soon as the ranks train")
     parser.add_argument("--no-screen", action="store_true", help="print progress lines instead of drawing the screen")
     parser.add_argument("--json", action="store_true", help="print the run's state as one JSON document when done")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from zerotop.output import CommandError, print_json, say
-    from zerotop.report import status_document
+    from zerotop.output import CommandError, say
     from zerotop.runs.launching import start_run
     from zerotop.source.opening import open_source
-    from zerotop.state.run import RunState
 
     if arguments.script == []:
         raise CommandError("after -- comes a script: zerotop launch CONFIG -- SCRIPT.py ARGS...")
@@ -71,10 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.detach or plain:
         say(_first_words(entry))
     if arguments.detach:
-        say(f"zerotop attach {entry.name} opens the screen on it; zerotop stop {entry.name} ends it")
-        if arguments.json:
-            print_json(status_document(RunState(), entry))
-        return 0
+        return _detached(entry, arguments.json)
     if plain:
         from zerotop.commands.progress import follow
 
@@ -83,6 +79,38 @@ def run(arguments: argparse.Namespace) -> int:
     from zerotop.commands.attach import show
 
     return show(open_source(entry))
+
+
+def _detached(entry: RunEntry, as_json: bool) -> int:
+    """Return when the ranks train, or with their error when they never got there. Ctrl-C leaves the run alone, too."""
+    from runtime.wire.messages import LIVE_STATES
+    from zerotop.output import print_json, say
+    from zerotop.report import status_document
+    from zerotop.runs.directory import read_entry
+    from zerotop.source.opening import open_source
+
+    source = open_source(entry)
+    began, said = time.monotonic(), False
+    try:
+        while source.state.state_name == "starting" and source.connection != "ended":
+            source.wait(0.5)
+            source.poll()
+            if not said and time.monotonic() - began > 1:
+                say(f"{entry.name} is starting...")
+                said = True
+    except KeyboardInterrupt:
+        say(f"{entry.name} goes on starting")
+    finally:
+        state = source.state
+        source.close()
+    entry = read_entry(entry.path)
+    if as_json:
+        print_json(status_document(state, entry))
+    if entry.status.state not in LIVE_STATES and entry.status.state not in ("finished", "stopped"):
+        say(f"{entry.name} {entry.status.state}: {entry.status.reason}\n{entry.status.error}".rstrip())
+        return 1
+    say(f"zerotop attach {entry.name} opens the screen on it; zerotop stop {entry.name} ends it")
+    return 0
 
 
 def _first_words(entry: RunEntry) -> str:

@@ -177,7 +177,7 @@ def effective_status(path: Path, run: RunFile) -> RunStatus:
         return status.model_copy(update={"state": "failed", "reason": "its launch was interrupted before anything ran"})
     cause = "the machine was restarted" if run.boot_id != boot_id() else "the supervisor died (killed?)"
     # The ranks outlive a killed supervisor long enough to save their work, and nobody could tell us of that.
-    saved = max(_checkpoint_steps(path), default=status.last_checkpoint_step)
+    saved = max(checkpoint_steps(path), default=status.last_checkpoint_step)
     return status.model_copy(
         update={
             "state": "failed",
@@ -189,7 +189,7 @@ def effective_status(path: Path, run: RunFile) -> RunStatus:
     )
 
 
-def _checkpoint_steps(path: Path) -> list[int]:
+def checkpoint_steps(path: Path) -> list[int]:
     """Steps of the complete checkpoints in the run's own folder; checkpoints elsewhere are not looked for."""
     found = (folder.name.split("-", 1)[1] for folder in path.glob("checkpoints/step-*") if folder.is_dir())
     return [int(step) for step in found if step.isdigit()]

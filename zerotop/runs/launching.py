@@ -23,7 +23,15 @@ from runtime.data.vocab import count_tokens
 from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
 from zerotop.runs.devices import Device, choose
-from zerotop.runs.directory import RunEntry, existing_message, find_run, list_runs, make_run_folder, read_entry
+from zerotop.runs.directory import (
+    RunEntry,
+    checkpoint_steps,
+    existing_message,
+    find_run,
+    list_runs,
+    make_run_folder,
+    read_entry,
+)
 from zerotop.runs.executable import record_executable
 from zerotop.runs.names import check_name, generate_name
 from zerotop.runs.outcome import tail
@@ -120,7 +128,7 @@ def _check(
         script = previous.run.script
     chosen, count = choose(
         device if device != "auto" or previous is None else previous.run.device,
-        nproc or (previous.run.nproc if previous else None),
+        nproc if nproc is not None or previous is None else previous.run.nproc,
     )
     if config_path is None:
         assert previous is not None
@@ -130,14 +138,17 @@ def _check(
         config = load(config_path, overrides)
         origin = os.path.abspath(config_path)
         folder = os.path.dirname(origin)
+    fewer: list[str] = []
     if nproc is None and previous is None and chosen == "cpu":
-        count = _ranks_on_cpu(config, count, bool(script))
+        count = _ranks_on_cpu(config, count, bool(script), fewer)
     resolved = config.resolve(count, chosen, script=bool(script))
     try:
         refuse_unsupported(resolved)
     except ConfigError as error:
         raise ConfigError(error.problems, config.origin) from None
-    notes = [{"what": "note", "text": text} for text in resolved.notes]
+    notes = [{"what": "note", "text": text} for text in (*fewer, *resolved.notes)]
+    if previous is not None and not checkpoint_steps(previous.path) and resolved.zerotop.checkpoint.folder is None:
+        notes.append({"what": "changed", "text": "there is no complete checkpoint: the run starts again from step 0"})
     if script:
         script = _checked_script(script)
     else:
@@ -151,9 +162,16 @@ def _check_data(config: Config, resolved: Resolved, folder: Path) -> None:
     """What the ranks would only find out after they have started."""
     data = resolved.zerotop.data
     try:
-        if data.files:
-            expand_files(data.files, folder)
+        files = expand_files(data.files, folder) if data.files else []
         count_tokens(data.tokenizer, folder)
+        tokens = sum(
+            path.stat().st_size + 1 for path in files
+        )  # a byte or less is a token, and each file ends with one
+        if files and tokens <= data.seq_len:
+            raise ConfigError(
+                f"zerotop.data.seq_len: {data.seq_len} tokens are more than the text of zerotop.data.files has "
+                f"({tokens:,} at most): lower it, or name more text"
+            )
     except ConfigError as error:
         raise ConfigError(error.problems, config.origin) from None
     except (OSError, ValueError) as error:
@@ -164,13 +182,17 @@ def _check_data(config: Config, resolved: Resolved, folder: Path) -> None:
         ) from None
 
 
-def _ranks_on_cpu(config: Config, count: int, script: bool) -> int:
+def _ranks_on_cpu(config: Config, count: int, script: bool, notes: list[str]) -> int:
     """Ranks on a CPU when nobody said how many: `count`, or one rank where the config's batch sizes fit only that."""
-    try:
-        config.resolve(count, "cpu", script=script)
-    except ConfigError:
-        return 1
-    return count
+    for ranks in (count, 1):
+        try:
+            config.resolve(ranks, "cpu", script=script)
+        except ConfigError:
+            continue
+        if ranks < count:
+            notes.append(f"1 rank: the config's batch sizes don't fit {count} (--nproc chooses)")
+        return ranks
+    return count  # neither: the message is about the usual number
 
 
 def _previous(name: str | None) -> RunEntry:
@@ -190,6 +212,13 @@ def _checked_script(script: Sequence[str]) -> list[str]:
     path = Path(script[0])
     if not path.is_file():
         raise RunError(f"{script[0]}: there is no such script. After -- comes SCRIPT.py and its arguments")
+    try:
+        compile(path.read_bytes(), str(path), "exec")
+    except SyntaxError as error:
+        line = f"\n    {error.text.strip()}" if error.text else ""
+        raise RunError(f"{script[0]}, line {error.lineno}: {error.msg}; nothing was started{line}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{script[0]}: expected a Python script, and it can't be read: {error}") from None
     return [str(path.resolve()), *script[1:]]
 
 

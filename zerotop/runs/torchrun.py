@@ -17,14 +17,13 @@ def command(run: RunFile, path: Path) -> list[str]:
     Its usual rendezvous (`localhost:0`) is a TCP store that listens on every interface and unpickles what it is sent; a
     file in the private sockets folder does the same for one node.
     """
-    ranks = ["-m", "runtime", *(run.script or [])]
     return [
         *(sys.executable, "-P", "-m", "torch.distributed.run"),
         *("--nnodes", "1", "--nproc-per-node", str(run.nproc)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", str(Path(run.sockets) / f"rendezvous-{run.attempt}")),
         *("--rdzv-conf", "store_type=file", "--rdzv-id", run.name, "--local-addr", "127.0.0.1"),
         *("--max-restarts", "0", "--log-dir", str(path / "logs" / str(run.attempt) / "torchrun")),
-        *ranks,
+        *("-m", "runtime"),  # a script and its arguments are in run.json: torchrun would take some for its own
     ]
 
 
