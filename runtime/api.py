@@ -183,3 +183,5 @@ def _announce(engine: Engine, resumed: Path | None) -> None:
             link.event(
                 "resumed", f"continuing from {resumed.name}", step=engine.global_steps, data={"path": str(resumed)}
             )
+        elif session.resume and engine.steering.folder is not None:
+            log.warning(f"--resume: no complete checkpoint in {engine.steering.folder}; starting from step 0")

@@ -143,7 +143,7 @@ def get_knob(name: str) -> Knob:
     starts = [knob_name for knob_name in KNOBS if len(name) > 1 and knob_name.startswith(name.lower())]
     guess = by_key.get(name) or next(iter([*near, *starts]), None) or tail.get(name)
     hint = f"Did you mean {guess}? " if guess else ""
-    raise KnobError(f"{name or 'the empty name'} is not a knob. {hint}Knobs: {', '.join(KNOBS)}")
+    raise KnobError(f"{name or 'the empty name'} is not a setting. {hint}Settings: {', '.join(KNOBS)}")
 
 
 def parse_knob(name: str, text: str) -> KnobValue:

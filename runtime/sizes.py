@@ -9,10 +9,15 @@ _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `80GiB`, `80GB` (10^9), `24G` (as GPUs are sold: 2^30) or `1024`; ValueError else."""
+    """Bytes of `80GiB`, `80GB` (10^9), `24G` (as GPUs are sold: 2^30) or `512B`; ValueError else.
+
+    A bare number is refused: whoever writes 80 hardly means bytes.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?)(B?)\s*", text, re.IGNORECASE)
     if match is None or (match[3] and not match[2]):
         raise ValueError(f"{text!r} is not a size; expected a number with a unit, for example 80GiB, 80GB or 24G")
+    if not match[2] and not match[4]:
+        raise ValueError(f"expected a size with a unit, such as 80GiB; got {text.strip()}")
     power = _BINARY.index(match[2].upper())
     decimal = match[4] and not match[3]
     size = int(float(match[1]) * (1000 if decimal else 1024) ** power)

@@ -116,7 +116,6 @@ class Steering:
             return None
         path = self.engine.comm.broadcast_object(checkpoint.newest(self.folder))
         if path is None:
-            log.warning(f"--resume: no complete checkpoint in {self.folder}; starting from step 0")
             return None
         self.engine.resume_from(path)
         self.knobs["lr_factor"] = self.engine.lr_factor

@@ -9,6 +9,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+INSTALL_TRAINING = "pip install '.[train]' in zerotop's source folder"
+"""The way out where torch is missing."""
+
 
 class CommandError(Exception):
     """One clear message for people: what was expected, what came, the way out. Ends the program with `exit_code`.

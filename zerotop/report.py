@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from runtime.wire.messages import CommandRecord, StepResult
+from runtime.wire.messages import LIVE_STATES, CommandRecord, StepResult
 from zerotop.output import bytes_text, duration_text, number_text, table, time_text
 from zerotop.state.memory import memory_use
 from zerotop.state.progress import progress
@@ -56,6 +56,9 @@ def _newest_step(state: RunState) -> StepResult | None:
 
 def _rank_document(state: RunState, rank: RankState) -> dict[str, Any]:
     heartbeat, step, memory, hello = rank.heartbeat, rank.step, rank.memory, rank.hello
+    # A rank that was killed said no goodbye, and its last heartbeat stands for ever.
+    over = rank.goodbye is not None or state.state_name not in LIVE_STATES
+    ended = over and rank.goodbye is None
     figures: dict[str, Any] = {}
     if memory is not None:
         figures = {
@@ -72,8 +75,8 @@ def _rank_document(state: RunState, rank: RankState) -> dict[str, Any]:
         }
     return {
         "rank": rank.rank,
-        "phase": rank.phase,
-        "micro_step": heartbeat.micro_step if heartbeat and not rank.goodbye else None,
+        "phase": "ended" if ended else rank.phase,
+        "micro_step": heartbeat.micro_step if heartbeat and not over else None,
         "micro_steps": heartbeat.micro_steps if heartbeat else hello.accumulation if hello else None,
         "step": step.step if step else None,
         "host": hello.host if hello else None,

@@ -143,8 +143,8 @@ class Config(Section):
             if device == "cpu":
                 found.problem(
                     ("fp16", "enabled"),
-                    ': fp16 needs a GPU, and this run is on the CPU. Write "bf16": {"enabled": true} instead of fp16, '
-                    "or use --device cuda on a machine with a GPU",
+                    ": fp16 needs a GPU and this run is on the CPU; besides, fp16 training is not supported yet. "
+                    'Write "bf16": {"enabled": true} instead of fp16',
                 )
             return "fp16"
         if self.bf16.enabled:

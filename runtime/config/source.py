@@ -72,11 +72,15 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Path, int]]:
 
 def _not_json(text: str, error: json.JSONDecodeError) -> str:
     """The parser's complaint with the line it is about and a caret under the column."""
-    line = (text.splitlines() or [""])[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
-    column = error.colno
+    # What is missing at the end is missing after the last thing that is there, not in the empty line below it.
+    at = min(error.pos, len(text.rstrip()))
+    line_number = text.count("\n", 0, at) + 1
+    line_start = text.rfind("\n", 0, at) + 1
+    line = text[line_start:].split("\n", 1)[0].rstrip()
+    column = at - line_start + 1
     start = max(0, column - 60)
     excerpt = line[start : start + 100].replace("\t", " ")
-    hint = ""
+    hint = " (the file ends here)" if at < error.pos or at == len(text.rstrip()) else ""
     rest = text[error.pos :].lstrip()
     before = text[: error.pos].rstrip()
     if rest.startswith(("//", "/*", "#")):
@@ -88,7 +92,7 @@ def _not_json(text: str, error: json.JSONDecodeError) -> str:
     elif re.match(r"(True|False|None)\b", rest):
         hint = " (JSON writes true, false and null)"
     pointer = " " * (column - 1 - start) + "^"
-    return f"not JSON: line {error.lineno}, column {column}: {error.msg}{hint}\n{excerpt}\n{pointer}"
+    return f"not JSON: line {line_number}, column {column}: {error.msg}{hint}\n{excerpt}\n{pointer}"
 
 
 def _scan(text: str) -> tuple[dict[Path, int], list[str]]:

@@ -16,6 +16,7 @@ from tests.faults.conftest import FakeRun, until
 from zerotop import cli
 from zerotop.commands.progress import follow
 from zerotop.runs import launching
+from zerotop.source.asking import asker
 from zerotop.source.opening import open_source
 
 Start = Callable[..., FakeRun]
@@ -82,7 +83,26 @@ def test_a_second_ctrl_c_aborts(start: Start, capsys: pytest.CaptureFixture[str]
     thread.join()
     assert "aborting" in capsys.readouterr().err
     status = read_status(run.path)
-    assert status.state == "aborted" and status.reason.endswith("(Ctrl-C)")
+    assert (status.state, status.reason) == ("aborted", f"aborted by {asker()} (Ctrl-C)")
+
+
+def test_sigterm_ends_the_lines_and_not_the_run(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start()
+    usual = signal.getsignal(signal.SIGTERM)
+
+    def term() -> None:
+        until(lambda: read_status(run.path).step >= 2, "step 2")
+        until(lambda: signal.getsignal(signal.SIGTERM) is not usual, "a handler for SIGTERM")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=term, daemon=True)
+    thread.start()
+    assert follow(open_source(run.entry), run.entry) == 0
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is usual
+    assert capsys.readouterr().out.splitlines()[-1] == f"{run.path.name} goes on: zerotop attach {run.path.name}"
+    step = read_status(run.path).step
+    run.see_step(step + 2)
 
 
 def test_a_failure_shows_the_last_error_once_and_exits_1(start: Start, capsys: pytest.CaptureFixture[str]) -> None:

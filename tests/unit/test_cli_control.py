@@ -104,22 +104,23 @@ def test_set_sends_values_of_the_right_type(hub: FakeHub, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("setting", "reason"),
+    ("setting", "value", "reason"),
     [
-        ("log_interval=0", "log_interval: expected a whole number from 1 to 1000000, got 0"),
-        ("log_intervall=1", "Did you mean log_interval?"),
-        ("log_level=loud", "expected one of debug, info, warning, error, got loud"),
-        ("lr_factor=nan", "expected a number from 0 to 100, got nan"),
-        ("lr_factor=", "got nothing"),
+        ("log_interval=0", 0, "log_interval: expected a whole number from 1 to 1000000, got 0"),
+        ("log_intervall=1", 1, "Did you mean log_interval?"),
+        ("log_level=loud", "loud", "expected one of debug, info, warning, error, got loud"),
+        ("lr_factor=nan", "nan", "expected a number from 0 to 100, got nan"),
+        ("lr_factor=", "", "got nothing"),
     ],
 )
 def test_set_out_of_range_is_a_rejected_command(
-    setting: str, reason: str, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+    setting: str, value: object, reason: str, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["set", "q1", setting, "--json"]) == 1
     captured = capsys.readouterr()
     answer = json.loads(captured.out)
     assert answer["state"] == "rejected"
+    assert list(answer["arguments"].values()) == [value]
     assert reason in answer["reason"]
     assert reason in captured.err
     assert hub.commands == []

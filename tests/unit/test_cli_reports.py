@@ -141,15 +141,18 @@ def test_status_of_an_ended_run_comes_from_the_recording(home: Path, capsys: pyt
     )
     run = write_run(home, "old", Path("/nowhere"), failed)
     recorder = Recorder(run / "recording.sqlite", attempt=1)
-    for message in (RunStatus(name="old", state="running"), hello(0), hello(1), step_result(0, 41), step_result(1, 41)):
+    said = (hello(0), hello(1), step_result(0, 41), step_result(1, 41), heartbeat(0), heartbeat(1))
+    for message in (RunStatus(name="old", state="running"), *said):
         recorder.add("rank/0", message)
     recorder.close()
     document = answer(capsys, "status")  # nothing is live: the newest run is meant
     assert (document["name"], document["state"], document["step"], document["loss"]) == ("old", "failed", 41, 2.5)
     assert (document["error"], document["failed_rank"], document["exit_code"]) == ("ValueError: boom", 1, 1)
-    assert len(document["ranks"]) == 2
+    assert [(rank["phase"], rank["micro_step"]) for rank in document["ranks"]] == [("ended", None)] * 2
     assert main(["status", "old"]) == 0
-    assert "error of rank 1:\nValueError: boom" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "error of rank 1:\nValueError: boom" in text
+    assert "ended" in text and "backward" not in text
 
 
 def test_status_of_a_damaged_recording(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +205,24 @@ def test_logs(logged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["logs", "q1", "--rank", "5"]) == 2
     assert "q1 has no rank 5: its ranks are 0, 1, 10" in capsys.readouterr().err
     assert main(["logs", "q1", "--attempt", "9"]) == 2
+
+
+def test_logs_of_several_ranks_are_merged_by_time(logged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = logged / "logs" / "2"
+    (folder / "rank-10.log").unlink()
+    (folder / "rank-0.log").write_text("early\n2026-11-23 10:00:01,100 a\n  more of a\n2026-11-23 10:00:03,000 c\n")
+    (folder / "rank-1.log").write_text("2026-11-23 10:00:02,000 b\n2026-11-23 09:00:00,000 set back\n")
+    assert main(["logs", "q1"]) == 0
+    texts = [line.replace("2026-11-23 ", "") for line in capsys.readouterr().out.splitlines()]
+    assert texts == [
+        "[0] early",
+        "[0] 10:00:01,100 a",
+        "[0]   more of a",
+        "[1] 10:00:02,000 b",
+        "[1] 09:00:00,000 set back",
+        "[0] 10:00:03,000 c",
+    ]
+    assert [entry["rank"] for entry in answer(capsys, "logs", "q1", "-n", "2")] == [0, 1, 1, 0]
 
 
 def test_logs_follow_until_the_run_ends(logged: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -272,7 +293,7 @@ def test_doctor_warns_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("ZEROTOP_SSH", "no-such-ssh -F x")
     assert doctor._ssh().level == "warn"
     monkeypatch.setattr(doctor, "_version", lambda package: None)
-    assert "pip install" in doctor._torch().fix
+    assert doctor._torch().fix == "pip install '.[train]' in zerotop's source folder"
     monkeypatch.setattr(doctor, "_version", lambda package: "2.4.1+cu118")
     assert doctor._torch().level == "fail"
     monkeypatch.setattr(doctor, "_version", lambda package: "2.99")

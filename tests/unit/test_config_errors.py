@@ -54,6 +54,15 @@ def test_not_json_shows_line_column_and_caret(tmp_path: Path) -> None:
     assert line[caret.index("^")] == "{"
 
 
+@pytest.mark.parametrize("end", ["", "\n", "  \n\n  "])
+def test_what_is_missing_at_the_end_is_shown_after_the_last_line(tmp_path: Path, end: str) -> None:
+    [text] = problems(write(tmp_path, '{\n  "bf16": {"enabled": true}' + end))
+    first, line, caret = text.split("\n")
+    assert first.startswith("not JSON: line 2, column 28: ") and first.endswith("(the file ends here)")
+    assert line == '  "bf16": {"enabled": true}'
+    assert caret == " " * len(line) + "^"
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [

@@ -70,7 +70,7 @@ def test_refused_values_name_the_range(name: str, text: str, message: str) -> No
 def test_unknown_knob_suggests_the_nearest(name: str, meant: str) -> None:
     with pytest.raises(KnobError) as caught:
         get_knob(name)
-    assert f"{name} is not a knob. Did you mean {meant}? Knobs: log_level, " in str(caught.value)
+    assert f"{name} is not a setting. Did you mean {meant}? Settings: log_level, " in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [True, None, "3", [1], float("nan")])

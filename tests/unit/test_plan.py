@@ -200,15 +200,28 @@ def test_the_guess_for_7b_is_near_the_7b_preset() -> None:
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("80GiB", 80 * GIB), ("80GB", 80 * 10**9), ("24G", 24 * GIB), ("24g", 24 * GIB), ("1.5 TiB", 3 * 2**39), ("9", 9)],
+    [
+        ("80GiB", 80 * GIB),
+        ("80GB", 80 * 10**9),
+        ("24G", 24 * GIB),
+        ("24g", 24 * GIB),
+        ("1.5 TiB", 3 * 2**39),
+        ("9B", 9),
+    ],
 )
 def test_parse_size(text: str, expected: int) -> None:
     assert parse_size(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "lots", "-5G", "0", "80iB", "80GiBs", "1e9", "nan"])
+@pytest.mark.parametrize("text", ["", "lots", "-5G", "0B", "80iB", "80GiBs", "1e9", "nan"])
 def test_what_is_no_size_says_what_is(text: str) -> None:
     with pytest.raises(ValueError, match=r"80GiB|more than 0"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["80", " 80 ", "1024", "1.5"])
+def test_a_bare_number_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match=f"^expected a size with a unit, such as 80GiB; got {text.strip()}$"):
         parse_size(text)
 
 
@@ -387,6 +400,8 @@ def test_a_bar_is_as_long_as_its_bytes(zerotop_plan: Run) -> None:
         (["nowhere.json"], "no such file"),
         (["7B", "--gpus", "0"], "--gpus: expected at least 1"),
         (["7B", "--vram", "lots"], "--vram: 'lots' is not a size"),
+        (["7B", "--vram", "80"], "--vram: expected a size with a unit, such as 80GiB; got 80"),
+        (["7B", "--host-ram", "512"], "--host-ram: expected a size with a unit, such as 80GiB; got 512"),
         (["7B", "--set", "zero_optimization.stag=2"], "stage"),
         (["gpt-7b", "--model", "huge"], "--model: expected one of"),
     ],

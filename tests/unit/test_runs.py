@@ -142,6 +142,20 @@ def test_the_newest_live_run_is_the_default() -> None:
         find_run("ended", live_only=True)
 
 
+def test_a_typo_in_a_name_gets_the_nearest_and_five_of_the_newest() -> None:
+    make_run("calm-falcon", "finished", created_wall_s=1.0)
+    for number in range(7):
+        make_run(f"q{number}", created_wall_s=2.0 + number)
+    with pytest.raises(RunError) as caught:
+        find_run("Calm-falcom")
+    _, _, choices = str(caught.value).partition(". ")
+    assert choices.startswith("Did you mean calm-falcon? Runs: q6 (running), ")
+    assert choices.endswith("q2 (running) and 3 more (zerotop ls)")
+    with pytest.raises(RunError) as caught:
+        find_run("unlike-any")
+    assert "Did you mean" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["../runs", "..", ".", "", "/etc"])
 def test_a_name_is_no_path(name: str) -> None:
     make_run("q1")

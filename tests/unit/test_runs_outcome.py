@@ -82,6 +82,48 @@ def test_a_rank_that_left_without_a_word_has_its_log_quoted(tmp_path: Path) -> N
     assert found.error.splitlines() == [f"line {number}" for number in range(70, 100)]
 
 
+BOOM = """\
+2026-11-23 10:51:30,004 I runtime.engine: starting
+Traceback (most recent call last):
+  File "a.py", line 3, in <module>
+KeyError: 'x'
+
+During handling of the above exception, another exception occurred:
+
+Traceback (most recent call last):
+  File "a.py", line 5, in <module>
+    raise RuntimeError("boom")
+RuntimeError: boom
+and a second line of it
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "steps", "reason"),
+    [
+        (BOOM, 1, {}, "rank 0 failed before its first step: RuntimeError: boom"),
+        (BOOM, 1, {0: 7, 1: 6}, "rank 0 failed after step 7: RuntimeError: boom"),
+        (BOOM, 3, {}, "rank 0 exited with code 3"),  # os._exit(3): the exception was caught
+        ("error: 2 problems:\n  - one\n  - two\n", 2, {}, "rank 0 failed before its first step: 2 problems:"),
+        ("just lines\nValueError: not below a traceback\n", 1, {}, "rank 0 exited with code 1"),
+    ],
+)
+def test_an_exception_before_any_goodbye_is_read_from_the_log(
+    tmp_path: Path, log: str, code: int, steps: dict[int, int], reason: str
+) -> None:
+    (tmp_path / "rank-0.log").write_text(log)
+    found = end(tmp_path, 1, log=TORCHRUN.format(code=code, rank=0), steps=steps)
+    assert (found.reason, found.exit_code) == (reason, code)
+    assert found.error == log.rstrip()
+
+
+def test_a_script_that_never_initialized_is_told(tmp_path: Path) -> None:
+    found = end(tmp_path, 0, silent_script=True)
+    assert (found.state, found.exit_code) == ("finished", 0)
+    assert "the script never called runtime.initialize()" in found.reason
+    assert end(tmp_path, 0, goodbye(0, "finished"), goodbye(1, "finished")).reason == "all ranks finished"
+
+
 def test_a_peer_that_torchrun_ended_is_not_the_cause(tmp_path: Path) -> None:
     found = end(tmp_path, 1, log=TORCHRUN.format(code=2, rank=1), exit_codes={0: -15})
     assert found.failed_rank == 1

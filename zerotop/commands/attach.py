@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 def show(source: Source, *, read_only: bool = False, host: str | None = None) -> int:
     """The screen on a started source until the user leaves it; closes the source. `host`: the box it runs on.
 
-    Returns 1 when the run was seen to fail, else 0.
+    Returns 1 when the run was seen to fail or to be aborted, else 0.
     """
     from runtime.wire.messages import LIVE_STATES
     from zerotop.output import say
@@ -65,4 +65,4 @@ def show(source: Source, *, read_only: bool = False, host: str | None = None) ->
         say(f"{status.name} goes on ({status.state}): zerotop attach {there}{status.name} opens it again")
         return 0
     say(f"{status.name}: {status.state}" + (f", {status.reason}" if status.reason else ""))
-    return 1 if status.state == "failed" else 0
+    return 1 if status.state in ("failed", "aborted") else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ def register(subparsers: Any) -> None:
             parser.epilog = "settings:\n" + "\n".join(
                 f"  {knob.name:<{width}}  {knob.description} ({knob.allowed})" for knob in KNOBS.values()
             )
+            parser.usage = "%(prog)s [options] [RUN] KEY=VALUE ..."
             parser.add_argument("words", nargs="+", metavar="[RUN] KEY=VALUE", help="one or more settings; see below")
         else:
             parser.add_argument(
@@ -97,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     if name == "set":
         problem = _check(settings)
         if problem:
-            return _print(entry.name, refused(command, problem), arguments.json)
+            return _print(entry.name, refused(new_command(name, _as_typed(settings)), problem), arguments.json)
         command = new_command(name, _values(settings))
     if name in _SAYS:
         say(_SAYS[name].format(name=entry.name))
@@ -147,6 +149,21 @@ def _values(settings: dict[str, str]) -> dict[str, Any]:
     from runtime.knobs import parse_knob
 
     return {key: parse_knob(key, value) for key, value in settings.items()}
+
+
+def _as_typed(settings: dict[str, str]) -> dict[str, Any]:
+    """Refused settings for the record: numbers where they parse, as those of an accepted command are."""
+    return {key: _number(value) for key, value in settings.items()}
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            continue
+        return number if math.isfinite(number) else text  # JSON has no NaN
+    return text
 
 
 def _confirmed(text: str | None) -> bool:

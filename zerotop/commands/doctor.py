@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from zerotop.output import INSTALL_TRAINING
+
 MIB = 2**20
 GIB = 2**30
 SHM_ENOUGH_BYTES = GIB
@@ -67,9 +69,7 @@ def _python() -> Finding:
 def _torch() -> Finding:
     found = _version("torch")  # importing it would take seconds
     if found is None:
-        return Finding(
-            "torch", "warn", "not installed: this box can watch runs, not train", "pip install 'zerotop[train]'"
-        )
+        return Finding("torch", "warn", "not installed: this box can watch runs, not train", INSTALL_TRAINING)
     try:
         major, minor = (int(part) for part in found.split(".")[:2])
     except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import select
 import sys
 from collections.abc import Iterator
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
 
 POLL_S = 0.25
 BLOCK_BYTES = 2**16
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?!\d)")
+"""How the lines of logging begin, the ranks' own and most scripts'."""
 
 
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "logs",
         help="print what the ranks wrote",
-        description="Print what the ranks of a run's newest attempt wrote to stdout and stderr, rank by rank.",
+        description="Print what the ranks of a run's newest attempt wrote to stdout and stderr: by time where "
+        "lines begin with one, else rank by rank.",
     )
     parser.add_argument(
         "target",
@@ -53,13 +57,15 @@ def run(arguments: argparse.Namespace) -> int:
         return _run_there(target.host, target.run, arguments)
     entry = find_any_run(target.run)
     tails = _tails(entry, arguments.rank, arguments.attempt)
-    first = [(tail, _last(tail.new_lines(at_end=not entry.live), arguments.lines)) for tail in tails]
+    timed = [_last(_timed(tail.new_lines(at_end=not entry.live)), arguments.lines) for tail in tails]
+    first = sorted(
+        ((time, tail.rank, line) for tail, lines in zip(tails, timed, strict=True) for time, line in lines),
+        key=lambda entry: entry[:2],  # a stable sort: lines of one rank and time stay in order
+    )
     if arguments.json:
-        print_json([{"rank": tail.rank, "line": line} for tail, lines in first for line in lines])
+        print_json([{"rank": number, "line": line} for _, number, line in first])
         return 0
-    labelled = len(tails) > 1
-    for tail, lines in first:
-        _print(tail, lines, labelled)
+    _print([(number, line) for _, number, line in first], len(tails) > 1)
     if arguments.follow and arguments.attempt is None:
         _follow(entry, arguments.rank, tails)
     return 0
@@ -125,13 +131,26 @@ def _newest_attempt(entry: RunEntry) -> Path:
     return entry.logs(max(numbers)) if numbers else entry.logs()
 
 
-def _last(lines: list[str], count: int | None) -> list[str]:
+def _timed(lines: list[str]) -> list[tuple[str, str]]:
+    """Each line with the time that it, or the last line before it that has one, begins with; "" before the first.
+
+    A rank's own order wins over a clock that was set back.
+    """
+    timed, newest = [], ""
+    for line in lines:
+        if match := _TIME.match(line):
+            newest = max(newest, match[0].replace("T", " ").replace(",", "."))
+        timed.append((newest, line))
+    return timed
+
+
+def _last(lines: list[tuple[str, str]], count: int | None) -> list[tuple[str, str]]:
     return lines if count is None else lines[len(lines) - min(count, len(lines)) :]
 
 
-def _print(tail: _Tail, lines: list[str], labelled: bool) -> None:
-    for line in lines:
-        print(f"[{tail.rank}] {line}" if labelled else line)
+def _print(lines: list[tuple[int, str]], labelled: bool) -> None:
+    for rank, line in lines:
+        print(f"[{rank}] {line}" if labelled else line)
     sys.stdout.flush()
 
 
@@ -143,7 +162,7 @@ def _follow(entry: RunEntry, rank: int | None, tails: list[_Tail]) -> None:
         if folder != tails[0].path.parent and any(folder.glob("rank-*.log")):
             tails = _tails(entry, rank, int(folder.name))
         for tail in tails:
-            _print(tail, tail.new_lines(at_end=not live), len(tails) > 1)
+            _print([(tail.rank, line) for line in tail.new_lines(at_end=not live)], len(tails) > 1)
     status = read_entry(entry.path).status
     print(f"zerotop: {entry.name} is over ({status.state})", file=sys.stderr)
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
-import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from runtime.wire.messages import Command, Event, LogRecord, RunStatus, StepResult
+from runtime.wire.messages import LIVE_STATES, Event, LogRecord, RunStatus, StepResult
 from zerotop.output import duration_text, number_text, print_json, say
 from zerotop.report import status_document
 from zerotop.runs.directory import RunEntry
+from zerotop.source.asking import new_command
 from zerotop.source.base import Source
 from zerotop.state.progress import progress
 from zerotop.state.run import RunState
@@ -26,51 +26,56 @@ _LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal"})
 def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
     """Print lines until the run ends; the exit code is 0 when it finished or stopped, 1 when it failed or was aborted.
 
-    The first Ctrl-C sends stop, the second abort. With `as_json` the lines go to stderr, and at the end the run's state
-    goes to stdout. Closes the source.
+    The first Ctrl-C sends stop, the second abort. SIGTERM ends the lines and not the run, with exit code 0. With
+    `as_json` the lines go to stderr, and at the end the run's state goes to stdout. Closes the source.
     """
     lines = _Lines(entry, to_stderr=as_json)
     try:
-        with _interrupts() as count:
+        with _signals() as count:
             asked = 0
-            while True:
+            while not count[signal.SIGTERM]:
                 source.wait(POLL_S)
                 source.poll()
                 lines.tell(source.state)
                 if source.connection == "ended":
                     break
-                while asked < min(2, count[0]):
+                while asked < min(2, count[signal.SIGINT]):
                     asked += 1
                     _ask(source, ("stop", "abort")[asked - 1])
     finally:
         source.close()
     status = source.state.status or entry.status
-    lines.end(status)
+    over = status.state not in LIVE_STATES
+    if over:
+        lines.end(status)
+    else:
+        lines.leave(status)
     if as_json:
         print_json(status_document(source.state, entry))
-    return 0 if status.state in ("finished", "stopped") else 1
+    return 0 if not over or status.state in ("finished", "stopped") else 1
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Count Ctrl-C instead of dying of it."""
-    count = [0]
+def _signals() -> Iterator[Counter[int]]:
+    """Count Ctrl-C and SIGTERM instead of dying of them."""
+    count: Counter[int] = Counter()
 
-    def note(*_: Any) -> None:
-        count[0] += 1
+    def note(number: int, _: Any) -> None:
+        count[number] += 1
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield count
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _ask(source: Source, name: str) -> None:
     words = {"stop": "stopping after a checkpoint; Ctrl-C again aborts at once", "abort": "aborting"}
     say(words[name])
-    who = f"{os.environ.get('USER', '') or os.getuid()} (Ctrl-C)"
-    source.send(Command.model_validate({"id": uuid.uuid4().hex, "name": name, "who": who}))
+    command = new_command(name)
+    source.send(command.model_copy(update={"who": f"{command.who} (Ctrl-C)"}))
 
 
 class _Lines:
@@ -114,6 +119,9 @@ class _Lines:
             say(line)
         else:
             self._print(line)
+
+    def leave(self, status: RunStatus) -> None:
+        self._print(f"{status.name} goes on: zerotop attach {status.name}")
 
     def _print(self, text: str) -> None:
         print(text, file=self._out, flush=True)

@@ -172,7 +172,7 @@ def _without_arguments(command: Command) -> tuple[dict[str, Any], str]:
 
 def _knobs(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:
     if not arguments:
-        return arguments, "set needs a knob and a value, such as log_interval=1"
+        return arguments, "set needs a setting and a value, such as log_interval=1"
     try:
         return {
             name: parse_knob(name, value) if isinstance(value, str) else get_knob(name).check(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import socket
 import time
@@ -18,6 +19,7 @@ from zerotop.runs.paths import RunError, make_private_folder, runs_home
 START_GRACE_S = 60.0
 """A run without a supervisor yet counts as starting for so long; after that its launch was interrupted."""
 _START_TOLERANCE_S = 2.0
+_CHOICES_SHOWN = 5
 
 __all__ = [
     "RunEntry",
@@ -118,7 +120,7 @@ def find_run(name: str | None = None, *, live_only: bool = False) -> RunEntry:
     if name is not None:
         path = runs_home() / name
         if "/" in name or name in ("", ".", "..") or not (path / "run.json").exists():
-            raise RunError(f"there is no run called {name!r}. {_choices()}")
+            raise RunError(f"there is no run called {name!r}. {_choices(name)}")
         entry = read_entry(path)
         if live_only and not entry.live:
             raise RunError(f"run {name} is over ({entry.status.state}): {entry.status.reason or 'it has ended'}")
@@ -129,13 +131,16 @@ def find_run(name: str | None = None, *, live_only: bool = False) -> RunEntry:
     raise RunError(f"no run is live. {_choices()}")
 
 
-def _choices() -> str:
+def _choices(wanted: str = "") -> str:
+    """The run whose name is nearest to `wanted`, and the newest ones."""
     entries = list_runs()
     if not entries:
         return f"There are no runs yet in {runs_home()}: zerotop launch CONFIG starts one"
-    shown = ", ".join(f"{entry.name} ({entry.status.state})" for entry in entries[:8])
-    more = f" and {len(entries) - 8} more (zerotop ls)" if len(entries) > 8 else ""
-    return f"Runs: {shown}{more}"
+    near = difflib.get_close_matches(wanted.lower(), [entry.name for entry in entries], n=1, cutoff=0.6)
+    guess = f"Did you mean {near[0]}? " if near else ""
+    shown = ", ".join(f"{entry.name} ({entry.status.state})" for entry in entries[:_CHOICES_SHOWN])
+    more = f" and {len(entries) - _CHOICES_SHOWN} more (zerotop ls)" if len(entries) > _CHOICES_SHOWN else ""
+    return f"{guess}Runs: {shown}{more}"
 
 
 def supervisor_alive(run: RunFile, path: Path) -> bool:

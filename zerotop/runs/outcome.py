@@ -17,7 +17,14 @@ _TAIL_BYTES = 64 * 1024
 _FIRST = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) ")
 _BLOCK = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) ")
 _AGENT = re.compile(r"[IWE]\d{4} \d\d:.*torch/distributed/elastic/")
+_EXCEPTION = re.compile(r"[^\W\d][\w.]*(: |$)")
+"""`ValueError: text` or `pkg.Error`, at the start of a line; the frames above it are indented."""
+_REFUSED = "error: "
+"""How runtime/__main__.py begins its message about a config or data that it can't use."""
+_PYTHONS_EXITS = (1, 2, None)
+"""Of an uncaught exception and of a refused config; None: not known. Any other says that the program chose it."""
 _SIGTERM_EXIT = -15
+_NOT_INITIALIZED = "the script never called runtime.initialize(): nothing was trained or watched"
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,10 @@ class Evidence:
     exit_codes: Mapping[int, int] = field(default_factory=dict)
     stopping: bool = False
     abort_reason: str | None = None
+    steps: Mapping[int, int] = field(default_factory=dict)
+    """The last finished optimizer step of each rank that finished one."""
+    silent_script: bool = False
+    """A script was run and no rank ever said hello."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +62,13 @@ def decide(seen: Evidence) -> Outcome:
     if seen.launcher_exit == 0 and not words & {"failed", "aborted"}:
         if "stopped" in words or (seen.stopping and not words):
             return Outcome("stopped", _goodbye_reason(seen) or "stopped on request", 0)
-        return Outcome("finished", "all ranks finished", 0)
+        return Outcome("finished", _NOT_INITIALIZED if seen.silent_script else "all ranks finished", 0)
     codes = _exit_codes(seen)
     rank = _first_to_fail(seen, codes)
     if rank is None:
         return _launcher_failed(seen)
     code = codes.get(rank)
-    return Outcome("failed", _rank_reason(rank, code, seen.goodbyes.get(rank)), code, rank, _rank_error(seen, rank))
+    return Outcome("failed", _rank_reason(seen, rank, code), code, rank, _rank_error(seen, rank))
 
 
 def _goodbye_reason(seen: Evidence) -> str:
@@ -93,7 +104,8 @@ def _first_to_fail(seen: Evidence, codes: Mapping[int, int]) -> int | None:
     return next((rank for rank, code in codes.items() if code != _SIGTERM_EXIT), next(iter(codes), None))
 
 
-def _rank_reason(rank: int, code: int | None, goodbye: Goodbye | None) -> str:
+def _rank_reason(seen: Evidence, rank: int, code: int | None) -> str:
+    goodbye = seen.goodbyes.get(rank)
     if code is not None and code < 0 and goodbye is None:
         name = signal_name(-code)
         hint = {
@@ -105,7 +117,25 @@ def _rank_reason(rank: int, code: int | None, goodbye: Goodbye | None) -> str:
     if goodbye is not None and goodbye.error:
         last = goodbye.error.strip().splitlines()[-1].strip()
         return f"rank {rank} failed after step {goodbye.step}: {last}"
+    raised = _exception_line(tail(seen.logs / f"rank-{rank}.log", lines=400)) if code in _PYTHONS_EXITS else ""
+    if raised and goodbye is None:
+        step = seen.steps.get(rank)
+        when = "before its first step" if step is None else f"after step {step}"
+        return f"rank {rank} failed {when}: {raised}"
     return f"rank {rank} failed" if code is None else f"rank {rank} exited with code {code}"
+
+
+def _exception_line(log: str) -> str:
+    """What a Python that dies of an exception writes under its traceback, or our own word on a refused config; empty
+    when the log has neither. A message may have more lines; the first one names it."""
+    lines = log.splitlines()
+    # The last of a chain of exceptions is the one that ended it.
+    for index, line in reversed(list(enumerate(lines))):
+        if line.startswith(_REFUSED):
+            return line.removeprefix(_REFUSED)
+        if line == "Traceback (most recent call last):":
+            return next((after.strip() for after in lines[index + 1 :] if _EXCEPTION.match(after)), "")
+    return ""
 
 
 def _rank_error(seen: Evidence, rank: int) -> str:

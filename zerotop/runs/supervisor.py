@@ -236,10 +236,17 @@ class Supervisor:
         """The ranks are gone; their goodbyes may still be on their way. After a failure not for long: a killed rank
         says nothing."""
         failed = self._launcher is not None and self._launcher.returncode != 0
-        deadline = time.monotonic() + (LAST_WORDS_S / 4 if failed else LAST_WORDS_S)
+        short = failed or self._silent_script()
+        deadline = time.monotonic() + (LAST_WORDS_S / 4 if short else LAST_WORDS_S)
         ranks = self.hub.state.ranks.values()
-        while time.monotonic() < deadline and any(state.hello and not state.goodbye for state in ranks):
+        while time.monotonic() < deadline and (
+            any(state.hello and not state.goodbye for state in ranks) or self._silent_script()
+        ):
             await asyncio.sleep(0.02)
+
+    def _silent_script(self) -> bool:
+        """Whether a script runs here, and no rank has said hello: only `initialize` makes it speak."""
+        return bool(self.run_file.script) and not any(state.hello for state in self.hub.state.ranks.values())
 
     async def _end_processes(self) -> None:
         """TERM, some patience, KILL: for descendants only, whoever their parent is by now."""
@@ -269,6 +276,8 @@ class Supervisor:
                 exit_codes=self._rank_codes,
                 stopping=self.hub.status.state == "stopping",
                 abort_reason=self._abort_reason,
+                steps={rank: rank_state.step.step for rank, rank_state in state.ranks.items() if rank_state.step},
+                silent_script=self._silent_script(),
             )
         )
         good = outcome.state in ("finished", "stopped")
