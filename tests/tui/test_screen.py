@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -258,19 +260,109 @@ async def test_the_program_saves_its_own_picture(open_app: OpenApp, tmp_path: Pa
         assert path.read_text().lstrip().startswith("<svg") and "ZeRO-2" in path.read_text()
 
 
-async def test_control_s_saves_a_picture_and_says_where(
-    open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("folder", ["given", "Pictures", "Downloads", None])
+async def test_a_screenshot_goes_where_pictures_go_and_says_where(
+    open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str | None
 ) -> None:
-    monkeypatch.setenv("XDG_DOWNLOAD_DIR", str(tmp_path))
+    target = tmp_path / (folder or "here")
+    target.mkdir()
+    (tmp_path / "here").mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_PICTURES_DIR", str(tmp_path / "given"))
+    monkeypatch.chdir(tmp_path / "here")
     async with open_app() as (app, pilot, _):
         await pilot.press("ctrl+s")
-        await app.workers.wait_for_complete()
-        for _ in range(200):
-            await pilot.pause(0.01)
-            if app._notifications:
-                break
-        assert (tmp_path / "q1.svg").read_text().lstrip().startswith("<svg")
-        assert "q1.svg" in str(next(iter(app._notifications)).message)
+        await pilot.pause()
+        (path,) = target.glob("zerotop-q1-20*.svg")
+        assert path.read_text().lstrip().startswith("<svg") and "ZeRO-2" in path.read_text()
+        assert str(path) == next(iter(app._notifications)).message
+
+
+async def test_a_screenshot_that_cannot_be_written_says_the_path_and_why(
+    open_app: OpenApp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, *_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setenv("XDG_PICTURES_DIR", str(tmp_path))
+    async with open_app() as (app, pilot, _):
+        monkeypatch.setattr(Path, "write_text", full)
+        await pilot.press("ctrl+s")
+        await pilot.pause()
+        note = next(iter(app._notifications))
+        assert note.severity == "error" and f"{tmp_path}/zerotop-q1-" in note.message
+        assert "No space left on device" in note.message
+
+
+@pytest.mark.parametrize(("size", "ranks", "gpu"), [((120, 40), 2, False), ((120, 40), 2, True), ((160, 40), 8, True)])
+async def test_nothing_moves_when_the_verdict_and_a_command_come(
+    open_app: OpenApp, size: tuple[int, int], ranks: int, gpu: bool
+) -> None:
+    run = ScriptedRun(ranks=ranks, gpu=gpu)
+    run.steps(2)
+    async with open_app(run, size=size) as (app, pilot, _):
+        run.say(*(rank.step for rank in run.state.ranks.values() if rank.step))
+
+        def places() -> dict[str | None, object]:
+            return {panel.id: panel.region for panel in (*app.screen.query(Panel), *app.screen.query(ScrollPanel))}
+
+        before, text = places(), "\n".join(screen_text(app))
+        assert "came last" not in text and "sent" not in text
+        run.steps(20)
+        await pilot.press("C")
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert "came last in 100%" in text and "checkpoint: sent" in text
+        assert places() == before
+        for word in ("RAM ", "ranks ", "pinned ", "CPU ", "parameters", "~ derived"):
+            assert word in text
+        memory, host = app.screen.query_one(MemoryPanel), app.screen.query_one("#host")
+        assert host.size.height >= 4 and memory.size.height == memory.parts_shown + 1
+
+
+async def test_the_table_and_the_banner_tell_the_same_waiting(open_app: OpenApp) -> None:
+    run = ScriptedRun()
+    run.steps(30)
+    async with open_app(run) as (app, _, _):
+        text = screen_text(app)
+        banner = next(line for line in text if "came last" in line)
+        told = re.search(r"rank 1 came last in 100% .* others wait (\d+) ms a step \((\d+)%\)", banner)
+        rows = [line for line in text if "cpu" in line]
+        assert told is not None and f"{float(told[1]):.0f}" == told[1]
+        shown = [re.search(r"([\d.]+) ms +(\d+)%", row) for row in rows]
+        assert shown[0] is not None and shown[1] is not None
+        assert round(float(shown[0][1])) == int(told[1]) and shown[0][2] == told[2]
+        assert float(shown[1][1]) == 0.0
+        assert any("waits: last 20 steps" in line for line in text)
+
+
+async def test_a_rank_without_a_goodbye_has_ended_with_its_run(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        run.beat(1, "backward", 1)
+        run.status("aborted", reason="asked for")
+        await settle(app, pilot)
+        rows = [line for line in screen_text(app) if "cpu" in line]
+        assert all("– ended" in row and "backward" not in row for row in rows)
+        await pilot.press("down", "enter")
+        await settle(app, pilot)
+        assert "ended" in screen_text(app)[4] and "backward" not in screen_text(app)[4]
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "expected"),
+    [
+        ("rank 1 was killed by SIGKILL (out of memory?)", -9, "the run failed: rank 1 was killed by SIGKILL (out of"),
+        ("RuntimeError: no", 1, "the run failed: rank 1: RuntimeError: no (exit 1)"),
+        ("rank 1 exited with code 3", 3, "the run failed: rank 1 exited with code 3"),
+        ("rank 10 lost its peer", 1, "the run failed: rank 1: rank 10 lost its peer (exit 1)"),
+    ],
+)
+async def test_a_failure_says_everything_once(open_app: OpenApp, reason: str, code: int, expected: str) -> None:
+    async with open_app() as (app, pilot, run):
+        run.status("failed", reason=reason, failed_rank=1, exit_code=code)
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert expected in text and text.count("exit") == expected.count("exit")
 
 
 async def test_log_lines_with_escapes_and_several_lines_are_shown_plain(open_app: OpenApp) -> None:

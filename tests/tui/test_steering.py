@@ -7,6 +7,8 @@ from screen_reading import OpenApp, screen_text, settle
 from scripted_run import ScriptedRun
 from textual.widgets import Input, Static
 
+from runtime.wire.messages import Ack, Command, CommandRecord
+from zerotop.tui.panels.strip import CommandStrip
 from zerotop.tui.screens.confirm import ConfirmScreen
 from zerotop.tui.screens.knobs import KnobScreen
 from zerotop.tui.widgets.keybar import KeyBar
@@ -54,6 +56,50 @@ async def test_a_command_shows_its_life_from_key_to_step(open_app: OpenApp) -> N
         assert "✔ checkpoint #1: applied at step 20 (" in text and "checkpoints/step-20" in text
 
 
+async def test_an_answer_fades_and_goes_and_an_open_command_stays(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        await pilot.press("C")
+        run.accept(run.sent[0])
+        run.apply_command(run.sent[0])
+        await settle(app, pilot)
+        strip = app.screen.query_one(CommandStrip)
+        answered = strip.region
+        assert "applied" in screen_text(app)[answered.y] and not strip.shown[0].fading
+        run.silence(8)
+        await settle(app, pilot)
+        assert "applied" in screen_text(app)[answered.y] and strip.shown[0].fading
+        run.silence(3)
+        await settle(app, pilot)
+        assert "checkpoint #1" not in screen_text(app)[answered.y] and strip.region == answered
+        await pilot.press("C")
+        run.accept(run.sent[1])
+        run.silence(60)
+        await settle(app, pilot)
+        assert "checkpoint #2: accepted" in screen_text(app)[answered.y]
+
+
+async def test_the_age_of_the_last_word_moves_the_hub_clock_on(open_app: OpenApp) -> None:
+    """After the run's end nothing comes from the hub any more, and the answer to the stop must go all the same."""
+    async with open_app() as (app, pilot, run):
+        await pilot.press("S", "y")
+        run.accept(run.sent[0])
+        run.apply_command(run.sent[0])
+        await settle(app, pilot)
+        assert "stop #1: applied" in "\n".join(screen_text(app))
+        run.age = 11.0
+        await settle(app, pilot)
+        assert "stop #1: applied" not in "\n".join(screen_text(app))
+
+
+async def test_an_answer_older_than_the_screen_is_not_shown(open_app: OpenApp) -> None:
+    run = ScriptedRun()
+    run.steps(5)
+    old = Command(id="old", name="checkpoint", number=1, who="b@laptop")
+    run.state.apply(CommandRecord(command=old, ack=Ack(id="old", number=1, state="applied", step=3)))
+    async with open_app(run) as (app, _, _):
+        assert "checkpoint #1" not in "\n".join(screen_text(app))
+
+
 async def test_a_rejection_says_why(open_app: OpenApp) -> None:
     async with open_app() as (app, pilot, run):
         await pilot.press("C")
@@ -82,7 +128,8 @@ async def test_stop_says_where_it_stops_and_how_to_go_on(open_app: OpenApp) -> N
     async with open_app() as (app, pilot, run):
         await pilot.press("S")
         text = " ".join(str(static.content) for static in app.screen.query(Static))
-        assert "about step 21" in text and "zerotop launch CONFIG --name q1 --resume" in text
+        assert "at the next step boundary" in text and "zerotop launch --resume --name q1" in text
+        assert "step 2" not in text  # the run goes on under the question: no number stays true
         await pilot.press("y")
         await pilot.pause()
         assert [c.name for c in run.sent] == ["stop"]

@@ -9,6 +9,7 @@ import pytest
 from screen_reading import OpenApp, screen_text, settle
 from scripted_run import ScriptedRun
 from textual.color import Color
+from textual.command import CommandList, CommandPalette
 
 from zerotop.tui.app import ZerotopApp
 from zerotop.tui.keys import KEYS, read_keymap
@@ -164,3 +165,73 @@ async def test_help_lists_every_key_and_closes(open_app: OpenApp) -> None:
         await pilot.press("escape")
         await pilot.pause()
         assert not isinstance(app.screen, HelpScreen)
+
+
+async def test_one_style_for_keys_everywhere(open_app: OpenApp) -> None:
+    async with open_app(size=(200, 60)) as (app, pilot, _):
+        await pilot.press("question_mark")
+        await pilot.pause()
+        text = "\n".join(screen_text(app))
+        assert "Ctrl+S" in text and "Ctrl+P" in text and "^" not in text
+
+
+async def test_the_palette_has_every_keys_action(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, _):
+        await pilot.press("ctrl+p")
+        await pilot.pause()
+        assert isinstance(app.screen, CommandPalette)
+        main = app.screen_stack[0]
+        names = [command.title for command in app.get_system_commands(main)]
+        assert len(set(names)) == len(names)
+        assert {key.palette_title for key in KEYS} <= set(names)
+        assert {"Zoom", "Figure", "Filter", "Save screenshot", "Panel: Host", "Open rank", "Theme: Light"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("typed", "shows"),
+    [
+        ("figure", "2 gradient norm"),
+        ("panel: events", "6 events"),
+        ("filter", "part of a line"),
+        ("zoom", "1 ranks"),
+        ("open rank", "1 phases of the last steps"),
+    ],
+)
+async def test_the_palette_does_what_it_offers(open_app: OpenApp, typed: str, shows: str) -> None:
+    async with open_app() as (app, pilot, _):
+        await pilot.press("ctrl+p", *typed)
+        for _ in range(300):
+            await pilot.pause(0.01)
+            if len(app.screen.query_one(CommandList).options) and not app.screen.query_one(CommandList).disabled:
+                break
+        await pilot.press("enter")
+        await app.workers.wait_for_complete()
+        for _ in range(300):
+            await settle(app, pilot)
+            if not isinstance(app.screen, CommandPalette):
+                break
+            await pilot.press("enter")
+        text = "\n".join(screen_text(app))
+        assert shows in text
+        if typed.startswith("panel"):
+            assert app.focused is not None and app.focused.id == "events"
+        if typed == "zoom":
+            assert app.screen.maximized is not None and app.screen.query_one("#ranks").region.height > 30
+
+
+async def test_the_themes_name_covers_no_event(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, _):
+        await pilot.press("t")
+        await settle(app, pilot)
+        text = screen_text(app)
+        assert text[-1].rstrip().endswith("theme: Light") and not app._notifications
+
+
+async def test_the_setting_dialog_is_whole_in_a_small_terminal(open_app: OpenApp) -> None:
+    async with open_app(size=(60, 20)) as (app, pilot, _):
+        await pilot.press("E", "down", "enter", "0")
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert "Esc go back" in text and "✖ log_interval" in text and "knob" not in text
+        dialog = app.screen.query_one(".dialog")
+        assert dialog.region in app.screen.region and dialog.max_scroll_y == 0

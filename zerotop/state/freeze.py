@@ -16,6 +16,7 @@ def freeze(state: RunState) -> RunState:
     still.nodes = dict(state.nodes)
     still.events = copy.copy(state.events)
     still.commands = dict(state.commands)
+    still.answered_ns = dict(state.answered_ns)
     still.series = state.series.copy()
     still.waits = state.waits.copy()
     return still

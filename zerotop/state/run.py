@@ -70,6 +70,8 @@ class RunState:
     commands: dict[str, CommandRecord] = field(default_factory=dict)  # by command id, oldest first
     series: Series = field(default_factory=Series)
     waits: Waits = field(default_factory=Waits)
+    answered_ns: dict[str, int] = field(default_factory=dict)
+    """Command id -> arrival at the hub of its final answer; an answer older than our snapshot has none."""
     hub_seq: int = 0
     hub_now_ns: int = 0
     """The newest arrival stamp seen: the hub's clock as far as we know."""
@@ -121,6 +123,7 @@ class RunState:
             case StepResult():
                 self.rank(message.rank).step = message
                 self.series.add(message)
+                self.waits.step_took(message.step, message.step_ms)
             case Memory():
                 self.rank(message.rank).memory = message
             case Collectives():
@@ -132,18 +135,22 @@ class RunState:
             case Event() | LogRecord():
                 self.events.append(message)
             case CommandRecord():
-                self._record(message)
+                self._record(message, arrival_ns)
             case Ack():
                 known = self.commands.get(message.id)
                 if known is not None:
-                    self._record(CommandRecord(command=known.command, ack=message))
+                    self._record(CommandRecord(command=known.command, ack=message), arrival_ns)
             case RunStatus():
                 self.status = message
 
-    def _record(self, record: CommandRecord) -> None:
+    def _record(self, record: CommandRecord, arrival_ns: int) -> None:
         self.commands[record.command.id] = record
+        if record.ack.state != "accepted" and arrival_ns:
+            self.answered_ns.setdefault(record.command.id, arrival_ns)
         while len(self.commands) > COMMANDS_KEPT:
-            del self.commands[next(iter(self.commands))]
+            oldest = next(iter(self.commands))
+            del self.commands[oldest]
+            self.answered_ns.pop(oldest, None)
 
     # ---- reading ---------------------------------------------------------------------------------------------------
     def rank(self, number: int) -> RankState:

@@ -18,9 +18,14 @@ FIRST_STEPS = 3
 """The first steps of an attempt compile, warm up and allocate: no verdict yet."""
 QUIET_PHASES = frozenset({"checkpoint", "paused", "eval", "init"})
 """While any rank is in one of these, the others may rightly stand still."""
-LAGGARD_SHARE = 0.6
 LAGGARD_MEETINGS = 5
+LAGGARD_SHARE = 0.7
 LAGGARD_WAIT_SHARE = 0.05
+"""A rank is named above both: its share of last places, and the others' wait for it as a share of the step."""
+TWO_RANKS_SHARE = 0.9
+"""Of two ranks one always comes last in at least half: twice its fair share would be everything."""
+STILL_SHARE = 0.8
+"""A rank that is named stays so down to this part of both thresholds: a verdict must not come and go at every step."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Laggard:
 
     rank: int
     share: float  # 0..1, of the collectives whose skew matters
-    others_wait_ms: float  # per step, mean over the other ranks
+    others_wait_ms: float  # per step, for this rank, mean over the other ranks
     text: str
 
 
@@ -111,53 +116,33 @@ def _blame(ranks: list[RankState], idle: float, hub_now_ns: int, limit: float) -
     return Stall(idle, f"{head}{text}, outside any collective{tail}", silent=silent)
 
 
-def find_laggard(state: RunState, steps: int = 10) -> Laggard | None:
-    """The rank that the others waited for in the last `steps` steps; None when the last place goes round or costs
-    little."""
-    counts = state.waits.came_last(steps)
-    total = sum(counts.values())
-    if total < LAGGARD_MEETINGS:
+def find_laggard(state: RunState, named: int | None = None) -> Laggard | None:
+    """The rank that the others waited for in the last WINDOW_STEPS steps; None when the last place goes round or costs
+    little. `named`: the rank that the verdict before this one named, which goes only well below the thresholds.
+
+    It reads the same window as the table of ranks, so the two can't disagree: a rank is only named when it also costs
+    the others more than any other rank does.
+    """
+    window = state.waits.window()
+    if sum(window.came_last.values()) < LAGGARD_MEETINGS or not window.step_ms:
         return None
-    rank, most = max(counts.items(), key=lambda item: item[1])
-    share = most / total
-    cost_ms = mean_wait_ms(state, steps)
-    others = [wait for number, wait in cost_ms.items() if number != rank]
-    wait_ms = sum(others) / len(others) if others else 0.0
-    recent = state.series.recent_step_ms(steps)
-    step_ms = sum(recent) / len(recent) if recent else 0.0
-    if share < LAGGARD_SHARE or not step_ms or wait_ms < LAGGARD_WAIT_SHARE * step_ms:
+    shares = window.came_last_share
+    rank = max(shares, key=lambda number: shares[number])
+    share, wait_ms = shares[rank], window.caused_ms.get(rank, 0.0)
+    part = STILL_SHARE if rank == named else 1.0
+    if share <= part * _laggard_share(len(window.waited_ms)) or wait_ms < max(window.caused_ms.values()):
+        return None
+    if wait_ms <= part * LAGGARD_WAIT_SHARE * window.step_ms:
         return None
     text = (
         f"rank {rank} came last in {share:.0%} of collectives; "
-        f"others wait {wait_ms:.0f} ms a step ({wait_ms / step_ms:.0%})"
+        f"others wait {wait_ms:.0f} ms a step ({wait_ms / window.step_ms:.0%})"
     )
     return Laggard(rank, share, wait_ms, text)
 
 
-def came_last_share(state: RunState, steps: int = 10) -> dict[int, float]:
-    """Rank -> share (0..1) of the recent collectives with a skew that matters in which it came last; empty when there
-    are none."""
-    counts = state.waits.came_last(steps)
-    total = sum(counts.values())
-    return {rank: count / total for rank, count in counts.items()} if total else {}
-
-
-def mean_wait_ms(state: RunState, steps: int = 10) -> dict[int, float]:
-    """Rank -> milliseconds per step that it waited for others, mean over the newest `steps` steps that have
-    collectives."""
-    meetings = state.waits.meetings
-    if not meetings:
-        return {}
-    newest = meetings[-1].step
-    totals: dict[int, float] = {}
-    seen: set[int] = set()
-    for meeting in meetings:
-        # The newest step is still being reported: half its collectives would look like half the waiting.
-        if newest - steps <= meeting.step < newest:
-            seen.add(meeting.step)
-            for rank, waited_us in meeting.waited_us.items():
-                totals[rank] = totals.get(rank, 0.0) + waited_us / 1000
-    return {rank: total / len(seen) for rank, total in totals.items()}
+def _laggard_share(world_size: int) -> float:
+    return max(LAGGARD_SHARE, min(TWO_RANKS_SHARE, 2 / max(1, world_size)))
 
 
 def _name(seq: int, op: str) -> str:

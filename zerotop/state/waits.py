@@ -8,7 +8,7 @@ never times of two nodes.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from runtime.wire.messages import Collectives
 
@@ -16,6 +16,9 @@ OPEN_KEPT = 512
 VERDICTS_KEPT = 1024
 MIN_SKEW_US = 200
 """Below this, who came last is noise."""
+WINDOW_STEPS = 20
+"""Every figure on waiting that a person reads (table, banner, one rank's page) is over this many finished steps."""
+STEPS_KEPT = 2 * WINDOW_STEPS
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,37 @@ class Meeting:
         return max(self.waited_us.values(), default=0)
 
 
+@dataclass
+class _Step:
+    """The sums over the collectives of one step."""
+
+    meetings: int = 0
+    waited_us: dict[int, int] = field(default_factory=dict)
+    caused_us: dict[int, int] = field(default_factory=dict)
+    came_last: dict[int, int] = field(default_factory=dict)
+    step_ms: float = 0.0
+
+    def copy(self) -> _Step:
+        return _Step(self.meetings, dict(self.waited_us), dict(self.caused_us), dict(self.came_last), self.step_ms)
+
+
+@dataclass(frozen=True)
+class WaitWindow:
+    """Waiting over the newest finished steps that had collectives; all dicts by rank, empty before the first."""
+
+    steps: int
+    step_ms: float  # mean of the same steps, of the slowest rank in each; 0 while none has reported
+    waited_ms: dict[int, float]  # per step: what the rank waited for others
+    caused_ms: dict[int, float]  # per step: what one other rank, on average, waited for this one
+    came_last: dict[int, int]  # collectives with a skew that matters in which the rank came last
+
+    @property
+    def came_last_share(self) -> dict[int, float]:
+        """Rank -> 0..1 of the collectives with a skew that matters."""
+        total = sum(self.came_last.values())
+        return {rank: count / total for rank, count in self.came_last.items()} if total else {}
+
+
 class Waits:
     def __init__(self) -> None:
         self.meetings: deque[Meeting] = deque(maxlen=VERDICTS_KEPT)
@@ -42,6 +76,7 @@ class Waits:
             int, dict[int, tuple[str, int, int, int]]
         ] = {}  # seq -> rank -> (op, bytes, step, duration_us)
         self._recent: dict[int, Collectives] = {}
+        self._steps: dict[int, _Step] = {}
 
     def restart(self) -> None:
         """A new attempt numbers its collectives from 1 again."""
@@ -53,6 +88,7 @@ class Waits:
         other.meetings = self.meetings.copy()
         other._open = {seq: dict(by_rank) for seq, by_rank in self._open.items()}
         other._recent = dict(self._recent)
+        other._steps = {step: sums.copy() for step, sums in self._steps.items()}
         return other
 
     def add(self, message: Collectives, world_size: int) -> None:
@@ -70,21 +106,56 @@ class Waits:
         last_rank = min(by_rank, key=lambda rank: by_rank[rank][3])
         op, nbytes, step, transfer_us = by_rank[last_rank]
         waited = {rank: record[3] - transfer_us for rank, record in by_rank.items()}
-        self.meetings.append(Meeting(seq, op, nbytes, step, transfer_us, last_rank, waited))
+        meeting = Meeting(seq, op, nbytes, step, transfer_us, last_rank, waited)
+        self.meetings.append(meeting)
+        sums = self._sums(step)
+        sums.meetings += 1
+        for rank, waited_us in waited.items():
+            sums.waited_us[rank] = sums.waited_us.get(rank, 0) + waited_us
+        sums.caused_us[last_rank] = sums.caused_us.get(last_rank, 0) + sum(waited.values())
+        if meeting.skew_us >= MIN_SKEW_US:
+            sums.came_last[last_rank] = sums.came_last.get(last_rank, 0) + 1
+
+    def _sums(self, step: int) -> _Step:
+        sums = self._steps.setdefault(step, _Step())
+        while len(self._steps) > STEPS_KEPT:
+            del self._steps[min(self._steps)]
+        return sums
+
+    def step_took(self, step: int, step_ms: float) -> None:
+        """A rank's time for `step`: what shares of waiting are relative to."""
+        sums = self._sums(step)
+        sums.step_ms = max(sums.step_ms, step_ms)
 
     def messages(self) -> list[Collectives]:
         return list(self._recent.values())
 
-    def came_last(self, steps: int = 10) -> dict[int, int]:
-        """Rank -> in how many of the newest `steps` steps' collectives with a skew that matters it came last."""
-        if not self.meetings:
-            return {}
-        since = self.meetings[-1].step - steps
-        counts: dict[int, int] = {}
-        for meeting in self.meetings:
-            if meeting.step > since and meeting.skew_us >= MIN_SKEW_US:
-                counts[meeting.last_rank] = counts.get(meeting.last_rank, 0) + 1
-        return counts
+    def window(self, steps: int = WINDOW_STEPS) -> WaitWindow:
+        """The newest `steps` steps with collectives, without the very newest: it is still being reported, and half
+        its collectives would look like half the waiting.
+        """
+        met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
+        chosen = [self._steps[step] for step in met]
+        waited_us: dict[int, int] = {}
+        caused_us: dict[int, int] = {}
+        came_last: dict[int, int] = {}
+        for sums in chosen:
+            for total, part in (
+                (waited_us, sums.waited_us),
+                (caused_us, sums.caused_us),
+                (came_last, sums.came_last),
+            ):
+                for rank, value in part.items():
+                    total[rank] = total.get(rank, 0) + value
+        timed = [sums.step_ms for sums in chosen if sums.step_ms]
+        count, others = max(1, len(chosen)), max(1, len(waited_us) - 1)
+        return WaitWindow(
+            len(chosen),
+            sum(timed) / len(timed) if timed else 0.0,
+            {rank: value / 1000 / count for rank, value in waited_us.items()},
+            {rank: value / 1000 / count / others for rank, value in caused_us.items()},
+            came_last,
+        )
 
     def waited_ms(self, step: int) -> dict[int, float]:
         """Rank -> milliseconds it waited for others in the collectives of `step`."""

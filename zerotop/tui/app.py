@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from ast import literal_eval
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +28,7 @@ from zerotop.tui.screens.knobs import KnobScreen, Setting, known_values
 from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.screens.main import MainScreen
 from zerotop.tui.screens.rank import RankScreen
+from zerotop.tui.screenshot import screenshot_path
 from zerotop.tui.theme import DEFAULT, Palette, load_palettes
 from zerotop.tui.view import TICK_S, View, build_view
 from zerotop.tui.widgets.keybar import KeyBar
@@ -44,6 +47,7 @@ class ZerotopApp(App[Outcome]):
     TITLE = "zerotop"
     CSS_PATH = "zerotop.tcss"
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]  # noqa: RUF012 (an instance variable in App)
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (24, "-high")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [key.binding() for key in KEYS]
 
     def __init__(self, source: Source, read_only: bool = False) -> None:
@@ -58,6 +62,7 @@ class ZerotopApp(App[Outcome]):
         self.frozen: RunState | None = None
         self._signature: tuple[object, ...] = ()
         self._can_steer: bool | None = None
+        self._laggard: int | None = None
         for palette in self.palettes.values():
             self.register_theme(palette.theme())
         wanted = os.environ.get(THEME_VARIABLE, DEFAULT)
@@ -98,9 +103,10 @@ class ZerotopApp(App[Outcome]):
         changed = self.source.poll()
         age_s = self.source.age_s() or 0.0
         # The age is shown in whole seconds from two on; a command waits in tenths of a second only as long as it is
-        # open.
+        # open, and its answer fades and goes.
         waiting = bool(self.desk.waiting(self.source.state))
-        signature = (self.source.connection, int(age_s) if age_s >= 2 else 0, self.source.can_control)
+        answers = tuple((life.id, life.fading) for life in self.desk.lives(self.source.state, age_s) if life.fresh)
+        signature = (self.source.connection, int(age_s) if age_s >= 2 else 0, self.source.can_control, answers)
         if not changed and signature == self._signature and not waiting:
             return
         self._signature = signature
@@ -118,16 +124,20 @@ class ZerotopApp(App[Outcome]):
             screen.query_one(KeyBar).relabel({"pause_resume": "Resume"} if paused else {})
 
     def make_view(self) -> View:
-        return build_view(
+        age_s = self.source.age_s() or 0.0
+        view = build_view(
             self.shown_state,
             self.palette,
             connection=self.source.connection,
-            age_s=self.source.age_s() or 0.0,
+            age_s=age_s,
             frozen=self.frozen is not None,
             read_only=self.read_only,
             # Commands stay live in a frozen view: an answer to a key must never be missed.
-            commands=self.desk.lives(self.source.state),
+            commands=self.desk.lives(self.source.state, age_s),
+            laggard_before=self._laggard,
         )
+        self._laggard = view.laggard.rank if view.laggard is not None else None
+        return view
 
     def _repaint(self) -> None:
         for screen in self.screen_stack:
@@ -151,12 +161,14 @@ class ZerotopApp(App[Outcome]):
         return "" if self.source.can_control else "this source can't reach the run"
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        return self._may(action, self.screen) and not (action == "filter" and isinstance(self.focused, Input))
+
+    def _may(self, action: str, screen: Screen[Any]) -> bool:
+        """Whether `action` makes sense while `screen` is on top."""
         if action in STEERING and not self.can_steer:
             return False
         # Keys of the main screen's panels do nothing while a dialog or another screen is on top.
-        if action in {"panel", "filter", "next_figure"} and not isinstance(self.screen, MainScreen):
-            return False
-        return not (action == "filter" and isinstance(self.focused, Input))
+        return action not in {"panel", "filter", "next_figure"} or isinstance(screen, MainScreen)
 
     # ---- steering --------------------------------------------------------------------------------------------------
     def send(self, name: CommandName, arguments: dict[str, Any] | None = None) -> None:
@@ -205,7 +217,8 @@ class ZerotopApp(App[Outcome]):
     def action_next_theme(self) -> None:
         names = list(self.palettes)
         self.theme = names[(names.index(self.theme) + 1) % len(names)] if self.theme in names else DEFAULT
-        self.notify(f"theme: {self.palette.label}", timeout=2)
+        for bar in self.screen.query(KeyBar):
+            bar.note(f"theme: {self.palette.label}")
 
     def action_next_figure(self) -> None:
         focused = self.focused
@@ -242,11 +255,27 @@ class ZerotopApp(App[Outcome]):
     def _keys_text(self, keys: str) -> str:
         return " ".join(self.get_key_display(Binding(key, "")) for key in keys.split(","))
 
-    def action_save_picture(self) -> None:
-        self.deliver_screenshot(f"{self.source.state.status.name if self.source.state.status else 'zerotop'}.svg")
+    def get_key_display(self, binding: Binding) -> str:
+        """One style everywhere: `Ctrl+S`, as the help and the documents write it."""
+        *modifiers, key = binding.key.split("+")
+        if not modifiers or binding.key_display:
+            return super().get_key_display(binding)
+        shown = key.upper() if len(key) == 1 else super().get_key_display(Binding(key, ""))
+        return "+".join([*(modifier.capitalize() for modifier in modifiers), shown])
+
+    def action_save_screenshot(self) -> None:
+        target = screenshot_path(steering.run_name(self.source.state))
+        try:
+            self.save_svg(target)
+        except OSError as error:
+            self.notify(
+                f"{target}: {error.strerror or error}", title="screenshot not saved", severity="error", markup=False
+            )
+        else:
+            self.notify(str(target), title="screenshot saved", markup=False)
 
     def save_svg(self, path: str | Path) -> Path:
-        """Write the screen as it is now as an SVG picture."""
+        """Write the screen as it is now as an SVG picture. Raises OSError."""
         target = Path(path)
         target.write_text(self.export_screenshot(title=f"{self.TITLE}"), encoding="utf-8")
         return target
@@ -259,9 +288,19 @@ class ZerotopApp(App[Outcome]):
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """The palette offers what the keys do, and only what may be done now."""
         for key in KEYS:
-            if "(" in key.action or not self.check_action(key.action, ()):
-                continue
-            yield SystemCommand(key.label, key.help, getattr(self, f"action_{key.action}"))
+            name, _, argument = key.action.partition("(")
+            if self._may(name, screen):
+                act = getattr(self, f"action_{name}")
+                yield SystemCommand(
+                    key.palette_title, key.help, partial(act, literal_eval(argument[:-1])) if argument else act
+                )
+        if isinstance(screen, MainScreen):
+            table = screen.query_one(RankTable)
+            yield SystemCommand("Open rank", "the selected rank in full", table.action_open)
+        if isinstance(screen, RankScreen):
+            yield SystemCommand("Previous rank", "the rank before this one", partial(screen.action_other, -1))
+            yield SystemCommand("Next rank", "the rank after this one", partial(screen.action_other, 1))
+        yield SystemCommand("Back", "out of a rank, a zoomed panel, a filter", self.action_back)
         for name, palette in self.palettes.items():
             yield SystemCommand(
                 f"Theme: {palette.label}", f"use the theme {name}", lambda name=name: setattr(self, "theme", name)

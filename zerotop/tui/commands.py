@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import math
 import socket
 import time
 import uuid
@@ -15,12 +16,16 @@ from runtime.wire.messages import Command, CommandName, CommandRecord
 from zerotop.state.run import RunState
 
 SENT_KEPT = 100
+ANSWER_BRIGHT_S = 7.0
+ANSWER_SHOWN_S = 10.0
+"""A final answer stands in full colour, then dim, then goes."""
 
 
 @dataclass(frozen=True)
 class CommandLife:
     """One command: `state` is sent | accepted | applied | rejected; `waited_s` since it was sent, None for somebody
-    else's.
+    else's; `answered_s` since its final answer on the hub's clock, None while it is open, infinite when that was before
+    this screen.
     """
 
     id: str
@@ -28,10 +33,20 @@ class CommandLife:
     state: str
     text: str
     waited_s: float | None
+    answered_s: float | None = None
 
     @property
     def open(self) -> bool:
         return self.state in {"sent", "accepted"}
+
+    @property
+    def fresh(self) -> bool:
+        """Still to be shown: open, or answered not long ago."""
+        return self.answered_s is None or self.answered_s < ANSWER_SHOWN_S
+
+    @property
+    def fading(self) -> bool:
+        return self.answered_s is not None and self.answered_s >= ANSWER_BRIGHT_S
 
 
 @dataclass
@@ -39,6 +54,7 @@ class _Sent:
     command: Command
     at_s: float
     done_s: float | None = None
+    done_ns: int = 0
 
 
 class CommandDesk:
@@ -65,20 +81,21 @@ class CommandDesk:
         unseen = [sent.command for key, sent in self._sent.items() if key not in state.commands]
         return state.open_commands() + unseen
 
-    def lives(self, state: RunState) -> tuple[CommandLife, ...]:
-        """Every known command, oldest first."""
-        known = [self._life(record) for record in state.commands.values()]
+    def lives(self, state: RunState, age_s: float = 0.0) -> tuple[CommandLife, ...]:
+        """Every known command, oldest first; `age_s`: since the hub was heard, which its clock has moved on by."""
+        now_ns = state.hub_now_ns + int(age_s * 1e9)
+        known = [self._life(record, state, now_ns) for record in state.commands.values()]
         for key, sent in self._sent.items():
             if key not in state.commands:
                 label, waited = _label(sent.command, 0), self._now() - sent.at_s
                 known.append(CommandLife(key, label, "sent", f"{label}: sent … no answer yet", waited))
         return tuple(known)
 
-    def _life(self, record: CommandRecord) -> CommandLife:
+    def _life(self, record: CommandRecord, state: RunState, now_ns: int) -> CommandLife:
         command, ack = record.command, record.ack
         sent = self._sent.get(command.id)
         if sent is not None and ack.state != "accepted" and sent.done_s is None:
-            sent.done_s = self._now()
+            sent.done_s, sent.done_ns = self._now(), now_ns
         waited_s = None if sent is None else (sent.done_s or self._now()) - sent.at_s
         label = _label(command, ack.number or command.number)
         took = f" ({waited_s:.1f} s)" if waited_s is not None else ""
@@ -92,7 +109,13 @@ class CommandDesk:
             text = f"{label}: applied{step}{took}{result}"
         else:
             text = f"{label}: rejected: {ack.reason or 'no reason given'}"
-        return CommandLife(command.id, label, ack.state, text, waited_s)
+        answered_s = None
+        if ack.state != "accepted":
+            # The answer to a command of ours that a reconnect brought has no arrival: then it counts from our sight
+            # of it.
+            answered_ns = state.answered_ns.get(command.id) or (sent.done_ns if sent is not None else 0)
+            answered_s = max(0, now_ns - answered_ns) / 1e9 if answered_ns else math.inf
+        return CommandLife(command.id, label, ack.state, text, waited_s, answered_s)
 
 
 def _label(command: Command, number: int) -> str:

@@ -23,12 +23,17 @@ class Key:
     show: bool = False
     steers: bool = False
 
+    @property
+    def palette_title(self) -> str:
+        """Its name among the commands of the palette."""
+        return f"Panel: {self.label}" if self.id.startswith("panel.") else self.label
+
     def binding(self) -> Binding:
         return Binding(self.keys, self.action, self.label, show=self.show, id=self.id)
 
 
 KEYS: tuple[Key, ...] = (
-    Key("help", "question_mark", "help", "Help", "this page", show=True),
+    Key("help", "question_mark", "help", "Help", "this page: every key, and what the signs mean", show=True),
     Key(
         "detach",
         "q",
@@ -60,7 +65,7 @@ KEYS: tuple[Key, ...] = (
     Key("panel.memory", "4", "panel('memory')", "Memory", "to the selected rank's memory"),
     Key("panel.host", "5", "panel('host')", "Host", "to the host"),
     Key("panel.events", "6", "panel('events')", "Events", "to the events: ↑ ↓ scroll, End follows again"),
-    Key("picture", "ctrl+s", "save_picture", "Picture", "save the screen as an SVG picture"),
+    Key("screenshot", "ctrl+s", "save_screenshot", "Save screenshot", "save the screen as an SVG picture"),
 )
 STEERING = frozenset(key.action for key in KEYS if key.steers)
 OTHER_HELP = (

@@ -26,12 +26,10 @@ def run_name(state: RunState) -> str:
 def stop_question(state: RunState) -> ConfirmScreen:
     """Where it will stop, that nothing is lost, and how to go on."""
     name = run_name(state)
-    where = (
-        "where it is paused" if state.state_name == "paused" else f"at the next boundary, about step {state.step + 1}"
-    )
+    where = "where it is paused" if state.state_name == "paused" else "at the next step boundary"
     lines = (
         f"It writes a checkpoint {where}, then the run ends. Nothing is lost.",
-        f"To go on later: zerotop launch CONFIG --name {name} --resume",
+        f"To go on later: zerotop launch --resume --name {name}",
     )
     return ConfirmScreen(f"stop {name}?", lines, "checkpoint, then stop", dangerous=False)
 

@@ -43,7 +43,9 @@ def build_view(
     frozen: bool,
     read_only: bool,
     commands: tuple[CommandLife, ...],
+    laggard_before: int | None = None,
 ) -> View:
+    """`laggard_before`: the rank that the view before this one named; a verdict in doubt stays with it."""
     ended = state.state_name in {"stopped", "finished", "aborted", "failed"}
     stale = not ended and (age_s > stale_after_s(state) or connection not in {"live", "ended"})
     return View(
@@ -51,7 +53,7 @@ def build_view(
         palette=palette,
         progress=progress(state),
         stall=None if stale else find_stall(state),
-        laggard=None if stale or state.state_name != "running" else find_laggard(state),
+        laggard=None if stale or state.state_name != "running" else find_laggard(state, laggard_before),
         connection=connection,
         age_s=age_s,
         stale=stale,

@@ -8,6 +8,9 @@ from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import meter
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row
 
+ROWS_LEAST = 4
+"""RAM, the ranks' part of it, pinned, CPU: with fewer, everything goes into one line."""
+
 
 class HostPanel(Panel, can_focus=True):
     """Several nodes: one block each, as many as fit. In one line when there is no more room than that."""
@@ -31,7 +34,7 @@ class HostPanel(Panel, can_focus=True):
                     view.palette.style("muted"),
                 )
             ]
-        if height < 4:
+        if height < ROWS_LEAST:
             return [_line(view, node, width) for node in nodes[:height]]
         rows: list[Row] = []
         for node in nodes:

@@ -11,6 +11,7 @@ from zerotop.tui.widgets.lines import PLAIN, Panel, Row
 
 class MemoryPanel(Panel, can_focus=True):
     rank = 0
+    parts_shown = 0
 
     def accept(self, view: View) -> None:
         super().accept(view)
@@ -19,11 +20,19 @@ class MemoryPanel(Panel, can_focus=True):
         if state is not None and state.memory is not None:
             use = memory_use(state.memory)
             title += f" · {used_of(use.used_bytes, use.total_bytes)}"
+            if len(use.parts) != self.parts_shown:
+                self.parts_shown = len(use.parts)
+                self.refresh(layout=True)
         if self.border_title != title:
             self.border_title = title
 
     def natural_height(self, width: int) -> int:
-        return 10
+        return max(1, self.parts_shown) + 1
+
+    @property
+    def rows_wanted(self) -> int:
+        """Lines for every category, the note and the borders."""
+        return self.natural_height(0) + self.gutter.height
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         palette = view.palette

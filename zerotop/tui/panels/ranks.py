@@ -15,7 +15,7 @@ from textual.message import Message
 from runtime.wire.messages import GpuStats
 from zerotop.state.memory import MemoryUse, gpu_of, memory_use
 from zerotop.state.run import RankState
-from zerotop.state.stall import came_last_share
+from zerotop.state.waits import WINDOW_STEPS, WaitWindow
 from zerotop.tui.text import bytes_text, count_text, dots, ms_text, used_of
 from zerotop.tui.view import View, stale_after_s
 from zerotop.tui.widgets.bar import stacked_bar
@@ -36,6 +36,7 @@ class _Context:
 
     view: View
     largest_bytes: int
+    waits: WaitWindow
     came_last: dict[int, float]
     stale_s: float
 
@@ -97,7 +98,7 @@ class RankTable(ScrollPanel):
             self.virtual_size = Size(0, count + 1)
         on_gpu = any(r.memory is not None and r.memory.allocated_bytes is not None for r in view.state.ranks.values())
         kind = "VRAM" if on_gpu else "RSS, bars against the largest rank"
-        title = f"1 ranks · memory: {kind}"
+        title = f"1 ranks · memory: {kind} · waits: last {WINDOW_STEPS} steps"
         if self.border_title != title:
             self.border_title = title
 
@@ -106,10 +107,12 @@ class RankTable(ScrollPanel):
         if not view.state.ranks:
             return [Row().add("waiting for the first word of a rank".center(width), muted)]
         uses = [memory_use(rank.memory) for rank in view.state.ranks.values() if rank.memory]
+        waits = view.state.waits.window()
         context = _Context(
             view,
             max((use.used_bytes for use in uses), default=0),
-            came_last_share(view.state),
+            waits,
+            waits.came_last_share,
             stale_after_s(view.state),
         )
         columns = _choose(view, width)
@@ -224,7 +227,7 @@ def _phase(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, s
         row.cell(f"{glyph} {phase} at {rank.goodbye.step}", size, palette.style(colour))
         return
     if context.view.ended:
-        row.cell(f"– ended in {phase}", size, palette.style("muted"))
+        row.cell("– ended", size, palette.style("muted"))
         return
     start = row.width
     dim = _dim(context, rank)
@@ -242,12 +245,12 @@ def _phase(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, s
 
 
 def _wait(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
-    step = rank.step
-    if step is None:
-        row.gap(size)
+    wait_ms, step_ms = context.waits.waited_ms.get(rank.rank), context.waits.step_ms
+    if wait_ms is None:
+        row.cell("–", size, context.view.palette.style("muted"), right=True)
         return
-    share = step.wait_ms / step.step_ms if step.step_ms else 0.0
-    text = f"{ms_text(step.wait_ms)} {min(share, 1.0):>4.0%}"
+    share = wait_ms / step_ms if step_ms else 0.0
+    text = f"{ms_text(wait_ms)} {min(share, 1.0):>4.0%}"
     high = share >= 0.25
     row.cell(text, size, _dim(context, rank) or (context.view.palette.style("warning") if high else PLAIN), right=True)
 

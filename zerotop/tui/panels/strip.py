@@ -4,36 +4,31 @@ from __future__ import annotations
 
 from zerotop.tui.commands import CommandLife
 from zerotop.tui.view import View
-from zerotop.tui.widgets.lines import Panel, Row
+from zerotop.tui.widgets.lines import Band, Row
 
 LOOKS = {"sent": ("◌", "muted"), "accepted": ("◐", "warning"), "applied": ("✔", "success"), "rejected": ("✖", "error")}
 MOST_LINES = 3
 
 
-class CommandStrip(Panel):
-    """Every open command has its line (up to three); the newest answered one stays, so that its answer can be read."""
+class CommandStrip(Band):
+    """Every open command has its line (up to three); else the newest answer has one until it has been read."""
 
-    ALLOW_MAXIMIZE = False
     shown: tuple[CommandLife, ...] = ()
 
     def accept(self, view: View) -> None:
         super().accept(view)
         opened = [life for life in view.commands if life.open]
-        last = list(view.commands[-1:])
-        shown = tuple(opened[-MOST_LINES:] if opened else last)
-        if len(shown) != len(self.shown):
-            self.styles.height = len(shown)
-            self.display = bool(shown)
-            self._shown = None
-        self.shown = shown
-
-    def natural_height(self, width: int) -> int:
-        return len(self.shown)
+        answered = [life for life in view.commands if life.fresh and not life.open]
+        self.shown = tuple(opened[-MOST_LINES:] or answered[-1:])
+        if len(self.shown) != self.lines_wanted:
+            self.take(len(self.shown))
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         rows = []
         for life in self.shown:
             glyph, colour = LOOKS[life.state]
+            if life.fading:
+                colour = "muted"
             waited = (
                 f"  {life.waited_s:.0f} s" if life.open and life.waited_s is not None and life.waited_s >= 2 else ""
             )

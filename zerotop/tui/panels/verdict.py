@@ -4,17 +4,18 @@ otherwise.
 
 from __future__ import annotations
 
+import re
 import textwrap
 
+from runtime.wire.messages import RunStatus
 from zerotop.tui.text import clean
 from zerotop.tui.view import View
-from zerotop.tui.widgets.lines import Panel, Row
+from zerotop.tui.widgets.lines import Band, Row
 
 ERROR_LINES = 6
 
 
-class VerdictLine(Panel):
-    ALLOW_MAXIMIZE = False
+class VerdictLine(Band):
     lines: tuple[tuple[str, str], ...] = ()
 
     def accept(self, view: View) -> None:
@@ -30,12 +31,7 @@ class VerdictLine(Panel):
             lines += [(f"  {piece}", "error") for piece in tail[-ERROR_LINES:]]
         if tuple(lines) != self.lines:
             self.lines = tuple(lines)
-            self.styles.height = len(lines)
-            self.display = bool(lines)
-            self._shown = None
-
-    def natural_height(self, width: int) -> int:
-        return len(self.lines)
+            self.take(len(lines))
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         return [
@@ -48,9 +44,7 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     status = view.state.status
     if status is not None and status.state == "failed":
-        rank = f"rank {status.failed_rank}: " if status.failed_rank is not None else ""
-        code = f" (exit {status.exit_code})" if status.exit_code is not None else ""
-        found.append(("✖", f"the run failed: {rank}{status.reason or 'no reason given'}{code}", "error"))
+        found.append(("✖", f"the run failed: {_failure(status)}", "error"))
     elif status is not None and status.state == "aborted":
         found.append(("✖", f"the run was aborted{': ' + status.reason if status.reason else ''}", "error"))
     if view.stall is not None:
@@ -58,3 +52,11 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
     elif view.laggard is not None:
         found.append(("▲", view.laggard.text, "warning"))
     return found
+
+
+def _failure(status: RunStatus) -> str:
+    """Which rank, why, and the exit code, each of them once: the reason may name the rank, and a signal is the code."""
+    reason = status.reason or "no reason given"
+    named = status.failed_rank is None or re.search(rf"\brank {status.failed_rank}\b", reason)
+    told = status.exit_code is None or re.search(rf"\bSIG[A-Z]+|\bsignal \d+|\bexit\D*{status.exit_code}\b", reason)
+    return ("" if named else f"rank {status.failed_rank}: ") + reason + ("" if told else f" (exit {status.exit_code})")

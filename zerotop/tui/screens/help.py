@@ -12,6 +12,7 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.keys import KEYS, OTHER_HELP
 from zerotop.tui.text import STATES
 from zerotop.tui.theme import Palette, config_folder
@@ -64,11 +65,14 @@ class HelpScreen(ModalScreen[None]):
         table.add_row(Text("run"), Text("  ".join(f"{glyph} {name}" for name, (glyph, _) in STATES.items())))
         table.add_row(Text("micro-steps"), Text("● done  ◐ current  ○ to come"))
         table.add_row(
-            Text("wait/step"), Text("time a rank stood still for communication in its last step, and its share")
+            Text("wait/step"),
+            Text(f"time a rank waited for others, per step and as a share of it, over the last {WINDOW_STEPS} steps"),
         )
         table.add_row(
-            Text("last in"), Text("share of the last 10 steps' collectives in which the others waited for this rank")
+            Text("last in"),
+            Text(f"share of the same {WINDOW_STEPS} steps' collectives in which the others waited for this rank"),
         )
+        table.add_row(Text(""), Text("the line above the ranks that names a rank is from the same steps", muted))
         head("your own")
         table.add_row(Text("themes"), Text(f"{config_folder() / 'themes'}/NAME.toml: a palette; see themes/dark.toml"))
         table.add_row(

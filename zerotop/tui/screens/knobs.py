@@ -1,4 +1,4 @@
-"""Change a setting of the running run: pick a knob, type a value, see at once whether it is allowed."""
+"""Change a setting of the running run: pick one, type a value, see at once whether it is allowed."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from textual.widgets import Input
 
 from zerotop.tui.panels.events import EventPanel
 from zerotop.tui.panels.header import Header
-from zerotop.tui.panels.host import HostPanel
+from zerotop.tui.panels.host import ROWS_LEAST, HostPanel
 from zerotop.tui.panels.memory import Legend, MemoryPanel
 from zerotop.tui.panels.plots import LEARNING, SPEED, PlotPanel
 from zerotop.tui.panels.ranks import RankTable
@@ -22,6 +22,10 @@ from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.theme import Palette
 from zerotop.tui.view import View
 from zerotop.tui.widgets.keybar import KeyBar
+
+ROOMY = 32
+"""From so many lines on, the verdict and the commands have a line each that nothing else takes."""
+EVENTS_LEAST = 6
 
 
 class FilterField(Input):
@@ -37,6 +41,8 @@ class MainScreen(LiveScreen):
     def __init__(self, palette: Palette) -> None:
         super().__init__()
         self.palette = palette
+        self._middle_height: int | None = None
+        self._table_height: int | None = None
 
     def compose(self) -> ComposeResult:
         yield Header(id="header")
@@ -68,17 +74,32 @@ class MainScreen(LiveScreen):
         self.fit_panels()
 
     def fit_panels(self) -> None:
-        """The rank table is as high as its ranks, as long as the rest keeps room to be read."""
-        table = self.query_one(RankTable)
-        height = self.size.height
+        """The rank table is as high as its ranks, as long as the rest keeps room to be read; then the memory panel is
+        as high as its categories, and the host has what is left of the side, at least its first lines.
+        """
+        table, middle = self.query_one(RankTable), self.query_one("#middle")
+        bands = (self.query_one(VerdictLine), self.query_one(CommandStrip))
+        height, narrow = self.size.height, self.has_class("-narrow")
+        for band in bands:
+            band.reserve(not narrow and height >= ROOMY)
         # Header and footer, the lines that come and go, and the least that plots and events can be read in.
-        others = 3 + len(self.query_one(VerdictLine).lines) + len(self.query_one(CommandStrip).shown)
-        least = 2 + 5 + 3 if self.has_class("-narrow") else 1 + 12 + 6
+        others = 3 + sum(band.lines_taken for band in bands)
+        least = 2 + 5 + 3 if narrow else 1 + 12 + EVENTS_LEAST
         most = max(4, height - others - least)
         wanted = min(table.rows_wanted, most)
-        self.set_class((height - wanted - others) * 3 // 5 < 19, "-low")
-        if table.styles.height is None or table.styles.height.value != wanted:
-            table.styles.height = wanted
+        room = height - wanted - others
+        host = self.query_one("#host", HostPanel)
+        side = self.query_one(MemoryPanel).rows_wanted + ROWS_LEAST + host.gutter.height
+        low = not narrow and room - EVENTS_LEAST < side
+        self.set_class(low, "-low")
+        share = None if narrow or low else max(room * 3 // 5, side)
+        if share != self._middle_height:
+            self._middle_height = share
+            middle.styles.height = share  # None: as the style sheet says
+        rows = None if self.maximized is table else wanted  # a height of its own would hold a zoomed table down
+        if rows != self._table_height:
+            self._table_height = rows
+            table.styles.height = rows
 
     # ---- panels ----------------------------------------------------------------------------------------------------
     @on(RankTable.Selected)

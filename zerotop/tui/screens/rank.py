@@ -10,7 +10,7 @@ from textual.containers import Horizontal
 
 from zerotop.state.memory import gpu_of
 from zerotop.state.run import RankState
-from zerotop.state.stall import came_last_share, mean_wait_ms
+from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.panels.events import EventPanel
 from zerotop.tui.panels.header import Header
 from zerotop.tui.panels.memory import MemoryPanel
@@ -42,16 +42,19 @@ class RankFacts(Panel):
             device = f"{hello.device} {hello.device_name}".strip()
             who.add(f"  {device}").add(f"  {hello.host} pid {hello.pid}  {hello.backend}", muted)
             who.add(f"  torch {hello.torch_version}" if hello.torch_version else "", muted)
-        if beat is not None:
+        if view.ended and state.goodbye is None:
+            now.add("ended", muted)
+        elif beat is not None:
             where = f"{beat.phase} {beat.micro_step}/{beat.micro_steps}" if beat.micro_step else beat.phase
             now.add("in ", muted).add(where, view.palette.phase_text(beat.phase)).add(f" of step {beat.step}", muted)
         if step is not None:
-            share = came_last_share(view.state).get(self.rank, 0.0)
-            waited = mean_wait_ms(view.state).get(self.rank)
+            waits = view.state.waits.window()
+            share = waits.came_last_share.get(self.rank, 0.0)
+            waited = waits.waited_ms.get(self.rank)
             for label, value in (
                 ("step", ms_text(step.step_ms)),
                 ("stood still for communication", ms_text(step.wait_ms)),
-                ("waited for others", ms_text(waited)),
+                (f"over {WINDOW_STEPS} steps: waited for others", ms_text(waited)),
                 ("came last in", f"{share:.0%}"),
                 ("tok/s", count_text(step.tokens_per_s)),
             ):

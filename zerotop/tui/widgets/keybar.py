@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from rich.cells import cell_len
 from rich.style import Style
 from textual.strip import Strip
+from textual.timer import Timer
 from textual.widget import Widget
 
 from zerotop.tui.theme import Palette
@@ -21,6 +23,8 @@ class KeyBar(Widget):
         super().__init__()
         self.palette = palette
         self._labels: dict[str, str] = {}
+        self._note = ""
+        self._note_timer: Timer | None = None
 
     def relabel(self, labels: dict[str, str]) -> None:
         """Action -> what its key does just now, where that is not what its binding says."""
@@ -28,11 +32,20 @@ class KeyBar(Widget):
             self._labels = labels
             self.refresh()
 
+    def note(self, text: str, seconds: float = 2.0) -> None:
+        """Say something short at the right end, where it covers nothing but keys, and for a moment only."""
+        if self._note_timer is not None:
+            self._note_timer.stop()
+        self._note = text
+        self._note_timer = self.set_timer(seconds, lambda: self.note("")) if text else None
+        self.refresh()
+
     def on_mount(self) -> None:
         self.screen.bindings_updated_signal.subscribe(self, lambda _: self.refresh())
 
     def render_line(self, y: int) -> Strip:
-        width = self.size.width
+        whole = self.size.width
+        width = whole - (cell_len(self._note) + 2 if self._note else 0)
         row = Row()
         seen: set[str] = set()
         for active in self.screen.active_bindings.values():
@@ -48,4 +61,6 @@ class KeyBar(Widget):
             click = Style(meta={"@click": binding.action if "." in binding.action else owner + binding.action})
             row.gap().add(key, self.palette.style("accent", bold=True) + click)
             row.gap().add(label, self.palette.style("muted") + click).gap()
-        return row.strip(width, PLAIN).apply_style(self.rich_style)
+        if self._note:
+            row.to(width).gap().add(self._note, self.palette.style("primary"))
+        return row.strip(whole, PLAIN).apply_style(self.rich_style)

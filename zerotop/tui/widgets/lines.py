@@ -143,6 +143,36 @@ class Panel(_Drawn):
         return 1
 
 
+class Band(Panel):
+    """Lines that come and go. Where there is room one of them is kept free, so that what lies below stays in place."""
+
+    ALLOW_MAXIMIZE = False
+    lines_wanted = 0
+    reserved = False
+
+    @property
+    def lines_taken(self) -> int:
+        return max(self.lines_wanted, int(self.reserved))
+
+    def reserve(self, on: bool) -> None:
+        if on != self.reserved:
+            self.reserved = on
+            self.take(self.lines_wanted)
+
+    def take(self, lines: int) -> None:
+        """Ask for so many lines."""
+        self.lines_wanted = lines
+        self._shown = None
+        taken = self.lines_taken
+        height = self.styles.height
+        if self.display != bool(taken) or height is None or height.value != taken:
+            self.styles.height = self.lines_taken
+            self.display = bool(self.lines_taken)
+
+    def natural_height(self, width: int) -> int:
+        return self.lines_taken
+
+
 class ScrollPanel(ScrollView, _Drawn, can_focus=True):  # the first base gives the default styles
     """A panel whose lines scroll. `draw` still makes the visible lines only, from `self.scroll_offset.y` on."""
 
