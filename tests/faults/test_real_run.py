@@ -189,3 +189,20 @@ def test_a_script_may_leave_by_sys_exit(launch, tmp_path):
     see_end(run, "finished")
     assert read_status(run.path).step == 3
     assert "left properly" in (run.path / "logs" / "1" / "rank-0.log").read_text()
+
+
+def test_a_script_that_never_speaks_is_told_apart(launch, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text("print('no trainer here')")
+    run = launch(script=[str(script)])
+    see_end(run, "finished")
+    assert "the script never called runtime.initialize()" in read_status(run.path).reason
+
+
+def test_an_error_before_initialize_is_the_reason(launch, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text("raise RuntimeError('boom')")
+    run = launch(script=[str(script)])
+    see_end(run, "failed")
+    status = read_status(run.path)
+    assert status.reason == f"rank {status.failed_rank} failed before its first step: RuntimeError: boom"
