@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from zerotop.output import INSTALL_TRAINING
 from zerotop.probe.nvml import count_devices
 from zerotop.runs.paths import RunError
 
@@ -75,7 +76,7 @@ def torch_has_cuda() -> bool:
     found = importlib.util.find_spec("torch")  # a top-level name: finds it without running it
     if found is None or found.origin is None:
         raise RunError(
-            "torch is not installed, this is the monitor alone: pip install 'zerotop[train]' adds what training needs"
+            f"torch is not installed, this is the monitor alone: {INSTALL_TRAINING} adds what training needs"
         )
     try:
         text = (Path(found.origin).parent / "version.py").read_text()
