@@ -49,7 +49,7 @@ class KnobScreen(ModalScreen[Setting | None]):
             yield Static(id="verdict-value")
             yield Static(
                 Content.from_markup(
-                    "[b $accent]↑ ↓[/] choose   [b $accent]Enter[/] type a value, send it   [b $accent]Esc[/] go back"
+                    "[b $accent]↑ ↓[/] choose   [b $accent]Enter[/] type, then send   [b $accent]Esc[/] go back"
                 ),
                 classes="choices",
             )

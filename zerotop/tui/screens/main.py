@@ -8,6 +8,7 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.css.query import NoMatches
 from textual.widgets import Input
 
 from zerotop.tui.panels.events import EventPanel
@@ -77,8 +78,12 @@ class MainScreen(LiveScreen):
         """The rank table is as high as its ranks, as long as the rest keeps room to be read; then the memory panel is
         as high as its categories, and the host has what is left of the side, at least its first lines.
         """
-        table, middle = self.query_one(RankTable), self.query_one("#middle")
-        bands = (self.query_one(VerdictLine), self.query_one(CommandStrip))
+        try:
+            table, middle = self.query_one(RankTable), self.query_one("#middle")
+            bands = (self.query_one(VerdictLine), self.query_one(CommandStrip))
+            host, memory = self.query_one("#host", HostPanel), self.query_one(MemoryPanel)
+        except NoMatches:
+            return  # a last tick or resize, while the app takes its panels down one by one
         height, narrow = self.size.height, self.has_class("-narrow")
         for band in bands:
             band.reserve(not narrow and height >= ROOMY)
@@ -88,8 +93,7 @@ class MainScreen(LiveScreen):
         most = max(4, height - others - least)
         wanted = min(table.rows_wanted, most)
         room = height - wanted - others
-        host = self.query_one("#host", HostPanel)
-        side = self.query_one(MemoryPanel).rows_wanted + ROWS_LEAST + host.gutter.height
+        side = memory.rows_wanted + ROWS_LEAST + host.gutter.height
         low = not narrow and room - EVENTS_LEAST < side
         self.set_class(low, "-low")
         share = None if narrow or low else max(room * 3 // 5, side)
