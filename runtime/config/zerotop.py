@@ -90,8 +90,9 @@ class TelemetryConfig(Section):
     enabled: Flag = True
     """Whether ranks publish telemetry. Commands work either way."""
 
-    hz: Annotated[Num, Field(ge=KNOBS["telemetry_hz"].min, le=KNOBS["telemetry_hz"].max)] = 10.0
-    """Messages per second that each rank sends at most."""
+    hz: Annotated[Num, Field(ge=KNOBS["telemetry_hz"].min, le=KNOBS["telemetry_hz"].max)] = 5.0
+    """Packets per second that each rank sends at most. The screen draws four times a second; the cost of telemetry grows
+    with this rate (benchmarks/results/telemetry.md)."""
 
 
 class LogConfig(Section):

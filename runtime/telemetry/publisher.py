@@ -74,7 +74,7 @@ class Telemetry(Recorder):
         self._thread = threading.Thread(target=self._run, name="zerotop-telemetry", daemon=True)
         self._events: deque[Any] = deque(maxlen=EVENTS_KEPT)
         self._logs_dropped = 0
-        self._hz = 10.0
+        self._hz = 5.0
         self._micro_steps = 1
         self._memory_due = False
         self._memory_at = -math.inf

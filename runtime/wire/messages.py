@@ -73,7 +73,7 @@ class Hello(Message):
     steps: int | None = None  # optimizer steps the run will take; None when a script decides
     start_step: int = 0
     torch_version: str = ""
-    telemetry_hz: float = 10.0
+    telemetry_hz: float = 5.0
     knobs: dict[str, Any] = Field(default_factory=dict)  # every knob's value at the start of the attempt
 
 
