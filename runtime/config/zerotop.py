@@ -91,8 +91,8 @@ class TelemetryConfig(Section):
     """Whether ranks publish telemetry. Commands work either way."""
 
     hz: Annotated[Num, Field(ge=KNOBS["telemetry_hz"].min, le=KNOBS["telemetry_hz"].max)] = 5.0
-    """Packets per second that each rank sends at most. The screen draws four times a second; the cost of telemetry grows
-    with this rate (benchmarks/results/telemetry.md)."""
+    """Packets per second that each rank sends at most. The screen draws four times a second, and what telemetry costs
+    grows with this rate (benchmarks/results/telemetry.md)."""
 
 
 class LogConfig(Section):
