@@ -9,18 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime import zero
+    from runtime import checkpointing, zero
     from runtime.api import add_config_arguments, init_distributed, initialize
     from runtime.engine import Engine
 
-__all__ = ["Engine", "add_config_arguments", "init_distributed", "initialize", "zero"]
+__all__ = ["Engine", "add_config_arguments", "checkpointing", "init_distributed", "initialize", "zero"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("zerotop")
-    if name == "zero":
-        return importlib.import_module("runtime.zero")
+    if name in ("zero", "checkpointing"):
+        return importlib.import_module(f"runtime.{name}")
     if name in __all__:
         return getattr(importlib.import_module("runtime.engine" if name == "Engine" else "runtime.api"), name)
     raise AttributeError(f"module 'runtime' has no attribute {name!r}; it has {', '.join(__all__)}")

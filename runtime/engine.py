@@ -25,11 +25,14 @@ from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
 from runtime.optim.optimizer import ZeroOptimizer
+from runtime.precision import ScaleExhausted, scaler_for
 from runtime.setup import Assembly, Session, assemble
 from runtime.steer import Steering
 from runtime.wire.messages import StepResult
 from runtime.zero.clip import Boundary, agree, clip_coefficient
+from runtime.zero.gathering import Gathering
 from runtime.zero.schedule import Schedule
+from runtime.zero.whole import WholeModel
 
 log = logging.getLogger("runtime.engine")
 
@@ -62,9 +65,16 @@ class Engine:
         self._losses = 0
         self._tokens = 0
         parts: Assembly = assemble(module, config, optimizer, comm, self.ledger)
-        self.policy, self.flats, self.frozen, self.rules = parts.policy, parts.flats, parts.frozen, parts.rules
-        self.schedule = Schedule(parts.reduce_order, self.telemetry)
-        module._zerotop_detach = self.schedule.detach  # type: ignore[assignment]
+        self.policy, self.units, self.frozen, self.rules = parts.policy, parts.units, parts.frozen, parts.rules
+        self.flats = parts.flats
+        """Trained flat buffers in forward order: the order of updates."""
+        self.frozen_flats = [flat for unit in parts.units for flat in unit.frozen]
+        self._pre_scale = parts.numbers.scale
+        self.scaler = scaler_for(config)
+        self.schedule = Schedule(parts.reduce_order, comm)
+        self.gathering = Gathering(module, parts.units, self.telemetry)
+        self.whole = WholeModel(module, parts.units, self.gathering, comm)
+        module._zerotop_detach = self._detach  # type: ignore[assignment]
         self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
         self.steering = Steering(self, session)
         weak = weakref.ref(self)  # the session outlives engines
@@ -101,10 +111,11 @@ class Engine:
             )
         self.telemetry.enter("backward", self.global_steps + 1, self._micro_step)
         boundary = self.is_gradient_accumulation_boundary()
-        reduce = self._syncing and (boundary or self.policy.reduce_every_micro_step)
+        reduce = self._syncing and (boundary or self.policy.own_gradients)
         self.schedule.begin_backward(reduce)
-        (loss / self.gradient_accumulation_steps()).backward(retain_graph=retain_graph)
+        (loss * (self.scaler.scale / self.gradient_accumulation_steps())).backward(retain_graph=retain_graph)
         self.schedule.end_backward()
+        self.gathering.end_backward()
         self._loss_sum = self._loss_sum + loss.detach().double()
         self._losses += 1
         self._backwards += self._syncing
@@ -136,18 +147,18 @@ class Engine:
         """Agree (norm, loss, commands) -> clip -> update each unit and gather it -> report -> commands."""
         telemetry = self.telemetry
         telemetry.enter("step", self.global_steps + 1, self.gradient_accumulation_steps())
-        divisor = float(self.comm.world_size)
+        divisor = self.comm.world_size * self._pre_scale * self.scaler.scale
         loss = self._loss_sum / self._losses
         agreed = agree(self.flats, self.comm, loss, divisor, self.steering.command_waits(), self.steering.stop_asked())
         numbers = self.optimizer.numbers(self.lr_factor)
         skipped = not math.isfinite(agreed.grad_norm)
         if not skipped:
             self._update(numbers, clip_coefficient(agreed.grad_norm, self.config.gradient_clipping) / divisor)
-        for flat in self.flats:
-            flat.clear()
+        self.schedule.clear()
         self.global_steps += 1
         self._norm = agreed.grad_norm
         self._report(agreed, numbers[0]["lr"], skipped)
+        self._rescale(skipped)
         if self.lr_scheduler is not None and not skipped:
             self.optimizer.mark_stepped()
             self.lr_scheduler.step()
@@ -159,13 +170,22 @@ class Engine:
     def _update(self, numbers: list[dict[str, Any]], scale: float) -> None:
         """Every unit in forward order; while one is gathered the next is updated already."""
         self.optimizer_steps += 1
+        self.gathering.stale()
         gathers = []
         for flat, rule in zip(self.flats, self.rules, strict=True):
             rule.update(numbers, self.optimizer_steps, scale)
-            gathers.append(flat.gather())
+            if not flat.sharded:
+                gathers.append(flat.gather_updated())
         with self.telemetry.span("gather"):
             for gather in gathers:
                 gather.wait()
+
+    def _rescale(self, overflow: bool) -> None:
+        """fp16: the next loss scale. Raises RuntimeError when it can't be lowered any more."""
+        try:
+            self.scaler.update(overflow)
+        except ScaleExhausted as error:
+            raise RuntimeError(f"step {self.global_steps}: {error}") from None
 
     def _report(self, agreed: Boundary, lr: float, skipped: bool) -> None:
         now = time.monotonic_ns()
@@ -181,6 +201,7 @@ class Engine:
             tokens_per_s=self._tokens / seconds if self._tokens else None,
             samples_per_s=samples / seconds,
             skipped=skipped,
+            loss_scale=self.scaler.scale if self.config.precision == "fp16" else None,
             end_ns=now,
         )
         self.telemetry.step(result)
@@ -231,10 +252,11 @@ class Engine:
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
         """Rank 0 writes the module's state_dict, as it computes, to SAVE_DIR/SAVE_FILENAME; every rank must call it."""
         path = Path(save_dir) / save_filename
+        state = self.module.state_dict()  # collective at stage 3
 
         def write() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(self.module.state_dict(), path)
+            torch.save(state, path)
 
         checkpoint.on_rank_0(self.comm, f"write {path}", write)
         return True
@@ -305,6 +327,7 @@ class Engine:
         return self.module.named_parameters()
 
     def state_dict(self) -> dict[str, Any]:
+        """The module's; at stage 3 copies in host memory, and every rank must call it."""
         return self.module.state_dict()
 
     def zero_grad(self) -> None:
@@ -332,6 +355,22 @@ class Engine:
 
     def zero_optimization_stage(self) -> int:
         return self.config.stage
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that changed nothing, because a gradient was not finite."""
+        return self.global_steps - self.optimizer_steps
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss; 1 unless the precision is fp16."""
+        return self.scaler.scale
+
+    def _detach(self) -> None:
+        """Another engine takes the model over."""
+        self.schedule.detach()
+        self.gathering.detach()
+        self.whole.detach()
 
     def finish(self) -> None:
         """The training is complete: last checkpoint, and the hub hears that this rank finished."""

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
-ABI = 1
+ABI = {"libzt_cpu.so": 2, "libzt_cuda.so": 1}
 SUM_BLOCK = 8192  # elements; ZT_BLOCK of csrc/formula.h
 _DTYPES = {"torch.float32": 1, "torch.bfloat16": 2}
 _REBUILD = "build it with `make install` (it needs a C++ compiler)"
@@ -56,8 +58,8 @@ def _load(name: str) -> ctypes.CDLL:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(f"{path} does not load ({error}): {_REBUILD}") from error
-    if lib.zt_abi() != ABI:
-        raise ImportError(f"{path} has interface {lib.zt_abi()}, this zerotop needs {ABI}: {_REBUILD}")
+    if lib.zt_abi() != ABI[name]:
+        raise ImportError(f"{path} has interface {lib.zt_abi()}, this zerotop needs {ABI[name]}: {_REBUILD}")
     return lib
 
 
@@ -73,6 +75,9 @@ def cpu() -> ctypes.CDLL:
     lib.zt_adamw.argtypes = [_u64] * 5 + [_i64, _i32, _i32, ctypes.POINTER(_Hyper), _i32, ctypes.c_char_p]
     lib.zt_sum_of_squares.argtypes = [_u64, _i64, _i32, _i32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_double)]
     lib.zt_accumulate.argtypes = [_u64, _u64, _i64, _i32, _f32, _i32, ctypes.c_char_p]
+    lib.zt_sum.argtypes = [_u64, _i32, ctypes.POINTER(_u64), _i64, _i64, _i64, _i32, _i32, _i32, ctypes.c_char_p]
+    lib.zt_post.argtypes, lib.zt_post.restype = [_u64, ctypes.c_uint32], None
+    lib.zt_wait.argtypes = [_u64, ctypes.c_uint32, _i64]
     return lib
 
 
@@ -255,6 +260,50 @@ def accumulate(
         acc.data_ptr(), g.data_ptr(), acc.numel(), _DTYPES[str(g.dtype)], scale, threads or 0, isa.encode()
     )
     _raise_for(code, isa)
+
+
+def sum_into(
+    target: torch.Tensor,
+    sources: Sequence[int],
+    begin: int,
+    dtype: str,
+    *,
+    add: bool,
+    threads: int | None = None,
+    isa: str = "",
+) -> None:
+    """target[i] = (target[i] if add else 0) + sum over sources of source[begin + i]: in fp32, in their order, rounded
+    once.
+
+    Args:
+        target: (numel,) fp32 or bf16 on the CPU. May be the same memory as a source's elements from `begin`.
+        sources: addresses of arrays of `dtype` ("torch.float32" or "torch.bfloat16"), which must be long enough.
+    """
+    _check("target", target, target.numel(), tuple(_DTYPES), "cpu")
+    code = cpu().zt_sum(
+        target.data_ptr(),
+        _DTYPES[str(target.dtype)],
+        (_u64 * len(sources))(*sources),
+        len(sources),
+        begin,
+        target.numel(),
+        _DTYPES[dtype],
+        int(add),
+        threads or 0,
+        isa.encode(),
+    )
+    _raise_for(code, isa)
+
+
+def post(address: int, number: int) -> None:
+    """Store a 32-bit `number` at `address` (shared memory) for those who `wait` for it; earlier writes are seen with
+    it."""
+    cpu().zt_post(address, number & 0xFFFFFFFF)
+
+
+def wait(address: int, number: int, timeout_us: int) -> bool:
+    """Whether the 32-bit number at `address` reaches `number` (modulo 2**32) within the time. Drops the GIL."""
+    return bool(cpu().zt_wait(address, number & 0xFFFFFFFF, timeout_us))
 
 
 def cuda_adamw(

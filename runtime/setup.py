@@ -24,12 +24,18 @@ from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.wire.messages import Hello
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, RunFile, boot_id, read_run
 from runtime.zero.cut import Cut, UnitError, cut, reduce_order
-from runtime.zero.stage import STAGES, StagePolicy
-from runtime.zero.unit import BufferPool, Flat
+from runtime.zero.flat import Flat, Member
+from runtime.zero.gradients import GradientNumbers, Gradients
+from runtime.zero.pool import BufferPool
+from runtime.zero.stage import StagePolicy, policy_for
+from runtime.zero.unit import Unit
+from runtime.zero.values import Values, adopt
 
 log = logging.getLogger("runtime.setup")
 
 TRAINABLE = (torch.float32, torch.bfloat16)
+ARENA_SLACK = 1 << 28
+"""Bytes: shared memory is reserved, not used, and every buffer starts on a page."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -119,15 +125,23 @@ class Assembly:
     """What an engine drives."""
 
     policy: StagePolicy
-    flats: list[Flat] = field(default_factory=list)
-    """In forward order, the root unit first: the order of updates and gathers."""
+    numbers: GradientNumbers
+    units: list[Unit] = field(default_factory=list)
+    """In forward order, the root unit and the small parameters first."""
     reduce_order: list[Flat] = field(default_factory=list)
     frozen: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    """Parameters that are not trained and whole on every rank; at stage 3 large ones are in their units."""
     rules: list[Rule] = field(default_factory=list)
+
+    @property
+    def flats(self) -> list[Flat]:
+        """Trained ones, in the order of updates and gathers."""
+        return [flat for unit in self.units for flat in unit.flats]
 
 
 def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm, ledger: Ledger) -> Assembly:
-    """Cut `module` into units and move its parameters into flat buffers (rank 0's values everywhere).
+    """Cut `module` into units and move its parameters into flat buffers (rank 0's values everywhere), one unit at a
+    time, so that no device ever holds more than its part and one unit.
 
     Raises ConfigError for what the model or config can't have, on every rank alike.
     """
@@ -135,82 +149,120 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
     _check_parameters(module, config, optimizer)
     if detach := getattr(module, "_zerotop_detach", None):
         detach()  # an earlier engine on the same model must not go on taking its gradients
+    values = _values(module, comm)
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    parts = Assembly(STAGES[config.stage])
     precision = DTYPES[config.precision]
-    module.to(comm.device)
-    _cast_buffers(module, precision, comm, ledger)
-    parts.frozen = [(name, p) for name, p in module.named_parameters() if p not in group_of or not p.requires_grad]
-    frozen = {p for _, p in parts.frozen}
-    left_out = sum(parameter.requires_grad for _, parameter in parts.frozen)
-    if left_out and comm.rank == 0:
-        log.warning(f"{left_out} parameters require a gradient and are in no optimizer group: they stay as they are")
-    for _, parameter in parts.frozen:
-        parameter.requires_grad_(False)
-        parameter.data = ledger.hold("parameters", _cast(parameter.data, precision))
-        comm.broadcast_bytes(parameter.data)
+    frozen = _freeze(module, group_of, comm)
     try:
-        cuts = cut(module, list(config.zerotop.units) if config.zerotop.units else None)
+        patterns = list(config.zerotop.units) if config.zerotop.units else None
+        cuts = cut(module, patterns, config.persistence_threshold)
     except UnitError as error:
         raise ConfigError(str(error)) from None
-    accumulate = DTYPES[config.grad_accum_dtype]
-    pool = BufferPool(accumulate, comm.device, ledger)
-    by_cut: dict[int, list[Flat]] = {}
-    for index, unit in enumerate(cuts):
-        by_cut[index] = [
-            Flat(
-                f"{unit.name}/{str(dtype).removeprefix('torch.')}",
-                members,
-                dtype,
-                parts.policy,
-                comm,
-                ledger,
-                pool,
-                accumulate,
-            )
-            for dtype, members in _by_dtype(unit, group_of, frozen, precision).items()
-        ]
-        parts.flats += by_cut[index]
-    parts.reduce_order = [flat for index in reduce_order(cuts) for flat in by_cut[index]]
+    parts = Assembly(policy_for(config.stage, config.zerotop.accumulate == "local"), _numbers(config, comm.world_size))
+    if comm.world_size > 1:
+        comm.share_memory(16 * sum(p.numel() for p in module.parameters()) + ARENA_SLACK)
+    _place_buffers(module, precision, comm, ledger, values)
+    pool = BufferPool(comm, ledger)
+    for unit_cut in cuts:
+        unit = Unit(unit_cut.name, unit_cut.modules, stays=unit_cut.everywhere)
+        shard = parts.policy.own_parameters and comm.world_size > 1 and unit_cut.name != "small"
+        for trained in (True, False):
+            for dtype, members in _by_dtype(unit_cut, group_of, frozen, precision, trained).items():
+                if not trained and not shard:
+                    parts.frozen += [(name, parameter) for name, parameter, _ in members]
+                    continue
+                name = f"{unit.name}/{str(dtype).removeprefix('torch.')}{'' if trained else '/frozen'}"
+                flat = Flat(name, members, dtype, parts.policy, shard, comm, ledger, values, trained)
+                if trained:
+                    flat.gradients = Gradients(flat.layout, parts.policy, dtype, parts.numbers, pool)
+                (unit.flats if trained else unit.frozen).append(flat)
+        parts.units.append(unit)
+    for name, parameter in parts.frozen:
+        _place_frozen(name, parameter, precision, comm, ledger, values)
+    parts.reduce_order = [flat for index in reduce_order(cuts) for flat in parts.units[index].flats]
     if not parts.flats:
         raise ConfigError("the model has no trainable parameter in the optimizer: nothing to train")
     parts.rules = [optimizer.make_rule(flat, ledger) for flat in parts.flats]
     return parts
 
 
+def _values(module: nn.Module, comm: Comm) -> Values:
+    """What one rank lacks is every rank's error, or the others would wait for it."""
+    values, problem = None, ""
+    try:
+        values = Values.of(module, comm.rank)
+    except ConfigError as error:
+        problem = str(error)
+    problems = [found for found in comm.gather_objects(problem) if found]
+    if problems or values is None:
+        raise ConfigError(problems[0])
+    return values
+
+
+def _numbers(config: Resolved, world_size: int) -> GradientNumbers:
+    communicate = config.communication_data_type
+    return GradientNumbers(
+        DTYPES[config.grad_accum_dtype],
+        DTYPES[communicate] if communicate else None,
+        1 / world_size if config.prescale_gradients else 1 / config.gradient_predivide_factor,
+    )
+
+
+def _freeze(module: nn.Module, group_of: dict[nn.Parameter, int], comm: Comm) -> set[nn.Parameter]:
+    """The parameters that are not trained; from now on none of them requires a gradient."""
+    frozen = {p for p in module.parameters() if p not in group_of or not p.requires_grad}
+    left_out = sum(parameter.requires_grad for parameter in frozen)
+    if left_out and comm.rank == 0:
+        log.warning(f"{left_out} parameters require a gradient and are in no optimizer group: they stay as they are")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen
+
+
 def _by_dtype(
-    unit: Cut, group_of: dict[nn.Parameter, int], frozen: set[nn.Parameter], precision: torch.dtype
-) -> dict[torch.dtype, list[tuple[str, nn.Parameter, int]]]:
-    """A unit's trainable parameters by the dtype they will compute in, ordered by optimizer group."""
-    members: dict[torch.dtype, list[tuple[str, nn.Parameter, int]]] = {}
+    unit: Cut, group_of: dict[nn.Parameter, int], frozen: set[nn.Parameter], precision: torch.dtype, trained: bool
+) -> dict[torch.dtype, list[Member]]:
+    """A unit's trained (or frozen) parameters by the dtype they will compute in, ordered by optimizer group."""
+    members: dict[torch.dtype, list[Member]] = {}
     for name, parameter in unit.parameters:
-        if parameter not in frozen:
+        if (parameter not in frozen) == trained:
             dtype = _computes_in(parameter.dtype, precision)
-            members.setdefault(dtype, []).append((name, parameter, group_of[parameter]))
+            members.setdefault(dtype, []).append((name, parameter, group_of.get(parameter, 0)))
     return {dtype: sorted(found, key=lambda member: member[2]) for dtype, found in members.items()}
 
 
 def _computes_in(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:
     """Under 16-bit precision every parameter is 16-bit, as in DeepSpeed; under fp32 a model keeps the dtypes it came
     with."""
-    return dtype if precision == torch.float32 else precision
+    return dtype if precision == torch.float32 or not dtype.is_floating_point else precision
 
 
-def _cast(tensor: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
-    return tensor.to(_computes_in(tensor.dtype, precision)) if tensor.is_floating_point() else tensor
+def _place_frozen(
+    name: str, parameter: nn.Parameter, precision: torch.dtype, comm: Comm, ledger: Ledger, values: Values
+) -> None:
+    """A frozen parameter that every rank holds whole: to the device, rank 0's values."""
+    dtype = _computes_in(parameter.dtype, precision)
+    found = values.read(name, parameter, 0, parameter.numel())
+    # Its own memory: what a checkpoint changes later must not reach into a script's tensors.
+    data = torch.empty(parameter.shape, dtype=dtype, device=comm.device)
+    if found is not None:
+        data.view(-1).copy_(found)
+    if values.needs_broadcast(parameter):
+        comm.broadcast_bytes(data)
+    adopt(parameter, ledger.hold("parameters", data))
 
 
-def _cast_buffers(module: nn.Module, precision: torch.dtype, comm: Comm, ledger: Ledger) -> None:
-    """Floating buffers follow the precision, as scripts written for DeepSpeed expect; batch norm keeps its statistics
-    in fp32."""
-    for owner in module.modules():
+def _place_buffers(module: nn.Module, precision: torch.dtype, comm: Comm, ledger: Ledger, values: Values) -> None:
+    """To the device, rank 0's values. Floating buffers follow the precision, as scripts written for DeepSpeed expect;
+    batch norm keeps its statistics in fp32."""
+    for path, owner in module.named_modules():
         for name, buffer in list(owner._buffers.items()):
             if buffer is None:
                 continue
-            if not isinstance(owner, nn.modules.batchnorm._NormBase):
-                owner._buffers[name] = _cast(buffer, precision)
-            held = owner._buffers[name]
-            assert held is not None
+            held = values.buffer(f"{path}.{name}" if path else name, buffer).to(comm.device)
+            if held.is_floating_point() and not isinstance(owner, nn.modules.batchnorm._NormBase):
+                held = held.to(_computes_in(held.dtype, precision))
+            owner._buffers[name] = held
             comm.broadcast_bytes(held)
             ledger.hold("buffers", held)
 

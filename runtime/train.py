@@ -15,6 +15,7 @@ from runtime.data.corpus import load_text
 from runtime.data.order import Batches, Order
 from runtime.engine import Engine
 from runtime.models.gpt import build_model
+from runtime.zero.init import Init
 
 log = logging.getLogger("runtime.train")
 
@@ -25,14 +26,17 @@ class TrainingError(RuntimeError):
 
 def train(config: Resolved, folder: Path) -> None:
     """Train what `config` describes; relative globs in it start in `folder`."""
-    device = init_distributed()
+    init_distributed()
     section = config.zerotop
     torch.manual_seed(section.train.seed)
     data = section.data
     tokenizer, text = load_text(data.files, data.tokenizer, data.seq_len, folder, log.info)
     order = Order(section.train.seed, len(text), config.global_batch)
     batches = Batches(text, order, config.micro_batch, config.accumulation, dist.get_rank(), dist.get_world_size())
-    model = build_model(section.model, tokenizer.vocab_size, data.seq_len, device)
+    with Init():
+        model = build_model(section.model, tokenizer.vocab_size, data.seq_len, "cpu")
+    if (checkpointing := config.activation_checkpointing) is not None:
+        model.checkpoint_activations(checkpointing.number_checkpoints, checkpointing.cpu_checkpointing)
     engine, _, _, _ = initialize(model=model, config=config)
     run(engine, batches, section.train.steps)
     engine.finish()

@@ -70,7 +70,7 @@ static double fold(const double* x, int64_t n) {        // one block of block su
 
 }  // namespace zt
 
-API int zt_abi() { return 1; }
+API int zt_abi() { return 2; }
 API int zt_max_threads() { return zt::threads_for(0, INT32_MAX); }
 
 // The ISA that would run, or null where `force` names one that is not built in or not supported by this CPU.
@@ -134,6 +134,21 @@ API int zt_accumulate(uint64_t acc, uint64_t g, int64_t n, int32_t dtype, float 
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t i = c * CHUNK, len = n - i < CHUNK ? n - i : CHUNK;
     k->accumulate((float*)acc + i, (const char*)g + i * size, len, (Dtype)dtype, scale);
+  }
+  return 0;
+}
+
+// dst[i] = (add ? dst[i] : 0) + sum over s of srcs[s][begin + i], in fp32, in the order of the sources, rounded once.
+API int zt_sum(uint64_t dst, int32_t dst_dtype, const uint64_t* srcs, int64_t n_srcs, int64_t begin, int64_t n,
+               int32_t src_dtype, int32_t add, int32_t threads, const char* force) {
+  using namespace zt;
+  const Kernels* k = pick(force);
+  if (!k) return -1;
+  const int64_t chunks = (n + CHUNK - 1) / CHUNK, size = dst_dtype == BF16 ? 2 : 4;
+#pragma omp parallel for schedule(static) num_threads(threads_for(threads, chunks))
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t i = c * CHUNK, len = n - i < CHUNK ? n - i : CHUNK;
+    k->sum((char*)dst + i * size, (Dtype)dst_dtype, srcs, n_srcs, begin + i, len, (Dtype)src_dtype, add != 0);
   }
   return 0;
 }

@@ -21,6 +21,8 @@ struct Kernels {
   void (*adam)(const AdamArgs&, Dtype grad, bool l2, const ZtHyper&);
   double (*block)(const void* x, int64_t n, Dtype);     // sum of squares of one block, n <= ZT_BLOCK
   void (*accumulate)(float* acc, const void* g, int64_t n, Dtype, float scale);
+  // dst = (add ? dst : 0) + (srcs[0] + srcs[1] + ...), from element `begin` of each source; dst begins at its element 0.
+  void (*sum)(void* dst, Dtype, const uint64_t* srcs, int64_t n_srcs, int64_t begin, int64_t n, Dtype, bool add);
 };
 
 #define ZT_DECLARE(isa) namespace isa { extern const Kernels kernels; }

@@ -45,7 +45,8 @@ def load(engine: Engine, path: Path) -> Loaded:
     _load_tensors(engine, manifest, path)
     for flat in engine.flats:
         flat.masters_to_parameters()
-    for pending in [flat.gather() for flat in engine.flats]:
+    engine.gathering.stale()
+    for pending in [flat.gather_updated() for flat in engine.flats if not flat.sharded]:
         pending.wait()
     for rule in engine.rules:
         rule.load_scalars(common["scalars"])
@@ -54,6 +55,8 @@ def load(engine: Engine, path: Path) -> Loaded:
             group["lr"] = lr
     if engine.lr_scheduler is not None and common["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(common["scheduler"])
+    if "loss_scale" in common:
+        engine.scaler.load_state_dict(common["loss_scale"])
     engine.global_steps = manifest.step
     engine.micro_steps = manifest.step * engine.gradient_accumulation_steps()  # which may be another one now
     engine.optimizer_steps, engine.lr_factor = manifest.optimizer_step, manifest.lr_factor

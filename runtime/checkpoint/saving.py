@@ -120,6 +120,7 @@ def _write_common(
         "lr": [float(group["lr"]) for group in engine.optimizer.param_groups],
         "initial_lrs": engine.optimizer.initial_lrs,
         "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+        "loss_scale": engine.scaler.state_dict(),
         "registered": {name: item.state_dict() for name, item in engine.registered.items()},
         "client_state": client_state,
     }
@@ -166,7 +167,10 @@ def _manifest(engine: Engine) -> Manifest:
         lr_factor=engine.lr_factor,
         config_digest=engine.config.digest(),
         shapes=shapes_of(engine),
-        frozen=[name for name, _ in engine.frozen],
+        frozen=[
+            *(name for name, _ in engine.frozen),
+            *(slot.name for flat in engine.frozen_flats for slot in flat.layout.slots),
+        ],
     )
 
 

@@ -107,21 +107,31 @@ def pieces_of(engine: Engine, own_range_only: bool) -> dict[str, Piece]:
                 if low >= 0 and low + part.numel <= state.tensor.numel():
                     held = state.tensor[low : low + part.numel]
                     pieces[f"state.{state.name}.{part.name}"] = Piece(held, part.param_start, part.param_numel)
+    for flat in engine.frozen_flats:
+        for part in flat.layout.slices(flat.start, flat.end):
+            held = flat.own[part.range_start : part.range_start + part.numel]
+            pieces[f"param.{part.name}"] = Piece(held, part.param_start, part.param_numel)
     return pieces
 
 
 def whole_tensors(engine: Engine) -> dict[str, torch.Tensor]:
     """What all ranks hold alike and rank 0 writes: persistent buffers and frozen parameters. A frozen parameter has the
     same name as a trained one, so that it may be the other in the next attempt."""
-    persistent = engine.module.state_dict().keys()
-    buffers = {f"buffer.{n}": b for n, b in engine.module.named_buffers() if n in persistent}
+    buffers = {
+        f"buffer.{path}.{name}" if path else f"buffer.{name}": buffer
+        for path, module in engine.module.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
     return buffers | {f"param.{name}": parameter.data for name, parameter in engine.frozen}
 
 
 def shapes_of(engine: Engine) -> dict[str, list[int]]:
     """The shape of every parameter by name."""
-    trained = {slot.name: list(slot.shape) for flat in engine.flats for slot in flat.layout.slots}
-    return dict(sorted({**trained, **{name: list(p.shape) for name, p in engine.frozen}}.items()))
+    in_units = {
+        slot.name: list(slot.shape) for flat in (*engine.flats, *engine.frozen_flats) for slot in flat.layout.slots
+    }
+    return dict(sorted({**in_units, **{name: list(p.shape) for name, p in engine.frozen}}.items()))
 
 
 def root_cause(error: BaseException) -> str:

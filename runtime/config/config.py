@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr
 
 from .batch import ACCUMULATION, MICRO, TRAIN, solve
-from .deepspeed import AnyDType, Bf16Section, DataTypesSection, DType, Fp16Section, ZeroSection
+from .deepspeed import (
+    ActivationCheckpointingSection,
+    AnyDType,
+    Bf16Section,
+    DataTypesSection,
+    DType,
+    Fp16Section,
+    ZeroSection,
+)
 from .errors import Findings, Path, dotted
 from .optimizers import DEFAULT_ADAM_LR, AdamParams, OptimizerConfig, OptimizerSection
 from .resolved import Fp16Config, OffloadOptimizerConfig, OffloadParamConfig, Resolved
@@ -45,7 +53,14 @@ class Config(Section):
     data_types: DataTypesSection = DataTypesSection()
     """Precision of gradient accumulation."""
     communication_data_type: AnyDType | None = None
-    """Precision in which gradients are reduced. Unset: that in which they accumulate."""
+    """Precision in which gradients are reduced. Unset: that of the model where they are reduced as each unit's backward
+    ends (stages 2 and 3), else that in which they accumulate."""
+    prescale_gradients: Flag = False
+    """Whether gradients are divided by the number of ranks before they are reduced, and not after."""
+    gradient_predivide_factor: Annotated[Num, Field(gt=0)] = 1.0
+    """What gradients are divided by before they are reduced; the mean comes out the same. Not with prescale_gradients."""
+    activation_checkpointing: ActivationCheckpointingSection | None = None
+    """Activations are computed again in backward instead of being kept. Unset: off."""
     dataloader_drop_last: Flag = False
     """Whether a loader that initialize() builds leaves out an incomplete last batch."""
     zerotop: ZerotopConfig = ZerotopConfig()
@@ -114,6 +129,11 @@ class Config(Section):
                 "shards parameters"
             )
             offload_param = None
+        if self.prescale_gradients and self.gradient_predivide_factor != 1.0:
+            found.problem(
+                ("gradient_predivide_factor",),
+                ": prescale_gradients divides by the number of ranks already; leave one of them out",
+            )
         notes += self._filled_autos(optimizer)
         found.raise_if_any()
         assert batch is not None  # a missing batch was recorded as a problem
@@ -127,6 +147,10 @@ class Config(Section):
             precision=precision,
             grad_accum_dtype=accumulate,
             communication_data_type=self.communication_data_type,
+            prescale_gradients=self.prescale_gradients,
+            gradient_predivide_factor=self.gradient_predivide_factor,
+            persistence_threshold=zero.stage3_param_persistence_threshold,
+            activation_checkpointing=self.activation_checkpointing,
             gradient_clipping=self.gradient_clipping,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -143,8 +167,7 @@ class Config(Section):
             if device == "cpu":
                 found.problem(
                     ("fp16", "enabled"),
-                    ": fp16 needs a GPU and this run is on the CPU; besides, fp16 training is not supported yet. "
-                    'Write "bf16": {"enabled": true} instead of fp16',
+                    ': fp16 needs a GPU and this run is on the CPU. Write "bf16": {"enabled": true} instead of fp16',
                 )
             return "fp16"
         if self.bf16.enabled:

@@ -83,6 +83,18 @@ class ZeroSection(Section):
     """Optimizer states in host memory."""
     offload_param: OffloadParamSection | None = None
     """Parameters in host memory; only at stage 3."""
+    stage3_param_persistence_threshold: Annotated[Int, Field(ge=0)] = 100_000
+    """Parameters of fewer elements stay whole at stage 3: gathering them costs more than holding them."""
+
+
+class ActivationCheckpointingSection(Section):
+    """The `activation_checkpointing` section. Its presence turns checkpointing on in the built-in model; scripts call
+    runtime.checkpointing.checkpoint."""
+
+    cpu_checkpointing: Flag = False
+    """Whether what is kept for backward waits in host memory."""
+    number_checkpoints: Annotated[Int, Field(ge=1)] | None = None
+    """Segments that the blocks of the built-in model are grouped into. Unset: every block is one."""
 
 
 class DataTypesSection(Section):

@@ -17,10 +17,10 @@ _UNITS = (
 )
 _GATHER = "a stage 3 unit is gathered just before its use, one unit ahead, and freed after, whatever its size"
 _MEASURED = "time, memory and communication are always measured; the screen shows them"
+_SEGMENTS = "the allocator takes memory back and hands it out again; there is no buffer to place activations in"
 _RECORDED = "every run is recorded in its run directory; `zerotop replay` shows it again"
 _NVME = "it only concerns offload to NVMe"
 _ANY_OPTIMIZER = "every supported optimizer runs at every stage, on the kernel that fits where its states live"
-_AVERAGE = "gradients are averaged over ranks either way; only the order of dividing and adding would differ"
 _CHECKPOINT = "checkpoints are written atomically by every rank and readable at any world size and stage"
 _COMPILE = "zerotop does not compile the model; call torch.compile in your script"
 _NOT_DEEPSPEED = "DeepSpeed has no such key either"
@@ -34,8 +34,6 @@ NO_EFFECT: dict[str, str] = {
     "memory_breakdown": _MEASURED,
     "timers": _MEASURED,
     "dump_state": "launch writes the resolved config into the run directory",
-    "prescale_gradients": _AVERAGE,
-    "gradient_predivide_factor": _AVERAGE,
     "sparse_gradients": "gradients land in dense flat memory; an embedding's gradient comes out the same",
     "disable_allgather": _NOT_USED_SINCE,
     "allgather_size": _UNITS,
@@ -47,8 +45,11 @@ NO_EFFECT: dict[str, str] = {
     "seq_parallel_communication_data_type": _SEQUENCE,
     "seq_parallel_comm_data_type": _SEQUENCE,
     "pipeline": "only DeepSpeed's PipelineModule reads it",
-    "activation_checkpointing": "it configures deepspeed.checkpointing, which zerotop does not have; "
-    "checkpoint activations in the model with torch.utils.checkpoint",
+    "activation_checkpointing.partition_activations": "it shares activations out over model-parallel ranks, and there are "
+    "none",
+    "activation_checkpointing.contiguous_memory_optimization": _SEGMENTS,
+    "activation_checkpointing.synchronize_checkpoint_boundary": "nothing here needs the GPU to wait at a boundary",
+    "activation_checkpointing.profile": _MEASURED,
     "checkpoint": _CHECKPOINT,
     "nebula": _CHECKPOINT,
     "datastates": _CHECKPOINT,
@@ -91,7 +92,6 @@ NO_EFFECT: dict[str, str] = {
     "zero_optimization.override_module_apply": "modules are used as they are",
     "zero_optimization.leaf_module": _GATHER,
     "zero_optimization.prefetch_bucket_size": _GATHER,
-    "zero_optimization.param_persistence_threshold": _GATHER,
     "zero_optimization.model_persistence_threshold": _GATHER,
     "zero_optimization.max_live_parameters": _GATHER,
     "zero_optimization.max_reuse_distance": _GATHER,

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Literal
 
-from .deepspeed import DType
+from .deepspeed import ActivationCheckpointingSection, DType
 from .optimizers import OptimizerConfig
 from .schedulers import SchedulerConfig
 from .section import Section
@@ -76,7 +76,16 @@ class Resolved(Section):
     grad_accum_dtype: DType
     """Precision in which gradients accumulate: fp32, or `precision` when the config says so."""
     communication_data_type: DType | None
-    """Precision in which gradients are reduced. None: that in which they accumulate."""
+    """Precision in which gradients are reduced. None: the precision itself where they are reduced as each unit's
+    backward ends (stages 2 and 3), else that in which they accumulate."""
+    prescale_gradients: bool
+    """Whether gradients are divided by the number of ranks before they are reduced, and not after."""
+    gradient_predivide_factor: float
+    """What gradients are divided by before they are reduced; the rest of the mean is taken after."""
+    persistence_threshold: int
+    """Parameters of fewer elements are set apart, and stay whole at stage 3."""
+    activation_checkpointing: ActivationCheckpointingSection | None
+    """None: the built-in model keeps its activations."""
     gradient_clipping: float
     """Largest global gradient norm; 0 does not clip."""
     optimizer: OptimizerConfig | None

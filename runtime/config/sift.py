@@ -26,6 +26,8 @@ def sift(model: type[Section], raw: Any, path: Path, found: Findings) -> dict[st
     kept: dict[str, Any] = {}
     for key, value in raw.items():
         here = (*path, str(key))
+        if path == ("zero_optimization",) and STAGE3_PREFIX + str(key) in model.model_fields:
+            key = STAGE3_PREFIX + str(key)
         if str(key) not in model.model_fields:
             _other(model, here, value, found)
         elif value is None:

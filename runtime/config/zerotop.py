@@ -121,6 +121,10 @@ class ZerotopConfig(Section):
     log: LogConfig = LogConfig()
     """What is logged."""
 
+    accumulate: Literal["ranges", "local"] = "ranges"
+    """What stages 2 and 3 keep between micro-steps. `ranges`: each micro-step's gradients are reduced and the own range
+    is kept. `local`: whole gradients, reduced once at the boundary: less communication, more memory."""
+
     units: Texts | None = None
     """Names of the modules to cut the model into, as `named_modules()` gives them; `*` matches anything
     (`transformer.h.*`). Unset: the children of the largest repeated ModuleList."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from runtime.checkpointing import keep_inputs_only
 from runtime.models.presets import GPTConfig, ModelError, load_model_config
 
 IGNORED_TARGET = -100
@@ -52,7 +54,17 @@ class GPT(nn.Module):
             self.head.weight = self.embedding.weight
         # Not a buffer: model.to(bfloat16) must not round the angles, and meta models must not lose them.
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self._segments: list[list[Block]] | None = None
+        self._on_cpu = False
         self.reset_parameters()
+
+    def checkpoint_activations(self, segments: int | None = None, on_cpu: bool = False) -> None:
+        """From now on the blocks compute their activations again in backward, in `segments` groups (default: each block
+        by itself). on_cpu: a group's input waits in host memory."""
+        blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
+        size = -(-len(blocks) // min(segments or len(blocks), len(blocks)))
+        self._segments = [blocks[start : start + size] for start in range(0, len(blocks), size)]
+        self._on_cpu = on_cpu
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -77,8 +89,11 @@ class GPT(nn.Module):
             )
         cos, sin = self._rotary_tables(tokens.device, tokens.shape[1])
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, cos, sin)
+        if self._segments is None or not torch.is_grad_enabled():
+            x = _through(self.blocks, x, cos, sin)
+        else:
+            for segment in self._segments:
+                x = keep_inputs_only(_through, segment, x, cos, sin, on_cpu=self._on_cpu)
         logits = self.head(self.norm(x))
         if targets is None:
             return logits
@@ -94,6 +109,12 @@ class GPT(nn.Module):
         return cos[:seq_len], sin[:seq_len]
 
 
+def _through(blocks: Iterable[nn.Module], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    for block in blocks:
+        x = block(x, cos, sin)
+    return x
+
+
 def rotary_tables(seq_len: int, head_dim: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """cos and sin of position * 10000^(-2i/head_dim), fp32 [seq_len, head_dim / 2] (arXiv 2104.09864)."""
     rates = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
@@ -107,7 +128,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def build_model(section: Any, vocab_size: int, seq_len: int, device: torch.device | str) -> nn.Module:
+def build_model(section: Any, vocab_size: int, seq_len: int, device: torch.device | str) -> GPT:
     """The model of a `zerotop.model` section in fp32 on `device`, drawn from torch's current random state.
 
     `vocab_size` is the tokenizer's number of tokens (padded to 64 here). Raises ModelError when it cannot be built.

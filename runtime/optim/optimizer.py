@@ -12,7 +12,7 @@ from torch import nn
 from runtime.config import ConfigError, OptimizerConfig
 from runtime.memory import Ledger
 from runtime.optim.rules import AdamRule, Rule, TorchRule
-from runtime.zero.unit import Flat
+from runtime.zero.flat import Flat
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD")
 """Optimizers of torch.optim that treat every element by itself, and so work on flat ranges as they are."""

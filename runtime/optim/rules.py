@@ -17,7 +17,7 @@ from torch.optim import adamw as functional_adamw  # type: ignore[attr-defined]
 from runtime import native
 from runtime.memory import Ledger
 from runtime.optim.adamw import adamw_reference
-from runtime.zero.unit import Flat
+from runtime.zero.flat import Flat
 
 Hyper = Mapping[str, Any]
 """One optimizer parameter group's numbers: lr, betas, eps, weight_decay, ..."""
@@ -56,12 +56,13 @@ class AdamRule:
 
     def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         flat = self.flat
-        out = None if flat.dtype == torch.float32 else flat.own_parameters
+        # The kernels write bf16 beside the masters; fp16 is rounded in a pass of its own.
+        out = flat.own_parameters if flat.dtype == torch.bfloat16 else None
         for segment in flat.segments:
             part = slice(segment.start, segment.end)
             hyper = groups[segment.group]
             beta1, beta2 = hyper["betas"]
-            _adam_kernel(flat.masters)(
+            _adam_kernel(flat.masters, flat.gradient.dtype)(
                 flat.masters[part],
                 self.exp_avg[part],
                 self.exp_avg_sq[part],
@@ -77,6 +78,8 @@ class AdamRule:
                 grad_scale=scale,
                 adamw=self.decoupled,
             )
+        if out is None:
+            flat.masters_to_parameters()
 
     def states(self) -> Iterator[State]:
         yield State("exp_avg", 0, self.exp_avg)
@@ -89,10 +92,11 @@ class AdamRule:
         """Nothing to take: Adam's only scalar is the step count, which the engine keeps."""
 
 
-def _adam_kernel(masters: torch.Tensor):  # type: ignore[no-untyped-def]
+def _adam_kernel(masters: torch.Tensor, gradient: torch.dtype):  # type: ignore[no-untyped-def]
     if masters.device.type == "cuda":
         return _adam_on_cuda
-    return partial(native.adamw, threads=torch.get_num_threads()) if native.available() else adamw_reference
+    fused = native.available() and gradient in (torch.float32, torch.bfloat16)
+    return partial(native.adamw, threads=torch.get_num_threads()) if fused else adamw_reference
 
 
 def _adam_on_cuda(p, m, v, g, out, *, step, lr, beta1, beta2, eps, weight_decay, grad_scale, adamw):  # type: ignore[no-untyped-def]

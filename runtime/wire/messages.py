@@ -105,6 +105,7 @@ class StepResult(Message):
     phase_ms: dict[str, float] = Field(default_factory=dict)
     skipped: bool = False
     loss_scale: float | None = None
+    """Factor on the loss; None unless the precision is fp16."""
     end_ns: int
 
 

@@ -10,7 +10,7 @@ import torch
 
 from runtime import native
 from runtime.comm import Comm
-from runtime.zero.unit import Flat
+from runtime.zero.flat import Flat
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def own_gradient(flat: Flat, comm: Comm) -> torch.Tensor:
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor | float:
     """In fp64 and in a fixed order, so that the same gradients give the same bits at any number of threads. On a GPU
     the sum stays there (a 0-dim tensor): reading it here would make the host wait for every unit."""
-    if tensors[0].device.type == "cpu" and native.available():
+    if tensors[0].device.type == "cpu" and tensors[0].dtype != torch.float16 and native.available():
         return sum(native.sum_of_squares(tensor, threads=torch.get_num_threads())[0] for tensor in tensors)
     return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in tensors]).sum()
 

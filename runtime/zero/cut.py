@@ -17,18 +17,22 @@ class Cut:
     name: str
     modules: list[nn.Module]
     parameters: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    everywhere: bool = False
+    """The root unit and the small parameters: used, and open for gradients, all along."""
 
 
 class UnitError(ValueError):
     """zerotop.units names modules that the model does not have."""
 
 
-def cut(model: nn.Module, patterns: list[str] | None = None) -> list[Cut]:
+def cut(model: nn.Module, patterns: list[str] | None = None, small_below: int = 0) -> list[Cut]:
     """Units in forward order; every parameter of `model` is in exactly one of them, and units without parameters are
     left out.
 
     `patterns` (the config's zerotop.units) are module paths, `*` allowed: each matching module becomes a unit. A
     parameter that modules of several units use (tied weights) belongs to the root unit, which comes first.
+    Parameters of fewer than `small_below` elements (the config's stage3_param_persistence_threshold) are set apart,
+    second: stage 3 keeps them whole. They are at every stage, so that all stages add in the same order.
     """
     modules = dict(model.named_modules())
     if patterns:
@@ -43,9 +47,13 @@ def cut(model: nn.Module, patterns: list[str] | None = None) -> list[Cut]:
         cuts = [Cut(name, [modules[name]]) for name in chosen]
     else:
         cuts = _default_cut(model, modules)
-    root = Cut("root", [model])
+    root = Cut("root", [model], everywhere=True)
     _share_out(model, root, cuts)
-    return [unit for unit in (root, *cuts) if unit.parameters]
+    small = Cut("small", [model], everywhere=True)
+    for unit in (root, *cuts):
+        small.parameters += [(name, p) for name, p in unit.parameters if p.numel() < small_below]
+        unit.parameters = [(name, p) for name, p in unit.parameters if p.numel() >= small_below]
+    return [unit for unit in (root, small, *cuts) if unit.parameters]
 
 
 def _default_cut(model: nn.Module, modules: dict[str, nn.Module]) -> list[Cut]:
@@ -87,11 +95,7 @@ def _share_out(model: nn.Module, root: Cut, cuts: list[Cut]) -> None:
 
 
 def reduce_order(units: list[Cut]) -> Iterator[int]:
-    """Indices in the order in which gradients are expected to be complete: the head first, the root unit (open all
-    along) last."""
-    for index in reversed(range(len(units))):
-        if units[index].name != "root":
-            yield index
-    for index, unit in enumerate(units):
-        if unit.name == "root":
-            yield index
+    """Indices in the order in which gradients are expected to be complete: the head first, what is open all along
+    last."""
+    yield from (index for index in reversed(range(len(units))) if not units[index].everywhere)
+    yield from (index for index, unit in enumerate(units) if unit.everywhere)

@@ -9,27 +9,34 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from runtime.telemetry import NullTelemetry, Telemetry
-from runtime.zero.unit import Flat
+from runtime.comm import Comm
+from runtime.zero.flat import Flat
+from runtime.zero.gradients import Gradients
 
-IN_FLIGHT = 2
-"""Reductions under way at once. A third would hold one more whole unit's buffer and overlap nothing more."""
+IN_FLIGHT = 1
+"""Reductions under way at once, beside the unit whose gradients are arriving. One more would hold one more whole unit's
+buffer and overlap nothing more."""
 
 
 class Schedule:
-    """Drives the flats through a backward. `order`: the flats in the order in which their reductions are issued, equal
-    on all ranks."""
+    """Drives the flats through a backward. `order`: the flats in the order in which their gradients are expected, equal
+    on all ranks. After the first backward it is the order in which they came on rank 0; what did not come goes last, so
+    that it holds up nobody."""
 
-    def __init__(self, order: Sequence[Flat], telemetry: Telemetry | NullTelemetry) -> None:
-        self.order = list(order)
-        self.telemetry = telemetry
-        self._ready: set[int] = set()
+    def __init__(self, order: Sequence[Flat], comm: Comm) -> None:
+        self.order: list[Gradients] = [flat.gradients for flat in order if flat.gradients is not None]
+        self.comm, self.telemetry = comm, comm.telemetry
+        self._sequence = list(range(len(self.order)))
+        """Positions in `order`, as reductions are issued."""
+        self._learned = False
+        self._ready: dict[int, None] = {}  # in order of arrival
         self._next = 0
-        self._flying: deque[Flat] = deque()
+        self._flying: deque[Gradients] = deque()
         self._reducing = False
+        self._arrivals = 0
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(position, index))
-            for position, flat in enumerate(self.order)
+            for position, flat in enumerate(order)
             for index, parameter in enumerate(flat.members)
         ]
 
@@ -39,8 +46,11 @@ class Schedule:
 
         def arrived(parameter: nn.Parameter) -> None:
             schedule = weak()
-            if schedule is not None and schedule.order[position].receive(index, parameter):
-                schedule._ready.add(position)
+            if schedule is None:
+                return
+            schedule._arrivals += 1
+            if schedule.order[position].receive(index, parameter):
+                schedule._ready[position] = None
                 schedule._issue_ready()
 
         return arrived
@@ -55,20 +65,20 @@ class Schedule:
         """`reduce`: this backward's gradients go out to the other ranks (every one at stages 2 and 3, else only the
         boundary's)."""
         self._ready.clear()
-        self._next = 0
+        self._next = self._arrivals = 0
         self._reducing = reduce
-        for flat in self.order:
-            flat.begin_backward()
+        for gradients in self.order:
+            gradients.begin_backward(reduce)
 
     def _issue_ready(self) -> None:
-        while self._reducing and self._next in self._ready:
-            self._issue(self.order[self._next])
+        while self._reducing and self._next < len(self._sequence) and self._sequence[self._next] in self._ready:
+            self._issue(self.order[self._sequence[self._next]])
 
-    def _issue(self, flat: Flat) -> None:
+    def _issue(self, gradients: Gradients) -> None:
         while len(self._flying) >= IN_FLIGHT:
             self._finish_oldest()
-        flat.issue_reduce()
-        self._flying.append(flat)
+        gradients.issue_reduce()
+        self._flying.append(gradients)
         self._next += 1
 
     def _finish_oldest(self) -> None:
@@ -76,10 +86,27 @@ class Schedule:
             self._flying.popleft().finish_reduce()
 
     def end_backward(self) -> None:
-        """Backward is over: what has not arrived counts as zero, and everything under way is waited for."""
+        """Backward is over: what has not arrived counts as zero, and everything under way is waited for.
+
+        Raises RuntimeError when nothing arrived at all: that loss depends on none of the parameters.
+        """
+        if not self._arrivals:
+            raise RuntimeError(
+                "engine.backward(loss): no trained parameter received a gradient. The loss must come from this "
+                "engine's model, with parameters that require a gradient and are in the optimizer"
+            )
         if not self._reducing:
             return
         while self._next < len(self.order):
-            self._issue(self.order[self._next])
+            self._issue(self.order[self._sequence[self._next]])
         while self._flying:
             self._finish_oldest()
+        if not self._learned:
+            self._learned = True
+            rest = [position for position in self._sequence if position not in self._ready]
+            self._sequence = self.comm.broadcast_object([*self._ready, *rest])
+
+    def clear(self) -> None:
+        """The gradients were used, or are of no use."""
+        for gradients in self.order:
+            gradients.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.zero.layout import Layout
 
@@ -12,14 +12,11 @@ class StagePolicy:
     stage: int
     own_states: bool
     """Masters and optimizer states exist for the rank's own range only."""
-    reduce_every_micro_step: bool
+    own_gradients: bool
     """Gradients are reduced as each unit's backward ends, and only the own range is kept. Otherwise they stay whole
     until the boundary."""
-
-    @property
-    def own_gradients(self) -> bool:
-        """Only the own range's accumulated gradient outlives a unit's backward."""
-        return self.reduce_every_micro_step
+    own_parameters: bool
+    """Parameters, too, are kept as the own range only, and gathered for the time of their use."""
 
     def state_range(self, layout: Layout, rank: int) -> tuple[int, int]:
         """The elements [start, end) of a flat buffer whose states this rank holds and updates."""
@@ -27,7 +24,13 @@ class StagePolicy:
 
 
 STAGES = {
-    0: StagePolicy(0, own_states=False, reduce_every_micro_step=False),
-    1: StagePolicy(1, own_states=True, reduce_every_micro_step=False),
-    2: StagePolicy(2, own_states=True, reduce_every_micro_step=True),
+    0: StagePolicy(0, own_states=False, own_gradients=False, own_parameters=False),
+    1: StagePolicy(1, own_states=True, own_gradients=False, own_parameters=False),
+    2: StagePolicy(2, own_states=True, own_gradients=True, own_parameters=False),
+    3: StagePolicy(3, own_states=True, own_gradients=True, own_parameters=True),
 }
+
+
+def policy_for(stage: int, accumulate_locally: bool) -> StagePolicy:
+    """`accumulate_locally`: whole gradients until the boundary at every stage (zerotop.accumulate: "local")."""
+    return replace(STAGES[stage], own_gradients=False) if accumulate_locally else STAGES[stage]

@@ -1,0 +1,154 @@
+"""The collectives of one process group, for tensors on one device. See the package's note."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from runtime.comm.pending import DeviceClock, DevicePending, Done, HostPending, Pending, SharedPending
+from runtime.exchange import DTYPES, Exchange
+from runtime.telemetry import NullTelemetry, Telemetry
+
+# torch 2.13 renames both; 2.11 has only the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+SHARED_MEMORY_VARIABLE = "ZEROTOP_SHARED_MEMORY"
+"""Set to 0, ranks of one host use Gloo, as ranks of several hosts do."""
+
+
+class Comm:
+    """Collectives over all ranks of a group. Every rank issues them in the same order."""
+
+    def __init__(
+        self, device: torch.device, telemetry: Telemetry | NullTelemetry, group: dist.ProcessGroup | None = None
+    ) -> None:
+        self.group = group
+        self.device = device
+        self.telemetry = telemetry
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        # A group made without naming a backend says "undefined" and has Gloo for CPUs.
+        self.backend = "gloo" if device.type == "cpu" else str(dist.get_backend(group))
+        self._control_group: dist.ProcessGroup | None = None
+        self._exchange: Exchange | None = None
+        self._clock = DeviceClock(device, telemetry) if device.type == "cuda" and self.world_size > 1 else None
+
+    # ---- memory --------------------------------------------------------------------------------------------
+    def share_memory(self, nbytes: int) -> None:
+        """Let ranks of one host read each other's buffers, up to `nbytes` a rank, where that can be. Collective."""
+        if self.device.type == "cpu" and self.world_size > 1 and os.environ.get(SHARED_MEMORY_VARIABLE) != "0":
+            self._exchange = Exchange.open(self.rank, self.world_size, nbytes, self.gather_objects)
+
+    @property
+    def shares_memory(self) -> bool:
+        return self._exchange is not None
+
+    def empty(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """(numel,) uninitialised, on the device, where collectives reach it best."""
+        if self._exchange is not None:
+            return self._exchange.empty(numel, dtype)
+        return torch.empty(numel, dtype=dtype, device=self.device)
+
+    def release(self, buffer: torch.Tensor) -> None:
+        """Give memory from `empty` back before its tensor is collected; nobody may use it any more."""
+        if self._exchange is not None and self._exchange.holds(buffer):
+            self._exchange.release(buffer)
+
+    # ---- collectives -----------------------------------------------------------------------------------------
+    def all_reduce(self, buffer: torch.Tensor) -> Pending:
+        """Sum `buffer` (any shape) over ranks, in place."""
+        if self.world_size == 1:
+            return Done()
+        if buffer.dtype in DTYPES and (exchange := self._exchange_for(buffer)) is not None:
+            return self._shared("all_reduce", buffer, lambda: exchange.all_reduce(buffer))
+        return self._start("all_reduce", buffer, lambda a: dist.all_reduce(buffer, group=self.group, async_op=a))
+
+    def reduce_scatter(self, buffer: torch.Tensor) -> Pending:
+        """Sum `buffer` (1-D, a multiple of the world size) over ranks into this rank's range of it; the other ranges
+        are clobbered."""
+        own = self.own_range(buffer)
+        if self.world_size == 1:
+            return Done(own)
+        if buffer.dtype in DTYPES and (exchange := self._exchange_for(buffer)) is not None:
+            return self._shared("reduce_scatter", buffer, lambda: exchange.reduce_scatter(buffer))
+        if self.backend == "gloo":  # its reduce-scatter is a cloned all-reduce, at twice the time
+            return self._start(
+                "reduce_scatter", buffer, lambda a: dist.all_reduce(buffer, group=self.group, async_op=a), own
+            )
+        return self._start(
+            "reduce_scatter", buffer, lambda a: _reduce_scatter(own, buffer, group=self.group, async_op=a), own
+        )
+
+    def all_gather(self, whole: torch.Tensor, own: torch.Tensor) -> Pending:
+        """Fill `whole` (1-D, a multiple of the world size) from every rank's `own`, which may be its range of
+        `whole`."""
+        if self.world_size == 1:
+            return Done()
+        if (exchange := self._exchange_for(own)) is not None:
+            return self._shared("all_gather", whole, lambda: exchange.all_gather(whole, own))
+        return self._start("all_gather", whole, lambda a: _all_gather(whole, own, group=self.group, async_op=a))
+
+    def broadcast(self, buffer: torch.Tensor, source: int = 0) -> None:
+        if self.world_size > 1:
+            self._start(
+                "broadcast", buffer, lambda a: dist.broadcast(buffer, source, group=self.group, async_op=a)
+            ).wait()
+
+    def broadcast_bytes(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """Broadcast a tensor of any dtype and layout, also those that the backend has no arithmetic for."""
+        if self.world_size > 1 and tensor.numel() > 0:
+            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            self.broadcast(flat, source)
+            tensor.detach().copy_(flat.view(tensor.dtype).view(tensor.shape))
+
+    def own_range(self, buffer: torch.Tensor) -> torch.Tensor:
+        numel = buffer.numel() // self.world_size
+        return buffer[self.rank * numel : (self.rank + 1) * numel]
+
+    def _exchange_for(self, buffer: torch.Tensor) -> Exchange | None:
+        return self._exchange if self._exchange is not None and self._exchange.holds(buffer) else None
+
+    def _shared(self, op: str, buffer: torch.Tensor, start: Callable[[], Any]) -> Pending:
+        return SharedPending(self.telemetry, op, _nbytes(buffer), start)
+
+    def _start(
+        self, op: str, buffer: torch.Tensor, start: Callable[[bool], Any], own: torch.Tensor | None = None
+    ) -> Pending:
+        """`start(async_op)` calls the backend."""
+        if self._clock is not None:
+            return DevicePending(self._clock, op, _nbytes(buffer), lambda: start(False), own)
+        return HostPending(self.telemetry, op, _nbytes(buffer), lambda: start(True), own)
+
+    # ---- small things between ranks, on the host -----------------------------------------------------------
+    @property
+    def control_group(self) -> dist.ProcessGroup:
+        """A Gloo group over the same ranks. Every rank must ask for it first at the same point, for making a group is
+        collective."""
+        if self._control_group is None:
+            self._control_group = dist.new_group(backend="gloo")
+        return self._control_group
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value` (picklable, from our own code only) on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control_group, device=torch.device("cpu"))
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return values
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

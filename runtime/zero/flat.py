@@ -1,0 +1,176 @@
+"""One flat buffer of a unit: its parameters of one dtype, who holds which part of them, and their gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from runtime.comm import Comm, Done, Pending
+from runtime.memory import Ledger
+from runtime.zero.gradients import Gradients
+from runtime.zero.layout import Layout
+from runtime.zero.stage import StagePolicy
+from runtime.zero.values import Values, adopt
+
+Member = tuple[str, nn.Parameter, int]
+"""Name, parameter, index of its optimizer parameter group."""
+
+
+class Flat:
+    """Parameters of one dtype, ordered by optimizer parameter group.
+
+    whole       (layout.numel,) in the compute dtype; every `param.data` is a view into it. While a sharded flat is
+                released it has no memory, and `param.data` are placeholders of the right shape that read as NaN
+    own         (own range,) what this rank keeps and updates: its range of `whole`, or at stage 3 memory of its own
+    masters     (state range,) fp32; for fp32 parameters they are `own`, not a copy
+    gradients   None for parameters that are not trained (stage 3 shards those, too)
+
+    [Note: released parameters]
+    A gather fills the same Storage again (`resize_`, as FSDP does): views that autograd saved in the forward are then
+    valid in the backward. Outside a unit's use nobody may read that memory; placeholders see to it that a script that
+    tries gets NaN instead of a crash.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        members: Sequence[Member],
+        dtype: torch.dtype,
+        policy: StagePolicy,
+        sharded: bool,
+        comm: Comm,
+        ledger: Ledger,
+        values: Values,
+        trainable: bool = True,
+    ) -> None:
+        self.name, self.policy, self.comm, self.ledger = name, policy, comm, ledger
+        self.dtype, self.sharded, self.trainable = dtype, sharded, trainable
+        self.members = [parameter for _, parameter, _ in members]
+        self.layout = Layout.of([(n, p.shape, group) for n, p, group in members], comm.world_size)
+        self.start, self.end = policy.state_range(self.layout, comm.rank)
+        self.segments = self.layout.segments(self.start, self.end)
+        self.gradients: Gradients | None = None
+        self.gathered = not sharded
+        self._pending: Pending | None = None
+        self._adopt(values)
+
+    # ---- taking over the model's parameters --------------------------------------------------------------------------
+    @torch.no_grad()
+    def _adopt(self, values: Values) -> None:
+        """Move the parameters' values (rank 0's) into flat memory: at most one flat in fp32 above the model at a
+        time."""
+        low, high = (self.start, self.end) if self.sharded else (0, self.layout.numel)
+        exact = self._initial(values, low, high)
+        self.own = self.comm.empty(high - low, self.dtype) if self.sharded else torch.empty(0)
+        if self.sharded:
+            self.ledger.hold("parameters", self.own).copy_(exact)
+            self.whole = torch.empty(self.layout.numel, dtype=self.dtype, device=self.comm.device)
+        else:
+            self.whole = self.ledger.hold("parameters", self.comm.empty(high, self.dtype)).copy_(exact)
+            self.own = self.whole[self.start : self.end]
+        self._views = [self.whole[slot.offset : slot.end].view(slot.shape) for slot in self.layout.slots]
+        self._placeholders = [_placeholder(slot.shape, self.dtype, self.comm.device) for slot in self.layout.slots]
+        if self.trainable:
+            self.masters = self.own
+            if self.dtype != torch.float32:
+                part = exact if self.sharded else exact[self.start : self.end]
+                whole_part = part.numel() == exact.numel()
+                self.masters = self.ledger.hold("masters", part if whole_part else part.clone())
+        for parameter, view, placeholder in zip(self.members, self._views, self._placeholders, strict=True):
+            adopt(parameter, placeholder if self.sharded else view)
+            parameter.grad = None
+        if self.sharded:
+            self.whole.untyped_storage().resize_(0)
+
+    def _initial(self, values: Values, low: int, high: int) -> torch.Tensor:
+        """Elements [low, high) of the flat buffer, rank 0's values on every rank; fp32 where they are trained."""
+        broadcast = any(values.needs_broadcast(parameter) for parameter in self.members)
+        at, end = (0, self.layout.numel) if broadcast else (low, high)
+        dtype = torch.float32 if self.trainable else self.dtype
+        exact = torch.zeros(end - at, dtype=dtype, device=self.comm.device)
+        for slot, parameter in zip(self.layout.slots, self.members, strict=True):
+            first, last = max(slot.offset, at), min(slot.end, end)
+            if first < last:
+                found = values.read(slot.name, parameter, first - slot.offset, last - slot.offset)
+                if found is not None:
+                    exact[first - at : last - at].copy_(found)
+        if not broadcast:
+            return exact
+        self.comm.broadcast_bytes(exact)
+        return exact if (low, high) == (at, end) else exact[low:high].clone()
+
+    @property
+    def state_numel(self) -> int:
+        return self.end - self.start
+
+    @property
+    def own_parameters(self) -> torch.Tensor:
+        """(state range,) the compute-dtype parameters that this rank updates."""
+        return self.own
+
+    def masters_to_parameters(self) -> None:
+        """After the masters were written from outside (a checkpoint, another optimizer)."""
+        if self.trainable and self.masters is not self.own:
+            self.own.copy_(self.masters)
+
+    @torch.no_grad()
+    def parameters_to_own(self) -> None:
+        """After the gathered parameters were written from outside (load_state_dict, GatheredParameters)."""
+        if self.sharded:
+            self.own.copy_(self.whole[self.start : self.end])
+        if self.trainable and self.masters is not self.own:
+            self.masters.copy_(self.own)
+
+    # ---- gathering ---------------------------------------------------------------------------------------------------
+    def gather_updated(self) -> Pending:
+        """After an update: fetch the ranges that other ranks updated, where parameters stay whole."""
+        return self.comm.all_gather(self.whole, self.own) if self.policy.own_states else Done()
+
+    def issue_gather(self) -> None:
+        """Start filling a released flat from all ranks' ranges. See [Note: released parameters]."""
+        if self.gathered or self._pending is not None:
+            return
+        self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
+        self.ledger.hold("communication", self.whole)
+        self._pending = self.comm.all_gather(self.whole, self.own)
+
+    def finish_gather(self) -> None:
+        """Wait for it and let the parameters show it."""
+        if self._pending is None:
+            return
+        self._pending.wait()
+        self._pending = None
+        self.gathered = True
+        for parameter, view in zip(self.members, self._views, strict=True):
+            parameter.data = view
+
+    def release(self) -> None:
+        """Free the gathered parameters of a sharded flat; the own range stays."""
+        if not self.sharded:
+            return
+        if self._pending is not None:  # fetched ahead, and not needed after all
+            self._pending.wait()
+            self._pending = None
+        elif not self.gathered:
+            return
+        self.gathered = False
+        for parameter, placeholder in zip(self.members, self._placeholders, strict=True):
+            parameter.data = placeholder
+        self.ledger.release("communication", self.whole)
+        self.whole.untyped_storage().resize_(0)
+
+    # ---- gradients, as the optimizer sees them -----------------------------------------------------------------------
+    @property
+    def gradient(self) -> torch.Tensor:
+        """(state range,) summed over ranks and micro-steps, in the accumulation dtype."""
+        assert self.gradients is not None
+        return self.gradients.reduced
+
+
+def _placeholder(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One element that looks like `shape`: NaN, or 0 where the dtype has none. It can't be written in place."""
+    value = math.nan if dtype.is_floating_point else 0
+    return torch.full((), value, dtype=dtype, device=device).expand(shape)

@@ -1,0 +1,208 @@
+"""Stage 3: when each unit's parameters are there. Hooks gather a unit just before it is used, fetch the one that is
+expected next meanwhile, and release the others.
+
+forward    pre-forward hook of a unit's modules -> use(unit)
+backward   hook on the outputs of that forward, which runs before the first operation of the unit's backward -> use(unit)
+use(unit)  release whoever else is there | wait for its gather | start the gather of the unit expected next
+
+So two units are there at a time, and the root unit, which stays from the first forward to the update. The order of uses
+between two boundaries of backward is learned once and followed; a model that takes another way is gathered on demand,
+which is right and slower.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from runtime.telemetry import NullTelemetry, Telemetry
+from runtime.zero.unit import Unit
+
+log = logging.getLogger("runtime.engine")
+
+
+class Gathering:
+    """Drives the units of one model. Does nothing where no flat is sharded."""
+
+    def __init__(self, module: nn.Module, units: Sequence[Unit], telemetry: Telemetry | NullTelemetry) -> None:
+        self.units = [unit for unit in units if unit.sharded]
+        self.telemetry = telemetry
+        self._live: list[Unit] = []
+        self._orders: dict[str, list[Unit]] = {}
+        """What was used in which order, by kind of pass."""
+        self._uses: list[Unit] = []  # of the pass under way
+        self._kind = "train"
+        self._lost = False  # this pass does not follow the learned order
+        self._warned = False
+        self._hooks: list[Any] = []
+        for unit in self.units:
+            for member in {module, *_owners(module, unit)} if unit.stays else unit.modules:
+                self._watch(unit, member)
+        if self.units:
+            self._hooks.append(module.register_forward_hook(self._hook(Gathering._left_model), always_call=True))
+
+    def detach(self) -> None:
+        """Another engine takes over, or none: take the hooks off and leave the parameters whole."""
+        for unit in self.units:
+            unit.gather()
+        self.take_hooks_off()
+
+    def take_hooks_off(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # ---- hooks -----------------------------------------------------------------------------------------------
+    def _watch(self, unit: Unit, member: nn.Module) -> None:
+        self._hooks += [
+            member.register_forward_pre_hook(self._hook(Gathering._before_forward, unit), prepend=True),
+            member.register_forward_hook(self._hook(Gathering._after_forward, unit), always_call=True),
+        ]
+
+    def _hook(self, act: Callable[..., None], *bound: Any) -> Callable[..., None]:
+        # Weak: torch keeps hooks where the garbage collector can't see that only they hold the engine.
+        weak = weakref.ref(self)
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def hook(*given: Any) -> None:
+            gathering = weak()
+            if gathering is not None:
+                act(gathering, *bound, *given)
+
+        return hook
+
+    def _before_forward(self, unit: Unit, _module: nn.Module, _inputs: Any) -> None:
+        if self._kind == "train" and not torch.is_grad_enabled() and not _in_backward():
+            self._begin("eval")
+        self.use(unit)
+        unit.running += 1
+
+    def _after_forward(self, unit: Unit, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        unit.running = max(0, unit.running - 1)
+        if not torch.is_grad_enabled():
+            return
+        before = self._hook(Gathering._before_backward, unit)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(before)
+
+    def _before_backward(self, unit: Unit, _gradient: torch.Tensor) -> None:
+        self.use(unit)
+
+    def _left_model(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        if self._kind == "eval":
+            self._learn()
+            self._release_all(but_root=False)
+            self._begin("train")
+
+    # ---- uses ------------------------------------------------------------------------------------------------
+    def use(self, unit: Unit) -> None:
+        """`unit` is about to compute, forward or backward."""
+        if unit.stays:
+            if not self._is_live(unit):
+                self._gather(unit)
+            return
+        if self._uses and self._uses[-1] is unit and self._is_live(unit):
+            return  # another module of the same unit, or the next tensor of one output
+        self._uses.append(unit)
+        expected = self._expected()
+        for other in [u for u in self._live if u is not unit and u is not expected and not self._holds(u, unit)]:
+            self._release(other)
+        self._gather(unit)
+        if expected is not None and expected is not unit:
+            self._live += [expected] * (not self._is_live(expected))
+            expected.issue_gather()
+
+    def end_backward(self) -> None:
+        """The pass is over: release all but the root unit, and remember the order."""
+        if not self.units:
+            return
+        self._learn()
+        self._release_all(but_root=True)
+        self._begin("train")
+
+    def stale(self) -> None:
+        """Parameters were updated: what is gathered no longer holds."""
+        self._release_all(but_root=False)
+
+    @contextmanager
+    def everything(self, units: Sequence[Unit] | None = None) -> Iterator[None]:
+        """Inside, the parameters of `units` (default: all) are there; every rank must enter."""
+        held = [unit for unit in (self.units if units is None else units) if unit.sharded]
+        missing = [unit for unit in held if not self._is_live(unit)]
+        for unit in missing:
+            self._gather(unit)
+        try:
+            yield
+        finally:
+            for unit in missing:
+                self._release(unit)
+
+    def _expected(self) -> Unit | None:
+        """Who comes next after the uses so far, if this pass goes as it was learned."""
+        order, at = self._orders.get(self._kind), len(self._uses)
+        if order is None or self._lost:
+            return None
+        if at > len(order) or order[at - 1] is not self._uses[-1]:
+            self._lost = True
+            if not self._warned and self._kind == "train":
+                self._warned = True
+                name = self._uses[-1].name
+                log.warning(
+                    f"stage 3: {name} is used where {order[at - 1].name if at <= len(order) else 'nothing more'} was "
+                    "expected; this model takes different ways, so units are gathered without looking ahead (slower)"
+                )
+            return None
+        return order[at] if at < len(order) else None
+
+    def _holds(self, other: Unit, unit: Unit) -> bool:
+        """Whether `other` has to stay while `unit` is used: its forward is still running around it."""
+        if other.stays or other.nested:
+            return True
+        other.nested = other.running > 0 and not _in_backward()
+        return other.nested
+
+    def _learn(self) -> None:
+        if self._uses and (self._kind not in self._orders or self._lost):
+            self._orders[self._kind] = list(self._uses)
+
+    def _begin(self, kind: str) -> None:
+        self._kind, self._lost = kind, False
+        self._uses = []
+
+    def _is_live(self, unit: Unit) -> bool:
+        return any(unit is live for live in self._live)
+
+    def _gather(self, unit: Unit) -> None:
+        if not self._is_live(unit):
+            self._live.append(unit)
+        with self.telemetry.span("gather"):
+            unit.gather()
+
+    def _release(self, unit: Unit) -> None:
+        self._live = [live for live in self._live if live is not unit]
+        unit.release()
+
+    def _release_all(self, but_root: bool) -> None:
+        for unit in list(self._live):
+            if not (but_root and unit.stays):
+                self._release(unit)
+
+
+def _owners(module: nn.Module, unit: Unit) -> Iterator[nn.Module]:
+    """The modules that have parameters of `unit` as their own: scripts may call one without the whole model."""
+    members = {parameter for flat in unit.sharded for parameter in flat.members}
+    for owner in module.modules():
+        if any(parameter in members for parameter in owner._parameters.values() if parameter is not None):
+            yield owner
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]

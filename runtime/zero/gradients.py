@@ -1,0 +1,196 @@
+"""Where the gradients of one flat buffer land, accumulate and are reduced.
+
+[Note: life of a gradient]
+A backward leaves each parameter's gradient in `param.grad`; a hook moves it into the flat gradient buffer at once and
+drops it, so no gradient exists twice for longer than one hook.
+- Whole gradients (stages 0 and 1, no_sync, zerotop.accumulate "local"): the flat buffer is the accumulator itself. It
+  is reduced once, in the last micro-step's backward, in place; the optimizer reads it where it is.
+- Own ranges only (stages 2 and 3): the flat buffer is borrowed from a pool for one backward of this unit, reduced, its
+  own range added to the accumulator, and given back. Two units' buffers exist at any time, and the root unit's. It has
+  the precision in which autograd makes gradients: what a wider one could hold is not in them.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from runtime.comm import Comm, Pending
+from runtime.comm.pending import accumulate
+from runtime.memory import Ledger
+from runtime.zero.layout import Layout
+from runtime.zero.pool import BufferPool
+from runtime.zero.stage import StagePolicy
+
+
+class GradientState(enum.Enum):
+    """Where a flat buffer's gradients are within one backward."""
+
+    WAITING = "no gradient of this backward has arrived; an accumulator may hold those of earlier micro-steps"
+    FILLING = "some have arrived in the whole buffer"
+    REDUCING = "the reduction is under way; the whole buffer is the backend's"
+
+
+@dataclass(frozen=True)
+class GradientNumbers:
+    """What the config says about gradients."""
+
+    accumulate: torch.dtype
+    """Of accumulators."""
+    communicate: torch.dtype | None = None
+    """Of buffers that are reduced; None: as they are."""
+    scale: float = 1.0
+    """Factor on each gradient before it is reduced: 1 / gradient_predivide_factor, or 1 / world size under
+    prescale_gradients."""
+
+
+class Gradients:
+    """One flat's gradients on this rank: [start, end) is the state range."""
+
+    def __init__(
+        self, layout: Layout, policy: StagePolicy, dtype: torch.dtype, numbers: GradientNumbers, pool: BufferPool
+    ) -> None:
+        self.layout, self.policy, self.dtype, self.numbers, self.pool = layout, policy, dtype, numbers, pool
+        self.comm: Comm = pool.comm
+        self.ledger: Ledger = pool.ledger
+        self.start, self.end = policy.state_range(layout, self.comm.rank)
+        self.state = GradientState.WAITING
+        self._kept: torch.Tensor | None = None
+        """(layout.numel,) whole gradients over several backwards."""
+        self._borrowed: torch.Tensor | None = None
+        """(>= layout.numel,) whole gradients of one backward."""
+        self._own: torch.Tensor | None = None
+        """(state range,) reduced gradients since the boundary; stages 2, 3 only."""
+        self._own_any = False
+        self._filled = [False] * len(layout.slots)
+        self._arrived = [False] * len(layout.slots)
+        self._missing = len(layout.slots)
+        self._reducing = False  # this backward
+        self._pending: Pending | None = None
+        self._sent: torch.Tensor | None = None  # what _pending reduces, where that is a copy
+        self._last_use: Pending | None = None  # of _kept
+
+    def begin_backward(self, reduce: bool) -> None:
+        """`reduce`: this backward's gradients go out to the other ranks."""
+        self._arrived = [False] * len(self.layout.slots)
+        self._missing = len(self.layout.slots)
+        self._reducing = reduce
+
+    def receive(self, index: int, parameter: nn.Parameter) -> bool:
+        """Move one parameter's fresh gradient into the flat buffer. True when it was the last one missing in this
+        backward."""
+        grad = parameter.grad
+        parameter.grad = None
+        if grad is None:
+            return False
+        if grad.is_sparse:
+            grad = grad.to_dense()
+        slot = self.layout.slots[index]
+        if self._arrived[index] and self.state is not GradientState.FILLING:
+            raise RuntimeError(
+                f"{slot.name} received a second gradient in one backward, after its unit was reduced: a module "
+                "that is used several times under re-entrant activation checkpointing does this; call "
+                "torch.utils.checkpoint with use_reentrant=False"
+            )
+        whole = self._whole()
+        target = whole[slot.offset : slot.end]
+        if self.numbers.scale != 1.0:
+            grad.mul_(self.numbers.scale)
+        if self._filled[index]:
+            accumulate(target, grad)
+        else:
+            target.view(slot.shape).copy_(grad)
+            self._filled[index] = True
+        self.state = GradientState.FILLING
+        if not self._arrived[index]:
+            self._arrived[index] = True
+            self._missing -= 1
+        return self._missing == 0
+
+    def _whole(self) -> torch.Tensor:
+        """The buffer that takes this backward's gradients: see the note."""
+        if self._kept is None and self._borrowed is None:
+            numel = self.layout.numel
+            if self.policy.own_gradients and self._reducing:
+                self._borrowed = self.pool.borrow(numel, self.numbers.communicate or self.dtype)
+            else:
+                self._kept = self.ledger.hold("gradients", self.comm.empty(numel, self.numbers.accumulate))
+            self._used()[self.layout.used :].zero_()
+        if self._last_use is not None:
+            self._last_use.fence()
+            self._last_use = None
+        return self._used()
+
+    def _used(self) -> torch.Tensor:
+        if self._kept is not None:
+            return self._kept
+        assert self._borrowed is not None
+        return self._borrowed[: self.layout.numel]
+
+    def issue_reduce(self) -> None:
+        """Start summing the buffer over ranks; parameters without a gradient count as zero."""
+        whole = self._whole()
+        for slot, filled in zip(self.layout.slots, self._filled, strict=True):
+            if not filled:
+                whole[slot.offset : slot.end].zero_()
+        wanted = self.numbers.communicate or whole.dtype
+        if wanted != whole.dtype:
+            self._sent = self.pool.borrow(self.layout.numel, wanted)
+            whole = self._sent[: self.layout.numel].copy_(whole)
+        self._pending = self.comm.reduce_scatter(whole) if self.policy.own_states else self.comm.all_reduce(whole)
+        self.state = GradientState.REDUCING
+
+    def finish_reduce(self) -> None:
+        """Wait for the reduction, and take what is ours of it."""
+        pending = self._pending
+        if pending is None:
+            return
+        self._pending = None
+        self.state = GradientState.WAITING
+        if self.policy.own_gradients:
+            if self._own is None:
+                empty = torch.empty(self.end - self.start, dtype=self.numbers.accumulate, device=self.comm.device)
+                self._own = self.ledger.hold("gradients", empty)
+            pending.into(self._own, add=self._own_any)
+            self._own_any = True
+            self._filled = [False] * len(self.layout.slots)
+            self._drop_whole(pending)
+        elif self.policy.own_states:
+            pending.into(self._used()[self.start : self.end], add=False)
+            self._last_use = pending
+        else:
+            pending.wait()
+            if self._sent is not None:
+                self._used().copy_(self._sent[: self.layout.numel])
+            self._last_use = pending
+        if self._sent is not None:
+            self.pool.give_back(self._sent, pending)
+            self._sent = None
+
+    def _drop_whole(self, pending: Pending) -> None:
+        if self._borrowed is not None:
+            self.pool.give_back(self._borrowed, pending)
+            self._borrowed = None
+        if self._kept is not None:  # after no_sync, at a stage that keeps own ranges
+            pending.fence()
+            self.ledger.release("gradients", self._kept)
+            self.comm.release(self._kept)
+            self._kept = None
+
+    @property
+    def reduced(self) -> torch.Tensor:
+        """(state range,) summed over ranks and micro-steps; the caller divides by the world size through its gradient
+        scale. Valid between the boundary's reduction and `clear()`."""
+        if self.policy.own_gradients:
+            assert self._own is not None
+            return self._own
+        return self._used()[self.start : self.end]
+
+    def clear(self) -> None:
+        """Forget the gradients. Memory is kept; the next arrival overwrites."""
+        self._own_any = False
+        self._filled = [False] * len(self.layout.slots)
+        self.state = GradientState.WAITING
