@@ -153,7 +153,7 @@ class Exchange:
         return Posted(self, "all_reduce", number, buffer, buffer)
 
     def all_gather(self, whole: torch.Tensor, own: torch.Tensor) -> Posted:
-        """Publish `own` (from `empty`, any dtype); `whole` (world size x its size, 1-D on the CPU) takes everybody's."""
+        """Publish `own` (from `empty`, any dtype); `whole` (world size x its size, on the CPU) takes everybody's."""
         return Posted(self, "all_gather", self._post("all_gather", own), whole, own)
 
     def _post(self, op: str, buffer: torch.Tensor, number: int | None = None) -> int:

@@ -3,6 +3,7 @@ for."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from typing import get_args
@@ -39,6 +40,23 @@ class Ledger:
 
     def total_bytes(self) -> int:
         return sum(self._bytes.values())
+
+
+MAPPED_FROM = 1 << 20
+"""Bytes from which a CPU tensor gets pages of its own."""
+
+
+def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(numel,) zeros, for what lives as long as the engine and for what exists once, at its start.
+
+    On a CPU large ones are pages of their own: they take no memory until they are written, all of it goes back to the
+    system when the tensor is collected, and they leave no holes in malloc's heap, which keeps them.
+    """
+    nbytes = numel * dtype.itemsize
+    if device.type != "cpu" or nbytes < MAPPED_FROM or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(numel, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype, count=numel)
 
 
 def memory_message(rank: int, ledger: Ledger, device: torch.device) -> Memory:

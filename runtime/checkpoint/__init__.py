@@ -9,11 +9,20 @@
 
 manifest (what a checkpoint says of itself, and which ones there are) · shards (tensors and torch's planners) · rng ·
 saving · loading. Every collective part runs on Gloo, on a group apart from training's.
+
+Writing and reading are imported at their first use: torch.distributed.checkpoint takes 48 MB of memory.
 """
 
-from runtime.checkpoint.loading import Loaded, load
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from runtime.checkpoint.manifest import CheckpointError, Manifest, newest, prune, read_manifest, step_tag
-from runtime.checkpoint.saving import on_rank_0, save
+
+if TYPE_CHECKING:
+    from runtime.checkpoint.loading import Loaded, load
+    from runtime.checkpoint.saving import on_rank_0, save
 
 __all__ = [
     "CheckpointError",
@@ -27,3 +36,11 @@ __all__ = [
     "save",
     "step_tag",
 ]
+
+_LATER = {"Loaded": "loading", "load": "loading", "on_rank_0": "saving", "save": "saving"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(f"runtime.checkpoint.{_LATER[name]}"), name)
+    raise AttributeError(f"module 'runtime.checkpoint' has no attribute {name!r}")

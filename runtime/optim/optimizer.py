@@ -42,6 +42,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.param_groups = given.param_groups
         self.initial_lrs = [float(group["lr"]) for group in self.param_groups]
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's own, without the decorator that imports the compiler (100 MB)."""
+        plain = torch.optim.Optimizer.add_param_group
+        getattr(plain, "__wrapped__", plain)(self, param_group)
+
     def make_rule(self, flat: Flat, ledger: Ledger) -> Rule:
         if self.kind in ("Adam", "AdamW"):
             return AdamRule(flat, self.decoupled, self.bias_correction, ledger)

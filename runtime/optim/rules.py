@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import adamw as functional_adamw  # type: ignore[attr-defined]
 
 from runtime import native
-from runtime.memory import Ledger
+from runtime.memory import Ledger, zeros
 from runtime.optim.adamw import adamw_reference
 from runtime.zero.flat import Flat
 
@@ -51,8 +51,8 @@ class AdamRule:
 
     def __init__(self, flat: Flat, decoupled: bool, bias_correction: bool, ledger: Ledger) -> None:
         self.flat, self.decoupled, self.bias_correction = flat, decoupled, bias_correction
-        self.exp_avg = ledger.hold("optimizer", torch.zeros_like(flat.masters))
-        self.exp_avg_sq = ledger.hold("optimizer", torch.zeros_like(flat.masters))
+        self.exp_avg = ledger.hold("optimizer", zeros(flat.state_numel, torch.float32, flat.masters.device))
+        self.exp_avg_sq = ledger.hold("optimizer", zeros(flat.state_numel, torch.float32, flat.masters.device))
 
     def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         flat = self.flat

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from runtime.comm import Comm, Done, Pending
-from runtime.memory import Ledger
+from runtime.memory import Ledger, zeros
 from runtime.zero.gradients import Gradients
 from runtime.zero.layout import Layout
 from runtime.zero.stage import StagePolicy
@@ -78,7 +78,7 @@ class Flat:
             if self.dtype != torch.float32:
                 part = exact if self.sharded else exact[self.start : self.end]
                 whole_part = part.numel() == exact.numel()
-                self.masters = self.ledger.hold("masters", part if whole_part else part.clone())
+                self.masters = self.ledger.hold("masters", part if whole_part else self._copied(part))
         for parameter, view, placeholder in zip(self.members, self._views, self._placeholders, strict=True):
             adopt(parameter, placeholder if self.sharded else view)
             parameter.grad = None
@@ -90,7 +90,7 @@ class Flat:
         broadcast = any(values.needs_broadcast(parameter) for parameter in self.members)
         at, end = (0, self.layout.numel) if broadcast else (low, high)
         dtype = torch.float32 if self.trainable else self.dtype
-        exact = torch.zeros(end - at, dtype=dtype, device=self.comm.device)
+        exact = zeros(end - at, dtype, self.comm.device)
         for slot, parameter in zip(self.layout.slots, self.members, strict=True):
             first, last = max(slot.offset, at), min(slot.end, end)
             if first < last:
@@ -100,7 +100,11 @@ class Flat:
         if not broadcast:
             return exact
         self.comm.broadcast_bytes(exact)
-        return exact if (low, high) == (at, end) else exact[low:high].clone()
+        return exact if (low, high) == (at, end) else self._copied(exact[low:high])
+
+    def _copied(self, part: torch.Tensor) -> torch.Tensor:
+        """In memory of its own, so that the rest can go."""
+        return zeros(part.numel(), part.dtype, part.device).copy_(part)
 
     @property
     def state_numel(self) -> int:

@@ -2,7 +2,7 @@
 expected next meanwhile, and release the others.
 
 forward    pre-forward hook of a unit's modules -> use(unit)
-backward   hook on the outputs of that forward, which runs before the first operation of the unit's backward -> use(unit)
+backward   hook on the outputs of that forward, run before the first operation of the unit's backward -> use(unit)
 use(unit)  release whoever else is there | wait for its gather | start the gather of the unit expected next
 
 So two units are there at a time, and the root unit, which stays from the first forward to the update. The order of uses
@@ -13,6 +13,7 @@ which is right and slower.
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,13 +71,12 @@ class Gathering:
         # Weak: torch keeps hooks where the garbage collector can't see that only they hold the engine.
         weak = weakref.ref(self)
 
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def hook(*given: Any) -> None:
             gathering = weak()
             if gathering is not None:
                 act(gathering, *bound, *given)
 
-        return hook
+        return _not_compiled(hook)
 
     def _before_forward(self, unit: Unit, _module: nn.Module, _inputs: Any) -> None:
         if self._kind == "train" and not torch.is_grad_enabled() and not _in_backward():
@@ -202,6 +202,15 @@ def _owners(module: nn.Module, unit: Unit) -> Iterator[nn.Module]:
     for owner in module.modules():
         if any(parameter in members for parameter in owner._parameters.values() if parameter is not None):
             yield owner
+
+
+def _not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keeps torch.compile from looking into `hook`. torch.compiler.disable alone would import the compiler, 100 MB, for
+    those who don't use it; where it comes later, the mark makes it stop there."""
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.disable(hook)  # type: ignore[no-any-return]
+    hook._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return hook
 
 
 def _in_backward() -> bool:

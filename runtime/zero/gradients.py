@@ -20,7 +20,7 @@ from torch import nn
 
 from runtime.comm import Comm, Pending
 from runtime.comm.pending import accumulate
-from runtime.memory import Ledger
+from runtime.memory import Ledger, zeros
 from runtime.zero.layout import Layout
 from runtime.zero.pool import BufferPool
 from runtime.zero.stage import StagePolicy
@@ -152,8 +152,8 @@ class Gradients:
         self.state = GradientState.WAITING
         if self.policy.own_gradients:
             if self._own is None:
-                empty = torch.empty(self.end - self.start, dtype=self.numbers.accumulate, device=self.comm.device)
-                self._own = self.ledger.hold("gradients", empty)
+                fresh = zeros(self.end - self.start, self.numbers.accumulate, self.comm.device)
+                self._own = self.ledger.hold("gradients", fresh)
             pending.into(self._own, add=self._own_any)
             self._own_any = True
             self._filled = [False] * len(self.layout.slots)
