@@ -20,6 +20,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._bytes: dict[Category, int] = dict.fromkeys(get_args(Category), 0)
+        self._peaks = dict(self._bytes)
         self.pinned_bytes = 0
 
     def hold(self, category: Category, tensor: torch.Tensor) -> torch.Tensor:
@@ -30,6 +31,7 @@ class Ledger:
 
     def add(self, category: Category, nbytes: int) -> None:
         self._bytes[category] += nbytes
+        self._peaks[category] = max(self._peaks[category], self._bytes[category])
 
     def release(self, category: Category, tensor: torch.Tensor) -> None:
         self.add(category, -tensor.numel() * tensor.element_size())
@@ -37,6 +39,10 @@ class Ledger:
     def totals(self) -> dict[Category, int]:
         """Bytes per category right now."""
         return dict(self._bytes)
+
+    def peaks(self) -> dict[Category, int]:
+        """The most bytes that each category has held."""
+        return dict(self._peaks)
 
     def total_bytes(self) -> int:
         return sum(self._bytes.values())

@@ -21,8 +21,11 @@ from runtime.zero.layout import padded
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STAGES = (0, 1, 2, 3)
-REDUCTIONS_IN_FLIGHT = 2
+REDUCTIONS_IN_FLIGHT = 1
 """As runtime/zero/schedule.py has it; a test compares."""
+
+EVERYWHERE = ("root", "small")
+"""Units that are open for gradients through the whole backward: see runtime/zero/cut.py."""
 
 CATEGORIES = ("parameters", "gradients", "masters", "optimizer", "buffers", "activations", "logits", "context")
 EXACT = ("parameters", "gradients", "masters", "optimizer")
@@ -40,7 +43,8 @@ class Workload:
     precision: str = "bf16"
     grad_accum_dtype: str = "fp32"
     reduce_dtype: str | None = None
-    """Precision in which gradients travel and wait to be reduced. None: that in which they accumulate."""
+    """Precision in which gradients travel and wait to be reduced. None: that of the model from stage 2 on, else that in
+    which they accumulate."""
     moments: int = 2
     """fp32 state tensors per parameter that the optimizer keeps: 2 for Adam."""
     micro_batch: int = 1
@@ -81,9 +85,14 @@ class Workload:
     def accumulator_bytes(self) -> int:
         return ELEMENT_BYTES[self.grad_accum_dtype]
 
+    def reduced_bytes(self, stage: int) -> int:
+        """Per element of a gradient that travels."""
+        return ELEMENT_BYTES[self.reduce_dtype or (self.precision if stage >= 2 else self.grad_accum_dtype)]
+
     @property
-    def reduced_bytes(self) -> int:
-        return ELEMENT_BYTES[self.reduce_dtype or self.grad_accum_dtype]
+    def small_parameters(self) -> int:
+        """Padded; whole on every rank also at stage 3."""
+        return sum(padded(numel, self.world_size) for name, numel in self.units if name == "small")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -175,7 +184,7 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False) -> Layou
     moments = 4 * workload.moments
     accumulator = workload.accumulator_bytes
     gpu = {
-        "parameters": workload.element_bytes * (owned if stage == 3 else whole),
+        "parameters": workload.element_bytes * (_kept_at_stage_3(workload) if stage == 3 else whole),
         "gradients": accumulator * (whole if stage < 2 else on_gpu),
         "masters": master * on_gpu,
         "optimizer": moments * on_gpu,
@@ -201,13 +210,19 @@ def _unshared(workload: Workload) -> dict[str, int]:
     }
 
 
+def _kept_at_stage_3(workload: Workload) -> int:
+    """Elements: the own ranges, and what is too small to gather."""
+    small = workload.small_parameters
+    return (workload.padded_parameters - small) // workload.world_size + small
+
+
 def _sharers(workload: Workload, stage: int) -> int:
     return 1 if stage == 0 else workload.world_size
 
 
 def _two_largest(workload: Workload) -> int:
-    """Elements of the two largest units other than the root."""
-    sizes = (padded(numel, workload.world_size) for name, numel in workload.units if name != "root")
+    """Elements of the two largest units that open and close."""
+    sizes = (padded(numel, workload.world_size) for name, numel in workload.units if name not in EVERYWHERE)
     return sum(sorted(sizes, reverse=True)[:2])
 
 
@@ -218,24 +233,25 @@ def _in_flight(workload: Workload, stage: int, offload: bool) -> int:
     precision). From stage 2 on whole gradients live in a pool (see `pool_elements`). Stage 3 also holds the gathered
     parameters of two units and the root. With offload from stage 2 on, two units' reduced ranges wait for their copy.
     """
-    two = _two_largest(workload)
+    two, reduced = _two_largest(workload), workload.reduced_bytes(stage)
     if stage < 2:
-        return 0 if workload.reduced_bytes == workload.accumulator_bytes else workload.reduced_bytes * two
+        return 0 if reduced == workload.accumulator_bytes else reduced * two
     root = sum(padded(numel, workload.world_size) for name, numel in workload.units if name == "root")
-    gathered = workload.element_bytes * (two + root) if stage == 3 else 0
-    leaving = workload.reduced_bytes * two // workload.world_size if offload else 0
-    return workload.reduced_bytes * pool_elements(workload) + gathered + leaving
+    gathered = workload.element_bytes * (two + root) if stage == 3 and workload.world_size > 1 else 0
+    leaving = reduced * two // workload.world_size if offload else 0
+    return reduced * pool_elements(workload) + gathered + leaving
 
 
 def pool_elements(workload: Workload) -> int:
     """Elements of all whole-gradient buffers that one backward borrows: played through as runtime/zero does.
 
-    Units are filled last to first and the root after them; REDUCTIONS_IN_FLIGHT are being reduced while the next is
-    filled. A buffer that is given back is lent again if it is large enough, the smallest that is.
+    The small parameters' buffer is open all along; units are filled last to first and the root after them.
+    REDUCTIONS_IN_FLIGHT are being reduced while the next is filled. A buffer that is given back is lent again if it is
+    large enough, the smallest that is.
     """
-    order = [numel for name, numel in reversed(workload.units) if name != "root"]
+    order = [numel for name, numel in reversed(workload.units) if name not in EVERYWHERE]
     order += [numel for name, numel in workload.units if name == "root"]
-    allocated, free, flying = 0, list[int](), list[int]()
+    allocated, free, flying = workload.small_parameters, list[int](), list[int]()
     for numel in (padded(numel, workload.world_size) for numel in order if numel):
         fitting = [size for size in free if size >= numel]
         if fitting:
@@ -267,19 +283,21 @@ def _sent(workload: Workload, stage: int) -> int:
     Stage 0 all-reduces the gradients; 1 reduce-scatters them and gathers the new parameters; 2 reduce-scatters at every
     micro-step; 3 also gathers at every forward and every backward, and so need not at the end.
     """
-    element, reduced = workload.element_bytes, workload.reduced_bytes
+    element, reduced = workload.element_bytes, workload.reduced_bytes(stage)
+    small = workload.small_parameters
     per_element = {
         0: 2 * reduced,
         1: reduced + element,
         2: workload.accumulation * reduced + element,
         3: workload.accumulation * (reduced + 2 * element),
     }[stage]
-    return _ring(per_element * workload.padded_parameters, workload.world_size)
+    regathered = (2 * workload.accumulation - 1) * element * small if stage == 3 else 0  # of small ones: once a step
+    return _ring(per_element * workload.padded_parameters - regathered, workload.world_size)
 
 
 def _pcie(workload: Workload, stage: int, on_host: int) -> int:
     """Copied per rank and step: gradients down (from stage 2 on at every micro-step), new parameters up."""
-    down = workload.accumulation * workload.reduced_bytes if stage >= 2 else workload.accumulator_bytes
+    down = workload.accumulation * workload.reduced_bytes(stage) if stage >= 2 else workload.accumulator_bytes
     return (down + workload.element_bytes) * on_host
 
 

@@ -7,6 +7,7 @@ installed must not stop the others.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -151,8 +152,12 @@ def _deepspeed(job: Job, stage: int, offload: bool) -> Step:
     return _engine_step(job, deepspeed.initialize(model=job.model, optimizer=optimizer, config=config)[0])
 
 
-def _zerotop(job: Job, stage: int, offload: bool) -> Step:
+def _zerotop(job: Job, stage: int, offload: bool, gloo: bool = False) -> Step:
+    """gloo: ranks exchange over Gloo, as those of several hosts do, not through shared memory."""
     import runtime
+
+    if gloo:
+        os.environ["ZEROTOP_SHARED_MEMORY"] = "0"
 
     config = _config(job, stage, offload, {})
     config["optimizer"] = {"type": "AdamW", "params": {**job.adamw, "betas": list(job.adamw["betas"])}}
@@ -202,3 +207,5 @@ for _name, _build in {"ds": _deepspeed, "zt": _zerotop}.items():
         PEERS[f"{_name}{_stage}"] = partial(_build, stage=_stage, offload=False)
     for _stage in range(1, 4):
         PEERS[f"{_name}{_stage}_offload"] = partial(_build, stage=_stage, offload=True)
+for _stage in range(4):
+    PEERS[f"zt{_stage}_gloo"] = partial(_zerotop, stage=_stage, offload=False, gloo=True)

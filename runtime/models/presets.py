@@ -96,16 +96,21 @@ def _preset_name(section: Any) -> str:
     return str(name)
 
 
-def unit_parameters(config: GPTConfig) -> list[tuple[str, int]]:
+def unit_parameters(config: GPTConfig, small_below: int = 0) -> list[tuple[str, int]]:
     """(unit, number of parameters) in forward order, cut as the engine cuts: the embedding, each block, norm and head.
 
-    A tied embedding is used by two units and therefore belongs to the root unit.
+    A tied embedding is used by two units and therefore belongs to the root unit. Parameters of fewer than `small_below`
+    elements are set apart in the unit "small". Units without parameters are left out.
     """
-    table = config.vocab_size * config.dim
-    block = 12 * config.dim**2 + 2 * config.dim
-    first = "root" if config.tied else "embedding"
-    blocks = [(f"blocks.{index}", block) for index in range(config.layers)]
-    return [(first, table), *blocks, ("head", config.dim + (0 if config.tied else table))]
+    dim, table = config.dim, config.vocab_size * config.dim
+    square = dim**2
+    sizes = {"root" if config.tied else "embedding": [table]}
+    sizes |= {f"blocks.{index}": [3 * square, square, 4 * square, 4 * square, dim, dim] for index in range(config.layers)}
+    sizes["head"] = [dim] if config.tied else [dim, table]
+    units = [(name, sum(size for size in found if size >= small_below)) for name, found in sizes.items()]
+    small = sum(size for found in sizes.values() for size in found if size < small_below)
+    at = 1 if config.tied else 0  # behind the root unit, before the others
+    return [(name, numel) for name, numel in (*units[:at], ("small", small), *units[at:]) if numel]
 
 
 def parameters(config: GPTConfig) -> int:

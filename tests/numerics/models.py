@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Block(nn.Module):
@@ -55,15 +56,90 @@ class Flatland(nn.Module):
         return F.cross_entropy(self.head(self.embedding(tokens)).flatten(0, 1), targets.flatten())
 
 
+class Winding(Uneven):
+    """Takes another way through its blocks at each call: backwards, one of them twice, one not at all."""
+
+    WAYS = ((0, 1, 2), (2, 1, 0), (0, 0, 2), (1,))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) * self.scale
+        for index in self.WAYS[self.calls % len(self.WAYS)]:
+            x = self.blocks[index](x)
+        self.calls += 1
+        return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
+
+
+class Checkpointed(Uneven):
+    """Its blocks compute their activations again in backward, two of them in one segment."""
+
+    reentrant = False
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) * self.scale
+        first, second, third = self.blocks
+        x = checkpoint(lambda y: second(first(y)), x, use_reentrant=self.reentrant)
+        x = checkpoint(third, x, use_reentrant=self.reentrant)
+        return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+class Nested(Uneven):
+    """The first block calls the second inside its own forward."""
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) * self.scale
+        first, second, third = self.blocks
+        first.inner = [second]  # a list: not a submodule
+        x = third(_with_inner(first, x))
+        return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
+
+
+def _with_inner(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    forward = type(block).forward
+    block.forward = lambda y: forward(block, block.inner[0](forward(block, y)))  # type: ignore[method-assign]
+    try:
+        return block(x)
+    finally:
+        del block.forward
+
+
+class Normed(Uneven):
+    """With batch norm, whose statistics are buffers, and an output that is a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm1d(13)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.embedding(tokens) * self.scale
+        for block in self.blocks:
+            x = block(x)
+        x = self.batch_norm(x.transpose(1, 2)).transpose(1, 2)
+        loss = F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
+        return {"loss": loss, "features": x}
+
+
+KINDS = {
+    "flatland": Flatland,
+    "plain": Uneven,
+    "winding": Winding,
+    "checkpointed": Checkpointed,
+    "reentrant": Reentrant,
+    "nested": Nested,
+    "normed": Normed,
+}
+
+
 def make(kind: str) -> nn.Module:
     torch.manual_seed(1234)
-    match kind:
-        case "flatland":
-            return Flatland()
-        case "plain":
-            return Uneven()
-        case _:
-            return Uneven(**{kind: True})
+    return KINDS[kind]() if kind in KINDS else Uneven(**{kind: True})
 
 
 def batch(step: int, sample: int, length: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ def config(
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clip,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "optimizer": {"type": optimizer, "params": params},
     }
     if precision == "bf16":
@@ -58,7 +58,8 @@ def train_with_engine(
             total += loss.item() / engine.gradient_accumulation_steps()
         losses.append(total)
         norms.append(engine.get_global_grad_norm())
-    return {name: p.detach().clone() for name, p in engine.module.named_parameters()}, losses, norms
+    whole = engine.module.state_dict()  # at stage 3 parameters are there only while they are used
+    return {name: whole[name].detach().clone() for name, _ in engine.module.named_parameters()}, losses, norms
 
 
 def train_plainly(
@@ -103,16 +104,16 @@ def assert_equal(ours: dict[str, torch.Tensor], plain: dict[str, torch.Tensor], 
     assert max(worst.values()) <= tolerance, sorted(worst.items(), key=lambda item: -item[1])[:3]
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(("accumulation", "clip"), [(1, 0.5), (3, 0.5), (3, 0.0)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_fp32_equals_plain_adamw(ranks, world, stage, accumulation):
-    plain = train_plainly("plain", world, accumulation, clip=0.5)
-    for ours, _, _ in ranks(world).run(train_with_engine, "plain", config(stage, accumulation, clip=0.5)):
+def test_fp32_equals_plain_adamw(ranks, world, stage, accumulation, clip):
+    plain = train_plainly("plain", world, accumulation, clip)
+    for ours, _, _ in ranks(world).run(train_with_engine, "plain", config(stage, accumulation, clip)):
         assert_equal(ours, plain)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("kind", ["tied", "frozen", "unused", "flatland"])
 def test_awkward_models(ranks, kind, stage):
     plain = train_plainly(kind, 2, 2, clip=0.0)
@@ -123,8 +124,23 @@ def test_awkward_models(ranks, kind, stage):
 @pytest.mark.parametrize("optimizer", ["SGD", "RMSprop", "Adagrad"])
 def test_other_elementwise_optimizers(ranks, optimizer):
     plain = train_plainly("plain", 2, 1, clip=1.0, optimizer=optimizer, steps=8)
-    for ours, _, _ in ranks(2).run(train_with_engine, "plain", config(2, 1, clip=1.0, optimizer=optimizer), 8):
-        assert_equal(ours, plain)
+    for stage in (2, 3):
+        for ours, _, _ in ranks(2).run(train_with_engine, "plain", config(stage, 1, clip=1.0, optimizer=optimizer), 8):
+            assert_equal(ours, plain)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("threshold", [0, 100])
+def test_stages_2_and_3_give_the_same_bits(ranks, precision, threshold):
+    outcomes = []
+    for stage in (2, 3):
+        settings = config(stage, 2, clip=0.5, precision=precision)
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+        outcomes.append(ranks(3).run(train_with_engine, "plain", settings)[1])
+    (second, losses_2, norms_2), (third, losses_3, norms_3) = outcomes
+    assert (losses_2, norms_2) == (losses_3, norms_3)
+    for name, value in second.items():
+        assert torch.equal(value, third[name]), name
 
 
 def test_all_ranks_hold_the_same_bits_and_the_same_seed_gives_them_again(ranks):
@@ -167,7 +183,7 @@ def train_plainly_in_bf16(
     return {name: p.detach() for name, p in model.named_parameters()}, losses
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 2), (2, 3), (4, 1)])
 def test_bf16_follows_fp32_masters(ranks, world, stage, accumulation):
     plain, plain_losses = train_plainly_in_bf16("plain", world, accumulation, clip=0.5)

@@ -120,10 +120,12 @@ def test_the_pool_is_played_through_as_the_engine_does() -> None:
     ("units", "expected"),
     [
         ([("a", 64)], 64),
-        ([(f"blocks.{index}", 64) for index in range(10)], 3 * 64),  # two are reduced while the third is filled
-        ([("root", 640), *((f"blocks.{index}", 64) for index in range(10))], 3 * 64 + 640),
-        # head, two blocks; the head's buffer is too small for the next block, the first block's fits the embedding
-        ([("embedding", 128), *((f"blocks.{index}", 128) for index in range(4)), ("head", 64)], 64 + 3 * 128),
+        ([(f"blocks.{index}", 64) for index in range(10)], 2 * 64),  # one is reduced while the next is filled
+        ([("root", 640), *((f"blocks.{index}", 64) for index in range(10))], 2 * 64 + 640),
+        ([("root", 64), *((f"blocks.{index}", 64) for index in range(10))], 2 * 64),  # the root comes last
+        ([("small", 64), *((f"blocks.{index}", 64) for index in range(10))], 3 * 64),  # these are open all along
+        # the head's buffer is too small for a block
+        ([("embedding", 128), *((f"blocks.{index}", 128) for index in range(4)), ("head", 64)], 64 + 2 * 128),
     ],
 )
 def test_pool_elements(units: list[tuple[str, int]], expected: int) -> None:
@@ -133,19 +135,23 @@ def test_pool_elements(units: list[tuple[str, int]], expected: int) -> None:
 def test_the_pool_is_what_the_engines_pool_lends_out() -> None:
     """The engine's own BufferPool, driven in the order of a backward, allocates what the closed form says."""
     torch = pytest.importorskip("torch")
+    from types import SimpleNamespace
+
+    from runtime.comm import Done
     from runtime.memory import Ledger
-    from runtime.zero.unit import BufferPool
+    from runtime.zero.pool import BufferPool
 
     work = workload("gpt-tiny", world_size=2)
-    pool = BufferPool(torch.float32, torch.device("cpu"), Ledger())
+    comm = SimpleNamespace(empty=lambda numel, dtype: torch.empty(numel, dtype=dtype))
+    pool = BufferPool(comm, Ledger())
     flying: list[object] = []
     seen: dict[int, int] = {}
     for name, numel in reversed(work.units):
         assert name != "root"
-        buffer = pool.borrow(-(-numel // 128) * 128)
+        buffer = pool.borrow(-(-numel // 128) * 128, torch.float32)
         seen[buffer.data_ptr()] = buffer.numel()
         if len(flying) == REDUCTIONS_IN_FLIGHT:
-            pool.give_back(flying.pop(0))
+            pool.give_back(flying.pop(0), Done())
         flying.append(buffer)
     assert sum(seen.values()) == pool_elements(work)
 
@@ -154,20 +160,30 @@ def test_traffic_in_closed_form() -> None:
     psi, ranks = 8 * 64 * 4 * 1000, 4
     work = even(psi, ranks, accumulation=8)
     ring = {stage: stage_layout(work, stage).sent_bytes * ranks // (ranks - 1) for stage in range(4)}
-    assert ring == {0: 8 * psi, 1: 6 * psi, 2: 8 * 4 * psi + 2 * psi, 3: 8 * (4 + 2 + 2) * psi}
+    assert ring == {0: 8 * psi, 1: 6 * psi, 2: 8 * 2 * psi + 2 * psi, 3: 8 * (2 + 2 + 2) * psi}
     assert data_parallel(work).sent_bytes == 8 * psi * 3 // 4
     assert all(layout.sent_bytes == 0 for layout in plan(even(psi, 1)))
 
 
-def test_16_bit_reduction_halves_what_gradients_send() -> None:
+def test_what_gradients_send_follows_their_precision() -> None:
     psi = 8 * 64 * 4 * 1000
-    assert stage_layout(even(psi, 4, reduce_dtype="bf16"), 2).sent_bytes == 4 * psi * 3 // 4
+    assert stage_layout(even(psi, 4), 2).sent_bytes == 4 * psi * 3 // 4  # the model's own, and 2 for the parameters
+    assert stage_layout(even(psi, 4, reduce_dtype="fp32"), 2).sent_bytes == 6 * psi * 3 // 4
+    assert stage_layout(even(psi, 4, reduce_dtype="bf16"), 1).sent_bytes == 4 * psi * 3 // 4
+
+
+def test_small_parameters_stay_whole_at_stage_3_and_travel_once_a_step() -> None:
+    units = (("small", 6400), *((f"blocks.{index}", 64000) for index in range(4)))
+    work = Workload("w", units, PRESETS["gpt-tiny"], 4, precision="bf16", accumulation=2)
+    assert stage_layout(work, 3).gpu["parameters"] == 2 * (6400 + 4 * 16000)
+    per_small, per_large = 2 * 2 + 2, 2 * (2 + 2 + 2)
+    assert stage_layout(work, 3).sent_bytes == (per_small * 6400 + per_large * 256000) * 3 // 4
 
 
 def test_offload_copies_gradients_down_and_parameters_up() -> None:
     psi = 8 * 64 * 4 * 1000
-    assert stage_layout(even(psi, 4), 2, offload=True).pcie_bytes == (4 + 2) * psi // 4
-    assert stage_layout(even(psi, 4, accumulation=3), 2, offload=True).pcie_bytes == (12 + 2) * psi // 4
+    assert stage_layout(even(psi, 4), 2, offload=True).pcie_bytes == (2 + 2) * psi // 4
+    assert stage_layout(even(psi, 4, accumulation=3), 2, offload=True).pcie_bytes == (6 + 2) * psi // 4
     assert stage_layout(even(psi, 4), 2).pcie_bytes == 0
 
 

@@ -179,7 +179,7 @@ def _model(
         except ModelError:
             expected = f"one of {', '.join(PRESETS)}, or a count such as 7B"
             raise CommandError(f"--model: expected {expected}; got {named!r}") from None
-        return shape, unit_parameters(shape), named.lower(), []
+        return shape, unit_parameters(shape, resolved.persistence_threshold), named.lower(), []
     section = resolved.zerotop.model
     if section.path is not None:
         raise CommandError(
@@ -191,7 +191,7 @@ def _model(
         notes.append(
             f"The config names no model, so this is for the built-in {section.preset}; --model 7B plans for another."
         )
-    return shape, unit_parameters(shape), str(section.preset), notes
+    return shape, unit_parameters(shape, resolved.persistence_threshold), str(section.preset), notes
 
 
 def _vocabulary(tokenizer: str, preset_name: str | None) -> tuple[int | None, list[str]]:

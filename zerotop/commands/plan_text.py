@@ -9,9 +9,8 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from runtime.plan import CATEGORIES, EXACT, STAGES, Layout, Workload
+from runtime.plan import CATEGORIES, EXACT, Layout, Workload
 from runtime.sizes import format_count, format_size
-from runtime.zero.stage import STAGES as POLICIES
 from zerotop.output import table
 
 ESTIMATED = tuple(category for category in CATEGORIES if category not in (*EXACT, "buffers"))
@@ -185,7 +184,4 @@ def _assumptions(workload: Workload) -> list[str]:
         f"Gradients accumulate in {workload.grad_accum_dtype}. Activations are for fused attention without activation "
         "checkpointing.",
     ]
-    later = [f"stage {stage}" for stage in STAGES if stage not in POLICIES]
-    if later:
-        lines.append(f"This version does not train at {', '.join(later)} yet: its figures say what it will take.")
     return lines

@@ -1,0 +1,242 @@
+"""Stage 3 with whatever models and scripts bring: the same results as stage 2, two units at a time, and parameters that
+can be asked for."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from runtime import zero
+from runtime.api import initialize
+from tests.numerics.models import Uneven, make
+from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
+
+
+def started(kind: str = "plain", stage: int = 3, precision: str = "fp32", model: nn.Module | None = None) -> Any:
+    return initialize(model=model or make(kind), config=config(stage, 1, clip=0.0, precision=precision))[0]
+
+
+def step(engine: Any, number: int) -> float:
+    loss = engine(*micro_batch(number, 0, dist.get_rank(), dist.get_world_size()))
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+def losses_of(kind: str, stage: int) -> tuple[list[float], dict[str, torch.Tensor], list[str]]:
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("runtime.engine").addHandler(handler)
+    try:
+        engine = started(kind, stage)
+        losses = [step(engine, number) for number in range(8)]
+    finally:
+        logging.getLogger("runtime.engine").removeHandler(handler)
+    return losses, {name: value.clone() for name, value in engine.module.state_dict().items()}, warnings
+
+
+@pytest.mark.parametrize("kind", ["winding", "checkpointed", "reentrant", "nested"])
+def test_any_way_through_the_model_gives_stage_2s_bits(ranks, kind):
+    second, third = (ranks(2).run(losses_of, kind, stage)[0] for stage in (2, 3))
+    assert second[0] == third[0]
+    for name, value in second[1].items():
+        assert torch.equal(value, third[1][name]), name
+    different_ways = [line for line in third[2] if "takes different ways" in line]
+    assert len(different_ways) == (1 if kind == "winding" else 0)
+
+
+def batch_norm_model() -> tuple[float, torch.Tensor]:
+    results = []
+    for stage in (2, 3):
+        engine = started("normed", stage)
+        for number in range(3):
+            out = engine(*micro_batch(number, 0, dist.get_rank(), 2))
+            engine.backward(out["loss"] + out["features"].square().mean())
+            engine.step()
+        results.append((out["loss"].item(), engine.module.batch_norm.running_mean.clone()))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    return results[1]
+
+
+def test_buffers_and_several_outputs(ranks):
+    (loss, mean), _ = ranks(2).run(batch_norm_model)
+    assert 0 < loss < 10 and mean.abs().max() > 0
+
+
+def compiled_blocks(in_place: bool) -> None:
+    plain, ours = (started(stage=stage, model=compiled(in_place)) for stage in (2, 3))
+    for number in range(3):
+        assert step(plain, number) == step(ours, number)
+
+
+def compiled(in_place: bool) -> nn.Module:
+    model = make("plain")
+    for index, block in enumerate(model.blocks):
+        if in_place:
+            block.compile(backend="aot_eager")
+        else:
+            model.blocks[index] = torch.compile(block, backend="aot_eager")
+    return model
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_blocks(ranks, in_place):
+    ranks(2).run(compiled_blocks, in_place)
+
+
+# ---- scripts ---------------------------------------------------------------------------------------------------------
+def unusual_script(stage: int) -> list[float]:
+    """Two forwards before one backward, evaluation between steps and inside an accumulation, a part of the model by
+    itself, gradient hooks."""
+    engine = started(stage=stage)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    seen = []
+    hooked = next(engine.module.blocks[0].parameters())
+    hooked.register_hook(lambda grad: seen.append(grad.sum().item()))
+    figures = []
+    for number in range(4):
+        loss = engine(*micro_batch(number, 0, rank, world)) + engine(*micro_batch(number, 1, rank, world))
+        with torch.no_grad():
+            figures.append(engine(*micro_batch(99, 0, rank, world)).item())
+        engine.backward(loss)
+        engine.step()
+        engine.eval()
+        with torch.no_grad():
+            figures.append(engine.module(*micro_batch(98, 0, rank, world)).item())
+            figures.append(engine.module.blocks[1](torch.ones(1, 1, 13)).sum().item())
+        engine.train()
+        figures.append(loss.item())
+    assert len(seen) == 4
+    return figures + seen
+
+
+def test_unusual_scripts_get_the_same(ranks):
+    second, third = (ranks(2).run(unusual_script, stage) for stage in (2, 3))
+    assert second == third
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+def held_while_used() -> None:
+    engine = started()
+    parts = [engine.module.embedding, *engine.module.blocks, engine.module.norm]
+    live: list[int] = []
+    for part in parts:
+        part.register_forward_hook(
+            lambda *_: live.append(sum(unit.sharded[0].gathered for unit in engine.units if not unit.stays))
+        )
+    for number in range(3):
+        step(engine, number)
+    assert max(live) == 1, live  # the next one is on its way, not there yet
+    largest = sorted((flat.layout.numel for u in engine.units if not u.stays for flat in u.sharded), reverse=True)
+    root = sum(flat.layout.numel for unit in engine.units if unit.stays for flat in unit.sharded)
+    assert engine.ledger.peaks()["communication"] <= 4 * 2 * (sum(largest[:2]) + root)  # gathers, and reductions
+    assert engine.ledger.totals()["parameters"] == sum(4 * f.own.numel() for u in engine.units for f in u.flats)
+
+
+def test_two_units_at_a_time(ranks):
+    ranks(2).run(held_while_used)
+
+
+def outside_their_use() -> None:
+    engine = started()
+    weight = engine.module.head.weight
+    assert weight.shape == (37, 13) and weight.isnan().all()
+    assert weight.untyped_storage().nbytes() == weight.element_size()  # one NaN, not 481
+    with pytest.raises(RuntimeError, match="single memory location"):
+        weight.data.mul_(2)
+    assert sum(p.numel() for p in engine.module.parameters()) == sum(p.numel() for p in make("plain").parameters())
+    assert any(weight is p for group in engine.optimizer.param_groups for p in group["params"])
+
+
+def test_parameters_outside_their_use_are_nan_and_keep_their_shape(ranks):
+    ranks(2).run(outside_their_use)
+
+
+# ---- the whole model -------------------------------------------------------------------------------------------------
+def ask_and_change(stage: int, precision: str) -> None:
+    engine = started(stage=stage, precision=precision)
+    expected = make("plain").state_dict()
+    whole = engine.module.state_dict()
+    assert whole.keys() == expected.keys()
+    for name, value in whole.items():
+        assert torch.equal(value.float(), expected[name].to(value.dtype).float()), name
+    weight = engine.module.head.weight
+    with zero.GatheredParameters([weight], modifier_rank=1), torch.no_grad():
+        if dist.get_rank() == 1:
+            weight.fill_(0.25)
+    with zero.GatheredParameters(weight):
+        assert (weight == 0.25).all()
+    assert (masters_of(engine, "head.weight") == 0.25).all()
+    step(engine, 0)
+    changed = {name: torch.full_like(value, 0.5) for name, value in engine.module.state_dict().items()}
+    engine.module.load_state_dict(changed)
+    assert (masters_of(engine, "head.weight") == 0.5).all()
+    assert all((value == 0.5).all() for value in engine.module.state_dict().values())
+    assert step(engine, 1) > 0
+
+
+def masters_of(engine: Any, name: str) -> torch.Tensor:
+    for flat in engine.flats:
+        for part in flat.layout.slices(flat.start, flat.end):
+            if part.name == name:
+                return flat.masters[part.range_start : part.range_start + part.numel]
+    return torch.tensor([0.25 if name else 0.0])[:0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_state_dict_and_gathered_parameters(ranks, stage, precision):
+    ranks(2).run(ask_and_change, stage, precision)
+
+
+def another_engine_takes_over() -> tuple[dict[str, torch.Tensor], float]:
+    model = make("plain")
+    first = started(model=model)
+    step(first, 0)
+    second = started(model=model, stage=2)
+    loss = step(second, 1)
+    return {name: value.clone() for name, value in model.state_dict().items()}, loss
+
+
+def test_another_engine_on_the_same_model(ranks):
+    for whole, loss in ranks(2).run(another_engine_takes_over):
+        assert 0 < loss < 10 and not any(value.isnan().any() for value in whole.values())
+
+
+def backward_of_nothing() -> str:
+    engine = started()
+    with pytest.raises(RuntimeError, match="no trained parameter received a gradient") as caught:
+        engine.backward(torch.ones((), requires_grad=True) * 2)
+    return str(caught.value)
+
+
+def test_a_backward_that_reaches_no_unit(ranks):
+    assert all("must come from this engine's model" in text for text in ranks(2).run(backward_of_nothing))
+
+
+def small_ones_stay() -> None:
+    settings = config(3, 1, clip=0.0)
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    engine = initialize(model=Uneven(), config=settings)[0]
+    assert not engine.module.norm.weight.isnan().any()  # 13 elements
+    assert engine.module.head.weight.isnan().all()  # 481
+    assert [unit.name for unit in engine.units][0] == "small"
+
+
+def test_small_parameters_stay_whole(ranks):
+    ranks(2).run(small_ones_stay)
+
+
+def test_large_and_small_parameters_train_alike(ranks):
+    settings = config(3, 2, clip=0.5)
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    plain = train_plainly("plain", 2, 2, clip=0.5)
+    for ours, _, _ in ranks(2).run(train_with_engine, "plain", settings):
+        assert_equal(ours, plain)
