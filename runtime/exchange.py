@@ -78,7 +78,7 @@ class Exchange:
         gather_objects: hands every rank's value to every rank. arena_bytes: what `empty` may give out in all.
         """
         own = None
-        why, mine = "", {}
+        why, mine = "", dict[str, Any]()
         try:
             own, fd = _create(RING * SLOT_BYTES + arena_bytes)
             mine = {"host": _host(), "pid": os.getpid(), "fd": fd, "nbytes": len(own)}

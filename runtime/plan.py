@@ -245,25 +245,26 @@ def _in_flight(workload: Workload, stage: int, offload: bool) -> int:
 def pool_elements(workload: Workload) -> int:
     """Elements of all whole-gradient buffers that one backward borrows: played through as runtime/zero does.
 
-    The small parameters' buffer is open all along; units are filled last to first and the root after them.
+    The root and the small parameters have buffers of their own; the other units are filled last to first.
     REDUCTIONS_IN_FLIGHT are being reduced while the next is filled. A buffer that is given back is lent again if it is
-    large enough, the smallest that is.
+    large enough, the smallest that is; else it makes room for a larger one.
     """
     order = [numel for name, numel in reversed(workload.units) if name not in EVERYWHERE]
-    order += [numel for name, numel in workload.units if name == "root"]
-    allocated, free, flying = workload.small_parameters, list[int](), list[int]()
+    held = sum(padded(numel, workload.world_size) for name, numel in workload.units if name in EVERYWHERE)
+    most, free, flying = held, list[int](), list[int]()
     for numel in (padded(numel, workload.world_size) for numel in order if numel):
         fitting = [size for size in free if size >= numel]
         if fitting:
             buffer = min(fitting)
             free.remove(buffer)
         else:
+            held += numel - (free.pop(0) if free else 0)
+            most = max(most, held)
             buffer = numel
-            allocated += numel
         if len(flying) == REDUCTIONS_IN_FLIGHT:
             free.append(flying.pop(0))
         flying.append(buffer)
-    return allocated
+    return most
 
 
 def _staging(workload: Workload, stage: int) -> int:

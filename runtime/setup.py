@@ -174,7 +174,7 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
                 name = f"{unit.name}/{str(dtype).removeprefix('torch.')}{'' if trained else '/frozen'}"
                 flat = Flat(name, members, dtype, parts.policy, shard, comm, ledger, values, trained)
                 if trained:
-                    flat.gradients = Gradients(flat.layout, parts.policy, dtype, parts.numbers, pool)
+                    flat.gradients = Gradients(flat.layout, parts.policy, dtype, parts.numbers, pool, unit.stays)
                 (unit.flats if trained else unit.frozen).append(flat)
         parts.units.append(unit)
     for name, parameter in parts.frozen:

@@ -105,7 +105,9 @@ def unit_parameters(config: GPTConfig, small_below: int = 0) -> list[tuple[str, 
     dim, table = config.dim, config.vocab_size * config.dim
     square = dim**2
     sizes = {"root" if config.tied else "embedding": [table]}
-    sizes |= {f"blocks.{index}": [3 * square, square, 4 * square, 4 * square, dim, dim] for index in range(config.layers)}
+    sizes |= {
+        f"blocks.{index}": [3 * square, square, 4 * square, 4 * square, dim, dim] for index in range(config.layers)
+    }
     sizes["head"] = [dim] if config.tied else [dim, table]
     units = [(name, sum(size for size in found if size >= small_below)) for name, found in sizes.items()]
     small = sum(size for found in sizes.values() for size in found if size < small_below)

@@ -40,6 +40,8 @@ class Gathering:
         """What was used in which order, by kind of pass."""
         self._uses: list[Unit] = []  # of the pass under way
         self._kind = "train"
+        self._inside = 0  # forwards of the whole model that are running
+        self._interrupted: tuple[list[Unit], bool] = ([], False)
         self._lost = False  # this pass does not follow the learned order
         self._warned = False
         self._hooks: list[Any] = []
@@ -47,7 +49,10 @@ class Gathering:
             for member in {module, *_owners(module, unit)} if unit.stays else unit.modules:
                 self._watch(unit, member)
         if self.units:
-            self._hooks.append(module.register_forward_hook(self._hook(Gathering._left_model), always_call=True))
+            self._hooks += [
+                module.register_forward_pre_hook(self._hook(Gathering._entered_model), prepend=True),
+                module.register_forward_hook(self._hook(Gathering._left_model), always_call=True),
+            ]
 
     def detach(self) -> None:
         """Another engine takes over, or none: take the hooks off and leave the parameters whole."""
@@ -79,8 +84,8 @@ class Gathering:
         return _not_compiled(hook)
 
     def _before_forward(self, unit: Unit, _module: nn.Module, _inputs: Any) -> None:
-        if self._kind == "train" and not torch.is_grad_enabled() and not _in_backward():
-            self._begin("eval")
+        if not self._inside:  # a part of the model, called by itself
+            self._begin_forward()
         self.use(unit)
         unit.running += 1
 
@@ -96,11 +101,29 @@ class Gathering:
     def _before_backward(self, unit: Unit, _gradient: torch.Tensor) -> None:
         self.use(unit)
 
+    def _entered_model(self, _module: nn.Module, _inputs: Any) -> None:
+        self._begin_forward()
+        self._inside += 1
+
     def _left_model(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
-        if self._kind == "eval":
+        self._inside = max(0, self._inside - 1)
+        if self._kind == "eval" and not self._inside:
             self._learn()
             self._release_all(but_root=False)
-            self._begin("train")
+            self._back_to_training()
+
+    def _begin_forward(self) -> None:
+        """A forward without gradients is a pass of its own, in the middle of a training pass perhaps."""
+        evaluates = not torch.is_grad_enabled() and not _in_backward()
+        if self._kind == "eval" and not evaluates:
+            self._back_to_training()
+        elif self._kind == "train" and evaluates:
+            self._interrupted = (self._uses, self._lost)
+            self._begin("eval")
+
+    def _back_to_training(self) -> None:
+        self._kind = "train"
+        self._uses, self._lost = self._interrupted
 
     # ---- uses ------------------------------------------------------------------------------------------------
     def use(self, unit: Unit) -> None:

@@ -51,8 +51,16 @@ class Gradients:
     """One flat's gradients on this rank: [start, end) is the state range."""
 
     def __init__(
-        self, layout: Layout, policy: StagePolicy, dtype: torch.dtype, numbers: GradientNumbers, pool: BufferPool
+        self,
+        layout: Layout,
+        policy: StagePolicy,
+        dtype: torch.dtype,
+        numbers: GradientNumbers,
+        pool: BufferPool,
+        open_all_along: bool = False,
     ) -> None:
+        """open_all_along: gradients arrive through the whole backward, not one after the other."""
+        self._open_all_along = open_all_along
         self.layout, self.policy, self.dtype, self.numbers, self.pool = layout, policy, dtype, numbers, pool
         self.comm: Comm = pool.comm
         self.ledger: Ledger = pool.ledger
@@ -115,7 +123,7 @@ class Gradients:
         if self._kept is None and self._borrowed is None:
             numel = self.layout.numel
             if self.policy.own_gradients and self._reducing:
-                self._borrowed = self.pool.borrow(numel, self.numbers.communicate or self.dtype)
+                self._borrowed = self.pool.borrow(numel, self.numbers.communicate or self.dtype, self._open_all_along)
             else:
                 self._kept = self.ledger.hold("gradients", self.comm.empty(numel, self.numbers.accumulate))
             self._used()[self.layout.used :].zero_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ class Init:
         if self.dtype is not None:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(self.dtype)
+        hook: Callable[..., Any] = self._to_meta  # what it returns is registered instead; torch's annotation says None
         if self.weights is not None or dist.get_rank() != 0:
-            stack.callback(register_module_parameter_registration_hook(self._to_meta).remove)
+            stack.callback(register_module_parameter_registration_hook(hook).remove)
         return self
 
     def __exit__(self, kind: Any, *_rest: Any) -> None:

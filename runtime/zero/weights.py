@@ -18,6 +18,9 @@ log = logging.getLogger("runtime.engine")
 
 INDEX = "model.safetensors.index.json"
 
+REOPEN_BYTES = 32 << 20
+"""Read from a file's mapping before it is opened anew: pages that were read count as this process's memory until then."""
+
 
 class Weights:
     """The tensors of one file, or of the files that an index names (Hugging Face's layout)."""
@@ -26,6 +29,7 @@ class Weights:
         self.path = path
         self._file_of = dict(file_of)
         self._open: dict[Path, Any] = {}
+        self._read_bytes = 0
         self._prefix: tuple[str, str] = ("", "")  # of the model's names, of the files' names
 
     @classmethod
@@ -100,7 +104,8 @@ class Weights:
         return name.startswith(prefix[0]) and prefix[1] + name.removeprefix(prefix[0]) in self._file_of
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """(stop - start,) elements [start, stop) of the flattened tensor, as stored; only their rows are read."""
+        """(stop - start,) elements [start, stop) of the flattened tensor, as stored; only their rows are read. Copy it and let it go: it may
+        hold the file's mapping."""
         stored = self._slice(name)
         shape = tuple(stored.get_shape())
         if not shape:
@@ -108,6 +113,10 @@ class Weights:
         row = max(1, math.prod(shape[1:]))
         first, last = start // row, -(-stop // row)
         rows: torch.Tensor = stored[first:last]
+        self._read_bytes += rows.numel() * rows.element_size()
+        if self._read_bytes > REOPEN_BYTES:
+            self._open.clear()
+            self._read_bytes = 0
         return rows.reshape(-1)[start - first * row : stop - first * row]
 
 

@@ -15,7 +15,6 @@ from runtime.models.presets import GPTConfig, unit_parameters
 from runtime.plan import Workload, stage_layout
 from tests.ranks import Ranks
 
-
 SMALL = 500  # elements; norms are 36
 
 

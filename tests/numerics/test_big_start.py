@@ -17,6 +17,7 @@ from torch import nn
 import runtime as deepspeed
 from runtime.api import initialize
 from runtime.config import ConfigError
+from runtime.zero import weights as weights_of_zero
 from runtime.zero.weights import Weights
 from tests.numerics.models import Uneven, make
 from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
@@ -145,6 +146,7 @@ def test_any_range_of_any_tensor(tmp_path_factory: pytest.TempPathFactory, shape
 def memory_of_a_start(path: str, numel: int) -> tuple[int, int]:
     """Anonymous and shared bytes that building and starting took at most, beside the model's size."""
     gc.collect()
+    weights_of_zero.REOPEN_BYTES = 1 << 20
     with open("/proc/self/clear_refs", "w") as refs:
         refs.write("5")
     before = status("VmRSS")
@@ -162,13 +164,13 @@ def status(name: str) -> int:
 
 
 def test_no_rank_ever_holds_the_model(ranks, tmp_path: Path):
-    """48 MB in all: each of two ranks keeps half of it, and at its worst a unit (4 MB) and the file's pages more."""
-    numel = 12 * 2**20
-    values = {f"{index}.weight": torch.zeros(1024, 1024) for index in range(12)}
+    """96 MB in all: each of two ranks keeps half of it, and at its worst a unit (4 MB), and pages of the file."""
+    numel = 24 * 2**20
+    values = {f"{index}.weight": torch.zeros(1024, 1024) for index in range(24)}
     save_file(values, tmp_path / "m.safetensors")
     for peak, held in ranks(2).run(memory_of_a_start, str(tmp_path), numel):
         assert held == 4 * numel // 2
-        assert peak < 4 * numel  # states are not touched yet
+        assert peak < 0.75 * 4 * numel  # states are not touched yet
 
 
 def ordinary_training_inside() -> None:

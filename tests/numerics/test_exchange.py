@@ -211,6 +211,7 @@ def refused(reason: str) -> None:
     if reason == "hosts":
         module._host = lambda: (f"host {rank}", "")
     elif rank == 1:
+
         def fail() -> tuple[str, str]:
             raise OSError("no memory files here")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from runtime.config import Fp16Config, load
 from runtime.precision import DynamicScaler, FixedScaler, ScaleExhausted, scaler_for
 
-O, G = True, False  # overflow, good
+X, G = True, False  # overflow, good
 
 
 def trajectory(outcomes: list[bool], **settings: object) -> list[float]:
@@ -25,25 +25,25 @@ def trajectory(outcomes: list[bool], **settings: object) -> list[float]:
     ("settings", "outcomes", "expected"),
     [
         # halves at each overflow without hysteresis
-        ({"initial_scale_power": 4, "hysteresis": 1}, [O, O, G], [8, 4, 4]),
+        ({"initial_scale_power": 4, "hysteresis": 1}, [X, X, G], [8, 4, 4]),
         # the first overflow is tolerated
-        ({"initial_scale_power": 4, "hysteresis": 2}, [O, O, O], [16, 8, 4]),
+        ({"initial_scale_power": 4, "hysteresis": 2}, [X, X, X], [16, 8, 4]),
         # doubles after a window without overflow; counted from the overflow
-        ({"initial_scale_power": 4, "hysteresis": 1, "loss_scale_window": 2}, [O, G, G, G, G], [8, 8, 16, 16, 32]),
+        ({"initial_scale_power": 4, "hysteresis": 1, "loss_scale_window": 2}, [X, G, G, G, G], [8, 8, 16, 16, 32]),
         # the window refills the hysteresis
         (
             {"initial_scale_power": 4, "hysteresis": 2, "loss_scale_window": 2},
-            [O, G, G, O, O],
+            [X, G, G, X, X],
             [16, 16, 32, 32, 16],
         ),
         # consecutive_hysteresis: any good step refills it
         (
             {"initial_scale_power": 4, "hysteresis": 2, "consecutive_hysteresis": True},
-            [O, G, O, G, O, O],
+            [X, G, X, G, X, X],
             [16, 16, 16, 16, 16, 8],
         ),
         # never below the minimum
-        ({"initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 2.0}, [O, G], [2, 2]),
+        ({"initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 2.0}, [X, G], [2, 2]),
     ],
 )
 def test_trajectories(settings, outcomes, expected):
@@ -52,7 +52,7 @@ def test_trajectories(settings, outcomes, expected):
 
 def test_an_overflow_at_the_smallest_scale_is_an_error():
     with pytest.raises(ScaleExhausted, match=r"smallest loss scale \(1, fp16.min_loss_scale\)"):
-        trajectory([O] * 6, initial_scale_power=4, hysteresis=1)
+        trajectory([X] * 6, initial_scale_power=4, hysteresis=1)
 
 
 def reference(outcomes: list[bool], power: int, window: int, hysteresis: int, consecutive: bool) -> list[float]:
@@ -76,9 +76,7 @@ def reference(outcomes: list[bool], power: int, window: int, hysteresis: int, co
     return scales
 
 
-@given(
-    st.lists(st.booleans(), max_size=60), st.integers(0, 16), st.integers(1, 7), st.integers(1, 4), st.booleans()
-)
+@given(st.lists(st.booleans(), max_size=60), st.integers(0, 16), st.integers(1, 7), st.integers(1, 4), st.booleans())
 def test_random_sequences_follow_the_reference(outcomes, power, window, hysteresis, consecutive):
     found = trajectory(
         outcomes,
