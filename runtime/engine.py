@@ -201,6 +201,7 @@ class Engine:
             tokens_per_s=self._tokens / seconds if self._tokens else None,
             samples_per_s=samples / seconds,
             skipped=skipped,
+            skipped_steps=self.skipped_steps,
             loss_scale=self.scaler.scale if self.config.precision == "fp16" else None,
             end_ns=now,
         )

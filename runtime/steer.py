@@ -87,9 +87,14 @@ class Steering:
     def progress(self, result: StepResult) -> None:
         """A log line every log_interval steps, on rank 0; and a word on every step that was skipped."""
         if result.rank == 0 and result.skipped:
-            text = f"step {result.step} changed nothing: the gradient norm is {result.grad_norm}"
-            self.link.event("overflow", text, severity="error", step=result.step)
-            log.error(text)
+            if result.loss_scale is not None:  # part of finding the scale
+                text = f"step {result.step} changed nothing: a gradient overflowed at loss scale {result.loss_scale:g}"
+                self.link.event("overflow", text, severity="warning", step=result.step)
+                log.warning(text)
+            else:
+                text = f"step {result.step} changed nothing: the gradient norm is {result.grad_norm}"
+                self.link.event("overflow", text, severity="error", step=result.step)
+                log.error(text)
         if result.rank != 0 or result.step % self.knobs["log_interval"]:
             return
         total = self.engine.config.zerotop.train.steps

@@ -105,7 +105,9 @@ class StepResult(Message):
     phase_ms: dict[str, float] = Field(default_factory=dict)
     skipped: bool = False
     loss_scale: float | None = None
-    """Factor on the loss; None unless the precision is fp16."""
+    """Factor on the loss in this step; None unless the precision is fp16."""
+    skipped_steps: int = 0
+    """Steps of the whole training, this one included, that changed nothing."""
     end_ns: int
 
 

@@ -53,7 +53,7 @@ print("equal")
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-2)])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_gpu_equals_plain_torch(stage: int, precision: str, tolerance: float) -> None:
     program = PROGRAM.format(stage=stage, precision=precision, tolerance=tolerance)
     root = Path(__file__).resolve().parents[2]

@@ -27,8 +27,8 @@ def config(
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "optimizer": {"type": optimizer, "params": params},
     }
-    if precision == "bf16":
-        base["bf16"] = {"enabled": True}
+    if precision != "fp32":
+        base[precision] = {"enabled": True}
     return {**base, **extra}
 
 

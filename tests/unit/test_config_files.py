@@ -152,7 +152,7 @@ def test_tutorial_on_a_cpu_names_both_problems() -> None:
     batch, precision = caught.value.problems
     assert "64 != 16 x 4 x 4" in batch
     assert '"bf16": {"enabled": true}' in precision
-    assert "fp16 training is not supported yet" in precision and "--device" not in precision
+    assert "fp16 needs a GPU" in precision and "--device" not in precision
 
 
 def test_quickstart() -> None:

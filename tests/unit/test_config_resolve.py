@@ -66,7 +66,30 @@ def test_precision(sections: dict[str, Any], device: Any, precision: str) -> Non
 def test_fp16_needs_a_gpu() -> None:
     message = refusal({"fp16": {"enabled": True}}, "cpu")
     assert '"bf16": {"enabled": true}' in message
-    assert "not supported yet" in message
+    assert "not supported" not in message
+
+
+def test_what_the_engine_does_with_gradients_and_small_parameters() -> None:
+    found = resolve({})
+    assert (found.prescale_gradients, found.gradient_predivide_factor) == (False, 1.0)
+    assert (found.persistence_threshold, found.zerotop.accumulate) == (100_000, "ranges")
+    for spelling in ("stage3_param_persistence_threshold", "param_persistence_threshold"):
+        assert resolve({"zero_optimization": {"stage": 3, spelling: 7}}).persistence_threshold == 7
+    assert resolve({"zerotop": {"accumulate": "local"}}).zerotop.accumulate == "local"
+    assert "leave one of them out" in refusal({"prescale_gradients": True, "gradient_predivide_factor": 2})
+    assert "expected more than 0, got 0" in refusal({"gradient_predivide_factor": 0})
+    assert 'expected "ranges" or "local", got "global"' in refusal({"zerotop": {"accumulate": "global"}})
+
+
+def test_activation_checkpointing_is_on_where_its_section_is() -> None:
+    assert resolve({}).activation_checkpointing is None
+    found = resolve({"activation_checkpointing": {"cpu_checkpointing": True, "number_checkpoints": 4, "profile": True}})
+    assert found.activation_checkpointing is not None
+    assert (found.activation_checkpointing.cpu_checkpointing, found.activation_checkpointing.number_checkpoints) == (
+        True,
+        4,
+    )
+    assert any(note.startswith("activation_checkpointing.profile: no effect here") for note in found.notes)
 
 
 def test_gradients_accumulate_in_fp32_or_the_precision_of_the_model() -> None:

@@ -138,6 +138,8 @@ def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str
         parts.append(f"{how_far.tokens_per_s:,.0f} tokens/s")
     if newest and how_far.eta_s is not None:
         parts.append(f"ETA {duration_text(how_far.eta_s)}")
+    if point.loss_scale is not None:
+        parts.append(f"scale {point.loss_scale:g}")
     if point.skipped:
         parts.append("skipped (overflow)")
     return "  ".join(parts)

@@ -123,4 +123,6 @@ def _figures(view: View) -> list[tuple[str, str]]:
         ]
         if newest[0].loss_scale:
             figures.append(("scale", f"{newest[0].loss_scale:g}"))
+        if newest[0].skipped_steps:
+            figures.append(("skipped", f"{newest[0].skipped_steps} steps"))
     return figures
