@@ -1,7 +1,7 @@
 """Activation checkpointing with DeepSpeed's calls (`deepspeed.checkpointing`), on torch's own.
 
-checkpoint(function, *args) runs `function` again in backward instead of keeping what it computed (arXiv 1604.06174). It is
-torch's non-reentrant form: it works at every stage, with frozen inputs and with arguments that are no tensors.
+checkpoint(function, *args) runs `function` again in backward instead of keeping what it computed (arXiv 1604.06174). It
+is torch's non-reentrant form: it works at every stage, with frozen inputs and with arguments that are no tensors.
 """
 
 from __future__ import annotations

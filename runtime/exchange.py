@@ -1,7 +1,7 @@
 """Collectives of ranks on one host without GPUs, through memory that they share.
 
-Each rank has an arena: a memory file (memfd) that the others map read-only. A collective is published, not sent: the rank
-writes where its buffer lies into a ring of slots, and whoever waits reads the others' buffers where they are.
+Each rank has an arena: a memory file (memfd) that the others map read-only. A collective is published, not sent: the
+rank writes where its buffer lies into a ring of slots, and whoever waits reads the others' buffers where they are.
 
 arena of a rank     | ring: RING slots of 64 bytes | buffer | buffer | ...        sparse: untouched pages take no memory
 slot of number n    | posted | done | op | dtype | offset | nbytes | time of posting |

@@ -58,7 +58,7 @@ class Config(Section):
     prescale_gradients: Flag = False
     """Whether gradients are divided by the number of ranks before they are reduced, and not after."""
     gradient_predivide_factor: Annotated[Num, Field(gt=0)] = 1.0
-    """What gradients are divided by before they are reduced; the mean comes out the same. Not with prescale_gradients."""
+    """What gradients are divided by before they are reduced; the mean stays the same. Not with prescale_gradients."""
     activation_checkpointing: ActivationCheckpointingSection | None = None
     """Activations are computed again in backward instead of being kept. Unset: off."""
     dataloader_drop_last: Flag = False

@@ -9,16 +9,16 @@ from runtime.memory import Ledger
 
 
 class BufferPool:
-    """Buffers are kept: faulting their pages in again would cost more than the reduction. Only one that is too small makes
-    room for the larger one that is needed instead, so that there are never more than are in use at a time."""
+    """Buffers are kept: faulting their pages in again would cost more than the reduction. Only one that is too small
+    makes room for the larger one that is needed instead, so that there are never more than are in use at a time."""
 
     def __init__(self, comm: Comm, ledger: Ledger) -> None:
         self.comm, self.ledger = comm, ledger
         self._free: list[tuple[torch.Tensor, Pending]] = []
 
     def borrow(self, numel: int, dtype: torch.dtype, exact: bool = False) -> torch.Tensor:
-        """An uninitialised 1-D buffer of at least `numel` elements that nobody reads any more. exact: of just so many, for
-        who keeps it long."""
+        """An uninitialised 1-D buffer of at least `numel` elements that nobody reads any more. exact: of just so many,
+        for who keeps it long."""
         fitting = [entry for entry in self._free if entry[0].dtype == dtype and _fits(entry[0].numel(), numel, exact)]
         if not fitting:
             if not exact:

@@ -19,7 +19,7 @@ log = logging.getLogger("runtime.engine")
 INDEX = "model.safetensors.index.json"
 
 REOPEN_BYTES = 32 << 20
-"""Read from a file's mapping before it is opened anew: pages that were read count as this process's memory until then."""
+"""Read from a mapped file before it is opened anew: pages that were read count as this process's memory until then."""
 
 
 class Weights:
@@ -104,8 +104,8 @@ class Weights:
         return name.startswith(prefix[0]) and prefix[1] + name.removeprefix(prefix[0]) in self._file_of
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """(stop - start,) elements [start, stop) of the flattened tensor, as stored; only their rows are read. Copy it and let it go: it may
-        hold the file's mapping."""
+        """(stop - start,) elements [start, stop) of the flattened tensor, as stored; only their rows are read. Copy
+        it and let it go: it may hold the file's mapping."""
         stored = self._slice(name)
         shape = tuple(stored.get_shape())
         if not shape:

@@ -1,5 +1,5 @@
-"""Two NCCL ranks on one GPU: every stage equals plain torch, collectives overlap with computing, and memory is what the ledger
-says. Needs NCCL 2.30 (several ranks on one GPU are an experimental feature of it)."""
+"""Two NCCL ranks on one GPU: every stage equals plain torch, collectives overlap with computing, and memory is what the
+ledger says. Needs NCCL 2.30 (several ranks on one GPU are an experimental feature of it)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def forward(x):
             x = block(x).relu()
     return x.square().mean()
 model.forward = forward
-settings = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {{"stage": {stage}}}, "bf16": {{"enabled": True}},
+settings = {{"train_batch_size": 2, "zero_optimization": {{"stage": {stage}}}, "bf16": {{"enabled": True}},
             "optimizer": {{"type": "AdamW", "params": {{"lr": 1e-4}}}}}}
 engine = initialize(model=model, config=settings)[0]
 spans = []
@@ -83,9 +83,10 @@ from runtime.api import initialize
 from runtime.models.gpt import GPT
 from runtime.models.presets import GPTConfig
 base = torch.cuda.memory_allocated()
-settings = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {{"stage": {stage}}}, "bf16": {{"enabled": True}},
+settings = {{"train_batch_size": 2, "zero_optimization": {{"stage": {stage}}}, "bf16": {{"enabled": True}},
             "optimizer": {{"type": "AdamW", "params": {{"lr": 1e-4}}}}}}
-engine = initialize(model=GPT(GPTConfig(layers=8, heads=8, dim=1024, vocab_size=1024, max_seq_len=64)), config=settings)[0]
+model = GPT(GPTConfig(layers=8, heads=8, dim=1024, vocab_size=1024, max_seq_len=64))
+engine = initialize(model=model, config=settings)[0]
 tokens = torch.randint(1024, (1, 64), device="cuda")
 for _ in range(3):
     engine.backward(engine(tokens, tokens)); engine.step()

@@ -95,7 +95,7 @@ class Bare(nn.Module):
 def without_values() -> str:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 3), Bare())
-    with pytest.raises(ConfigError, match="parameter 1.gain is on the meta device") as caught:
+    with pytest.raises(ConfigError, match=r"parameter 1\.gain is on the meta device") as caught:
         initialize(model=model, config=config(3, 1, clip=0.0))
     return str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients from less memory, in the built-in model and through DeepSpeed's calls."""
+"""Activation checkpointing: the same gradients from less memory, in the built-in model and in DeepSpeed's calls."""
 
 from __future__ import annotations
 
