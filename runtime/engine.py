@@ -373,6 +373,16 @@ class Engine:
         self.gathering.detach()
         self.whole.detach()
 
+    def zero_optimization(self) -> bool:
+        """Whether anything is sharded."""
+        return self.config.stage > 0
+
+    def fp16_enabled(self) -> bool:
+        return self.config.precision == "fp16"
+
+    def bfloat16_enabled(self) -> bool:
+        return self.config.precision == "bf16"
+
     def finish(self) -> None:
         """The training is complete: last checkpoint, and the hub hears that this rank finished."""
         self.steering.finish()

@@ -45,7 +45,7 @@ NO_EFFECT: dict[str, str] = {
     "seq_parallel_communication_data_type": _SEQUENCE,
     "seq_parallel_comm_data_type": _SEQUENCE,
     "pipeline": "only DeepSpeed's PipelineModule reads it",
-    "activation_checkpointing.partition_activations": "it shares activations out over model-parallel ranks; here are none",
+    "activation_checkpointing.partition_activations": "it is for model-parallel ranks, and there are none",
     "activation_checkpointing.contiguous_memory_optimization": _SEGMENTS,
     "activation_checkpointing.synchronize_checkpoint_boundary": "nothing here needs the GPU to wait at a boundary",
     "activation_checkpointing.profile": _MEASURED,

@@ -158,15 +158,19 @@ class Gathering:
     @contextmanager
     def everything(self, units: Sequence[Unit] | None = None) -> Iterator[None]:
         """Inside, the parameters of `units` (default: all) are there; every rank must enter."""
-        held = [unit for unit in (self.units if units is None else units) if unit.sharded]
-        missing = [unit for unit in held if not self._is_live(unit)]
-        for unit in missing:
+        wanted = [unit for unit in (self.units if units is None else units) if unit.sharded]
+        missing = [unit for unit in wanted if not self._is_live(unit)]
+        for unit in wanted:  # also one that is only on its way
             self._gather(unit)
+            unit.asked_for += 1
         try:
             yield
         finally:
+            for unit in wanted:
+                unit.asked_for -= 1
             for unit in missing:
-                self._release(unit)
+                if not unit.asked_for:
+                    self._release(unit)
 
     def _expected(self) -> Unit | None:
         """Who comes next after the uses so far, if this pass goes as it was learned."""
@@ -187,7 +191,7 @@ class Gathering:
 
     def _holds(self, other: Unit, unit: Unit) -> bool:
         """Whether `other` has to stay while `unit` is used: its forward is still running around it."""
-        if other.stays or other.nested:
+        if other.stays or other.nested or other.asked_for:
             return True
         other.nested = other.running > 0 and not _in_backward()
         return other.nested
@@ -215,7 +219,7 @@ class Gathering:
 
     def _release_all(self, but_root: bool) -> None:
         for unit in list(self._live):
-            if not (but_root and unit.stays):
+            if not (but_root and (unit.stays or unit.asked_for)):
                 self._release(unit)
 
 

@@ -24,6 +24,8 @@ class Unit:
     """Parameters that are not trained; stage 3 only."""
     running: int = 0
     """Forwards of its modules that have begun and not ended."""
+    asked_for: int = 0
+    """Scripts that hold it whole: see GatheredParameters."""
     nested: bool = False
     """Another unit was used inside its forward, so it must not be released when that one begins its backward."""
 

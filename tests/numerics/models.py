@@ -3,6 +3,8 @@ at all."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -126,7 +128,22 @@ class Normed(Uneven):
         return {"loss": loss, "features": x}
 
 
+class Mixed(Uneven):
+    """Two dtypes in one unit: the blocks' second halves are in bf16, whatever the rest is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.down.to(torch.bfloat16)
+            block.forward = partial(_mixed, block)  # type: ignore[method-assign]
+
+
+def _mixed(block: Block, x: torch.Tensor) -> torch.Tensor:
+    return x + block.down(F.gelu(block.up(block.norm(x))).to(torch.bfloat16)).float()
+
+
 KINDS = {
+    "mixed": Mixed,
     "flatland": Flatland,
     "plain": Uneven,
     "winding": Winding,

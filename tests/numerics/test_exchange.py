@@ -1,5 +1,5 @@
-"""Collectives through shared memory: sums and gathers are exact, buffers are not overwritten early, ranks that part ways
-or die are named."""
+"""Collectives through shared memory: sums and gathers are exact, buffers are not overwritten early, and ranks that part
+ways or die are named."""
 
 from __future__ import annotations
 
