@@ -153,7 +153,8 @@ class Gathering:
 
     def stale(self) -> None:
         """Parameters were updated: what is gathered no longer holds."""
-        self._release_all(but_root=False)
+        for unit in list(self._live):
+            self._release(unit)
 
     @contextmanager
     def everything(self, units: Sequence[Unit] | None = None) -> Iterator[None]:
@@ -219,7 +220,7 @@ class Gathering:
 
     def _release_all(self, but_root: bool) -> None:
         for unit in list(self._live):
-            if not (but_root and (unit.stays or unit.asked_for)):
+            if not (unit.asked_for or (but_root and unit.stays)):
                 self._release(unit)
 
 

@@ -29,6 +29,7 @@ def main() -> None:
     parser = deepspeed.add_config_arguments(parser)
     args = parser.parse_args()
 
+    torch.manual_seed(0)
     deepspeed.init_distributed(dist_backend="gloo")
     with deepspeed.zero.Init(config_dict_or_path=args.deepspeed_config, enabled=True):
         net = Net()
