@@ -52,13 +52,21 @@ class ExchangeError(RuntimeError):
 class Exchange:
     """This rank's arena and its view of the others'."""
 
-    def __init__(self, rank: int, own: mmap.mmap, peers: dict[int, mmap.mmap], pids: dict[int, int], timeout_s: float):
+    def __init__(
+        self,
+        rank: int,
+        own: mmap.mmap,
+        peers: dict[int, mmap.mmap],
+        pids: dict[int, int],
+        alive: dict[int, int],
+        timeout_s: float,
+    ) -> None:
+        """alive: a process descriptor of every other rank."""
         self.rank, self.world_size, self.timeout_s = rank, len(peers) + 1, timeout_s
         self._own, self._peers = own, peers
         self.nbytes = len(own)
         self._base = {r: np.frombuffer(arena, np.uint8, 1).ctypes.data for r, arena in {**peers, rank: own}.items()}
-        self._pids = pids
-        self._alive = {r: os.pidfd_open(pid) for r, pid in pids.items()}
+        self._pids, self._alive = pids, alive
         self._free_at = RING * SLOT_BYTES
         self._released: list[tuple[int, int]] = []  # (nbytes, offset)
         self._next = 1
@@ -89,19 +97,23 @@ class Exchange:
         if not why and len({about["host"] for about, _ in others}) > 1:
             why = "the ranks are not on one host"
         peers: dict[int, mmap.mmap] = {}
+        alive: dict[int, int] = {}
         if not why:
             try:
                 peers = {r: _map(about) for r, (about, _) in enumerate(others) if r != rank}
-            except (OSError, ValueError) as error:
+                alive = {r: os.pidfd_open(about["pid"]) for r, (about, _) in enumerate(others) if r != rank}
+            except (OSError, AttributeError, ValueError) as error:
                 why = f"rank {rank}: {error}"
         problems = [found for found in gather_objects(why) if found]  # also: everybody has mapped everybody
         if mine:
             os.close(mine["fd"])
         if problems or own is None:
+            for descriptor in alive.values():
+                os.close(descriptor)
             log.debug(f"ranks exchange over Gloo, not through shared memory: {problems[0] if problems else why}")
             return None
         pids = {r: about["pid"] for r, (about, _) in enumerate(others) if r != rank}
-        return cls(rank, own, peers, pids, timeout_s)
+        return cls(rank, own, peers, pids, alive, timeout_s)
 
     def close(self) -> None:
         """No more collectives. Tensors in the arena live on as long as somebody has them."""

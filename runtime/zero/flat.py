@@ -122,11 +122,13 @@ class Flat:
 
     @torch.no_grad()
     def parameters_to_own(self) -> None:
-        """After the gathered parameters were written from outside (load_state_dict, GatheredParameters)."""
+        """After the gathered parameters were written from outside (load_state_dict, GatheredParameters). Masters of
+        elements that are what they were keep the digits that 16 bits can't hold."""
         if self.sharded:
             self.own.copy_(self.whole[self.start : self.end])
         if self.trainable and self.masters is not self.own:
-            self.masters.copy_(self.own)
+            same = self.own == self.masters.to(self.dtype)
+            self.masters.copy_(torch.where(same, self.masters, self.own.to(torch.float32)))
 
     # ---- gathering ---------------------------------------------------------------------------------------------------
     def gather_updated(self) -> Pending:

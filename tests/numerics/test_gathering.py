@@ -177,6 +177,12 @@ def ask_and_change(stage: int, precision: str) -> None:
         assert (weight == 0.25).all()
     assert (masters_of(engine, "head.weight") == 0.25).all()
     step(engine, 0)
+    before = [flat.masters.clone() for flat in engine.flats]
+    with zero.GatheredParameters(engine.module, modifier_rank=0):
+        pass
+    engine.module.load_state_dict(engine.module.state_dict())
+    for flat, masters in zip(engine.flats, before, strict=True):
+        assert torch.equal(flat.masters, masters)  # nothing changed, nothing rounded
     changed = {name: torch.full_like(value, 0.5) for name, value in engine.module.state_dict().items()}
     engine.module.load_state_dict(changed)
     assert (masters_of(engine, "head.weight") == 0.5).all()
