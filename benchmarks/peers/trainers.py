@@ -155,7 +155,10 @@ def _deepspeed(job: Job, stage: int, offload: bool) -> Step:
 def _zerotop(job: Job, stage: int, offload: bool, gloo: bool = False) -> Step:
     """gloo: ranks exchange over Gloo, as those of several hosts do, not through shared memory."""
     import runtime
+    from runtime import native
 
+    if not native.available():  # it would measure the fallback: plain torch, and Gloo
+        raise RuntimeError("our compiled kernels are not in this environment: run `make install` with its Python")
     if gloo:
         os.environ["ZEROTOP_SHARED_MEMORY"] = "0"
 
