@@ -167,7 +167,8 @@ def _announce(engine: Engine, resumed: Path | None) -> None:
     from runtime.memory import memory_message
 
     session, link = engine.session, engine.session.link
-    link.memory_source = lambda: memory_message(engine.comm.rank, engine.ledger, engine.device)
+    rank, ledger, device = engine.comm.rank, engine.ledger, engine.device  # the session outlives engines
+    link.memory_source = lambda: memory_message(rank, ledger, device)
     link.start(
         session.hello(engine.config, engine.comm, engine.module, engine.global_steps, dict(engine.steering.knobs))
     )

@@ -207,7 +207,7 @@ class Exchange:
     def _wait(self, peer: int, word: int, number: int) -> None:
         address, until = self._base[peer] + word, time.monotonic() + self.timeout_s
         while not native.wait(address, number, SLICE_US):
-            if peer in self._alive and select.select([self._alive[peer]], [], [], 0)[0]:
+            if peer in self._alive and _ended(self._alive[peer]):
                 if native.wait(address, number, 0):  # it posted, and ended
                     return
                 raise ExchangeError(f"rank {peer} (pid {self._pids[peer]}) is gone; this rank was waiting for it")
@@ -326,6 +326,13 @@ def _map(about: dict[str, Any]) -> mmap.mmap:
         return mmap.mmap(descriptor, about["nbytes"], prot=mmap.PROT_READ)
     finally:
         os.close(descriptor)
+
+
+def _ended(pidfd: int) -> bool:
+    """Whether the process has ended. poll, not select: a process with many files open has numbers beyond select's."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _host() -> tuple[str, str]:

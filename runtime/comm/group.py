@@ -20,6 +20,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 SHARED_MEMORY_VARIABLE = "ZEROTOP_SHARED_MEMORY"
 """Set to 0, ranks of one host use Gloo, as ranks of several hosts do."""
 
+_shared: tuple[Any, dist.ProcessGroup] | None = None
+"""The world and its control group."""
+
 
 class Comm:
     """Collectives over all ranks of a group. Every rank issues them in the same order."""
@@ -34,7 +37,6 @@ class Comm:
         self.world_size = dist.get_world_size(group)
         # A group made without naming a backend says "undefined" and has Gloo for CPUs.
         self.backend = "gloo" if device.type == "cpu" else str(dist.get_backend(group))
-        self._control_group: dist.ProcessGroup | None = None
         self._exchange: Exchange | None = None
         self._clock = DeviceClock(device, telemetry) if device.type == "cuda" and self.world_size > 1 else None
 
@@ -128,10 +130,12 @@ class Comm:
     @property
     def control_group(self) -> dist.ProcessGroup:
         """A Gloo group over the same ranks. Every rank must ask for it first at the same point, for making a group is
-        collective."""
-        if self._control_group is None:
-            self._control_group = dist.new_group(backend="gloo")
-        return self._control_group
+        collective. Engines of one process share it: torch never closes a group's sockets before the world ends."""
+        global _shared
+        world = dist.group.WORLD
+        if _shared is None or _shared[0] is not world:
+            _shared = (world, dist.new_group(backend="gloo"))
+        return _shared[1]
 
     def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value` (picklable, from our own code only) on every rank."""

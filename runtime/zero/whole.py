@@ -17,7 +17,8 @@ from runtime.zero.gathering import Gathering
 from runtime.zero.unit import Unit
 
 _homes: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameter -> (weak WholeModel, its unit). Not an attribute of the parameter, which must stay picklable."""
+"""Parameter -> (weak WholeModel, index of its unit there): what is strong here would keep the parameter and so all of
+its engine alive for ever. Not an attribute of the parameter, which must stay picklable."""
 
 
 class WholeModel:
@@ -33,10 +34,10 @@ class WholeModel:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         self._names = names
-        for unit in self.units:
+        for index, unit in enumerate(self.units):
             for flat in (*unit.flats, *unit.frozen):
                 for parameter in flat.members:
-                    _homes[parameter] = (weakref.ref(self), unit)
+                    _homes[parameter] = (weakref.ref(self), index)
         weak = weakref.ref(self)
 
         def after_state_dict(_module: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -111,9 +112,9 @@ def GatheredParameters(  # noqa: N802: DeepSpeed's name
     listed = [params] if isinstance(params, torch.Tensor) else list(params)
     homes: dict[int, tuple[WholeModel, list[Unit]]] = {}
     for parameter in listed if enabled else []:
-        weak, unit = _homes.get(parameter, (lambda: None, None))
-        if (whole := weak()) is not None and unit is not None:
-            units = homes.setdefault(id(whole), (whole, []))[1]
+        weak, index = _homes.get(parameter, (lambda: None, 0))
+        if (whole := weak()) is not None:
+            unit, units = whole.units[index], homes.setdefault(id(whole), (whole, []))[1]
             units += [unit] * (not any(unit is other for other in units))
     with ExitStack() as stack:
         for whole, units in homes.values():

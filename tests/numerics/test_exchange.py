@@ -3,7 +3,9 @@ ways or die are named."""
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 import signal
 
 import pytest
@@ -13,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import native
+from runtime.api import initialize
 from runtime.exchange import RING, Exchange, ExchangeError
+from tests.numerics.models import make
+from tests.numerics.test_parity import config, micro_batch
 
 
 def opened(nbytes: int = 1 << 24, timeout_s: float = 60) -> Exchange:
@@ -225,3 +230,46 @@ def refused(reason: str) -> None:
 @pytest.mark.parametrize("reason", ["hosts", "one rank cannot"])
 def test_all_or_none_get_an_exchange(ranks, reason):
     ranks(2).run(refused, reason)
+
+
+def make_and_drop(engines: int) -> tuple[int, int]:
+    """Open descriptors after the first and after the last of several engines that are no longer used."""
+    counts = []
+    for _ in range(engines):
+        engine = initialize(model=make("plain"), config=config(3, 1, clip=0.0))[0]
+        engine.backward(engine(*micro_batch(0, 0, dist.get_rank(), 2)))
+        engine.step()
+        del engine
+        gc.collect()
+        counts.append(len(os.listdir("/proc/self/fd")))
+    return counts[0], counts[-1]
+
+
+def test_engines_that_are_dropped_leave_no_descriptors(ranks):
+    for first, last in ranks(2).run(make_and_drop, 4):
+        assert last <= first
+
+
+def many_open_files() -> float:
+    """Descriptors beyond 1024, which select() can't take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        engine = initialize(model=make("plain"), config=config(2, 1, clip=0.0))[0]
+        if dist.get_rank() == 1:
+            assert engine.comm._exchange is not None
+            # Nobody posts this: the other rank, which goes on, comes to wait for us and looks whether we live.
+            native.wait(engine.comm._exchange._base[1], 2**31 - 1, 300_000)
+        loss = engine(*micro_batch(0, 0, dist.get_rank(), 2))
+        engine.backward(loss)
+        engine.step()
+        return float(loss)
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_processes_with_many_open_files(ranks):
+    assert all(0 < loss < 10 for loss in ranks(2).run(many_open_files))

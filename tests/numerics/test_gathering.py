@@ -175,7 +175,8 @@ def ask_and_change(stage: int, precision: str) -> None:
     with zero.GatheredParameters(weight), torch.no_grad():
         engine(*micro_batch(0, 0, 0, 1))  # what was asked for stays, whatever else is used
         assert (weight == 0.25).all()
-    assert (masters_of(engine, "head.weight") == 0.25).all()
+    # A master that 16 bits round to 0.25 already counts as unchanged, and keeps its digits.
+    assert (masters_of(engine, "head.weight").to(weight.dtype) == 0.25).all()
     step(engine, 0)
     before = [flat.masters.clone() for flat in engine.flats]
     with zero.GatheredParameters(engine.module, modifier_rank=0):
@@ -185,7 +186,7 @@ def ask_and_change(stage: int, precision: str) -> None:
         assert torch.equal(flat.masters, masters)  # nothing changed, nothing rounded
     changed = {name: torch.full_like(value, 0.5) for name, value in engine.module.state_dict().items()}
     engine.module.load_state_dict(changed)
-    assert (masters_of(engine, "head.weight") == 0.5).all()
+    assert (masters_of(engine, "head.weight").to(weight.dtype) == 0.5).all()
     assert all((value == 0.5).all() for value in engine.module.state_dict().values())
     assert step(engine, 1) > 0
 
