@@ -210,11 +210,16 @@ def test_a_killed_launcher_takes_its_ranks_along(start: Start) -> None:
     assert read_status(run.path).reason == "torchrun was killed by SIGKILL"
 
 
+def _has_steps(run: Path) -> bool:
+    return any(getattr(message, "kind", "") == "step" for message in read_messages(run))
+
+
 def test_a_killed_supervisor_leaves_no_rank_and_no_lie(start: Start) -> None:
     run = start()
     run.see_step(3)
     supervisor = psutil.Process(read_run(run.path).supervisor_pid)
     until(lambda: read_status(run.path).step >= 3, "the step in state.json")
+    until(lambda: _has_steps(run.path), "a step in the recording, which is written once a second")
     supervisor.kill()
     until(run.all_gone, "every process gone")
     assert read_status(run.path).state == "running"  # what it said last
@@ -224,7 +229,7 @@ def test_a_killed_supervisor_leaves_no_rank_and_no_lie(start: Start) -> None:
     assert int(entry.status.reason.split()[-1]) >= 3
     with pytest.raises(RunError, match="is over"):
         find_run(run.path.name, live_only=True)
-    assert any(getattr(message, "kind", "") == "step" for message in read_messages(run.path))
+    assert _has_steps(run.path)
     make_sockets_folder().rmdir()
     assert not run.entry.sockets.folder.exists()  # swept with the next launch
 
