@@ -26,6 +26,8 @@ from benchmarks.peers.options import as_arguments, check_run_options, run_option
 Record = dict[str, Any]
 
 RANKS = 2
+REFERENCE = "ddp"
+"""Whose losses the others' are held against, step by step."""
 END_S = 30.0
 """How long torchrun may take to end its ranks when a run is given up."""
 
@@ -139,7 +141,7 @@ def _free_port() -> int:
 # ---- the table -------------------------------------------------------------------------------------------------------
 def _table(peers: list[str], rounds: list[dict[str, Record]], failures: dict[str, str], *, pipes: bool) -> str:
     first = peers[0]
-    header = ["peer", "step s", f"x {first}", "clean steps", "cpu s", "opt s", "peak delta MB", "loss"]
+    header = ["peer", "step s", f"x {first}", "clean steps", "cpu s", "opt s", "peak delta MB", "loss", "off ddp"]
     rows = [_row(peer, first, rounds) for peer in peers]
     notes = [f"{peer} failed: {reason}" for peer, reason in failures.items()]
     if pipes:
@@ -151,7 +153,7 @@ def _row(peer: str, first: str, rounds: list[dict[str, Record]]) -> list[str]:
     """Medians over the rounds in which the peer ran; the largest memory peak of all ranks and rounds."""
     records = [records[peer] for records in rounds if peer in records]
     if not records:
-        return [peer, "failed", *[""] * 6]
+        return [peer, "failed", *[""] * 7]
     ratios = [_step_s(done[peer]) / _step_s(done[first]) for done in rounds if peer in done and first in done]
     return [
         peer,
@@ -162,7 +164,16 @@ def _row(peer: str, first: str, rounds: list[dict[str, Record]]) -> list[str]:
         f"{statistics.median(record['clean_opt_s'] or record['opt_s'] for record in records):.4f}",
         f"{max(max(record['delta_mb']) for record in records)}",
         f"{records[0]['final_loss']:.5f}",
+        _off_reference(records[0], rounds),
     ]
+
+
+def _off_reference(record: Record, rounds: list[dict[str, Record]]) -> str:
+    """The largest difference of any step's loss to DDP's (the loss is the mean over the ranks, before the update)."""
+    reference = next((records[REFERENCE] for records in rounds if REFERENCE in records), None)
+    if reference is None:
+        return "n/a"
+    return f"{max(abs(a - b) for a, b in zip(record['losses'], reference['losses'], strict=True)):.5f}"
 
 
 def _step_s(record: Record) -> float:
