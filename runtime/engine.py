@@ -25,6 +25,7 @@ from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
 from runtime.optim.optimizer import ZeroOptimizer
+from runtime.optim.updates import Updates
 from runtime.precision import ScaleExhausted, scaler_for
 from runtime.setup import Assembly, Session, assemble
 from runtime.steer import Steering
@@ -73,7 +74,11 @@ class Engine:
         self.scaler = scaler_for(config)
         self.schedule = Schedule(parts.reduce_order, comm)
         self.gathering = Gathering(module, parts.units, self.telemetry)
-        self.whole = WholeModel(module, parts.units, self.gathering, comm)
+        self._downlink = parts.placing.downlink
+        self.updates = Updates(
+            module, parts.units, parts.rules, self.telemetry, parts.placing.executor, parts.placing.side
+        )
+        self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain)
         module._zerotop_detach = self._detach  # type: ignore[assignment]
         self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
         self.steering = Steering(self, session)
@@ -112,9 +117,11 @@ class Engine:
         self.telemetry.enter("backward", self.global_steps + 1, self._micro_step)
         boundary = self.is_gradient_accumulation_boundary()
         reduce = self._syncing and (boundary or self.policy.own_gradients)
-        self.schedule.begin_backward(reduce)
+        self.updates.drain()
+        self.schedule.begin_backward(reduce, last=self._syncing and boundary)
         (loss * (self.scaler.scale / self.gradient_accumulation_steps())).backward(retain_graph=retain_graph)
         self.schedule.end_backward()
+        self.updates.check()
         self.gathering.end_backward()
         self._loss_sum = self._loss_sum + loss.detach().double()
         self._losses += 1
@@ -147,6 +154,8 @@ class Engine:
         """Agree (norm, loss, commands) -> clip -> update each unit and gather it -> report -> commands."""
         telemetry = self.telemetry
         telemetry.enter("step", self.global_steps + 1, self.gradient_accumulation_steps())
+        if self._downlink is not None:
+            self._downlink.drain()
         divisor = self.comm.world_size * self._pre_scale * self.scaler.scale
         loss = self._loss_sum / self._losses
         agreed = agree(self.flats, self.comm, loss, divisor, self.steering.command_waits(), self.steering.stop_asked())
@@ -168,17 +177,14 @@ class Engine:
         self._began_ns = time.monotonic_ns()
 
     def _update(self, numbers: list[dict[str, Any]], scale: float) -> None:
-        """Every unit in forward order; while one is gathered the next is updated already."""
         self.optimizer_steps += 1
         self.gathering.stale()
-        gathers = []
-        for flat, rule in zip(self.flats, self.rules, strict=True):
-            rule.update(numbers, self.optimizer_steps, scale)
-            if not flat.sharded:
-                gathers.append(flat.gather_updated())
-        with self.telemetry.span("gather"):
-            for gather in gathers:
-                gather.wait()
+        self.updates.launch(numbers, self.optimizer_steps, scale)
+
+    def synchronize(self) -> None:
+        """Returns when the last step's update is complete, for scripts that read parameters or states themselves: with
+        offload it may still be under way after step(). On a GPU: for what the current stream does next."""
+        self.updates.drain()
 
     def _rescale(self, overflow: bool) -> None:
         """fp16: the next loss scale. Raises RuntimeError when it can't be lowered any more."""
@@ -369,6 +375,7 @@ class Engine:
 
     def _detach(self) -> None:
         """Another engine takes the model over."""
+        self.updates.detach()
         self.schedule.detach()
         self.gathering.detach()
         self.whole.detach()
@@ -385,6 +392,7 @@ class Engine:
 
     def finish(self) -> None:
         """The training is complete: last checkpoint, and the hub hears that this rank finished."""
+        self.synchronize()
         self.steering.finish()
 
 

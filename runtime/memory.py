@@ -6,6 +6,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Callable
 from typing import get_args
 
 import psutil
@@ -21,15 +22,20 @@ class Ledger:
     def __init__(self) -> None:
         self._bytes: dict[Category, int] = dict.fromkeys(get_args(Category), 0)
         self._peaks = dict(self._bytes)
-        self.pinned_bytes = 0
+        self._offloaded = dict(self._bytes)
+        self.pinned: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        """Page-locked bytes: asked for, and really taken."""
 
-    def hold(self, category: Category, tensor: torch.Tensor) -> torch.Tensor:
+    def hold(self, category: Category, tensor: torch.Tensor, offloaded: bool = False) -> torch.Tensor:
         """Count `tensor`'s own elements and hand it back, so that an allocation reads `x = ledger.hold("optimizer",
-        torch.zeros(n))`."""
-        self.add(category, tensor.numel() * tensor.element_size())
+        torch.zeros(n))`. offloaded: it is in host memory because the config says so, not with the parameters."""
+        self.add(category, tensor.numel() * tensor.element_size(), offloaded)
         return tensor
 
-    def add(self, category: Category, nbytes: int) -> None:
+    def add(self, category: Category, nbytes: int, offloaded: bool = False) -> None:
+        if offloaded:
+            self._offloaded[category] += nbytes
+            return
         self._bytes[category] += nbytes
         self._peaks[category] = max(self._peaks[category], self._bytes[category])
 
@@ -37,14 +43,19 @@ class Ledger:
         self.add(category, -tensor.numel() * tensor.element_size())
 
     def totals(self) -> dict[Category, int]:
-        """Bytes per category right now."""
+        """Bytes per category right now, where the parameters are."""
         return dict(self._bytes)
 
+    def offloaded(self) -> dict[Category, int]:
+        """Bytes per category right now in host memory, to which the config moved them."""
+        return dict(self._offloaded)
+
     def peaks(self) -> dict[Category, int]:
-        """The most bytes that each category has held."""
+        """The most bytes that each category has held, where the parameters are."""
         return dict(self._peaks)
 
     def total_bytes(self) -> int:
+        """Where the parameters are."""
         return sum(self._bytes.values())
 
 
@@ -72,10 +83,13 @@ def memory_message(rank: int, ledger: Ledger, device: torch.device) -> Memory:
         allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         free, total = torch.cuda.mem_get_info(device)
         used = total - free
+    requested, real = ledger.pinned()
     return Memory(
         rank=rank,
         ledger=ledger.totals(),
-        pinned_bytes=ledger.pinned_bytes,
+        offloaded=ledger.offloaded(),
+        pinned_requested_bytes=requested,
+        pinned_bytes=real,
         rss_bytes=psutil.Process(os.getpid()).memory_info().rss,
         allocated_bytes=allocated,
         reserved_bytes=reserved,

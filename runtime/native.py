@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 ABI = {"libzt_cpu.so": 2, "libzt_cuda.so": 1}
 SUM_BLOCK = 8192  # elements; ZT_BLOCK of csrc/formula.h
-_DTYPES = {"torch.float32": 1, "torch.bfloat16": 2}
+DTYPES = {"torch.float32": 1, "torch.bfloat16": 2}
+"""What the kernels take, and csrc/'s number for it."""
 _REBUILD = "build it with `make install` (it needs a C++ compiler)"
 
 _u64, _i64, _i32, _f32 = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -102,6 +103,20 @@ def available() -> bool:
     except ImportError:
         return False
     return True
+
+
+@functools.cache
+def cuda_available() -> bool:
+    """Whether the CUDA kernels can be called."""
+    try:
+        return int(cuda().zt_device_count()) > 0
+    except ImportError:
+        return False
+
+
+def work_numel(numel: int) -> int:
+    """fp64 elements of `work` that `cuda_sum_of_squares` of `numel` elements needs."""
+    return max(1, 2 * -(-numel // SUM_BLOCK))
 
 
 def isa(force: str = "") -> str | None:
@@ -195,7 +210,7 @@ def adamw(
     n = p.numel()
     for name, t in (("p", p), ("m", m), ("v", v)):
         _check(name, t, n, ("torch.float32",), "cpu")
-    _check("g", g, n, tuple(_DTYPES), "cpu")
+    _check("g", g, n, tuple(DTYPES), "cpu")
     if out is not None:
         _check("out", out, n, ("torch.bfloat16",), "cpu")
     h = hyper(
@@ -215,7 +230,7 @@ def adamw(
         g.data_ptr(),
         out.data_ptr() if out is not None else 0,
         n,
-        _DTYPES[str(g.dtype)],
+        DTYPES[str(g.dtype)],
         int(not adamw),
         ctypes.byref(h),
         threads or 0,
@@ -236,10 +251,10 @@ def sum_of_squares(x: torch.Tensor, *, threads: int | None = None, isa: str = ""
         The sum, and whether any element is NaN or infinite (a double cannot overflow on squares of floats, so the
         sum is finite exactly when every element is).
     """
-    _check("x", x, x.numel(), tuple(_DTYPES), "cpu")
+    _check("x", x, x.numel(), tuple(DTYPES), "cpu")
     total = ctypes.c_double()
     code = cpu().zt_sum_of_squares(
-        x.data_ptr(), x.numel(), _DTYPES[str(x.dtype)], threads or 0, isa.encode(), ctypes.byref(total)
+        x.data_ptr(), x.numel(), DTYPES[str(x.dtype)], threads or 0, isa.encode(), ctypes.byref(total)
     )
     _raise_for(code, isa)
     return total.value, not math.isfinite(total.value)
@@ -255,9 +270,9 @@ def accumulate(
         g: (numel,) fp32 or bf16.
     """
     _check("acc", acc, acc.numel(), ("torch.float32",), "cpu")
-    _check("g", g, acc.numel(), tuple(_DTYPES), "cpu")
+    _check("g", g, acc.numel(), tuple(DTYPES), "cpu")
     code = cpu().zt_accumulate(
-        acc.data_ptr(), g.data_ptr(), acc.numel(), _DTYPES[str(g.dtype)], scale, threads or 0, isa.encode()
+        acc.data_ptr(), g.data_ptr(), acc.numel(), DTYPES[str(g.dtype)], scale, threads or 0, isa.encode()
     )
     _raise_for(code, isa)
 
@@ -279,15 +294,15 @@ def sum_into(
         target: (numel,) fp32 or bf16 on the CPU. May be the same memory as a source's elements from `begin`.
         sources: addresses of arrays of `dtype` ("torch.float32" or "torch.bfloat16"), which must be long enough.
     """
-    _check("target", target, target.numel(), tuple(_DTYPES), "cpu")
+    _check("target", target, target.numel(), tuple(DTYPES), "cpu")
     code = cpu().zt_sum(
         target.data_ptr(),
-        _DTYPES[str(target.dtype)],
+        DTYPES[str(target.dtype)],
         (_u64 * len(sources))(*sources),
         len(sources),
         begin,
         target.numel(),
-        _DTYPES[dtype],
+        DTYPES[dtype],
         int(add),
         threads or 0,
         isa.encode(),
@@ -336,7 +351,7 @@ def cuda_adamw(
     n = p.numel()
     for name, t in (("p", p), ("m", m), ("v", v)):
         _check(name, t, n, ("torch.float32",), "cuda")
-    _check("g", g, n, tuple(_DTYPES), "cuda")
+    _check("g", g, n, tuple(DTYPES), "cuda")
     if out is not None:
         _check("out", out, n, ("torch.bfloat16",), "cuda")
     if isinstance(grad_scale, (int, float)):
@@ -361,7 +376,7 @@ def cuda_adamw(
         g.data_ptr(),
         out.data_ptr() if out is not None else 0,
         n,
-        _DTYPES[str(g.dtype)],
+        DTYPES[str(g.dtype)],
         int(not adamw),
         ctypes.byref(h),
         factor_address,
@@ -378,14 +393,14 @@ def cuda_sum_of_squares(x: torch.Tensor, work: torch.Tensor, *, stream: int) -> 
         x: (numel,) fp32 or bf16.
         work: (>= 2 * ceil(numel / SUM_BLOCK), at least 1) fp64 on the same GPU; overwritten.
     """
-    _check("x", x, x.numel(), tuple(_DTYPES), "cuda")
-    need = max(1, 2 * -(-x.numel() // SUM_BLOCK))
+    _check("x", x, x.numel(), tuple(DTYPES), "cuda")
+    need = work_numel(x.numel())
     if work.numel() < need:
         raise ValueError(f"work has {work.numel()} elements; {x.numel()} elements of x need {need}")
     _check("work", work, work.numel(), ("torch.float64",), "cuda")
     _raise_for_cuda(
         cuda().zt_sum_of_squares(
-            x.data_ptr(), x.numel(), _DTYPES[str(x.dtype)], work.data_ptr(), x.device.index, stream
+            x.data_ptr(), x.numel(), DTYPES[str(x.dtype)], work.data_ptr(), x.device.index, stream
         )
     )
 

@@ -20,6 +20,7 @@ from runtime.config import ConfigError, Resolved
 from runtime.memory import Ledger
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.rules import Rule
+from runtime.placing import Placing, Size, place
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.wire.messages import Hello
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, RunFile, boot_id, read_run
@@ -132,6 +133,7 @@ class Assembly:
     frozen: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     """Parameters that are not trained and whole on every rank; at stage 3 large ones are in their units."""
     rules: list[Rule] = field(default_factory=list)
+    placing: Placing = field(init=False)
 
     @property
     def flats(self) -> list[Flat]:
@@ -162,28 +164,72 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
     if comm.world_size > 1:
         comm.share_memory(16 * sum(p.numel() for p in module.parameters()) + ARENA_SLACK)
     _place_buffers(module, precision, comm, ledger, values)
+    specs = _specs(cuts, parts, comm, group_of, frozen, precision)
+    sizes = [Size(sum(p.numel() for _, p, _ in s.members), s.dtype, s.trained, s.sharded) for s in specs]
+    parts.placing = place(config, parts.policy, comm, ledger, parts.numbers.accumulate, sizes)
     pool = BufferPool(comm, ledger)
-    for unit_cut in cuts:
-        unit = Unit(unit_cut.name, unit_cut.modules, stays=unit_cut.everywhere)
-        shard = parts.policy.own_parameters and comm.world_size > 1 and unit_cut.name != "small"
-        for trained in (True, False):
-            for dtype, members in _by_dtype(unit_cut, group_of, frozen, precision, trained).items():
-                if not trained and not shard:
-                    parts.frozen += [(name, parameter) for name, parameter, _ in members]
-                    continue
-                name = f"{unit.name}/{str(dtype).removeprefix('torch.')}{'' if trained else '/frozen'}"
-                flat = Flat(name, members, dtype, parts.policy, shard, comm, ledger, values, trained)
-                if trained:
-                    flat.gradients = Gradients(flat.layout, parts.policy, dtype, parts.numbers, pool, unit.stays)
-                (unit.flats if trained else unit.frozen).append(flat)
-        parts.units.append(unit)
+    for index, spec in enumerate(specs):
+        _make_flat(index, spec, parts, comm, ledger, values, pool)
     for name, parameter in parts.frozen:
         _place_frozen(name, parameter, precision, comm, ledger, values)
     parts.reduce_order = [flat for index in reduce_order(cuts) for flat in parts.units[index].flats]
     if not parts.flats:
         raise ConfigError("the model has no trainable parameter in the optimizer: nothing to train")
-    parts.rules = [optimizer.make_rule(flat, ledger) for flat in parts.flats]
+    sides = [parts.placing.rule_side(index) for index, spec in enumerate(specs) if spec.trained]
+    parts.rules = [optimizer.make_rule(flat, ledger, side) for flat, side in zip(parts.flats, sides, strict=True)]
     return parts
+
+
+@dataclass
+class _Spec:
+    """A flat to be."""
+
+    unit: Unit
+    members: list[Member]
+    dtype: torch.dtype
+    trained: bool
+    sharded: bool
+
+
+def _specs(
+    cuts: list[Cut],
+    parts: Assembly,
+    comm: Comm,
+    group_of: dict[nn.Parameter, int],
+    frozen: set[nn.Parameter],
+    precision: torch.dtype,
+) -> list[_Spec]:
+    """All flats in forward order; makes the units, and notes the frozen parameters that are in none."""
+    specs = []
+    for unit_cut in cuts:
+        unit = Unit(unit_cut.name, unit_cut.modules, stays=unit_cut.everywhere)
+        parts.units.append(unit)
+        sharded = parts.policy.own_parameters and comm.world_size > 1 and unit_cut.name != "small"
+        for trained in (True, False):
+            for dtype, members in _by_dtype(unit_cut, group_of, frozen, precision, trained).items():
+                if trained or sharded:
+                    specs.append(_Spec(unit, members, dtype, trained, sharded))
+                else:
+                    parts.frozen += [(name, parameter) for name, parameter, _ in members]
+    return specs
+
+
+def _make_flat(
+    index: int, spec: _Spec, parts: Assembly, comm: Comm, ledger: Ledger, values: Values, pool: BufferPool
+) -> None:
+    placing, unit = parts.placing, spec.unit
+    home = placing.home(index)
+    name = f"{unit.name}/{str(spec.dtype).removeprefix('torch.')}{'' if spec.trained else '/frozen'}"
+    flat = Flat(
+        name, spec.members, spec.dtype, parts.policy, spec.sharded, comm, ledger, values, home, spec.trained,
+        placing.own_host, placing.transfers,
+    )  # fmt: skip
+    if spec.trained:
+        downlink = placing.downlink if home.remote else None
+        flat.gradients = Gradients(
+            flat.layout, parts.policy, spec.dtype, parts.numbers, pool, home, unit.stays, downlink
+        )  # fmt: skip
+    (unit.flats if spec.trained else unit.frozen).append(flat)
 
 
 def _values(module: nn.Module, comm: Comm) -> Values:

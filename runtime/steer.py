@@ -134,6 +134,7 @@ class Steering:
     # ---- commands: see [Note: how ranks agree] -------------------------------------------------------------
     def _apply_all(self, commands: deque[Command]) -> None:
         paused = False
+        self.engine.synchronize()
         while commands or paused:
             command = commands.popleft() if commands else self._next_while_paused()
             if command is None:

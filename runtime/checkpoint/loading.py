@@ -36,6 +36,7 @@ def load(engine: Engine, path: Path) -> Loaded:
     config's.
     Raises CheckpointError before anything is changed when the checkpoint does not fit.
     """
+    engine.synchronize()
     manifest = read_manifest(path)
     _compare(engine, manifest, path)
     try:

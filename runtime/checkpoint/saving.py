@@ -33,6 +33,7 @@ def save(engine: Engine, folder: Path, tag: str, client_state: dict[str, Any]) -
 
     Raises CheckpointError on every rank when any rank could not write; nothing of it remains then.
     """
+    engine.synchronize()
     comm, final = engine.comm, folder / tag
     partial = folder / f".{tag}.partial"
     on_rank_0(comm, f"create {partial}", lambda: _make_room(folder, partial))

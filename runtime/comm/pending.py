@@ -180,19 +180,20 @@ class DevicePending:
         clock.telemetry.completed(self._seq, self._op, self._nbytes, start_ns, end_ns, max(0, end_ns - reached_ns))
 
 
-def combine(target: torch.Tensor, source: torch.Tensor, add: bool) -> None:
-    """target = source or target += source, 1-D tensors of one size, any dtypes; `source` may be `target` itself."""
+def combine(target: torch.Tensor, source: torch.Tensor, add: bool, threads: int | None = None) -> None:
+    """target = source or target += source, 1-D tensors of one size, any dtypes; `source` may be `target` itself.
+    threads: of the CPU kernels; None: torch's number."""
     if add:
-        accumulate(target, source)
+        accumulate(target, source, threads)
     elif target.data_ptr() != source.data_ptr() or target.dtype != source.dtype:
         target.copy_(source)
 
 
-def accumulate(target: torch.Tensor, grad: torch.Tensor) -> None:
+def accumulate(target: torch.Tensor, grad: torch.Tensor, threads: int | None = None) -> None:
     """target += grad, where torch is slow: a 16-bit gradient into an fp32 buffer on a CPU takes it five times as
     long."""
     mixed = target.dtype == torch.float32 and grad.dtype == torch.bfloat16
     if mixed and target.device.type == "cpu" and grad.is_contiguous() and native.available():
-        native.accumulate(target, grad.view(-1), threads=torch.get_num_threads())
+        native.accumulate(target, grad.view(-1), threads=threads or torch.get_num_threads())
     else:
         target.view(grad.shape).add_(grad)

@@ -9,12 +9,6 @@ from .resolved import Resolved
 def refuse_unsupported(config: Resolved) -> None:
     """Raise ConfigError with every such setting at once. Launch asks before it starts anything, initialize() again."""
     problems = []
-    for key, section in (
-        ("offload_optimizer", config.offload_optimizer),
-        ("offload_param", config.offload_param),
-    ):
-        if section is not None:
-            problems.append(f'zero_optimization.{key}: not supported yet; remove it, or set its device to "none"')
     if config.zerotop.model.path is not None:
         problems.append(
             "zerotop.model.path: Hugging Face models are not supported by the built-in trainer yet; use "

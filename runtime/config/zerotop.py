@@ -95,6 +95,25 @@ class TelemetryConfig(Section):
     grows with this rate (benchmarks/results/telemetry.md)."""
 
 
+class OffloadConfig(Section):
+    """How offloaded optimizer states are updated. It matters where zero_optimization.offload_optimizer is on."""
+
+    update: Annotated[Literal["cpu", "gpu", "auto"], BeforeValidator(_lower)] = "auto"
+    """Who updates them. `cpu`: CPU threads. `gpu`: the GPU, through which they stream in chunks. `auto`: both, each so
+    much that they finish together, as measured at start; without a GPU the CPU."""
+
+    overlap: Flag = True
+    """Whether the update goes on while the next forward runs, which waits only for the unit it needs. The results are
+    the same bits either way."""
+
+    vram_reserve_gib: Annotated[Num, Field(ge=0)] | None = None
+    """States stay on the GPU as far as so many GiB of it remain free after the model, its gradients and its largest
+    buffers are placed. Unset: none stay, beyond what zero_optimization.offload_optimizer.ratio leaves there."""
+
+    chunk_mib: Annotated[Num, Field(gt=0, le=4096)] = 64
+    """MiB of states per piece that streams through the GPU."""
+
+
 class LogConfig(Section):
     """What is logged."""
 
@@ -120,6 +139,8 @@ class ZerotopConfig(Section):
     """What ranks send."""
     log: LogConfig = LogConfig()
     """What is logged."""
+    offload: OffloadConfig = OffloadConfig()
+    """How offloaded states are updated."""
 
     accumulate: Literal["ranges", "local"] = "ranges"
     """What stages 2 and 3 keep between micro-steps. `ranges`: each micro-step's gradients are reduced and the own range

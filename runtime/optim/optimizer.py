@@ -11,6 +11,7 @@ from torch import nn
 
 from runtime.config import ConfigError, OptimizerConfig
 from runtime.memory import Ledger
+from runtime.optim.hostside import HostSide
 from runtime.optim.rules import AdamRule, Rule, TorchRule
 from runtime.zero.flat import Flat
 
@@ -47,10 +48,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         plain = torch.optim.Optimizer.add_param_group
         getattr(plain, "__wrapped__", plain)(self, param_group)
 
-    def make_rule(self, flat: Flat, ledger: Ledger) -> Rule:
+    def make_rule(self, flat: Flat, ledger: Ledger, host: HostSide | None = None) -> Rule:
+        """host: for a flat whose states are in other memory than its parameters."""
         if self.kind in ("Adam", "AdamW"):
-            return AdamRule(flat, self.decoupled, self.bias_correction, ledger)
-        return TorchRule(flat, getattr(torch.optim, self.kind), self.numbers(1.0), ledger)
+            return AdamRule(flat, self.decoupled, self.bias_correction, host)
+        return TorchRule(flat, getattr(torch.optim, self.kind), self.numbers(1.0), ledger, host)
 
     def numbers(self, lr_factor: float) -> list[dict[str, Any]]:
         """Each group's numbers without its parameters, lr multiplied by the run's learning-rate factor."""

@@ -12,12 +12,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.optim import adamw as functional_adamw  # type: ignore[attr-defined]
 
 from runtime import native
-from runtime.memory import Ledger, zeros
+from runtime.memory import Ledger
 from runtime.optim.adamw import adamw_reference
+from runtime.optim.hostside import HostSide
 from runtime.zero.flat import Flat
+
+OUT_DTYPES = (torch.bfloat16,)
+"""What the kernels round parameters to in the same pass; anything else takes one of its own."""
 
 Hyper = Mapping[str, Any]
 """One optimizer parameter group's numbers: lr, betas, eps, weight_decay, ..."""
@@ -33,9 +36,11 @@ class State:
 
 
 class Rule(Protocol):
+    flat: Flat
+
     def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         """Take optimizer step `step` (from 1) with gradient x `scale`, and leave the new values in masters and own
-        parameters."""
+        parameters. It may run on another thread than the training's where the flat's states are offloaded."""
 
     def states(self) -> Iterator[State]:
         """Every state tensor, to be written to or read from a checkpoint."""
@@ -49,37 +54,55 @@ class Rule(Protocol):
 class AdamRule:
     """AdamW (arXiv 1711.05101) or Adam with L2, fp32 moments over the whole state range."""
 
-    def __init__(self, flat: Flat, decoupled: bool, bias_correction: bool, ledger: Ledger) -> None:
-        self.flat, self.decoupled, self.bias_correction = flat, decoupled, bias_correction
-        self.exp_avg = ledger.hold("optimizer", zeros(flat.state_numel, torch.float32, flat.masters.device))
-        self.exp_avg_sq = ledger.hold("optimizer", zeros(flat.state_numel, torch.float32, flat.masters.device))
+    def __init__(self, flat: Flat, decoupled: bool, bias_correction: bool, host: HostSide | None = None) -> None:
+        self.flat, self.decoupled, self.bias_correction, self.host = flat, decoupled, bias_correction, host
+        self.exp_avg = flat.home.zeros("optimizer", flat.state_numel)
+        self.exp_avg_sq = flat.home.zeros("optimizer", flat.state_numel)
 
     def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
+        flat, host = self.flat, self.host
+        if host is not None:
+            gradient = host.gradient(flat)
+            host.deliver(flat, lambda out: self.step(gradient, out, groups, step, scale))
+        elif flat.apart or flat.own_parameters is flat.masters:
+            self.step(flat.gradient, None, groups, step, scale)
+            flat.masters_to_parameters()
+        else:
+            self.step(flat.gradient, flat.own_parameters, groups, step, scale)
+
+    def step(
+        self, gradient: torch.Tensor, out: torch.Tensor | None, groups: Sequence[Hyper], step: int, scale: float
+    ) -> None:
+        """All of the state range; out (state range,): takes what the new masters round to."""
         flat = self.flat
-        # The kernels write bf16 beside the masters; fp16 is rounded in a pass of its own.
-        out = flat.own_parameters if flat.dtype == torch.bfloat16 else None
+        beside = out if out is not None and out.dtype in OUT_DTYPES else None
         for segment in flat.segments:
             part = slice(segment.start, segment.end)
-            hyper = groups[segment.group]
-            beta1, beta2 = hyper["betas"]
-            _adam_kernel(flat.masters, flat.gradient.dtype)(
+            adam_kernel(flat.masters, gradient.dtype)(
                 flat.masters[part],
                 self.exp_avg[part],
                 self.exp_avg_sq[part],
-                flat.gradient[part],
-                None if out is None else out[part],
-                # Without bias correction both terms are 1, which is what they tend to.
-                step=step if self.bias_correction else 2**40,
-                lr=float(hyper["lr"]),
-                beta1=beta1,
-                beta2=beta2,
-                eps=hyper["eps"],
-                weight_decay=hyper["weight_decay"],
+                gradient[part],
+                None if beside is None else beside[part],
                 grad_scale=scale,
-                adamw=self.decoupled,
+                **self.numbers(groups[segment.group], step),
             )
-        if out is None:
-            flat.masters_to_parameters()
+        if out is not None and beside is None:
+            out.copy_(flat.masters)
+
+    def numbers(self, hyper: Hyper, step: int) -> dict[str, Any]:
+        """One group's arguments of the kernels."""
+        beta1, beta2 = hyper["betas"]
+        return {
+            # Without bias correction both terms are 1, which is what they tend to.
+            "step": step if self.bias_correction else 2**40,
+            "lr": float(hyper["lr"]),
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": hyper["eps"],
+            "weight_decay": hyper["weight_decay"],
+            "adamw": self.decoupled,
+        }
 
     def states(self) -> Iterator[State]:
         yield State("exp_avg", 0, self.exp_avg)
@@ -92,48 +115,29 @@ class AdamRule:
         """Nothing to take: Adam's only scalar is the step count, which the engine keeps."""
 
 
-def _adam_kernel(masters: torch.Tensor, gradient: torch.dtype):  # type: ignore[no-untyped-def]
+def adam_kernel(masters: torch.Tensor, gradient: torch.dtype) -> Callable[..., None]:
+    """What updates `masters` from such a gradient: our fused kernel where it is built, else plain torch."""
+    if str(gradient) not in native.DTYPES:
+        return adamw_reference
     if masters.device.type == "cuda":
-        return _adam_on_cuda
-    fused = native.available() and gradient in (torch.float32, torch.bfloat16)
-    return partial(native.adamw, threads=torch.get_num_threads()) if fused else adamw_reference
-
-
-def _adam_on_cuda(p, m, v, g, out, *, step, lr, beta1, beta2, eps, weight_decay, grad_scale, adamw):  # type: ignore[no-untyped-def]
-    """torch's own fused kernel, over one segment."""
-    if not adamw:
-        adamw_reference(
-            p,
-            m,
-            v,
-            g,
-            out,
-            step=step,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            grad_scale=grad_scale,
-            adamw=False,
-        )
-        return
-    grad = g.mul_(grad_scale) if g.dtype == torch.float32 else g.float().mul_(grad_scale)
-    functional_adamw.adamw(
-        [p], [grad], [m], [v], [], [torch.full((), float(step - 1), device=p.device)],
-        fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps, maximize=False,
-    )  # fmt: skip
-    if out is not None:
-        out.copy_(p)
+        if not native.cuda_available():
+            return adamw_reference
+        return partial(native.cuda_adamw, stream=torch.cuda.current_stream(masters.device).cuda_stream)
+    return partial(native.adamw, threads=torch.get_num_threads()) if native.available() else adamw_reference
 
 
 class TorchRule:
     """Any elementwise optimizer of torch.optim, unchanged, over segments of the masters."""
 
     def __init__(
-        self, flat: Flat, kind: Callable[..., torch.optim.Optimizer], groups: Sequence[Hyper], ledger: Ledger
+        self,
+        flat: Flat,
+        kind: Callable[..., torch.optim.Optimizer],
+        groups: Sequence[Hyper],
+        ledger: Ledger,
+        host: HostSide | None = None,
     ) -> None:
-        self.flat, self.ledger = flat, ledger
+        self.flat, self.ledger, self.host = flat, ledger, host
         self.parts = [nn.Parameter(flat.masters[s.start : s.end], requires_grad=True) for s in flat.segments]
         self.optimizer = kind(
             [
@@ -145,20 +149,34 @@ class TorchRule:
         self._held = 0
 
     def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
-        flat = self.flat
-        flat.gradient.mul_(scale)
-        for part, segment, own in zip(self.parts, flat.segments, self.optimizer.param_groups, strict=False):
-            part.grad = flat.gradient[segment.start : segment.end].to(torch.float32)
+        flat, host = self.flat, self.host
+        if host is None:
+            self.step(flat.gradient, groups, scale)
+            flat.masters_to_parameters()
+            return
+
+        def update(out: torch.Tensor | None) -> None:
+            self.step(host.gradient(flat), groups, scale)
+            if out is not None:
+                out.copy_(flat.masters)
+
+        host.deliver(flat, update)
+
+    @torch.no_grad()
+    def step(self, gradient: torch.Tensor, groups: Sequence[Hyper], scale: float) -> None:
+        """New masters; `gradient` (state range,) is scaled in place."""
+        gradient.mul_(scale)
+        for part, segment, own in zip(self.parts, self.flat.segments, self.optimizer.param_groups, strict=False):
+            part.grad = gradient[segment.start : segment.end].to(torch.float32)
             own.update({k: v for k, v in groups[segment.group].items() if k in own and k != "params"})
         self.optimizer.step()
         for part in self.parts:
             part.grad = None
         self._account()
-        flat.masters_to_parameters()
 
     def _account(self) -> None:
         held = sum(state.tensor.numel() * state.tensor.element_size() for state in self.states())
-        self.ledger.add("optimizer", held - self._held)
+        self.ledger.add("optimizer", held - self._held, offloaded=self.flat.home.offloaded)
         self._held = held
 
     def prepare(self) -> None:

@@ -112,13 +112,15 @@ class StepResult(Message):
 
 
 class Memory(Message):
-    """Where a rank's memory is. `ledger` is exact (what the engine holds); the device figures are the allocator's and
-    the driver's."""
+    """Where a rank's memory is. `ledger` is exact (what the engine holds with the parameters), and `offloaded` (what it
+    holds in host memory because the config says so); the device figures are the allocator's and the driver's."""
 
     kind: Literal["memory"] = "memory"
     rank: int
     ledger: dict[Category, int]
+    offloaded: dict[Category, int] = {}
     pinned_bytes: int = 0
+    pinned_requested_bytes: int = 0
     rss_bytes: int
     allocated_bytes: int | None = None  # torch's CUDA allocator; None on a CPU
     reserved_bytes: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def agree(
     of its own range only, also where it holds everything, so that no element counts twice.
     """
     figures = torch.zeros(4, dtype=torch.float64, device=comm.device)
-    figures[0] = sum_of_squares([own_gradient(flat, comm) for flat in flats])
+    figures[0] = _squares(flats, comm)
     figures[1] = loss
     figures[2:] = torch.tensor([command_waits, stop_asked], dtype=torch.float64)
     comm.all_reduce(figures).wait()
@@ -45,17 +46,33 @@ def agree(
     return Boundary(norm, loss_sum / comm.world_size, waits > 0, stops > 0)
 
 
+def _squares(flats: Sequence[Flat], comm: Comm) -> torch.Tensor | float:
+    """Of all own ranges, flat by flat in fp64 and added up in their order, wherever each lies: so the same gradients
+    give the same bits. On a GPU the sum stays there (a 0-dim tensor): reading it here would make the host wait."""
+    parts = []
+    for flat in flats:
+        taken = flat.gradients.squares() if flat.gradients is not None else None  # as they arrived
+        parts.append(sum_of_squares(own_gradient(flat, comm)) if taken is None else taken)
+    if any(isinstance(part, float) for part in parts):  # some are in host memory
+        parts = [float(part) for part in parts]
+    return functools.reduce(lambda total, part: total + part, parts)
+
+
 def own_gradient(flat: Flat, comm: Comm) -> torch.Tensor:
     low, high = flat.layout.range(comm.rank)
     return flat.gradient[low - flat.start : high - flat.start]
 
 
-def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor | float:
-    """In fp64 and in a fixed order, so that the same gradients give the same bits at any number of threads. On a GPU
-    the sum stays there (a 0-dim tensor): reading it here would make the host wait for every unit."""
-    if tensors[0].device.type == "cpu" and tensors[0].dtype != torch.float16 and native.available():
-        return sum(native.sum_of_squares(tensor, threads=torch.get_num_threads())[0] for tensor in tensors)
-    return torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in tensors]).sum()
+def sum_of_squares(gradient: torch.Tensor) -> torch.Tensor | float:
+    """In fp64 and in a fixed order: the same bits at any number of threads, and on a GPU as on a CPU."""
+    if gradient.device.type == "cpu" and str(gradient.dtype) in native.DTYPES and native.available():
+        return native.sum_of_squares(gradient, threads=torch.get_num_threads())[0]
+    if gradient.device.type == "cuda" and str(gradient.dtype) in native.DTYPES and native.cuda_available():
+        work = torch.empty(native.work_numel(gradient.numel()), dtype=torch.float64, device=gradient.device)
+        native.cuda_sum_of_squares(gradient, work, stream=torch.cuda.current_stream(gradient.device).cuda_stream)
+        return work[0]
+    total = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    return float(total) if gradient.device.type == "cpu" else total
 
 
 def clip_coefficient(grad_norm: float, limit: float) -> float:

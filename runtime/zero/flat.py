@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from runtime.comm import Comm, Done, Pending
 from runtime.memory import Ledger, zeros
+from runtime.transfer import Copy, Transfers
 from runtime.zero.gradients import Gradients
+from runtime.zero.home import Home
 from runtime.zero.layout import Layout
 from runtime.zero.stage import StagePolicy
 from runtime.zero.values import Values, adopt
@@ -24,8 +26,9 @@ class Flat:
 
     whole       (layout.numel,) in the compute dtype; every `param.data` is a view into it. While a sharded flat is
                 released it has no memory, and `param.data` are placeholders of the right shape that read as NaN
-    own         (own range,) what this rank keeps and updates: its range of `whole`, or at stage 3 memory of its own
-    masters     (state range,) fp32; for fp32 parameters they are `own`, not a copy
+    own         (own range,) what this rank keeps and updates: its range of `whole`, or at stage 3 memory of its own,
+                which may be the host's (offload_param)
+    masters     (state range,) fp32, in `home`; for fp32 parameters there they are `own`, not a copy
     gradients   None for parameters that are not trained (stage 3 shards those, too)
 
     [Note: released parameters]
@@ -44,8 +47,18 @@ class Flat:
         comm: Comm,
         ledger: Ledger,
         values: Values,
+        home: Home,
         trainable: bool = True,
+        own_home: Home | None = None,
+        transfers: Transfers | None = None,
     ) -> None:
+        """home: of masters and optimizer states. own_home: of the own range of a sharded flat, where that is not the
+        device; `transfers` bring it from there."""
+        self.home, self._own_home, self._transfers = home, own_home if sharded else None, transfers
+        self.arrival: Copy | None = None
+        """New parameters on their way from the host."""
+        self.before_gather: Callable[[], None] = lambda: None
+        """Returns when the own range is up to date; set by who updates it meanwhile."""
         self.name, self.policy, self.comm, self.ledger = name, policy, comm, ledger
         self.dtype, self.sharded, self.trainable = dtype, sharded, trainable
         self.members = [parameter for _, parameter, _ in members]
@@ -64,9 +77,9 @@ class Flat:
         time."""
         low, high = (self.start, self.end) if self.sharded else (0, self.layout.numel)
         exact = self._initial(values, low, high)
-        self.own = self.comm.empty(high - low, self.dtype) if self.sharded else torch.empty(0)
         if self.sharded:
-            self.ledger.hold("parameters", self.own).copy_(exact)
+            self.own = self._own_memory(high - low)
+            self.own.copy_(exact)
             self.whole = torch.empty(self.layout.numel, dtype=self.dtype, device=self.comm.device)
         else:
             self.whole = self.ledger.hold("parameters", self.comm.empty(high, self.dtype)).copy_(exact)
@@ -75,15 +88,22 @@ class Flat:
         self._placeholders = [_placeholder(slot.shape, self.dtype, self.comm.device) for slot in self.layout.slots]
         if self.trainable:
             self.masters = self.own
-            if self.dtype != torch.float32:
+            if self.dtype != torch.float32 or self.apart:
                 part = exact if self.sharded else exact[self.start : self.end]
-                whole_part = part.numel() == exact.numel()
-                self.masters = self.ledger.hold("masters", part if whole_part else self._copied(part))
+                if part.numel() == exact.numel() and not self.home.remote:
+                    self.masters = self.home.hold("masters", part)
+                else:
+                    self.masters = self.home.zeros("masters", part.numel()).copy_(part)
         for parameter, view, placeholder in zip(self.members, self._views, self._placeholders, strict=True):
             adopt(parameter, placeholder if self.sharded else view)
             parameter.grad = None
         if self.sharded:
             self.whole.untyped_storage().resize_(0)
+
+    def _own_memory(self, numel: int) -> torch.Tensor:
+        if self._own_home is not None:
+            return self._own_home.zeros("parameters", numel, self.dtype)
+        return self.ledger.hold("parameters", self.comm.empty(numel, self.dtype))
 
     def _initial(self, values: Values, low: int, high: int) -> torch.Tensor:
         """Elements [low, high) of the flat buffer, rank 0's values on every rank; fp32 where they are trained."""
@@ -115,6 +135,11 @@ class Flat:
         """(state range,) the compute-dtype parameters that this rank updates."""
         return self.own
 
+    @property
+    def apart(self) -> bool:
+        """Whether masters and own parameters are in different memories."""
+        return self.home.remote != (self._own_home is not None and self._own_home.remote)
+
     def masters_to_parameters(self) -> None:
         """After the masters were written from outside (a checkpoint, another optimizer)."""
         if self.trainable and self.masters is not self.own:
@@ -127,8 +152,9 @@ class Flat:
         if self.sharded:
             self.own.copy_(self.whole[self.start : self.end])
         if self.trainable and self.masters is not self.own:
-            same = self.own == self.masters.to(self.dtype)
-            self.masters.copy_(torch.where(same, self.masters, self.own.to(torch.float32)))
+            own = self.own.to(self.masters.device)
+            same = own == self.masters.to(self.dtype)
+            self.masters.copy_(torch.where(same, self.masters, own.to(torch.float32)))
 
     # ---- gathering ---------------------------------------------------------------------------------------------------
     def gather_updated(self) -> Pending:
@@ -139,9 +165,19 @@ class Flat:
         """Start filling a released flat from all ranks' ranges. See [Note: released parameters]."""
         if self.gathered or self._pending is not None:
             return
+        self.before_gather()
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
         self.ledger.hold("communication", self.whole)
-        self._pending = self.comm.all_gather(self.whole, self.own)
+        self._pending = self.comm.all_gather(self.whole, self._own_on_device())
+
+    def _own_on_device(self) -> torch.Tensor:
+        """Where collectives can read the own range: offloaded parameters come to their place in `whole` first."""
+        if self._own_home is None or not self._own_home.remote:
+            return self.own
+        assert self._transfers is not None
+        place = self.comm.own_range(self.whole)
+        self._transfers.up(self.own, place, self._transfers.mark()).wait_device()
+        return place
 
     def finish_gather(self) -> None:
         """Wait for it and let the parameters show it."""

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from runtime.telemetry import NullTelemetry, Telemetry
+from runtime.zero.flat import Flat
 from runtime.zero.unit import Unit
 
 log = logging.getLogger("runtime.engine")
@@ -46,7 +47,7 @@ class Gathering:
         self._warned = False
         self._hooks: list[Any] = []
         for unit in self.units:
-            for member in {module, *_owners(module, unit)} if unit.stays else unit.modules:
+            for member in {module, *owners(module, unit.sharded)} if unit.stays else unit.modules:
                 self._watch(unit, member)
         if self.units:
             self._hooks += [
@@ -81,7 +82,7 @@ class Gathering:
             if gathering is not None:
                 act(gathering, *bound, *given)
 
-        return _not_compiled(hook)
+        return not_compiled(hook)
 
     def _before_forward(self, unit: Unit, _module: nn.Module, _inputs: Any) -> None:
         if not self._inside:  # a part of the model, called by itself
@@ -224,15 +225,15 @@ class Gathering:
                 self._release(unit)
 
 
-def _owners(module: nn.Module, unit: Unit) -> Iterator[nn.Module]:
-    """The modules that have parameters of `unit` as their own: scripts may call one without the whole model."""
-    members = {parameter for flat in unit.sharded for parameter in flat.members}
+def owners(module: nn.Module, flats: Sequence[Flat]) -> Iterator[nn.Module]:
+    """The modules that have parameters of `flats` as their own: scripts may call one without the whole model."""
+    members = {parameter for flat in flats for parameter in flat.members}
     for owner in module.modules():
         if any(parameter in members for parameter in owner._parameters.values() if parameter is not None):
             yield owner
 
 
-def _not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+def not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
     """Keeps torch.compile from looking into `hook`. torch.compiler.disable alone would import the compiler, 100 MB, for
     those who don't use it; where it comes later, the mark makes it stop there."""
     if "torch._dynamo" in sys.modules:

@@ -7,12 +7,14 @@ drops it, so no gradient exists twice for longer than one hook.
   is reduced once, in the last micro-step's backward, in place; the optimizer reads it where it is.
 - Own ranges only (stages 2 and 3): the flat buffer is borrowed from a pool for one backward of this unit, reduced, its
   own range added to the accumulator, and given back. Two units' buffers exist at any time, and the root unit's. It has
-  the precision in which autograd makes gradients: what a wider one could hold is not in them.
+  the precision in which autograd makes gradients: what a wider one could hold is not in them. Where the accumulator is
+  in other memory than the device's, the range first travels there (downlink.py).
 """
 
 from __future__ import annotations
 
 import enum
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,10 @@ from torch import nn
 
 from runtime.comm import Comm, Pending
 from runtime.comm.pending import accumulate
-from runtime.memory import Ledger, zeros
+from runtime.memory import Ledger
+from runtime.transfer import Copy
+from runtime.zero.downlink import Downlink
+from runtime.zero.home import Home
 from runtime.zero.layout import Layout
 from runtime.zero.pool import BufferPool
 from runtime.zero.stage import StagePolicy
@@ -57,10 +62,14 @@ class Gradients:
         dtype: torch.dtype,
         numbers: GradientNumbers,
         pool: BufferPool,
+        home: Home,
         open_all_along: bool = False,
+        downlink: Downlink | None = None,
     ) -> None:
-        """open_all_along: gradients arrive through the whole backward, not one after the other."""
+        """home: of accumulated own ranges. open_all_along: gradients arrive through the whole backward, not one after
+        the other. downlink: the way there, where it is other memory than the device's."""
         self._open_all_along = open_all_along
+        self._home, self._downlink = home, downlink if policy.own_gradients else None
         self.layout, self.policy, self.dtype, self.numbers, self.pool = layout, policy, dtype, numbers, pool
         self.comm: Comm = pool.comm
         self.ledger: Ledger = pool.ledger
@@ -73,6 +82,10 @@ class Gradients:
         self._own: torch.Tensor | None = None
         """(state range,) reduced gradients since the boundary; stages 2, 3 only."""
         self._own_any = False
+        self._squares: Future[float | None] | None = None
+        self._last = True
+        if self._downlink is not None:
+            self._own = self._accumulator()  # page-locking takes its time: before the first step, not in it
         self._filled = [False] * len(layout.slots)
         self._arrived = [False] * len(layout.slots)
         self._missing = len(layout.slots)
@@ -81,8 +94,12 @@ class Gradients:
         self._sent: torch.Tensor | None = None  # what _pending reduces, where that is a copy
         self._last_use: Pending | None = None  # of _kept
 
-    def begin_backward(self, reduce: bool) -> None:
-        """`reduce`: this backward's gradients go out to the other ranks."""
+    def _accumulator(self) -> torch.Tensor:
+        return self._home.zeros("gradients", self.end - self.start, self.numbers.accumulate)
+
+    def begin_backward(self, reduce: bool, last: bool = True) -> None:
+        """`reduce`: this backward's gradients go out to the other ranks. `last`: no more come before the boundary."""
+        self._last = last
         self._arrived = [False] * len(self.layout.slots)
         self._missing = len(self.layout.slots)
         self._reducing = reduce
@@ -159,10 +176,7 @@ class Gradients:
         self._pending = None
         self.state = GradientState.WAITING
         if self.policy.own_gradients:
-            if self._own is None:
-                fresh = zeros(self.end - self.start, self.numbers.accumulate, self.comm.device)
-                self._own = self.ledger.hold("gradients", fresh)
-            pending.into(self._own, add=self._own_any)
+            pending = self._take_own(pending)
             self._own_any = True
             self._filled = [False] * len(self.layout.slots)
             self._drop_whole(pending)
@@ -178,6 +192,20 @@ class Gradients:
             self.pool.give_back(self._sent, pending)
             self._sent = None
 
+    def _take_own(self, pending: Pending) -> Pending:
+        """The reduced own range goes to its accumulator. Returns whose end frees the whole buffer."""
+        if self._own is None:
+            self._own = self._accumulator()
+        if self._downlink is None:
+            pending.into(self._own, add=self._own_any)
+            return pending
+        pending.wait()
+        whole = self._used() if self._sent is None else self._sent[: self.layout.numel]
+        copy, self._squares = self._downlink.send(
+            self.comm.own_range(whole) if self.policy.own_states else whole, self._own, self._own_any, self._last
+        )
+        return _Leaving(pending, copy)
+
     def _drop_whole(self, pending: Pending) -> None:
         if self._borrowed is not None:
             self.pool.give_back(self._borrowed, pending)
@@ -187,6 +215,15 @@ class Gradients:
             self.ledger.release("gradients", self._kept)
             self.comm.release(self._kept)
             self._kept = None
+
+    @property
+    def touched(self) -> bool:
+        """Whether any parameter received a gradient in this backward."""
+        return any(self._arrived)
+
+    def squares(self) -> float | None:
+        """The sum of squares of `reduced`, where it was taken on arrival."""
+        return self._squares.result() if self._squares is not None else None
 
     @property
     def reduced(self) -> torch.Tensor:
@@ -200,5 +237,23 @@ class Gradients:
     def clear(self) -> None:
         """Forget the gradients. Memory is kept; the next arrival overwrites."""
         self._own_any = False
+        self._squares = None
         self._filled = [False] * len(self.layout.slots)
         self.state = GradientState.WAITING
+
+
+class _Leaving:
+    """A reduction whose result is still being copied from its buffer."""
+
+    def __init__(self, reduction: Pending, copy: Copy) -> None:
+        self._reduction, self._copy = reduction, copy
+
+    def wait(self) -> None:
+        return None
+
+    def into(self, target: torch.Tensor, add: bool) -> None:
+        raise AssertionError("its result has been taken")
+
+    def fence(self) -> None:
+        self._reduction.fence()
+        self._copy.wait_device()

@@ -118,3 +118,14 @@ def padded(numel: int, world_size: int) -> int:
     """`numel` rounded up so that every rank's range is a whole number of ALIGNMENT elements."""
     step = world_size * ALIGNMENT
     return -(-numel // step) * step
+
+
+def kept_on_device(sizes: Sequence[int], ratio: float) -> list[bool]:
+    """Which ranges' states stay on the device when only `ratio` (0 to 1) of all elements is offloaded: the first ones,
+    which the next forward needs first, as many as come nearest to the rest."""
+    wanted, kept, stays = (1 - ratio) * sum(sizes), 0, []
+    for size in sizes:
+        stay = abs(kept + size - wanted) < abs(kept - wanted) and all(stays)
+        stays.append(stay)
+        kept += size * stay
+    return stays

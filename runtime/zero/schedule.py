@@ -61,14 +61,14 @@ class Schedule:
             hook.remove()
         self._hooks.clear()
 
-    def begin_backward(self, reduce: bool) -> None:
+    def begin_backward(self, reduce: bool, last: bool) -> None:
         """`reduce`: this backward's gradients go out to the other ranks (every one at stages 2 and 3, else only the
-        boundary's)."""
+        boundary's). `last`: it is the boundary's."""
         self._ready.clear()
         self._next = self._arrivals = 0
         self._reducing = reduce
         for gradients in self.order:
-            gradients.begin_backward(reduce)
+            gradients.begin_backward(reduce, last)
 
     def _issue_ready(self) -> None:
         while self._reducing and self._next < len(self._sequence) and self._sequence[self._next] in self._ready:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,8 +28,16 @@ class WholeModel:
     memory, for the whole model may not fit a device.
     """
 
-    def __init__(self, module: nn.Module, units: Sequence[Unit], gathering: Gathering, comm: Comm) -> None:
-        self.units, self.gathering, self.comm = list(units), gathering, comm
+    def __init__(
+        self,
+        module: nn.Module,
+        units: Sequence[Unit],
+        gathering: Gathering,
+        comm: Comm,
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
+        """settle: returns when no update is under way."""
+        self.units, self.gathering, self.comm, self.settle = list(units), gathering, comm, settle
         names: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
@@ -42,10 +50,12 @@ class WholeModel:
 
         def after_state_dict(_module: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
             if (whole := weak()) is not None:
+                whole.settle()
                 whole._fill(state, prefix)
 
         def before_load(*_arguments: Any) -> None:
             if (whole := weak()) is not None:
+                whole.settle()
                 whole._loading = whole.gathering.everything()
                 whole._loading.__enter__()
 
@@ -83,6 +93,7 @@ class WholeModel:
 
     @contextmanager
     def gathered(self, units: list[Unit], modifier_rank: int | None) -> Iterator[None]:
+        self.settle()
         with self.gathering.everything(units):
             yield
             if modifier_rank is not None:
