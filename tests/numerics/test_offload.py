@@ -3,6 +3,9 @@ on the device; and parameters that are read only when they are there."""
 
 from __future__ import annotations
 
+import os
+import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from runtime import zero
 from runtime.api import initialize
+from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from tests.numerics.models import Uneven, make
+from tests.numerics.remote import remote_device
 from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
 
 STEPS = 6
@@ -72,3 +78,175 @@ def test_other_optimizers(ranks):
     settings = config(2, 1, clip=0.5, optimizer="Adagrad")
     resident = ranks(2).run(train, "plain", settings)
     assert_same_bits(ranks(2).run(train, "plain", offloaded(settings)), resident)
+
+
+# ---- a device that is not the host -------------------------------------------------------------------------------------
+def train_remotely(copies: str, kind: str, settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
+    with remote_device(copies):
+        return train_over_gloo(kind, settings)
+
+
+def train_over_gloo(kind: str, settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Sums are rounded to the precision that travels, as a GPU's are; ranks that share memory add in fp32."""
+    os.environ[SHARED_MEMORY_VARIABLE] = "0"
+    try:
+        return train(kind, settings)
+    finally:
+        del os.environ[SHARED_MEMORY_VARIABLE]
+
+
+@pytest.mark.parametrize("copies", ["late", "prompt"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_copies_are_waited_for(ranks, world, stage, precision, copies):
+    settings = config(stage, 2, clip=0.5, precision=precision)
+    resident = ranks(world).run(train_over_gloo, "plain", settings)
+    for overlap in (True, False):
+        ours = ranks(world).run(train_remotely, copies, "plain", offloaded(settings, overlap))
+        assert_same_bits(ours, resident)
+
+
+@pytest.mark.parametrize("kind", ["tied", "unused", "winding", "checkpointed", "mixed"])
+def test_awkward_models_on_a_device(ranks, kind):
+    settings = config(2, 3, clip=0.5)
+    resident = ranks(2).run(train_over_gloo, kind, settings)
+    assert_same_bits(ranks(2).run(train_remotely, "late", kind, offloaded(settings, ratio=0.5)), resident)
+
+
+# ---- reading while an update is under way --------------------------------------------------------------------------------
+def read_in_between(stage: int, how: str) -> None:
+    """The update is held up until somebody waits for it."""
+    settings = config(stage, 1, clip=0.0)
+    plain, ours = (initialize(model=make("plain"), config=c)[0] for c in (settings, offloaded(settings)))
+    began = threading.Event()
+    for rule in ours.rules:
+        rule.update = partial(_after, began, rule.update)
+    for step in range(5):
+        began.set()
+        for engine in (plain, ours):
+            loss = engine(*micro_batch(step, 0, dist.get_rank(), dist.get_world_size()))
+            engine.backward(loss)
+        ours.synchronize()
+        began.clear()
+        if step < 2:
+            began.set()  # these do not overlap
+        ours.step()
+        plain.step()
+        assert step < 2 or any(not job.done() for job in ours.updates._jobs if job is not None)
+        began.set()
+        expected = {name: value.clone() for name, value in plain.module.state_dict().items()}
+        if how == "state_dict":
+            seen = ours.module.state_dict()
+        elif how == "gathered":
+            with zero.GatheredParameters(ours.module):
+                seen = {name: parameter.detach().clone() for name, parameter in ours.module.named_parameters()}
+        elif how == "synchronize":
+            ours.synchronize()
+            seen = {name: parameter.detach().clone() for name, parameter in ours.module.named_parameters()}
+        else:
+            with torch.no_grad():
+                inputs = micro_batch(99, 0, 0, 1)
+                assert torch.equal(ours.module(*inputs), plain.module(*inputs))
+            seen = ours.module.state_dict()
+        for name, value in expected.items():
+            assert torch.equal(seen[name], value), (step, name)
+
+
+def _after(began: threading.Event, update: Any, *arguments: Any) -> None:
+    assert began.wait(60)
+    update(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [(2, "state_dict"), (3, "state_dict"), (2, "gathered"), (3, "gathered"), (1, "synchronize"), (2, "evaluation")],
+)
+def test_whoever_reads_waits_for_the_update(ranks, stage, how):
+    ranks(2).run(read_in_between, stage, how)
+
+
+class ByHand(Uneven):
+    """Uses its head's weight without calling the head; from step `later` on also the second block's."""
+
+    later = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) * self.scale
+        for block in (self.blocks[0], self.blocks[2]):
+            x = block(x)
+        if self.calls >= self.later:
+            x = x + F.linear(F.linear(x, self.blocks[1].up.weight), self.blocks[1].down.weight)
+        self.calls += 1
+        return F.cross_entropy(F.linear(self.norm(x), self.head.weight).float().flatten(0, 1), targets.flatten())
+
+
+def by_hand(settings: dict[str, Any], later: int) -> list[float]:
+    torch.manual_seed(7)
+    model = ByHand()
+    model.later = later
+    engine = initialize(model=model, config=settings)[0]
+    losses = []
+    for step in range(6):
+        loss = engine(*micro_batch(step, 0, 0, 1))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_parameters_used_outside_their_modules_forward(ranks):
+    settings = config(2, 1, clip=0.0)
+    assert ranks(2).run(by_hand, offloaded(settings), 0) == ranks(2).run(by_hand, settings, 0)
+
+
+def later_is_an_error() -> str:
+    with pytest.raises(RuntimeError, match="outside its modules' forward") as caught:
+        by_hand(offloaded(config(2, 1, clip=0.0)), 4)
+    return str(caught.value)
+
+
+def test_parameters_used_outside_for_the_first_time_later(ranks):
+    for text in ranks(2).run(later_is_an_error):
+        assert text.startswith("parameters of blocks.1 ") and '"overlap": false' in text
+
+
+def infinite_gradient(settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
+    engine = initialize(model=make("plain"), config=settings)[0]
+    for step in range(5):
+        loss = engine(*micro_batch(step, 0, dist.get_rank(), 2))
+        engine.backward(loss * float("inf") if step == 3 else loss)
+        engine.step()
+    assert engine.skipped_steps == 1
+    return {name: value.clone() for name, value in engine.module.state_dict().items()}, [loss.item()]
+
+
+def test_skipped_steps_change_nothing(ranks):
+    settings = config(2, 1, clip=0.5, precision="bf16")
+    assert_same_bits(
+        ranks(2).run(infinite_gradient, offloaded(settings)), ranks(2).run(infinite_gradient, settings)
+    )
+
+
+def failing_update() -> str:
+    engine = initialize(model=make("plain"), config=offloaded(config(2, 1, clip=0.0)))[0]
+
+    def fail(*_arguments: Any) -> None:
+        raise MemoryError("no memory for the update")
+
+    for step in range(3):
+        if step == 2:
+            engine.rules[1].update = fail
+        engine.backward(engine(*micro_batch(step, 0, dist.get_rank(), 1)))
+        engine.step()
+    with pytest.raises(MemoryError, match="for the update") as caught:
+        engine(*micro_batch(3, 0, dist.get_rank(), 1))
+    return str(caught.value)
+
+
+def test_an_error_in_the_update_reaches_the_script(ranks):
+    assert ranks(1).run(failing_update) == ["no memory for the update"]
