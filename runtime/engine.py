@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -36,6 +37,17 @@ from runtime.zero.schedule import Schedule
 from runtime.zero.whole import WholeModel
 
 log = logging.getLogger("runtime.engine")
+
+
+_engines: WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = WeakKeyDictionary()
+"""The engine that holds each module's parameters."""
+
+
+def release(module: nn.Module) -> None:
+    """An engine that holds `module` lets go of it: another takes over."""
+    engine = _engines.pop(module, lambda: None)()
+    if engine is not None:
+        engine._detach()
 
 
 class Engine:
@@ -65,6 +77,7 @@ class Engine:
         self._loss_sum: torch.Tensor | float = 0.0
         self._losses = 0
         self._tokens = 0
+        release(module)  # an earlier engine on the same model must not go on taking its gradients
         parts: Assembly = assemble(module, config, optimizer, comm, self.ledger)
         self.policy, self.units, self.frozen, self.rules = parts.policy, parts.units, parts.frozen, parts.rules
         self.flats = parts.flats
@@ -79,7 +92,7 @@ class Engine:
             module, parts.units, parts.rules, self.telemetry, parts.placing.executor, parts.placing.side
         )
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain)
-        module._zerotop_detach = self._detach  # type: ignore[assignment]
+        _engines[module] = weakref.ref(self)
         self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
         self.steering = Steering(self, session)
         weak = weakref.ref(self)  # the session outlives engines
@@ -158,7 +171,8 @@ class Engine:
             self._downlink.drain()
         divisor = self.comm.world_size * self._pre_scale * self.scaler.scale
         loss = self._loss_sum / self._losses
-        agreed = agree(self.flats, self.comm, loss, divisor, self.steering.command_waits(), self.steering.stop_asked())
+        waits, stops, way = self.steering.command_waits(), self.steering.stop_asked(), self.gathering.take_way()
+        agreed = agree(self.flats, self.comm, loss, divisor, waits, stops, way)
         numbers = self.optimizer.numbers(self.lr_factor)
         skipped = not math.isfinite(agreed.grad_norm)
         if not skipped:
@@ -259,7 +273,8 @@ class Engine:
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
         """Rank 0 writes the module's state_dict, as it computes, to SAVE_DIR/SAVE_FILENAME; every rank must call it."""
         path = Path(save_dir) / save_filename
-        state = self.module.state_dict()  # collective at stage 3
+        with self.whole.without_values(needed=self.comm.rank == 0):
+            state = self.module.state_dict()  # collective at stage 3
 
         def write() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)

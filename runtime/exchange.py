@@ -4,7 +4,7 @@ Each rank has an arena: a memory file (memfd) that the others map read-only. A c
 rank writes where its buffer lies into a ring of slots, and whoever waits reads the others' buffers where they are.
 
 arena of a rank     | ring: RING slots of 64 bytes | buffer | buffer | ...        sparse: untouched pages take no memory
-slot of number n    | posted | done | op | dtype | offset | nbytes | time of posting |
+slot of number n    | posted | done | op | dtype | offset | nbytes | time of posting | label |
   posted = n        this rank's buffer for collective n is ready to be read
   done = n          this rank has read everybody's buffer for collective n
 
@@ -21,6 +21,7 @@ import os
 import select
 import struct
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ SLICE_US = 100_000
 DTYPES = {torch.float32: 1, torch.bfloat16: 2}
 """What can be summed; gathers take anything."""
 
-_RECORD = struct.Struct("<IIQQQ")  # op, dtype, offset, nbytes, time of posting; behind the two words
+_RECORD = struct.Struct("<IIQQQI")  # op, dtype, offset, nbytes, time of posting, label; behind the two words
 _WORDS_BYTES = 8
 _OPS = ("none", "reduce_scatter", "all_reduce", "all_gather", "all_reduce, second half")
 
@@ -70,6 +71,7 @@ class Exchange:
         self._free_at = RING * SLOT_BYTES
         self._released: list[tuple[int, int]] = []  # (nbytes, offset)
         self._next = 1
+        self._names: dict[int, str] = {0: ""}
 
     # ---- making one --------------------------------------------------------------------------------------------------
     @classmethod
@@ -153,6 +155,10 @@ class Exchange:
     def _offset(self, tensor: torch.Tensor) -> int:
         return tensor.data_ptr() - self._base[self.rank]
 
+    def know(self, name: str) -> None:
+        """Things with this name may be gathered: for telling what another rank does."""
+        self._names[zlib.crc32(name.encode())] = name
+
     # ---- collectives -------------------------------------------------------------------------------------------------
     def reduce_scatter(self, buffer: torch.Tensor) -> Posted:
         """Publish `buffer` (1-D, fp32 or bf16, a multiple of the world size, from `empty`) to be summed."""
@@ -164,18 +170,20 @@ class Exchange:
         self._next += 1  # for its second half
         return Posted(self, "all_reduce", number, buffer, buffer)
 
-    def all_gather(self, whole: torch.Tensor, own: torch.Tensor) -> Posted:
-        """Publish `own` (from `empty`, any dtype); `whole` (world size x its size, on the CPU) takes everybody's."""
-        return Posted(self, "all_gather", self._post("all_gather", own), whole, own)
+    def all_gather(self, whole: torch.Tensor, own: torch.Tensor, name: str = "") -> Posted:
+        """Publish `own` (from `empty`, any dtype); `whole` (world size x its size, on the CPU) takes everybody's.
+        name: of what is gathered; ranks that gather different things are told so."""
+        return Posted(self, "all_gather", self._post("all_gather", own, name=name), whole, own, name)
 
-    def _post(self, op: str, buffer: torch.Tensor, number: int | None = None) -> int:
+    def _post(self, op: str, buffer: torch.Tensor, number: int | None = None, name: str = "") -> int:
         if number is None:
             number, self._next = self._next, self._next + 1
         if number > RING:
             self._until_done(number - RING)
         at = number % RING * SLOT_BYTES
         nbytes = buffer.numel() * buffer.element_size()
-        record = (_OPS.index(op), DTYPES.get(buffer.dtype, 0), self._offset(buffer), nbytes, time.monotonic_ns())
+        label = zlib.crc32(name.encode())
+        record = (_OPS.index(op), DTYPES.get(buffer.dtype, 0), self._offset(buffer), nbytes, time.monotonic_ns(), label)
         _RECORD.pack_into(self._own, at + _WORDS_BYTES, *record)
         native.post(self._base[self.rank] + at, number)
         return number
@@ -183,18 +191,20 @@ class Exchange:
     def _done(self, number: int) -> None:
         native.post(self._base[self.rank] + number % RING * SLOT_BYTES + 4, number)
 
-    def _until_posted(self, number: int, op: str, buffer: torch.Tensor) -> tuple[dict[int, int], int]:
+    def _until_posted(self, number: int, op: str, buffer: torch.Tensor, name: str) -> tuple[dict[int, int], int]:
         """Waits for all others. Returns the address of each one's buffer, and when the last was posted (ns)."""
         addresses, last_ns = {}, 0
         nbytes = buffer.numel() * buffer.element_size()
         for peer, arena in self._peers.items():
             at = number % RING * SLOT_BYTES
             self._wait(peer, at, number)
-            theirs, dtype, offset, size, posted_ns = _RECORD.unpack_from(arena, at + _WORDS_BYTES)
-            if (_OPS[theirs], size) != (op, nbytes) or dtype != DTYPES.get(buffer.dtype, 0):
+            theirs, dtype, offset, size, posted_ns, label = _RECORD.unpack_from(arena, at + _WORDS_BYTES)
+            same = (_OPS[theirs], size, label) == (op, nbytes, zlib.crc32(name.encode()))
+            if not same or dtype != DTYPES.get(buffer.dtype, 0):
+                other = self._names.get(label, "something else")
                 raise ExchangeError(
-                    f"the ranks issue different collectives: rank {self.rank} {op} of {nbytes:,} bytes, rank {peer} "
-                    f"{_OPS[theirs]} of {size:,} bytes. Do all ranks take the same way through the model?"
+                    f"the ranks issue different collectives: rank {self.rank} {_told(op, nbytes, name)}, rank {peer} "
+                    f"{_told(_OPS[theirs], size, other)}. Do all ranks take the same way through the model?"
                 )
             addresses[peer] = self._base[peer] + offset
             last_ns = max(last_ns, posted_ns)
@@ -223,7 +233,10 @@ class Exchange:
 class Posted:
     """A collective that this rank has published. After `wait` or `into` the figures are set."""
 
-    def __init__(self, exchange: Exchange, op: str, number: int, target: torch.Tensor, own: torch.Tensor) -> None:
+    def __init__(
+        self, exchange: Exchange, op: str, number: int, target: torch.Tensor, own: torch.Tensor, name: str = ""
+    ) -> None:
+        self._name = name
         self._exchange, self._op, self._number, self._target, self._own = exchange, op, number, target, own
         self.issue_ns = time.monotonic_ns()
         self.end_ns = 0
@@ -300,7 +313,7 @@ class Posted:
     def _meet(self, buffer: torch.Tensor) -> tuple[dict[int, int], int]:
         """Returns the others' addresses and the time (ns) at which reading can begin."""
         began = time.monotonic_ns()
-        addresses, last_ns = self._exchange._until_posted(self._number, self._op, buffer)
+        addresses, last_ns = self._exchange._until_posted(self._number, self._op, buffer, self._name)
         self._ready_ns = max(last_ns, self.issue_ns, self.end_ns)
         now = time.monotonic_ns()
         self.wait_ns += now - began
@@ -309,6 +322,10 @@ class Posted:
     def _finish(self, before: int) -> None:
         self._exchange._done(self._number)
         self.end_ns = self._ready_ns + time.monotonic_ns() - before
+
+
+def _told(op: str, nbytes: int, name: str) -> str:
+    return f"{op}{f' of {name}' if name else ''} ({nbytes:,} bytes)"
 
 
 def _create(nbytes: int) -> tuple[mmap.mmap, int]:

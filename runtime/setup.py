@@ -149,8 +149,6 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
     """
     _same_model_everywhere(module, config, optimizer, comm)
     _check_parameters(module, config, optimizer)
-    if detach := getattr(module, "_zerotop_detach", None):
-        detach()  # an earlier engine on the same model must not go on taking its gradients
     values = _values(module, comm)
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     precision = DTYPES[config.precision]

@@ -56,6 +56,11 @@ class Comm:
             return self._exchange.empty(numel, dtype)
         return torch.empty(numel, dtype=dtype, device=self.device)
 
+    def know(self, name: str) -> None:
+        """Things with this name may be gathered: for telling what another rank does."""
+        if self._exchange is not None:
+            self._exchange.know(name)
+
     def release(self, buffer: torch.Tensor) -> None:
         """Give memory from `empty` back before its tensor is collected; nobody may use it any more."""
         if self._exchange is not None and self._exchange.holds(buffer):
@@ -86,13 +91,13 @@ class Comm:
             "reduce_scatter", buffer, lambda a: _reduce_scatter(own, buffer, group=self.group, async_op=a), own
         )
 
-    def all_gather(self, whole: torch.Tensor, own: torch.Tensor) -> Pending:
+    def all_gather(self, whole: torch.Tensor, own: torch.Tensor, name: str = "") -> Pending:
         """Fill `whole` (1-D, a multiple of the world size) from every rank's `own`, which may be its range of
-        `whole`."""
+        `whole`. name: of what it is, for ranks that part ways."""
         if self.world_size == 1:
             return Done()
         if (exchange := self._exchange_for(own)) is not None:
-            return self._shared("all_gather", whole, lambda: exchange.all_gather(whole, own))
+            return self._shared("all_gather", whole, lambda: exchange.all_gather(whole, own, name))
         return self._start("all_gather", whole, lambda a: _all_gather(whole, own, group=self.group, async_op=a))
 
     def broadcast(self, buffer: torch.Tensor, source: int = 0) -> None:

@@ -27,7 +27,8 @@ from runtime.optim.hostside import HostSide
 from runtime.optim.rules import Hyper, Rule
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.zero.flat import Flat
-from runtime.zero.gathering import not_compiled, owners
+from runtime.zero.gathering import owners
+from runtime.zero.hooks import EngineHook
 from runtime.zero.unit import Unit
 
 LEARNING_STEPS = 2
@@ -72,22 +73,11 @@ class Updates:
             everywhere = unit.stays or whole
             self._early |= {id(unit)} if everywhere else set()
             for member in {module, *owners(module, unit.flats)} if everywhere else unit.modules:
-                self._hooks.append(
-                    member.register_forward_pre_hook(self._hook(Updates._before_forward, unit), prepend=True)
-                )
+                before = EngineHook(self, Updates._before_forward, unit)
+                self._hooks.append(member.register_forward_pre_hook(before, prepend=True))
             for flat in unit.flats:
                 flat.before_gather = self._waiter(flat)
-        self._hooks.append(module.register_forward_pre_hook(self._hook(Updates._before_model), prepend=True))
-
-    def _hook(self, act: Callable[..., None], *bound: Any) -> Callable[..., None]:
-        weak = weakref.ref(self)  # torch keeps hooks where the garbage collector can't see that only they hold the engine
-
-        def hook(*_given: Any) -> None:
-            updates = weak()
-            if updates is not None:
-                act(updates, *bound)
-
-        return not_compiled(hook)
+        self._hooks.append(module.register_forward_pre_hook(EngineHook(self, Updates._before_model), prepend=True))
 
     def _waiter(self, flat: Flat) -> Callable[[], None]:
         weak, position = weakref.ref(self), [rule.flat for rule in self.rules].index(flat)
@@ -175,12 +165,12 @@ class Updates:
             flat.arrival.wait_device()
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
-    def _before_model(self) -> None:
+    def _before_model(self, *_given: Any) -> None:
         for unit in self.units:
             if id(unit) in self._early:
                 self.need(unit)
 
-    def _before_forward(self, unit: Unit) -> None:
+    def _before_forward(self, unit: Unit, *_given: Any) -> None:
         self._called.add(id(unit))
         self.need(unit)
 

@@ -29,19 +29,32 @@ class Boundary:
 
 
 def agree(
-    flats: Sequence[Flat], comm: Comm, loss: torch.Tensor | float, divisor: float, command_waits: bool, stop_asked: bool
+    flats: Sequence[Flat],
+    comm: Comm,
+    loss: torch.Tensor | float,
+    divisor: float,
+    command_waits: bool,
+    stop_asked: bool,
+    way: int = 0,
 ) -> Boundary:
-    """One all-reduce of four numbers in fp64, at every stage, clipping or not.
+    """One all-reduce of six numbers in fp64, at every stage, clipping or not.
 
     `divisor` turns the summed gradient into the mean one (world size x loss scale). Each rank contributes the squares
-    of its own range only, also where it holds everything, so that no element counts twice.
+    of its own range only, also where it holds everything, so that no element counts twice. `way`: a number below 2**20
+    of the way through the model; raises RuntimeError on every rank when they took different ones.
     """
-    figures = torch.zeros(4, dtype=torch.float64, device=comm.device)
+    figures = torch.zeros(6, dtype=torch.float64, device=comm.device)
     figures[0] = _squares(flats, comm)
     figures[1] = loss
-    figures[2:] = torch.tensor([command_waits, stop_asked], dtype=torch.float64)
+    figures[2:] = torch.tensor([command_waits, stop_asked, way, way * way], dtype=torch.float64)
     comm.all_reduce(figures).wait()
-    total, loss_sum, waits, stops = figures.tolist()
+    total, loss_sum, waits, stops, ways, squares = figures.tolist()
+    if comm.world_size * squares != ways * ways:  # equal only where all are (Cauchy-Schwarz); whole numbers, exact
+        raise RuntimeError(
+            "stage 3: the ranks took different ways through the model in this step, so some gathered other parameters "
+            "than they asked for. A module that not every rank uses needs zero_optimization.stage 2, or a call of its "
+            "forward on all of them"
+        )
     norm = math.sqrt(total) / divisor if total >= 0 else math.nan
     return Boundary(norm, loss_sum / comm.world_size, waits > 0, stops > 0)
 

@@ -1,5 +1,5 @@
-"""Cut a model into units: the blocks of its largest repeated ModuleList, the embedding, the head, and the rest (the
-root unit)."""
+"""Cut a model into units: the blocks of its repeated ModuleLists, the embedding, the head, and the rest (the root
+unit)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def cut(model: nn.Module, patterns: list[str] | None = None, small_below: int = 
     left out.
 
     `patterns` (the config's zerotop.units) are module paths, `*` allowed: each matching module becomes a unit. A
-    parameter that modules of several units use (tied weights) belongs to the root unit, which comes first.
+    parameter that modules of several units use (tied weights), or that no module with a forward holds (of a
+    ParameterList), belongs to the root unit, which comes first.
     Parameters of fewer than `small_below` elements (the config's stage3_param_persistence_threshold) are set apart,
     second: stage 3 keeps them whole. They are at every stage, so that all stages add in the same order.
     """
@@ -56,30 +57,71 @@ def cut(model: nn.Module, patterns: list[str] | None = None, small_below: int = 
     return [unit for unit in (root, small, *cuts) if unit.parameters]
 
 
+STACK_SHARE = 0.1
+"""A second list of blocks is cut, too, if it has this part of the largest one's parameters (an encoder beside a
+decoder). A Sequential is a list of blocks where there is no ModuleList."""
+
+
 def _default_cut(model: nn.Module, modules: dict[str, nn.Module]) -> list[Cut]:
-    lists = {name: m for name, m in modules.items() if isinstance(m, nn.ModuleList) and len(m) > 1}
-    if not lists:
+    stacks = _stacks(modules, nn.ModuleList) or _stacks(modules, nn.Sequential)
+    if not stacks:
         return []
-    blocks_name = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
-    before, after = _around(model, blocks_name)
-    blocks = [Cut(f"{blocks_name}.{index}", [block]) for index, block in enumerate(lists[blocks_name])]
+    largest = max(stacks.values(), key=_numel)
+    stacks = {name: stack for name, stack in stacks.items() if _numel(stack) >= STACK_SHARE * _numel(largest)}
+    before, after = _around(model, list(stacks.values()), largest)
+    blocks = [
+        Cut(f"{name}.{index}".lstrip("."), list(_with_forward(block)))
+        for name, stack in stacks.items()
+        for index, block in enumerate(stack.children())
+    ]
     return [Cut("embedding", before), *blocks, Cut("head", after)]
 
 
-def _around(model: nn.Module, blocks_name: str) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The siblings of the block list and of its ancestors: those registered before it run before it, as far as anyone
-    can tell."""
+def _stacks(modules: dict[str, nn.Module], kind: type[nn.Module]) -> dict[str, nn.Module]:
+    """Lists of several blocks, by path, in the model's order; none is inside another."""
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        several = isinstance(module, kind) and len(list(module.children())) > 1 and _numel(module) > 0
+        if several and not any(outer == "" or name.startswith(outer + ".") for outer in found):
+            found[name] = module
+    return found
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _with_forward(module: nn.Module) -> Iterator[nn.Module]:
+    """`module`, or what it holds where it only holds (a ModuleDict)."""
+    if type(module).forward is not nn.Module.forward:
+        yield module
+    else:
+        for child in module.children():
+            yield from _with_forward(child)
+
+
+def _around(model: nn.Module, stacks: list[nn.Module], largest: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Everything but the stacks: what was registered before the largest one runs before it, as far as anyone can
+    tell."""
+    inside = {id(part) for stack in stacks for part in stack.modules()}
+    above = {id(module) for module in model.modules() if any(part in stacks for part in module.modules())}
     before: list[nn.Module] = []
     after: list[nn.Module] = []
-    at = model
-    for part in blocks_name.split("."):
-        earlier = True
-        for name, child in at.named_children():
-            if name == part:
-                earlier = False
-            else:
-                (before if earlier else after).append(child)
-        at = getattr(at, part)
+    side = before
+
+    def visit(module: nn.Module) -> None:
+        nonlocal side
+        if module is largest:
+            side = after
+        if id(module) in inside:
+            return
+        if id(module) in above:
+            for child in module.children():
+                visit(child)
+        else:
+            side.extend(_with_forward(module))
+
+    visit(model)
     return before, after
 
 

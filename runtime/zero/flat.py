@@ -62,6 +62,7 @@ class Flat:
         self.name, self.policy, self.comm, self.ledger = name, policy, comm, ledger
         self.dtype, self.sharded, self.trainable = dtype, sharded, trainable
         self.members = [parameter for _, parameter, _ in members]
+        comm.know(name)
         self.layout = Layout.of([(n, p.shape, group) for n, p, group in members], comm.world_size)
         self.start, self.end = policy.state_range(self.layout, comm.rank)
         self.segments = self.layout.segments(self.start, self.end)
@@ -159,7 +160,7 @@ class Flat:
     # ---- gathering ---------------------------------------------------------------------------------------------------
     def gather_updated(self) -> Pending:
         """After an update: fetch the ranges that other ranks updated, where parameters stay whole."""
-        return self.comm.all_gather(self.whole, self.own) if self.policy.own_states else Done()
+        return self.comm.all_gather(self.whole, self.own, self.name) if self.policy.own_states else Done()
 
     def issue_gather(self) -> None:
         """Start filling a released flat from all ranks' ranges. See [Note: released parameters]."""
@@ -168,7 +169,7 @@ class Flat:
         self.before_gather()
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
         self.ledger.hold("communication", self.whole)
-        self._pending = self.comm.all_gather(self.whole, self._own_on_device())
+        self._pending = self.comm.all_gather(self.whole, self._own_on_device(), self.name)
 
     def _own_on_device(self) -> torch.Tensor:
         """Where collectives can read the own range: offloaded parameters come to their place in `whole` first."""

@@ -12,19 +12,22 @@ which is right and slower.
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.zero.flat import Flat
+from runtime.zero.hooks import EngineHook
 from runtime.zero.unit import Unit
 
 log = logging.getLogger("runtime.engine")
@@ -45,14 +48,24 @@ class Gathering:
         self._interrupted: tuple[list[Unit], bool] = ([], False)
         self._lost = False  # this pass does not follow the learned order
         self._warned = False
+        self.way = 0
+        """A number of what was used in which order since `take_way`; equal on ranks that went the same way."""
         self._hooks: list[Any] = []
+        self._watched: list[nn.Module] = []
         for unit in self.units:
-            for member in {module, *owners(module, unit.sharded)} if unit.stays else unit.modules:
-                self._watch(unit, member)
+            outer = [module] if unit.stays else unit.modules
+            inner = [owner for owner in owners(module, unit.sharded) if not any(owner is other for other in outer)]
+            for member in outer:
+                self._watch(unit, member, opaque=True)
+            for member in inner:  # scripts may call one without what is around it
+                self._watch(unit, member, opaque=False)
+            for owner in owners(module, unit.sharded):
+                self._watched.append(owner)
+                owner._parameters = WatchedParameters(self, unit, owner._parameters)
         if self.units:
             self._hooks += [
-                module.register_forward_pre_hook(self._hook(Gathering._entered_model), prepend=True),
-                module.register_forward_hook(self._hook(Gathering._left_model), always_call=True),
+                module.register_forward_pre_hook(EngineHook(self, Gathering._entered_model), prepend=True),
+                module.register_forward_hook(EngineHook(self, Gathering._left_model), always_call=True),
             ]
 
     def detach(self) -> None:
@@ -65,41 +78,48 @@ class Gathering:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for owner in self._watched:
+            owner._parameters = dict(owner._parameters)
+        self._watched.clear()
 
     # ---- hooks -----------------------------------------------------------------------------------------------
-    def _watch(self, unit: Unit, member: nn.Module) -> None:
+    def _watch(self, unit: Unit, member: nn.Module, opaque: bool) -> None:
+        before = EngineHook(self, Gathering._before_forward, unit, opaque=opaque)
+        after = EngineHook(self, Gathering._after_forward, unit, opaque=opaque)
         self._hooks += [
-            member.register_forward_pre_hook(self._hook(Gathering._before_forward, unit), prepend=True),
-            member.register_forward_hook(self._hook(Gathering._after_forward, unit), always_call=True),
+            member.register_forward_pre_hook(before, prepend=True),
+            member.register_forward_hook(after, always_call=True),
         ]
 
-    def _hook(self, act: Callable[..., None], *bound: Any) -> Callable[..., None]:
-        # Weak: torch keeps hooks where the garbage collector can't see that only they hold the engine.
-        weak = weakref.ref(self)
-
-        def hook(*given: Any) -> None:
-            gathering = weak()
-            if gathering is not None:
-                act(gathering, *bound, *given)
-
-        return not_compiled(hook)
-
     def _before_forward(self, unit: Unit, _module: nn.Module, _inputs: Any) -> None:
+        unit.running += 1
+        if unit.running > 1 and self._is_live(unit):
+            return  # inside a forward that has seen to it
         if not self._inside:  # a part of the model, called by itself
             self._begin_forward()
         self.use(unit)
-        unit.running += 1
 
-    def _after_forward(self, unit: Unit, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    def _after_forward(self, unit: Unit, module: nn.Module, _inputs: Any, output: Any) -> None:
         unit.running = max(0, unit.running - 1)
-        if not torch.is_grad_enabled():
+        if unit.running or not torch.is_grad_enabled():
             return
-        before = self._hook(Gathering._before_backward, unit)
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                tensor.register_hook(before)
+        before = EngineHook(self, Gathering._before_backward, unit)
+        for tensor in results(output, module):
+            tensor.register_hook(before)
 
     def _before_backward(self, unit: Unit, _gradient: torch.Tensor) -> None:
+        self.use(unit)
+
+    def accessed(self, unit: Unit) -> None:
+        """A parameter of `unit` is looked up. Inside the model's forward and outside the unit's, it is about to be used
+        where no hook sees it, neither now nor in backward: from now on the unit is treated like the root unit."""
+        if unit.running or unit.stays or not self._inside or _in_backward():
+            return
+        unit.stays = True
+        log.warning(
+            f"stage 3: parameters of {unit.name} are used outside their modules' forward; they are kept whole from "
+            "forward to the update (more memory)"
+        )
         self.use(unit)
 
     def _entered_model(self, _module: nn.Module, _inputs: Any) -> None:
@@ -108,6 +128,8 @@ class Gathering:
 
     def _left_model(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
         self._inside = max(0, self._inside - 1)
+        if sys.exc_info()[0] is not None and not self._inside and self._kind == "train":
+            self._begin("train")  # it was given up: nobody will go back through it
         if self._kind == "eval" and not self._inside:
             self._learn()
             self._release_all(but_root=False)
@@ -136,6 +158,7 @@ class Gathering:
         if self._uses and self._uses[-1] is unit and self._is_live(unit):
             return  # another module of the same unit, or the next tensor of one output
         self._uses.append(unit)
+        self.way = zlib.crc32(unit.name.encode(), self.way)
         expected = self._expected()
         for other in [u for u in self._live if u is not unit and u is not expected and not self._holds(u, unit)]:
             self._release(other)
@@ -151,6 +174,11 @@ class Gathering:
         self._learn()
         self._release_all(but_root=True)
         self._begin("train")
+
+    def take_way(self) -> int:
+        """`way` in 20 bits; it begins anew."""
+        way, self.way = self.way & 0xFFFFF, 0
+        return way
 
     def stale(self) -> None:
         """Parameters were updated: what is gathered no longer holds."""
@@ -225,21 +253,62 @@ class Gathering:
                 self._release(unit)
 
 
+class WatchedParameters(dict[str, Any]):
+    """A module's own parameters, by name. Tells `gathering` when one is looked up, which is what happens when code
+    reads it as an attribute; going through all of them (state_dict, optimizers) is not. Copies are plain dicts."""
+
+    def __init__(self, gathering: Gathering, unit: Unit, parameters: Mapping[str, Any]) -> None:
+        super().__init__(parameters)
+        self._gathering, self._unit = weakref.ref(gathering), unit
+
+    def __getitem__(self, name: str) -> Any:
+        if (gathering := self._gathering()) is not None and not self._unit.running:
+            gathering.accessed(self._unit)
+        return super().__getitem__(name)
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return dict, (dict(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+
+def results(output: Any, module: nn.Module) -> Iterator[torch.Tensor]:
+    """The tensors through which backward enters a forward: what it returned, in whatever it is packed, and what it left
+    in attributes (the auxiliary losses of experts)."""
+    seen: set[int] = set()
+    queue = [output, *(value for member in module.modules() for value in vars(member).values() if _may_hold(value))]
+    while queue:
+        value = queue.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad and value.grad_fn is not None:
+                yield value
+        elif isinstance(value, Mapping):
+            queue += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            queue += value
+        elif (
+            hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module, ModuleType)) and not callable(value)
+        ):
+            queue += vars(value).values()
+
+
+def _may_hold(value: Any) -> bool:
+    """Whether an attribute of a module may be a result of its forward."""
+    if isinstance(value, torch.Tensor):
+        return value.grad_fn is not None
+    return isinstance(value, (list, tuple)) and any(isinstance(entry, torch.Tensor) for entry in value)
+
+
 def owners(module: nn.Module, flats: Sequence[Flat]) -> Iterator[nn.Module]:
     """The modules that have parameters of `flats` as their own: scripts may call one without the whole model."""
     members = {parameter for flat in flats for parameter in flat.members}
     for owner in module.modules():
         if any(parameter in members for parameter in owner._parameters.values() if parameter is not None):
             yield owner
-
-
-def not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """Keeps torch.compile from looking into `hook`. torch.compiler.disable alone would import the compiler, 100 MB, for
-    those who don't use it; where it comes later, the mark makes it stop there."""
-    if "torch._dynamo" in sys.modules:
-        return torch.compiler.disable(hook)  # type: ignore[no-any-return]
-    hook._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return hook
 
 
 def _in_backward() -> bool:

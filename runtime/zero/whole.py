@@ -13,7 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.comm import Comm
 from runtime.zero.flat import Flat
-from runtime.zero.gathering import Gathering
+from runtime.zero.gathering import Gathering, owners
+from runtime.zero.hooks import EngineHook
 from runtime.zero.unit import Unit
 
 _homes: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -25,7 +26,7 @@ class WholeModel:
     """Makes a model's own state_dict() and load_state_dict() right while an engine holds its parameters.
 
     At stage 3 both gather unit by unit, so every rank must call them; state_dict() then hands out copies in host
-    memory, for the whole model may not fit a device.
+    memory, for the whole model may not fit a device. Those of modules inside work the same way.
     """
 
     def __init__(
@@ -38,53 +39,75 @@ class WholeModel:
     ) -> None:
         """settle: returns when no update is under way."""
         self.units, self.gathering, self.comm, self.settle = list(units), gathering, comm, settle
-        names: dict[int, list[str]] = {}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        self._names = names
         for index, unit in enumerate(self.units):
-            for flat in (*unit.flats, *unit.frozen):
+            for flat in _flats(unit):
                 for parameter in flat.members:
                     _homes[parameter] = (weakref.ref(self), index)
-        weak = weakref.ref(self)
-
-        def after_state_dict(_module: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-            if (whole := weak()) is not None:
-                whole.settle()
-                whole._fill(state, prefix)
-
-        def before_load(*_arguments: Any) -> None:
-            if (whole := weak()) is not None:
-                whole.settle()
-                whole._loading = whole.gathering.everything()
-                whole._loading.__enter__()
-
-        def after_load(*_arguments: Any) -> None:
-            if (whole := weak()) is not None:
-                whole._take(whole.units)
-                whole._loading.__exit__(None, None, None)
-
-        self._hooks = [
-            module.register_state_dict_post_hook(after_state_dict),
-            module.register_load_state_dict_pre_hook(before_load),
-            module.register_load_state_dict_post_hook(after_load),
-        ]
-
-    _loading: Any = None
+        self.keeps = True
+        self._loads: list[Unit] = []
+        self._loading = ExitStack()
+        self._depth = 0
+        """state_dict() and load_state_dict() call the hooks of every module below the one that was asked."""
+        self._hooks: list[Any] = []
+        for member in {module, *(o for unit in self.units for o in owners(module, _flats(unit)))}:
+            self._hooks += [
+                member.register_state_dict_pre_hook(EngineHook(self, WholeModel._before_state_dict)),
+                member.register_state_dict_post_hook(EngineHook(self, WholeModel._after_state_dict)),
+                member.register_load_state_dict_pre_hook(EngineHook(self, WholeModel._before_load)),
+                member.register_load_state_dict_post_hook(EngineHook(self, WholeModel._after_load)),
+            ]
 
     def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
-    def _fill(self, state: dict[str, Any], prefix: str) -> None:
+    def _before_state_dict(self, *_given: Any) -> None:
+        self._depth += 1
+
+    def _after_state_dict(self, module: nn.Module, state: dict[str, Any], prefix: str, *_given: Any) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        self.settle()
+        names: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(prefix + name)
         for unit in self.gathering.units:
+            members = [p for flat in unit.sharded for p in flat.members if id(p) in names]
+            if not members:
+                continue
             with self.gathering.everything([unit]):
-                for parameter in (parameter for flat in unit.sharded for parameter in flat.members):
-                    copy = parameter.detach().to("cpu", copy=True)
-                    for name in self._names[id(parameter)]:
-                        if prefix + name in state:
-                            state[prefix + name] = copy
+                for parameter in members:
+                    copy = parameter.detach().to("cpu", copy=True) if self.keeps else None
+                    for name in names[id(parameter)]:
+                        if name in state:
+                            state[name] = copy
+
+    def _before_load(self, module: nn.Module, *_given: Any) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self.settle()
+        below = {id(parameter) for parameter in module.parameters()}
+        self._loads = [unit for unit in self.units if below & {id(p) for flat in _flats(unit) for p in flat.members}]
+        self._loading.enter_context(self.gathering.everything(self._loads))
+
+    def _after_load(self, *_given: Any) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._take(self._loads)
+            self._loading.close()
+
+    @contextmanager
+    def without_values(self, needed: bool) -> Iterator[None]:
+        """Inside, state_dict() takes part in gathering and keeps nothing of it, unless `needed`: for ranks that have no
+        use for the model, and no memory."""
+        self.keeps = needed
+        try:
+            yield
+        finally:
+            self.keeps = True
 
     def _take(self, units: Iterable[Unit]) -> None:
         for unit in units:

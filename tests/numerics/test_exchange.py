@@ -169,8 +169,8 @@ def parted_ways() -> str:
 
 def test_ranks_that_part_ways_are_told(ranks):
     first, second = ranks(2).run(parted_ways)
-    assert "rank 0 reduce_scatter of 512 bytes, rank 1 all_gather of 512 bytes" in first
-    assert "rank 1 all_gather of 512 bytes, rank 0 reduce_scatter of 512 bytes" in second
+    assert "rank 0 reduce_scatter (512 bytes), rank 1 all_gather (512 bytes)" in first
+    assert "rank 1 all_gather (512 bytes), rank 0 reduce_scatter (512 bytes)" in second
 
 
 def one_dies() -> str:

@@ -3,16 +3,23 @@ can be asked for."""
 
 from __future__ import annotations
 
+import copy
+import io
 import logging
+import os
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from runtime import zero
 from runtime.api import initialize
+from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from tests.numerics.models import Uneven, make
 from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
 
@@ -28,7 +35,7 @@ def step(engine: Any, number: int) -> float:
     return loss.item()
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
+# ---- models ---------------------------------------------------------------------------------------------
 def losses_of(kind: str, stage: int) -> tuple[list[float], dict[str, torch.Tensor], list[str]]:
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
@@ -91,7 +98,7 @@ def test_compiled_blocks(ranks, in_place):
     ranks(2).run(compiled_blocks, in_place)
 
 
-# ---- scripts ---------------------------------------------------------------------------------------------------------
+# ---- scripts --------------------------------------------------------------------------------------------
 def unusual_script(stage: int) -> list[float]:
     """Two forwards before one backward, evaluation between steps and inside an accumulation, a part of the model by
     itself, gradient hooks."""
@@ -122,7 +129,7 @@ def test_unusual_scripts_get_the_same(ranks):
     assert second == third
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- memory ---------------------------------------------------------------------------------------------
 def held_while_used() -> None:
     engine = started()
     parts = [engine.module.embedding, *engine.module.blocks, engine.module.norm]
@@ -160,7 +167,7 @@ def test_parameters_outside_their_use_are_nan_and_keep_their_shape(ranks):
     ranks(2).run(outside_their_use)
 
 
-# ---- the whole model -------------------------------------------------------------------------------------------------
+# ---- the whole model ------------------------------------------------------------------------------------
 def ask_and_change(stage: int, precision: str) -> None:
     engine = started(stage=stage, precision=precision)
     expected = make("plain").state_dict()
@@ -249,3 +256,187 @@ def test_large_and_small_parameters_train_alike(ranks):
     plain = train_plainly("plain", 2, 2, clip=0.5)
     for ours, _, _ in ranks(2).run(train_with_engine, "plain", settings):
         assert_equal(ours, plain)
+
+
+# ---- parameters that are used in unusual places ---------------------------------------------------------
+class Parts(Uneven):
+    """Calls the parts of its blocks, never the blocks."""
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) * self.scale
+        for block in self.blocks:
+            x = x + block.down(F.gelu(block.up(block.norm(x))))
+        return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
+
+
+class Functional(Uneven):
+    """Uses the embedding's weight once more, as a matrix."""
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) * self.scale
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x)) + F.linear(x, self.embedding.weight)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+class Besides(Uneven):
+    """Has other lists of modules and of parameters beside its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleList(nn.Linear(13, 13) for _ in range(3))
+        self.named = nn.ModuleDict({f"n{i}": nn.Linear(13, 13) for i in range(3)})
+        self.matrices = nn.ParameterList(nn.Parameter(torch.randn(13, 13) * 0.1) for _ in range(3))
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) * self.scale
+        for i, block in enumerate(self.blocks):
+            x = self.named[f"n{i}"](self.adapters[i](block(x))) + x @ self.matrices[i]
+        return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
+
+
+@dataclass
+class Packed:
+    hidden: torch.Tensor
+
+
+class PackedOutputs(Uneven):
+    """Its blocks return objects, and leave a loss of their own in an attribute, computed last."""
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) * self.scale
+        for block in self.blocks:
+            block.forward = partial(_packed, block)  # type: ignore[method-assign]
+            x = block(x).hidden
+        extra = sum(block.extra for block in self.blocks)
+        return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten()) + 0.1 * extra
+
+
+def _packed(block: nn.Module, x: torch.Tensor) -> Packed:
+    out = Packed(type(block).forward(block, x))
+    block.extra = block.up(x).square().mean()
+    return out
+
+
+UNUSUAL: dict[str, Any] = {"parts": Parts, "functional": Functional, "besides": Besides, "packed": PackedOutputs}
+
+
+def unusual_model(kind: str, stage: int) -> tuple[list[float], list[str]]:
+    torch.manual_seed(11)
+    engine = started(model=UNUSUAL[kind](), stage=stage)
+    losses = [step(engine, number) for number in range(5)]
+    assert engine.skipped_steps == 0
+    return losses, [unit.name for unit in engine.units if unit.stays]
+
+
+@pytest.mark.parametrize("kind", list(UNUSUAL))
+def test_parameters_used_in_unusual_places(ranks, kind):
+    second, third = (ranks(2).run(unusual_model, kind, stage) for stage in (2, 3))
+    assert [losses for losses, _ in second] == [losses for losses, _ in third]
+    assert ("embedding" in third[0][1]) == (kind == "functional")
+
+
+def parts_of_a_model(precision: str) -> None:
+    engine = started(precision=precision)
+    step(engine, 0)
+    head = engine.module.head
+    state = head.state_dict()
+    assert not any(value.isnan().any() for value in state.values())
+    head.load_state_dict({name: torch.full_like(value, 0.5) for name, value in state.items()})
+    whole = engine.module.state_dict()
+    assert (whole["head.weight"] == 0.5).all() and not any(value.isnan().any() for value in whole.values())
+    step(engine, 1)
+    assert (engine.module.state_dict()["head.weight"].float() - 0.5).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_dicts_of_parts(ranks, precision):
+    ranks(2).run(parts_of_a_model, precision)
+
+
+def copied_and_pickled(stage: int) -> None:
+    engine = started(stage=stage)
+    step(engine, 0)
+    with zero.GatheredParameters(engine.module):
+        average = copy.deepcopy(engine.module)
+        file = io.BytesIO()
+        torch.save(engine.module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    expected = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    inputs = micro_batch(5, 0, 0, 1)
+    with torch.no_grad():
+        loss = engine.module(*inputs)
+    for plain in (average, loaded):
+        assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
+        assert type(plain.head._parameters) is dict
+        torch.testing.assert_close(plain(*inputs), loss)
+    step(engine, 1)
+    assert all(torch.equal(value, expected[name]) for name, value in average.state_dict().items())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_copies_and_pickles_of_the_module_are_plain_modules(ranks, stage):
+    ranks(2).run(copied_and_pickled, stage)
+
+
+class Crossed(Uneven):
+    order = (0, 1, 2)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) * self.scale
+        for index in self.order:
+            x = self.blocks[index](x)
+        return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), targets.flatten())
+
+
+def other_ways(shared: bool, evaluate: bool) -> str:
+    os.environ[SHARED_MEMORY_VARIABLE] = "1" if shared else "0"
+    try:
+        engine = started(model=Crossed())
+    finally:
+        del os.environ[SHARED_MEMORY_VARIABLE]
+    engine.module.order = ((0, 1, 2), (0, 2, 1))[dist.get_rank()]
+    with pytest.raises(RuntimeError) as caught:
+        if evaluate:
+            with torch.no_grad():
+                engine(*micro_batch(0, 0, 0, 1))
+            engine.module.order = (0, 1, 2)
+        step(engine, 1)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("shared", "evaluate"), [(True, True), (True, False), (False, True)])
+def test_ranks_that_take_different_ways_are_told(ranks, shared, evaluate):
+    group = ranks(2)
+    try:
+        texts = group.run(other_ways, shared, evaluate)
+    finally:
+        group.broken = True
+    for text in texts:
+        if shared:
+            assert "blocks.1/float32" in text and "blocks.2/float32" in text
+        else:
+            assert "different ways through the model" in text
+
+
+def given_up(stage: int) -> list[str]:
+    """A forward that raises in the middle; training goes on as if it had not been."""
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("runtime.engine").addHandler(handler)
+    engine = started(stage=stage)
+    step(engine, 0)
+    hook = engine.module.blocks[1].down.register_forward_hook(lambda *_given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine(*micro_batch(1, 0, dist.get_rank(), 2))
+    hook.remove()
+    losses = [step(engine, number) for number in range(1, 4)]
+    logging.getLogger("runtime.engine").removeHandler(handler)
+    return [*warnings, str(losses)]
+
+
+def test_a_forward_that_was_given_up(ranks):
+    assert ranks(2).run(given_up, 2) == ranks(2).run(given_up, 3)
