@@ -62,15 +62,17 @@ def _rank_document(state: RunState, rank: RankState) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if memory is not None:
         figures = {
-            **{str(name): size for name, size in memory.ledger.items()},
-            # Derived, not counted: see zerotop/state/memory.py.
-            **{name: size for name, size in memory_use(memory).parts if name not in memory.ledger},
+            **{str(name): 0 for name in memory.ledger},
+            # Some derived, not counted: see zerotop/state/memory.py.
+            **dict(memory_use(memory).parts),
+            "offloaded": {str(name): size for name, size in memory.offloaded.items() if size},
             "allocated_bytes": memory.allocated_bytes,
             "reserved_bytes": memory.reserved_bytes,
             "device_used_bytes": memory.device_used_bytes,
             "device_total_bytes": memory.device_total_bytes,
             "rss_bytes": memory.rss_bytes,
             "pinned_bytes": memory.pinned_bytes,
+            "pinned_requested_bytes": memory.pinned_requested_bytes,
             "host_total_bytes": memory.host_total_bytes,
         }
     return {

@@ -24,30 +24,43 @@ class MemoryUse:
     total_bytes: int  # the device's, or the host's RAM
     on_gpu: bool
     pinned_bytes: int = 0
+    offloaded: tuple[tuple[str, int], ...] = ()
+    """On a GPU: what the config moved to host memory, by category; not in `parts`."""
+
+    @property
+    def offloaded_bytes(self) -> int:
+        return sum(count for _, count in self.offloaded)
 
 
 def memory_use(memory: Memory) -> MemoryUse:
     """On a GPU the device's memory, as the allocator and the driver see it; on a CPU the process's resident set."""
     parts: dict[str, int] = {name: memory.ledger.get(name, 0) for name in LEDGER_CATEGORIES}  # type: ignore[call-overload]
-    ledger = sum(parts.values())
+    offloaded = {str(name): count for name, count in memory.offloaded.items() if count}
     if memory.allocated_bytes is None:
+        for name, count in offloaded.items():  # the same memory there
+            parts[name] += count
+        ledger = sum(parts.values())
         used = max(memory.rss_bytes, ledger)
         parts["other"] = used - ledger
         return _use(parts, used, memory.host_total_bytes, False, memory.pinned_bytes)
-    # States that live on the host are in the ledger too: only what fits into the allocator's figure can be on the
-    # device.
+    ledger = sum(parts.values())
     allocated = memory.allocated_bytes
     reserved = max(memory.reserved_bytes or 0, allocated)
     parts["activations"] = max(0, allocated - ledger)
     parts["cache"] = reserved - allocated
     used = memory.device_used_bytes if memory.device_used_bytes is not None else reserved
     parts["other"] = max(0, used - reserved)
-    return _use(parts, max(used, reserved), memory.device_total_bytes or 0, True, memory.pinned_bytes)
+    return _use(parts, max(used, reserved), memory.device_total_bytes or 0, True, memory.pinned_bytes, offloaded)
 
 
-def _use(parts: dict[str, int], used: int, total: int, on_gpu: bool, pinned: int) -> MemoryUse:
-    kept = tuple((name, parts[name]) for name in CATEGORIES if parts.get(name, 0) > 0)
-    return MemoryUse(kept, used, total, on_gpu, pinned)
+def _use(
+    parts: dict[str, int], used: int, total: int, on_gpu: bool, pinned: int, offloaded: dict[str, int] | None = None
+) -> MemoryUse:
+    return MemoryUse(_in_order(parts), used, total, on_gpu, pinned, _in_order(offloaded or {}))
+
+
+def _in_order(parts: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, parts[name]) for name in CATEGORIES if parts.get(name, 0) > 0)
 
 
 def gpu_of(state: RunState, rank: RankState) -> GpuStats | None:

@@ -20,8 +20,9 @@ class MemoryPanel(Panel, can_focus=True):
         if state is not None and state.memory is not None:
             use = memory_use(state.memory)
             title += f" · {used_of(use.used_bytes, use.total_bytes)}"
-            if len(use.parts) != self.parts_shown:
-                self.parts_shown = len(use.parts)
+            shown = len(use.parts) + (len(use.offloaded) + 1 if use.offloaded else 0)
+            if shown != self.parts_shown:
+                self.parts_shown = shown
                 self.refresh(layout=True)
         if self.border_title != title:
             self.border_title = title
@@ -43,12 +44,20 @@ class MemoryPanel(Panel, can_focus=True):
         use = memory_use(state.memory)
         text = palette.style("muted") if view.stale else PLAIN
         rows: list[Row] = []
-        for name, count in use.parts:
+
+        def line(name: str, count: int, of: int) -> None:
             word = name + (" ~" if name in DERIVED_CATEGORIES else "")
             row = Row().add(f" {category_letter(name)} ", palette.category(name)).gap().cell(word, 14, text)
             row.cell(bytes_text(count), 10, text, right=True)
-            share = count / use.used_bytes if use.used_bytes else 0.0
-            rows.append(row.cell(f"{share:.0%}", 6, muted, right=True))
+            rows.append(row.cell(f"{count / of if of else 0.0:.0%}", 6, muted, right=True))
+
+        for name, count in use.parts:
+            line(name, count, use.used_bytes)
+        if use.offloaded:
+            pinned = f", {bytes_text(use.pinned_bytes)} pinned" if use.pinned_bytes else ", not pinned"
+            rows.append(Row().gap(4).add(f"in host memory: {bytes_text(use.offloaded_bytes)}{pinned}", muted))
+            for name, count in use.offloaded:
+                line(name, count, use.offloaded_bytes)
         if len(rows) < height:
             rows.append(Row().gap(4).add("~ derived, not counted", muted))
         return rows
