@@ -4,11 +4,21 @@ The formulas and their order of operations stand in csrc/formula.h. `loading` fi
 CPU's and `gpu` the CUDA one.
 """
 
-from runtime.native.gpu import cuda_adamw, cuda_sum_of_squares
+from runtime.native.gpu import (
+    Range,
+    StreamedAdamW,
+    cuda_adamw,
+    cuda_adamw_ranges,
+    cuda_sums_of_squares,
+    pin,
+    sums_work,
+    unpin,
+)
 from runtime.native.host import accumulate, adamw, post, sum_into, sum_of_squares, wait
 from runtime.native.loading import (
     ABI,
     SUM_BLOCK,
+    Hyper,
     available,
     cpu,
     cpu_status,
@@ -21,6 +31,9 @@ from runtime.native.loading import (
 __all__ = [
     "ABI",
     "SUM_BLOCK",
+    "Hyper",
+    "Range",
+    "StreamedAdamW",
     "accumulate",
     "adamw",
     "available",
@@ -28,12 +41,16 @@ __all__ = [
     "cpu_status",
     "cuda",
     "cuda_adamw",
+    "cuda_adamw_ranges",
     "cuda_status",
-    "cuda_sum_of_squares",
+    "cuda_sums_of_squares",
     "hyper",
     "isa",
+    "pin",
     "post",
     "sum_into",
     "sum_of_squares",
+    "sums_work",
+    "unpin",
     "wait",
 ]

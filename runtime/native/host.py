@@ -88,7 +88,7 @@ def adamw(
 def sum_of_squares(x: torch.Tensor, *, threads: int | None = None, isa: str = "") -> tuple[float, bool]:
     """Sum of squares of a CPU tensor, accumulated in double in one fixed order.
 
-    The same bits come out for any thread count and ISA, and from `cuda_sum_of_squares`.
+    The same bits come out for any thread count and ISA, and from `cuda_sums_of_squares`.
 
     Args:
         x: (numel,) fp32, bf16 or fp16.

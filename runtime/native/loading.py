@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ABI = {"libzt_cpu.so": 3, "libzt_cuda.so": 1}
+ABI = {"libzt_cpu.so": 3, "libzt_cuda.so": 2}
 SUM_BLOCK = 8192  # elements; ZT_BLOCK of csrc/formula.h
 DTYPES = {"torch.float32": 1, "torch.bfloat16": 2, "torch.float16": 3}  # enum Dtype of csrc/cpu/kernels.h
 _REBUILD = "build it with `make install` (it needs a C++ compiler)"
@@ -40,6 +40,17 @@ class Hyper(ctypes.Structure):
             "inv_sqrt_bc2",
             "grad_scale",
         )
+    )
+
+
+class RangeStruct(ctypes.Structure):
+    """struct ZtRange of csrc/ranges.h."""
+
+    _fields_ = (
+        *((name, u64) for name in ("p", "m", "v", "g", "out")),
+        ("n", i64),
+        ("hyper", i32),
+        ("place", i32),
     )
 
 
@@ -87,8 +98,16 @@ def cuda() -> ctypes.CDLL:
     """
     lib = _load("libzt_cuda.so")
     lib.zt_error.argtypes, lib.zt_error.restype = [ctypes.c_int], ctypes.c_char_p
-    lib.zt_adamw.argtypes = [u64] * 5 + [i64, i32, i32, ctypes.POINTER(Hyper), u64, i32, u64]
-    lib.zt_sum_of_squares.argtypes = [u64, i64, i32, u64, i32, u64]
+    ranges, hypers = ctypes.POINTER(RangeStruct), ctypes.POINTER(Hyper)
+    lib.zt_adamw.argtypes = [ranges, i64, hypers, i32, i32, i32, u64, i32, u64]
+    lib.zt_sums_of_squares.argtypes = [ctypes.POINTER(u64), ctypes.POINTER(i64), ctypes.POINTER(i32)]
+    lib.zt_sums_of_squares.argtypes += [i64, u64, u64, i32, u64]
+    lib.zt_stream_bytes.argtypes, lib.zt_stream_bytes.restype = [i64, i32, i32, i32], i64
+    lib.zt_stream_new.argtypes = [i32, u64, i64, i32, i32, i32, ctypes.POINTER(u64)]
+    lib.zt_stream_free.argtypes = [u64]
+    lib.zt_stream_adamw.argtypes = [u64, ranges, i64, hypers, i32, i32, i32, *([u64] * 5)]
+    lib.zt_pin.argtypes = [u64, i64, i32]
+    lib.zt_unpin.argtypes = [u64]
     return lib
 
 
