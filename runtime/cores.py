@@ -17,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from runtime import cgroup
+
 
 class Core(NamedTuple):
     """A physical core: the logical CPUs of it that this process may use (SMT siblings), lowest first."""
@@ -105,12 +107,14 @@ def read_machine(root: Path = Path("/"), allowed: set[int] | None = None) -> Mac
     allowed = os.sched_getaffinity(0) if allowed is None else allowed
     node_of: dict[int, int] = {}
     for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
-        for cpu in _cpu_list(_text(folder / "cpulist")):
+        for cpu in _cpu_list(cgroup.read(folder / "cpulist")):
             node_of[cpu] = int(folder.name[4:])
     cores = set()
     for cpu in allowed:
         topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
-        siblings = _text(topology / "core_cpus_list") or _text(topology / "thread_siblings_list")  # the older name
+        siblings = cgroup.read(topology / "core_cpus_list") or cgroup.read(
+            topology / "thread_siblings_list"
+        )  # the older name
         on_core = {*_cpu_list(siblings), cpu} & allowed
         cores.add(Core(node_of.get(cpu, 0), tuple(sorted(on_core))))
     return Machine(tuple(sorted(cores)), _quota(root))
@@ -120,7 +124,7 @@ def gpu_node(pci_bus_id: str, root: Path = Path("/")) -> int | None:
     """The NUMA node of the GPU at a PCI address such as "00000000:17:00.0"; None where the system doesn't say."""
     domain, _, rest = pci_bus_id.lower().rpartition(":")[0].partition(":")
     address = f"{int(domain or '0', 16):04x}:{rest}:{pci_bus_id.lower().rpartition(':')[2]}"
-    text = _text(root / "sys/bus/pci/devices" / address / "numa_node")
+    text = cgroup.read(root / "sys/bus/pci/devices" / address / "numa_node")
     node = int(text) if text else -1
     return node if node >= 0 else None
 
@@ -145,27 +149,15 @@ def _assign(pieces: list[list[Core]], gpu_nodes: Sequence[int | None]) -> list[i
 def _quota(root: Path) -> float:
     """CPUs' worth of time that the cgroups of this process grant: the tightest from its own up to the root."""
     quotas = [math.inf]
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            for folder in _up(root / "sys/fs/cgroup", path):
-                quota, _, period = (_text(folder / "cpu.max") or "max").partition(" ")
-                if quota != "max":
-                    quotas.append(int(quota) / int(period))
-        elif "cpu" in controllers.split(","):
-            for mount in ("cpu", "cpu,cpuacct"):
-                for folder in _up(root / "sys/fs/cgroup" / mount, path):
-                    quota = _text(folder / "cpu.cfs_quota_us") or "-1"
-                    if int(quota) > 0:
-                        quotas.append(int(quota) / int(_text(folder / "cpu.cfs_period_us")))
+    for folder in cgroup.folders("", root):
+        quota, _, period = (cgroup.read(folder / "cpu.max") or "max").partition(" ")
+        if quota != "max":
+            quotas.append(int(quota) / int(period))
+    for folder in cgroup.folders("cpu", root):
+        quota = cgroup.read(folder / "cpu.cfs_quota_us") or "-1"
+        if int(quota) > 0:
+            quotas.append(int(quota) / int(cgroup.read(folder / "cpu.cfs_period_us")))
     return min(quotas)
-
-
-def _up(mount: Path, path: str) -> list[Path]:
-    """A cgroup's folder and those above it. A container without a cgroup namespace sees a path that its mount, which
-    shows the container's own group at the top, doesn't have: then the top remains."""
-    folder = mount / path.lstrip("/")
-    return [folder, *(parent for parent in folder.parents if parent == mount or mount in parent.parents)]
 
 
 def _cpu_list(text: str) -> list[int]:
@@ -175,10 +167,3 @@ def _cpu_list(text: str) -> list[int]:
         low, _, high = part.partition("-")
         cpus.extend(range(int(low), int(high or low) + 1))
     return cpus
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -14,7 +14,7 @@ from runtime.native.gpu import (
     sums_work,
     unpin,
 )
-from runtime.native.host import accumulate, adamw, post, sum_into, sum_of_squares, wait
+from runtime.native.host import accumulate, adamw, post, sum_into, sum_of_squares, touch, wait
 from runtime.native.loading import (
     ABI,
     SUM_BLOCK,
@@ -51,6 +51,7 @@ __all__ = [
     "sum_into",
     "sum_of_squares",
     "sums_work",
+    "touch",
     "unpin",
     "wait",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 from typing import TYPE_CHECKING
 
 from runtime.native.loading import DTYPES, check, check_apart, cpu, hyper, raise_for, u64
@@ -155,6 +156,18 @@ def sum_into(
         isa.encode(),
     )
     raise_for(code, isa)
+
+
+def touch(address: int, nbytes: int, *, nodes: Sequence[int] = (), threads: int | None = None) -> None:
+    """Bring the zero pages of a fresh mapping into memory, from `threads` threads and so near them.
+
+    Args:
+        nodes: NUMA nodes (below 64) to take the pages from: one is preferred, several take turns. Where the system
+            forbids to ask (containers do), pages lie near the threads, as without this.
+    """
+    if nodes:
+        cpu().zt_prefer_nodes(address, nbytes, sum(1 << node for node in set(nodes)))
+    cpu().zt_touch(address, nbytes, mmap.PAGESIZE, threads or 0)
 
 
 def post(address: int, number: int) -> None:
