@@ -2,7 +2,8 @@
 //   F::T                              a vector or a scalar of floats
 //   F::mul sub div sqrt fma(a,b,c)    each rounded once, to nearest; fma is a*b + c with one rounding
 // Every operation is correctly rounded and no compiler may contract (-ffp-contract=off, --fmad=false), so all ISAs,
-// all thread counts and the GPU give the same bits.
+// all thread counts and the GPU give the same bits. (A NaN is a NaN everywhere, but which NaN it is in fp32 depends on the
+// hardware; in bf16 and fp16 it is one pattern.)
 //
 // AdamW (arXiv 1711.05101, in torch.optim's order of decay and step), Adam when L2 (weight decay joins the gradient):
 //   g' = g * grad_scale                      [L2: g' = g' + weight_decay * p]
@@ -21,7 +22,7 @@
 #define ZT_HOST_DEVICE ZT_FN
 #endif
 
-// Computed in double by the caller and rounded once. runtime/native.py mirrors this layout.
+// Computed in double by the caller and rounded once. runtime/native/loading.py mirrors this layout.
 struct ZtHyper {
   float step_size;      // lr / (1 - beta1^t)
   float one_minus_beta1;

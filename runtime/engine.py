@@ -89,7 +89,12 @@ class Engine:
         self.gathering = Gathering(module, parts.units, self.telemetry)
         self._downlink = parts.placing.downlink
         self.updates = Updates(
-            module, parts.units, parts.rules, self.telemetry, parts.placing.executor, parts.placing.side
+            module,
+            parts.units,
+            parts.rules,
+            self.telemetry,
+            parts.placing.executor if parts.placing.overlap else None,
+            parts.placing.side,
         )
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain)
         _engines[module] = weakref.ref(self)

@@ -38,7 +38,7 @@ RING = 1024
 SLOT_BYTES = 64
 SLICE_US = 100_000
 """How long a wait sleeps at a time, so that signals are handled and dead ranks found."""
-DTYPES = {torch.float32: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 """What can be summed; gathers take anything."""
 
 _RECORD = struct.Struct("<IIQQQI")  # op, dtype, offset, nbytes, time of posting, label; behind the two words
@@ -161,7 +161,7 @@ class Exchange:
 
     # ---- collectives -------------------------------------------------------------------------------------------------
     def reduce_scatter(self, buffer: torch.Tensor) -> Posted:
-        """Publish `buffer` (1-D, fp32 or bf16, a multiple of the world size, from `empty`) to be summed."""
+        """Publish `buffer` (1-D, fp32, bf16 or fp16, a multiple of the world size, from `empty`) to be summed."""
         return Posted(self, "reduce_scatter", self._post("reduce_scatter", buffer), buffer, buffer)
 
     def all_reduce(self, buffer: torch.Tensor) -> Posted:
@@ -256,7 +256,7 @@ class Posted:
             self._copy_ranges()
 
     def into(self, target: torch.Tensor, add: bool) -> None:
-        """For a reduce-scatter: the own range's sum in `target` (fp32 or bf16; it may be that range), or added there.
+        """For a reduce-scatter: the own range's sum in `target` (fp32 or 16 bit; it may be that range), or added there.
         The sum is taken in fp32 in the order of the ranks."""
         self._reduce(target, add)
 

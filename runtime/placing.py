@@ -1,23 +1,31 @@
 """Which flats' states live where: with the parameters, or in host memory (zero_optimization.offload_optimizer and
-offload_param), and what moves between the two."""
+offload_param), what moves between the two, and who updates what is there."""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
+from runtime import cores, native
 from runtime.comm import Comm
-from runtime.config import Resolved
+from runtime.config import ConfigError, Resolved
 from runtime.memory import Ledger, zeros
-from runtime.optim.hostside import HostSide
+from runtime.optim.hostside import HostSide, Streamer
+from runtime.optim.share import SAMPLE, device_share, measure
+from runtime.optim.streamed import STATE_BYTES, GpuStreamer
+from runtime.pinned import Arena, HostMemoryError, check_host_memory, page_rounded
 from runtime.transfer import CudaTransfers, Transfers
 from runtime.zero.downlink import SLOTS, Downlink
 from runtime.zero.home import Allocate, Home
 from runtime.zero.layout import kept_on_device, padded
 from runtime.zero.stage import StagePolicy
+
+log = logging.getLogger("runtime.setup")
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Placing:
     """None: host and device are one memory."""
     side: HostSide | None = None
     executor: Executor | None = None
+    overlap: bool = True
 
     @property
     def downlink(self) -> Downlink | None:
@@ -59,35 +68,83 @@ class Placing:
         return self.side if self.home(index).remote else None
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Sizes in elements and bytes, before anything is taken."""
+
+    ranges: tuple[int, ...]  # elements of each flat's state range
+    on_host: tuple[bool, ...]
+    slots: tuple[int, ...]  # bytes
+    blocks: tuple[int, ...]  # bytes of everything in host memory
+
+
 def place(
-    config: Resolved, policy: StagePolicy, comm: Comm, ledger: Ledger, accumulate: torch.dtype, sizes: Sequence[Size]
+    config: Resolved,
+    policy: StagePolicy,
+    comm: Comm,
+    ledger: Ledger,
+    accumulate: torch.dtype,
+    sizes: Sequence[Size],
+    adam: bool,
 ) -> Placing:
-    """Decide, and make what copies need. `sizes`: of all flats in forward order. The same on every rank."""
+    """Decide, and make what copies need. `sizes`: of all flats in forward order. adam: the optimizer is one that our
+    kernels know. The same on every rank.
+
+    Raises ConfigError on every rank where a host has too little memory.
+    """
     placing = Placing(Home.on(comm.device, ledger), on_host=(False,) * len(sizes))
     optimizer, parameters = config.offload_optimizer, config.offload_param
     if optimizer is None and parameters is None:
         return placing
     placing.transfers = transfers_for(comm.device)
+    plan = _plan(config, policy, comm, accumulate, sizes, remote=placing.transfers is not None)
+    pin = bool((optimizer or parameters).pin_memory) and comm.device.type == "cuda"  # type: ignore[union-attr]
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    _check_memory(plan, pin, local_world, comm)
+    share = _bound(local_world)
+    allocate = _host_memory(comm.device, pin, share, ledger)
     remote = placing.transfers is not None
-    allocate = host_memory(bool((optimizer or parameters).pin_memory), comm, ledger)  # type: ignore[union-attr]
     if parameters is not None:
         placing.own_host = Home(ledger, allocate, offloaded=True, remote=remote)
     if optimizer is None:
         return placing
     placing.host = Home(ledger, allocate, offloaded=True, remote=remote)
-    ranges = [_state_numel(size, policy, comm.world_size) for size in sizes]
-    stays = iter(kept_on_device([n for n, size in zip(ranges, sizes, strict=True) if size.trained], optimizer.ratio))
-    placing.on_host = tuple(size.trained and not next(stays) for size in sizes)
-    if config.zerotop.offload.overlap or remote:
-        placing.executor = ThreadPoolExecutor(1, "offload", torch.set_num_threads, (torch.get_num_threads(),))
-    if placing.transfers is not None and placing.executor is not None and any(placing.on_host):
-        moving = [(n, size.dtype) for n, size, on in zip(ranges, sizes, placing.on_host, strict=True) if on]
-        down = max(n * max(accumulate.itemsize, dtype.itemsize) for n, dtype in moving)
-        up = max(n * dtype.itemsize for n, dtype in moving)
-        slots = [placing.host.zeros("communication", size, torch.uint8) for size in [down] * SLOTS + [up] * SLOTS]
-        downlink = Downlink(placing.transfers, placing.executor, torch.get_num_threads(), slots[:SLOTS])
+    placing.on_host, placing.overlap = plan.on_host, config.zerotop.offload.overlap
+    threads = share.threads if share is not None and remote else torch.get_num_threads()
+    placing.executor = ThreadPoolExecutor(1, "offload", torch.set_num_threads, (threads,))
+    if placing.transfers is not None and any(plan.on_host):
+        slots = [placing.host.zeros("communication", size, torch.uint8) for size in plan.slots]
+        downlink = Downlink(placing.transfers, placing.executor, threads, slots[:SLOTS])
         placing.side = HostSide(placing.transfers, downlink, slots[SLOTS:])
+        if adam and config.zerotop.offload.update != "cpu":
+            _share_with_device(config, placing, comm, accumulate, allocate)
     return placing
+
+
+def _plan(
+    config: Resolved, policy: StagePolicy, comm: Comm, accumulate: torch.dtype, sizes: Sequence[Size], remote: bool
+) -> _Plan:
+    ranges = tuple(_state_numel(size, policy, comm.world_size) for size in sizes)
+    on_host = [False] * len(sizes)
+    if config.offload_optimizer is not None:
+        trained = [index for index, size in enumerate(sizes) if size.trained]
+        stays = kept_on_device([ranges[index] for index in trained], config.offload_optimizer.ratio)
+        room = _room(config, comm, sizes, ranges)
+        for index, stay in zip(trained, stays, strict=True):
+            room -= STATE_BYTES * ranges[index]
+            on_host[index] = not stay and room < 0
+    moving = [(n, size.dtype) for n, size, on in zip(ranges, sizes, on_host, strict=True) if on]
+    slots: list[int] = []
+    if remote and moving:
+        down = max(n * max(accumulate.itemsize, dtype.itemsize) for n, dtype in moving)
+        slots = [down] * SLOTS + [max(n * dtype.itemsize for n, dtype in moving)] * SLOTS
+    kept = accumulate.itemsize if policy.own_gradients else 0
+    blocks = [*slots]
+    for n, _ in moving:
+        blocks += [4 * n, 4 * n, 4 * n, kept * n]
+    if config.offload_param is not None:
+        blocks += [n * size.dtype.itemsize for n, size in zip(ranges, sizes, strict=True) if size.sharded]
+    return _Plan(ranges, tuple(on_host), tuple(slots), tuple(blocks))
 
 
 def _state_numel(size: Size, policy: StagePolicy, world_size: int) -> int:
@@ -95,11 +152,130 @@ def _state_numel(size: Size, policy: StagePolicy, world_size: int) -> int:
     return whole // world_size if policy.own_states else whole
 
 
+def _room(config: Resolved, comm: Comm, sizes: Sequence[Size], ranges: Sequence[int]) -> int:
+    """Bytes of VRAM for states that may stay, on the rank that has least: what is free now, less the parameters and
+    gradients to come and zerotop.offload.vram_reserve_gib."""
+    reserve = config.zerotop.offload.vram_reserve_gib
+    if reserve is None or comm.device.type != "cuda":
+        return 0
+    coming = 0
+    for size, own in zip(sizes, ranges, strict=True):
+        whole = padded(size.numel, comm.world_size)
+        coming += size.dtype.itemsize * (own if size.sharded else whole) + 4 * own * size.trained
+    largest = sorted((padded(s.numel, comm.world_size) * s.dtype.itemsize for s in sizes), reverse=True)[:2]
+    free = torch.cuda.mem_get_info(comm.device)[0]
+    room = free - coming - 2 * sum(largest) - int(reserve * 2**30)
+    return max(0, min(comm.gather_objects(room)))
+
+
+def _check_memory(plan: _Plan, pin: bool, local_world: int, comm: Comm) -> None:
+    """One rank's lack is every rank's error, before anything is allocated."""
+    problem, note = "", None
+    try:
+        note = check_host_memory(page_rounded(plan.blocks), pin=pin, local_world=local_world)
+    except HostMemoryError as error:
+        problem = str(error)
+    problems = [found for found in comm.gather_objects(problem) if found]
+    if problems:
+        raise ConfigError(f"zero_optimization.offload_optimizer: {problems[0]}")
+    if note and comm.rank == 0:
+        log.warning(note)
+
+
+_shares: dict[int, cores.Share] = {}
+"""This process's share of the cores, by ranks on this host: taken once, for afterwards it is all that can be seen."""
+
+
+def _bound(local_world: int) -> cores.Share | None:
+    """Keep this rank on cores of its own. None: it is alone on its host, as far as it knows."""
+    if local_world < 2:
+        return None
+    if local_world not in _shares:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        _shares[local_world] = cores.share(local_rank, local_world, gpu_nodes=_gpu_nodes(local_world))
+        cores.bind(_shares[local_world])
+    return _shares[local_world]
+
+
+def _gpu_nodes(local_world: int) -> list[int | None]:
+    if not torch.cuda.is_available() or torch.cuda.device_count() < local_world:
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(local_world)]
+    ids = [f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0" for p in found]
+    return [cores.gpu_node(pci) for pci in ids]
+
+
 def transfers_for(device: torch.device) -> Transfers | None:
     """How copies between the host and `device` are made; None where it is the host."""
     return CudaTransfers(device) if device.type == "cuda" else None
 
 
-def host_memory(pin: bool, comm: Comm, ledger: Ledger) -> Allocate:
-    """Where host memory comes from."""
-    return lambda numel, dtype: zeros(numel, dtype, torch.device("cpu"))
+def _host_memory(device: torch.device, pin: bool, share: cores.Share | None, ledger: Ledger) -> Allocate:
+    """Where host memory comes from. Beside a GPU all of it is there before training begins; on a CPU it is memory like
+    any other."""
+    if device.type != "cuda":
+        return lambda numel, dtype: zeros(numel, dtype, torch.device("cpu"))
+    arena = Arena(pin=pin, device=device.index, nodes=share.nodes if share else (), threads=None)
+    ledger.pinned = lambda: (arena.requested_bytes, arena.real_bytes) if pin else (0, 0)
+    return arena.zeros
+
+
+def streamer_for(device: torch.device, chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> Streamer | None:
+    """Who updates states on the device; None where nobody can."""
+    usable = device.type == "cuda" and native.cuda_available()
+    return GpuStreamer(device, chunk_bytes, gradient, out) if usable else None
+
+
+def _share_with_device(
+    config: Resolved, placing: Placing, comm: Comm, accumulate: torch.dtype, allocate: Allocate
+) -> None:
+    """zerotop.offload.update: gpu gives the device all, auto what it was measured to be worth."""
+    side, section = placing.side, config.zerotop.offload
+    assert side is not None
+    pinned = config.offload_optimizer is not None and config.offload_optimizer.pin_memory
+    if not pinned:
+        if section.update == "gpu":
+            raise ConfigError(
+                'zerotop.offload.update: "gpu" streams states from page-locked memory; set '
+                "zero_optimization.offload_optimizer.pin_memory to true"
+            )
+        return
+    side.streamer = streamer_for(comm.device, int(section.chunk_mib * 2**20), accumulate, torch.float32)
+    if side.streamer is None:
+        if section.update == "gpu":
+            raise ConfigError(
+                'zerotop.offload.update: "gpu" needs the CUDA kernels, which are not built here (`zerotop doctor` says '
+                'why); use "cpu"'
+            )
+        return
+    side.device_share = 1.0 if section.update == "gpu" else _measured_share(side, comm)
+
+
+def _measured_share(side: HostSide, comm: Comm) -> float:
+    """All ranks of a host measure at once, for that is how they will update."""
+    assert side.streamer is not None
+    streamer, threads = side.streamer, torch.get_num_threads()
+    hyper = {"step": 1, "lr": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "adamw": True}
+    arena = Arena(pin=True, device=comm.device.index)
+    with arena:
+        states = [arena.zeros(SAMPLE, torch.float32) for _ in range(8)]
+        out = torch.empty(SAMPLE, dtype=torch.bfloat16, device=comm.device)
+        piece = native.Range(states[4], states[5], states[6], states[7], out)
+
+        def cpu() -> None:
+            native.adamw(*states[:4], threads=threads, **hyper)
+
+        def start_gpu() -> object:
+            return streamer.update([piece], [hyper], 1.0, side.transfers.mark()).wait_host
+
+        comm.gather_objects(None)
+        rates = measure(cpu, start_gpu)  # type: ignore[arg-type]
+        del states, piece
+    share = device_share(rates)
+    if comm.rank == 0:
+        log.info(
+            f"offload: the CPU updates {rates.cpu / 1e6:,.0f} million parameters a second, the GPU "
+            f"{rates.gpu / 1e6:,.0f}, both at once {rates.cpu_beside / 1e6:,.0f} and {rates.gpu_beside / 1e6:,.0f}: "
+            f"the GPU takes {share:.0%}"
+        )
+    return share

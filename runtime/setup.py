@@ -164,7 +164,9 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
     _place_buffers(module, precision, comm, ledger, values)
     specs = _specs(cuts, parts, comm, group_of, frozen, precision)
     sizes = [Size(sum(p.numel() for _, p, _ in s.members), s.dtype, s.trained, s.sharded) for s in specs]
-    parts.placing = place(config, parts.policy, comm, ledger, parts.numbers.accumulate, sizes)
+    parts.placing = place(
+        config, parts.policy, comm, ledger, parts.numbers.accumulate, sizes, optimizer.kind in ("Adam", "AdamW")
+    )
     pool = BufferPool(comm, ledger)
     for index, spec in enumerate(specs):
         _make_flat(index, spec, parts, comm, ledger, values, pool)

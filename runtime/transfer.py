@@ -9,6 +9,7 @@ Host tensors must be page-locked, or the copies are neither fast nor beside anyt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,21 @@ class Transfers(Protocol):
 
     def up(self, source: torch.Tensor, target: torch.Tensor, after: Any) -> Copy:
         """Copy `source` (host) to `target` (device), the same way."""
+
+
+class Copies:
+    """Several of them."""
+
+    def __init__(self, copies: Sequence[Copy]) -> None:
+        self._copies = list(copies)
+
+    def wait_host(self) -> None:
+        for copy in self._copies:
+            copy.wait_host()
+
+    def wait_device(self) -> None:
+        for copy in self._copies:
+            copy.wait_device()
 
 
 class CudaCopy:

@@ -3,7 +3,9 @@
 #include <string.h>
 
 #include "kernels.h"
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 #ifdef _OPENMP
@@ -29,7 +31,9 @@ static bool runs_here(const char* name) {
 #if defined(__x86_64__)
   // Features one by one rather than by level: older compilers do not know the level names. gcc and clang ask XCR0 too.
   __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  unsigned a, b, c = 0, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));   // the builtin doesn't know it before clang 18
+  const bool v3 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (!strcmp(name, "avx2")) return v3;
   if (!strcmp(name, "avx512"))
     return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -60,6 +64,8 @@ static int threads_for(int threads, int64_t chunks) {
 static const int64_t CHUNK = 1 << 16;                   // keeps 64-byte alignment of every array; a multiple of ZT_BLOCK
 static const int64_t NT_FROM = 1 << 20;                 // elements; below, out is better left in the cache
 
+static int64_t size_of(int32_t dtype) { return dtype == F32 ? 4 : 2; }
+
 static double fold(const double* x, int64_t n) {        // one block of block sums, formula.h's order
   double lane[ZT_LANES] = {};
   for (int64_t i = 0; i < n; ++i) lane[i % ZT_LANES] += x[i];
@@ -70,7 +76,7 @@ static double fold(const double* x, int64_t n) {        // one block of block su
 
 }  // namespace zt
 
-API int zt_abi() { return 2; }
+API int zt_abi() { return 4; }
 API int zt_max_threads() { return zt::threads_for(0, INT32_MAX); }
 
 // The ISA that would run, or null where `force` names one that is not built in or not supported by this CPU.
@@ -79,18 +85,19 @@ API const char* zt_isa(const char* force) {
   return k ? k->name : nullptr;
 }
 
-API int zt_adamw(uint64_t p, uint64_t m, uint64_t v, uint64_t g, uint64_t out, int64_t n, int32_t grad_dtype, int32_t l2,
-                 const ZtHyper* h, int32_t threads, const char* force) {
+// out: 0, or an array of out_dtype; it may be g's memory, from the same address on, when elements have the same size.
+API int zt_adamw(uint64_t p, uint64_t m, uint64_t v, uint64_t g, uint64_t out, int64_t n, int32_t grad_dtype,
+                 int32_t out_dtype, int32_t l2, const ZtHyper* h, int32_t threads, const char* force) {
   using namespace zt;
   const Kernels* k = pick(force);
   if (!k) return -1;
-  const int64_t chunks = (n + CHUNK - 1) / CHUNK, g_size = grad_dtype == BF16 ? 2 : 4;
+  const int64_t chunks = (n + CHUNK - 1) / CHUNK, g_size = size_of(grad_dtype);
 #pragma omp parallel for schedule(static) num_threads(threads_for(threads, chunks))
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t i = c * CHUNK, len = n - i < CHUNK ? n - i : CHUNK;
     const AdamArgs a = {(float*)p + i, (float*)m + i, (float*)v + i, (const char*)g + i * g_size,
-                        out ? (uint16_t*)out + i : nullptr, len, n >= NT_FROM};
-    k->adam(a, (Dtype)grad_dtype, l2 != 0, *h);
+                        out ? (char*)out + i * size_of(out_dtype) : nullptr, len, n >= NT_FROM};
+    k->adam(a, (Dtype)grad_dtype, out ? (Dtype)out_dtype : NONE, l2 != 0, *h);
   }
   return 0;
 }
@@ -102,7 +109,7 @@ API int zt_sum_of_squares(uint64_t x, int64_t n, int32_t dtype, int32_t threads,
   *result = 0;
   if (n <= 0) return 0;
   int64_t blocks = (n + ZT_BLOCK - 1) / ZT_BLOCK;
-  const int64_t size = dtype == BF16 ? 2 : 4;
+  const int64_t size = size_of(dtype);
   double* sums = (double*)malloc((size_t)blocks * sizeof(double));
   if (!sums) return -2;
 #pragma omp parallel for schedule(static) num_threads(threads_for(threads, blocks))
@@ -123,13 +130,13 @@ API int zt_sum_of_squares(uint64_t x, int64_t n, int32_t dtype, int32_t threads,
   return 0;
 }
 
-// acc += scale * g in one pass. torch converts a bf16 g into a temporary first, which takes several times longer.
+// acc += scale * g in one pass. torch converts a 16-bit g into a temporary first, which takes several times longer.
 API int zt_accumulate(uint64_t acc, uint64_t g, int64_t n, int32_t dtype, float scale, int32_t threads,
                       const char* force) {
   using namespace zt;
   const Kernels* k = pick(force);
   if (!k) return -1;
-  const int64_t chunks = (n + CHUNK - 1) / CHUNK, size = dtype == BF16 ? 2 : 4;
+  const int64_t chunks = (n + CHUNK - 1) / CHUNK, size = size_of(dtype);
 #pragma omp parallel for schedule(static) num_threads(threads_for(threads, chunks))
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t i = c * CHUNK, len = n - i < CHUNK ? n - i : CHUNK;
@@ -144,7 +151,7 @@ API int zt_sum(uint64_t dst, int32_t dst_dtype, const uint64_t* srcs, int64_t n_
   using namespace zt;
   const Kernels* k = pick(force);
   if (!k) return -1;
-  const int64_t chunks = (n + CHUNK - 1) / CHUNK, size = dst_dtype == BF16 ? 2 : 4;
+  const int64_t chunks = (n + CHUNK - 1) / CHUNK, size = size_of(dst_dtype);
 #pragma omp parallel for schedule(static) num_threads(threads_for(threads, chunks))
   for (int64_t c = 0; c < chunks; ++c) {
     const int64_t i = c * CHUNK, len = n - i < CHUNK ? n - i : CHUNK;

@@ -16,8 +16,9 @@ struct Vec {
   ZT_FN T div(T a, T b) { return _mm512_div_ps(a, b); }
   ZT_FN T sqrt(T a) { return _mm512_sqrt_ps(a); }
   ZT_FN T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
-  ZT_FN T load(const float* x) { return _mm512_loadu_ps(x); }
-  ZT_FN T load(const uint16_t* x) {
+  ZT_FN T load(Fp32, const float* x) { return _mm512_loadu_ps(x); }
+  ZT_FN T load(Fp16, const uint16_t* x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x)); }
+  ZT_FN T load(Bf16, const uint16_t* x) {
     const __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
   }
@@ -29,10 +30,23 @@ struct Vec {
     const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
   }
+  ZT_FN __m256i round_fp16(T x) {
+    const __m256i r = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm256_mask_mov_epi16(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm256_set1_epi16(0x7e00));
+  }
   template <bool NT>
-  ZT_FN void store_bf16(uint16_t* o, T a, T b) {
-    const __m512i w = _mm512_inserti64x4(_mm512_castsi256_si512(round_bf16(a)), round_bf16(b), 1);
+  ZT_FN void put(uint16_t* o, __m256i a, __m256i b) {
+    const __m512i w = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
     if (NT) _mm512_stream_si512((__m512i*)o, w); else _mm512_storeu_si512(o, w);
+  }
+  template <bool NT>
+  ZT_FN void store2(Bf16, uint16_t* o, T a, T b) { put<NT>(o, round_bf16(a), round_bf16(b)); }
+  template <bool NT>
+  ZT_FN void store2(Fp16, uint16_t* o, T a, T b) { put<NT>(o, round_fp16(a), round_fp16(b)); }
+  template <bool NT>
+  ZT_FN void store2(Fp32, float* o, T a, T b) {
+    if (NT) { _mm512_stream_ps(o, a); _mm512_stream_ps(o + 16, b); }
+    else { _mm512_storeu_ps(o, a); _mm512_storeu_ps(o + 16, b); }
   }
   ZT_FN void fence() { _mm_sfence(); }
 };

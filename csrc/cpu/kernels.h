@@ -3,22 +3,30 @@
 #include <stdint.h>
 
 #include "../formula.h"
+#include "half.h"
 
 namespace zt {
 
-enum Dtype : int32_t { NONE = 0, F32 = 1, BF16 = 2 };   // runtime/native.py mirrors these
+enum Dtype : int32_t { NONE = 0, F32 = 1, BF16 = 2, F16 = 3 };   // runtime/native/loading.py mirrors these
+
+// What the loops are compiled for. S: how an element lies in memory; bf16 and fp16 are bit patterns of one C type, since
+// an array of the one may be overwritten by the other.
+struct Fp32 { using S = float; };
+struct Bf16 { using S = uint16_t; };
+struct Fp16 { using S = uint16_t; };
+struct NoOut { using S = char; };
 
 struct AdamArgs {
   float *p, *m, *v;
-  const void* g;        // F32 or BF16
-  uint16_t* out;        // bf16, or null
+  const void* g;        // of `grad`
+  void* out;            // of `to`; null when that is NONE. Either g's very memory (same element size) or apart from it
   int64_t n;
   bool nt;              // non-temporal stores for out: it will not be read from this cache soon
 };
 
 struct Kernels {
   const char* name;
-  void (*adam)(const AdamArgs&, Dtype grad, bool l2, const ZtHyper&);
+  void (*adam)(const AdamArgs&, Dtype grad, Dtype to, bool l2, const ZtHyper&);
   double (*block)(const void* x, int64_t n, Dtype);     // sum of squares of one block, n <= ZT_BLOCK
   void (*accumulate)(float* acc, const void* g, int64_t n, Dtype, float scale);
   // dst = (add ? dst : 0) + (srcs[0] + srcs[1] + ...), from element `begin` of each source; dst begins at its element 0.

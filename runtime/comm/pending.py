@@ -192,7 +192,7 @@ def combine(target: torch.Tensor, source: torch.Tensor, add: bool, threads: int 
 def accumulate(target: torch.Tensor, grad: torch.Tensor, threads: int | None = None) -> None:
     """target += grad, where torch is slow: a 16-bit gradient into an fp32 buffer on a CPU takes it five times as
     long."""
-    mixed = target.dtype == torch.float32 and grad.dtype == torch.bfloat16
+    mixed = target.dtype == torch.float32 and grad.dtype in (torch.bfloat16, torch.float16)
     if mixed and target.device.type == "cpu" and grad.is_contiguous() and native.available():
         native.accumulate(target, grad.view(-1), threads=threads or torch.get_num_threads())
     else:

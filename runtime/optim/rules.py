@@ -19,9 +19,6 @@ from runtime.optim.adamw import adamw_reference
 from runtime.optim.hostside import HostSide
 from runtime.zero.flat import Flat
 
-OUT_DTYPES = (torch.bfloat16,)
-"""What the kernels round parameters to in the same pass; anything else takes one of its own."""
-
 Hyper = Mapping[str, Any]
 """One optimizer parameter group's numbers: lr, betas, eps, weight_decay, ..."""
 
@@ -62,8 +59,8 @@ class AdamRule:
     def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         flat, host = self.flat, self.host
         if host is not None:
-            gradient = host.gradient(flat)
-            host.deliver(flat, lambda out: self.step(gradient, out, groups, step, scale))
+            hypers = [self.numbers(group, step) for group in groups]
+            host.update(self, hypers, scale)
         elif flat.apart or flat.own_parameters is flat.masters:
             self.step(flat.gradient, None, groups, step, scale)
             flat.masters_to_parameters()
@@ -73,22 +70,29 @@ class AdamRule:
     def step(
         self, gradient: torch.Tensor, out: torch.Tensor | None, groups: Sequence[Hyper], step: int, scale: float
     ) -> None:
-        """All of the state range; out (state range,): takes what the new masters round to."""
-        flat = self.flat
-        beside = out if out is not None and out.dtype in OUT_DTYPES else None
-        for segment in flat.segments:
-            part = slice(segment.start, segment.end)
-            adam_kernel(flat.masters, gradient.dtype)(
-                flat.masters[part],
-                self.exp_avg[part],
-                self.exp_avg_sq[part],
-                gradient[part],
-                None if beside is None else beside[part],
-                grad_scale=scale,
-                **self.numbers(groups[segment.group], step),
-            )
-        if out is not None and beside is None:
-            out.copy_(flat.masters)
+        """All of the state range where it lies; out (state range,): takes what the new masters round to."""
+        hypers = [self.numbers(group, step) for group in groups]
+        update_pieces(self.pieces(0, self.flat.state_numel, gradient, out), hypers, scale)
+
+    def pieces(self, low: int, high: int, gradient: torch.Tensor, out: torch.Tensor | None) -> list[native.Range]:
+        """One for each parameter group's run in elements [low, high) of the state range. gradient and out begin at
+        `low`."""
+        found = []
+        for segment in self.flat.segments:
+            start, end = max(segment.start, low), min(segment.end, high)
+            if start < end:
+                part, near = slice(start, end), slice(start - low, end - low)
+                found.append(
+                    native.Range(
+                        self.flat.masters[part],
+                        self.exp_avg[part],
+                        self.exp_avg_sq[part],
+                        gradient[near],
+                        None if out is None else out[near],
+                        segment.group,
+                    )
+                )
+        return found
 
     def numbers(self, hyper: Hyper, step: int) -> dict[str, Any]:
         """One group's arguments of the kernels."""
@@ -115,15 +119,23 @@ class AdamRule:
         """Nothing to take: Adam's only scalar is the step count, which the engine keeps."""
 
 
-def adam_kernel(masters: torch.Tensor, gradient: torch.dtype) -> Callable[..., None]:
-    """What updates `masters` from such a gradient: our fused kernel where it is built, else plain torch."""
-    if str(gradient) not in native.DTYPES:
-        return adamw_reference
-    if masters.device.type == "cuda":
-        if not native.cuda_available():
-            return adamw_reference
-        return partial(native.cuda_adamw, stream=torch.cuda.current_stream(masters.device).cuda_stream)
-    return partial(native.adamw, threads=torch.get_num_threads()) if native.available() else adamw_reference
+def update_pieces(pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float) -> None:
+    """AdamW where the pieces lie, all on one device: our fused kernels where they are built, else plain torch.
+
+    hypers: `AdamRule.numbers` of every parameter group. scale: factor on the gradients.
+    """
+    if not pieces:
+        return
+    device = pieces[0].p.device
+    if device.type == "cuda" and native.cuda_available():
+        stream = torch.cuda.current_stream(device).cuda_stream
+        structs = [native.hyper(grad_scale=scale, **numbers) for numbers in hypers]
+        native.cuda_adamw_ranges(pieces, structs, stream=stream, adamw=hypers[0]["adamw"])
+        return
+    fused = device.type == "cpu" and native.available()
+    kernel = partial(native.adamw, threads=torch.get_num_threads()) if fused else adamw_reference
+    for p, m, v, g, out, group in pieces:
+        kernel(p, m, v, g, out, grad_scale=scale, **hypers[group])
 
 
 class TorchRule:
@@ -155,12 +167,8 @@ class TorchRule:
             flat.masters_to_parameters()
             return
 
-        def update(out: torch.Tensor | None) -> None:
-            self.step(host.gradient(flat), groups, scale)
-            if out is not None:
-                out.copy_(flat.masters)
-
-        host.deliver(flat, update)
+        self.step(host.gradient(flat), groups, scale)
+        host.deliver(flat)
 
     @torch.no_grad()
     def step(self, gradient: torch.Tensor, groups: Sequence[Hyper], scale: float) -> None:

@@ -61,14 +61,33 @@ def agree(
 
 def _squares(flats: Sequence[Flat], comm: Comm) -> torch.Tensor | float:
     """Of all own ranges, flat by flat in fp64 and added up in their order, wherever each lies: so the same gradients
-    give the same bits. On a GPU the sum stays there (a 0-dim tensor): reading it here would make the host wait."""
-    parts = []
-    for flat in flats:
-        taken = flat.gradients.squares() if flat.gradients is not None else None  # as they arrived
-        parts.append(sum_of_squares(own_gradient(flat, comm)) if taken is None else taken)
-    if any(isinstance(part, float) for part in parts):  # some are in host memory
-        parts = [float(part) for part in parts]
-    return functools.reduce(lambda total, part: total + part, parts)
+    give the same bits. Where all are on a GPU the sum stays there (a 0-dim tensor): reading it would make the host
+    wait."""
+    parts: list[torch.Tensor | float | None] = [
+        flat.gradients.squares() if flat.gradients is not None else None  # taken as they arrived
+        for flat in flats
+    ]
+    rest = [index for index, part in enumerate(parts) if part is None]
+    on_gpu = [index for index in rest if flats[index].gradient.device.type == "cuda" and native.cuda_available()]
+    if on_gpu:
+        sums = _on_gpu([own_gradient(flats[index], comm) for index in on_gpu])
+        if len(on_gpu) == len(flats):
+            return sums[-1]
+        for index, part in zip(on_gpu, sums.tolist()[:-1], strict=True):
+            parts[index] = part
+    for index in rest:
+        if parts[index] is None:
+            parts[index] = sum_of_squares(own_gradient(flats[index], comm))
+    return functools.reduce(lambda total, part: total + part, (part for part in parts if part is not None))
+
+
+def _on_gpu(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(len + 1,) fp64: each sum of squares, then their sum."""
+    device = gradients[0].device
+    work = torch.empty(native.sums_work(gradients), dtype=torch.float64, device=device)
+    sums = torch.empty(len(gradients) + 1, dtype=torch.float64, device=device)
+    native.cuda_sums_of_squares(gradients, work, sums, stream=torch.cuda.current_stream(device).cuda_stream)
+    return sums
 
 
 def own_gradient(flat: Flat, comm: Comm) -> torch.Tensor:
@@ -77,13 +96,9 @@ def own_gradient(flat: Flat, comm: Comm) -> torch.Tensor:
 
 
 def sum_of_squares(gradient: torch.Tensor) -> torch.Tensor | float:
-    """In fp64 and in a fixed order: the same bits at any number of threads, and on a GPU as on a CPU."""
-    if gradient.device.type == "cpu" and str(gradient.dtype) in native.DTYPES and native.available():
+    """In fp64 and in a fixed order: the same bits at any number of threads."""
+    if gradient.device.type == "cpu" and native.available():
         return native.sum_of_squares(gradient, threads=torch.get_num_threads())[0]
-    if gradient.device.type == "cuda" and str(gradient.dtype) in native.DTYPES and native.cuda_available():
-        work = torch.empty(native.work_numel(gradient.numel()), dtype=torch.float64, device=gradient.device)
-        native.cuda_sum_of_squares(gradient, work, stream=torch.cuda.current_stream(gradient.device).cuda_stream)
-        return work[0]
     total = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
     return float(total) if gradient.device.type == "cpu" else total
 

@@ -66,7 +66,7 @@ class Downlink:
     def _take(self, copy: Copy, staged: torch.Tensor, target: torch.Tensor, add: bool, last: bool) -> float | None:
         copy.wait_host()
         combine(target, staged, add, threads=self.threads)
-        if not last or target.dtype == torch.float16 or not native.available():
+        if not last or not native.available():
             return None
         return native.sum_of_squares(target, threads=self.threads)[0]
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 import runtime.placing
+from runtime import native
 from runtime.transfer import Copy
 
 
@@ -76,15 +77,60 @@ class PromptTransfers(LateTransfers):
         return copy
 
 
+class LateStreamer:
+    """Updates states where they are when somebody waits; `out` is NaN until then."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+
+    def update(
+        self, pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float, after: Any
+    ) -> Copy:
+        def call() -> None:
+            for p, m, v, g, out, group in pieces:
+                native.adamw(p, m, v, g, out, grad_scale=scale, **hypers[group])
+
+        with self._lock:
+            for piece in pieces:
+                if piece.out is not None:
+                    piece.out.fill_(float("nan"))
+            self._calls.append(call)
+            return _LateCall(self, len(self._calls))
+
+    def run(self, number: int) -> None:
+        with self._lock:
+            for index in range(number):
+                call, self._calls[index] = self._calls[index], _nothing
+                call()
+
+
+class _LateCall:
+    def __init__(self, streamer: LateStreamer, number: int) -> None:
+        self._streamer, self._number = streamer, number
+
+    def wait_host(self) -> None:
+        self._streamer.run(self._number)
+
+    wait_device = wait_host
+
+
+def _nothing() -> None:
+    return None
+
+
 KINDS = {"late": LateTransfers, "prompt": PromptTransfers}
 
 
 @contextlib.contextmanager
-def remote_device(kind: str) -> Iterator[None]:
-    """Engines made inside take the host's own memory for a device's."""
-    before = runtime.placing.transfers_for
+def remote_device(kind: str, share: float | None = None) -> Iterator[None]:
+    """Engines made inside take the host's own memory for a device's. share: of every update, that is the device's."""
+    before = runtime.placing.transfers_for, runtime.placing.streamer_for, runtime.placing._measured_share
     runtime.placing.transfers_for = lambda _device: KINDS[kind]()
+    if share is not None:
+        runtime.placing.streamer_for = lambda *_given: LateStreamer()
+        runtime.placing._measured_share = lambda *_given: share
     try:
         yield
     finally:
-        runtime.placing.transfers_for = before
+        runtime.placing.transfers_for, runtime.placing.streamer_for, runtime.placing._measured_share = before

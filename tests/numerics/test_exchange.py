@@ -111,8 +111,9 @@ def test_more_than_the_ring_holds(ranks):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.integers(1, 5000), st.integers(1, 4), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]),
-    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(1, 5000), st.integers(1, 4), st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )  # fmt: skip
 def test_the_sum_has_the_same_bits_everywhere(numel, count, add, source, target):
     sources = [value_of(index, numel + 3, source) for index in range(count)]

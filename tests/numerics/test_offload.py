@@ -24,7 +24,8 @@ STEPS = 6
 
 
 def offloaded(settings: dict[str, Any], overlap: bool = True, ratio: float = 1.0) -> dict[str, Any]:
-    zero = {**settings["zero_optimization"], "offload_optimizer": {"device": "cpu", "ratio": ratio}}
+    place = {"device": "cpu", "pin_memory": True, "ratio": ratio}
+    zero = {**settings["zero_optimization"], "offload_optimizer": place}
     if zero["stage"] == 3:
         zero["offload_param"] = {"device": "cpu"}
     return {**settings, "zero_optimization": zero, "zerotop": {"offload": {"overlap": overlap}}}
@@ -81,8 +82,10 @@ def test_other_optimizers(ranks):
 
 
 # ---- a device that is not the host ----------------------------------------------------------------------
-def train_remotely(copies: str, kind: str, settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
-    with remote_device(copies):
+def train_remotely(
+    copies: str, kind: str, settings: dict[str, Any], share: float | None = None
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    with remote_device(copies, share):
         return train_over_gloo(kind, settings)
 
 
@@ -112,6 +115,15 @@ def test_awkward_models_on_a_device(ranks, kind):
     settings = config(2, 3, clip=0.5)
     resident = ranks(2).run(train_over_gloo, kind, settings)
     assert_same_bits(ranks(2).run(train_remotely, "late", kind, offloaded(settings, ratio=0.5)), resident)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_any_split_between_cpu_and_device_gives_the_same_bits(ranks, stage, precision, share):
+    settings = config(stage, 2, clip=0.5, precision=precision)
+    resident = ranks(2).run(train_over_gloo, "plain", settings)
+    assert_same_bits(ranks(2).run(train_remotely, "late", "plain", offloaded(settings), share), resident)
 
 
 # ---- reading while an update is under way ---------------------------------------------------------------

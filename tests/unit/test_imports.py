@@ -44,7 +44,7 @@ def test_no_module_of_the_monitor_loads_torch(tmp_path: Path) -> None:
     assert not loaded & TRAINER_ONLY
 
 
-@pytest.mark.parametrize("root", ["runtime.wire", "runtime.config", "runtime.plan", "runtime.native"])
+@pytest.mark.parametrize("root", ["runtime.wire", "runtime.config", "runtime.plan", "runtime.native", "runtime.cores"])
 def test_what_both_sides_share_loads_neither_torch_nor_textual(tmp_path: Path, root: str) -> None:
     imported, loaded = import_all(tmp_path, root)
     assert root in imported

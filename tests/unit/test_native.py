@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the CPU kernels 
 
 HERE = [name for name in ("generic", "avx2", "avx512", "sve") if native.available() and native.isa(name)]
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ["fp32", "bf16", "fp16"]
 ODD = 70_003  # more than one chunk of 65,536, and a tail of every vector length
 
 
@@ -44,11 +47,12 @@ def gradient(n: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam-l2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_one_step_equals_the_reference(isa: str, dtype: torch.dtype, decoupled: bool) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@pytest.mark.parametrize("to", DTYPES, ids=[f"to-{name}" for name in NAMES])
+def test_one_step_equals_the_reference(isa: str, to: torch.dtype, dtype: torch.dtype, decoupled: bool) -> None:
     p, m, v = states(ODD)
     q, a, b = states(ODD)
-    out, want = torch.empty(ODD, dtype=torch.bfloat16), torch.empty(ODD, dtype=torch.bfloat16)
+    out, want = torch.empty(ODD, dtype=to), torch.empty(ODD, dtype=to)
     for step in range(1, 4):
         g = gradient(ODD, dtype, step)
         # From equal states: what is compared is one step, not how rounding wanders.
@@ -58,7 +62,7 @@ def test_one_step_equals_the_reference(isa: str, dtype: torch.dtype, decoupled: 
         torch.testing.assert_close(m, a, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(v, b, rtol=1e-6, atol=1e-12)
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
-        assert torch.equal(out, p.bfloat16())
+        assert torch.equal(out, p.to(to))
 
 
 @pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam-l2"])
@@ -77,15 +81,32 @@ def test_hundred_steps_equal_torch_optim(isa: str, decoupled: bool) -> None:
     assert (p - param.detach()).abs().max() < 2e-6  # of values near 1 that moved by up to 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+def test_hundred_steps_equal_the_reference(isa: str, dtype: torch.dtype) -> None:
+    n, hyper = 10_007, {**HYPER, "eps": 1e-5}
+    p, m, v = states(n)
+    q, a, b = states(n)
+    out, want = torch.empty(n, dtype=dtype), torch.empty(n, dtype=dtype)
+    for step in range(1, 101):
+        g = gradient(n, dtype, step)
+        native.adamw(p, m, v, g, out, step=step, grad_scale=0.5, isa=isa, **hyper)
+        adamw_reference(q, a, b, g, want, step=step, grad_scale=0.5, **hyper)
+    assert (p - q).abs().max() < 2e-6
+    torch.testing.assert_close(m, a, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(v, b, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(out, want, rtol=2 * torch.finfo(dtype).eps, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 @pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam-l2"])
 @pytest.mark.parametrize("n", [1, 31, 33, ODD])
 def test_every_isa_and_thread_count_gives_the_same_bits(n: int, decoupled: bool, dtype: torch.dtype) -> None:
     results = []
+    to = {torch.float32: torch.float16, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}[dtype]
     for name in HERE:
         for threads in (1, 2, 5):
             p, m, v = states(n)
-            out = torch.empty(n, dtype=torch.bfloat16)
+            out = torch.empty(n, dtype=to)
             for step in (1, 2, 3):
                 g = gradient(n, dtype, step)
                 kw = {**HYPER, "grad_scale": 0.37, "adamw": decoupled, "threads": threads, "isa": name}
@@ -97,19 +118,59 @@ def test_every_isa_and_thread_count_gives_the_same_bits(n: int, decoupled: bool,
             assert torch.equal(one, other), f"{label} of {name} with {threads} threads differs from {results[0][:2]}"
 
 
-def test_large_ranges_use_streaming_stores_with_the_same_bits(isa: str) -> None:
+@pytest.mark.parametrize("cuts", [[1, 2, 3], [31, 64, 40_000], [65_536], [12_345, 65_537]])
+def test_any_split_of_the_range_gives_the_same_bits(isa: str, cuts: list[int]) -> None:
+    whole, parts = states(ODD), states(ODD)
+    g = gradient(ODD, torch.float16, 1)
+    out, pieces = torch.empty(ODD, dtype=torch.float16), torch.empty(ODD, dtype=torch.float16)
+    native.adamw(*whole, g, out, step=1, isa=isa, **HYPER)
+    for low, high in pairwise([0, *cuts, ODD]):
+        native.adamw(*(t[low:high] for t in (*parts, g, pieces)), step=1, isa=isa, **HYPER)
+    for one, other in zip((*whole, out), (*parts, pieces), strict=True):
+        assert torch.equal(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("to", DTYPES, ids=NAMES)
+def test_large_ranges_use_streaming_stores_with_the_same_bits(isa: str, to: torch.dtype) -> None:
     n = (1 << 20) + 77
     for shift in (0, 1, 5):  # the output starts anywhere in a cache line
         results = []
         for name in ("generic", isa):
             p, m, v = states(n)
-            room = torch.full((n + 64,), 7.0, dtype=torch.bfloat16)
+            room = torch.full((n + 64,), 7.0, dtype=to)
             out = room[shift : shift + n]
             native.adamw(p, m, v, gradient(n, torch.bfloat16, 1), out, step=1, isa=name, **HYPER)
             assert (room[:shift] == 7).all() and (room[shift + n :] == 7).all(), "wrote outside its range"
-            assert torch.equal(out, p.bfloat16())
+            assert torch.equal(out, p.to(to))
             results.append(bits(p))
         assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam-l2"])
+@pytest.mark.parametrize("n", [1, 33, ODD, (1 << 20) + 77])
+@pytest.mark.parametrize("pair", [(1, 1), (2, 2), (1, 2), (2, 1), (0, 0)], ids=lambda p: f"{NAMES[p[0]]}-{NAMES[p[1]]}")
+def test_parameters_may_take_the_memory_of_their_gradient(
+    isa: str, pair: tuple[int, int], n: int, decoupled: bool
+) -> None:
+    dtype, to = DTYPES[pair[0]], DTYPES[pair[1]]
+    together, apart = states(n), states(n)
+    room = torch.empty(n + 1, dtype=dtype)
+    out = torch.empty(n, dtype=to)
+    for step in (1, 2):
+        g = room[1:].copy_(gradient(n, dtype, step))
+        native.adamw(*apart, g.clone(), out, step=step, isa=isa, adamw=decoupled, threads=2, **HYPER)
+        native.adamw(*together, g, g.view(to), step=step, isa=isa, adamw=decoupled, threads=2, **HYPER)
+        assert torch.equal(bits(g), bits(out))
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(bits(one), bits(other))
+
+
+def test_parameters_may_not_lie_across_their_gradient() -> None:
+    room = torch.zeros(40)
+    for g, out in ((room[:20], room[10:30]), (room[:20], room.view(torch.bfloat16)[:20])):
+        with pytest.raises(ValueError, match="out overlaps g"):
+            native.adamw(*states(20), g, out, step=1, **HYPER)
+    native.adamw(*states(20), room[:20], room[20:], step=1, **HYPER)
 
 
 @pytest.mark.parametrize("shift", [1, 3, 7])
@@ -134,7 +195,7 @@ def test_zero_length(isa: str) -> None:
     assert native.sum_of_squares(empty, isa=isa) == (0.0, False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 def test_denormals_infinities_and_nan_pass_through_as_in_torch(isa: str, dtype: torch.dtype) -> None:
     special = torch.tensor([1e-40, -1e-40, 1e-45, 0.0, -0.0, 3e38, math.inf, -math.inf, math.nan, 1.0])
     g = special.repeat(7).to(dtype)  # 70 elements: two vector steps of 32 and a scalar tail
@@ -159,6 +220,37 @@ def test_zero_gradients_without_decay_change_no_bit(isa: str) -> None:
     assert torch.equal(bits(p), before) and not m.any() and not v.any()
 
 
+def test_fp16_rounds_half_to_even(isa: str) -> None:
+    """Every fp16 number, its neighbours in fp32, the middle to the next one and that one's neighbours; both signs."""
+    half = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    middle = torch.cat([(half[:-1] + half[1:]) / 2, torch.tensor([65520.0])])
+    around = [half, middle, *(t.nextafter(torch.tensor(x)) for t in (half, middle) for x in (math.inf, 0.0))]
+    special = torch.tensor([0x7F800001, 0x7FFFFFFF, 0x7F800000, 1, 0x7FFFFF], dtype=torch.int32).view(torch.float32)
+    p = torch.cat([*around, torch.tensor([1e5, 3e38, 2.0**-25, 2.0**-26]), special])
+    p = torch.cat([p, -p])
+    for shape in (p, p[:17]):  # the vectors and the scalar tail
+        q, zero = shape.clone(), torch.zeros_like(shape)
+        out = torch.empty(q.numel(), dtype=torch.float16)
+        native.adamw(q, zero.clone(), zero.clone(), zero, out, step=1, isa=isa, **{**HYPER, "weight_decay": 0.0})
+        number = ~q.isnan()
+        assert torch.equal(bits(out)[number], bits(q.half())[number])
+        assert (bits(out)[~number] == 0x7E00).all()
+    assert out.numel() == 17 and p.isnan().sum() == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=NAMES[1:])
+def test_every_16_bit_pattern_is_read_exactly(isa: str, dtype: torch.dtype) -> None:
+    g = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for part in (g, g[7:30]):
+        acc = torch.zeros(part.numel())
+        native.accumulate(acc, part, isa=isa)
+        assert torch.equal(acc.isnan(), part.isnan())
+        assert torch.equal(acc[~part.isnan()], part.float()[~part.isnan()])
+        finite = part[part.isfinite()]
+        want = math.fsum(e * e for e in finite.double().tolist())
+        assert native.sum_of_squares(finite, isa=isa)[0] == pytest.approx(want, rel=1e-14)
+
+
 def test_bf16_rounds_half_to_even(isa: str) -> None:
     # Every pattern of the lower half-word for two upper ones, of even and odd last bit; and the ways to be NaN.
     low = torch.arange(1 << 16, dtype=torch.int64)
@@ -172,7 +264,7 @@ def test_bf16_rounds_half_to_even(isa: str) -> None:
     assert (bits(out)[~number] == 0x7FC0).all() and (~number).sum() == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 @pytest.mark.parametrize("n", [1, 31, 8192, 8193, ODD])
 def test_sum_of_squares_is_exact_to_double_and_the_same_everywhere(n: int, dtype: torch.dtype) -> None:
     x = gradient(n, dtype, 3)
@@ -216,7 +308,7 @@ def test_one_non_finite_element_is_reported(isa: str, at: int, value: float) -> 
     assert native.sum_of_squares(x, isa=isa)[1] is True
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 def test_accumulate(isa: str, dtype: torch.dtype) -> None:
     acc = torch.randn(ODD, generator=torch.Generator().manual_seed(1))
     g = gradient(ODD, dtype, 2)
@@ -232,10 +324,10 @@ def test_wrong_tensors_are_named() -> None:
     for args, message in [
         ((p, m[:9], v, g), "m has 9 elements instead of 10"),
         ((p, m, v.double(), g), "v must be torch.float32, is torch.float64"),
-        ((p, m, v, g.half()), "g must be torch.float32 or torch.bfloat16, is torch.float16"),
+        ((p, m, v, g.double()), "g must be torch.float32 or torch.bfloat16 or torch.float16, is torch.float64"),
         ((torch.zeros(20)[::2], m, v, g), "p must be one-dimensional and contiguous"),
         ((p.view(2, 5), m, v, g), "p must be one-dimensional and contiguous"),
-        ((p, m, v, g, torch.zeros(10)), "out must be torch.bfloat16"),
+        ((p, m, v, g, torch.zeros(10, dtype=torch.int16)), "out must be torch.float32 or torch.bfloat16 or"),
         ((p, m, v, torch.zeros(10, device="meta")), "g must be on cpu, is on meta"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,61 @@
+"""ctypes over the two kernel libraries built from csrc/: libzt_cpu.so and libzt_cuda.so.
+
+The formulas and their order of operations stand in csrc/formula.h. `loading` finds the libraries, `host` calls the
+CPU's and `gpu` the CUDA one.
+"""
+
+from runtime.native.gpu import (
+    Range,
+    StreamedAdamW,
+    cuda_adamw,
+    cuda_adamw_ranges,
+    cuda_sums_of_squares,
+    pin,
+    sums_work,
+    unpin,
+)
+from runtime.native.host import accumulate, adamw, post, sum_into, sum_of_squares, touch, wait
+from runtime.native.loading import (
+    ABI,
+    DTYPES,
+    SUM_BLOCK,
+    Hyper,
+    available,
+    cpu,
+    cpu_status,
+    cuda,
+    cuda_available,
+    cuda_status,
+    hyper,
+    isa,
+)
+
+__all__ = [
+    "ABI",
+    "DTYPES",
+    "SUM_BLOCK",
+    "Hyper",
+    "Range",
+    "StreamedAdamW",
+    "accumulate",
+    "adamw",
+    "available",
+    "cpu",
+    "cpu_status",
+    "cuda",
+    "cuda_adamw",
+    "cuda_adamw_ranges",
+    "cuda_available",
+    "cuda_status",
+    "cuda_sums_of_squares",
+    "hyper",
+    "isa",
+    "pin",
+    "post",
+    "sum_into",
+    "sum_of_squares",
+    "sums_work",
+    "touch",
+    "unpin",
+    "wait",
+]

@@ -1,0 +1,341 @@
+"""The CUDA kernels: csrc/cuda. Every call only enqueues work and returns."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, NamedTuple
+
+from runtime.native.loading import (
+    DTYPES,
+    SUM_BLOCK,
+    Hyper,
+    RangeStruct,
+    check,
+    check_apart,
+    cuda,
+    hyper,
+    i32,
+    i64,
+    raise_for_cuda,
+    u64,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+_GRAD_ON_HOST, _OUT_ON_HOST = 1, 2  # csrc/ranges.h
+_NO_STREAM = 2**64 - 1
+
+
+class Range(NamedTuple):
+    """What one update covers: tensors as `adamw` takes them, each (numel,), and which of the call's hypers applies."""
+
+    p: torch.Tensor
+    m: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor
+    out: torch.Tensor | None = None
+    hyper: int = 0
+
+
+def cuda_adamw(
+    p: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    out: torch.Tensor | None = None,
+    *,
+    stream: int,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float | torch.Tensor = 1.0,
+    adamw: bool = True,
+) -> None:
+    """`adamw` on GPU tensors: enqueued on a stream, same bits as on the CPU.
+
+    Args:
+        stream: `torch.cuda.current_stream(p.device).cuda_stream`.
+        grad_scale: a number, or one fp32 on the same GPU, so that a clip factor computed there never visits the host.
+
+    Raises:
+        ValueError: as `adamw`.
+        RuntimeError: CUDA refused the launch.
+    """
+    number = isinstance(grad_scale, (int, float))
+    h = hyper(
+        step=step,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        grad_scale=float(grad_scale) if number else 1.0,
+        adamw=adamw,
+    )
+    scale = None if isinstance(grad_scale, (int, float)) else grad_scale
+    cuda_adamw_ranges([Range(p, m, v, g, out)], [h], stream=stream, adamw=adamw, scale=scale)
+
+
+def cuda_adamw_ranges(
+    ranges: Sequence[Range],
+    hypers: Sequence[Hyper],
+    *,
+    stream: int,
+    adamw: bool = True,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """One step over many ranges of one GPU, in one launch for up to 56 ranges with 8 hypers, else in several.
+
+    Args:
+        ranges: all on one GPU, with gradients of one dtype and outputs of one dtype (or none).
+        hypers: from `hyper(..., adamw=adamw)`; each range says which is its own.
+        scale: one fp32 on the GPU that multiplies every hyper's grad_scale.
+
+    Raises:
+        ValueError: as `adamw`; dtypes or devices that differ between ranges.
+        RuntimeError: CUDA refused the launch.
+    """
+    if not ranges:
+        return
+    device = ranges[0].p.device
+    for r in ranges:
+        _check_range(r, len(hypers), device, states="cuda", gradient=("cuda",))
+    raise_for_cuda(
+        cuda().zt_adamw(
+            _structs(ranges),
+            len(ranges),
+            (Hyper * len(hypers))(*hypers),
+            *_dtypes(ranges),
+            int(not adamw),
+            _scale_address(scale, device),
+            device.index,
+            stream,
+        )
+    )
+
+
+def cuda_sums_of_squares(xs: Sequence[torch.Tensor], work: torch.Tensor, result: torch.Tensor, *, stream: int) -> None:
+    """`sum_of_squares` of many GPU tensors in one pass, without a synchronisation. A sum is finite exactly when every
+    element is.
+
+    Args:
+        xs: (numel,) each, fp32, bf16 or fp16 in any mixture, on one GPU.
+        work: at least `sums_work(xs)` fp64 on the same GPU; overwritten.
+        result: (len(xs) + 1,) fp64 on the same GPU: receives each tensor's sum, then the sum of those in their order.
+    """
+    for index, x in enumerate(xs):
+        check(f"xs[{index}]", x, x.numel(), tuple(DTYPES), "cuda")
+    need = sums_work(xs)
+    if work.numel() < need:
+        raise ValueError(f"work has {work.numel()} elements; these tensors need {need}")
+    check("work", work, work.numel(), ("torch.float64",), "cuda")
+    check("result", result, len(xs) + 1, ("torch.float64",), "cuda")
+    if any(t.device != result.device for t in (*xs, work)):
+        raise ValueError("xs, work and result must be on one GPU")
+    raise_for_cuda(
+        cuda().zt_sums_of_squares(
+            (u64 * len(xs))(*(x.data_ptr() for x in xs)),
+            (i64 * len(xs))(*(x.numel() for x in xs)),
+            (i32 * len(xs))(*(DTYPES[str(x.dtype)] for x in xs)),
+            len(xs),
+            work.data_ptr(),
+            result.data_ptr(),
+            result.device.index,
+            stream,
+        )
+    )
+
+
+def sums_work(xs: Sequence[torch.Tensor]) -> int:
+    """How many fp64 `cuda_sums_of_squares` needs to work with."""
+    return max(1, 2 * sum(-(-x.numel() // SUM_BLOCK) for x in xs))
+
+
+class StreamedAdamW:
+    """AdamW on a GPU for states that stay in page-locked host memory: chunks of p, m and v stream through device slots
+    on a copy-in, a compute and a copy-out stream. csrc/stream.h draws the schedule. Same bits as `adamw`.
+
+    `step` only enqueues. Calls on different ranges follow one another without a gap; two calls on the same range need
+    an order that the caller gives: let the second one wait for what the first one signals.
+    """
+
+    def __init__(
+        self, memory: torch.Tensor, *, chunk: int, slots: int = 3, grad_size: int = 0, out_size: int = 0
+    ) -> None:
+        """
+        Args:
+            memory: (at least `bytes_needed(...)`,) uint8 on the GPU; kept until `close`.
+            chunk: elements per slot, a multiple of 64. A few MiB (1 << 20 elements) keep the copy engines busy.
+            slots: 1 to 16. Three let loading, updating and storing overlap.
+            grad_size, out_size: bytes per element of gradients and outputs that lie on the host; 0: they never do.
+        """
+        need = self.bytes_needed(chunk, slots, grad_size, out_size)
+        check("memory", memory, memory.numel(), ("torch.uint8",), "cuda")
+        if memory.numel() < need:
+            raise ValueError(f"memory has {memory.numel()} bytes; {slots} slots of {chunk} elements need {need}")
+        self._memory = memory
+        self._handle = u64()
+        raise_for_cuda(
+            cuda().zt_stream_new(
+                memory.device.index,
+                memory.data_ptr(),
+                chunk,
+                slots,
+                grad_size,
+                out_size,
+                ctypes.byref(self._handle),
+            )
+        )
+
+    @staticmethod
+    def bytes_needed(chunk: int, slots: int, grad_size: int = 0, out_size: int = 0) -> int:
+        """Device memory of the ring, in bytes: slots x chunk x (12 + grad_size + out_size)."""
+        need: int = cuda().zt_stream_bytes(chunk, slots, grad_size, out_size)
+        if need < 0:
+            raise ValueError(f"chunk must be a multiple of 64 (is {chunk}) and slots 1 to 16 (is {slots})")
+        return need
+
+    def step(
+        self,
+        ranges: Sequence[Range],
+        hypers: Sequence[Hyper],
+        *,
+        adamw: bool = True,
+        scale: torch.Tensor | None = None,
+        wait_stream: int | None = None,
+        wait_event: int | None = None,
+        signal_stream: int | None = None,
+        signal_event: int | None = None,
+    ) -> None:
+        """Enqueue one step over `ranges`, whose gradients have one dtype and whose outputs have one dtype (or none).
+
+        Args:
+            ranges: p, m, v page-locked on the host; g and out each there or on the GPU.
+            hypers, scale: as `cuda_adamw_ranges`.
+            wait_stream: nothing is read or written before what is enqueued on this CUDA stream now (an int; 0 is the
+                default stream); wait_event: nor before this CUDA event. At least one must cover whatever produces the
+                gradients, still reads the outputs, and uses the states.
+            signal_stream: what is enqueued on it from now on begins when all of this step is done, host memory
+                included.
+            signal_event: recorded when all is done. torch creates an event when it is first recorded: do that before.
+
+        Raises:
+            ValueError: as `adamw`; memory that is not page-locked; a host gradient or output without room in the slots.
+            RuntimeError: CUDA refused.
+        """
+        if self._handle.value == 0:
+            raise RuntimeError("this StreamedAdamW is closed")
+        for event in (wait_event, signal_event):
+            if event == 0:
+                raise ValueError("an event that was never recorded has no handle: record it once before")
+        device = self._memory.device
+        for r in ranges:
+            _check_range(r, len(hypers), device, states="cpu", gradient=("cpu", "cuda"))
+            for name, t in zip("pmvgo", (r.p, r.m, r.v, r.g, r.out), strict=True):
+                if t is not None and t.device.type == "cpu" and t.numel() and not t.is_pinned():
+                    raise ValueError(f"{'out' if name == 'o' else name} must be page-locked: see runtime.pinned.Arena")
+        raise_for_cuda(
+            cuda().zt_stream_adamw(
+                self._handle,
+                _structs(ranges),
+                len(ranges),
+                (Hyper * len(hypers))(*hypers),
+                *_dtypes(ranges),
+                int(not adamw),
+                _scale_address(scale, device),
+                _NO_STREAM if wait_stream is None else wait_stream,
+                wait_event or 0,
+                _NO_STREAM if signal_stream is None else signal_stream,
+                signal_event or 0,
+            )
+        )
+
+    def close(self) -> None:
+        """Wait for what is under way and give the streams back. A second call does nothing."""
+        if self._handle.value:
+            handle, self._handle = self._handle, u64()
+            raise_for_cuda(cuda().zt_stream_free(handle))
+            del self._memory
+
+    def __enter__(self) -> StreamedAdamW:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+
+def pin(address: int, nbytes: int, device: int) -> None:
+    """Page-lock mapped memory for every GPU of this process; `device` is where a context is made if there is none yet.
+
+    Raises:
+        RuntimeError: CUDA refused; most often the host is out of memory, or the range is registered already.
+    """
+    raise_for_cuda(cuda().zt_pin(address, nbytes, device))
+
+
+def unpin(address: int) -> None:
+    """Undo `pin`, by the same address. No copy from or to the memory may be under way."""
+    raise_for_cuda(cuda().zt_unpin(address))
+
+
+def _check_range(r: Range, hypers: int, device: torch.device, *, states: str, gradient: tuple[str, ...]) -> None:
+    n = r.p.numel()
+    for name, t in (("p", r.p), ("m", r.m), ("v", r.v)):
+        check(name, t, n, ("torch.float32",), states)
+    for name, tensor in (("g", r.g), ("out", r.out)):
+        if tensor is not None:
+            kind = tensor.device.type
+            check(name, tensor, n, tuple(DTYPES), kind if kind in gradient else gradient[-1])
+    if r.out is not None:
+        check_apart(r.g, r.out)
+    for tensor in (r.p, r.m, r.v, r.g, r.out):
+        if tensor is not None and tensor.device.type == "cuda" and tensor.device != device:
+            raise ValueError(f"all ranges must be on {device}, one is on {tensor.device}")
+    if not 0 <= r.hyper < hypers:
+        raise ValueError(f"a range asks for hyper {r.hyper} of {hypers}")
+
+
+def _dtypes(ranges: Sequence[Range]) -> tuple[int, int]:
+    grads = {str(r.g.dtype) for r in ranges}
+    outs = {str(r.out.dtype) if r.out is not None else "" for r in ranges}
+    if len(grads) > 1 or len(outs) > 1:
+        raise ValueError(f"one call takes gradients and outputs of one dtype each, got {sorted(grads)} {sorted(outs)}")
+    return DTYPES[grads.pop()] if grads else 1, DTYPES.get(outs.pop(), 0) if outs else 0
+
+
+def _structs(ranges: Sequence[Range]) -> ctypes.Array[RangeStruct]:
+    return (RangeStruct * len(ranges))(
+        *(
+            RangeStruct(
+                r.p.data_ptr(),
+                r.m.data_ptr(),
+                r.v.data_ptr(),
+                r.g.data_ptr(),
+                r.out.data_ptr() if r.out is not None else 0,
+                r.p.numel(),
+                r.hyper,
+                (_GRAD_ON_HOST if r.g.device.type == "cpu" else 0)
+                | (_OUT_ON_HOST if r.out is not None and r.out.device.type == "cpu" else 0),
+            )
+            for r in ranges
+        )
+    )
+
+
+def _scale_address(scale: torch.Tensor | None, device: torch.device) -> int:
+    if scale is None:
+        return 0
+    check("scale", scale.view(-1), 1, ("torch.float32",), "cuda")
+    if scale.device != device:
+        raise ValueError(f"scale must be on {device}, is on {scale.device}")
+    return scale.data_ptr()

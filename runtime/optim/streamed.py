@@ -1,0 +1,44 @@
+"""The GPU's part in updating offloaded states: they stream through it in chunks, beside the computing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from runtime import native
+from runtime.transfer import Copy, CudaCopy
+
+STATE_BYTES = 12
+"""Of each element: master and two moments in fp32."""
+SLOTS = 3
+"""One is being loaded, one updated, one stored."""
+
+
+class GpuStreamer:
+    """`native.StreamedAdamW` as a HostSide uses it."""
+
+    def __init__(self, device: torch.device, chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> None:
+        """chunk_bytes: of states in each slot. gradient, out: what pieces may have on the host."""
+        self.device = device
+        chunk = max(64, chunk_bytes // STATE_BYTES // 64 * 64)
+        sizes = {"grad_size": gradient.itemsize, "out_size": out.itemsize}
+        nbytes = native.StreamedAdamW.bytes_needed(chunk, SLOTS, **sizes)
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._idle = torch.cuda.Stream(device)
+        self._streamed = native.StreamedAdamW(self.memory, chunk=chunk, slots=SLOTS, **sizes)
+
+    def update(
+        self, pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float, after: torch.cuda.Event
+    ) -> Copy:
+        done = torch.cuda.Event()
+        done.record(self._idle)  # torch makes an event's handle when it is first recorded
+        self._streamed.step(
+            pieces,
+            [native.hyper(grad_scale=scale, **numbers) for numbers in hypers],
+            adamw=bool(hypers[0]["adamw"]),
+            wait_event=after.cuda_event,
+            signal_event=done.cuda_event,
+        )
+        return CudaCopy(self.device, done)
