@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from runtime.comm import Comm
 from runtime.config import ConfigError, Resolved
 from runtime.memory import Ledger, zeros
 from runtime.optim.hostside import HostSide, Streamer
-from runtime.optim.share import SAMPLE, device_share, measure
+from runtime.optim.share import SAMPLE, Rates, device_share, measure
 from runtime.optim.streamed import STATE_BYTES, GpuStreamer
 from runtime.pinned import Arena, HostMemoryError, check_host_memory, page_rounded
 from runtime.transfer import CudaTransfers, Transfers
@@ -200,7 +201,7 @@ def _bound(local_world: int) -> cores.Share | None:
 def _gpu_nodes(local_world: int) -> list[int | None]:
     if not torch.cuda.is_available() or torch.cuda.device_count() < local_world:
         return []
-    found = [torch.cuda.get_device_properties(index) for index in range(local_world)]
+    found: list[Any] = [torch.cuda.get_device_properties(index) for index in range(local_world)]
     ids = [f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0" for p in found]
     return [cores.gpu_node(pci) for pci in ids]
 
@@ -254,23 +255,9 @@ def _share_with_device(
 def _measured_share(side: HostSide, comm: Comm) -> float:
     """All ranks of a host measure at once, for that is how they will update."""
     assert side.streamer is not None
-    streamer, threads = side.streamer, torch.get_num_threads()
-    hyper = {"step": 1, "lr": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "adamw": True}
-    arena = Arena(pin=True, device=comm.device.index)
-    with arena:
-        states = [arena.zeros(SAMPLE, torch.float32) for _ in range(8)]
-        out = torch.empty(SAMPLE, dtype=torch.bfloat16, device=comm.device)
-        piece = native.Range(states[4], states[5], states[6], states[7], out)
-
-        def cpu() -> None:
-            native.adamw(*states[:4], threads=threads, **hyper)
-
-        def start_gpu() -> object:
-            return streamer.update([piece], [hyper], 1.0, side.transfers.mark()).wait_host
-
+    with Arena(pin=True, device=comm.device.index) as arena:
         comm.gather_objects(None)
-        rates = measure(cpu, start_gpu)  # type: ignore[arg-type]
-        del states, piece
+        rates = _rates(side.streamer, side.transfers, arena.zeros, comm.device)
     share = device_share(rates)
     if comm.rank == 0:
         log.info(
@@ -279,3 +266,21 @@ def _measured_share(side: HostSide, comm: Comm) -> float:
             f"the GPU takes {share:.0%}"
         )
     return share
+
+
+def _rates(streamer: Streamer, transfers: Transfers, allocate: Allocate, device: torch.device) -> Rates:
+    on_cpu, on_gpu = ([allocate(SAMPLE, torch.float32) for _ in range(4)] for _ in range(2))
+    out = torch.empty(SAMPLE, dtype=torch.bfloat16, device=device)
+    threads = torch.get_num_threads()
+    hyper: dict[str, Any] = {"step": 1, "lr": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+    hyper |= {"weight_decay": 0.0, "adamw": True}
+
+    def cpu() -> None:
+        p, m, v, g = on_cpu
+        native.adamw(p, m, v, g, threads=threads, **hyper)
+
+    def start_gpu() -> Callable[[], None]:
+        p, m, v, g = on_gpu
+        return streamer.update([native.Range(p, m, v, g, out)], [hyper], 1.0, transfers.mark()).wait_host
+
+    return measure(cpu, start_gpu)
