@@ -27,6 +27,7 @@ from runtime.config import Resolved
 from runtime.memory import Ledger
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
+from runtime.parking import Parking
 from runtime.precision import ScaleExhausted, scaler_for
 from runtime.setup import Assembly, Session, assemble
 from runtime.steer import Steering
@@ -87,7 +88,10 @@ class Engine:
         self.scaler = scaler_for(config)
         self.schedule = Schedule(parts.reduce_order, comm)
         self.gathering = Gathering(module, parts.units, self.telemetry)
-        self._downlink = parts.placing.downlink
+        self._downlink, self.pool = parts.placing.downlink, parts.pool
+        self.working_memory = parts.placing.working_memory
+        """Device memory of no flat."""
+        self.parking = Parking(self)
         self.updates = Updates(
             module,
             parts.units,

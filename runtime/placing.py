@@ -60,6 +60,12 @@ class Placing:
     def downlink(self) -> Downlink | None:
         return self.side.downlink if self.side is not None else None
 
+    @property
+    def working_memory(self) -> list[torch.Tensor]:
+        """On the device, between two steps, and of no flat."""
+        memory = getattr(self.side.streamer, "memory", None) if self.side is not None else None
+        return [memory] if memory is not None else []
+
     def home(self, index: int) -> Home:
         """Of the states of flat `index`."""
         return self.host if self.host is not None and self.on_host[index] else self.device

@@ -134,6 +134,7 @@ class Assembly:
     """Parameters that are not trained and whole on every rank; at stage 3 large ones are in their units."""
     rules: list[Rule] = field(default_factory=list)
     placing: Placing = field(init=False)
+    pool: BufferPool = field(init=False)
 
     @property
     def flats(self) -> list[Flat]:
@@ -167,9 +168,9 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
     parts.placing = place(
         config, parts.policy, comm, ledger, parts.numbers.accumulate, sizes, optimizer.kind in ("Adam", "AdamW")
     )
-    pool = BufferPool(comm, ledger)
+    parts.pool = BufferPool(comm, ledger)
     for index, spec in enumerate(specs):
-        _make_flat(index, spec, parts, comm, ledger, values, pool)
+        _make_flat(index, spec, parts, comm, ledger, values)
     for name, parameter in parts.frozen:
         _place_frozen(name, parameter, precision, comm, ledger, values)
     parts.reduce_order = [flat for index in reduce_order(cuts) for flat in parts.units[index].flats]
@@ -214,9 +215,7 @@ def _specs(
     return specs
 
 
-def _make_flat(
-    index: int, spec: _Spec, parts: Assembly, comm: Comm, ledger: Ledger, values: Values, pool: BufferPool
-) -> None:
+def _make_flat(index: int, spec: _Spec, parts: Assembly, comm: Comm, ledger: Ledger, values: Values) -> None:
     placing, unit = parts.placing, spec.unit
     home = placing.home(index)
     name = f"{unit.name}/{str(spec.dtype).removeprefix('torch.')}{'' if spec.trained else '/frozen'}"
@@ -227,7 +226,7 @@ def _make_flat(
     if spec.trained:
         downlink = placing.downlink if home.remote else None
         flat.gradients = Gradients(
-            flat.layout, parts.policy, spec.dtype, parts.numbers, pool, home, unit.stays, downlink
+            flat.layout, parts.policy, spec.dtype, parts.numbers, parts.pool, home, unit.stays, downlink
         )  # fmt: skip
     (unit.flats if spec.trained else unit.frozen).append(flat)
 

@@ -16,6 +16,8 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from runtime import checkpoint
 from runtime.knobs import KNOBS, KnobError, get_knob
 from runtime.setup import Session
@@ -141,17 +143,49 @@ class Steering:
                 continue
             self.link.inbox.mark_applied(command.number)
             if command.name == "pause":
-                paused = True
-                self._answer(command, "applied")
-                self.engine.telemetry.enter("paused", self.engine.global_steps, 0)
+                paused = self._pause(command)
             elif command.name == "resume":
-                paused = False
-                self._answer(command, "applied")
-                self.engine.telemetry.enter("step", self.engine.global_steps, 0)
+                paused = not self._resume(command)
             else:
                 self._apply(command)
                 if paused:
                     self.engine.telemetry.enter("paused", self.engine.global_steps, 0)
+
+    def _pause(self, command: Command) -> bool:
+        """Whether the run is paused."""
+        engine, result = self.engine, {}
+        if command.arguments.get("release"):
+            if engine.device.type != "cuda":
+                self._answer(command, "rejected", "the ranks are on CPUs: there is no GPU memory to release")
+                return False
+            result = {"released_bytes": sum(engine.comm.gather_objects(engine.parking.park()))}
+        self._answer(command, "applied", result=result)
+        engine.telemetry.enter("paused", engine.global_steps, 0)
+        return True
+
+    def _resume(self, command: Command) -> bool:
+        """Whether the run goes on."""
+        if not self._brought_back(command):
+            return False
+        self._answer(command, "applied")
+        self.engine.telemetry.enter("step", self.engine.global_steps, 0)
+        return True
+
+    def _brought_back(self, command: Command) -> bool:
+        """After `pause --release`: everything to the GPUs again, on all ranks or on none."""
+        parking, problem = self.engine.parking, ""
+        if not parking.parked:
+            return True
+        try:
+            parking.unpark()
+        except torch.OutOfMemoryError as error:
+            problem = f"rank {self.engine.comm.rank}: {str(error).splitlines()[0]}"
+        problems = [found for found in self.engine.comm.gather_objects(problem) if found]
+        if problems:
+            if not problem:
+                parking.park()
+            self._answer(command, "rejected", f"the GPU memory that was released is in use by others: {problems[0]}")
+        return not problems
 
     def _next_while_paused(self) -> Command | None:
         if self.link.inbox.stop_requested:
@@ -159,9 +193,14 @@ class Steering:
         return self.link.inbox.next(PAUSED_POLL_S)
 
     def _apply(self, command: Command) -> None:
+        released = self.engine.parking.parked
+        if command.name in ("checkpoint", "stop") and not self._brought_back(command):
+            return
         match command.name:
             case "checkpoint":
                 self._checkpoint(command)
+                if released:
+                    self.engine.parking.park()
             case "set":
                 self._set(command)
             case "stop":

@@ -216,6 +216,10 @@ class Gradients:
             self.comm.release(self._kept)
             self._kept = None
 
+    def buffers(self) -> list[torch.Tensor]:
+        """What is held between two steps."""
+        return [buffer for buffer in (self._kept, self._borrowed, self._own) if buffer is not None]
+
     @property
     def touched(self) -> bool:
         """Whether any parameter received a gradient in this backward."""

@@ -40,6 +40,14 @@ class BufferPool:
                 self._free = [other for other in self._free if other is not entry]
                 return
 
+    def drop_free(self) -> None:
+        """Give all memory back that nobody borrows now."""
+        for buffer, last_use in self._free:
+            last_use.fence()
+            self.ledger.release("communication", buffer)
+            self.comm.release(buffer)
+        self._free.clear()
+
     def give_back(self, buffer: torch.Tensor, last_use: Pending) -> None:
         """`last_use`: the collective that read the buffer last."""
         self._free.append((buffer, last_use))

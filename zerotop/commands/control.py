@@ -44,6 +44,12 @@ def register(subparsers: Any) -> None:
             parser.add_argument(
                 "target", nargs="?", metavar="RUN", help="a run, or user@host[:run]; default: the newest live run"
             )
+        if name == "pause":
+            parser.add_argument(
+                "--release",
+                action="store_true",
+                help="also move everything to host memory and give the GPU memory back; resume brings it back",
+            )
         if name == "checkpoint":
             parser.add_argument(
                 "--wait", action="store_true", help="return when it is complete on disk, not when it is accepted"
@@ -95,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from zerotop.source.asking import ask, new_command, refused
 
-    command = new_command(name, settings)
+    released = {"release": True} if getattr(arguments, "release", False) else {}
+    command = new_command(name, released or settings)
     if name == "set":
         problem = _check(settings)
         if problem:
@@ -182,8 +189,7 @@ def _run_there(host: str, target: Target, arguments: argparse.Namespace, setting
     if target.run:
         words.append(target.run)
     words += [f"{key}={value}" for key, value in settings.items()]
-    if getattr(arguments, "wait", False):
-        words.append("--wait")
+    words += [f"--{flag}" for flag in ("wait", "release") if getattr(arguments, flag, False)]
     if arguments.command == "abort":
         words.append("--yes")
     if arguments.timeout is not None:

@@ -108,6 +108,8 @@ class CommandRouter:
                 return command.arguments, "a resume is on its way already"
             case "set":
                 return _knobs(command.arguments)
+            case "pause" if command.arguments.keys() == {"release"} and command.arguments["release"] in (True, False):
+                return command.arguments, ""
         return _without_arguments(command)
 
     # ---- from ranks and the supervisor -----------------------------------------------------------------------------

@@ -1,0 +1,84 @@
+"""`pause --release`: everything leaves the device and comes back to the same places; training goes on with the same
+bits. The host's memory plays the device's."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from runtime.api import initialize
+from runtime.comm.group import SHARED_MEMORY_VARIABLE
+from runtime.wire.messages import Command
+from tests.numerics.models import make
+from tests.numerics.test_parity import config, micro_batch
+
+
+def started(settings: dict[str, Any], kind: str = "plain") -> Any:
+    os.environ[SHARED_MEMORY_VARIABLE] = "0"  # shared memory can't be given back, a GPU's can
+    try:
+        return initialize(model=make(kind), config=settings)[0]
+    finally:
+        del os.environ[SHARED_MEMORY_VARIABLE]
+
+
+def train(kind: str, settings: dict[str, Any], park: bool) -> list[float]:
+    engine = started(settings, kind)
+    losses = []
+    for step in range(6):
+        out = engine(*micro_batch(step, 0, dist.get_rank(), 2))
+        loss = out["loss"] if kind == "normed" else out
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+        if park and step in (2, 4):
+            before = engine.ledger.totals()
+            storages = list(engine.parking._storages())
+            freed = engine.parking.park()
+            assert engine.parking.parked and freed >= sum(before.values()) - before["communication"] > 0
+            assert all(storage.nbytes() == 0 for storage in storages)
+            assert not any(engine.ledger.totals().values()) and sum(engine.ledger.offloaded().values()) > 0
+            engine.parking.unpark()
+            after = engine.ledger.totals()
+            assert {**after, "communication": 0} == {**before, "communication": 0}
+    return losses
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "RMSprop"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_same_bits_after_the_memory_was_given_back(ranks, stage, optimizer):
+    for kind, precision in (("normed", "fp32"), ("plain", "bf16")):
+        settings = config(stage, 1, clip=0.5, precision=precision, optimizer=optimizer)
+        assert ranks(2).run(train, kind, settings, True) == ranks(2).run(train, kind, settings, False)
+
+
+def no_room_at_first() -> list[Any]:
+    """Another program has the memory when the run shall go on; later it has not."""
+    engine = started(config(2, 1, clip=0.5))
+    answers: list[Any] = []
+    steering = engine.steering
+    steering._answer = lambda command, state, reason="", result=None: answers.append((state, reason))
+    engine.parking.park()
+    unpark, full = engine.parking.unpark, [True]
+
+    def fails_on_rank_1() -> None:
+        if full[0] and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory: tried to allocate 2 GiB\nand so on")
+        unpark()
+
+    engine.parking = SimpleNamespace(parked=True, unpark=fails_on_rank_1, park=engine.parking.park)
+    resume = Command(id="a", name="resume", arguments={}, who="", wall_s=0.0)
+    assert not steering._resume(resume)
+    full[0] = False
+    assert steering._resume(resume)
+    return answers
+
+
+def test_a_resume_without_room_is_rejected_on_all_ranks(ranks):
+    for (first, reason), (second, _) in ranks(2).run(no_room_at_first):
+        assert (first, second) == ("rejected", "applied")
+        assert "in use by others: rank 1: CUDA out of memory" in reason and "and so on" not in reason
