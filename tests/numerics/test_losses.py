@@ -30,7 +30,7 @@ def largest_difference(ours: list[float], plain: list[float]) -> float:
 
 # ---- AdamW with eps 1e-8 ---------------------------------------------------------------------------------------------
 EPS_TOLERANCE = 5e-6
-"""A loss near 4 has a last place of 2.4e-7; means over two ranks instead of one batch, in another order, differ by a few
+"""A loss near 4 has a last place of 2.4e-7; means over two ranks, not one batch, in another order, differ by a few
 of them. Where a gradient is zero but for rounding, Adam makes a step of it, but by the same token the loss doesn't see
 that step. An eps of 1e-5 changes the losses by 6e-5."""
 
