@@ -11,18 +11,50 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from runtime.config import ConfigError
 from runtime.zero.weights import Weights
 
 WEIGHTS_MARK = "_zerotop_weights"
-"""Attribute of a meta parameter whose values a safetensors file has."""
+"""Attribute of modules whose meta parameters have their values in safetensors: the absolute path. Modules keep it where
+parameters lose theirs: in copy.deepcopy, in pickles, and when somebody gives them another parameter."""
+
+
+class Absent(nn.Parameter):
+    """A parameter on the meta device whose values rank 0 or a file has. It stays there until initialize() gives it
+    values, and is a plain Parameter from then on.
+
+    [Note: moving a model that is not there]
+    Scripts call model.to(device), .cuda() or .bfloat16() before initialize(), and meta tensors refuse to move. These
+    follow changes of dtype and ignore changes of device, so that all ranks can make the same calls; nn.Module does the
+    rest, and moves buffers, which are real.
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        _device, dtype, _non_blocking, _format = torch._C._nn._parse_to(*args, **kwargs)
+        return self if dtype in (None, self.dtype) else super().to(dtype)
+
+    def cuda(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return self
+
+    def cpu(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return self
+
+    def detach(self) -> torch.Tensor:
+        """Of this class: nn.Parameter(p) wants it so (nn.Embedding.from_pretrained)."""
+        return Absent(super().detach(), False)
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return Absent, (self.data, self.requires_grad)
 
 
 class Init:
     """Modules built inside take memory on one rank at most, or, with `weights`, on none.
 
     weights   safetensors (a file, an index, a folder): parameters are made on the meta device, and initialize() reads
-              only each rank's ranges
+              only each rank's ranges. What the files lack (a new head, adapters) is drawn by its module's
+              reset_parameters(), as long as they have most of the model's parameters
     without   rank 0 builds in host memory, the others' parameters are on the meta device; initialize() hands out the
               ranges. Afterwards all ranks have rank 0's random number states, as if all had built the model
     dtype     default dtype inside. enabled: False does nothing.
@@ -43,6 +75,8 @@ class Init:
         self.enabled, self.dtype = enabled, dtype
         self.weights = Weights.open(weights) if weights is not None and enabled else None
         self._contexts: list[ExitStack] = []
+        self._replaced = WeakTensorKeyDictionary()
+        """Absent by the parameter in whose place it is, while that is around: it may be given to a second module."""
 
     def __enter__(self) -> Init:
         stack = ExitStack()
@@ -57,34 +91,53 @@ class Init:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(self.dtype)
         hook: Callable[..., Any] = self._to_meta  # what it returns is registered instead; torch's annotation says None
-        if self.weights is not None or dist.get_rank() != 0:
-            stack.callback(register_module_parameter_registration_hook(hook).remove)
+        stack.callback(register_module_parameter_registration_hook(hook).remove)
+        stack.callback(self._replaced.clear)
         return self
 
     def __exit__(self, kind: Any, *_rest: Any) -> None:
         self._contexts.pop().close()
-        if self.enabled and kind is None and self.weights is None and dist.get_world_size() > 1:
-            _share_random_states()
+        if self.enabled and kind is None and dist.get_world_size() > 1:
+            if self.weights is None:
+                _share_random_states()
+            else:
+                _same_files_everywhere(self.weights)
 
-    def _to_meta(self, _module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def _to_meta(self, module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         """Drop a parameter's memory as soon as a module takes it; what initialises it next then does nothing. Buffers
         stay real: nobody else could compute them."""
-        if parameter is None or parameter.is_meta:
-            return parameter
-        replacement = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        if parameter is None:
+            return None
         if self.weights is not None:
-            setattr(replacement, WEIGHTS_MARK, self.weights)
-        return replacement
+            module.__dict__[WEIGHTS_MARK] = str(self.weights.path)
+        kept = self.weights is None and dist.get_rank() == 0 and not parameter.is_meta
+        if kept or isinstance(parameter, Absent):
+            return parameter
+        if parameter not in self._replaced:
+            there = torch.empty_like(parameter, device="meta")
+            self._replaced[parameter] = Absent(there, parameter.requires_grad)
+        return self._replaced[parameter]  # type: ignore[no-any-return]
 
 
 def _share_random_states() -> None:
     """Rank 0 drew the initial values, the others drew nothing: go on from the same numbers."""
     from runtime.checkpoint import rng
 
+    rng.set_state(_of_all_ranks(rng.get_state())[0])
+
+
+def _same_files_everywhere(weights: Weights) -> None:
+    """What one rank finds in its files and another one doesn't would leave them waiting for each other later."""
+    found = _of_all_ranks(weights.digest())
+    for rank, digest in enumerate(found):
+        if digest != found[0]:
+            raise ConfigError(f"weights: rank {rank} finds other tensors in {weights.path} than rank 0")
+
+
+def _of_all_ranks(thing: Any) -> list[Any]:
+    """Over Gloo: the model may be built before anything is on a GPU."""
     group = dist.new_group(backend="gloo")
-    box = [rng.get_state() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
-    state = box[0]
-    assert state is not None
-    rng.set_state(state)
+    things: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing, group=group)
     dist.destroy_process_group(group)
+    return things

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import nn
 
@@ -9,33 +11,32 @@ from runtime.config import ConfigError
 from runtime.zero.init import WEIGHTS_MARK
 from runtime.zero.weights import Weights
 
+log = logging.getLogger("runtime.setup")
+
 
 class Values:
     """Initial values by parameter. Ranks other than 0 have them only where a file does."""
 
-    def __init__(self, module: nn.Module, rank: int) -> None:
+    def __init__(self, rank: int) -> None:
         self.rank = rank
-        self._weights: dict[nn.Parameter, Weights] = {}
+        self._stored: dict[nn.Parameter, tuple[Weights, str]] = {}
+        """Where a file has the values, and under which name."""
         self._owners: dict[nn.Parameter, nn.Module] = {}
+        """Whose reset_parameters() draws the values; on rank 0."""
         self._drawn: dict[nn.Parameter, torch.Tensor] = {}
-        """By reset_parameters(), of meta parameters, until they are read."""
+        """Of meta parameters, until they are read."""
+        self._random_state: torch.Tensor | None = None
 
     @classmethod
     def of(cls, module: nn.Module, rank: int) -> Values:
         """Raises ConfigError where a parameter has no values at all, before anything is changed."""
-        values = cls(module, rank)
-        shapes: dict[Weights, dict[str, tuple[int, ...]]] = {}
-        for name, parameter in module.named_parameters():
-            weights = getattr(parameter, WEIGHTS_MARK, None)
-            if weights is not None and parameter.is_meta:
-                values._weights[parameter] = weights
-                shapes.setdefault(weights, {})[name] = tuple(parameter.shape)
-        for weights, expected in shapes.items():
-            weights.check(expected)
+        values = cls(rank)
+        for path, parameters in _under_weights(module).items():
+            values._find(Weights.open(path), parameters)
         if rank == 0:
             for path, owner in module.named_modules():
                 for name, parameter in owner._parameters.items():
-                    if parameter is not None and parameter.is_meta and parameter not in values._weights:
+                    if parameter is not None and parameter.is_meta and not values._has(parameter):
                         values._owners[parameter] = _who_resets(module, path, name)
             for name, buffer in module.named_buffers():
                 if buffer.is_meta:
@@ -45,29 +46,87 @@ class Values:
                     )
         return values
 
+    def _has(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._stored or parameter in self._owners
+
+    def _find(self, weights: Weights, parameters: dict[nn.Parameter, dict[str, nn.Module]]) -> None:
+        """Note where the files have them. Few that they lack are new, and drawn; many are another model's."""
+        stored = weights.find({name: tuple(p.shape) for p, owners in parameters.items() for name in owners})
+        new: dict[str, tuple[nn.Parameter, nn.Module | None]] = {}
+        for parameter, owners in parameters.items():
+            found = next((stored[name] for name in owners if name in stored), None)
+            if found is not None:
+                self._stored[parameter] = weights, found
+            else:
+                new[next(iter(owners))] = parameter, next(filter(_resets, owners.values()), None)
+        if 2 * len(new) >= len(parameters):
+            raise weights.lacking(list(new), "give the weights of this model")
+        if fixed := [name for name, (_, owner) in new.items() if owner is None]:
+            raise weights.lacking(
+                fixed, "give the weights of this model, or give modules with new parameters a reset_parameters()"
+            )
+        self._owners |= {parameter: owner for parameter, owner in new.values() if owner is not None}
+        if new and self.rank == 0:
+            log.warning(
+                f"weights: {weights.path} lacks {len(new)} of the model's {len(parameters)} parameters; "
+                f"reset_parameters() draws them: {', '.join(new)}"
+            )
+
     def needs_broadcast(self, parameter: nn.Parameter) -> bool:
         """Whether only rank 0 is sure to have the values."""
-        return parameter not in self._weights
+        return parameter not in self._stored
 
     def read(self, name: str, parameter: nn.Parameter, start: int, stop: int) -> torch.Tensor | None:
         """(stop - start,) elements [start, stop) of the flattened parameter, on whatever device they are; None on ranks
         that don't have them."""
-        if parameter in self._weights:
-            return self._weights[parameter].read(name, start, stop)
+        if parameter in self._stored:
+            weights, stored = self._stored[parameter]
+            return weights.read(stored, start, stop)
         if not parameter.is_meta:
             return parameter.detach().reshape(-1)[start:stop]
         if self.rank != 0:
             return None
         if parameter not in self._drawn:
-            self._drawn |= _drawn(self._owners[parameter])
+            self._draw(self._owners[parameter])
         drawn = self._drawn[parameter]
         if stop == drawn.numel():
             del self._drawn[parameter]
         return drawn.reshape(-1)[start:stop]
 
+    def _draw(self, owner: nn.Module) -> None:
+        """All that is `owner`'s to draw, from random numbers of their own: the other ranks draw nothing, and scripts
+        count on equal states."""
+        outside = torch.get_rng_state()
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+        self._drawn |= {p: drawn for p, drawn in _drawn(owner).items() if self._owners.get(p) is owner}
+        self._random_state = torch.get_rng_state()
+        torch.set_rng_state(outside)
+
     def buffer(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
         """A real tensor for a buffer that may be on the meta device: its values are rank 0's to give."""
         return torch.empty_like(buffer, device="cpu") if buffer.is_meta else buffer
+
+
+def _under_weights(model: nn.Module) -> dict[str, dict[nn.Parameter, dict[str, nn.Module]]]:
+    """Meta parameters by the files that they were built under (see WEIGHTS_MARK); of each its names (tied ones have
+    several), and the module of each name."""
+    marks: dict[nn.Parameter, str] = {}
+    names: dict[nn.Parameter, dict[str, nn.Module]] = {}
+    for path, owner in model.named_modules(remove_duplicate=False):
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                names.setdefault(parameter, {})[f"{path}.{name}" if path else name] = owner
+                if mark := owner.__dict__.get(WEIGHTS_MARK):
+                    marks.setdefault(parameter, mark)
+    found: dict[str, dict[nn.Parameter, dict[str, nn.Module]]] = {}
+    for parameter, mark in marks.items():
+        found.setdefault(mark, {})[parameter] = names[parameter]
+    return found
+
+
+def _resets(module: nn.Module) -> bool:
+    return callable(getattr(module, "reset_parameters", None))
 
 
 def _who_resets(model: nn.Module, path: str, name: str) -> nn.Module:
@@ -75,7 +134,7 @@ def _who_resets(model: nn.Module, path: str, name: str) -> nn.Module:
     parts = path.split(".") if path else []
     for length in range(len(parts), -1, -1):
         module = model.get_submodule(".".join(parts[:length]))
-        if callable(getattr(module, "reset_parameters", None)):
+        if _resets(module):
             return module
     raise ConfigError(
         f"parameter {'.'.join([*parts, name])} is on the meta device and has no values: {type(model).__name__} has no "
@@ -110,5 +169,5 @@ def adopt(parameter: nn.Parameter, data: torch.Tensor) -> None:
         parameter.data = data
         return
     replacement = nn.Parameter(data, requires_grad=parameter.requires_grad)
-    replacement.__dict__.update({k: v for k, v in parameter.__dict__.items() if k != WEIGHTS_MARK})
+    replacement.__dict__.update(parameter.__dict__)
     torch.utils.swap_tensors(parameter, replacement)

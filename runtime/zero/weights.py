@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,12 @@ class Weights:
         self._file_of = dict(file_of)
         self._open: dict[Path, Any] = {}
         self._read_bytes = 0
-        self._prefix: tuple[str, str] = ("", "")  # of the model's names, of the files' names
 
     @classmethod
     def open(cls, path: str | Path) -> Weights:
         """`path`: a .safetensors file, an index, or a folder with either. Raises ConfigError when it is none of
         them."""
-        path = Path(path).expanduser()
+        path = Path(path).expanduser().absolute()
         if path.is_dir():
             found = sorted(path.glob("*.safetensors"))
             if (path / INDEX).is_file():
@@ -68,44 +68,48 @@ class Weights:
     def names(self) -> list[str]:
         return list(self._file_of)
 
-    def _slice(self, name: str) -> Any:
-        model, files = self._prefix
-        if model and not name.startswith(model):
-            raise KeyError(name)
-        stored = files + name.removeprefix(model)
+    def digest(self) -> str:
+        """The same where the tensors' names are the same."""
+        return hashlib.sha256("\n".join(sorted(self.names)).encode()).hexdigest()
+
+    def _slice(self, stored: str) -> Any:
         try:
             return self._file(self._file_of[stored]).get_slice(stored)
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"weights: tensor {stored} of {self._file_of[stored]} can't be read: {error}") from None
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises ConfigError, naming the first tensor that is missing or has another shape. A prefix that all names
-        have on one side only ("model.") is found and taken off."""
-        self._prefix = next(
-            (pair for pair in _prefixes(shapes) if all(self._has(name, pair) for name in shapes)), ("", "")
-        )
-        if any(self._prefix):
-            log.info(f"weights: names in {self.path} read with {self._prefix[1]!r} for the model's {self._prefix[0]!r}")
-        missing = [name for name in shapes if not self._has(name, self._prefix)]
-        if missing:
-            raise ConfigError(
-                f"weights: {self.path} lacks {missing[0]}"
-                + (f" and {len(missing) - 1} more of the model's parameters" if len(missing) > 1 else "")
-                + f"; it has {', '.join(self.names[:3])}...: give the weights of this model"
-            )
-        for name, shape in shapes.items():
-            stored = tuple(self._slice(name).get_shape())
-            if stored != tuple(shape):
-                raise ConfigError(
-                    f"weights: {name} has shape {list(stored)} in {self.path} and {list(shape)} in the model"
-                )
+    def find(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """The files' names of those of the model's names (with their shapes) that they have. A prefix that one side
+        has and the other hasn't ("model.") is found and taken off: the one with which most names are there.
 
-    def _has(self, name: str, prefix: tuple[str, str]) -> bool:
-        return name.startswith(prefix[0]) and prefix[1] + name.removeprefix(prefix[0]) in self._file_of
+        Raises ConfigError, naming the first tensor that has another shape."""
+        candidates = (self._stored(shapes, *prefixes) for prefixes in _prefixes(shapes))
+        found = max(candidates, key=len)  # the first of the longest
+        if renamed := next(((name, stored) for name, stored in found.items() if name != stored), None):
+            log.info(f"weights: names in {self.path} are others: {renamed[1]} for the model's {renamed[0]}")
+        for name, stored in found.items():
+            shape = tuple(self._slice(stored).get_shape())
+            if shape != tuple(shapes[name]):
+                raise ConfigError(
+                    f"weights: {name} has shape {list(shape)} in {self.path} and {list(shapes[name])} in the model"
+                )
+        return found
+
+    def _stored(self, shapes: Mapping[str, Any], model: str, files: str) -> dict[str, str]:
+        renamed = {name: files + name.removeprefix(model) for name in shapes if name.startswith(model)}
+        return {name: stored for name, stored in renamed.items() if stored in self._file_of}
+
+    def lacking(self, missing: Sequence[str], way_out: str) -> ConfigError:
+        """The error for parameters that the files lack."""
+        return ConfigError(
+            f"weights: {self.path} lacks {missing[0]}"
+            + (f" and {len(missing) - 1} more of the model's parameters" if len(missing) > 1 else "")
+            + f"; it has {', '.join(self.names[:3])}...: {way_out}"
+        )
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """(stop - start,) elements [start, stop) of the flattened tensor, as stored; only their rows are read. Copy
-        it and let it go: it may hold the file's mapping."""
+        """(stop - start,) elements [start, stop) of the flattened tensor of the files' name, as stored; only their rows
+        are read. Copy it and let it go: it may hold the file's mapping."""
         stored = self._slice(name)
         shape = tuple(stored.get_shape())
         if not shape:
@@ -122,7 +126,6 @@ class Weights:
 
 def _prefixes(shapes: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What may be at the front of names: on the model's side, on the files' side."""
-    common = {name.split(".", 1)[0] + "." for name in shapes if "." in name}
-    heads = [head for head in common if all(name.startswith(head) for name in shapes)]
+    heads = dict.fromkeys(name.split(".", 1)[0] + "." for name in shapes if "." in name)
     known = ("model.", "transformer.", "module.", "base_model.")
     return [("", ""), *((head, "") for head in heads), *(("", head) for head in known)]
