@@ -80,7 +80,9 @@ class Updates:
         self._hooks.append(module.register_forward_pre_hook(self._hook(Updates._before_model), prepend=True))
 
     def _hook(self, act: Callable[..., None], *bound: Any) -> Callable[..., None]:
-        weak = weakref.ref(self)  # torch keeps hooks where the garbage collector can't see that only they hold the engine
+        weak = weakref.ref(
+            self
+        )  # torch keeps hooks where the garbage collector can't see that only they hold the engine
 
         def hook(*_given: Any) -> None:
             updates = weak()
