@@ -60,6 +60,8 @@ class Engine:
         it."""
         self._unclaimed: dict[str, Any] = {}
         self._norm: float | None = None
+        self._failure = ""
+        """What a backward that failed makes of this engine."""
         self._syncing = True
         self._backwards = 0  # since the last step(), outside no_sync
         self._loss_sum: torch.Tensor | float = 0.0
@@ -81,6 +83,7 @@ class Engine:
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain)
         module._zerotop_detach = self._detach  # type: ignore[assignment]
         self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
+        optimizer.seal()
         self.steering = Steering(self, session)
         weak = weakref.ref(self)  # the session outlives engines
         session.step = lambda: engine.global_steps if (engine := weak()) else 0
@@ -102,7 +105,8 @@ class Engine:
         """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages
         micro-steps and ranks.
 
-        Returns the loss as given. Raises ValueError for anything that backward can't start from.
+        Returns the loss as given. Raises ValueError for anything that backward can't start from. After any other
+        exception in here this engine can't go on: what was under way on this rank is not on the others.
         """
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
@@ -114,6 +118,19 @@ class Engine:
                 "wrap all but the last "
                 "in engine.no_sync()"
             )
+        self._refuse_after_failure()
+        try:
+            self._backward(loss, retain_graph)
+        except BaseException as error:
+            self.schedule.abandon()
+            self._failure = f"engine.backward(loss) at step {self.global_steps + 1} ended with {type(error).__name__}"
+            raise
+        self._loss_sum = self._loss_sum + loss.detach().double()
+        self._losses += 1
+        self._backwards += self._syncing
+        return loss
+
+    def _backward(self, loss: torch.Tensor, retain_graph: bool) -> None:
         self.telemetry.enter("backward", self.global_steps + 1, self._micro_step)
         boundary = self.is_gradient_accumulation_boundary()
         reduce = self._syncing and (boundary or self.policy.own_gradients)
@@ -123,16 +140,20 @@ class Engine:
         self.schedule.end_backward()
         self.updates.check()
         self.gathering.end_backward()
-        self._loss_sum = self._loss_sum + loss.detach().double()
-        self._losses += 1
-        self._backwards += self._syncing
-        return loss
+
+    def _refuse_after_failure(self) -> None:
+        if self._failure:
+            raise RuntimeError(
+                f"{self._failure}: the gradients of that backward are incomplete on this rank, and the collectives of "
+                "the ranks may no longer match. Restart all ranks from the newest checkpoint"
+            )
 
     def step(self) -> None:
         """End of a micro-step; at the boundary also the optimizer step, and commands that wait are applied.
 
         Leaves with RunStopped (a SystemExit) after a `stop` command, once its checkpoint is complete.
         """
+        self._refuse_after_failure()
         if not self._syncing:
             raise RuntimeError(
                 "engine.step() inside engine.no_sync(): leave the context for the last backward, then step"
@@ -153,6 +174,7 @@ class Engine:
     def _optimizer_step(self) -> None:
         """Agree (norm, loss, commands) -> clip -> update each unit and gather it -> report -> commands."""
         telemetry = self.telemetry
+        self._check_parameters()
         telemetry.enter("step", self.global_steps + 1, self.gradient_accumulation_steps())
         if self._downlink is not None:
             self._downlink.drain()
@@ -175,6 +197,25 @@ class Engine:
         self.steering.at_boundary(agreed)
         telemetry.enter("data", self.global_steps + 1, 0)
         self._began_ns = time.monotonic_ns()
+
+    def _check_parameters(self) -> None:
+        """Raises RuntimeError for what scripts can do to parameters that would train nothing, and no longer say so."""
+        self.optimizer.check_groups()
+        for flat in (*self.flats, *self.frozen_flats):
+            if (name := flat.lost()) is not None:
+                raise RuntimeError(
+                    f"parameter {name} is no longer where the engine trains it: its .data was set, or the module was "
+                    "converted or moved (.float(), .to(...)) after initialize(). Do that before initialize(); to "
+                    "change values use load_state_dict() or zero.GatheredParameters"
+                )
+        frozen = [(slot.name, p) for f in self.frozen_flats for slot, p in zip(f.layout.slots, f.members, strict=True)]
+        for name, parameter in (*self.frozen, *frozen):
+            if parameter.grad is not None:
+                raise RuntimeError(
+                    f"parameter {name} was frozen, or in no optimizer group, at initialize() and has a gradient now: "
+                    "the engine would not train it. Unfreeze it before initialize(); an engine in which it is trained "
+                    "reads the checkpoints of this one"
+                )
 
     def _update(self, numbers: list[dict[str, Any]], scale: float) -> None:
         self.optimizer_steps += 1
@@ -280,6 +321,7 @@ class Engine:
 
     def resume_from(self, path: Path) -> None:
         """Load the checkpoint at `path`; objects that are registered later get their states then."""
+        self._refuse_after_failure()
         loaded = checkpoint.load(self, path)
         self.client_state, self._unclaimed = loaded.client_state, loaded.registered
         self.steering.forget_saved()
@@ -338,7 +380,9 @@ class Engine:
         return self.module.state_dict()
 
     def zero_grad(self) -> None:
-        """Nothing to do: gradients are dropped after each optimizer step. Here because scripts call it."""
+        """Nothing to do, on purpose: a step() uses the gradients and drops them, those of other engines' losses are
+        never kept, and scripts written for DeepSpeed call this between the micro-steps of one accumulation, where
+        clearing would lose gradients."""
 
     def get_global_grad_norm(self) -> float | None:
         """L2 norm of the last step's mean gradient, before clipping; None before the first step."""

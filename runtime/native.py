@@ -399,9 +399,7 @@ def cuda_sum_of_squares(x: torch.Tensor, work: torch.Tensor, *, stream: int) -> 
         raise ValueError(f"work has {work.numel()} elements; {x.numel()} elements of x need {need}")
     _check("work", work, work.numel(), ("torch.float64",), "cuda")
     _raise_for_cuda(
-        cuda().zt_sum_of_squares(
-            x.data_ptr(), x.numel(), DTYPES[str(x.dtype)], work.data_ptr(), x.device.index, stream
-        )
+        cuda().zt_sum_of_squares(x.data_ptr(), x.numel(), DTYPES[str(x.dtype)], work.data_ptr(), x.device.index, stream)
     )
 
 

@@ -227,9 +227,7 @@ def infinite_gradient(settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor]
 
 def test_skipped_steps_change_nothing(ranks):
     settings = config(2, 1, clip=0.5, precision="bf16")
-    assert_same_bits(
-        ranks(2).run(infinite_gradient, offloaded(settings)), ranks(2).run(infinite_gradient, settings)
-    )
+    assert_same_bits(ranks(2).run(infinite_gradient, offloaded(settings)), ranks(2).run(infinite_gradient, settings))
 
 
 def failing_update() -> str:
