@@ -19,7 +19,7 @@ from runtime.config import ConfigError, Resolved, load, refuse_unsupported
 from runtime.engine import Engine
 from runtime.optim.lr import WarmupSchedule
 from runtime.optim.optimizer import ZeroOptimizer, optimizer_from_config, optimizer_from_torch
-from runtime.setup import Session
+from runtime.setup import Session, check_complete
 from runtime.wire.rundir import RUN_VARIABLE
 
 log = logging.getLogger("runtime.engine")
@@ -52,6 +52,7 @@ def initialize(
     """
     if model is None:
         raise ConfigError("initialize(model=...): expected a torch.nn.Module, got None")
+    check_complete(model)
     device = init_distributed()
     chosen = (
         config

@@ -54,6 +54,14 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """An engine has taken the groups over: from now on their parameters stay what they are."""
         self._sealed = self._sizes()
 
+    def described(self) -> dict[str, str]:
+        """What must be equal on all ranks, by name."""
+        found = {"its type": self.kind}
+        for index, numbers in enumerate(self.numbers(1.0)):
+            for key, value in sorted(numbers.items()):
+                found[f"{key} of group {index}"] = str(value.tolist() if isinstance(value, torch.Tensor) else value)
+        return found
+
     def _sizes(self) -> list[int]:
         return [len(group["params"]) for group in self.param_groups]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from runtime.config import ConfigError
+from tests.numerics.models import make
 from tests.numerics.test_checkpoint import advance, engine_for
 from tests.numerics.test_parity import config, micro_batch
 from tests.numerics.test_scripts import message_of
@@ -41,6 +43,85 @@ def test_an_engine_does_not_go_on_after_a_failed_backward(ranks, stage, tmp_path
         assert "at step 2 ended with Boom" in backward and "incomplete on this rank" in backward
         assert "newest checkpoint" in backward
         assert step == load == backward
+
+
+# ---- ranks that differ ----------------------------------------------------------------------------------------------
+def differ(what: str) -> str:
+    import torch.distributed as dist
+
+    from runtime.api import initialize
+
+    model, settings = make("plain"), config(2, 1, clip=0.0)
+    odd, given = dist.get_rank() == 1, {}
+    if what == "lr":
+        groups = [{"params": list(model.blocks.parameters())}, {"params": list(model.head.parameters()), "lr": 1e-4}]
+        groups[1]["lr"] = 0.01 if odd else 1e-4
+        given = {"model_parameters": groups}
+    elif what == "kind":
+        kind = torch.optim.SGD if odd else torch.optim.AdamW
+        given = {"optimizer": kind(model.parameters(), lr=1e-3)}
+    elif odd:
+        *sections, key = what.split(".")
+        place = settings
+        for section in sections:
+            place = place[section]
+        place[key] = {"stage": 3, "betas": [0.8, 0.95], "train_micro_batch_size_per_gpu": 3}[key]
+    return message_of(ConfigError, lambda: initialize(model=model, config=settings, **given))
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("lr", "the optimizer: lr of group 1 is 0.0001 on rank 0 and 0.01 on rank 1"),
+        ("kind", "the optimizer: its type is AdamW on rank 0 and SGD on rank 1"),
+        ("zero_optimization.stage", "the config: zero_optimization.stage is 2 on rank 0 and 3 on rank 1"),
+        ("optimizer.params.betas", "the config: optimizer.params.betas is [0.9, 0.95] on rank 0 and [0.8, 0.95] on"),
+        ("train_micro_batch_size_per_gpu", "the config: train_micro_batch_size_per_gpu is 2 on rank 0 and 3 on rank 1"),
+    ],
+)
+def test_ranks_that_differ_say_in_what(ranks, what, words):
+    assert all(f"the ranks disagree about {words}" in message for message in ranks(2).run(differ, what))
+
+
+# ---- parts of a model ------------------------------------------------------------------------------------------------
+class Counting(torch.nn.Module):
+    """A buffer that two modules share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 3)
+        count = torch.zeros(2)
+        self.register_buffer("count", count)
+        self.inner.register_buffer("count", count)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count.add_(1)
+        return self.inner(x).square().mean() * self.inner.count.sum()
+
+
+def share_a_buffer() -> tuple[bool, list[float]]:
+    from runtime.api import initialize
+
+    engine = initialize(model=Counting(), config=config(2, 1, clip=0.0, precision="bf16"))[0]
+    engine.backward(engine(torch.ones(2, 3, dtype=torch.bfloat16)))
+    engine.step()
+    return engine.module.count is engine.module.inner.count, engine.module.inner.count.tolist()
+
+
+def test_shared_buffers_stay_shared(ranks):
+    assert ranks(2).run(share_a_buffer) == [(True, [1.0, 1.0])] * 2
+
+
+def be_lazy() -> str:
+    from runtime.api import initialize
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LazyLinear(2))
+    return message_of(ConfigError, lambda: initialize(model=model, config=config(2, 1, clip=0.0)))
+
+
+def test_lazy_modules_are_told_to_run_first(ranks):
+    (message,) = ranks(1).run(be_lazy)
+    assert "1.weight has no shape yet" in message and "one forward" in message
 
 
 # ---- parameters that leave -------------------------------------------------------------------------------------------
