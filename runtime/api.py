@@ -47,7 +47,8 @@ def initialize(
     the launched one.
 
     Under `zerotop launch` the engine publishes telemetry and obeys commands; under --resume it has loaded the newest
-    checkpoint on return.
+    checkpoint on return. Of several engines in one process the first does; each later one has automatic checkpoints of
+    its own (checkpoints/engine-2/...), and resumes from them.
     Raises ConfigError for a config, model or optimizer that can't be used, on every rank alike and before any training.
     """
     if model is None:
@@ -170,10 +171,11 @@ def _announce(engine: Engine, resumed: Path | None) -> None:
     session, link = engine.session, engine.session.link
     rank, ledger, device = engine.comm.rank, engine.ledger, engine.device  # the session outlives engines
     link.memory_source = lambda: memory_message(rank, ledger, device)
-    link.start(
+    session.begin(
         session.hello(engine.config, engine.comm, engine.module, engine.global_steps, dict(engine.steering.knobs))
     )
-    engine.steering.apply_log_level()
+    if session.number == 1:
+        engine.steering.apply_log_level()
     if engine.comm.rank == 0:
         units = len(engine.flats)
         log.info(

@@ -58,6 +58,8 @@ class Engine:
         self.client_state: dict[str, Any] = {}
         """What save_checkpoint() was given last, or what the loaded checkpoint held: also keyboard checkpoints carry
         it."""
+        self.last_checkpoint: Path | None = None
+        """What the script saved or loaded last."""
         self._unclaimed: dict[str, Any] = {}
         self._norm: float | None = None
         self._failure = ""
@@ -294,7 +296,7 @@ class Engine:
             self.client_state = client_state
         with self.telemetry.span("checkpoint"):
             tag = str(tag or checkpoint.step_tag(self.global_steps))
-            checkpoint.save(self, Path(save_dir), tag, self.client_state)
+            self.last_checkpoint = checkpoint.save(self, Path(save_dir), tag, self.client_state)
         return True
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
@@ -324,6 +326,7 @@ class Engine:
         self._refuse_after_failure()
         loaded = checkpoint.load(self, path)
         self.client_state, self._unclaimed = loaded.client_state, loaded.registered
+        self.last_checkpoint = path
         self.steering.forget_saved()
         for name in list(self.registered):
             self._claim(name)

@@ -57,21 +57,34 @@ class Session:
     resume: bool = False
     step: Callable[[], int] = lambda: 0
     """The engine's finished steps, for a goodbye from outside the engine."""
+    number: int = 1
+    """Counts the engines of this process in this run. The run watches and steers the first; later ones have telemetry
+    that does nothing, and checkpoints in a folder of their own."""
 
     @classmethod
     def join(cls, rank: int, telemetry_enabled: bool = True) -> Session:
-        """The session of this process; it stays reachable through `current_session`."""
+        """The session of this process, which stays reachable through `current_session`; or that of a later engine."""
         global _current
-        link = Telemetry.from_environment(rank)
+        number = 1 + _begun.get(os.environ.get(RUN_VARIABLE, ""), 0)
+        link = Telemetry.from_environment(rank) if number == 1 else NullTelemetry()
         session = cls(
             rank, int(os.environ.get("LOCAL_RANK", "0")), link, link if telemetry_enabled else NullTelemetry()
         )
+        session.number = number
         if name := os.environ.get(RUN_VARIABLE):
             session.folder, session.run = Path(name), read_run(Path(name))
             session.attempt = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
             session.resume = os.environ.get(RESUME_VARIABLE) == "1"
-        _current = session
+        if number == 1:
+            _current = session
         return session
+
+    def begin(self, hello: Hello) -> None:
+        """The engine is complete: from now on it counts."""
+        run = os.environ.get(RUN_VARIABLE, "")
+        if run:
+            _begun[run] = _begun.get(run, 0) + 1
+        self.link.start(hello)
 
     def hello(self, config: Resolved, comm: Comm, module: nn.Module, start_step: int, knobs: dict[str, Any]) -> Hello:
         device_name, device_uuid = platform.machine(), ""
@@ -115,10 +128,12 @@ class Session:
 
 
 _current: Session | None = None
+_begun: dict[str, int] = {}
+"""Engines of this process, by run."""
 
 
 def current_session() -> Session | None:
-    """The session that initialize() joined last, if any: how __main__ says goodbye for a script that failed."""
+    """The session that initialize() joined first, if any: how __main__ says goodbye for a script that failed."""
     return _current
 
 
