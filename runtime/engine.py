@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -53,6 +53,8 @@ class Engine:
         self.micro_steps = 0
         self.optimizer_steps = 0
         """Updates really taken: Adam's bias correction counts these."""
+        self.foreign_steps = 0
+        """Steps of a loaded checkpoint whose optimizer states were left behind."""
         self.lr_factor = 1.0
         self.registered: dict[str, Any] = {}
         self.client_state: dict[str, Any] = {}
@@ -64,6 +66,10 @@ class Engine:
         self._norm: float | None = None
         self._failure = ""
         """What a backward that failed makes of this engine."""
+        self._boundary: bool | None = None
+        """What the script says about boundaries."""
+        self._reduced_for: bool | None = None
+        """Whether the last backward outside no_sync took this for a boundary."""
         self._syncing = True
         self._backwards = 0  # since the last step(), outside no_sync
         self._loss_sum: torch.Tensor | float = 0.0
@@ -130,6 +136,7 @@ class Engine:
         self._loss_sum = self._loss_sum + loss.detach().double()
         self._losses += 1
         self._backwards += self._syncing
+        self._reduced_for = self.is_gradient_accumulation_boundary()
         return loss
 
     def _backward(self, loss: torch.Tensor, retain_graph: bool) -> None:
@@ -166,6 +173,11 @@ class Engine:
                 "gradient to step with"
             )
         boundary = self.is_gradient_accumulation_boundary()
+        if boundary != self._reduced_for:
+            raise RuntimeError(
+                "set_gradient_accumulation_boundary() between engine.backward(loss) and engine.step(): backward has "
+                "reduced the gradients, or not, by what it said before; call it before backward"
+            )
         self.micro_steps += 1
         self._backwards = 0
         if boundary:
@@ -264,7 +276,14 @@ class Engine:
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-step under way is the accumulation's last."""
+        if self._boundary is not None:
+            return self._boundary
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """From the next backward() on, until the next such call: whether the micro-step is the accumulation's last,
+        instead of counting. The loss is still divided by gradient_accumulation_steps()."""
+        self._boundary = bool(is_boundary)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -278,10 +297,14 @@ class Engine:
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
     def save_checkpoint(
-        self, save_dir: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
     ) -> bool:
         """Write SAVE_DIR/TAG (default tag: step-NNNNNNNN); every rank must call it. client_state: plain data and
-        tensors.
+        tensors. save_latest: accepted and not needed, for the newest is found by what checkpoints say of themselves.
 
         Raises CheckpointError on every rank if any could not write, or in the middle of an accumulation, whose
         gradients a checkpoint does not hold.
@@ -311,21 +334,44 @@ class Engine:
         checkpoint.on_rank_0(self.comm, f"write {path}", write)
         return True
 
-    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[str | None, dict[str, Any]]:
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[str | None, dict[str, Any]]:
         """Load LOAD_DIR/TAG, or the newest complete checkpoint in LOAD_DIR. Returns (its path, client_state), or (None,
-        {}) when there is none."""
+        {}) when there is none.
+
+        load_module_strict=False: parameters and buffers that only the model or only the checkpoint has are left alone.
+        load_optimizer_states=False: the optimizer's states and learning rates stay as they are;
+        load_lr_scheduler_states=False: the scheduler does. load_module_only: parameters and buffers and nothing else,
+        no step counts either.
+        """
         path = Path(load_dir) / str(tag) if tag is not None else checkpoint.newest(Path(load_dir))
         path = self.comm.broadcast_object(path)
         if path is None:
             return None, {}
-        self.resume_from(path)
+        self.resume_from(
+            path,
+            checkpoint.Wanted(
+                strict=load_module_strict,
+                optimizer=load_optimizer_states and not load_module_only,
+                scheduler=load_lr_scheduler_states and not load_module_only,
+                progress=not load_module_only,
+            ),
+        )
         return str(path), self.client_state
 
-    def resume_from(self, path: Path) -> None:
+    def resume_from(self, path: Path, wanted: checkpoint.Wanted = checkpoint.EVERYTHING) -> None:
         """Load the checkpoint at `path`; objects that are registered later get their states then."""
         self._refuse_after_failure()
-        loaded = checkpoint.load(self, path)
-        self.client_state, self._unclaimed = loaded.client_state, loaded.registered
+        loaded = checkpoint.load(self, path, wanted)
+        self.client_state = loaded.client_state
+        self._unclaimed = loaded.registered if wanted.progress else {}
         self.last_checkpoint = path
         self.steering.forget_saved()
         for name in list(self.registered):
@@ -347,6 +393,19 @@ class Engine:
     def _claim(self, name: str) -> None:
         if name in self._unclaimed:
             self.registered[name].load_state_dict(self._unclaimed.pop(name))
+
+    if not TYPE_CHECKING:  # which would take every slip for an attribute of the module
+
+        def __getattr__(self, name: str) -> Any:
+            """What an engine does not have, its module may."""
+            if name.startswith("__") or "module" not in self.__dict__:
+                raise AttributeError(name)
+            try:
+                return getattr(self.module, name)
+            except AttributeError:
+                raise AttributeError(
+                    f"neither the engine nor its module ({type(self.module).__name__}) has an attribute {name!r}"
+                ) from None
 
     # ---- what scripts ask ----------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Engine:
@@ -371,6 +430,10 @@ class Engine:
     @property
     def world_size(self) -> int:
         return self.comm.world_size
+
+    @property
+    def global_samples(self) -> int:
+        return self.global_steps * self.config.global_batch
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.module.parameters(recurse)
@@ -413,7 +476,7 @@ class Engine:
     @property
     def skipped_steps(self) -> int:
         """Optimizer steps that changed nothing, because a gradient was not finite."""
-        return self.global_steps - self.optimizer_steps
+        return self.global_steps - self.optimizer_steps - self.foreign_steps
 
     @property
     def loss_scale(self) -> float:

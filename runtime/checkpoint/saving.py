@@ -166,6 +166,7 @@ def _manifest(engine: Engine) -> Manifest:
     return Manifest(
         step=engine.global_steps,
         optimizer_step=engine.optimizer_steps,
+        foreign_steps=engine.foreign_steps,
         world_size=engine.comm.world_size,
         stage=engine.policy.stage,
         precision=engine.config.precision,

@@ -13,7 +13,6 @@ from .schedulers import SchedulerConfig
 from .section import Section
 from .zerotop import ZerotopConfig
 
-
 _IN_FILE: dict[str, str] = {
     "micro_batch": "train_micro_batch_size_per_gpu",
     "accumulation": "gradient_accumulation_steps",

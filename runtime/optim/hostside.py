@@ -1,7 +1,7 @@
 """The way between a flat's states in host memory and its parameters on a device: gradients come down, new parameters go
 up.
 
-thread   | update unit 0 -> slot A | update unit 1 -> slot B | update unit 2 -> slot A ...       page-locked, two of them
+thread   | update unit 0 -> slot A | update unit 1 -> slot B | update unit 2 -> slot A ...      page-locked, two of them
 copy                               | A -> GPU                | B -> GPU
 """
 

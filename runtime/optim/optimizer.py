@@ -166,7 +166,8 @@ def optimizer_from_torch(optimizer: torch.optim.Optimizer) -> ZeroOptimizer:
     if any(group.get("maximize") for group in groups) and kind in ("Adam", "AdamW"):
         raise ConfigError(["optimizer: maximize=True is not supported with Adam and AdamW; negate the loss"])
     decoupled = kind == "AdamW" or bool(groups[0].get("decoupled_weight_decay"))
-    return ZeroOptimizer(groups, kind, decoupled, given=optimizer)
+    bias_correction = bool(groups[0].get("bias_correction", True))  # only ours say (ops/adam.py)
+    return ZeroOptimizer(groups, kind, decoupled, bias_correction, given=optimizer)
 
 
 def _has_stepped(state: dict[str, Any]) -> bool:

@@ -123,7 +123,8 @@ def padded(numel: int, world_size: int) -> int:
 def kept_on_device(sizes: Sequence[int], ratio: float) -> list[bool]:
     """Which ranges' states stay on the device when only `ratio` (0 to 1) of all elements is offloaded: the first ones,
     which the next forward needs first, as many as come nearest to the rest."""
-    wanted, kept, stays = (1 - ratio) * sum(sizes), 0, []
+    wanted, kept = (1 - ratio) * sum(sizes), 0
+    stays: list[bool] = []
     for size in sizes:
         stay = abs(kept + size - wanted) < abs(kept - wanted) and all(stays)
         stays.append(stay)

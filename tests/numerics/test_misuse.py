@@ -1,4 +1,4 @@
-"""What scripts can do to an engine that would go wrong silently, or at a place far from the cause: refused, in words."""
+"""What scripts can do to an engine that would go wrong silently, or far from the cause: refused, in words."""
 
 from __future__ import annotations
 

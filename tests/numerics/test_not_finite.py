@@ -1,5 +1,5 @@
-"""Steps whose loss or gradients are not finite: reported, kept away from the good checkpoints, and after ten in a row the
-end on all ranks."""
+"""Steps whose loss or gradients are not finite: reported, kept away from the good checkpoints, and after ten in a row
+the end on all ranks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Offloaded optimizer states and parameters: the same bits as without, at every stage, overlapped or not, whatever stays
-on the device; and parameters that are read only when they are there."""
+"""Offloaded optimizer states and parameters: the same bits as without, at every stage, overlapped or not, whatever
+stays on the device; and parameters that are read only when they are there."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_other_optimizers(ranks):
     assert_same_bits(ranks(2).run(train, "plain", offloaded(settings)), resident)
 
 
-# ---- a device that is not the host -------------------------------------------------------------------------------------
+# ---- a device that is not the host -----------------------------------------------------------------------------------
 def train_remotely(copies: str, kind: str, settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
     with remote_device(copies):
         return train_over_gloo(kind, settings)
@@ -114,7 +114,7 @@ def test_awkward_models_on_a_device(ranks, kind):
     assert_same_bits(ranks(2).run(train_remotely, "late", kind, offloaded(settings, ratio=0.5)), resident)
 
 
-# ---- reading while an update is under way --------------------------------------------------------------------------------
+# ---- reading while an update is under way ----------------------------------------------------------------------------
 def read_in_between(stage: int, how: str) -> None:
     """The update is held up until somebody waits for it."""
     settings = config(stage, 1, clip=0.0)
