@@ -9,20 +9,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime import checkpointing, zero
+    from runtime import checkpointing, comm, ops, utils, zero
     from runtime.api import add_config_arguments, init_distributed, initialize
     from runtime.engine import Engine
+    from runtime.utils import log_dist, logger
 
-__all__ = ["Engine", "add_config_arguments", "checkpointing", "init_distributed", "initialize", "zero"]
+_MODULES = ("checkpointing", "comm", "ops", "utils", "zero")
+_FROM = {"Engine": "engine", "log_dist": "utils", "logger": "utils"}
+"""Names that are elsewhere than in runtime.api."""
+
+__all__ = [
+    "Engine",
+    "add_config_arguments",
+    "checkpointing",
+    "comm",
+    "init_distributed",
+    "initialize",
+    "log_dist",
+    "logger",
+    "ops",
+    "utils",
+    "zero",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("zerotop")
-    if name in ("zero", "checkpointing"):
+    if name in _MODULES:
         return importlib.import_module(f"runtime.{name}")
     if name in __all__:
-        return getattr(importlib.import_module("runtime.engine" if name == "Engine" else "runtime.api"), name)
+        return getattr(importlib.import_module(f"runtime.{_FROM.get(name, 'api')}"), name)
     raise AttributeError(f"module 'runtime' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

@@ -50,7 +50,7 @@ def _train(run: Path | None, arguments: list[str]) -> None:
     if arguments and arguments[0].endswith(".py"):
         _run_script(arguments)
         return
-    from runtime.comm import init_distributed
+    from runtime.comm import join_world
     from runtime.train import train
 
     if run is not None and launched is not None:
@@ -60,7 +60,7 @@ def _train(run: Path | None, arguments: list[str]) -> None:
         raise ConfigError(f"expected one CONFIG.json or a SCRIPT.py with its arguments, got {arguments or 'nothing'}")
     import torch.distributed as dist
 
-    device = init_distributed()
+    device = join_world()
     config = load(arguments[0])
     train(config.resolve(dist.get_world_size(), "cuda" if device.type == "cuda" else "cpu"), config.folder)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from runtime import comm as collectives
-from runtime.comm import Comm
+from runtime.comm import Comm, join_world
 from runtime.config import ConfigError, Resolved, load, refuse_unsupported
 from runtime.engine import Engine
 from runtime.optim.lr import WarmupSchedule
 from runtime.optim.optimizer import ZeroOptimizer, optimizer_from_config, optimizer_from_torch
-from runtime.setup import Session
+from runtime.setup import Session, check_complete
 from runtime.wire.rundir import RUN_VARIABLE
 
 log = logging.getLogger("runtime.engine")
@@ -34,8 +33,12 @@ def initialize(
     model_parameters: ModelParameters | None = None,
     training_data: Dataset[Any] | None = None,
     lr_scheduler: Any = None,
+    distributed_port: int | None = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
     collate_fn: Callable[[Any], Any] | None = None,
     config: str | Path | Mapping[str, Any] | Resolved | None = None,
+    mesh_param: Sequence[int] | None = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[Engine, ZeroOptimizer, DataLoader[Any] | None, Any]:
     """Make an engine of `model`; returns (engine, optimizer, training data loader or None, LR scheduler or None).
@@ -44,14 +47,19 @@ def initialize(
     optimizer: a fresh torch.optim optimizer (or a function of the parameters that makes one) instead of the config's.
     lr_scheduler: a scheduler, or a function of the optimizer, instead of the config's; the engine steps it after each
     optimizer step. config: a DeepSpeed-style file or dictionary; under `zerotop launch` it may be left out, and is then
-    the launched one.
+    the launched one. config_params: an old name of it.
+    distributed_port and dist_init_required are accepted and not needed: the process group is joined unless the script
+    has done so. mpu and mesh_param may only say that the model is not split.
 
     Under `zerotop launch` the engine publishes telemetry and obeys commands; under --resume it has loaded the newest
-    checkpoint on return.
+    checkpoint on return. Of several engines in one process the first does; each later one has automatic checkpoints of
+    its own (checkpoints/engine-2/...), and resumes from them.
     Raises ConfigError for a config, model or optimizer that can't be used, on every rank alike and before any training.
     """
     if model is None:
         raise ConfigError("initialize(model=...): expected a torch.nn.Module, got None")
+    _refuse_model_parallelism(mpu, mesh_param)
+    check_complete(model)
     device = init_distributed()
     chosen = (
         config
@@ -82,7 +90,7 @@ def init_distributed(dist_backend: str | None = None, **_deepspeed_only: Any) ->
     dist_backend: "gloo" keeps the ranks on CPUs. DeepSpeed's other arguments are accepted and not needed.
     """
     forced = os.environ.get("ZEROTOP_DEVICE", "auto")
-    return collectives.init_distributed("cpu" if dist_backend == "gloo" else forced)
+    return join_world("cpu" if dist_backend == "gloo" else forced)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -94,6 +102,19 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument("--deepspeed_config", default=None, metavar="FILE", help="the JSON config file")
     group.add_argument("--local_rank", type=int, default=-1, help="accepted for older launchers; LOCAL_RANK is used")
     return parser
+
+
+def _refuse_model_parallelism(mpu: Any, mesh_param: Sequence[int] | None) -> None:
+    parts = int(mpu.get_model_parallel_world_size()) if hasattr(mpu, "get_model_parallel_world_size") else 1
+    if parts > 1:
+        raise ConfigError(
+            f"initialize(mpu=...): it splits the model over {parts} ranks; expected one, for zerotop shards "
+            "data-parallel training only"
+        )
+    if mesh_param is not None and any(size != 1 for size in list(mesh_param)[1:]):
+        raise ConfigError(
+            f"initialize(mesh_param={tuple(mesh_param)}): expected (ranks, 1), for zerotop has no sequence parallelism"
+        )
 
 
 def _resolve(config: Any, device: torch.device) -> Resolved:
@@ -169,10 +190,11 @@ def _announce(engine: Engine, resumed: Path | None) -> None:
     session, link = engine.session, engine.session.link
     rank, ledger, device = engine.comm.rank, engine.ledger, engine.device  # the session outlives engines
     link.memory_source = lambda: memory_message(rank, ledger, device)
-    link.start(
+    session.begin(
         session.hello(engine.config, engine.comm, engine.module, engine.global_steps, dict(engine.steering.knobs))
     )
-    engine.steering.apply_log_level()
+    if session.number == 1:
+        engine.steering.apply_log_level()
     if engine.comm.rank == 0:
         units = len(engine.flats)
         log.info(

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -66,13 +66,23 @@ class Engine:
         self.micro_steps = 0
         self.optimizer_steps = 0
         """Updates really taken: Adam's bias correction counts these."""
+        self.foreign_steps = 0
+        """Steps of a loaded checkpoint whose optimizer states were left behind."""
         self.lr_factor = 1.0
         self.registered: dict[str, Any] = {}
         self.client_state: dict[str, Any] = {}
         """What save_checkpoint() was given last, or what the loaded checkpoint held: also keyboard checkpoints carry
         it."""
+        self.last_checkpoint: Path | None = None
+        """What the script saved or loaded last."""
         self._unclaimed: dict[str, Any] = {}
         self._norm: float | None = None
+        self._failure = ""
+        """What a backward that failed makes of this engine."""
+        self._boundary: bool | None = None
+        """What the script says about boundaries."""
+        self._reduced_for: bool | None = None
+        """Whether the last backward outside no_sync took this for a boundary."""
         self._syncing = True
         self._backwards = 0  # since the last step(), outside no_sync
         self._loss_sum: torch.Tensor | float = 0.0
@@ -103,6 +113,7 @@ class Engine:
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain)
         _engines[module] = weakref.ref(self)
         self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
+        optimizer.seal()
         self.steering = Steering(self, session)
         weak = weakref.ref(self)  # the session outlives engines
         session.step = lambda: engine.global_steps if (engine := weak()) else 0
@@ -124,7 +135,8 @@ class Engine:
         """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages
         micro-steps and ranks.
 
-        Returns the loss as given. Raises ValueError for anything that backward can't start from.
+        Returns the loss as given. Raises ValueError for anything that backward can't start from. After any other
+        exception in here this engine can't go on: what was under way on this rank is not on the others.
         """
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
@@ -136,6 +148,20 @@ class Engine:
                 "wrap all but the last "
                 "in engine.no_sync()"
             )
+        self._refuse_after_failure()
+        try:
+            self._backward(loss, retain_graph)
+        except BaseException as error:
+            self.schedule.abandon()
+            self._failure = f"engine.backward(loss) at step {self.global_steps + 1} ended with {type(error).__name__}"
+            raise
+        self._loss_sum = self._loss_sum + loss.detach().double()
+        self._losses += 1
+        self._backwards += self._syncing
+        self._reduced_for = self.is_gradient_accumulation_boundary()
+        return loss
+
+    def _backward(self, loss: torch.Tensor, retain_graph: bool) -> None:
         self.telemetry.enter("backward", self.global_steps + 1, self._micro_step)
         boundary = self.is_gradient_accumulation_boundary()
         reduce = self._syncing and (boundary or self.policy.own_gradients)
@@ -145,16 +171,20 @@ class Engine:
         self.schedule.end_backward()
         self.updates.check()
         self.gathering.end_backward()
-        self._loss_sum = self._loss_sum + loss.detach().double()
-        self._losses += 1
-        self._backwards += self._syncing
-        return loss
+
+    def _refuse_after_failure(self) -> None:
+        if self._failure:
+            raise RuntimeError(
+                f"{self._failure}: the gradients of that backward are incomplete on this rank, and the collectives of "
+                "the ranks may no longer match. Restart all ranks from the newest checkpoint"
+            )
 
     def step(self) -> None:
         """End of a micro-step; at the boundary also the optimizer step, and commands that wait are applied.
 
         Leaves with RunStopped (a SystemExit) after a `stop` command, once its checkpoint is complete.
         """
+        self._refuse_after_failure()
         if not self._syncing:
             raise RuntimeError(
                 "engine.step() inside engine.no_sync(): leave the context for the last backward, then step"
@@ -165,6 +195,11 @@ class Engine:
                 "gradient to step with"
             )
         boundary = self.is_gradient_accumulation_boundary()
+        if boundary != self._reduced_for:
+            raise RuntimeError(
+                "set_gradient_accumulation_boundary() between engine.backward(loss) and engine.step(): backward has "
+                "reduced the gradients, or not, by what it said before; call it before backward"
+            )
         self.micro_steps += 1
         self._backwards = 0
         if boundary:
@@ -175,6 +210,7 @@ class Engine:
     def _optimizer_step(self) -> None:
         """Agree (norm, loss, commands) -> clip -> update each unit and gather it -> report -> commands."""
         telemetry = self.telemetry
+        self._check_parameters()
         telemetry.enter("step", self.global_steps + 1, self.gradient_accumulation_steps())
         if self._downlink is not None:
             self._downlink.drain()
@@ -198,6 +234,25 @@ class Engine:
         self.steering.at_boundary(agreed)
         telemetry.enter("data", self.global_steps + 1, 0)
         self._began_ns = time.monotonic_ns()
+
+    def _check_parameters(self) -> None:
+        """Raises RuntimeError for what scripts can do to parameters that would train nothing, and no longer say so."""
+        self.optimizer.check_groups()
+        for flat in (*self.flats, *self.frozen_flats):
+            if (name := flat.lost()) is not None:
+                raise RuntimeError(
+                    f"parameter {name} is no longer where the engine trains it: its .data was set, or the module was "
+                    "converted or moved (.float(), .to(...)) after initialize(). Do that before initialize(); to "
+                    "change values use load_state_dict() or zero.GatheredParameters"
+                )
+        frozen = [(slot.name, p) for f in self.frozen_flats for slot, p in zip(f.layout.slots, f.members, strict=True)]
+        for name, parameter in (*self.frozen, *frozen):
+            if parameter.grad is not None:
+                raise RuntimeError(
+                    f"parameter {name} was frozen, or in no optimizer group, at initialize() and has a gradient now: "
+                    "the engine would not train it. Unfreeze it before initialize(); an engine in which it is trained "
+                    "reads the checkpoints of this one"
+                )
 
     def _update(self, numbers: list[dict[str, Any]], scale: float) -> None:
         self.optimizer_steps += 1
@@ -244,7 +299,14 @@ class Engine:
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-step under way is the accumulation's last."""
+        if self._boundary is not None:
+            return self._boundary
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """From the next backward() on, until the next such call: whether the micro-step is the accumulation's last,
+        instead of counting. The loss is still divided by gradient_accumulation_steps()."""
+        self._boundary = bool(is_boundary)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -258,10 +320,14 @@ class Engine:
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
     def save_checkpoint(
-        self, save_dir: str | Path, tag: str | None = None, client_state: dict[str, Any] | None = None
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
     ) -> bool:
         """Write SAVE_DIR/TAG (default tag: step-NNNNNNNN); every rank must call it. client_state: plain data and
-        tensors.
+        tensors. save_latest: accepted and not needed, for the newest is found by what checkpoints say of themselves.
 
         Raises CheckpointError on every rank if any could not write, or in the middle of an accumulation, whose
         gradients a checkpoint does not hold.
@@ -276,7 +342,7 @@ class Engine:
             self.client_state = client_state
         with self.telemetry.span("checkpoint"):
             tag = str(tag or checkpoint.step_tag(self.global_steps))
-            checkpoint.save(self, Path(save_dir), tag, self.client_state)
+            self.last_checkpoint = checkpoint.save(self, Path(save_dir), tag, self.client_state)
         return True
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
@@ -292,20 +358,45 @@ class Engine:
         checkpoint.on_rank_0(self.comm, f"write {path}", write)
         return True
 
-    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[str | None, dict[str, Any]]:
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[str | None, dict[str, Any]]:
         """Load LOAD_DIR/TAG, or the newest complete checkpoint in LOAD_DIR. Returns (its path, client_state), or (None,
-        {}) when there is none."""
+        {}) when there is none.
+
+        load_module_strict=False: parameters and buffers that only the model or only the checkpoint has are left alone.
+        load_optimizer_states=False: the optimizer's states and learning rates stay as they are;
+        load_lr_scheduler_states=False: the scheduler does. load_module_only: parameters and buffers and nothing else,
+        no step counts either.
+        """
         path = Path(load_dir) / str(tag) if tag is not None else checkpoint.newest(Path(load_dir))
         path = self.comm.broadcast_object(path)
         if path is None:
             return None, {}
-        self.resume_from(path)
+        self.resume_from(
+            path,
+            checkpoint.Wanted(
+                strict=load_module_strict,
+                optimizer=load_optimizer_states and not load_module_only,
+                scheduler=load_lr_scheduler_states and not load_module_only,
+                progress=not load_module_only,
+            ),
+        )
         return str(path), self.client_state
 
-    def resume_from(self, path: Path) -> None:
+    def resume_from(self, path: Path, wanted: checkpoint.Wanted = checkpoint.EVERYTHING) -> None:
         """Load the checkpoint at `path`; objects that are registered later get their states then."""
-        loaded = checkpoint.load(self, path)
-        self.client_state, self._unclaimed = loaded.client_state, loaded.registered
+        self._refuse_after_failure()
+        loaded = checkpoint.load(self, path, wanted)
+        self.client_state = loaded.client_state
+        self._unclaimed = loaded.registered if wanted.progress else {}
+        self.last_checkpoint = path
         self.steering.forget_saved()
         for name in list(self.registered):
             self._claim(name)
@@ -326,6 +417,19 @@ class Engine:
     def _claim(self, name: str) -> None:
         if name in self._unclaimed:
             self.registered[name].load_state_dict(self._unclaimed.pop(name))
+
+    if not TYPE_CHECKING:  # which would take every slip for an attribute of the module
+
+        def __getattr__(self, name: str) -> Any:
+            """What an engine does not have, its module may."""
+            if name.startswith("__") or "module" not in self.__dict__:
+                raise AttributeError(name)
+            try:
+                return getattr(self.module, name)
+            except AttributeError:
+                raise AttributeError(
+                    f"neither the engine nor its module ({type(self.module).__name__}) has an attribute {name!r}"
+                ) from None
 
     # ---- what scripts ask ----------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Engine:
@@ -351,6 +455,10 @@ class Engine:
     def world_size(self) -> int:
         return self.comm.world_size
 
+    @property
+    def global_samples(self) -> int:
+        return self.global_steps * self.config.global_batch
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.module.parameters(recurse)
 
@@ -362,7 +470,9 @@ class Engine:
         return self.module.state_dict()
 
     def zero_grad(self) -> None:
-        """Nothing to do: gradients are dropped after each optimizer step. Here because scripts call it."""
+        """Nothing to do, on purpose: a step() uses the gradients and drops them, those of other engines' losses are
+        never kept, and scripts written for DeepSpeed call this between the micro-steps of one accumulation, where
+        clearing would lose gradients."""
 
     def get_global_grad_norm(self) -> float | None:
         """L2 norm of the last step's mean gradient, before clipping; None before the first step."""
@@ -390,7 +500,7 @@ class Engine:
     @property
     def skipped_steps(self) -> int:
         """Optimizer steps that changed nothing, because a gradient was not finite."""
-        return self.global_steps - self.optimizer_steps
+        return self.global_steps - self.optimizer_steps - self.foreign_steps
 
     @property
     def loss_scale(self) -> float:

@@ -3,6 +3,7 @@ to."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -56,21 +57,34 @@ class Session:
     resume: bool = False
     step: Callable[[], int] = lambda: 0
     """The engine's finished steps, for a goodbye from outside the engine."""
+    number: int = 1
+    """Counts the engines of this process in this run. The run watches and steers the first; later ones have telemetry
+    that does nothing, and checkpoints in a folder of their own."""
 
     @classmethod
     def join(cls, rank: int, telemetry_enabled: bool = True) -> Session:
-        """The session of this process; it stays reachable through `current_session`."""
+        """The session of this process, which stays reachable through `current_session`; or that of a later engine."""
         global _current
-        link = Telemetry.from_environment(rank)
+        number = 1 + _begun.get(os.environ.get(RUN_VARIABLE, ""), 0)
+        link = Telemetry.from_environment(rank) if number == 1 else NullTelemetry()
         session = cls(
             rank, int(os.environ.get("LOCAL_RANK", "0")), link, link if telemetry_enabled else NullTelemetry()
         )
+        session.number = number
         if name := os.environ.get(RUN_VARIABLE):
             session.folder, session.run = Path(name), read_run(Path(name))
             session.attempt = int(os.environ.get(ATTEMPT_VARIABLE, "1"))
             session.resume = os.environ.get(RESUME_VARIABLE) == "1"
-        _current = session
+        if number == 1:
+            _current = session
         return session
+
+    def begin(self, hello: Hello) -> None:
+        """The engine is complete: from now on it counts."""
+        run = os.environ.get(RUN_VARIABLE, "")
+        if run:
+            _begun[run] = _begun.get(run, 0) + 1
+        self.link.start(hello)
 
     def hello(self, config: Resolved, comm: Comm, module: nn.Module, start_step: int, knobs: dict[str, Any]) -> Hello:
         device_name, device_uuid = platform.machine(), ""
@@ -114,10 +128,12 @@ class Session:
 
 
 _current: Session | None = None
+_begun: dict[str, int] = {}
+"""Engines of this process, by run."""
 
 
 def current_session() -> Session | None:
-    """The session that initialize() joined last, if any: how __main__ says goodbye for a script that failed."""
+    """The session that initialize() joined first, if any: how __main__ says goodbye for a script that failed."""
     return _current
 
 
@@ -299,17 +315,36 @@ def _place_frozen(
 
 def _place_buffers(module: nn.Module, precision: torch.dtype, comm: Comm, ledger: Ledger, values: Values) -> None:
     """To the device, rank 0's values. Floating buffers follow the precision, as scripts written for DeepSpeed expect;
-    batch norm keeps its statistics in fp32."""
+    batch norm keeps its statistics in fp32. One that several modules share stays one."""
+    keep = {
+        id(buffer)
+        for owner in module.modules()
+        if isinstance(owner, nn.modules.batchnorm._NormBase)
+        for buffer in owner._buffers.values()
+    }
+    placed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old one, so that its id is nobody else's
     for path, owner in module.named_modules():
         for name, buffer in list(owner._buffers.items()):
             if buffer is None:
                 continue
-            held = values.buffer(f"{path}.{name}" if path else name, buffer).to(comm.device)
-            if held.is_floating_point() and not isinstance(owner, nn.modules.batchnorm._NormBase):
-                held = held.to(_computes_in(held.dtype, precision))
-            owner._buffers[name] = held
-            comm.broadcast_bytes(held)
-            ledger.hold("buffers", held)
+            if id(buffer) not in placed:
+                held = values.buffer(f"{path}.{name}" if path else name, buffer).to(comm.device)
+                if held.is_floating_point() and id(buffer) not in keep:
+                    held = held.to(_computes_in(held.dtype, precision))
+                placed[id(buffer)] = buffer, held
+                comm.broadcast_bytes(held)
+                ledger.hold("buffers", held)
+            owner._buffers[name] = placed[id(buffer)][1]
+
+
+def check_complete(module: nn.Module) -> None:
+    """Raises ConfigError for lazy modules, whose parameters have no shape yet."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ConfigError(
+                f"{name} has no shape yet (a Lazy module of torch): run one forward of the model with real inputs "
+                "before initialize()"
+            )
 
 
 def _check_parameters(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer) -> None:
@@ -333,20 +368,29 @@ def _check_parameters(module: nn.Module, config: Resolved, optimizer: ZeroOptimi
 
 
 def _same_model_everywhere(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm) -> None:
-    """Collectives over buffers of different sizes hang or corrupt: compare the models first, and name the first
-    difference."""
+    """Collectives over buffers of different sizes hang or corrupt, and other numbers train another model on each rank:
+    compare first, and name the first difference."""
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     mine = [
         (name, tuple(p.shape), str(p.dtype), p.requires_grad, group_of.get(p)) for name, p in module.named_parameters()
     ]
     mine += [(f"(buffer) {name}", tuple(b.shape), str(b.dtype), False, None) for name, b in module.named_buffers()]
-    gathered = comm.gather_objects((config.digest(), mine))
-    for rank, (digest, _) in enumerate(gathered):
-        if digest != gathered[0][0]:
+    gathered = comm.gather_objects((config, optimizer.described(), mine))
+    first_config, first_optimizer, _ = gathered[0]
+    for rank, (other, described, _) in enumerate(gathered):
+        if (found := first_config.difference(other)) is not None:
+            key, zeroth, theirs = found
             raise ConfigError(
-                f"the ranks disagree about the config: rank 0 has {gathered[0][0]}, rank {rank} has {digest}"
+                f"the ranks disagree about the config: {key} is {json.dumps(zeroth)} on rank 0 and "
+                f"{json.dumps(theirs)} on rank {rank}"
             )
-    everyone = [parameters for _, parameters in gathered]
+        for name in [*first_optimizer, *(name for name in described if name not in first_optimizer)]:
+            zeroth, theirs = first_optimizer.get(name, "not there"), described.get(name, "not there")
+            if zeroth != theirs:
+                raise ConfigError(
+                    f"the ranks disagree about the optimizer: {name} is {zeroth} on rank 0 and {theirs} on rank {rank}"
+                )
+    everyone = [parameters for _, _, parameters in gathered]
     for rank, theirs in enumerate(everyone):
         if theirs == everyone[0]:
             continue

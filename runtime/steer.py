@@ -10,6 +10,7 @@ numbered log for itself, and since all paused at one step and read one log in on
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections import deque
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("runtime.train")
 
+MOST_UNSOUND = 10
+"""Steps in a row that are not finite, outside fp16, after which a run ends: it would only count steps."""
 PAUSED_POLL_S = 5.0
 """How long a paused rank sleeps at a time; a command or a dead supervisor wakes it at once."""
 
@@ -58,15 +61,23 @@ class Steering:
         self.folder = self._checkpoint_folder()
         self._last_saved = -1
         self._saved_path: Path | None = None
+        self._due = False  # an automatic checkpoint is
+        self._sound = True
+        """Loss and gradient norm of the last step were finite. What a step that wasn't leaves (batch norm's averages)
+        may be of no use, so it takes no good checkpoint's place."""
+        self._unsound: list[int] = []
+        """The steps since the last sound one, outside fp16."""
 
     def _checkpoint_folder(self) -> Path | None:
-        """Automatic and keyboard checkpoints need a run; a script without one saves by itself."""
+        """Automatic and keyboard checkpoints need a run; a script without one saves by itself. A later engine of the
+        process has a folder inside the first one's."""
         run, chosen = self.session.run, self.engine.config.zerotop.checkpoint.folder
         if self.session.folder is None or run is None:
             return None
-        if not chosen:
-            return self.session.folder / "checkpoints"
-        return Path(run.config_folder, Path(chosen).expanduser()) / run.name
+        folder = self.session.folder / "checkpoints"
+        if chosen:
+            folder = Path(run.config_folder, Path(chosen).expanduser()) / run.name
+        return folder if self.session.number == 1 else folder / f"engine-{self.session.number}"
 
     # ---- the engine asks -----------------------------------------------------------------------------------
     def command_waits(self) -> bool:
@@ -76,9 +87,17 @@ class Steering:
         return self.link.inbox.stop_requested
 
     def at_boundary(self, agreed: Boundary) -> None:
-        """Automatic checkpoint, then commands, then a stop that some rank needs."""
+        """Automatic checkpoint (at the next sound step, if this one isn't), then commands, then a stop that some rank
+        needs.
+
+        Raises RuntimeError on all ranks when the last MOST_UNSOUND steps were not finite, outside fp16.
+        """
         interval, step = self.knobs["checkpoint_interval"], self.engine.global_steps
-        if self.folder is not None and interval and step % interval == 0:
+        self._sound = math.isfinite(agreed.loss) and math.isfinite(agreed.grad_norm)
+        self._count_unsound(step)
+        self._due = interval and (self._due or step % interval == 0)
+        if self.folder is not None and self._due and self._sound:
+            self._due = False
             self._save()
         if agreed.command_waits:
             commands = self.engine.comm.broadcast_object(self.link.inbox.take() if self.engine.comm.rank == 0 else None)
@@ -86,17 +105,37 @@ class Steering:
         if agreed.stop_asked:
             self._stop("the supervisor is gone")
 
+    def _count_unsound(self, step: int) -> None:
+        if self._sound or self.engine.config.precision == "fp16":
+            self._unsound = []
+            return
+        self._unsound.append(step)
+        if len(self._unsound) < MOST_UNSOUND:
+            return
+        newest = self._newest_checkpoint()
+        raise RuntimeError(
+            f"the loss or the gradient norm was not finite in {MOST_UNSOUND} steps in a row, from step "
+            f"{self._unsound[0]} on: lower optimizer.params.lr, set gradient_clipping, or look at the data of that "
+            f"step{self._hint()}. "
+            + (f"The newest checkpoint is {newest}" if newest is not None else "There is no checkpoint to return to")
+        )
+
+    def _newest_checkpoint(self) -> Path | None:
+        newest = checkpoint.newest(self.folder) if self.folder is not None else None
+        return newest or self.engine.last_checkpoint
+
+    def _hint(self) -> str:
+        if not self.engine.policy.own_parameters:
+            return ""
+        return (
+            "; at stage 3, parameters that are read outside their module's forward are NaN there, and "
+            "zero.GatheredParameters makes them whole"
+        )
+
     def progress(self, result: StepResult) -> None:
-        """A log line every log_interval steps, on rank 0; and a word on every step that was skipped."""
-        if result.rank == 0 and result.skipped:
-            if result.loss_scale is not None:  # part of finding the scale
-                text = f"step {result.step} changed nothing: a gradient overflowed at loss scale {result.loss_scale:g}"
-                self.link.event("overflow", text, severity="warning", step=result.step)
-                log.warning(text)
-            else:
-                text = f"step {result.step} changed nothing: the gradient norm is {result.grad_norm}"
-                self.link.event("overflow", text, severity="error", step=result.step)
-                log.error(text)
+        """A log line every log_interval steps, on rank 0; and a word on every step that was not finite."""
+        if result.rank == 0:
+            self._tell_unsound(result)
         if result.rank != 0 or result.step % self.knobs["log_interval"]:
             return
         total = self.engine.config.zerotop.train.steps
@@ -107,10 +146,28 @@ class Steering:
             f"{result.grad_norm:.3f} · {result.step_ms:.1f} ms{speed}"
         )
 
+    def _tell_unsound(self, result: StepResult) -> None:
+        what, severity = "not finite", "error"
+        if result.skipped and result.loss_scale is not None:  # part of finding the scale
+            what, severity = "overflow", "warning"
+            text = f"step {result.step} changed nothing: a gradient overflowed at loss scale {result.loss_scale:g}"
+        elif result.skipped:
+            text = (
+                f"step {result.step} changed nothing: the gradient norm is {result.grad_norm} and the loss "
+                f"{result.loss}{self._hint() if not self._unsound else ''}"
+            )
+        elif result.loss is not None and not math.isfinite(result.loss):
+            text = f"step {result.step}: the loss is {result.loss}; its gradients are finite, so the step was taken"
+        else:
+            return
+        self.link.event(what, text, severity=severity, step=result.step)  # type: ignore[arg-type]
+        log.log(logging.ERROR if severity == "error" else logging.WARNING, text)
+
     def finish(self) -> None:
-        """The last step is done: save it if checkpoints are on, and say goodbye."""
+        """The last step is done: save it if checkpoints are on (and it was sound), and say goodbye."""
         if (
-            self.folder is not None
+            self._sound
+            and self.folder is not None
             and self.knobs["checkpoint_interval"]
             and self._last_saved != self.engine.global_steps
         ):
@@ -132,6 +189,7 @@ class Steering:
     def forget_saved(self) -> None:
         """The engine's state is no longer that of the newest checkpoint of this step."""
         self._last_saved, self._saved_path = -1, None
+        self._due, self._sound, self._unsound = False, True, []
 
     # ---- commands: see [Note: how ranks agree] -------------------------------------------------------------
     def _apply_all(self, commands: deque[Command]) -> None:
@@ -279,7 +337,8 @@ class Steering:
                 step=engine.global_steps,
                 data={"path": str(self._saved_path), "seconds": round(took, 3)},
             )
-            self._prune()
+            if self._sound:
+                self._prune()
         return True
 
     def _prune(self) -> None:

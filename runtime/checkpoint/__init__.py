@@ -18,16 +18,27 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from runtime.checkpoint.manifest import CheckpointError, Manifest, newest, prune, read_manifest, step_tag
+from runtime.checkpoint.manifest import (
+    EVERYTHING,
+    CheckpointError,
+    Manifest,
+    Wanted,
+    newest,
+    prune,
+    read_manifest,
+    step_tag,
+)
 
 if TYPE_CHECKING:
     from runtime.checkpoint.loading import Loaded, load
     from runtime.checkpoint.saving import on_rank_0, save
 
 __all__ = [
+    "EVERYTHING",
     "CheckpointError",
     "Loaded",
     "Manifest",
+    "Wanted",
     "load",
     "newest",
     "on_rank_0",

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from runtime.checkpoint import rng
-from runtime.checkpoint.manifest import CheckpointError, Manifest, read_manifest
+from runtime.checkpoint.manifest import EVERYTHING, CheckpointError, Manifest, Wanted, read_manifest
 from runtime.checkpoint.saving import COMMON
 from runtime.checkpoint.shards import LoadPlanner, Piece, pieces_of, root_cause, shapes_of, whole_tensors
 from runtime.optim.rules import TorchRule
@@ -29,8 +29,9 @@ class Loaded:
     registered: dict[str, Any]
 
 
-def load(engine: Engine, path: Path) -> Loaded:
-    """Continue from the checkpoint at `path`: masters, optimizer, scheduler, random numbers, counters.
+def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
+    """Continue from the checkpoint at `path`: masters, optimizer, scheduler, random numbers, counters, as far as
+    `wanted`.
 
     Learning rates are the checkpoint's where the configured ones are what they were when it was made, else the
     config's.
@@ -38,37 +39,52 @@ def load(engine: Engine, path: Path) -> Loaded:
     """
     engine.synchronize()
     manifest = read_manifest(path)
-    _compare(engine, manifest, path)
+    _compare(engine, manifest, path, wanted)
     try:
         common = torch.load(path / COMMON, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path / COMMON} cannot be read: {root_cause(error)}") from error
-    _load_tensors(engine, manifest, path)
+    _load_tensors(engine, manifest, path, wanted)
     for flat in engine.flats:
         flat.masters_to_parameters()
     engine.gathering.stale()
     for pending in [flat.gather_updated() for flat in engine.flats if not flat.sharded]:
         pending.wait()
+    if wanted.optimizer:
+        _load_optimizer(engine, common)
+    if wanted.scheduler and engine.lr_scheduler is not None and common["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(common["scheduler"])
+    if wanted.progress:
+        _load_progress(engine, manifest, common, path, wanted)
+    return Loaded(dict(common["client_state"]), dict(common["registered"]))
+
+
+def _load_optimizer(engine: Engine, common: dict[str, Any]) -> None:
     for rule in engine.rules:
         rule.load_scalars(common["scalars"])
     if common["initial_lrs"] == engine.optimizer.initial_lrs:
         for group, lr in zip(engine.optimizer.param_groups, common["lr"], strict=True):
             group["lr"] = lr
-    if engine.lr_scheduler is not None and common["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(common["scheduler"])
+
+
+def _load_progress(engine: Engine, manifest: Manifest, common: dict[str, Any], path: Path, wanted: Wanted) -> None:
     if "loss_scale" in common:
         engine.scaler.load_state_dict(common["loss_scale"])
-    engine.global_steps = manifest.step
+    engine.global_steps, engine.lr_factor = manifest.step, manifest.lr_factor
     engine.micro_steps = manifest.step * engine.gradient_accumulation_steps()  # which may be another one now
-    engine.optimizer_steps, engine.lr_factor = manifest.optimizer_step, manifest.lr_factor
+    if wanted.optimizer:
+        engine.optimizer_steps, engine.foreign_steps = manifest.optimizer_step, manifest.foreign_steps
+    else:  # the states are as old as they were: so bias correction wants it
+        skipped = manifest.step - manifest.optimizer_step - manifest.foreign_steps
+        engine.foreign_steps = manifest.step - skipped - engine.optimizer_steps
     states = path / f"rng-{engine.comm.rank}.pt"
     if states.is_file():  # a larger world than the one that saved keeps its fresh states on the ranks that are new
         rng.set_state(torch.load(states, map_location="cpu", weights_only=True))
-    return Loaded(dict(common["client_state"]), dict(common["registered"]))
 
 
-def _load_tensors(engine: Engine, manifest: Manifest, path: Path) -> None:
-    if manifest.optimizer_step > 0:
+def _load_tensors(engine: Engine, manifest: Manifest, path: Path, wanted: Wanted) -> None:
+    with_states = wanted.optimizer and manifest.optimizer_step > 0
+    if with_states:
         for rule in engine.rules:
             if isinstance(rule, TorchRule):
                 rule.prepare()
@@ -76,7 +92,7 @@ def _load_tensors(engine: Engine, manifest: Manifest, path: Path) -> None:
     pieces = {
         name: piece
         for name, piece in pieces_of(engine, own_range_only=False).items()
-        if name.startswith("param.") or (manifest.optimizer_step > 0 and name.split(".", 2)[2] not in frozen_then)
+        if name.startswith("param.") or (with_states and name.split(".", 2)[2] not in frozen_then)
     }
     whole = {name: (tensor, Piece.whole(tensor)) for name, tensor in whole_tensors(engine).items()}
     pieces |= {name: piece for name, (_, piece) in whole.items()}
@@ -84,7 +100,7 @@ def _load_tensors(engine: Engine, manifest: Manifest, path: Path) -> None:
         state_dict_loader.load(
             {name: piece.tensor for name, piece in pieces.items()},
             storage_reader=FileSystemReader(path),
-            planner=LoadPlanner(pieces),
+            planner=LoadPlanner(pieces, wanted.strict),
             process_group=engine.checkpoint_group,
         )
     except (Exception, CheckpointException) as error:
@@ -93,17 +109,19 @@ def _load_tensors(engine: Engine, manifest: Manifest, path: Path) -> None:
         tensor.copy_(piece.tensor.view(tensor.shape))
 
 
-def _compare(engine: Engine, manifest: Manifest, path: Path) -> None:
+def _compare(engine: Engine, manifest: Manifest, path: Path, wanted: Wanted) -> None:
     """The first difference between the engine and the checkpoint, by name."""
     ours, theirs = shapes_of(engine), manifest.shapes
     for name in [*ours, *(n for n in theirs if n not in ours)]:
-        if ours.get(name) != theirs.get(name):
+        if ours.get(name) != theirs.get(name) and (wanted.strict or (name in ours and name in theirs)):
             have = f"has shape {ours[name]}" if name in ours else "does not exist"
             want = f"has shape {theirs[name]}" if name in theirs else "does not exist"
             raise CheckpointError(
                 f"checkpoint {path} does not fit the model: "
                 f"parameter {name} {want} in the checkpoint and {have} in the model"
             )
+    if not wanted.optimizer:
+        return
     if manifest.optimizer != engine.optimizer.kind:
         raise CheckpointError(
             f"checkpoint {path} was made with optimizer {manifest.optimizer}, the config says {engine.optimizer.kind}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +16,21 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or does not fit; the message says which and why."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What to load of a checkpoint, beside parameters and buffers."""
+
+    strict: bool = True
+    """The model and the checkpoint must have the same parameters and buffers."""
+    optimizer: bool = True
+    scheduler: bool = True
+    progress: bool = True
+    """Step counts, loss scale, random numbers."""
+
+
+EVERYTHING = Wanted()
+
+
 class Manifest(BaseModel):
     """manifest.json."""
 
@@ -25,6 +41,8 @@ class Manifest(BaseModel):
     """Optimizer steps taken, skipped ones included."""
     optimizer_step: int
     """Updates taken: Adam's bias correction counts these. 0: there are no optimizer states yet."""
+    foreign_steps: int = 0
+    """Steps of an earlier checkpoint that was loaded without its optimizer states."""
     world_size: int
     stage: int
     precision: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -151,15 +152,21 @@ def _try_out(name: str, value: Any) -> None:
         torch.load(buffer, weights_only=True)
     except (pickle.PickleError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{name} holds something that can't be read back ({str(error).splitlines()[0][:200]}); expected plain data "
+            f"{name} holds something that can't be read back ({_first_line(error)[:200]}); expected plain data "
             "(numbers, strings, lists, dictionaries) and tensors"
         ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    """Without what colours a terminal: torch sends it wherever its message goes."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()[0]
 
 
 def _manifest(engine: Engine) -> Manifest:
     return Manifest(
         step=engine.global_steps,
         optimizer_step=engine.optimizer_steps,
+        foreign_steps=engine.foreign_steps,
         world_size=engine.comm.world_size,
         stage=engine.policy.stage,
         precision=engine.config.precision,

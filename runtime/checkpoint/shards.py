@@ -66,15 +66,16 @@ class SavePlanner(DefaultSavePlanner):
 
 
 class LoadPlanner(DefaultLoadPlanner):
-    def __init__(self, pieces: dict[str, Piece]) -> None:
+    def __init__(self, pieces: dict[str, Piece], strict: bool = True) -> None:
+        """strict: every piece must be there; else those that aren't are left as they are."""
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = pieces
+        self.pieces, self.strict = pieces, strict
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         known: dict[str, Any] = self.metadata.state_dict_metadata
         missing = [name for name in self.pieces if name not in known]
-        if missing:
+        if missing and self.strict:
             raise CheckpointError(
                 f"it lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             )
@@ -82,6 +83,7 @@ class LoadPlanner(DefaultLoadPlanner):
             [
                 item
                 for name, piece in self.pieces.items()
+                if name in known
                 for item in create_read_items_for_chunk_list(name, known[name], [piece.chunk])
             ]
         )

@@ -9,10 +9,69 @@ pending   a collective under way, on the host or on a GPU's own stream
 `reduce_scatter(buffer)` is "in place and the rest is clobbered": afterwards the own range of the buffer holds the sum,
 the other ranges hold nothing of use. `into(target, add)` instead of `wait()` leaves the sum in another tensor, which
 saves a pass over memory wherever the ranks' buffers can be read directly.
+
+Scripts written for DeepSpeed also find here what they call as deepspeed.comm.NAME: torch.distributed's own functions,
+on the world's group, and init_distributed.
 """
 
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
 from runtime.comm.group import Comm
-from runtime.comm.join import init_distributed
+from runtime.comm.join import join_world
 from runtime.comm.pending import Done, Pending
 
-__all__ = ["Comm", "Done", "Pending", "init_distributed"]
+if TYPE_CHECKING:
+    from runtime.api import init_distributed
+
+__all__ = ["Comm", "Done", "Pending", "get_local_rank", "init_distributed", "join_world"]
+
+_TORCH = frozenset(
+    [
+        "ReduceOp",
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_gather_object",
+        "all_reduce",
+        "all_to_all",
+        "all_to_all_single",
+        "barrier",
+        "broadcast",
+        "broadcast_object_list",
+        "destroy_process_group",
+        "gather",
+        "get_backend",
+        "get_rank",
+        "get_world_group",
+        "get_world_size",
+        "irecv",
+        "is_available",
+        "is_initialized",
+        "isend",
+        "monitored_barrier",
+        "new_group",
+        "recv",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "scatter",
+        "send",
+    ]
+)
+"""Of deepspeed.comm, what torch.distributed has by the same name."""
+
+
+def get_local_rank() -> int:
+    """This rank's number on its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "init_distributed":
+        return importlib.import_module("runtime.api").init_distributed
+    if name in _TORCH:
+        return getattr(importlib.import_module("torch.distributed"), name)
+    raise AttributeError(f"module 'runtime.comm' has no attribute {name!r}")

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runtime.comm.pending import DeviceClock, DevicePending, Done, HostPending, Pending, SharedPending
+from runtime.comm.pending import (
+    DeviceClock,
+    DevicePending,
+    Done,
+    HostPending,
+    Pending,
+    SharedPending,
+    waiting_for_ranks,
+)
 from runtime.exchange import DTYPES, Exchange
 from runtime.telemetry import NullTelemetry, Telemetry
 
@@ -147,7 +155,8 @@ class Comm:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control_group, device=torch.device("cpu"))
+        with waiting_for_ranks("broadcast_object"):
+            dist.broadcast_object_list(box, src=0, group=self.control_group, device=torch.device("cpu"))
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -155,7 +164,8 @@ class Comm:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control_group)
+        with waiting_for_ranks("gather_objects"):
+            dist.all_gather_object(values, value, group=self.control_group)
         return values
 
 

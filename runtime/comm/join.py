@@ -12,7 +12,7 @@ from runtime.config import ConfigError
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, read_run
 
 
-def init_distributed(device: str = "auto") -> torch.device:
+def join_world(device: str = "auto") -> torch.device:
     """Join the process group that the launcher's environment describes (or a world of one), unless the script has done
     so already.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -47,6 +48,27 @@ class Done:
         return None
 
 
+class RankGone(RuntimeError):
+    """A collective can't end, because a rank of it has."""
+
+
+_GONE = ("connection reset by peer", "connection closed by peer", "connection refused", "broken pipe", "socket closed")
+"""What Gloo says then, depending on what it was doing."""
+
+
+@contextmanager
+def waiting_for_ranks(op: str) -> Iterator[None]:
+    """Around a wait for Gloo: raises RankGone where the cause is another rank's end, which Gloo words as a matter of
+    sockets."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error).lower() for words in _GONE):
+            text = str(error).splitlines()[0].rpartition("] ")[2]
+            raise RankGone(f"another rank is gone ({text}); this rank was waiting for it in {op}") from error
+        raise
+
+
 class HostPending:
     """A Gloo collective; its backend's thread notes the end, which `wait` could only guess later."""
 
@@ -71,7 +93,8 @@ class HostPending:
 
     def wait(self) -> None:
         before = time.monotonic_ns()
-        self._work.wait()
+        with waiting_for_ranks(self._op):
+            self._work.wait()
         after = time.monotonic_ns()
         end = self._ended_ns[0] or after
         self._telemetry.completed(self._seq, self._op, self._nbytes, self._issue_ns, end, after - before)

@@ -4,13 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from typing import Any, Literal
 
 from .deepspeed import ActivationCheckpointingSection, DType
+from .errors import dotted
 from .optimizers import OptimizerConfig
 from .schedulers import SchedulerConfig
 from .section import Section
 from .zerotop import ZerotopConfig
+
+_IN_FILE: dict[str, str] = {
+    "micro_batch": "train_micro_batch_size_per_gpu",
+    "accumulation": "gradient_accumulation_steps",
+    "global_batch": "train_batch_size",
+    "stage": "zero_optimization.stage",
+    "precision": "bf16.enabled or fp16.enabled",
+    "grad_accum_dtype": "data_types.grad_accum_dtype",
+    "persistence_threshold": "zero_optimization.stage3_param_persistence_threshold",
+    "optimizer.type": "optimizer.type",
+    "optimizer.extra": "optimizer.params",
+    "optimizer": "optimizer.params",
+    "scheduler.type": "scheduler.type",
+    "scheduler": "scheduler.params",
+    "offload_optimizer": "zero_optimization.offload_optimizer",
+    "offload_param": "zero_optimization.offload_param",
+}
+"""Where a setting of `Resolved` stands in the file, where that is elsewhere. Longer paths first."""
+
+
+def _leaves(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Every value by its path."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {where: leaf for key, item in value.items() for where, leaf in _leaves(item, (*path, key)).items()}
+
+
+def _in_file(path: tuple[str, ...]) -> str:
+    whole = dotted(path)
+    for ours, theirs in _IN_FILE.items():
+        if whole == ours or whole.startswith(f"{ours}."):
+            return theirs + whole[len(ours) :]
+    return whole
 
 
 class Fp16Config(Section):
@@ -113,6 +147,15 @@ class Resolved(Section):
     def from_json(cls, text: str | bytes) -> Resolved:
         """Read what `to_json` wrote. Raises pydantic's ValidationError when it is something else."""
         return cls.model_validate_json(text)
+
+    def difference(self, other: Resolved) -> tuple[str, Any, Any] | None:
+        """The first setting in which `other` differs: its key as a config file spells it, our value and the other's.
+        Notes do not count."""
+        mine, theirs = (_leaves(config.model_dump(mode="json", exclude={"notes"})) for config in (self, other))
+        for path in [*mine, *(path for path in theirs if path not in mine)]:
+            if mine.get(path) != theirs.get(path):
+                return _in_file(path), mine.get(path), theirs.get(path)
+        return None
 
     def digest(self) -> str:
         """12 hex digits that are equal for equal configs; notes do not count."""

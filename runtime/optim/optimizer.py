@@ -4,6 +4,7 @@ flat."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from runtime.zero.flat import Flat
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD")
 """Optimizers of torch.optim that treat every element by itself, and so work on flat ranges as they are."""
+
+_LATE_GROUPS = (
+    "the optimizer's parameter groups changed after initialize(): the engine trains the groups it was made with. Give "
+    "all groups to initialize(); parameters that train later can be in it with lr 0 until then"
+)
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -42,9 +48,32 @@ class ZeroOptimizer(torch.optim.Optimizer):
         if given is not None:
             self.param_groups = given.param_groups
         self.initial_lrs = [float(group["lr"]) for group in self.param_groups]
+        self._sealed: list[int] | None = None
+
+    def seal(self) -> None:
+        """An engine has taken the groups over: from now on their parameters stay what they are."""
+        self._sealed = self._sizes()
+
+    def described(self) -> dict[str, str]:
+        """What must be equal on all ranks, by name."""
+        found = {"its type": self.kind}
+        for index, numbers in enumerate(self.numbers(1.0)):
+            for key, value in sorted(numbers.items()):
+                found[f"{key} of group {index}"] = str(value.tolist() if isinstance(value, torch.Tensor) else value)
+        return found
+
+    def _sizes(self) -> list[int]:
+        return [len(group["params"]) for group in self.param_groups]
+
+    def check_groups(self) -> None:
+        """Raises RuntimeError when groups or their parameters came or went past `add_param_group` here."""
+        if self._sealed is not None and self._sealed != self._sizes():
+            raise RuntimeError(_LATE_GROUPS)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's own, without the decorator that imports the compiler (100 MB)."""
+        """torch's own, without the decorator that imports the compiler (100 MB). Not after initialize()."""
+        if getattr(self, "_sealed", None) is not None:
+            raise RuntimeError(_LATE_GROUPS)
         plain = torch.optim.Optimizer.add_param_group
         getattr(plain, "__wrapped__", plain)(self, param_group)
 
@@ -52,7 +81,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """host: for a flat whose states are in other memory than its parameters."""
         if self.kind in ("Adam", "AdamW"):
             return AdamRule(flat, self.decoupled, self.bias_correction, host)
-        return TorchRule(flat, getattr(torch.optim, self.kind), self.numbers(1.0), ledger, host)
+        kind = partial(getattr(torch.optim, self.kind), **self._constructor())
+        return TorchRule(flat, kind, self.numbers(1.0), ledger, host)
+
+    def _constructor(self) -> dict[str, Any]:
+        """Arguments that torch reads when it makes the optimizer, and not in a group."""
+        defaults = self.defaults if self.given is None else self.given.defaults
+        return {key: defaults[key] for key in ("initial_accumulator_value",) if key in defaults}
 
     def numbers(self, lr_factor: float) -> list[dict[str, Any]]:
         """Each group's numbers without its parameters, lr multiplied by the run's learning-rate factor."""
@@ -64,6 +99,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         raise RuntimeError(
             "optimizer.step(): call engine.step() instead; it reduces, clips, updates and gathers on all ranks"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        raise RuntimeError(
+            "optimizer.state_dict(): each rank holds only ranges of the states; call engine.save_checkpoint(folder) on "
+            "every rank, which saves them"
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise RuntimeError(
+            "optimizer.load_state_dict(): call engine.load_checkpoint(folder) on every rank, which brings back what "
+            "engine.save_checkpoint(folder) saved"
         )
 
     def mark_stepped(self) -> None:
@@ -106,7 +153,7 @@ def optimizer_from_torch(optimizer: torch.optim.Optimizer) -> ZeroOptimizer:
             f"optimizer: expected an elementwise optimizer of torch.optim ({', '.join(ELEMENTWISE)}), "
             f"got {type(optimizer).__module__}.{kind}: a rank holds only a flat range of each unit, not whole matrices"
         )
-    if optimizer.state:
+    if any(_has_stepped(state) for state in optimizer.state.values()):
         raise ConfigError(
             [
                 f"optimizer: this {kind} has stepped already; give it to initialize() fresh, and load states "
@@ -119,7 +166,13 @@ def optimizer_from_torch(optimizer: torch.optim.Optimizer) -> ZeroOptimizer:
     if any(group.get("maximize") for group in groups) and kind in ("Adam", "AdamW"):
         raise ConfigError(["optimizer: maximize=True is not supported with Adam and AdamW; negate the loss"])
     decoupled = kind == "AdamW" or bool(groups[0].get("decoupled_weight_decay"))
-    return ZeroOptimizer(groups, kind, decoupled, given=optimizer)
+    bias_correction = bool(groups[0].get("bias_correction", True))  # only ours say (ops/adam.py)
+    return ZeroOptimizer(groups, kind, decoupled, bias_correction, given=optimizer)
+
+
+def _has_stepped(state: dict[str, Any]) -> bool:
+    """Some optimizers (Adagrad) make their states before the first step, which then say step 0."""
+    return float(state["step"]) > 0 if "step" in state else any(value is not None for value in state.values())
 
 
 def _defaults(kind: str) -> dict[str, Any]:

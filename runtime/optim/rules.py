@@ -159,6 +159,7 @@ class TorchRule:
             or [{"params": [nn.Parameter(torch.zeros(0))]}]
         )
         self._held = 0
+        self._account()  # some have states before the first step
 
     def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         flat, host = self.flat, self.host

@@ -172,8 +172,8 @@ class LogRecord(Message):
 
 
 class Event(Message):
-    """Something worth a line in the event pane: what is a stable word ("checkpoint", "resumed", "overflow", "exit",
-    ...)."""
+    """Something worth a line in the event pane: what is a stable word ("checkpoint", "resumed", "overflow",
+    "not finite", "exit", ...)."""
 
     kind: Literal["event"] = "event"
     rank: int | None

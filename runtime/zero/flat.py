@@ -205,6 +205,16 @@ class Flat:
         self.ledger.release("communication", self.whole)
         self.whole.untyped_storage().resize_(0)
 
+    def lost(self) -> str | None:
+        """The first parameter that lies elsewhere than this left it: somebody set its `.data`, or converted or moved
+        the module, and what it computes with is not what is trained."""
+        placed = self._views if self.gathered else self._placeholders
+        for slot, parameter, place in zip(self.layout.slots, self.members, placed, strict=True):
+            data = parameter.data
+            if data.dtype != place.dtype or (data.numel() and data.data_ptr() != place.data_ptr()):
+                return slot.name
+        return None
+
     # ---- gradients, as the optimizer sees them -----------------------------------------------------------------------
     @property
     def gradient(self) -> torch.Tensor:

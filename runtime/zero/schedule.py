@@ -3,6 +3,7 @@ order on all ranks."""
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from torch import nn
 from runtime.comm import Comm
 from runtime.zero.flat import Flat
 from runtime.zero.gradients import Gradients
+
+log = logging.getLogger("runtime.engine")
 
 IN_FLIGHT = 1
 """Reductions under way at once, beside the unit whose gradients are arriving. One more would hold one more whole unit's
@@ -34,6 +37,8 @@ class Schedule:
         self._flying: deque[Gradients] = deque()
         self._reducing = False
         self._arrivals = 0
+        self._inside = False  # this engine's own backward is running
+        self._told = False
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(position, index))
             for position, flat in enumerate(order)
@@ -48,12 +53,26 @@ class Schedule:
             schedule = weak()
             if schedule is None:
                 return
+            if not schedule._inside:
+                schedule._drop(parameter)
+                return
             schedule._arrivals += 1
             if schedule.order[position].receive(index, parameter):
                 schedule._ready[position] = None
                 schedule._issue_ready()
 
         return arrived
+
+    def _drop(self, parameter: nn.Parameter) -> None:
+        """A gradient of somebody else's backward: a loss that another engine's model computed with this one's (a GAN),
+        or a plain loss.backward()."""
+        parameter.grad = None
+        if not self._told and self.comm.rank == 0:
+            log.warning(
+                "gradients that came outside this engine's own backward(loss) were dropped (told once): what another "
+                "engine's loss leaves here trains nothing, as zero_grad() would see to in plain torch"
+            )
+        self._told = True
 
     def detach(self) -> None:
         """Take the hooks off the parameters: another engine takes over, or none."""
@@ -66,7 +85,7 @@ class Schedule:
         boundary's). `last`: it is the boundary's."""
         self._ready.clear()
         self._next = self._arrivals = 0
-        self._reducing = reduce
+        self._reducing, self._inside = reduce, True
         for gradients in self.order:
             gradients.begin_backward(reduce, last)
 
@@ -90,6 +109,7 @@ class Schedule:
 
         Raises RuntimeError when nothing arrived at all: that loss depends on none of the parameters.
         """
+        self._inside = False
         if not self._arrivals:
             raise RuntimeError(
                 "engine.backward(loss): no trained parameter received a gradient. The loss must come from this "
@@ -105,6 +125,10 @@ class Schedule:
             self._learned = True
             rest = [position for position in self._sequence if position not in self._ready]
             self._sequence = self.comm.broadcast_object([*self._ready, *rest])
+
+    def abandon(self) -> None:
+        """Backward failed: what still arrives belongs to nothing."""
+        self._inside = False
 
     def clear(self) -> None:
         """The gradients were used, or are of no use."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runtime.wire.messages import StepResult
+from runtime.checkpoint.manifest import read_manifest
+from runtime.wire.messages import Hello, StepResult
 from runtime.wire.rundir import read_run, read_status
 from tests.faults.conftest import FakeRun, until
 from zerotop.hub.recorder import read_messages
@@ -170,6 +171,39 @@ def test_a_users_script_is_watched_and_steered_with_no_line_added(launch, tmp_pa
     assert run.command("checkpoint").ack.step == paused.step
     assert run.command("stop").ack.step == paused.step
     see_end(run, "stopped")
+
+
+TWO = """
+import torch
+import runtime as deepspeed
+
+torch.manual_seed(0)
+first, second = torch.nn.Linear(8, 8), torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 1))
+engines = [deepspeed.initialize(model=model)[0] for model in (first, second)]
+print("at", [engine.global_steps for engine in engines])
+for _ in range(4):
+    for engine in engines:
+        for _ in range(2):
+            inputs = torch.randn(2, 8, dtype=torch.bfloat16)
+            engine.backward(engine(inputs).square().mean())
+            engine.step()
+"""
+
+
+def test_a_second_engine_has_checkpoints_of_its_own_and_no_voice(launch, tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    for attempt, (before, after) in enumerate([(0, 4), (4, 8)], start=1):
+        run = launch(name="two", script=[str(script)], overrides=["zerotop.checkpoint.interval=2"], resume=attempt == 2)
+        see_end(run, "finished")
+        assert f"at [{before}, {before}]" in (run.path / "logs" / str(attempt) / "rank-0.log").read_text()
+        folder = run.path / "checkpoints"
+        for place, parameters in ((folder, 2), (folder / "engine-2", 4)):
+            manifest = read_manifest(place / f"step-{after:08d}")
+            assert len(manifest.shapes) == parameters
+    hellos = [m for m in read_messages(run.path) if isinstance(m, Hello)]
+    assert {hello.parameters for hello in hellos} == {72}
+    assert sorted(losses(run.path)) == list(range(1, 9))
 
 
 def test_a_scripts_own_error_is_shown(launch, tmp_path):

@@ -141,7 +141,7 @@ def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str
     if point.loss_scale is not None:
         parts.append(f"scale {point.loss_scale:g}")
     if point.skipped:
-        parts.append("skipped (overflow)")
+        parts.append("skipped (overflow)" if point.loss_scale is not None else "skipped (not finite)")
     return "  ".join(parts)
 
 

@@ -1,0 +1,1 @@
+"""`deepspeed.ops`, as far as training scripts name it: the optimizers in ops/adam.py."""
