@@ -187,8 +187,9 @@ def check_host_memory(need_bytes: int, *, pin: bool, local_world: int = 1, limit
 
     About `ulimit -l`: it doesn't bound cudaHostRegister. NVIDIA's kernel module pins user pages without charging them
     to the caller's locked memory (os_lock_user_pages in kernel-open/nvidia/os-mlock.c of
-    NVIDIA/open-gpu-kernel-modules). mlock(2) is bounded, and so is what registers the same memory with an InfiniBand card (ib_umem_get in Linux's
-    drivers/infiniband/core/umem.c). So a small limit is worth a line in the log, and is no reason to refuse.
+    NVIDIA/open-gpu-kernel-modules). mlock(2) is bounded, and so is what registers the same memory with an InfiniBand
+    card (ib_umem_get in Linux's drivers/infiniband/core/umem.c). So a small limit is worth a line in the log, and is no
+    reason to refuse.
 
     Args:
         need_bytes: what each of the ranks will take, in whole pages.
