@@ -1,4 +1,7 @@
-"""The arena's memory is page-locked for CUDA while it is open, and plain afterwards. Needs an NVIDIA GPU: `make gpu-check`."""
+"""The arena's memory is page-locked for CUDA while it is open, and plain afterwards.
+
+Needs an NVIDIA GPU and a build with nvcc: `make gpu-check`.
+"""
 
 from __future__ import annotations
 
