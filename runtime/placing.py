@@ -93,9 +93,10 @@ def place(
     accumulate: torch.dtype,
     sizes: Sequence[Size],
     adam: bool,
+    transfers: Transfers | None,
 ) -> Placing:
     """Decide, and make what copies need. `sizes`: of all flats in forward order. adam: the optimizer is one that our
-    kernels know. The same on every rank.
+    kernels know. transfers: None where the device is the host. The same on every rank.
 
     Raises ConfigError on every rank where a host has too little memory.
     """
@@ -103,7 +104,7 @@ def place(
     optimizer, parameters = config.offload_optimizer, config.offload_param
     if optimizer is None and parameters is None:
         return placing
-    placing.transfers = transfers_for(comm.device)
+    placing.transfers = transfers
     plan = _plan(config, policy, comm, accumulate, sizes, remote=placing.transfers is not None)
     pin = bool((optimizer or parameters).pin_memory) and comm.device.type == "cuda"  # type: ignore[union-attr]
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -17,12 +17,14 @@ from typing import Any
 
 from runtime.estimate import activation_bytes, context_bytes, logits_bytes
 from runtime.models.presets import GPTConfig
-from runtime.zero.layout import padded
+from runtime.zero.layout import kept_on_device, padded
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STAGES = (0, 1, 2, 3)
 REDUCTIONS_IN_FLIGHT = 1
 """As runtime/zero/schedule.py has it; a test compares."""
+SLOTS = 2
+"""Buffers in each direction that copies between GPU and host pass through, as runtime/zero/downlink.py has them."""
 
 EVERYWHERE = ("root", "small")
 """Units that are open for gradients through the whole backward: see runtime/zero/cut.py."""
@@ -51,7 +53,9 @@ class Workload:
     accumulation: int = 1
     seq_len: int = 1024
     offload_ratio: float = 1.0
-    """Share of the states that offload moves to the host."""
+    """Share of the states that offload moves to the host, as near as whole units come to it."""
+    offload_parameters: bool = False
+    """Whether at stage 3 offload moves the parameters, too."""
     pin_memory: bool = True
     shape_guessed: bool = False
 
@@ -177,27 +181,32 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False) -> Layou
     world = workload.world_size
     whole = workload.padded_parameters
     owned = whole if stage == 0 else whole // world
-    on_host = int(owned * workload.offload_ratio) if offload else 0
+    offloaded = offloaded_ranges(workload, stage) if offload else []
+    on_host = sum(offloaded)
     on_gpu = owned - on_host
+    waiting = _gathered(workload) // world if offload and workload.offload_parameters and stage == 3 else 0
     # Fp32 parameters are their own masters, unless the states live elsewhere.
     master = 4 if workload.precision != "fp32" else 0
     moments = 4 * workload.moments
     accumulator = workload.accumulator_bytes
     gpu = {
-        "parameters": workload.element_bytes * (_kept_at_stage_3(workload) if stage == 3 else whole),
+        "parameters": workload.element_bytes * (_kept_at_stage_3(workload) - waiting if stage == 3 else whole),
         "gradients": accumulator * (whole if stage < 2 else on_gpu),
         "masters": master * on_gpu,
         "optimizer": moments * on_gpu,
-        "buffers": _in_flight(workload, stage, offload),
+        "buffers": _in_flight(workload, stage, shards=world > 1 or waiting > 0),
     }
     host: dict[str, int] = {}
     if offload:
         per_rank = {"gradients": accumulator * on_host if stage >= 2 else 0, "masters": 4 * on_host}
-        per_rank |= {"optimizer": moments * on_host, "staging": _staging(workload, stage)}
+        per_rank |= {"optimizer": moments * on_host, "parameters": workload.element_bytes * waiting}
+        per_rank |= {"staging": _staging(workload, max(offloaded, default=0))}
         host = {category: size * world for category, size in per_rank.items()}
     pinned = offload and workload.pin_memory
     sent = _sent(workload, stage)
-    return Layout(stage, offload, gpu | _unshared(workload), host, sent, _pcie(workload, stage, on_host), pinned)
+    return Layout(
+        stage, offload, gpu | _unshared(workload), host, sent, _pcie(workload, stage, on_host, waiting), pinned
+    )
 
 
 def _unshared(workload: Workload) -> dict[str, int]:
@@ -210,14 +219,22 @@ def _unshared(workload: Workload) -> dict[str, int]:
     }
 
 
+def offloaded_ranges(workload: Workload, stage: int) -> list[int]:
+    """Elements of each unit's states that a rank keeps on the host; whole units, those that are needed last."""
+    sharers = 1 if stage == 0 else workload.world_size
+    ranges = [padded(numel, workload.world_size) // sharers for _, numel in workload.units if numel]
+    stays = kept_on_device(ranges, workload.offload_ratio)
+    return [numel for numel, stay in zip(ranges, stays, strict=True) if not stay]
+
+
+def _gathered(workload: Workload) -> int:
+    """Padded elements that stage 3 gathers."""
+    return workload.padded_parameters - workload.small_parameters
+
+
 def _kept_at_stage_3(workload: Workload) -> int:
     """Elements: the own ranges, and what is too small to gather."""
-    small = workload.small_parameters
-    return (workload.padded_parameters - small) // workload.world_size + small
-
-
-def _sharers(workload: Workload, stage: int) -> int:
-    return 1 if stage == 0 else workload.world_size
+    return _gathered(workload) // workload.world_size + workload.small_parameters
 
 
 def _two_largest(workload: Workload) -> int:
@@ -226,20 +243,19 @@ def _two_largest(workload: Workload) -> int:
     return sum(sorted(sizes, reverse=True)[:2])
 
 
-def _in_flight(workload: Workload, stage: int, offload: bool) -> int:
+def _in_flight(workload: Workload, stage: int, shards: bool) -> int:
     """Most that the engine holds beside the states.
 
     Stages 0 and 1 reduce in place in the accumulators (through a copy of two units where gradients travel in another
     precision). From stage 2 on whole gradients live in a pool (see `pool_elements`). Stage 3 also holds the gathered
-    parameters of two units and the root. With offload from stage 2 on, two units' reduced ranges wait for their copy.
+    parameters of two units and the root, where it `shards` them. Ranges on their way to the host wait in the pool.
     """
     two, reduced = _two_largest(workload), workload.reduced_bytes(stage)
     if stage < 2:
         return 0 if reduced == workload.accumulator_bytes else reduced * two
     root = sum(padded(numel, workload.world_size) for name, numel in workload.units if name == "root")
-    gathered = workload.element_bytes * (two + root) if stage == 3 and workload.world_size > 1 else 0
-    leaving = reduced * two // workload.world_size if offload else 0
-    return reduced * pool_elements(workload) + gathered + leaving
+    gathered = workload.element_bytes * (two + root) if stage == 3 and shards else 0
+    return reduced * pool_elements(workload) + gathered
 
 
 def pool_elements(workload: Workload) -> int:
@@ -267,10 +283,10 @@ def pool_elements(workload: Workload) -> int:
     return most
 
 
-def _staging(workload: Workload, stage: int) -> int:
-    """Host memory that copies pass through: two units' new parameters and, below stage 2, two units' gradients."""
-    coming = workload.accumulator_bytes if stage < 2 else 0
-    return (workload.element_bytes + coming) * _two_largest(workload) // _sharers(workload, stage)
+def _staging(workload: Workload, largest: int) -> int:
+    """Host memory that copies pass through: slots for the gradients and for the new parameters of the largest range."""
+    down = max(workload.accumulator_bytes, workload.element_bytes)
+    return SLOTS * (down + workload.element_bytes) * largest
 
 
 def _ring(size: int, world_size: int) -> int:
@@ -296,10 +312,12 @@ def _sent(workload: Workload, stage: int) -> int:
     return _ring(per_element * workload.padded_parameters - regathered, workload.world_size)
 
 
-def _pcie(workload: Workload, stage: int, on_host: int) -> int:
-    """Copied per rank and step: gradients down (from stage 2 on at every micro-step), new parameters up."""
+def _pcie(workload: Workload, stage: int, on_host: int, waiting: int) -> int:
+    """Copied per rank and step: gradients down (from stage 2 on at every micro-step), new parameters up. Parameters
+    that wait on the host come up for every forward and backward instead."""
     down = workload.accumulation * workload.reduced_bytes(stage) if stage >= 2 else workload.accumulator_bytes
-    return (down + workload.element_bytes) * on_host
+    gathers = 2 * workload.accumulation * workload.element_bytes * waiting
+    return (down + workload.element_bytes) * on_host - workload.element_bytes * min(waiting, on_host) + gathers
 
 
 def workload_document(workload: Workload) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from runtime.config import ConfigError, Resolved
 from runtime.memory import Ledger
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.rules import Rule
-from runtime.placing import Placing, Size, place
+from runtime.placing import Placing, Size, place, transfers_for
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.wire.messages import Hello
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, RunFile, boot_id, read_run
@@ -179,10 +179,21 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
     if comm.world_size > 1:
         comm.share_memory(16 * sum(p.numel() for p in module.parameters()) + ARENA_SLACK)
     _place_buffers(module, precision, comm, ledger, values)
-    specs = _specs(cuts, parts, comm, group_of, frozen, precision)
+    offloads = config.offload_optimizer is not None or config.offload_param is not None
+    transfers = transfers_for(comm.device) if offloads else None
+    # Alone, a rank has nobody to share parameters with; they can still be elsewhere.
+    shards = comm.world_size > 1 or (config.offload_param is not None and transfers is not None)
+    specs = _specs(cuts, parts, shards, group_of, frozen, precision)
     sizes = [Size(sum(p.numel() for _, p, _ in s.members), s.dtype, s.trained, s.sharded) for s in specs]
     parts.placing = place(
-        config, parts.policy, comm, ledger, parts.numbers.accumulate, sizes, optimizer.kind in ("Adam", "AdamW")
+        config,
+        parts.policy,
+        comm,
+        ledger,
+        parts.numbers.accumulate,
+        sizes,
+        optimizer.kind in ("Adam", "AdamW"),
+        transfers,
     )
     parts.pool = BufferPool(comm, ledger)
     for index, spec in enumerate(specs):
@@ -211,17 +222,18 @@ class _Spec:
 def _specs(
     cuts: list[Cut],
     parts: Assembly,
-    comm: Comm,
+    shards: bool,
     group_of: dict[nn.Parameter, int],
     frozen: set[nn.Parameter],
     precision: torch.dtype,
 ) -> list[_Spec]:
-    """All flats in forward order; makes the units, and notes the frozen parameters that are in none."""
+    """All flats in forward order; makes the units, and notes the frozen parameters that are in none. shards: whether
+    stage 3 has anything to do."""
     specs = []
     for unit_cut in cuts:
         unit = Unit(unit_cut.name, unit_cut.modules, stays=unit_cut.everywhere)
         parts.units.append(unit)
-        sharded = parts.policy.own_parameters and comm.world_size > 1 and unit_cut.name != "small"
+        sharded = parts.policy.own_parameters and shards and unit_cut.name != "small"
         for trained in (True, False):
             for dtype, members in _by_dtype(unit_cut, group_of, frozen, precision, trained).items():
                 if trained or sharded:

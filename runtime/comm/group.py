@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.comm.pending import (
+    Arriving,
     DeviceClock,
     DevicePending,
     Done,
@@ -20,6 +21,7 @@ from runtime.comm.pending import (
 )
 from runtime.exchange import DTYPES, Exchange
 from runtime.telemetry import NullTelemetry, Telemetry
+from runtime.transfer import Copy
 
 # torch 2.13 renames both; 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -99,14 +101,23 @@ class Comm:
             "reduce_scatter", buffer, lambda a: _reduce_scatter(own, buffer, group=self.group, async_op=a), own
         )
 
-    def all_gather(self, whole: torch.Tensor, own: torch.Tensor, name: str = "") -> Pending:
+    def all_gather(self, whole: torch.Tensor, own: torch.Tensor, name: str = "", after: Copy | None = None) -> Pending:
         """Fill `whole` (1-D, a multiple of the world size) from every rank's `own`, which may be its range of
-        `whole`. name: of what it is, for ranks that part ways."""
+        `whole`. name: of what it is, for ranks that part ways. after: what brings `own` there; only the gather waits
+        for it, not the current stream."""
         if self.world_size == 1:
-            return Done()
+            return Arriving(after) if after is not None else Done()
+        if after is not None and self._clock is None:
+            after.wait_host()
         if (exchange := self._exchange_for(own)) is not None:
             return self._shared("all_gather", whole, lambda: exchange.all_gather(whole, own, name))
-        return self._start("all_gather", whole, lambda a: _all_gather(whole, own, group=self.group, async_op=a))
+
+        def start(asynchronous: bool) -> Any:
+            if after is not None and self._clock is not None:
+                after.wait_device()  # the collectives' stream is the current one here
+            return _all_gather(whole, own, group=self.group, async_op=asynchronous)
+
+        return self._start("all_gather", whole, start)
 
     def broadcast(self, buffer: torch.Tensor, source: int = 0) -> None:
         if self.world_size > 1:

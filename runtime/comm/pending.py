@@ -12,6 +12,7 @@ import torch
 
 from runtime import native
 from runtime.telemetry import NullTelemetry, Telemetry
+from runtime.transfer import Copy
 
 if TYPE_CHECKING:
     from runtime.exchange import Posted
@@ -67,6 +68,17 @@ def waiting_for_ranks(op: str) -> Iterator[None]:
             text = str(error).splitlines()[0].rpartition("] ")[2]
             raise RankGone(f"another rank is gone ({text}); this rank was waiting for it in {op}") from error
         raise
+
+
+class Arriving(Done):
+    """In a world of one: something that is being copied to where it is gathered."""
+
+    def __init__(self, copy: Copy) -> None:
+        super().__init__()
+        self._copy = copy
+
+    def wait(self) -> None:
+        self._copy.wait_device()
 
 
 class HostPending:

@@ -169,16 +169,12 @@ class Flat:
         self.before_gather()
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
         self.ledger.hold("communication", self.whole)
-        self._pending = self.comm.all_gather(self.whole, self._own_on_device(), self.name)
-
-    def _own_on_device(self) -> torch.Tensor:
-        """Where collectives can read the own range: offloaded parameters come to their place in `whole` first."""
-        if self._own_home is None or not self._own_home.remote:
-            return self.own
-        assert self._transfers is not None
-        place = self.comm.own_range(self.whole)
-        self._transfers.up(self.own, place, self._transfers.mark()).wait_device()
-        return place
+        if self._transfers is None or self._own_home is None:
+            self._pending = self.comm.all_gather(self.whole, self.own, self.name)
+            return
+        place = self.comm.own_range(self.whole)  # offloaded parameters come to their place on the device first
+        copy = self._transfers.up(self.own, place, self._transfers.mark())
+        self._pending = self.comm.all_gather(self.whole, place, self.name, after=copy)
 
     def finish_gather(self) -> None:
         """Wait for it and let the parameters show it."""

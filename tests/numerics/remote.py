@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import runtime.placing
+import runtime.setup
 from runtime import native
 from runtime.transfer import Copy
 
@@ -125,12 +126,12 @@ KINDS = {"late": LateTransfers, "prompt": PromptTransfers}
 @contextlib.contextmanager
 def remote_device(kind: str, share: float | None = None) -> Iterator[None]:
     """Engines made inside take the host's own memory for a device's. share: of every update, that is the device's."""
-    before = runtime.placing.transfers_for, runtime.placing.streamer_for, runtime.placing._measured_share
-    runtime.placing.transfers_for = lambda _device: KINDS[kind]()
+    before = runtime.setup.transfers_for, runtime.placing.streamer_for, runtime.placing._measured_share
+    runtime.setup.transfers_for = lambda _device: KINDS[kind]()
     if share is not None:
         runtime.placing.streamer_for = lambda *_given: LateStreamer()
         runtime.placing._measured_share = lambda *_given: share
     try:
         yield
     finally:
-        runtime.placing.transfers_for, runtime.placing.streamer_for, runtime.placing._measured_share = before
+        runtime.setup.transfers_for, runtime.placing.streamer_for, runtime.placing._measured_share = before

@@ -139,8 +139,6 @@ def _workload(named: str | None, resolved: Resolved, gpus: int) -> tuple[Workloa
     seq_len = resolved.zerotop.data.seq_len
     shape, units, name, notes = _model(named, resolved, seq_len)
     offload = resolved.offload_optimizer
-    if resolved.offload_param is not None:
-        notes.append("offload_param is left out: at stage 3 it moves the parameters below to the host too.")
     workload = Workload(
         name=name,
         units=tuple(units),
@@ -154,6 +152,7 @@ def _workload(named: str | None, resolved: Resolved, gpus: int) -> tuple[Workloa
         accumulation=resolved.accumulation,
         seq_len=seq_len,
         offload_ratio=offload.ratio if offload else 1.0,
+        offload_parameters=resolved.offload_param is not None,
         pin_memory=offload.pin_memory if offload else True,
         shape_guessed=named is not None and parse_count(named) is not None,
     )

@@ -1,0 +1,158 @@
+"""The trainers that are compared, at one rank: the same model, data and clipping; each returns a function that does one
+optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from benchmarks.offload.tracing import Trace
+from runtime.models.gpt import GPT
+from runtime.models.presets import PRESETS, GPTConfig
+
+ACCUMULATION = 4
+ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+CLIP = 1.0
+
+
+class Job(NamedTuple):
+    shape: GPTConfig
+    micro_batch: int
+    seq: int
+    device: torch.device
+
+    def model(self) -> GPT:
+        torch.manual_seed(0)
+        return GPT(self.shape)
+
+    def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        rows = torch.randint(self.shape.vocab_size, (self.micro_batch, self.seq + 1), generator=generator)
+        rows = rows.to(self.device)
+        return rows[:, :-1], rows[:, 1:]
+
+
+class Trainer(NamedTuple):
+    step: Callable[[int], float]  # number -> loss
+    trace: Trace | None = None  # of ours
+
+
+def job(preset: str, micro_batch: int, seq: int, device: str) -> Job:
+    full = PRESETS[preset]
+    shape = GPTConfig(full.layers, full.heads, full.dim, full.vocab_size, max(seq, 1))
+    return Job(shape, micro_batch, seq, torch.device(device))
+
+
+def _ours(job: Job, **zero: Any) -> Trainer:
+    import runtime
+
+    section = zero.pop("section", {})
+    config = {
+        "train_micro_batch_size_per_gpu": job.micro_batch,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": CLIP,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, **zero},
+        "optimizer": {"type": "AdamW", "params": {**ADAMW, "betas": list(ADAMW["betas"])}},  # type: ignore[call-overload]
+        "zerotop": section,
+    }
+    engine = runtime.initialize(model=job.model(), config=config)[0]
+    trace = Trace(engine)
+
+    def step(number: int) -> float:
+        loss = torch.zeros(())
+        for micro in range(ACCUMULATION):
+            loss = engine(*job.batch(number * ACCUMULATION + micro))
+            engine.backward(loss)
+            engine.step()
+        return loss.item()
+
+    return Trainer(step, trace)
+
+
+_TO_CPU = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+
+
+def _resident(job: Job) -> Trainer:
+    return _ours(job)
+
+
+def _offload(job: Job) -> Trainer:
+    return _ours(job, **_TO_CPU)
+
+
+def _no_overlap(job: Job) -> Trainer:
+    return _ours(job, **_TO_CPU, section={"offload": {"overlap": False}})
+
+
+def _by_cpu(job: Job) -> Trainer:
+    return _ours(job, **_TO_CPU, section={"offload": {"update": "cpu"}})
+
+
+def _by_gpu(job: Job) -> Trainer:
+    return _ours(job, **_TO_CPU, section={"offload": {"update": "gpu"}})
+
+
+def _torchao(job: Job) -> Trainer:
+    """torchao's CPUOffloadOptimizer: neither clipping nor accumulation on the GPU in its offloaded form, so gradients
+    accumulate in the parameters' precision, and are not clipped."""
+    from torchao.prototype.low_bit_optim import CPUOffloadOptimizer
+
+    model = job.model().to(job.device, torch.bfloat16)
+    optimizer = CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **ADAMW)
+    return Trainer(_plain_step(job, model, optimizer, clip=False))
+
+
+def _deepspeed(job: Job) -> Trainer:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": job.micro_batch,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": CLIP,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, **_TO_CPU},
+        "optimizer": {"type": "AdamW", "params": {**ADAMW, "betas": list(ADAMW["betas"])}},  # type: ignore[call-overload]
+    }
+    engine = deepspeed.initialize(model=job.model(), config=config)[0]
+
+    def step(number: int) -> float:
+        loss = torch.zeros(())
+        for micro in range(ACCUMULATION):
+            loss = engine(*job.batch(number * ACCUMULATION + micro))
+            engine.backward(loss)
+            engine.step()
+        return loss.item()
+
+    return Trainer(step)
+
+
+def _plain_step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, clip: bool) -> Callable[[int], float]:
+    def step(number: int) -> float:
+        loss = torch.zeros(())
+        for micro in range(ACCUMULATION):
+            loss = model(*job.batch(number * ACCUMULATION + micro))
+            (loss / ACCUMULATION).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+MODES: dict[str, Callable[[Job], Trainer]] = {
+    "resident": _resident,
+    "offload": _offload,
+    "no-overlap": _no_overlap,
+    "by-cpu": _by_cpu,
+    "by-gpu": _by_gpu,
+    "torchao": _torchao,
+    "deepspeed": _deepspeed,
+}
+"""resident: nothing offloaded. offload: as configured by default (`update: auto`, overlapping). no-overlap, by-cpu,
+by-gpu: the same with one key changed. torchao, deepspeed: where they are installed."""

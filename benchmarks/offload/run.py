@@ -1,0 +1,164 @@
+"""Offloaded updates beside resident ones, at one rank, in one run.
+
+    python -m benchmarks.offload.run --preset gpt-small --markdown benchmarks/results/offload.md
+
+Each mode runs in a process of its own, round after round. `update ms` is what updating all units takes where it is
+done; `exposed ms` how long the training thread stands still for it; `hidden` the rest. --svg and --perfetto keep one
+step of the mode `offload` as a picture and as a trace. On a GPU box: --device cuda --preset gpt-1.3b.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.context import ROOT, markdown, measured_on, table
+from benchmarks.offload.drawing import as_perfetto, as_svg
+from benchmarks.offload.modes import MODES, Trainer, job
+from runtime.models.presets import PRESETS
+
+DEFAULT = ("resident", "offload", "no-overlap")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("modes", nargs="*", metavar="MODE", help=f"default {' '.join(DEFAULT)}; of {' '.join(MODES)}")
+    parser.add_argument("--preset", default="gpt-small", choices=PRESETS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--mb", type=int, default=2, help="samples of a micro-step")
+    parser.add_argument("--seq", type=int, default=256, help="tokens of a sample")
+    parser.add_argument("--steps", type=int, default=8, help="timed ones")
+    parser.add_argument("--warm", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of torch; the update has as many of its own")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one step of `offload`")
+    parser.add_argument("--perfetto", type=Path, metavar="FILE", help="its trace, for ui.perfetto.dev")
+    parser.add_argument("--one", metavar="FILE", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.modes = options.modes or list(DEFAULT)
+    unknown = [mode for mode in options.modes if mode not in MODES]
+    if unknown:
+        parser.error(f"expected modes of {', '.join(MODES)}; got {', '.join(unknown)}")
+    if options.one:
+        return _one(options)
+    rounds, failures = _all(options)
+    first = options.modes[0]
+    rows = [_row(mode, first, rounds) for mode in options.modes]
+    header = ["mode", "step ms", f"x {first}", "update ms", "exposed ms", "hidden", "loss"]
+    print(table(header, rows))
+    for mode, reason in failures.items():
+        print(f"{mode} failed: {reason}")
+    if options.markdown:
+        context = measured_on("benchmarks.offload.run", ("torch", "deepspeed", "torchao"))
+        notes = "".join(f"\n- {mode} failed: {reason}" for mode, reason in failures.items())
+        title = f"Offload, {options.preset}, bf16, one rank on {_device_name(options.device)}"
+        options.markdown.write_text(markdown(title, context, table(header, rows, pipes=True) + notes))
+    return 1 if failures else 0
+
+
+def _all(options: argparse.Namespace) -> tuple[list[dict[str, dict[str, Any]]], dict[str, str]]:
+    rounds, failures = [], {}
+    for number in range(options.rounds):
+        records: dict[str, dict[str, Any]] = {}
+        for mode in options.modes:
+            with tempfile.TemporaryDirectory(prefix="zerotop-offload-") as folder:
+                out = Path(folder) / "record.json"
+                given = [word for word in sys.argv[1:] if word not in options.modes]
+                command = [sys.executable, "-m", "benchmarks.offload.run", *given, "--one", str(out), mode]
+                settings = {"OMP_NUM_THREADS": str(options.threads)}
+                done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, stderr=subprocess.PIPE)
+                if done.returncode or not out.exists():
+                    lines = done.stderr.decode(errors="replace").strip().splitlines()
+                    failures[mode] = lines[-1] if lines else f"exit code {done.returncode}"
+                    continue
+                records[mode] = json.loads(out.read_text())
+            print(
+                f"round {number + 1}/{options.rounds} {mode}: {records[mode]['step_ms']:.0f} ms a step", file=sys.stderr
+            )
+        rounds.append(records)
+    return rounds, failures
+
+
+def _one(options: argparse.Namespace) -> int:
+    mode = options.modes[0]
+    work = job(options.preset, options.mb, options.seq, options.device)
+    torch.set_num_threads(options.threads)
+    os.environ["ZEROTOP_DEVICE"] = options.device
+    trainer = MODES[mode](work)
+    steps, updates, exposed, loss = [], [], [], 0.0
+    for number in range(options.warm + options.steps):
+        if trainer.trace is not None:
+            trainer.trace.clear()
+        began = time.perf_counter()
+        loss = trainer.step(number)
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        if number >= options.warm:
+            steps.append((time.perf_counter() - began) * 1000)
+            if trainer.trace is not None:
+                updates.append(trainer.trace.milliseconds("update"))
+                exposed.append(_exposed(trainer))
+    if mode == "offload":
+        _keep(trainer, options, number=options.warm + options.steps)
+    record = {"step_ms": statistics.median(steps), "loss": loss}
+    if updates:
+        record |= {"update_ms": statistics.median(updates), "exposed_ms": statistics.median(exposed)}
+    Path(options.one).write_text(json.dumps(record))
+    return 0
+
+
+def _exposed(trainer: Trainer) -> float:
+    """The training thread's waits, and the updates that it does itself."""
+    assert trainer.trace is not None
+    return trainer.trace.milliseconds("wait", "training") + trainer.trace.milliseconds("update", "training")
+
+
+def _keep(trainer: Trainer, options: argparse.Namespace, number: int) -> None:
+    """From the launch of one update to the end of the next first micro-step."""
+    assert trainer.trace is not None
+    trainer.trace.clear()
+    trainer.step(number)
+    trainer.step(number + 1)
+    events = sorted(trainer.trace.events, key=lambda event: event.start_ns)
+    begin = next(event.start_ns for event in events if event.kind == "step")
+    end = next(event.end_ns for event in events if event.kind == "backward" and event.start_ns > begin)
+    shown = [event for event in events if event.start_ns >= begin and event.end_ns <= end]
+    title = f"One step of {options.preset}: the update of every unit beside the next forward ({options.device})"
+    if options.svg:
+        options.svg.write_text(as_svg(shown, title))
+    if options.perfetto:
+        options.perfetto.write_text(as_perfetto(shown))
+
+
+def _row(mode: str, first: str, rounds: list[dict[str, dict[str, Any]]]) -> list[str]:
+    records = [records[mode] for records in rounds if mode in records]
+    if not records:
+        return [mode, "failed", *[""] * 5]
+    ratios = [r[mode]["step_ms"] / r[first]["step_ms"] for r in rounds if mode in r and first in r]
+    cells = [mode, f"{statistics.median(r['step_ms'] for r in records):.0f}"]
+    cells.append(f"{statistics.median(ratios):.3f}" if ratios else "n/a")
+    if "update_ms" in records[0]:
+        update, exposed = (statistics.median(r[key] for r in records) for key in ("update_ms", "exposed_ms"))
+        cells += [f"{update:.1f}", f"{exposed:.1f}", f"{max(0.0, 1 - exposed / update):.0%}"]
+    else:
+        cells += ["n/a"] * 3
+    return [*cells, f"{records[0]['loss']:.5f}"]
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else "the CPU"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
