@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import resource
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -38,7 +39,8 @@ class _Pages(mmap.mmap):
             native.unpin(self.address)
 
     def __del__(self) -> None:
-        self.unlock()
+        if not sys.is_finalizing():  # at the process's end CUDA is gone, and so is the registration
+            self.unlock()
 
 
 class Arena:
@@ -118,7 +120,7 @@ class Arena:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_pages"):
+        if hasattr(self, "_pages") and not sys.is_finalizing():
             self.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from runtime.native.loading import (
@@ -270,7 +271,7 @@ class StreamedAdamW:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_handle", None) is not None:
+        if getattr(self, "_handle", None) is not None and not sys.is_finalizing():
             self.close()
 
 
