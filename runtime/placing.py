@@ -15,11 +15,12 @@ import torch
 from runtime import cores, native
 from runtime.comm import Comm
 from runtime.config import ConfigError, Resolved
+from runtime.hostmemory import HostMemoryError, check_host_memory
 from runtime.memory import Ledger, zeros
 from runtime.optim.hostside import HostSide, Streamer
 from runtime.optim.share import SAMPLE, Rates, device_share, measure
 from runtime.optim.streamed import STATE_BYTES, GpuStreamer
-from runtime.pinned import Arena, HostMemoryError, check_host_memory, page_rounded
+from runtime.pinned import Arena, page_rounded
 from runtime.transfer import CudaTransfers, Transfers
 from runtime.zero.downlink import SLOTS, Downlink
 from runtime.zero.home import Allocate, Home

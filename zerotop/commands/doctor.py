@@ -141,6 +141,29 @@ def _terminal() -> Finding:
     return Finding("terminal", "ok", text)
 
 
+def _host_memory() -> Finding:
+    from runtime.hostmemory import gib_text, read_limits
+
+    limits = read_limits()
+    text = f"{gib_text(limits.available_bytes)} available"
+    if limits.group_left_bytes < limits.available_bytes:
+        left, limit = gib_text(limits.group_left_bytes), gib_text(limits.group_limit_bytes)
+        return Finding("host memory", "ok", f"{left} left of this control group's {limit}: what offload can take")
+    return Finding("host memory", "ok", f"{text}: what offload can take")
+
+
+def _cores() -> Finding:
+    from runtime.cores import read_machine
+
+    machine = read_machine()
+    nodes = {core.node for core in machine.cores}
+    logical = sum(len(core.cpus) for core in machine.cores)
+    text = f"{len(machine.cores)} physical, {logical} logical, {len(nodes)} NUMA node{'s' if len(nodes) > 1 else ''}"
+    if machine.quota_cpus < len(machine.cores):
+        return Finding("cores", "ok", f"{text}; the control group pays for {machine.quota_cpus:g}")
+    return Finding("cores", "ok", text)
+
+
 def _locked_memory() -> Finding:
     import resource
 
@@ -191,6 +214,8 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _nvml,
     _ssh,
     _terminal,
+    _cores,
+    _host_memory,
     _locked_memory,
     _shared_memory,
     _state_home,
