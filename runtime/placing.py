@@ -125,8 +125,8 @@ def place(
         slots = [placing.host.zeros("communication", size, torch.uint8) for size in plan.slots]
         downlink = Downlink(placing.transfers, placing.executor, threads, slots[:SLOTS])
         placing.side = HostSide(placing.transfers, downlink, slots[SLOTS:])
-        if adam and config.zerotop.offload.update != "cpu":
-            _share_with_device(config, placing, comm, accumulate, allocate)
+        if config.zerotop.offload.update != "cpu":
+            _share_with_device(config, placing, comm, accumulate, adam)
     return placing
 
 
@@ -235,12 +235,14 @@ def streamer_for(device: torch.device, chunk_bytes: int, gradient: torch.dtype, 
     return GpuStreamer(device, chunk_bytes, gradient, out) if usable else None
 
 
-def _share_with_device(
-    config: Resolved, placing: Placing, comm: Comm, accumulate: torch.dtype, allocate: Allocate
-) -> None:
+def _share_with_device(config: Resolved, placing: Placing, comm: Comm, accumulate: torch.dtype, adam: bool) -> None:
     """zerotop.offload.update: gpu gives the device all, auto what it was measured to be worth."""
     side, section = placing.side, config.zerotop.offload
     assert side is not None
+    if not adam:
+        if section.update == "gpu":
+            raise ConfigError('zerotop.offload.update: "gpu" is for AdamW and Adam; this optimizer needs "cpu"')
+        return
     pinned = config.offload_optimizer is not None and config.offload_optimizer.pin_memory
     if not pinned:
         if section.update == "gpu":

@@ -129,6 +129,11 @@ class Config(Section):
                 "shards parameters"
             )
             offload_param = None
+        if device == "cpu" and zero.offload_optimizer is not None and zerotop.offload.update == "gpu":
+            found.problem(
+                ("zerotop", "offload", "update"),
+                ': "gpu" needs one, and this run is on the CPU. Leave it out, or write "cpu"',
+            )
         if self.prescale_gradients and self.gradient_predivide_factor != 1.0:
             found.problem(
                 ("gradient_predivide_factor",),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import threading
 from functools import partial
+from math import inf
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import runtime.placing
 from runtime import zero
 from runtime.api import initialize
 from runtime.comm.group import SHARED_MEMORY_VARIABLE
+from runtime.config import ConfigError, load
+from runtime.hostmemory import Limits, check_host_memory
 from tests.numerics.models import Uneven, make
 from tests.numerics.remote import remote_device
 from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
@@ -256,6 +260,45 @@ def failing_update() -> str:
     with pytest.raises(MemoryError, match="for the update") as caught:
         engine(*micro_batch(3, 0, dist.get_rank(), 1))
     return str(caught.value)
+
+
+def refused(optimizer: str, update: str, pin: bool) -> str:
+    settings = offloaded(config(2, 1, clip=0.0, optimizer=optimizer))
+    settings["zero_optimization"]["offload_optimizer"]["pin_memory"] = pin
+    resolved = load(settings).resolve(1, "cpu", script=True)  # with "gpu" it would be refused here already
+    section = resolved.zerotop.offload.model_copy(update={"update": update})
+    resolved = resolved.model_copy(update={"zerotop": resolved.zerotop.model_copy(update={"offload": section})})
+    with remote_device("late"), pytest.raises(ConfigError) as caught:
+        initialize(model=make("plain"), config=resolved)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "pin", "message"),
+    [
+        ("Adagrad", True, '"gpu" is for AdamW and Adam'),
+        ("AdamW", False, "offload_optimizer.pin_memory to true"),
+        ("AdamW", True, "needs the CUDA kernels"),
+    ],
+)
+def test_what_the_gpu_cannot_update(ranks, optimizer, pin, message):
+    assert message in ranks(1).run(refused, optimizer, "gpu", pin)[0]
+
+
+def too_little_memory() -> str:
+    runtime.placing.check_host_memory = partial(check_host_memory, limits=Limits(1000.0, 0, inf, inf, inf))
+    try:
+        with pytest.raises(ConfigError) as caught:
+            initialize(model=make("plain"), config=offloaded(config(2, 1, clip=0.0)))
+    finally:
+        runtime.placing.check_host_memory = check_host_memory
+    return str(caught.value)
+
+
+def test_too_little_host_memory_is_said_before_anything_is_taken(ranks):
+    for text in ranks(2).run(too_little_memory):
+        assert text.startswith("zero_optimization.offload_optimizer: offload needs ")
+        assert "but this machine has only" in text
 
 
 def test_an_error_in_the_update_reaches_the_script(ranks):

@@ -315,3 +315,14 @@ def test_config_never_imports_torch() -> None:
     code = f"import sys, runtime.config, runtime.knobs; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_gpu_that_is_not_there_cannot_update() -> None:
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "zerotop": {"offload": {"update": "GPU"}},
+    }
+    assert load(settings).resolve(1, "cuda").zerotop.offload.update == "gpu"
+    with pytest.raises(ConfigError, match='zerotop.offload.update: "gpu" needs one, and this run is on the CPU'):
+        load(settings).resolve(1, "cpu")
