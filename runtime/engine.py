@@ -12,7 +12,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,20 @@ log = logging.getLogger("runtime.engine")
 
 _engines: WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = WeakKeyDictionary()
 """The engine that holds each module's parameters."""
+
+
+_under_way: set[Engine] = set()
+"""Engines of which an update is under way: a script that has only the module left must find it complete."""
+
+
+def _when_alive(engine: Engine, act: Callable[[Engine], None]) -> Callable[[], None]:
+    weak = weakref.ref(engine)
+
+    def call() -> None:
+        if (alive := weak()) is not None:
+            act(alive)
+
+    return call
 
 
 def release(module: nn.Module) -> None:
@@ -107,9 +121,12 @@ class Engine:
             parts.units,
             parts.rules,
             self.telemetry,
-            parts.placing.executor if parts.placing.overlap else None,
+            parts.placing.executor,
             parts.placing.side,
+            parts.placing.overlap,
+            on_idle=_when_alive(self, _under_way.discard),
         )
+        self._transfers = parts.placing.transfers
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain)
         _engines[module] = weakref.ref(self)
         self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
@@ -257,12 +274,15 @@ class Engine:
     def _update(self, numbers: list[dict[str, Any]], scale: float) -> None:
         self.optimizer_steps += 1
         self.gathering.stale()
+        _under_way.add(self)
         self.updates.launch(numbers, self.optimizer_steps, scale)
 
     def synchronize(self) -> None:
         """Returns when the last step's update is complete, for scripts that read parameters or states themselves: with
-        offload it may still be under way after step(). On a GPU: for what the current stream does next."""
+        offload it may still be under way after step()."""
         self.updates.drain()
+        if self._transfers is not None:
+            self._transfers.settle()  # the device writes host memory, too, and gathers read it
 
     def _rescale(self, overflow: bool) -> None:
         """fp16: the next loss scale. Raises RuntimeError when it can't be lowered any more."""

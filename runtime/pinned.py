@@ -7,6 +7,7 @@ each tensor has pages of its own, as many as it needs.
 from __future__ import annotations
 
 import mmap
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -25,13 +26,14 @@ class _Pages(mmap.mmap):
 
     address = 0
     locked = False
+    process = 0
 
     def lock(self, device: int) -> None:
         native.pin(self.address, len(self), device)
-        self.locked = True
+        self.locked, self.process = True, os.getpid()
 
     def unlock(self) -> None:
-        if self.locked:
+        if self.locked and self.process == os.getpid():
             self.locked = False
             native.unpin(self.address)
 
@@ -43,8 +45,8 @@ class _Pages(mmap.mmap):
 class Arena:
     """Gives out 1-D tensors of zeros in host memory.
 
-    `close`, or the end of the arena, ends page-locking. Tensors that somebody still holds stay valid, as plain memory:
-    copies from or to them must have ended before.
+    `close`, or the end of the arena, waits for the GPU and ends page-locking. Tensors that somebody still holds stay
+    valid, as plain memory. In a forked process neither does anything: the memory is the parent's.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Arena:
             threads: how many threads touch the pages first; None: OpenMP's default.
         """
         self._pin, self._device, self._nodes, self._threads = pin, device, tuple(nodes), threads
+        self._process = os.getpid()
         self._pages: list[_Pages] = []
         self._requested = 0
 
@@ -107,6 +110,11 @@ class Arena:
     def close(self) -> None:
         """End page-locking and give back the memory of all tensors that nobody holds. A second call does nothing."""
         pages, self._pages, self._requested = self._pages, [], 0
+        if self._pin and pages and os.getpid() == self._process:
+            import torch
+
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize(self._device)  # copies may still be under way
         for mapping in pages:
             mapping.unlock()
 

@@ -19,10 +19,11 @@ from runtime.hostmemory import HostMemoryError, check_host_memory
 from runtime.memory import Ledger, zeros
 from runtime.optim.hostside import HostSide, Streamer
 from runtime.optim.share import SAMPLE, Rates, device_share, measure
-from runtime.optim.streamed import STATE_BYTES, GpuStreamer
+from runtime.optim.streamed import STATE_BYTES, GpuStreamer, ring_bytes
 from runtime.pinned import Arena, page_rounded
 from runtime.transfer import CudaTransfers, Transfers
 from runtime.zero.downlink import SLOTS, Downlink
+from runtime.zero.gradients import GradientNumbers
 from runtime.zero.home import Allocate, Home
 from runtime.zero.layout import kept_on_device, padded
 from runtime.zero.stage import StagePolicy
@@ -91,7 +92,7 @@ def place(
     policy: StagePolicy,
     comm: Comm,
     ledger: Ledger,
-    accumulate: torch.dtype,
+    numbers: GradientNumbers,
     sizes: Sequence[Size],
     adam: bool,
     transfers: Transfers | None,
@@ -106,48 +107,56 @@ def place(
     if optimizer is None and parameters is None:
         return placing
     placing.transfers = transfers
-    plan = _plan(config, policy, comm, accumulate, sizes, remote=placing.transfers is not None)
-    pin = bool((optimizer or parameters).pin_memory) and comm.device.type == "cuda"  # type: ignore[union-attr]
+    plan = _plan(config, policy, comm, numbers, sizes, remote=placing.transfers is not None)
+    pins = [section is not None and section.pin_memory for section in (optimizer, parameters)]
+    pin = any(pins) and comm.device.type == "cuda"
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     _check_memory(plan, pin, local_world, comm)
     share = _bound(local_world)
-    allocate = _host_memory(comm.device, pin, share, ledger)
+    for_optimizer, for_parameters = _host_memory(comm.device, pins, share, ledger)
     remote = placing.transfers is not None
     if parameters is not None:
-        placing.own_host = Home(ledger, allocate, offloaded=True, remote=remote)
+        placing.own_host = Home(ledger, for_parameters, offloaded=True, remote=remote)
     if optimizer is None:
         return placing
-    placing.host = Home(ledger, allocate, offloaded=True, remote=remote)
+    placing.host = Home(ledger, for_optimizer, offloaded=True, remote=remote)
     placing.on_host, placing.overlap = plan.on_host, config.zerotop.offload.overlap
     threads = share.threads if share is not None and remote else torch.get_num_threads()
-    placing.executor = ThreadPoolExecutor(1, "offload", torch.set_num_threads, (threads,))
+    placing.executor = ThreadPoolExecutor(1, "offload", _enter, (threads, comm.device))
     if placing.transfers is not None and any(plan.on_host):
         slots = [placing.host.zeros("communication", size, torch.uint8) for size in plan.slots]
         downlink = Downlink(placing.transfers, placing.executor, threads, slots[:SLOTS])
         placing.side = HostSide(placing.transfers, downlink, slots[SLOTS:])
         if config.zerotop.offload.update != "cpu":
-            _share_with_device(config, placing, comm, accumulate, adam)
+            _share_with_device(config, placing, comm, numbers.accumulate, adam, threads)
     return placing
 
 
+def _enter(threads: int, device: torch.device) -> None:
+    """The updating thread begins."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else its calls would make a context on the first GPU
+    torch.set_num_threads(threads)
+
+
 def _plan(
-    config: Resolved, policy: StagePolicy, comm: Comm, accumulate: torch.dtype, sizes: Sequence[Size], remote: bool
+    config: Resolved, policy: StagePolicy, comm: Comm, numbers: GradientNumbers, sizes: Sequence[Size], remote: bool
 ) -> _Plan:
     ranges = tuple(_state_numel(size, policy, comm.world_size) for size in sizes)
     on_host = [False] * len(sizes)
     if config.offload_optimizer is not None:
         trained = [index for index, size in enumerate(sizes) if size.trained]
         stays = kept_on_device([ranges[index] for index in trained], config.offload_optimizer.ratio)
-        room = _room(config, comm, sizes, ranges)
+        room = _room(config, policy, comm, numbers, sizes, ranges)
         for index, stay in zip(trained, stays, strict=True):
             room -= STATE_BYTES * ranges[index]
             on_host[index] = not stay and room < 0
     moving = [(n, size.dtype) for n, size, on in zip(ranges, sizes, on_host, strict=True) if on]
     slots: list[int] = []
     if remote and moving:
-        down = max(n * max(accumulate.itemsize, dtype.itemsize) for n, dtype in moving)
+        down = max(n * _travels(policy, numbers, dtype) for n, dtype in moving)
         slots = [down] * SLOTS + [max(n * dtype.itemsize for n, dtype in moving)] * SLOTS
-    kept = accumulate.itemsize if policy.own_gradients else 0
+    kept = numbers.accumulate.itemsize if policy.own_gradients else 0
     blocks = [*slots]
     for n, _ in moving:
         blocks += [4 * n, 4 * n, 4 * n, kept * n]
@@ -156,12 +165,29 @@ def _plan(
     return _Plan(ranges, tuple(on_host), tuple(slots), tuple(blocks))
 
 
+def _travels(policy: StagePolicy, numbers: GradientNumbers, dtype: torch.dtype) -> int:
+    """Most bytes per element that gradients have on their way to the host: after no_sync they come as they
+    accumulated."""
+    if not policy.own_gradients:
+        return numbers.accumulate.itemsize
+    if numbers.communicate is not None:
+        return numbers.communicate.itemsize
+    return max(dtype.itemsize, numbers.accumulate.itemsize)
+
+
 def _state_numel(size: Size, policy: StagePolicy, world_size: int) -> int:
     whole = padded(size.numel, world_size)
     return whole // world_size if policy.own_states else whole
 
 
-def _room(config: Resolved, comm: Comm, sizes: Sequence[Size], ranges: Sequence[int]) -> int:
+def _room(
+    config: Resolved,
+    policy: StagePolicy,
+    comm: Comm,
+    numbers: GradientNumbers,
+    sizes: Sequence[Size],
+    ranges: Sequence[int],
+) -> int:
     """Bytes of VRAM for states that may stay, on the rank that has least: what is free now, less the parameters and
     gradients to come and zerotop.offload.vram_reserve_gib."""
     reserve = config.zerotop.offload.vram_reserve_gib
@@ -170,7 +196,11 @@ def _room(config: Resolved, comm: Comm, sizes: Sequence[Size], ranges: Sequence[
     coming = 0
     for size, own in zip(sizes, ranges, strict=True):
         whole = padded(size.numel, comm.world_size)
-        coming += size.dtype.itemsize * (own if size.sharded else whole) + 4 * own * size.trained
+        waits = size.sharded and config.offload_param is not None
+        coming += 0 if waits else size.dtype.itemsize * (own if size.sharded else whole)
+        coming += numbers.accumulate.itemsize * (own if policy.own_gradients else whole) * size.trained
+    if config.zerotop.offload.update != "cpu":
+        coming += ring_bytes(_chunk_bytes(config), numbers.accumulate, torch.float32)
     largest = sorted((padded(s.numel, comm.world_size) * s.dtype.itemsize for s in sizes), reverse=True)[:2]
     free = torch.cuda.mem_get_info(comm.device)[0]
     room = free - coming - 2 * sum(largest) - int(reserve * 2**30)
@@ -210,6 +240,8 @@ def _gpu_nodes(local_world: int) -> list[int | None]:
     if not torch.cuda.is_available() or torch.cuda.device_count() < local_world:
         return []
     found: list[Any] = [torch.cuda.get_device_properties(index) for index in range(local_world)]
+    if not all(hasattr(p, "pci_bus_id") for p in found):
+        return []
     ids = [f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0" for p in found]
     return [cores.gpu_node(pci) for pci in ids]
 
@@ -219,14 +251,17 @@ def transfers_for(device: torch.device) -> Transfers | None:
     return CudaTransfers(device) if device.type == "cuda" else None
 
 
-def _host_memory(device: torch.device, pin: bool, share: cores.Share | None, ledger: Ledger) -> Allocate:
-    """Where host memory comes from. Beside a GPU all of it is there before training begins; on a CPU it is memory like
-    any other."""
+def _host_memory(
+    device: torch.device, pins: Sequence[bool], share: cores.Share | None, ledger: Ledger
+) -> list[Allocate]:
+    """Where host memory comes from, page-locked or not. Beside a GPU all of it is there before training begins; on a
+    CPU it is memory like any other."""
     if device.type != "cuda":
-        return lambda numel, dtype: zeros(numel, dtype, torch.device("cpu"))
-    arena = Arena(pin=pin, device=device.index, nodes=share.nodes if share else (), threads=None)
-    ledger.pinned = lambda: (arena.requested_bytes, arena.real_bytes) if pin else (0, 0)
-    return arena.zeros
+        return [lambda numel, dtype: zeros(numel, dtype, torch.device("cpu")) for _ in pins]
+    arenas = {pin: Arena(pin=pin, device=device.index, nodes=share.nodes if share else ()) for pin in set(pins)}
+    if locked := arenas.get(True):
+        ledger.pinned = lambda: (locked.requested_bytes, locked.real_bytes)
+    return [arenas[pin].zeros for pin in pins]
 
 
 def streamer_for(device: torch.device, chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> Streamer | None:
@@ -235,7 +270,9 @@ def streamer_for(device: torch.device, chunk_bytes: int, gradient: torch.dtype, 
     return GpuStreamer(device, chunk_bytes, gradient, out) if usable else None
 
 
-def _share_with_device(config: Resolved, placing: Placing, comm: Comm, accumulate: torch.dtype, adam: bool) -> None:
+def _share_with_device(
+    config: Resolved, placing: Placing, comm: Comm, accumulate: torch.dtype, adam: bool, threads: int
+) -> None:
     """zerotop.offload.update: gpu gives the device all, auto what it was measured to be worth."""
     side, section = placing.side, config.zerotop.offload
     assert side is not None
@@ -251,7 +288,7 @@ def _share_with_device(config: Resolved, placing: Placing, comm: Comm, accumulat
                 "zero_optimization.offload_optimizer.pin_memory to true"
             )
         return
-    side.streamer = streamer_for(comm.device, int(section.chunk_mib * 2**20), accumulate, torch.float32)
+    side.streamer = streamer_for(comm.device, _chunk_bytes(config), accumulate, torch.float32)
     if side.streamer is None:
         if section.update == "gpu":
             raise ConfigError(
@@ -259,15 +296,23 @@ def _share_with_device(config: Resolved, placing: Placing, comm: Comm, accumulat
                 'why); use "cpu"'
             )
         return
-    side.device_share = 1.0 if section.update == "gpu" else _measured_share(side, comm)
+    side.device_share = 1.0 if section.update == "gpu" else _measured_share(side, comm, threads)
+    if side.device_share == 0.0:
+        side.streamer = None  # and with it goes its memory
+    for memory in placing.working_memory:
+        placing.device.hold("communication", memory)
 
 
-def _measured_share(side: HostSide, comm: Comm) -> float:
+def _chunk_bytes(config: Resolved) -> int:
+    return int(config.zerotop.offload.chunk_mib * 2**20)
+
+
+def _measured_share(side: HostSide, comm: Comm, threads: int) -> float:
     """All ranks of a host measure at once, for that is how they will update."""
     assert side.streamer is not None
     with Arena(pin=True, device=comm.device.index) as arena:
         comm.gather_objects(None)
-        rates = _rates(side.streamer, side.transfers, arena.zeros, comm.device)
+        rates = _rates(side.streamer, side.transfers, arena.zeros, comm.device, threads)
     share = device_share(rates)
     if comm.rank == 0:
         log.info(
@@ -278,10 +323,9 @@ def _measured_share(side: HostSide, comm: Comm) -> float:
     return share
 
 
-def _rates(streamer: Streamer, transfers: Transfers, allocate: Allocate, device: torch.device) -> Rates:
+def _rates(streamer: Streamer, transfers: Transfers, allocate: Allocate, device: torch.device, threads: int) -> Rates:
     on_cpu, on_gpu = ([allocate(SAMPLE, torch.float32) for _ in range(4)] for _ in range(2))
     out = torch.empty(SAMPLE, dtype=torch.bfloat16, device=device)
-    threads = torch.get_num_threads()
     hyper: dict[str, Any] = {"step": 1, "lr": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
     hyper |= {"weight_decay": 0.0, "adamw": True}
 

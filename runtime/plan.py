@@ -200,7 +200,7 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False) -> Layou
     if offload:
         per_rank = {"gradients": accumulator * on_host if stage >= 2 else 0, "masters": 4 * on_host}
         per_rank |= {"optimizer": moments * on_host, "parameters": workload.element_bytes * waiting}
-        per_rank |= {"staging": _staging(workload, max(offloaded, default=0))}
+        per_rank |= {"staging": _staging(workload, stage, max(offloaded, default=0))}
         host = {category: size * world for category, size in per_rank.items()}
     pinned = offload and workload.pin_memory
     sent = _sent(workload, stage)
@@ -283,9 +283,11 @@ def pool_elements(workload: Workload) -> int:
     return most
 
 
-def _staging(workload: Workload, largest: int) -> int:
+def _staging(workload: Workload, stage: int, largest: int) -> int:
     """Host memory that copies pass through: slots for the gradients and for the new parameters of the largest range."""
-    down = max(workload.accumulator_bytes, workload.element_bytes)
+    down = workload.accumulator_bytes
+    if stage >= 2:  # after no_sync gradients travel as they accumulated, if nothing is said about it
+        down = ELEMENT_BYTES[workload.reduce_dtype] if workload.reduce_dtype else max(down, workload.element_bytes)
     return SLOTS * (down + workload.element_bytes) * largest
 
 

@@ -190,7 +190,7 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
         parts.policy,
         comm,
         ledger,
-        parts.numbers.accumulate,
+        parts.numbers,
         sizes,
         optimizer.kind in ("Adam", "AdamW"),
         transfers,

@@ -39,6 +39,9 @@ class Transfers(Protocol):
     def up(self, source: torch.Tensor, target: torch.Tensor, after: Any) -> Copy:
         """Copy `source` (host) to `target` (device), the same way."""
 
+    def settle(self) -> None:
+        """Returns when the device neither reads nor writes host memory any more."""
+
 
 class Copies:
     """Several of them."""
@@ -81,10 +84,13 @@ class CudaTransfers:
         return event
 
     def down(self, source: torch.Tensor, target: torch.Tensor, after: Any) -> CudaCopy:
-        return self._copy(self.down_stream, after, source, target, source)
+        return self._copy(self.down_stream, after, source, target)
 
     def up(self, source: torch.Tensor, target: torch.Tensor, after: Any) -> CudaCopy:
-        return self._copy(self.up_stream, after, source, target, target)
+        return self._copy(self.up_stream, after, source, target)
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
 
     def _copy(
         self,
@@ -92,12 +98,12 @@ class CudaTransfers:
         after: torch.cuda.Event,
         source: torch.Tensor,
         target: torch.Tensor,
-        on_device: torch.Tensor,
     ) -> CudaCopy:
         stream.wait_event(after)
+        # No record_stream: whoever frees the memory on the device has waited for the copy, and the allocator would keep
+        # every block until it has seen so itself.
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-        on_device.record_stream(stream)  # its memory is not handed out again before the copy has ended
-        done = torch.cuda.Event()
+        done = torch.cuda.Event(blocking=True)  # waiting threads sleep
         done.record(stream)
         return CudaCopy(self.device, done)

@@ -68,12 +68,16 @@ __device__ __forceinline__ void store8(Fp32, float* x, const float (&r)[8]) {
 
 struct OnDevice {                                       // torch's current device is left as it was
   int before = 0;
+  bool changed = false;
   cudaError_t error;
   explicit OnDevice(int device) {
     error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
+    changed = error == cudaSuccess && before != device;
+    if (changed) error = cudaSetDevice(device);
   }
-  ~OnDevice() { cudaSetDevice(before); }
+  ~OnDevice() {                                         // setting a device makes its context: not for nothing
+    if (changed) cudaSetDevice(before);
+  }
 };
 
 inline int grid_for(int device, int64_t items) {        // enough to fill the GPU, no more than there is work

@@ -111,13 +111,9 @@ class Comm:
             after.wait_host()
         if (exchange := self._exchange_for(own)) is not None:
             return self._shared("all_gather", whole, lambda: exchange.all_gather(whole, own, name))
-
-        def start(asynchronous: bool) -> Any:
-            if after is not None and self._clock is not None:
-                after.wait_device()  # the collectives' stream is the current one here
-            return _all_gather(whole, own, group=self.group, async_op=asynchronous)
-
-        return self._start("all_gather", whole, start)
+        return self._start(
+            "all_gather", whole, lambda a: _all_gather(whole, own, group=self.group, async_op=a), after=after
+        )
 
     def broadcast(self, buffer: torch.Tensor, source: int = 0) -> None:
         if self.world_size > 1:
@@ -143,11 +139,16 @@ class Comm:
         return SharedPending(self.telemetry, op, _nbytes(buffer), start)
 
     def _start(
-        self, op: str, buffer: torch.Tensor, start: Callable[[bool], Any], own: torch.Tensor | None = None
+        self,
+        op: str,
+        buffer: torch.Tensor,
+        start: Callable[[bool], Any],
+        own: torch.Tensor | None = None,
+        after: Copy | None = None,
     ) -> Pending:
-        """`start(async_op)` calls the backend."""
+        """`start(async_op)` calls the backend. after: on a GPU, what its stream waits for first."""
         if self._clock is not None:
-            return DevicePending(self._clock, op, _nbytes(buffer), lambda: start(False), own)
+            return DevicePending(self._clock, op, _nbytes(buffer), lambda: start(False), own, after)
         return HostPending(self.telemetry, op, _nbytes(buffer), lambda: start(True), own)
 
     # ---- small things between ranks, on the host -----------------------------------------------------------

@@ -146,6 +146,9 @@ class SharedPending:
         self._telemetry.completed(self._seq, self._op, self._nbytes, posted.issue_ns, posted.end_ns, posted.wait_ns)
 
 
+ZERO_HOLDS_NS = 10_000_000_000
+
+
 class DeviceClock:
     """A GPU stream of our own for collectives, and its events as times of CLOCK_MONOTONIC."""
 
@@ -155,14 +158,25 @@ class DeviceClock:
         self._zero = torch.cuda.Event(enable_timing=True)
         self._zero.record(self.stream)
         self._zero.synchronize()
-        self._zero_ns = time.monotonic_ns()
+        self._zero_ns = self._zeroed_ns = time.monotonic_ns()
+        self._next_zero: torch.cuda.Event | None = None
         self._unreported: deque[DevicePending] = deque()
+
+    def _move_zero(self) -> None:
+        """CUDA tells times between events as fp32 milliseconds: after an hour they are a quarter of one apart."""
+        if self._next_zero is not None and self._next_zero.query():
+            self._zero_ns, self._zero, self._next_zero = self.ns(self._next_zero), self._next_zero, None
+        elif self._next_zero is None and time.monotonic_ns() - self._zeroed_ns > ZERO_HOLDS_NS:
+            self._zeroed_ns = time.monotonic_ns()
+            self._next_zero = torch.cuda.Event(enable_timing=True)
+            self._next_zero.record(self.stream)
 
     def ns(self, event: torch.cuda.Event) -> int:
         return self._zero_ns + int(self._zero.elapsed_time(event) * 1e6)
 
     def watch(self, pending: DevicePending) -> None:
         self.report()
+        self._move_zero()
         self._unreported.append(pending)
 
     def report(self) -> None:
@@ -177,14 +191,23 @@ class DevicePending:
     __slots__ = ("_clock", "_end", "_nbytes", "_op", "_own", "_reached", "_seq", "_start")
 
     def __init__(
-        self, clock: DeviceClock, op: str, nbytes: int, start: Callable[[], Any], own: torch.Tensor | None = None
+        self,
+        clock: DeviceClock,
+        op: str,
+        nbytes: int,
+        start: Callable[[], Any],
+        own: torch.Tensor | None = None,
+        after: Copy | None = None,
     ) -> None:
+        """after: a copy that the collective's stream waits for first."""
         self._clock, self._op, self._nbytes, self._own = clock, op, nbytes, own
         self._seq = clock.telemetry.issued(op, nbytes)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._reached: torch.cuda.Event | None = None
         clock.stream.wait_stream(torch.cuda.current_stream(clock.stream.device))
         with torch.cuda.stream(clock.stream):
+            if after is not None:
+                after.wait_device()
             self._start.record()
             start()  # not async_op: this stream itself then waits for the backend's
             self._end.record()
@@ -195,11 +218,13 @@ class DevicePending:
         self._reached = torch.cuda.Event(enable_timing=True)
         self._reached.record(current)
         current.wait_event(self._end)
+        self._own = None  # waiting to be reported must not keep a buffer
 
     def into(self, target: torch.Tensor, add: bool) -> None:
+        own = self._own
         self.wait()
-        assert self._own is not None
-        combine(target, self._own, add)
+        assert own is not None
+        combine(target, own, add)
 
     def fence(self) -> None:
         """Nothing: whoever writes next does so on the stream that `wait` has ordered."""

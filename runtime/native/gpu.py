@@ -14,6 +14,7 @@ from runtime.native.loading import (
     check,
     check_apart,
     cuda,
+    cuda_available,
     hyper,
     i32,
     i64,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _GRAD_ON_HOST, _OUT_ON_HOST = 1, 2  # csrc/ranges.h
 _NO_STREAM = 2**64 - 1
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU
 
 
 class Range(NamedTuple):
@@ -180,19 +182,21 @@ class StreamedAdamW:
         check("memory", memory, memory.numel(), ("torch.uint8",), "cuda")
         if memory.numel() < need:
             raise ValueError(f"memory has {memory.numel()} bytes; {slots} slots of {chunk} elements need {need}")
-        self._memory = memory
+        self._memory, self._shape = memory, (chunk, slots, grad_size, out_size)
+        self._open()
+
+    def _open(self) -> None:
         self._handle = u64()
-        raise_for_cuda(
-            cuda().zt_stream_new(
-                memory.device.index,
-                memory.data_ptr(),
-                chunk,
-                slots,
-                grad_size,
-                out_size,
-                ctypes.byref(self._handle),
-            )
-        )
+        self._address = self._memory.data_ptr()
+        device, handle = self._memory.device.index, ctypes.byref(self._handle)
+        raise_for_cuda(cuda().zt_stream_new(device, self._address, *self._shape, handle))
+
+    def _follow_memory(self) -> None:
+        """A storage can be given back and taken anew elsewhere (runtime/parking.py), with nothing under way."""
+        if self._memory.data_ptr() != self._address:
+            handle, self._handle = self._handle, u64()
+            raise_for_cuda(cuda().zt_stream_free(handle))
+            self._open()
 
     @staticmethod
     def bytes_needed(chunk: int, slots: int, grad_size: int = 0, out_size: int = 0) -> int:
@@ -232,6 +236,7 @@ class StreamedAdamW:
         """
         if self._handle.value == 0:
             raise RuntimeError("this StreamedAdamW is closed")
+        self._follow_memory()
         for event in (wait_event, signal_event):
             if event == 0:
                 raise ValueError("an event that was never recorded has no handle: record it once before")
@@ -278,15 +283,28 @@ class StreamedAdamW:
 def pin(address: int, nbytes: int, device: int) -> None:
     """Page-lock mapped memory for every GPU of this process; `device` is where a context is made if there is none yet.
 
+    Works without the CUDA kernels, too: torch has the same calls.
+
     Raises:
         RuntimeError: CUDA refused; most often the host is out of memory, or the range is registered already.
     """
-    raise_for_cuda(cuda().zt_pin(address, nbytes, device))
+    if cuda_available():
+        raise_for_cuda(cuda().zt_pin(address, nbytes, device))
+        return
+    import torch
+
+    with torch.cuda.device(device):
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE)))
 
 
 def unpin(address: int) -> None:
     """Undo `pin`, by the same address. No copy from or to the memory may be under way."""
-    raise_for_cuda(cuda().zt_unpin(address))
+    if cuda_available():
+        raise_for_cuda(cuda().zt_unpin(address))
+        return
+    import torch
+
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
 
 
 def _check_range(r: Range, hypers: int, device: torch.device, *, states: str, gradient: tuple[str, ...]) -> None:

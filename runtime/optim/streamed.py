@@ -16,13 +16,23 @@ SLOTS = 3
 """One is being loaded, one updated, one stored."""
 
 
+def _chunk(chunk_bytes: int) -> int:
+    """Elements."""
+    return max(64, chunk_bytes // STATE_BYTES // 64 * 64)
+
+
+def ring_bytes(chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> int:
+    """What a streamer takes on the device."""
+    return SLOTS * _chunk(chunk_bytes) * (STATE_BYTES + gradient.itemsize + out.itemsize)
+
+
 class GpuStreamer:
     """`native.StreamedAdamW` as a HostSide uses it."""
 
     def __init__(self, device: torch.device, chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> None:
         """chunk_bytes: of states in each slot. gradient, out: what pieces may have on the host."""
         self.device = device
-        chunk = max(64, chunk_bytes // STATE_BYTES // 64 * 64)
+        chunk = _chunk(chunk_bytes)
         sizes = {"grad_size": gradient.itemsize, "out_size": out.itemsize}
         nbytes = native.StreamedAdamW.bytes_needed(chunk, SLOTS, **sizes)
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -16,10 +16,12 @@ does so later for the first time is an error, not a wrong result.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from runtime.comm import Done, Pending
@@ -46,10 +48,16 @@ class Updates:
         telemetry: Telemetry | NullTelemetry,
         executor: Executor | None = None,
         host: HostSide | None = None,
+        overlap: bool = True,
+        on_idle: Callable[[], None] = lambda: None,
     ) -> None:
-        """executor: one thread, for flats whose states are offloaded; None: nothing overlaps. host: what those rules
-        use, where they need it."""
+        """executor: one thread, for flats whose states are offloaded; None: none are. host: what those rules use, where
+        they need it. overlap: whether the next forward runs meanwhile. on_idle: called when nothing is under way any
+        more."""
         self.rules, self.telemetry, self.executor, self.host = list(rules), telemetry, executor, host
+        self.overlap, self.on_idle = overlap and executor is not None, on_idle
+        self._stream: Any = None
+        """Of the training thread on a GPU: whoever waits, it is the one that goes on with the parameters."""
         self.units = [unit for unit in units if unit.flats]
         self._jobs: list[Future[None] | None] = []
         self._at = 0  # jobs before this one are finished, and their parameters gathered
@@ -64,7 +72,7 @@ class Updates:
         self._called: set[int] = set()
         """ids of units of which a module ran since the last update."""
         self._hooks: list[Any] = []
-        if executor is not None:
+        if self.overlap:
             self._watch(module)
 
     def _watch(self, module: nn.Module) -> None:
@@ -91,42 +99,45 @@ class Updates:
 
     def detach(self) -> None:
         """Another engine takes over, or none."""
-        self.drain()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        try:
+            self.drain()
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
 
     # ---- the step --------------------------------------------------------------------------------------------------
     def launch(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         """Optimizer step `step` with gradient x `scale`. What is left to do afterwards, `need` and `drain` wait for."""
         self.drain()
+        device = self.rules[0].flat.comm.device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         if self.host is not None:
             self.host.after = self.host.transfers.mark()
-        overlap = self.executor is not None and self._taken >= LEARNING_STEPS
-        self._taken += 1
-        if not overlap:
-            self._all_now(groups, step, scale)
-            return
-        assert self.executor is not None
         self._called.clear()
         self._at = 0
-        self._jobs = []
-        for rule in self.rules:
-            if rule.flat.home.offloaded:
-                self._jobs.append(self.executor.submit(rule.update, groups, step, scale))
-            else:
-                rule.update(groups, step, scale)
-                self._jobs.append(None)
+        self._jobs = [self._start(rule, groups, step, scale) for rule in self.rules]
+        overlap = self.overlap and self._taken >= LEARNING_STEPS
+        self._taken += 1
+        if not overlap:
+            self._all_now()
 
-    def _all_now(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
+    def _start(self, rule: Rule, groups: Sequence[Hyper], step: int, scale: float) -> Future[None] | None:
+        if self.executor is not None and rule.flat.home.offloaded:
+            return self.executor.submit(rule.update, groups, step, scale)
+        rule.update(groups, step, scale)
+        return None
+
+    def _all_now(self) -> None:
         """Every unit in forward order; while one is gathered the next is updated already."""
         gathers = []
-        for rule in self.rules:
-            rule.update(groups, step, scale)
+        for position, rule in enumerate(self.rules):
+            self._own_is_ready(position)
             gathers.append(self._gather(rule.flat))
         with self.telemetry.span("gather"):
             for gather in gathers:
                 gather.wait()
+        self._idle()
 
     def _gather(self, flat: Flat) -> Pending:
         if flat.arrival is not None:
@@ -144,15 +155,32 @@ class Updates:
         """Returns when all of the last step is done. Raises what went wrong in it."""
         if self._at < len(self._jobs):
             self._finish(len(self._jobs))
+        self._idle()
+
+    def _idle(self) -> None:
         self._jobs = []
         self._at = 0
+        self.on_idle()
 
     def _finish(self, end: int) -> None:
-        while self._at < end:
-            self._own_is_ready(self._at)
-            with self.telemetry.span("gather"):
-                self._gather(self.rules[self._at].flat).wait()
-            self._at += 1
+        with self._on_training_stream():
+            while self._at < end:
+                self._own_is_ready(self._at)
+                with self.telemetry.span("gather"):
+                    self._gather(self.rules[self._at].flat).wait()
+                self._at += 1
+
+    @contextmanager
+    def _on_training_stream(self) -> Iterator[None]:
+        """On a GPU: what is waited for inside, the training's stream waits for, and the current one after it."""
+        if self._stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self._stream.device)
+        with torch.cuda.stream(self._stream):
+            yield
+        if current != self._stream:
+            current.wait_stream(self._stream)
 
     def _own_is_ready(self, position: int) -> None:
         job, flat = self._jobs[position], self.rules[position].flat
@@ -176,7 +204,7 @@ class Updates:
 
     def check(self) -> None:
         """After a backward: see [Note: parameters used outside their unit's forward]. Raises RuntimeError."""
-        if self.executor is None:
+        if not self.overlap:
             return
         for unit in self.units:
             if id(unit) in self._called or id(unit) in self._early:

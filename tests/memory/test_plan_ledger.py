@@ -20,6 +20,7 @@ from runtime.models.presets import PRESETS, GPTConfig, unit_parameters
 from runtime.pinned import page_rounded
 from runtime.placing import Size, _plan
 from runtime.plan import Workload, stage_layout
+from runtime.zero.gradients import GradientNumbers
 from runtime.zero.stage import policy_for
 from tests.numerics.remote import remote_device
 from tests.ranks import Ranks
@@ -115,7 +116,7 @@ def test_a_7b_offload_pins_what_the_plan_says() -> None:
     )
     sizes = [Size(numel, torch.bfloat16, trained=True, sharded=False) for _, numel in units]
     comm: Any = SimpleNamespace(world_size=1, device=torch.device("cpu"))
-    blocks = _plan(config, policy_for(2, False), comm, torch.float32, sizes, remote=True).blocks
+    blocks = _plan(config, policy_for(2, False), comm, GradientNumbers(torch.float32), sizes, remote=True).blocks
     planned = stage_layout(Workload("7b", tuple(units), shape, 1), 2, offload=True).host_bytes
     assert sum(blocks) == planned > 100 * 2**30
     assert page_rounded(blocks) - planned < mmap.PAGESIZE * len(blocks) < 2**20

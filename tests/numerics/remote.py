@@ -44,6 +44,9 @@ class LateStream:
             self._waiting.append((source, target))
             return LateCopy(self, self._done + len(self._waiting))
 
+    def run_all(self) -> None:
+        self.run(self._done + len(self._waiting))
+
     def run(self, number: int) -> None:
         with self._lock:
             while self._done < number:
@@ -64,6 +67,10 @@ class LateTransfers:
 
     def up(self, source: torch.Tensor, target: torch.Tensor, after: Any) -> Copy:
         return self._up.add(source, target)
+
+    def settle(self) -> None:
+        for stream in (self._down, self._up):
+            stream.run_all()
 
 
 class PromptTransfers(LateTransfers):

@@ -3,8 +3,10 @@ stays on the device; and parameters that are read only when they are there."""
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from functools import partial
 from math import inf
 from typing import Any
@@ -303,3 +305,54 @@ def test_too_little_host_memory_is_said_before_anything_is_taken(ranks):
 
 def test_an_error_in_the_update_reaches_the_script(ranks):
     assert ranks(1).run(failing_update) == ["no memory for the update"]
+
+
+def dropped_meanwhile() -> None:
+    """A script keeps the module only, while the last update is still under way."""
+    settings = config(2, 1, clip=0.0)
+    plain, ours = (initialize(model=make("plain"), config=c)[0] for c in (settings, offloaded(settings)))
+    began = threading.Event()
+    for rule in ours.rules:
+        rule.update = partial(_after, began, rule.update)
+    for step in range(4):
+        began.set()
+        for engine in (plain, ours):
+            engine.backward(engine(*micro_batch(step, 0, dist.get_rank(), 2)))
+        if step == 3:
+            began.clear()
+        ours.step()
+        plain.step()
+    module, gone = ours.module, weakref.ref(ours)
+    del engine, ours, rule
+    gc.collect()
+    assert gone() is not None
+    began.set()
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, plain.module.state_dict()[name]), name
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_engine_that_is_dropped_finishes_its_update(ranks):
+    ranks(2).run(dropped_meanwhile)
+
+
+def who_settles(folder: str) -> None:
+    """What touches host memory from the script's thread waits for the device, too."""
+    with remote_device("late", 0.5):
+        engine = initialize(model=make("plain"), config=offloaded(config(2, 1, clip=0.0)))[0]
+    settled: list[int] = []
+    engine._transfers.settle = lambda: settled.append(engine.global_steps)
+    for step in range(3):
+        engine.backward(engine(*micro_batch(step, 0, dist.get_rank(), 2)))
+        engine.step()
+    assert not settled  # training itself never does
+    engine.synchronize()
+    engine.save_checkpoint(folder)
+    engine.load_checkpoint(folder)
+    engine.parking.park()
+    assert settled == [3] * 4
+
+
+def test_who_reads_states_waits_for_the_device(ranks, tmp_path):
+    ranks(2).run(who_settles, str(tmp_path))

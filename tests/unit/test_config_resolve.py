@@ -324,5 +324,5 @@ def test_a_gpu_that_is_not_there_cannot_update() -> None:
         "zerotop": {"offload": {"update": "GPU"}},
     }
     assert load(settings).resolve(1, "cuda").zerotop.offload.update == "gpu"
-    with pytest.raises(ConfigError, match='zerotop.offload.update: "gpu" needs one, and this run is on the CPU'):
+    with pytest.raises(ConfigError, match=r'zerotop\.offload\.update: "gpu" needs one, and this run is on the CPU'):
         load(settings).resolve(1, "cpu")
