@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +34,17 @@ SHARED_MEMORY_VARIABLE = "ZEROTOP_SHARED_MEMORY"
 
 _shared: tuple[Any, dist.ProcessGroup] | None = None
 """The world and its control group."""
+
+
+def _leave_groups() -> None:
+    """Before the interpreter takes its modules apart: a Gloo group whose last reference its own thread drops aborts the
+    process. What the script has left already is left alone."""
+    global _shared
+    shared, _shared = _shared, None
+    if shared is None or not dist.is_initialized() or dist.group.WORLD is not shared[0]:
+        return
+    gc.collect()  # engines, and the collectives that they remember
+    dist.destroy_process_group(None if dist.get_backend() == "gloo" else shared[1])
 
 
 class Comm:
@@ -159,6 +172,8 @@ class Comm:
         global _shared
         world = dist.group.WORLD
         if _shared is None or _shared[0] is not world:
+            if _shared is None:
+                atexit.register(_leave_groups)
             _shared = (world, dist.new_group(backend="gloo"))
         return _shared[1]
 
