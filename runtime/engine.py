@@ -274,8 +274,9 @@ class Engine:
     def _update(self, numbers: list[dict[str, Any]], scale: float) -> None:
         self.optimizer_steps += 1
         self.gathering.stale()
-        _under_way.add(self)
         self.updates.launch(numbers, self.optimizer_steps, scale)
+        if self.updates.under_way:
+            _under_way.add(self)
 
     def synchronize(self) -> None:
         """Returns when the last step's update is complete, for scripts that read parameters or states themselves: with

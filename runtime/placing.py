@@ -158,10 +158,13 @@ def _plan(
         slots = [down] * SLOTS + [max(n * dtype.itemsize for n, dtype in moving)] * SLOTS
     kept = numbers.accumulate.itemsize if policy.own_gradients else 0
     blocks = [*slots]
-    for n, _ in moving:
-        blocks += [4 * n, 4 * n, 4 * n, kept * n]
-    if config.offload_param is not None:
-        blocks += [n * size.dtype.itemsize for n, size in zip(ranges, sizes, strict=True) if size.sharded]
+    for n, size, on in zip(ranges, sizes, on_host, strict=True):
+        waits = size.sharded and config.offload_param is not None
+        if on:
+            own_masters = waits and size.dtype == torch.float32
+            blocks += [0 if own_masters else 4 * n, 4 * n, 4 * n, kept * n]
+        if waits:
+            blocks.append(n * size.dtype.itemsize)
     return _Plan(ranges, tuple(on_host), tuple(slots), tuple(blocks))
 
 

@@ -181,26 +181,27 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False) -> Layou
     world = workload.world_size
     whole = workload.padded_parameters
     owned = whole if stage == 0 else whole // world
-    offloaded = offloaded_ranges(workload, stage) if offload else []
-    on_host = sum(offloaded)
+    offloaded = offloaded_ranges(workload, stage) if offload else {}
+    on_host = sum(offloaded.values())
     on_gpu = owned - on_host
-    waiting = _gathered(workload) // world if offload and workload.offload_parameters and stage == 3 else 0
-    # Fp32 parameters are their own masters, unless the states live elsewhere.
-    master = 4 if workload.precision != "fp32" else 0
+    waits = offload and workload.offload_parameters and stage == 3
+    waiting = _gathered(workload) // world if waits else 0
+    apart = _masters_apart(workload, offloaded, waits) if offload else (0, 0)
+    masters = (4 * on_gpu, 4 * on_host) if workload.precision != "fp32" else apart
     moments = 4 * workload.moments
     accumulator = workload.accumulator_bytes
     gpu = {
         "parameters": workload.element_bytes * (_kept_at_stage_3(workload) - waiting if stage == 3 else whole),
         "gradients": accumulator * (whole if stage < 2 else on_gpu),
-        "masters": master * on_gpu,
+        "masters": masters[0],
         "optimizer": moments * on_gpu,
         "buffers": _in_flight(workload, stage, shards=world > 1 or waiting > 0),
     }
     host: dict[str, int] = {}
     if offload:
-        per_rank = {"gradients": accumulator * on_host if stage >= 2 else 0, "masters": 4 * on_host}
+        per_rank = {"gradients": accumulator * on_host if stage >= 2 else 0, "masters": masters[1]}
         per_rank |= {"optimizer": moments * on_host, "parameters": workload.element_bytes * waiting}
-        per_rank |= {"staging": _staging(workload, stage, max(offloaded, default=0))}
+        per_rank |= {"staging": _staging(workload, stage, max(offloaded.values(), default=0))}
         host = {category: size * world for category, size in per_rank.items()}
     pinned = offload and workload.pin_memory
     sent = _sent(workload, stage)
@@ -219,12 +220,22 @@ def _unshared(workload: Workload) -> dict[str, int]:
     }
 
 
-def offloaded_ranges(workload: Workload, stage: int) -> list[int]:
+def offloaded_ranges(workload: Workload, stage: int) -> dict[str, int]:
     """Elements of each unit's states that a rank keeps on the host; whole units, those that are needed last."""
     sharers = 1 if stage == 0 else workload.world_size
-    ranges = [padded(numel, workload.world_size) // sharers for _, numel in workload.units if numel]
-    stays = kept_on_device(ranges, workload.offload_ratio)
-    return [numel for numel, stay in zip(ranges, stays, strict=True) if not stay]
+    ranges = {name: padded(numel, workload.world_size) // sharers for name, numel in workload.units if numel}
+    stays = kept_on_device(list(ranges.values()), workload.offload_ratio)
+    return {name: numel for (name, numel), stay in zip(ranges.items(), stays, strict=True) if not stay}
+
+
+def _masters_apart(workload: Workload, offloaded: dict[str, int], waits: bool) -> tuple[int, int]:
+    """Bytes on the GPU and on the host of masters of fp32 parameters, which are their own masters unless parameters and
+    states live apart. `waits`: parameters that are gathered live on the host."""
+    everything = offloaded_ranges(dataclasses.replace(workload, offload_ratio=1.0), 3) if waits else {}
+    gathered = everything.keys() - {"small"}
+    on_gpu = sum(numel for name, numel in everything.items() if name in gathered and name not in offloaded)
+    on_host = sum(numel for name, numel in offloaded.items() if name not in gathered)
+    return 4 * on_gpu, 4 * on_host
 
 
 def _gathered(workload: Workload) -> int:

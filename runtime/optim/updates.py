@@ -145,15 +145,19 @@ class Updates:
             flat.arrival = None
         return Done() if flat.sharded else flat.gather_updated()
 
+    @property
+    def under_way(self) -> bool:
+        return self._at < len(self._jobs)
+
     # ---- waiting ---------------------------------------------------------------------------------------------------
     def need(self, unit: Unit) -> None:
         """Returns when the parameters of `unit`, and of all units before it, are those of the last step."""
-        if self._at < len(self._jobs):
+        if self.under_way:
             self._finish(self._ends[id(unit)])
 
     def drain(self) -> None:
         """Returns when all of the last step is done. Raises what went wrong in it."""
-        if self._at < len(self._jobs):
+        if self.under_way:
             self._finish(len(self._jobs))
         self._idle()
 
