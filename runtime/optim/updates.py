@@ -116,22 +116,28 @@ class Updates:
             self.host.after = self.host.transfers.mark()
         self._called.clear()
         self._at = 0
-        self._jobs = [self._start(rule, groups, step, scale) for rule in self.rules]
+        self._jobs = [self._submitted(rule, groups, step, scale) for rule in self.rules]
         overlap = self.overlap and self._taken >= LEARNING_STEPS
         self._taken += 1
         if not overlap:
-            self._all_now()
+            self._all_now(groups, step, scale)
+            return
+        for rule, job in zip(self.rules, self._jobs, strict=True):
+            if job is None:
+                rule.update(groups, step, scale)
 
-    def _start(self, rule: Rule, groups: Sequence[Hyper], step: int, scale: float) -> Future[None] | None:
-        if self.executor is not None and rule.flat.home.offloaded:
-            return self.executor.submit(rule.update, groups, step, scale)
-        rule.update(groups, step, scale)
-        return None
+    def _submitted(self, rule: Rule, groups: Sequence[Hyper], step: int, scale: float) -> Future[None] | None:
+        """None: the training thread updates it."""
+        if self.executor is None or not rule.flat.home.offloaded:
+            return None
+        return self.executor.submit(rule.update, groups, step, scale)
 
-    def _all_now(self) -> None:
+    def _all_now(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         """Every unit in forward order; while one is gathered the next is updated already."""
         gathers = []
         for position, rule in enumerate(self.rules):
+            if self._jobs[position] is None:
+                rule.update(groups, step, scale)
             self._own_is_ready(position)
             gathers.append(self._gather(rule.flat))
         with self.telemetry.span("gather"):
