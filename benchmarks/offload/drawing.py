@@ -20,7 +20,7 @@ WIDTH, LEFT, LANE, GAP, TOP = 1100, 90, 44, 14, 34
 
 
 def as_svg(events: Sequence[Event], title: str) -> str:
-    """One step from the launch of its update on; both threads on one time axis."""
+    """Both threads on one time axis, from the launch of an update on."""
     begin, end = min(e.start_ns for e in events), max(e.end_ns for e in events)
     scale = (WIDTH - LEFT - 12) / (end - begin)
     height = TOP + len(LANES) * (LANE + GAP) + 58
@@ -53,7 +53,8 @@ def as_svg(events: Sequence[Event], title: str) -> str:
     for tick in range(6):
         x = LEFT + (WIDTH - LEFT - 12) * tick / 5
         ms = (end - begin) / 1e6 * tick / 5
-        parts.append(f'<text x="{x:.0f}" y="{y + 8}" fill="#5b626b" text-anchor="middle">{ms:.0f} ms</text>')
+        anchor = "end" if tick == 5 else "middle"
+        parts.append(f'<text x="{x:.0f}" y="{y + 8}" fill="#5b626b" text-anchor="{anchor}">{ms:.0f} ms</text>')
     for index, (kind, colour) in enumerate(COLOURS.items()):
         x = LEFT + index * 120
         parts.append(f'<rect x="{x}" y="{y + 24}" width="14" height="14" fill="{colour}"/>')

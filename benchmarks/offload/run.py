@@ -125,16 +125,17 @@ def _exposed(trainer: Trainer) -> float:
 
 
 def _keep(trainer: Trainer, options: argparse.Namespace, number: int) -> None:
-    """From the launch of one update to the end of the next first micro-step."""
+    """From the launch of one update to where the backward of the next micro-step has begun."""
     assert trainer.trace is not None
     trainer.trace.clear()
     trainer.step(number)
     trainer.step(number + 1)
     events = sorted(trainer.trace.events, key=lambda event: event.start_ns)
     begin = next(event.start_ns for event in events if event.kind == "step")
-    end = next(event.end_ns for event in events if event.kind == "backward" and event.start_ns > begin)
-    shown = [event for event in events if event.start_ns >= begin and event.end_ns <= end]
-    title = f"One step of {options.preset}: the update of every unit beside the next forward ({options.device})"
+    backward = next(event.start_ns for event in events if event.kind == "backward" and event.start_ns > begin)
+    end = backward + (backward - begin) // 10
+    shown = [e._replace(end_ns=min(e.end_ns, end)) for e in events if begin <= e.start_ns < end]
+    title = f"{options.preset} on {options.device}: the update of every unit beside the next forward"
     if options.svg:
         options.svg.write_text(as_svg(shown, title))
     if options.perfetto:
