@@ -6,6 +6,7 @@ each tensor has pages of its own, as many as it needs.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 _HUGE_PAGE = 2 << 20
+_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU
 
 
 class _Pages(mmap.mmap):
@@ -29,13 +31,13 @@ class _Pages(mmap.mmap):
     process = 0
 
     def lock(self, device: int) -> None:
-        native.pin(self.address, len(self), device)
+        _pin(self.address, len(self), device)
         self.locked, self.process = True, os.getpid()
 
     def unlock(self) -> None:
         if self.locked and self.process == os.getpid():
             self.locked = False
-            native.unpin(self.address)
+            _unpin(self.address)
 
     def __del__(self) -> None:
         if not sys.is_finalizing():  # at the process's end CUDA is gone, and so is the registration
@@ -141,6 +143,36 @@ def power_of_two_rounded(sizes: Iterable[int]) -> int:
     Source: CachingHostAllocator, c10::llvm::PowerOf2Ceil(size) in aten/src/ATen/core/CachingHostAllocator.h.
     """
     return sum(1 << (size - 1).bit_length() for size in sizes if size)
+
+
+def _pin(address: int, nbytes: int, device: int) -> None:
+    """Where the CUDA kernels are not built, torch makes the same call."""
+    if _has_kernels():
+        native.pin(address, nbytes, device)
+        return
+    import torch
+
+    with torch.cuda.device(device):
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE)))
+
+
+def _unpin(address: int) -> None:
+    if _has_kernels():
+        native.unpin(address)
+        return
+    import torch
+
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    """Asked once: what was page-locked by the one is not unlocked by the other."""
+    try:
+        native.cuda()
+    except ImportError:
+        return False
+    return True
 
 
 def _advise(pages: mmap.mmap, advice: int) -> None:

@@ -14,7 +14,6 @@ from runtime.native.loading import (
     check,
     check_apart,
     cuda,
-    cuda_available,
     hyper,
     i32,
     i64,
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 _GRAD_ON_HOST, _OUT_ON_HOST = 1, 2  # csrc/ranges.h
 _NO_STREAM = 2**64 - 1
-_PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU
 
 
 class Range(NamedTuple):
@@ -283,28 +281,15 @@ class StreamedAdamW:
 def pin(address: int, nbytes: int, device: int) -> None:
     """Page-lock mapped memory for every GPU of this process; `device` is where a context is made if there is none yet.
 
-    Works without the CUDA kernels, too: torch has the same calls.
-
     Raises:
         RuntimeError: CUDA refused; most often the host is out of memory, or the range is registered already.
     """
-    if cuda_available():
-        raise_for_cuda(cuda().zt_pin(address, nbytes, device))
-        return
-    import torch
-
-    with torch.cuda.device(device):
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE)))
+    raise_for_cuda(cuda().zt_pin(address, nbytes, device))
 
 
 def unpin(address: int) -> None:
     """Undo `pin`, by the same address. No copy from or to the memory may be under way."""
-    if cuda_available():
-        raise_for_cuda(cuda().zt_unpin(address))
-        return
-    import torch
-
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
+    raise_for_cuda(cuda().zt_unpin(address))
 
 
 def _check_range(r: Range, hypers: int, device: torch.device, *, states: str, gradient: tuple[str, ...]) -> None:

@@ -39,6 +39,7 @@ def mapped(address: int) -> dict[str, int]:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What CUDA is asked for, in order; an entry for a mapping that is gone already would be a crash on a GPU box."""
     calls: list[tuple[str, int]] = []
+    monkeypatch.setattr(pinned, "_has_kernels", lambda: True)
     monkeypatch.setattr(native, "pin", lambda address, nbytes, device: calls.append(("pin", address)))
 
     def unpin(address: int) -> None:
