@@ -171,6 +171,12 @@ class Engine:
         except BaseException as error:
             self.schedule.abandon()
             self._failure = f"engine.backward(loss) at step {self.global_steps + 1} ended with {type(error).__name__}"
+            if self.gathering.units and "storage of size 0" in str(error):  # torch's words for memory that was released
+                raise RuntimeError(
+                    "stage 3: backward reached parameters of a unit that was released: its forward's results came back "
+                    "by a way that no hook sees (a backward through a backward, create_graph=True, does that). Use "
+                    "zero_optimization.stage 2 for this model, or hold the units in zero.GatheredParameters meanwhile"
+                ) from error
             raise
         self._loss_sum = self._loss_sum + loss.detach().double()
         self._losses += 1

@@ -440,3 +440,31 @@ def given_up(stage: int) -> list[str]:
 
 def test_a_forward_that_was_given_up(ranks):
     assert ranks(2).run(given_up, 2) == ranks(2).run(given_up, 3)
+
+
+def gradient_penalty(stage: int, hold: bool) -> float:
+    engine = started(stage=stage)
+    tokens, targets = micro_batch(0, 0, dist.get_rank(), 2)
+    seen: list[torch.Tensor] = []
+    engine.module.blocks[0].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    with zero.GatheredParameters(engine.module, enabled=hold):
+        loss = engine(tokens, targets)
+        (slope,) = torch.autograd.grad(loss, seen[0], create_graph=True)
+        engine.backward(loss + slope.square().sum())
+    engine.step()
+    return engine.get_global_grad_norm()
+
+
+def refused_penalty() -> str:
+    with pytest.raises(RuntimeError, match="stage 3: backward reached parameters of a unit") as caught:
+        gradient_penalty(3, hold=False)
+    return str(caught.value)
+
+
+def test_a_backward_through_a_backward(ranks):
+    group = ranks(2)
+    assert group.run(gradient_penalty, 2, False) == group.run(gradient_penalty, 3, True)
+    try:
+        assert all("GatheredParameters" in text for text in group.run(refused_penalty))
+    finally:
+        group.broken = True
