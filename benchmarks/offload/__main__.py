@@ -1,6 +1,6 @@
 """Offloaded updates beside resident ones, at one rank, in one run.
 
-    python -m benchmarks.offload.run --preset gpt-small --markdown benchmarks/results/offload.md
+    python -m benchmarks.offload --preset gpt-small --markdown benchmarks/results/offload.md
 
 Each mode runs in a process of its own, round after round. `update ms` is what updating all units takes where it is
 done; `exposed ms` how long the training thread stands still for it; `hidden` the rest. --svg and --perfetto keep one
@@ -31,7 +31,7 @@ DEFAULT = ("resident", "offload", "no-overlap")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(prog="offload", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("modes", nargs="*", metavar="MODE", help=f"default {' '.join(DEFAULT)}; of {' '.join(MODES)}")
     parser.add_argument("--preset", default="gpt-small", choices=PRESETS)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -60,7 +60,7 @@ def main() -> int:
     for mode, reason in failures.items():
         print(f"{mode} failed: {reason}")
     if options.markdown:
-        context = measured_on("benchmarks.offload.run", ("torch", "deepspeed", "torchao"))
+        context = measured_on("benchmarks.offload", ("torch", "deepspeed", "torchao"))
         notes = "".join(f"\n- {mode} failed: {reason}" for mode, reason in failures.items())
         title = f"Offload, {options.preset}, bf16, one rank on {_device_name(options.device)}"
         options.markdown.write_text(markdown(title, context, table(header, rows, pipes=True) + notes))
@@ -75,7 +75,7 @@ def _all(options: argparse.Namespace) -> tuple[list[dict[str, dict[str, Any]]], 
             with tempfile.TemporaryDirectory(prefix="zerotop-offload-") as folder:
                 out = Path(folder) / "record.json"
                 given = [word for word in sys.argv[1:] if word not in options.modes]
-                command = [sys.executable, "-m", "benchmarks.offload.run", *given, "--one", str(out), mode]
+                command = [sys.executable, "-m", "benchmarks.offload", *given, "--one", str(out), mode]
                 settings = {"OMP_NUM_THREADS": str(options.threads)}
                 done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, stderr=subprocess.PIPE)
                 if done.returncode or not out.exists():
