@@ -126,7 +126,8 @@ def kept_on_device(sizes: Sequence[int], ratio: float) -> list[bool]:
     stays: list[bool] = []
     wanted, kept = (1 - ratio) * sum(sizes), 0
     for size in sizes:
-        stay = abs(kept + size - wanted) < abs(kept - wanted) and all(stays)
+        nearer = abs(kept + size - wanted) < abs(kept - wanted) or size == 0
+        stay = nearer and all(stays)
         stays.append(stay)
         kept += size * stay
     return stays

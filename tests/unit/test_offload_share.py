@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from runtime.optim.share import Rates, device_share, measure
@@ -35,6 +35,7 @@ def test_measuring_counts_what_is_done():
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=40), st.floats(0, 1))
+@example([0, 1], 0.0)
 def test_the_first_ranges_stay_as_near_to_the_ratio_as_can_be(sizes, ratio):
     stays = kept_on_device(sizes, ratio)
     assert stays == sorted(stays, reverse=True)
