@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from runtime import checkpoint
+from runtime.answers import Answers
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
@@ -65,7 +66,7 @@ def release(module: nn.Module) -> None:
         engine._detach()
 
 
-class Engine:
+class Engine(Answers):
     """One rank's part of a training run. Made by `initialize`."""
 
     def __init__(
@@ -458,98 +459,12 @@ class Engine:
                     f"neither the engine nor its module ({type(self.module).__name__}) has an attribute {name!r}"
                 ) from None
 
-    # ---- what scripts ask ----------------------------------------------------------------------------------
-    def train(self, mode: bool = True) -> Engine:
-        self.module.train(mode)
-        return self
-
-    def eval(self) -> Engine:
-        return self.train(False)
-
-    @property
-    def training(self) -> bool:
-        return self.module.training
-
-    @property
-    def local_rank(self) -> int:
-        return self.session.local_rank
-
-    @property
-    def global_rank(self) -> int:
-        return self.comm.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.comm.world_size
-
-    @property
-    def global_samples(self) -> int:
-        return self.global_steps * self.config.global_batch
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        return self.module.parameters(recurse)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.module.named_parameters()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The module's; at stage 3 copies in host memory, and every rank must call it."""
-        return self.module.state_dict()
-
-    def zero_grad(self) -> None:
-        """Nothing to do, on purpose: a step() uses the gradients and drops them, those of other engines' losses are
-        never kept, and scripts written for DeepSpeed call this between the micro-steps of one accumulation, where
-        clearing would lose gradients."""
-
-    def get_global_grad_norm(self) -> float | None:
-        """L2 norm of the last step's mean gradient, before clipping; None before the first step."""
-        return self._norm
-
-    def get_lr(self) -> list[float]:
-        """The learning rate of each parameter group at the next step, the run's factor included."""
-        return [group["lr"] for group in self.optimizer.numbers(self.lr_factor)]
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return self.config.micro_batch
-
-    def gradient_accumulation_steps(self) -> int:
-        return self.config.accumulation
-
-    def train_batch_size(self) -> int:
-        return self.config.global_batch
-
-    def gradient_clipping(self) -> float:
-        return self.config.gradient_clipping
-
-    def zero_optimization_stage(self) -> int:
-        return self.config.stage
-
-    @property
-    def skipped_steps(self) -> int:
-        """Optimizer steps that changed nothing, because a gradient was not finite."""
-        return self.global_steps - self.optimizer_steps - self.foreign_steps
-
-    @property
-    def loss_scale(self) -> float:
-        """Factor on the loss; 1 unless the precision is fp16."""
-        return self.scaler.scale
-
     def _detach(self) -> None:
         """Another engine takes the model over."""
         self.updates.detach()
         self.schedule.detach()
         self.gathering.detach()
         self.whole.detach()
-
-    def zero_optimization(self) -> bool:
-        """Whether anything is sharded."""
-        return self.config.stage > 0
-
-    def fp16_enabled(self) -> bool:
-        return self.config.precision == "fp16"
-
-    def bfloat16_enabled(self) -> bool:
-        return self.config.precision == "bf16"
 
     def finish(self) -> None:
         """The training is complete: last checkpoint, and the hub hears that this rank finished."""

@@ -14,7 +14,7 @@ from runtime.models.gpt import GPT
 from runtime.models.presets import PRESETS, GPTConfig
 
 ACCUMULATION = 4
-ADAMW = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 CLIP = 1.0
 
 
@@ -50,17 +50,25 @@ def _ours(job: Job, **zero: Any) -> Trainer:
     import runtime
 
     section = zero.pop("section", {})
-    config = {
+    config = {**_config(job), "zero_optimization": {"stage": 2, **zero}, "zerotop": section}
+    engine = runtime.initialize(model=job.model(), config=config)[0]
+    trace = Trace(engine)
+    return Trainer(_engine_step(job, engine), trace)
+
+
+def _config(job: Job) -> dict[str, Any]:
+    """What ours and DeepSpeed's have in common."""
+    return {
         "train_micro_batch_size_per_gpu": job.micro_batch,
         "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": CLIP,
         "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 2, **zero},
-        "optimizer": {"type": "AdamW", "params": {**ADAMW, "betas": list(ADAMW["betas"])}},  # type: ignore[call-overload]
-        "zerotop": section,
+        "optimizer": {"type": "AdamW", "params": dict(ADAMW)},
     }
-    engine = runtime.initialize(model=job.model(), config=config)[0]
-    trace = Trace(engine)
+
+
+def _engine_step(job: Job, engine: Any) -> Callable[[int], float]:
+    """DeepSpeed's calls and ours are the same. `engine.backward` is looked up each time: the trace replaces it."""
 
     def step(number: int) -> float:
         loss = torch.zeros(())
@@ -70,7 +78,7 @@ def _ours(job: Job, **zero: Any) -> Trainer:
             engine.step()
         return loss.item()
 
-    return Trainer(step, trace)
+    return step
 
 
 _TO_CPU = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
@@ -103,41 +111,23 @@ def _torchao(job: Job) -> Trainer:
 
     model = job.model().to(job.device, torch.bfloat16)
     optimizer = CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **ADAMW)
-    return Trainer(_plain_step(job, model, optimizer, clip=False))
+    return Trainer(_plain_step(job, model, optimizer))
 
 
 def _deepspeed(job: Job) -> Trainer:
     import deepspeed
 
-    config = {
-        "train_micro_batch_size_per_gpu": job.micro_batch,
-        "gradient_accumulation_steps": ACCUMULATION,
-        "gradient_clipping": CLIP,
-        "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, **_TO_CPU},
-        "optimizer": {"type": "AdamW", "params": {**ADAMW, "betas": list(ADAMW["betas"])}},  # type: ignore[call-overload]
-    }
-    engine = deepspeed.initialize(model=job.model(), config=config)[0]
-
-    def step(number: int) -> float:
-        loss = torch.zeros(())
-        for micro in range(ACCUMULATION):
-            loss = engine(*job.batch(number * ACCUMULATION + micro))
-            engine.backward(loss)
-            engine.step()
-        return loss.item()
-
-    return Trainer(step)
+    zero = {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, **_TO_CPU}
+    engine = deepspeed.initialize(model=job.model(), config={**_config(job), "zero_optimization": zero})[0]
+    return Trainer(_engine_step(job, engine))
 
 
-def _plain_step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, clip: bool) -> Callable[[int], float]:
+def _plain_step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
     def step(number: int) -> float:
         loss = torch.zeros(())
         for micro in range(ACCUMULATION):
             loss = model(*job.batch(number * ACCUMULATION + micro))
             (loss / ACCUMULATION).backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
