@@ -3,6 +3,8 @@ optimizer step."""
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,11 +117,21 @@ def _torchao(job: Job) -> Trainer:
 
 
 def _deepspeed(job: Job) -> Trainer:
+    cpu = job.device.type == "cpu"
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    os.environ.update(alone | ({"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"} if cpu else {}))
     import deepspeed
 
+    deepspeed.init_distributed("gloo" if cpu else "nccl")
     zero = {"stage": 2, "overlap_comm": True, "contiguous_gradients": True, **_TO_CPU}
     engine = deepspeed.initialize(model=job.model(), config={**_config(job), "zero_optimization": zero})[0]
     return Trainer(_engine_step(job, engine))
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def _plain_step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
