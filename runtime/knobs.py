@@ -110,6 +110,15 @@ KNOBS: Mapping[str, Knob] = MappingProxyType(
                 max=1_000_000_000,
             ),
             Knob(
+                name="checkpoint_minutes",
+                type=float,
+                description="minutes between two automatic checkpoints, beside the interval in steps; 0 makes none",
+                unit="minutes",
+                key="zerotop.checkpoint.minutes",
+                min=0.0,
+                max=1_000_000.0,
+            ),
+            Knob(
                 name="checkpoints_kept",
                 type=int,
                 description="newest complete checkpoints that stay on disk",

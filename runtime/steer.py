@@ -54,6 +54,7 @@ class Steering:
             "log_interval": section.log.interval,
             "telemetry_hz": section.telemetry.hz,
             "checkpoint_interval": section.checkpoint.interval,
+            "checkpoint_minutes": section.checkpoint.minutes,
             "checkpoints_kept": section.checkpoint.keep,
             "lr_factor": engine.lr_factor,
         }

@@ -76,12 +76,32 @@ class CheckpointConfig(Section):
     interval: Annotated[Int, Field(ge=KNOBS["checkpoint_interval"].min, le=KNOBS["checkpoint_interval"].max)] = 500
     """Optimizer steps between two automatic checkpoints; 0 makes none (the command `checkpoint` still does)."""
 
+    minutes: Annotated[Num, Field(ge=KNOBS["checkpoint_minutes"].min, le=KNOBS["checkpoint_minutes"].max)] = 0.0
+    """Minutes between two automatic checkpoints, beside `interval`: whichever comes first; 0 makes none by time."""
+
     keep: Annotated[Int, Field(ge=KNOBS["checkpoints_kept"].min, le=KNOBS["checkpoints_kept"].max)] = 2
     """Newest complete checkpoints that stay on disk."""
+
+    keep_every: Annotated[Int, Field(ge=0)] = 0
+    """Every so many-th checkpoint of the run stays for ever, beside the newest; 0: none does."""
 
     folder: Text | None = None
     """Where checkpoints go, in a folder named like the run; relative to the folder of the config file. Unset: the run's
     own directory."""
+
+
+class RestartsConfig(Section):
+    """What happens when a rank dies or hangs: the supervisor starts all ranks again from the newest complete
+    checkpoint."""
+
+    limit: Annotated[Int, Field(ge=0, le=1000)] = 3
+    """Restarts within the window, after which the run has failed; 0: the first failure ends it."""
+
+    window_minutes: Annotated[Num, Field(gt=0)] = 60.0
+    """Minutes that a restart counts against the limit."""
+
+    on_hang: Flag = False
+    """Whether a run that hangs is restarted too. The stacks of all ranks are saved either way."""
 
 
 class TelemetryConfig(Section):
@@ -135,6 +155,8 @@ class ZerotopConfig(Section):
     """How long."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are made."""
+    restarts: RestartsConfig = RestartsConfig()
+    """What happens when a rank dies."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """What ranks send."""
     log: LogConfig = LogConfig()

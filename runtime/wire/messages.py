@@ -28,7 +28,7 @@ so."""
 PhaseName = Literal[
     "idle", "data", "forward", "backward", "reduce", "gather", "offload", "step", "checkpoint", "paused", "eval", "init"
 ]
-CommandName = Literal["pause", "resume", "checkpoint", "stop", "abort", "set"]
+CommandName = Literal["pause", "resume", "checkpoint", "stop", "abort", "set", "stacks"]
 RunStateName = Literal[
     "starting", "running", "paused", "restarting", "stopping", "stopped", "finished", "aborted", "failed"
 ]
@@ -228,6 +228,8 @@ class Goodbye(Message):
     outcome: Literal["finished", "stopped", "aborted", "failed"]
     step: int
     error: str = ""
+    fatal: bool = False
+    """Another attempt would end the same way: the config, the data or the training itself is at fault."""
     wall_s: float
 
 
@@ -244,6 +246,12 @@ class RunStatus(Message):
     failed_rank: int | None = None
     error: str = ""  # last lines of the failing rank's traceback
     last_checkpoint_step: int | None = None
+    restarts: int = 0
+    """Attempts that the supervisor started by itself since the launch."""
+    restart_reason: str = ""
+    """Why the last one was needed: one line for people."""
+    lost_steps: int = 0
+    """Steps that the last restart takes again: those after the checkpoint that it went on from."""
     started_wall_s: float | None = None
     ended_wall_s: float | None = None
 
