@@ -33,6 +33,8 @@ log = logging.getLogger("runtime.train")
 
 MOST_UNSOUND = 10
 """Steps in a row that are not finite, outside fp16, after which a run ends: it would only count steps."""
+WAIT_S = 10.0
+"""So long training waits at most for the checkpoint before, when the next one is due."""
 PAUSED_POLL_S = 5.0
 """How long a paused rank sleeps at a time; a command or a dead supervisor wakes it at once."""
 
@@ -90,7 +92,8 @@ class Steering:
         return self.engine.comm.rank == 0 and (self._checkpoint_is_due() or self.link.inbox.waiting())
 
     def _checkpoint_is_due(self) -> bool:
-        """At the step that is about to end. Not while one is still being written: then at the first step after it."""
+        """At the step that is about to end. One that is still being written is waited for, not long; then the next is
+        put off until it is done."""
         if self.folder is None:
             return False
         step, now = self.engine.global_steps + 1, time.monotonic()
@@ -100,7 +103,7 @@ class Steering:
         if not (interval or minutes):
             self._due = False
         if self._due and self.engine.saver.busy:
-            if not self._put_off:
+            if not self._put_off and not self.engine.saver.wait_briefly(WAIT_S):
                 self._put_off = True
                 self.link.event(
                     "checkpoint",
@@ -108,8 +111,7 @@ class Steering:
                     severity="warning",
                     step=step,
                 )
-            return False
-        return self._due
+        return self._due and not self.engine.saver.busy
 
     def stop_asked(self) -> bool:
         return self.link.inbox.stop_requested

@@ -121,6 +121,13 @@ class Background:
         if not problem:
             self._start_anew(1)
 
+    def wait_briefly(self, patience_s: float) -> bool:
+        """Wait at most so many seconds for what is being written. Returns whether it is done."""
+        assert self._writer is not None
+        with self._owner().telemetry.span("checkpoint"):
+            self._writer.wait(patience_s)
+        return not self.busy
+
     def before_update(self, flat: Flat) -> None:
         """Returns when `flat` may change."""
         if self._snapshot is not None:
@@ -134,11 +141,8 @@ class Background:
     def leave(self, patience_s: float | None = None) -> None:
         """This process ends: wait for what is being written (seconds; None: as long as it takes), then end the
         writer."""
-        writer = self._writer
-        if writer is not None and writer.busy:
-            waiting = threading.Thread(target=writer.wait, daemon=True)
-            waiting.start()
-            waiting.join(patience_s)
+        if self._writer is not None:
+            self._writer.wait(patience_s)
         self.close()
 
     def close(self) -> None:

@@ -120,12 +120,13 @@ class WriterProcess:
         else:
             self._outgoing.put(running)
 
-    def wait(self) -> Outcome | None:
-        """The outcome of the last save, when it is known; None when there was none. The writer hurries meanwhile."""
+    def wait(self, patience_s: float | None = None) -> Outcome | None:
+        """The outcome of the last save, when it is known; None when there was none, or after patience_s (seconds). The
+        writer hurries meanwhile."""
         if self.busy:
             self._hurry()
         with self._changed:
-            self._changed.wait_for(lambda: self._running is None)
+            self._changed.wait_for(lambda: self._running is None, patience_s)
             return self._outcome
 
     def close(self) -> None:
