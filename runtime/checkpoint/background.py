@@ -17,7 +17,7 @@ from runtime.checkpoint import folder as folders
 from runtime.checkpoint.common import merged, own_files
 from runtime.checkpoint.manifest import CheckpointError
 from runtime.checkpoint.parts import blocks_of
-from runtime.checkpoint.process import Outcome, WriterProcess
+from runtime.checkpoint.process import PEER_LOST, Outcome, WriterProcess
 from runtime.checkpoint.saving import make_job
 from runtime.checkpoint.snapshot import SharedMemory, Snapshot
 
@@ -102,11 +102,13 @@ class Background:
         return job.final
 
     def settle(self) -> str:
-        """Wait for the last save. Returns what went wrong with it on any rank; empty when nothing did."""
+        """Wait for the last save. Returns what went wrong with it on any rank, once; empty when nothing did."""
         engine = self._owner()
         outcome = self._wait_for_writer()
-        problems = engine.comm.gather_objects(outcome.problem if outcome is not None else "")
-        return next((problem for problem in problems if problem), "")
+        if self._writer is not None:
+            self._writer.forget()
+        problems = [p for p in engine.comm.gather_objects(outcome.problem if outcome is not None else "") if p]
+        return min(problems, key=lambda problem: problem.endswith(PEER_LOST), default="")
 
     # ---- this rank -------------------------------------------------------------------------------------------------
     def prepare(self) -> None:

@@ -36,6 +36,8 @@ PATIENCE_S = 30.0
 """A writer that was silent for so long is stopped or stuck: it is ended, and its checkpoint given up."""
 START_PATIENCE_S = 300.0
 CLOSE_S = 2.0
+PEER_LOST = "another rank's writer process is gone"
+"""What the other ranks' writers say of it: not the cause."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class WriterProcess:
         self._outcome: Outcome | None = None
         self._memory: SharedMemory | None = None
         self.alive = True
+        """It can write. After a failure its peers may be gone: then all ranks start new ones."""
         self._ready = False
         for work in (self._send_all, self._receive_all):
             threading.Thread(target=work, name="zerotop-checkpoint", daemon=True).start()
@@ -116,7 +119,7 @@ class WriterProcess:
             running = self._running = _Running(job, snapshot, memory, on_done, blocked_s)
             lost = not self.alive
         if lost:
-            self._end("its writer process is gone")
+            self._end(_failed(job, "its writer process is gone"))
         else:
             self._outgoing.put(running)
 
@@ -128,6 +131,11 @@ class WriterProcess:
         with self._changed:
             self._changed.wait_for(lambda: self._running is None, patience_s)
             return self._outcome
+
+    def forget(self) -> None:
+        """Somebody knows the outcome."""
+        with self._changed:
+            self._outcome = None
 
     def close(self) -> None:
         """End the process, whatever it is doing. A second call does nothing."""
@@ -158,7 +166,8 @@ class WriterProcess:
             except (OSError, ValueError):
                 return  # it is gone: the other thread sees it too
             except Exception as error:  # the job can't be sent
-                self._end(f"{type(error).__name__}: {error}")
+                if (running := self._running) is not None:
+                    self._end(_failed(running.job, f"{type(error).__name__}: {error}"))
         with contextlib.suppress(OSError):
             self._connection.send(None)
 
@@ -185,7 +194,8 @@ class WriterProcess:
             reason = f"{type(error).__name__}: {error}"
         self._kill()
         self.alive = False
-        self._end(f"{reason} (exit code {self._process.returncode})")
+        if (running := self._running) is not None:
+            self._end(_failed(running.job, f"{reason} (exit code {self._process.returncode})"))
         self._connection.close()
 
     def _received(self, message: Any) -> None:
@@ -206,6 +216,7 @@ class WriterProcess:
             if running is None:
                 return
             running.snapshot.give_up()
+            self.alive = self.alive and not problem
             outcome = Outcome(running.job, problem, notes, time.monotonic() - running.began_s, running.blocked_s)
         try:
             running.on_done(outcome)
@@ -214,3 +225,7 @@ class WriterProcess:
         with self._changed:  # last: whoever waits finds everything said
             self._outcome, self._running = outcome, None
             self._changed.notify_all()
+
+
+def _failed(job: Job, reason: str) -> str:
+    return f"could not write {job.final}: {reason}"

@@ -20,6 +20,7 @@ from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.manifest import CheckpointError, root_cause
+from runtime.checkpoint.process import ALIVE_S, PEER_LOST
 from runtime.telemetry.orphan import die_with_parent
 
 if TYPE_CHECKING:
@@ -69,8 +70,17 @@ def _save(job: Job, source: _Source, peers: _Peers) -> tuple[str, list[str]]:
     except CheckpointError as error:
         return str(error), []
     except Exception as error:
-        traceback.print_exc()
-        return f"could not write {job.final}: {root_cause(error)}", []
+        return f"could not write {job.final}: {_in_words(error)}", []
+
+
+def _in_words(error: Exception) -> str:
+    from runtime.comm.pending import GONE
+
+    text = root_cause(error)
+    if any(words in text.lower() for words in GONE):
+        return PEER_LOST
+    traceback.print_exception(error)
+    return text
 
 
 class _Link:
@@ -94,8 +104,6 @@ class _Link:
             os._exit(1)
 
     def beat(self) -> None:
-        from runtime.checkpoint.process import ALIVE_S
-
         while True:
             self.send(("alive",))
             time.sleep(ALIVE_S)
