@@ -102,15 +102,11 @@ class Steering:
             self._due, self._last_due_s = True, now
         if not (interval or minutes):
             self._due = False
-        if self._due and self.engine.saver.busy:
-            if not self._put_off and not self.engine.saver.wait_briefly(WAIT_S):
-                self._put_off = True
-                self.link.event(
-                    "checkpoint",
-                    f"the checkpoint of step {step} is put off: the one before is still being written",
-                    severity="warning",
-                    step=step,
-                )
+        if self._due and self.engine.saver.busy and not self._put_off:
+            self._put_off = not self.engine.saver.wait_briefly(WAIT_S)
+            if self._put_off:
+                text = f"the checkpoint of step {step} is put off: the one before is still being written"
+                self.link.event("checkpoint", text, severity="warning", step=step)
         return self._due and not self.engine.saver.busy
 
     def stop_asked(self) -> bool:
