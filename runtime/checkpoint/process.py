@@ -32,7 +32,7 @@ from runtime.checkpoint.snapshot import SharedMemory, Snapshot
 log = logging.getLogger("runtime.checkpoint")
 
 ALIVE_S = 2.0
-PATIENCE_S = 30.0
+PATIENCE_S = float(os.environ.get("ZEROTOP_WRITER_PATIENCE_S", "30"))
 """A writer that was silent for so long is stopped or stuck: it is ended, and its checkpoint given up."""
 START_PATIENCE_S = 300.0
 CLOSE_S = 2.0
