@@ -54,7 +54,8 @@ class Supervisor:
             update={"supervisor_pid": me.pid, "supervisor_start": me.create_time(), "boot_id": boot_id()}
         )
         self._abort_reason: str | None = None
-        self._abort_asked = asyncio.Event()
+        self._failure: str | None = None
+        self._end_asked = asyncio.Event()
         self._exit_codes: dict[int, int] = {}
         self._rank_codes: dict[int, int] = {}
         self._launcher: subprocess.Popen[bytes] | None = None
@@ -177,7 +178,14 @@ class Supervisor:
     def _abort(self, reason: str) -> None:
         if self._abort_reason is None and not self._launcher_ended.is_set():
             self._abort_reason = reason
-            self._abort_asked.set()
+            self._end_asked.set()
+
+    def end_attempt(self, reason: str) -> None:
+        """End the ranks that run now: they have failed for `reason` (one line for people) and can't say so themselves,
+        because they hang. Call it in the event loop. Does nothing once they have ended, or are being ended."""
+        if self._failure is None and self._abort_reason is None and not self._launcher_ended.is_set():
+            self._failure = reason
+            self._end_asked.set()
 
     async def _reported(self, name: str, work: Awaitable[None]) -> None:
         """A chore that fails is told and left; the run goes on without it."""
@@ -220,13 +228,13 @@ class Supervisor:
 
     # ---- ending ----------------------------------------------------------------------------------------------------
     async def _until_over(self) -> None:
-        """Until torchrun has ended by itself, or an abort has ended every process."""
+        """Until torchrun has ended by itself, or an abort or `end_attempt` has ended every process."""
         ended = asyncio.create_task(self._launcher_ended.wait())
-        aborted = asyncio.create_task(self._abort_asked.wait())
-        await asyncio.wait({ended, aborted}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (ended, aborted):
+        asked = asyncio.create_task(self._end_asked.wait())
+        await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (ended, asked):
             task.cancel()
-        if self._abort_reason is None:
+        if not self._end_asked.is_set():
             await self._hear_last_words()
         # What ends from here on ends by our hand, and says nothing about the cause.
         self._rank_codes = self._rank_exit_codes()
@@ -276,6 +284,7 @@ class Supervisor:
                 exit_codes=self._rank_codes,
                 stopping=self.hub.status.state == "stopping",
                 abort_reason=self._abort_reason,
+                failure=self._failure,
                 steps={rank: rank_state.step.step for rank, rank_state in state.ranks.items() if rank_state.step},
                 silent_script=self._silent_script(),
             )
