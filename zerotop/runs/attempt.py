@@ -71,7 +71,7 @@ class Attempt:
         self.collect({})  # it may have ended before we knew its number
 
     def collect(self, ended: Mapping[int, int]) -> None:
-        """Children and adopted orphans have ended, pid -> exit code. Where torchrun died first, ranks are among them."""
+        """Children and adopted orphans have ended: pid -> exit code. Ranks are among them where torchrun died first."""
         self._codes |= ended
         if self._launcher is not None and self._launcher.pid in self._codes and not self.ended.is_set():
             self.exit_code = self._launcher.returncode = self._codes[self._launcher.pid]

@@ -34,7 +34,8 @@ class Failure:
     def of(cls, outcome: Outcome, seen: Evidence) -> Failure:
         rank, code = outcome.failed_rank, outcome.exit_code
         goodbye = seen.goodbyes.get(rank) if rank is not None else None
-        done = [*seen.steps.values(), *(word.step for word in seen.goodbyes.values())]
+        # The failing rank knows best; one that was killed does not say, and others were at the same step.
+        done = [goodbye.step] if goodbye else [*seen.steps.values(), *(word.step for word in seen.goodbyes.values())]
         step = max((step for step in done if step > seen.start_step), default=None)
         from_outside = code is not None and code < 0 and goodbye is None
         if seen.failure is not None:
