@@ -42,9 +42,9 @@ _SUBSCRIBE = b"\x01"
 class Hub:
     """Gathers, folds, records and republishes one attempt of a run. Lives in the supervisor's event loop.
 
-    `abort(command)` is called for an accepted abort; `on_status(status)` whenever the run's status changes. `earlier`
-    are
-    steps of the attempts before, so that a resumed run's curves are whole.
+    `abort(command)` and `stacks(command)` are called for accepted commands of these names, which ranks never see;
+    `on_status(status)` whenever the run's status changes. `earlier` are steps of the attempts before, so that a resumed
+    run's curves are whole.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Hub:
         *,
         recorder: Recorder,
         abort: Callable[[Command], None],
+        stacks: Callable[[Command], None],
         on_status: Callable[[RunStatus], None],
         earlier: Iterable[StepResult] = (),
     ) -> None:
@@ -81,6 +82,7 @@ class Hub:
             forward=self._forward,
             publish=lambda record: self.say(record),
             abort=abort,
+            stacks=stacks,
         )
 
     def _socket(self, kind: int) -> zmq.asyncio.Socket:
