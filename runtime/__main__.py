@@ -15,7 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from runtime.telemetry import die_with_parent, stopsignal
+from runtime.telemetry import die_with_parent, register_stacks, stopsignal
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE
 
 ERROR_LINES = 40
@@ -28,7 +28,11 @@ def main() -> int:
         # torchrun gone (killed): nobody would end this rank.
         die_with_parent(signal.SIGKILL)
         stopsignal.listen()
-        _redirect_output(Path(run))
+        rank = int(os.environ.get("RANK", "0"))
+        logs = Path(run) / "logs" / os.environ.get(ATTEMPT_VARIABLE, "1")
+        logs.mkdir(parents=True, exist_ok=True)
+        _redirect_output(logs, rank)
+        register_stacks(logs, rank)
     logging.basicConfig(
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stdout
     )
@@ -77,12 +81,10 @@ def _run_script(arguments: list[str]) -> None:
     _goodbye("finished", "")
 
 
-def _redirect_output(run: Path) -> None:
+def _redirect_output(logs: Path, rank: int) -> None:
     """stdout and stderr of this rank, also those of C++ code, go to its log file; append mode, so that the supervisor
     may truncate it."""
-    folder = run / "logs" / os.environ.get(ATTEMPT_VARIABLE, "1")
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / f"rank-{os.environ.get('RANK', '0')}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    handle = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(handle, 1)

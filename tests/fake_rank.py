@@ -4,11 +4,12 @@
 
 starts the ranks (give it as RunFile.command); each rank is this script again, with RANK set. The environment says how
 they behave: FAKE_STEPS (default 1000000), FAKE_START (0), FAKE_STEP_S (0.02), FAKE_CRASH="RANK:STEP" (raises there),
-FAKE_HANG="RANK:STEP" (stands still there, as in a collective), FAKE_IGNORE_TERM=1, FAKE_CHILD=1 (every rank starts a
-sleeping child in a session of its own), FAKE_LATE_S (seconds before telemetry starts), FAKE_EVERY=N (rank 0
-makes a checkpoint every N steps; under ZEROTOP_RESUME=1 the ranks go on from the newest one in the run directory, if
-there is any), FAKE_FATAL=1 (what raises says that another attempt would end the same way), FAKE_PIDS (a file to which
-every process adds its pid).
+FAKE_HANG="RANK:STEP" (stands still there, as in a collective), FAKE_MEET=FOLDER (ranks wait for each other at every
+step, as in a collective, through files there; they then answer SIGUSR2 with their stacks too), FAKE_IGNORE_TERM=1,
+FAKE_CHILD=1 (every rank starts a sleeping child in a session of its own), FAKE_LATE_S (seconds before telemetry
+starts), FAKE_EVERY=N (rank 0 makes a checkpoint every N steps; under ZEROTOP_RESUME=1 the ranks go on from the newest
+one in the run directory, if there is any), FAKE_FATAL=1 (what raises says that another attempt would end the same way),
+FAKE_PIDS (a file to which every process adds its pid).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime.telemetry import Telemetry, stopsignal
+from runtime.telemetry import Telemetry, register_stacks, stopsignal
 from runtime.wire.messages import Ack, Command, Hello, Memory, StepResult
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, boot_id, read_run
 
@@ -168,6 +169,8 @@ class FakeRank:
         if setting("HANG") == f"{self.rank}:{number}":
             while True:
                 time.sleep(3600)
+        if setting("MEET"):
+            self.meet(Path(setting("MEET")), number)
         self.telemetry.enter("step", number, 0)
         self.step = number
         end = time.monotonic_ns()
@@ -183,6 +186,14 @@ class FakeRank:
                 end_ns=end,
             )
         )
+
+    def meet(self, folder: Path, number: int) -> None:
+        begin = time.monotonic_ns()
+        seq = self.telemetry.issued("all_reduce", 8)
+        (folder / f"{number}-{self.rank}").touch()
+        while not all((folder / f"{number}-{rank}").exists() for rank in range(self.world_size)):
+            time.sleep(0.005)
+        self.telemetry.completed(seq, "all_reduce", 8, begin, time.monotonic_ns(), 0)
 
     def boundary(self) -> None:
         """Apply what has come. The fake ranks share no collective, so each applies on its own; rank 0 answers."""
@@ -222,6 +233,8 @@ def run_rank() -> int:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True)
         with open(setting("PIDS"), "a") as file:
             file.write(f"{child.pid}\n")
+    if setting("MEET"):
+        register_stacks(Path(os.environ[RUN_VARIABLE]) / "logs" / os.environ[ATTEMPT_VARIABLE], int(os.environ["RANK"]))
     time.sleep(float(setting("LATE_S", "0")))
     rank = FakeRank()
     try:

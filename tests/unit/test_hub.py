@@ -32,12 +32,14 @@ class Bench:
         )  # fmt: skip
         self.statuses: list[str] = []
         self.aborts: list[Command] = []
+        self.stacks: list[Command] = []
         self.recorder = Recorder(folder / "recording.sqlite", 1)
         self.hub = Hub(
             self.run,
             RunStatus(name="q1", state="starting"),
             recorder=self.recorder,
             abort=self.aborts.append,
+            stacks=self.stacks.append,
             on_status=lambda status: self.statuses.append(status.state),
         )
         self.hub.start()

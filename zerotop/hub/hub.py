@@ -46,9 +46,9 @@ RESTART = "the restart"
 class Hub:
     """Gathers, folds, records and republishes a run, attempt by attempt. Lives in the supervisor's event loop.
 
-    `abort(command)` is called for an accepted abort; `on_status(status)` whenever the run's status changes;
-    `on_hello(hello)` when a rank has introduced itself. `earlier` are steps of attempts under earlier supervisors, so
-    that a resumed run's curves are whole.
+    `abort(command)` and `stacks(command)` are called for accepted commands of these names, which ranks never see;
+    `on_status(status)` whenever the run's status changes; `on_hello(hello)` when a rank has introduced itself.
+    `earlier` are steps of attempts under earlier supervisors, so that a resumed run's curves are whole.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Hub:
         *,
         recorder: Recorder,
         abort: Callable[[Command], None],
+        stacks: Callable[[Command], None],
         on_status: Callable[[RunStatus], None],
         on_hello: Callable[[Hello], None] = lambda hello: None,
         earlier: Iterable[StepResult] = (),
@@ -87,6 +88,7 @@ class Hub:
             forward=self._forward,
             publish=lambda record: self.say(record),
             abort=abort,
+            stacks=stacks,
         )
 
     def _socket(self, kind: int) -> zmq.asyncio.Socket:

@@ -41,7 +41,8 @@ class CommandRouter:
 
     `answer(asker, ack)` tells one screen; `forward(command)` tells all ranks; `publish(record)` tells everyone and the
     recording;
-    `abort(command)` ends the run without its ranks' help; the supervisor then calls `finish`.
+    `abort(command)` ends the run without its ranks' help; the supervisor then calls `finish`. `stacks(command)` looks
+    at the ranks from outside, for they may be stuck; the supervisor then calls `complete`.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class CommandRouter:
         forward: Callable[[Command], None],
         publish: Callable[[CommandRecord], None],
         abort: Callable[[Command], None],
+        stacks: Callable[[Command], None],
     ) -> None:
         self._state = state
         self._answer = answer
         self._forward = forward
         self._publish = publish
-        self._abort = abort
+        # What does not wait for a step boundary, and never reaches the ranks.
+        self._outside = {"abort": abort, "stacks": stacks}
         self._cases: dict[str, _Case] = {}
         self._number = 0
 
@@ -86,16 +89,15 @@ class CommandRouter:
             self._tell(case, "rejected", reason=refusal)
             return
         self._tell(case, "accepted")
-        if command.name == "abort":
-            self._abort(numbered)
-        else:
-            self._forward(numbered)
+        self._outside.get(command.name, self._forward)(numbered)
 
     def _check(self, command: Command) -> tuple[dict[str, Any], str]:
         """The arguments in the ranks' own types, and why the command can't be accepted ("": it can)."""
         state = self._state.state_name
         if state not in LIVE_STATES:
             return command.arguments, f"the run is over ({state})"
+        if command.name == "stacks":
+            return _without_arguments(command)
         waiting = {case.command.name for case in self._cases.values() if case.open}
         if "abort" in waiting:
             return command.arguments, "the run is being aborted"
@@ -127,6 +129,17 @@ class CommandRouter:
             return None
         self._keep(case, ack.model_copy(update={"number": case.command.number, "wall_s": ack.wall_s or time.time()}))
         return case.command
+
+    def complete(self, identity: str, *, result: dict[str, Any] | None = None, reason: str = "") -> None:
+        """The supervisor's word on a command that it carried out itself: applied with `result`, or rejected for
+        `reason`. Does nothing when the run has ended meanwhile, and the command with it."""
+        case = self._cases.get(identity)
+        if case is None or not case.open:
+            return
+        if reason:
+            self._tell(case, "rejected", reason=reason)
+        else:
+            self._tell(case, "applied", step=self._state.step, result=result or {})
 
     def finish(self, state: RunStateName, step: int) -> None:
         """The run is over: answer what is still open."""
@@ -172,11 +185,19 @@ class CommandRouter:
         return [
             case.command
             for case in self._cases.values()
-            if case.open and case.command.number > above and case.command.name != "abort"
+            if case.open and case.command.number > above and case.command.name not in self._outside
         ]
 
     # ---- inside ----------------------------------------------------------------------------------------------------
-    def _tell(self, case: _Case, state: str, *, step: int | None = None, reason: str = "") -> None:
+    def _tell(
+        self,
+        case: _Case,
+        state: str,
+        *,
+        step: int | None = None,
+        reason: str = "",
+        result: dict[str, Any] | None = None,
+    ) -> None:
         now = time.time()
         fields = {
             "id": case.command.id,
@@ -184,6 +205,7 @@ class CommandRouter:
             "state": state,
             "step": step,
             "reason": reason,
+            "result": result,
             "wall_s": now,
         }
         self._keep(case, Ack.model_validate({key: value for key, value in fields.items() if value is not None}))

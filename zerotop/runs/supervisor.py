@@ -30,11 +30,13 @@ from zerotop.hub.recorder import Recorder, earlier_steps
 from zerotop.probe.host import HostProbe
 from zerotop.probe.nvml import GpuProbe
 from zerotop.runs.attempt import Attempt
+from zerotop.runs.hang import HangWatch
 from zerotop.runs.logs import cap_logs
 from zerotop.runs.outcome import Evidence, Outcome, decide, tail
 from zerotop.runs.paths import RunError, lock_sockets, make_private_folder, remove_sockets
 from zerotop.runs.processes import become_subreaper, descendants, detach, kill_descendants, reap, send
 from zerotop.runs.restarts import Failure, Restarts
+from zerotop.runs.stacks_report import StackTaker
 from zerotop.runs.starting import Ready
 
 STOP_DEADLINE_VARIABLE = "ZEROTOP_STOP_DEADLINE_S"
@@ -85,10 +87,12 @@ class Supervisor:
             self._first_status(),
             recorder=recorder,
             abort=self._abort_command,
+            stacks=self._stacks_command,
             on_status=self._write_status,
             on_hello=self._meet,
             earlier=self._earlier_steps(),
         )
+        self._taker = StackTaker(self.path, self.run_file.nproc, hub)
         write_json(self.path / "run.json", self.run_file)
         gpus = GpuProbe()
         try:
@@ -103,6 +107,7 @@ class Supervisor:
             self._tasks = [
                 loop.create_task(self._reported("the probe", self._probe(gpus))),
                 loop.create_task(self._reported("the cap on logs", self._cap_logs())),
+                loop.create_task(self._reported("the watch for hangs", self._watch_for_hangs())),
             ]
             outcome = await self._attempts(locks)
             await self._finish(outcome)
@@ -178,6 +183,10 @@ class Supervisor:
     def _abort_command(self, command: Command) -> None:
         self._abort(f"aborted by {command.who}" if command.who else "aborted on request")
 
+    def _stacks_command(self, command: Command) -> None:
+        work = self._reported("taking the stacks", self._taker.answer(command))
+        self._tasks.append(asyncio.get_running_loop().create_task(work))
+
     def _abort(self, reason: str) -> None:
         if self._abort_reason is None and not self._attempt.ended.is_set():
             self._abort_reason = reason
@@ -214,6 +223,11 @@ class Supervisor:
                 stats = await loop.run_in_executor(thread, host.sample, pids, *gpus.latest())
                 self.hub.say(stats, source=f"probe/{stats.host}")
                 await asyncio.sleep(1.0)
+
+    async def _watch_for_hangs(self) -> None:
+        resolved = Resolved.from_json((self.path / "resolved.json").read_bytes())
+        ends = self.end_attempt if resolved.zerotop.restarts.on_hang else None
+        await HangWatch(self.hub, self._taker, ends).watch()
 
     async def _cap_logs(self) -> None:
         first = self.logs

@@ -158,6 +158,8 @@ class RunState:
         self.restarted = True
 
     def _record(self, record: CommandRecord, arrival_ns: int) -> None:
+        if record.command.name == "stacks" and record.ack.state == "applied":
+            self._forget_stacks()
         self.commands[record.command.id] = record
         if record.ack.state != "accepted" and arrival_ns:
             self.answered_ns.setdefault(record.command.id, arrival_ns)
@@ -165,6 +167,13 @@ class RunState:
             oldest = next(iter(self.commands))
             del self.commands[oldest]
             self.answered_ns.pop(oldest, None)
+
+    def _forget_stacks(self) -> None:
+        """Only the newest stacks are kept here: a text of many lines each, and a late screen is sent all of it."""
+        for identity, old in self.commands.items():
+            if old.command.name == "stacks" and "text" in old.ack.result:
+                rest = {key: value for key, value in old.ack.result.items() if key != "text"}
+                self.commands[identity] = old.model_copy(update={"ack": old.ack.model_copy(update={"result": rest})})
 
     # ---- reading ---------------------------------------------------------------------------------------------------
     def rank(self, number: int) -> RankState:
@@ -203,7 +212,7 @@ class RunState:
         return [record.command for record in self.commands.values() if record.ack.state == "accepted"]
 
     def pending_text(self) -> str:
-        names = [command.name for command in self.open_commands()]
+        names = [command.name for command in self.open_commands() if command.name not in ("abort", "stacks")]
         return f"{', '.join(names)}: waiting for a step boundary" if names else ""
 
     def snapshot_messages(self) -> list[Any]:
