@@ -417,7 +417,6 @@ class Steering:
     def _tell_failed(self, problem: str, step: int) -> None:
         if self.engine.comm.rank == 0:
             self.link.event("checkpoint", f"{problem}; training goes on", severity="warning", step=step)
-            log.warning(problem)
 
     def _answer(
         self,

@@ -180,6 +180,7 @@ class Background:
         """Memory for the copy, and on rank 0 a look at the disk. Returns what is in the way."""
         engine = self._owner()
         if folder is not None and engine.comm.rank == 0:
+            folders.sweep(folder)  # what a killed run left there takes space
             total = sum(place.part.nbytes for place in snapshot.places) * engine.comm.world_size
             if problem := folders.missing_space(folder, total):
                 return problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -119,6 +120,7 @@ class Chaos:
             told = f"attempt {run.attempt}, from step {run.start_step()}, trains again after {self.seconds[-1]:.1f} s"
         newest = checkpoints.newest_sound()[0]
         run.until(lambda: checkpoints.newest_sound()[0] > newest or not run.live, "a newer checkpoint")
+        assert checkpoints.newest_sound()[0] > newest, f"no newer checkpoint: {run.status}"
         self.wait_for_orphans(run)
         return told
 
@@ -146,6 +148,7 @@ class Chaos:
             self.lost.append(f"{run.name}: {error}")
         finally:
             run.close()
+            shutil.rmtree(self.disk.folder / run.name, ignore_errors=True)
             remove_sockets(run.entry.sockets.folder)
 
     def gather(self, number: int, problems: list[str]) -> None:
