@@ -6,6 +6,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -28,6 +29,8 @@ class Chaos:
     def __init__(self, seed: int, folder: Path) -> None:
         self.seed, self.folder = seed, folder
         self.disk = Disk(folder / "checkpoints")
+        self.runs: list[Run] = []
+        """Of this round."""
         self.checkpoints: dict[str, Checkpoints] = {}
         self.references: dict[int, dict[int, float | None]] = {}
         self.struck = self.resumed = 0
@@ -61,10 +64,19 @@ class Chaos:
                     self.finish(run, variant)
                 count += 1
                 run = Run(f"chaos-{first}-{count}", config, self.disk.folder)
+                self.runs.append(run)
                 self.checkpoints[run.name] = Checkpoints(self.disk.folder / run.name)
             self.fault(number, run)
         if run is not None:
             self.finish(run, variant)
+        self.runs.clear()
+
+    def close(self) -> None:
+        """Interrupted: end what runs."""
+        for run in self.runs:
+            run.close()
+            remove_sockets(run.entry.sockets.folder)
+        self.disk.close()
 
     def fault(self, number: int, run: Run) -> None:
         """One fault into a run that trains."""
@@ -169,6 +181,8 @@ def main() -> int:
     )
     parser.add_argument("--first", type=int, default=1, help="go on at this fault; the count is of this call")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # what was started and mounted goes, also under nohup
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="zerotop-chaos-") as name:
         folder = Path(name)
         os.environ |= {**ENVIRONMENT, "XDG_STATE_HOME": str(folder / "state"), "XDG_CACHE_HOME": str(folder / "cache")}
@@ -180,7 +194,7 @@ def main() -> int:
                 chaos.round(at, last)
                 at = last + 1
         finally:
-            chaos.disk.close()
+            chaos.close()
     if chaos.seconds:
         times = sorted(chaos.seconds)
         say(f"from a fault to training again: median {times[len(times) // 2]:.1f} s, most {times[-1]:.1f} s")
