@@ -24,6 +24,7 @@ from torch import nn
 from runtime import checkpoint
 from runtime.answers import Answers
 from runtime.checkpoint.background import Background
+from runtime.checkpoint.registered import Registered, checked
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
@@ -85,13 +86,12 @@ class Engine(Answers):
         self.foreign_steps = 0
         """Steps of a loaded checkpoint whose optimizer states were left behind."""
         self.lr_factor = 1.0
-        self.registered: dict[str, Any] = {}
+        self.registered = Registered()
         self.client_state: dict[str, Any] = {}
         """What save_checkpoint() was given last, or what the loaded checkpoint held: also keyboard checkpoints carry
         it."""
         self.last_checkpoint: Path | None = None
         """What the script saved or loaded last."""
-        self._unclaimed: dict[str, Any] = {}
         self._norm: float | None = None
         self._failure = ""
         """What a backward that failed makes of this engine."""
@@ -440,28 +440,29 @@ class Engine(Answers):
         self._refuse_after_failure()
         loaded = checkpoint.load(self, path, wanted)
         self.client_state = loaded.client_state
-        self._unclaimed = loaded.registered if wanted.progress else {}
         self.last_checkpoint = path
         self.steering.forget_saved()
-        for name in list(self.registered):
-            self._claim(name)
+        if wanted.progress:
+            self._drop_accumulated()
+        self.registered.restore(loaded.registered, loaded.generators)
+
+    def _drop_accumulated(self) -> None:
+        """Checkpoints are of boundaries: an accumulation that one interrupts begins anew."""
+        if self._downlink is not None:
+            self._downlink.drain()
+        self.schedule.clear()
+        self._loss_sum, self._losses, self._tokens, self._backwards = 0.0, 0, 0, 0
 
     def register_state(self, **items: Any) -> None:
-        """Objects with state_dict() and load_state_dict() (a sampler, a metric) that checkpoints shall include, also
-        keyboard ones. Where a checkpoint has been loaded that holds them (under --resume: by initialize()), they are
-        restored here."""
-        for name, item in items.items():
-            if not (hasattr(item, "state_dict") and hasattr(item, "load_state_dict")):
-                raise TypeError(
-                    f"register_state({name}=...): expected state_dict() and load_state_dict(), "
-                    f"{type(item).__name__} lacks them"
-                )
-            self.registered[name] = item
-            self._claim(name)
+        """What checkpoints shall include, also keyboard ones: objects with state_dict() and load_state_dict() (a
+        sampler, a metric), which are taken for equal on all ranks; and generators of random numbers (torch.Generator,
+        numpy's Generator and RandomState, random.Random), of which each rank's is kept. In a larger world, a rank that
+        is new leaves a generator as it is, unless all ranks that saved (two or more) had it in the same state.
 
-    def _claim(self, name: str) -> None:
-        if name in self._unclaimed:
-            self.registered[name].load_state_dict(self._unclaimed.pop(name))
+        Where a checkpoint has been loaded that holds them (under --resume: by initialize()), they are restored here.
+        The loader that initialize() returns needs no registering."""
+        for name, item in items.items():
+            self.registered.add(checked(name), item)
 
     if not TYPE_CHECKING:  # which would take every slip for an attribute of the module
 

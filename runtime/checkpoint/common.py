@@ -12,7 +12,7 @@ import torch
 
 from runtime.checkpoint import rng
 from runtime.checkpoint.manifest import CheckpointError, Manifest
-from runtime.checkpoint.parts import shapes_of
+from runtime.checkpoint.parts import buffers_of, shapes_of
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -29,7 +29,7 @@ def rng_file(rank: int) -> str:
 
 def own_files(engine: Engine) -> dict[str, bytes]:
     """What every rank writes of its own."""
-    return {rng_file(engine.comm.rank): _bytes_of(rng.get_state())}
+    return {rng_file(engine.comm.rank): _bytes_of(rng.get_state(engine.registered.generators))}
 
 
 def shared_files(engine: Engine, scalars: Scalars, client_state: dict[str, Any]) -> dict[str, bytes]:
@@ -77,6 +77,7 @@ def manifest_of(engine: Engine) -> Manifest:
         lr_factor=engine.lr_factor,
         config_digest=engine.config.digest(),
         shapes=shapes_of(engine),
+        buffers={name: list(buffer.shape) for name, buffer in buffers_of(engine).items()},
         frozen=[
             *(name for name, _ in engine.frozen),
             *(slot.name for flat in engine.frozen_flats for slot in flat.layout.slots),

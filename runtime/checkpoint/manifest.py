@@ -72,6 +72,8 @@ class Manifest(BaseModel):
     config_digest: str
     shapes: dict[str, list[int]]
     """Of every parameter, trained or frozen."""
+    buffers: dict[str, list[int]] | None = None
+    """Shape of every persistent buffer; None in those of early versions."""
     frozen: list[str]
     """Parameters without optimizer states."""
     number: int = 0

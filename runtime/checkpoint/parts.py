@@ -128,13 +128,18 @@ def pieces_of(engine: Engine) -> dict[str, Piece]:
 def whole_tensors(engine: Engine) -> dict[str, torch.Tensor]:
     """What all ranks hold alike and rank 0 writes: persistent buffers and frozen parameters. A frozen parameter has the
     same name as a trained one, so that it may be the other in the next attempt."""
-    buffers = {
-        f"buffer.{path}.{name}" if path else f"buffer.{name}": buffer
+    buffers = {f"buffer.{name}": buffer for name, buffer in buffers_of(engine).items()}
+    return buffers | {f"param.{name}": parameter.data for name, parameter in engine.frozen}
+
+
+def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
+    """Persistent buffers by name."""
+    return {
+        f"{path}.{name}" if path else name: buffer
         for path, module in engine.module.named_modules()
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     }
-    return buffers | {f"param.{name}": parameter.data for name, parameter in engine.frozen}
 
 
 def shapes_of(engine: Engine) -> dict[str, list[int]]:
