@@ -22,6 +22,7 @@ COMMANDS = {
     "stop": ("control", "write a checkpoint, then end the run"),
     "abort": ("control", "end the run at once, without a checkpoint"),
     "plan": ("plan", "say what each ZeRO stage would cost in memory and traffic"),
+    "export": ("export", "write a checkpoint as Hugging Face safetensors"),
     "doctor": ("doctor", "check this machine and say how to mend what is missing"),
     "resolve": ("resolve", ""),
 }

@@ -5,10 +5,13 @@
                                 parameter
       common.pt                 scheduler, optimizer scalars, client_state, registered objects (rank 0's)
       rng-N.pt                  random number states of rank N
+      model/                    config.json, the tokenizer: as far as they are known
       manifest.json             step, world size, parameter shapes, ...
 
 manifest (what a checkpoint says of itself, and which ones there are) · shards (tensors and torch's planners) · rng ·
-saving · loading. Every collective part runs on Gloo, on a group apart from training's.
+describe (the files of model/) · saving · loading. Every collective part runs on Gloo, on a group apart from training's.
+reading (whole tensors, in one process) · huggingface (safetensors) · target (the folder they go to) · export (the
+process that `zerotop export` starts).
 
 Writing and reading are imported at their first use: torch.distributed.checkpoint takes 48 MB of memory.
 """

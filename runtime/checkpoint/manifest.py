@@ -9,6 +9,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 MANIFEST = "manifest.json"
+MODEL_FILES = "model"
+"""Folder in a checkpoint: what is known of the model beside its tensors (config.json, the tokenizer)."""
 FORMAT = 1
 
 
@@ -55,6 +57,10 @@ class Manifest(BaseModel):
     """Of every parameter, trained or frozen."""
     frozen: list[str]
     """Parameters without optimizer states."""
+    dtypes: dict[str, str] = {}
+    """Of the parameters that compute in another dtype than `precision`: torch's name of it."""
+    buffers: dict[str, list[int]] | None = None
+    """Shapes of the persistent buffers, whose tensors are stored flattened. None: an earlier version did not say."""
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -63,8 +69,14 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"{path / MANIFEST} cannot be read: {f'{where}: ' if where else ''}{first['msg']}"
+        ) from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {manifest.format}, this version reads {FORMAT}")
     return manifest

@@ -18,9 +18,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from runtime.checkpoint import rng
-from runtime.checkpoint.manifest import MANIFEST, CheckpointError, Manifest
-from runtime.checkpoint.shards import Piece, SavePlanner, pieces_of, root_cause, shapes_of, whole_tensors
+from runtime.checkpoint.describe import describe_model
+from runtime.checkpoint.manifest import MANIFEST, MODEL_FILES, CheckpointError, Manifest
+from runtime.checkpoint.shards import (
+    Piece,
+    SavePlanner,
+    dtypes_of,
+    persistent_buffers,
+    pieces_of,
+    root_cause,
+    shapes_of,
+    whole_tensors,
+)
 from runtime.comm import Comm
+from runtime.precision import DTYPES
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -130,7 +141,16 @@ def _write_common(
         common[name] = _plain(value)
         _try_out(name, common[name])
     torch.save(common, partial / COMMON)
+    _write_description(engine, partial / MODEL_FILES)
     (partial / MANIFEST).write_text(_manifest(engine).model_dump_json(indent=1))
+
+
+def _write_description(engine: Engine, folder: Path) -> None:
+    files = describe_model(engine)
+    if files:
+        folder.mkdir(mode=0o700)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def _plain(value: Any) -> Any:
@@ -179,12 +199,18 @@ def _manifest(engine: Engine) -> Manifest:
             *(name for name, _ in engine.frozen),
             *(slot.name for flat in engine.frozen_flats for slot in flat.layout.slots),
         ],
+        dtypes={
+            name: str(dtype).removeprefix("torch.")
+            for name, dtype in dtypes_of(engine).items()
+            if dtype != DTYPES[engine.config.precision]
+        },
+        buffers={name: list(buffer.shape) for name, buffer in persistent_buffers(engine.module).items()},
     )
 
 
 def _complete(partial: Path, final: Path) -> None:
     """On disk for certain, then under its name."""
-    for path in partial.iterdir():
+    for path in partial.rglob("*"):
         _fsync(path)
     _fsync(partial)
     aside = final.with_name(f".{final.name}.replaced")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
@@ -119,13 +120,18 @@ def pieces_of(engine: Engine, own_range_only: bool) -> dict[str, Piece]:
 def whole_tensors(engine: Engine) -> dict[str, torch.Tensor]:
     """What all ranks hold alike and rank 0 writes: persistent buffers and frozen parameters. A frozen parameter has the
     same name as a trained one, so that it may be the other in the next attempt."""
-    buffers = {
-        f"buffer.{path}.{name}" if path else f"buffer.{name}": buffer
-        for path, module in engine.module.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
+    buffers = {f"buffer.{name}": buffer for name, buffer in persistent_buffers(engine.module).items()}
     return buffers | {f"param.{name}": parameter.data for name, parameter in engine.frozen}
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """By name; one that several modules share has its first name only, as parameters do."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for path, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                found.setdefault(id(buffer), (f"{path}.{name}" if path else name, buffer))
+    return dict(found.values())
 
 
 def shapes_of(engine: Engine) -> dict[str, list[int]]:
@@ -134,6 +140,12 @@ def shapes_of(engine: Engine) -> dict[str, list[int]]:
         slot.name: list(slot.shape) for flat in (*engine.flats, *engine.frozen_flats) for slot in flat.layout.slots
     }
     return dict(sorted({**in_units, **{name: list(p.shape) for name, p in engine.frozen}}.items()))
+
+
+def dtypes_of(engine: Engine) -> dict[str, torch.dtype]:
+    """The dtype in which every parameter computes, by name."""
+    in_units = {slot.name: flat.dtype for flat in (*engine.flats, *engine.frozen_flats) for slot in flat.layout.slots}
+    return in_units | {name: parameter.dtype for name, parameter in engine.frozen}
 
 
 def root_cause(error: BaseException) -> str:
