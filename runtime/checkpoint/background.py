@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint import folder as folders
-from runtime.checkpoint.common import merged, own_files
+from runtime.checkpoint.common import described, merged, own_files
 from runtime.checkpoint.manifest import CheckpointError
 from runtime.checkpoint.parts import blocks_of
 from runtime.checkpoint.process import PEER_LOST, Outcome, WriterProcess
@@ -120,6 +120,8 @@ class Background:
             return
         problem = self._make_ready(Snapshot(blocks_of(engine)))
         own_files(engine)  # torch imports what it saves with at the first call
+        if engine.comm.rank == 0:
+            described(engine)
         if not problem:
             self._start_anew(1)
 

@@ -133,13 +133,13 @@ def whole_tensors(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
-    """Persistent buffers by name."""
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in engine.module.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
+    """Persistent buffers by name; one that several modules share has its first name only, as parameters do."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for path, module in engine.module.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found.setdefault(id(buffer), (f"{path}.{name}" if path else name, buffer))
+    return dict(found.values())
 
 
 def shapes_of(engine: Engine) -> dict[str, list[int]]:
@@ -148,3 +148,9 @@ def shapes_of(engine: Engine) -> dict[str, list[int]]:
         slot.name: list(slot.shape) for flat in (*engine.flats, *engine.frozen_flats) for slot in flat.layout.slots
     }
     return dict(sorted({**in_units, **{name: list(p.shape) for name, p in engine.frozen}}.items()))
+
+
+def dtypes_of(engine: Engine) -> dict[str, torch.dtype]:
+    """The dtype in which every parameter computes, by name."""
+    in_units = {slot.name: flat.dtype for flat in (*engine.flats, *engine.frozen_flats) for slot in flat.layout.slots}
+    return in_units | {name: parameter.dtype for name, parameter in engine.frozen}
