@@ -123,12 +123,15 @@ class Telemetry(Recorder):
         self._logger.addHandler(self.log_handler)
         atexit.register(self.close)
 
-    def goodbye(self, outcome: Outcome, step: int, error: str = "") -> None:
-        """The last word, before `close`. Only the first one counts: what goes wrong on the way out is not the cause."""
+    def goodbye(self, outcome: Outcome, step: int, error: str = "", fatal: bool = False) -> None:
+        """The last word, before `close`. Only the first one counts: what goes wrong on the way out is not the cause.
+        fatal: another attempt would end the same way."""
         if self._said_goodbye:
             return
         self._said_goodbye = True
-        self._send_event(Goodbye(rank=self.rank, outcome=outcome, step=step, error=error, wall_s=time.time()))
+        self._send_event(
+            Goodbye(rank=self.rank, outcome=outcome, step=step, error=error, fatal=fatal, wall_s=time.time())
+        )
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Send what is left, for at most timeout_s seconds, and end the threads. Idempotent; also runs at exit.
