@@ -38,7 +38,7 @@ log = logging.getLogger("runtime.engine")
 _ASKED = re.compile(
     r"[Tt]ried to allocate ([\d.]+ ?[KMGTP]?i?B|[\d.]+ bytes)"  # torch, on a GPU and on a CPU
     r"|Unable to allocate ([\d.]+ [KMGTP]?iB|[\d.]+ bytes)"  # numpy
-    r"|\bno ([\d.,]+ (?:[KMGTP]iB)?)(?: of address space| left)"  # ours: runtime/pinned.py, runtime/exchange.py
+    r"|\bno ([\d.,]+(?: [KMGTP]iB)?) (?:of address space|left)"  # ours: runtime/pinned.py, runtime/exchange.py
 )
 _GPU = re.compile(r"GPU (\d+) has a total capacity")
 _ON_DEVICE = re.compile(
@@ -232,6 +232,8 @@ def _let_go(error: BaseException) -> None:
         for frame in _frames(one):
             _kept.extend(value for value in frame.f_locals.values() if isinstance(value, Engine))
         traceback.clear_frames(one.__traceback__)
+        for frame in _frames(one):
+            len(frame.f_locals)  # until Python 3.12 what was read from a frame stays with it until it is read again
     gc.collect()
     if torch.cuda.is_initialized():
         try:
@@ -252,11 +254,14 @@ def _all(error: BaseException) -> Iterator[BaseException]:
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 def _written(failure: Failure, held: Held, known: Known | None, where: str) -> Explanation:
-    size = "memory" if failure.asked_bytes is None else format_size(failure.asked_bytes)
     if failure.place == "shared":
-        return _shared(size, held, where)
+        return _shared(failure, held, where)
+    size = "memory" if failure.asked_bytes is None else format_size(failure.asked_bytes)
     kind = f"{failure.what} host memory".strip()
-    asked = f"{size} asked for on {held.device}" if failure.place == "device" else f"{size} of {kind} asked for"
+    if failure.place == "device":
+        asked = f"{size} asked for on {held.device}"
+    else:
+        asked = f"{kind if failure.asked_bytes is None else f'{size} of {kind}'} asked for"
     free, total = (
         (held.free_device_bytes, held.total_device_bytes)
         if failure.place == "device"
@@ -286,31 +291,34 @@ def _written(failure: Failure, held: Held, known: Known | None, where: str) -> E
 def _advice(
     failure: Failure, held: Held, known: Known | None, found: Sequence[Remedy], shortage: Shortage
 ) -> Iterator[str]:
-    if found and known is not None:
-        yield f"What to change (the global batch of {known.config.global_batch} stays):"
-        yield from (f"  {line}" for line in remedy_lines(found, shortage))
+    lines = [f"  {line}" for line in remedy_lines(found, shortage)]
     pieces = held.cached_bytes
     if failure.place == "device" and failure.asked_bytes and pieces is not None and pieces >= failure.asked_bytes:
-        yield (
+        lines.append(
             f"  torch's allocator has {format_size(pieces)} free, in pieces that are too small: set "
             "PYTORCH_ALLOC_CONF=expandable_segments:True in the environment"
         )
     if failure.place == "host" and known is not None and known.config.device == "cuda" and not found:
-        yield (
+        lines.append(
             "  Nothing in the config lowers this: the engine keeps little in host memory here. Look at data loading "
             "(each process of a DataLoader's num_workers holds its own data set) and at what the script keeps"
         )
     if failure.place == "host" and held.address_space is not None:
-        yield "  The limit on address space (ulimit -v) counts what is reserved, too: raise it, or take it away"
+        lines.append("  The limit on address space (ulimit -v) counts what is reserved, too: raise it, or take it away")
+    if lines:
+        stays = f" (the global batch of {known.config.global_batch} stays)" if found and known is not None else ""
+        yield f"What to change{stays}:"
+    yield from lines
 
 
-def _shared(asked: str, held: Held, where: str) -> Explanation:
+def _shared(failure: Failure, held: Held, where: str) -> Explanation:
     total, free = held.shared_bytes or (0, 0)
     size = f"/dev/shm has {format_size(total)}, {format_size(free)} free"
     way = (
         "use fewer num_workers in the DataLoader, or give it more (docker run --shm-size=8g; mount -o remount,size=8G)"
     )
-    lines = (f"Out of shared memory: {asked} asked for; {where}", f"  {size}", f"What to change: {way}")
+    asked = f"{format_size(failure.asked_bytes)} asked for; " if failure.asked_bytes is not None else ""
+    lines = (f"Out of shared memory: {asked}{where}", f"  {size}", f"What to change: {way}")
     return Explanation(lines, f"out of shared memory: {size} ({where}); {way}")
 
 
