@@ -16,12 +16,13 @@ import sys
 import traceback
 from pathlib import Path
 
-from runtime.telemetry import die_with_parent
+from runtime.telemetry import die_with_parent, register_stacks, stopsignal
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE
 
 ERROR_LINES = 40
 TRACEBACK_LINES = 6
 """Of a traceback, kept in front of an explanation however long that is."""
+LAST_CHECKPOINT_S = 5.0
 
 
 def main() -> int:
@@ -29,7 +30,12 @@ def main() -> int:
     if run:
         # torchrun gone (killed): nobody would end this rank.
         die_with_parent(signal.SIGKILL)
-        _redirect_output(Path(run))
+        stopsignal.listen()
+        rank = int(os.environ.get("RANK", "0"))
+        logs = Path(run) / "logs" / os.environ.get(ATTEMPT_VARIABLE, "1")
+        logs.mkdir(parents=True, exist_ok=True)
+        _redirect_output(logs, rank)
+        register_stacks(logs, rank)
     # Before what follows can crash: the Python stack of a SIGSEGV, SIGBUS, SIGABRT, SIGFPE or SIGILL goes to the log.
     faulthandler.enable(file=sys.stderr, all_threads=True)
     logging.basicConfig(
@@ -80,12 +86,10 @@ def _run_script(arguments: list[str]) -> None:
     _goodbye("finished", "")
 
 
-def _redirect_output(run: Path) -> None:
+def _redirect_output(logs: Path, rank: int) -> None:
     """stdout and stderr of this rank, also those of C++ code, go to its log file; append mode, so that the supervisor
     may truncate it."""
-    folder = run / "logs" / os.environ.get(ATTEMPT_VARIABLE, "1")
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / f"rank-{os.environ.get('RANK', '0')}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    handle = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(handle, 1)
@@ -109,16 +113,17 @@ def _failed(error: BaseException) -> int:
     from runtime.config import ConfigError
     from runtime.data import DataError
     from runtime.models.presets import ModelError
+    from runtime.precision import TrainingError
 
     if isinstance(error, ConfigError | DataError | ModelError):
         print(f"error: {error}", file=sys.stderr, flush=True)
-        _goodbye("failed", str(error))
+        _goodbye("failed", str(error), fatal=True)
         return 2
     memory = _explained(error)  # first: it lets go of what the failed step holds, so that there is memory to go on with
     traceback.print_exception(error)
     lines = "".join(traceback.format_exception(error)).splitlines()
     if memory is None:
-        _goodbye("failed", "\n".join(lines[-ERROR_LINES:]))
+        _goodbye("failed", "\n".join(lines[-ERROR_LINES:]), fatal=isinstance(error, TrainingError))
         return 1
     told, reason = memory
     print("", *told, f"error: {reason}", sep="\n", file=sys.stderr, flush=True)
@@ -150,9 +155,13 @@ def _goodbye(outcome: str, error: str, fatal: bool = False) -> None:
         session.link.goodbye(outcome, session.step(), error, fatal)  # type: ignore[arg-type]
 
 
-def _leave() -> None:
-    """Send what is left, and let the process group go without waiting for ranks that may be gone."""
+def _leave(code: int) -> None:
+    """Send what is left, and let the process group go without waiting for ranks that may be gone. A checkpoint that is
+    being written is waited for; after a failure not for long, for other ranks' writers may be gone too."""
     from runtime.setup import current_session
+
+    if (background := sys.modules.get("runtime.checkpoint.background")) is not None:
+        background.leave_all(None if code == 0 else LAST_CHECKPOINT_S)
 
     session = current_session()
     if session is not None:
@@ -161,7 +170,7 @@ def _leave() -> None:
 
 if __name__ == "__main__":
     code = main()
-    _leave()
+    _leave(code)
     atexit._run_exitfuncs()  # a script's own: its logger may have something left to send
     sys.stdout.flush()
     sys.stderr.flush()

@@ -23,13 +23,14 @@ from torch import nn
 
 from runtime import checkpoint
 from runtime.answers import Answers
+from runtime.checkpoint.background import Background
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
 from runtime.parking import Parking
-from runtime.precision import ScaleExhausted, scaler_for
+from runtime.precision import ScaleExhausted, TrainingError, scaler_for
 from runtime.setup import Assembly, Session, assemble
 from runtime.steer import Steering
 from runtime.wire.messages import StepResult
@@ -117,6 +118,7 @@ class Engine(Answers):
         self.working_memory = parts.placing.working_memory
         """Device memory of no flat."""
         self.parking = Parking(self)
+        self.saver = Background(self)
         self.updates = Updates(
             module,
             parts.units,
@@ -126,9 +128,10 @@ class Engine(Answers):
             parts.placing.side,
             parts.placing.overlap,
             on_idle=_when_alive(self, _under_way.discard),
+            before=self.saver.before_update,
         )
         self._transfers = parts.placing.transfers
-        self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain)
+        self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain, self.saver.before_change)
         _engines[module] = weakref.ref(self)
         self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
         optimizer.seal()
@@ -293,11 +296,11 @@ class Engine(Answers):
             self._transfers.settle()  # the device writes host memory, too, and gathers read it
 
     def _rescale(self, overflow: bool) -> None:
-        """fp16: the next loss scale. Raises RuntimeError when it can't be lowered any more."""
+        """fp16: the next loss scale. Raises TrainingError when it can't be lowered any more."""
         try:
             self.scaler.update(overflow)
         except ScaleExhausted as error:
-            raise RuntimeError(f"step {self.global_steps}: {error}") from None
+            raise TrainingError(f"step {self.global_steps}: {error}") from None
 
     def _report(self, agreed: Boundary, lr: float, skipped: bool) -> None:
         now = time.monotonic_ns()
@@ -353,9 +356,12 @@ class Engine(Answers):
         tag: str | None = None,
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
+        wait: bool = True,
     ) -> bool:
         """Write SAVE_DIR/TAG (default tag: step-NNNNNNNN); every rank must call it. client_state: plain data and
-        tensors. save_latest: accepted and not needed, for the newest is found by what checkpoints say of themselves.
+        tensors. save_latest: accepted and not needed: SAVE_DIR/latest names the newest complete one at all times.
+        wait=False: returns when a copy is made, and a process of low priority writes it; `wait_for_checkpoint()` waits
+        for that, and so does the next save.
 
         Raises CheckpointError on every rank if any could not write, or in the middle of an accumulation, whose
         gradients a checkpoint does not hold.
@@ -370,8 +376,19 @@ class Engine(Answers):
             self.client_state = client_state
         with self.telemetry.span("checkpoint"):
             tag = str(tag or checkpoint.step_tag(self.global_steps))
-            self.last_checkpoint = checkpoint.save(self, Path(save_dir), tag, self.client_state)
+            if wait:
+                self.saver.settle()
+                self.last_checkpoint = checkpoint.save(self, Path(save_dir), tag, self.client_state)
+            else:
+                self.wait_for_checkpoint()
+                self.last_checkpoint = self.saver.begin(Path(save_dir), tag, self.client_state)
         return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Returns when what `save_checkpoint(..., wait=False)` began is complete; every rank must call it. Raises
+        CheckpointError on every rank if any could not write."""
+        if problem := self.saver.settle():
+            raise checkpoint.CheckpointError(problem)
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
         """Rank 0 writes the module's state_dict, as it computes, to SAVE_DIR/SAVE_FILENAME; every rank must call it."""
@@ -461,6 +478,7 @@ class Engine(Answers):
 
     def _detach(self) -> None:
         """Another engine takes the model over."""
+        self.saver.leave()
         self.updates.detach()
         self.schedule.detach()
         self.gathering.detach()

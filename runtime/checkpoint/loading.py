@@ -12,9 +12,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from runtime.checkpoint import rng
-from runtime.checkpoint.manifest import EVERYTHING, CheckpointError, Manifest, Wanted, read_manifest
-from runtime.checkpoint.saving import COMMON
-from runtime.checkpoint.shards import LoadPlanner, Piece, pieces_of, root_cause, shapes_of, whole_tensors
+from runtime.checkpoint.common import COMMON, rng_file
+from runtime.checkpoint.manifest import (
+    EVERYTHING,
+    CheckpointError,
+    Damaged,
+    Manifest,
+    Wanted,
+    read_manifest,
+    root_cause,
+    verify,
+)
+from runtime.checkpoint.parts import Piece, pieces_of, shapes_of, whole_tensors
+from runtime.checkpoint.shards import LoadPlanner
+from runtime.comm import Comm
 from runtime.optim.rules import TorchRule
 
 if TYPE_CHECKING:
@@ -38,8 +49,10 @@ def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
     Raises CheckpointError before anything is changed when the checkpoint does not fit.
     """
     engine.synchronize()
+    engine.saver.before_change()
     manifest = read_manifest(path)
     _compare(engine, manifest, path, wanted)
+    verify_together(engine.comm, path, manifest)
     try:
         common = torch.load(path / COMMON, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -57,6 +70,19 @@ def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
     if wanted.progress:
         _load_progress(engine, manifest, common, path, wanted)
     return Loaded(dict(common["client_state"]), dict(common["registered"]))
+
+
+def verify_together(comm: Comm, path: Path, manifest: Manifest) -> None:
+    """Raises Damaged on every rank where a file of the checkpoint is not what was written; each rank reads its share
+    of the bytes."""
+    problem = ""
+    try:
+        verify(path, manifest, comm.rank, comm.world_size)
+    except Damaged as error:
+        problem = str(error)
+    problems = [found for found in comm.gather_objects(problem) if found]
+    if problems:
+        raise Damaged(problems[0])
 
 
 def _load_optimizer(engine: Engine, common: dict[str, Any]) -> None:
@@ -77,7 +103,7 @@ def _load_progress(engine: Engine, manifest: Manifest, common: dict[str, Any], p
     else:  # the states are as old as they were: so bias correction wants it
         skipped = manifest.step - manifest.optimizer_step - manifest.foreign_steps
         engine.foreign_steps = manifest.step - skipped - engine.optimizer_steps
-    states = path / f"rng-{engine.comm.rank}.pt"
+    states = path / rng_file(engine.comm.rank)
     if states.is_file():  # a larger world than the one that saved keeps its fresh states on the ranks that are new
         rng.set_state(torch.load(states, map_location="cpu", weights_only=True))
 
@@ -91,7 +117,7 @@ def _load_tensors(engine: Engine, manifest: Manifest, path: Path, wanted: Wanted
     frozen_then = set(manifest.frozen)
     pieces = {
         name: piece
-        for name, piece in pieces_of(engine, own_range_only=False).items()
+        for name, piece in pieces_of(engine).items()
         if name.startswith("param.") or (with_states and name.split(".", 2)[2] not in frozen_then)
     }
     whole = {name: (tensor, Piece.whole(tensor)) for name, tensor in whole_tensors(engine).items()}

@@ -5,7 +5,8 @@ RUN/state.json              a `RunStatus`; replaced atomically by the supervisor
 RUN/config.json             the config as the user wrote it, with --set applied
 RUN/resolved.json           every value that the run uses
 RUN/recording.sqlite        what the hub heard
-RUN/logs/<attempt>/         rank-N.log, torchrun.log, supervisor.log
+RUN/logs/<attempt>/         rank-N.log, torchrun.log, supervisor.log; stacks-rank-N.txt (what a rank writes when it is
+                            asked where it stands), stacks-1.txt, ... (all ranks at one moment)
 RUN/checkpoints/step-N/     unless zerotop.checkpoint.folder says otherwise
 SOCKETS/                    /tmp/zerotop-UID/<8 characters>/: telemetry, ranks, screens, commands
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -28,6 +30,15 @@ ATTEMPT_VARIABLE = "ZEROTOP_ATTEMPT"
 SUPERVISOR_VARIABLE = "ZEROTOP_SUPERVISOR_PID"
 RESUME_VARIABLE = "ZEROTOP_RESUME"
 """"1": continue from the newest complete checkpoint."""
+
+
+STACKS_SIGNAL = signal.SIGUSR2
+"""Asks a rank for the stacks of its threads. A process that has no handler for it would end."""
+
+
+def rank_stacks(logs: Path, rank: int) -> Path:
+    """Where a rank appends its stacks; `logs` is the attempt's folder."""
+    return logs / f"stacks-rank-{rank}.txt"
 
 
 class RunFile(BaseModel):

@@ -39,10 +39,16 @@ class Evidence:
     exit_codes: Mapping[int, int] = field(default_factory=dict)
     stopping: bool = False
     abort_reason: str | None = None
+    failure: str | None = None
+    """Why the supervisor ended the ranks as failed (they hang); what they said or how they ended counts no more."""
     steps: Mapping[int, int] = field(default_factory=dict)
     """The last finished optimizer step of each rank that finished one."""
     silent_script: bool = False
     """A script was run and no rank ever said hello."""
+    spoke: bool = False
+    """Some rank said hello."""
+    start_step: int = 0
+    """The step that this attempt went on from."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ def decide(seen: Evidence) -> Outcome:
     """The final state; pure but for reading the logs."""
     if seen.abort_reason is not None:
         return Outcome("aborted", seen.abort_reason, seen.launcher_exit)
+    if seen.failure is not None:
+        return Outcome("failed", seen.failure)
     words = {goodbye.outcome for goodbye in seen.goodbyes.values()}
     if seen.launcher_exit == 0 and not words & {"failed", "aborted"}:
         if "stopped" in words or (seen.stopping and not words):
