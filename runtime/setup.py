@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from runtime import outofmemory
 from runtime.comm import Comm
 from runtime.config import ConfigError, Resolved
 from runtime.memory import Ledger
@@ -175,6 +176,7 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
         cuts = cut(module, patterns, config.persistence_threshold)
     except UnitError as error:
         raise ConfigError(str(error)) from None
+    outofmemory.remember(module, config, comm.device, ledger, cuts)
     parts = Assembly(policy_for(config.stage, config.zerotop.accumulate == "local"), _numbers(config, comm.world_size))
     if comm.world_size > 1:
         comm.share_memory(16 * sum(p.numel() for p in module.parameters()) + ARENA_SLACK)
