@@ -208,6 +208,8 @@ def resume_over_damage(folder: str, damaged: list[str]) -> tuple[list[str], str 
             errors.append(str(error))
     engine.steering.folder, engine.steering.session.resume = Path(folder), True
     path = engine.steering.resume()
+    by_script, _ = engine.load_checkpoint(folder)  # without a tag: the same
+    assert by_script == str(path)
     return errors, path.name if path else None, engine.global_steps
 
 
