@@ -21,8 +21,8 @@ _DOES = {
     "set": "Change a setting of the running run at the next step boundary.",
     "stop": "End the run after the current step and a last checkpoint; launch --resume continues it.",
     "abort": "End the run at once, without a checkpoint: steps since the last checkpoint are lost.",
-    "stacks": "Show where every thread of every rank stands now, also in a run that is stuck or paused, and what the hub "
-    "makes of it. The run goes on undisturbed.",
+    "stacks": "Show where every thread of every rank stands now, also in a run that is stuck or paused, and what the "
+    "hub makes of it. The run goes on undisturbed.",
 }
 _SAYS = {
     "stop": "{name} finishes its current step, writes a checkpoint and ends; launch --resume continues it",
