@@ -381,6 +381,14 @@ def test_a_parameter_that_the_metadata_lack_is_an_error(checkpoint, tmp_path, ca
     assert "it lacks parts of param.head.weight" in capfd.readouterr().err
 
 
+def test_the_command_itself_loads_no_torch(checkpoint, tmp_path):
+    program = "import sys; from zerotop.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    words = ["export", str(checkpoint), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-P", "-c", program, *words], capture_output=True, text=True, timeout=90)
+    assert done.stdout.splitlines()[-1] == "0 False", done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_bad_values_are_usage_errors(checkpoint, tmp_path, capfd):
     out = str(tmp_path / "out")
     assert main(["export", str(checkpoint), out, "--shard-size", "5"]) == 2
