@@ -126,8 +126,9 @@ def _failed(error: BaseException) -> int:
         _goodbye("failed", "\n".join(lines[-ERROR_LINES:]), fatal=isinstance(error, TrainingError))
         return 1
     told, reason = memory
-    print("", *told, f"error: {reason}", sep="\n", file=sys.stderr, flush=True)
-    lines = [*lines[-max(TRACEBACK_LINES, ERROR_LINES - len(told) - 2) :], "", *told, reason]
+    said = ["", *told, f"error: {reason}"]  # as a refused config is told: what reads the log's end finds the reason so
+    print(*said, sep="\n", file=sys.stderr, flush=True)
+    lines = [*lines[-max(TRACEBACK_LINES, ERROR_LINES - len(said)) :], *said]
     _goodbye("failed", "\n".join(lines), fatal=True)
     return 1
 

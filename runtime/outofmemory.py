@@ -282,7 +282,7 @@ def _written(failure: Failure, held: Held, known: Known | None, where: str) -> E
         way = f"no setting makes room for it, as there are {format_size(total or 0)} in all: see what computes it"
         lines.append(f"What to change: {way}, in the traceback")
     else:
-        way = f"try {_short(found[0], shortage)}" if found else ""
+        way = f"try {found[0].short(shortage.where)}" if found else ""
         lines += _advice(failure, held, known, found, shortage)
     ran_out = "GPU memory" if failure.place == "device" else kind
     return Explanation(tuple(lines), f"out of {ran_out}: {asked}{left} ({where}){way and '; '}{way}")
@@ -320,8 +320,3 @@ def _shared(failure: Failure, held: Held, where: str) -> Explanation:
     asked = f"{format_size(failure.asked_bytes)} asked for; " if failure.asked_bytes is not None else ""
     lines = (f"Out of shared memory: {asked}{where}", f"  {size}", f"What to change: {way}")
     return Explanation(lines, f"out of shared memory: {size} ({where}); {way}")
-
-
-def _short(remedy: Remedy, shortage: Shortage) -> str:
-    saves = "" if remedy.saves_bytes is None else f" (saves about {format_size(remedy.saves_bytes)}{shortage.where})"
-    return f"{remedy.change}{saves}"

@@ -37,6 +37,10 @@ class Remedy:
         """In the user's keys: `"zero_optimization.stage": 0 -> 2`."""
         return ", ".join(_changed(key, old, new) for key, (old, new) in self.changes.items())
 
+    def short(self, where: str = "") -> str:
+        saves = "" if self.saves_bytes is None else f" (saves about {format_size(self.saves_bytes)}{where})"
+        return f"{self.change}{saves}"
+
     def text(self, where: str = "") -> str:
         saves = "" if self.saves_bytes is None else f"saves about {format_size(self.saves_bytes)}{where}"
         return f"{self.change}: {', '.join(part for part in (saves, self.note) if part)}"

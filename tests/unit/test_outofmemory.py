@@ -86,7 +86,7 @@ def test_cudas_word_for_memory_that_it_cannot_page_lock_is_host_memory(monkeypat
     def refuse(*_: object) -> None:
         raise RuntimeError("CUDA: out of memory (error 2)")
 
-    monkeypatch.setattr("runtime.pinned._pin", refuse)
+    monkeypatch.setattr("runtime.pinned.page_lock", refuse)
     error = raised(lambda: Arena(pin=True).zeros(1000, torch.float32))
     assert recognise(error) == Failure("host", 4000, what="page-locked")
 
@@ -267,7 +267,7 @@ def test_the_reason_is_the_last_line_of_the_goodbye_and_of_the_log(
     (_, text, more) = said[0]
     assert more == {"fatal": True}
     last = text.splitlines()[-1]
-    assert last.startswith("out of host memory: 1.00 PiB") and log[-1] == f"error: {last}"
+    assert last.startswith("error: out of host memory: 1.00 PiB") and log[-1] == last
     assert "DefaultCPUAllocator" in text  # the traceback's end stands in front
 
 

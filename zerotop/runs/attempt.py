@@ -12,6 +12,7 @@ from pathlib import Path
 from runtime.wire.rundir import RunFile
 from zerotop.runs import torchrun
 from zerotop.runs.paths import RunError
+from zerotop.runs.witness import Witness
 
 
 class Attempt:
@@ -26,6 +27,7 @@ class Attempt:
         self.run = run
         self.path = path
         self.logs = path / "logs" / str(run.attempt)
+        self.witness = Witness(run, path)
         self.ended = asyncio.Event()
         """The launcher has."""
         self.rank_died = asyncio.Event()
