@@ -60,6 +60,8 @@ class Block:
     """Whose update changes it; None: nothing that training does while a checkpoint is being written."""
     stays: bool = False
     """It is in host memory because the config says so, or nothing ever changes it: no copy of all of it is made."""
+    alike: bool = False
+    """All ranks hold the same, and rank 0 writes it."""
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +103,7 @@ def blocks_of(engine: Engine) -> list[Block]:
         for name, tensor in whole_tensors(engine).items():
             whole = tensor.detach().reshape(-1)
             part = Part(name, 0, whole.numel(), whole.numel(), whole.dtype)
-            found.append(Block(whole, [(0, part)], stays=name.startswith("param.")))
+            found.append(Block(whole, [(0, part)], stays=name.startswith("param."), alike=True))
     return found
 
 
