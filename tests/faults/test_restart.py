@@ -222,7 +222,7 @@ def test_a_stop_while_it_restarts_stops_it(start: Start) -> None:
     answer = run.command("stop")
     assert answer.ack.state == "applied"
     status = ended(run, "stopped")
-    assert (status.attempt, status.restarts) == (2, 1) and status.step == answer.ack.step
+    assert (status.attempt, status.restarts) == (2, 1) and status.step >= answer.ack.step
 
 
 def test_an_abort_while_it_restarts_ends_it_at_once(start: Start) -> None:
