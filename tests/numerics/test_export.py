@@ -222,6 +222,7 @@ def test_the_built_in_gpt_is_built_again_with_the_same_logits(ranks, tmp_path, s
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
     model = load_exported(out)
     with torch.no_grad():
         assert torch.equal(model(tokens), logits)
