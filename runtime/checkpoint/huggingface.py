@@ -130,6 +130,7 @@ class HuggingFaceExport:
             save_file(content, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{path.name} can't be written: {error}") from None
+        path.chmod(path.parent.stat().st_mode & 0o666)  # as the umask has it; safetensors makes it our own alone
 
     def _read(self, tensor: _Tensor) -> torch.Tensor:
         whole = self.reader.read(tensor.stored, tensor.dtype)
