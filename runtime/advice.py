@@ -163,7 +163,7 @@ def smallest_change(workload: Workload, wanted: Layout, fits: Callable[[Layout],
     for option in higher:
         if fits(stage_layout(workload, option, wanted.offload)):
             return f"stage {option}{' + offload' if wanted.offload else ''}"
-    smaller = _smaller_micro_batches(workload)
+    smaller = smaller_micro_batches(workload)
     kept_stages = dict.fromkeys((stage, *higher))
     for one in smaller:
         for option in kept_stages:
@@ -190,7 +190,7 @@ def smallest_change(workload: Workload, wanted: Layout, fits: Callable[[Layout],
     return None
 
 
-def _smaller_micro_batches(workload: Workload) -> list[Workload]:
+def smaller_micro_batches(workload: Workload) -> list[Workload]:
     """The same global batch in smaller micro-batches, largest first."""
     product = workload.micro_batch * workload.accumulation
     sizes = [size for size in range(workload.micro_batch - 1, 0, -1) if product % size == 0]

@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
+
 from runtime.config import Fp16Config, Resolved
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FACTOR = 2.0
 """What a dynamic scale is multiplied or divided by."""
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on, and would come to the same point again; the message says at which step, why, and what
+    remains."""
 
 
 class ScaleExhausted(OverflowError):

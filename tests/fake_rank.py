@@ -4,9 +4,12 @@
 
 starts the ranks (give it as RunFile.command); each rank is this script again, with RANK set. The environment says how
 they behave: FAKE_STEPS (default 1000000), FAKE_START (0), FAKE_STEP_S (0.02), FAKE_CRASH="RANK:STEP" (raises there),
-FAKE_HANG="RANK:STEP" (stands still there, as in a collective), FAKE_IGNORE_TERM=1, FAKE_CHILD=1 (every rank starts a
-sleeping child in a session of its own), FAKE_LATE_S (seconds before telemetry starts), FAKE_PIDS (a file to which every
-process adds its pid).
+FAKE_HANG="RANK:STEP" (stands still there, as in a collective), FAKE_MEET=FOLDER (ranks wait for each other at every
+step, as in a collective, through files there; they then answer SIGUSR2 with their stacks too), FAKE_IGNORE_TERM=1,
+FAKE_CHILD=1 (every rank starts a sleeping child in a session of its own), FAKE_LATE_S (seconds before telemetry
+starts), FAKE_EVERY=N (rank 0 makes a checkpoint every N steps; under ZEROTOP_RESUME=1 the ranks go on from the newest
+one in the run directory, if there is any), FAKE_FATAL=1 (what raises says that another attempt would end the same way),
+FAKE_PIDS (a file to which every process adds its pid).
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime.telemetry import Telemetry
+from runtime.telemetry import Telemetry, register_stacks, stopsignal
 from runtime.wire.messages import Ack, Command, Hello, Memory, StepResult
-from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, boot_id, read_run
+from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, boot_id, read_run
 
 MICRO_STEPS = 2
 
@@ -86,13 +89,25 @@ class FakeRank:
         self.run = read_run(Path(os.environ[RUN_VARIABLE]))
         self.steps = int(setting("STEPS", "1000000"))
         self.step_s = float(setting("STEP_S", "0.02"))
-        self.step = int(setting("START", "0"))
+        self.folder = Path(os.environ[RUN_VARIABLE]) / "checkpoints"
+        self.step = self.first_step()
         self.paused = False
         self.stopping = False
         self.seq = 0
         telemetry = Telemetry.from_environment(self.rank)
         assert isinstance(telemetry, Telemetry)
         self.telemetry = telemetry
+
+    def first_step(self) -> int:
+        saved = [int(path.name.split("-")[1]) for path in self.folder.glob("step-*")]
+        return max(saved) if saved and os.environ[RESUME_VARIABLE] == "1" else int(setting("START", "0"))
+
+    def save(self) -> dict[str, Any]:
+        result = {"path": f"checkpoints/step-{self.step}", "step": self.step}
+        if self.rank == 0:
+            (self.folder / f"step-{self.step}").mkdir(parents=True, exist_ok=True)
+            self.telemetry.event("checkpoint", f"checkpoint at step {self.step}", step=self.step, data=result)
+        return result
 
     def hello(self) -> Hello:
         return Hello(
@@ -135,7 +150,9 @@ class FakeRank:
         while self.step < self.steps:
             self.one_step()
             self.boundary()
-            if self.stopping or self.telemetry.inbox.orphaned:
+            if (every := int(setting("EVERY", "0"))) and self.step % every == 0:
+                self.save()
+            if self.stopping or self.telemetry.inbox.stop_requested:
                 return "stopped"
         return "finished"
 
@@ -152,6 +169,8 @@ class FakeRank:
         if setting("HANG") == f"{self.rank}:{number}":
             while True:
                 time.sleep(3600)
+        if setting("MEET"):
+            self.meet(Path(setting("MEET")), number)
         self.telemetry.enter("step", number, 0)
         self.step = number
         end = time.monotonic_ns()
@@ -168,11 +187,19 @@ class FakeRank:
             )
         )
 
+    def meet(self, folder: Path, number: int) -> None:
+        begin = time.monotonic_ns()
+        seq = self.telemetry.issued("all_reduce", 8)
+        (folder / f"{number}-{self.rank}").touch()
+        while not all((folder / f"{number}-{rank}").exists() for rank in range(self.world_size)):
+            time.sleep(0.005)
+        self.telemetry.completed(seq, "all_reduce", 8, begin, time.monotonic_ns(), 0)
+
     def boundary(self) -> None:
         """Apply what has come. The fake ranks share no collective, so each applies on its own; rank 0 answers."""
         for command in self.telemetry.inbox.take():
             self.apply(command)
-        while self.paused and not self.stopping and not self.telemetry.inbox.orphaned:
+        while self.paused and not self.stopping and not self.telemetry.inbox.stop_requested:
             self.telemetry.enter("paused", self.step + 1, 0)
             next_command = self.telemetry.inbox.next(0.5)
             if next_command is not None:
@@ -188,9 +215,7 @@ class FakeRank:
             case "stop":
                 self.stopping = True
             case "checkpoint":
-                result = {"path": f"checkpoints/step-{self.step}", "step": self.step}
-                if self.rank == 0:
-                    self.telemetry.event("checkpoint", f"checkpoint at step {self.step}", step=self.step, data=result)
+                result = self.save()
             case "set":
                 result = command.arguments
         if self.rank == 0:
@@ -201,12 +226,15 @@ class FakeRank:
 
 def run_rank() -> int:
     note_pid()
+    stopsignal.listen()
     if setting("IGNORE_TERM"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if setting("CHILD"):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True)
         with open(setting("PIDS"), "a") as file:
             file.write(f"{child.pid}\n")
+    if setting("MEET"):
+        register_stacks(Path(os.environ[RUN_VARIABLE]) / "logs" / os.environ[ATTEMPT_VARIABLE], int(os.environ["RANK"]))
     time.sleep(float(setting("LATE_S", "0")))
     rank = FakeRank()
     try:
@@ -214,7 +242,7 @@ def run_rank() -> int:
     except Exception:
         text = traceback.format_exc()
         print(text, file=sys.stderr, flush=True)
-        rank.telemetry.goodbye("failed", rank.step, text)
+        rank.telemetry.goodbye("failed", rank.step, text, fatal=bool(setting("FATAL")))
         rank.telemetry.close()
         return 1
     rank.telemetry.goodbye(outcome, rank.step)

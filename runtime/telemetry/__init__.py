@@ -5,5 +5,14 @@ from runtime.telemetry.inbox import Inbox
 from runtime.telemetry.null import NullTelemetry
 from runtime.telemetry.orphan import die_with_parent
 from runtime.telemetry.publisher import Telemetry, TelemetryError
+from runtime.telemetry.stacks import register_stacks
 
-__all__ = ["Inbox", "NullTelemetry", "Telemetry", "TelemetryError", "TelemetryHandler", "die_with_parent"]
+__all__ = [
+    "Inbox",
+    "NullTelemetry",
+    "Telemetry",
+    "TelemetryError",
+    "TelemetryHandler",
+    "die_with_parent",
+    "register_stacks",
+]

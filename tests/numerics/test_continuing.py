@@ -158,7 +158,8 @@ def misfits(folder: str) -> list[str]:
     script.engine.load_checkpoint(folder)
     engine = script.engine
     other = np.random.Generator(np.random.MT19937(1))
-    found = [message_of(TypeError, lambda: engine.register_state(strange=bad)) for bad in (3, random.SystemRandom())]
+    strange = (3, random.SystemRandom())
+    found = [message_of(TypeError, lambda bad=bad: engine.register_state(strange=bad)) for bad in strange]
     found.append(message_of(ValueError, lambda: engine.register_state(**{"zerotop:data": script.loader})))
     fresh = Script(config(1, 1, clip=0.0)).engine
     fresh.register_state(by_numpy=other)

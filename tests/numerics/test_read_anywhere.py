@@ -205,7 +205,7 @@ def assert_read(written: dict[str, torch.Tensor], found: dict[str, torch.Tensor]
     assert found.keys() == written.keys()
     for name, value in written.items():
         same = found[name].dtype == value.dtype
-        assert same or name.startswith("buffer.") or name.startswith("param.blocks.1.up."), name
+        assert same or name.startswith(("buffer.", "param.blocks.1.up.")), name
         assert torch.equal(found[name], value.to(found[name].dtype)), name
 
 

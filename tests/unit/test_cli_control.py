@@ -187,6 +187,17 @@ def test_abort_asks_on_a_terminal(typed: str, sent: int, hub: FakeHub, monkeypat
     assert len(hub.commands) == sent + 1
 
 
+def test_stacks_are_printed_with_their_place(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"path": "logs/1/stacks-1.txt", "text": "q1, attempt 1\nrank 0: pid 7\n"}
+    hub.answer = lambda command: [Ack(id=command.id, number=1, state="applied", step=7, result=result)]
+    assert main(["stacks", "q1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == result["text"]
+    assert captured.err == "saved in the run directory: logs/1/stacks-1.txt\n"
+    assert main(["stacks", "q1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["result"] == result
+
+
 def test_stop_and_abort_say_what_they_do(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     main(["stop", "q1"])
     assert "writes a checkpoint and ends" in capsys.readouterr().err

@@ -20,6 +20,7 @@ class Desk:
     forwarded: list[Command] = field(default_factory=list)
     published: list[CommandRecord] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    stacks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.set("running")
@@ -29,6 +30,7 @@ class Desk:
             forward=self.forwarded.append,
             publish=self.published.append,
             abort=lambda command: self.aborted.append(command.id),
+            stacks=lambda command: self.stacks.append(command.id),
         )
 
     def set(self, state: str) -> None:
@@ -86,6 +88,7 @@ def test_the_same_id_acts_once_and_is_answered_every_time(desk: Desk) -> None:
     [
         ("finished", "pause", {}, "the run is over (finished)"),
         ("failed", "abort", {}, "the run is over (failed)"),
+        ("failed", "stacks", {}, "the run is over (failed)"),
         ("paused", "pause", {}, "the run is paused already"),
         ("running", "resume", {}, "the run is not paused (running)"),
         ("stopping", "checkpoint", {}, "the run is stopping already (abort ends it at once)"),
@@ -132,6 +135,28 @@ def test_abort_is_not_for_ranks(desk: Desk) -> None:
     assert desk.aborted == ["end"] and desk.forwarded == [] and desk.router.open_commands() == []
 
 
+@pytest.mark.parametrize("state", ["starting", "running", "paused", "restarting", "stopping"])
+def test_stacks_are_taken_in_every_live_state_and_without_the_ranks(desk: Desk, state: str) -> None:
+    desk.set(state)
+    assert desk.ask("stacks", identity="s") == ("accepted", "")
+    assert desk.stacks == ["s"] and desk.forwarded == [] and desk.router.open_commands() == []
+    desk.router.complete("s", result={"path": "logs/1/stacks-1.txt"})
+    assert desk.answers[-1][1] == "applied"
+    assert desk.published[-1].ack.result == {"path": "logs/1/stacks-1.txt"}
+    count = len(desk.answers)
+    desk.router.complete("s", reason="twice")
+    assert len(desk.answers) == count
+
+
+def test_stacks_while_a_stop_or_an_abort_waits_and_why_they_may_fail(desk: Desk) -> None:
+    desk.ask("stop")
+    desk.ask("abort")
+    assert desk.ask("stacks", identity="s")[0] == "accepted"
+    desk.router.complete("s", reason="no such process")
+    assert desk.answers[-1][1:] == ("rejected", "no such process")
+    assert desk.ask("stacks", rank=1) == ("rejected", "stacks takes no arguments, got rank")
+
+
 @pytest.mark.parametrize(
     ("end", "name", "verdict"),
     [
@@ -141,6 +166,7 @@ def test_abort_is_not_for_ranks(desk: Desk) -> None:
         ("finished", "checkpoint", "rejected"),
         ("finished", "abort", "rejected"),
         ("failed", "stop", "rejected"),
+        ("failed", "stacks", "rejected"),
     ],
 )
 def test_the_end_answers_everything(desk: Desk, end: str, name: str, verdict: str) -> None:
@@ -172,3 +198,39 @@ def test_a_million_commands_do_not_pile_up(desk: Desk) -> None:
         desk.applied(number + 1)
         desk.forwarded.clear()
     assert len(desk.router._cases) <= 1001
+
+
+# ---- ranks that restart ----------------------------------------------------------------------------------------------
+def test_ranks_that_restart_leave_no_command_without_an_answer(desk: Desk) -> None:
+    for name in ("pause", "checkpoint", "stop"):
+        assert desk.ask(name, identity=name)[0] == "accepted"
+    desk.router.ranks_restart()
+    assert desk.answers[-1] == (b"a", "rejected", "the ranks restarted")
+    assert [command.name for command in desk.router.open_commands()] == ["checkpoint", "stop"]
+    assert desk.router.is_open("stop", "abort") and not desk.router.is_open("pause")
+    desk.router.ranks_restart()
+    assert len([answer for answer in desk.answers if answer[1] == "rejected"]) == 1
+
+
+def test_settings_in_force_are_the_newest_that_no_open_one_changes(desk: Desk) -> None:
+    for number, settings in enumerate(
+        [{"log_interval": 5, "telemetry_hz": 2.0}, {"log_interval": 3}, {"lr_factor": 0.5}, {"telemetry_hz": 9.0}], 1
+    ):
+        desk.ask("set", **settings)
+        if number < 3:
+            desk.applied(number)
+    assert desk.router.settings_in_force() == {"log_interval": 3}  # the others wait, one of them for telemetry_hz
+    desk.applied(4)
+    assert desk.router.settings_in_force() == {"log_interval": 3, "telemetry_hz": 9.0}
+
+
+def test_a_rank_that_speaks_late_is_told_what_others_have_answered(desk: Desk) -> None:
+    desk.ask("checkpoint")
+    desk.applied(1)
+    desk.ask("set", log_interval=3)
+    desk.ask("set", nonsense=1)  # refused: it has no number
+    desk.ask("checkpoint")
+    assert [command.number for command in desk.router.commands_for_new_rank()] == [1, 2, 3]
+    desk.applied(3)
+    desk.router.ranks_restart()
+    assert [command.number for command in desk.router.commands_for_new_rank()] == [2]  # the rest is over

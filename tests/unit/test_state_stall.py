@@ -138,6 +138,15 @@ def test_a_rank_that_fell_silent_counts_as_idle_and_is_named() -> None:
     assert "nothing heard from rank 1" in stall.text
 
 
+def test_a_silent_rank_s_last_word_may_be_older_than_what_the_others_have_completed() -> None:
+    run = a_run()
+    beat(run, 0, 1532, 1531, 14)
+    beat(run, 1, 1520, 1519, 14)
+    beat(run, 2, 1532, 1531, 14)
+    stall = find_stall(run)
+    assert stall is not None and (stall.missing, stall.waiting, stall.seq, stall.op) == ((1,), (0, 2), 1532, "reduce")
+
+
 def test_one_rank_that_moves_is_not_a_stall() -> None:
     run = a_run()
     stuck(run)

@@ -1,4 +1,5 @@
-"""zerotop pause, resume, checkpoint, set, stop, abort: send one command to a run's hub and wait for its answer."""
+"""zerotop pause, resume, checkpoint, set, stop, abort, stacks: send one command to a run's hub, wait for its
+answer."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from runtime.wire.messages import CommandRecord
     from zerotop.source.target import Target
 
-NAMES = ("pause", "resume", "checkpoint", "set", "stop", "abort")
+NAMES = ("pause", "resume", "checkpoint", "set", "stop", "abort", "stacks")
 DEFAULT_TIMEOUT_S = 60.0
 _DOES = {
     "pause": "Hold the run at the next step boundary, on all ranks at once. A paused run still checkpoints and stops.",
@@ -20,6 +21,8 @@ _DOES = {
     "set": "Change a setting of the running run at the next step boundary.",
     "stop": "End the run after the current step and a last checkpoint; launch --resume continues it.",
     "abort": "End the run at once, without a checkpoint: steps since the last checkpoint are lost.",
+    "stacks": "Show where every thread of every rank stands now, also in a run that is stuck or paused, and what the "
+    "hub makes of it. The run goes on undisturbed.",
 }
 _SAYS = {
     "stop": "{name} finishes its current step, writes a checkpoint and ends; launch --resume continues it",
@@ -210,7 +213,11 @@ def _print(name: str, record: CommandRecord, as_json: bool, accepted_is_enough: 
     if not done:
         say(f"zerotop: {name} {ack.state} {command.name}" + (f": {ack.reason}" if ack.reason else ""))
         return 1
-    if not as_json:
+    if command.name == "stacks" and not as_json:
+        print(ack.result.get("text", ""), end="")
+        if ack.result.get("path"):
+            say(f"saved in the run directory: {ack.result['path']}")
+    elif not as_json:
         at = f" at step {ack.step}" if ack.step is not None else ""
         extras = "".join(f", {key} {value}" for key, value in ack.result.items())
         print(f"{name}: {command.name} {ack.state} as #{ack.number or command.number}{at}{extras}")

@@ -15,6 +15,8 @@ from zerotop.state.run import RunState
 REMEMBERED = 1000
 """Commands whose answers are kept, so that a repeated id is answered again and not acted on again."""
 
+_OUTLIVE_RANKS = frozenset({"checkpoint", "set", "stop", "abort"})
+
 Asker = bytes
 """A screen's ZeroMQ identity; b"" for the supervisor itself."""
 
@@ -29,13 +31,18 @@ class _Case:
     def open(self) -> bool:
         return not any(ack.state in ("applied", "rejected") for ack in self.acks)
 
+    @property
+    def applied(self) -> bool:
+        return any(ack.state == "applied" for ack in self.acks)
+
 
 class CommandRouter:
     """Every command ends in exactly one of applied and rejected, also when the run ends first.
 
     `answer(asker, ack)` tells one screen; `forward(command)` tells all ranks; `publish(record)` tells everyone and the
     recording;
-    `abort(command)` ends the run without its ranks' help; the supervisor then calls `finish`.
+    `abort(command)` ends the run without its ranks' help; the supervisor then calls `finish`. `stacks(command)` looks
+    at the ranks from outside, for they may be stuck; the supervisor then calls `complete`.
     """
 
     def __init__(
@@ -46,14 +53,18 @@ class CommandRouter:
         forward: Callable[[Command], None],
         publish: Callable[[CommandRecord], None],
         abort: Callable[[Command], None],
+        stacks: Callable[[Command], None],
     ) -> None:
         self._state = state
         self._answer = answer
         self._forward = forward
         self._publish = publish
-        self._abort = abort
+        # What does not wait for a step boundary, and never reaches the ranks.
+        self._outside = {"abort": abort, "stacks": stacks}
         self._cases: dict[str, _Case] = {}
         self._number = 0
+        self._before_ranks = 0
+        """The newest number when the ranks that run now were started."""
 
     # ---- from screens ----------------------------------------------------------------------------------------------
     def submit(self, command: Command, asker: Asker = b"") -> None:
@@ -80,16 +91,15 @@ class CommandRouter:
             self._tell(case, "rejected", reason=refusal)
             return
         self._tell(case, "accepted")
-        if command.name == "abort":
-            self._abort(numbered)
-        else:
-            self._forward(numbered)
+        self._outside.get(command.name, self._forward)(numbered)
 
     def _check(self, command: Command) -> tuple[dict[str, Any], str]:
         """The arguments in the ranks' own types, and why the command can't be accepted ("": it can)."""
         state = self._state.state_name
         if state not in LIVE_STATES:
             return command.arguments, f"the run is over ({state})"
+        if command.name == "stacks":
+            return _without_arguments(command)
         waiting = {case.command.name for case in self._cases.values() if case.open}
         if "abort" in waiting:
             return command.arguments, "the run is being aborted"
@@ -122,6 +132,17 @@ class CommandRouter:
         self._keep(case, ack.model_copy(update={"number": case.command.number, "wall_s": ack.wall_s or time.time()}))
         return case.command
 
+    def complete(self, identity: str, *, result: dict[str, Any] | None = None, reason: str = "") -> None:
+        """The supervisor's word on a command that it carried out itself: applied with `result`, or rejected for
+        `reason`. Does nothing when the run has ended meanwhile, and the command with it."""
+        case = self._cases.get(identity)
+        if case is None or not case.open:
+            return
+        if reason:
+            self._tell(case, "rejected", reason=reason)
+        else:
+            self._tell(case, "applied", step=self._state.step, result=result or {})
+
     def finish(self, state: RunStateName, step: int) -> None:
         """The run is over: answer what is still open."""
         for case in [case for case in self._cases.values() if case.open]:
@@ -133,16 +154,62 @@ class CommandRouter:
             else:
                 self._tell(case, "rejected", reason="the run ended before it could be applied")
 
+    def ranks_restart(self) -> None:
+        """The ranks that were given commands are gone. What still makes sense goes to the next ones, which the hub
+        tells when they speak; the rest is answered. A stop or an abort ends the run instead, and is left to `finish`.
+        """
+        self._before_ranks = self._number
+        for case in [case for case in self._cases.values() if case.open]:
+            if case.command.name not in _OUTLIVE_RANKS:
+                self._tell(case, "rejected", reason="the ranks restarted")
+
+    def is_open(self, *names: str) -> bool:
+        """Whether a command of one of these names was accepted and has no final answer yet."""
+        return any(case.open and case.command.name in names for case in self._cases.values())
+
+    def settings_in_force(self) -> dict[str, Any]:
+        """What was `set` and applied, less what an open `set` will change: new ranks start with the config's values."""
+        values: dict[str, Any] = {}
+        changing: set[str] = set()
+        for case in self._cases.values():
+            if case.command.name == "set" and case.open:
+                changing |= case.command.arguments.keys()
+            elif case.command.name == "set" and case.applied:
+                values |= case.command.arguments
+        return {name: value for name, value in values.items() if name not in changing}
+
+    def newest(self, name: str) -> Command | None:
+        """The newest command of this name that was applied, or is open still."""
+        found = (case for case in reversed(self._cases.values()) if case.command.name == name)
+        return next((case.command for case in found if case.open or case.applied), None)
+
     def open_commands(self, above: int = 0) -> list[Command]:
         """Accepted commands for ranks that have a number above `above` and no final answer yet, in order."""
         return [
             case.command
             for case in self._cases.values()
-            if case.open and case.command.number > above and case.command.name != "abort"
+            if case.open and case.command.number > above and case.command.name not in self._outside
+        ]
+
+    def commands_for_new_rank(self) -> list[Command]:
+        """What a rank that speaks for the first time must be told, in order: what is open, and what other ranks were
+        quicker to answer. It knows by the numbers what it has already heard from them."""
+        return [
+            case.command
+            for case in self._cases.values()
+            if case.command.name != "abort" and (case.open or case.command.number > self._before_ranks)
         ]
 
     # ---- inside ----------------------------------------------------------------------------------------------------
-    def _tell(self, case: _Case, state: str, *, step: int | None = None, reason: str = "") -> None:
+    def _tell(
+        self,
+        case: _Case,
+        state: str,
+        *,
+        step: int | None = None,
+        reason: str = "",
+        result: dict[str, Any] | None = None,
+    ) -> None:
         now = time.time()
         fields = {
             "id": case.command.id,
@@ -150,6 +217,7 @@ class CommandRouter:
             "state": state,
             "step": step,
             "reason": reason,
+            "result": result,
             "wall_s": now,
         }
         self._keep(case, Ack.model_validate({key: value for key, value in fields.items() if value is not None}))

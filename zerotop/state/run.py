@@ -75,12 +75,18 @@ class RunState:
     hub_seq: int = 0
     hub_now_ns: int = 0
     """The newest arrival stamp seen: the hub's clock as far as we know."""
+    restarted: bool = False
+    """A new attempt has begun, and none of its ranks has said yet which step it goes on from."""
 
     # ---- input -----------------------------------------------------------------------------------------------------
     def apply_snapshot(self, snapshot: Snapshot) -> None:
         self.hub_seq = snapshot.hub_seq
         self.hub_now_ns = snapshot.now_ns
         self.apply_all(snapshot.messages, 0)
+        for state in self.ranks.values():
+            # The curve reaches back before this attempt; a rank that has finished no step in it has none.
+            if state.step is not None and (state.hello is None or state.step.step <= state.hello.start_step):
+                state.step = None
         for rank, heard_ns in snapshot.heard_ns.items():
             self.rank(rank).heard_ns = heard_ns
 
@@ -115,12 +121,16 @@ class RunState:
                     # A new attempt of the rank: nothing of the dead process may shine through.
                     self.ranks[message.rank] = fresh = RankState(message.rank, heard_ns=fresh.heard_ns)
                     self.waits.restart()
+                if self.restarted:
+                    self.restarted = False
+                    self.series.cut(message.start_step)
                 fresh.hello = message
             case Heartbeat():
                 self.rank(message.rank).heartbeat = message
             case Phases():
                 self.rank(message.rank).spans.extend(message.spans)
             case StepResult():
+                self.restarted = False  # the series sees by itself that steps are taken again
                 self.rank(message.rank).step = message
                 self.series.add(message)
                 self.waits.step_took(message.step, message.step_ms)
@@ -141,9 +151,19 @@ class RunState:
                 if known is not None:
                     self._record(CommandRecord(command=known.command, ack=message), arrival_ns)
             case RunStatus():
+                if self.status and 0 < self.status.attempt < message.attempt:
+                    self._begin_attempt()
                 self.status = message
 
+    def _begin_attempt(self) -> None:
+        """All ranks are new processes: nothing of the dead ones may shine through."""
+        self.ranks.clear()
+        self.waits.restart()
+        self.restarted = True
+
     def _record(self, record: CommandRecord, arrival_ns: int) -> None:
+        if record.command.name == "stacks" and record.ack.state == "applied":
+            self._forget_stacks()
         self.commands[record.command.id] = record
         if record.ack.state != "accepted" and arrival_ns:
             self.answered_ns.setdefault(record.command.id, arrival_ns)
@@ -151,6 +171,13 @@ class RunState:
             oldest = next(iter(self.commands))
             del self.commands[oldest]
             self.answered_ns.pop(oldest, None)
+
+    def _forget_stacks(self) -> None:
+        """Only the newest stacks are kept here: a text of many lines each, and a late screen is sent all of it."""
+        for identity, old in self.commands.items():
+            if old.command.name == "stacks" and "text" in old.ack.result:
+                rest = {key: value for key, value in old.ack.result.items() if key != "text"}
+                self.commands[identity] = old.model_copy(update={"ack": old.ack.model_copy(update={"result": rest})})
 
     # ---- reading ---------------------------------------------------------------------------------------------------
     def rank(self, number: int) -> RankState:
@@ -189,7 +216,7 @@ class RunState:
         return [record.command for record in self.commands.values() if record.ack.state == "accepted"]
 
     def pending_text(self) -> str:
-        names = [command.name for command in self.open_commands()]
+        names = [command.name for command in self.open_commands() if command.name not in ("abort", "stacks")]
         return f"{', '.join(names)}: waiting for a step boundary" if names else ""
 
     def snapshot_messages(self) -> list[Any]:

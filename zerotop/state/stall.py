@@ -34,12 +34,16 @@ class Stall:
     collective is to blame."""
 
     idle_s: float
-    text: str
+    cause: str
     seq: int | None = None
     op: str = ""
     missing: tuple[int, ...] = ()
     waiting: tuple[int, ...] = ()
     silent: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return f"no progress for {self.idle_s:.0f} s: {self.cause}"
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,20 @@ def find_stall(state: RunState) -> Stall | None:
     return _blame(ranks, idle, state.hub_now_ns, limit)
 
 
+def explain(state: RunState, idle: float, limit: float) -> Stall | None:
+    """The verdict on a run that somebody else found standing still for `idle` s; a rank not heard from for `limit` s is
+    silent. None when no rank that is still there has said where it is."""
+    ranks = [rank for _, rank in sorted(state.ranks.items()) if rank.heartbeat is not None and rank.goodbye is None]
+    return _blame(ranks, idle, state.hub_now_ns, limit) if ranks else None
+
+
 def _blame(ranks: list[RankState], idle: float, hub_now_ns: int, limit: float) -> Stall:
     beats = {rank.rank: rank.heartbeat for rank in ranks if rank.heartbeat is not None}
     silent = tuple(rank.rank for rank in ranks if rank.heard_ns and (hub_now_ns - rank.heard_ns) / 1e9 >= limit)
-    head = f"no progress for {idle:.0f} s: "
-    tail = f"; nothing heard from {_ranks(silent)}" if silent else ""
-    lowest = min(beat.entered_seq for beat in beats.values())
+    tail = f"; nothing heard from {ranks_text(silent)}" if silent else ""
+    # What one rank has completed, all have entered: the last word of a rank that fell silent may be older than that.
+    completed = max(beat.completed_seq for beat in beats.values())
+    lowest = max(completed, min(beat.entered_seq for beat in beats.values()))
     seq = lowest + 1
     waiting = tuple(number for number, beat in beats.items() if beat.entered_seq >= seq)
     missing = tuple(number for number in beats if number not in waiting)
@@ -99,21 +111,21 @@ def _blame(ranks: list[RankState], idle: float, hub_now_ns: int, limit: float) -
         # Only a rank whose newest collective is this very one tells its name; those further ahead (asynchronous) have
         # moved on.
         op = next((beat.entered_op for beat in beats.values() if beat.entered_seq == seq and beat.entered_op), "")
-        text = f"{_ranks(missing)} {_has(missing)} not entered collective {_name(seq, op)}, "
-        text += f"{_ranks(waiting)} {'waits' if len(waiting) == 1 else 'wait'} in it; "
-        text += f"rank {missing[0]} is in {_where(beats[missing[0]])}"
-        return Stall(idle, head + text + tail, seq, op, missing, waiting, silent)
+        text = f"{ranks_text(missing)} {_has(missing)} not entered collective {_name(seq, op)}, "
+        text += f"{ranks_text(waiting)} {'waits' if len(waiting) == 1 else 'wait'} in it; "
+        text += f"rank {missing[0]} is in {place_text(beats[missing[0]])}"
+        return Stall(idle, text + tail, seq, op, missing, waiting, silent)
     held = tuple(number for number, beat in beats.items() if beat.completed_seq < lowest)
     if held:
         op = next((beat.entered_op for beat in beats.values() if beat.entered_op), "")
         if len(held) == len(beats):
             text = f"all ranks have entered collective {_name(lowest, op)}, it does not complete"
         else:
-            text = f"all ranks have entered collective {_name(lowest, op)}, {_ranks(held)} {_has(held)} not left it"
-        return Stall(idle, head + text + tail, lowest, op, (), held, silent)
-    places = sorted({_where(beat) for beat in beats.values()})
+            text = f"all ranks have entered collective {_name(lowest, op)}, {ranks_text(held)} {_has(held)} not left it"
+        return Stall(idle, text + tail, lowest, op, (), held, silent)
+    places = sorted({place_text(beat) for beat in beats.values()})
     text = f"all ranks are in {places[0]}" if len(places) == 1 else "ranks are in " + ", ".join(places)
-    return Stall(idle, f"{head}{text}, outside any collective{tail}", silent=silent)
+    return Stall(idle, f"{text}, outside any collective{tail}", silent=silent)
 
 
 def find_laggard(state: RunState, named: int | None = None) -> Laggard | None:
@@ -149,7 +161,8 @@ def _name(seq: int, op: str) -> str:
     return f"{seq} ({op})" if op else str(seq)
 
 
-def _where(beat: Heartbeat) -> str:
+def place_text(beat: Heartbeat) -> str:
+    """'backward 3/4', 'data'."""
     return f"{beat.phase} {beat.micro_step}/{beat.micro_steps}" if beat.micro_step else beat.phase
 
 
@@ -157,7 +170,7 @@ def _has(numbers: tuple[int, ...]) -> str:
     return "has" if len(numbers) == 1 else "have"
 
 
-def _ranks(numbers: tuple[int, ...]) -> str:
+def ranks_text(numbers: tuple[int, ...]) -> str:
     """'rank 3', 'ranks 0, 2', 'ranks 0-6, 9': short enough for one line at any world size."""
     parts: list[str] = []
     first = last = numbers[0]

@@ -28,6 +28,7 @@ from zerotop.tui.screens.knobs import KnobScreen, Setting, known_values
 from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.screens.main import MainScreen
 from zerotop.tui.screens.rank import RankScreen
+from zerotop.tui.screens.stacks import StacksScreen
 from zerotop.tui.screenshot import screenshot_path
 from zerotop.tui.theme import DEFAULT, Palette, load_palettes
 from zerotop.tui.view import TICK_S, View, build_view
@@ -198,6 +199,13 @@ class ZerotopApp(App[Outcome]):
                 self.send("set", {setting[0]: setting[1]})
 
         self.push_screen(KnobScreen(known_values(self.source.state)), send)
+
+    def action_stacks(self) -> None:
+        command = self.desk.make("stacks")
+        self.source.send(command)
+        name = steering.run_name(self.source.state)
+        self.push_screen(StacksScreen(self.palette, name, lambda: self.source.state.commands.get(command.id)))
+        self.update_view()
 
     # ---- the view --------------------------------------------------------------------------------------------------
     def action_detach(self) -> None:

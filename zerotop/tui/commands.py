@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.wire.messages import Command, CommandName, CommandRecord
+from zerotop.source.asking import WAITS_FOR
 from zerotop.state.run import RunState
 
 SENT_KEPT = 100
@@ -100,12 +101,12 @@ class CommandDesk:
         label = _label(command, ack.number or command.number)
         took = f" ({waited_s:.1f} s)" if waited_s is not None else ""
         if ack.state == "accepted":
-            holds = "" if command.name == "abort" else " … waiting for a step boundary"
+            holds = f" … {WAITS_FOR.get(command.name, 'waiting for a step boundary')}"
             text = f"{label}: accepted{holds}"
         elif ack.state == "applied":
             step = f" at step {ack.step}" if ack.step is not None else ""
             path = ack.result.get("path")
-            result = ", " + "/".join(Path(path).parts[-2:]) if isinstance(path, str) else ""
+            result = ", " + "/".join(Path(path).parts[-2:]) if isinstance(path, str) and path else ""
             text = f"{label}: applied{step}{took}{result}"
         else:
             text = f"{label}: rejected: {ack.reason or 'no reason given'}"

@@ -47,6 +47,7 @@ KEYS: tuple[Key, ...] = (
     Key("set", "E,colon", "set_knob", "Set", "change a setting while the run goes on", True, True),
     Key("stop", "S", "stop", "Stop", "checkpoint at the next step boundary, then end the run (asks first)", True, True),
     Key("abort", "A", "abort", "Abort", "end the run now, without a checkpoint (asks first)", True, True),
+    Key("stacks", "T", "stacks", "Stacks", "where every rank stands now, also when the run is stuck", steers=True),
     Key("freeze", "f", "freeze", "Freeze", "freeze the view, not the run; once more follows again", show=True),
     Key("zoom", "z", "zoom", "Zoom", "the focused panel takes the whole screen, and gives it back", show=True),
     Key(

@@ -14,7 +14,7 @@ import psutil
 
 from runtime.wire.messages import LIVE_STATES, RunStatus, StepResult
 from zerotop.hub.recorder import read_messages
-from zerotop.runs.directory import RunEntry, read_entry
+from zerotop.runs.directory import read_entry
 from zerotop.runs.launching import start_run
 from zerotop.source.live import LiveSource
 

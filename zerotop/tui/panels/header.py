@@ -36,7 +36,10 @@ class Header(Panel):
         row.add(f"{glyph} {state.state_name}", palette.style(colour, bold=True))
         if view.frozen:
             row.gap(2).add(FROZEN_BADGE, palette.style("accent", bold=True, reverse=True))
-        for text in _facts(view):
+        facts = _facts(view)
+        if facts and _why(view) and 20 <= room - row.width - 3 < len(facts[0]):
+            facts[0] = facts[0][: room - row.width - 4] + "…"  # most of a reason is better than none
+        for text in facts:
             if row.width + 3 + len(text) <= room:
                 row.add("  ", muted).add(text, muted if view.stale else PLAIN)
         return row.to(width - len(right) - 1).add(right, right_style)
@@ -97,9 +100,17 @@ def _facts(view: View) -> list[str]:
             facts.append(f"seq {hello.seq_len}")
         if hello.backend:
             facts.append(hello.backend)
-    if status is not None and status.reason and status.state not in {"running", "failed", "aborted"}:
-        facts.insert(0, status.reason)
+    if status is not None and status.restarts and status.state == "running":
+        facts.append(f"restarted: {status.restart_reason}")
+    if reason := _why(view):
+        facts.insert(0, reason)
     return [fact for fact in facts if fact]
+
+
+def _why(view: View) -> str:
+    """Why the run is in its state, where the verdict's line does not say so."""
+    status = view.state.status
+    return status.reason if status is not None and status.state not in {"running", "failed", "aborted"} else ""
 
 
 def _figures(view: View) -> list[tuple[str, str]]:
@@ -111,8 +122,11 @@ def _figures(view: View) -> list[tuple[str, str]]:
     figures.append(("loss", figure_text(state.loss)))
     figures.append(("tok/s", count_text(done.tokens_per_s)))
     attempt = status.attempt if status else 0
-    if attempt > 1:
-        figures.append(("attempt", f"{attempt} ({attempt - 1} restart{'s' if attempt > 2 else ''})"))
+    if status and status.restarts:
+        lost = f", {status.lost_steps} steps again" if status.lost_steps else ""
+        figures.append(("restarts", f"{status.restarts}{lost}"))
+    elif attempt > 1:
+        figures.append(("attempt", str(attempt)))
     saved = status.last_checkpoint_step if status else None
     figures.append(("checkpoint", f"step {saved}" if saved is not None else "none yet"))
     if newest:

@@ -1,0 +1,176 @@
+"""Hangs: a running run in which no rank has moved for long. Found by looking once a second at what the hub knows, told
+with the stacks of all ranks, and, where the config says so, ended to be started again.
+
+Nothing here reads a rank's clock. What counts is whether anything in the ranks' heartbeats has changed between two
+looks on our own clock: a stopped rank sends nothing, and its peers, who wait for it, send the same again and again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from zerotop.hub.hub import Hub
+from zerotop.runs.stacks_report import StackTaker, blame
+from zerotop.state.run import RunState
+from zerotop.state.stall import QUIET_PHASES, explain, ranks_text
+
+HANG_VARIABLE = "ZEROTOP_HANG_S"
+HANG_S = 60.0
+HANG_STEPS = 10
+"""A run hangs when nothing has moved for max(HANG_S, HANG_STEPS x the median step of this attempt)."""
+FIRST_STEPS = 2
+"""Steps of this attempt before which nothing is a hang: they compile, warm up and allocate."""
+JUMP_S = 5.0
+"""Two looks so far apart mean that we were stopped ourselves, or the machine was: what the ranks did meanwhile is not
+known, and the count starts anew."""
+LOOK_S = 1.0
+
+Marks = dict[int, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Look:
+    """still_s: seconds without any movement in a run that should move, None where it need not. moved: since the look
+    before."""
+
+    still_s: float | None
+    moved: bool
+
+
+class Stillness:
+    """Counts how long nothing has moved, from looks at the state."""
+
+    def __init__(self) -> None:
+        self._marks: Marks | None = None
+        self._since_s = 0.0
+        self._looked_s = 0.0
+
+    def look(self, state: RunState, now_s: float) -> Look:
+        """now_s: of a monotonic clock, this process's own."""
+        marks = _marks(state)
+        moved = self._marks is not None and marks != self._marks
+        jumped = now_s - self._looked_s > JUMP_S
+        if self._marks is None or moved or jumped or not should_move(state):
+            self._since_s = now_s
+        self._marks, self._looked_s = marks, now_s
+        return Look(now_s - self._since_s if should_move(state) else None, moved)
+
+    def restart(self, now_s: float) -> None:
+        self._since_s = self._looked_s = now_s
+
+
+def should_move(state: RunState) -> bool:
+    """Whether standing still would be a hang: the run is running and warm, and no rank has a reason to hold the others
+    up."""
+    ranks = [rank for rank in state.ranks.values() if rank.goodbye is None]
+    if state.state_name != "running" or not any(rank.heartbeat for rank in ranks):
+        return False
+    start = state.hello.start_step if state.hello else 0
+    return state.step - start >= FIRST_STEPS and not any(rank.phase in QUIET_PHASES for rank in ranks)
+
+
+def limit_s(state: RunState) -> float:
+    """Seconds without movement from which a run hangs."""
+    start = state.hello.start_step if state.hello else 0
+    taken = [result.step_ms for result in state.series if result.step > start]
+    return max(least_s(), HANG_STEPS * statistics.median(taken) / 1000 if taken else 0.0)
+
+
+def least_s() -> float:
+    """HANG_S, or what the environment says instead."""
+    try:
+        return max(0.0, float(os.environ[HANG_VARIABLE]))
+    except (KeyError, ValueError):
+        return HANG_S
+
+
+def _marks(state: RunState) -> Marks:
+    """Rank -> everything that changes when the rank moves."""
+    marks: Marks = {}
+    for rank, known in state.ranks.items():
+        beat, pid = known.heartbeat, known.hello.pid if known.hello else None
+        place = (
+            (beat.phase, beat.step, beat.micro_step, beat.entered_seq, beat.completed_seq, beat.progress_ns)
+            if beat
+            else ()
+        )
+        marks[rank] = (pid, known.goodbye is not None, known.step.step if known.step else 0, *place)
+    return marks
+
+
+class HangWatch:
+    """Tells hangs of the run behind `hub`: an event with the verdict, the stacks in a file, and the status's reason
+    while it lasts. `end_attempt(reason)`, where it is given, is called on each."""
+
+    def __init__(self, hub: Hub, taker: StackTaker, end_attempt: Callable[[str], None] | None) -> None:
+        self._hub = hub
+        self._taker = taker
+        self._end_attempt = end_attempt
+        self._stillness = Stillness()
+        self._hang: str | None = None
+        self._hung_s = 0.0
+        self._attempt = 0
+        self._said_compiling = False
+
+    async def watch(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self.look(time.monotonic())
+
+    async def look(self, now_s: float) -> None:
+        state = self._hub.state
+        look = self._stillness.look(state, now_s)
+        if look.moved:
+            self._said_compiling = False
+        if self._hang is not None:
+            if look.moved or look.still_s is None:
+                self._clear(now_s)
+            return
+        limit = limit_s(state)
+        if look.still_s is None or look.still_s < limit:
+            return
+        await self._examine(look.still_s, limit)
+
+    async def _examine(self, still_s: float, limit: float) -> None:
+        """Nothing has moved for too long: look at the processes before it is called a hang."""
+        state, before = self._hub.state, _marks(self._hub.state)
+        ranks = await self._taker.look()
+        now_s = time.monotonic()
+        if _marks(state) != before or not should_move(state):
+            return
+        compiling = tuple(rank for rank, found in sorted(ranks.items()) if found.compiling)
+        if compiling:
+            self._stillness.restart(now_s)
+            if not self._said_compiling:
+                self._said_compiling = True
+                does = "compiles" if len(compiling) == 1 else "compile"
+                self._hub.event(
+                    "compiling", f"no progress for {still_s:.0f} s, and no hang: {ranks_text(compiling)} {does}"
+                )
+            return
+        stall = explain(state, still_s, limit)
+        verdict = blame(stall, ranks, state) if stall is not None else "no rank says where it is"
+        report = await self._taker.report(ranks, f"no progress for {still_s:.0f} s: {verdict}")
+        line = f"{verdict}; stacks: {report.path}" if report.path else verdict
+        self._hang, self._hung_s, self._attempt = f"hang: {line}", now_s - still_s, self._hub.status.attempt
+        self._hub.event("hang", line, "error", idle_s=round(still_s, 1), stacks=report.path)
+        self._hub.set_status(reason=self._hang)
+        if self._end_attempt is not None:
+            self._end_attempt(f"no progress for {still_s:.0f} s: {line}")
+
+    def _clear(self, now_s: float) -> None:
+        """It moves again; or it is being stopped, aborted or restarted, which has a reason of its own."""
+        hang, self._hang = self._hang, None
+        if self._hub.status.state == "running" and self._hub.status.attempt == self._attempt:
+            lasted = f"{now_s - self._hung_s:.0f} s"
+            self._hub.event(
+                "hang", f"the run goes on at step {self._hub.state.step + 1}, after {lasted} without progress"
+            )
+        if self._hub.status.reason == hang:
+            self._hub.set_status(reason="")
