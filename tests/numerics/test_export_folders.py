@@ -115,17 +115,25 @@ def test_a_damaged_checkpoint_is_one_clear_error(checkpoint, tmp_path, capfd, da
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
+def rewrite(checkpoint: Path, metadata: object) -> None:
+    """As if it had been written so."""
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    manifest = read_manifest(checkpoint)
+    files = {**manifest.files, ".metadata": record_of(checkpoint / ".metadata")}
+    (checkpoint / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).sealed())
+
+
 def test_a_parameter_that_the_metadata_lack_is_an_error(checkpoint, tmp_path, capfd):
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     del metadata.state_dict_metadata["param.norm.weight"]
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    manifest = read_manifest(checkpoint)  # as if it had been written so
-    files = {**manifest.files, ".metadata": record_of(checkpoint / ".metadata")}
-    (checkpoint / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).sealed())
+    chunks = metadata.state_dict_metadata["param.head.weight"].chunks
+    rewrite(checkpoint, metadata)
     assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 2
     assert "it lacks param.norm.weight" in capfd.readouterr().err
+    metadata.state_dict_metadata["param.norm.weight"] = metadata.state_dict_metadata["param.norm.bias"]
+    assert len(chunks) == 2
     chunks.pop()
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    rewrite(checkpoint, metadata)
     assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 2
     assert "it lacks parts of param.head.weight" in capfd.readouterr().err
 
