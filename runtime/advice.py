@@ -43,8 +43,8 @@ def _snapshot(workload: Workload, chosen: Layout | None) -> Iterator[str]:
     if nbytes >= _LARGE_COPY:
         yield (
             f"Checkpoints: all ranks together copy {format_size(nbytes)} of states to host memory, and a process "
-            "writes that beside training; where the host has no room for it they are read piece by piece, and a step may "
-            "wait."
+            "writes that beside training; where the host has no room for it they are read piece by piece, and a step "
+            "may wait."
         )
 
 

@@ -3,6 +3,7 @@ nobody had asked."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def refused(folder: str, kinds: list[tuple[str, str, bool]], stage: int) -> list
         losses = run.train(2)
         before = run.everything()
         text = message_of(
-            CheckpointError, lambda: run.engine.load_checkpoint(f"{folder}/{of}", load_module_strict=strict)
+            CheckpointError, partial(run.engine.load_checkpoint, f"{folder}/{of}", load_module_strict=strict)
         )
         after = run.everything()
         changed = [name for name in before if not same(before[name], after[name])]
