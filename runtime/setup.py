@@ -23,6 +23,7 @@ from runtime.memory import Ledger
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.rules import Rule
 from runtime.placing import Placing, Size, place, transfers_for
+from runtime.precision import DTYPES
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.wire.messages import Hello
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, RunFile, boot_id, read_run
@@ -39,7 +40,6 @@ log = logging.getLogger("runtime.setup")
 TRAINABLE = (torch.float32, torch.bfloat16)
 ARENA_SLACK = 1 << 28
 """Bytes: shared memory is reserved, not used, and every buffer starts on a page."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass

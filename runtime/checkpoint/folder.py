@@ -92,10 +92,9 @@ def missing_space(folder: Path, nbytes: int) -> str:
     return f"it needs {format_size(nbytes)} and {folder} has {format_size(free)} free"
 
 
-def make_room(folder: Path, tag: str) -> Path:
-    """An empty FOLDER/.TAG.partial to write into. What killed processes left behind goes, and a checkpoint that was
-    being replaced comes back."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+def sweep(folder: Path) -> None:
+    """What killed processes left behind goes, and a checkpoint that was being replaced comes back. Nobody may be
+    writing there."""
     for path in folder.glob(".*"):
         if path.suffix not in _LEFT_BEHIND:
             continue
@@ -104,6 +103,12 @@ def make_room(folder: Path, tag: str) -> Path:
             path.rename(original)
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def make_room(folder: Path, tag: str) -> Path:
+    """An empty FOLDER/.TAG.partial to write into, the folder swept."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    sweep(folder)
     partial = partial_of(folder, tag)
     partial.mkdir(mode=0o700)
     return partial

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from runtime.checkpoint.parts import blocks_of
 from tests.numerics.test_checkpoint import advance, engine_for, parameters
 from tests.numerics.test_offload import offloaded
 from tests.numerics.test_parity import config
@@ -74,6 +75,33 @@ def train_through(settings: dict[str, Any], kind: str) -> dict[str, torch.Tensor
     engine = engine_for(settings, kind)
     advance(engine, 0, 2 * STEPS)
     return parameters(engine)
+
+
+def save_without_room(folder: str, settings: dict[str, Any], kind: str) -> tuple[bool, dict[str, torch.Tensor]]:
+    from runtime.checkpoint import background
+
+    background.Background._has_room = lambda *_: False  # type: ignore[method-assign]
+    engine = engine_for(settings, kind)
+    advance(engine, 0, STEPS)
+    engine.save_checkpoint(folder, "waited")
+    engine.save_checkpoint(folder, "beside", wait=False)
+    held = sum(block.nbytes for block in blocks_of(engine))
+    taken = engine.saver._snapshot.copied_bytes
+    advance(engine, STEPS, 2 * STEPS)
+    engine.wait_for_checkpoint()
+    return taken < held / 10, parameters(engine)
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), [(0, "AdamW"), (2, "RMSprop"), (3, "AdamW")])
+def test_without_room_for_a_copy_the_next_update_waits_for_the_writer(ranks, tmp_path, stage, optimizer):
+    settings = config(stage, 1, clip=0.0, optimizer=optimizer)
+    saved = ranks(2).run(save_without_room, str(tmp_path), settings, "plain")
+    whole = ranks(2).run(train_through, settings, "plain")
+    for (small, ours), unbroken in zip(saved, whole, strict=True):
+        assert small and all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
+    waited, beside = contents(tmp_path / "waited"), contents(tmp_path / "beside")
+    assert waited.keys() == beside.keys()
+    assert all(torch.equal(waited[name], beside[name]) for name in waited)
 
 
 class Wide(nn.Module):
@@ -208,6 +236,8 @@ def resume_over_damage(folder: str, damaged: list[str]) -> tuple[list[str], str 
             errors.append(str(error))
     engine.steering.folder, engine.steering.session.resume = Path(folder), True
     path = engine.steering.resume()
+    by_script, _ = engine.load_checkpoint(folder)  # without a tag: the same
+    assert by_script == str(path)
     return errors, path.name if path else None, engine.global_steps
 
 
@@ -239,3 +269,53 @@ def test_damaged_checkpoints_are_refused_and_the_one_before_is_taken(ranks, tmp_
         for error, expected in zip(errors, words, strict=True):
             assert expected in error
         assert (taken, step) == ("step-00000001", 1)
+
+
+def by_the_clock(folder: str) -> tuple[list[str], list[str]]:
+    """With an interval in minutes that is over at every step, and one that never is."""
+    engine = engine_for(config(2, 1, clip=0.0))
+    engine.steering.folder = Path(folder)
+    seen = []
+    for minutes in (1e5, 1e-7):
+        engine.steering.knobs.update(checkpoint_interval=0, checkpoint_minutes=minutes, checkpoints_kept=2)
+        advance(engine, engine.global_steps, engine.global_steps + 3)
+        engine.saver.settle()
+        seen.append(sorted(path.name for path in Path(folder).glob("step-*")))
+    return seen[0], seen[1]
+
+
+def test_an_interval_in_minutes(ranks, tmp_path):
+    for never, always in ranks(2).run(by_the_clock, str(tmp_path)):
+        assert never == [] and always == ["step-00000005", "step-00000006"]
+
+
+def put_off(folder: str) -> tuple[list[str], int, list[str]]:
+    """The disk does not keep up: rank 0's writer is stopped for a while."""
+    from runtime import steer
+
+    engine = engine_for(config(2, 1, clip=0.0))
+    engine.steering.folder = Path(folder)
+    engine.steering.knobs.update(checkpoint_interval=2, checkpoints_kept=5)
+    heard: list[str] = []
+    engine.steering.link.event = lambda what, text, **more: heard.append(text)
+    advance(engine, 0, 2)
+    engine.saver.settle()
+    writer = engine.saver._writer
+    if dist.get_rank() == 0:
+        os.kill(writer.pid, signal.SIGSTOP)
+    steer.WAIT_S = 0.05
+    advance(engine, 2, 7)  # begun at step 4; due at step 6, when it is not done
+    reached = engine.global_steps
+    if dist.get_rank() == 0:
+        os.kill(writer.pid, signal.SIGCONT)
+    engine.saver.settle()
+    advance(engine, 7, 9)  # the one that was put off comes first
+    engine.saver.settle()
+    return heard, reached, sorted(path.name for path in Path(folder).glob("step-*"))
+
+
+def test_a_slow_disk_puts_checkpoints_off_and_training_goes_on(ranks, tmp_path):
+    (heard, reached, names), _ = ranks(2).run(put_off, str(tmp_path))
+    assert reached == 7
+    assert sum("the checkpoint of step 6 is put off" in text for text in heard) == 1
+    assert names == ["step-00000002", "step-00000004", "step-00000008"]

@@ -154,6 +154,15 @@ def test_ranks_share_the_verifying(tmp_path):
     assert len(wrong) == 1 and "data is not what was written" in wrong[0]
 
 
+def test_what_a_killed_writer_left_is_swept(tmp_path):
+    put(tmp_path, 1)
+    left = folders.make_room(tmp_path, "step-00000002")
+    (left / "data").write_text("half")
+    (tmp_path / ".mine").mkdir()
+    folders.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "latest", "step-00000001"]
+
+
 def test_the_space_a_checkpoint_needs(tmp_path):
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     assert folders.missing_space(tmp_path / "not" / "yet", 1 << 10) == ""

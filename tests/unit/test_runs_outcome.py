@@ -39,7 +39,7 @@ def goodbye(rank: int, outcome: str, step: int = 10, error: str = "", wall_s: fl
 def end(tmp_path: Path, launcher_exit: int | None, *goodbyes: Goodbye, log: str = "", **changes: object) -> Outcome:
     (tmp_path / "torchrun.log").write_text(log)
     said = {word.rank: word for word in goodbyes}
-    return decide(Evidence(2, launcher_exit, tmp_path, said, **changes))  # type: ignore[arg-type]
+    return decide(Evidence(2, launcher_exit, tmp_path, goodbyes=said, **changes))  # type: ignore[arg-type]
 
 
 def test_good_ends(tmp_path: Path) -> None:
@@ -286,3 +286,9 @@ def test_what_the_supervisor_ended_as_failed_has_its_reason(tmp_path: Path) -> N
     words = (goodbye(0, "stopped"), goodbye(1, "failed", error="ConnectionError: peer"))
     assert end(tmp_path, -15, *words, failure="no progress") == Outcome("failed", "no progress")
     assert end(tmp_path, -15, failure="no progress", abort_reason="aborted by me").state == "aborted"
+
+
+def test_ranks_that_die_with_their_launcher_are_not_the_cause(tmp_path: Path) -> None:
+    codes = {0: -9, 1: -9}
+    assert end(tmp_path, -9, exit_codes=codes, launcher_killed=True).reason == "torchrun was killed by SIGKILL"
+    assert end(tmp_path, -9, exit_codes={1: -9}).reason.startswith("rank 1 was killed by SIGKILL")

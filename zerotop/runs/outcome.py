@@ -55,6 +55,8 @@ class Evidence:
     nproc: int
     launcher_exit: int | None
     logs: Path
+    launcher_killed: bool = False
+    """A signal ended it before we did anything; its ranks, which die with it, are not the cause then."""
     goodbyes: Mapping[int, Goodbye] = field(default_factory=dict)
     exit_codes: Mapping[int, int] = field(default_factory=dict)
     stopping: bool = False
@@ -95,6 +97,8 @@ def decide(seen: Evidence) -> Outcome:
         if "stopped" in words or (seen.stopping and not words):
             return Outcome("stopped", _goodbye_reason(seen) or "stopped on request", 0)
         return Outcome("finished", _NOT_INITIALIZED if seen.silent_script else "all ranks finished", 0)
+    if seen.launcher_killed:
+        return _launcher_failed(seen)
     codes = _exit_codes(seen)
     rank = _first_to_fail(seen, codes)
     if rank is None:

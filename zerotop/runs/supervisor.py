@@ -325,6 +325,7 @@ class Supervisor:
             nproc=self.run_file.nproc,
             launcher_exit=attempt.exit_code,
             logs=attempt.logs,
+            launcher_killed=attempt.killed,
             goodbyes={rank: rank_state.goodbye for rank, rank_state in state.ranks.items() if rank_state.goodbye},
             exit_codes=attempt.rank_codes,
             stopping=self.hub.status.state == "stopping",

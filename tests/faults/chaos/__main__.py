@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -27,9 +29,13 @@ class Chaos:
     def __init__(self, seed: int, folder: Path) -> None:
         self.seed, self.folder = seed, folder
         self.disk = Disk(folder / "checkpoints")
+        self.runs: list[Run] = []
+        """Of this round."""
         self.checkpoints: dict[str, Checkpoints] = {}
         self.references: dict[int, dict[int, float | None]] = {}
         self.struck = self.resumed = 0
+        self.broken = False
+        """The run did not do what it must: the next fault has a new one."""
         self.lost: list[str] = []
         self.orphans: list[str] = []
         self.seconds: list[float] = []
@@ -55,15 +61,24 @@ class Chaos:
         config = write_config(self.folder, variant, self.disk.folder)
         run, count = None, 0
         for number in range(first, last + 1):
-            if run is None or not run.live or run.step() > STEPS - 60:
+            if run is None or self.broken or not run.live or run.step() > STEPS - 60:
                 if run is not None:
                     self.finish(run, variant)
-                count += 1
+                count, self.broken = count + 1, False
                 run = Run(f"chaos-{first}-{count}", config, self.disk.folder)
+                self.runs.append(run)
                 self.checkpoints[run.name] = Checkpoints(self.disk.folder / run.name)
             self.fault(number, run)
         if run is not None:
             self.finish(run, variant)
+        self.runs.clear()
+
+    def close(self) -> None:
+        """Interrupted: end what runs."""
+        for run in self.runs:
+            run.close()
+            remove_sockets(run.entry.sockets.folder)
+        self.disk.close()
 
     def fault(self, number: int, run: Run) -> None:
         """One fault into a run that trains."""
@@ -86,7 +101,7 @@ class Chaos:
             self.resumed += 1
             say(f"{number}: {words}, at step {step} · {told}")
         except (NotSeen, AssertionError) as error:
-            self.disk.empty()
+            self.broken = True
             self.lost.append(f"{number}: {words}: {error}")
             say(f"{number}: {words} · FAILED: {error}")
 
@@ -101,9 +116,15 @@ class Chaos:
     ) -> str:
         """What must follow does, and no sound checkpoint from before the fault is passed over. Returns it in words."""
         if struck.follows == "nothing":
-            run.train(INTERVAL + 3)
-            if struck.undo is not None:
-                struck.undo()
+            try:
+                if struck.silent:  # nobody tells of steps: checkpoints do
+                    number = checkpoints.newest_sound()[0]
+                    run.until(lambda: checkpoints.newest_sound()[0] > number + 1, "two newer checkpoints")
+                else:
+                    run.train(INTERVAL + 3)
+            finally:
+                if struck.undo is not None:
+                    struck.undo()
             assert run.attempt == attempt, f"the run was restarted: {run.status.restart_reason}"
         elif struck.follows == "restart":
             run.until(lambda: run.attempt > attempt or not run.live, "a restart")
@@ -119,6 +140,7 @@ class Chaos:
             told = f"attempt {run.attempt}, from step {run.start_step()}, trains again after {self.seconds[-1]:.1f} s"
         newest = checkpoints.newest_sound()[0]
         run.until(lambda: checkpoints.newest_sound()[0] > newest or not run.live, "a newer checkpoint")
+        assert checkpoints.newest_sound()[0] > newest, f"no newer checkpoint: {run.status}"
         self.wait_for_orphans(run)
         return told
 
@@ -146,6 +168,7 @@ class Chaos:
             self.lost.append(f"{run.name}: {error}")
         finally:
             run.close()
+            shutil.rmtree(self.disk.folder / run.name, ignore_errors=True)
             remove_sockets(run.entry.sockets.folder)
 
     def gather(self, number: int, problems: list[str]) -> None:
@@ -166,6 +189,8 @@ def main() -> int:
     )
     parser.add_argument("--first", type=int, default=1, help="go on at this fault; the count is of this call")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # what was started and mounted goes, also under nohup
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="zerotop-chaos-") as name:
         folder = Path(name)
         os.environ |= {**ENVIRONMENT, "XDG_STATE_HOME": str(folder / "state"), "XDG_CACHE_HOME": str(folder / "cache")}
@@ -176,8 +201,11 @@ def main() -> int:
                 last = min(end, (at - 1) // ROUND * ROUND + ROUND)
                 chaos.round(at, last)
                 at = last + 1
+        except KeyboardInterrupt:
+            say(f"interrupted; --first {options.first + chaos.struck - 1} goes on")
+            chaos.struck -= chaos.struck > chaos.resumed + len(chaos.lost)  # the one under way
         finally:
-            chaos.disk.close()
+            chaos.close()
     if chaos.seconds:
         times = sorted(chaos.seconds)
         say(f"from a fault to training again: median {times[len(times) // 2]:.1f} s, most {times[-1]:.1f} s")
