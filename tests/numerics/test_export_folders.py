@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from runtime.checkpoint.manifest import read_manifest, record_of
 from runtime.wire.messages import RunStatus
 from tests.faults.conftest import until
 from tests.numerics.models import make
@@ -97,11 +98,11 @@ def _truncate(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda path: (path / "manifest.json").unlink(), "a checkpoint without its manifest"),
-        (lambda path: _truncate(path / "manifest.json"), "manifest.json cannot be read: Invalid JSON"),
-        (lambda path: (path / ".metadata").unlink(), "incomplete (it has no .metadata)"),
+        (lambda path: _truncate(path / "manifest.json"), "manifest.json is damaged"),
+        (lambda path: (path / ".metadata").unlink(), "is damaged: .metadata is missing"),
         (lambda path: _truncate(path / ".metadata"), "is damaged"),
-        (lambda path: (path / "__1_0.distcp").unlink(), "incomplete (it has no __1_0.distcp)"),
-        (lambda path: _truncate(path / "__0_0.distcp"), "bytes, expected"),
+        (lambda path: (path / "__1_0.distcp").unlink(), "is damaged: __1_0.distcp is missing"),
+        (lambda path: _truncate(path / "__0_0.distcp"), "were written"),
         (lambda path: (path / "__0_0.distcp").write_bytes(bytes(2**20)), "is damaged"),
     ],
 )
@@ -114,17 +115,25 @@ def test_a_damaged_checkpoint_is_one_clear_error(checkpoint, tmp_path, capfd, da
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
+def rewrite(checkpoint: Path, metadata: object) -> None:
+    """As if it had been written so."""
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    manifest = read_manifest(checkpoint)
+    files = {**manifest.files, ".metadata": record_of(checkpoint / ".metadata")}
+    (checkpoint / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).sealed())
+
+
 def test_a_parameter_that_the_metadata_lack_is_an_error(checkpoint, tmp_path, capfd):
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     del metadata.state_dict_metadata["param.norm.weight"]
     chunks = metadata.state_dict_metadata["param.head.weight"].chunks
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    rewrite(checkpoint, metadata)
     assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 2
     assert "it lacks param.norm.weight" in capfd.readouterr().err
     metadata.state_dict_metadata["param.norm.weight"] = metadata.state_dict_metadata["param.norm.bias"]
     assert len(chunks) == 2
     chunks.pop()
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    rewrite(checkpoint, metadata)
     assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 2
     assert "it lacks parts of param.head.weight" in capfd.readouterr().err
 

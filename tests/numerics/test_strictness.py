@@ -110,8 +110,9 @@ def refused(folder: str, kinds: list[tuple[str, str, bool]], stage: int) -> list
         run = Run(kind, stage)
         losses = run.train(2)
         before = run.everything()
-        load = partial(run.engine.load_checkpoint, f"{folder}/{of}", load_module_strict=strict)
-        text = message_of(CheckpointError, load)
+        text = message_of(
+            CheckpointError, partial(run.engine.load_checkpoint, f"{folder}/{of}", load_module_strict=strict)
+        )
         after = run.everything()
         changed = [name for name in before if not same(before[name], after[name])]
         assert before.keys() == after.keys()

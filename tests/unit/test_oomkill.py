@@ -87,7 +87,8 @@ def test_the_kernels_log_names_the_rank(tmp_path: Path) -> None:
     watch = MemoryWatch(tmp_path)
     play(tmp_path, machine=2)
     now_us = time.monotonic_ns() // 1000
-    line = "Out of memory: Killed process {pid} (python) total-vm:99kB, anon-rss:7340032kB, file-rss:1kB"
+    held = "anon-rss:6291456kB, file-rss:1kB, shmem-rss:1048576kB"
+    line = f"Out of memory: Killed process {{pid}} (python) total-vm:99kB, {held}"
     records = [(1, line.format(pid=71)), (now_us, "usb 1-1: new device"), (now_us, line.format(pid=72))]
     (tmp_path / "dev/kmsg").write_text("".join(f"3,{n},{at},-;{text}\n" for n, (at, text) in enumerate(records)))
     memory = watch.seen({0: 71, 1: 72}, {})
@@ -95,16 +96,35 @@ def test_the_kernels_log_names_the_rank(tmp_path: Path) -> None:
     assert set(memory.named) == {1}  # 71 was killed long before, and its number belongs to another now
 
 
-def test_what_was_held_is_what_was_held_before_the_kill() -> None:
-    watch = MemoryWatch()
+def test_what_was_held_is_what_was_held_before_the_kill(tmp_path: Path) -> None:
+    root = play(tmp_path, v2=0)
+    watch = MemoryWatch(root)
     watch.note(node(11 * GIB, {0: 5 * GIB, 1: 6 * GIB}))
     watch.note(node(2 * GIB, {0: 1 * GIB}))  # rank 1 is gone
     memory = watch.seen({}, {2: GIB // 2, 0: 3})
     assert memory.rank_rss_bytes == {0: 1 * GIB, 1: 6 * GIB, 2: GIB // 2}
-    assert (memory.used_bytes, memory.total_bytes) == (11 * GIB, 12 * GIB)
     assert memory.held == "ranks held 7.50 GiB of 12.0 GiB"
-    if Path("/dev/shm").exists():
-        assert memory.shared.startswith("/dev/shm has")
+    # Before any rank has said hello there is what all processes held; and a group's limit counts where it is lower.
+    group = root / "sys/fs/cgroup/user/job"
+    for name, text in {"memory.max": str(4 * GIB), "memory.current": "1", "memory.stat": "inactive_file 0"}.items():
+        (group / name).write_text(f"{text}\n")
+    early = MemoryWatch(root)
+    early.note(node(run_rss_bytes=3 * GIB))
+    early.note(node(run_rss_bytes=GIB))
+    assert early.seen({}, {}).held == "the run held 3.00 GiB of 4.00 GiB"
+
+
+def test_shared_memory_is_named_with_the_least_that_was_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([16000, 0, 16000])
+    monkeypatch.setattr(os, "statvfs", lambda path: statvfs(16384, next(free)))
+    watch = MemoryWatch()
+    for _ in range(3):
+        watch.note(node())
+    assert watch.seen({}, {}).shared == "/dev/shm has 64.0 MiB, 0 B free"
+
+
+def statvfs(blocks: int, free: int) -> os.statvfs_result:
+    return os.statvfs_result((4096, 4096, blocks, free, free, 0, 0, 0, 0, 255))
 
 
 # ---- an attempt ------------------------------------------------------------------------------------------------------
@@ -185,6 +205,10 @@ def test_a_scripts_model_has_figures_for_its_states_alone(tmp_path: Path) -> Non
     assert any("train_micro_batch_size_per_gpu" in line and "saves" not in line for line in lines)
     other = state_of(hello(0, tmp_path, config_digest="another"))  # it trained with a config of its own
     assert witness.account(other).changes.lines == ()
+    witness.note(node(run_rss_bytes=2 * GIB))
+    assert witness.account(state).memory.held == "ranks held 6.00 GiB of 12.0 GiB"
+    half = state_of(hello(0, tmp_path))
+    assert witness.account(half).memory.held == "the run held 2.00 GiB of 12.0 GiB"
 
 
 def test_an_xid_counts_for_the_rank_on_that_gpu_and_for_a_minute(tmp_path: Path) -> None:
@@ -200,8 +224,7 @@ def test_an_xid_counts_for_the_rank_on_that_gpu_and_for_a_minute(tmp_path: Path)
 def test_a_small_shared_memory_is_told_at_the_start_where_gpus_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = os.statvfs_result((4096, 4096, 16384, 16000, 16000, 0, 0, 0, 0, 255))
-    monkeypatch.setattr(os, "statvfs", lambda path: small)
+    monkeypatch.setattr(os, "statvfs", lambda path: statvfs(16384, 16000))
     root = play(tmp_path / "root")
     told = Witness(launched(tmp_path, "cuda"), tmp_path, root).warning()
     assert "/dev/shm has only 64.0 MiB" in told and "--shm-size" in told

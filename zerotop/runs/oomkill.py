@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime import cgroup
+from runtime.hostmemory import read_limits
 from runtime.sizes import format_size
 from runtime.wire.messages import NodeStats
 
@@ -23,7 +24,7 @@ _SAMPLES = 15
 _KERNEL_LINES = 20_000
 _CLOCKS_US = 5_000_000
 """The kernel's log and CLOCK_MONOTONIC drift apart by less than this."""
-_KILLED = re.compile(r"Killed process (\d+) \(([^)]*)\).*?anon-rss:(\d+)kB")
+_KILLED = re.compile(r"Killed process (\d+) \(([^)]*)\).*?anon-rss:(\d+)kB(?:.*?shmem-rss:(\d+)kB)?")
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ class HostMemory:
     """Rank -> the kernel's own words on killing it."""
     rank_rss_bytes: Mapping[int, int] = field(default_factory=dict)
     """Each rank's last; they share some pages, which count more than once."""
-    used_bytes: int = 0
-    """The most in the last seconds, of `total_bytes`: of the host, or of the control group where that has less."""
+    run_rss_bytes: int = 0
+    """Of all processes of the run: the most in the last seconds."""
     total_bytes: int = 0
+    """Of the host, or of the control group where that has less."""
     shared_bytes: tuple[int, int] | None = None
     """Size of /dev/shm, and the least that was free there in the last seconds."""
 
@@ -82,10 +84,11 @@ class HostMemory:
     @property
     def held(self) -> str:
         """ranks held 11.2 GiB of 12.0 GiB"""
-        if not self.rank_rss_bytes or not self.total_bytes:
+        held = sum(self.rank_rss_bytes.values()) or self.run_rss_bytes
+        if not held or not self.total_bytes:
             return ""
-        held = sum(self.rank_rss_bytes.values())
-        return f"ranks held {format_size(held)} of {format_size(self.total_bytes)}"
+        who = "ranks" if self.rank_rss_bytes else "the run"
+        return f"{who} held {format_size(held)} of {format_size(self.total_bytes)}"
 
     @property
     def shared(self) -> str:
@@ -105,6 +108,7 @@ class MemoryWatch:
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
         self._before = dict(_counters(root))
+        self._limit = read_limits(root).group_limit_bytes
         self._since_us = time.monotonic_ns() // 1000 - _CLOCKS_US
         self._samples: deque[NodeStats] = deque(maxlen=_SAMPLES)
         self._shared: deque[tuple[int, int]] = deque(maxlen=_SAMPLES)
@@ -121,14 +125,13 @@ class MemoryWatch:
         now = dict(_counters(self._root))
         counts = tuple(Count(what, self._before[what], now[what]) for what in self._before if what in now)
         named = self._named(pids) if not counts or any(count.rose for count in counts) else {}
-        most = max(self._samples, key=lambda stats: stats.ram_used_bytes, default=None)
         shared = list(self._shared) or [found for found in (shared_memory(self._root),) if found is not None]
         return HostMemory(
             counts=counts,
             named=named,
             rank_rss_bytes=dict(told) | self._rss,
-            used_bytes=most.ram_used_bytes if most else 0,
-            total_bytes=most.ram_total_bytes if most else 0,
+            run_rss_bytes=max((stats.run_rss_bytes for stats in self._samples), default=0),
+            total_bytes=int(min(self._limit, self._samples[-1].ram_total_bytes)) if self._samples else 0,
             shared_bytes=(shared[-1][0], min(free for _, free in shared)) if shared else None,
         )
 
@@ -139,7 +142,8 @@ class MemoryWatch:
         for at_us, text in _kernel_log(self._root):
             killed = _KILLED.search(text) if at_us >= self._since_us else None
             if killed is not None and int(killed[1]) in ranks:
-                words = f"the kernel's log: killed process {killed[1]}, which held {format_size(int(killed[3]) * 1024)}"
+                held = 1024 * (int(killed[3]) + int(killed[4] or 0))
+                words = f"the kernel's log: killed process {killed[1]}, which held {format_size(held)}"
                 found[ranks[int(killed[1])]] = words
         return found
 

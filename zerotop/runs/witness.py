@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtime.config import Resolved
@@ -74,6 +74,8 @@ class Witness:
         # A rank may die before the probe has looked at it.
         told = {rank: known.memory.rss_bytes for rank, known in state.ranks.items() if known.memory}
         memory = self._watch.seen(pids, told)
+        if len(memory.rank_rss_bytes) < self._run.nproc:  # a part would mislead: all processes of the run together then
+            memory = replace(memory, rank_rss_bytes={})
         changes = self._changes(state) if memory.evidence or memory.named else Changes()
         return Account(memory, self._xids_of_ranks(state), changes)
 
