@@ -15,7 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from runtime.telemetry import die_with_parent, register_stacks
+from runtime.telemetry import die_with_parent, register_stacks, stopsignal
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE
 
 ERROR_LINES = 40
@@ -26,6 +26,7 @@ def main() -> int:
     if run:
         # torchrun gone (killed): nobody would end this rank.
         die_with_parent(signal.SIGKILL)
+        stopsignal.listen()
         rank = int(os.environ.get("RANK", "0"))
         logs = Path(run) / "logs" / os.environ.get(ATTEMPT_VARIABLE, "1")
         logs.mkdir(parents=True, exist_ok=True)
@@ -106,24 +107,25 @@ def _failed(error: BaseException) -> int:
     from runtime.config import ConfigError
     from runtime.data import DataError
     from runtime.models.presets import ModelError
+    from runtime.precision import TrainingError
 
     if isinstance(error, ConfigError | DataError | ModelError):
         print(f"error: {error}", file=sys.stderr, flush=True)
-        _goodbye("failed", str(error))
+        _goodbye("failed", str(error), fatal=True)
         return 2
     traceback.print_exc()
     lines = "".join(traceback.format_exception(error)).splitlines()
-    _goodbye("failed", "\n".join(lines[-ERROR_LINES:]))
+    _goodbye("failed", "\n".join(lines[-ERROR_LINES:]), fatal=isinstance(error, TrainingError))
     return 1
 
 
-def _goodbye(outcome: str, error: str) -> None:
+def _goodbye(outcome: str, error: str, fatal: bool = False) -> None:
     """Tell the hub, if this rank got far enough to know it."""
     from runtime.setup import current_session
 
     session = current_session()
     if session is not None:
-        session.link.goodbye(outcome, session.step(), error)  # type: ignore[arg-type]
+        session.link.goodbye(outcome, session.step(), error, fatal)  # type: ignore[arg-type]
 
 
 def _leave() -> None:

@@ -29,7 +29,7 @@ from runtime.memory import Ledger
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
 from runtime.parking import Parking
-from runtime.precision import ScaleExhausted, scaler_for
+from runtime.precision import ScaleExhausted, TrainingError, scaler_for
 from runtime.setup import Assembly, Session, assemble
 from runtime.steer import Steering
 from runtime.wire.messages import StepResult
@@ -293,11 +293,11 @@ class Engine(Answers):
             self._transfers.settle()  # the device writes host memory, too, and gathers read it
 
     def _rescale(self, overflow: bool) -> None:
-        """fp16: the next loss scale. Raises RuntimeError when it can't be lowered any more."""
+        """fp16: the next loss scale. Raises TrainingError when it can't be lowered any more."""
         try:
             self.scaler.update(overflow)
         except ScaleExhausted as error:
-            raise RuntimeError(f"step {self.global_steps}: {error}") from None
+            raise TrainingError(f"step {self.global_steps}: {error}") from None
 
     def _report(self, agreed: Boundary, lr: float, skipped: bool) -> None:
         now = time.monotonic_ns()

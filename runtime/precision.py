@@ -15,6 +15,11 @@ FACTOR = 2.0
 """What a dynamic scale is multiplied or divided by."""
 
 
+class TrainingError(RuntimeError):
+    """Training can't go on, and would come to the same point again; the message says at which step, why, and what
+    remains."""
+
+
 class ScaleExhausted(OverflowError):
     """Gradients overflow although the loss scale is as small as it may be."""
 

@@ -21,6 +21,7 @@ import torch
 
 from runtime import checkpoint
 from runtime.knobs import KNOBS, KnobError, get_knob
+from runtime.precision import TrainingError
 from runtime.setup import Session
 from runtime.wire.messages import Ack, Command, StepResult
 from runtime.zero.clip import Boundary
@@ -91,7 +92,7 @@ class Steering:
         """Automatic checkpoint (at the next sound step, if this one isn't), then commands, then a stop that some rank
         needs.
 
-        Raises RuntimeError on all ranks when the last MOST_UNSOUND steps were not finite, outside fp16.
+        Raises TrainingError on all ranks when the last MOST_UNSOUND steps were not finite, outside fp16.
         """
         interval, step = self.knobs["checkpoint_interval"], self.engine.global_steps
         self._sound = math.isfinite(agreed.loss) and math.isfinite(agreed.grad_norm)
@@ -114,7 +115,7 @@ class Steering:
         if len(self._unsound) < MOST_UNSOUND:
             return
         newest = self._newest_checkpoint()
-        raise RuntimeError(
+        raise TrainingError(
             f"the loss or the gradient norm was not finite in {MOST_UNSOUND} steps in a row, from step "
             f"{self._unsound[0]} on: lower optimizer.params.lr, set gradient_clipping, or look at the data of that "
             f"step{self._hint()}. "

@@ -15,13 +15,10 @@ from runtime.data.corpus import load_text
 from runtime.data.order import Batches, Order
 from runtime.engine import Engine
 from runtime.models.gpt import build_model
+from runtime.precision import TrainingError
 from runtime.zero.init import Init
 
 log = logging.getLogger("runtime.train")
-
-
-class TrainingError(RuntimeError):
-    """Training can't go on; the message says at which step, why, and what remains."""
 
 
 def train(config: Resolved, folder: Path) -> None:

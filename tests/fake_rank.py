@@ -7,7 +7,9 @@ they behave: FAKE_STEPS (default 1000000), FAKE_START (0), FAKE_STEP_S (0.02), F
 FAKE_HANG="RANK:STEP" (stands still there, as in a collective), FAKE_MEET=FOLDER (ranks wait for each other at every
 step, as in a collective, through files there; they then answer SIGUSR2 with their stacks too), FAKE_IGNORE_TERM=1,
 FAKE_CHILD=1 (every rank starts a sleeping child in a session of its own), FAKE_LATE_S (seconds before telemetry
-starts), FAKE_PIDS (a file to which every process adds its pid).
+starts), FAKE_EVERY=N (rank 0 makes a checkpoint every N steps; under ZEROTOP_RESUME=1 the ranks go on from the newest
+one in the run directory, if there is any), FAKE_FATAL=1 (what raises says that another attempt would end the same way),
+FAKE_PIDS (a file to which every process adds its pid).
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime.telemetry import Telemetry, register_stacks
+from runtime.telemetry import Telemetry, register_stacks, stopsignal
 from runtime.wire.messages import Ack, Command, Hello, Memory, StepResult
-from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, boot_id, read_run
+from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, boot_id, read_run
 
 MICRO_STEPS = 2
 
@@ -87,13 +89,25 @@ class FakeRank:
         self.run = read_run(Path(os.environ[RUN_VARIABLE]))
         self.steps = int(setting("STEPS", "1000000"))
         self.step_s = float(setting("STEP_S", "0.02"))
-        self.step = int(setting("START", "0"))
+        self.folder = Path(os.environ[RUN_VARIABLE]) / "checkpoints"
+        self.step = self.first_step()
         self.paused = False
         self.stopping = False
         self.seq = 0
         telemetry = Telemetry.from_environment(self.rank)
         assert isinstance(telemetry, Telemetry)
         self.telemetry = telemetry
+
+    def first_step(self) -> int:
+        saved = [int(path.name.split("-")[1]) for path in self.folder.glob("step-*")]
+        return max(saved) if saved and os.environ[RESUME_VARIABLE] == "1" else int(setting("START", "0"))
+
+    def save(self) -> dict[str, Any]:
+        result = {"path": f"checkpoints/step-{self.step}", "step": self.step}
+        if self.rank == 0:
+            (self.folder / f"step-{self.step}").mkdir(parents=True, exist_ok=True)
+            self.telemetry.event("checkpoint", f"checkpoint at step {self.step}", step=self.step, data=result)
+        return result
 
     def hello(self) -> Hello:
         return Hello(
@@ -136,7 +150,9 @@ class FakeRank:
         while self.step < self.steps:
             self.one_step()
             self.boundary()
-            if self.stopping or self.telemetry.inbox.orphaned:
+            if (every := int(setting("EVERY", "0"))) and self.step % every == 0:
+                self.save()
+            if self.stopping or self.telemetry.inbox.stop_requested:
                 return "stopped"
         return "finished"
 
@@ -183,7 +199,7 @@ class FakeRank:
         """Apply what has come. The fake ranks share no collective, so each applies on its own; rank 0 answers."""
         for command in self.telemetry.inbox.take():
             self.apply(command)
-        while self.paused and not self.stopping and not self.telemetry.inbox.orphaned:
+        while self.paused and not self.stopping and not self.telemetry.inbox.stop_requested:
             self.telemetry.enter("paused", self.step + 1, 0)
             next_command = self.telemetry.inbox.next(0.5)
             if next_command is not None:
@@ -199,9 +215,7 @@ class FakeRank:
             case "stop":
                 self.stopping = True
             case "checkpoint":
-                result = {"path": f"checkpoints/step-{self.step}", "step": self.step}
-                if self.rank == 0:
-                    self.telemetry.event("checkpoint", f"checkpoint at step {self.step}", step=self.step, data=result)
+                result = self.save()
             case "set":
                 result = command.arguments
         if self.rank == 0:
@@ -212,6 +226,7 @@ class FakeRank:
 
 def run_rank() -> int:
     note_pid()
+    stopsignal.listen()
     if setting("IGNORE_TERM"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if setting("CHILD"):
@@ -227,7 +242,7 @@ def run_rank() -> int:
     except Exception:
         text = traceback.format_exc()
         print(text, file=sys.stderr, flush=True)
-        rank.telemetry.goodbye("failed", rank.step, text)
+        rank.telemetry.goodbye("failed", rank.step, text, fatal=bool(setting("FATAL")))
         rank.telemetry.close()
         return 1
     rank.telemetry.goodbye(outcome, rank.step)

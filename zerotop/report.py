@@ -42,6 +42,9 @@ def status_document(state: RunState, entry: RunEntry | None = None) -> dict[str,
         "failed_rank": status.failed_rank if status else None,
         "exit_code": status.exit_code if status else None,
         "last_checkpoint_step": status.last_checkpoint_step if status else None,
+        "restarts": status.restarts if status else 0,
+        "restart_reason": status.restart_reason if status else "",
+        "lost_steps": status.lost_steps if status else 0,
         "started_wall_s": status.started_wall_s if status else None,
         "ended_wall_s": status.ended_wall_s if status else None,
         "folder": str(entry.path) if entry else None,
@@ -123,6 +126,8 @@ def status_text(document: dict[str, Any]) -> str:
         lines.append("  ".join(parts))
     if document["last_checkpoint_step"] is not None:
         lines.append(f"newest checkpoint: step {document['last_checkpoint_step']}")
+    if document["restarts"]:
+        lines.append(_restarts_text(document))
     if document["ranks"]:
         lines += ["", _ranks_text(document["ranks"])]
     for command in document["commands"]:
@@ -144,6 +149,13 @@ def _headline(document: dict[str, Any]) -> str:
     if document["reason"]:
         parts.append(document["reason"])
     return ", ".join(parts)
+
+
+def _restarts_text(document: dict[str, Any]) -> str:
+    times = "once" if document["restarts"] == 1 else f"{document['restarts']} times, last"
+    lost = document["lost_steps"]
+    again = f"; {lost} step{'s' * (lost > 1)} taken again" if lost else ""
+    return f"restarted {times} because {document['restart_reason']}{again}"
 
 
 def _ranks_text(ranks: Sequence[dict[str, Any]]) -> str:
@@ -186,6 +198,8 @@ def list_document(entries: Sequence[RunEntry]) -> list[dict[str, Any]]:
             "started_wall_s": _started(entry),
             "ended_wall_s": entry.status.ended_wall_s,
             "last_checkpoint_step": entry.status.last_checkpoint_step,
+            "restarts": entry.status.restarts,
+            "restart_reason": entry.status.restart_reason,
             "reason": entry.status.reason,
             "folder": str(entry.path),
         }
@@ -202,11 +216,20 @@ def list_text(document: Sequence[dict[str, Any]]) -> str:
             f"{run['nproc']} {run['device']}",
             run["host"],
             run["started"][:16].replace("T", " "),
-            run["reason"],
+            _why(run),
         )
         for run in document
     ]
     return table(("NAME", "STATE", "STEP", "RANKS", "HOST", "STARTED", "WHY"), rows, right=(2,))
+
+
+def _why(run: dict[str, Any]) -> str:
+    """Why it is in its state; a run that goes on after a restart says so."""
+    count = run["restarts"]
+    restarts = f"{count} restart{'s' * (count > 1)}" if count else ""
+    if not run["reason"]:
+        return f"{restarts}: {run['restart_reason']}" if restarts else ""
+    return f"{run['reason']} ({restarts})" if restarts and run["state"] in ("finished", "stopped") else run["reason"]
 
 
 def _started(entry: RunEntry) -> float:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runtime.telemetry import stopsignal
 from runtime.telemetry.handler import LevelName, TelemetryHandler
 from runtime.telemetry.inbox import Inbox
 from runtime.telemetry.link import Link
@@ -115,6 +116,7 @@ class Telemetry(Recorder):
             self._now = (phase, hello.start_step + 1, micro_step, since_ns)
         self._events.appendleft(hello)
         self._thread.start()
+        stopsignal.deliver_to(self.inbox)
         if self._supervisor_pid is not None:
             self._watch = SupervisorWatch(self._supervisor_pid, self._supervisor_gone, seconds)
             self._watch.start()
@@ -123,12 +125,16 @@ class Telemetry(Recorder):
         self._logger.addHandler(self.log_handler)
         atexit.register(self.close)
 
-    def goodbye(self, outcome: Outcome, step: int, error: str = "") -> None:
-        """The last word, before `close`. Only the first one counts: what goes wrong on the way out is not the cause."""
+    def goodbye(self, outcome: Outcome, step: int, error: str = "", fatal: bool = False) -> None:
+        """The last word, before `close`. Only the first one counts: what goes wrong on the way out is not the cause.
+
+        `fatal`: another attempt would end the same way, so the supervisor does not start one.
+        """
         if self._said_goodbye:
             return
         self._said_goodbye = True
-        self._send_event(Goodbye(rank=self.rank, outcome=outcome, step=step, error=error, wall_s=time.time()))
+        wall_s = time.time()
+        self._send_event(Goodbye(rank=self.rank, outcome=outcome, step=step, error=error, fatal=fatal, wall_s=wall_s))
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Send what is left, for at most timeout_s seconds, and end the threads. Idempotent; also runs at exit.

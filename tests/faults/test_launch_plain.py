@@ -86,27 +86,53 @@ def test_a_second_ctrl_c_aborts(start: Start, capsys: pytest.CaptureFixture[str]
     assert (status.state, status.reason) == ("aborted", f"aborted by {asker()} (Ctrl-C)")
 
 
-def test_sigterm_ends_the_lines_and_not_the_run(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_batch_systems_signal_stops_the_run_and_its_end_is_awaited(
+    start: Start, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
     run = start()
-    usual = signal.getsignal(signal.SIGTERM)
+    usual = signal.getsignal(number)
 
-    def term() -> None:
+    def send() -> None:
         until(lambda: read_status(run.path).step >= 2, "step 2")
-        until(lambda: signal.getsignal(signal.SIGTERM) is not usual, "a handler for SIGTERM")
-        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: signal.getsignal(number) is not usual, f"a handler for {number.name}")
+        os.kill(os.getpid(), number)
 
-    thread = threading.Thread(target=term, daemon=True)
+    thread = threading.Thread(target=send, daemon=True)
     thread.start()
     assert follow(open_source(run.entry), run.entry) == 0
     thread.join()
-    assert signal.getsignal(signal.SIGTERM) is usual
-    assert capsys.readouterr().out.splitlines()[-1] == f"{run.path.name} goes on: zerotop attach {run.path.name}"
-    step = read_status(run.path).step
-    run.see_step(step + 2)
+    assert signal.getsignal(number) is usual
+    captured = capsys.readouterr()
+    assert f"{number.name}: stopping after a checkpoint" in captured.err
+    assert captured.out.splitlines()[-1].startswith(f"{run.path.name}: stopped at step ")
+    run.see_state("stopped")
+    assert [record.command.who for record in run.source.state.commands.values()] == [f"{asker()} ({number.name})"]
+
+
+def test_a_restart_is_told_and_its_steps_are_printed_again(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["zerotop.log.interval=1"]
+    run = start({"overrides": overrides}, FAKE_STEPS=60, FAKE_EVERY=20)
+    victim = run.pid_of_rank(1)
+
+    def kill() -> None:
+        until(lambda: read_status(run.path).step >= 25, "step 25")
+        os.kill(victim, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    assert follow(open_source(run.entry), run.entry) == 0
+    thread.join()
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("attempt 1 failed: rank 1 was killed by SIGKILL") for line in lines)
+    told = next(index for index, line in enumerate(lines) if line.startswith("restart 1 of 3: rank 1 was killed"))
+    steps = [int(line.split()[1].split("/")[0]) for line in lines[told:] if line.startswith("step ")]
+    start_step = int(lines[told].split("going on from step ")[1].split(",")[0])
+    assert steps == list(range(start_step + 1, 61)) and start_step in (20, 40)
 
 
 def test_a_failure_shows_the_last_error_once_and_exits_1(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
-    run = start(FAKE_CRASH="1:4")
+    run = start({"overrides": ["zerotop.restarts.limit=0"]}, FAKE_CRASH="1:4")
     assert follow(open_source(run.entry), run.entry, as_json=True) == 1
     captured = capsys.readouterr()
     document = json.loads(captured.out)

@@ -21,6 +21,7 @@ from zerotop.hub.recorder import read_messages
 from zerotop.runs.directory import read_entry
 from zerotop.runs.launching import start_run
 from zerotop.runs.paths import remove_sockets
+from zerotop.runs.restarts import AGAIN_THE_SAME
 
 pytestmark = pytest.mark.timeout(240)
 STEPS = 24
@@ -135,7 +136,7 @@ def test_commands_land_at_one_step_and_a_resumed_run_repeats_itself_bit_for_bit(
 
 @pytest.mark.parametrize("victim", ["rank", "torchrun", "supervisor"])
 def test_kill_9_of_any_process_ends_the_whole_run(launch, victim):
-    run = launch(overrides=["zerotop.train.steps=100000"])
+    run = launch(overrides=["zerotop.train.steps=100000", "zerotop.restarts.limit=0"])
     see_training(run)
     processes = descendants(run)
     target = {
@@ -159,6 +160,35 @@ def test_kill_9_of_any_process_ends_the_whole_run(launch, victim):
         # The ranks saw it go, and saved their work before they left.
         saved = [p.name for p in (run.path / "checkpoints").iterdir()]
         assert saved == [f"step-{status.last_checkpoint_step:08d}"] and status.step == status.last_checkpoint_step
+
+
+def test_kill_9_of_a_rank_or_of_torchrun_changes_no_loss(launch):
+    overrides = ["zerotop.train.steps=200", "zerotop.checkpoint.interval=10"]
+    whole = launch(name="whole", overrides=overrides)
+    see_end(whole, "finished")
+    for victim, reason in (("rank", "rank 1 was killed by SIGKILL"), ("torchrun", "torchrun was killed by SIGKILL")):
+        run = launch(name=victim, overrides=overrides)
+        see_training(run, 12)
+        target = run.pid_of_rank(1) if victim == "rank" else psutil.Process(run.pid_of_rank(1)).ppid()
+        os.kill(target, signal.SIGKILL)
+        see_end(run, "finished")
+        status = read_status(run.path)
+        assert (status.restarts, status.attempt, status.step) == (1, 2, 200)
+        assert status.restart_reason.startswith(reason)
+        assert losses(run.path) == losses(whole.path) and len(losses(run.path)) == 200
+        resumed_at = [m.start_step for m in read_messages(run.path) if isinstance(m, Hello) and m.attempt == 2]
+        assert resumed_at[0] >= 10 and resumed_at[0] % 10 == 0
+
+
+def test_every_process_of_a_step_is_signalled(launch):
+    """As Slurm does, in the middle of training; the launcher lives on and the run stops after a checkpoint."""
+    run = launch(overrides=["zerotop.train.steps=100000"])
+    see_training(run)
+    for process in descendants(run):
+        process.send_signal(signal.SIGUSR1)
+    see_end(run, "stopped")
+    status = read_status(run.path)
+    assert status.attempt == 1 and status.last_checkpoint_step == status.step >= 2
 
 
 def test_a_users_script_is_watched_and_steered_with_no_line_added(launch, tmp_path):
@@ -212,6 +242,7 @@ def test_a_scripts_own_error_is_shown(launch, tmp_path):
     run = launch(script=[str(script), "100", "crash"])
     see_end(run, "failed")
     status = read_status(run.path)
+    assert status.reason.endswith("; the same failure at the same step twice in a row: " + AGAIN_THE_SAME)
     assert "ValueError: the script's own mistake" in status.error
     assert status.failed_rank in (0, 1)
 
@@ -239,4 +270,5 @@ def test_an_error_before_initialize_is_the_reason(launch, tmp_path):
     run = launch(script=[str(script)])
     see_end(run, "failed")
     status = read_status(run.path)
-    assert status.reason == f"rank {status.failed_rank} failed before its first step: RuntimeError: boom"
+    failed = f"rank {status.failed_rank} failed before its first step: RuntimeError: boom"
+    assert status.reason.startswith(f"{failed}; not restarted") and status.attempt == 1

@@ -23,6 +23,7 @@ from zerotop.source.opening import open_source
 from zerotop.state.run import RunState
 
 Start = Callable[..., FakeRun]
+NEVER_RESTARTED = {"overrides": ["zerotop.restarts.limit=0"]}
 
 
 # ---- a good run ------------------------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def test_abort_ends_every_process_even_those_that_ignore_it(start: Start) -> Non
 
 
 def test_a_killed_rank_is_named(start: Start) -> None:
-    run = start(FAKE_CHILD=1)
+    run = start(NEVER_RESTARTED, FAKE_CHILD=1)
     run.see_step(3)
     os.kill(run.pid_of_rank(1), signal.SIGKILL)
     run.see_state("failed")
@@ -190,7 +191,7 @@ def test_a_killed_rank_is_named(start: Start) -> None:
 
 
 def test_the_last_error_of_the_failing_rank_is_shown(start: Start) -> None:
-    run = start(FAKE_CRASH="1:7")
+    run = start(NEVER_RESTARTED, FAKE_CRASH="1:7")
     run.see_state("failed")
     until(run.all_gone, "every process gone")
     status = read_status(run.path)
@@ -200,7 +201,7 @@ def test_the_last_error_of_the_failing_rank_is_shown(start: Start) -> None:
 
 
 def test_a_killed_launcher_takes_its_ranks_along(start: Start) -> None:
-    run = start(FAKE_CHILD=1)
+    run = start(NEVER_RESTARTED, FAKE_CHILD=1)
     run.see_step(2)
     launcher = psutil.Process(run.pid_of_rank(0)).parent()
     assert launcher is not None and launcher.pid != read_run(run.path).supervisor_pid

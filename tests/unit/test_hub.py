@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from runtime.wire.codec import decode_down, decode_packet, decode_snapshot, encode
-from runtime.wire.messages import Command, Event, Heartbeat, Packet, Resend, RunStatus
+from runtime.wire.messages import Ack, Command, Event, Heartbeat, Packet, Resend, RunStatus
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, RunFile, Sockets
 from zerotop.hub.hub import Hub
 from zerotop.hub.recorder import Recorder
@@ -200,3 +200,39 @@ async def test_a_fault_in_one_message_does_not_make_the_hub_deaf(
     await until(lambda: "event 3" in bench.event_texts())
     assert any("a fault of ours" in text for text in bench.event_texts())
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+async def test_a_new_attempt_speaks_on_channels_of_its_own(bench: Bench) -> None:
+    old = bench.connect(zmq.DEALER, "ranks", b"rank/0/1")
+    for seq in (1, 2, 3):
+        await old.send(packet(seq))
+    await until(lambda: len(bench.event_texts()) == 3)
+    bench.hub.command(Command(id="c1", name="checkpoint"))
+    bench.hub.command(Command(id="p1", name="pause"))
+    bench.hub.begin_attempt(bench.run.model_copy(update={"attempt": 2}), state="restarting")
+    assert (bench.hub.status.attempt, bench.hub.status.state) == (2, "restarting")
+    assert bench.hub.state.commands["p1"].ack.reason == "the ranks restarted"
+    new = bench.connect(zmq.DEALER, "ranks", b"rank/0/2")
+    await old.send(packet(4))  # still on its way when the rank died
+    await new.send(packet(1, attempt=2))  # numbered from 1 again
+    told = decode_down((await heard(new))[-1])
+    assert isinstance(told, Command) and told.id == "c1"
+    await until(lambda: len(bench.event_texts()) == 4)
+    assert bench.event_texts() == ["event 1", "event 2", "event 3", "event 1"]
+    assert bench.hub.state.ranks.keys() == {0}
+
+
+async def test_new_ranks_are_told_what_the_old_ones_had_been_told(bench: Bench) -> None:
+    rank = bench.connect(zmq.DEALER, "ranks", b"rank/0/1")
+    await rank.send(packet(1))
+    await until(lambda: bool(bench.event_texts()))
+    bench.hub.set_status(state="running")
+    bench.hub.command(Command(id="s1", name="set", arguments={"log_interval": 2}))
+    bench.hub.command(Command(id="p1", name="pause", arguments={"release": True}))
+    for seq, identity in ((2, "s1"), (3, "p1")):
+        await rank.send(packet(seq, Ack(id=identity, state="applied", step=5, rank=0)))
+    await until(lambda: bench.hub.status.state == "paused")
+    for attempt in (2, 3):  # the ranks of attempt 2 die before they have taken anything up
+        bench.hub.begin_attempt(bench.run.model_copy(update={"attempt": attempt}), state="restarting")
+        waiting = [(command.name, command.arguments) for command in bench.hub.router.open_commands()]
+        assert waiting == [("set", {"log_interval": 2}), ("pause", {"release": True})]

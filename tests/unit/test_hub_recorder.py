@@ -136,3 +136,13 @@ def test_network_file_systems_are_told_by_the_longest_mount(monkeypatch: pytest.
         ("/a b/x", True),
     ):
         assert on_network_file_system(Path(place)) is network, place
+
+
+def test_rows_carry_the_attempt_in_which_they_were_heard(tmp_path: Path, recorder: Recorder) -> None:
+    for number in (1, 2, 3):
+        recorder.add("rank/1", beat(1, number))  # the newest is held back: one a second
+    recorder.begin_attempt(2)
+    recorder.add("rank/1", beat(1, 2))
+    recorder.close()
+    rows = [(row.attempt, row.message.step) for row in read_recording(tmp_path)]  # type: ignore[attr-defined]
+    assert rows == [(1, 1), (1, 3), (2, 2)]

@@ -198,3 +198,27 @@ def test_a_million_commands_do_not_pile_up(desk: Desk) -> None:
         desk.applied(number + 1)
         desk.forwarded.clear()
     assert len(desk.router._cases) <= 1001
+
+
+# ---- ranks that restart ----------------------------------------------------------------------------------------------
+def test_ranks_that_restart_leave_no_command_without_an_answer(desk: Desk) -> None:
+    for name in ("pause", "checkpoint", "stop"):
+        assert desk.ask(name, identity=name)[0] == "accepted"
+    desk.router.ranks_restart()
+    assert desk.answers[-1] == (b"a", "rejected", "the ranks restarted")
+    assert [command.name for command in desk.router.open_commands()] == ["checkpoint", "stop"]
+    assert desk.router.is_open("stop", "abort") and not desk.router.is_open("pause")
+    desk.router.ranks_restart()
+    assert len([answer for answer in desk.answers if answer[1] == "rejected"]) == 1
+
+
+def test_settings_in_force_are_the_newest_that_no_open_one_changes(desk: Desk) -> None:
+    for number, settings in enumerate(
+        [{"log_interval": 5, "telemetry_hz": 2.0}, {"log_interval": 3}, {"lr_factor": 0.5}, {"telemetry_hz": 9.0}], 1
+    ):
+        desk.ask("set", **settings)
+        if number < 3:
+            desk.applied(number)
+    assert desk.router.settings_in_force() == {"log_interval": 3}  # the others wait, one of them for telemetry_hz
+    desk.applied(4)
+    assert desk.router.settings_in_force() == {"log_interval": 3, "telemetry_hz": 9.0}

@@ -243,6 +243,15 @@ def test_the_reason_of_a_stop_that_comes_meanwhile_stays(monkeypatch: pytest.Mon
     assert play.go(100) == [] and play.hub.status.reason == "stop asked by me"
 
 
+def test_a_restart_is_not_told_as_the_hang_s_own_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    play = Play(monkeypatch, stuck_on_rank_1())
+    assert play.go(62) == [("hang", "error")]
+    play.hub.set_status(attempt=2, reason="")  # and running again before the next look
+    beat(play.run, 1, entered=1)
+    assert play.go(1) == [] and play.hub.status.reason == ""
+    assert play.go(62) == [("hang", "error")]
+
+
 def test_ranks_in_a_collective_that_does_not_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     play = Play(monkeypatch, a_run())
     play.taker.found[2] = RankStacks(2, 102, "in the kernel", (), "in the kernel: nvidia_ioctl")

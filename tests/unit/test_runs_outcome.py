@@ -139,3 +139,9 @@ def test_torchrun_itself_failing_shows_its_own_words_without_its_table(tmp_path:
     assert end(tmp_path, 1, log=noise + "\n" + TORCHRUN.format(code=-9, rank=1)).error == ""
     no_log = end(tmp_path, 1, log=TORCHRUN.format(code=1, rank=1))
     assert "FAILED" not in no_log.error and "Failures" not in no_log.error
+
+
+def test_what_the_supervisor_ended_as_failed_has_its_reason(tmp_path: Path) -> None:
+    words = (goodbye(0, "stopped"), goodbye(1, "failed", error="ConnectionError: peer"))
+    assert end(tmp_path, -15, *words, failure="no progress") == Outcome("failed", "no progress")
+    assert end(tmp_path, -15, failure="no progress", abort_reason="aborted by me").state == "aborted"

@@ -313,3 +313,51 @@ def test_a_still_picture_does_not_move_with_the_run() -> None:
     run.apply(Event(rank=0, what="x", text="", wall_s=0))
     assert still.snapshot_messages() == before and list(still.waits.meetings) == meetings
     assert still.step == 5 and run.step == 6
+
+
+# ---- restarts --------------------------------------------------------------------------------------------------------
+def restarted() -> RunState:
+    """Two ranks were at step 25 when the supervisor began attempt 2."""
+    state = RunState()
+    state.apply(RunStatus(name="q1", state="running", attempt=1, step=25))
+    for rank in (0, 1):
+        state.apply(hello(rank))
+        state.apply(beat(rank))
+    for step in range(1, 26):
+        state.apply(result(step))
+        state.apply(result(step, rank=1))
+    state.apply(RunStatus(name="q1", state="restarting", attempt=2, step=25))
+    return state
+
+
+def test_a_new_attempt_forgets_the_dead_ranks_and_keeps_the_curve() -> None:
+    state = restarted()
+    assert state.ranks == {} and state.step == 25 and state.hello is None
+    assert [point.step for point in state.series] == list(range(1, 26))
+    state.apply(RunStatus(name="q1", state="restarting", attempt=2, step=25))
+    state.apply(hello(1, attempt=2, start_step=20))
+    assert [point.step for point in state.series] == list(range(1, 21)) and state.step == 20
+    state.apply(result(21, rank=1))
+    state.apply(hello(0, attempt=2, start_step=20))  # late: the curve has gone on
+    state.apply(result(21))
+    state.apply(result(22))
+    assert [point.step for point in state.series] == list(range(1, 23))
+    assert state.ranks[1].step is not None  # the late hello of rank 0 took nothing from rank 1
+
+
+def test_steps_that_come_before_the_hello_are_not_cut_away() -> None:
+    state = restarted()
+    state.apply(result(21))
+    state.apply(result(22))
+    state.apply(hello(0, attempt=2, start_step=20))
+    assert [point.step for point in state.series] == list(range(1, 23))
+
+
+def test_a_series_can_be_cut_to_nothing_and_begun_again() -> None:
+    series = Series()
+    for step in range(1, 6):
+        series.add(result(step))
+    series.cut(0)
+    assert list(series) == []
+    series.add(result(1))
+    assert [point.step for point in series] == [1]

@@ -15,7 +15,8 @@ Start a run of a DeepSpeed-style JSON config and open the live screen on it. The
 its first moment: leaving the screen (q), closing the terminal or losing the connection never touches it.
 
 Without a terminal, or with --no-screen, progress lines are printed and the exit code is the run's: 0 finished or
-stopped, 1 failed or aborted. There Ctrl-C asks the run to stop after a checkpoint, and a second one aborts it."""
+stopped, 1 failed or aborted. There Ctrl-C asks the run to stop after a checkpoint, and a second one aborts it; SIGTERM
+and SIGUSR1, as a batch system sends them before it ends a job, ask for the same stop."""
 
 
 def register(subparsers: Any) -> None:

@@ -1,4 +1,4 @@
-"""A run as plain lines, for pipes, logs and batch systems; Ctrl-C steers it."""
+"""A run as plain lines, for pipes, logs and batch systems; Ctrl-C and a batch system's signals steer it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from runtime.wire.messages import LIVE_STATES, Event, LogRecord, RunStatus, StepResult
+from runtime.wire.messages import Event, LogRecord, RunStatus, StepResult
 from zerotop.output import duration_text, number_text, print_json, say
 from zerotop.report import status_document
 from zerotop.runs.directory import RunEntry
@@ -21,49 +21,55 @@ from zerotop.state.run import RunState
 
 POLL_S = 0.25
 _LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal"})
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""A batch system's: the job is about to end."""
 
 
 def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
     """Print lines until the run ends; the exit code is 0 when it finished or stopped, 1 when it failed or was aborted.
 
-    The first Ctrl-C sends stop, the second abort. SIGTERM ends the lines and not the run, with exit code 0. With
-    `as_json` the lines go to stderr, and at the end the run's state goes to stdout. Closes the source.
+    The first Ctrl-C sends stop, the second abort. SIGTERM and SIGUSR1 send stop: a batch system that ends the job kills
+    everything in it once this process has gone, so it stays until the run has ended. With `as_json` the lines go to
+    stderr, and at the end the run's state goes to stdout. Closes the source.
     """
     lines = _Lines(entry, to_stderr=as_json)
     try:
         with _signals() as count:
-            asked = 0
-            while not count[signal.SIGTERM]:
+            interrupts, told = 0, False
+            while True:
                 source.wait(POLL_S)
                 source.poll()
                 lines.tell(source.state)
                 if source.connection == "ended":
                     break
-                while asked < min(2, count[signal.SIGINT]):
-                    asked += 1
-                    _ask(source, ("stop", "abort")[asked - 1])
+                while interrupts < min(2, count[signal.SIGINT]):
+                    interrupts += 1
+                    if interrupts == 1:
+                        _ask(source, "stop", "stopping after a checkpoint; Ctrl-C again aborts at once", "Ctrl-C")
+                    else:
+                        _ask(source, "abort", "aborting", "Ctrl-C")
+                come = [number for number in _STOP_SIGNALS if count[number]]
+                if come and not told:
+                    told = True
+                    _ask(source, "stop", f"{come[0].name}: stopping after a checkpoint", come[0].name)
     finally:
         source.close()
     status = source.state.status or entry.status
-    over = status.state not in LIVE_STATES
-    if over:
-        lines.end(status)
-    else:
-        lines.leave(status)
+    lines.end(status)
     if as_json:
         print_json(status_document(source.state, entry))
-    return 0 if not over or status.state in ("finished", "stopped") else 1
+    return 0 if status.state in ("finished", "stopped") else 1
 
 
 @contextmanager
 def _signals() -> Iterator[Counter[int]]:
-    """Count Ctrl-C and SIGTERM instead of dying of them."""
+    """Count Ctrl-C and the batch system's signals instead of dying of them."""
     count: Counter[int] = Counter()
 
     def note(number: int, _: Any) -> None:
         count[number] += 1
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, *_STOP_SIGNALS)}
     try:
         yield count
     finally:
@@ -71,11 +77,10 @@ def _signals() -> Iterator[Counter[int]]:
             signal.signal(number, handler)
 
 
-def _ask(source: Source, name: str) -> None:
-    words = {"stop": "stopping after a checkpoint; Ctrl-C again aborts at once", "abort": "aborting"}
-    say(words[name])
+def _ask(source: Source, name: str, words: str, by: str) -> None:
+    say(words)
     command = new_command(name)
-    source.send(command.model_copy(update={"who": f"{command.who} (Ctrl-C)"}))
+    source.send(command.model_copy(update={"who": f"{command.who} ({by})"}))
 
 
 class _Lines:
@@ -86,12 +91,16 @@ class _Lines:
         self._interval = _log_interval(entry)
         # A resumed run's screen knows the steps of the attempts before; they are no news here.
         self._printed_step = entry.status.step if entry.run.attempt > 1 else 0
+        self._attempt = entry.run.attempt
         self._told: set[tuple[float, str]] = set()
         self._start_wall_s = entry.status.started_wall_s or 0.0
 
     def tell(self, state: RunState) -> None:
         self._tell_events(state)
         self._interval = _changed_interval(state) or self._interval
+        if state.hello and state.hello.attempt > self._attempt:  # the ranks were started again: steps come again
+            self._attempt = state.hello.attempt
+            self._printed_step = min(self._printed_step, state.hello.start_step)
         new = [point for point in state.series if point.step > self._printed_step]
         due = [point for point in new if point.step % self._interval == 0]
         # The series thins long runs, so the newest step stands in for a multiple that it no longer has.
@@ -119,9 +128,6 @@ class _Lines:
             say(line)
         else:
             self._print(line)
-
-    def leave(self, status: RunStatus) -> None:
-        self._print(f"{status.name} goes on: zerotop attach {status.name}")
 
     def _print(self, text: str) -> None:
         print(text, file=self._out, flush=True)

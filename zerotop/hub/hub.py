@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ from runtime.wire.messages import (
     Ack,
     Command,
     Event,
+    Hello,
     LogRecord,
     Message,
     Packet,
@@ -37,14 +39,16 @@ _RESEND_S = 0.5
 _RESENDS = 4
 """Asked so often in vain, the missing event packets are given up and counted as lost."""
 _SUBSCRIBE = b"\x01"
+RESTART = "the restart"
+"""Who asks new ranks for what their predecessors had been told."""
 
 
 class Hub:
-    """Gathers, folds, records and republishes one attempt of a run. Lives in the supervisor's event loop.
+    """Gathers, folds, records and republishes a run, attempt by attempt. Lives in the supervisor's event loop.
 
     `abort(command)` and `stacks(command)` are called for accepted commands of these names, which ranks never see;
-    `on_status(status)` whenever the run's status changes. `earlier` are steps of the attempts before, so that a resumed
-    run's curves are whole.
+    `on_status(status)` whenever the run's status changes; `on_hello(hello)` when a rank has introduced itself.
+    `earlier` are steps of attempts under earlier supervisors, so that a resumed run's curves are whole.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Hub:
         abort: Callable[[Command], None],
         stacks: Callable[[Command], None],
         on_status: Callable[[RunStatus], None],
+        on_hello: Callable[[Hello], None] = lambda hello: None,
         earlier: Iterable[StepResult] = (),
     ) -> None:
         self.state = RunState()
@@ -66,6 +71,7 @@ class Hub:
         self._sockets = Sockets(run.sockets)
         self._recorder = recorder
         self._on_status = on_status
+        self._on_hello = on_hello
         self._context = zmq.asyncio.Context()
         self._telemetry = self._socket(zmq.SUB)
         self._ranks = self._socket(zmq.ROUTER)
@@ -164,6 +170,33 @@ class Hub:
         )
         self._take(packet, encode(packet))
 
+    def begin_attempt(self, run: RunFile, **changes: Any) -> None:
+        """All ranks are gone and others will speak as `run.attempt`; `changes` go into the status.
+
+        Packets of the old ones that are still on their way are ignored from here on. What was asked of them: see
+        `CommandRouter.ranks_restart`; what they had been told (settings, a pause) the new ones are told again.
+        """
+        paused = self._is_held()
+        settings = self.router.settings_in_force()
+        self.router.ranks_restart()
+        self._run = run
+        self._heard.clear()
+        self._recorder.begin_attempt(run.attempt)
+        self.set_status(attempt=run.attempt, **changes)
+        if settings:
+            self.command(Command(id=uuid.uuid4().hex, name="set", arguments=settings, who=RESTART))
+        if paused is not None:
+            self.command(paused.model_copy(update={"id": uuid.uuid4().hex, "who": RESTART, "number": 0}))
+
+    def _is_held(self) -> Command | None:
+        """The pause that holds the run, unless it is about to go on; also one that ranks died before they took it up
+        again."""
+        pause = self.router.newest("pause")
+        if pause is None or self.router.is_open("resume"):
+            return None
+        again = pause.who == RESTART and self.router.is_open("pause")
+        return pause if again or self.status.state == "paused" else None
+
     def set_status(self, **changes: Any) -> None:
         """Change the run's status and tell everyone."""
         self.status = self.status.model_copy(update=changes)
@@ -228,7 +261,9 @@ class Hub:
         channel.last_seq, channel.missing, channel.asked = packet.seq, False, 0
         self._take(packet, frame)
         for message in packet.messages:
-            if isinstance(message, Ack) and (message.rank or 0) == 0:
+            if isinstance(message, Hello):
+                self._on_hello(message)
+            elif isinstance(message, Ack) and (message.rank or 0) == 0:
                 self._acknowledged(message)
             elif (
                 isinstance(message, Event)

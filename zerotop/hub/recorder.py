@@ -70,15 +70,25 @@ class Recorder:
         with self._lock:
             self._rows.append(row)
 
+    def begin_attempt(self, attempt: int) -> None:
+        """Rows from here on are of `attempt`; the one before ends with the newest of each sampled kind."""
+        self._let_go()
+        self._last.clear()
+        self._attempt = attempt
+
     def close(self) -> None:
         """Write what is left, and the newest of each sampled kind, so that the recording ends where the run did.
 
         Bounded: a disk that doesn't answer is left alone after some seconds.
         """
-        for (source, _), message in self._held.items():
-            self._append(source, message)
+        self._let_go()
         self._closing.set()
         self._thread.join(timeout=5)
+
+    def _let_go(self) -> None:
+        for (source, _), message in self._held.items():
+            self._append(source, message)
+        self._held.clear()
 
     def _wanted(self, source: str, message: Message) -> bool:
         if not isinstance(message, _SAMPLED):

@@ -15,6 +15,8 @@ from zerotop.state.run import RunState
 REMEMBERED = 1000
 """Commands whose answers are kept, so that a repeated id is answered again and not acted on again."""
 
+_OUTLIVE_RANKS = frozenset({"checkpoint", "set", "stop", "abort"})
+
 Asker = bytes
 """A screen's ZeroMQ identity; b"" for the supervisor itself."""
 
@@ -28,6 +30,10 @@ class _Case:
     @property
     def open(self) -> bool:
         return not any(ack.state in ("applied", "rejected") for ack in self.acks)
+
+    @property
+    def applied(self) -> bool:
+        return any(ack.state == "applied" for ack in self.acks)
 
 
 class CommandRouter:
@@ -145,6 +151,34 @@ class CommandRouter:
                 self._tell(case, "rejected", reason=f"the run ended by itself first ({state})")
             else:
                 self._tell(case, "rejected", reason="the run ended before it could be applied")
+
+    def ranks_restart(self) -> None:
+        """The ranks that were given commands are gone. What still makes sense goes to the next ones, which the hub
+        tells when they speak; the rest is answered. A stop or an abort ends the run instead, and is left to `finish`.
+        """
+        for case in [case for case in self._cases.values() if case.open]:
+            if case.command.name not in _OUTLIVE_RANKS:
+                self._tell(case, "rejected", reason="the ranks restarted")
+
+    def is_open(self, *names: str) -> bool:
+        """Whether a command of one of these names was accepted and has no final answer yet."""
+        return any(case.open and case.command.name in names for case in self._cases.values())
+
+    def settings_in_force(self) -> dict[str, Any]:
+        """What was `set` and applied, less what an open `set` will change: new ranks start with the config's values."""
+        values: dict[str, Any] = {}
+        changing: set[str] = set()
+        for case in self._cases.values():
+            if case.command.name == "set" and case.open:
+                changing |= case.command.arguments.keys()
+            elif case.command.name == "set" and case.applied:
+                values |= case.command.arguments
+        return {name: value for name, value in values.items() if name not in changing}
+
+    def newest(self, name: str) -> Command | None:
+        """The newest command of this name that was applied, or is open still."""
+        found = (case for case in reversed(self._cases.values()) if case.command.name == name)
+        return next((case.command for case in found if case.open or case.applied), None)
 
     def open_commands(self, above: int = 0) -> list[Command]:
         """Accepted commands for ranks that have a number above `above` and no final answer yet, in order."""

@@ -115,6 +115,7 @@ class HangWatch:
         self._stillness = Stillness()
         self._hang: str | None = None
         self._hung_s = 0.0
+        self._attempt = 0
         self._said_compiling = False
 
     async def watch(self) -> None:
@@ -157,7 +158,7 @@ class HangWatch:
         verdict = blame(stall, ranks, state) if stall is not None else "no rank says where it is"
         report = await self._taker.report(ranks, f"no progress for {still_s:.0f} s: {verdict}")
         line = f"{verdict}; stacks: {report.path}" if report.path else verdict
-        self._hang, self._hung_s = f"hang: {line}", now_s - still_s
+        self._hang, self._hung_s, self._attempt = f"hang: {line}", now_s - still_s, self._hub.status.attempt
         self._hub.event("hang", line, "error", idle_s=round(still_s, 1), stacks=report.path)
         self._hub.set_status(reason=self._hang)
         if self._end_attempt is not None:
@@ -166,7 +167,7 @@ class HangWatch:
     def _clear(self, now_s: float) -> None:
         """It moves again; or it is being stopped, aborted or restarted, which has a reason of its own."""
         hang, self._hang = self._hang, None
-        if self._hub.status.state == "running":
+        if self._hub.status.state == "running" and self._hub.status.attempt == self._attempt:
             lasted = f"{now_s - self._hung_s:.0f} s"
             self._hub.event(
                 "hang", f"the run goes on at step {self._hub.state.step + 1}, after {lasted} without progress"

@@ -7,11 +7,8 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import select
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from runtime.config import Config, ConfigError, Resolved, expand_files, load, re
 from runtime.data.vocab import count_tokens
 from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
+from zerotop.output import say
 from zerotop.runs.devices import Device, choose
 from zerotop.runs.directory import (
     RunEntry,
@@ -33,12 +31,11 @@ from zerotop.runs.directory import (
     read_entry,
 )
 from zerotop.runs.executable import record_executable
+from zerotop.runs.lock import take_new, take_patiently
 from zerotop.runs.names import check_name, generate_name
-from zerotop.runs.outcome import tail
 from zerotop.runs.paths import RunError, make_private_folder, make_sockets_folder, remove_sockets, runs_home
-from zerotop.runs.torchrun import with_import_path
+from zerotop.runs.starting import start_supervisor
 
-UP_TIMEOUT_S = 30.0
 _FIXED: dict[str, tuple[str, Callable[[Resolved], Any]]] = {
     "model": ("zerotop.model", lambda resolved: resolved.zerotop.model),
     "data": ("zerotop.data", lambda resolved: resolved.zerotop.data),
@@ -81,19 +78,26 @@ def start_run(
     replaces torchrun.
     Raises RunError or ConfigError, whose messages are for people; then nothing was started and nothing is left.
     """
-    plan = _check(config_path, nproc, device, name, overrides, resume, script)
-    record_executable()  # attach over SSH finds zerotop by it
-    if plan.previous is not None:
-        path = plan.previous.path
-        attempt = plan.previous.run.attempt + 1
-    else:
-        path = make_run_folder(name or generate_name({entry.name for entry in list_runs()}))
-        attempt = 1
-    with contextlib.ExitStack() as undo:
-        if plan.previous is None:
+    asked = (config_path, nproc, device, name, overrides, resume, script)
+    plan = _check(*asked)
+    with contextlib.ExitStack() as leaving:
+        if plan.previous is not None:
+            # Two launches may be here at once; and ranks whose supervisor was killed have a grace to save their work.
+            path = plan.previous.path
+            lock = take_patiently(path, check=lambda: _previous(name), tell=say)
+            leaving.callback(os.close, lock)  # the supervisor has it too, by then
+            plan = _check(*asked)  # as it is now
+        record_executable()  # attach over SSH finds zerotop by it
+        undo = leaving.enter_context(contextlib.ExitStack())
+        if plan.previous is not None:
+            attempt = plan.previous.run.attempt + 1
+        else:
+            path, attempt = make_run_folder(name or generate_name({entry.name for entry in list_runs()})), 1
             undo.callback(shutil.rmtree, path, ignore_errors=True)
+            lock = take_new(path)
+            leaving.callback(os.close, lock)
         run = _write_files(plan, path, attempt, command, undo)
-        _start_supervisor(path, run, resume)
+        start_supervisor(path, run, resume=resume, lock=lock)
         undo.pop_all()
     return read_entry(path)
 
@@ -306,40 +310,6 @@ def _write_files(
 
 def _restore(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-
-
-def _start_supervisor(path: Path, run: RunFile, resume: bool) -> None:
-    """Start it in a session of its own and wait until it says that it is up; raises RunError with its reason when it
-    can't."""
-    read_end, write_end = os.pipe()
-    command = [sys.executable, "-P", "-m", "zerotop.runs.supervisor", str(path), "--ready-fd", str(write_end)]
-    try:
-        starting = subprocess.Popen(
-            command + (["--resume"] if resume else []),
-            env=with_import_path(dict(os.environ)),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=(write_end,),
-            start_new_session=True,
-        )
-    except BaseException:
-        os.close(read_end)
-        raise
-    finally:
-        os.close(write_end)
-    with starting, os.fdopen(read_end, "rb") as answers:
-        assert starting.stderr is not None
-        complaint = starting.stderr.read().decode(errors="replace")  # ends when it detaches
-        ready, _, _ = select.select([answers], [], [], UP_TIMEOUT_S)
-        line = answers.readline() if ready else b""
-    if line and "error" not in (answer := json.loads(line)):
-        return
-    if line:
-        raise RunError(f"the run can't start: {answer['error']}")
-    words = complaint.strip() or tail(path / "logs" / str(run.attempt) / "supervisor.log")
-    slow = "" if ready else f" within {UP_TIMEOUT_S:.0f} s"
-    raise RunError(f"the supervisor did not come up{slow}" + (f":\n{words}" if words else ""))
 
 
 def _version() -> str:

@@ -45,6 +45,10 @@ class Evidence:
     """The last finished optimizer step of each rank that finished one."""
     silent_script: bool = False
     """A script was run and no rank ever said hello."""
+    spoke: bool = False
+    """Some rank said hello."""
+    start_step: int = 0
+    """The step that this attempt went on from."""
 
 
 @dataclass(frozen=True)

@@ -1,75 +1,86 @@
 """The supervisor of a run on one node: it starts the ranks, keeps the hub, and lets nothing of the run outlive it.
 
-python -P -m zerotop.runs.supervisor RUN [--resume] [--ready-fd N]
+python -P -m zerotop.runs.supervisor RUN --lock-fd N [--resume] [--ready-fd N]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
 import uuid
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from runtime.config import Resolved
-from runtime.wire.messages import Command, Event, LogRecord, RunStatus, StepResult
+from runtime.wire.messages import Command, Event, Hello, LogRecord, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, boot_id, read_run, read_status, write_json
 from zerotop.hub.hub import Hub
 from zerotop.hub.recorder import Recorder, earlier_steps
 from zerotop.probe.host import HostProbe
 from zerotop.probe.nvml import GpuProbe
-from zerotop.runs import torchrun
+from zerotop.runs.attempt import Attempt
 from zerotop.runs.hang import HangWatch
 from zerotop.runs.logs import cap_logs
 from zerotop.runs.outcome import Evidence, Outcome, decide, tail
-from zerotop.runs.paths import RunError, lock_sockets, remove_sockets
+from zerotop.runs.paths import RunError, lock_sockets, make_private_folder, remove_sockets
 from zerotop.runs.processes import become_subreaper, descendants, detach, kill_descendants, reap, send
+from zerotop.runs.restarts import Failure, Restarts
 from zerotop.runs.stacks_report import StackTaker
+from zerotop.runs.starting import Ready
 
 STOP_DEADLINE_VARIABLE = "ZEROTOP_STOP_DEADLINE_S"
 STOP_DEADLINE_S = 60.0
 """After SIGTERM or SIGUSR1 (a batch system's warning), the run has so long to stop after a checkpoint; then it is
 aborted."""
 TERM_PATIENCE_S = 5.0
+DEATH_PATIENCE_S = 3.0
+"""After a rank's death torchrun has so long to end the others, and to say what it saw."""
 LAST_WORDS_S = 2.0
 CAP_INTERVAL_S = 10.0
 
 
 class Supervisor:
-    def __init__(self, path: Path, run: RunFile, *, resume: bool) -> None:
+    """`lock` is the descriptor that holds the run's lock (see lock.py)."""
+
+    def __init__(self, path: Path, run: RunFile, *, resume: bool, lock: int) -> None:
         self.path = path
-        self.logs = path / "logs" / str(run.attempt)
         self._resume = resume
+        self._lock = lock
         me = psutil.Process()
         self.run_file = run.model_copy(
             update={"supervisor_pid": me.pid, "supervisor_start": me.create_time(), "boot_id": boot_id()}
         )
+        self._restarts = Restarts(Resolved.from_json((path / "resolved.json").read_bytes()).zerotop.restarts)
+        self._attempt = Attempt(self.run_file, path)
         self._abort_reason: str | None = None
-        self._failure: str | None = None
-        self._end_asked = asyncio.Event()
-        self._exit_codes: dict[int, int] = {}
-        self._rank_codes: dict[int, int] = {}
-        self._launcher: subprocess.Popen[bytes] | None = None
-        self._launcher_ended = asyncio.Event()
+        self._restart_text = ""
+        """Of the newest restart, until its ranks have said where they go on."""
+        self._reached = 0
+        """The last step of the attempt before."""
+        self._stuck = 0
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def logs(self) -> Path:
+        """Of the attempt that runs."""
+        return self._attempt.logs
+
     async def supervise(self, ready: Ready) -> Outcome:
-        """One attempt from start to end. Raises RunError when it can't start."""
+        """The run from start to end, restarts included. Raises RunError when it can't start."""
         loop = asyncio.get_running_loop()
-        lock = lock_sockets(Path(self.run_file.sockets))
+        locks = (lock_sockets(Path(self.run_file.sockets)), self._lock)
         recorder = Recorder(self.path / "recording.sqlite", self.run_file.attempt)
         hub = self.hub = Hub(
             self.run_file,
@@ -78,6 +89,7 @@ class Supervisor:
             abort=self._abort_command,
             stacks=self._stacks_command,
             on_status=self._write_status,
+            on_hello=self._meet,
             earlier=self._earlier_steps(),
         )
         self._taker = StackTaker(self.path, self.run_file.nproc, hub)
@@ -88,7 +100,7 @@ class Supervisor:
             loop.add_signal_handler(signal.SIGCHLD, self._collect)
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 loop.add_signal_handler(number, self._stop_by_signal, number)
-            self._start_launcher(lock)
+            self._attempt.start(resume=self._resume, keep=locks)
             ready.say_up()
             gpus.start()
             self._announce()
@@ -97,8 +109,8 @@ class Supervisor:
                 loop.create_task(self._reported("the cap on logs", self._cap_logs())),
                 loop.create_task(self._reported("the watch for hangs", self._watch_for_hangs())),
             ]
-            await self._until_over()
-            outcome = await self._finish()
+            outcome = await self._attempts(locks)
+            await self._finish(outcome)
         finally:
             for task in self._tasks:
                 task.cancel()
@@ -110,7 +122,8 @@ class Supervisor:
             await hub.close()
             self._disk.shutdown()
             remove_sockets(Path(self.run_file.sockets))
-            os.close(lock)
+            for lock in locks:
+                os.close(lock)
         return outcome
 
     # ---- starting --------------------------------------------------------------------------------------------------
@@ -125,31 +138,6 @@ class Supervisor:
         last = self._first_status().step
         return [result for result in earlier_steps(self.path, self.run_file.attempt) if result.step <= last]
 
-    def _start_launcher(self, lock: int) -> None:
-        """Start torchrun, or what run.json gives in its place.
-
-        It inherits the lock on the sockets folder, where its rendezvous lies too: if this supervisor is killed, nobody
-        sweeps that folder away before torchrun has ended.
-        """
-        command = self.run_file.command or torchrun.command(self.run_file, self.path)
-        variables = torchrun.environment(self.run_file, self.path, supervisor_pid=os.getpid(), resume=self._resume)
-        with (self.logs / "torchrun.log").open("ab") as log:
-            try:
-                self._launcher = subprocess.Popen(
-                    command,
-                    env=variables,
-                    cwd=self.run_file.working_folder or None,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=(lock,),
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise RunError(f"can't start the ranks: {command[0]}: {error.strerror}") from None
-        if self._launcher.pid in self._exit_codes:  # it ended before we knew its number
-            self._launcher_ended.set()
-
     def _announce(self) -> None:
         """What launch found out, for the event pane: defaults chosen, keys without effect, what a resume changed."""
         try:
@@ -162,10 +150,24 @@ class Supervisor:
     # ---- while it runs ---------------------------------------------------------------------------------------------
     def _collect(self) -> None:
         """Our child torchrun has ended, or an orphan of its that we adopted."""
-        self._exit_codes |= reap()
-        if self._launcher and self._launcher.pid in self._exit_codes:
-            self._launcher.returncode = self._exit_codes[self._launcher.pid]
-            self._launcher_ended.set()
+        self._attempt.collect(reap())
+
+    def _meet(self, hello: Hello) -> None:
+        """A rank has introduced itself; the first one after a restart tells where the run goes on."""
+        self._attempt.watch(hello.rank, hello.pid)
+        if not self._restart_text:
+            return
+        text, self._restart_text = self._restart_text, ""
+        lost = max(0, self._reached - hello.start_step)
+        where = f"going on from step {hello.start_step}" if hello.start_step else "starting again from step 0"
+        again = f"{lost} step{'s are' if lost > 1 else ' is'} taken again" if lost else "no step is lost"
+        self.hub.event("restart", f"{text}; {where}, {again}", "warning", lost_steps=lost)
+        changes: dict[str, Any] = {"lost_steps": lost, "step": hello.start_step}
+        if self.hub.status.state == "restarting":
+            changes |= {"state": "starting", "reason": f"{text}, {again}"}
+        if hello.start_step:
+            changes["last_checkpoint_step"] = hello.start_step
+        self.hub.set_status(**changes)
 
     def _stop_by_signal(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -186,16 +188,19 @@ class Supervisor:
         self._tasks.append(asyncio.get_running_loop().create_task(work))
 
     def _abort(self, reason: str) -> None:
-        if self._abort_reason is None and not self._launcher_ended.is_set():
+        if self._abort_reason is None and not self._attempt.ended.is_set():
             self._abort_reason = reason
-            self._end_asked.set()
+            self._attempt.end_asked.set()
 
     def end_attempt(self, reason: str) -> None:
         """End the ranks that run now: they have failed for `reason` (one line for people) and can't say so themselves,
-        because they hang. Call it in the event loop. Does nothing once they have ended, or are being ended."""
-        if self._failure is None and self._abort_reason is None and not self._launcher_ended.is_set():
-            self._failure = reason
-            self._end_asked.set()
+        because they hang. Call it in the event loop. Does nothing once they have ended, or are being ended.
+
+        Whether they are started again is decided as after any failure."""
+        attempt = self._attempt
+        if not attempt.end_asked.is_set() and not attempt.ended.is_set() and not attempt.rank_died.is_set():
+            attempt.failure = reason
+            attempt.end_asked.set()
 
     async def _reported(self, name: str, work: Awaitable[None]) -> None:
         """A chore that fails is told and left; the run goes on without it."""
@@ -225,12 +230,15 @@ class Supervisor:
         await HangWatch(self.hub, self._taker, ends).watch()
 
     async def _cap_logs(self) -> None:
+        first = self.logs
         while True:
             await asyncio.sleep(CAP_INTERVAL_S)
-            for path in await asyncio.get_running_loop().run_in_executor(self._disk, cap_logs, self.logs):
-                self.hub.event(
-                    "log", f"{path.name} was full and starts anew; its end is kept in {path.name}.1", "warning"
-                )
+            # supervisor.log goes on in the folder of the first attempt.
+            for folder in {first, self.logs}:
+                for path in await asyncio.get_running_loop().run_in_executor(self._disk, cap_logs, folder):
+                    self.hub.event(
+                        "log", f"{path.name} was full and starts anew; its end is kept in {path.name}.1", "warning"
+                    )
 
     def _write_status(self, status: RunStatus) -> None:
         self._disk.submit(self._write_status_now, status)
@@ -241,25 +249,35 @@ class Supervisor:
         except OSError as error:
             print(f"can't write state.json: {error}", file=sys.stderr, flush=True)
 
-    # ---- ending ----------------------------------------------------------------------------------------------------
+    # ---- attempts ----------------------------------------------------------------------------------------------------
+    async def _attempts(self, locks: tuple[int, ...]) -> Outcome:
+        """One attempt after the other; how the last one ended."""
+        while True:
+            await self._until_over()
+            outcome, again = self._judge()
+            if not again:
+                return outcome
+            try:
+                self._restart(outcome, locks)
+            except (RunError, OSError) as error:
+                return _with_reason(outcome, f"it could not be restarted: {error}")
+
     async def _until_over(self) -> None:
-        """Until torchrun has ended by itself, or an abort or `end_attempt` has ended every process."""
-        ended = asyncio.create_task(self._launcher_ended.wait())
-        asked = asyncio.create_task(self._end_asked.wait())
-        await asyncio.wait({ended, asked}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (ended, asked):
-            task.cancel()
-        if not self._end_asked.is_set():
+        """Until the attempt has ended by itself, by a rank's death, or because an abort or `end_attempt` asked for it;
+        none of its processes is left then."""
+        attempt = self._attempt
+        await _first_of(attempt.ended, attempt.rank_died, attempt.end_asked)
+        if not attempt.end_asked.is_set():
+            # The others' work is worth nothing any more. torchrun ends them too, and has words of its own.
+            await _first_of(attempt.ended, attempt.end_asked, timeout_s=DEATH_PATIENCE_S)
             await self._hear_last_words()
-        # What ends from here on ends by our hand, and says nothing about the cause.
-        self._rank_codes = self._rank_exit_codes()
-        await self._end_processes()
+        attempt.look_away()
+        await self._end_processes(TERM_PATIENCE_S if attempt.end_asked.is_set() else TERM_PATIENCE_S / 5)
 
     async def _hear_last_words(self) -> None:
         """The ranks are gone; their goodbyes may still be on their way. After a failure not for long: a killed rank
         says nothing."""
-        failed = self._launcher is not None and self._launcher.returncode != 0
-        short = failed or self._silent_script()
+        short = self._attempt.exit_code != 0 or self._silent_script()
         deadline = time.monotonic() + (LAST_WORDS_S / 4 if short else LAST_WORDS_S)
         ranks = self.hub.state.ranks.values()
         while time.monotonic() < deadline and (
@@ -269,45 +287,88 @@ class Supervisor:
 
     def _silent_script(self) -> bool:
         """Whether a script runs here, and no rank has said hello: only `initialize` makes it speak."""
-        return bool(self.run_file.script) and not any(state.hello for state in self.hub.state.ranks.values())
+        return bool(self.run_file.script) and not self._spoke()
 
-    async def _end_processes(self) -> None:
+    def _spoke(self) -> bool:
+        return any(state.hello for state in self.hub.state.ranks.values())
+
+    async def _end_processes(self, patience_s: float) -> None:
         """TERM, some patience, KILL: for descendants only, whoever their parent is by now."""
         left = descendants()
         send(left, signal.SIGTERM)
-        deadline = time.monotonic() + TERM_PATIENCE_S
+        deadline = time.monotonic() + patience_s
         while left and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
             self._collect()
             left = descendants()
         self._collect()
-        stuck = kill_descendants()
-        if stuck:
+        self._stuck = kill_descendants()
+        if self._stuck:
             self.hub.event(
-                "exit", f"{stuck} processes can't be killed: they hang in the kernel (a wedged driver?)", "error"
+                "exit", f"{self._stuck} processes can't be killed: they hang in the kernel (a wedged driver?)", "error"
             )
 
-    async def _finish(self) -> Outcome:
-        """Decide how it ended, and tell: the open commands' askers, the screens, state.json."""
-        state = self.hub.state
-        outcome = decide(
-            Evidence(
-                nproc=self.run_file.nproc,
-                launcher_exit=self._launcher.returncode if self._launcher else None,
-                logs=self.logs,
-                goodbyes={rank: rank_state.goodbye for rank, rank_state in state.ranks.items() if rank_state.goodbye},
-                exit_codes=self._rank_codes,
-                stopping=self.hub.status.state == "stopping",
-                abort_reason=self._abort_reason,
-                failure=self._failure,
-                steps={rank: rank_state.step.step for rank, rank_state in state.ranks.items() if rank_state.step},
-                silent_script=self._silent_script(),
-            )
+    def _evidence(self) -> Evidence:
+        state, attempt = self.hub.state, self._attempt
+        return Evidence(
+            nproc=self.run_file.nproc,
+            launcher_exit=attempt.exit_code,
+            logs=attempt.logs,
+            goodbyes={rank: rank_state.goodbye for rank, rank_state in state.ranks.items() if rank_state.goodbye},
+            exit_codes=attempt.rank_codes,
+            stopping=self.hub.status.state == "stopping",
+            abort_reason=self._abort_reason,
+            failure=attempt.failure,
+            steps={rank: rank_state.step.step for rank, rank_state in state.ranks.items() if rank_state.step},
+            silent_script=self._silent_script(),
+            spoke=self._spoke(),
+            start_step=state.hello.start_step if state.hello else 0,
         )
-        good = outcome.state in ("finished", "stopped")
-        # Telemetry may have lost the last step; a goodbye on a good end knows it.
-        step = max([state.step, *(rank.goodbye.step for rank in state.ranks.values() if rank.goodbye and good)])
-        self.hub.router.finish(outcome.state, step)
+
+    def _judge(self) -> tuple[Outcome, bool]:
+        """How the attempt ended, and whether another one follows; of a failure that none follows, also why not."""
+        seen = self._evidence()
+        outcome = decide(seen)
+        if outcome.state != "failed":
+            return outcome, False
+        refusal = self._restarts.refusal(
+            Failure.of(outcome, seen),
+            stop_asked=seen.stopping or self.hub.router.is_open("stop", "abort"),
+            stuck=self._stuck,
+        )
+        return _with_reason(outcome, refusal or ""), refusal is None
+
+    def _restart(self, outcome: Outcome, locks: tuple[int, ...]) -> None:
+        """The next attempt, from the newest complete checkpoint, which its ranks find by themselves.
+
+        Nothing is awaited in here: a command comes either before, and counts in `_judge`, or after, for the new ranks.
+        Raises RunError or OSError when there can't be one.
+        """
+        state, failed = self.hub.state, self.run_file.attempt
+        self._reached = max(
+            [self.hub.status.step, state.step]
+            + [rank.step.step for rank in state.ranks.values() if rank.step]
+            + [rank.goodbye.step for rank in state.ranks.values() if rank.goodbye]
+        )
+        self._tell_error(outcome)
+        self.hub.event("attempt", f"attempt {failed} failed: {outcome.reason}; the ranks are started again", "error")
+        self.run_file = self.run_file.model_copy(update={"attempt": failed + 1})
+        attempt = Attempt(self.run_file, self.path)
+        make_private_folder(attempt.logs)
+        write_json(self.path / "run.json", self.run_file)
+        self._restart_text = f"{self._restarts.count()}: {outcome.reason}"
+        self._attempt = attempt
+        self.hub.begin_attempt(
+            self.run_file,
+            state="restarting",
+            reason=self._restart_text,
+            restarts=self._restarts.total,
+            restart_reason=outcome.reason,
+            lost_steps=0,
+        )
+        attempt.start(resume=True, keep=locks)
+
+    def _tell_error(self, outcome: Outcome) -> None:
         if outcome.error:
             self.hub.say(
                 LogRecord(
@@ -318,6 +379,15 @@ class Supervisor:
                     wall_s=time.time(),
                 )
             )
+
+    async def _finish(self, outcome: Outcome) -> None:
+        """Tell how it ended: the open commands' askers, the screens, state.json."""
+        state = self.hub.state
+        good = outcome.state in ("finished", "stopped")
+        # Telemetry may have lost the last step; a goodbye on a good end knows it.
+        step = max([state.step, *(rank.goodbye.step for rank in state.ranks.values() if rank.goodbye and good)])
+        self.hub.router.finish(outcome.state, step)
+        self._tell_error(outcome)
         self.hub.event("exit", f"{outcome.state}: {outcome.reason}", "info" if good else "error")
         end: dict[str, Any] = {
             "state": outcome.state,
@@ -332,37 +402,18 @@ class Supervisor:
         status = self.hub.status.model_copy(update=end)
         await asyncio.get_running_loop().run_in_executor(self._disk, self._write_status_now, status)
         self.hub.set_status(**end)
-        return outcome
-
-    def _rank_exit_codes(self) -> dict[int, int]:
-        """Of ranks that we adopted because torchrun died before them."""
-        ranks = {state.hello.pid: rank for rank, state in self.hub.state.ranks.items() if state.hello}
-        return {ranks[pid]: code for pid, code in self._exit_codes.items() if pid in ranks}
 
 
-class Ready:
-    """One JSON line to whoever waits for the supervisor to be up: {"up": true} or {"error": "..."}."""
+def _with_reason(outcome: Outcome, more: str) -> Outcome:
+    return replace(outcome, reason=f"{outcome.reason}; {more}") if more else outcome
 
-    def __init__(self, descriptor: int | None) -> None:
-        self._descriptor = descriptor
 
-    def say_up(self) -> None:
-        self._say({"up": True})
-
-    def say_error(self, text: str) -> None:
-        with contextlib.suppress(RunError):  # nobody waits: state.json and supervisor.log tell it
-            self._say({"error": text})
-
-    def _say(self, message: dict[str, object]) -> None:
-        if self._descriptor is None:
-            return
-        descriptor, self._descriptor = self._descriptor, None
-        try:
-            os.write(descriptor, json.dumps(message).encode() + b"\n")
-        except BrokenPipeError:
-            raise RunError("the launch was interrupted: nobody waits any more for this supervisor to be up") from None
-        finally:
-            os.close(descriptor)
+async def _first_of(*events: asyncio.Event, timeout_s: float | None = None) -> None:
+    """Until one of them is set, or the time is over."""
+    tasks = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=timeout_s)
+    for task in tasks:
+        task.cancel()
 
 
 def _stop_deadline_s() -> float:
@@ -378,15 +429,17 @@ def main() -> int:
     )
     parser.add_argument("run", type=Path, help="the run directory")
     parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
+    parser.add_argument("--lock-fd", type=int, required=True, help="file descriptor that holds the run's lock")
     parser.add_argument("--ready-fd", type=int, help="file descriptor to write to when it is up, or can't be")
     arguments = parser.parse_args()
     os.umask(0o077)  # sockets, logs and the recording are the user's alone
+    os.set_inheritable(arguments.lock_fd, False)  # torchrun is given it by name
     ready = Ready(arguments.ready_fd)
     run = read_run(arguments.run)
     detach(str(arguments.run / "logs" / str(run.attempt) / "supervisor.log"))
     become_subreaper()
     try:
-        outcome = asyncio.run(_supervise(arguments.run, run, arguments.resume, ready))
+        outcome = asyncio.run(_supervise(arguments.run, run, arguments.resume, arguments.lock_fd, ready))
     except RunError as error:
         _fail(arguments.run, str(error), "")
         ready.say_error(str(error))
@@ -404,8 +457,8 @@ def main() -> int:
     return 0 if outcome.state in ("finished", "stopped") else 1
 
 
-async def _supervise(path: Path, run: RunFile, resume: bool, ready: Ready) -> Outcome:
-    return await Supervisor(path, run, resume=resume).supervise(ready)
+async def _supervise(path: Path, run: RunFile, resume: bool, lock: int, ready: Ready) -> Outcome:
+    return await Supervisor(path, run, resume=resume, lock=lock).supervise(ready)
 
 
 def _fail(path: Path, reason: str, error: str) -> None:

@@ -75,6 +75,8 @@ class RunState:
     hub_seq: int = 0
     hub_now_ns: int = 0
     """The newest arrival stamp seen: the hub's clock as far as we know."""
+    restarted: bool = False
+    """A new attempt has begun, and none of its ranks has said yet which step it goes on from."""
 
     # ---- input -----------------------------------------------------------------------------------------------------
     def apply_snapshot(self, snapshot: Snapshot) -> None:
@@ -115,12 +117,16 @@ class RunState:
                     # A new attempt of the rank: nothing of the dead process may shine through.
                     self.ranks[message.rank] = fresh = RankState(message.rank, heard_ns=fresh.heard_ns)
                     self.waits.restart()
+                if self.restarted:
+                    self.restarted = False
+                    self.series.cut(message.start_step)
                 fresh.hello = message
             case Heartbeat():
                 self.rank(message.rank).heartbeat = message
             case Phases():
                 self.rank(message.rank).spans.extend(message.spans)
             case StepResult():
+                self.restarted = False  # the series sees by itself that steps are taken again
                 self.rank(message.rank).step = message
                 self.series.add(message)
                 self.waits.step_took(message.step, message.step_ms)
@@ -141,7 +147,15 @@ class RunState:
                 if known is not None:
                     self._record(CommandRecord(command=known.command, ack=message), arrival_ns)
             case RunStatus():
+                if self.status and 0 < self.status.attempt < message.attempt:
+                    self._begin_attempt()
                 self.status = message
+
+    def _begin_attempt(self) -> None:
+        """All ranks are new processes: nothing of the dead ones may shine through."""
+        self.ranks.clear()
+        self.waits.restart()
+        self.restarted = True
 
     def _record(self, record: CommandRecord, arrival_ns: int) -> None:
         if record.command.name == "stacks" and record.ack.state == "applied":

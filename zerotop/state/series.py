@@ -29,14 +29,19 @@ class Series:
         if result.rank > lowest:
             return
         if self._newest and result.step <= self._newest.step:
-            # A resumed attempt starts over at its checkpoint's step: what came after it never happened.
-            self._points = [point for point in self._points if point.step < result.step]
+            self.cut(result.step - 1)
         self._newest = result
         if result.step % self.stride == 0 or not self._points:
             self._points.append(result)
         if len(self._points) > POINTS_KEPT:
             self.stride *= 2
             self._points = [point for point in self._points if point.step % self.stride == 0]
+
+    def cut(self, step: int) -> None:
+        """Forget what came after `step`: a new attempt goes on from there, and later steps never happened."""
+        self._points = [point for point in self._points if point.step <= step]
+        if self._newest is not None and self._newest.step > step:
+            self._newest = self._points[-1] if self._points else None
 
     def copy(self) -> Series:
         """An independent copy: what is added to one is not seen by the other."""

@@ -97,6 +97,8 @@ def _facts(view: View) -> list[str]:
             facts.append(f"seq {hello.seq_len}")
         if hello.backend:
             facts.append(hello.backend)
+    if status is not None and status.restarts and status.state == "running":
+        facts.append(f"restarted: {status.restart_reason}")
     if status is not None and status.reason and status.state not in {"running", "failed", "aborted"}:
         facts.insert(0, status.reason)
     return [fact for fact in facts if fact]
@@ -111,8 +113,11 @@ def _figures(view: View) -> list[tuple[str, str]]:
     figures.append(("loss", figure_text(state.loss)))
     figures.append(("tok/s", count_text(done.tokens_per_s)))
     attempt = status.attempt if status else 0
-    if attempt > 1:
-        figures.append(("attempt", f"{attempt} ({attempt - 1} restart{'s' if attempt > 2 else ''})"))
+    if status and status.restarts:
+        lost = f", {status.lost_steps} steps again" if status.lost_steps else ""
+        figures.append(("restarts", f"{status.restarts}{lost}"))
+    elif attempt > 1:
+        figures.append(("attempt", str(attempt)))
     saved = status.last_checkpoint_step if status else None
     figures.append(("checkpoint", f"step {saved}" if saved is not None else "none yet"))
     if newest:

@@ -1,0 +1,118 @@
+"""The processes of one attempt: torchrun, or what run.json gives in its place, and the ranks it starts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from runtime.wire.rundir import RunFile
+from zerotop.runs import torchrun
+from zerotop.runs.paths import RunError
+
+
+class Attempt:
+    """Started once; tells when its launcher has ended, and when a rank has died.
+
+    torchrun gives the other ranks 30 s to leave when one has died, and says nothing meanwhile. So each rank is watched
+    here too, from its hello on: its pidfd wakes us at once, and until torchrun collects it the kernel tells its exit
+    code. Where that comes too late, or there are no pidfds (not Linux), torchrun's word is awaited.
+    """
+
+    def __init__(self, run: RunFile, path: Path) -> None:
+        self.run = run
+        self.path = path
+        self.logs = path / "logs" / str(run.attempt)
+        self.ended = asyncio.Event()
+        """The launcher has."""
+        self.rank_died = asyncio.Event()
+        """A rank has ended by a signal or with an exit code other than 0."""
+        self.end_asked = asyncio.Event()
+        """By an abort, or for `failure`."""
+        self.failure: str | None = None
+        self.exit_code: int | None = None
+        self.rank_codes: dict[int, int] = {}
+        """Known at first hand; what ends by our hand is not in it."""
+        self._launcher: subprocess.Popen[bytes] | None = None
+        self._ranks: dict[int, int] = {}  # pid -> rank
+        self._codes: dict[int, int] = {}  # pid -> exit code of children and adopted orphans
+        self._pidfds: dict[int, int] = {}  # pid -> descriptor
+
+    def start(self, *, resume: bool, keep: tuple[int, ...]) -> None:
+        """Raises RunError when the launcher can't be started.
+
+        It inherits the descriptors `keep`, locks on the run and on the sockets folder, where its rendezvous lies too:
+        if this supervisor is killed, both are held until torchrun has ended.
+        """
+        command = self.run.command or torchrun.command(self.run, self.path)
+        variables = torchrun.environment(self.run, self.path, supervisor_pid=os.getpid(), resume=resume)
+        # Slurm signals every process of a step. Blocked, and so inherited, SIGUSR1 does not end torchrun, and a rank
+        # that is not ready for it yet finds it when it is.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        try:
+            with (self.logs / "torchrun.log").open("ab") as log:
+                self._launcher = subprocess.Popen(
+                    command,
+                    env=variables,
+                    cwd=self.run.working_folder or None,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=keep,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise RunError(f"can't start the ranks: {command[0]}: {error.strerror}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        self.collect({})  # it may have ended before we knew its number
+
+    def collect(self, ended: Mapping[int, int]) -> None:
+        """Children and adopted orphans have ended: pid -> exit code. Ranks are among them where torchrun died first."""
+        self._codes |= ended
+        if self._launcher is not None and self._launcher.pid in self._codes and not self.ended.is_set():
+            self.exit_code = self._launcher.returncode = self._codes[self._launcher.pid]
+            self.ended.set()
+
+    def watch(self, rank: int, pid: int) -> None:
+        """Notice the end of this rank's process."""
+        if pid in self._ranks:
+            return
+        self._ranks[pid] = rank
+        try:
+            descriptor = self._pidfds[pid] = os.pidfd_open(pid)
+        except (OSError, AttributeError):
+            return  # gone already, or no such thing here: torchrun tells
+        asyncio.get_running_loop().add_reader(descriptor, self._has_ended, rank, pid)
+
+    def _has_ended(self, rank: int, pid: int) -> None:
+        self._forget(pid)
+        code = _exit_code_of_zombie(pid)
+        if code:
+            self.rank_codes.setdefault(rank, code)
+            self.rank_died.set()
+
+    def _forget(self, pid: int) -> None:
+        descriptor = self._pidfds.pop(pid)
+        asyncio.get_running_loop().remove_reader(descriptor)
+        os.close(descriptor)
+
+    def look_away(self) -> None:
+        """What ends from here on ends by our hand, and says nothing about the cause."""
+        for pid in list(self._pidfds):
+            self._forget(pid)
+        for pid, code in self._codes.items():
+            if pid in self._ranks:
+                self.rank_codes.setdefault(self._ranks[pid], code)
+
+
+def _exit_code_of_zombie(pid: int) -> int | None:
+    """None when its parent has collected it, or the kernel does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()
+        return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] == b"Z" else None
+    except (OSError, IndexError, ValueError):
+        return None

@@ -1,0 +1,110 @@
+"""Whether a failed attempt is followed by another one: the config's limit, and failures that would only repeat."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from runtime.config.zerotop import RestartsConfig
+from zerotop.runs.outcome import Evidence, Outcome
+
+_REFUSED_EXIT = 2
+"""Of a rank that can't use its config, model or data."""
+AGAIN_THE_SAME = "another attempt would end the same way"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What matters about a failed attempt."""
+
+    text: str
+    step: int | None
+    """The last finished optimizer step; None when the attempt finished none."""
+    exit_code: int | None = None
+    by_signal: bool = False
+    raised: bool = False
+    """A rank ended by a Python exception or an exit code of its own, or torchrun did before there was a rank."""
+    fatal: bool = False
+    scripts_own: bool = False
+    """A script that zerotop can't continue: it never called initialize()."""
+
+    @classmethod
+    def of(cls, outcome: Outcome, seen: Evidence) -> Failure:
+        rank, code = outcome.failed_rank, outcome.exit_code
+        goodbye = seen.goodbyes.get(rank) if rank is not None else None
+        # The failing rank knows best; one that was killed does not say, and others were at the same step.
+        done = [goodbye.step] if goodbye else [*seen.steps.values(), *(word.step for word in seen.goodbyes.values())]
+        step = max((step for step in done if step > seen.start_step), default=None)
+        from_outside = code is not None and code < 0 and goodbye is None
+        if seen.failure is not None:
+            raised = False
+        elif rank is not None:
+            raised = not from_outside
+        else:
+            raised = not from_outside and not seen.spoke
+        return cls(
+            outcome.reason,
+            step,
+            code,
+            by_signal=from_outside,
+            raised=raised,
+            fatal=goodbye is not None and goodbye.fatal,
+            scripts_own=seen.silent_script,
+        )
+
+
+class Restarts:
+    """Counts restarts and decides about the next one. `now` gives seconds that never go back."""
+
+    def __init__(self, config: RestartsConfig, now: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.total = 0
+        self._now = now
+        self._times: deque[float] = deque()
+        self._before: Failure | None = None
+
+    def refusal(self, failure: Failure, *, stop_asked: bool = False, stuck: int = 0) -> str | None:
+        """Why there is no other attempt, to follow the failure's own reason ("": that needs no words); None: there is.
+
+        `stuck` processes of the failed attempt could not be ended.
+        """
+        before, self._before = self._before, failure
+        if self.config.limit == 0:
+            return ""
+        if stop_asked:
+            return "not restarted, because its end was asked for"
+        if stuck:
+            return f"not restarted, because {stuck} of its processes can't be killed"
+        if failure.fatal or failure.exit_code == _REFUSED_EXIT:
+            return AGAIN_THE_SAME
+        if failure.scripts_own:
+            return "not restarted, because the script never called runtime.initialize()"
+        if failure.raised and failure.step is None:
+            return f"no step was finished before it, so {AGAIN_THE_SAME}"
+        if before is not None and _is_same(before, failure):
+            return f"the same failure at the same step twice in a row: {AGAIN_THE_SAME}"
+        if self._used() >= self.config.limit:
+            limit, minutes = self.config.limit, self.config.window_minutes
+            return f"{limit} restart{'s' * (limit > 1)} within {minutes:g} min {'were' if limit > 1 else 'was'} used up"
+        return None
+
+    def count(self) -> str:
+        """Note a restart; says which one it is: `restart 1 of 3`."""
+        self._times.append(self._now())
+        self.total += 1
+        return f"restart {len(self._times)} of {self.config.limit}"
+
+    def _used(self) -> int:
+        """Restarts that still count against the limit."""
+        while self._times and self._now() - self._times[0] > 60 * self.config.window_minutes:
+            self._times.popleft()
+        return len(self._times)
+
+
+def _is_same(before: Failure, failure: Failure) -> bool:
+    """A rank that is killed before its first step says nothing about a step: it may be chance, from outside."""
+    if (before.text, before.step) != (failure.text, failure.step):
+        return False
+    return not (failure.by_signal and failure.step is None)

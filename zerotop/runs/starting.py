@@ -1,0 +1,78 @@
+"""Both ends of a supervisor's start: launch starts it and waits; it says that it is up, or why it can't be."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+from runtime.wire.rundir import RunFile
+from zerotop.runs.outcome import tail
+from zerotop.runs.paths import RunError
+from zerotop.runs.torchrun import with_import_path
+
+UP_TIMEOUT_S = 30.0
+
+
+def start_supervisor(path: Path, run: RunFile, *, resume: bool, lock: int) -> None:
+    """Start it in a session of its own, with the descriptor that holds the run's lock, and wait until it says that it
+    is up; raises RunError with its reason when it can't."""
+    read_end, write_end = os.pipe()
+    command = [sys.executable, "-P", "-m", "zerotop.runs.supervisor", str(path)]
+    command += ["--lock-fd", str(lock), "--ready-fd", str(write_end)]
+    try:
+        starting = subprocess.Popen(
+            command + (["--resume"] if resume else []),
+            env=with_import_path(dict(os.environ)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(write_end, lock),
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(read_end)
+        raise
+    finally:
+        os.close(write_end)
+    with starting, os.fdopen(read_end, "rb") as answers:
+        assert starting.stderr is not None
+        complaint = starting.stderr.read().decode(errors="replace")  # ends when it detaches
+        ready, _, _ = select.select([answers], [], [], UP_TIMEOUT_S)
+        line = answers.readline() if ready else b""
+    if line and "error" not in (answer := json.loads(line)):
+        return
+    if line:
+        raise RunError(f"the run can't start: {answer['error']}")
+    words = complaint.strip() or tail(path / "logs" / str(run.attempt) / "supervisor.log")
+    slow = "" if ready else f" within {UP_TIMEOUT_S:.0f} s"
+    raise RunError(f"the supervisor did not come up{slow}" + (f":\n{words}" if words else ""))
+
+
+class Ready:
+    """One JSON line to whoever waits for the supervisor to be up: {"up": true} or {"error": "..."}."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def say_up(self) -> None:
+        self._say({"up": True})
+
+    def say_error(self, text: str) -> None:
+        with contextlib.suppress(RunError):  # nobody waits: state.json and supervisor.log tell it
+            self._say({"error": text})
+
+    def _say(self, message: dict[str, object]) -> None:
+        if self._descriptor is None:
+            return
+        descriptor, self._descriptor = self._descriptor, None
+        try:
+            os.write(descriptor, json.dumps(message).encode() + b"\n")
+        except BrokenPipeError:
+            raise RunError("the launch was interrupted: nobody waits any more for this supervisor to be up") from None
+        finally:
+            os.close(descriptor)
