@@ -247,7 +247,11 @@ def test_a_restart_is_not_told_as_the_hang_s_own_end(monkeypatch: pytest.MonkeyP
     play = Play(monkeypatch, stuck_on_rank_1())
     assert play.go(62) == [("hang", "error")]
     play.hub.set_status(attempt=2, reason="")  # and running again before the next look
-    beat(play.run, 1, entered=1)
+    for rank in range(WORLD):
+        play.run.apply(hello(rank).model_copy(update={"attempt": 2}), play.run.hub_now_ns)
+        for step in (1, 2):
+            play.run.apply(StepResult(rank=rank, step=step, loss=2.0, lr=1e-3, grad_norm=1.0, step_ms=400.0, end_ns=0))
+        beat(play.run, rank)
     assert play.go(1) == [] and play.hub.status.reason == ""
     assert play.go(62) == [("hang", "error")]
 
