@@ -8,6 +8,9 @@ VENV   ?= .venv
 TORCH  ?= auto
 NET    ?= 1
 ARGS   ?=
+N      ?= 20
+SEED   ?= 0
+FIRST  ?= 1
 export NET
 
 bin    := $(VENV)/bin
@@ -17,7 +20,7 @@ modules := build/modules.txt
 inputs := $(modules) pyproject.toml CMakeLists.txt tools/setup.sh $(wildcard csrc/* csrc/*/* themes/* examples/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test gpu-check lint clean FORCE
+.PHONY: help demo install test chaos gpu-check lint clean FORCE
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -28,6 +31,8 @@ install: $(VENV)/.ok-train  ## set up the environment and install zerotop into i
 	@echo "installed: $(bin)/zerotop (or: source $(bin)/activate)"
 test: $(VENV)/.ok-dev  ## run the tests (ARGS="-k name" passes on to pytest)
 	@$(bin)/python -m pytest -q $(ARGS)
+chaos: $(VENV)/.ok-dev  ## strike a training run N times at random, and count what is resumed and lost (N=20, SEED=0, FIRST=1)
+	@$(bin)/python -m tests.faults.chaos $(N) --seed $(SEED) --first $(FIRST)
 gpu-check: $(VENV)/.ok-dev  ## run the tests that need an NVIDIA GPU
 	@$(bin)/python -m pytest -q -rs tests/gpu $(ARGS)
 lint: $(VENV)/.ok-dev  ## ruff, mypy and the import contracts

@@ -19,6 +19,7 @@ from runtime.telemetry import die_with_parent, register_stacks, stopsignal
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE
 
 ERROR_LINES = 40
+LAST_CHECKPOINT_S = 5.0
 
 
 def main() -> int:
@@ -128,9 +129,13 @@ def _goodbye(outcome: str, error: str, fatal: bool = False) -> None:
         session.link.goodbye(outcome, session.step(), error, fatal)  # type: ignore[arg-type]
 
 
-def _leave() -> None:
-    """Send what is left, and let the process group go without waiting for ranks that may be gone."""
+def _leave(code: int) -> None:
+    """Send what is left, and let the process group go without waiting for ranks that may be gone. A checkpoint that is
+    being written is waited for; after a failure not for long, for other ranks' writers may be gone too."""
     from runtime.setup import current_session
+
+    if (background := sys.modules.get("runtime.checkpoint.background")) is not None:
+        background.leave_all(None if code == 0 else LAST_CHECKPOINT_S)
 
     session = current_session()
     if session is not None:
@@ -139,7 +144,7 @@ def _leave() -> None:
 
 if __name__ == "__main__":
     code = main()
-    _leave()
+    _leave(code)
     atexit._run_exitfuncs()  # a script's own: its logger may have something left to send
     sys.stdout.flush()
     sys.stderr.flush()

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from runtime.checkpoint.registered import DATA
 from runtime.comm import Comm, join_world
 from runtime.config import ConfigError, Resolved, load, refuse_unsupported
+from runtime.data.loader import ResumableLoader, ResumableSampler
 from runtime.engine import Engine
 from runtime.optim.lr import WarmupSchedule
 from runtime.optim.optimizer import ZeroOptimizer, optimizer_from_config, optimizer_from_torch
@@ -45,6 +48,8 @@ def initialize(
 
     model_parameters: parameters or parameter groups for the config's optimizer; default: all that require a gradient.
     optimizer: a fresh torch.optim optimizer (or a function of the parameters that makes one) instead of the config's.
+    training_data: a data set with a length; the loader reads it in the order of torch's DistributedSampler, another one
+    each epoch, and after a resume goes on behind the last batch that was trained (see runtime/data/loader.py).
     lr_scheduler: a scheduler, or a function of the optimizer, instead of the config's; the engine steps it after each
     optimizer step. config: a DeepSpeed-style file or dictionary; under `zerotop launch` it may be left out, and is then
     the launched one. config_params: an old name of it.
@@ -60,6 +65,7 @@ def initialize(
         raise ConfigError("initialize(model=...): expected a torch.nn.Module, got None")
     _refuse_model_parallelism(mpu, mesh_param)
     check_complete(model)
+    _refuse_data(training_data)
     device = init_distributed()
     chosen = (
         config
@@ -80,7 +86,7 @@ def initialize(
     engine.lr_scheduler = _make_scheduler(resolved, lr_scheduler, zero_optimizer)
     resumed = engine.steering.resume()
     _announce(engine, resumed)
-    return engine, zero_optimizer, _make_loader(resolved, comm, training_data, collate_fn), engine.lr_scheduler
+    return engine, zero_optimizer, _make_loader(engine, training_data, collate_fn), engine.lr_scheduler
 
 
 def init_distributed(dist_backend: str | None = None, **_deepspeed_only: Any) -> torch.device:
@@ -169,18 +175,34 @@ def _make_scheduler(config: Resolved, given: Any, optimizer: ZeroOptimizer) -> A
     return WarmupSchedule(optimizer, config.scheduler) if config.scheduler is not None else None
 
 
-def _make_loader(config: Resolved, comm: Comm, data: Dataset[Any] | None, collate_fn: Any) -> DataLoader[Any] | None:
+def _refuse_data(data: Any) -> None:
+    if data is None:
+        return
+    if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+        raise ConfigError(
+            "initialize(training_data=...): expected a data set with a length (a torch.utils.data.Dataset), "
+            f"got {type(data).__name__}; make a DataLoader for it yourself, and leave training_data out"
+        )
+    if len(data) == 0:
+        raise ConfigError("initialize(training_data=...): expected at least one sample, the data set is empty")
+
+
+def _make_loader(engine: Engine, data: Any, collate_fn: Any) -> DataLoader[Any] | None:
     if data is None:
         return None
-    sampler: Any = DistributedSampler(data, comm.world_size, comm.rank, shuffle=True, seed=config.zerotop.train.seed)
-    return DataLoader(
-        data,
-        batch_size=config.micro_batch,
-        sampler=sampler,
-        collate_fn=collate_fn,
-        drop_last=config.dataloader_drop_last,
-        pin_memory=comm.device.type == "cuda",
+    config, comm, weak = engine.config, engine.comm, weakref.ref(engine)
+    sampler = ResumableSampler(
+        len(data),
+        comm.rank,
+        comm.world_size,
+        config.micro_batch,
+        config.zerotop.train.seed,
+        config.dataloader_drop_last,
+        micro_steps=lambda: alive.micro_steps if (alive := weak()) is not None else 0,
     )
+    loader = ResumableLoader(data, sampler, collate_fn=collate_fn, pin_memory=comm.device.type == "cuda")
+    engine.registered.add(DATA, loader)
+    return loader
 
 
 def _announce(engine: Engine, resumed: Path | None) -> None:

@@ -23,6 +23,8 @@ from torch import nn
 
 from runtime import checkpoint
 from runtime.answers import Answers
+from runtime.checkpoint.background import Background
+from runtime.checkpoint.registered import Registered, checked
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
@@ -84,13 +86,12 @@ class Engine(Answers):
         self.foreign_steps = 0
         """Steps of a loaded checkpoint whose optimizer states were left behind."""
         self.lr_factor = 1.0
-        self.registered: dict[str, Any] = {}
+        self.registered = Registered()
         self.client_state: dict[str, Any] = {}
         """What save_checkpoint() was given last, or what the loaded checkpoint held: also keyboard checkpoints carry
         it."""
         self.last_checkpoint: Path | None = None
         """What the script saved or loaded last."""
-        self._unclaimed: dict[str, Any] = {}
         self._norm: float | None = None
         self._failure = ""
         """What a backward that failed makes of this engine."""
@@ -117,6 +118,7 @@ class Engine(Answers):
         self.working_memory = parts.placing.working_memory
         """Device memory of no flat."""
         self.parking = Parking(self)
+        self.saver = Background(self)
         self.updates = Updates(
             module,
             parts.units,
@@ -126,9 +128,10 @@ class Engine(Answers):
             parts.placing.side,
             parts.placing.overlap,
             on_idle=_when_alive(self, _under_way.discard),
+            before=self.saver.before_update,
         )
         self._transfers = parts.placing.transfers
-        self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain)
+        self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain, self.saver.before_change)
         _engines[module] = weakref.ref(self)
         self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
         optimizer.seal()
@@ -353,9 +356,12 @@ class Engine(Answers):
         tag: str | None = None,
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
+        wait: bool = True,
     ) -> bool:
         """Write SAVE_DIR/TAG (default tag: step-NNNNNNNN); every rank must call it. client_state: plain data and
-        tensors. save_latest: accepted and not needed, for the newest is found by what checkpoints say of themselves.
+        tensors. save_latest: accepted and not needed: SAVE_DIR/latest names the newest complete one at all times.
+        wait=False: returns when a copy is made, and a process of low priority writes it; `wait_for_checkpoint()` waits
+        for that, and so does the next save.
 
         Raises CheckpointError on every rank if any could not write, or in the middle of an accumulation, whose
         gradients a checkpoint does not hold.
@@ -370,8 +376,19 @@ class Engine(Answers):
             self.client_state = client_state
         with self.telemetry.span("checkpoint"):
             tag = str(tag or checkpoint.step_tag(self.global_steps))
-            self.last_checkpoint = checkpoint.save(self, Path(save_dir), tag, self.client_state)
+            if wait:
+                self.saver.settle()
+                self.last_checkpoint = checkpoint.save(self, Path(save_dir), tag, self.client_state)
+            else:
+                self.wait_for_checkpoint()
+                self.last_checkpoint = self.saver.begin(Path(save_dir), tag, self.client_state)
         return True
+
+    def wait_for_checkpoint(self) -> None:
+        """Returns when what `save_checkpoint(..., wait=False)` began is complete; every rank must call it. Raises
+        CheckpointError on every rank if any could not write."""
+        if problem := self.saver.settle():
+            raise checkpoint.CheckpointError(problem)
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
         """Rank 0 writes the module's state_dict, as it computes, to SAVE_DIR/SAVE_FILENAME; every rank must call it."""
@@ -423,28 +440,29 @@ class Engine(Answers):
         self._refuse_after_failure()
         loaded = checkpoint.load(self, path, wanted)
         self.client_state = loaded.client_state
-        self._unclaimed = loaded.registered if wanted.progress else {}
         self.last_checkpoint = path
         self.steering.forget_saved()
-        for name in list(self.registered):
-            self._claim(name)
+        if wanted.progress:
+            self._drop_accumulated()
+        self.registered.restore(loaded.registered, loaded.generators)
+
+    def _drop_accumulated(self) -> None:
+        """Checkpoints are of boundaries: an accumulation that one interrupts begins anew."""
+        if self._downlink is not None:
+            self._downlink.drain()
+        self.schedule.clear()
+        self._loss_sum, self._losses, self._tokens, self._backwards = 0.0, 0, 0, 0
 
     def register_state(self, **items: Any) -> None:
-        """Objects with state_dict() and load_state_dict() (a sampler, a metric) that checkpoints shall include, also
-        keyboard ones. Where a checkpoint has been loaded that holds them (under --resume: by initialize()), they are
-        restored here."""
-        for name, item in items.items():
-            if not (hasattr(item, "state_dict") and hasattr(item, "load_state_dict")):
-                raise TypeError(
-                    f"register_state({name}=...): expected state_dict() and load_state_dict(), "
-                    f"{type(item).__name__} lacks them"
-                )
-            self.registered[name] = item
-            self._claim(name)
+        """What checkpoints shall include, also keyboard ones: objects with state_dict() and load_state_dict() (a
+        sampler, a metric), which are taken for equal on all ranks; and generators of random numbers (torch.Generator,
+        numpy's Generator and RandomState, random.Random), of which each rank's is kept. In a larger world, a rank that
+        is new leaves a generator as it is, unless all ranks that saved (two or more) had it in the same state.
 
-    def _claim(self, name: str) -> None:
-        if name in self._unclaimed:
-            self.registered[name].load_state_dict(self._unclaimed.pop(name))
+        Where a checkpoint has been loaded that holds them (under --resume: by initialize()), they are restored here.
+        The loader that initialize() returns needs no registering."""
+        for name, item in items.items():
+            self.registered.add(checked(name), item)
 
     if not TYPE_CHECKING:  # which would take every slip for an attribute of the module
 
@@ -461,6 +479,7 @@ class Engine(Answers):
 
     def _detach(self) -> None:
         """Another engine takes the model over."""
+        self.saver.leave()
         self.updates.detach()
         self.schedule.detach()
         self.gathering.detach()

@@ -27,6 +27,7 @@ class Parking:
         """Move everything out. Returns the bytes that are free now."""
         engine = self._engine
         engine.synchronize()
+        engine.saver.before_change()
         engine.gathering.stale()
         engine.pool.drop_free()
         freed = 0

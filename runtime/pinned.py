@@ -31,13 +31,13 @@ class _Pages(mmap.mmap):
     process = 0
 
     def lock(self, device: int) -> None:
-        _pin(self.address, len(self), device)
+        page_lock(self.address, len(self), device)
         self.locked, self.process = True, os.getpid()
 
     def unlock(self) -> None:
         if self.locked and self.process == os.getpid():
             self.locked = False
-            _unpin(self.address)
+            page_unlock(self.address)
 
     def __del__(self) -> None:
         if not sys.is_finalizing():  # at the process's end CUDA is gone, and so is the registration
@@ -145,8 +145,8 @@ def power_of_two_rounded(sizes: Iterable[int]) -> int:
     return sum(1 << (size - 1).bit_length() for size in sizes if size)
 
 
-def _pin(address: int, nbytes: int, device: int) -> None:
-    """Where the CUDA kernels are not built, torch makes the same call."""
+def page_lock(address: int, nbytes: int, device: int) -> None:
+    """Page-lock memory for every GPU. Where the CUDA kernels are not built, torch makes the same call."""
     if _has_kernels():
         native.pin(address, nbytes, device)
         return
@@ -156,7 +156,7 @@ def _pin(address: int, nbytes: int, device: int) -> None:
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE)))
 
 
-def _unpin(address: int) -> None:
+def page_unlock(address: int) -> None:
     if _has_kernels():
         native.unpin(address)
         return

@@ -40,15 +40,18 @@ class FixedScaler:
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
+        self._dynamic: dict[str, Any] = {}
+        """What a checkpoint of a run with a dynamic scale held: its next one may have it again."""
 
     def update(self, overflow: bool) -> None:
         """Nothing: an overflow only skips the step."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return dict(self._dynamic)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing: the factor is the config's."""
+        """The factor stays the config's."""
+        self._dynamic = dict(state)
 
 
 class DynamicScaler:

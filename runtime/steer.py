@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,15 @@ from runtime.wire.messages import Ack, Command, StepResult
 from runtime.zero.clip import Boundary
 
 if TYPE_CHECKING:
+    from runtime.checkpoint.process import Outcome
     from runtime.engine import Engine
 
 log = logging.getLogger("runtime.train")
 
 MOST_UNSOUND = 10
 """Steps in a row that are not finite, outside fp16, after which a run ends: it would only count steps."""
+WAIT_S = 10.0
+"""So long training waits at most for the checkpoint before, when the next one is due."""
 PAUSED_POLL_S = 5.0
 """How long a paused rank sleeps at a time; a command or a dead supervisor wakes it at once."""
 
@@ -61,9 +64,12 @@ class Steering:
         }
         assert self.knobs.keys() == KNOBS.keys()
         self.folder = self._checkpoint_folder()
-        self._last_saved = -1
+        self._begun_step = -1
+        """The step whose checkpoint was begun last: the same on all ranks."""
         self._saved_path: Path | None = None
-        self._due = False  # an automatic checkpoint is
+        self._due = False  # an automatic checkpoint is; rank 0 decides
+        self._put_off = False  # and the event that says so has been sent
+        self._last_due_s = time.monotonic()
         self._sound = True
         """Loss and gradient norm of the last step were finite. What a step that wasn't leaves (batch norm's averages)
         may be of no use, so it takes no good checkpoint's place."""
@@ -83,7 +89,26 @@ class Steering:
 
     # ---- the engine asks -----------------------------------------------------------------------------------
     def command_waits(self) -> bool:
-        return self.engine.comm.rank == 0 and self.link.inbox.waiting()
+        """Rank 0: there are commands, or an automatic checkpoint is due. Once at each boundary."""
+        return self.engine.comm.rank == 0 and (self._checkpoint_is_due() or self.link.inbox.waiting())
+
+    def _checkpoint_is_due(self) -> bool:
+        """At the step that is about to end. One that is still being written is waited for, not long; then the next is
+        put off until it is done."""
+        if self.folder is None:
+            return False
+        step, now = self.engine.global_steps + 1, time.monotonic()
+        interval, minutes = self.knobs["checkpoint_interval"], self.knobs["checkpoint_minutes"]
+        if (interval and step % interval == 0) or (minutes and now - self._last_due_s >= 60 * minutes):
+            self._due, self._last_due_s = True, now
+        if not (interval or minutes):
+            self._due = False
+        if self._due and self.engine.saver.busy and not self._put_off:
+            self._put_off = not self.engine.saver.wait_briefly(WAIT_S)
+            if self._put_off:
+                text = f"the checkpoint of step {step} is put off: the one before is still being written"
+                self.link.event("checkpoint", text, severity="warning", step=step)
+        return self._due and not self.engine.saver.busy
 
     def stop_asked(self) -> bool:
         return self.link.inbox.stop_requested
@@ -94,18 +119,26 @@ class Steering:
 
         Raises TrainingError on all ranks when the last MOST_UNSOUND steps were not finite, outside fp16.
         """
-        interval, step = self.knobs["checkpoint_interval"], self.engine.global_steps
+        rank_0 = self.engine.comm.rank == 0
         self._sound = math.isfinite(agreed.loss) and math.isfinite(agreed.grad_norm)
-        self._count_unsound(step)
-        self._due = interval and (self._due or step % interval == 0)
-        if self.folder is not None and self._due and self._sound:
-            self._due = False
-            self._save()
+        self._count_unsound(self.engine.global_steps)
         if agreed.command_waits:
-            commands = self.engine.comm.broadcast_object(self.link.inbox.take() if self.engine.comm.rank == 0 else None)
+            due = self._due and self._sound and not self.engine.saver.busy
+            told = self.engine.comm.broadcast_object((due, self.link.inbox.take()) if rank_0 else None)
+            due, commands = told
+            if due:
+                self._due = self._put_off = False
+                self._save()
             self._apply_all(deque(commands))
         if agreed.stop_asked:
-            self._stop("the supervisor is gone")
+            self._stop(self._why_stop())
+        if self.folder is not None and (self.knobs["checkpoint_interval"] or self.knobs["checkpoint_minutes"]):
+            self.engine.saver.prepare()
+
+    def _why_stop(self) -> str:
+        """Any rank may have asked; those that did know why."""
+        reasons = self.engine.comm.gather_objects(self.link.inbox.stop_reason)
+        return next((reason for reason in reasons if reason), "a rank was asked to")
 
     def _count_unsound(self, step: int) -> None:
         if self._sound or self.engine.config.precision == "fp16":
@@ -167,30 +200,37 @@ class Steering:
 
     def finish(self) -> None:
         """The last step is done: save it if checkpoints are on (and it was sound), and say goodbye."""
-        if (
-            self._sound
-            and self.folder is not None
-            and self.knobs["checkpoint_interval"]
-            and self._last_saved != self.engine.global_steps
-        ):
-            self._save()
+        wanted = self.knobs["checkpoint_interval"] or self.knobs["checkpoint_minutes"]
+        if self._sound and self.folder is not None and wanted:
+            self._saved()
+        self.engine.saver.settle()
         self.link.goodbye("finished", self.engine.global_steps)
 
     def resume(self) -> Path | None:
-        """Under --resume: load the newest complete checkpoint of the run. Returns it."""
+        """Under --resume: load the newest complete checkpoint of the run that is sound. Returns it."""
         if not self.session.resume or self.folder is None:
             return None
-        path = self.engine.comm.broadcast_object(checkpoint.newest(self.folder))
-        if path is None:
-            return None
-        self.engine.resume_from(path)
-        self.knobs["lr_factor"] = self.engine.lr_factor
-        self._last_saved, self._saved_path = self.engine.global_steps, path
-        return path
+        found = [entry.path for entry in checkpoint.complete(self.folder)]
+        for path in reversed(self.engine.comm.broadcast_object(found)):
+            try:
+                self.engine.resume_from(path)
+            except checkpoint.Damaged as error:
+                self._tell_damaged(str(error))
+                continue
+            self.knobs["lr_factor"] = self.engine.lr_factor
+            self._begun_step, self._saved_path = self.engine.global_steps, path
+            return path
+        return None
+
+    def _tell_damaged(self, problem: str) -> None:
+        if self.engine.comm.rank == 0:
+            text = f"{problem}: going on from the one before it"
+            self.link.event("checkpoint", text, severity="error")
+            log.error(text)
 
     def forget_saved(self) -> None:
         """The engine's state is no longer that of the newest checkpoint of this step."""
-        self._last_saved, self._saved_path = -1, None
+        self._begun_step, self._saved_path = -1, None
         self._due, self._sound, self._unsound = False, True, []
 
     # ---- commands: see [Note: how ranks agree] -------------------------------------------------------------
@@ -271,9 +311,9 @@ class Steering:
     def _checkpoint(self, command: Command) -> None:
         if self.folder is None:
             self._answer(command, "rejected", "there is no run directory to save into")
-        elif self._last_saved == self.engine.global_steps or self._save():
+        elif self._begun_step == self.engine.global_steps and self._saved():
             self._answer(command, "applied", result={"path": str(self._saved_path), "step": self.engine.global_steps})
-        else:
+        elif not self._save(command):
             self._answer(command, "rejected", self._problem)
 
     def _set(self, command: Command) -> None:
@@ -300,7 +340,7 @@ class Steering:
 
     def _stop(self, why: str, command: Command | None = None) -> None:
         """Save (unless this step is saved), say goodbye, leave."""
-        saved = self.folder is None or self._last_saved == self.engine.global_steps or self._save()
+        saved = self.folder is None or self._saved()
         if command is not None:
             self._answer(
                 command, "applied", result={"checkpoint": str(self._saved_path) if self._saved_path and saved else None}
@@ -315,42 +355,77 @@ class Steering:
     # ---- checkpoints ---------------------------------------------------------------------------------------
     _problem = ""
 
-    def _save(self) -> bool:
-        """Save this step under the run. A failure is an event, not the end: training goes on with the older
-        checkpoints."""
+    def _saved(self) -> bool:
+        """Whether there is a complete checkpoint of this step: waits for the one under way, or makes one."""
+        if self._begun_step == self.engine.global_steps and not self.engine.saver.settle():
+            return True
+        self._begun_step = -1
+        if not self._save():
+            return False
+        self._problem = self.engine.saver.settle()
+        return not self._problem
+
+    def _save(self, command: Command | None = None) -> bool:
+        """Begin to save this step under the run; `command` is answered when it is complete. A failure is an event, not
+        the end: training goes on with the older checkpoints."""
         assert self.folder is not None
-        engine, began = self.engine, time.monotonic()
+        engine, checkpoints = self.engine, self.engine.config.zerotop.checkpoint
+        step = engine.global_steps
         try:
             with engine.telemetry.span("checkpoint"):
-                self._saved_path = checkpoint.save(
-                    engine, self.folder, checkpoint.step_tag(engine.global_steps), engine.client_state
+                path = engine.saver.begin(
+                    self.folder,
+                    checkpoint.step_tag(step),
+                    engine.client_state,
+                    # What a step that is not sound leaves takes no good checkpoint's place.
+                    keep=self.knobs["checkpoints_kept"] if self._sound else 0,
+                    keep_every=checkpoints.keep_every,
+                    on_done=self._teller(step, command),
                 )
         except checkpoint.CheckpointError as error:
             self._problem = str(error)
-            if engine.comm.rank == 0:
-                self.link.event("checkpoint", self._problem, severity="error", step=engine.global_steps)
+            self._tell_failed(self._problem, step)
             return False
-        self._last_saved = engine.global_steps
-        if engine.comm.rank == 0:
-            took = time.monotonic() - began
-            self.link.event(
-                "checkpoint",
-                f"checkpoint at step {engine.global_steps} saved in {took:.1f} s",
-                step=engine.global_steps,
-                data={"path": str(self._saved_path), "seconds": round(took, 3)},
-            )
-            if self._sound:
-                self._prune()
+        self._begun_step, self._saved_path = step, path
         return True
 
-    def _prune(self) -> None:
-        assert self.folder is not None
-        try:
-            checkpoint.prune(self.folder, self.knobs["checkpoints_kept"])
-        except (OSError, shutil.Error) as error:
-            self.link.event("checkpoint", f"an old checkpoint could not be deleted: {error}", severity="warning")
+    def _teller(self, step: int, command: Command | None) -> Callable[[Outcome], None]:
+        """What rank 0 says when a checkpoint is complete, or could not be written; on another thread."""
 
-    def _answer(self, command: Command, state: Any, reason: str = "", result: dict[str, Any] | None = None) -> None:
+        def tell(outcome: Outcome) -> None:
+            if self.engine.comm.rank != 0:
+                return
+            if outcome.problem:
+                self._tell_failed(outcome.problem, step)
+                if command is not None:
+                    self._answer(command, "rejected", outcome.problem, step=step)
+                return
+            for note in outcome.notes:
+                self.link.event("checkpoint", note, severity="warning")
+            path, blocked_ms = str(outcome.job.final), 1000 * outcome.blocked_s
+            self.link.event(
+                "checkpoint",
+                f"checkpoint at step {step} saved in {outcome.seconds:.1f} s (training waited {blocked_ms:.0f} ms)",
+                step=step,
+                data={"path": path, "seconds": round(outcome.seconds, 3), "blocked_ms": round(blocked_ms, 1)},
+            )
+            if command is not None:
+                self._answer(command, "applied", result={"path": path, "step": step}, step=step)
+
+        return tell
+
+    def _tell_failed(self, problem: str, step: int) -> None:
+        if self.engine.comm.rank == 0:
+            self.link.event("checkpoint", f"{problem}; training goes on", severity="warning", step=step)
+
+    def _answer(
+        self,
+        command: Command,
+        state: Any,
+        reason: str = "",
+        result: dict[str, Any] | None = None,
+        step: int | None = None,
+    ) -> None:
         if self.engine.comm.rank != 0:
             return
         self.link.ack(
@@ -358,7 +433,7 @@ class Steering:
                 id=command.id,
                 number=command.number,
                 state=state,
-                step=self.engine.global_steps,
+                step=self.engine.global_steps if step is None else step,
                 reason=reason,
                 result=result or {},
                 rank=0,

@@ -5,10 +5,14 @@
                                 parameter
       common.pt                 scheduler, optimizer scalars, client_state, registered objects (rank 0's)
       rng-N.pt                  random number states of rank N
-      manifest.json             step, world size, parameter shapes, ...
+      model/                    config.json, tokenizer: what an export needs beside the weights
+      manifest.json             step, world size, parameter shapes, ...; sizes and SHA-256 of all other files
+    FOLDER/latest               the newest one's TAG
 
-manifest (what a checkpoint says of itself, and which ones there are) · shards (tensors and torch's planners) · rng ·
-saving · loading. Every collective part runs on Gloo, on a group apart from training's.
+manifest (what a checkpoint says of itself) · folder (which ones there are, and the rename) · parts (tensors) · common,
+rng (the rest) · shards (torch's planners) · job, writing (all ranks together) · saving (by the ranks) · snapshot,
+background, process, writer (beside training) · loading. Every collective part runs on Gloo, on groups apart from
+training's.
 
 Writing and reading are imported at their first use: torch.distributed.checkpoint takes 48 MB of memory.
 """
@@ -18,27 +22,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from runtime.checkpoint.manifest import (
-    EVERYTHING,
-    CheckpointError,
-    Manifest,
-    Wanted,
-    newest,
-    prune,
-    read_manifest,
-    step_tag,
-)
+from runtime.checkpoint.folder import complete, newest, prune, step_tag
+from runtime.checkpoint.manifest import EVERYTHING, CheckpointError, Damaged, Manifest, Wanted, read_manifest
 
 if TYPE_CHECKING:
+    from runtime.checkpoint.job import on_rank_0
     from runtime.checkpoint.loading import Loaded, load
-    from runtime.checkpoint.saving import on_rank_0, save
+    from runtime.checkpoint.saving import save
 
 __all__ = [
     "EVERYTHING",
     "CheckpointError",
+    "Damaged",
     "Loaded",
     "Manifest",
     "Wanted",
+    "complete",
     "load",
     "newest",
     "on_rank_0",
@@ -48,7 +47,7 @@ __all__ = [
     "step_tag",
 ]
 
-_LATER = {"Loaded": "loading", "load": "loading", "on_rank_0": "saving", "save": "saving"}
+_LATER = {"Loaded": "loading", "load": "loading", "on_rank_0": "job", "save": "saving"}
 
 
 def __getattr__(name: str) -> Any:

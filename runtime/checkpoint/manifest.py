@@ -1,19 +1,29 @@
-"""What a checkpoint says of itself before its tensors are opened, and which complete checkpoints a folder holds."""
+"""What a checkpoint says of itself before its tensors are opened: manifest.json.   (torch-free)
+
+It also tells a sound checkpoint from a damaged one: it holds the size and SHA-256 of every other file, and its own.
+"""
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_DIGEST = "digest"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or does not fit; the message says which and why."""
+
+
+class Damaged(CheckpointError):
+    """A checkpoint is not what was written: cut short, changed, or a file is missing."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,15 @@ class Wanted:
 
 
 EVERYTHING = Wanted()
+
+
+class FileRecord(BaseModel):
+    """One file of a checkpoint as it was written."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    nbytes: int
+    sha256: str
 
 
 class Manifest(BaseModel):
@@ -53,48 +72,87 @@ class Manifest(BaseModel):
     config_digest: str
     shapes: dict[str, list[int]]
     """Of every parameter, trained or frozen."""
+    buffers: dict[str, list[int]] | None = None
+    """Shape of every persistent buffer; None in those of early versions."""
     frozen: list[str]
     """Parameters without optimizer states."""
+    number: int = 0
+    """Counts the checkpoints of a folder as they were completed: the highest is the newest, whatever its step is."""
+    saved_wall_s: float = 0.0
+    files: dict[str, FileRecord] = {}
+    """Every other file of the checkpoint, by name; empty in those of early versions."""
+
+    def sealed(self) -> bytes:
+        """The file's content, its own digest in it."""
+        body = self.model_dump(mode="json")
+        return json.dumps({**body, _DIGEST: _digest(body)}, indent=1).encode() + b"\n"
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises CheckpointError where there is none that this version can read."""
+    """Raises CheckpointError where there is none that this version can read, Damaged where it was changed."""
     try:
-        manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
+        body = json.loads((path / MANIFEST).read_bytes())
+        digest = body.pop(_DIGEST, None)
+        manifest = Manifest.model_validate(body)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}") from None
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error}") from None
+    except (ValueError, AttributeError, TypeError, ValidationError) as error:
+        raise Damaged(f"{path / MANIFEST} is damaged: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error.strerror or error}") from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {manifest.format}, this version reads {FORMAT}")
+    if (digest is None and manifest.files) or (digest is not None and digest != _digest(body)):
+        raise Damaged(f"{path / MANIFEST} is damaged: its digest is not that of its content")
     return manifest
 
 
-def newest(folder: Path) -> Path | None:
-    """The complete checkpoint with the highest step in `folder`; one being written, or without a readable manifest,
-    does not count."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.startswith(".") or not (path / MANIFEST).is_file():
-            continue
-        try:
-            found.append((read_manifest(path).step, path.stat().st_mtime_ns, path))
-        except CheckpointError:
-            continue
-    return max(found)[2] if found else None
+def record_of(path: Path) -> FileRecord:
+    """Size (bytes) and SHA-256 of a file, read from the disk or its cache."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(nbytes=file.tell(), sha256=digest)
 
 
-def prune(folder: Path, keep: int) -> list[Path]:
-    """Delete all but the `keep` newest complete step checkpoints of a run; returns what went."""
-    steps = sorted((p for p in folder.glob("step-*") if (p / MANIFEST).is_file()), key=lambda p: p.name)
-    gone = steps[: max(0, len(steps) - keep)]
-    for path in gone:
-        doomed = path.with_name(f".{path.name}.pruned")
-        path.rename(doomed)  # from now on no reader takes it for complete
-        shutil.rmtree(doomed)
-    return gone
+def difference(path: Path, name: str, written: FileRecord) -> str:
+    """What is wrong with one file of the checkpoint at `path`, in words; empty when nothing is."""
+    file = path / name
+    try:
+        nbytes = file.stat().st_size
+        if nbytes != written.nbytes:
+            return f"{name} has {nbytes:,} bytes, {written.nbytes:,} were written"
+        if record_of(file).sha256 != written.sha256:
+            return f"{name} is not what was written (its SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror or error}"
+    return ""
 
 
-def step_tag(step: int) -> str:
-    """The name of a step's checkpoint; names sort as steps do."""
-    return f"step-{step:08d}"
+def verify(path: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
+    """Compare files with what was written: all of them, or the `part`-th of `parts` ranks' share, split by size.
+
+    Raises Damaged, naming the first file that differs.
+    """
+    loads = [0] * parts
+    for name, written in sorted(manifest.files.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        owner = loads.index(min(loads))
+        loads[owner] += written.nbytes
+        if owner == part and (wrong := difference(path, name, written)):
+            raise Damaged(f"checkpoint {path} is damaged: {wrong}")
+
+
+def root_cause(error: BaseException) -> str:
+    """torch wraps a rank's error in a CheckpointException with every rank's traceback; people need its last line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        error = first[0] if isinstance(first, tuple) else first
+    if isinstance(error, CheckpointError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,10 +1,9 @@
-"""Tensors as a checkpoint holds them: each rank's slice of each parameter, and torch's planners that write and read
-them."""
+"""torch's planners for the parts of a checkpoint: what it writes and reads is 1-D slices of each parameter."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -13,56 +12,38 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from runtime.checkpoint.manifest import CheckpointError
-
-if TYPE_CHECKING:
-    from runtime.engine import Engine
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A rank's slice of one parameter-sized tensor: `tensor` (numel,) are elements [start, start + numel) of
-    `total`."""
-
-    tensor: torch.Tensor
-    start: int
-    total: int
-
-    @classmethod
-    def whole(cls, tensor: torch.Tensor) -> Piece:
-        """A tensor that one rank writes and every rank reads; flattened (a copy where it is not contiguous)."""
-        flat = tensor.detach().reshape(-1)
-        return cls(flat, 0, flat.numel())
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=torch.Size([self.tensor.numel()]))
+from runtime.checkpoint.parts import Part, Piece
 
 
 class SavePlanner(DefaultSavePlanner):
     """torch's planner asks tensors for their shards, which only its own distributed tensors can say; this one has the
-    pieces."""
+    parts, and asks `read(index)` for a part's elements when it is written."""
 
-    def __init__(self, pieces: dict[str, Piece]) -> None:
+    def __init__(self, parts: Sequence[Part], read: Callable[[int], torch.Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = pieces
+        self.parts, self.read = list(parts), read
+        self._index = {(part.name, part.start): index for index, part in enumerate(self.parts)}
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(
             [
                 WriteItem(
-                    MetadataIndex(name, piece.chunk.offsets),
+                    MetadataIndex(part.name, torch.Size([part.start])),
                     WriteItemType.SHARD,
                     tensor_data=TensorWriteData(
-                        piece.chunk, TensorProperties.create_from_tensor(piece.tensor), torch.Size([piece.total])
+                        _chunk(part.start, part.numel),
+                        TensorProperties(dtype=part.dtype),
+                        torch.Size([part.total]),
                     ),
                 )
-                for name, piece in self.pieces.items()
+                for part in self.parts
             ]
         )
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        return self.pieces[index.fqn].tensor
+        assert index.offset is not None
+        return self.read(self._index[index.fqn, index.offset[0]])
 
 
 class LoadPlanner(DefaultLoadPlanner):
@@ -84,7 +65,9 @@ class LoadPlanner(DefaultLoadPlanner):
                 item
                 for name, piece in self.pieces.items()
                 if name in known
-                for item in create_read_items_for_chunk_list(name, known[name], [piece.chunk])
+                for item in create_read_items_for_chunk_list(
+                    name, known[name], [_chunk(piece.start, piece.tensor.numel())]
+                )
             ]
         )
 
@@ -92,56 +75,5 @@ class LoadPlanner(DefaultLoadPlanner):
         return self.pieces[index.fqn].tensor
 
 
-def pieces_of(engine: Engine, own_range_only: bool) -> dict[str, Piece]:
-    """Masters ("param.NAME") and optimizer states ("state.STATE.NAME") of this rank.
-
-    Saving takes each rank's own range, also where all ranks hold everything; loading fills all that a rank holds.
-    """
-    pieces: dict[str, Piece] = {}
-    for flat, rule in zip(engine.flats, engine.rules, strict=True):
-        start, end = flat.layout.range(engine.comm.rank) if own_range_only else (flat.start, flat.end)
-        states = list(rule.states())
-        for part in flat.layout.slices(start, end):
-            at = start - flat.start + part.range_start  # in the flat's state range
-            pieces[f"param.{part.name}"] = Piece(flat.masters[at : at + part.numel], part.param_start, part.param_numel)
-            for state in states:
-                low = at - state.start
-                if low >= 0 and low + part.numel <= state.tensor.numel():
-                    held = state.tensor[low : low + part.numel]
-                    pieces[f"state.{state.name}.{part.name}"] = Piece(held, part.param_start, part.param_numel)
-    for flat in engine.frozen_flats:
-        for part in flat.layout.slices(flat.start, flat.end):
-            held = flat.own[part.range_start : part.range_start + part.numel]
-            pieces[f"param.{part.name}"] = Piece(held, part.param_start, part.param_numel)
-    return pieces
-
-
-def whole_tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    """What all ranks hold alike and rank 0 writes: persistent buffers and frozen parameters. A frozen parameter has the
-    same name as a trained one, so that it may be the other in the next attempt."""
-    buffers = {
-        f"buffer.{path}.{name}" if path else f"buffer.{name}": buffer
-        for path, module in engine.module.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
-    return buffers | {f"param.{name}": parameter.data for name, parameter in engine.frozen}
-
-
-def shapes_of(engine: Engine) -> dict[str, list[int]]:
-    """The shape of every parameter by name."""
-    in_units = {
-        slot.name: list(slot.shape) for flat in (*engine.flats, *engine.frozen_flats) for slot in flat.layout.slots
-    }
-    return dict(sorted({**in_units, **{name: list(p.shape) for name, p in engine.frozen}}.items()))
-
-
-def root_cause(error: BaseException) -> str:
-    """torch wraps a rank's error in a CheckpointException with every rank's traceback; people need its last line."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        first = next(iter(failures.values()))
-        error = first[0] if isinstance(first, tuple) else first
-    if isinstance(error, CheckpointError):
-        return str(error)
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _chunk(start: int, numel: int) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size([start]), sizes=torch.Size([numel]))

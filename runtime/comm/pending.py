@@ -53,7 +53,7 @@ class RankGone(RuntimeError):
     """A collective can't end, because a rank of it has."""
 
 
-_GONE = ("connection reset by peer", "connection closed by peer", "connection refused", "broken pipe", "socket closed")
+GONE = ("connection reset by peer", "connection closed by peer", "connection refused", "broken pipe", "socket closed")
 """What Gloo says then, depending on what it was doing."""
 
 
@@ -64,7 +64,7 @@ def waiting_for_ranks(op: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if any(words in str(error).lower() for words in _GONE):
+        if any(words in str(error).lower() for words in GONE):
             text = str(error).splitlines()[0].rpartition("] ")[2]
             raise RankGone(f"another rank is gone ({text}); this rank was waiting for it in {op}") from error
         raise

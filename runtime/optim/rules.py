@@ -47,6 +47,13 @@ class Rule(Protocol):
 
     def load_scalars(self, scalars: dict[int, dict[str, Any]]) -> None: ...
 
+    def state_names(self, group: int) -> list[str]:
+        """Of the states that parameters of this group have after a step."""
+
+    def reset(self, to_read: bool) -> None:
+        """Back to before the first step. to_read: all states exist then, so that a checkpoint can be read into them;
+        those that it doesn't have are fresh."""
+
 
 class AdamRule:
     """AdamW (arXiv 1711.05101) or Adam with L2, fp32 moments over the whole state range."""
@@ -118,6 +125,13 @@ class AdamRule:
     def load_scalars(self, scalars: dict[int, dict[str, Any]]) -> None:
         """Nothing to take: Adam's only scalar is the step count, which the engine keeps."""
 
+    def state_names(self, group: int) -> list[str]:
+        return ["exp_avg", "exp_avg_sq"]
+
+    def reset(self, to_read: bool) -> None:
+        self.exp_avg.zero_()
+        self.exp_avg_sq.zero_()
+
 
 def update_pieces(pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float) -> None:
     """AdamW where the pieces lie, all on one device: our fused kernels where they are built, else plain torch.
@@ -151,15 +165,21 @@ class TorchRule:
     ) -> None:
         self.flat, self.ledger, self.host = flat, ledger, host
         self.parts = [nn.Parameter(flat.masters[s.start : s.end], requires_grad=True) for s in flat.segments]
-        self.optimizer = kind(
+        self._kind = kind
+        self._groups = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        self._held = 0
+        self.optimizer = self._made()
+        self._account()  # some have states before the first step
+
+    def _made(self) -> torch.optim.Optimizer:
+        """A fresh one."""
+        return self._kind(
             [
-                {"params": [part], **{k: v for k, v in groups[s.group].items() if k != "params"}}
-                for part, s in zip(self.parts, flat.segments, strict=True)
+                {"params": [part], **self._groups[s.group]}
+                for part, s in zip(self.parts, self.flat.segments, strict=True)
             ]
             or [{"params": [nn.Parameter(torch.zeros(0))]}]
         )
-        self._held = 0
-        self._account()  # some have states before the first step
 
     def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         flat, host = self.flat, self.host
@@ -188,15 +208,19 @@ class TorchRule:
         self.ledger.add("optimizer", held - self._held, offloaded=self.flat.home.offloaded)
         self._held = held
 
-    def prepare(self) -> None:
-        """Make the states exist (torch makes them in the first step), so that a checkpoint can be read into them."""
-        kept = self.flat.masters.clone()
-        for part in self.parts:
-            part.grad = torch.zeros_like(part)
-        self.optimizer.step()
-        for part in self.parts:
-            part.grad = None
-        self.flat.masters.copy_(kept)
+    def state_names(self, group: int) -> list[str]:
+        part = nn.Parameter(torch.zeros(1))
+        optimizer = self._kind([{"params": [part], **self._groups[group]}])
+        _take_empty_step(optimizer, [part])
+        return sorted(name for name, value in optimizer.state[part].items() if _per_element(value, part))
+
+    def reset(self, to_read: bool) -> None:
+        """torch makes the states in the first step: one without a gradient leaves them as if there had been none."""
+        self.optimizer = self._made()
+        if to_read:
+            kept = self.flat.masters.clone()
+            _take_empty_step(self.optimizer, self.parts)
+            self.flat.masters.copy_(kept)
         self._account()
 
     def states(self) -> Iterator[State]:
@@ -222,6 +246,20 @@ class TorchRule:
             for name, value in scalars.get(segment.group, {}).items():
                 old = state.get(name)
                 state[name] = torch.full_like(old, value) if isinstance(old, torch.Tensor) else value
+
+
+def _take_empty_step(optimizer: torch.optim.Optimizer, parts: Sequence[nn.Parameter]) -> None:
+    numbers = [dict(group) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        if "weight_decay" in group:
+            group["weight_decay"] = 0.0  # which would be a gradient
+    for part in parts:
+        part.grad = torch.zeros_like(part)
+    optimizer.step()
+    for part in parts:
+        part.grad = None
+    for group, before in zip(optimizer.param_groups, numbers, strict=True):
+        group.update(before)
 
 
 def _per_element(value: Any, part: torch.Tensor) -> bool:

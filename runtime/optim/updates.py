@@ -50,10 +50,12 @@ class Updates:
         host: HostSide | None = None,
         overlap: bool = True,
         on_idle: Callable[[], None] = lambda: None,
+        before: Callable[[Flat], None] = lambda flat: None,
     ) -> None:
         """executor: one thread, for flats whose states are offloaded; None: none are. host: what those rules use, where
         they need it. overlap: whether the next forward runs meanwhile. on_idle: called when nothing is under way any
-        more."""
+        more. before: returns when a flat whose states are offloaded may change: a checkpoint may still read it."""
+        self._before = before
         self.rules, self.telemetry, self.executor, self.host = list(rules), telemetry, executor, host
         self.overlap, self.on_idle = overlap and executor is not None, on_idle
         self._stream: Any = None
@@ -130,7 +132,11 @@ class Updates:
         """None: the training thread updates it."""
         if self.executor is None or not rule.flat.home.offloaded:
             return None
-        return self.executor.submit(rule.update, groups, step, scale)
+        return self.executor.submit(self._update, rule, groups, step, scale)
+
+    def _update(self, rule: Rule, groups: Sequence[Hyper], step: int, scale: float) -> None:
+        self._before(rule.flat)
+        rule.update(groups, step, scale)
 
     def _all_now(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         """Every unit in forward order; while one is gathered the next is updated already."""

@@ -33,9 +33,9 @@ RunStateName = Literal[
     "starting", "running", "paused", "restarting", "stopping", "stopped", "finished", "aborted", "failed"
 ]
 LIVE_STATES: frozenset[str] = frozenset({"starting", "running", "paused", "restarting", "stopping"})
-Category = Literal["parameters", "gradients", "optimizer", "masters", "buffers", "communication"]
+Category = Literal["parameters", "gradients", "optimizer", "masters", "buffers", "communication", "snapshot"]
 """What a persistent byte of a rank is used for. masters: fp32 copies of 16-bit parameters; communication: gather and
-reduce buffers."""
+reduce buffers; snapshot: the copy from which checkpoints are written."""
 
 
 class Message(BaseModel):

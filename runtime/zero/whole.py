@@ -36,9 +36,11 @@ class WholeModel:
         gathering: Gathering,
         comm: Comm,
         settle: Callable[[], None] = lambda: None,
+        before_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """settle: returns when no update is under way."""
+        """settle: returns when no update is under way. before_change: when masters and own ranges may be written."""
         self.units, self.gathering, self.comm, self.settle = list(units), gathering, comm, settle
+        self._before_change = before_change
         for index, unit in enumerate(self.units):
             for flat in _flats(unit):
                 for parameter in flat.members:
@@ -110,6 +112,7 @@ class WholeModel:
             self.keeps = True
 
     def _take(self, units: Iterable[Unit]) -> None:
+        self._before_change()
         for unit in units:
             for flat in (*unit.flats, *unit.frozen):
                 flat.parameters_to_own()

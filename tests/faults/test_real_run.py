@@ -158,7 +158,7 @@ def test_kill_9_of_any_process_ends_the_whole_run(launch, victim):
     if victim == "supervisor":
         assert "supervisor" in status.reason
         # The ranks saw it go, and saved their work before they left.
-        saved = [p.name for p in (run.path / "checkpoints").iterdir()]
+        saved = [p.name for p in (run.path / "checkpoints").glob("step-*")]
         assert saved == [f"step-{status.last_checkpoint_step:08d}"] and status.step == status.last_checkpoint_step
 
 

@@ -131,8 +131,9 @@ def test_only_complete_checkpoints_count_and_old_ones_are_pruned(ranks, tmp_path
     (tmp_path / ".step-00000009.partial").mkdir()
     (tmp_path / "step-00000008").mkdir()  # no manifest
     newest = checkpoint.newest(tmp_path)
-    assert newest is not None and newest.name == "step-00000003"
-    assert [path.name for path in checkpoint.prune(tmp_path, keep=2)] == ["step-00000001"]
+    assert newest is not None and newest.name == "step-00000002", "the one that was completed last"
+    assert (tmp_path / "latest").read_text() == "step-00000002\n"
+    assert [path.name for path in checkpoint.prune(tmp_path, keep=2)] == ["step-00000003"]
     assert checkpoint.newest(tmp_path) == newest
 
 

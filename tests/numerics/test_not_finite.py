@@ -45,7 +45,8 @@ def take(engine, *factors: float) -> None:
         engine.step()
 
 
-def names(folder: str) -> list[str]:
+def names(engine, folder: str) -> list[str]:
+    engine.saver.settle()
     return sorted(path.name for path in Path(folder).glob("step-*"))
 
 
@@ -54,9 +55,9 @@ def diverge(folder: str, stage: int) -> tuple[list[list[str]], str, int]:
     seen = []
     for factors in ((1, 1), (1, NAN), (1,), (NAN,) * 2):
         take(engine, *factors)
-        seen.append(names(folder))
+        seen.append(names(engine, folder))
     engine.steering._save()  # as the keyboard asks for
-    seen.append(names(folder))
+    seen.append(names(engine, folder))
     engine.finish()
     return seen, message_of(RuntimeError, lambda: take(engine, *(NAN,) * 20)), engine.global_steps
 
@@ -85,7 +86,7 @@ def only_the_loss(folder: str) -> tuple[list[str], list[tuple], int, list[str]]:
         take(engine, 1)
         engine.backward(engine(torch.randn(4, 5)) + NAN)
         engine.step()
-        saved = names(folder)
+        saved = names(engine, folder)
         take(engine, NAN)
     finally:
         logging.getLogger("runtime.train").removeHandler(handler)

@@ -94,7 +94,8 @@ def test_config_key_has_the_same_bounds(name: str) -> None:
 
 def test_every_knob_says_what_it_is() -> None:
     assert list(KNOBS) == [
-        "log_level", "log_interval", "telemetry_hz", "checkpoint_interval", "checkpoints_kept", "lr_factor",
+        "log_level", "log_interval", "telemetry_hz", "checkpoint_interval", "checkpoint_minutes",
+        "checkpoints_kept", "lr_factor",
     ]  # fmt: skip
     for knob in KNOBS.values():
         assert knob.description

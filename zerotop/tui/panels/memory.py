@@ -68,6 +68,7 @@ SHORT = {
     "gradients": "grads",
     "optimizer": "optim",
     "communication": "comm",
+    "snapshot": "snap",
     "activations": "activ",
 }
 

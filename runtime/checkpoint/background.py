@@ -1,0 +1,236 @@
+"""Saving beside training: a copy while training waits, the rest in a writer process."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.checkpoint import folder as folders
+from runtime.checkpoint.common import merged, own_files
+from runtime.checkpoint.manifest import CheckpointError
+from runtime.checkpoint.parts import blocks_of
+from runtime.checkpoint.process import PEER_LOST, Outcome, WriterProcess
+from runtime.checkpoint.saving import make_job
+from runtime.checkpoint.snapshot import SharedMemory, Snapshot
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+    from runtime.zero.flat import Flat
+
+LEAVE_S = 60.0
+"""What was begun by an engine that a script has dropped gets so long."""
+log = logging.getLogger("runtime.checkpoint")
+
+
+_open: weakref.WeakSet[Background] = weakref.WeakSet()
+"""Those with a writer process."""
+
+
+def leave_all(patience_s: float | None = None) -> None:
+    """This process ends: see `Background.leave`."""
+    for background in list(_open):
+        background.leave(patience_s)
+
+
+class Background:
+    """Of one engine. Made at once; the writer process comes with `prepare` or the first save."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = weakref.ref(engine)
+        self._writer: WriterProcess | None = None
+        self._generation = 0
+        self._store: Path | None = None
+        """A folder where the writers meet."""
+        self._made_store = False
+        self._memory: SharedMemory | None = None
+        self._touching: threading.Thread | None = None
+        self._snapshot: Snapshot | None = None
+        self._prepared = False
+
+    @property
+    def busy(self) -> bool:
+        """This rank's writer has something to write."""
+        return self._writer is not None and self._writer.busy
+
+    # ---- all ranks at the same step --------------------------------------------------------------------------------
+    def begin(
+        self,
+        folder: Path,
+        tag: str,
+        client_state: dict[str, Any],
+        on_done: Callable[[Outcome], None] = lambda outcome: None,
+        *,
+        keep: int = 0,
+        keep_every: int = 0,
+    ) -> Path:
+        """Copy this moment and let the writers have it. Returns the path that the checkpoint will have. on_done is
+        called from another thread, on every rank.
+
+        Raises CheckpointError on every rank when it can't begin on any; then nothing has been written. An earlier save
+        is waited for.
+        """
+        engine, began = self._owner(), time.monotonic()
+        engine.synchronize()
+        self._wait_for_writer()
+        snapshot = Snapshot(blocks_of(engine))
+        problem = self._make_ready(snapshot, folder)
+        alive = self._writer is not None and self._writer.alive
+        scalars = [rule.scalars() for rule in engine.rules]
+        told = engine.comm.gather_objects((problem, alive, self._generation, scalars))
+        problems = [(rank, found) for rank, (found, *_) in enumerate(told) if found]
+        if problems:
+            raise CheckpointError(f"could not write {folder / tag}: rank {problems[0][0]}: {problems[0][1]}")
+        if not all(lives for _, lives, *_ in told):
+            self._start_anew(1 + max(generation for *_, generation, _ in told))
+        assert self._memory is not None and self._writer is not None
+        snapshot.copy(self._memory)
+        parts = [place.part for place in snapshot.places]
+        all_scalars = merged([rules for *_, rules in told])
+        job = make_job(
+            engine, folder, tag, parts, all_scalars, client_state, keep=keep, keep_every=keep_every
+        )  # fmt: skip
+        self._snapshot = snapshot
+        self._writer.save(job, snapshot, self._memory, on_done, time.monotonic() - began)
+        return job.final
+
+    def settle(self) -> str:
+        """Wait for the last save. Returns what went wrong with it on any rank, once; empty when nothing did."""
+        engine = self._owner()
+        outcome = self._wait_for_writer()
+        if self._writer is not None:
+            self._writer.forget()
+        problems = [p for p in engine.comm.gather_objects(outcome.problem if outcome is not None else "") if p]
+        return min(problems, key=lambda problem: problem.endswith(PEER_LOST), default="")
+
+    # ---- this rank -------------------------------------------------------------------------------------------------
+    def prepare(self) -> None:
+        """Start what the first save needs, so that it is as fast as the later ones. No collective."""
+        if self._prepared or self._store_of_run() is None:
+            return
+        self._prepared, engine = True, self._owner()
+        if self._writer is not None:
+            return
+        problem = self._make_ready(Snapshot(blocks_of(engine)))
+        own_files(engine)  # torch imports what it saves with at the first call
+        if not problem:
+            self._start_anew(1)
+
+    def wait_briefly(self, patience_s: float) -> bool:
+        """Wait at most so many seconds for what is being written. Returns whether it is done."""
+        assert self._writer is not None
+        with self._owner().telemetry.span("checkpoint"):
+            self._writer.wait(patience_s)
+        return not self.busy
+
+    def before_update(self, flat: Flat) -> None:
+        """Returns when `flat` may change."""
+        if self._snapshot is not None:
+            self._snapshot.wait_for(flat)
+
+    def before_change(self) -> None:
+        """Returns when everything may change."""
+        if self._snapshot is not None:
+            self._snapshot.wait_for_all()
+
+    def leave(self, patience_s: float | None = None) -> None:
+        """This process ends: wait for what is being written (seconds; None: as long as it takes), then end the
+        writer."""
+        if self._writer is not None:
+            self._writer.wait(patience_s)
+        self.close()
+
+    def close(self) -> None:
+        """End the writer and give its memory back. A second call does nothing."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+        self._snapshot = None
+        self._drop_memory()
+        if self._made_store and self._store is not None:
+            shutil.rmtree(self._store, ignore_errors=True)
+        self._store = None
+
+    def __del__(self) -> None:
+        if self._writer is not None or self._memory is not None:
+            self.leave(LEAVE_S)
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+    def _owner(self) -> Engine:
+        engine = self._engine()
+        assert engine is not None
+        return engine
+
+    def _wait_for_writer(self) -> Outcome | None:
+        if self._writer is None:
+            return None
+        if not self._writer.busy:
+            return self._writer.wait()
+        with self._owner().telemetry.span("checkpoint"):
+            return self._writer.wait()
+
+    def _make_ready(self, snapshot: Snapshot, folder: Path | None = None) -> str:
+        """Memory for the copy, and on rank 0 a look at the disk. Returns what is in the way."""
+        engine = self._owner()
+        if folder is not None and engine.comm.rank == 0:
+            folders.sweep(folder)  # what a killed run left there takes space
+            total = sum(place.part.nbytes for place in snapshot.places) * engine.comm.world_size
+            if problem := folders.missing_space(folder, total):
+                return problem
+        if self._touching is not None:
+            self._touching.join()
+            self._touching = None
+        if self._memory is not None and self._memory.nbytes >= snapshot.nbytes:
+            return ""
+        self._drop_memory()
+        try:
+            memory = SharedMemory(snapshot.nbytes, engine.device if engine.device.type == "cuda" else None)
+        except (OSError, MemoryError, RuntimeError) as error:
+            return f"no memory for a copy of {snapshot.nbytes:,} bytes: {error}"
+        self._memory = memory
+        engine.ledger.add("snapshot", memory.nbytes, offloaded=True)
+        if folder is None:
+            self._touching = threading.Thread(target=memory.touch, daemon=True)
+            self._touching.start()
+        return ""
+
+    def _drop_memory(self) -> None:
+        if self._touching is not None:
+            self._touching.join()
+            self._touching = None
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            if (engine := self._engine()) is not None:
+                engine.ledger.add("snapshot", -memory.nbytes, offloaded=True)
+            memory.close()
+
+    def _start_anew(self, generation: int) -> None:
+        """A writer of the generation that the other ranks' belong to."""
+        comm = self._owner().comm
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self._generation = generation
+        if self._store is None:
+            self._store = self._store_of_run()
+        if self._store is None:
+            made = tempfile.mkdtemp(prefix="zerotop-writers-") if comm.rank == 0 else None
+            self._made_store = made is not None
+            self._store = Path(comm.broadcast_object(made))
+        session = self._owner().session
+        meeting = self._store / f"writers-{session.attempt}-{session.number}-{generation}"
+        if not _open:
+            atexit.register(leave_all)
+        _open.add(self)
+        self._writer = WriterProcess(str(meeting), comm.rank, comm.world_size)
+
+    def _store_of_run(self) -> Path | None:
+        run = self._owner().session.run
+        return Path(run.sockets) if run is not None else None

@@ -1,0 +1,117 @@
+"""What a checkpoint holds beside tensors of the model: the manifest, common.pt, and each rank's random numbers."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from runtime.checkpoint import rng
+from runtime.checkpoint.manifest import CheckpointError, Manifest
+from runtime.checkpoint.parts import buffers_of, shapes_of
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+
+COMMON = "common.pt"
+
+Scalars = dict[int, dict[str, Any]]
+"""States of the optimizer that are not per element, by parameter group."""
+
+
+def rng_file(rank: int) -> str:
+    return f"rng-{rank}.pt"
+
+
+def own_files(engine: Engine) -> dict[str, bytes]:
+    """What every rank writes of its own."""
+    return {rng_file(engine.comm.rank): _bytes_of(rng.get_state(engine.registered.generators))}
+
+
+def shared_files(engine: Engine, scalars: Scalars, client_state: dict[str, Any]) -> dict[str, bytes]:
+    """What rank 0 writes for all. Raises CheckpointError for what could not be read back: a checkpoint like that is
+    worse than an error now."""
+    common = {
+        "scalars": scalars,
+        "lr": [float(group["lr"]) for group in engine.optimizer.param_groups],
+        "initial_lrs": engine.optimizer.initial_lrs,
+        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+        "loss_scale": engine.scaler.state_dict(),
+        "registered": {name: item.state_dict() for name, item in engine.registered.items()},
+        "client_state": client_state,
+    }
+    common = {name: _plain(value) for name, value in common.items()}
+    try:
+        content = _bytes_of(common)
+        torch.load(io.BytesIO(content), weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError):
+        for name, value in common.items():
+            _try_out(name, value)
+        raise
+    return {COMMON: content}
+
+
+def merged(by_rank: list[list[Scalars]]) -> Scalars:
+    """A rank knows the scalars of the parameter groups in its ranges; together they know all."""
+    found: Scalars = {}
+    for rules in by_rank:
+        for scalars in rules:
+            found |= scalars
+    return found
+
+
+def manifest_of(engine: Engine) -> Manifest:
+    return Manifest(
+        step=engine.global_steps,
+        optimizer_step=engine.optimizer_steps,
+        foreign_steps=engine.foreign_steps,
+        world_size=engine.comm.world_size,
+        stage=engine.policy.stage,
+        precision=engine.config.precision,
+        optimizer=engine.optimizer.kind,
+        groups=len(engine.optimizer.param_groups),
+        lr_factor=engine.lr_factor,
+        config_digest=engine.config.digest(),
+        shapes=shapes_of(engine),
+        buffers={name: list(buffer.shape) for name, buffer in buffers_of(engine).items()},
+        frozen=[
+            *(name for name, _ in engine.frozen),
+            *(slot.name for flat in engine.frozen_flats for slot in flat.layout.slots),
+        ],
+    )
+
+
+def _bytes_of(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars as Python numbers: losses are often averaged with numpy, and its types are not read back."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _try_out(name: str, value: Any) -> None:
+    try:
+        torch.load(io.BytesIO(_bytes_of(value)), weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{name} holds something that can't be read back ({_first_line(error)[:200]}); expected plain data "
+            "(numbers, strings, lists, dictionaries) and tensors"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    """Without what colours a terminal: torch sends it wherever its message goes."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()[0]

@@ -1,0 +1,80 @@
+"""Whether a checkpoint fits an engine: the first difference, in one sentence, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runtime.checkpoint.manifest import CheckpointError, Manifest, Wanted
+from runtime.checkpoint.parts import buffers_of, shapes_of
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
+
+Shapes = Mapping[str, list[int]]
+STRICT = "load_module_strict=False leaves what only one of them has as it is"
+
+
+def compare(engine: Engine, manifest: Manifest, path: Path, wanted: Wanted) -> None:
+    """What the manifest says: parameters and buffers with their shapes (dtypes may differ), the optimizer's type and
+    groups. Raises CheckpointError."""
+    _compare_shapes("parameter", shapes_of(engine), manifest.shapes, path, wanted.strict)
+    if manifest.buffers is not None:
+        ours = {name: list(buffer.shape) for name, buffer in buffers_of(engine).items()}
+        _compare_shapes("buffer", ours, manifest.buffers, path, wanted.strict)
+    if not wanted.optimizer:
+        return
+    if manifest.optimizer != engine.optimizer.kind:
+        raise CheckpointError(
+            f"checkpoint {path} was made with optimizer {manifest.optimizer}, the config says {engine.optimizer.kind}: "
+            f"set optimizer.type to {manifest.optimizer}"
+        )
+    if manifest.groups != len(engine.optimizer.param_groups):
+        raise CheckpointError(
+            f"checkpoint {path} has {manifest.groups} parameter groups, the optimizer has "
+            f"{len(engine.optimizer.param_groups)}: make the groups as they were"
+        )
+
+
+def _compare_shapes(what: str, ours: Shapes, theirs: Shapes, path: Path, strict: bool) -> None:
+    for name in [*ours, *(n for n in theirs if n not in ours)]:
+        if ours.get(name) == theirs.get(name) or not (strict or (name in ours and name in theirs)):
+            continue
+        have = f"has shape {ours[name]}" if name in ours else "does not exist"
+        want = f"has shape {theirs[name]}" if name in theirs else "does not exist"
+        hint = "" if name in ours and name in theirs else f" ({STRICT})"
+        raise CheckpointError(
+            f"checkpoint {path} does not fit the model: {what} {name} {want} in the checkpoint and {have} in the "
+            f"model{hint}"
+        )
+
+
+def compare_tensors(engine: Engine, manifest: Manifest, tensors: Mapping[str, Any], path: Path, wanted: Wanted) -> None:
+    """What is really there: each buffer with as many elements, each optimizer state that this engine's optimizer has.
+    tensors: torch's metadata of each, by name. Raises CheckpointError."""
+    for name, buffer in buffers_of(engine).items():
+        found = tensors.get(f"buffer.{name}")
+        if found is None and not wanted.strict:
+            continue
+        if found is None or found.size.numel() != buffer.numel():
+            there = "does not exist" if found is None else f"has {found.size.numel()} elements"
+            raise CheckpointError(
+                f"checkpoint {path} does not fit the model: buffer {name} {there} in the checkpoint and has shape "
+                f"{list(buffer.shape)} in the model" + (f" ({STRICT})" if found is None else "")
+            )
+    if not wanted.optimizer or manifest.optimizer_step == 0:
+        return
+    frozen_then = set(manifest.frozen)
+    for rule in engine.rules:
+        names = {group: rule.state_names(group) for group in {slot.group for slot in rule.flat.layout.slots}}
+        for slot in rule.flat.layout.slots:
+            if slot.name in frozen_then or slot.name not in manifest.shapes:
+                continue
+            for state in names[slot.group]:
+                if f"state.{state}.{slot.name}" not in tensors:
+                    raise CheckpointError(
+                        f"checkpoint {path} has no optimizer state {state} of {slot.name}, which {manifest.optimizer} "
+                        "has with optimizer.params as they are now: set them as they were, or load with "
+                        "load_optimizer_states=False"
+                    )

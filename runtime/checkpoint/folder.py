@@ -1,0 +1,195 @@
+"""A folder of checkpoints: which are complete, which is the newest, what stays, and the rename that completes one.
+(torch-free)
+
+    FOLDER/TAG/             complete
+    FOLDER/.TAG.partial/    being written, or left behind by a process that was killed
+    FOLDER/.TAG.pruned/     being deleted
+    FOLDER/.TAG.replaced/   where a file system can't exchange two names: the old one, until the new one has its name
+    FOLDER/latest           the tag of the newest complete checkpoint, for people and scripts
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
+from runtime.sizes import format_size
+
+LATEST = "latest"
+SPARE_BYTES = 16 << 20
+"""Left free on the disk, beyond what a checkpoint needs."""
+_LEFT_BEHIND = (".partial", ".pruned", ".replaced")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_AUTOMATIC = "step-"
+
+
+@dataclass(frozen=True, order=True)
+class Complete:
+    """A complete checkpoint; later ones are greater."""
+
+    number: int
+    step: int
+    path: Path
+
+
+def step_tag(step: int) -> str:
+    """The name of a step's checkpoint; names sort as steps do."""
+    return f"{_AUTOMATIC}{step:08d}"
+
+
+def complete(folder: Path) -> list[Complete]:
+    """Complete checkpoints with a readable manifest, the oldest first. Their files are not looked into."""
+    found = []
+    for path in _folders(folder):
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError:
+            continue
+        found.append(Complete(manifest.number, manifest.step, path))
+    return sorted(found)
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for path in paths:
+        if not path.name.startswith(".") and (path / MANIFEST).is_file():
+            yield path
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint in `folder` that was completed last; one being written, or without a readable manifest, does not
+    count."""
+    found = complete(folder)
+    return found[-1].path if found else None
+
+
+def next_number(folder: Path) -> int:
+    return 1 + max((found.number for found in complete(folder)), default=0)
+
+
+def missing_space(folder: Path, nbytes: int) -> str:
+    """Why `nbytes` more don't fit where `folder` is (or will be), in words; empty when they do."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        disk = os.statvfs(there)
+    except OSError as error:
+        return f"{there}: {error.strerror or error}"
+    free = disk.f_bavail * disk.f_frsize
+    if free >= nbytes + SPARE_BYTES:
+        return ""
+    return f"it needs {format_size(nbytes)} and {folder} has {format_size(free)} free"
+
+
+def sweep(folder: Path) -> None:
+    """What killed processes left behind goes, and a checkpoint that was being replaced comes back. Nobody may be
+    writing there."""
+    for path in folder.glob(".*"):
+        if path.suffix not in _LEFT_BEHIND:
+            continue
+        original = path.with_name(path.name[1 : -len(path.suffix)])
+        if path.suffix == ".replaced" and not original.exists():
+            path.rename(original)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def make_room(folder: Path, tag: str) -> Path:
+    """An empty FOLDER/.TAG.partial to write into, the folder swept."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    sweep(folder)
+    partial = partial_of(folder, tag)
+    partial.mkdir(mode=0o700)
+    return partial
+
+
+def partial_of(folder: Path, tag: str) -> Path:
+    return folder / f".{tag}.partial"
+
+
+def finish(folder: Path, tag: str) -> None:
+    """FOLDER/.TAG.partial, whose files are on disk, becomes FOLDER/TAG, and `latest` says so.
+
+    One with that name already is exchanged in one step: at no time is there none. `latest` is written afterwards: what
+    it names is complete at all times.
+    """
+    partial, final = partial_of(folder, tag), folder / tag
+    sync(partial)
+    if not final.exists():
+        partial.rename(final)
+    elif _exchange(partial, final):
+        sync(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        # Killed between the two renames, make_room() brings the old one back.
+        aside = folder / f".{tag}.replaced"
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+        partial.rename(final)
+        sync(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    sync(folder)
+    _write_latest(folder, tag)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (renameat2(2)). False where the file system or the system can't."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    done = libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    if done == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
+def _write_latest(folder: Path, tag: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{LATEST}.")
+    try:
+        with os.fdopen(handle, "w") as out:
+            out.write(tag + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, folder / LATEST)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync(folder)
+
+
+def prune(folder: Path, keep: int, keep_every: int = 0) -> list[Path]:
+    """Delete a run's step checkpoints but the `keep` newest and every `keep_every`-th one; returns what went."""
+    steps = [found for found in complete(folder) if found.path.name.startswith(_AUTOMATIC)]
+    gone = [
+        found.path
+        for found in steps[: max(0, len(steps) - keep)]
+        if not (keep_every and found.number and found.number % keep_every == 0)
+    ]
+    for path in gone:
+        doomed = path.with_name(f".{path.name}.pruned")
+        path.rename(doomed)  # from now on no reader takes it for complete
+        shutil.rmtree(doomed)
+    return gone
+
+
+def sync(path: Path) -> None:
+    """To the disk: a file's content, or a folder's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

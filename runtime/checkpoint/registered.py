@@ -1,0 +1,68 @@
+"""What a script gives to `engine.register_state()`, and where a loaded checkpoint's states for it wait."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Mapping
+from typing import Any
+
+from runtime.checkpoint import rng
+from runtime.checkpoint.manifest import CheckpointError
+
+RESERVED = "zerotop:"
+"""Begins the names of what the engine registers itself."""
+DATA = RESERVED + "data"
+"""The loader that initialize() returns."""
+
+
+class Registered:
+    """Objects with a state_dict(), of which rank 0's state is saved; and random number generators, of which every
+    rank's is."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, Any] = {}
+        self.generators: dict[str, rng.Generator] = {}
+        self._states: dict[str, Any] = {}
+        self._generator_states: dict[str, Any] = {}
+        """Of the loaded checkpoint, until the name is registered."""
+
+    def items(self) -> ItemsView[str, Any]:
+        """The objects."""
+        return self._objects.items()
+
+    def add(self, name: str, item: Any) -> None:
+        """Also restores it where a checkpoint waits with its state. Raises TypeError for what has no state that could
+        be saved, CheckpointError where a generator is of another kind than the checkpoint's."""
+        if rng.is_generator(item):
+            self._objects.pop(name, None)
+            self.generators[name] = item
+        elif hasattr(item, "state_dict") and hasattr(item, "load_state_dict"):
+            self.generators.pop(name, None)
+            self._objects[name] = item
+        else:
+            raise TypeError(
+                f"register_state({name}=...): expected state_dict() and load_state_dict(), or a random number "
+                f"generator of torch, numpy or Python; {type(item).__name__} is neither"
+            )
+        self._restore(name)
+
+    def restore(self, states: Mapping[str, Any], generator_states: Mapping[str, Any]) -> None:
+        """States of a checkpoint: for what is registered now, and for what will be."""
+        self._states, self._generator_states = dict(states), dict(generator_states)
+        for name in (*self._objects, *self.generators):
+            self._restore(name)
+
+    def _restore(self, name: str) -> None:
+        if name in self.generators and name in self._generator_states:
+            try:
+                rng.restore(self.generators[name], self._generator_states.pop(name))
+            except ValueError as error:
+                raise CheckpointError(f"register_state({name}=...): {error}") from None
+        elif name in self._objects and name in self._states:
+            self._objects[name].load_state_dict(self._states.pop(name))
+
+
+def checked(name: str) -> str:
+    """A name that a script chose. Raises ValueError for one that is the engine's."""
+    if name.startswith(RESERVED):
+        raise ValueError(f"register_state({name}=...): names that begin with {RESERVED!r} are the engine's own")
+    return name

@@ -1,0 +1,147 @@
+"""The faults. Each strikes, and says what must follow: a restart, an end after which the run is resumed, or nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from runtime.checkpoint.folder import complete
+from tests.faults.chaos.checks import Checkpoints
+from tests.faults.chaos.disk import Disk
+from tests.faults.chaos.run import Run, Screen, inside_a_write
+
+Follows = Literal["restart", "end", "nothing"]
+KILL, STOP, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM
+
+
+@dataclass
+class Scene:
+    """What a fault can reach."""
+
+    run: Run
+    checkpoints: Checkpoints
+    disk: Disk
+    chance: random.Random
+
+
+@dataclass(frozen=True)
+class Struck:
+    """What was done, in words, and what must follow. undo: at the end of what the fault lasts."""
+
+    what: str
+    follows: Follows
+    undo: Callable[[], None] | None = None
+    damages: bool = False
+    """The newest checkpoint is not sound any more."""
+
+
+def rank(scene: Scene) -> Struck:
+    number = scene.chance.choice((KILL, KILL, TERM, STOP))
+    victim, process = scene.chance.choice(sorted(scene.run.ranks().items()))
+    where = _moment(scene)
+    return _signal(process, number, f"rank {victim}", where, "restart")
+
+
+def torchrun(scene: Scene) -> Struck:
+    number, process = scene.chance.choice((KILL, TERM)), scene.run.torchrun()
+    return _signal(process, number, "torchrun", _moment(scene), "restart")
+
+
+def supervisor(scene: Scene) -> Struck:
+    number, process = scene.chance.choice((KILL, TERM, STOP)), scene.run.supervisor()
+    where = _moment(scene)
+    if number == STOP:
+        process.send_signal(STOP)
+        return Struck(
+            f"SIGSTOP of the supervisor {where}, for a while", "nothing", lambda: process.send_signal(signal.SIGCONT)
+        )
+    return _signal(process, number, "the supervisor", where, "end")
+
+
+def writer(scene: Scene) -> Struck:
+    number = scene.chance.choice((KILL, KILL, STOP, TERM))
+    scene.run.until(lambda: len(scene.run.writers()) == scene.run.nproc, "writer processes")
+    where = _moment(scene)
+    return _signal(scene.chance.choice(scene.run.writers()), number, "a writer", where, "nothing")
+
+
+def screen(scene: Scene) -> Struck:
+    number, shown = scene.chance.choice((KILL, STOP, TERM)), Screen(scene.run)
+    shown.process.send_signal(number)
+    return Struck(f"{number.name} of a screen", "nothing", shown.close)
+
+
+def disk_full(scene: Scene) -> Struck:
+    """Before a checkpoint begins (it is seen), or while it is being written (it fails)."""
+    where = _moment(scene)
+    scene.disk.fill()
+    return Struck(f"disk full {where}", "nothing", scene.disk.empty)
+
+
+def read_only(scene: Scene) -> Struck:
+    where = _moment(scene)
+    scene.disk.forbid()
+    return Struck(f"read-only {where}", "nothing", scene.disk.allow)
+
+
+def damage(scene: Scene) -> Struck:
+    """The newest checkpoint is cut short or changed, then a rank is killed: it must not be read."""
+    newest = complete(scene.checkpoints.folder)[-1].path
+    file = scene.chance.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
+    cut = scene.chance.random() < 0.5
+    scene.checkpoints.damage(newest)
+    if cut:
+        os.truncate(file, scene.chance.randrange(file.stat().st_size))
+    else:
+        _flip(file, scene.chance)
+    process = scene.run.ranks()[0]
+    process.send_signal(KILL)
+    name = f"{newest.name}/{file.relative_to(newest)}"
+    return Struck(f"{name} {'cut short' if cut else 'one bit flipped'}, and SIGKILL of rank 0", "restart", damages=True)
+
+
+FAULTS: list[tuple[int, Callable[[Scene], Struck]]] = [
+    (6, rank), (2, torchrun), (4, supervisor), (4, writer), (1, screen), (2, disk_full), (1, read_only), (3, damage),
+]  # fmt: skip
+"""With their weights."""
+
+
+def strike(scene: Scene) -> Struck:
+    (act,) = scene.chance.choices([fault for _, fault in FAULTS], [weight for weight, _ in FAULTS])
+    return act(scene)
+
+
+def _signal(process: psutil.Process, number: signal.Signals, whose: str, where: str, follows: Follows) -> Struck:
+    process.send_signal(number)
+    return Struck(f"{number.name} of {whose} {where}", follows)
+
+
+def _moment(scene: Scene) -> str:
+    """Wait for one, and say which it is."""
+    kind = scene.chance.choice(("training", "write", "rename"))
+    if kind != "training" and inside_a_write(scene.run, scene.chance, rename=kind == "rename"):
+        return f"inside a checkpoint's {kind}"
+    time.sleep(scene.chance.uniform(0, 0.3))
+    return "while it trains"
+
+
+def _flip(file: Path, chance: random.Random) -> None:
+    """One bit, anywhere; not white space of JSON, which means nothing."""
+    with file.open("r+b") as out:
+        size = file.stat().st_size
+        while True:
+            at = chance.randrange(size)
+            out.seek(at)
+            (byte,) = out.read(1)
+            if not chr(byte).isspace():
+                break
+        out.seek(at)
+        out.write(bytes([byte ^ (1 << chance.randrange(8))]))

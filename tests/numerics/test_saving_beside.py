@@ -1,0 +1,291 @@
+"""Checkpoints that are written beside training hold the moment at which they were begun, whatever training does
+meanwhile; and what goes wrong with a writer process is every rank's error and no end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.numerics.test_checkpoint import advance, engine_for, parameters
+from tests.numerics.test_offload import offloaded
+from tests.numerics.test_parity import config
+
+STEPS = 3
+
+
+def contents(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    reader = FileSystemReader(path)
+    known: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(item.size, dtype=item.properties.dtype) for name, item in known.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def save_both_ways(folder: str, settings: dict[str, Any], kind: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """One checkpoint while training waits, and one beside it, of the same step; training goes on at once."""
+    engine = engine_for(settings, kind)
+    advance(engine, 0, STEPS)
+    engine.save_checkpoint(folder, "waited")
+    engine.save_checkpoint(folder, "beside", wait=False)
+    advance(engine, STEPS, 2 * STEPS)
+    engine.wait_for_checkpoint()
+    return parameters(engine), sorted(path.name for path in Path(folder).iterdir())
+
+
+CASES = [
+    (1, config(0, 1, clip=0.0), "plain"),
+    (2, config(1, 1, clip=0.0, optimizer="RMSprop"), "frozen"),
+    (2, config(2, 2, clip=0.5, precision="bf16"), "tied"),
+    (2, config(3, 1, clip=0.0), "plain"),
+    (1, offloaded(config(0, 1, clip=0.0)), "plain"),
+    (2, offloaded(config(2, 1, clip=0.5, precision="bf16")), "plain"),
+    (2, offloaded(config(3, 2, clip=0.0)), "frozen"),
+]
+
+
+@pytest.mark.parametrize(("world", "settings", "kind"), CASES)
+def test_a_checkpoint_holds_the_moment_at_which_it_was_begun(ranks, tmp_path, world, settings, kind):
+    saved = ranks(world).run(save_both_ways, str(tmp_path), settings, kind)
+    whole = ranks(world).run(train_through, settings, kind)
+    for (ours, names), unbroken in zip(saved, whole, strict=True):
+        assert names == ["beside", "latest", "waited"]
+        assert all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
+    waited, beside = contents(tmp_path / "waited"), contents(tmp_path / "beside")
+    assert waited.keys() == beside.keys() and any(name.startswith("state.") for name in waited)
+    for name in waited:
+        assert torch.equal(waited[name], beside[name]), name
+    assert (tmp_path / "latest").read_text() == "beside\n"
+
+
+def train_through(settings: dict[str, Any], kind: str) -> dict[str, torch.Tensor]:
+    engine = engine_for(settings, kind)
+    advance(engine, 0, 2 * STEPS)
+    return parameters(engine)
+
+
+class Wide(nn.Module):
+    """One parameter that fills more than one slot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(3000, 3000, bias=False)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[0](x).square().mean()
+
+
+def save_wide(folder: str) -> int:
+    from runtime.api import initialize
+    from runtime.checkpoint.snapshot import SLOT_BYTES
+
+    torch.manual_seed(0)
+    engine = initialize(model=Wide(), config=offloaded(config(2, 1, clip=0.0)))[0]
+    for step in range(4):
+        if step == 2:
+            engine.save_checkpoint(folder, "waited")
+            engine.save_checkpoint(folder, "beside", wait=False)
+        engine.backward(engine(torch.ones(1, 3000)))
+        engine.step()
+    engine.wait_for_checkpoint()
+    return SLOT_BYTES
+
+
+def test_large_states_go_through_the_slots_in_pieces(ranks, tmp_path):
+    (slot_bytes,) = set(ranks(1).run(save_wide, str(tmp_path)))
+    waited, beside = contents(tmp_path / "waited"), contents(tmp_path / "beside")
+    assert max(tensor.nbytes for tensor in waited.values()) > slot_bytes
+    assert all(torch.equal(waited[name], beside[name]) for name in waited)
+
+
+def lose_a_writer(folder: str, number: int) -> list[str]:
+    """Rank 1's writer is killed, or stopped, before it has written; then a save goes well, with new writers."""
+    from runtime.checkpoint import CheckpointError, process
+
+    process.PATIENCE_S = 2 * process.ALIVE_S
+    engine = engine_for(config(2, 1, clip=0.0))
+    advance(engine, 0, 1)
+    engine.save_checkpoint(folder, "first", wait=False)
+    engine.wait_for_checkpoint()
+    engine.save_checkpoint(folder, "second", wait=False)
+    lost = engine.saver._writer
+    if dist.get_rank() == 1:
+        os.kill(lost.pid, number)
+    seen = []
+    try:
+        engine.wait_for_checkpoint()
+    except CheckpointError as error:
+        seen.append(str(error))
+    seen += sorted(path.name for path in Path(folder).iterdir())
+    advance(engine, 1, 2)
+    engine.save_checkpoint(folder, "third", wait=False)
+    engine.wait_for_checkpoint()
+    engine.saver.close()
+    return seen
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_writer_loses_one_checkpoint_and_nothing_else(ranks, tmp_path, number):
+    for seen in ranks(2).run(lose_a_writer, str(tmp_path), number):
+        if seen[0] == "first":  # it was faster than the signal
+            assert seen == ["first", "latest", "second"]
+            continue
+        words = "does not answer" if number == signal.SIGSTOP else "its writer process ended"
+        assert words in seen[0] and [name for name in seen[1:] if not name.startswith(".")] == ["first", "latest"]
+    assert sorted(contents(tmp_path / "third")) == sorted(contents(tmp_path / "first"))
+    assert (tmp_path / "latest").read_text() == "third\n"
+    assert not list(tmp_path.glob(".*"))
+
+
+def refuse_at_first(folder: str) -> tuple[str, int, list[str]]:
+    from runtime.checkpoint import CheckpointError, background
+
+    engine = engine_for(config(2, 1, clip=0.0))
+    advance(engine, 0, 1)
+    real = background.folders.missing_space
+    background.folders.missing_space = lambda *given: f"it needs {given[1]} bytes"
+    try:
+        engine.save_checkpoint(folder, wait=False)
+        problem = ""
+    except CheckpointError as error:
+        problem = str(error)
+    finally:
+        background.folders.missing_space = real
+    advance(engine, 1, 2)
+    engine.save_checkpoint(folder, wait=False)
+    engine.wait_for_checkpoint()
+    return problem, engine.global_steps, sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_a_full_disk_is_said_before_anything_is_written(ranks, tmp_path):
+    for problem, steps, names in ranks(2).run(refuse_at_first, str(tmp_path)):
+        assert "step-00000001: rank 0: it needs" in problem
+        assert (steps, names) == (2, ["latest", "step-00000002"])
+
+
+def unsavable(folder: str) -> str:
+    from runtime.checkpoint import CheckpointError
+
+    engine = engine_for(config(1, 1, clip=0.0))
+    advance(engine, 0, 1)
+    try:
+        engine.save_checkpoint(folder, client_state={"it": object()}, wait=False)
+        engine.wait_for_checkpoint()
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_what_cannot_be_read_back_is_every_ranks_error(ranks, tmp_path):
+    for message in ranks(2).run(unsavable, str(tmp_path)):
+        assert "client_state holds something that can't be read back" in message
+    assert not [path for path in tmp_path.iterdir() if path.name != "latest"]
+
+
+def resume_over_damage(folder: str, damaged: list[str]) -> tuple[list[str], str | None, int]:
+    """What each damaged checkpoint's own error is, and what a resume takes."""
+    from runtime.checkpoint import CheckpointError
+
+    engine = engine_for(config(2, 1, clip=0.0))
+    errors = []
+    for tag in damaged:
+        try:
+            engine.load_checkpoint(folder, tag)
+            errors.append("")
+        except CheckpointError as error:
+            errors.append(str(error))
+    engine.steering.folder, engine.steering.session.resume = Path(folder), True
+    path = engine.steering.resume()
+    return errors, path.name if path else None, engine.global_steps
+
+
+def save_steps(folder: str, steps: int) -> None:
+    engine = engine_for(config(2, 1, clip=0.0))
+    for step in range(steps):
+        advance(engine, step, step + 1)
+        engine.save_checkpoint(folder)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_damaged_checkpoints_are_refused_and_the_one_before_is_taken(ranks, tmp_path):
+    ranks(2).run(save_steps, str(tmp_path), 6)
+    flip(tmp_path / "step-00000006" / "__1_0.distcp")
+    file = tmp_path / "step-00000005" / "__0_0.distcp"
+    os.truncate(file, file.stat().st_size - 1)
+    (tmp_path / "step-00000004" / "rng-1.pt").unlink()
+    flip(tmp_path / "step-00000003" / "manifest.json")
+    flip(tmp_path / "step-00000002" / "common.pt")
+    tags = [f"step-0000000{step}" for step in (6, 5, 4, 3, 2)]
+    words = ["__1_0.distcp is not what was written", "__0_0.distcp has", "rng-1.pt is missing", "manifest.json",
+             "common.pt is not what was written"]  # fmt: skip
+    for errors, taken, step in ranks(2).run(resume_over_damage, str(tmp_path), tags):
+        for error, expected in zip(errors, words, strict=True):
+            assert expected in error
+        assert (taken, step) == ("step-00000001", 1)
+
+
+def by_the_clock(folder: str) -> tuple[list[str], list[str]]:
+    """With an interval in minutes that is over at every step, and one that never is."""
+    engine = engine_for(config(2, 1, clip=0.0))
+    engine.steering.folder = Path(folder)
+    seen = []
+    for minutes in (1e5, 1e-7):
+        engine.steering.knobs.update(checkpoint_interval=0, checkpoint_minutes=minutes, checkpoints_kept=2)
+        advance(engine, engine.global_steps, engine.global_steps + 3)
+        engine.saver.settle()
+        seen.append(sorted(path.name for path in Path(folder).glob("step-*")))
+    return seen[0], seen[1]
+
+
+def test_an_interval_in_minutes(ranks, tmp_path):
+    for never, always in ranks(2).run(by_the_clock, str(tmp_path)):
+        assert never == [] and always == ["step-00000005", "step-00000006"]
+
+
+def put_off(folder: str) -> tuple[list[str], int, list[str]]:
+    """The disk does not keep up: rank 0's writer is stopped for a while."""
+    from runtime import steer
+
+    engine = engine_for(config(2, 1, clip=0.0))
+    engine.steering.folder = Path(folder)
+    engine.steering.knobs.update(checkpoint_interval=2, checkpoints_kept=5)
+    heard: list[str] = []
+    engine.steering.link.event = lambda what, text, **more: heard.append(text)
+    advance(engine, 0, 2)
+    engine.saver.settle()
+    writer = engine.saver._writer
+    if dist.get_rank() == 0:
+        os.kill(writer.pid, signal.SIGSTOP)
+    steer.WAIT_S = 0.05
+    advance(engine, 2, 7)  # begun at step 4; due at step 6, when it is not done
+    reached = engine.global_steps
+    if dist.get_rank() == 0:
+        os.kill(writer.pid, signal.SIGCONT)
+    engine.saver.settle()
+    advance(engine, 7, 9)  # the one that was put off comes first
+    engine.saver.settle()
+    return heard, reached, sorted(path.name for path in Path(folder).glob("step-*"))
+
+
+def test_a_slow_disk_puts_checkpoints_off_and_training_goes_on(ranks, tmp_path):
+    (heard, reached, names), _ = ranks(2).run(put_off, str(tmp_path))
+    assert reached == 7
+    assert sum("the checkpoint of step 6 is put off" in text for text in heard) == 1
+    assert names == ["step-00000002", "step-00000004", "step-00000008"]
