@@ -7,6 +7,7 @@ files. Without it, the arguments say it all and output stays on the terminal.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import logging
 import os
 import runpy
@@ -19,6 +20,8 @@ from runtime.telemetry import die_with_parent, register_stacks, stopsignal
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE
 
 ERROR_LINES = 40
+TRACEBACK_LINES = 6
+"""Of a traceback, kept in front of an explanation however long that is."""
 LAST_CHECKPOINT_S = 5.0
 
 
@@ -33,6 +36,8 @@ def main() -> int:
         logs.mkdir(parents=True, exist_ok=True)
         _redirect_output(logs, rank)
         register_stacks(logs, rank)
+    # Before what follows can crash: the Python stack of a SIGSEGV, SIGBUS, SIGABRT, SIGFPE or SIGILL goes to the log.
+    faulthandler.enable(file=sys.stderr, all_threads=True)
     logging.basicConfig(
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stdout
     )
@@ -114,14 +119,36 @@ def _failed(error: BaseException) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _goodbye("failed", str(error), fatal=True)
         return 2
-    traceback.print_exc()
+    memory = _explained(error)  # first: it lets go of what the failed step holds, so that there is memory to go on with
+    traceback.print_exception(error)
     lines = "".join(traceback.format_exception(error)).splitlines()
-    _goodbye("failed", "\n".join(lines[-ERROR_LINES:]), fatal=isinstance(error, TrainingError))
+    if memory is None:
+        _goodbye("failed", "\n".join(lines[-ERROR_LINES:]), fatal=isinstance(error, TrainingError))
+        return 1
+    told, reason = memory
+    said = ["", *told, f"error: {reason}"]  # as a refused config is told: what reads the log's end finds the reason so
+    print(*said, sep="\n", file=sys.stderr, flush=True)
+    lines = [*lines[-max(TRACEBACK_LINES, ERROR_LINES - len(said)) :], *said]
+    _goodbye("failed", "\n".join(lines), fatal=True)
     return 1
 
 
+def _explained(error: BaseException) -> tuple[tuple[str, ...], str] | None:
+    """What runtime/outofmemory.py says about an error that is about memory: some lines, and the reason in one."""
+    if "torch" not in sys.modules:
+        return None
+    try:
+        from runtime import outofmemory, setup
+
+        found = outofmemory.explain(error, setup.current_session())
+    except Exception as problem:  # even the import can fail when nothing is left; the traceback matters more
+        print(f"what held the memory can't be told: {type(problem).__name__}: {problem}", file=sys.stderr)
+        return None
+    return (found.lines, found.reason) if found is not None else None
+
+
 def _goodbye(outcome: str, error: str, fatal: bool = False) -> None:
-    """Tell the hub, if this rank got far enough to know it."""
+    """Tell the hub, if this rank got far enough to know it. fatal: another attempt would end the same way."""
     from runtime.setup import current_session
 
     session = current_session()

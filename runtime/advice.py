@@ -12,6 +12,8 @@ from runtime.sizes import format_size
 MOST_GPUS = 4096
 _NOTABLE = 0.01
 """Differences below this share (padding, mostly) are not worth a sentence."""
+_LARGE_COPY = 1 << 30
+"""Smaller ones fit anywhere."""
 _TIGHT = 0.92
 """Above this share of the VRAM an estimate that is a little off decides whether it fits."""
 
@@ -26,9 +28,24 @@ def advise(
     """Sentences about what `plan(workload)` returned; `chosen` is the layout that the user means to run."""
     lines = [*_costs(workload, layouts), *_small_states(layouts, workload.micro_batch), *_traffic(workload, layouts)]
     lines += _offload(workload, layouts, chosen, host_ram_bytes)
+    lines += _snapshot(workload, chosen)
     if vram_bytes is not None:
         lines += _fits(workload, layouts, chosen, vram_bytes, host_ram_bytes)
     return lines
+
+
+def _snapshot(workload: Workload, chosen: Layout | None) -> Iterator[str]:
+    """What checkpoints take beside training: each rank copies its own range of the states that are on a GPU. States
+    that offload keeps on the host are not copied."""
+    if chosen is not None and chosen.offload:
+        return
+    nbytes = (4 + 4 * workload.moments) * workload.parameters
+    if nbytes >= _LARGE_COPY:
+        yield (
+            f"Checkpoints: all ranks together copy {format_size(nbytes)} of states to host memory, and a process "
+            "writes that beside training; where the host has no room for it they are read piece by piece, and a step "
+            "may wait."
+        )
 
 
 def _costs(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
@@ -163,7 +180,7 @@ def smallest_change(workload: Workload, wanted: Layout, fits: Callable[[Layout],
     for option in higher:
         if fits(stage_layout(workload, option, wanted.offload)):
             return f"stage {option}{' + offload' if wanted.offload else ''}"
-    smaller = _smaller_micro_batches(workload)
+    smaller = smaller_micro_batches(workload)
     kept_stages = dict.fromkeys((stage, *higher))
     for one in smaller:
         for option in kept_stages:
@@ -190,7 +207,7 @@ def smallest_change(workload: Workload, wanted: Layout, fits: Callable[[Layout],
     return None
 
 
-def _smaller_micro_batches(workload: Workload) -> list[Workload]:
+def smaller_micro_batches(workload: Workload) -> list[Workload]:
     """The same global batch in smaller micro-batches, largest first."""
     product = workload.micro_batch * workload.accumulation
     sizes = [size for size in range(workload.micro_batch - 1, 0, -1) if product % size == 0]

@@ -21,10 +21,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from runtime import checkpoint
 from runtime.answers import Answers
 from runtime.checkpoint.background import Background
-from runtime.checkpoint.registered import Registered, checked
+from runtime.checkpoint.calls import CheckpointCalls
+from runtime.checkpoint.registered import Registered
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
@@ -68,7 +68,7 @@ def release(module: nn.Module) -> None:
         engine._detach()
 
 
-class Engine(Answers):
+class Engine(Answers, CheckpointCalls):
     """One rank's part of a training run. Made by `initialize`."""
 
     def __init__(
@@ -349,120 +349,13 @@ class Engine(Answers):
         finally:
             self._syncing = True
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        wait: bool = True,
-    ) -> bool:
-        """Write SAVE_DIR/TAG (default tag: step-NNNNNNNN); every rank must call it. client_state: plain data and
-        tensors. save_latest: accepted and not needed: SAVE_DIR/latest names the newest complete one at all times.
-        wait=False: returns when a copy is made, and a process of low priority writes it; `wait_for_checkpoint()` waits
-        for that, and so does the next save.
-
-        Raises CheckpointError on every rank if any could not write, or in the middle of an accumulation, whose
-        gradients a checkpoint does not hold.
-        """
-        if self._losses:
-            raise checkpoint.CheckpointError(
-                "save_checkpoint() in the middle of an accumulation would lose its gradients: call it "
-                "after the step() at "
-                "which is_gradient_accumulation_boundary() was true"
-            )
-        if client_state is not None:
-            self.client_state = client_state
-        with self.telemetry.span("checkpoint"):
-            tag = str(tag or checkpoint.step_tag(self.global_steps))
-            if wait:
-                self.saver.settle()
-                self.last_checkpoint = checkpoint.save(self, Path(save_dir), tag, self.client_state)
-            else:
-                self.wait_for_checkpoint()
-                self.last_checkpoint = self.saver.begin(Path(save_dir), tag, self.client_state)
-        return True
-
-    def wait_for_checkpoint(self) -> None:
-        """Returns when what `save_checkpoint(..., wait=False)` began is complete; every rank must call it. Raises
-        CheckpointError on every rank if any could not write."""
-        if problem := self.saver.settle():
-            raise checkpoint.CheckpointError(problem)
-
-    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
-        """Rank 0 writes the module's state_dict, as it computes, to SAVE_DIR/SAVE_FILENAME; every rank must call it."""
-        path = Path(save_dir) / save_filename
-        with self.whole.without_values(needed=self.comm.rank == 0):
-            state = self.module.state_dict()  # collective at stage 3
-
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, path)
-
-        checkpoint.on_rank_0(self.comm, f"write {path}", write)
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str | Path,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-    ) -> tuple[str | None, dict[str, Any]]:
-        """Load LOAD_DIR/TAG, or the newest complete checkpoint in LOAD_DIR. Returns (its path, client_state), or (None,
-        {}) when there is none.
-
-        load_module_strict=False: parameters and buffers that only the model or only the checkpoint has are left alone.
-        load_optimizer_states=False: the optimizer's states and learning rates stay as they are;
-        load_lr_scheduler_states=False: the scheduler does. load_module_only: parameters and buffers and nothing else,
-        no step counts either.
-        """
-        path = Path(load_dir) / str(tag) if tag is not None else checkpoint.newest(Path(load_dir))
-        path = self.comm.broadcast_object(path)
-        if path is None:
-            return None, {}
-        self.resume_from(
-            path,
-            checkpoint.Wanted(
-                strict=load_module_strict,
-                optimizer=load_optimizer_states and not load_module_only,
-                scheduler=load_lr_scheduler_states and not load_module_only,
-                progress=not load_module_only,
-            ),
-        )
-        return str(path), self.client_state
-
-    def resume_from(self, path: Path, wanted: checkpoint.Wanted = checkpoint.EVERYTHING) -> None:
-        """Load the checkpoint at `path`; objects that are registered later get their states then."""
-        self._refuse_after_failure()
-        loaded = checkpoint.load(self, path, wanted)
-        self.client_state = loaded.client_state
-        self.last_checkpoint = path
-        self.steering.forget_saved()
-        if wanted.progress:
-            self._drop_accumulated()
-        self.registered.restore(loaded.registered, loaded.generators)
-
+    # ---- the rest ------------------------------------------------------------------------------------------
     def _drop_accumulated(self) -> None:
         """Checkpoints are of boundaries: an accumulation that one interrupts begins anew."""
         if self._downlink is not None:
             self._downlink.drain()
         self.schedule.clear()
         self._loss_sum, self._losses, self._tokens, self._backwards = 0.0, 0, 0, 0
-
-    def register_state(self, **items: Any) -> None:
-        """What checkpoints shall include, also keyboard ones: objects with state_dict() and load_state_dict() (a
-        sampler, a metric), which are taken for equal on all ranks; and generators of random numbers (torch.Generator,
-        numpy's Generator and RandomState, random.Random), of which each rank's is kept. In a larger world, a rank that
-        is new leaves a generator as it is, unless all ranks that saved (two or more) had it in the same state.
-
-        Where a checkpoint has been loaded that holds them (under --resume: by initialize()), they are restored here.
-        The loader that initialize() returns needs no registering."""
-        for name, item in items.items():
-            self.registered.add(checked(name), item)
 
     if not TYPE_CHECKING:  # which would take every slip for an attribute of the module
 

@@ -1,7 +1,7 @@
 """What a step takes beyond the states, estimated from a GPT's shape; and shapes guessed from a parameter count.
 
-Torch-free. The figures are for the built-in GPT (no dropout, no activation checkpointing, fused attention); other
-transformers of the same shape differ by some ten per cent.
+Torch-free. The figures are for the built-in GPT (no dropout, fused attention); other transformers of the same shape
+differ by some ten per cent.
 """
 
 from __future__ import annotations
@@ -33,17 +33,26 @@ _SHAPES = (
 _SHAPES_LARGE = ((96, 12288), (118, 16384))
 
 
-def activation_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int) -> int:
+def activation_bytes(
+    config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int, segments: int | None = None
+) -> int:
     """What autograd keeps from forward to backward, without the logits, plus one layer's worth for what backward holds.
 
     Per token and layer 16 * dim elements: 2 norm inputs, 2 norm outputs, q, k, v, attention's output, and 8 around the
     activation function (attention's output twice on a CPU, whose kernel leaves it in another order); and in fp32 two
     numbers per norm and one per head. A test compares this with what autograd really saves.
+
+    segments: with activation checkpointing, the groups of layers of which only the input is kept; backward computes the
+    layers of one group again. None: everything is kept.
     """
     tokens = micro_batch * seq_len
     layer = 16 * config.dim * element_bytes + 4 * (2 * 2 + config.heads)
     ends = 2 * config.dim * element_bytes + 4 * 2 + 2 * 8
-    return tokens * ((config.layers + 1) * layer + ends)
+    if segments is None:
+        return tokens * ((config.layers + 1) * layer + ends)
+    size = -(-config.layers // min(segments, config.layers))
+    inputs = -(-config.layers // size) * config.dim * element_bytes
+    return tokens * ((size + 1) * layer + inputs + ends)
 
 
 def logits_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int) -> int:

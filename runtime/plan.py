@@ -40,7 +40,8 @@ class Workload:
 
     name: str
     units: tuple[tuple[str, int], ...]
-    shape: GPTConfig
+    shape: GPTConfig | None
+    """None: a model of the user's own, whose activations and logits are not known and count as nothing."""
     world_size: int
     precision: str = "bf16"
     grad_accum_dtype: str = "fp32"
@@ -57,6 +58,8 @@ class Workload:
     offload_parameters: bool = False
     """Whether at stage 3 offload moves the parameters, too."""
     pin_memory: bool = True
+    segments: int | None = None
+    """Groups of layers whose activations backward computes again. None: all activations are kept."""
     shape_guessed: bool = False
 
     def __post_init__(self) -> None:
@@ -212,12 +215,12 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False) -> Layou
 
 def _unshared(workload: Workload) -> dict[str, int]:
     """What no stage changes."""
-    element = ELEMENT_BYTES[workload.precision]
-    return {
-        "activations": activation_bytes(workload.shape, workload.micro_batch, workload.seq_len, element),
-        "logits": logits_bytes(workload.shape, workload.micro_batch, workload.seq_len, element),
-        "context": context_bytes(workload.world_size),
-    }
+    element, shape, batch = ELEMENT_BYTES[workload.precision], workload.shape, workload.micro_batch
+    activations = logits = 0
+    if shape is not None:
+        activations = activation_bytes(shape, batch, workload.seq_len, element, workload.segments)
+        logits = logits_bytes(shape, batch, workload.seq_len, element)
+    return {"activations": activations, "logits": logits, "context": context_bytes(workload.world_size)}
 
 
 def offloaded_ranges(workload: Workload, stage: int) -> dict[str, int]:

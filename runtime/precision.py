@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
+
 from runtime.config import Fp16Config, Resolved
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FACTOR = 2.0
 """What a dynamic scale is multiplied or divided by."""
 

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from runtime import outofmemory
 from runtime.comm import Comm
 from runtime.config import ConfigError, Resolved
 from runtime.memory import Ledger
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.rules import Rule
 from runtime.placing import Placing, Size, place, transfers_for
+from runtime.precision import DTYPES
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.wire.messages import Hello
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, RunFile, boot_id, read_run
@@ -38,7 +40,6 @@ log = logging.getLogger("runtime.setup")
 TRAINABLE = (torch.float32, torch.bfloat16)
 ARENA_SLACK = 1 << 28
 """Bytes: shared memory is reserved, not used, and every buffer starts on a page."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -175,6 +176,7 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
         cuts = cut(module, patterns, config.persistence_threshold)
     except UnitError as error:
         raise ConfigError(str(error)) from None
+    outofmemory.remember(module, config, comm.device, ledger, cuts)
     parts = Assembly(policy_for(config.stage, config.zerotop.accumulate == "local"), _numbers(config, comm.world_size))
     if comm.world_size > 1:
         comm.share_memory(16 * sum(p.numel() for p in module.parameters()) + ARENA_SLACK)

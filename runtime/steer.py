@@ -210,23 +210,14 @@ class Steering:
         """Under --resume: load the newest complete checkpoint of the run that is sound. Returns it."""
         if not self.session.resume or self.folder is None:
             return None
-        found = [entry.path for entry in checkpoint.complete(self.folder)]
-        for path in reversed(self.engine.comm.broadcast_object(found)):
-            try:
-                self.engine.resume_from(path)
-            except checkpoint.Damaged as error:
-                self._tell_damaged(str(error))
-                continue
+        path = self.engine.resume_newest(self.folder, tell=self._tell_damaged)
+        if path is not None:
             self.knobs["lr_factor"] = self.engine.lr_factor
             self._begun_step, self._saved_path = self.engine.global_steps, path
-            return path
-        return None
+        return path
 
     def _tell_damaged(self, problem: str) -> None:
-        if self.engine.comm.rank == 0:
-            text = f"{problem}: going on from the one before it"
-            self.link.event("checkpoint", text, severity="error")
-            log.error(text)
+        self.link.event("checkpoint", problem, severity="error")
 
     def forget_saved(self) -> None:
         """The engine's state is no longer that of the newest checkpoint of this step."""

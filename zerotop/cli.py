@@ -23,6 +23,7 @@ COMMANDS = {
     "abort": ("control", "end the run at once, without a checkpoint"),
     "stacks": ("control", "show where every rank stands, also in a run that is stuck"),
     "plan": ("plan", "say what each ZeRO stage would cost in memory and traffic"),
+    "export": ("export", "write a checkpoint as Hugging Face safetensors"),
     "doctor": ("doctor", "check this machine and say how to mend what is missing"),
     "resolve": ("resolve", ""),
 }

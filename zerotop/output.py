@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -94,3 +95,10 @@ def time_text(wall_s: float | None) -> str:
         return ""
     text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(wall_s))
     return f"{text[:-2]}:{text[-2:]}"
+
+
+def with_exit_code(reason: str, code: int | None) -> str:
+    """Why something failed, with its exit code unless the reason names that, or the signal, already."""
+    if code is None or code == 0 or re.search(rf"\bSIG[A-Z]+|\bsignal \d+|\bexit\D*{code}\b", reason):
+        return reason
+    return f"{reason} (exit {code})"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.wire.messages import LIVE_STATES, CommandRecord, StepResult
-from zerotop.output import bytes_text, duration_text, number_text, table, time_text
+from zerotop.output import bytes_text, duration_text, number_text, table, time_text, with_exit_code
 from zerotop.state.memory import memory_use
 from zerotop.state.progress import progress
 from zerotop.state.run import RankState, RunState
@@ -147,7 +147,8 @@ def _headline(document: dict[str, Any]) -> str:
     if document["eta_s"] is not None:
         parts.append(f"{duration_text(document['eta_s'])} to go")
     if document["reason"]:
-        parts.append(document["reason"])
+        code = document["exit_code"] if document["state"] == "failed" else None
+        parts.append(with_exit_code(document["reason"], code))
     return ", ".join(parts)
 
 

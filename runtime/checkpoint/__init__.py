@@ -10,9 +10,10 @@
     FOLDER/latest               the newest one's TAG
 
 manifest (what a checkpoint says of itself) · folder (which ones there are, and the rename) · parts (tensors) · common,
-rng (the rest) · shards (torch's planners) · job, writing (all ranks together) · saving (by the ranks) · snapshot,
-background, process, writer (beside training) · loading. Every collective part runs on Gloo, on groups apart from
-training's.
+rng, registered (the rest) · describe (model/) · shards (torch's planners) · job, writing (all ranks together) · saving
+(by the ranks) · snapshot, background, process, writer (beside training) · fitting, loading · calls (an engine's own) ·
+reading (whole tensors, in one process) · huggingface (safetensors) · target (the folder they go to) · export (the
+process that `zerotop export` starts). Every collective part runs on Gloo, on groups apart from training's.
 
 Writing and reading are imported at their first use: torch.distributed.checkpoint takes 48 MB of memory.
 """

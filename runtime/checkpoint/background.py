@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint import folder as folders
-from runtime.checkpoint.common import merged, own_files
+from runtime.checkpoint.common import described, merged, own_files
 from runtime.checkpoint.manifest import CheckpointError
-from runtime.checkpoint.parts import blocks_of
+from runtime.checkpoint.parts import Block, blocks_of
 from runtime.checkpoint.process import PEER_LOST, Outcome, WriterProcess
 from runtime.checkpoint.saving import make_job
 from runtime.checkpoint.snapshot import SharedMemory, Snapshot
+from runtime.hostmemory import HostMemoryError, check_host_memory
+from runtime.sizes import format_size
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -54,6 +57,8 @@ class Background:
         self._touching: threading.Thread | None = None
         self._snapshot: Snapshot | None = None
         self._prepared = False
+        self._bounded = False
+        """The host has no room for a copy of everything."""
 
     @property
     def busy(self) -> bool:
@@ -80,8 +85,10 @@ class Background:
         engine, began = self._owner(), time.monotonic()
         engine.synchronize()
         self._wait_for_writer()
-        snapshot = Snapshot(blocks_of(engine))
-        problem = self._make_ready(snapshot, folder)
+        blocks = blocks_of(engine)
+        problem = self._lacks_disk(folder, blocks)
+        snapshot, no_memory = self._make_ready(blocks)
+        problem = problem or no_memory
         alive = self._writer is not None and self._writer.alive
         scalars = [rule.scalars() for rule in engine.rules]
         told = engine.comm.gather_objects((problem, alive, self._generation, scalars))
@@ -118,8 +125,10 @@ class Background:
         self._prepared, engine = True, self._owner()
         if self._writer is not None:
             return
-        problem = self._make_ready(Snapshot(blocks_of(engine)))
+        _, problem = self._make_ready(blocks_of(engine), ahead=True)
         own_files(engine)  # torch imports what it saves with at the first call
+        if engine.comm.rank == 0:
+            described(engine)
         if not problem:
             self._start_anew(1)
 
@@ -176,30 +185,55 @@ class Background:
         with self._owner().telemetry.span("checkpoint"):
             return self._writer.wait()
 
-    def _make_ready(self, snapshot: Snapshot, folder: Path | None = None) -> str:
-        """Memory for the copy, and on rank 0 a look at the disk. Returns what is in the way."""
+    def _lacks_disk(self, folder: Path, blocks: list[Block]) -> str:
+        """Rank 0 looks. Returns what is in the way."""
+        comm = self._owner().comm
+        if comm.rank != 0:
+            return ""
+        folders.sweep(folder)  # what a killed run left there takes space
+        mine = sum(part.nbytes for block in blocks if not block.alike for _, part in block.parts)
+        alike = sum(part.nbytes for block in blocks if block.alike for _, part in block.parts)
+        return folders.missing_space(folder, mine * comm.world_size + alike)
+
+    def _make_ready(self, blocks: list[Block], ahead: bool = False) -> tuple[Snapshot, str]:
+        """A snapshot to be taken, and memory for it. Also says what is in the way. ahead: the memory's pages are
+        taken meanwhile."""
         engine = self._owner()
-        if folder is not None and engine.comm.rank == 0:
-            folders.sweep(folder)  # what a killed run left there takes space
-            total = sum(place.part.nbytes for place in snapshot.places) * engine.comm.world_size
-            if problem := folders.missing_space(folder, total):
-                return problem
         if self._touching is not None:
             self._touching.join()
             self._touching = None
+        snapshot = Snapshot(blocks, self._bounded)
         if self._memory is not None and self._memory.nbytes >= snapshot.nbytes:
-            return ""
+            return snapshot, ""
         self._drop_memory()
+        on_gpu = engine.device.type == "cuda"
+        if not self._bounded and not self._has_room(snapshot.nbytes, on_gpu):
+            self._bounded = True
+            snapshot = Snapshot(blocks, bounded=True)
         try:
-            memory = SharedMemory(snapshot.nbytes, engine.device if engine.device.type == "cuda" else None)
+            memory = SharedMemory(snapshot.nbytes, engine.device if on_gpu else None)
         except (OSError, MemoryError, RuntimeError) as error:
-            return f"no memory for a copy of {snapshot.nbytes:,} bytes: {error}"
+            return snapshot, f"no memory for a copy of {snapshot.nbytes:,} bytes: {error}"
         self._memory = memory
         engine.ledger.add("snapshot", memory.nbytes, offloaded=True)
-        if folder is None:
+        if ahead:
             self._touching = threading.Thread(target=memory.touch, daemon=True)
             self._touching.start()
-        return ""
+        return snapshot, ""
+
+    def _has_room(self, nbytes: int, pin: bool) -> bool:
+        """Whether this host has memory for the copies of all its ranks. A copy that is too large would end in the OOM
+        killer's hands."""
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        try:
+            check_host_memory(nbytes, pin=pin, local_world=ranks)
+        except HostMemoryError:
+            log.warning(
+                f"this host has no room for {ranks} copies of {format_size(nbytes)}: checkpoints are read piece by "
+                "piece from where the states are, and the next step may wait for the disk"
+            )
+            return False
+        return True
 
     def _drop_memory(self) -> None:
         if self._touching is not None:

@@ -6,13 +6,16 @@ import io
 import pickle
 import re
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from runtime.checkpoint import rng
-from runtime.checkpoint.manifest import CheckpointError, Manifest
-from runtime.checkpoint.parts import buffers_of, shapes_of
+from runtime.checkpoint.describe import describe_model
+from runtime.checkpoint.manifest import MODEL_FILES, CheckpointError, Manifest
+from runtime.checkpoint.parts import buffers_of, dtypes_of, shapes_of
+from runtime.precision import DTYPES
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -52,7 +55,17 @@ def shared_files(engine: Engine, scalars: Scalars, client_state: dict[str, Any])
         for name, value in common.items():
             _try_out(name, value)
         raise
-    return {COMMON: content}
+    return {COMMON: content, **described(engine)}
+
+
+_described: WeakKeyDictionary[Engine, dict[str, bytes]] = WeakKeyDictionary()
+
+
+def described(engine: Engine) -> dict[str, bytes]:
+    """The files of model/, read once: a tokenizer may be large."""
+    if engine not in _described:
+        _described[engine] = {f"{MODEL_FILES}/{name}": content for name, content in describe_model(engine).items()}
+    return _described[engine]
 
 
 def merged(by_rank: list[list[Scalars]]) -> Scalars:
@@ -77,6 +90,11 @@ def manifest_of(engine: Engine) -> Manifest:
         lr_factor=engine.lr_factor,
         config_digest=engine.config.digest(),
         shapes=shapes_of(engine),
+        dtypes={
+            name: str(dtype).removeprefix("torch.")
+            for name, dtype in dtypes_of(engine).items()
+            if dtype != DTYPES[engine.config.precision]
+        },
         buffers={name: list(buffer.shape) for name, buffer in buffers_of(engine).items()},
         frozen=[
             *(name for name, _ in engine.frozen),

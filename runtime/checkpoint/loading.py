@@ -73,6 +73,8 @@ def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
     together(engine.comm, lambda: verify(path, manifest, engine.comm.rank, engine.comm.world_size))
     content = together(engine.comm, lambda: _read(engine, manifest, path))
     together(engine.comm, lambda: compare_tensors(engine, manifest, content.tensors, path, wanted))
+    if wanted.progress:
+        together(engine.comm, lambda: engine.registered.compare(content.generators))
     _load_tensors(engine, manifest, path, wanted)
     for flat in engine.flats:
         flat.masters_to_parameters()

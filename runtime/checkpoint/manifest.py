@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 MANIFEST = "manifest.json"
+MODEL_FILES = "model"
+"""Folder in a checkpoint: what is known of the model beside its tensors (config.json, the tokenizer)."""
 FORMAT = 1
 _DIGEST = "digest"
 
@@ -72,6 +75,8 @@ class Manifest(BaseModel):
     config_digest: str
     shapes: dict[str, list[int]]
     """Of every parameter, trained or frozen."""
+    dtypes: dict[str, str] = {}
+    """Of the parameters that compute in another dtype than `precision`: torch's name of it."""
     buffers: dict[str, list[int]] | None = None
     """Shape of every persistent buffer; None in those of early versions."""
     frozen: list[str]
@@ -134,8 +139,15 @@ def difference(path: Path, name: str, written: FileRecord) -> str:
     return ""
 
 
-def verify(path: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> None:
+def verify(
+    path: Path,
+    manifest: Manifest,
+    part: int = 0,
+    parts: int = 1,
+    before: Callable[[str, FileRecord], None] = lambda name, record: None,
+) -> None:
     """Compare files with what was written: all of them, or the `part`-th of `parts` ranks' share, split by size.
+    before(name, record): called with each file.
 
     Raises Damaged, naming the first file that differs.
     """
@@ -143,7 +155,10 @@ def verify(path: Path, manifest: Manifest, part: int = 0, parts: int = 1) -> Non
     for name, written in sorted(manifest.files.items(), key=lambda item: (-item[1].nbytes, item[0])):
         owner = loads.index(min(loads))
         loads[owner] += written.nbytes
-        if owner == part and (wrong := difference(path, name, written)):
+        if owner != part:
+            continue
+        before(name, written)
+        if wrong := difference(path, name, written):
             raise Damaged(f"checkpoint {path} is damaged: {wrong}")
 
 

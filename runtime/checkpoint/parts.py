@@ -60,6 +60,8 @@ class Block:
     """Whose update changes it; None: nothing that training does while a checkpoint is being written."""
     stays: bool = False
     """It is in host memory because the config says so, or nothing ever changes it: no copy of all of it is made."""
+    alike: bool = False
+    """All ranks hold the same, and rank 0 writes it."""
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +103,7 @@ def blocks_of(engine: Engine) -> list[Block]:
         for name, tensor in whole_tensors(engine).items():
             whole = tensor.detach().reshape(-1)
             part = Part(name, 0, whole.numel(), whole.numel(), whole.dtype)
-            found.append(Block(whole, [(0, part)], stays=name.startswith("param.")))
+            found.append(Block(whole, [(0, part)], stays=name.startswith("param."), alike=True))
     return found
 
 
@@ -133,13 +135,13 @@ def whole_tensors(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
-    """Persistent buffers by name."""
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in engine.module.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
+    """Persistent buffers by name; one that several modules share has its first name only, as parameters do."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for path, module in engine.module.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found.setdefault(id(buffer), (f"{path}.{name}" if path else name, buffer))
+    return dict(found.values())
 
 
 def shapes_of(engine: Engine) -> dict[str, list[int]]:
@@ -148,3 +150,9 @@ def shapes_of(engine: Engine) -> dict[str, list[int]]:
         slot.name: list(slot.shape) for flat in (*engine.flats, *engine.frozen_flats) for slot in flat.layout.slots
     }
     return dict(sorted({**in_units, **{name: list(p.shape) for name, p in engine.frozen}}.items()))
+
+
+def dtypes_of(engine: Engine) -> dict[str, torch.dtype]:
+    """The dtype in which every parameter computes, by name."""
+    in_units = {slot.name: flat.dtype for flat in (*engine.flats, *engine.frozen_flats) for slot in flat.layout.slots}
+    return in_units | {name: parameter.dtype for name, parameter in engine.frozen}

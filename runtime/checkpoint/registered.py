@@ -45,6 +45,12 @@ class Registered:
             )
         self._restore(name)
 
+    def compare(self, generator_states: Mapping[str, Any]) -> None:
+        """Raises CheckpointError where a registered generator could not take its state."""
+        for name, generator in self.generators.items():
+            if name in generator_states:
+                _compare(name, generator, generator_states[name])
+
     def restore(self, states: Mapping[str, Any], generator_states: Mapping[str, Any]) -> None:
         """States of a checkpoint: for what is registered now, and for what will be."""
         self._states, self._generator_states = dict(states), dict(generator_states)
@@ -53,12 +59,18 @@ class Registered:
 
     def _restore(self, name: str) -> None:
         if name in self.generators and name in self._generator_states:
-            try:
-                rng.restore(self.generators[name], self._generator_states.pop(name))
-            except ValueError as error:
-                raise CheckpointError(f"register_state({name}=...): {error}") from None
+            _compare(name, self.generators[name], self._generator_states[name])
+            rng.restore(self.generators[name], self._generator_states.pop(name))
         elif name in self._objects and name in self._states:
             self._objects[name].load_state_dict(self._states.pop(name))
+
+
+def _compare(name: str, generator: rng.Generator, state: Mapping[str, Any]) -> None:
+    if (kind := rng.kind_of(generator)) != state["kind"]:
+        raise CheckpointError(
+            f"register_state({name}=...): the checkpoint holds a {state['kind']}, this is a {kind}: make it as it was, "
+            "or give it another name"
+        )
 
 
 def checked(name: str) -> str:

@@ -5,8 +5,9 @@ shared memory   |<--- copies: every block that training changes --->|<- slot 0 -
 
 [Note: blocks that stay]
 States that live in host memory because the config says so are never copied as a whole: memory is what offload saves.
-The writer asks for one piece after the other; each is copied to a slot when it is asked for, and the next update of a
-flat waits until all of its pieces have been. So a checkpoint holds one moment without a second copy of the states.
+Nor are any where the host has no room for a copy (`bounded`). The writer asks for one piece after the other; each is
+copied to a slot when it is asked for, and the next update of a flat waits until all of its pieces have been. So a
+checkpoint holds one moment without a second copy of the states.
 """
 
 from __future__ import annotations
@@ -87,14 +88,15 @@ class Place:
 class Snapshot:
     """One moment of the blocks. `copy` makes it; `feed` hands on pieces of blocks that stay."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], bounded: bool = False) -> None:
+        """bounded: only what a forward changes (buffers) is copied."""
         self._copied: list[tuple[Block, int]] = []
         self._fed: dict[int, tuple[torch.Tensor, Flat | None]] = {}
         self.places: list[Place] = []
         """In the order in which they should be written."""
         at = 0
         for block in blocks:
-            if block.stays:
+            if block.stays or (bounded and block.flat is not None):
                 self._add_fed(block)
             else:
                 self._copied.append((block, at))
@@ -127,13 +129,14 @@ class Snapshot:
         for block, at in self._copied:
             target = memory.view(at, block.tensor.numel(), block.tensor.dtype)
             target.copy_(block.tensor, non_blocking=True)
-        cuda = next((b.tensor.device for b, _ in self._copied if b.tensor.device.type == "cuda"), None)
-        if cuda is not None:
+        sources = [*(block.tensor for block, _ in self._copied), *(piece for piece, _ in self._fed.values())]
+        cuda = next((source.device for source in sources if source.device.type == "cuda"), None)
+        if cuda is not None:  # pieces are read from another stream: when this one has come to here
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(cuda))
 
     def copied(self) -> None:
-        """Returns when the copies are in host memory."""
+        """Returns when the copies are in host memory, and pieces may be read."""
         if self._event is not None:
             self._event.synchronize()
 

@@ -54,7 +54,7 @@ class Updates:
     ) -> None:
         """executor: one thread, for flats whose states are offloaded; None: none are. host: what those rules use, where
         they need it. overlap: whether the next forward runs meanwhile. on_idle: called when nothing is under way any
-        more. before: returns when a flat whose states are offloaded may change: a checkpoint may still read it."""
+        more. before: returns when a flat may change: a checkpoint may still read it."""
         self._before = before
         self.rules, self.telemetry, self.executor, self.host = list(rules), telemetry, executor, host
         self.overlap, self.on_idle = overlap and executor is not None, on_idle
@@ -126,7 +126,7 @@ class Updates:
             return
         for rule, job in zip(self.rules, self._jobs, strict=True):
             if job is None:
-                rule.update(groups, step, scale)
+                self._update(rule, groups, step, scale)
 
     def _submitted(self, rule: Rule, groups: Sequence[Hyper], step: int, scale: float) -> Future[None] | None:
         """None: the training thread updates it."""
@@ -143,7 +143,7 @@ class Updates:
         gathers = []
         for position, rule in enumerate(self.rules):
             if self._jobs[position] is None:
-                rule.update(groups, step, scale)
+                self._update(rule, groups, step, scale)
             self._own_is_ready(position)
             gathers.append(self._gather(rule.flat))
         with self.telemetry.span("gather"):

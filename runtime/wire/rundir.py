@@ -1,12 +1,14 @@
 """The run directory: which files it holds, and the two small JSON files that say what a run is and how it is.
 
 RUN/run.json                what was launched; written once per attempt, before anything starts
+RUN/lock                    held while a process of the run may write here
 RUN/state.json              a `RunStatus`; replaced atomically by the supervisor
 RUN/config.json             the config as the user wrote it, with --set applied
 RUN/resolved.json           every value that the run uses
 RUN/recording.sqlite        what the hub heard
-RUN/logs/<attempt>/         rank-N.log, torchrun.log, supervisor.log; stacks-rank-N.txt (what a rank writes when it is
-                            asked where it stands), stacks-1.txt, ... (all ranks at one moment)
+RUN/logs/<attempt>/         rank-N.log, torchrun.log, supervisor.log (in the first one of each launch);
+                            stacks-rank-N.txt (what a rank writes when it is asked where it stands), stacks-1.txt, ...
+                            (all ranks at one moment)
 RUN/checkpoints/step-N/     unless zerotop.checkpoint.folder says otherwise
 SOCKETS/                    /tmp/zerotop-UID/<8 characters>/: telemetry, ranks, screens, commands
 """

@@ -96,7 +96,7 @@ class FakeRun:
                     self._seen[number] = psutil.Process(number)
                 except psutil.NoSuchProcess:
                     continue
-        return [process for process in self._seen.values() if _lives(process)]
+        return [process for process in self._seen.values() if lives(process)]
 
     def all_gone(self) -> bool:
         return not self.processes()
@@ -114,7 +114,7 @@ def _final(record: CommandRecord | None) -> bool:
     return record is not None and record.ack.state in ("applied", "rejected")
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

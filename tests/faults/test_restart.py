@@ -120,6 +120,7 @@ def test_a_screen_that_comes_late_sees_the_new_attempt_only(start: Start) -> Non
     assert run.command("pause").ack.state == "applied"
     late = run.screen()
     run.see(lambda source: len(source.state.ranks) == 2, "the snapshot", late)
+    run.see(lambda source: late.poll() is not None and source.state.hub_seq == late.state.hub_seq, "both at one point")
     assert {rank.hello.attempt for rank in late.state.ranks.values() if rank.hello} == {2}
     assert [point.step for point in late.state.series] == [point.step for point in run.source.state.series]
 
@@ -221,7 +222,7 @@ def test_a_stop_while_it_restarts_stops_it(start: Start) -> None:
     answer = run.command("stop")
     assert answer.ack.state == "applied"
     status = ended(run, "stopped")
-    assert (status.attempt, status.restarts) == (2, 1) and status.step == answer.ack.step
+    assert (status.attempt, status.restarts) == (2, 1) and status.step >= answer.ack.step
 
 
 def test_an_abort_while_it_restarts_ends_it_at_once(start: Start) -> None:

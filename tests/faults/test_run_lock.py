@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from runtime.wire.rundir import read_run, read_status
-from tests.faults.conftest import FakeRun, until
+from tests.faults.conftest import FakeRun, lives, until
 from zerotop.runs import lock as module
 from zerotop.runs.directory import read_entry
 from zerotop.runs.lock import holders, take
@@ -78,7 +78,7 @@ def test_a_resume_waits_for_ranks_that_still_save(start: Start, capsys: pytest.C
     left = first.processes()
     assert len(left) >= 2
     second = start(AGAIN, FAKE_STEPS=5)
-    assert not any(process.is_running() for process in left)
+    assert not any(lives(process) for process in left)
     second.see_state("finished")
     told = [line for line in capsys.readouterr().err.splitlines() if "still save their work" in line]
     assert len(told) == 1 and told[0].startswith("q1: ")

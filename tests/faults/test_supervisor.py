@@ -186,7 +186,12 @@ def test_a_killed_rank_is_named(start: Start) -> None:
     until(run.all_gone, "every process gone")
     status = read_status(run.path)
     assert (status.failed_rank, status.exit_code) == (1, -9)
-    assert status.reason == "rank 1 was killed by SIGKILL (out of memory?)"
+    # Where the kernel's counters can be read: nobody ran out of memory here.
+    nobody = "rank 1 was killed by SIGKILL, by somebody: no out-of-memory kill was recorded"
+    assert status.reason in (
+        nobody,
+        "rank 1 was killed by SIGKILL, perhaps because memory ran out: whether it did can't be seen here",
+    )
     assert status.step >= 3
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from runtime.checkpoint.parts import blocks_of
 from tests.numerics.test_checkpoint import advance, engine_for, parameters
 from tests.numerics.test_offload import offloaded
 from tests.numerics.test_parity import config
@@ -74,6 +75,33 @@ def train_through(settings: dict[str, Any], kind: str) -> dict[str, torch.Tensor
     engine = engine_for(settings, kind)
     advance(engine, 0, 2 * STEPS)
     return parameters(engine)
+
+
+def save_without_room(folder: str, settings: dict[str, Any], kind: str) -> tuple[bool, dict[str, torch.Tensor]]:
+    from runtime.checkpoint import background
+
+    background.Background._has_room = lambda *_: False  # type: ignore[method-assign]
+    engine = engine_for(settings, kind)
+    advance(engine, 0, STEPS)
+    engine.save_checkpoint(folder, "waited")
+    engine.save_checkpoint(folder, "beside", wait=False)
+    held = sum(block.nbytes for block in blocks_of(engine))
+    taken = engine.saver._snapshot.copied_bytes
+    advance(engine, STEPS, 2 * STEPS)
+    engine.wait_for_checkpoint()
+    return taken < held / 10, parameters(engine)
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), [(0, "AdamW"), (2, "RMSprop"), (3, "AdamW")])
+def test_without_room_for_a_copy_the_next_update_waits_for_the_writer(ranks, tmp_path, stage, optimizer):
+    settings = config(stage, 1, clip=0.0, optimizer=optimizer)
+    saved = ranks(2).run(save_without_room, str(tmp_path), settings, "plain")
+    whole = ranks(2).run(train_through, settings, "plain")
+    for (small, ours), unbroken in zip(saved, whole, strict=True):
+        assert small and all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
+    waited, beside = contents(tmp_path / "waited"), contents(tmp_path / "beside")
+    assert waited.keys() == beside.keys()
+    assert all(torch.equal(waited[name], beside[name]) for name in waited)
 
 
 class Wide(nn.Module):
@@ -208,6 +236,8 @@ def resume_over_damage(folder: str, damaged: list[str]) -> tuple[list[str], str 
             errors.append(str(error))
     engine.steering.folder, engine.steering.session.resume = Path(folder), True
     path = engine.steering.resume()
+    by_script, _ = engine.load_checkpoint(folder)  # without a tag: the same
+    assert by_script == str(path)
     return errors, path.name if path else None, engine.global_steps
 
 

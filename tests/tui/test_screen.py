@@ -384,3 +384,25 @@ async def test_any_size_draws_and_a_resize_lays_out_anew(open_app: OpenApp) -> N
             assert len(text) == size[1] and all(cell_len(line) == size[0] for line in text)
         assert sum("cuda:" in line for line in text) == 8
         assert app.screen.query_one("#memory").region.height >= 11
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 50)])
+async def test_a_restart_is_followed_without_a_new_connection(open_app: OpenApp, size: tuple[int, int]) -> None:
+    run = ScriptedRun()
+    run.steps(20)
+    hellos = [rank.hello for rank in run.state.ranks.values() if rank.hello]
+    async with open_app(run, size=size) as (app, pilot, _):
+        why = "restart 1 of 3: rank 1 was killed by SIGKILL (out of memory?)"
+        more = {"attempt": 2, "restarts": 1, "restart_reason": "rank 1 was killed by SIGKILL"}
+        run.status("restarting", reason=why, **more)
+        await settle(app, pilot)
+        top = screen_text(app)[0]
+        assert "↻ restarting" in top and why[:20] in top and ("…" in top) is (size[0] == 80)
+        for hello in hellos:
+            run.say(hello.model_copy(update={"attempt": 2, "start_step": 15}))
+        run.status("running", reason="", lost_steps=5)
+        await settle(app, pilot)
+        head = "\n".join(screen_text(app)[:2])
+        assert "running" in head and "step 15 of 200" in head
+        if size[0] == 200:
+            assert "restarts 1, 5 steps again" in head and "restarted: rank 1 was killed by SIGKILL" in head

@@ -1,4 +1,5 @@
-"""The loader of initialize(training_data=...): torch's order, from wherever training stopped, on any number of ranks."""
+"""The loader of initialize(training_data=...): torch's order, from wherever training stopped, on any number of
+ranks."""
 
 from __future__ import annotations
 

@@ -222,3 +222,15 @@ def test_settings_in_force_are_the_newest_that_no_open_one_changes(desk: Desk) -
     assert desk.router.settings_in_force() == {"log_interval": 3}  # the others wait, one of them for telemetry_hz
     desk.applied(4)
     assert desk.router.settings_in_force() == {"log_interval": 3, "telemetry_hz": 9.0}
+
+
+def test_a_rank_that_speaks_late_is_told_what_others_have_answered(desk: Desk) -> None:
+    desk.ask("checkpoint")
+    desk.applied(1)
+    desk.ask("set", log_interval=3)
+    desk.ask("set", nonsense=1)  # refused: it has no number
+    desk.ask("checkpoint")
+    assert [command.number for command in desk.router.commands_for_new_rank()] == [1, 2, 3]
+    desk.applied(3)
+    desk.router.ranks_restart()
+    assert [command.number for command in desk.router.commands_for_new_rank()] == [2]  # the rest is over

@@ -294,6 +294,13 @@ def test_accumulation_is_told_that_stage_2_sends_more_than_stage_1() -> None:
     assert "micro-steps stage 2 sends" not in said(workload(accumulation=1))
 
 
+def test_the_copy_for_checkpoints_is_named_unless_it_is_small_or_on_the_host() -> None:
+    work = workload("gpt-7b")
+    assert f"copy {format_size(12 * work.parameters)} of states to host memory" in said(work)
+    assert "Checkpoints:" not in said(workload("gpt-tiny"))
+    assert "Checkpoints:" not in said(work, chosen=find(plan(work), 2, offload=True))
+
+
 def test_host_ram_is_compared_with_what_offload_needs() -> None:
     assert "not enough for stage 0 + offload (316 GiB)" in said(workload(), host_ram_bytes=200 * GIB)
     assert "is enough for every offload (316 GiB at most)" in said(workload(), host_ram_bytes=512 * GIB)

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import psutil
+import pynvml
 import pytest
 
 from zerotop.probe import host, nvml
 from zerotop.probe.host import HostProbe
 from zerotop.probe.nvml import GpuProbe, count_devices, no_gpu_note, sample
+from zerotop.probe.xid import Xid, XidWatch, _key
 
 
 class NvmlError(Exception):
@@ -157,3 +159,89 @@ def test_a_container_s_limit_counts_where_it_is_lower(monkeypatch: pytest.Monkey
     assert host._container_memory(500, 900) == (500, 900)
     (group / "memory.max").write_text("max\n")
     assert host._container_memory(5000, 8000) == (5000, 8000)
+
+
+# ---- XIDs ------------------------------------------------------------------------------------------------------------
+class NvmlTimeout(NvmlError):
+    pass
+
+
+class NvmlLost(NvmlError):
+    pass
+
+
+def with_events(*heard: object, **changes: object) -> tuple[SimpleNamespace, list[str]]:
+    """A driver of two GPUs that reports these (handle, number), or raises them; and what was freed."""
+    waiting, freed = list(heard), list[str]()
+
+    def wait(events: object, timeout_ms: int) -> SimpleNamespace:
+        if not waiting:
+            time.sleep(0.001)
+            raise NvmlTimeout
+        found = waiting.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        handle, number = found  # type: ignore[misc]
+        return SimpleNamespace(device=handle, eventType=8, eventData=number)
+
+    functions = FULL | {
+        "NVMLError_Timeout": NvmlTimeout,
+        "NVMLError_GpuIsLost": NvmlLost,
+        "nvmlEventTypeXidCriticalError": 8,
+        "nvmlEventSetCreate": lambda: "events",
+        "nvmlEventSetFree": lambda events: freed.append(events),
+        "nvmlDeviceRegisterEvents": lambda handle, kinds, events: None,
+        "nvmlEventSetWait_v2": wait,
+    }
+    return driver(**(functions | changes)), freed
+
+
+def test_xids_are_heard_and_told_in_plain_words() -> None:
+    nvml_, freed = with_events((1, 79), NvmlLost(), (0, 31), (9, 999))
+    probe = GpuProbe(interval_s=0.01, nvml=nvml_)
+    probe.start()
+    heard: list[Xid] = []
+
+    def all_of_them() -> bool:
+        heard.extend(probe.take_xids())
+        return len(heard) >= 3
+
+    until(all_of_them)
+    assert [(xid.gpu, xid.uuid, xid.number) for xid in heard] == [(1, "GPU-1", 79), (0, "GPU-0", 31), (None, "", 999)]
+    assert heard[0].text.startswith("GPU 1: XID 79: the GPU has fallen off the bus; reboot")
+    assert heard[2].text.startswith("a GPU: XID 999; see NVIDIA's list")
+    probe.close()
+    until(lambda: freed == ["events"])
+    assert probe.take_xids() == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"nvmlEventSetCreate": refuse},
+        {"nvmlDeviceRegisterEvents": refuse},
+        {"nvmlEventSetWait_v2": refuse},
+        {"nvmlInit": refuse},
+    ],
+)
+def test_where_nvml_knows_no_events_nothing_is_heard_and_nothing_fails(changes: dict[str, object]) -> None:
+    nvml_, _ = with_events(**changes)
+    watch = XidWatch(nvml_)
+    watch.start()
+    until(lambda: not watch._thread.is_alive())
+    assert watch.take() == []
+
+
+def test_an_old_binding_without_events_is_no_problem() -> None:
+    watch = XidWatch(driver(**FULL))
+    watch.start()
+    until(lambda: not watch._thread.is_alive())
+    assert watch.take() == []
+
+
+def test_the_binding_has_what_the_watch_asks_for() -> None:
+    handle = pynvml.c_nvmlDevice_t()
+    assert _key(handle) == _key(pynvml.c_nvmlDevice_t()) and isinstance(pynvml.c_nvmlEventData_t().device, type(handle))
+    names = "nvmlEventSetCreate nvmlEventSetFree nvmlEventSetWait_v2 nvmlDeviceRegisterEvents NVMLError_GpuIsLost"
+    assert all(hasattr(pynvml, name) for name in names.split())
+    assert pynvml.nvmlEventTypeXidCriticalError == 8 and pynvml.NVMLError_Timeout

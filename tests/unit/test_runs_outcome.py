@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from runtime.wire.messages import Goodbye
+from zerotop.runs.oomkill import CGROUP, MACHINE, Count, HostMemory
 from zerotop.runs.outcome import Evidence, Outcome, decide
+from zerotop.runs.witness import Account, Changes
 
 TORCHRUN = """\
 E1123 09:25:29.894000 12324 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: {code}) \
@@ -37,7 +39,7 @@ def goodbye(rank: int, outcome: str, step: int = 10, error: str = "", wall_s: fl
 def end(tmp_path: Path, launcher_exit: int | None, *goodbyes: Goodbye, log: str = "", **changes: object) -> Outcome:
     (tmp_path / "torchrun.log").write_text(log)
     said = {word.rank: word for word in goodbyes}
-    return decide(Evidence(2, launcher_exit, tmp_path, said, **changes))  # type: ignore[arg-type]
+    return decide(Evidence(2, launcher_exit, tmp_path, goodbyes=said, **changes))  # type: ignore[arg-type]
 
 
 def test_good_ends(tmp_path: Path) -> None:
@@ -52,19 +54,158 @@ def test_a_stop_gives_its_reason(tmp_path: Path) -> None:
     assert end(tmp_path, 0, goodbye(0, "stopped", error="the supervisor is gone")).reason == "the supervisor is gone"
 
 
+def seen(**memory: object) -> Account:
+    return Account(HostMemory(**memory), changes=Changes(("1. do this", "2. or that"), "this (saves about 1 GiB)"))  # type: ignore[arg-type]
+
+
+CALM = seen(counts=(Count(CGROUP, 3, 3),), shared_bytes=(64 << 20, 0))
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (-9, "SIGKILL (out of memory?)"),
-        (-11, "SIGSEGV (a crash in native code)"),
-        (-7, "SIGBUS (out of shared memory?)"),
+        (-9, "SIGKILL, by somebody: no out-of-memory kill was recorded"),
+        (-11, "SIGSEGV (a crash in native code: it used memory that is not its own)"),
+        (-7, "SIGBUS (memory that a file backs was not there); /dev/shm has 64.0 MiB, 0 B free"),
+        (-6, "SIGABRT (native code gave up)"),
+        (-4, "SIGILL (an instruction that this CPU does not have: something was built for another one)"),
+        (-8, "SIGFPE (a division by zero in native code)"),
+        (-1, "SIGHUP (its terminal was closed)"),
+        (-35, "signal 35"),
     ],
 )
 def test_a_killed_rank_is_the_cause_and_not_the_peers_that_lost_it(tmp_path: Path, code: int, words: str) -> None:
     complaint = goodbye(0, "failed", error="RuntimeError: Connection closed by peer", wall_s=0.5)
     (tmp_path / "rank-1.log").write_text("its last line\n")
-    found = end(tmp_path, 1, complaint, log=TORCHRUN.format(code=code, rank=1))
-    assert found == Outcome("failed", f"rank 1 was killed by {words}", code, 1, "its last line")
+    found = end(tmp_path, 1, complaint, log=TORCHRUN.format(code=code, rank=1), account=CALM)
+    assert (found.reason, found.failed_rank, found.exit_code) == (f"rank 1 was killed by {words}", 1, code)
+    assert found.error == "its last line"
+
+
+def test_a_rank_that_ended_by_sigterm_where_nobody_else_failed(tmp_path: Path) -> None:
+    found = end(tmp_path, 1, exit_codes={1: -15})
+    assert found.reason == "rank 1 was killed by SIGTERM (somebody asked it to end: a batch system, or kill)"
+
+
+def test_a_kill_for_lack_of_memory_is_told_with_the_evidence_and_what_to_change(tmp_path: Path) -> None:
+    log = TORCHRUN.format(code=-9, rank=1)
+    (tmp_path / "rank-1.log").write_text("".join(f"line {number}\n" for number in range(100)))
+    held = {"rank_rss_bytes": {0: 5 << 30, 1: 6 << 30}, "total_bytes": 12 << 30}
+    found = end(tmp_path, 1, log=log, account=seen(counts=(Count(CGROUP, 0, 1),), **held))
+    assert found.reason == (
+        "rank 1 was killed by SIGKILL: the kernel ran out of memory (oom_kill of the cgroup 0 -> 1); "
+        "ranks held 11.0 GiB of 12.0 GiB; try this (saves about 1 GiB)"
+    )
+    assert found.cause == "rank 1 was killed by SIGKILL"  # equal each time, for restarts
+    lines = found.error.splitlines()
+    assert len(lines) == 30 and lines[-2:] == ["  1. do this", "  2. or that"] and "line 99" in lines
+    elsewhere = end(tmp_path, 1, log=log, account=seen(counts=(Count(MACHINE, 0, 1),)))
+    assert "the kernel killed a process for lack of memory (oom_kill of this machine 0 -> 1)" in elsewhere.reason
+    named = end(tmp_path, 1, log=log, account=seen(named={1: "the kernel's log: killed process 7"}))
+    assert "SIGKILL: the kernel ran out of memory (the kernel's log: killed process 7)" in named.reason
+
+
+def test_where_the_kernel_says_nothing_nothing_is_claimed(tmp_path: Path) -> None:
+    for account in (None, Account()):
+        found = end(tmp_path, 1, log=TORCHRUN.format(code=-9, rank=1), account=account)
+        assert found.reason.endswith("SIGKILL, perhaps because memory ran out: whether it did can't be seen here")
+
+
+def test_a_killed_process_of_a_data_loader_is_told_with_the_evidence(tmp_path: Path) -> None:
+    error = "Traceback\nRuntimeError: DataLoader worker (pid 7) is killed by signal: Killed. "
+    log = TORCHRUN.format(code=1, rank=1)
+    calm = end(tmp_path, 1, goodbye(1, "failed", error=error), log=log, account=CALM)
+    assert calm.reason.endswith("is killed by signal: Killed.")
+    found = end(tmp_path, 1, goodbye(1, "failed", error=error), log=log, account=seen(counts=(Count(CGROUP, 0, 1),)))
+    assert "Killed.: the kernel ran out of memory (oom_kill of the cgroup 0 -> 1)" in found.reason
+
+
+def test_a_killed_torchrun_is_told_with_the_evidence(tmp_path: Path) -> None:
+    found = end(tmp_path, -9, account=seen(counts=(Count(CGROUP, 0, 1),)))
+    assert found.reason.startswith("torchrun was killed by SIGKILL; the kernel ran out of memory")
+
+
+def test_a_gpus_error_shortly_before_is_mentioned(tmp_path: Path) -> None:
+    error = "Traceback\nRuntimeError: CUDA error: unspecified launch failure"
+    account = Account(xids={1: "GPU 1: XID 79: the GPU has fallen off the bus; reboot"})
+    found = end(tmp_path, 1, goodbye(1, "failed", error=error), account=account)
+    assert found.reason == (
+        "rank 1 failed after step 10: RuntimeError: CUDA error: unspecified launch failure; "
+        "GPU 1: XID 79: the GPU has fallen off the bus; reboot"
+    )
+    assert "XID" not in end(tmp_path, 1, goodbye(0, "failed", error=error), account=account).reason
+
+
+CRASH = """\
+step 3
+Fatal Python error: Segmentation fault
+
+Thread 0x00007f1 (most recent call first):
+  File "publisher.py", line 1 in _run
+
+Current thread 0x00007f2 (most recent call first):
+  File "ctypes/__init__.py", line 519 in string_at
+  File "mine.py", line 7 in forward
+
+Extension modules: numpy.core._multiarray_umath, torch._C (total: 2)
+"""
+
+
+def test_a_crash_in_native_code_shows_the_python_stack_of_its_thread(tmp_path: Path) -> None:
+    (tmp_path / "rank-0.log").write_text(CRASH)
+    found = end(tmp_path, 1, log=TORCHRUN.format(code=-11, rank=0))
+    assert found.error.splitlines() == [
+        "Fatal Python error: Segmentation fault",
+        "Current thread 0x00007f2 (most recent call first):",
+        '  File "ctypes/__init__.py", line 519 in string_at',
+        '  File "mine.py", line 7 in forward',
+    ]
+
+
+def test_what_cpp_said_before_it_aborted_is_the_reason(tmp_path: Path) -> None:
+    said = "terminate called after throwing an instance of 'std::runtime_error'\n  what():  the pool is empty\n"
+    (tmp_path / "rank-0.log").write_text(said + CRASH.replace("Segmentation fault", "Aborted"))
+    found = end(tmp_path, 1, log=TORCHRUN.format(code=-6, rank=0))
+    assert found.reason == "rank 0 was killed by SIGABRT (the pool is empty)"
+
+
+PEER = (
+    "Traceback (most recent call last):\n  File 'a.py', line 1\nRuntimeError: [gloo] Connection closed by peer [::1]:2"
+)
+NCCL = """\
+Traceback (most recent call last):
+  File "a.py", line 1, in <module>
+torch.distributed.DistBackendError: NCCL error in: NCCLUtils.hpp:268, unhandled system error (run with NCCL_DEBUG=INFO)
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error.
+Last error:
+
+"""
+
+
+@pytest.mark.parametrize(
+    "complaint", [PEER, NCCL, "x\nruntime.exchange.ExchangeError: rank 1 (pid 7) is gone; this rank"]
+)
+def test_who_lost_a_peer_is_never_the_cause(tmp_path: Path, complaint: str) -> None:
+    lost = goodbye(0, "failed", error=complaint, wall_s=1.0)
+    later = goodbye(1, "failed", error="Traceback\nValueError: bad batch", wall_s=1.5)
+    assert end(tmp_path, 1, lost, later).reason == "rank 1 failed after step 10: ValueError: bad batch"
+    left = end(tmp_path, 1, lost, log=TORCHRUN.format(code=3, rank=1))  # without a word
+    assert (left.failed_rank, left.reason) == (1, "rank 1 exited with code 3")
+    (tmp_path / "rank-1.log").write_text("what():  [Rank 1] Watchdog caught collective operation timeout\n")
+    first = goodbye(0, "failed", error="Traceback\nKeyError: 'x'", wall_s=1.0)
+    aborted = end(tmp_path, 1, first, log=TORCHRUN.format(code=-6, rank=1))
+    assert aborted.failed_rank == 0
+    alone = end(tmp_path, 1, lost)
+    assert alone.failed_rank == 0  # there is nobody else
+
+
+def test_the_first_line_of_a_long_message_is_the_reason(tmp_path: Path) -> None:
+    found = end(tmp_path, 1, goodbye(0, "failed", error=NCCL))
+    assert found.reason.startswith("rank 0 failed after step 10: torch.distributed.DistBackendError: NCCL error in")
+    explained = BOOM + "\nOut of memory: 2 GiB\nerror: out of GPU memory: 2 GiB; try this"
+    assert end(tmp_path, 1, goodbye(0, "failed", error=explained)).reason == (
+        "rank 0 failed after step 10: out of GPU memory: 2 GiB; try this"
+    )
 
 
 def test_among_ranks_that_raised_the_first_is_the_cause(tmp_path: Path) -> None:
@@ -145,3 +286,9 @@ def test_what_the_supervisor_ended_as_failed_has_its_reason(tmp_path: Path) -> N
     words = (goodbye(0, "stopped"), goodbye(1, "failed", error="ConnectionError: peer"))
     assert end(tmp_path, -15, *words, failure="no progress") == Outcome("failed", "no progress")
     assert end(tmp_path, -15, failure="no progress", abort_reason="aborted by me").state == "aborted"
+
+
+def test_ranks_that_die_with_their_launcher_are_not_the_cause(tmp_path: Path) -> None:
+    codes = {0: -9, 1: -9}
+    assert end(tmp_path, -9, exit_codes=codes, launcher_killed=True).reason == "torchrun was killed by SIGKILL"
+    assert end(tmp_path, -9, exit_codes={1: -9}).reason.startswith("rank 1 was killed by SIGKILL")

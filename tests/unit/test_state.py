@@ -361,3 +361,12 @@ def test_a_series_can_be_cut_to_nothing_and_begun_again() -> None:
     assert list(series) == []
     series.add(result(1))
     assert [point.step for point in series] == [1]
+
+
+def test_a_screen_that_comes_while_the_ranks_start_again_sees_no_step_of_theirs() -> None:
+    state, late = restarted(), RunState()
+    late.apply_snapshot(Snapshot(hub_seq=1, now_ns=1, wall_s=1, messages=state.snapshot_messages()))
+    assert late.step == 25 and all(rank.step is None for rank in late.ranks.values())
+    state.apply(hello(0, attempt=2, start_step=20))
+    late.apply_snapshot(Snapshot(hub_seq=2, now_ns=1, wall_s=1, messages=state.snapshot_messages()))
+    assert late.step == state.step == 20 and late.ranks[0].step is None

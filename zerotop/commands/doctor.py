@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from zerotop.output import INSTALL_TRAINING
+from zerotop.runs.oomkill import SHARED_ENOUGH_BYTES
 
 MIB = 2**20
 GIB = 2**30
-SHM_ENOUGH_BYTES = GIB
-"""Ranks of one box move data through /dev/shm; containers often have 64 MiB of it."""
 
 
 class Finding(NamedTuple):
@@ -182,7 +181,7 @@ def _shared_memory() -> Finding:
     except OSError as error:
         return Finding("/dev/shm", "warn", f"{error.strerror}", "ranks of one box exchange data through it")
     text = f"{size.total / GIB:.1f} GiB, {size.free / GIB:.1f} GiB free"
-    if size.total < SHM_ENOUGH_BYTES:
+    if size.total < SHARED_ENOUGH_BYTES:
         return Finding("/dev/shm", "warn", text, "NCCL may fail: start the container with --shm-size=8g or --ipc=host")
     return Finding("/dev/shm", "ok", text)
 

@@ -13,6 +13,7 @@ from runtime.estimate import guess_shape, guess_units
 from runtime.models.presets import PRESETS, GPTConfig, ModelError, load_model_config, preset, unit_parameters
 from runtime.plan import Layout, Workload, find, plan, workload_document
 from runtime.sizes import format_count, parse_count, parse_size
+from runtime.workload import workload_of
 from zerotop.commands import plan_text
 from zerotop.output import CommandError, print_json
 
@@ -24,9 +25,6 @@ COUNT_SEQ_LEN = 2048
 
 COUNT_VOCAB = 50304
 """Vocabulary for a bare parameter count: GPT-2's, padded."""
-
-# fp32 state tensors per parameter; SGD and RMSprop depend on their settings.
-_MOMENTS = {"Adagrad": 1, "ASGD": 1}
 
 
 def register(subparsers: Any) -> None:
@@ -136,26 +134,9 @@ def _resolve(config: str | dict[str, Any], overrides: list[str], gpus: int) -> R
 
 def _workload(named: str | None, resolved: Resolved, gpus: int) -> tuple[Workload, list[str]]:
     """The workload, and notes on how it was found. `named`: a preset or a count; None: the config's own model."""
-    seq_len = resolved.zerotop.data.seq_len
-    shape, units, name, notes = _model(named, resolved, seq_len)
-    offload = resolved.offload_optimizer
-    workload = Workload(
-        name=name,
-        units=tuple(units),
-        shape=shape,
-        world_size=gpus,
-        precision=resolved.precision,
-        grad_accum_dtype=resolved.grad_accum_dtype,
-        reduce_dtype=resolved.communication_data_type,
-        moments=_moments(resolved),
-        micro_batch=resolved.micro_batch,
-        accumulation=resolved.accumulation,
-        seq_len=seq_len,
-        offload_ratio=offload.ratio if offload else 1.0,
-        offload_parameters=resolved.offload_param is not None,
-        pin_memory=offload.pin_memory if offload else True,
-        shape_guessed=named is not None and parse_count(named) is not None,
-    )
+    shape, units, name, notes = _model(named, resolved, resolved.zerotop.data.seq_len)
+    guessed = named is not None and parse_count(named) is not None
+    workload = dataclasses.replace(workload_of(resolved, name, units, shape, gpus), shape_guessed=guessed)
     return workload, notes
 
 
@@ -202,19 +183,6 @@ def _vocabulary(tokenizer: str, preset_name: str | None) -> tuple[int | None, li
     except (OSError, ValueError):
         missing = f"zerotop.data.tokenizer: cannot read {tokenizer} here"
         return None, [f"{missing}, so this counts {preset_name}'s own vocabulary."]
-
-
-def _moments(resolved: Resolved) -> int:
-    """fp32 state tensors per parameter that the optimizer keeps."""
-    optimizer = resolved.optimizer
-    if optimizer is None:
-        return 2
-    extra = optimizer.extra
-    if optimizer.type == "SGD":
-        return int(bool(extra.get("momentum")))
-    if optimizer.type == "RMSprop":
-        return 1 + bool(extra.get("momentum")) + bool(extra.get("centered"))
-    return _MOMENTS.get(optimizer.type, 2)
 
 
 def _chosen(layouts: list[Layout], resolved: Resolved, meant: bool) -> Layout | None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from runtime.wire.messages import Event, LogRecord, RunStatus, StepResult
-from zerotop.output import duration_text, number_text, print_json, say
+from zerotop.output import duration_text, number_text, print_json, say, with_exit_code
 from zerotop.report import status_document
 from zerotop.runs.directory import RunEntry
 from zerotop.source.asking import new_command
@@ -123,7 +123,9 @@ class _Lines:
         if status.error:
             whose = "" if status.failed_rank is None else f" of rank {status.failed_rank}"
             say(f"last lines{whose}:\n{status.error.rstrip()}")
-        line = f"{status.name}: {status.state} at step {status.step}" + (f", {status.reason}" if status.reason else "")
+        code = status.exit_code if status.state == "failed" else None
+        reason = f", {with_exit_code(status.reason, code)}" if status.reason else ""
+        line = f"{status.name}: {status.state} at step {status.step}{reason}"
         if status.state in ("failed", "aborted"):
             say(line)
         else:

@@ -246,7 +246,7 @@ class Hub:
         channel = self._heard.get(rank)
         if channel is None:
             channel = self._heard[rank] = _EventChannel(identity)
-            for command in self.router.open_commands():  # given before this rank was there to hear them
+            for command in self.router.commands_for_new_rank():  # given before this rank was there to hear them
                 self._send(self._ranks, [identity, encode(command)])
         if packet.seq <= channel.last_seq:
             return  # sent again after a Resend, and here already

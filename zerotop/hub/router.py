@@ -63,6 +63,8 @@ class CommandRouter:
         self._outside = {"abort": abort, "stacks": stacks}
         self._cases: dict[str, _Case] = {}
         self._number = 0
+        self._before_ranks = 0
+        """The newest number when the ranks that run now were started."""
 
     # ---- from screens ----------------------------------------------------------------------------------------------
     def submit(self, command: Command, asker: Asker = b"") -> None:
@@ -156,6 +158,7 @@ class CommandRouter:
         """The ranks that were given commands are gone. What still makes sense goes to the next ones, which the hub
         tells when they speak; the rest is answered. A stop or an abort ends the run instead, and is left to `finish`.
         """
+        self._before_ranks = self._number
         for case in [case for case in self._cases.values() if case.open]:
             if case.command.name not in _OUTLIVE_RANKS:
                 self._tell(case, "rejected", reason="the ranks restarted")
@@ -186,6 +189,15 @@ class CommandRouter:
             case.command
             for case in self._cases.values()
             if case.open and case.command.number > above and case.command.name not in self._outside
+        ]
+
+    def commands_for_new_rank(self) -> list[Command]:
+        """What a rank that speaks for the first time must be told, in order: what is open, and what other ranks were
+        quicker to answer. It knows by the numbers what it has already heard from them."""
+        return [
+            case.command
+            for case in self._cases.values()
+            if case.command.name != "abort" and (case.open or case.command.number > self._before_ranks)
         ]
 
     # ---- inside ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import pynvml
 
 from runtime.wire.messages import GpuStats
+from zerotop.probe.xid import Xid, XidWatch
 
 STALE_S = 5.0
 """A driver that has not answered for so long is said to be silent."""
@@ -36,15 +37,22 @@ class GpuProbe:
         self._answered = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nvml", daemon=True)
+        self._xids = XidWatch(nvml)
 
     def start(self) -> None:
         self._thread.start()
+        self._xids.start()
 
     def close(self) -> None:
         """End the thread; one that is stuck in the driver is left behind."""
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(timeout=0.5)
+        self._xids.close()
+
+    def take_xids(self) -> list[Xid]:
+        """Errors that the driver has reported since the last call."""
+        return self._xids.take()
 
     def latest(self) -> tuple[list[GpuStats] | None, str]:
         """The newest sample, or None and why there is none."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from runtime.wire.rundir import RunFile
 from zerotop.runs import torchrun
 from zerotop.runs.paths import RunError
+from zerotop.runs.witness import Witness
 
 
 class Attempt:
@@ -26,6 +27,7 @@ class Attempt:
         self.run = run
         self.path = path
         self.logs = path / "logs" / str(run.attempt)
+        self.witness = Witness(run, path)
         self.ended = asyncio.Event()
         """The launcher has."""
         self.rank_died = asyncio.Event()
@@ -34,6 +36,9 @@ class Attempt:
         """By an abort, or for `failure`."""
         self.failure: str | None = None
         self.exit_code: int | None = None
+        """The launcher's."""
+        self.killed = False
+        """A signal ended the launcher, and not by our hand."""
         self.rank_codes: dict[int, int] = {}
         """Known at first hand; what ends by our hand is not in it."""
         self._launcher: subprocess.Popen[bytes] | None = None
@@ -102,6 +107,7 @@ class Attempt:
 
     def look_away(self) -> None:
         """What ends from here on ends by our hand, and says nothing about the cause."""
+        self.killed = self.exit_code is not None and self.exit_code < 0
         for pid in list(self._pidfds):
             self._forget(pid)
         for pid, code in self._codes.items():

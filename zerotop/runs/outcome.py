@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.wire.messages import Goodbye, RunStateName
+from zerotop.runs.lastwords import (
+    ERROR_LINES,
+    abort_words,
+    crash_stack,
+    exception_line,
+    is_complaint,
+    launcher_tail,
+    reason_of,
+    tail,
+)
 from zerotop.runs.processes import signal_name
+from zerotop.runs.witness import Account
 
-ERROR_LINES = 30
-_TAIL_BYTES = 64 * 1024
 # torchrun's own words on its children. Its monitor logs the first line; its closing table holds one block per failed
 # rank.
 _FIRST = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) ")
 _BLOCK = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) ")
-_AGENT = re.compile(r"[IWE]\d{4} \d\d:.*torch/distributed/elastic/")
-_EXCEPTION = re.compile(r"[^\W\d][\w.]*(: |$)")
-"""`ValueError: text` or `pkg.Error`, at the start of a line; the frames above it are indented."""
-_REFUSED = "error: "
-"""How runtime/__main__.py begins its message about a config or data that it can't use."""
 _PYTHONS_EXITS = (1, 2, None)
 """Of an uncaught exception and of a refused config; None: not known. Any other says that the program chose it."""
 _SIGTERM_EXIT = -15
+_CHILD_KILLED = "is killed by signal: Killed"
+"""torch's word on a process of a DataLoader."""
+_LOG_LINES = 400
+_SIGNALS = {
+    "SIGSEGV": "a crash in native code: it used memory that is not its own",
+    "SIGBUS": "memory that a file backs was not there",
+    "SIGABRT": "native code gave up",
+    "SIGILL": "an instruction that this CPU does not have: something was built for another one",
+    "SIGFPE": "a division by zero in native code",
+    "SIGTERM": "somebody asked it to end: a batch system, or kill",
+    "SIGINT": "somebody interrupted it",
+    "SIGHUP": "its terminal was closed",
+    "SIGXCPU": "its limit on CPU time, ulimit -t, was reached",
+    "SIGXFSZ": "a file grew beyond its limit, ulimit -f",
+}
 _NOT_INITIALIZED = "the script never called runtime.initialize(): nothing was trained or watched"
 
 
@@ -35,6 +55,8 @@ class Evidence:
     nproc: int
     launcher_exit: int | None
     logs: Path
+    launcher_killed: bool = False
+    """A signal ended it before we did anything; its ranks, which die with it, are not the cause then."""
     goodbyes: Mapping[int, Goodbye] = field(default_factory=dict)
     exit_codes: Mapping[int, int] = field(default_factory=dict)
     stopping: bool = False
@@ -49,6 +71,8 @@ class Evidence:
     """Some rank said hello."""
     start_step: int = 0
     """The step that this attempt went on from."""
+    account: Account | None = None
+    """Of host memory and GPUs. None: nobody looked."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +82,8 @@ class Outcome:
     exit_code: int | None = None
     failed_rank: int | None = None
     error: str = ""
+    cause: str = ""
+    """The reason without figures that differ each time, where it has such: equal for equal ends."""
 
 
 def decide(seen: Evidence) -> Outcome:
@@ -71,12 +97,16 @@ def decide(seen: Evidence) -> Outcome:
         if "stopped" in words or (seen.stopping and not words):
             return Outcome("stopped", _goodbye_reason(seen) or "stopped on request", 0)
         return Outcome("finished", _NOT_INITIALIZED if seen.silent_script else "all ranks finished", 0)
+    if seen.launcher_killed:
+        return _launcher_failed(seen)
     codes = _exit_codes(seen)
     rank = _first_to_fail(seen, codes)
     if rank is None:
         return _launcher_failed(seen)
     code = codes.get(rank)
-    return Outcome("failed", _rank_reason(seen, rank, code), code, rank, _rank_error(seen, rank))
+    base = _rank_reason(seen, rank, code)
+    more = "".join(words(seen, rank, code) for words in (_memory_words, _shared_words, _xid_words))
+    return Outcome("failed", base + more, code, rank, _rank_error(seen, rank, code), cause=base if more else "")
 
 
 def _goodbye_reason(seen: Evidence) -> str:
@@ -89,7 +119,7 @@ def _goodbye_reason(seen: Evidence) -> str:
 def _exit_codes(seen: Evidence) -> dict[int, int]:
     """rank -> exit code for ranks that failed. On one node the local rank is the rank."""
     codes = {rank: code for rank, code in seen.exit_codes.items() if code != 0}
-    text = tail(seen.logs / "torchrun.log", lines=400)
+    text = tail(seen.logs / "torchrun.log", _LOG_LINES)
     for code, rank in _FIRST.findall(text):
         codes.setdefault(int(rank), int(code))
     for rank, code in _BLOCK.findall(text):
@@ -101,31 +131,31 @@ def _first_to_fail(seen: Evidence, codes: Mapping[int, int]) -> int | None:
     """A rank's death makes its peers fail too (lost connections, torchrun's TERM); the cause must not hide behind them.
 
     A rank that was killed said nothing, and its peers' complaints follow from that; among ranks that raised, the first
-    one did it.
+    one did it. Who complains of another one comes last: as the cause only where nobody else is.
     """
     killed = [rank for rank, code in codes.items() if code < 0 and code != _SIGTERM_EXIT and rank not in seen.goodbyes]
-    if killed:
-        return killed[0]
-    failed = sorted((goodbye.wall_s, rank) for rank, goodbye in seen.goodbyes.items() if goodbye.outcome == "failed")
-    if failed:
-        return failed[0][1]
-    return next((rank for rank, code in codes.items() if code != _SIGTERM_EXIT), next(iter(codes), None))
+    failed = [
+        rank
+        for _, rank in sorted((word.wall_s, rank) for rank, word in seen.goodbyes.items() if word.outcome == "failed")
+    ]
+    left = [rank for rank, code in codes.items() if code != _SIGTERM_EXIT and rank not in (*killed, *failed)]
+    suspects = [*killed, *failed, *left]
+    return next((rank for rank in suspects if not _complains(seen, rank)), next(iter([*suspects, *codes]), None))
+
+
+def _complains(seen: Evidence, rank: int) -> bool:
+    goodbye = seen.goodbyes.get(rank)
+    return is_complaint(goodbye.error if goodbye is not None else tail(seen.logs / f"rank-{rank}.log"))
 
 
 def _rank_reason(seen: Evidence, rank: int, code: int | None) -> str:
     goodbye = seen.goodbyes.get(rank)
     if code is not None and code < 0 and goodbye is None:
-        name = signal_name(-code)
-        hint = {
-            "SIGKILL": " (out of memory?)",
-            "SIGSEGV": " (a crash in native code)",
-            "SIGBUS": " (out of shared memory?)",
-        }.get(name, "")
-        return f"rank {rank} was killed by {name}{hint}"
+        return f"rank {rank} was killed by {_signal_words(seen, rank, code)}"
     if goodbye is not None and goodbye.error:
-        last = goodbye.error.strip().splitlines()[-1].strip()
-        return f"rank {rank} failed after step {goodbye.step}: {last}"
-    raised = _exception_line(tail(seen.logs / f"rank-{rank}.log", lines=400)) if code in _PYTHONS_EXITS else ""
+        return f"rank {rank} failed after step {goodbye.step}: {reason_of(goodbye.error)}"
+    log = tail(seen.logs / f"rank-{rank}.log", _LOG_LINES)
+    raised = exception_line(log) if code in _PYTHONS_EXITS else ""
     if raised and goodbye is None:
         step = seen.steps.get(rank)
         when = "before its first step" if step is None else f"after step {step}"
@@ -133,24 +163,64 @@ def _rank_reason(seen: Evidence, rank: int, code: int | None) -> str:
     return f"rank {rank} failed" if code is None else f"rank {rank} exited with code {code}"
 
 
-def _exception_line(log: str) -> str:
-    """What a Python that dies of an exception writes under its traceback, or our own word on a refused config; empty
-    when the log has neither. A message may have more lines; the first one names it."""
-    lines = log.splitlines()
-    # The last of a chain of exceptions is the one that ended it.
-    for index, line in reversed(list(enumerate(lines))):
-        if line.startswith(_REFUSED):
-            return line.removeprefix(_REFUSED)
-        if line == "Traceback (most recent call last):":
-            return next((after.strip() for after in lines[index + 1 :] if _EXCEPTION.match(after)), "")
-    return ""
+def _signal_words(seen: Evidence, rank: int, code: int) -> str:
+    """SIGSEGV (a crash in native code...)"""
+    name = signal_name(-code)
+    words = _SIGNALS.get(name, "")
+    if name == "SIGABRT":
+        words = abort_words(tail(seen.logs / f"rank-{rank}.log", _LOG_LINES)) or words
+    return f"{name} ({words})" if words else name
 
 
-def _rank_error(seen: Evidence, rank: int) -> str:
-    goodbye = seen.goodbyes.get(rank)
+def _memory_words(seen: Evidence, rank: int, code: int | None) -> str:
+    """Of a SIGKILL, the rank's own or that of a process it needed: whether it was the kernel, for lack of memory."""
+    goodbye, account = seen.goodbyes.get(rank), seen.account
+    of_child = goodbye is not None and _CHILD_KILLED in goodbye.error
+    if not of_child and (code != -signal.SIGKILL or goodbye is not None):
+        return ""
+    evidence = account.memory.killed(rank) if account is not None else ""
+    if account is not None and evidence:
+        first = f"try {account.changes.first}" if account.changes.first else ""
+        return ": " + "; ".join(part for part in (evidence, account.memory.held, first) if part)
+    if of_child:
+        return ""
+    if account is not None and account.memory.told:
+        return ", by somebody: no out-of-memory kill was recorded"
+    return ", perhaps because memory ran out: whether it did can't be seen here"
+
+
+def _shared_words(seen: Evidence, rank: int, code: int | None) -> str:
+    """Of a SIGBUS: the file may be in /dev/shm."""
+    if code != -signal.SIGBUS or rank in seen.goodbyes or seen.account is None:
+        return ""
+    return f"; {seen.account.memory.shared}"
+
+
+def _xid_words(seen: Evidence, rank: int, code: int | None) -> str:
+    xid = seen.account.xids.get(rank) if seen.account is not None else None
+    return f"; {xid}" if xid else ""
+
+
+def _rank_error(seen: Evidence, rank: int, code: int | None) -> str:
+    """At most ERROR_LINES lines of what the rank left, and what to change if the kernel killed it for its memory."""
+    goodbye, account = seen.goodbyes.get(rank), seen.account
+    changes: list[str] = []
+    if (
+        account is not None
+        and account.memory.killed(rank)
+        and _memory_words(seen, rank, code)
+        and account.changes.lines
+    ):
+        changes = ["", "What to change to take less host memory:", *(f"  {line}" for line in account.changes.lines)]
+    room = ERROR_LINES - len(changes)
+    log = seen.logs / f"rank-{rank}.log"
     if goodbye is not None and goodbye.error:
-        return "\n".join(goodbye.error.strip().splitlines()[-ERROR_LINES:])
-    return tail(seen.logs / f"rank-{rank}.log") or _launcher_tail(seen)
+        left = goodbye.error.strip().splitlines()[-room:]
+    elif code is not None and code < 0 and (stack := crash_stack(tail(log, _LOG_LINES))):
+        left = stack.splitlines()[:room]
+    else:
+        left = (tail(log) or launcher_tail(seen.logs)).splitlines()[-room:]
+    return "\n".join([*left, *changes])
 
 
 def _launcher_failed(seen: Evidence) -> Outcome:
@@ -159,29 +229,9 @@ def _launcher_failed(seen: Evidence) -> Outcome:
         reason = "the supervisor ended before the ranks did"
     elif code < 0:
         reason = f"torchrun was killed by {signal_name(-code)}"
+        evidence = seen.account.memory.evidence if seen.account is not None else ""
+        if evidence and code == -signal.SIGKILL:
+            reason += f"; {evidence}"
     else:
         reason = f"torchrun exited with code {code} before any rank failed"
-    return Outcome("failed", reason, code, None, _launcher_tail(seen))
-
-
-def _launcher_tail(seen: Evidence) -> str:
-    """torchrun.log without its own traceback and closing table, which repeat in thirty lines that a rank failed."""
-    kept = []
-    for line in tail(seen.logs / "torchrun.log", lines=400).splitlines():
-        if "failed (exitcode:" in line or re.match(r"={20,}$", line):
-            break
-        if line.strip("* ") and "OMP_NUM_THREADS" not in line and not _AGENT.match(line):
-            kept.append(line)
-    return "\n".join(kept[-ERROR_LINES:])
-
-
-def tail(path: Path, lines: int = ERROR_LINES) -> str:
-    """The last lines of a text file; empty when there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - _TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(text.rstrip().splitlines()[-lines:])
+    return Outcome("failed", reason, code, None, launcher_tail(seen.logs))

@@ -45,7 +45,7 @@ class Failure:
         else:
             raised = not from_outside and not seen.spoke
         return cls(
-            outcome.reason,
+            outcome.cause or outcome.reason,
             step,
             code,
             by_signal=from_outside,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from runtime.wire.rundir import RunFile
-from zerotop.runs.outcome import tail
+from zerotop.runs.lastwords import tail
 from zerotop.runs.paths import RunError
 from zerotop.runs.torchrun import with_import_path
 

@@ -31,8 +31,9 @@ from zerotop.probe.host import HostProbe
 from zerotop.probe.nvml import GpuProbe
 from zerotop.runs.attempt import Attempt
 from zerotop.runs.hang import HangWatch
+from zerotop.runs.lastwords import tail
 from zerotop.runs.logs import cap_logs
-from zerotop.runs.outcome import Evidence, Outcome, decide, tail
+from zerotop.runs.outcome import Evidence, Outcome, decide
 from zerotop.runs.paths import RunError, lock_sockets, make_private_folder, remove_sockets
 from zerotop.runs.processes import become_subreaper, descendants, detach, kill_descendants, reap, send
 from zerotop.runs.restarts import Failure, Restarts
@@ -94,7 +95,7 @@ class Supervisor:
         )
         self._taker = StackTaker(self.path, self.run_file.nproc, hub)
         write_json(self.path / "run.json", self.run_file)
-        gpus = GpuProbe()
+        gpus = self._gpus = GpuProbe()
         try:
             hub.start()
             loop.add_signal_handler(signal.SIGCHLD, self._collect)
@@ -140,6 +141,8 @@ class Supervisor:
 
     def _announce(self) -> None:
         """What launch found out, for the event pane: defaults chosen, keys without effect, what a resume changed."""
+        if warning := self._attempt.witness.warning():
+            self.hub.event("memory", warning, "warning")
         try:
             notes = json.loads((self.logs / "notes.json").read_text())["notes"]
         except FileNotFoundError:
@@ -222,7 +225,14 @@ class Supervisor:
                 }
                 stats = await loop.run_in_executor(thread, host.sample, pids, *gpus.latest())
                 self.hub.say(stats, source=f"probe/{stats.host}")
+                self._attempt.witness.note(stats)
+                self._hear_xids()
                 await asyncio.sleep(1.0)
+
+    def _hear_xids(self) -> None:
+        for xid in self._gpus.take_xids():
+            self._attempt.witness.hear(xid)
+            self.hub.event("xid", xid.text, "error", xid=xid.number, gpu=xid.gpu)
 
     async def _watch_for_hangs(self) -> None:
         resolved = Resolved.from_json((self.path / "resolved.json").read_bytes())
@@ -310,10 +320,12 @@ class Supervisor:
 
     def _evidence(self) -> Evidence:
         state, attempt = self.hub.state, self._attempt
+        self._hear_xids()
         return Evidence(
             nproc=self.run_file.nproc,
             launcher_exit=attempt.exit_code,
             logs=attempt.logs,
+            launcher_killed=attempt.killed,
             goodbyes={rank: rank_state.goodbye for rank, rank_state in state.ranks.items() if rank_state.goodbye},
             exit_codes=attempt.rank_codes,
             stopping=self.hub.status.state == "stopping",
@@ -323,6 +335,7 @@ class Supervisor:
             silent_script=self._silent_script(),
             spoke=self._spoke(),
             start_step=state.hello.start_step if state.hello else 0,
+            account=attempt.witness.account(state),
         )
 
     def _judge(self) -> tuple[Outcome, bool]:

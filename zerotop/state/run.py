@@ -83,6 +83,10 @@ class RunState:
         self.hub_seq = snapshot.hub_seq
         self.hub_now_ns = snapshot.now_ns
         self.apply_all(snapshot.messages, 0)
+        for state in self.ranks.values():
+            # The curve reaches back before this attempt; a rank that has finished no step in it has none.
+            if state.step is not None and (state.hello is None or state.step.step <= state.hello.start_step):
+                state.step = None
         for rank, heard_ns in snapshot.heard_ns.items():
             self.rank(rank).heard_ns = heard_ns
 

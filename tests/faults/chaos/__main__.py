@@ -34,6 +34,8 @@ class Chaos:
         self.checkpoints: dict[str, Checkpoints] = {}
         self.references: dict[int, dict[int, float | None]] = {}
         self.struck = self.resumed = 0
+        self.broken = False
+        """The run did not do what it must: the next fault has a new one."""
         self.lost: list[str] = []
         self.orphans: list[str] = []
         self.seconds: list[float] = []
@@ -59,10 +61,10 @@ class Chaos:
         config = write_config(self.folder, variant, self.disk.folder)
         run, count = None, 0
         for number in range(first, last + 1):
-            if run is None or not run.live or run.step() > STEPS - 60:
+            if run is None or self.broken or not run.live or run.step() > STEPS - 60:
                 if run is not None:
                     self.finish(run, variant)
-                count += 1
+                count, self.broken = count + 1, False
                 run = Run(f"chaos-{first}-{count}", config, self.disk.folder)
                 self.runs.append(run)
                 self.checkpoints[run.name] = Checkpoints(self.disk.folder / run.name)
@@ -99,7 +101,7 @@ class Chaos:
             self.resumed += 1
             say(f"{number}: {words}, at step {step} · {told}")
         except (NotSeen, AssertionError) as error:
-            self.disk.empty()
+            self.broken = True
             self.lost.append(f"{number}: {words}: {error}")
             say(f"{number}: {words} · FAILED: {error}")
 
@@ -114,9 +116,15 @@ class Chaos:
     ) -> str:
         """What must follow does, and no sound checkpoint from before the fault is passed over. Returns it in words."""
         if struck.follows == "nothing":
-            run.train(INTERVAL + 3)
-            if struck.undo is not None:
-                struck.undo()
+            try:
+                if struck.silent:  # nobody tells of steps: checkpoints do
+                    number = checkpoints.newest_sound()[0]
+                    run.until(lambda: checkpoints.newest_sound()[0] > number + 1, "two newer checkpoints")
+                else:
+                    run.train(INTERVAL + 3)
+            finally:
+                if struck.undo is not None:
+                    struck.undo()
             assert run.attempt == attempt, f"the run was restarted: {run.status.restart_reason}"
         elif struck.follows == "restart":
             run.until(lambda: run.attempt > attempt or not run.live, "a restart")
@@ -193,6 +201,9 @@ def main() -> int:
                 last = min(end, (at - 1) // ROUND * ROUND + ROUND)
                 chaos.round(at, last)
                 at = last + 1
+        except KeyboardInterrupt:
+            say(f"interrupted; --first {options.first + chaos.struck - 1} goes on")
+            chaos.struck -= chaos.struck > chaos.resumed + len(chaos.lost)  # the one under way
         finally:
             chaos.close()
     if chaos.seconds:

@@ -39,6 +39,8 @@ class Struck:
     what: str
     follows: Follows
     undo: Callable[[], None] | None = None
+    silent: bool = False
+    """Meanwhile the run can't say how it goes."""
     damages: bool = False
     """The newest checkpoint is not sound any more."""
 
@@ -61,7 +63,10 @@ def supervisor(scene: Scene) -> Struck:
     if number == STOP:
         process.send_signal(STOP)
         return Struck(
-            f"SIGSTOP of the supervisor {where}, for a while", "nothing", lambda: process.send_signal(signal.SIGCONT)
+            f"SIGSTOP of the supervisor {where}, for a while",
+            "nothing",
+            lambda: process.send_signal(signal.SIGCONT),
+            silent=True,
         )
     return _signal(process, number, "the supervisor", where, "end")
 

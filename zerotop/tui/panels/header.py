@@ -36,7 +36,10 @@ class Header(Panel):
         row.add(f"{glyph} {state.state_name}", palette.style(colour, bold=True))
         if view.frozen:
             row.gap(2).add(FROZEN_BADGE, palette.style("accent", bold=True, reverse=True))
-        for text in _facts(view):
+        facts = _facts(view)
+        if facts and _why(view) and 20 <= room - row.width - 3 < len(facts[0]):
+            facts[0] = facts[0][: room - row.width - 4] + "…"  # most of a reason is better than none
+        for text in facts:
             if row.width + 3 + len(text) <= room:
                 row.add("  ", muted).add(text, muted if view.stale else PLAIN)
         return row.to(width - len(right) - 1).add(right, right_style)
@@ -99,9 +102,15 @@ def _facts(view: View) -> list[str]:
             facts.append(hello.backend)
     if status is not None and status.restarts and status.state == "running":
         facts.append(f"restarted: {status.restart_reason}")
-    if status is not None and status.reason and status.state not in {"running", "failed", "aborted"}:
-        facts.insert(0, status.reason)
+    if reason := _why(view):
+        facts.insert(0, reason)
     return [fact for fact in facts if fact]
+
+
+def _why(view: View) -> str:
+    """Why the run is in its state, where the verdict's line does not say so."""
+    status = view.state.status
+    return status.reason if status is not None and status.state not in {"running", "failed", "aborted"} else ""
 
 
 def _figures(view: View) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ import re
 import textwrap
 
 from runtime.wire.messages import RunStatus
+from zerotop.output import with_exit_code
 from zerotop.tui.text import clean
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Band, Row
@@ -58,5 +59,4 @@ def _failure(status: RunStatus) -> str:
     """Which rank, why, and the exit code, each of them once: the reason may name the rank, and a signal is the code."""
     reason = status.reason or "no reason given"
     named = status.failed_rank is None or re.search(rf"\brank {status.failed_rank}\b", reason)
-    told = status.exit_code is None or re.search(rf"\bSIG[A-Z]+|\bsignal \d+|\bexit\D*{status.exit_code}\b", reason)
-    return ("" if named else f"rank {status.failed_rank}: ") + reason + ("" if told else f" (exit {status.exit_code})")
+    return ("" if named else f"rank {status.failed_rank}: ") + with_exit_code(reason, status.exit_code)

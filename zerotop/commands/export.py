@@ -1,0 +1,147 @@
+"""zerotop export: a checkpoint as Hugging Face safetensors. A process of its own does it, for it needs torch."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+_DESCRIPTION = """\
+Write the weights of a checkpoint as a folder that Hugging Face's libraries read: model.safetensors (in shards with an
+index when it is large), config.json and the tokenizer when they are known. Optimizer states stay behind. It takes
+memory for about one shard, and no GPU."""
+_EXAMPLES = """\
+examples:
+  zerotop export q1 out/                         the newest complete checkpoint of run q1
+  zerotop export q1/step-200 out/ --dtype fp16   the one of step 200, in another precision
+  zerotop export checkpoints/step-00000200 out/ --shard-size 2GiB"""
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "export",
+        help="write a checkpoint as Hugging Face safetensors",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a checkpoint's folder, a folder of some, RUN, or RUN/step-100"
+    )
+    parser.add_argument("out", metavar="OUT", help="a folder that is empty or not there yet")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="default: auto, the precision that the run computed in",
+    )
+    parser.add_argument(
+        "--shard-size", default="5GiB", metavar="SIZE", help="largest file, and memory taken; default: 5GiB"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds an exported model")
+    parser.add_argument("--json", action="store_true", help="print what was written as one JSON document")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises CommandError for bad usage and for what the export itself says."""
+    from runtime.checkpoint.manifest import CheckpointError
+    from runtime.checkpoint.target import check_target
+    from runtime.sizes import parse_size
+    from zerotop.output import CommandError, print_json
+    from zerotop.runs.checkpoints import find_checkpoint
+
+    try:
+        shard_bytes = parse_size(arguments.shard_size)
+    except ValueError as error:
+        raise CommandError(f"--shard-size: {error}") from None
+    try:
+        checkpoint = find_checkpoint(arguments.checkpoint)
+        out = check_target(Path(arguments.out), checkpoint, arguments.overwrite)
+    except CheckpointError as error:
+        raise CommandError(str(error)) from None
+    _check_installed()
+    words = [str(checkpoint), str(out), "--dtype", arguments.dtype, "--shard-bytes", str(shard_bytes)]
+    document = _in_child([*words, *(["--overwrite"] if arguments.overwrite else [])])
+    if arguments.json:
+        print_json(document)
+    else:
+        print(_text(document))
+    return 0
+
+
+def _check_installed() -> None:
+    import importlib.util
+
+    from zerotop.output import INSTALL_TRAINING, CommandError
+
+    missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:  # a top-level name is found without running it
+        raise CommandError(f"export needs {' and '.join(missing)}, not installed here: {INSTALL_TRAINING} adds it")
+
+
+def _in_child(words: Sequence[str]) -> dict[str, Any]:
+    """Run the export, whose progress lines go to our stderr; its document. Raises CommandError with its error."""
+    from zerotop.output import CommandError
+    from zerotop.runs.torchrun import with_import_path
+
+    command = [sys.executable, "-P", "-m", "runtime.checkpoint.export", *words]
+    with _child(command, with_import_path(dict(os.environ))) as child:
+        output, _ = child.communicate()
+    try:
+        document: dict[str, Any] = json.loads(output.splitlines()[-1])
+    except (ValueError, IndexError):
+        if child.returncode < 0:
+            name = signal.Signals(-child.returncode).name
+            why = f"it was killed by {name}" + (" (out of memory? try a smaller --shard-size)" * (name == "SIGKILL"))
+        elif child.returncode == 130:
+            why = "it was told to end"
+        else:
+            why = f"its error stands above (exit code {child.returncode})"
+        raise CommandError(f"nothing was exported: {why}", exit_code=1) from None
+    if child.returncode != 0:
+        raise CommandError(document["error"], exit_code=child.returncode)
+    return document
+
+
+@contextlib.contextmanager
+def _child(command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The process; left by an error (Ctrl-C) it has ended, too, and cleared up. A second Ctrl-C does not wait for
+    that."""
+    # In a process group of its own, so that the terminal's Ctrl-C comes once, through us, also while it starts.
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, process_group=0)
+    try:
+        yield child
+    except BaseException:
+        child.terminate()
+        try:
+            child.wait()
+        finally:
+            child.kill()
+            child.wait()
+        raise
+    finally:
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+def _text(document: dict[str, Any]) -> str:
+    from runtime.sizes import format_count, format_size
+
+    files = document["files"]
+    weights = [name for name in files if name.endswith(".safetensors")]
+    others = [name for name in files if name not in weights and not name.endswith(".index.json")]
+    lines = [
+        f"{document['out']}: {format_count(document['parameters'])} parameters in {document['dtype']}, "
+        f"{format_size(document['tensor_bytes'])} in {len(weights)} file{'s' * (len(weights) > 1)}"
+        f"{''.join(f', {name}' for name in others)}; step {document['step']} of {document['checkpoint']}"
+    ]
+    if "config.json" not in others:
+        lines.append("The checkpoint knows no config: the model is neither Hugging Face's nor the built-in GPT.")
+    return "\n".join(lines)

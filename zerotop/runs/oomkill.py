@@ -1,0 +1,208 @@
+"""Did the kernel kill a process because memory ran out? What it counts and writes down, and who held the memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runtime import cgroup
+from runtime.hostmemory import read_limits
+from runtime.sizes import format_size
+from runtime.wire.messages import NodeStats
+
+SHARED_ENOUGH_BYTES = 1 << 30
+"""Ranks of one box move data through /dev/shm; containers often have 64 MiB of it."""
+CGROUP, MACHINE = "the cgroup", "this machine"
+_SAMPLES = 15
+"""Seconds of NodeStats that are kept: what was held is looked for before the kill."""
+_KERNEL_LINES = 20_000
+_CLOCKS_US = 5_000_000
+"""The kernel's log and CLOCK_MONOTONIC drift apart by less than this."""
+_KILLED = re.compile(r"Killed process (\d+) \(([^)]*)\).*?anon-rss:(\d+)kB(?:.*?shmem-rss:(\d+)kB)?")
+
+
+@dataclass(frozen=True)
+class Count:
+    """One of the kernel's counters of out-of-memory kills, at the start of an attempt and now."""
+
+    what: str
+    """"the cgroup" or "this machine"."""
+    before: int
+    now: int
+
+    @property
+    def rose(self) -> bool:
+        return self.now > self.before
+
+    def __str__(self) -> str:
+        return f"oom_kill of {self.what} {self.before} -> {self.now}"
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What was seen of host memory during one attempt."""
+
+    counts: tuple[Count, ...] = ()
+    """What can be read here: that of our own control group, else of the whole machine."""
+    named: Mapping[int, str] = field(default_factory=dict)
+    """Rank -> the kernel's own words on killing it."""
+    rank_rss_bytes: Mapping[int, int] = field(default_factory=dict)
+    """Each rank's last; they share some pages, which count more than once."""
+    run_rss_bytes: int = 0
+    """Of all processes of the run: the most in the last seconds."""
+    total_bytes: int = 0
+    """Of the host, or of the control group where that has less."""
+    shared_bytes: tuple[int, int] | None = None
+    """Size of /dev/shm, and the least that was free there in the last seconds."""
+
+    @property
+    def evidence(self) -> str:
+        """Why a SIGKILL was the kernel's, for lack of memory; "" when nothing says so."""
+        count = next((count for count in self.counts if count.rose), None)
+        if count is None:
+            return ""
+        what = "ran out of memory" if count.what == CGROUP else "killed a process for lack of memory"
+        return f"the kernel {what} ({count})"
+
+    @property
+    def told(self) -> bool:
+        """Whether the kernel says anything about this."""
+        return bool(self.counts or self.named)
+
+    def killed(self, rank: int) -> str:
+        """The same for one rank."""
+        if rank in self.named:
+            return f"the kernel ran out of memory ({self.named[rank]})"
+        return self.evidence
+
+    @property
+    def held(self) -> str:
+        """ranks held 11.2 GiB of 12.0 GiB"""
+        held = sum(self.rank_rss_bytes.values()) or self.run_rss_bytes
+        if not held or not self.total_bytes:
+            return ""
+        who = "ranks" if self.rank_rss_bytes else "the run"
+        return f"{who} held {format_size(held)} of {format_size(self.total_bytes)}"
+
+    @property
+    def shared(self) -> str:
+        """/dev/shm has 64.0 MiB, 0 B free"""
+        if self.shared_bytes is None:
+            return "there is no /dev/shm"
+        size, free = self.shared_bytes
+        return f"/dev/shm has {format_size(size)}, {format_size(free)} free"
+
+
+class MemoryWatch:
+    """Made when an attempt starts; `note` each sample, then ask `seen` when it is over.
+
+    root: where /proc, /sys and /dev are, for tests.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._before = dict(_counters(root))
+        self._limit = read_limits(root).group_limit_bytes
+        self._since_us = time.monotonic_ns() // 1000 - _CLOCKS_US
+        self._samples: deque[NodeStats] = deque(maxlen=_SAMPLES)
+        self._shared: deque[tuple[int, int]] = deque(maxlen=_SAMPLES)
+        self._rss: dict[int, int] = {}
+
+    def note(self, stats: NodeStats) -> None:
+        self._samples.append(stats)
+        self._rss |= stats.rank_rss_bytes
+        if (shared := shared_memory(self._root)) is not None:
+            self._shared.append(shared)
+
+    def seen(self, pids: Mapping[int, int], told: Mapping[int, int]) -> HostMemory:
+        """pids: of the ranks. told: the bytes that each rank said it held."""
+        now = dict(_counters(self._root))
+        counts = tuple(Count(what, self._before[what], now[what]) for what in self._before if what in now)
+        named = self._named(pids) if not counts or any(count.rose for count in counts) else {}
+        shared = list(self._shared) or [found for found in (shared_memory(self._root),) if found is not None]
+        return HostMemory(
+            counts=counts,
+            named=named,
+            rank_rss_bytes=dict(told) | self._rss,
+            run_rss_bytes=max((stats.run_rss_bytes for stats in self._samples), default=0),
+            total_bytes=int(min(self._limit, self._samples[-1].ram_total_bytes)) if self._samples else 0,
+            shared_bytes=(shared[-1][0], min(free for _, free in shared)) if shared else None,
+        )
+
+    def _named(self, pids: Mapping[int, int]) -> dict[int, str]:
+        """In a container the kernel's log has other process numbers, if it can be read at all: then nobody is named."""
+        ranks = {pid: rank for rank, pid in pids.items()}
+        found = {}
+        for at_us, text in _kernel_log(self._root):
+            killed = _KILLED.search(text) if at_us >= self._since_us else None
+            if killed is not None and int(killed[1]) in ranks:
+                held = 1024 * (int(killed[3]) + int(killed[4] or 0))
+                words = f"the kernel's log: killed process {killed[1]}, which held {format_size(held)}"
+                found[ranks[int(killed[1])]] = words
+        return found
+
+
+def shared_memory(root: Path = Path("/")) -> tuple[int, int] | None:
+    """Size and free bytes of /dev/shm; None where there is none."""
+    try:
+        found = os.statvfs(root / "dev/shm")
+    except OSError:
+        return None
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+
+
+def _counters(root: Path) -> Iterator[tuple[str, int]]:
+    """(what, kills): of our control group where it counts them, else of the whole machine.
+
+    A group's counter has all kills in it, whoever's limit was reached: when it stands still, none of ours was killed.
+    """
+    own = [(folder, "memory.events") for folder in cgroup.folders("", root)[:1]]
+    own += [(folder, "memory.oom_control") for folder in cgroup.folders("memory", root)[:1]]
+    for folder, name in own:
+        if (count := _oom_kill(folder / name)) is not None:
+            yield CGROUP, count
+            return
+    if (count := _oom_kill(root / "proc/vmstat")) is not None:
+        yield MACHINE, count
+
+
+def _oom_kill(path: Path) -> int | None:
+    for line in cgroup.read(path).splitlines():
+        name, _, value = line.partition(" ")
+        if name == "oom_kill" and value.isdigit():
+            return int(value)
+    return None
+
+
+def _kernel_log(root: Path) -> Iterator[tuple[int, str]]:
+    """(microseconds since boot, text) of what the kernel still has and lets us read.
+
+    One read gives one record, `level,number,time,flags;text` (Documentation/ABI/testing/dev-kmsg of the kernel).
+    """
+    try:
+        descriptor = os.open(root / "dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:  # not readable for everyone, or not there
+        return
+    try:
+        for _ in range(_KERNEL_LINES):
+            try:
+                record = os.read(descriptor, 8192)
+            except OSError as error:
+                if error.errno == errno.EPIPE:  # overwritten meanwhile: go on with the oldest that is left
+                    continue
+                return
+            for line in record.decode(errors="replace").splitlines():
+                head, _, text = line.partition(";")
+                fields = head.split(",")
+                if len(fields) > 2 and fields[2].isdigit():
+                    yield int(fields[2]), text
+            if not record:
+                return
+    finally:
+        os.close(descriptor)
