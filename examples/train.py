@@ -25,8 +25,7 @@ data = TensorDataset(inputs, inputs.square().mean(dim=1, keepdim=True))
 engine, optimizer, loader, scheduler = deepspeed.initialize(
     model=model, model_parameters=model.parameters(), training_data=data
 )
-for epoch in range(10):
-    loader.sampler.set_epoch(epoch)
+for _ in range(loader.epoch, 10):  # after a resume: from the epoch under way, whose rest the loader gives first
     for batch in loader:
         sample, target = (tensor.to(engine.device) for tensor in batch)
         loss = nn.functional.mse_loss(engine(sample), target)

@@ -3,7 +3,10 @@ rank, bit for bit."""
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from runtime.steer import Steering
 from tests.numerics.test_parity import config
 
 SAMPLES = 60
@@ -108,9 +112,15 @@ def unbroken(folder: str, settings: dict[str, Any], wait: bool) -> Any:
     return drawn, *script.outcome()
 
 
-def resumed(folder: str, settings: dict[str, Any], disturb: bool) -> Any:
+def resumed(folder: str, settings: dict[str, Any], way: str) -> Any:
+    """way: loaded by a fresh script, by one that has been somewhere else, or by initialize() under --resume."""
+    if way == "launch":
+        with under_resume(folder):
+            script = Script(settings)
+        assert script.engine.global_steps == HALF
+        return script.run(3 * HALF), *script.outcome()
     script = Script(settings)
-    if disturb:  # an engine that has been somewhere else
+    if way == "later":
         script.run(2)
         script.seen.clear()
         script.losses.clear()
@@ -118,11 +128,29 @@ def resumed(folder: str, settings: dict[str, Any], disturb: bool) -> Any:
     return script.run(3 * HALF), *script.outcome()
 
 
-@pytest.mark.parametrize(("stage", "wait", "disturb"), [(0, True, False), (2, False, True), (3, True, True)])
-def test_dropout_data_and_all_generators_continue_bit_for_bit_on_all_ranks(ranks, tmp_path, stage, wait, disturb):
+@contextlib.contextmanager
+def under_resume(folder: str) -> Iterator[None]:
+    original = Steering.resume
+
+    def resume(steering: Steering) -> Path | None:
+        steering.folder, steering.session.resume = Path(folder), True
+        try:
+            return original(steering)
+        finally:
+            steering.folder, steering.session.resume = None, False
+
+    Steering.resume = resume  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Steering.resume = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("stage", "wait", "way"), [(0, True, "fresh"), (2, False, "later"), (3, True, "launch")])
+def test_dropout_data_and_all_generators_continue_bit_for_bit_on_all_ranks(ranks, tmp_path, stage, wait, way):
     settings = config(stage, 2, clip=0.5)
     theirs = ranks(3).run(unbroken, str(tmp_path), settings, wait)
-    ours = ranks(3).run(resumed, str(tmp_path), settings, disturb)
+    ours = ranks(3).run(resumed, str(tmp_path), settings, way)
     for (drawn, seen, losses, whole), (drawn_again, seen_again, losses_again, whole_again) in zip(
         theirs, ours, strict=True
     ):

@@ -8,6 +8,7 @@ import signal
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -78,13 +79,13 @@ def train_through(settings: dict[str, Any], kind: str) -> dict[str, torch.Tensor
 
 
 def save_without_room(folder: str, settings: dict[str, Any], kind: str) -> tuple[bool, dict[str, torch.Tensor]]:
-    from runtime.checkpoint import background
+    from runtime.checkpoint.background import Background
 
-    background.Background._has_room = lambda *_: False  # type: ignore[method-assign]
     engine = engine_for(settings, kind)
     advance(engine, 0, STEPS)
     engine.save_checkpoint(folder, "waited")
-    engine.save_checkpoint(folder, "beside", wait=False)
+    with patch.object(Background, "_has_room", lambda *_: False):
+        engine.save_checkpoint(folder, "beside", wait=False)
     held = sum(block.nbytes for block in blocks_of(engine))
     taken = engine.saver._snapshot.copied_bytes
     advance(engine, STEPS, 2 * STEPS)
@@ -140,9 +141,15 @@ def test_large_states_go_through_the_slots_in_pieces(ranks, tmp_path):
 
 def lose_a_writer(folder: str, number: int) -> list[str]:
     """Rank 1's writer is killed, or stopped, before it has written; then a save goes well, with new writers."""
-    from runtime.checkpoint import CheckpointError, process
+    from runtime.checkpoint import process
 
-    process.PATIENCE_S = 2 * process.ALIVE_S
+    with patch.object(process, "PATIENCE_S", 2 * process.ALIVE_S):
+        return _lose_a_writer(folder, number)
+
+
+def _lose_a_writer(folder: str, number: int) -> list[str]:
+    from runtime.checkpoint import CheckpointError
+
     engine = engine_for(config(2, 1, clip=0.0))
     advance(engine, 0, 1)
     engine.save_checkpoint(folder, "first", wait=False)
@@ -303,8 +310,8 @@ def put_off(folder: str) -> tuple[list[str], int, list[str]]:
     writer = engine.saver._writer
     if dist.get_rank() == 0:
         os.kill(writer.pid, signal.SIGSTOP)
-    steer.WAIT_S = 0.05
-    advance(engine, 2, 7)  # begun at step 4; due at step 6, when it is not done
+    with patch.object(steer, "WAIT_S", 0.05):
+        advance(engine, 2, 7)  # begun at step 4; due at step 6, when it is not done
     reached = engine.global_steps
     if dist.get_rank() == 0:
         os.kill(writer.pid, signal.SIGCONT)

@@ -99,6 +99,16 @@ def test_a_rank_with_a_good_reason_excuses_all(phase: str) -> None:
     assert still(run, 100) is None
 
 
+def test_a_rank_that_is_not_heard_from_has_no_reason() -> None:
+    """Stopped while the others wait for it inside a checkpoint."""
+    run = a_run()
+    beat(run, 0, phase="checkpoint")
+    run.hub_now_ns += 60 * 10**9
+    for rank in (0, 1):
+        beat(run, rank, phase="checkpoint")
+    assert still(run, 100) == 100
+
+
 @pytest.mark.parametrize(("steps", "moves"), [(0, False), (1, False), (2, True)])
 @pytest.mark.parametrize("start", [0, 50])
 def test_the_first_two_steps_of_an_attempt_take_as_long_as_they_like(steps: int, moves: bool, start: int) -> None:

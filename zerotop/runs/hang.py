@@ -29,6 +29,9 @@ FIRST_STEPS = 2
 JUMP_S = 5.0
 """Two looks so far apart mean that we were stopped ourselves, or the machine was: what the ranks did meanwhile is not
 known, and the count starts anew."""
+SILENT_S = 5.0
+"""A rank's heartbeat comes several times a second, also while its training thread is busy: after this long its process
+does not run."""
 LOOK_S = 1.0
 
 Marks = dict[int, tuple[Any, ...]]
@@ -67,12 +70,15 @@ class Stillness:
 
 def should_move(state: RunState) -> bool:
     """Whether standing still would be a hang: the run is running and warm, and no rank has a reason to hold the others
-    up."""
+    up. A rank that is not heard from at all has none, whatever the others are doing: they wait for it in there."""
     ranks = [rank for rank in state.ranks.values() if rank.goodbye is None]
     if state.state_name != "running" or not any(rank.heartbeat for rank in ranks):
         return False
     start = state.hello.start_step if state.hello else 0
-    return state.step - start >= FIRST_STEPS and not any(rank.phase in QUIET_PHASES for rank in ranks)
+    if state.step - start < FIRST_STEPS:
+        return False
+    excused = any(rank.phase in QUIET_PHASES for rank in ranks)
+    return not excused or any(state.hub_now_ns - rank.heard_ns > SILENT_S * 1e9 for rank in ranks)
 
 
 def limit_s(state: RunState) -> float:
