@@ -86,6 +86,22 @@ def test_on_hang_ends_the_attempt_with_the_reason(meet: Callable[..., FakeRun]) 
     assert (run.path / "logs" / "1" / "stacks-1.txt").exists()
 
 
+def test_on_hang_restarts_the_ranks_and_the_new_attempt_is_watched_too(meet: Callable[..., FakeRun]) -> None:
+    run = meet(("zerotop.restarts.on_hang=true",))
+    for attempt in (1, 2):
+        run.see_step(3)
+        os.kill(run.pid_of_rank(1), signal.SIGSTOP)
+        run.see(lambda source, n=attempt: source.state.status.attempt == n + 1, f"attempt {attempt + 1}")  # type: ignore[misc]
+        assert (run.path / "logs" / str(attempt) / "stacks-1.txt").exists()
+        status = run.source.state.status
+        assert status is not None and status.restarts == attempt
+        assert f"no progress for {HANG_S} s: rank 1 (stopped by a signal, pid " in status.restart_reason
+        run.see_state("running")
+    run.see_step(3)
+    assert [event.severity for event in events(run, "hang")] == ["error", "error"]
+    assert run.source.state.status is not None and not run.source.state.status.reason.startswith("hang")
+
+
 def test_a_paused_run_does_not_hang_and_gives_its_stacks(
     meet: Callable[..., FakeRun], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -148,6 +148,15 @@ def test_stacks_are_taken_in_every_live_state_and_without_the_ranks(desk: Desk, 
     assert len(desk.answers) == count
 
 
+def test_ranks_that_come_late_are_not_told_of_stacks(desk: Desk) -> None:
+    """They would answer that they know no such command, and that answer would stand."""
+    desk.ask("stacks", identity="s")
+    desk.ask("checkpoint")
+    assert [command.name for command in desk.router.commands_for_new_rank()] == ["checkpoint"]
+    desk.router.complete("s", result={})
+    assert [command.name for command in desk.router.commands_for_new_rank()] == ["checkpoint"]
+
+
 def test_stacks_while_a_stop_or_an_abort_waits_and_why_they_may_fail(desk: Desk) -> None:
     desk.ask("stop")
     desk.ask("abort")

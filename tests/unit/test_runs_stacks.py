@@ -58,6 +58,13 @@ SLEEPS = "def hangs_in_c():\n    print('ready', flush=True)\n    time.sleep(3600
 READS = "ends = os.pipe()\ndef reads():\n    print('ready', flush=True)\n    os.read(ends[0], 1)\nreads()"
 
 
+def until_status(process: psutil.Process, status: str) -> None:
+    deadline = time.monotonic() + 10
+    while process.status() != status:
+        assert time.monotonic() < deadline, process
+        time.sleep(0.01)
+
+
 def functions(answer: RankStacks) -> list[str]:
     return [frame.rpartition(" in ")[2] for frame in answer.threads[0].frames]
 
@@ -77,6 +84,7 @@ def test_a_process_that_hangs_in_native_code_answers_each_time(
 def test_a_stopped_process_is_told_apart_and_not_asked(child: Callable[..., psutil.Process], tmp_path: Path) -> None:
     processes = {rank: child(rank, SLEEPS) for rank in (0, 1)}
     processes[1].suspend()
+    until_status(processes[1], psutil.STATUS_STOPPED)  # the kernel stops it when it next runs
     began = time.monotonic()
     answers = ask(processes, {}, tmp_path)
     assert time.monotonic() - began < ANSWER_S  # nobody waits for an answer that can't come
@@ -113,10 +121,7 @@ def test_a_handler_that_is_there_already_stays(child: Callable[..., psutil.Proce
 
 def test_processes_that_are_gone_or_ended_say_so(child: Callable[..., psutil.Process], tmp_path: Path) -> None:
     process = child(0, "print('ready', flush=True)")
-    deadline = time.monotonic() + 10
-    while process.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until_status(process, psutil.STATUS_ZOMBIE)
     answers = ask({0: process, 1: None}, {1: 4711}, tmp_path)
     assert answers[0].trouble == "ended, not collected by torchrun"
     assert (answers[1].trouble, answers[1].pid) == ("gone", 4711)

@@ -197,7 +197,7 @@ class CommandRouter:
         return [
             case.command
             for case in self._cases.values()
-            if case.command.name != "abort" and (case.open or case.command.number > self._before_ranks)
+            if case.command.name not in self._outside and (case.open or case.command.number > self._before_ranks)
         ]
 
     # ---- inside ----------------------------------------------------------------------------------------------------
