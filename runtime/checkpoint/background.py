@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import shutil
 import tempfile
 import threading
 import time
@@ -18,7 +17,7 @@ from runtime.checkpoint import folder as folders
 from runtime.checkpoint.common import described, merged, own_files
 from runtime.checkpoint.manifest import CheckpointError
 from runtime.checkpoint.parts import Block, blocks_of
-from runtime.checkpoint.process import PEER_LOST, Outcome, WriterProcess
+from runtime.checkpoint.process import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
 from runtime.checkpoint.saving import make_job
 from runtime.checkpoint.snapshot import SharedMemory, Snapshot
 from runtime.hostmemory import HostMemoryError, check_host_memory
@@ -50,9 +49,6 @@ class Background:
         self._engine = weakref.ref(engine)
         self._writer: WriterProcess | None = None
         self._generation = 0
-        self._store: Path | None = None
-        """A folder where the writers meet."""
-        self._made_store = False
         self._memory: SharedMemory | None = None
         self._touching: threading.Thread | None = None
         self._snapshot: Snapshot | None = None
@@ -163,9 +159,6 @@ class Background:
             writer.close()
         self._snapshot = None
         self._drop_memory()
-        if self._made_store and self._store is not None:
-            shutil.rmtree(self._store, ignore_errors=True)
-        self._store = None
 
     def __del__(self) -> None:
         if self._writer is not None or self._memory is not None:
@@ -252,14 +245,12 @@ class Background:
             self._writer.close()
             self._writer = None
         self._generation = generation
-        if self._store is None:
-            self._store = self._store_of_run()
-        if self._store is None:
-            made = tempfile.mkdtemp(prefix="zerotop-writers-") if comm.rank == 0 else None
-            self._made_store = made is not None
-            self._store = Path(comm.broadcast_object(made))
+        store = self._store_of_run()
+        if store is None:  # the writers remove it when they have met
+            made = tempfile.mkdtemp(prefix=MEETING_FOLDER) if comm.rank == 0 else None
+            store = Path(comm.broadcast_object(made))
         session = self._owner().session
-        meeting = self._store / f"writers-{session.attempt}-{session.number}-{generation}"
+        meeting = store / f"writers-{session.attempt}-{session.number}-{generation}"
         if not _open:
             atexit.register(leave_all)
         _open.add(self)

@@ -36,6 +36,8 @@ PATIENCE_S = float(os.environ.get("ZEROTOP_WRITER_PATIENCE_S", "30"))
 """A writer that was silent for so long is stopped or stuck: it is ended, and its checkpoint given up."""
 START_PATIENCE_S = 300.0
 CLOSE_S = 2.0
+MEETING_FOLDER = "zerotop-writers-"
+"""What the name of a folder begins with in which writers meet, outside a run."""
 PEER_LOST = "another rank's writer process is gone"
 """What the other ranks' writers say of it: not the cause."""
 

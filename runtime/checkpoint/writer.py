@@ -17,10 +17,11 @@ import threading
 import time
 import traceback
 from multiprocessing import reduction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.manifest import CheckpointError, root_cause
-from runtime.checkpoint.process import ALIVE_S, PEER_LOST
+from runtime.checkpoint.process import ALIVE_S, MEETING_FOLDER, PEER_LOST
 from runtime.telemetry.orphan import die_with_parent
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def main() -> None:
                 assert pages is not None
                 link.send(("done", *_save(job, _Source(link, pages, places, copied_bytes), peers)))
                 _be_idle()  # the rank may have lent it the processor
+    os._exit(0)  # without the ends of groups and stores, which look for each other
 
 
 def _save(job: Job, source: _Source, peers: _Peers) -> tuple[str, list[str]]:
@@ -124,6 +126,9 @@ class _Peers:
             timeout=datetime.timedelta(seconds=MEETING_S),
         )
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=WRITING_S))
+        self.gather_objects(None)  # from here on nobody looks at the file
+        if rank == 0:
+            _remove(Path(store))
 
     def broadcast_object(self, value: Any) -> Any:
         import torch.distributed as dist
@@ -176,6 +181,13 @@ class _Source:
         while self._asked <= min(turn, len(self._order) - 1):
             self._link.send(("feed", self._order[self._asked], self._asked % SLOTS))
             self._asked += 1
+
+
+def _remove(store: Path) -> None:
+    """The file through which the writers have met, and its folder where it was made for that."""
+    store.unlink(missing_ok=True)
+    if store.parent.name.startswith(MEETING_FOLDER):
+        store.parent.rmdir()
 
 
 def _be_idle() -> None:
