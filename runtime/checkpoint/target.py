@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from runtime.checkpoint.folder import sync
 from runtime.checkpoint.manifest import CheckpointError
 from runtime.sizes import format_size
 
@@ -63,12 +64,12 @@ def appearing(out: Path) -> Iterator[Path]:
         _restore(aside, out)  # of an export that was killed
         yield partial
         for path in (*partial.rglob("*"), partial):
-            _fsync(path)
+            sync(path)
         if out.exists() and any(out.iterdir()):
             shutil.rmtree(aside, ignore_errors=True)
             out.rename(aside)
         partial.rename(out)
-        _fsync(out.parent)
+        sync(out.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         _restore(aside, out)
@@ -107,11 +108,3 @@ def _claim(partial: Path) -> int:
 def _restore(aside: Path, out: Path) -> None:
     if aside.exists() and not out.exists():
         aside.rename(out)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
