@@ -14,12 +14,12 @@ import ctypes
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
+from runtime.replacing import replace_text
 from runtime.sizes import format_size
 
 LATEST = "latest"
@@ -140,7 +140,8 @@ def finish(folder: Path, tag: str) -> None:
         sync(folder)
         shutil.rmtree(aside, ignore_errors=True)
     sync(folder)
-    _write_latest(folder, tag)
+    replace_text(folder / LATEST, tag + "\n")
+    sync(folder)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -155,20 +156,6 @@ def _exchange(first: Path, second: Path) -> bool:
     if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
     raise OSError(number, os.strerror(number), str(second))
-
-
-def _write_latest(folder: Path, tag: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{LATEST}.")
-    try:
-        with os.fdopen(handle, "w") as out:
-            out.write(tag + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, folder / LATEST)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync(folder)
 
 
 def prune(folder: Path, keep: int, keep_every: int = 0) -> list[Path]:

@@ -16,13 +16,12 @@ SOCKETS/                    /tmp/zerotop-UID/<8 characters>/: telemetry, ranks, 
 from __future__ import annotations
 
 import json
-import os
 import signal
-import tempfile
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from runtime.replacing import replace_text
 from runtime.wire.messages import RunStatus
 
 RUN_VARIABLE = "ZEROTOP_RUN"
@@ -98,16 +97,7 @@ def read_status(run: Path) -> RunStatus:
 def write_json(path: Path, data: BaseModel | dict) -> None:  # type: ignore[type-arg]
     """Replace `path` atomically (0600): a reader sees the old content or the new one, never half."""
     text = data.model_dump_json(indent=1) if isinstance(data, BaseModel) else json.dumps(data, indent=1)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as out:
-            out.write(text + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_text(path, text + "\n")
 
 
 def boot_id() -> str:
