@@ -157,3 +157,26 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 def _was_killed(run: FakeRun) -> bool:
     """A killed supervisor can't clear up; the next launch does."""
     return "supervisor died" in read_entry(run.path).status.reason
+
+
+@pytest.fixture
+def launch_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeRun]]:
+    """`launch_real(config, name=..., ...)`: a run of two real ranks on the CPU; text.txt is theirs to learn."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 200)
+    path = tmp_path / "config.json"
+    runs: list[FakeRun] = []
+
+    def begin(config: dict[str, object], **arguments: object) -> FakeRun:
+        path.write_text(json.dumps(config))
+        entry = start_run(**{"config_path": path, "nproc": 2, "device": "cpu", **arguments})  # type: ignore[arg-type]
+        runs.append(FakeRun(entry, tmp_path / "no-pids"))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if read_entry(run.path).live:
+            run.command("abort")
+        run.close()
+        remove_sockets(run.entry.sockets.folder)

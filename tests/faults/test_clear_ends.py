@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from tests.faults.conftest import FakeRun, until
 from zerotop.hub.recorder import read_messages
 from zerotop.report import status_document, status_text
 from zerotop.runs.directory import read_entry
-from zerotop.runs.launching import start_run
-from zerotop.runs.paths import remove_sockets
 
 pytestmark = pytest.mark.timeout(240)
 DEADLINE_S = 90.0
@@ -107,29 +104,18 @@ def fail():
 
 
 @pytest.fixture
-def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[FakeRun, RunStatus]]]:
+def launch(launch_real: Callable[..., FakeRun], tmp_path: Path) -> Callable[..., tuple[FakeRun, RunStatus]]:
     """`launch(BREAKING, nproc)`: the script with this in it, and how it ended."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(CONFIG))
-    runs: list[FakeRun] = []
 
     def begin(breaking: str, nproc: int = 2) -> tuple[FakeRun, RunStatus]:
         script = tmp_path / "mine.py"
         script.write_text(SCRIPT.replace("BREAKING", breaking))
-        entry = start_run(
-            config_path=config, nproc=nproc, device="cpu", script=[str(script)], overrides=["zerotop.restarts.limit=1"]
-        )
-        run = FakeRun(entry, tmp_path / "no-pids")
-        runs.append(run)
+        run = launch_real(CONFIG, nproc=nproc, script=[str(script)], overrides=["zerotop.restarts.limit=1"])
         until(lambda: read_status(run.path).state == "failed", "its end", DEADLINE_S)
         until(run.all_gone, "every process gone")
         return run, read_status(run.path)
 
-    yield begin
-    for run in runs:
-        run.close()
-        remove_sockets(run.entry.sockets.folder)
+    return begin
 
 
 def goodbyes(run: FakeRun) -> dict[int, Goodbye]:

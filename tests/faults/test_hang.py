@@ -7,7 +7,8 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,8 +19,6 @@ from runtime.wire.rundir import read_run, read_status
 from tests.faults.conftest import FakeRun, until
 from zerotop import cli
 from zerotop.runs.hang import JUMP_S
-from zerotop.runs.launching import start_run
-from zerotop.runs.paths import remove_sockets
 
 Start = Callable[..., FakeRun]
 HANG_S = 2
@@ -164,26 +163,10 @@ for step in range(100_000):
 
 
 @pytest.fixture
-def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeRun]]:
-    """`launch(...)`: start_run() with a small real config on two CPU ranks."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def launch(launch_real: Callable[..., FakeRun], monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeRun]:
+    """`launch(...)`: start_run() with a small real config on two CPU ranks, in which hangs are seen soon."""
     monkeypatch.setenv("ZEROTOP_HANG_S", str(HANG_S))
-    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 200)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    runs: list[FakeRun] = []
-
-    def begin(**arguments: object) -> FakeRun:
-        options: dict[str, object] = {"nproc": 2, "device": "cpu", **arguments}
-        entry = start_run(config_path=tmp_path / "config.json", **options)  # type: ignore[arg-type]
-        runs.append(FakeRun(entry, tmp_path / "no-pids"))
-        return runs[-1]
-
-    yield begin
-    for run in runs:
-        run.command("abort")
-        run.close()
-        remove_sockets(run.entry.sockets.folder)
+    return partial(launch_real, CONFIG)
 
 
 def see_step(run: FakeRun, step: int) -> None:

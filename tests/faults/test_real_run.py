@@ -3,11 +3,11 @@ whatever is killed takes the whole run with it and leaves an honest state."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,8 +19,6 @@ from runtime.wire.rundir import read_run, read_status
 from tests.faults.conftest import FakeRun, until
 from zerotop.hub.recorder import read_messages
 from zerotop.runs.directory import read_entry
-from zerotop.runs.launching import start_run
-from zerotop.runs.paths import remove_sockets
 from zerotop.runs.restarts import AGAIN_THE_SAME
 
 pytestmark = pytest.mark.timeout(240)
@@ -58,25 +56,9 @@ for step in range(int(sys.argv[1])):
 
 
 @pytest.fixture
-def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeRun]]:
+def launch(launch_real: Callable[..., FakeRun]) -> Callable[..., FakeRun]:
     """`launch(name=..., ...)`: start_run() with a small real config, watched by a screen's source."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 200)
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(CONFIG))
-    runs: list[FakeRun] = []
-
-    def begin(**arguments: object) -> FakeRun:
-        entry = start_run(**{"config_path": config, "nproc": 2, "device": "cpu", **arguments})  # type: ignore[arg-type]
-        run = FakeRun(entry, tmp_path / "no-pids")
-        runs.append(run)
-        return run
-
-    yield begin
-    for run in runs:
-        run.close()
-        remove_sockets(run.entry.sockets.folder)
+    return partial(launch_real, CONFIG)
 
 
 def descendants(run: FakeRun) -> list[psutil.Process]:
