@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -93,10 +95,10 @@ def missing_space(folder: Path, nbytes: int) -> str:
 
 
 def sweep(folder: Path) -> None:
-    """What killed processes left behind goes, and a checkpoint that was being replaced comes back. Nobody may be
-    writing there."""
+    """What killed processes left behind goes, and a checkpoint that was being replaced comes back. What a living
+    process writes stays: it holds a lock."""
     for path in folder.glob(".*"):
-        if path.suffix not in _LEFT_BEHIND:
+        if path.suffix not in _LEFT_BEHIND or (path.suffix == ".partial" and _is_locked(path)):
             continue
         original = path.with_name(path.name[1 : -len(path.suffix)])
         if path.suffix == ".replaced" and not original.exists():
@@ -106,12 +108,50 @@ def sweep(folder: Path) -> None:
 
 
 def make_room(folder: Path, tag: str) -> Path:
-    """An empty FOLDER/.TAG.partial to write into, the folder swept."""
+    """An empty FOLDER/.TAG.partial to write into, the folder swept. It is this process's until `leave_room`, or until
+    the process ends.
+
+    Raises CheckpointError where another process writes a checkpoint of that name there.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     sweep(folder)
     partial = partial_of(folder, tag)
-    partial.mkdir(mode=0o700)
+    try:
+        partial.mkdir(mode=0o700)
+    except FileExistsError:
+        raise CheckpointError("another process is writing it") from None
+    handle = os.open(partial, os.O_RDONLY)
+    _rooms[partial] = handle
+    with contextlib.suppress(OSError):  # a file system without locks: then nobody can tell
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return partial
+
+
+def leave_room(partial: Path) -> None:
+    """What `make_room` gave is complete, or given up."""
+    handle = _rooms.pop(partial, None)
+    if handle is not None:
+        os.close(handle)
+
+
+_rooms: dict[Path, int] = {}
+"""Descriptors that hold the locks."""
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 def partial_of(folder: Path, tag: str) -> Path:

@@ -48,6 +48,8 @@ def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers, group: di
         if peers.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        folders.leave_room(partial)
     return _prune(job) if peers.rank == 0 else []
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,14 @@ def manifest(step: int, number: int, **more) -> Manifest:
 def put(folder: Path, step: int, text: str = "data", tag: str = "") -> Path:
     """A checkpoint as the writers complete it."""
     tag = tag or folders.step_tag(step)
-    partial = folders.make_room(folder, tag)
-    (partial / "data").write_text(text)
-    files = {"data": record_of(partial / "data")}
-    (partial / MANIFEST).write_bytes(manifest(step, folders.next_number(folder), files=files).sealed())
-    folders.finish(folder, tag)
+    try:
+        partial = folders.make_room(folder, tag)
+        (partial / "data").write_text(text)
+        files = {"data": record_of(partial / "data")}
+        (partial / MANIFEST).write_bytes(manifest(step, folders.next_number(folder), files=files).sealed())
+        folders.finish(folder, tag)
+    finally:
+        folders.leave_room(folders.partial_of(folder, tag))
     return folder / tag
 
 
@@ -158,9 +163,25 @@ def test_what_a_killed_writer_left_is_swept(tmp_path):
     put(tmp_path, 1)
     left = folders.make_room(tmp_path, "step-00000002")
     (left / "data").write_text("half")
+    folders.leave_room(left)  # as its end does
     (tmp_path / ".mine").mkdir()
     folders.sweep(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "latest", "step-00000001"]
+
+
+def test_what_another_process_writes_stays(tmp_path):
+    program = "import sys; from pathlib import Path; from runtime.checkpoint.folder import make_room; "
+    program += "print(make_room(Path(sys.argv[1]), 'step-00000007'), flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline().strip().endswith(".step-00000007.partial")
+        put(tmp_path, 8)
+        assert (tmp_path / ".step-00000007.partial").is_dir()
+        with pytest.raises(CheckpointError, match="another process is writing it"):
+            put(tmp_path, 7)
+        other.kill()
+    put(tmp_path, 7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000007", "step-00000008"]
 
 
 def test_the_space_a_checkpoint_needs(tmp_path):
