@@ -76,7 +76,7 @@ static double fold(const double* x, int64_t n) {        // one block of block su
 
 }  // namespace zt
 
-API int zt_abi() { return 4; }
+API int zt_abi() { return 5; }
 API int zt_max_threads() { return zt::threads_for(0, INT32_MAX); }
 
 // The ISA that would run, or null where `force` names one that is not built in or not supported by this CPU.

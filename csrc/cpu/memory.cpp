@@ -1,6 +1,10 @@
-// Where pages lie: asking for NUMA nodes, and touching pages first from the threads that will use them.
+// Where pages lie: asking for NUMA nodes, and touching pages first from the threads that will use them. And copies.
 #include <errno.h>
 #include <stdint.h>
+#include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -32,4 +36,34 @@ API void zt_touch(uint64_t address, int64_t bytes, int64_t page, int32_t threads
 #endif
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < pages; ++i) ((volatile char*)address)[i * page] = 0;
+}
+
+// Non-temporal stores: the target is not read first, and the cache keeps what training had there. Every x86-64 has these,
+// and wider ones are not faster: memory is what is waited for.
+static void copy_past_cache(char* to, const char* from, int64_t bytes) {
+#ifdef __SSE2__
+  const int64_t head = -(uintptr_t)to & 15;
+  if (bytes >= head + 64) {
+    memcpy(to, from, head);
+    to += head; from += head; bytes -= head;
+    for (; bytes >= 64; to += 64, from += 64, bytes -= 64)
+      for (int i = 0; i < 4; ++i) _mm_stream_si128((__m128i*)to + i, _mm_loadu_si128((const __m128i*)from + i));
+    _mm_sfence();                                       // whoever is told that the copy is done finds all of it
+  }
+#endif
+  memcpy(to, from, bytes);
+}
+
+// A copy that nobody reads soon. The ranges do not overlap.
+API void zt_copy(uint64_t to, uint64_t from, int64_t bytes, int32_t threads) {
+  const int64_t CHUNK = 1 << 20, chunks = (bytes + CHUNK - 1) / CHUNK;
+#ifdef _OPENMP
+  if (threads < 1) threads = omp_get_max_threads();
+  if (chunks < threads) threads = chunks ? (int32_t)chunks : 1;
+#endif
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t at = i * CHUNK, left = bytes - at;
+    copy_past_cache((char*)to + at, (const char*)from + at, left < CHUNK ? left : CHUNK);
+  }
 }

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ class Background:
         folder: Path,
         tag: str,
         client_state: dict[str, Any],
-        on_done: Callable[[Outcome], None] = lambda outcome: None,
+        on_done: Callable[[Outcome], None] | None = None,
         *,
         keep: int = 0,
         keep_every: int = 0,
@@ -76,22 +76,24 @@ class Background:
         called from another thread, on every rank.
 
         Raises CheckpointError on every rank when it can't begin on any; then nothing has been written. An earlier save
-        is waited for.
+        is waited for; where there is no on_done to tell of it, its failure is raised here.
         """
         engine, began = self._owner(), time.monotonic()
         engine.synchronize()
-        self._wait_for_writer()
+        failed = self._failed()
         blocks = blocks_of(engine)
         problem = self._lacks_disk(folder, blocks)
         snapshot, no_memory = self._make_ready(blocks)
         problem = problem or no_memory
         alive = self._writer is not None and self._writer.alive
         scalars = [rule.scalars() for rule in engine.rules]
-        told = engine.comm.gather_objects((problem, alive, self._generation, scalars))
+        told = engine.comm.gather_objects((problem, failed, alive, self._generation, scalars))
+        if on_done is None and (earlier := _cause(failed for _, failed, *_ in told)):
+            raise CheckpointError(earlier)
         problems = [(rank, found) for rank, (found, *_) in enumerate(told) if found]
         if problems:
             raise CheckpointError(f"could not write {folder / tag}: rank {problems[0][0]}: {problems[0][1]}")
-        if not all(lives for _, lives, *_ in told):
+        if not all(lives for _, _, lives, *_ in told):
             self._start_anew(1 + max(generation for *_, generation, _ in told))
         assert self._memory is not None and self._writer is not None
         snapshot.copy(self._memory)
@@ -101,17 +103,12 @@ class Background:
             engine, folder, tag, parts, all_scalars, client_state, keep=keep, keep_every=keep_every
         )  # fmt: skip
         self._snapshot = snapshot
-        self._writer.save(job, snapshot, self._memory, on_done, time.monotonic() - began)
+        self._writer.save(job, snapshot, self._memory, on_done or (lambda outcome: None), time.monotonic() - began)
         return job.final
 
     def settle(self) -> str:
         """Wait for the last save. Returns what went wrong with it on any rank, once; empty when nothing did."""
-        engine = self._owner()
-        outcome = self._wait_for_writer()
-        if self._writer is not None:
-            self._writer.forget()
-        problems = [p for p in engine.comm.gather_objects(outcome.problem if outcome is not None else "") if p]
-        return min(problems, key=lambda problem: problem.endswith(PEER_LOST), default="")
+        return _cause(self._owner().comm.gather_objects(self._failed()))
 
     # ---- this rank -------------------------------------------------------------------------------------------------
     def prepare(self) -> None:
@@ -170,13 +167,17 @@ class Background:
         assert engine is not None
         return engine
 
-    def _wait_for_writer(self) -> Outcome | None:
+    def _failed(self) -> str:
+        """Wait for the last save. Returns what went wrong with it on this rank, once."""
         if self._writer is None:
-            return None
-        if not self._writer.busy:
-            return self._writer.wait()
-        with self._owner().telemetry.span("checkpoint"):
-            return self._writer.wait()
+            return ""
+        if self._writer.busy:
+            with self._owner().telemetry.span("checkpoint"):
+                outcome = self._writer.wait()
+        else:
+            outcome = self._writer.wait()
+        self._writer.forget()
+        return outcome.problem if outcome is not None else ""
 
     def _lacks_disk(self, folder: Path, blocks: list[Block]) -> str:
         """Rank 0 looks. Returns what is in the way."""
@@ -259,3 +260,8 @@ class Background:
     def _store_of_run(self) -> Path | None:
         run = self._owner().session.run
         return Path(run.sockets) if run is not None else None
+
+
+def _cause(problems: Iterable[str]) -> str:
+    """Of what the ranks say of one save, that which is not the others' consequence; empty when it went well."""
+    return min(filter(None, problems), key=lambda problem: problem.endswith(PEER_LOST), default="")

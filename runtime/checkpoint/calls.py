@@ -78,7 +78,6 @@ class CheckpointCalls:
                 self.saver.settle()
                 self.last_checkpoint = checkpoint.save(self._engine(), Path(save_dir), tag, self.client_state)
             else:
-                self.wait_for_checkpoint()
                 self.last_checkpoint = self.saver.begin(Path(save_dir), tag, self.client_state)
         return True
 

@@ -128,7 +128,10 @@ class Snapshot:
         they are done."""
         for block, at in self._copied:
             target = memory.view(at, block.tensor.numel(), block.tensor.dtype)
-            target.copy_(block.tensor, non_blocking=True)
+            if block.tensor.device.type == "cpu" and native.available():
+                native.copy_past_cache(target.view(torch.uint8), block.tensor.view(torch.uint8))
+            else:
+                target.copy_(block.tensor, non_blocking=True)
         sources = [*(block.tensor for block, _ in self._copied), *(piece for piece, _ in self._fed.values())]
         cuda = next((source.device for source in sources if source.device.type == "cuda"), None)
         if cuda is not None:  # pieces are read from another stream: when this one has come to here

@@ -14,7 +14,7 @@ from runtime.native.gpu import (
     sums_work,
     unpin,
 )
-from runtime.native.host import accumulate, adamw, post, sum_into, sum_of_squares, touch, wait
+from runtime.native.host import accumulate, adamw, copy_past_cache, post, sum_into, sum_of_squares, touch, wait
 from runtime.native.loading import (
     ABI,
     DTYPES,
@@ -40,6 +40,7 @@ __all__ = [
     "accumulate",
     "adamw",
     "available",
+    "copy_past_cache",
     "cpu",
     "cpu_status",
     "cuda",

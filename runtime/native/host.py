@@ -170,6 +170,20 @@ def touch(address: int, nbytes: int, *, nodes: Sequence[int] = (), threads: int 
     cpu().zt_touch(address, nbytes, mmap.PAGESIZE, threads or 0)
 
 
+def copy_past_cache(target: torch.Tensor, source: torch.Tensor, *, threads: int | None = None) -> None:
+    """target = source, bit for bit, without a place in the caches for what is written: for copies of many megabytes
+    that nobody reads soon.
+
+    Args:
+        target, source: of one dtype and size, contiguous, on the CPU, in memory of their own.
+        threads: CPU threads; None: OpenMP's default (OMP_NUM_THREADS, else all cores).
+    """
+    dtypes = (str(target.dtype),)
+    check("target", target, target.numel(), dtypes, "cpu")
+    check("source", source, target.numel(), dtypes, "cpu")
+    cpu().zt_copy(target.data_ptr(), source.data_ptr(), target.nbytes, threads or 0)
+
+
 def post(address: int, number: int) -> None:
     """Store a 32-bit `number` at `address` (shared memory) for those who `wait` for it; earlier writes are seen with
     it."""

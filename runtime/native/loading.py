@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ABI = {"libzt_cpu.so": 4, "libzt_cuda.so": 2}
+ABI = {"libzt_cpu.so": 5, "libzt_cuda.so": 2}
 SUM_BLOCK = 8192  # elements; ZT_BLOCK of csrc/formula.h
 DTYPES = {"torch.float32": 1, "torch.bfloat16": 2, "torch.float16": 3}  # enum Dtype of csrc/cpu/kernels.h
 _REBUILD = "build it with `make install` (it needs a C++ compiler)"
@@ -86,6 +86,7 @@ def cpu() -> ctypes.CDLL:
     lib.zt_sum.argtypes = [u64, i32, ctypes.POINTER(u64), i64, i64, i64, i32, i32, i32, ctypes.c_char_p]
     lib.zt_prefer_nodes.argtypes = [u64, i64, u64]
     lib.zt_touch.argtypes, lib.zt_touch.restype = [u64, i64, i64, i32], None
+    lib.zt_copy.argtypes, lib.zt_copy.restype = [u64, u64, i64, i32], None
     lib.zt_post.argtypes, lib.zt_post.restype = [u64, ctypes.c_uint32], None
     lib.zt_wait.argtypes = [u64, ctypes.c_uint32, i64]
     return lib

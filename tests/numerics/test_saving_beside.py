@@ -160,7 +160,11 @@ def _lose_a_writer(folder: str, number: int) -> list[str]:
         os.kill(lost.pid, number)
     seen = []
     try:
-        engine.wait_for_checkpoint()
+        if number == signal.SIGSTOP:
+            engine.wait_for_checkpoint()
+        else:
+            engine.save_checkpoint(folder, "second", wait=False)  # hears of the one before, and begins nothing
+            engine.wait_for_checkpoint()
     except CheckpointError as error:
         seen.append(str(error))
     seen += sorted(path.name for path in Path(folder).iterdir())

@@ -23,6 +23,7 @@ void zt_post(uint64_t, uint32_t);
 int zt_wait(uint64_t, uint32_t, int64_t);
 int zt_prefer_nodes(uint64_t, int64_t, uint64_t);
 void zt_touch(uint64_t, int64_t, int64_t, int32_t);
+void zt_copy(uint64_t, uint64_t, int64_t, int32_t);
 }
 
 enum { NONE, F32, BF16, F16 };
@@ -105,6 +106,14 @@ int main() {
   Array pages(8192, F32, 0);
   zt_touch(pages.at, 32768, 4096, 2);
   expect(((char*)pages.at)[0] == 0 && ((char*)pages.at)[28672] == 0, "zt_touch");
+  for (int64_t shift : {0, 1, 5})
+    for (int64_t bytes : {0, 1, 63, 64, 79, 80, 200, (1 << 20) - 1, (2 << 20) + 77}) {
+      Array from(bytes + 2, BF16, shift), to(bytes + 2, F32, 0);
+      const char before = ((char*)to.at)[bytes + 3];
+      zt_copy(to.at + 3, from.at + 1, bytes, 2);
+      expect(!memcmp((char*)to.at + 3, (char*)from.at + 1, (size_t)bytes), "zt_copy");
+      expect(((char*)to.at)[bytes + 3] == before, "zt_copy went too far");
+    }
   zt_prefer_nodes(pages.at & ~4095ull, 4096, 1);        // refused in many containers
   printf("%d calls\n", calls);
   return 0;

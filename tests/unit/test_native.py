@@ -308,6 +308,24 @@ def test_one_non_finite_element_is_reported(isa: str, at: int, value: float) -> 
     assert native.sum_of_squares(x, isa=isa)[1] is True
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shift", [0, 1, 5])
+@pytest.mark.parametrize("nbytes", [0, 1, 79, 80, 4099, (1 << 20) + 1, (3 << 20) + 77])
+def test_a_copy_past_the_cache_is_a_copy(nbytes: int, shift: int, threads: int) -> None:
+    source = torch.randint(0, 255, (nbytes + 16,), dtype=torch.uint8)[3 : 3 + nbytes]
+    memory = torch.full((nbytes + 16,), 255, dtype=torch.uint8)
+    native.copy_past_cache(memory[shift : shift + nbytes], source, threads=threads)
+    assert torch.equal(memory[shift : shift + nbytes], source)
+    assert (memory[:shift] == 255).all() and (memory[shift + nbytes :] == 255).all()
+
+
+def test_a_copy_past_the_cache_needs_alike_tensors() -> None:
+    with pytest.raises(ValueError, match="source has 3 elements instead of 4"):
+        native.copy_past_cache(torch.empty(4), torch.empty(3))
+    with pytest.raises(ValueError, match=r"source must be .*float32, is .*bfloat16"):
+        native.copy_past_cache(torch.empty(4), torch.empty(4, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 def test_accumulate(isa: str, dtype: torch.dtype) -> None:
     acc = torch.randn(ODD, generator=torch.Generator().manual_seed(1))
