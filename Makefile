@@ -11,6 +11,7 @@ ARGS   ?=
 N      ?= 20
 SEED   ?= 0
 FIRST  ?= 1
+RECORD ?=
 export NET
 
 bin    := $(VENV)/bin
@@ -31,8 +32,8 @@ install: $(VENV)/.ok-train  ## set up the environment and install zerotop into i
 	@echo "installed: $(bin)/zerotop (or: source $(bin)/activate)"
 test: $(VENV)/.ok-dev  ## run the tests (ARGS="-k name" passes on to pytest)
 	@$(bin)/python -m pytest -q $(ARGS)
-chaos: $(VENV)/.ok-dev  ## strike a training run N times at random, and count what is resumed and lost (N=20, SEED=0, FIRST=1)
-	@$(bin)/python -m tests.faults.chaos $(N) --seed $(SEED) --first $(FIRST)
+chaos: $(VENV)/.ok-dev  ## strike a training run N times at random, and count what is resumed and lost (N=20, SEED=0, FIRST=1, RECORD=file)
+	@$(bin)/python -m tests.faults.chaos $(N) --seed $(SEED) --first $(FIRST) $(if $(RECORD),--record $(RECORD))
 gpu-check: $(VENV)/.ok-dev  ## run the tests that need an NVIDIA GPU
 	@$(bin)/python -m pytest -q -rs tests/gpu $(ARGS)
 lint: $(VENV)/.ok-dev  ## ruff, mypy and the import contracts

@@ -1,4 +1,7 @@
-"""python -m tests.faults.chaos N [--seed S] [--first K]: N faults, and the count of what was resumed and lost."""
+"""python -m tests.faults.chaos N [--seed S] [--first K]: N faults, and the count of what was resumed and lost.
+
+Interrupted, it says at which fault it would go on; --record FILE keeps what was seen.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from pathlib import Path
 from tests.faults.chaos import faults
 from tests.faults.chaos.checks import Checkpoints, different_losses
 from tests.faults.chaos.disk import Disk
+from tests.faults.chaos.report import Report
 from tests.faults.chaos.run import NotSeen, Run
 from tests.faults.chaos.settings import ENVIRONMENT, INTERVAL, STEPS, VARIANTS, write_config
 from zerotop.runs.paths import remove_sockets
@@ -26,8 +30,8 @@ ROUND = 10
 class Chaos:
     """All rounds of one call. What goes wrong is collected in `lost` and `orphans`, and said when it is seen."""
 
-    def __init__(self, seed: int, folder: Path) -> None:
-        self.seed, self.folder = seed, folder
+    def __init__(self, seed: int, folder: Path, report: Report) -> None:
+        self.seed, self.folder, self.report = seed, folder, report
         self.disk = Disk(folder / "checkpoints")
         self.runs: list[Run] = []
         """Of this round."""
@@ -43,7 +47,7 @@ class Chaos:
 
     def reference(self, variant: int) -> dict[int, float | None]:
         if variant not in self.references:
-            say(f"an undisturbed run of {STEPS} steps with settings {variant}")
+            self.report.say(f"an undisturbed run of {STEPS} steps with settings {variant}")
             run = Run(f"reference-{variant}", write_config(self.folder, variant, None), None)
             try:
                 run.until(lambda: not run.live, "the reference's end", 600)
@@ -94,16 +98,17 @@ class Chaos:
             began = time.monotonic()
             struck = faults.strike(faults.Scene(run, checkpoints, self.disk, chance))
             words = struck.what
+            self.report.kinds[struck.kind] += 1
             if struck.damages:
                 before = checkpoints.newest_sound()
             told = self.see_through(run, struck, attempt, checkpoints, before, began)
             self.gather(number, checkpoints.problems())
             self.resumed += 1
-            say(f"{number}: {words}, at step {step} · {told}")
+            self.report.say(f"{number}: {words}, at step {step} · {told}")
         except (NotSeen, AssertionError) as error:
             self.broken = True
             self.lost.append(f"{number}: {words}: {error}")
-            say(f"{number}: {words} · FAILED: {error}")
+            self.report.say(f"{number}: {words} · FAILED: {error}")
 
     def see_through(
         self,
@@ -150,7 +155,7 @@ class Chaos:
         except NotSeen:
             for process in run.orphans():
                 self.orphans.append(f"{process.pid}: {' '.join(process.cmdline())[:100]}")
-                say(f"ORPHAN {self.orphans[-1]}")
+                self.report.say(f"ORPHAN {self.orphans[-1]}")
                 process.kill()
 
     def finish(self, run: Run, variant: int) -> None:
@@ -163,7 +168,7 @@ class Chaos:
             wrong = different_losses(run, self.reference(variant))
             self.gather(0, [f"{run.name}: {text}" for text in wrong])
             steps = len(run.losses())
-            say(f"{run.name} ended: {run.status.state} at step {run.status.step}; {steps} losses compared")
+            self.report.say(f"{run.name} ended: {run.status.state} at step {run.status.step}; {steps} losses compared")
         except (NotSeen, AssertionError) as error:
             self.lost.append(f"{run.name}: {error}")
         finally:
@@ -174,11 +179,7 @@ class Chaos:
     def gather(self, number: int, problems: list[str]) -> None:
         for problem in problems:
             self.lost.append(f"{number}: {problem}")
-            say(f"LOST {problem}")
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+            self.report.say(f"LOST {problem}")
 
 
 def main() -> int:
@@ -188,13 +189,15 @@ def main() -> int:
         "--seed", type=int, default=0, help="of what happens and when (not of how fast this machine is)"
     )
     parser.add_argument("--first", type=int, default=1, help="go on at this fault; the count is of this call")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write what was struck and seen here, as Markdown")
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # what was started and mounted goes, also under nohup
         signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="zerotop-chaos-") as name:
         folder = Path(name)
         os.environ |= {**ENVIRONMENT, "XDG_STATE_HOME": str(folder / "state"), "XDG_CACHE_HOME": str(folder / "cache")}
-        chaos = Chaos(options.seed, folder)
+        report = Report()
+        chaos = Chaos(options.seed, folder, report)
         try:
             at, end = options.first, options.first + options.faults - 1
             while at <= end:
@@ -202,16 +205,19 @@ def main() -> int:
                 chaos.round(at, last)
                 at = last + 1
         except KeyboardInterrupt:
-            say(f"interrupted; --first {options.first + chaos.struck - 1} goes on")
+            report.say(f"interrupted; --first {options.first + chaos.struck - 1} goes on")
             chaos.struck -= chaos.struck > chaos.resumed + len(chaos.lost)  # the one under way
         finally:
             chaos.close()
     if chaos.seconds:
         times = sorted(chaos.seconds)
-        say(f"from a fault to training again: median {times[len(times) // 2]:.1f} s, most {times[-1]:.1f} s")
-    for text in (*chaos.lost, *chaos.orphans):
-        print(text)
-    print(f"{chaos.struck} faults, {chaos.resumed} resumed, {len(chaos.lost)} lost, {len(chaos.orphans)} orphans")
+        report.say(f"from a fault to training again: median {times[len(times) // 2]:.1f} s, most {times[-1]:.1f} s")
+    report.end(
+        [*chaos.lost, *chaos.orphans],
+        f"{chaos.struck} faults, {chaos.resumed} resumed, {len(chaos.lost)} lost, {len(chaos.orphans)} orphans",
+    )
+    if options.record:
+        report.write(options.record)
     return 0 if chaos.resumed == chaos.struck and not chaos.lost and not chaos.orphans else 1
 
 

@@ -37,6 +37,8 @@ class Struck:
     """What was done, in words, and what must follow. undo: at the end of what the fault lasts."""
 
     what: str
+    kind: str
+    """What is alike, whichever rank or file it was and whenever."""
     follows: Follows
     undo: Callable[[], None] | None = None
     silent: bool = False
@@ -49,7 +51,7 @@ def rank(scene: Scene) -> Struck:
     number = scene.chance.choice((KILL, KILL, TERM, STOP))
     victim, process = scene.chance.choice(sorted(scene.run.ranks().items()))
     where = _moment(scene)
-    return _signal(process, number, f"rank {victim}", where, "restart")
+    return _signal(process, number, f"rank {victim}", where, "restart", kind="a rank")
 
 
 def torchrun(scene: Scene) -> Struck:
@@ -64,6 +66,7 @@ def supervisor(scene: Scene) -> Struck:
         process.send_signal(STOP)
         return Struck(
             f"SIGSTOP of the supervisor {where}, for a while",
+            "SIGSTOP of the supervisor",
             "nothing",
             lambda: process.send_signal(signal.SIGCONT),
             silent=True,
@@ -81,20 +84,21 @@ def writer(scene: Scene) -> Struck:
 def screen(scene: Scene) -> Struck:
     number, shown = scene.chance.choice((KILL, STOP, TERM)), Screen(scene.run)
     shown.process.send_signal(number)
-    return Struck(f"{number.name} of a screen", "nothing", shown.close)
+    what = f"{number.name} of a screen"
+    return Struck(what, what, "nothing", shown.close)
 
 
 def disk_full(scene: Scene) -> Struck:
     """Before a checkpoint begins (it is seen), or while it is being written (it fails)."""
     where = _moment(scene)
     scene.disk.fill()
-    return Struck(f"disk full {where}", "nothing", scene.disk.empty)
+    return Struck(f"disk full {where}", "disk full", "nothing", scene.disk.empty)
 
 
 def read_only(scene: Scene) -> Struck:
     where = _moment(scene)
     scene.disk.forbid()
-    return Struck(f"read-only {where}", "nothing", scene.disk.allow)
+    return Struck(f"read-only {where}", "read-only directory", "nothing", scene.disk.allow)
 
 
 def damage(scene: Scene) -> Struck:
@@ -109,8 +113,8 @@ def damage(scene: Scene) -> Struck:
         _flip(file, scene.chance)
     process = scene.run.ranks()[0]
     process.send_signal(KILL)
-    name = f"{newest.name}/{file.relative_to(newest)}"
-    return Struck(f"{name} {'cut short' if cut else 'one bit flipped'}, and SIGKILL of rank 0", "restart", damages=True)
+    name, how = f"{newest.name}/{file.relative_to(newest)}", "cut short" if cut else "one bit flipped"
+    return Struck(f"{name} {how}, and SIGKILL of rank 0", f"checkpoint file {how}", "restart", damages=True)
 
 
 FAULTS: list[tuple[int, Callable[[Scene], Struck]]] = [
@@ -124,9 +128,11 @@ def strike(scene: Scene) -> Struck:
     return act(scene)
 
 
-def _signal(process: psutil.Process, number: signal.Signals, whose: str, where: str, follows: Follows) -> Struck:
+def _signal(
+    process: psutil.Process, number: signal.Signals, whose: str, where: str, follows: Follows, kind: str = ""
+) -> Struck:
     process.send_signal(number)
-    return Struck(f"{number.name} of {whose} {where}", follows)
+    return Struck(f"{number.name} of {whose} {where}", f"{number.name} of {kind or whose}", follows)
 
 
 def _moment(scene: Scene) -> str:
