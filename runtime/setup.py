@@ -24,7 +24,7 @@ from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.rules import Rule
 from runtime.placing import Placing, Size, place, transfers_for
 from runtime.precision import DTYPES
-from runtime.telemetry import NullTelemetry, Telemetry
+from runtime.telemetry import NullTelemetry, Telemetry, stopsignal
 from runtime.wire.messages import Hello
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, RunFile, boot_id, read_run
 from runtime.zero.cut import Cut, UnitError, cut, reduce_order
@@ -78,6 +78,7 @@ class Session:
             session.resume = os.environ.get(RESUME_VARIABLE) == "1"
         if number == 1:
             _current = session
+            stopsignal.spare_data_workers()
         return session
 
     def begin(self, hello: Hello) -> None:

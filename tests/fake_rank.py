@@ -56,12 +56,6 @@ def launch(ranks: int) -> int:
         )
         log.close()
 
-    def forward(number: int, _: Any) -> None:
-        for child in children.values():
-            child.send_signal(number)
-        sys.exit(1)
-
-    signal.signal(signal.SIGTERM, forward)
     while True:
         codes = {rank: child.poll() for rank, child in children.items()}
         failed = [rank for rank, code in codes.items() if code]

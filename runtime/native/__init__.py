@@ -1,4 +1,4 @@
-"""ctypes over the two kernel libraries built from csrc/: libzt_cpu.so and libzt_cuda.so.
+"""ctypes over the kernel libraries built from csrc/: libzt_cpu.so and libzt_cuda.so.
 
 The formulas and their order of operations stand in csrc/formula.h. `loading` finds the libraries, `host` calls the
 CPU's and `gpu` the CUDA one.

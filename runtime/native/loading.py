@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ABI = {"libzt_cpu.so": 5, "libzt_cuda.so": 2}
+ABI = {"libzt_cpu.so": 5, "libzt_cuda.so": 2, "libzt_term.so": 1}
 SUM_BLOCK = 8192  # elements; ZT_BLOCK of csrc/formula.h
 DTYPES = {"torch.float32": 1, "torch.bfloat16": 2, "torch.float16": 3}  # enum Dtype of csrc/cpu/kernels.h
 _REBUILD = "build it with `make install` (it needs a C++ compiler)"
@@ -89,6 +89,18 @@ def cpu() -> ctypes.CDLL:
     lib.zt_copy.argtypes, lib.zt_copy.restype = [u64, u64, i64, i32], None
     lib.zt_post.argtypes, lib.zt_post.restype = [u64, ctypes.c_uint32], None
     lib.zt_wait.argtypes = [u64, ctypes.c_uint32, i64]
+    return lib
+
+
+@functools.cache
+def term() -> ctypes.CDLL:
+    """The handler of SIGTERM.
+
+    Raises:
+        ImportError: not built, or built for another version.
+    """
+    lib = _load("libzt_term.so")
+    lib.zt_hear_sigterm.argtypes = [i32, i64]
     return lib
 
 

@@ -54,6 +54,18 @@ for step in range(int(sys.argv[1])):
     engine.step()
 """
 
+WORKERS = """
+import torch
+import runtime as deepspeed
+
+torch.manual_seed(0)
+net = torch.nn.Linear(8, 1)
+engine, *_ = deepspeed.initialize(model=net)
+for batch in torch.utils.data.DataLoader(torch.randn(400_000, 8), batch_size=4, num_workers=2):
+    engine.backward(engine(batch.to(net.weight.dtype)).square().mean())
+    engine.step()
+"""
+
 
 @pytest.fixture
 def launch(launch_real: Callable[..., FakeRun]) -> Callable[..., FakeRun]:
@@ -166,12 +178,21 @@ def test_kill_9_of_a_rank_or_of_torchrun_changes_no_loss(launch):
         assert {m.start_step for m in read_messages(run.path) if isinstance(m, Hello) and m.attempt == 2} == {saved}
 
 
-def test_every_process_of_a_step_is_signalled(launch):
-    """As Slurm does, in the middle of training; the launcher lives on and the run stops after a checkpoint."""
-    run = launch(overrides=["zerotop.train.steps=100000"])
+@pytest.mark.parametrize(
+    ("number", "whom"), [(signal.SIGUSR1, "descendants"), (signal.SIGTERM, "all"), (signal.SIGTERM, "a rank")]
+)
+def test_every_process_of_a_step_is_signalled(launch, tmp_path, number, whom):
+    """As Slurm does, or a machine that is shut down, in the middle of training: torchrun, the writers and the workers of
+    a DataLoader live on, and the run stops after a checkpoint."""
+    script = tmp_path / "mine.py"
+    script.write_text(WORKERS)
+    run = launch(script=[str(script)])
     see_training(run)
-    for process in descendants(run):
-        process.send_signal(signal.SIGUSR1)
+    signalled = [psutil.Process(run.pid_of_rank(1))] if whom == "a rank" else descendants(run)
+    if whom == "all":
+        signalled.append(psutil.Process(read_run(run.path).supervisor_pid))
+    for process in signalled:
+        process.send_signal(number)
     see_end(run, "stopped")
     status = read_status(run.path)
     assert status.attempt == 1 and status.last_checkpoint_step == status.step >= 2

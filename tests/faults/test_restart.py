@@ -232,13 +232,14 @@ def test_an_abort_while_it_restarts_ends_it_at_once(start: Start) -> None:
     assert ended(run, "aborted").reason == "aborted by tester"
 
 
-# ---- SIGUSR1 in ranks ------------------------------------------------------------------------------------------------
-def test_sigusr1_to_every_process_stops_the_run_even_before_they_listen(start: Start, tmp_path: Path) -> None:
+# ---- signals to ranks ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_every_process_stops_the_run_even_before_they_listen(start: Start, number: signal.Signals) -> None:
     run = start(FAKE_LATE_S=1.0)
     supervisor = read_run(run.path).supervisor_pid
     until(lambda: len(run.processes()) == 4, "two ranks, their launcher and the supervisor")
     for process in run.processes():
         if process.pid != supervisor:
-            process.send_signal(signal.SIGUSR1)
+            process.send_signal(number)
     status = ended(run, "stopped")
     assert (status.attempt, status.step) == (1, 1)

@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from runtime.wire.rundir import RunFile
 from zerotop.runs import torchrun
 from zerotop.runs.paths import RunError
@@ -54,9 +56,9 @@ class Attempt:
         """
         command = self.run.command or torchrun.command(self.run, self.path)
         variables = torchrun.environment(self.run, self.path, supervisor_pid=os.getpid(), resume=resume)
-        # Slurm signals every process of a step. Blocked, and so inherited, SIGUSR1 does not end torchrun, and a rank
-        # that is not ready for it yet finds it when it is.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        # Blocked, and so inherited: see runtime/telemetry/stopsignal.py.
+        warnings = {signal.SIGUSR1, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, warnings)
         try:
             with (self.logs / "torchrun.log").open("ab") as log:
                 self._launcher = subprocess.Popen(
@@ -72,7 +74,7 @@ class Attempt:
         except OSError as error:
             raise RunError(f"can't start the ranks: {command[0]}: {error.strerror}") from None
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, warnings)
         self.collect({})  # it may have ended before we knew its number
 
     def collect(self, ended: Mapping[int, int]) -> None:
@@ -81,6 +83,10 @@ class Attempt:
         if self._launcher is not None and self._launcher.pid in self._codes and not self.ended.is_set():
             self.exit_code = self._launcher.returncode = self._codes[self._launcher.pid]
             self.ended.set()
+
+    def has_only_launcher(self, left: list[psutil.Process]) -> bool:
+        """It does not hear SIGTERM, and ends when its ranks have."""
+        return self._launcher is not None and [process.pid for process in left] == [self._launcher.pid]
 
     def watch(self, rank: int, pid: int) -> None:
         """Notice the end of this rank's process."""

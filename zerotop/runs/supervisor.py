@@ -47,6 +47,8 @@ aborted."""
 TERM_PATIENCE_S = 5.0
 DEATH_PATIENCE_S = 3.0
 """After a rank's death torchrun has so long to end the others, and to say what it saw."""
+LAUNCHER_PATIENCE_S = 1.0
+"""Of torchrun when its ranks are gone."""
 LAST_WORDS_S = 2.0
 CAP_INTERVAL_S = 10.0
 
@@ -308,6 +310,8 @@ class Supervisor:
         send(left, signal.SIGTERM)
         deadline = time.monotonic() + patience_s
         while left and time.monotonic() < deadline:
+            if self._attempt.has_only_launcher(left):
+                deadline = min(deadline, time.monotonic() + LAUNCHER_PATIENCE_S)
             await asyncio.sleep(0.05)
             self._collect()
             left = descendants()

@@ -136,6 +136,9 @@ class Chaos:
             assert run.live, f"the run is over: {run.status.reason}"
         else:
             run.until(lambda: not run.live and not run.processes(), "the run's end", 120)
+            if struck.saves:
+                kept = checkpoints.newest_sound()[1]
+                assert (run.status.state, kept) == ("stopped", run.status.step), f"step {kept} is kept: {run.status}"
             run.resume()
         told = "it goes on"
         if struck.follows != "nothing":

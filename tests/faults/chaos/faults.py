@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -45,18 +46,31 @@ class Struck:
     """Meanwhile the run can't say how it goes."""
     damages: bool = False
     """The newest checkpoint is not sound any more."""
+    saves: bool = False
+    """The run's last step must be in a checkpoint."""
 
 
 def rank(scene: Scene) -> Struck:
     number = scene.chance.choice((KILL, KILL, TERM, STOP))
     victim, process = scene.chance.choice(sorted(scene.run.ranks().items()))
     where = _moment(scene)
-    return _signal(process, number, f"rank {victim}", where, "restart", kind="a rank")
+    follows: Follows = "end" if number == TERM else "restart"
+    return _signal(process, number, f"rank {victim}", where, follows, kind="a rank")
 
 
 def torchrun(scene: Scene) -> Struck:
-    number, process = scene.chance.choice((KILL, TERM)), scene.run.torchrun()
-    return _signal(process, number, "torchrun", _moment(scene), "restart")
+    number, process = scene.chance.choice((KILL, KILL, TERM)), scene.run.torchrun()
+    return _signal(process, number, "torchrun", _moment(scene), "nothing" if number == TERM else "restart")
+
+
+def every_process(scene: Scene) -> Struck:
+    """A batch system ends the job, or somebody the machine."""
+    number = scene.chance.choice((TERM, signal.SIGUSR1))
+    where, processes = _moment(scene), scene.run.processes()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+    return Struck(f"{number.name} of every process {where}", f"{number.name} of every process", "end", saves=True)
 
 
 def supervisor(scene: Scene) -> Struck:
@@ -118,7 +132,8 @@ def damage(scene: Scene) -> Struck:
 
 
 FAULTS: list[tuple[int, Callable[[Scene], Struck]]] = [
-    (6, rank), (2, torchrun), (4, supervisor), (4, writer), (1, screen), (2, disk_full), (1, read_only), (3, damage),
+    (6, rank), (2, torchrun), (2, every_process), (4, supervisor), (4, writer), (1, screen),
+    (2, disk_full), (1, read_only), (3, damage),
 ]  # fmt: skip
 """With their weights."""
 
@@ -132,7 +147,8 @@ def _signal(
     process: psutil.Process, number: signal.Signals, whose: str, where: str, follows: Follows, kind: str = ""
 ) -> Struck:
     process.send_signal(number)
-    return Struck(f"{number.name} of {whose} {where}", f"{number.name} of {kind or whose}", follows)
+    saves = follows == "end" and number == TERM
+    return Struck(f"{number.name} of {whose} {where}", f"{number.name} of {kind or whose}", follows, saves=saves)
 
 
 def _moment(scene: Scene) -> str:
