@@ -182,8 +182,8 @@ def test_kill_9_of_a_rank_or_of_torchrun_changes_no_loss(launch):
     ("number", "whom"), [(signal.SIGUSR1, "descendants"), (signal.SIGTERM, "all"), (signal.SIGTERM, "a rank")]
 )
 def test_every_process_of_a_step_is_signalled(launch, tmp_path, number, whom):
-    """As Slurm does, or a machine that is shut down, in the middle of training: torchrun, the writers and the workers of
-    a DataLoader live on, and the run stops after a checkpoint."""
+    """As Slurm does, or a machine that is shut down: torchrun, the writers and a DataLoader's workers live on, and the
+    run stops after a checkpoint."""
     script = tmp_path / "mine.py"
     script.write_text(WORKERS)
     run = launch(script=[str(script)])
