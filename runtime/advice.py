@@ -28,23 +28,22 @@ def advise(
     """Sentences about what `plan(workload)` returned; `chosen` is the layout that the user means to run."""
     lines = [*_costs(workload, layouts), *_small_states(layouts, workload.micro_batch), *_traffic(workload, layouts)]
     lines += _offload(workload, layouts, chosen, host_ram_bytes)
-    lines += _snapshot(workload, chosen)
+    lines += _snapshot(workload, layouts, chosen)
     if vram_bytes is not None:
         lines += _fits(workload, layouts, chosen, vram_bytes, host_ram_bytes)
     return lines
 
 
-def _snapshot(workload: Workload, chosen: Layout | None) -> Iterator[str]:
-    """What checkpoints take beside training: each rank copies its own range of the states that are on a GPU. States
-    that offload keeps on the host are not copied."""
-    if chosen is not None and chosen.offload:
-        return
-    nbytes = (4 + 4 * workload.moments) * workload.parameters
+def _snapshot(workload: Workload, layouts: Sequence[Layout], chosen: Layout | None) -> Iterator[str]:
+    """What checkpoints take beside training."""
+    layout = chosen if chosen is not None and chosen.stage is not None else find(layouts, 2)
+    ranks, nbytes = workload.world_size, layout.snapshot_bytes
     if nbytes >= _LARGE_COPY:
+        each = f" ({ranks} ranks on one node, {format_size(nbytes / ranks)} each)" if ranks > 1 else ""
+        what = "slots that offloaded states pass through" if layout.offload else "a copy of the states"
         yield (
-            f"Checkpoints: all ranks together copy {format_size(nbytes)} of states to host memory, and a process "
-            "writes that beside training; where the host has no room for it they are read piece by piece, and a step "
-            "may wait."
+            f"Checkpoints are written beside training from {what}: at {layout.label} {format_size(nbytes)} of pinned "
+            f"host RAM more{each}. Where the host has not so much, they are read piece by piece, and a step may wait."
         )
 
 

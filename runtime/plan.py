@@ -25,6 +25,8 @@ REDUCTIONS_IN_FLIGHT = 1
 """As runtime/zero/schedule.py has it; a test compares."""
 SLOTS = 2
 """Buffers in each direction that copies between GPU and host pass through, as runtime/zero/downlink.py has them."""
+SNAPSHOT_SLOT_BYTES = 2 * (32 << 20)
+"""Of a rank whose states are offloaded, as runtime/checkpoint/snapshot.py has them; a test compares."""
 
 EVERYWHERE = ("root", "small")
 """Units that are open for gradients through the whole backward: see runtime/zero/cut.py."""
@@ -61,6 +63,8 @@ class Workload:
     segments: int | None = None
     """Groups of layers whose activations backward computes again. None: all activations are kept."""
     shape_guessed: bool = False
+    checkpoints: bool = True
+    """Whether any are written beside training."""
 
     def __post_init__(self) -> None:
         for field in ("world_size", "micro_batch", "accumulation", "seq_len"):
@@ -116,6 +120,9 @@ class Layout:
     pcie_bytes: int
     """Copied between each GPU and its host per optimizer step, both directions together."""
     pinned: bool = False
+    snapshot_bytes: int = 0
+    """Page-locked host memory of all ranks on one node from which checkpoints are written beside training. Where the
+    host has less, they are written from the states themselves: so it is not part of `host`."""
 
     @property
     def label(self) -> str:
@@ -152,6 +159,7 @@ class Layout:
             "host_bytes": self.host_bytes,
             "host_bytes_by_category": self.host,
             "host_pinned_bytes": self.host_bytes if self.pinned else 0,
+            "host_checkpoint_bytes": self.snapshot_bytes,
             "sent_bytes_per_step": self.sent_bytes,
             "pcie_bytes_per_step": self.pcie_bytes,
         }
@@ -208,9 +216,20 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False) -> Layou
         host = {category: size * world for category, size in per_rank.items()}
     pinned = offload and workload.pin_memory
     sent = _sent(workload, stage)
-    return Layout(
-        stage, offload, gpu | _unshared(workload), host, sent, _pcie(workload, stage, on_host, waiting), pinned
-    )
+    pcie = _pcie(workload, stage, on_host, waiting)
+    snapshot = _snapshot(workload, stage, offloaded)
+    return Layout(stage, offload, gpu | _unshared(workload), host, sent, pcie, pinned, snapshot)
+
+
+def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
+    """Bytes on one node: every rank copies masters and optimizer states of its own range, at every stage. What offload
+    keeps on the host is read through slots instead. (runtime/checkpoint/snapshot.py)"""
+    if not workload.checkpoints:
+        return 0
+    world = workload.world_size
+    apart = sum(offloaded.values()) // (world if stage == 0 else 1)
+    copied = (4 + 4 * workload.moments) * (workload.padded_parameters // world - apart)
+    return world * (copied + (SNAPSHOT_SLOT_BYTES if apart else 0))
 
 
 def _unshared(workload: Workload) -> dict[str, int]:

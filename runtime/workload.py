@@ -46,6 +46,7 @@ def workload_of(
         offload_parameters=resolved.offload_param is not None,
         pin_memory=offload.pin_memory if offload else True,
         segments=segments,
+        checkpoints=bool(resolved.zerotop.checkpoint.interval or resolved.zerotop.checkpoint.minutes),
     )
 
 

@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 import runtime.placing
 from runtime.api import initialize
+from runtime.checkpoint.parts import blocks_of
+from runtime.checkpoint.snapshot import Snapshot
 from runtime.config import load
 from runtime.models.gpt import GPT
 from runtime.models.presets import PRESETS, GPTConfig, unit_parameters
@@ -28,8 +30,8 @@ from tests.ranks import Ranks
 SMALL = 500  # elements; norms are 36
 
 
-def ledger_after_two_steps(shape: GPTConfig, stage: int, precision: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes by category now, and the most there were."""
+def ledger_after_two_steps(shape: GPTConfig, stage: int, precision: str) -> tuple[dict[str, int], dict[str, int], int]:
+    """Bytes by category now, and the most there were; and what a checkpoint's copy takes."""
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 2,
@@ -44,7 +46,7 @@ def ledger_after_two_steps(shape: GPTConfig, stage: int, precision: str) -> tupl
     for _ in range(4):
         engine.backward(engine(tokens, tokens))
         engine.step()
-    return engine.ledger.totals(), engine.ledger.peaks()
+    return engine.ledger.totals(), engine.ledger.peaks(), Snapshot(blocks_of(engine)).nbytes
 
 
 OFFLOADED = {"gradients": "gradients", "masters": "masters", "optimizer": "optimizer", "parameters": "parameters"}
@@ -53,8 +55,9 @@ OFFLOADED["staging"] = "communication"
 
 def offloaded_after_two_steps(
     shape: GPTConfig, stage: int, precision: str, ratio: float, parameters: bool
-) -> tuple[dict[str, int], dict[str, int], list[int]]:
-    """Bytes by category on a device that the host plays, on the host, and the blocks that were asked for."""
+) -> tuple[dict[str, int], dict[str, int], list[int], int]:
+    """Bytes by category on a device that the host plays, on the host, and the blocks that were asked for; and what a
+    checkpoint takes."""
     zero = {"stage": stage, "stage3_param_persistence_threshold": SMALL}
     zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True, "ratio": ratio}  # type: ignore[assignment]
     if parameters:
@@ -78,7 +81,7 @@ def offloaded_after_two_steps(
         engine.backward(engine(tokens, tokens))
         engine.step()
     engine.synchronize()
-    return engine.ledger.totals(), engine.ledger.offloaded(), asked
+    return engine.ledger.totals(), engine.ledger.offloaded(), asked, Snapshot(blocks_of(engine)).nbytes
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.4])
@@ -96,7 +99,7 @@ def test_plan_equals_ledger_with_offload(
         )  # fmt: skip
         planned = stage_layout(work, stage, offload=True)
         run = ranks(world_size).run(offloaded_after_two_steps, shape, stage, precision, ratio, parameters)
-        for ledger, offloaded, asked in run:
+        for ledger, offloaded, asked, snapshot in run:
             counted = {name: ledger[name] for name in ("parameters", "gradients", "masters", "optimizer")}
             assert counted == {name: planned.gpu[name] for name in counted}
             assert offloaded == {
@@ -104,6 +107,7 @@ def test_plan_equals_ledger_with_offload(
                 **{ours: planned.host[theirs] // world_size for theirs, ours in OFFLOADED.items()},
             }
             assert sum(asked) * world_size == planned.host_bytes  # what the host was asked for before it began
+            assert snapshot * world_size == planned.snapshot_bytes
 
 
 def test_a_7b_offload_pins_what_the_plan_says() -> None:
@@ -132,11 +136,12 @@ def test_plan_equals_ledger(
     shape = GPTConfig(layers=4, heads=2, dim=36, vocab_size=65, max_seq_len=16, tied=tied)  # sizes that need padding
     work = Workload("small", tuple(unit_parameters(shape, SMALL)), shape, world_size, precision=precision)
     assert work.padded_parameters > work.parameters
-    planned = stage_layout(work, stage).gpu
-    for ledger, peaks in ranks(world_size).run(ledger_after_two_steps, shape, stage, precision):
+    planned, copied = stage_layout(work, stage).gpu, stage_layout(work, stage).snapshot_bytes
+    for ledger, peaks, snapshot in ranks(world_size).run(ledger_after_two_steps, shape, stage, precision):
         counted = {name: ledger[name] for name in ("parameters", "gradients", "masters", "optimizer")}
         assert counted == {name: planned[name] for name in counted}
         if stage < 3 or world_size == 1:
             assert ledger["communication"] == planned["buffers"]
         assert peaks["communication"] == planned["buffers"]
         assert {name: peaks[name] for name in counted} == counted
+        assert snapshot * world_size == copied

@@ -294,11 +294,18 @@ def test_accumulation_is_told_that_stage_2_sends_more_than_stage_1() -> None:
     assert "micro-steps stage 2 sends" not in said(workload(accumulation=1))
 
 
-def test_the_copy_for_checkpoints_is_named_unless_it_is_small_or_on_the_host() -> None:
+def test_the_copy_for_checkpoints_is_named_unless_it_is_small_or_not_made() -> None:
     work = workload("gpt-7b")
-    assert f"copy {format_size(12 * work.parameters)} of states to host memory" in said(work)
-    assert "Checkpoints:" not in said(workload("gpt-tiny"))
-    assert "Checkpoints:" not in said(work, chosen=find(plan(work), 2, offload=True))
+    copied = format_size(12 * work.padded_parameters)
+    assert f"from a copy of the states: at stage 2 {copied} of pinned host RAM more" in said(work)
+    assert {layout.snapshot_bytes for layout in plan(work) if not layout.offload and layout.stage is not None} == {
+        12 * work.padded_parameters
+    }
+    small = find(plan(work), 2, offload=True)
+    assert small.snapshot_bytes == work.world_size * 64 * 2**20
+    for silent in (said(workload("gpt-tiny")), said(dataclasses.replace(work, checkpoints=False))):
+        assert "Checkpoints are written" not in silent
+    assert "512 MiB of pinned host RAM more" not in said(work, chosen=small)
 
 
 def test_host_ram_is_compared_with_what_offload_needs() -> None:
