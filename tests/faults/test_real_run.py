@@ -224,6 +224,7 @@ for _ in range(4):
             inputs = torch.randn(2, 8, dtype=torch.bfloat16)
             engine.backward(engine(inputs).square().mean())
             engine.step()
+        engine.wait_for_checkpoint()  # else a machine under load puts off the next one, and none follows the last step
 """
 
 
