@@ -77,10 +77,11 @@ def descendants(run: FakeRun) -> list[psutil.Process]:
     return psutil.Process(read_run(run.path).supervisor_pid).children(recursive=True)
 
 
-def see_training(run: FakeRun, step: int = 2) -> None:
+def see_training(run: FakeRun, step: int = 2, attempt: int = 1) -> None:
     def there(source: object) -> bool:
         state = run.source.state
-        done = [rank.step.step for rank in state.ranks.values() if rank.step]
+        ranks = [rank for rank in state.ranks.values() if rank.hello and rank.hello.attempt == attempt]
+        done = [rank.step.step for rank in ranks if rank.step]
         assert state.state_name not in ("failed", "finished"), state.status
         return len(done) == 2 and min(done) >= step
 
@@ -88,6 +89,11 @@ def see_training(run: FakeRun, step: int = 2) -> None:
     while not (run.source.poll() is not None and there(run.source)):
         assert time.monotonic() < deadline, run.source.state.status
         time.sleep(0.05)
+
+
+def trains_again(run: FakeRun, restarts: int) -> bool:
+    status = read_status(run.path)
+    return status.restarts == restarts and status.state in ("running", "finished")
 
 
 def see_end(run: FakeRun, name: str) -> None:
@@ -157,25 +163,28 @@ def test_kill_9_of_any_process_ends_the_whole_run(launch, victim):
 
 
 def test_kill_9_of_a_rank_or_of_torchrun_changes_no_loss(launch):
-    steps = 60
+    """First a rank, then the torchrun of the attempt that follows."""
+    steps = 200
     overrides = [f"zerotop.train.steps={steps}"]
-    whole = launch(name="whole", overrides=overrides)
-    see_end(whole, "finished")
-    for victim, reason in (("rank", "rank 1 was killed by SIGKILL"), ("torchrun", "torchrun was killed by SIGKILL")):
-        run = launch(name=victim, overrides=overrides)
-        see_training(run)
+    whole, run = launch(name="whole", overrides=overrides), launch(name="broken", overrides=overrides)
+    saved = []
+    for attempt, reason in ((1, "rank 1 was killed by SIGKILL"), (2, "torchrun was killed by SIGKILL")):
+        see_training(run, 2, attempt)
         assert run.command("pause").ack.state == "applied"
-        saved = run.command("checkpoint").ack.step
+        saved.append(run.command("checkpoint").ack.step)
         assert run.command("resume").ack.state == "applied"
-        see_training(run, saved + 2)
-        target = run.pid_of_rank(1) if victim == "rank" else psutil.Process(run.pid_of_rank(1)).ppid()
-        os.kill(target, signal.SIGKILL)
-        see_end(run, "finished")
+        see_training(run, saved[-1] + 2, attempt)
+        rank = run.pid_of_rank(1)
+        os.kill(rank if attempt == 1 else psutil.Process(rank).ppid(), signal.SIGKILL)
+        until(lambda n=attempt: trains_again(run, n), f"restart {attempt}", START_DEADLINE_S)
         status = read_status(run.path)
-        assert (status.restarts, status.attempt, status.step) == (1, 2, steps)
         assert status.restart_reason.startswith(reason) and status.lost_steps >= 2
-        assert losses(run.path) == losses(whole.path) and len(losses(run.path)) == steps
-        assert {m.start_step for m in read_messages(run.path) if isinstance(m, Hello) and m.attempt == 2} == {saved}
+    see_end(run, "finished")
+    see_end(whole, "finished")
+    assert (read_status(run.path).attempt, read_status(run.path).step) == (3, steps)
+    assert losses(run.path) == losses(whole.path) and len(losses(run.path)) == steps
+    hellos = [message for message in read_messages(run.path) if isinstance(message, Hello)]
+    assert {(hello.attempt, hello.start_step) for hello in hellos} == {(1, 0), (2, saved[0]), (3, saved[1])}
 
 
 @pytest.mark.parametrize(
