@@ -1,39 +1,69 @@
-// SIGTERM in a rank, told apart by its sender, which Python's handlers don't learn. torchrun and the supervisor mean "end
-// now"; anybody else (a batch system, a machine that is shut down, a person) means "save and stop".
+// Signals that ask a rank for a stop, told apart by their sender, which Python's handlers don't learn. torchrun and the
+// supervisor mean "end now" by a SIGTERM; anybody else's (a batch system's, that of a machine that is shut down, a person's)
+// is handed on to the supervisor, which asks all ranks at once. The words are in runtime/telemetry/stopsignal.py.
 #include <errno.h>
 #include <signal.h>
+#include <stdint.h>
 #include <sys/types.h>
 #include <unistd.h>
-#include <stdint.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 #define API extern "C" __attribute__((visibility("default")))
 
-static pid_t owner, supervisor;
-static int told;
+static pid_t rank, supervisor;
+static int supervisor_fd = -1;                           // a pidfd: a number that was given to another process is no danger
+static bool data_worker;
 
-static void on_term(int number, siginfo_t* info, void*) {
+static void hand_on(int number) {
+#if defined(__linux__) && defined(SYS_pidfd_send_signal)
+  if (supervisor_fd >= 0) {
+    syscall(SYS_pidfd_send_signal, supervisor_fd, number, nullptr, 0);
+    return;
+  }
+#endif
+  kill(supervisor, number);
+}
+
+static void on_signal(int number, siginfo_t* info, void*) {
   const int kept = errno;
-  const pid_t sender = info->si_code <= 0 ? info->si_pid : 0;   // above 0: the kernel itself
-  if (sender && (sender == getppid() || sender == supervisor || sender == getpid())) {
+  const pid_t sender = info->si_code <= 0 ? info->si_pid : 0, parent = getppid();   // above 0: the kernel itself
+  const bool mine = sender && (sender == parent || sender == supervisor || sender == rank || sender == getpid());
+  if (number == SIGTERM && mine) {
+    if (data_worker && sender == parent) _exit(0);       // torch expects that of a worker that it ends
     signal(number, SIG_DFL);
     kill(getpid(), number);                              // when this handler has returned
-  } else if (getpid() == owner) {
-    const char one = 1;
-    if (write(told, &one, 1) < 0) { }                    // full: it has been said often enough
-  }                                                      // else a forked helper: its parent decides
+  } else if (getpid() == rank) {
+    hand_on(number);
+  }                                                      // else a helper that the rank forked: the rank decides
   errno = kept;
 }
 
-// A byte is written to `descriptor` for each SIGTERM that asks for a stop; below 0: in a helper, that only its parent ends.
-// 0, or an errno.
-API int zt_hear_sigterm(int32_t descriptor, int64_t supervisor_pid) {
-  owner = descriptor < 0 ? 0 : getpid();
-  supervisor = (pid_t)supervisor_pid;
-  told = descriptor;
+static int hear(int number) {
   struct sigaction action = {};
-  action.sa_sigaction = on_term;
+  action.sa_sigaction = on_signal;
   action.sa_flags = SA_SIGINFO | SA_RESTART;
   sigemptyset(&action.sa_mask);
-  return sigaction(SIGTERM, &action, nullptr) ? errno : 0;
+  return sigaction(number, &action, nullptr) ? errno : 0;
+}
+
+// In a rank: hand `number` on to the supervisor (a pidfd, or -1; and its pid). 0, or an errno.
+API int zt_hand_on(int32_t number, int32_t pidfd, int64_t pid) {
+#ifdef __linux__
+  rank = getpid();
+  supervisor = (pid_t)pid;
+  supervisor_fd = pidfd;
+  return hear(number);
+#else
+  (void)number; (void)pidfd; (void)pid; (void)hear;
+  return ENOSYS;                                         // si_code has other numbers there
+#endif
+}
+
+// In a DataLoader's worker that a rank has forked: SIGTERM as above again, where torch has set a handler of its own.
+API int zt_in_data_worker() {
+  data_worker = true;
+  return hear(SIGTERM);
 }
 
 API int zt_abi() { return 1; }

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from runtime.plan import Layout, Workload, find, stage_layout
+from runtime.plan import SNAPSHOT_SLOT_BYTES, Layout, Workload, find, stage_layout
 from runtime.sizes import format_size
 
 MOST_GPUS = 4096
@@ -40,7 +40,10 @@ def _snapshot(workload: Workload, layouts: Sequence[Layout], chosen: Layout | No
     ranks, nbytes = workload.world_size, layout.snapshot_bytes
     if nbytes >= _LARGE_COPY:
         each = f" ({ranks} ranks on one node, {format_size(nbytes / ranks)} each)" if ranks > 1 else ""
-        what = "slots that offloaded states pass through" if layout.offload else "a copy of the states"
+        what = "a copy of the states"
+        if layout.offload:
+            slots = nbytes == ranks * SNAPSHOT_SLOT_BYTES
+            what = "slots that offloaded states pass through" if slots else "a copy of the states that aren't offloaded"
         yield (
             f"Checkpoints are written beside training from {what}: at {layout.label} {format_size(nbytes)} of pinned "
             f"host RAM more{each}. Where the host has not so much, they are read piece by piece, and a step may wait."

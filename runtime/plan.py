@@ -223,7 +223,8 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False) -> Layou
 
 def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
     """Bytes on one node: every rank copies masters and optimizer states of its own range, at every stage. What offload
-    keeps on the host is read through slots instead. (runtime/checkpoint/snapshot.py)"""
+    keeps on the host is read through slots instead. Buffers and frozen parameters are not in it.
+    (runtime/checkpoint/snapshot.py)"""
     if not workload.checkpoints:
         return 0
     world = workload.world_size

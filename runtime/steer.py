@@ -40,6 +40,9 @@ PAUSED_POLL_S = 5.0
 """How long a paused rank sleeps at a time; a command or a dead supervisor wakes it at once."""
 
 
+ORPHANED = "the supervisor is gone"
+
+
 class RunStopped(SystemExit):
     """Raised out of engine.step() when the run was asked to stop and its state is saved. Exit code 0."""
 
@@ -111,7 +114,7 @@ class Steering:
         return self._due and not self.engine.saver.busy
 
     def stop_asked(self) -> bool:
-        return self.link.inbox.stop_requested
+        return self.link.inbox.orphaned
 
     def at_boundary(self, agreed: Boundary) -> None:
         """Automatic checkpoint (at the next sound step, if this one isn't), then commands, then a stop that some rank
@@ -131,14 +134,9 @@ class Steering:
                 self._save()
             self._apply_all(deque(commands))
         if agreed.stop_asked:
-            self._stop(self._why_stop())
+            self._stop(ORPHANED)
         if self.folder is not None and (self.knobs["checkpoint_interval"] or self.knobs["checkpoint_minutes"]):
             self.engine.saver.prepare()
-
-    def _why_stop(self) -> str:
-        """Any rank may have asked; those that did know why."""
-        reasons = self.engine.comm.gather_objects(self.link.inbox.stop_reason)
-        return next((reason for reason in reasons if reason), "a rank was asked to")
 
     def _count_unsound(self, step: int) -> None:
         if self._sound or self.engine.config.precision == "fp16":
@@ -264,23 +262,28 @@ class Steering:
 
     def _brought_back(self, command: Command) -> bool:
         """After `pause --release`: everything to the GPUs again, on all ranks or on none."""
+        problem = self._unparked()
+        if problem:
+            self._answer(command, "rejected", problem)
+        return not problem
+
+    def _unparked(self) -> str:
+        """What is in the way of `_brought_back`, on any rank."""
         parking, problem = self.engine.parking, ""
         if not parking.parked:
-            return True
+            return ""
         try:
             parking.unpark()
         except torch.OutOfMemoryError as error:
             problem = f"rank {self.engine.comm.rank}: {str(error).splitlines()[0]}"
         problems = [found for found in self.engine.comm.gather_objects(problem) if found]
-        if problems:
-            if not problem:
-                parking.park()
-            self._answer(command, "rejected", f"the GPU memory that was released is in use by others: {problems[0]}")
-        return not problems
+        if problems and not problem:
+            parking.park()
+        return f"the GPU memory that was released is in use by others: {problems[0]}" if problems else ""
 
     def _next_while_paused(self) -> Command | None:
-        if self.link.inbox.stop_requested:
-            self._stop(self.link.inbox.stop_reason)
+        if self.link.inbox.orphaned:
+            self._stop(ORPHANED, cannot_save=self._unparked())
         return self.link.inbox.next(PAUSED_POLL_S)
 
     def _apply(self, command: Command) -> None:
@@ -329,9 +332,10 @@ class Steering:
         logging.getLogger("runtime").setLevel(level)
         self.link.log_handler.setLevel(level)
 
-    def _stop(self, why: str, command: Command | None = None) -> None:
+    def _stop(self, why: str, command: Command | None = None, cannot_save: str = "") -> None:
         """Save (unless this step is saved), say goodbye, leave."""
-        saved = self.folder is None or self._saved()
+        self._problem = cannot_save
+        saved = not cannot_save and (self.folder is None or self._saved())
         if command is not None:
             self._answer(
                 command, "applied", result={"checkpoint": str(self._saved_path) if self._saved_path and saved else None}

@@ -146,7 +146,7 @@ class FakeRank:
             self.boundary()
             if (every := int(setting("EVERY", "0"))) and self.step % every == 0:
                 self.save()
-            if self.stopping or self.telemetry.inbox.stop_requested:
+            if self.stopping or self.telemetry.inbox.orphaned:
                 return "stopped"
         return "finished"
 
@@ -193,7 +193,7 @@ class FakeRank:
         """Apply what has come. The fake ranks share no collective, so each applies on its own; rank 0 answers."""
         for command in self.telemetry.inbox.take():
             self.apply(command)
-        while self.paused and not self.stopping and not self.telemetry.inbox.stop_requested:
+        while self.paused and not self.stopping and not self.telemetry.inbox.orphaned:
             self.telemetry.enter("paused", self.step + 1, 0)
             next_command = self.telemetry.inbox.next(0.5)
             if next_command is not None:

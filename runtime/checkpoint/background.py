@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import tempfile
@@ -53,6 +54,10 @@ class Background:
         self._touching: threading.Thread | None = None
         self._snapshot: Snapshot | None = None
         self._prepared = False
+        self._tells = False
+        """The last save has an on_done."""
+        self._untold = ""
+        """What went wrong with a save that has none, when another followed that has one."""
         self._bounded = False
         """The host has no room for a copy of everything."""
 
@@ -76,11 +81,11 @@ class Background:
         called from another thread, on every rank.
 
         Raises CheckpointError on every rank when it can't begin on any; then nothing has been written. An earlier save
-        is waited for; where there is no on_done to tell of it, its failure is raised here.
+        is waited for; without on_done, the failure of one that had none either is raised here.
         """
         engine, began = self._owner(), time.monotonic()
         engine.synchronize()
-        failed = self._failed()
+        failed = self._failed(untold_only=True)
         blocks = blocks_of(engine)
         problem = self._lacks_disk(folder, blocks)
         snapshot, no_memory = self._make_ready(blocks)
@@ -90,6 +95,7 @@ class Background:
         told = engine.comm.gather_objects((problem, failed, alive, self._generation, scalars))
         if on_done is None and (earlier := _cause(failed for _, failed, *_ in told)):
             raise CheckpointError(earlier)
+        self._untold = failed  # for whoever can raise it
         problems = [(rank, found) for rank, (found, *_) in enumerate(told) if found]
         if problems:
             raise CheckpointError(f"could not write {folder / tag}: rank {problems[0][0]}: {problems[0][1]}")
@@ -102,13 +108,14 @@ class Background:
         job = make_job(
             engine, folder, tag, parts, all_scalars, client_state, keep=keep, keep_every=keep_every
         )  # fmt: skip
-        self._snapshot = snapshot
+        self._snapshot, self._tells = snapshot, on_done is not None
         self._writer.save(job, snapshot, self._memory, on_done or (lambda outcome: None), time.monotonic() - began)
         return job.final
 
-    def settle(self) -> str:
-        """Wait for the last save. Returns what went wrong with it on any rank, once; empty when nothing did."""
-        return _cause(self._owner().comm.gather_objects(self._failed()))
+    def settle(self, untold_only: bool = False) -> str:
+        """Wait for the last save. Returns what went wrong with it on any rank, once; empty when nothing did.
+        untold_only: not with one whose on_done was told."""
+        return _cause(self._owner().comm.gather_objects(self._failed(untold_only)))
 
     # ---- this rank -------------------------------------------------------------------------------------------------
     def prepare(self) -> None:
@@ -167,17 +174,18 @@ class Background:
         assert engine is not None
         return engine
 
-    def _failed(self) -> str:
-        """Wait for the last save. Returns what went wrong with it on this rank, once."""
-        if self._writer is None:
-            return ""
-        if self._writer.busy:
-            with self._owner().telemetry.span("checkpoint"):
+    def _failed(self, untold_only: bool = False) -> str:
+        """Wait for the last save. Returns what went wrong with it on this rank, or with one before it that nobody was
+        told of; once. untold_only: not of one whose on_done was told."""
+        outcome = None
+        if self._writer is not None:
+            with self._owner().telemetry.span("checkpoint") if self._writer.busy else contextlib.nullcontext():
                 outcome = self._writer.wait()
-        else:
-            outcome = self._writer.wait()
-        self._writer.forget()
-        return outcome.problem if outcome is not None else ""
+            self._writer.forget()
+        untold, self._untold = self._untold, ""
+        if outcome is None or not outcome.problem or (untold_only and self._tells):
+            return untold
+        return outcome.problem
 
     def _lacks_disk(self, folder: Path, blocks: list[Block]) -> str:
         """Rank 0 looks. Returns what is in the way."""

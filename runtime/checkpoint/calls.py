@@ -75,7 +75,7 @@ class CheckpointCalls:
         with self.telemetry.span("checkpoint"):
             tag = str(tag or checkpoint.step_tag(self.global_steps))
             if wait:
-                self.saver.settle()
+                self.wait_for_checkpoint()
                 self.last_checkpoint = checkpoint.save(self._engine(), Path(save_dir), tag, self.client_state)
             else:
                 self.last_checkpoint = self.saver.begin(Path(save_dir), tag, self.client_state)
@@ -84,7 +84,7 @@ class CheckpointCalls:
     def wait_for_checkpoint(self) -> None:
         """Returns when what `save_checkpoint(..., wait=False)` began is complete; every rank must call it. Raises
         CheckpointError on every rank if any could not write."""
-        if problem := self.saver.settle():
+        if problem := self.saver.settle(untold_only=True):
             raise checkpoint.CheckpointError(problem)
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:

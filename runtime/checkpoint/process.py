@@ -16,6 +16,7 @@ import logging
 import multiprocessing.connection as connections
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +39,8 @@ START_PATIENCE_S = 300.0
 CLOSE_S = 2.0
 MEETING_FOLDER = "zerotop-writers-"
 """What the name of a folder begins with in which writers meet, outside a run."""
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""By a writer: its rank decides when it ends. Batch systems and terminals send these to every process of a job."""
 PEER_LOST = "another rank's writer process is gone"
 """What the other ranks' writers say of it: not the cause."""
 
@@ -73,6 +76,8 @@ class WriterProcess:
         ours, theirs = socket.socketpair()
         variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-m", "runtime.checkpoint.writer", str(theirs.fileno()), store]
+        # It ignores them as soon as it can, which is after its imports.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
             self._process = subprocess.Popen(
                 [*command, str(rank), str(world_size)],
@@ -84,6 +89,7 @@ class WriterProcess:
             ours.close()
             raise
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
         self._connection = connections.Connection(ours.detach())
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -128,7 +128,7 @@ class Snapshot:
         they are done."""
         for block, at in self._copied:
             target = memory.view(at, block.tensor.numel(), block.tensor.dtype)
-            if block.tensor.device.type == "cpu" and native.available():
+            if block.flat is not None and block.tensor.device.type == "cpu" and native.available():
                 native.copy_past_cache(target.view(torch.uint8), block.tensor.view(torch.uint8))
             else:
                 target.copy_(block.tensor, non_blocking=True)

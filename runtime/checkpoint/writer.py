@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.manifest import CheckpointError, root_cause
-from runtime.checkpoint.process import ALIVE_S, MEETING_FOLDER, PEER_LOST
+from runtime.checkpoint.process import ALIVE_S, IGNORED, MEETING_FOLDER, PEER_LOST
 from runtime.telemetry.orphan import die_with_parent
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ WRITING_S = 12 * 3600.0
 def main() -> None:
     descriptor, store, rank, world_size = sys.argv[1:]
     die_with_parent(signal.SIGKILL)
-    # Its rank decides when it ends. Batch systems and terminals send these to every process of a job.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)
     link = _Link(connections.Connection(int(descriptor)))

@@ -94,13 +94,13 @@ def cpu() -> ctypes.CDLL:
 
 @functools.cache
 def term() -> ctypes.CDLL:
-    """The handler of SIGTERM.
+    """Signals in a rank: csrc/sigterm.cpp.
 
     Raises:
         ImportError: not built, or built for another version.
     """
     lib = _load("libzt_term.so")
-    lib.zt_hear_sigterm.argtypes = [i32, i64]
+    lib.zt_hand_on.argtypes = [i32, i32, i64]
     return lib
 
 

@@ -19,7 +19,6 @@ class Inbox:
     """
 
     def __init__(self) -> None:
-        # Its lock is re-entrant: a signal handler may call request_stop() while the same thread is in here.
         self._condition = threading.Condition()
         self._waiting: list[Command] = []
         self._ids: set[str] = set()
@@ -27,7 +26,6 @@ class Inbox:
         self._newest = 0
         self._done = 0
         self._orphaned = False
-        self._stop_reason = ""
 
     # ---- the training thread ---------------------------------------------------------------------------------------
     def waiting(self) -> bool:
@@ -45,13 +43,13 @@ class Inbox:
     def next(self, timeout_s: float) -> Command | None:
         """The oldest command not taken yet, sleeping up to timeout_s (seconds) for it.
 
-        None when the time is over, and at once when a stop is requested: ask `stop_requested` before calling again.
+        None when the time is over, and at once when the supervisor is gone: ask `orphaned` before calling again.
         """
         deadline = time.monotonic() + timeout_s
         with self._condition:
             while not self._waiting:
                 remaining = deadline - time.monotonic()
-                if remaining <= 0 or self.stop_requested:
+                if remaining <= 0 or self._orphaned:
                     return None
                 self._condition.wait(remaining)
             command = self._waiting.pop(0)
@@ -68,21 +66,6 @@ class Inbox:
     def orphaned(self) -> bool:
         """The supervisor is gone: checkpoint, stop at the next boundary and leave."""
         return self._orphaned
-
-    @property
-    def stop_requested(self) -> bool:
-        return self._orphaned or bool(self._stop_reason)
-
-    @property
-    def stop_reason(self) -> str:
-        """One line for people; empty while nothing asks for a stop."""
-        return "the supervisor is gone" if self._orphaned else self._stop_reason
-
-    def request_stop(self, reason: str) -> None:
-        """Ask the training thread to stop at the next boundary; wakes next(). May be called from a signal handler."""
-        with self._condition:
-            self._stop_reason = self._stop_reason or reason
-            self._condition.notify_all()
 
     # ---- the publisher's threads -----------------------------------------------------------------------------------
     def put(self, command: Command) -> bool:

@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.telemetry import stopsignal
 from runtime.telemetry.handler import LevelName, TelemetryHandler
 from runtime.telemetry.inbox import Inbox
 from runtime.telemetry.link import Link
@@ -116,7 +115,6 @@ class Telemetry(Recorder):
             self._now = (phase, hello.start_step + 1, micro_step, since_ns)
         self._events.appendleft(hello)
         self._thread.start()
-        stopsignal.deliver_to(self.inbox)
         if self._supervisor_pid is not None:
             self._watch = SupervisorWatch(self._supervisor_pid, self._supervisor_gone, seconds)
             self._watch.start()

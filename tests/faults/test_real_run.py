@@ -202,6 +202,8 @@ def test_every_process_of_a_step_is_signalled(launch, tmp_path, number, whom):
         signalled.append(psutil.Process(read_run(run.path).supervisor_pid))
     for process in signalled:
         process.send_signal(number)
+        if whom == "all":
+            process.send_signal(signal.SIGHUP)  # as systemd does when it ends a session
     see_end(run, "stopped")
     status = read_status(run.path)
     assert status.attempt == 1 and status.last_checkpoint_step == status.step >= 2

@@ -242,3 +242,14 @@ def test_a_signal_to_every_process_stops_the_run_even_before_they_listen(start: 
             process.send_signal(number)
     status = ended(run, "stopped")
     assert (status.attempt, status.step) == (1, 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_rank_of_a_paused_run_stops_it(start: Start, number: signal.Signals) -> None:
+    run = start(FAKE_EVERY=10)
+    run.see_step(2)
+    assert run.command("pause").ack.state == "applied"
+    process = psutil.Process(run.pid_of_rank(1))
+    process.send_signal(number)
+    assert ended(run, "stopped").attempt == 1
+    assert [event.text.split(":")[0] for event in run.source.state.events if event.what == "signal"] == [number.name]

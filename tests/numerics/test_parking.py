@@ -4,6 +4,7 @@ bits. The host's memory plays the device's."""
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,3 +83,27 @@ def test_a_resume_without_room_is_rejected_on_all_ranks(ranks):
     for (first, reason), (second, _) in ranks(2).run(no_room_at_first):
         assert (first, second) == ("rejected", "applied")
         assert "in use by others: rank 1: CUDA out of memory" in reason and "and so on" not in reason
+
+
+def lose_the_supervisor_while_released(folder: str, room: bool) -> tuple[str, str, int]:
+    from runtime.steer import RunStopped
+
+    engine = started(config(2, 1, clip=0.5))
+    steering, said = engine.steering, []
+    steering.folder = Path(folder)
+    steering.link.goodbye = lambda outcome, step, error: said.append((outcome, error))
+    engine.parking.park()
+    if not room:
+        parking = engine.parking
+        parking.unpark = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    steering.link.inbox.mark_orphaned()
+    with pytest.raises(RunStopped):
+        steering._next_while_paused()
+    return *said[0], len(list(Path(folder).glob("step-*")))
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_without_its_supervisor_a_released_run_saves_what_it_brings_back(ranks, tmp_path, room):
+    for outcome, error, checkpoints in ranks(2).run(lose_the_supervisor_while_released, str(tmp_path), room):
+        assert (outcome, checkpoints) == ("stopped", int(room))
+        assert error == "" if room else "in use by others: rank 0: CUDA out of memory" in error

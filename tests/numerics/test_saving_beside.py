@@ -330,3 +330,45 @@ def test_a_slow_disk_puts_checkpoints_off_and_training_goes_on(ranks, tmp_path):
     assert reached == 7
     assert sum("the checkpoint of step 6 is put off" in text for text in heard) == 1
     assert names == ["step-00000002", "step-00000004", "step-00000008"]
+
+
+def with_strided_buffer(folder: str) -> torch.Tensor:
+    engine = engine_for(config(2, 1, clip=0.0))
+    engine.module.register_buffer("every_other", torch.arange(12.0).view(6, 2)[:, 1])
+    advance(engine, 0, 1)
+    engine.save_checkpoint(folder, "beside", wait=False)
+    engine.wait_for_checkpoint()
+    return engine.module.every_other.clone()
+
+
+def test_a_buffer_with_a_stride(ranks, tmp_path):
+    kept, _ = ranks(2).run(with_strided_buffer, str(tmp_path))
+    assert torch.equal(contents(tmp_path / "beside")["buffer.every_other"], kept)
+
+
+def fail_before_an_automatic_one(folder: str, later: str) -> list[str]:
+    """A script's save fails, then the run's own begins."""
+    from runtime.checkpoint import CheckpointError
+
+    engine = engine_for(config(2, 1, clip=0.0))
+    advance(engine, 0, 1)
+    Path(folder, "taken").write_text("")
+    told: list[str] = []
+    engine.saver.begin(Path(folder, "taken", "deeper"), "theirs", {})
+    engine.saver.begin(Path(folder), "ours", {}, on_done=lambda outcome: told.append(outcome.problem))
+    try:
+        if later == "wait_for_checkpoint":
+            engine.wait_for_checkpoint()
+        else:
+            engine.save_checkpoint(folder, "again", wait=later == "save and wait")
+    except CheckpointError as error:
+        told.append(str(error))
+    engine.wait_for_checkpoint()  # once is enough
+    return told
+
+
+@pytest.mark.parametrize("later", ["wait_for_checkpoint", "save", "save and wait"])
+def test_a_scripts_failed_save_is_told_though_another_followed(ranks, tmp_path, later):
+    for ours, theirs in ranks(2).run(fail_before_an_automatic_one, str(tmp_path), later):
+        assert ours == "" and "taken/deeper/.theirs.partial: Not a directory" in theirs
+    assert (tmp_path / "latest").read_text() == "ours\n"

@@ -306,6 +306,9 @@ def test_the_copy_for_checkpoints_is_named_unless_it_is_small_or_not_made() -> N
     for silent in (said(workload("gpt-tiny")), said(dataclasses.replace(work, checkpoints=False))):
         assert "Checkpoints are written" not in silent
     assert "512 MiB of pinned host RAM more" not in said(work, chosen=small)
+    part = dataclasses.replace(work, offload_ratio=0.4)
+    words = said(part, chosen=find(plan(part), 2, offload=True))
+    assert "from a copy of the states that aren't offloaded: at stage 2 + offload" in words
 
 
 def test_host_ram_is_compared_with_what_offload_needs() -> None:

@@ -81,7 +81,7 @@ def test_outside_a_run_every_call_does_nothing(monkeypatch: pytest.MonkeyPatch) 
     telemetry.ack(Ack(id="a", state="applied"))
     telemetry.memory_changed()
     telemetry.hz = 3.0
-    assert not telemetry.inbox.waiting() and not telemetry.inbox.stop_requested
+    assert not telemetry.inbox.waiting() and not telemetry.inbox.orphaned
     start = time.monotonic()
     telemetry.goodbye("finished", 1)
     telemetry.close()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -83,40 +81,21 @@ def test_next_wakes_when_a_command_arrives(later: list[threading.Timer]) -> None
     assert taken is not None and taken.number == 1
 
 
-@pytest.mark.parametrize("ask", ["mark_orphaned", "request_stop"])
-def test_next_wakes_when_a_stop_is_requested(ask: str, later: list[threading.Timer]) -> None:
+def test_next_wakes_when_the_supervisor_is_gone(later: list[threading.Timer]) -> None:
     inbox = Inbox()
-    action = inbox.mark_orphaned if ask == "mark_orphaned" else lambda: inbox.request_stop("signal TERM")
-    later.append(threading.Timer(0.1, action))
+    later.append(threading.Timer(0.1, inbox.mark_orphaned))
     later[0].start()
     start = time.monotonic()
-    assert inbox.next(10) is None
+    assert inbox.next(10) is None and inbox.orphaned
     assert time.monotonic() - start < 5
-    assert inbox.stop_requested
-    assert inbox.orphaned is (ask == "mark_orphaned")
-    assert inbox.stop_reason == ("the supervisor is gone" if inbox.orphaned else "signal TERM")
 
 
-def test_commands_that_arrived_before_the_stop_are_still_handed_out() -> None:
+def test_commands_that_arrived_before_that_are_still_handed_out() -> None:
     inbox = Inbox()
     inbox.put(command(1))
-    inbox.request_stop("signal TERM")
+    inbox.mark_orphaned()
     assert inbox.next(10) is not None
     assert inbox.next(10) is None
-
-
-def test_a_signal_handler_may_request_the_stop_while_next_waits(later: list[threading.Timer]) -> None:
-    inbox = Inbox()
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: inbox.request_stop("signal USR1"))
-    try:
-        later.append(threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGUSR1]))
-        later[0].start()
-        start = time.monotonic()
-        assert inbox.next(10) is None
-        assert time.monotonic() - start < 5
-        assert inbox.stop_requested
-    finally:
-        signal.signal(signal.SIGUSR1, before)
 
 
 def test_waiting_costs_no_cpu() -> None:

@@ -1,52 +1,144 @@
-"""SIGUSR1 in a rank: in a process of its own, since it is about the process's handlers."""
+"""SIGUSR1 and SIGTERM in a rank: the supervisor hears of them, unless the SIGTERM is its own or the launcher's. Every
+process here is one of its own, since it is about handlers."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
-LATER = """
-import os, signal
-from runtime.telemetry import Inbox, stopsignal
-stopsignal.listen()
-inbox = Inbox()
-{order}
-assert inbox.stop_reason == "SIGUSR1", inbox.stop_reason
+from runtime.wire.rundir import SUPERVISOR_VARIABLE
+
+SUPERVISOR = """
+import os, signal, sys
+wanted = {signal.SIGTERM, signal.SIGUSR1}
+signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+print("ready", flush=True)
+for line in sys.stdin:
+    if line.strip():
+        os.kill(int(line), signal.SIGTERM)
+    else:
+        print(signal.Signals(signal.sigwait(wanted)).name, flush=True)
 """
-OWN = """
-import os, signal
-from runtime.telemetry import Inbox, stopsignal
-heard = []
-{before}
+RANK = r"""
+import os, signal, subprocess, sys
+from runtime.telemetry import die_with_parent, stopsignal
+
+if "early" in sys.argv:
+    number = signal.Signals[sys.argv[-1]]
+    signal.pthread_sigmask(signal.SIG_BLOCK, stopsignal.BLOCKED)  # as the supervisor does
+    subprocess.run([sys.executable, "-c", f"import os; os.kill({os.getpid()}, {int(number)})"], check=True)
+if "own" in sys.argv:
+    signal.signal(signal.SIGUSR1, lambda number, frame: print("its own", flush=True))
 stopsignal.listen()
-{after}
-inbox = Inbox()
-stopsignal.deliver_to(inbox)
-os.kill(os.getpid(), signal.SIGUSR1)
-assert heard == [signal.SIGUSR1] and not inbox.stop_requested
+if "helper" in sys.argv and os.fork() == 0:
+    if "worker" in sys.argv:  # as torch does in a DataLoader's
+        from runtime.native.loading import term
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert term().zt_in_data_worker() == 0
+    die_with_parent(signal.SIGKILL)
+    os.write(1, f"{os.getpid()}\n".encode())
+    while True:
+        signal.pause()
+os.write(1, f"{os.getpid()}\n".encode())
+for line in sys.stdin:
+    pid = int(line)
+    os.kill(pid, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
-HANDLER = "signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))"
-KILL = "os.kill(os.getpid(), signal.SIGUSR1)"
-DELIVER = "stopsignal.deliver_to(inbox)"
 
 
-def run(code: str) -> None:
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 0, ended.stderr
+@pytest.fixture
+def supervisor() -> Iterator[subprocess.Popen[str]]:
+    """Ends the process whose number it reads; at an empty line, waits for a signal and tells its name."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert line(process) == "ready"
+        yield process
+        process.kill()
 
 
-@pytest.mark.parametrize("order", [f"{DELIVER}\n{KILL}", f"{KILL}\n{DELIVER}"])
-def test_it_asks_for_a_stop_also_when_it_comes_before_the_inbox(order: str) -> None:
-    run(LATER.format(order=order))
+@pytest.fixture
+def rank(request: pytest.FixtureRequest, supervisor: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that listens, started by this one as ranks are by torchrun. Ends the helper whose number it reads, and
+    tells its exit code."""
+    with subprocess.Popen(
+        [sys.executable, "-c", RANK, *getattr(request, "param", "").split()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, SUPERVISOR_VARIABLE: str(supervisor.pid)},
+    ) as process:
+        yield process
+        process.kill()
 
 
-def test_one_that_came_while_it_was_blocked_is_found() -> None:
-    block = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})"
-    run(f"import os, signal\n{block}\n{KILL}" + LATER.format(order=DELIVER))
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
 
 
-@pytest.mark.parametrize(("before", "after"), [(HANDLER, ""), ("", HANDLER)])
-def test_a_handler_of_the_scripts_own_stays(before: str, after: str) -> None:
-    run(OWN.format(before=before, after=after))
+def type_into(process: subprocess.Popen[str], text: str = "") -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{text}\n")
+    process.stdin.flush()
+
+
+def heard(supervisor: subprocess.Popen[str]) -> str:
+    type_into(supervisor)
+    return line(supervisor)
+
+
+def somebody_sends(number: signal.Signals, pid: int) -> None:
+    """From a process that is none of its relatives."""
+    subprocess.run([sys.executable, "-c", f"import os; os.kill({pid}, {int(number)})"], check=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_somebodys_signal_is_handed_on(
+    rank: subprocess.Popen[str], supervisor: subprocess.Popen[str], number: signal.Signals
+) -> None:
+    pid = int(line(rank))
+    for _ in range(2):  # it lives on
+        somebody_sends(number, pid)
+        assert heard(supervisor) == number.name
+
+
+@pytest.mark.parametrize("rank", ["early SIGTERM", "early SIGUSR1"], indirect=True)
+def test_one_that_came_while_it_was_blocked_is_found(
+    rank: subprocess.Popen[str], supervisor: subprocess.Popen[str], request: pytest.FixtureRequest
+) -> None:
+    line(rank)
+    assert heard(supervisor) in request.node.callspec.id
+
+
+def test_the_launchers_sigterm_ends_it(rank: subprocess.Popen[str]) -> None:
+    os.kill(int(line(rank)), signal.SIGTERM)
+    assert rank.wait(20) == -signal.SIGTERM
+
+
+def test_the_supervisors_sigterm_ends_it(rank: subprocess.Popen[str], supervisor: subprocess.Popen[str]) -> None:
+    type_into(supervisor, line(rank))
+    assert rank.wait(20) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("rank", "code"), [("helper", -signal.SIGTERM), ("helper worker", 0)], indirect=["rank"], ids=["any", "worker"]
+)
+def test_a_forked_helper_is_its_ranks_to_end(rank: subprocess.Popen[str], code: int) -> None:
+    helper = next(pid for pid in (int(line(rank)), int(line(rank))) if pid != rank.pid)
+    somebody_sends(signal.SIGTERM, helper)
+    somebody_sends(signal.SIGTERM, helper)
+    type_into(rank, str(helper))  # it lives: only now it ends
+    assert line(rank) == str(int(code))
+
+
+@pytest.mark.parametrize("rank", ["own"], indirect=True)
+def test_a_handler_of_the_scripts_own_stays(rank: subprocess.Popen[str]) -> None:
+    somebody_sends(signal.SIGUSR1, int(line(rank)))
+    assert line(rank) == "its own"

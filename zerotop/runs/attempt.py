@@ -16,6 +16,8 @@ from zerotop.runs import torchrun
 from zerotop.runs.paths import RunError
 from zerotop.runs.witness import Witness
 
+_WARNINGS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
+
 
 class Attempt:
     """Started once; tells when its launcher has ended, and when a rank has died.
@@ -57,8 +59,7 @@ class Attempt:
         command = self.run.command or torchrun.command(self.run, self.path)
         variables = torchrun.environment(self.run, self.path, supervisor_pid=os.getpid(), resume=resume)
         # Blocked, and so inherited: see runtime/telemetry/stopsignal.py.
-        warnings = {signal.SIGUSR1, signal.SIGTERM}
-        signal.pthread_sigmask(signal.SIG_BLOCK, warnings)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _WARNINGS)
         try:
             with (self.logs / "torchrun.log").open("ab") as log:
                 self._launcher = subprocess.Popen(
@@ -74,7 +75,7 @@ class Attempt:
         except OSError as error:
             raise RunError(f"can't start the ranks: {command[0]}: {error.strerror}") from None
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, warnings)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _WARNINGS)
         self.collect({})  # it may have ended before we knew its number
 
     def collect(self, ended: Mapping[int, int]) -> None:

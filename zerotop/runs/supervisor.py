@@ -67,6 +67,8 @@ class Supervisor:
         self._restarts = Restarts(Resolved.from_json((path / "resolved.json").read_bytes()).zerotop.restarts)
         self._attempt = Attempt(self.run_file, path)
         self._abort_reason: str | None = None
+        self._stopping = False
+        """A signal has asked for it."""
         self._restart_text = ""
         """Of the newest restart, until its ranks have said where they go on."""
         self._reached = 0
@@ -175,7 +177,10 @@ class Supervisor:
         self.hub.set_status(**changes)
 
     def _stop_by_signal(self, number: int) -> None:
-        name = signal.Signals(number).name
+        """Its own, or one that a rank has handed on: where every process gets it, there are many."""
+        if self._stopping:
+            return
+        self._stopping, name = True, signal.Signals(number).name
         self.hub.command(Command(id=uuid.uuid4().hex, name="stop", who=name))
         deadline_s = _stop_deadline_s()
         self.hub.event(

@@ -70,6 +70,8 @@ def every_process(scene: Scene) -> Struck:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(number)
+            if number == TERM:  # as systemd does when it ends a session
+                process.send_signal(signal.SIGHUP)
     return Struck(f"{number.name} of every process {where}", f"{number.name} of every process", "end", saves=True)
 
 
