@@ -2,6 +2,7 @@
 // supervisor mean "end now" by a SIGTERM; anybody else's (a batch system's, that of a machine that is shut down, a person's)
 // is handed on to the supervisor, which asks all ranks at once. The words are in runtime/telemetry/stopsignal.py.
 #include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -13,16 +14,24 @@
 
 static pid_t rank, supervisor;
 static int supervisor_fd = -1;                           // a pidfd: a number that was given to another process is no danger
-static bool data_worker;
+static bool data_worker, watched;
 
-static void hand_on(int number) {
+// Whether there is a supervisor to hand it to.
+static bool hand_on(int number) {
 #if defined(__linux__) && defined(SYS_pidfd_send_signal)
   if (supervisor_fd >= 0) {
-    syscall(SYS_pidfd_send_signal, supervisor_fd, number, nullptr, 0);
-    return;
+    pollfd ended = {supervisor_fd, POLLIN, 0};
+    if (poll(&ended, 1, 0) > 0) return false;            // a zombie, which takes signals
+    if (!syscall(SYS_pidfd_send_signal, supervisor_fd, number, nullptr, 0)) return true;
+    if (errno == ESRCH) return false;
   }
 #endif
-  kill(supervisor, number);
+  return !kill(supervisor, number);
+}
+
+static void end(int number) {
+  signal(number, SIG_DFL);
+  kill(getpid(), number);                                // when the handler has returned
 }
 
 static void on_signal(int number, siginfo_t* info, void*) {
@@ -31,10 +40,9 @@ static void on_signal(int number, siginfo_t* info, void*) {
   const bool mine = sender && (sender == parent || sender == supervisor || sender == rank || sender == getpid());
   if (number == SIGTERM && mine) {
     if (data_worker && sender == parent) _exit(0);       // torch expects that of a worker that it ends
-    signal(number, SIG_DFL);
-    kill(getpid(), number);                              // when this handler has returned
-  } else if (getpid() == rank) {
-    hand_on(number);
+    end(number);
+  } else if (getpid() == rank && !hand_on(number) && !watched) {
+    end(number);
   }                                                      // else a helper that the rank forked: the rank decides
   errno = kept;
 }
@@ -65,5 +73,8 @@ API int zt_in_data_worker() {
   data_worker = true;
   return hear(SIGTERM);
 }
+
+// Somebody in this rank sees to it that it saves and ends when the supervisor is gone.
+API void zt_supervisor_is_watched() { watched = true; }
 
 API int zt_abi() { return 1; }

@@ -57,7 +57,7 @@ class Background:
         self._tells = False
         """The last save has an on_done."""
         self._untold = ""
-        """What went wrong with a save that has none, when another followed that has one."""
+        """What went wrong with a save that has none, until it is raised."""
         self._bounded = False
         """The host has no room for a copy of everything."""
 
@@ -85,7 +85,7 @@ class Background:
         """
         engine, began = self._owner(), time.monotonic()
         engine.synchronize()
-        failed = self._failed(untold_only=True)
+        failed = self._untold_problem()
         blocks = blocks_of(engine)
         problem = self._lacks_disk(folder, blocks)
         snapshot, no_memory = self._make_ready(blocks)
@@ -112,10 +112,13 @@ class Background:
         self._writer.save(job, snapshot, self._memory, on_done or (lambda outcome: None), time.monotonic() - began)
         return job.final
 
-    def settle(self, untold_only: bool = False) -> str:
-        """Wait for the last save. Returns what went wrong with it on any rank, once; empty when nothing did.
-        untold_only: not with one whose on_done was told."""
-        return _cause(self._owner().comm.gather_objects(self._failed(untold_only)))
+    def settle(self) -> str:
+        """Wait for the last save. Returns what went wrong with it on any rank, once; empty when nothing did."""
+        return _cause(self._owner().comm.gather_objects(self._outcome_of_last()))
+
+    def settle_untold(self) -> str:
+        """Wait for the last save. Returns what went wrong, on any rank, with a save that has no on_done; once."""
+        return _cause(self._owner().comm.gather_objects(self._untold_problem()))
 
     # ---- this rank -------------------------------------------------------------------------------------------------
     def prepare(self) -> None:
@@ -174,18 +177,23 @@ class Background:
         assert engine is not None
         return engine
 
-    def _failed(self, untold_only: bool = False) -> str:
-        """Wait for the last save. Returns what went wrong with it on this rank, or with one before it that nobody was
-        told of; once. untold_only: not of one whose on_done was told."""
-        outcome = None
-        if self._writer is not None:
-            with self._owner().telemetry.span("checkpoint") if self._writer.busy else contextlib.nullcontext():
-                outcome = self._writer.wait()
-            self._writer.forget()
+    def _outcome_of_last(self) -> str:
+        """Wait for the last save. Returns what went wrong with it on this rank, once."""
+        if self._writer is None:
+            return ""
+        with self._owner().telemetry.span("checkpoint") if self._writer.busy else contextlib.nullcontext():
+            outcome = self._writer.wait()
+        self._writer.forget()
+        problem = outcome.problem if outcome is not None else ""
+        if not self._tells:
+            self._untold = self._untold or problem
+        return problem
+
+    def _untold_problem(self) -> str:
+        """The same, of the last save that has no on_done, also when others followed."""
+        self._outcome_of_last()
         untold, self._untold = self._untold, ""
-        if outcome is None or not outcome.problem or (untold_only and self._tells):
-            return untold
-        return outcome.problem
+        return untold
 
     def _lacks_disk(self, folder: Path, blocks: list[Block]) -> str:
         """Rank 0 looks. Returns what is in the way."""

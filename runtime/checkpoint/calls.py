@@ -59,7 +59,7 @@ class CheckpointCalls:
         """Write SAVE_DIR/TAG (default tag: step-NNNNNNNN); every rank must call it. client_state: plain data and
         tensors. save_latest: accepted and not needed: SAVE_DIR/latest names the newest complete one at all times.
         wait=False: returns when a copy is made, and a process of low priority writes it; `wait_for_checkpoint()` waits
-        for that, and so does the next save.
+        for that, and so does the next save, which raises what went wrong with it.
 
         Raises CheckpointError on every rank if any could not write, or in the middle of an accumulation, whose
         gradients a checkpoint does not hold.
@@ -75,8 +75,10 @@ class CheckpointCalls:
         with self.telemetry.span("checkpoint"):
             tag = str(tag or checkpoint.step_tag(self.global_steps))
             if wait:
-                self.wait_for_checkpoint()
+                earlier = self.saver.settle_untold()
                 self.last_checkpoint = checkpoint.save(self._engine(), Path(save_dir), tag, self.client_state)
+                if earlier:  # only now: this may be a script's last one
+                    raise checkpoint.CheckpointError(f"{earlier} (and {self.last_checkpoint} is complete)")
             else:
                 self.last_checkpoint = self.saver.begin(Path(save_dir), tag, self.client_state)
         return True
@@ -84,7 +86,7 @@ class CheckpointCalls:
     def wait_for_checkpoint(self) -> None:
         """Returns when what `save_checkpoint(..., wait=False)` began is complete; every rank must call it. Raises
         CheckpointError on every rank if any could not write."""
-        if problem := self.saver.settle(untold_only=True):
+        if problem := self.saver.settle_untold():
             raise checkpoint.CheckpointError(problem)
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:

@@ -101,6 +101,7 @@ def term() -> ctypes.CDLL:
     """
     lib = _load("libzt_term.so")
     lib.zt_hand_on.argtypes = [i32, i32, i64]
+    lib.zt_supervisor_is_watched.restype = None
     return lib
 
 

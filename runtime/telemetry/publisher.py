@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runtime.telemetry import stopsignal
 from runtime.telemetry.handler import LevelName, TelemetryHandler
 from runtime.telemetry.inbox import Inbox
 from runtime.telemetry.link import Link
@@ -118,6 +119,7 @@ class Telemetry(Recorder):
         if self._supervisor_pid is not None:
             self._watch = SupervisorWatch(self._supervisor_pid, self._supervisor_gone, seconds)
             self._watch.start()
+            stopsignal.supervisor_is_watched()
         # A handler on a bare root logger would turn a script's later logging.basicConfig() into a no-op.
         self._logger = logging.getLogger() if logging.getLogger().handlers else logging.getLogger("runtime")
         self._logger.addHandler(self.log_handler)

@@ -35,8 +35,8 @@ def listen() -> None:
     """Take the signals from now on, unless somebody has a handler for them already. Call it in the main thread, before
     a script runs: a handler that the script sets later replaces this one."""
     global _listens
-    if supervisor := int(os.environ.get(SUPERVISOR_VARIABLE, "0")):
-        descriptor = _descriptor_of(supervisor)
+    supervisor = int(os.environ.get(SUPERVISOR_VARIABLE, "0"))
+    if supervisor and (descriptor := _descriptor_of(supervisor)) is not None:
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             _listens = _hand_on(signal.SIGTERM, descriptor, supervisor)
         ours = signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, signal.SIG_IGN)
@@ -65,10 +65,21 @@ def spare_data_workers() -> None:
     signal_handling._set_worker_signal_handlers = set_handlers
 
 
-def _descriptor_of(pid: int) -> int:
-    """A pidfd, or -1: a kernel may have none, and a supervisor that is gone needs no signal."""
+def supervisor_is_watched() -> None:
+    """From now on a rank without a supervisor saves and ends by itself: what asks it to needs no answer. Before that,
+    such a SIGTERM ends it."""
+    if _listens:
+        from runtime.native.loading import term
+
+        term().zt_supervisor_is_watched()
+
+
+def _descriptor_of(pid: int) -> int | None:
+    """A pidfd, or -1 where the kernel has none; None: there is no such process."""
     try:
         return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
     except (OSError, AttributeError):
         return -1
 

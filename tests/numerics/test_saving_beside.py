@@ -356,6 +356,7 @@ def fail_before_an_automatic_one(folder: str, later: str) -> list[str]:
     told: list[str] = []
     engine.saver.begin(Path(folder, "taken", "deeper"), "theirs", {})
     engine.saver.begin(Path(folder), "ours", {}, on_done=lambda outcome: told.append(outcome.problem))
+    told.append(engine.saver.settle())  # that one's own
     try:
         if later == "wait_for_checkpoint":
             engine.wait_for_checkpoint()
@@ -369,6 +370,7 @@ def fail_before_an_automatic_one(folder: str, later: str) -> list[str]:
 
 @pytest.mark.parametrize("later", ["wait_for_checkpoint", "save", "save and wait"])
 def test_a_scripts_failed_save_is_told_though_another_followed(ranks, tmp_path, later):
-    for ours, theirs in ranks(2).run(fail_before_an_automatic_one, str(tmp_path), later):
-        assert ours == "" and "taken/deeper/.theirs.partial: Not a directory" in theirs
-    assert (tmp_path / "latest").read_text() == "ours\n"
+    for ours, settled, theirs in ranks(2).run(fail_before_an_automatic_one, str(tmp_path), later):
+        assert ours == settled == "" and "taken/deeper/.theirs.partial: Not a directory" in theirs
+    newest = "again" if later == "save and wait" else "ours"
+    assert (tmp_path / "latest").read_text() == f"{newest}\n"

@@ -236,3 +236,17 @@ async def test_new_ranks_are_told_what_the_old_ones_had_been_told(bench: Bench) 
         bench.hub.begin_attempt(bench.run.model_copy(update={"attempt": attempt}), state="restarting")
         waiting = [(command.name, command.arguments) for command in bench.hub.router.open_commands()]
         assert waiting == [("set", {"log_interval": 2}), ("pause", {"release": True})]
+
+
+async def test_a_stop_that_is_rejected_leaves_the_run_paused(bench: Bench) -> None:
+    rank = bench.connect(zmq.DEALER, "ranks", b"rank/0/1")
+    await rank.send(packet(1))
+    await until(lambda: bool(bench.event_texts()))
+    bench.hub.set_status(state="paused")
+    bench.hub.command(Command(id="s1", name="stop"))
+    assert bench.hub.status.state == "stopping"
+    await rank.send(packet(2, Ack(id="s1", state="rejected", reason="its memory is in use", step=5, rank=0)))
+    await until(lambda: bench.hub.status.state == "paused")
+    assert bench.hub.status.reason == "its memory is in use"
+    bench.hub.command(Command(id="s2", name="stop"))  # when the memory is free again
+    assert bench.hub.status.state == "stopping"

@@ -35,6 +35,8 @@ if "early" in sys.argv:
 if "own" in sys.argv:
     signal.signal(signal.SIGUSR1, lambda number, frame: print("its own", flush=True))
 stopsignal.listen()
+if "watched" in sys.argv:
+    stopsignal.supervisor_is_watched()
 if "helper" in sys.argv and os.fork() == 0:
     if "worker" in sys.argv:  # as torch does in a DataLoader's
         from runtime.native.loading import term
@@ -142,3 +144,18 @@ def test_a_forked_helper_is_its_ranks_to_end(rank: subprocess.Popen[str], code: 
 def test_a_handler_of_the_scripts_own_stays(rank: subprocess.Popen[str]) -> None:
     somebody_sends(signal.SIGUSR1, int(line(rank)))
     assert line(rank) == "its own"
+
+
+@pytest.mark.parametrize("rank", ["", "watched"], indirect=True)
+def test_without_a_supervisor_sigterm_ends_a_rank_that_nothing_else_would(
+    rank: subprocess.Popen[str], supervisor: subprocess.Popen[str], request: pytest.FixtureRequest
+) -> None:
+    """Before initialize(); afterwards the rank saves and ends by itself."""
+    pid = int(line(rank))
+    supervisor.kill()
+    os.waitid(os.P_PID, supervisor.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+    somebody_sends(signal.SIGTERM, pid)
+    if "watched" in request.node.callspec.id:
+        somebody_sends(signal.SIGTERM, pid)  # it is still there
+    else:
+        assert rank.wait(20) == -signal.SIGTERM

@@ -285,6 +285,8 @@ class Hub:
 
     def _acknowledged(self, ack: Ack) -> None:
         command = self.router.hear(ack)
+        if command is not None and (command.name, ack.state, self.status.state) == ("stop", "rejected", "stopping"):
+            self.set_status(state="paused", reason=ack.reason)  # only a run whose memory was released rejects one
         if command is None or ack.state != "applied":
             return
         if command.name == "pause" and self.status.state in ("starting", "running"):

@@ -180,14 +180,13 @@ class Supervisor:
         """Its own, or one that a rank has handed on: where every process gets it, there are many."""
         if self._stopping:
             return
-        self._stopping, name = True, signal.Signals(number).name
-        self.hub.command(Command(id=uuid.uuid4().hex, name="stop", who=name))
-        deadline_s = _stop_deadline_s()
-        self.hub.event(
-            "signal", f"{name}: the run stops after a checkpoint, or is aborted in {deadline_s:g} s", "warning"
-        )
+        self._stopping, name, deadline_s = True, signal.Signals(number).name, _stop_deadline_s()
         asyncio.get_running_loop().call_later(
             deadline_s, self._abort, f"{name}: it did not stop within {deadline_s:g} s"
+        )
+        self.hub.command(Command(id=uuid.uuid4().hex, name="stop", who=name))
+        self.hub.event(
+            "signal", f"{name}: the run stops after a checkpoint, or is aborted in {deadline_s:g} s", "warning"
         )
 
     def _abort_command(self, command: Command) -> None:
