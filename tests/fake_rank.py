@@ -5,7 +5,8 @@
 starts the ranks (give it as RunFile.command); each rank is this script again, with RANK set. The environment says how
 they behave: FAKE_STEPS (default 1000000), FAKE_START (0), FAKE_STEP_S (0.02), FAKE_CRASH="RANK:STEP" (raises there),
 FAKE_HANG="RANK:STEP" (stands still there, as in a collective), FAKE_MEET=FOLDER (ranks wait for each other at every
-step, as in a collective, through files there; they then answer SIGUSR2 with their stacks too), FAKE_IGNORE_TERM=1,
+step, as in a collective, through files there; they then answer SIGUSR2 with their stacks too, as with FAKE_STACKS=1;
+to be paused at different steps is no good for them), FAKE_IGNORE_TERM=1,
 FAKE_CHILD=1 (every rank starts a sleeping child in a session of its own), FAKE_LATE_S (seconds before telemetry
 starts), FAKE_EVERY=N (rank 0 makes a checkpoint every N steps; under ZEROTOP_RESUME=1 the ranks go on from the newest
 one in the run directory, if there is any), FAKE_FATAL=1 (what raises says that another attempt would end the same way),
@@ -227,7 +228,7 @@ def run_rank() -> int:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True)
         with open(setting("PIDS"), "a") as file:
             file.write(f"{child.pid}\n")
-    if setting("MEET"):
+    if setting("MEET") or setting("STACKS"):
         register_stacks(Path(os.environ[RUN_VARIABLE]) / "logs" / os.environ[ATTEMPT_VARIABLE], int(os.environ["RANK"]))
     time.sleep(float(setting("LATE_S", "0")))
     rank = FakeRank()
