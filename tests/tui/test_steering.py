@@ -11,6 +11,7 @@ from runtime.wire.messages import Ack, Command, CommandRecord
 from zerotop.tui.panels.strip import CommandStrip
 from zerotop.tui.screens.confirm import ConfirmScreen
 from zerotop.tui.screens.knobs import KnobScreen
+from zerotop.tui.screens.rank import RankScreen
 from zerotop.tui.widgets.keybar import KeyBar
 
 
@@ -225,6 +226,15 @@ async def test_a_command_of_somebody_else_is_shown_too(open_app: OpenApp) -> Non
         await settle(app, pilot)
         text = "\n".join(screen_text(app))
         assert "pause #1: applied at step 20" in text and "⏸ paused" in text
+
+
+async def test_a_tick_finds_a_screen_that_is_not_drawn_yet(open_app: OpenApp) -> None:
+    async with open_app(size=(200, 50)) as (app, pilot, _):
+        shown = app.push_screen(RankScreen(app.palette, 1))
+        app.update_view()
+        await shown
+        await settle(app, pilot)
+        assert "Next rank" in footer(app)
 
 
 async def test_the_footers_keys_can_be_clicked(open_app: OpenApp) -> None:

@@ -122,7 +122,8 @@ class ZerotopApp(App[Outcome]):
         if screen is not None:
             screen.show_view(self.make_view())
             paused = self.source.state.state_name == "paused"
-            screen.query_one(KeyBar).relabel({"pause_resume": "Resume"} if paused else {})
+            for bar in screen.query(KeyBar):  # none yet in a screen that has just been pushed
+                bar.relabel({"pause_resume": "Resume"} if paused else {})
 
     def make_view(self) -> View:
         age_s = self.source.age_s() or 0.0
