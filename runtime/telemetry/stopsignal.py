@@ -22,10 +22,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from runtime.wire.rundir import SUPERVISOR_VARIABLE
-
-BLOCKED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
-"""Until `listen`."""
+from runtime.wire.rundir import BLOCKED_SIGNALS, SUPERVISOR_VARIABLE
 
 _listens = False
 """SIGTERM is handed on here."""
@@ -44,7 +41,7 @@ def listen() -> None:
             signal.signal(signal.SIGUSR1, _to(supervisor))
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # as the supervisor does: no terminal is ours
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
 
 
 def spare_data_workers() -> None:

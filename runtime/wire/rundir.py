@@ -33,6 +33,8 @@ RESUME_VARIABLE = "ZEROTOP_RESUME"
 """"1": continue from the newest complete checkpoint."""
 
 
+BLOCKED_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
+"""With which torchrun and the ranks are started: runtime/telemetry/stopsignal.py."""
 STACKS_SIGNAL = signal.SIGUSR2
 """Asks a rank for the stacks of its threads. A process that has no handler for it would end."""
 

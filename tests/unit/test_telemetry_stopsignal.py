@@ -27,10 +27,11 @@ for line in sys.stdin:
 RANK = r"""
 import os, signal, subprocess, sys
 from runtime.telemetry import die_with_parent, stopsignal
+from runtime.wire.rundir import BLOCKED_SIGNALS
 
 if "early" in sys.argv:
     number = signal.Signals[sys.argv[-1]]
-    signal.pthread_sigmask(signal.SIG_BLOCK, stopsignal.BLOCKED)  # as the supervisor does
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)  # as the supervisor does
     subprocess.run([sys.executable, "-c", f"import os; os.kill({os.getpid()}, {int(number)})"], check=True)
 if "own" in sys.argv:
     signal.signal(signal.SIGUSR1, lambda number, frame: print("its own", flush=True))

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from runtime.wire.rundir import RunFile
+from runtime.wire.rundir import BLOCKED_SIGNALS, RunFile
 from zerotop.runs import torchrun
 from zerotop.runs.paths import RunError
 from zerotop.runs.witness import Witness
-
-_WARNINGS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 
 
 class Attempt:
@@ -59,7 +57,7 @@ class Attempt:
         command = self.run.command or torchrun.command(self.run, self.path)
         variables = torchrun.environment(self.run, self.path, supervisor_pid=os.getpid(), resume=resume)
         # Blocked, and so inherited: see runtime/telemetry/stopsignal.py.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _WARNINGS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         try:
             with (self.logs / "torchrun.log").open("ab") as log:
                 self._launcher = subprocess.Popen(
@@ -75,7 +73,7 @@ class Attempt:
         except OSError as error:
             raise RunError(f"can't start the ranks: {command[0]}: {error.strerror}") from None
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _WARNINGS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
         self.collect({})  # it may have ended before we knew its number
 
     def collect(self, ended: Mapping[int, int]) -> None:
