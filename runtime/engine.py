@@ -113,7 +113,7 @@ class Engine(Answers, CheckpointCalls):
         self._pre_scale = parts.numbers.scale
         self.scaler = scaler_for(config)
         self.schedule = Schedule(parts.reduce_order, comm)
-        self.gathering = Gathering(module, parts.units, self.telemetry)
+        self.gathering = Gathering(module, parts.units, self.telemetry, comm.gather_objects)
         self._downlink, self.pool = parts.placing.downlink, parts.pool
         self.working_memory = parts.placing.working_memory
         """Device memory of no flat."""

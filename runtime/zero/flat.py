@@ -14,6 +14,7 @@ from runtime.transfer import Copy, Transfers
 from runtime.zero.gradients import Gradients
 from runtime.zero.home import Home
 from runtime.zero.layout import Layout
+from runtime.zero.parameter import reshard, unshard
 from runtime.zero.stage import StagePolicy
 from runtime.zero.values import Values, adopt
 
@@ -33,8 +34,7 @@ class Flat:
 
     [Note: released parameters]
     A gather fills the same Storage again (`resize_`, as FSDP does): views that autograd saved in the forward are then
-    valid in the backward. Outside a unit's use nobody may read that memory; placeholders see to it that a script that
-    tries gets NaN instead of a crash.
+    valid in the backward. Outside a unit's use nobody may read that memory: see [Note: parameters change their class].
     """
 
     def __init__(
@@ -96,8 +96,10 @@ class Flat:
                 else:
                     self.masters = self.home.zeros("masters", part.numel()).copy_(part)
         for parameter, view, placeholder in zip(self.members, self._views, self._placeholders, strict=True):
-            adopt(parameter, placeholder if self.sharded else view)
             parameter.grad = None
+            adopt(parameter, placeholder if self.sharded else view)
+            if self.sharded:
+                reshard(parameter, placeholder)
         if self.sharded:
             self.whole.untyped_storage().resize_(0)
 
@@ -162,19 +164,21 @@ class Flat:
         """After an update: fetch the ranges that other ranks updated, where parameters stay whole."""
         return self.comm.all_gather(self.whole, self.own, self.name) if self.policy.own_states else Done()
 
-    def issue_gather(self) -> None:
-        """Start filling a released flat from all ranks' ranges. See [Note: released parameters]."""
+    def issue_gather(self) -> bool:
+        """Start filling a released flat from all ranks' ranges. See [Note: released parameters]. False where there was
+        nothing to start."""
         if self.gathered or self._pending is not None:
-            return
+            return False
         self.before_gather()
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
         self.ledger.hold("communication", self.whole)
         if self._transfers is None or self._own_home is None:
             self._pending = self.comm.all_gather(self.whole, self.own, self.name)
-            return
+            return True
         place = self.comm.own_range(self.whole)  # offloaded parameters come to their place on the device first
         copy = self._transfers.up(self.own, place, self._transfers.mark())
         self._pending = self.comm.all_gather(self.whole, place, self.name, after=copy)
+        return True
 
     def finish_gather(self) -> None:
         """Wait for it and let the parameters show it."""
@@ -184,7 +188,7 @@ class Flat:
         self._pending = None
         self.gathered = True
         for parameter, view in zip(self.members, self._views, strict=True):
-            parameter.data = view
+            unshard(parameter, view)
 
     def release(self) -> None:
         """Free the gathered parameters of a sharded flat; the own range stays."""
@@ -197,7 +201,7 @@ class Flat:
             return
         self.gathered = False
         for parameter, placeholder in zip(self.members, self._placeholders, strict=True):
-            parameter.data = placeholder
+            reshard(parameter, placeholder)
         self.ledger.release("communication", self.whole)
         self.whole.untyped_storage().resize_(0)
 
@@ -205,10 +209,11 @@ class Flat:
         """The first parameter that lies elsewhere than this left it: somebody set its `.data`, or converted or moved
         the module, and what it computes with is not what is trained."""
         placed = self._views if self.gathered else self._placeholders
-        for slot, parameter, place in zip(self.layout.slots, self.members, placed, strict=True):
-            data = parameter.data
-            if data.dtype != place.dtype or (data.numel() and data.data_ptr() != place.data_ptr()):
-                return slot.name
+        with torch._C.DisableTorchFunctionSubclass():
+            for slot, parameter, place in zip(self.layout.slots, self.members, placed, strict=True):
+                data = parameter.data
+                if data.dtype != place.dtype or (data.numel() and data.data_ptr() != place.data_ptr()):
+                    return slot.name
         return None
 
     # ---- gradients, as the optimizer sees them -----------------------------------------------------------------------
