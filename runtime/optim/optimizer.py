@@ -49,6 +49,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.param_groups = given.param_groups
         self.initial_lrs = [float(group["lr"]) for group in self.param_groups]
         self._sealed: list[int] | None = None
+        self.on_zero_grad: Callable[[], None] = lambda: None
+        """The engine's own zero_grad."""
 
     def seal(self) -> None:
         """An engine has taken the groups over: from now on their parameters stay what they are."""
@@ -120,7 +122,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do: the engine drops gradients itself, after each optimizer step."""
+        """As engine.zero_grad()."""
+        self.on_zero_grad()
 
 
 def optimizer_from_config(

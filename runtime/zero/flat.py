@@ -11,6 +11,7 @@ from torch import nn
 from runtime.comm import Comm, Done, Pending
 from runtime.memory import Ledger, zeros
 from runtime.transfer import Copy, Transfers
+from runtime.zero.fingerprint import fingerprint
 from runtime.zero.gradients import Gradients
 from runtime.zero.home import Home
 from runtime.zero.layout import Layout
@@ -69,7 +70,9 @@ class Flat:
         self.gradients: Gradients | None = None
         self.gathered = not sharded
         self._pending: Pending | None = None
+        self._noted: torch.Tensor | None = None
         self._adopt(values)
+        self.note_values()
 
     # ---- taking over the model's parameters --------------------------------------------------------------------------
     @torch.no_grad()
@@ -143,6 +146,29 @@ class Flat:
         """Whether masters and own parameters are in different memories."""
         return self.home.remote != (self._own_home is not None and self._own_home.remote)
 
+    # ---- changes from outside ----------------------------------------------------------------------------------------
+    @property
+    def _script_reaches_it(self) -> bool:
+        """Whether a script can change parameters in place without the masters knowing. A sharded flat is changed
+        inside GatheredParameters, which says so."""
+        return self.trainable and not self.sharded and self.masters is not self.own
+
+    def note_values(self) -> None:
+        """Whatever differs from now on, a script has changed."""
+        if self._script_reaches_it:
+            self._noted = fingerprint(self.own)
+
+    def changed(self) -> torch.Tensor | bool:
+        """Whether a script has changed own parameters since `note_values`; () bool on a GPU, so that nobody waits."""
+        if self._noted is None:
+            return False
+        different = fingerprint(self.own) != self._noted
+        return different if self.own.device.type == "cuda" else bool(different)
+
+    def writes(self) -> int:
+        """In-place operations on the parameters so far (not those through `.data`)."""
+        return sum(parameter._version for parameter in self.members) if self._script_reaches_it else 0
+
     def masters_to_parameters(self) -> None:
         """After the masters were written from outside (a checkpoint, another optimizer)."""
         if self.trainable and self.masters is not self.own:
@@ -158,6 +184,7 @@ class Flat:
             own = self.own.to(self.masters.device)
             same = own == self.masters.to(self.dtype)
             self.masters.copy_(torch.where(same, self.masters, own.to(torch.float32)))
+        self.note_values()
 
     # ---- gathering ---------------------------------------------------------------------------------------------------
     def gather_updated(self) -> Pending:

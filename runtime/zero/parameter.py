@@ -70,44 +70,15 @@ def _name_of(parameter: nn.Parameter) -> str:
 
 
 # ---- which functions need values -----------------------------------------------------------------------------------
-_NO_VALUES = frozenset(  # noqa: SIM905: a list of words
-    [
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "stride",
-        "storage_offset",
-        "element_size",
-        "is_contiguous",
-        "is_floating_point",
-        "is_complex",
-        "is_signed",
-        "is_inference",
-        "is_pinned",
-        "is_shared",
-        "is_conj",
-        "is_neg",
-        "get_device",
-        "has_names",
-        "requires_grad_",
-        "register_hook",
-        "register_post_accumulate_grad_hook",
-        "retain_grad",
-        "dim_order",
-        "__len__",
-        "__repr__",
-        "__format__",
-        "_has_compatible_shallow_copy_type",
-        "is_same_size",
-        "grad",
-        "backward",
-        "result_type",
-        "promote_types",
-        "can_cast",
-    ]
-)
+# fmt: off
+_NO_VALUES = frozenset((
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous",
+    "is_floating_point", "is_complex", "is_signed", "is_inference", "is_pinned", "is_shared", "is_conj", "is_neg",
+    "get_device", "has_names", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "retain_grad",
+    "dim_order", "__len__", "__repr__", "__format__", "_has_compatible_shallow_copy_type", "is_same_size", "grad",
+    "backward", "result_type", "promote_types", "can_cast",
+))
+# fmt: on
 """Functions that need a tensor's shape, dtype or place in the graph, not its values."""
 _VALUE_PROPERTIES = frozenset(("data", "T", "H", "mT", "mH", "real", "imag", "__cuda_array_interface__"))
 _ADDRESSES = frozenset(("data_ptr", "untyped_storage", "storage", "_typed_storage", "is_set_to"))
@@ -204,7 +175,7 @@ class ReshardedParameter(nn.Parameter):
                 raise _refuse(_name_of(parameter), name)
         return _as_it_is(func, args, kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"resharded parameter {_name_of(self)}: {tuple(self.shape)}, {self.dtype}"
 
 
@@ -216,20 +187,17 @@ class ReducedParameter(nn.Parameter):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @property
-    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        copied = memo[id(self)] = nn.Parameter(self.data.clone(), self.requires_grad)
+        return copied
+
+    def _read_grad(self) -> torch.Tensor | None:
         found: torch.Tensor | None = _GRAD.__get__(self)
         if found is None:
             _tell_grad_is_read(self)
         return found
 
-    @grad.setter
-    def grad(self, value: torch.Tensor | None) -> None:
-        _GRAD.__set__(self, value)
-
-    @grad.deleter
-    def grad(self) -> None:
-        _GRAD.__delete__(self)
+    grad = property(_read_grad, _GRAD.__set__, _GRAD.__delete__)  # type: ignore[assignment]
 
 
 def _tell_grad_is_read(parameter: nn.Parameter) -> None:
