@@ -31,7 +31,7 @@ from runtime.memory import Ledger
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
 from runtime.parking import Parking
-from runtime.precision import ScaleExhausted, TrainingError, scaler_for
+from runtime.precision import DTYPES, ScaleExhausted, TrainingError, scaler_for
 from runtime.setup import Assembly, Session, assemble
 from runtime.steer import Steering
 from runtime.wire.messages import StepResult
@@ -160,9 +160,25 @@ class Engine(Answers, CheckpointCalls):
             self._tokens += _tokens_in(inputs, named)
         else:
             self.telemetry.enter("eval", self.global_steps + 1, 0)
-        return self.module(*inputs, **named)
+        try:
+            return self.module(*inputs, **named)
+        except RuntimeError as error:
+            if "dtype" in str(error) or "scalar type" in str(error):
+                self._blame_wide_buffers(error)
+            raise
 
     forward = __call__
+
+    def _blame_wide_buffers(self, error: RuntimeError) -> None:
+        """Buffers keep their dtype, and what computes with a wider one comes out wider."""
+        name = self.config.precision
+        floating = [(n, b) for n, b in self.module.named_buffers() if b.is_floating_point()]
+        wide = [buffer for buffer, values in floating if values.itemsize > DTYPES[name].itemsize]
+        if wide:
+            error.add_note(
+                f"The parameters compute in {name}, and {len(wide)} buffers are wider ({', '.join(wide[:3])}). Cast "
+                f'what comes out of them, or set "zerotop": {{"buffer_dtype": "{name}"}}'
+            )
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
         """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages
