@@ -37,7 +37,7 @@ class CheckpointCalls:
     client_state: dict[str, Any]
     last_checkpoint: Path | None
     global_steps: int
-    _losses: int
+    _micro_backwards: int
 
     def _refuse_after_failure(self) -> None:
         raise NotImplementedError
@@ -64,7 +64,7 @@ class CheckpointCalls:
         Raises CheckpointError on every rank if any could not write, or in the middle of an accumulation, whose
         gradients a checkpoint does not hold.
         """
-        if self._losses:
+        if self._micro_backwards:
             raise checkpoint.CheckpointError(
                 "save_checkpoint() in the middle of an accumulation would lose its gradients: call it "
                 "after the step() at "

@@ -55,9 +55,9 @@ def agree(
     total, loss_sum, waits, stops, ways, squares, changes = figures.tolist()
     if comm.world_size * squares != ways * ways:  # equal only where all are (Cauchy-Schwarz); whole numbers, exact
         raise RuntimeError(
-            "stage 3: the ranks took different ways through the model in this step, so some gathered other parameters "
-            "than they asked for. A module that not every rank uses needs zero_optimization.stage 2, or a call of its "
-            "forward on all of them"
+            "stage 3: the ranks ran modules in different orders in this step, so some gathered other parameters than "
+            "they asked for. Modules that not every rank uses (experts) must be parts of one unit: name the module "
+            "around them in zerotop.units, or use zero_optimization.stage 2"
         )
     norm = math.sqrt(total) / divisor if total >= 0 else math.nan
     mean = None if loss is None else loss_sum / comm.world_size

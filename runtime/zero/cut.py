@@ -78,9 +78,12 @@ def _default_cut(model: nn.Module, modules: dict[str, nn.Module]) -> list[Cut]:
 
 
 def _stacks(modules: dict[str, nn.Module], kind: type[nn.Module]) -> dict[str, nn.Module]:
-    """Lists of several blocks, by path, in the model's order; none is inside another."""
+    """Lists of several blocks, by path, in the model's order; none is inside another. Experts are no blocks: which of
+    them run depends on the data, and differs between ranks, while all ranks must gather the same units."""
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
+        if "expert" in name.rpartition(".")[2].lower():
+            continue
         several = isinstance(module, kind) and len(list(module.children())) > 1 and _numel(module) > 0
         if several and not any(outer == "" or name.startswith(outer + ".") for outer in found):
             found[name] = module
