@@ -36,10 +36,10 @@ from runtime.setup import Assembly, Session, assemble
 from runtime.steer import Steering
 from runtime.wire.messages import StepResult
 from runtime.zero.backward import ScriptBackward, engine_backward
+from runtime.zero.changes import ScriptChanges
 from runtime.zero.clip import Boundary, agree, clip_coefficient
 from runtime.zero.gathering import Gathering
 from runtime.zero.schedule import Schedule
-from runtime.zero.structure import Structure
 from runtime.zero.whole import WholeModel
 
 log = logging.getLogger("runtime.engine")
@@ -95,7 +95,6 @@ class Engine(Answers, CheckpointCalls):
         self.last_checkpoint: Path | None = None
         """What the script saved or loaded last."""
         self._norm: float | None = None
-        self._told_of_changes = False
         self._failure = ""
         """What a backward that failed makes of this engine."""
         self._boundary: bool | None = None
@@ -123,8 +122,6 @@ class Engine(Answers, CheckpointCalls):
         self._script_backward = ScriptBackward(module, self)
         self.schedule = Schedule(parts.reduce_order, comm, self._script_backward.begins)
         self.gathering = Gathering(module, parts.units, self.telemetry, comm.gather_objects)
-        held = [p for flat in (*self.flats, *self.frozen_flats) for p in flat.members]
-        self._structure = Structure(module, {id(p) for p in (*held, *(p for _, p in self.frozen))})
         self._downlink, self.pool = parts.placing.downlink, parts.pool
         self.working_memory = parts.placing.working_memory
         """Device memory of no flat."""
@@ -142,6 +139,9 @@ class Engine(Answers, CheckpointCalls):
             before=self.saver.before_update,
         )
         self._transfers = parts.placing.transfers
+        self._changes = ScriptChanges(
+            module, self.flats, self.frozen_flats, self.frozen, self.saver.before_change, comm.rank == 0
+        )
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain, self.saver.before_change)
         _engines[module] = weakref.ref(self)
         self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
@@ -310,17 +310,17 @@ class Engine(Answers, CheckpointCalls):
     def _optimizer_step(self) -> None:
         """Agree (norm, loss, commands) -> clip -> update each unit and gather it -> report -> commands."""
         telemetry = self.telemetry
-        self._check_parameters()
+        self.optimizer.check_groups()
+        self._changes.check()
         telemetry.enter("step", self.global_steps + 1, self.gradient_accumulation_steps())
         if self._downlink is not None:
             self._downlink.drain()
         divisor = self.comm.world_size * self._pre_scale * self.scaler.scale
         loss = self._loss_sum / self._losses if self._losses else None
         waits, stops, way = self.steering.command_waits(), self.steering.stop_asked(), self.gathering.take_way()
-        changed = self._changed_by_script()
-        agreed = agree(self.flats, self.comm, loss, divisor, waits, stops, way, changed)
+        agreed = agree(self.flats, self.comm, loss, divisor, waits, stops, way, self._changes.found())
         if agreed.changed:
-            self._take_changes()
+            self._changes.take()
         numbers = self.optimizer.numbers(self.lr_factor)
         skipped = not math.isfinite(agreed.grad_norm)
         if not skipped:
@@ -338,55 +338,11 @@ class Engine(Answers, CheckpointCalls):
         telemetry.enter("data", self.global_steps + 1, 0)
         self._began_ns = time.monotonic_ns()
 
-    def _changed_by_script(self) -> torch.Tensor | bool:
-        """Whether this rank's parameters are others than the last step left, where masters have to hear of it."""
-        found: torch.Tensor | bool = False
-        for flat in self.flats:
-            found = found | flat.changed()
-        return found
-
     def settle_changes(self) -> None:
         """Before masters are saved: they hear of what the script has changed since the last step."""
         self.updates.drain()
-        if self._changed_by_script():
-            self._take_changes()
-
-    def _take_changes(self) -> None:
-        """The script has changed parameters in place (clamped, averaged, swapped them): so do the masters."""
-        self.saver.before_change()
-        for flat in self.flats:
-            if not flat.sharded:
-                flat.parameters_to_own()
-        if not self._told_of_changes and self.comm.rank == 0:
-            log.info(
-                "parameters that the script changed in place were taken over into the master weights (logged once)"
-            )
-        self._told_of_changes = True
-
-    def _check_parameters(self) -> None:
-        """Raises RuntimeError for what scripts can do to parameters that would train nothing, and no longer say so."""
-        self.optimizer.check_groups()
-        if new := self._structure.new_parameters():
-            names = ", ".join(f"{name} {list(p.shape)}" for name, p in new[:5]) + (", ..." if len(new) > 5 else "")
-            raise RuntimeError(
-                f"{len(new)} parameters came into the model after initialize() and would not be trained: {names}. "
-                "Resize, replace and add modules before initialize(), or call initialize() again on the changed model"
-            )
-        for flat in (*self.flats, *self.frozen_flats):
-            if (name := flat.lost()) is not None:
-                raise RuntimeError(
-                    f"parameter {name} is no longer where the engine trains it: its .data was set, or the module was "
-                    "converted or moved (.float(), .to(...)) after initialize(). Do that before initialize(); to "
-                    "change values use load_state_dict() or zero.GatheredParameters"
-                )
-        frozen = [(slot.name, p) for f in self.frozen_flats for slot, p in zip(f.layout.slots, f.members, strict=True)]
-        for name, parameter in (*self.frozen, *frozen):
-            if parameter.grad is not None:
-                raise RuntimeError(
-                    f"parameter {name} was frozen, or in no optimizer group, at initialize() and has a gradient now: "
-                    "the engine would not train it. Unfreeze it before initialize(); an engine in which it is trained "
-                    "reads the checkpoints of this one"
-                )
+        if self._changes.found():
+            self._changes.take()
 
     def _update(self, numbers: list[dict[str, Any]], scale: float) -> None:
         self.optimizer_steps += 1
