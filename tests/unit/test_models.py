@@ -13,6 +13,7 @@ from runtime.models.presets import (
     PRESETS,
     GPTConfig,
     ModelError,
+    gradient_arrivals,
     load_model_config,
     padded_vocab,
     parameters,
@@ -24,12 +25,28 @@ from runtime.zero.cut import cut
 SMALL = GPTConfig(layers=2, heads=2, dim=32, vocab_size=64, max_seq_len=16)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_unit_counts_equal_the_engines_cut_of_the_model(name: str) -> None:
-    config = PRESETS[name]
-    units = {unit.name: sum(p.numel() for _, p in unit.parameters) for unit in cut(GPT(config, "meta"))}
-    assert dict(unit_parameters(config)) == units
-    assert list(dict(unit_parameters(config))) == list(units)
+PATTERNS = [None, ["blocks.*"], ["blocks"], ["embedding", "head"], ["blocks.1", "blocks.*.qkv", "head"], ["*norm"]]
+
+
+@pytest.mark.parametrize("patterns", PATTERNS)
+@pytest.mark.parametrize("small_below", [0, 5000])
+@pytest.mark.parametrize("name", [*PRESETS, "one block", "one tied block"])
+def test_units_equal_the_engines_cut_of_the_model(name: str, small_below: int, patterns: list[str] | None) -> None:
+    config = PRESETS.get(name) or GPTConfig(1, 2, 32, 64, 16, tied="tied" in name)
+    if config.layers == 1 and patterns and "blocks.1" in patterns:
+        patterns = ["blocks.*.qkv"]
+    units = cut(GPT(config, "meta"), patterns, small_below)
+    assert unit_parameters(config, small_below, patterns) == [
+        (unit.name, sum(p.numel() for _, p in unit.parameters)) for unit in units
+    ]
+    assert set(gradient_arrivals(config, small_below, patterns)) == {unit.name for unit in units}
+
+
+def test_units_that_the_model_has_not_are_refused() -> None:
+    with pytest.raises(
+        ModelError, match=r"zerotop.units: no module is called 'layers.\*'; .* has 'embedding', 'blocks'"
+    ):
+        unit_parameters(SMALL, 0, ["blocks.*", "layers.*"])
 
 
 @pytest.mark.parametrize(
