@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments.target)
     resolved = _resolve(config, overrides, gpus, arguments.device)
     named = arguments.model or (None if isinstance(config, str) else arguments.target)
-    workload, notes = _workload(named, resolved, gpus, vram_bytes)
+    workload, notes = _workload(named, arguments.model is not None, resolved, gpus, vram_bytes)
     layouts = plan(workload)
     chosen = _chosen(layouts, resolved, meant=isinstance(config, str) or arguments.stage is not None)
     advice = advise(workload, layouts, chosen, vram_bytes, host_ram_bytes)
@@ -156,9 +156,18 @@ def _defaults(resolved: Resolved) -> list[str]:
     return notes
 
 
-def _workload(named: str | None, resolved: Resolved, gpus: int, vram_bytes: int | None) -> tuple[Workload, list[str]]:
-    """The workload, and notes on how it was found. `named`: a preset or a count; None: the config's own model."""
+def _workload(
+    named: str | None, stands_in: bool, resolved: Resolved, gpus: int, vram_bytes: int | None
+) -> tuple[Workload, list[str]]:
+    """The workload, and notes on how it was found. `named`: a preset or a count; None: the config's own model.
+    stands_in: it stands for the model of a script."""
+    names_none = any(note.startswith("zerotop.model:") for note in resolved.notes)
+    foreign = bool(resolved.zerotop.units) and (stands_in or (named is None and names_none))
+    if foreign:
+        resolved = resolved.model_copy(update={"zerotop": resolved.zerotop.model_copy(update={"units": None})})
     shape, units, name, notes = _model(named, resolved, resolved.zerotop.data.seq_len)
+    if foreign:
+        notes.append("zerotop.units names modules of the script's model; the one that this plans is cut into blocks.")
     guessed = named is not None and parse_count(named) is not None
     workload = dataclasses.replace(workload_of(resolved, name, units, shape, gpus), shape_guessed=guessed)
     if workload.vram_reserve_bytes is not None and workload.device == "cuda":
@@ -191,11 +200,7 @@ def _model(
         except ModelError:
             expected = f"one of {', '.join(PRESETS)}, or a count such as 7B"
             raise CommandError(f"--model: expected {expected}; got {named!r}") from None
-        try:
-            return shape, _units(shape, resolved), named.lower(), []
-        except CommandError:  # they are names of the script's model
-            units = unit_parameters(shape, resolved.persistence_threshold)
-            return shape, units, named.lower(), ["zerotop.units names no modules of this model; it is cut into blocks."]
+        return shape, _units(shape, resolved), named.lower(), []
     section = resolved.zerotop.model
     if section.path is not None:
         raise CommandError(
