@@ -77,13 +77,13 @@ def fresh_gradient_bytes(config: GPTConfig, element_bytes: int, beside: int) -> 
     """Gradients as autograd makes them, each in memory of its own until the engine takes it over: what they add to the
     `beside` bytes of activations and logits that are there as backward starts.
 
-    One is there at a time. A tied table's comes in two halves of full size: the head's is made first and stays until
-    the embedding's is there, when all activations are gone.
+    One is there at a time. A tied table's is a sum: the head's part is made first and stays until the embedding's is
+    there, too, and autograd adds the two into a third of the same size, when all activations are gone.
     """
     table = config.vocab_size * config.dim * element_bytes
     if not config.tied:
         return max(table, 4 * config.dim**2 * element_bytes)
-    return max(beside + table, 2 * table) - beside
+    return max(beside + table, 3 * table) - beside
 
 
 def context_bytes(world_size: int) -> int:
