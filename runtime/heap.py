@@ -1,7 +1,7 @@
 """Which of a rank's host memory goes back to the system when it is freed. Torch-free.
 
 glibc maps large blocks by themselves, and gives them back when they are freed. But the first one that is freed raises
-the size from which it does so, up to 32 MiB, and what is smaller then lives in its heap, which keeps the holes: on a CPU
+the size from which it does so, up to 32 MiB. What is smaller then lives in its heap, which keeps the holes: on a CPU
 stage 3, which allocates and frees a unit's parameters all the time, took more than stage 2
 (benchmarks/results/heap.md).
 """
