@@ -499,6 +499,21 @@ def test_what_the_config_leaves_open_is_said(zerotop_plan: Run, tmp_path: Path) 
     assert not any("default" in note for note in document(zerotop_plan, tmp_path / "c.json", said)["notes"])
 
 
+def test_features_that_take_no_memory_do_not_refuse_a_plan(zerotop_plan: Run, tmp_path: Path) -> None:
+    config: dict[str, object] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
+    plain = document(zerotop_plan, tmp_path / "c.json", config)
+    more = {"data_efficiency": {"enabled": True}, "progressive_layer_drop": {"enabled": True, "theta": 0.5}}
+    found = document(zerotop_plan, tmp_path / "c.json", config | more)
+    assert found["layouts"] == plain["layouts"]
+    assert [note for note in found["notes"] if note.startswith(tuple(more))] == [
+        f"{key}: `zerotop launch` refuses it; it makes no difference to these figures." for key in more
+    ]
+    (tmp_path / "c.json").write_text(json.dumps(config | more | {"amp": {"enabled": True}}))
+    code, out, err = zerotop_plan(str(tmp_path / "c.json"))
+    assert (code, out) == (2, "")
+    assert "amp" in err and "data_efficiency" not in err
+
+
 def test_units_of_a_scripts_model_do_not_refuse_a_plan(zerotop_plan: Run, tmp_path: Path) -> None:
     config = {"train_micro_batch_size_per_gpu": 1, "zerotop": {"units": ["transformer.h.*"]}}
     for words in ([], ["--model", "gpt-7b"], ["--model", "7B"]):

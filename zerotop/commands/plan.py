@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.stage is not None:
         overrides.append(f"zero_optimization.stage={arguments.stage}")
     config = _config(arguments.target)
-    resolved = _resolve(config, overrides, gpus, arguments.device)
+    resolved, left_out = _resolve(config, overrides, gpus, arguments.device)
     named = arguments.model or (None if isinstance(config, str) else arguments.target)
     workload, notes = _workload(named, arguments.model is not None, resolved, gpus, vram_bytes)
     layouts = plan(workload)
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     advice = advise(workload, layouts, chosen, vram_bytes, host_ram_bytes)
     if arguments.device == "cpu":  # where offload moves nothing
         layouts = [one for one in layouts if one is chosen or not (one.offload or one.offload_parameters)]
-    notes = gpus_note + _defaults(resolved) + notes
+    notes = gpus_note + left_out + _defaults(resolved) + notes
     if arguments.json:
         print_json(
             {
@@ -135,10 +135,24 @@ def _config(target: str) -> str | dict[str, Any]:
     )
 
 
-def _resolve(config: str | dict[str, Any], overrides: list[str], gpus: int, device: Literal["cuda", "cpu"]) -> Resolved:
-    from runtime.config import load  # pydantic takes longer than all the rest; usage errors above need not wait for it
+_OF_NO_WEIGHT = ("autotuning", "curriculum_learning", "data_efficiency", "eigenvalue", "progressive_layer_drop")
+"""Sections that no run can have here, and that a plan doesn't depend on."""
 
-    return load(config, overrides).resolve(gpus, device)
+
+def _resolve(
+    config: str | dict[str, Any], overrides: list[str], gpus: int, device: Literal["cuda", "cpu"]
+) -> tuple[Resolved, list[str]]:
+    """The config for so many ranks, and notes on what was left out of it."""
+    from runtime.config import ConfigError, load  # pydantic takes longer than all the rest: usage errors come first
+
+    try:
+        return load(config, overrides).resolve(gpus, device), []
+    except ConfigError as error:
+        off = [key for key in _OF_NO_WEIGHT if any(f"{key}: " in problem for problem in error.problems)]
+        if not off:
+            raise
+    resolved = load(config, [*overrides, *(f"{key}.enabled=false" for key in off)]).resolve(gpus, device)
+    return resolved, [f"{key}: `zerotop launch` refuses it; it makes no difference to these figures." for key in off]
 
 
 _ABOUT_MEMORY = ("train_micro_batch_size_per_gpu:", "bf16.", "fp16.", "zero_optimization.")
