@@ -63,7 +63,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How long and from which seed the built-in trainer trains."""
 
-    steps: Annotated[Int, Field(ge=1)] | None = None
+    steps: Annotated[Int, Field(ge=1, le=MAX_STEPS)] | None = None
     """Optimizer steps. Unset: 200 in the built-in trainer, unknown with a script, which decides itself."""
 
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0

@@ -1,0 +1,17 @@
+"""The process's table of open files. Torch-free."""
+
+from __future__ import annotations
+
+import resource
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit on open files to the hard one. The usual soft limit is 1,024, for programs that call select();
+    the sockets of a large run, or a thousand connections that somebody else opens to a port of a rank, need more, and a
+    rank or supervisor without descriptors ends."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):
+            return  # macOS reports a hard limit that it does not grant
