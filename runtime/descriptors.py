@@ -6,9 +6,11 @@ import resource
 
 
 def raise_file_limit() -> None:
-    """Raise the soft limit on open files to the hard one. The usual soft limit is 1,024, for programs that call select();
-    the sockets of a large run, or a thousand connections that somebody else opens to a port of a rank, need more, and a
-    rank or supervisor without descriptors ends."""
+    """Raise the soft limit on open files to the hard one.
+
+    The usual soft limit is 1,024, for programs that call select(). The sockets of a large run need more, and so do a
+    thousand connections that somebody else opens to a port of a rank; a process without descriptors ends.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from ..knobs import KNOBS
 from ..models.presets import PRESETS
+from ..wire.bounds import MAX_STEPS
 from .errors import nearest, shown
 from .section import Flag, Int, Num, Section, Text, Texts
 

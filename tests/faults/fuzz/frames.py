@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
 """One message of each kind that a run knows, but for commands: a sound one would rightly act."""
 
 _TEXTS = [
-    "", "x", "5", "\x1b[2J\x1b]0;owned\x07", "\u202eevil", "\u200b\ufeff", "\ud800", "a\x00b", "[/bad", 
+    "", "x", "5", "\x1b[2J\x1b]0;owned\x07", "\u202eevil", "\u200b\ufeff", "\ud800", "a\x00b", "[/bad",
     "[@click=app.quit]x",
     "A" * 5000, "\u0301" * 300, "rank/\u00b2", "../../etc/passwd", "'; DROP TABLE messages; --",
 ]  # fmt: skip
@@ -96,7 +96,7 @@ class Frames:
         nested = r.randrange(1, 3000)
         return r.choice(
             [
-                b"", b"null", r.randbytes(nested), b"{" * nested, b"[" * nested, 
+                b"", b"null", r.randbytes(nested), b"{" * nested, b"[" * nested,
                 b'{"a":' * nested + b"1" + b"}" * nested,
                 b"9" * nested, b"\x80\x05.", b"{}", b"[]", b'{"messages": 5}', b'{"protocol": 1e400, "messages": []}',
                 b"\xef\xbb\xbf{}", '{"kind":"packet"}'.encode("utf-16"), b"\xff\xfe\x80",
