@@ -240,7 +240,7 @@ class CommandRouter:
         self._keep(case, Ack.model_validate({key: value for key, value in fields.items() if value is not None}))
 
     def _keep(self, case: _Case, ack: Ack) -> None:
-        case.acks.append(ack)
+        case.acks = [known for known in case.acks if known.state != ack.state] + [ack]
         if not case.open:
             self._open.pop(ack.id, None)
         for asker in case.askers:
