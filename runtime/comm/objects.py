@@ -46,7 +46,7 @@ def unpack(packed: bytes) -> Any:
     """What `pack` was given; tensors on the CPU. Raises ObjectError."""
     try:
         return _value(json.loads(packed))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # torch's for a shape, Python's for the depth
         raise ObjectError(f"a rank has sent what is no value: {type(error).__name__}") from None
 
 
@@ -106,18 +106,17 @@ def _value(plain: Any) -> Any:
     if not isinstance(plain, dict):
         return plain
     ((kind, content),) = plain.items()
-    if kind == "tuple":
+    if kind == "tuple" and isinstance(content, list):
         return tuple(_value(item) for item in content)
-    if kind == "dict":
+    if kind == "dict" and isinstance(content, list):
         return {_value(key): _value(item) for key, item in content}
     if kind == "bytes":
         return base64.b64decode(content, validate=True)
     if kind == "tensor":
         name, shape, encoded = content
-        flat = torch.frombuffer(bytearray(base64.b64decode(encoded, validate=True)) or bytearray(1), dtype=torch.uint8)
-        if not encoded:
-            return torch.empty(shape, dtype=_DTYPES[name])
-        return flat.view(_DTYPES[name]).view(shape)
+        content = bytearray(base64.b64decode(encoded, validate=True))
+        flat = torch.frombuffer(content, dtype=_DTYPES[name]) if content else torch.empty(0, dtype=_DTYPES[name])
+        return flat.view(shape)
     raise ValueError(kind)
 
 
