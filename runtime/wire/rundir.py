@@ -29,6 +29,8 @@ RUN_VARIABLE = "ZEROTOP_RUN"
 control."""
 ATTEMPT_VARIABLE = "ZEROTOP_ATTEMPT"
 SUPERVISOR_VARIABLE = "ZEROTOP_SUPERVISOR_PID"
+GROUP_KEY_VARIABLE = "ZEROTOP_GROUP_KEY"
+"""A secret of the attempt's ranks: what they tell each other is signed with it (runtime/comm/objects.py)."""
 RESUME_VARIABLE = "ZEROTOP_RESUME"
 """"1": continue from the newest complete checkpoint."""
 

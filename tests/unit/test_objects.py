@@ -23,6 +23,7 @@ import torch.distributed as dist
 from runtime.checkpoint import rng
 from runtime.comm import objects
 from runtime.comm.objects import ObjectError, pack, unpack
+from runtime.wire.rundir import GROUP_KEY_VARIABLE
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,6 +126,7 @@ def test_every_rank_gets_every_value(ranks: Callable[[int], Ranks]) -> None:
 def meet_a_pickle() -> str:
     """Rank 1 answers as torch's all_gather_object does, with the pickle of a program."""
     if dist.get_rank() == 1:
+        objects._next_place(None)  # the exchange counts on both sides
         content = torch.frombuffer(bytearray(pickle.dumps(Program())), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
         dist.all_gather(sizes, torch.tensor([content.numel()]))
@@ -141,6 +143,35 @@ def meet_a_pickle() -> str:
 
 def test_a_peer_that_sends_a_program_is_refused(ranks: Callable[[int], Ranks]) -> None:
     assert ranks(2).run(meet_a_pickle)[0] == "a rank has sent what is no value: UnicodeDecodeError"
+
+
+def speak_without_the_key(number: int) -> str:
+    """Rank 1 signs for another exchange, or with another key, or not at all."""
+    os.environ[GROUP_KEY_VARIABLE] = "secret"
+    try:
+        objects.gather("sound", None)
+        if dist.get_rank() == 1 and number == 1:
+            os.environ[GROUP_KEY_VARIABLE] = "guessed"
+        elif dist.get_rank() == 1 and number == 2:
+            del os.environ[GROUP_KEY_VARIABLE]
+        elif dist.get_rank() == 1 and number == 3:
+            objects._next_place(None)
+        return str(objects.gather("forged", None))
+    except ObjectError as error:
+        return str(error)
+    finally:
+        os.environ.pop(GROUP_KEY_VARIABLE, None)
+        if dist.get_rank() == 0 and number == 3:
+            objects._next_place(None)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_what_no_rank_of_the_run_has_signed_is_refused(ranks: Callable[[int], Ranks], number: int) -> None:
+    told = ranks(2).run(speak_without_the_key, number)[0]
+    if number == 0:
+        assert told == "['forged', 'forged']"
+    else:
+        assert "what came in the place of rank 1 was not sent by a rank of this run" in told
 
 
 def test_no_part_of_the_trainer_calls_a_collective_that_loads_pickles() -> None:
