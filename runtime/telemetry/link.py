@@ -17,6 +17,8 @@ from runtime.wire.codec import ProtocolError, decode_down, encode
 from runtime.wire.messages import Command, Packet, Resend
 from runtime.wire.rundir import Sockets
 
+FRAME_BYTES = 2**20
+"""Of a command; a larger frame is not the hub's."""
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 TELEMETRY_QUEUED = 100
@@ -60,6 +62,7 @@ class Link:
         connected = self._context.socket(kind)
         try:
             connected.linger = 0
+            connected.maxmsgsize = FRAME_BYTES
             connected.reconnect_ivl = RECONNECT_MS
             connected.reconnect_ivl_max = RECONNECT_MAX_MS
             for option, value in options.items():

@@ -22,6 +22,8 @@ from zerotop.state.run import RunState
 
 FRAMES_PER_POLL = 5000
 HELD_BACK = 10_000
+FRAME_BYTES = 2**28
+"""Of what a hub sends: far more than the whole state of a large run, and an end."""
 SILENCE_S = 3.0
 """The hub's probe speaks once a second: after this long without a word, look whether the run still lives."""
 LOST_S = 6.0
@@ -61,6 +63,7 @@ class LiveSource:
         commands = self._commands = self._context.socket(zmq.DEALER)
         for socket in (screens, commands):
             socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES)
             socket.setsockopt(zmq.RECONNECT_IVL, 100)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         screens.setsockopt(zmq.RCVHWM, HELD_BACK)
