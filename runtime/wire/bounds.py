@@ -71,6 +71,7 @@ Count = Annotated[int, Field(ge=0, lt=_INT64)]
 """Bytes, items, numbers of packets and collectives, nanoseconds of a monotonic clock."""
 RankNumber = Annotated[int, Field(ge=0, lt=MAX_RANKS)]
 WorldSize = Annotated[int, Field(ge=1, le=MAX_RANKS)]
+Pid = Annotated[int, Field(ge=1, lt=2**31)]
 Step = Annotated[int, Field(ge=0, le=MAX_STEPS)]
 MicroStep = Annotated[int, Field(ge=0, le=MAX_MICRO_STEPS)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -29,6 +29,7 @@ from runtime.wire.bounds import (
     Int64,
     MicroStep,
     Name,
+    Pid,
     RankNumber,
     Step,
     Text,
@@ -69,7 +70,7 @@ class Hello(Message):
     local_rank: RankNumber
     world_size: WorldSize
     host: Name
-    pid: Count
+    pid: Pid
     boot_id: Name
     wall_s: WallSeconds
     mono_ns: Count

@@ -36,6 +36,8 @@ from tests.unit.fakehub import hello, step_result
         ("world_size", 2_000_000_000),
         ("world_size", 0),
         ("rank", -1),
+        ("pid", 0),
+        ("pid", 2**31),
         ("accumulation", 2**31),
         ("steps", 10**401),
         ("parameters", 10**400),
