@@ -1,5 +1,6 @@
-"""python -m tests.faults.fuzz [--frames N] [--seed S]: N bad frames against each socket of a hub (a tenth of them
-against the screens' one, where each may be answered with the whole state), then a tenth from a hub to a screen. Prints what came of it; exit code 1 when something broke, or grew without end."""
+"""python -m tests.faults.fuzz [--frames N] [--seed S]: N bad frames against each socket of a hub, then a tenth of that
+from a hub to a screen. (To the hub's screens' socket, too, goes a tenth: each may be answered with the whole state.) Prints
+what came of it; exit code 1 when something broke, or grew without end."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ class Report:
 
 
 def attack_hub(frames: int, seed: int) -> Report:
-    """`frames` bad frames against each of a hub's sockets, as the module says. Raises AssertionError when the hub dies or goes deaf."""
+    """`frames` bad frames against each of a hub's sockets. Raises AssertionError when the hub dies or goes deaf."""
     with tempfile.TemporaryDirectory(prefix="zt-", dir="/tmp") as name:
         hub = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.fuzz.hub", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
