@@ -1,6 +1,6 @@
-"""python -m tests.faults.fuzz [--frames N] [--seed S]: N bad frames against each socket of a hub, then a tenth of that
-from a hub to a screen. (To the hub's screens' socket, too, goes a tenth: each may be answered with the whole state.) Prints
-what came of it; exit code 1 when something broke, or grew without end."""
+"""python -m tests.faults.fuzz [--frames N] [--seed S]: N bad frames against each socket of a hub (a tenth of that
+against the one of its screens, where each may be answered with the whole state), and a tenth from a hub to a screen.
+Prints what came of it; exit code 1 when something broke, or grew without end."""
 
 from __future__ import annotations
 
