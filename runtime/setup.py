@@ -395,7 +395,8 @@ def _same_model_everywhere(module: nn.Module, config: Resolved, optimizer: ZeroO
         (name, tuple(p.shape), str(p.dtype), p.requires_grad, group_of.get(p)) for name, p in module.named_parameters()
     ]
     mine += [(f"(buffer) {name}", tuple(b.shape), str(b.dtype), False, None) for name, b in module.named_buffers()]
-    gathered = comm.gather_objects((config, optimizer.described(), mine))
+    told = comm.gather_objects((config.to_json(), optimizer.described(), mine))
+    gathered = [(Resolved.from_json(text), described, parameters) for text, described, parameters in told]
     first_config, first_optimizer, _ = gathered[0]
     for rank, (other, described, _) in enumerate(gathered):
         if (found := first_config.difference(other)) is not None:

@@ -127,8 +127,9 @@ class Steering:
         self._count_unsound(self.engine.global_steps)
         if agreed.command_waits:
             due = self._due and self._sound and not self.engine.saver.busy
-            told = self.engine.comm.broadcast_object((due, self.link.inbox.take()) if rank_0 else None)
-            due, commands = told
+            taken = [command.model_dump() for command in self.link.inbox.take()] if rank_0 else []
+            due, told = self.engine.comm.broadcast_object((due, taken))
+            commands = [Command.model_validate(command) for command in told]
             if due:
                 self._due = self._put_off = False
                 self._save()

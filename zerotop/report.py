@@ -29,6 +29,7 @@ def status_document(state: RunState, entry: RunEntry | None = None) -> dict[str,
         "step": max(how_far.step, status.step if status else 0),
         "steps": how_far.steps if how_far.steps is not None else planned_steps(entry),
         "loss": newest.loss if newest else None,
+        "loss_step": newest.step if newest else None,
         "lr": newest.lr if newest else None,
         "grad_norm": newest.grad_norm if newest else None,
         "tokens_per_s": how_far.tokens_per_s,
@@ -123,6 +124,8 @@ def status_text(document: dict[str, Any]) -> str:
         parts = [f"{name} {number_text(value, form)}" for name, value, form in figures]
         if document["tokens_per_s"] is not None:
             parts.append(f"{document['tokens_per_s']:,.0f} tokens/s")
+        if document["loss_step"] < document["step"]:  # the recording ends before the run did
+            parts.append(f"(of step {document['loss_step']}, the last that was recorded)")
         lines.append("  ".join(parts))
     if document["last_checkpoint_step"] is not None:
         lines.append(f"newest checkpoint: step {document['last_checkpoint_step']}")

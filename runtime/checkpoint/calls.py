@@ -141,8 +141,8 @@ class CheckpointCalls:
     ) -> Path | None:
         """Load the newest complete checkpoint in `folder` that is sound; None when there is none. tell: hears, on rank
         0, which ones are damaged and passed over."""
-        found = [entry.path for entry in checkpoint.complete(folder)]
-        for path in reversed(self.comm.broadcast_object(found)):
+        found = [str(entry.path) for entry in checkpoint.complete(folder)]
+        for path in map(Path, reversed(self.comm.broadcast_object(found))):
             try:
                 self.resume_from(path, wanted)
             except checkpoint.Damaged as error:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers, group: di
         except (Exception, CheckpointException) as error:  # any rank's failure must become every rank's
             problem = root_cause(error)
         _agree(peers, problem, job)
-        gathered = peers.gather_objects(records)
+        gathered = peers.gather_objects({name: record.model_dump() for name, record in records.items()})
         on_rank_0(peers, f"complete {job.final}", lambda: _complete(job, partial, gathered))
     except BaseException:
         if peers.rank == 0:
@@ -92,9 +93,9 @@ def _write_files(job: Job, partial: Path, rank: int) -> dict[str, FileRecord]:
     return records
 
 
-def _complete(job: Job, partial: Path, records: list[dict[str, FileRecord]]) -> None:
+def _complete(job: Job, partial: Path, records: list[dict[str, dict[str, Any]]]) -> None:
     assert job.manifest is not None
-    files = {name: record for by_rank in records for name, record in by_rank.items()}
+    files = {name: FileRecord.model_validate(record) for by_rank in records for name, record in by_rank.items()}
     manifest = job.manifest.model_copy(update={"number": folders.next_number(job.folder), "files": files})
     with (partial / MANIFEST).open("wb") as out:
         out.write(manifest.sealed())

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from runtime.config import ConfigError
 from runtime.heap import map_large_blocks
+from runtime.descriptors import raise_file_limit
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, read_run
 
 
@@ -20,6 +21,7 @@ def join_world(device: str = "auto") -> torch.device:
     device: "cpu", "cuda" or "auto" (CUDA when there is one). Returns this rank's device. NCCL serves GPUs and Gloo
     CPUs.
     """
+    raise_file_limit()
     want_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device("cuda", local_rank) if want_cuda else torch.device("cpu")

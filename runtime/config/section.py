@@ -27,6 +27,8 @@ def integer(value: Any) -> int:
         raise _wrong("a whole number", value)
     if isinstance(value, float) and not value.is_integer():
         raise _wrong("a whole number", value)
+    if not -(2**63) <= value < 2**63:
+        raise _wrong("a whole number that fits in 64 bits", value)
     return int(value)
 
 

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from ..knobs import KNOBS
 from ..models.presets import PRESETS
+from ..wire.bounds import MAX_STEPS
 from .errors import nearest, shown
 from .section import Flag, Int, Num, Section, Text, Texts
 
@@ -63,7 +64,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How long and from which seed the built-in trainer trains."""
 
-    steps: Annotated[Int, Field(ge=1)] | None = None
+    steps: Annotated[Int, Field(ge=1, le=MAX_STEPS)] | None = None
     """Optimizer steps. Unset: 200 in the built-in trainer, unknown with a script, which decides itself."""
 
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0

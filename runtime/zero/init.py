@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from runtime.comm import objects
 from runtime.config import ConfigError
 from runtime.zero.weights import Weights
 
@@ -162,7 +163,6 @@ def _same_files_everywhere(weights: Weights) -> None:
 def _of_all_ranks(thing: Any) -> list[Any]:
     """Over Gloo: the model may be built before anything is on a GPU."""
     group = dist.new_group(backend="gloo")
-    things: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(things, thing, group=group)
+    things = objects.gather(thing, group)
     dist.destroy_process_group(group)
     return things

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from runtime.wire.messages import Ack, Command, CommandRecord, RunStatus
-from zerotop.hub.router import CommandRouter
+from zerotop.hub.router import OPEN_AT_MOST, REMEMBERED, CommandRouter
 from zerotop.state.run import RunState
 
 
@@ -243,3 +243,32 @@ def test_a_rank_that_speaks_late_is_told_what_others_have_answered(desk: Desk) -
     desk.applied(3)
     desk.router.ranks_restart()
     assert [command.number for command in desk.router.commands_for_new_rank()] == [2]  # the rest is over
+
+
+def test_an_id_whose_answer_was_forgotten_is_refused_and_acts_no_more(desk: Desk) -> None:
+    for number in range(REMEMBERED + 1):
+        desk.ask("set", f"s{number}", log_interval=1)
+        desk.applied(number + 1)
+    assert desk.ask("set", "s0", log_interval=1) == (
+        "rejected",
+        "this command was given before; its answer is not kept any more",
+    )
+    assert len(desk.forwarded) == REMEMBERED + 1
+    assert desk.ask("pause") == ("accepted", "")
+
+
+def test_commands_that_wait_have_a_number_and_a_stop_is_always_taken(desk: Desk) -> None:
+    for number in range(OPEN_AT_MOST):
+        assert desk.ask("set", f"s{number}", log_interval=1) == ("accepted", "")
+    assert desk.ask("checkpoint") == ("rejected", "64 commands wait for a step boundary already")
+    assert desk.ask("stop") == ("accepted", "")
+    assert desk.ask("abort") == ("accepted", "")
+
+
+def test_a_final_answer_is_heard_once(desk: Desk) -> None:
+    desk.ask("checkpoint")
+    assert desk.applied(1) is not None
+    published = len(desk.published)
+    for step in range(10):
+        assert desk.applied(1, step) is None
+    assert len(desk.published) == published

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from runtime.telemetry import Telemetry, TelemetryError
+from runtime.telemetry import outbox as outbox_module
 from runtime.telemetry import publisher as publisher_module
 from runtime.telemetry.recorder import SPANS_KEPT
 from runtime.wire.codec import decode_packet
-from runtime.wire.messages import Ack, Command, Memory, Resend
+from runtime.wire.messages import Ack, Command, Event, Memory, Resend
 from runtime.wire.rundir import Sockets
 from tests.unit.fakehub import hello, step_result
 from tests.unit.telemetryhub import DEADLINE_S, RankHub
@@ -394,3 +395,24 @@ def test_a_socket_path_that_is_too_long_is_said_before_anything_starts(tmp_path:
         telemetry.start(hello())
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("zerotop")]
     telemetry.close()
+
+
+def test_a_message_too_large_for_the_hub_is_told_and_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the hub would disconnect the rank, which would send it again, without end."""
+    monkeypatch.setattr(outbox_module, "PACKET_BYTES", 10_000)
+    outbox = outbox_module.Outbox(0, 1)
+
+    def event(text: str, size: int = 1) -> Event:
+        return Event(rank=0, what="note", text=text, data={"a": "x" * size}, wall_s=0)
+
+    outbox.add([event("first"), event("large", 20_000), *(event(f"{number}", 2000) for number in range(10))])
+    texts, seqs = [], []
+    while (frame := outbox.next_frame()) is not None:
+        assert len(frame) <= 10_000
+        packet = decode_packet(frame)
+        seqs.append(packet.seq)
+        texts += [message.text for message in packet.messages]  # type: ignore[union-attr]
+        outbox.sent()
+    assert texts[0] == "first" and "a message of kind event could not be sent: it has 20," in texts[1]
+    assert texts[2:] == [str(number) for number in range(10)]
+    assert seqs == list(range(1, len(seqs) + 1))

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from runtime.config import Resolved
+from runtime.descriptors import raise_file_limit
 from runtime.wire.messages import Command, Event, Hello, LogRecord, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, boot_id, read_run, read_status, write_json
 from zerotop.hub.hub import Hub
@@ -457,6 +458,7 @@ def main() -> int:
     os.set_inheritable(arguments.lock_fd, False)  # torchrun is given it by name
     ready = Ready(arguments.ready_fd)
     run = read_run(arguments.run)
+    raise_file_limit()
     detach(str(arguments.run / "logs" / str(run.attempt) / "supervisor.log"))
     become_subreaper()
     try:

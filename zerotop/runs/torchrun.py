@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIABLE, RunFile
+from runtime.wire.rundir import (
+    ATTEMPT_VARIABLE,
+    GROUP_KEY_VARIABLE,
+    RESUME_VARIABLE,
+    RUN_VARIABLE,
+    SUPERVISOR_VARIABLE,
+    RunFile,
+)
 
 
 def command(run: RunFile, path: Path) -> list[str]:
@@ -37,6 +45,7 @@ def environment(
         ATTEMPT_VARIABLE: str(run.attempt),
         SUPERVISOR_VARIABLE: str(supervisor_pid),
         RESUME_VARIABLE: "1" if resume else "0",
+        GROUP_KEY_VARIABLE: secrets.token_hex(32),
         "PYTHONSAFEPATH": "1",  # a user's own runtime.py in the working directory must not be picked up
         "PYTHONUNBUFFERED": "1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

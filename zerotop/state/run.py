@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from runtime.wire.codec import rank_of
 from runtime.wire.messages import (
     Ack,
     Collectives,
@@ -34,6 +35,8 @@ from zerotop.state.waits import Waits
 
 EVENTS_KEPT = 500
 COMMANDS_KEPT = 100
+GAP_COUNTED = 10**6
+"""Packets: a larger gap is no loss but another numbering."""
 
 
 @dataclass
@@ -77,6 +80,8 @@ class RunState:
     """The newest arrival stamp seen: the hub's clock as far as we know."""
     restarted: bool = False
     """A new attempt has begun, and none of its ranks has said yet which step it goes on from."""
+    _lowest: int | None = None
+    """The lowest rank that has said hello."""
 
     # ---- input -----------------------------------------------------------------------------------------------------
     def apply_snapshot(self, snapshot: Snapshot) -> None:
@@ -96,11 +101,12 @@ class RunState:
             return False
         self.hub_seq = max(self.hub_seq, packet.hub_seq)
         self.hub_now_ns = max(self.hub_now_ns, packet.arrival_ns)
-        if packet.source.startswith("rank/"):
-            rank = self.rank(int(packet.source.split("/")[1]))
+        number = rank_of(packet.source)
+        if number is not None:
+            rank = self.rank(number)
             channel = f"{packet.attempt}/{'events' if _is_event_packet(packet) else 'telemetry'}"
             before = rank.last_seq.get(channel)
-            if before is not None and packet.seq > before + 1:
+            if before is not None and before + 1 < packet.seq <= before + GAP_COUNTED:
                 rank.packets_lost += packet.seq - before - 1
             rank.last_seq[channel] = packet.seq
         self.apply_all(packet.messages, packet.arrival_ns)
@@ -125,6 +131,8 @@ class RunState:
                     self.restarted = False
                     self.series.cut(message.start_step)
                 fresh.hello = message
+                if self._lowest is None or message.rank < self._lowest:
+                    self._lowest = message.rank
             case Heartbeat():
                 self.rank(message.rank).heartbeat = message
             case Phases():
@@ -188,7 +196,13 @@ class RunState:
     @property
     def hello(self) -> Hello | None:
         """The lowest rank's hello: what is the same on all ranks (stage, precision, steps...) is read here."""
-        return next((state.hello for _, state in sorted(self.ranks.items()) if state.hello), None)
+        # Remembered, not looked for: this is asked for at every message of every rank.
+        lowest = self.ranks.get(self._lowest) if self._lowest is not None else None
+        if lowest is None or lowest.hello is None:
+            known = [number for number, state in self.ranks.items() if state.hello]
+            self._lowest = min(known, default=None)
+            lowest = self.ranks[self._lowest] if self._lowest is not None else None
+        return lowest.hello if lowest is not None else None
 
     @property
     def world_size(self) -> int:
