@@ -230,6 +230,8 @@ class Goodbye(Message):
     error: str = ""
     fatal: bool = False
     """Another attempt would end the same way: the config, the data or the training itself is at fault."""
+    culprit: int | None = None
+    """The rank whose doing it is, where this one knows that it is another's, or its own alone."""
     wall_s: float
 
 
