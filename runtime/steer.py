@@ -368,6 +368,8 @@ class Steering:
     def _stop(self, why: str, command: Command | None = None, cannot_save: str = "") -> None:
         """Save (unless this step is saved), say goodbye, leave."""
         self._problem = cannot_save
+        if command is not None and self.folder is not None and not cannot_save:
+            self._answer(command, "accepted", f"the checkpoint of step {self.engine.global_steps} is being written")
         saved = not cannot_save and (self.folder is None or self._saved())
         if command is not None:
             self._answer(
@@ -399,6 +401,8 @@ class Steering:
         assert self.folder is not None
         engine, checkpoints = self.engine, self.engine.config.zerotop.checkpoint
         step = engine.global_steps
+        if command is not None:
+            self._answer(command, "accepted", f"the checkpoint of step {step} is being written")
         try:
             with engine.telemetry.span("checkpoint"):
                 path = engine.saver.begin(

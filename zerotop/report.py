@@ -11,7 +11,7 @@ from zerotop.output import bytes_text, duration_text, number_text, table, time_t
 from zerotop.state.condition import condition_of
 from zerotop.state.memory import memory_use
 from zerotop.state.progress import progress
-from zerotop.state.run import RankState, RunState
+from zerotop.state.run import RankState, RunState, waits_for
 
 if TYPE_CHECKING:
     from zerotop.runs.directory import RunEntry
@@ -52,6 +52,8 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         "started_wall_s": status.started_wall_s if status else None,
         "ended_wall_s": status.ended_wall_s if status else None,
         "folder": str(entry.path) if entry else None,
+        "laggard_rank": status.laggard_rank if status else None,
+        "laggard": status.laggard if status else "",
         "ranks": [_rank_document(state, rank) for _, rank in sorted(state.ranks.items())],
         "commands": [command_document(record) for record in state.commands.values()],
     }
@@ -111,6 +113,7 @@ def command_document(record: CommandRecord) -> dict[str, Any]:
         "state": ack.state,
         "step": ack.step,
         "reason": ack.reason,
+        "waits_for": waits_for(record) if ack.state == "accepted" else "",
         "result": ack.result,
     }
 
@@ -132,11 +135,13 @@ def status_text(document: dict[str, Any]) -> str:
         lines.append(f"newest checkpoint: step {document['last_checkpoint_step']}")
     if document["restarts"]:
         lines.append(_restarts_text(document))
+    if document["laggard"]:
+        lines.append(document["laggard"])
     if document["ranks"]:
         lines += ["", _ranks_text(document["ranks"])]
     for command in document["commands"]:
         if command["state"] == "accepted":
-            lines.append(f"#{command['number']} {command['command']}: waiting for a step boundary")
+            lines.append(f"#{command['number']} {command['command']}: {command['waits_for']}")
     if document["error"]:
         failed = document["failed_rank"]
         lines += ["", f"error of rank {failed}:" if failed is not None else "error:", document["error"].rstrip()]

@@ -199,7 +199,7 @@ class Command(Message):
 
 class Ack(Message):
     """accepted (by the hub) -> applied at `step` (by rank 0) | rejected: `reason`; `result` e.g. the checkpoint's
-    path."""
+    path. Rank 0 may say accepted again, with what it does about the command as `reason`."""
 
     kind: Literal["ack"] = "ack"
     id: str
@@ -254,6 +254,10 @@ class RunStatus(Message):
     """Why the last one was needed: one line for people."""
     lost_steps: int = 0
     """Steps that the last restart takes again: those after the checkpoint that it went on from."""
+    laggard_rank: int | None = None
+    """The rank that the others lose time to, step after step."""
+    laggard: str = ""
+    """The same as one line for people."""
     started_wall_s: float | None = None
     ended_wall_s: float | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -60,7 +61,7 @@ def verdicts(late: LateMs, world: int = 2, steps: int = 200, seed: int = 0, gath
 
 
 def changes(told: list[int | None]) -> int:
-    return sum(before != after for before, after in zip(told, told[1:], strict=False))
+    return sum(before != after for before, after in pairwise(told))
 
 
 @pytest.mark.parametrize("seed", range(2))

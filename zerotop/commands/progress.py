@@ -21,7 +21,7 @@ from zerotop.state.progress import progress
 from zerotop.state.run import RunState
 
 POLL_S = 0.25
-_LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal"})
+_LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal", "hang", "laggard"})
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """A batch system's: the job is about to end."""
 

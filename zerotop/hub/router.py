@@ -134,9 +134,9 @@ class CommandRouter:
     # ---- from ranks and the supervisor -----------------------------------------------------------------------------
     def hear(self, ack: Ack) -> Command | None:
         """Rank 0's word on a command; relayed to whoever asked. Returns the command, None for one that nobody here
-        knows."""
+        knows. `accepted` comes from a rank that has taken the command up, and says what it does about it."""
         case = self._cases.get(ack.id)
-        if case is None or ack.state == "accepted" or any(ack == known for known in case.acks):
+        if case is None or any(ack == known for known in case.acks) or (ack.state == "accepted" and not case.open):
             return None
         self._keep(case, ack.model_copy(update={"number": case.command.number, "wall_s": ack.wall_s or time.time()}))
         return case.command

@@ -29,6 +29,7 @@ from zerotop.runs.attempt import Attempt
 from zerotop.runs.batchsignal import stop_by_signal
 from zerotop.runs.chores import Chores
 from zerotop.runs.hang import HangWatch
+from zerotop.runs.laggards import LaggardWatch
 from zerotop.runs.lastwords import tail
 from zerotop.runs.outcome import Evidence, Outcome, decide
 from zerotop.runs.paths import RunError, lock_sockets, make_private_folder, remove_sockets
@@ -105,6 +106,7 @@ class Supervisor:
             self._announce()
             chores.start()
             chores.add("the watch for hangs", self._watch_for_hangs())
+            chores.add("the watch for slow ranks", LaggardWatch(hub).watch())
             outcome = await self._attempts(locks)
             await self._finish(outcome)
         finally:
@@ -349,6 +351,8 @@ class Supervisor:
             "failed_rank": outcome.failed_rank,
             "error": outcome.error,
             "ended_wall_s": time.time(),
+            "laggard_rank": None,
+            "laggard": "",
         }
         # On disk first: whoever learns of the end from a screen finds it in the directory too.
         status = self.hub.status.model_copy(update=end)

@@ -36,7 +36,9 @@ def progress(state: RunState, connection: str = "live") -> Progress:
         if steps and step_ms is not None and condition_of(state, connection).moving
         else None
     )
-    return Progress(done, steps, step_ms, eta_s, state.series.tokens_per_s)
+    # Of the first step some ranks report before others: a part of them would be told as the whole run's speed.
+    whole = state.series.ranks_reporting >= state.world_size
+    return Progress(done, steps, step_ms, eta_s, state.series.tokens_per_s if whole else None)
 
 
 def steps_at_risk(state: RunState) -> int:

@@ -27,8 +27,8 @@ LATEST_STEPS = 10
 LAGGARD_WAIT_SHARE = 0.05
 """A rank is named when it costs each other rank more than this part of the step, net of what they cost it."""
 LAGGARD_CERTAINTY = 5.0
-"""...and the mean of that is so many times its standard error: where ranks take turns nobody is named however much their
-waiting adds up to, nor is a rank for one long pause."""
+"""...and the mean of that is so many times its standard error: where ranks take turns nobody is named, however much
+their waiting adds up to, nor is a rank for one long pause."""
 PAIR_CERTAINTY = 6.0
 """Of two ranks one always waits for the other, and the machine's noise falls on one of them for longer at a time."""
 KEPT_WAIT_SHARE = 0.025
