@@ -33,7 +33,7 @@ from zerotop.runs.directory import (
 from zerotop.runs.executable import record_executable
 from zerotop.runs.lock import take_new, take_patiently
 from zerotop.runs.names import check_name, generate_name
-from zerotop.runs.paths import RunError, make_private_folder, make_sockets_folder, remove_sockets, runs_home
+from zerotop.runs.paths import RunError, error_text, make_private_folder, make_sockets_folder, remove_sockets, runs_home
 from zerotop.runs.starting import start_supervisor
 
 _FIXED: dict[str, tuple[str, Callable[[Resolved], Any]]] = {
@@ -44,6 +44,9 @@ _FIXED: dict[str, tuple[str, Callable[[Resolved], Any]]] = {
     "global batch": ("train_batch_size", lambda resolved: resolved.global_batch),
 }
 """What a resumed attempt must have in common with the one before: words, the config's key, where it is found."""
+
+
+_Asked = tuple[str | Path | None, int | None, str, str | None, Sequence[str], bool, Sequence[str] | None]  # see _check
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,15 @@ def start_run(
     replaces torchrun.
     Raises RunError or ConfigError, whose messages are for people; then nothing was started and nothing is left.
     """
-    asked = (config_path, nproc, device, name, overrides, resume, script)
+    try:
+        return _start((config_path, nproc, device, name, overrides, resume, script), command)
+    except OSError as error:  # a full disk, a folder that may not be read: anywhere on the way
+        raise RunError(f"the run can't start: {error_text(error)}") from None
+
+
+def _start(asked: _Asked, command: Sequence[str] | None) -> RunEntry:
+    """As `start_run`, which has the arguments of `_check`."""
+    name, resume = asked[3], asked[5]
     plan = _check(*asked)
     with contextlib.ExitStack() as leaving:
         if plan.previous is not None:

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from runtime.telemetry.bounds import shortened, shortened_error
 from runtime.wire.messages import Goodbye, RunStateName
 from zerotop.runs.lastwords import (
     ERROR_LINES,
+    REASON_KEPT,
     abort_words,
     crash_stack,
     exception_line,
@@ -46,7 +48,7 @@ _SIGNALS = {
     "SIGXFSZ": "a file grew beyond its limit, ulimit -f",
 }
 _SAME_NUMBER_OF_STEPS = """\
-All ranks must take the same number of steps, for every step has collectives that all of them take part in.
+What to change: all ranks must take the same number of steps, for every step has collectives that all take part in.
   - initialize(training_data=...) gives every rank as many batches
   - a DataLoader of your own: DistributedSampler pads or drops samples until the ranks have equally many; drop_last=True
   - data that can't be divided: before the loop, let the ranks agree on the smallest number of batches
@@ -170,7 +172,10 @@ def _early_end(seen: Evidence, ranks: tuple[int, ...]) -> Outcome:
     first = ranks[0]
     goodbye = seen.goodbyes.get(first)
     step = goodbye.step if goodbye is not None else seen.steps.get(first, seen.start_step)
-    return Outcome("failed", early_end_reason(ranks, step, goodbye), 0, first, _SAME_NUMBER_OF_STEPS, repeats=True)
+    changes = _SAME_NUMBER_OF_STEPS.splitlines()
+    log = tail(seen.logs / f"rank-{first}.log", ERROR_LINES - len(changes) - 1).splitlines()
+    error = "\n".join([*log, *([""] if log else []), *changes])
+    return Outcome("failed", early_end_reason(ranks, step, goodbye), 0, first, error, repeats=True)
 
 
 def early_end_reason(ranks: tuple[int, ...], step: int, goodbye: Goodbye | None) -> str:
@@ -200,6 +205,7 @@ def _rank_reason(seen: Evidence, rank: int, code: int | None) -> str:
     log = tail(seen.logs / f"rank-{rank}.log", _LOG_LINES)
     raised = exception_line(log) if code in _PYTHONS_EXITS else ""
     if raised and goodbye is None:
+        raised = shortened(raised, REASON_KEPT)
         step = seen.steps.get(rank)
         when = "before its first step" if step is None else f"after step {step}"
         return f"rank {rank} failed {when}: {raised}"
@@ -270,7 +276,7 @@ def _rank_error(seen: Evidence, rank: int, code: int | None) -> str:
         left = stack.splitlines()[:room]
     else:
         left = (tail(log) or launcher_tail(seen.logs)).splitlines()[-room:]
-    return "\n".join([*left, *changes])
+    return shortened_error("\n".join([*left, *changes]))
 
 
 def _launcher_failed(seen: Evidence) -> Outcome:

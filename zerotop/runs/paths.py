@@ -18,6 +18,12 @@ class RunError(Exception):
     """Something about a run that the user can mend: one clear message, exit code 2."""
 
 
+def error_text(error: OSError) -> str:
+    """Which file, and what is the matter with it."""
+    said = error.strerror or str(error)
+    return f"{os.fsdecode(error.filename)}: {said}" if error.filename and not isinstance(error.filename, int) else said
+
+
 def state_home() -> Path:
     """$XDG_STATE_HOME/zerotop, by default ~/.local/state/zerotop. A relative XDG_STATE_HOME counts as unset, as its
     standard demands."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -32,7 +33,7 @@ from zerotop.runs.hang import HangWatch
 from zerotop.runs.laggards import LaggardWatch
 from zerotop.runs.lastwords import tail
 from zerotop.runs.outcome import Evidence, Outcome, decide
-from zerotop.runs.paths import RunError, lock_sockets, make_private_folder, remove_sockets
+from zerotop.runs.paths import RunError, error_text, lock_sockets, make_private_folder, remove_sockets
 from zerotop.runs.processes import become_subreaper, descendants, detach, kill_descendants, reap, send
 from zerotop.runs.restarts import Failure, Restarts
 from zerotop.runs.stacks_report import StackTaker
@@ -390,18 +391,18 @@ def main() -> int:
     try:
         outcome = asyncio.run(_supervise(arguments.run, run, arguments.resume, arguments.lock_fd, ready))
     except RunError as error:
-        _fail(arguments.run, str(error), "")
         ready.say_error(str(error))
+        _fail(arguments.run, str(error), "")
         return 1
     except Exception as error:
-        traceback.print_exc()
+        # First of all: what follows writes to the disk, which may be what failed.
+        reason = error_text(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        ready.say_error(f"the supervisor failed: {reason}")
         kill_descendants()
-        _fail(
-            arguments.run,
-            f"the supervisor failed: {error}",
-            tail(arguments.run / "logs" / str(run.attempt) / "supervisor.log"),
-        )
-        ready.say_error(f"the supervisor failed: {type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # supervisor.log may have no room either
+            traceback.print_exc()
+        log = arguments.run / "logs" / str(run.attempt) / "supervisor.log"
+        _fail(arguments.run, f"the supervisor failed: {reason}", tail(log))
         return 1
     return 0 if outcome.state in ("finished", "stopped") else 1
 
@@ -414,11 +415,13 @@ def _fail(path: Path, reason: str, error: str) -> None:
     """state.json for a supervisor that can't go on. An interrupted launch has removed its directory already."""
     if not path.exists():
         return
-    status = read_status(path)
-    write_status(
-        path,
-        status.model_copy(update={"state": "failed", "reason": reason, "error": error, "ended_wall_s": time.time()}),
-    )
+    try:
+        status = read_status(path)
+        end = {"state": "failed", "reason": reason, "error": error, "ended_wall_s": time.time()}
+        write_status(path, status.model_copy(update=end))
+    except OSError as problem:
+        with contextlib.suppress(OSError):
+            print(f"can't write state.json: {problem}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
