@@ -28,7 +28,10 @@ _FIND = (
 
 def record_executable() -> None:
     """Write this Python's path to STATE/executable; raises RunError when the state home can't be written."""
-    path = make_private_folder(state_home()) / "executable"
+    try:
+        path = make_private_folder(state_home()) / "executable"
+    except RunError as error:
+        raise RunError(f"{error}: set XDG_STATE_HOME to a folder in which runs can be kept") from None
     try:
         replace_text(path, sys.executable + "\n")
     except OSError as error:

@@ -29,6 +29,7 @@ from zerotop.probe.nvml import GpuProbe
 from zerotop.runs.attempt import Attempt
 from zerotop.runs.batchsignal import stop_by_signal
 from zerotop.runs.chores import Chores
+from zerotop.runs.folderwatch import FolderWatch
 from zerotop.runs.hang import HangWatch
 from zerotop.runs.laggards import LaggardWatch
 from zerotop.runs.lastwords import tail
@@ -108,6 +109,8 @@ class Supervisor:
             chores.start()
             chores.add("the watch for hangs", self._watch_for_hangs())
             chores.add("the watch for slow ranks", LaggardWatch(hub).watch())
+            folder = FolderWatch(self.path, hub, lambda: self.run_file)
+            chores.add("the watch on the run directory", folder.watch())
             outcome = await self._attempts(locks)
             await self._finish(outcome)
         finally:
