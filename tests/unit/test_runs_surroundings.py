@@ -104,7 +104,9 @@ def test_another_launchers_variables_do_not_reach_the_ranks(tmp_path) -> None:
         name="q1", created_wall_s=0, attempt=1, host="a", boot_id="b", nproc=2, device="cpu", config_path="",
         config_folder="", sockets=str(tmp_path),
     )  # fmt: skip
-    foreign = dict.fromkeys(("PET_NNODES", "PET_MAX_RESTARTS", "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE"), "7")  # fmt: skip
+    ranks = "RANK LOCAL_RANK GROUP_RANK ROLE_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
+    options = "PET_NNODES PET_MAX_RESTARTS TORCHELASTIC_RESTART_COUNT TORCHELASTIC_ERROR_FILE"
+    foreign = dict.fromkeys(f"{ranks} {options}".split(), "7")
     kept = {"OMP_NUM_THREADS": "3", "MY_RANK": "1", "PETS": "cat"}
     found = torchrun.environment(run, tmp_path, supervisor_pid=1, resume=False, base={**foreign, **kept})
     assert not foreign.keys() & found.keys()
