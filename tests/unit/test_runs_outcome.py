@@ -322,6 +322,14 @@ def test_an_error_of_its_own_is_the_cause_also_when_others_had_finished(tmp_path
     assert found.failed_rank == (0 if "own" in error else 1)
 
 
+def test_a_rank_that_the_supervisor_killed_is_not_the_cause(tmp_path) -> None:
+    """It was stopped by a signal, say, when the other one failed, and torchrun tells of both."""
+    log = TORCHRUN.format(code=-9, rank=1)
+    error = goodbye(0, "failed", error="ValueError: its own")
+    assert end(tmp_path, 1, error, log=log).failed_rank == 1
+    assert end(tmp_path, 1, error, log=log, ended_by_us={1}).failed_rank == 0
+
+
 def test_one_error_of_all_ranks_is_no_single_ranks(tmp_path) -> None:
     words = [goodbye(rank, "failed", error="TrainingError: the norm is nan", wall_s=2 - rank) for rank in (0, 1)]
     assert end(tmp_path, 1, *words).reason == "all ranks failed after step 10: TrainingError: the norm is nan"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +69,8 @@ class Evidence:
     goodbyes: Mapping[int, Goodbye] = field(default_factory=dict)
     exit_codes: Mapping[int, int] = field(default_factory=dict)
     """0 included: a rank that left well while others went on."""
+    ended_by_us: Collection[int] = ()
+    """Ranks that lived until the supervisor ended the attempt: the signal that ended them is no cause."""
     stopping: bool = False
     abort_reason: str | None = None
     failure: str | None = None
@@ -141,7 +143,7 @@ def _exit_codes(seen: Evidence) -> dict[int, int]:
         codes.setdefault(int(rank), int(code))
     for rank, code in _BLOCK.findall(text):
         codes.setdefault(int(rank), int(code))
-    return codes
+    return {rank: code for rank, code in codes.items() if code > 0 or rank not in seen.ended_by_us}
 
 
 def _first_to_fail(seen: Evidence, codes: Mapping[int, int]) -> int | None:

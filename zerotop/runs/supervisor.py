@@ -273,6 +273,7 @@ class Supervisor:
             launcher_killed=attempt.killed,
             goodbyes={rank: rank_state.goodbye for rank, rank_state in state.ranks.items() if rank_state.goodbye},
             exit_codes=attempt.rank_codes,
+            ended_by_us=attempt.ended_by_us,
             stopping=self.hub.status.state == "stopping",
             abort_reason=self._abort_reason,
             failure=attempt.failure,
