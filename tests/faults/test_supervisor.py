@@ -273,6 +273,7 @@ def test_a_removed_run_directory_is_made_again_and_the_run_stops(start: Start) -
     run = start({"name": "q1"})
     run.see_step(2)
     shutil.rmtree(run.path, ignore_errors=True)
+    until((run.path / "run.json").exists, "its directory again")
     run.see_state("stopped")
     until(run.all_gone, "every process gone")
     events = [event.text for event in run.source.state.events if getattr(event, "what", "") == "run directory"]

@@ -48,7 +48,7 @@ def gone(run: RunState) -> None:
     ("place", "told"),
     [
         (stuck, IN_THE_WAY),
-        (silent, f"{IN_THE_WAY}"),
+        (silent, IN_THE_WAY),
         (saving, "rank 2 still writes the checkpoint"),
         (slow, "no step boundary was reached; rank 0 is in backward 3/4 of step 11"),
         (gone, "the ranks have ended their training"),

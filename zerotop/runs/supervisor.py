@@ -174,7 +174,8 @@ class Supervisor:
 
     def _stop_by_signal(self, number: int) -> None:
         """Its own, or one that a rank has handed on: where every process gets it, there are many."""
-        self.hub.command(stop_by_signal(signal.Signals(number).name))
+        if not self._stop_watch.has_deadline:
+            self.hub.command(stop_by_signal(signal.Signals(number).name))
 
     def _abort_command(self, command: Command) -> None:
         self._abort(f"aborted by {command.who}" if command.who else "aborted on request")
