@@ -18,7 +18,7 @@ CONFIG = {
     "train_micro_batch_size_per_gpu": 4,
     "zero_optimization": {"stage": 2},
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-    "zerotop": {"checkpoint": {"interval": 2}},
+    "zerotop": {"checkpoint": {"interval": 0}},
 }
 SCRIPT = """
 import os, sys, torch
@@ -32,15 +32,20 @@ def fork(leave):
 torch.manual_seed(0)
 rank = int(os.environ["RANK"])
 engine, *_ = deepspeed.initialize(model=torch.nn.Linear(8, 8))
-data = [torch.ones(8)] * 4 * (6 if rank == 1 else 8)
-for step, batch in enumerate(torch.utils.data.DataLoader(data, batch_size=4, num_workers=1)):
-    if rank == 1 and step == 2:
-        fork(lambda: sys.exit(0))
-        fork(lambda: os._exit(0))
-        fork(lambda: 1 / 0)
+
+def train(batch, nan=False):
     loss = engine(batch).square().mean()
-    engine.backward(loss + (float("nan") if (rank, step) == (1, 4) else 0.0))
+    engine.backward(loss + (float("nan") if nan else 0.0))
     engine.step()
+
+train(torch.ones(4, 8))
+if rank == 1:
+    fork(lambda: sys.exit(0))
+    fork(lambda: os._exit(0))
+    fork(lambda: 1 / 0)
+data = [torch.ones(8)] * 4 * (5 if rank == 1 else 7)
+for step, batch in enumerate(torch.utils.data.DataLoader(data, batch_size=4, num_workers=1), 1):
+    train(batch, nan=(rank, step) == (1, 4))
 """
 
 
@@ -60,7 +65,7 @@ def test_forked_children_are_not_noticed_and_a_rank_with_less_data_is_the_cause(
         "rank 1 ended after step 6 while the others went on: its data is shorter, or its loop takes fewer steps; "
         "another attempt would end the same way"
     )
-    assert (status.failed_rank, status.restarts, status.last_checkpoint_step) == (1, 0, 6)
+    assert (status.failed_rank, status.restarts) == (1, 0)
     assert "ZeroDivisionError" in (run.path / "logs/1/rank-1.log").read_text()  # the third child's, who told nobody
     events = [message for message in read_messages(run.path) if isinstance(message, Event)]
     unsound = [(event.rank, event.step, event.text) for event in events if event.what == "not finite"]
