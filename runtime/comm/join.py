@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from runtime.config import ConfigError
-from runtime.heap import map_large_blocks
 from runtime.descriptors import raise_file_limit
+from runtime.heap import map_large_blocks
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, read_run
 
 

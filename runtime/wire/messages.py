@@ -216,7 +216,7 @@ class Command(Message):
 
 class Ack(Message):
     """accepted (by the hub) -> applied at `step` (by rank 0) | rejected: `reason`; `result` e.g. the checkpoint's
-    path."""
+    path. Rank 0 may say accepted again, with what it does about the command as `reason`."""
 
     kind: Literal["ack"] = "ack"
     id: Identity
@@ -247,6 +247,8 @@ class Goodbye(Message):
     error: Text = ""
     fatal: bool = False
     """Another attempt would end the same way: the config, the data or the training itself is at fault."""
+    culprit: RankNumber | None = None
+    """The rank whose doing it is, where this one knows that it is another's, or its own alone."""
     wall_s: WallSeconds
 
 
@@ -269,6 +271,10 @@ class RunStatus(Message):
     """Why the last one was needed: one line for people."""
     lost_steps: Step = 0
     """Steps that the last restart takes again: those after the checkpoint that it went on from."""
+    laggard_rank: RankNumber | None = None
+    """The rank that the others lose time to, step after step."""
+    laggard: Text = ""
+    """The same as one line for people."""
     started_wall_s: WallSeconds | None = None
     ended_wall_s: WallSeconds | None = None
 
