@@ -130,7 +130,9 @@ def _exit_code(error: Exception) -> int | None:
 
 def _report(message: str, words: list[str]) -> None:
     """To people on stderr; a program that asked for JSON gets its one document as well."""
-    print(f"zerotop: {message}", file=sys.stderr, flush=True)
+    from zerotop.output import say
+
+    say(f"zerotop: {message}")
     own_words = words[: words.index("--")] if "--" in words else words
     if "--json" in own_words:
         from zerotop.output import print_json

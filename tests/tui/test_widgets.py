@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.style import Style
 
-from zerotop.tui.text import bytes_text, clean, count_text, dots, duration_text, figure_text, ms_text, used_of
+from zerotop.clean import clean
+from zerotop.tui.text import bytes_text, count_text, dots, duration_text, figure_text, ms_text, used_of
 from zerotop.tui.theme import load_palettes
 from zerotop.tui.widgets.bar import meter, split_cells, stacked_bar, thin_bar
 from zerotop.tui.widgets.lines import Row, fit

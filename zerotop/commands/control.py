@@ -203,7 +203,7 @@ def _run_there(host: str, target: Target, arguments: argparse.Namespace, setting
 
 
 def _print(name: str, record: CommandRecord, as_json: bool, accepted_is_enough: bool = False) -> int:
-    from zerotop.output import print_json, say
+    from zerotop.output import print_json, say, show
     from zerotop.report import command_document
 
     command, ack = record.command, record.ack
@@ -214,11 +214,11 @@ def _print(name: str, record: CommandRecord, as_json: bool, accepted_is_enough: 
         say(f"zerotop: {name} {ack.state} {command.name}" + (f": {ack.reason}" if ack.reason else ""))
         return 1
     if command.name == "stacks" and not as_json:
-        print(ack.result.get("text", ""), end="")
+        show(str(ack.result.get("text", "")).removesuffix("\n"))
         if ack.result.get("path"):
             say(f"saved in the run directory: {ack.result['path']}")
     elif not as_json:
         at = f" at step {ack.step}" if ack.step is not None else ""
         extras = "".join(f", {key} {value}" for key, value in ack.result.items())
-        print(f"{name}: {command.name} {ack.state} as #{ack.number or command.number}{at}{extras}")
+        show(f"{name}: {command.name} {ack.state} as #{ack.number or command.number}{at}{extras}")
     return 0

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zerotop.clean import clean
+from zerotop.output import say
+
 if TYPE_CHECKING:
     from zerotop.runs.directory import RunEntry
 
@@ -149,8 +152,10 @@ def _last(lines: list[tuple[str, str]], count: int | None) -> list[tuple[str, st
 
 
 def _print(lines: list[tuple[int, str]], labelled: bool) -> None:
+    """A pipe gets what the ranks wrote, colours and all; a terminal gets it without what would steer it."""
+    tidy = clean if sys.stdout.isatty() else str
     for rank, line in lines:
-        print(f"[{rank}] {line}" if labelled else line)
+        print(tidy(f"[{rank}] {line}" if labelled else line))
     sys.stdout.flush()
 
 
@@ -164,7 +169,7 @@ def _follow(entry: RunEntry, rank: int | None, tails: list[_Tail]) -> None:
         for tail in tails:
             _print([(tail.rank, line) for line in tail.new_lines(at_end=not live)], len(tails) > 1)
     status = read_entry(entry.path).status
-    print(f"zerotop: {entry.name} is over ({status.state})", file=sys.stderr)
+    say(f"zerotop: {entry.name} is over ({status.state})")
 
 
 def _ticks(entry: RunEntry) -> Iterator[bool]:

@@ -27,7 +27,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from zerotop.output import print_json, say
+    from zerotop.output import print_json, say, show
     from zerotop.report import status_document, status_text
     from zerotop.source.opening import open_source
     from zerotop.source.target import parse_target
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(document)
     else:
-        print(status_text(document))
+        show(status_text(document))
     return 0
 
 

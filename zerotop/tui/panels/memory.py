@@ -24,8 +24,7 @@ class MemoryPanel(Panel, can_focus=True):
             if shown != self.parts_shown:
                 self.parts_shown = shown
                 self.refresh(layout=True)
-        if self.border_title != title:
-            self.border_title = title
+        self.entitle(title)
 
     def natural_height(self, width: int) -> int:
         return max(1, self.parts_shown) + 1

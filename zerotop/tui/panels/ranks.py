@@ -28,6 +28,8 @@ OUTCOMES = {
     "aborted": ("✖", "error"),
     "failed": ("✖", "error"),
 }
+ROOMY = 110
+"""From so many cells on, bars and dots are given more than they can just be read in."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,7 @@ class RankTable(ScrollPanel):
         on_gpu = any(r.memory is not None and r.memory.allocated_bytes is not None for r in view.state.ranks.values())
         kind = "VRAM" if on_gpu else "RSS, bars against the largest rank"
         title = f"1 ranks · memory: {kind} · waits: last {WINDOW_STEPS} steps"
-        if self.border_title != title:
-            self.border_title = title
+        self.entitle(title)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         muted = view.palette.style("muted")
@@ -334,9 +335,11 @@ def _choose(view: View, width: int) -> list[_Column]:
     for column in COLUMNS:
         if (column.gpu and not on_gpu) or (column.title == "host" and len(hosts) < 2):
             continue
+        if column.title == "memory" and width >= ROOMY:
+            column = _resized(column, 20)
         if column.title == "used" and not on_gpu:
             column = _resized(column, 9)
-        if column.title == "phase" and many_micro and width >= 110:
+        if column.title == "phase" and many_micro and width >= ROOMY:
             column = _resized(column, 26)
         columns.append(column)
     while len(columns) > 1 and sum(column.width + 1 for column in columns) > width:

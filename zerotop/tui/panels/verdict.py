@@ -8,12 +8,14 @@ import re
 import textwrap
 
 from runtime.wire.messages import RunStatus
+from zerotop.clean import clean
 from zerotop.output import with_exit_code
-from zerotop.tui.text import clean
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Band, Row
 
-ERROR_LINES = 6
+ERROR_LINES, ERROR_CHARACTERS = 6, 4000
+ERROR_FROM = 22
+"""A screen must be higher than this to show any line of the error itself: the panels come first."""
 
 
 class VerdictLine(Band):
@@ -28,8 +30,9 @@ class VerdictLine(Band):
                 lines.append((f"{glyph if not i else ' '} {piece}", colour))
         status = view.state.status
         if status is not None and status.error:
-            tail = clean(status.error).rstrip().splitlines()
-            lines += [(f"  {piece}", "error") for piece in tail[-ERROR_LINES:]]
+            tail = clean(status.error[-ERROR_CHARACTERS:]).rstrip().splitlines()
+            room = min(ERROR_LINES, max(0, self.screen.size.height - ERROR_FROM))
+            lines += [(f"  {piece}", "error") for piece in tail[len(tail) - min(room, len(tail)) :]]
         if tuple(lines) != self.lines:
             self.lines = tuple(lines)
             self.take(len(lines))
