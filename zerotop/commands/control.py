@@ -58,7 +58,9 @@ def register(subparsers: Any) -> None:
                 "--wait", action="store_true", help="return when it is complete on disk, not when it is accepted"
             )
         if name == "abort":
-            parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
+            parser.add_argument(
+                "--yes", "-y", action="store_true", help="do not ask; needed, with RUN, without a terminal"
+            )
         waits = "none" if name == "checkpoint" else f"{DEFAULT_TIMEOUT_S:.0f}"
         parser.add_argument(
             "--timeout",
@@ -86,10 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
     name: str = arguments.command
     text, settings = _split_words(arguments.words) if name == "set" else (arguments.target, {})
     target = parse_target(text)
-    if name == "abort" and not arguments.yes and not _confirmed(text):
-        say("zerotop: nothing was sent")
-        return 1
+    if name == "abort":
+        _check_abort(target, arguments.yes)
     if target.host:
+        if name == "abort" and not arguments.yes and not _confirmed(f"{target.host}:{target.run}"):
+            say("zerotop: nothing was sent")
+            return 1
         return _run_there(target.host, target, arguments, settings)
 
     from zerotop.runs.directory import find_run
@@ -101,6 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(
             f"{entry.name} has ended ({entry.status.state}{reason}): there is nothing to {name}", exit_code=1
         )
+
+    if name == "abort" and not arguments.yes and not _confirmed(entry.name):
+        say("zerotop: nothing was sent")
+        return 1
 
     from zerotop.source.asking import ask, new_command, refused
 
@@ -176,13 +184,21 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _confirmed(text: str | None) -> bool:
-    """On a terminal abort asks first; a script that calls it means it."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return True
-    sys.stderr.write(f"Abort {text or 'the newest live run'}? Steps since its last checkpoint are lost. [y/N] ")
+def _confirmed(name: str) -> bool:
+    """Ask, on a terminal: an abort can't be undone."""
+    sys.stderr.write(f"Abort {name}? Steps since its last checkpoint are lost. [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _check_abort(target: Target, yes: bool) -> None:
+    """Raises CommandError unless it is plain which run is meant, and that it is meant."""
+    from zerotop.output import CommandError
+
+    if target.host and not target.run:
+        raise CommandError(f"abort can't be undone: name the run, zerotop abort {target.host}:RUN")
+    if not (sys.stdin.isatty() and sys.stderr.isatty()) and not (yes and target.run):
+        raise CommandError("abort can't be undone, and there is no terminal to ask on: zerotop abort RUN --yes")
 
 
 def _run_there(host: str, target: Target, arguments: argparse.Namespace, settings: dict[str, str]) -> int:

@@ -49,8 +49,8 @@ def _count(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from zerotop.commands.status import find_any_run
     from zerotop.output import CommandError, print_json
+    from zerotop.runs.directory import find_any_run
     from zerotop.source.target import parse_target
 
     if arguments.follow and arguments.json:

@@ -98,6 +98,7 @@ class ZerotopApp(KeyFlow[Outcome]):
         self.call_after_refresh(self.tick)
 
     def _leave(self, number: int) -> None:
+        """A signal asks the screen to go. The run goes on, as with `q`."""
         self.left_by = number
         self.action_detach()
 

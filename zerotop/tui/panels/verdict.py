@@ -4,12 +4,14 @@ otherwise.
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 
 from runtime.wire.messages import RunStatus
 from zerotop.clean import clean
 from zerotop.output import with_exit_code
+from zerotop.tui.text import count_text, duration_text, figure_text
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Band, Row
 
@@ -51,11 +53,35 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
         found.append(("✖", f"the run failed: {_failure(status)}", "error"))
     elif status is not None and status.state == "aborted":
         found.append(("✖", f"the run was aborted{': ' + status.reason if status.reason else ''}", "error"))
+    if view.ended:
+        found.append(("■", summary(view), "foreground"))
     if view.stall is not None:
         found.append(("▲", view.stall.text, "error"))
     elif view.laggard is not None:
         found.append(("▲", view.laggard.text, "warning"))
     return found
+
+
+def summary(view: View) -> str:
+    """What a run that has ended came to, as far as it is known."""
+    state, status = view.state, view.state.status
+    points = list(state.series)
+    facts: list[str] = []
+    if status is not None and status.started_wall_s is not None and status.ended_wall_s is not None:
+        facts.append(f"ended after {duration_text(status.ended_wall_s - status.started_wall_s)}")
+    losses = [(point.loss, point.step) for point in points if point.loss is not None and math.isfinite(point.loss)]
+    if losses:
+        best, step = min(losses)
+        facts.append(f"loss {figure_text(losses[-1][0])}, best {figure_text(best)} at step {step}")
+    timed = [point for point in points if point.tokens_per_s is not None]
+    if took_ms := sum(point.step_ms for point in timed):
+        tokens_ms = sum((point.tokens_per_s or 0.0) * point.step_ms for point in timed)
+        facts.append(f"{count_text(tokens_ms / took_ms * max(1, state.world_size))} tok/s on average")
+    saved = status.last_checkpoint_step if status else None
+    facts.append(f"newest checkpoint: step {saved}" if saved is not None else "no checkpoint")
+    if status is not None and status.state != "finished" and saved is not None:
+        facts.append(f"go on: zerotop launch --resume --name {status.name}")
+    return " · ".join(facts)
 
 
 def _failure(status: RunStatus) -> str:
