@@ -252,7 +252,7 @@ class Engine(Answers, CheckpointCalls):
         self.schedule.clear()
         self.global_steps += 1
         self._norm = agreed.grad_norm
-        self._report(agreed, numbers[0]["lr"], skipped)
+        self._report(agreed, numbers[0]["lr"], skipped, loss)
         self._rescale(skipped)
         if self.lr_scheduler is not None and not skipped:
             self.optimizer.mark_stepped()
@@ -302,7 +302,7 @@ class Engine(Answers, CheckpointCalls):
         except ScaleExhausted as error:
             raise TrainingError(f"step {self.global_steps}: {error}") from None
 
-    def _report(self, agreed: Boundary, lr: float, skipped: bool) -> None:
+    def _report(self, agreed: Boundary, lr: float, skipped: bool, own_loss: torch.Tensor | float) -> None:
         now = time.monotonic_ns()
         seconds = (now - self._began_ns) / 1e9
         samples = self.config.micro_batch * self.config.accumulation
@@ -321,7 +321,7 @@ class Engine(Answers, CheckpointCalls):
             end_ns=now,
         )
         self.telemetry.step(result)
-        self.steering.progress(result)
+        self.steering.progress(result, own_loss)
 
     # ---- accumulation --------------------------------------------------------------------------------------
     @property

@@ -78,6 +78,8 @@ class Steering:
         may be of no use, so it takes no good checkpoint's place."""
         self._unsound: list[int] = []
         """The steps since the last sound one, outside fp16."""
+        self._culprits: tuple[int, ...] = ()
+        """The ranks whose own loss was not finite in the newest step that wasn't; the same on all ranks."""
 
     def _checkpoint_folder(self) -> Path | None:
         """Automatic and keyboard checkpoints need a run; a script without one saves by itself. A later engine of the
@@ -149,8 +151,9 @@ class Steering:
         raise TrainingError(
             f"the loss or the gradient norm was not finite in {MOST_UNSOUND} steps in a row, from step "
             f"{self._unsound[0]} on: lower optimizer.params.lr, set gradient_clipping, or look at the data of that "
-            f"step{self._hint()}. "
-            + (f"The newest checkpoint is {newest}" if newest is not None else "There is no checkpoint to return to")
+            f"step{self.whose()}{self._hint()}. "
+            + (f"The newest checkpoint is {newest}" if newest is not None else "There is no checkpoint to return to"),
+            self.culprit,
         )
 
     def _newest_checkpoint(self) -> Path | None:
@@ -165,9 +168,27 @@ class Steering:
             "zero.GatheredParameters makes them whole"
         )
 
-    def progress(self, result: StepResult) -> None:
-        """A log line every log_interval steps, on rank 0; and a word on every step that was not finite."""
-        if result.rank == 0:
+    @property
+    def culprit(self) -> int | None:
+        """The rank with whose data the newest step that was not finite began; None where no single one can be told."""
+        return self._culprits[0] if len(self._culprits) == 1 else None
+
+    def whose(self) -> str:
+        """Of a step that was not finite: "; only the loss of rank 1 is not finite", where that tells something."""
+        if not self._culprits or len(self._culprits) == self.engine.comm.world_size:
+            return ""
+        names = ", ".join(str(rank) for rank in self._culprits)
+        one = len(self._culprits) == 1
+        return (
+            f"; only the loss of rank {names} is not finite" if one else f"; of ranks {names} the losses are not finite"
+        )
+
+    def progress(self, result: StepResult, own_loss: torch.Tensor | float) -> None:
+        """A log line every log_interval steps, on rank 0; and a word on every step that was not finite, from the rank
+        where it began. own_loss: this rank's, of which result.loss is the mean."""
+        figures = (result.loss, result.grad_norm)
+        if not all(figure is not None and math.isfinite(figure) for figure in figures):  # the same on all ranks
+            self._culprits = self._not_finite_on(float(own_loss))
             self._tell_unsound(result)
         if result.rank != 0 or result.step % self.knobs["log_interval"]:
             return
@@ -179,7 +200,17 @@ class Steering:
             f"{result.grad_norm:.3f} · {result.step_ms:.1f} ms{speed}"
         )
 
+    def _not_finite_on(self, own_loss: float) -> tuple[int, ...]:
+        """The ranks whose own loss is not finite. Collective."""
+        comm = self.engine.comm
+        flags = torch.zeros(comm.world_size, dtype=torch.float64, device=comm.device)
+        flags[comm.rank] = not math.isfinite(own_loss)
+        comm.all_reduce(flags).wait()
+        return tuple(rank for rank, flag in enumerate(flags.tolist()) if flag)
+
     def _tell_unsound(self, result: StepResult) -> None:
+        if result.rank != (self._culprits[0] if self._culprits else 0):
+            return
         what, severity = "not finite", "error"
         if result.skipped and result.loss_scale is not None:  # part of finding the scale
             what, severity = "overflow", "warning"
@@ -187,13 +218,15 @@ class Steering:
         elif result.skipped:
             text = (
                 f"step {result.step} changed nothing: the gradient norm is {result.grad_norm} and the loss "
-                f"{result.loss}{self._hint() if not self._unsound else ''}"
+                f"{result.loss}{self.whose()}{self._hint() if not self._unsound else ''}"
             )
-        elif result.loss is not None and not math.isfinite(result.loss):
-            text = f"step {result.step}: the loss is {result.loss}; its gradients are finite, so the step was taken"
         else:
-            return
-        self.link.event(what, text, severity=severity, step=result.step)  # type: ignore[arg-type]
+            text = (
+                f"step {result.step}: the loss is {result.loss}; its gradients are finite, so the step was "
+                f"taken{self.whose()}"
+            )
+        of_run = not self._culprits  # gradients that come from no rank's loss
+        self.link.event(what, text, severity=severity, step=result.step, of_run=of_run)  # type: ignore[arg-type]
         log.log(logging.ERROR if severity == "error" else logging.WARNING, text)
 
     def finish(self) -> None:
@@ -335,6 +368,8 @@ class Steering:
     def _stop(self, why: str, command: Command | None = None, cannot_save: str = "") -> None:
         """Save (unless this step is saved), say goodbye, leave."""
         self._problem = cannot_save
+        if command is not None and self.folder is not None and not cannot_save:
+            self._answer(command, "accepted", f"the checkpoint of step {self.engine.global_steps} is being written")
         saved = not cannot_save and (self.folder is None or self._saved())
         if command is not None:
             self._answer(
@@ -366,6 +401,8 @@ class Steering:
         assert self.folder is not None
         engine, checkpoints = self.engine, self.engine.config.zerotop.checkpoint
         step = engine.global_steps
+        if command is not None:
+            self._answer(command, "accepted", f"the checkpoint of step {step} is being written")
         try:
             with engine.telemetry.span("checkpoint"):
                 path = engine.saver.begin(

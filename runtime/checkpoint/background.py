@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
@@ -21,6 +20,7 @@ from runtime.checkpoint.parts import Block, blocks_of
 from runtime.checkpoint.process import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
 from runtime.checkpoint.saving import make_job
 from runtime.checkpoint.snapshot import SharedMemory, Snapshot
+from runtime.forked import Owner, at_exit
 from runtime.hostmemory import HostMemoryError, check_host_memory
 from runtime.sizes import format_size
 
@@ -48,6 +48,7 @@ class Background:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.ref(engine)
+        self._process = Owner()
         self._writer: WriterProcess | None = None
         self._generation = 0
         self._memory: SharedMemory | None = None
@@ -154,7 +155,9 @@ class Background:
 
     def leave(self, patience_s: float | None = None) -> None:
         """This process ends: wait for what is being written (seconds; None: as long as it takes), then end the
-        writer."""
+        writer. A forked child leaves them to the rank."""
+        if not self._process.is_here:
+            return
         if self._writer is not None:
             self._writer.wait(patience_s)
         self.close()
@@ -269,7 +272,7 @@ class Background:
         session = self._owner().session
         meeting = store / f"writers-{session.attempt}-{session.number}-{generation}"
         if not _open:
-            atexit.register(leave_all)
+            at_exit(leave_all)
         _open.add(self)
         self._writer = WriterProcess(str(meeting), comm.rank, comm.world_size)
 

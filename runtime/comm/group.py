@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from runtime.comm.pending import (
     waiting_for_ranks,
 )
 from runtime.exchange import DTYPES, Exchange
+from runtime.forked import at_exit
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.transfer import Copy
 
@@ -173,7 +173,7 @@ class Comm:
         world = dist.group.WORLD
         if _shared is None or _shared[0] is not world:
             if _shared is None:
-                atexit.register(_leave_groups)
+                at_exit(_leave_groups)
             _shared = (world, dist.new_group(backend="gloo"))
         return _shared[1]
 

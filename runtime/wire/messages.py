@@ -199,7 +199,7 @@ class Command(Message):
 
 class Ack(Message):
     """accepted (by the hub) -> applied at `step` (by rank 0) | rejected: `reason`; `result` e.g. the checkpoint's
-    path."""
+    path. Rank 0 may say accepted again, with what it does about the command as `reason`."""
 
     kind: Literal["ack"] = "ack"
     id: str
@@ -230,6 +230,8 @@ class Goodbye(Message):
     error: str = ""
     fatal: bool = False
     """Another attempt would end the same way: the config, the data or the training itself is at fault."""
+    culprit: int | None = None
+    """The rank whose doing it is, where this one knows that it is another's, or its own alone."""
     wall_s: float
 
 
@@ -252,6 +254,10 @@ class RunStatus(Message):
     """Why the last one was needed: one line for people."""
     lost_steps: int = 0
     """Steps that the last restart takes again: those after the checkpoint that it went on from."""
+    laggard_rank: int | None = None
+    """The rank that the others lose time to, step after step."""
+    laggard: str = ""
+    """The same as one line for people."""
     started_wall_s: float | None = None
     ended_wall_s: float | None = None
 

@@ -12,6 +12,7 @@ from typing import Any
 from runtime.wire.messages import Event, LogRecord, RunStatus, StepResult
 from zerotop.output import duration_text, number_text, print_json, say, show, with_exit_code
 from zerotop.report import status_document
+from zerotop.runs.batchsignal import stop_by_signal
 from zerotop.runs.directory import RunEntry
 from zerotop.source.asking import new_command
 from zerotop.source.base import Source
@@ -19,7 +20,7 @@ from zerotop.state.progress import progress
 from zerotop.state.run import RunState
 
 POLL_S = 0.25
-_LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal"})
+_LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal", "hang", "laggard"})
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """A batch system's: the job is about to end."""
 
@@ -50,7 +51,10 @@ def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
                 come = [number for number in _STOP_SIGNALS if count[number]]
                 if come and not told:
                     told = True
-                    _ask(source, "stop", f"{come[0].name}: stopping after a checkpoint", come[0].name)
+                    command = stop_by_signal(come[0].name)
+                    limit_s = command.arguments["deadline_s"]
+                    say(f"{command.who}: stopping after a checkpoint, or aborting in {limit_s:g} s")
+                    source.send(command)
     finally:
         source.close()
     status = source.state.status or entry.status

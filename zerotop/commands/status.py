@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             _listen(source)
         if source.connection not in ("live", "ended"):
             say(f"zerotop: the hub of {entry.name} does not answer ({source.connection}): its directory says:")
-        document = status_document(source.state, entry)
+        document = status_document(source.state, entry, connection=source.connection)
     finally:
         source.close()
     if arguments.json:

@@ -47,7 +47,8 @@ class Hub:
     """Gathers, folds, records and republishes a run, attempt by attempt. Lives in the supervisor's event loop.
 
     `abort(command)` and `stacks(command)` are called for accepted commands of these names, which ranks never see;
-    `on_status(status)` whenever the run's status changes; `on_hello(hello)` when a rank has introduced itself.
+    `on_stop(command)` for an accepted `stop`, which they are also told; `on_status(status)` whenever the run's status
+    changes; `on_hello(hello)` when a rank has introduced itself.
     `earlier` are steps of attempts under earlier supervisors, so that a resumed run's curves are whole.
     """
 
@@ -59,6 +60,7 @@ class Hub:
         recorder: Recorder,
         abort: Callable[[Command], None],
         stacks: Callable[[Command], None],
+        on_stop: Callable[[Command], None] = lambda command: None,
         on_status: Callable[[RunStatus], None],
         on_hello: Callable[[Hello], None] = lambda hello: None,
         earlier: Iterable[StepResult] = (),
@@ -71,6 +73,7 @@ class Hub:
         self._sockets = Sockets(run.sockets)
         self._recorder = recorder
         self._on_status = on_status
+        self._on_stop = on_stop
         self._on_hello = on_hello
         self._context = zmq.asyncio.Context()
         self._telemetry = self._socket(zmq.SUB)
@@ -334,6 +337,7 @@ class Hub:
         self.router.submit(command, asker)
         if command.name == "stop" and len(self.router.open_commands()) > before and self.status.state in LIVE_STATES:
             self.set_status(state="stopping", reason=f"stop asked by {command.who}" if command.who else "stop asked")
+            self._on_stop(command)
 
     def _refuse(self, asker: bytes, frame: bytes, reason: str) -> None:
         """Answer a command that can't be read, if it can be told whose it is."""

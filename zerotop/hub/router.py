@@ -15,6 +15,8 @@ from zerotop.state.run import RunState
 REMEMBERED = 1000
 """Commands whose answers are kept, so that a repeated id is answered again and not acted on again."""
 
+LONGEST_DEADLINE_S = 7 * 86400
+
 _OUTLIVE_RANKS = frozenset({"checkpoint", "set", "stop", "abort"})
 
 Asker = bytes
@@ -105,7 +107,8 @@ class CommandRouter:
             return command.arguments, "the run is being aborted"
         if command.name == "abort":
             return _without_arguments(command)
-        if "stop" in waiting or state == "stopping":
+        hastens = command.name == "stop" and "deadline_s" in command.arguments and not self._has_deadline()
+        if ("stop" in waiting or state == "stopping") and not hastens:
             return command.arguments, "the run is stopping already (abort ends it at once)"
         match command.name:
             case "pause" if "pause" in waiting:
@@ -118,16 +121,22 @@ class CommandRouter:
                 return command.arguments, "a resume is on its way already"
             case "set":
                 return _knobs(command.arguments)
+            case "stop" if command.arguments.keys() == {"deadline_s"}:
+                return _deadline(command.arguments)
             case "pause" if command.arguments.keys() == {"release"} and command.arguments["release"] in (True, False):
                 return command.arguments, ""
         return _without_arguments(command)
 
+    def _has_deadline(self) -> bool:
+        """Whether a stop is open that must end within some time; a second one adds nothing."""
+        return any(c.open and c.command.name == "stop" and c.command.arguments for c in self._cases.values())
+
     # ---- from ranks and the supervisor -----------------------------------------------------------------------------
     def hear(self, ack: Ack) -> Command | None:
         """Rank 0's word on a command; relayed to whoever asked. Returns the command, None for one that nobody here
-        knows."""
+        knows. `accepted` comes from a rank that has taken the command up, and says what it does about it."""
         case = self._cases.get(ack.id)
-        if case is None or ack.state == "accepted" or any(ack == known for known in case.acks):
+        if case is None or any(ack == known for known in case.acks) or (ack.state == "accepted" and not case.open):
             return None
         self._keep(case, ack.model_copy(update={"number": case.command.number, "wall_s": ack.wall_s or time.time()}))
         return case.command
@@ -238,6 +247,13 @@ def _without_arguments(command: Command) -> tuple[dict[str, Any], str]:
     if command.arguments:
         return command.arguments, f"{command.name} takes no arguments, got {', '.join(command.arguments)}"
     return {}, ""
+
+
+def _deadline(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    seconds = arguments["deadline_s"]
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= LONGEST_DEADLINE_S:
+        return arguments, ""
+    return arguments, f"stop: deadline_s: expected seconds from 0 to {LONGEST_DEADLINE_S}, got {seconds!r}"
 
 
 def _knobs(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -101,8 +101,9 @@ class Attempt:
     def _has_ended(self, rank: int, pid: int) -> None:
         self._forget(pid)
         code = _exit_code_of_zombie(pid)
-        if code:
+        if code is not None:
             self.rank_codes.setdefault(rank, code)
+        if code:
             self.rank_died.set()
 
     def _forget(self, pid: int) -> None:

@@ -33,6 +33,8 @@ from zerotop.state.series import Series
 from zerotop.state.waits import Waits
 
 EVENTS_KEPT = 500
+_WAITS_FOR = {"abort": "ending the ranks", "stacks": "the ranks are being asked"}
+"""What happens to an accepted command that does not wait for a step boundary."""
 COMMANDS_KEPT = 100
 
 
@@ -59,6 +61,13 @@ class RankState:
         if self.goodbye is not None:
             return self.goodbye.outcome
         return self.heartbeat.phase if self.heartbeat else "init"
+
+    @property
+    def current_step(self) -> int | None:
+        """The step that the rank works on; once it has left, the last one that it finished."""
+        if self.goodbye is not None:
+            return self.goodbye.step
+        return self.heartbeat.step if self.heartbeat else None
 
 
 @dataclass
@@ -159,6 +168,7 @@ class RunState:
         """All ranks are new processes: nothing of the dead ones may shine through."""
         self.ranks.clear()
         self.waits.restart()
+        self.series.begin_attempt()
         self.restarted = True
 
     def _record(self, record: CommandRecord, arrival_ns: int) -> None:
@@ -216,8 +226,12 @@ class RunState:
         return [record.command for record in self.commands.values() if record.ack.state == "accepted"]
 
     def pending_text(self) -> str:
-        names = [command.name for command in self.open_commands() if command.name not in ("abort", "stacks")]
-        return f"{', '.join(names)}: waiting for a step boundary" if names else ""
+        """Open commands for ranks, and what each one waits for."""
+        names: dict[str, list[str]] = {}
+        for record in self.commands.values():
+            if record.ack.state == "accepted" and record.command.name not in ("abort", "stacks"):
+                names.setdefault(waits_for(record), []).append(record.command.name)
+        return "; ".join(f"{', '.join(those)}: {what}" for what, those in names.items())
 
     def snapshot_messages(self) -> list[Any]:
         """What a late screen must be told to be where this state is, in an order that `apply` understands."""
@@ -238,6 +252,12 @@ class RunState:
         messages += list(self.commands.values())
         messages += list(self.events)
         return messages
+
+
+def waits_for(record: CommandRecord) -> str:
+    """What an accepted command waits for: the ranks' own word once they have taken it up (a checkpoint is being
+    written), before that a step boundary."""
+    return record.ack.reason or _WAITS_FOR.get(record.command.name, "waiting for a step boundary")
 
 
 def _is_event_packet(packet: Packet) -> bool:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.wire.messages import Command, CommandName, CommandRecord
-from zerotop.source.asking import WAITS_FOR
-from zerotop.state.run import RunState
+from zerotop.state.run import RunState, waits_for
 
 SENT_KEPT = 100
 ANSWER_BRIGHT_S = 7.0
@@ -101,8 +100,7 @@ class CommandDesk:
         label = _label(command, ack.number or command.number)
         took = f" ({waited_s:.1f} s)" if waited_s is not None else ""
         if ack.state == "accepted":
-            holds = f" … {WAITS_FOR.get(command.name, 'waiting for a step boundary')}"
-            text = f"{label}: accepted{holds}"
+            text = f"{label}: accepted … {waits_for(record)}"
         elif ack.state == "applied":
             step = f" at step {ack.step}" if ack.step is not None else ""
             path = ack.result.get("path")

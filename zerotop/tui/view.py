@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zerotop.state.condition import Condition, condition_of
 from zerotop.state.progress import Progress, progress
 from zerotop.state.run import RunState
 from zerotop.state.stall import Laggard, Stall, find_laggard, find_stall
@@ -20,6 +21,7 @@ class View:
     state: RunState
     palette: Palette
     progress: Progress
+    condition: Condition
     stall: Stall | None
     laggard: Laggard | None
     connection: str
@@ -51,7 +53,8 @@ def build_view(
     return View(
         state=state,
         palette=palette,
-        progress=progress(state),
+        progress=progress(state, connection),
+        condition=condition_of(state, connection),
         stall=None if stale else find_stall(state),
         laggard=None if stale or state.state_name != "running" else find_laggard(state, laggard_before),
         connection=connection,

@@ -271,8 +271,8 @@ def _last(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, si
 
 
 def _step(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
-    beat = rank.heartbeat
-    row.cell(str(beat.step) if beat else "", size, _dim(context, rank) or PLAIN, right=True)
+    step = rank.current_step
+    row.cell("" if step is None else str(step), size, _dim(context, rank) or PLAIN, right=True)
 
 
 def _pinned(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
