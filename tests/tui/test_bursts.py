@@ -22,7 +22,7 @@ from zerotop.tui.screens.palette import ActionPalette
 from zerotop.tui.screens.rank import RankScreen
 
 TUI = Path(__file__).parents[2] / "zerotop" / "tui"
-MARKUP = ("[/", "[/x]", "[a=b", "[red]r[/red]", "[@click=app.abort]press[/]", "\\[b]", "[[", "$primary", "[$x y]")
+MARKUP = ("[/", "[a=b", "[@click=app.abort]r[/] \\[b] [[")
 STEERING = "\x1b]0;owned\x07\x1b[31m\x9b2J\u202eevil\u200b\x00\ud800"
 
 
@@ -33,7 +33,7 @@ def burst(app: ZerotopApp, *keys: str) -> None:
         app.post_message(events.Key(key if named else _character_to_key(key), None if named else key))
 
 
-@pytest.mark.parametrize("text", ["CUDA", "Paused", "q", "SyAy", "[/", "t2z"])
+@pytest.mark.parametrize("text", ["CUDA", "Paused q", "SyAy[/t2z"])
 async def test_a_filter_typed_in_one_burst_acts_on_nothing(open_app: OpenApp, text: str) -> None:
     async with open_app() as (app, pilot, run):
         burst(app, "/", *text)
@@ -87,7 +87,7 @@ async def test_the_palette_turns_pages_while_it_searches(open_app: OpenApp, keys
         assert isinstance(app.screen, KnobScreen)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 async def test_a_monkey_ends_nothing_and_answers_no_question(
     open_app: OpenApp, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +99,7 @@ async def test_a_monkey_ends_nothing_and_answers_no_question(
     keys = ["/", "ctrl+p", "escape", "enter", "tab", "pagedown", "pageup", "up", "down", "home", "end", "backspace"]
     keys += list("zfgtTE?ASPC1246[]j ")
     async with open_app(size=chance.choice([(80, 24), (120, 38), (200, 24)])) as (app, pilot, run):
-        for _ in range(60):
+        for _ in range(25):
             if isinstance(app.screen, ConfirmScreen):
                 await pilot.press("n")
             typed: list[str] = []
@@ -192,7 +192,7 @@ def test_no_string_becomes_a_title_or_a_label_without_passing_through_plain() ->
                 text = node.args[0] if node.args else None
                 if name in {"Static", "Label", "Option"} and isinstance(text, ast.Constant | ast.JoinedStr | ast.BinOp):
                     offences.append(where)
-                offences += [where for keyword in node.keywords if keyword.arg == "markup" and "app.py" != path.name]
+                offences += [where for keyword in node.keywords if keyword.arg == "markup" and path.name != "app.py"]
     assert offences == []
 
 

@@ -168,6 +168,7 @@ class ZerotopApp(KeyFlow[Outcome]):
             # Commands stay live in a frozen view: an answer to a key must never be missed.
             commands=self.desk.lives(self.source.state, age_s),
             laggard_before=self._laggard,
+            live=self.source.state,
         )
         self._laggard = view.laggard.rank if view.laggard is not None else None
         return view

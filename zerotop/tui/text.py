@@ -19,8 +19,10 @@ STATES: dict[str, tuple[str, str]] = {
     "finished": ("✔", "success"),
     "aborted": ("✖", "error"),
     "failed": ("✖", "error"),
+    "stalled": ("▲", "error"),
+    "unknown": ("?", "warning"),
 }
-"""Run state -> (glyph, colour of [ui]); the word always stands beside the glyph."""
+"""Condition of a run -> (glyph, colour of [ui]); the word always stands beside the glyph."""
 SEVERITIES: dict[str, tuple[str, str, str]] = {
     "debug": ("·", "debug", "muted"),
     "info": ("●", "info", "muted"),

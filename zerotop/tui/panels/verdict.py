@@ -11,7 +11,7 @@ import textwrap
 from runtime.wire.messages import RunStatus
 from zerotop.clean import clean
 from zerotop.output import with_exit_code
-from zerotop.tui.text import count_text, duration_text, figure_text
+from zerotop.tui.text import STATES, count_text, duration_text, figure_text
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Band, Row
 
@@ -55,8 +55,8 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
         found.append(("✖", f"the run was aborted{': ' + status.reason if status.reason else ''}", "error"))
     if view.ended:
         found.append(("■", summary(view), "foreground"))
-    if view.stall is not None:
-        found.append(("▲", view.stall.text, "error"))
+    if view.condition.text:
+        found.append(("▲", view.condition.text, STATES[view.condition.name][1]))
     elif view.laggard is not None:
         found.append(("▲", view.laggard.text, "warning"))
     return found
