@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -33,6 +34,9 @@ EXITS = "Exit codes: 0 done; 1 the run failed or the command was rejected; 2 bad
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a character must not end in a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _run(words)
     except KeyboardInterrupt:

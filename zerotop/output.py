@@ -106,6 +106,8 @@ def duration_text(seconds: float | None) -> str:
     number = as_float(seconds)
     if number is None:
         return "-"
+    if number < 0:
+        return f"-{duration_text(-number)}"
     whole = int(number)
     if whole < 60:
         return f"{whole}s"

@@ -128,7 +128,7 @@ class ZerotopApp(KeyFlow[Outcome]):
 
     @property
     def rank_count(self) -> int:
-        return max(len(self.shown_state.ranks), self.shown_state.world_size)
+        return max(max(self.shown_state.ranks, default=-1) + 1, self.shown_state.world_size)
 
     def tick(self) -> None:
         """Drain the source; draw only when something that is shown changed."""

@@ -52,7 +52,7 @@ def bytes_text(count: float) -> str:
 
 def used_of(used: int, total: int) -> str:
     """'6.2/24.0 GiB' in the unit of the total; '442 MiB/24.0 GiB' where that would round the figure away."""
-    if as_float(used) is None or as_float(total) is None or max(used, total) >= 2**60:
+    if as_float(used) is None or as_float(total) is None or max(used, total) >= 2**49:
         return bytes_text(used)
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if total >= scale:
@@ -86,6 +86,8 @@ def duration_text(seconds: float | None) -> str:
     seconds = as_float(seconds)
     if seconds is None:
         return "n/a"
+    if seconds < 0:
+        return f"-{duration_text(-seconds)}"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -101,8 +103,8 @@ def ms_text(milliseconds: float | None) -> str:
     milliseconds = as_float(milliseconds)
     if milliseconds is None:
         return "n/a"
-    if milliseconds >= 9999.5:
-        return f"{milliseconds / 1000:.1f} s" if milliseconds < 1e9 else f"{milliseconds / 1000:.0e} s"
+    if abs(milliseconds) >= 9999.5:
+        return f"{milliseconds / 1000:.1f} s" if abs(milliseconds) < 1e8 else f"{milliseconds / 1000:.0e} s"
     return f"{milliseconds:.1f} ms" if milliseconds < 99.95 else f"{milliseconds:.0f} ms"
 
 

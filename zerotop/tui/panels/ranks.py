@@ -94,7 +94,7 @@ class RankTable(ScrollPanel):
 
     def accept(self, view: View) -> None:
         super().accept(view)
-        count = max(len(view.state.ranks), view.state.world_size)
+        count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
         if count != self._count:
             self._count = count
             self.virtual_size = Size(0, count + 1)
@@ -124,8 +124,7 @@ class RankTable(ScrollPanel):
             head.cell(column.title, size, muted, right=column.right).gap()
         rows = [head]
         first = self.scroll_offset.y
-        numbers = sorted(set(view.state.ranks) | set(range(view.state.world_size)))
-        for number in numbers[first : first + height - 1]:
+        for number in range(first, min(first + height - 1, self._count)):
             rows.append(self._rank(context, number, columns, sizes, width))
         return rows
 
@@ -207,7 +206,7 @@ def _memory(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, 
         return
     use = memory_use(rank.memory)
     total = use.total_bytes if use.on_gpu and use.total_bytes else context.largest_bytes
-    parts = [(name, float(count), palette.category(name)) for name, count in use.parts]
+    parts = [(name, count, palette.category(name)) for name, count in use.parts]
     row.extend(stacked_bar(parts, total, size, palette.style("border")))
 
 
