@@ -462,6 +462,8 @@ async def test_a_new_record_has_only_itself_wrapped(open_app: OpenApp, monkeypat
         for number in range(600):
             run.log(f"{number} " + "word " * 3000)
         await settle(app, pilot)
+        run.log("with the scroll bar there, lines are one cell shorter")
+        await settle(app, pilot)
         wrapped: list[int] = []
         wrap = EventPanel._wrap_record
         monkeypatch.setattr(EventPanel, "_wrap_record", lambda *given: wrapped.append(1) or wrap(*given))

@@ -12,6 +12,7 @@ from textual.binding import Binding
 from textual.color import Color
 from textual.command import CommandList, CommandPalette
 
+import zerotop.tui
 from zerotop.tui.app import ZerotopApp
 from zerotop.tui.keys import FIXED_KEYS, KEYS, key_named, read_keymap
 from zerotop.tui.panels.ranks import RankTable
@@ -282,3 +283,15 @@ async def test_the_setting_dialog_is_whole_in_a_small_terminal(open_app: OpenApp
         )
         dialog = app.screen.query_one(".dialog")
         assert dialog.region in app.screen.region and dialog.max_scroll_y == 0
+
+
+def test_every_sign_on_the_screen_is_in_fonts_that_people_have() -> None:
+    """Looked up in DejaVu Sans Mono, the usual one on Linux (fc-query --format='%{charset}' DejaVuSansMono.ttf)."""
+    there = set("–“”…·×‖←↑→↓↻⏎─│├┤└═━░▌█▏▎▍▌▋▊▉╸■□▲▶●○◌◐◧✔✖❄°µé")
+    used = {
+        character
+        for path in Path(zerotop.tui.__file__).parent.rglob("*.py")
+        for character in path.read_text()
+        if not character.isascii()
+    }
+    assert used <= there

@@ -9,6 +9,7 @@ waits until the one before it has been dealt with, and the screen or field that 
 from __future__ import annotations
 
 import collections
+from functools import partial
 from typing import TypeVar
 
 from textual import events
@@ -16,12 +17,13 @@ from textual.app import App
 from textual.dom import DOMNode
 from textual.driver import Driver
 from textual.message import Message
-from textual.message_pump import MessagePump
 from textual.timer import Timer
 
 ReturnType = TypeVar("ReturnType")
-LONGEST_WAIT_S = 1.0
-"""A key that nobody ever finishes (its widget was removed under it) holds the others up for this long at most."""
+LOOK_AGAIN_S, LONGEST_WAIT_S = 0.5, 30.0
+"""A key whose widget was removed under it is never finished: so often it is asked whether the widget is still there. A
+busy machine is no reason to send the next key early; one that hangs is, at last.
+"""
 ROUNDS, MOST_ROUNDS = 2, 10
 """What a key sets in motion may itself be a message, a selected option say: the second round waits for that. Each
 change of screen or focus in a round is given another one."""
@@ -71,15 +73,24 @@ class KeyFlow(App[ReturnType]):
             await super().on_event(event)
             self._follow(target)
 
-    def _follow(self, target: MessagePump) -> None:
+    def _follow(self, target: DOMNode) -> None:
         self._number += 1
         self._rounds += 1
         self._place = (self.screen, self.focused)
         if self._overdue is not None:
             self._overdue.stop()
-        self._overdue = self.set_timer(LONGEST_WAIT_S, self._next_key)
+        self._overdue = self.set_timer(LOOK_AGAIN_S, partial(self._look_again, target, LONGEST_WAIT_S))
         if not target.post_message(_DealtWith(self._number)):  # it is being removed
             self.post_message(_DealtWith(self._number))
+
+    def _look_again(self, target: DOMNode, left_s: float) -> None:
+        if not self._busy or not self.screen_stack:
+            return
+        if target.is_attached and left_s > 0:
+            left_s -= LOOK_AGAIN_S
+            self._overdue = self.set_timer(LOOK_AGAIN_S, partial(self._look_again, target, left_s))
+        else:
+            self._follow(self)
 
     async def on__dealt_with(self, message: _DealtWith) -> None:
         message.stop()
