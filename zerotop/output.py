@@ -56,9 +56,14 @@ def finite(value: Any) -> Any:
     return value
 
 
-def show(text: str, *, to_stderr: bool = False) -> None:
-    """Lines for people, cleaned of what would steer their terminal."""
-    print(clean(text), file=sys.stderr if to_stderr else sys.stdout, flush=True)
+def show(text: str, *, to_stderr: bool = False, coloured: bool = False) -> None:
+    """Lines for people, cleaned of what would steer their terminal. `coloured`: colours in it are our own, and stay."""
+    parts = _COLOUR.split(text) if coloured else [text]
+    shown = "".join(part if index % 2 else clean(part) for index, part in enumerate(parts))
+    print(shown, file=sys.stderr if to_stderr else sys.stdout, flush=True)
+
+
+_COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 def say(text: str) -> None:

@@ -70,7 +70,7 @@ async def test_pasted_text_goes_into_a_field_or_nowhere(open_app: OpenApp) -> No
     async with open_app() as (app, pilot, run):
         app.post_message(events.Paste("PCSAqy\nz"))
         burst(app, "/")
-        app.post_message(events.Paste("CUDA error"))
+        app.post_message(events.Paste("CUDA\x1b[31m \u202eerror"))
         await settle(app, pilot)
         assert run.sent == [] and isinstance(app.screen, MainScreen)
         assert app.screen.query_one(EventPanel).filter == "CUDA error"

@@ -396,6 +396,9 @@ async def test_eight_ranks_and_their_failure_fit_every_size(open_app: OpenApp, s
         parts = [part for part in app.screen.query("MainScreen > *") if part.region.area and part.id]
         assert app.screen.max_scroll_y == 0 and all(part.region in app.screen.region for part in parts)
         assert app.screen.query_one(RankTable).size.height >= 5 and app.screen.query_one(EventPanel).size.height >= 2
+        await pilot.press("enter")
+        await settle(app, pilot)
+        assert isinstance(app.screen, RankScreen) and app.screen.max_scroll_y == 0
 
 
 async def test_the_header_says_what_is_true_now(open_app: OpenApp) -> None:

@@ -19,6 +19,8 @@ from textual.driver import Driver
 from textual.message import Message
 from textual.timer import Timer
 
+from zerotop.clean import clean
+
 ReturnType = TypeVar("ReturnType")
 LOOK_AGAIN_S, LONGEST_WAIT_S = 0.5, 30.0
 """A key whose widget was removed under it is never finished: so often it is asked whether the widget is still there. A
@@ -52,7 +54,7 @@ class KeyFlow(App[ReturnType]):
 
     async def on_event(self, event: events.Event) -> None:
         if isinstance(event, events.Key | events.Paste) and not event.is_forwarded:
-            self._typed.append(event)
+            self._typed.append(events.Paste(clean(event.text)) if isinstance(event, events.Paste) else event)
             if not self._busy:
                 await self._next_key()
         else:
