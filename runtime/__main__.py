@@ -18,6 +18,7 @@ from pathlib import Path
 
 from runtime.forked import Owner
 from runtime.telemetry import die_with_parent, register_stacks, stopsignal
+from runtime.tempdir import keep_socket_paths_short
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE
 
 ERROR_LINES = 40
@@ -57,6 +58,8 @@ def _train(run: Path | None, arguments: list[str]) -> None:
     from runtime.wire.rundir import read_run
 
     launched = read_run(run) if run is not None else None
+    if launched is not None:
+        keep_socket_paths_short(Path(launched.sockets))
     if launched is not None and launched.script:
         arguments = launched.script
     if arguments and arguments[0].endswith(".py"):

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -29,10 +30,13 @@ COMMANDS = {
     "resolve": ("resolve", ""),
 }
 """Command -> (module of zerotop.commands, its line in the help; empty: not for people)."""
+_UTF8 = "PYTHONUTF8"
 EXITS = "Exit codes: 0 done; 1 the run failed or the command was rejected; 2 bad usage, an unknown run or a bad value."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if argv is None:
+        _speak_utf8()
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a character must not end in a traceback
@@ -51,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _report(str(error), words)
         return exit_code
+
+
+def _speak_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale has another encoding: run.json, logs and the ranks' names are
+    UTF-8, and under an ASCII locale no other name could even be passed on."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get(_UTF8) != "1" and sys.executable:
+        os.environ[_UTF8] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _run(words: list[str]) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.wire.messages import LIVE_STATES, CommandRecord, StepResult
 from zerotop.output import bytes_text, duration_text, number_text, table, time_text, with_exit_code
-from zerotop.state.condition import condition_of
+from zerotop.state.condition import Condition, condition_of
 from zerotop.state.memory import memory_use
 from zerotop.state.progress import progress
 from zerotop.state.run import RankState, RunState, waits_for
@@ -24,7 +24,7 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
     status = state.status or (entry.status if entry else None)
     hello = state.hello
     newest = _newest_step(state)
-    how_far, condition = progress(state, connection), condition_of(state, connection)
+    how_far, condition = progress(state, connection), _condition(state, entry, connection)
     return {
         "name": status.name if status else "",
         "state": status.state if status else state.state_name,
@@ -36,7 +36,7 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         "tokens_per_s": how_far.tokens_per_s,
         "step_ms": how_far.step_ms,
         "eta_s": how_far.eta_s,
-        "condition": condition.name if state.status else None,
+        "condition": condition.name,
         "condition_text": condition.text,
         "attempt": status.attempt if status else 0,
         "stage": hello.stage if hello else None,
@@ -57,6 +57,14 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         "ranks": [_rank_document(state, rank) for _, rank in sorted(state.ranks.items())],
         "commands": [command_document(record) for record in state.commands.values()],
     }
+
+
+def _condition(state: RunState, entry: RunEntry | None, connection: str) -> Condition:
+    if state.status is not None or entry is None:
+        return condition_of(state, connection)
+    if entry.live and entry.status.state != "starting":
+        return Condition("unknown", f"the supervisor does not answer ({connection})")
+    return Condition(entry.status.state)
 
 
 def _newest_step(state: RunState) -> StepResult | None:

@@ -124,6 +124,29 @@ def test_what_waits_counts_as_done_for_what_comes_next(desk: Desk) -> None:
     assert desk.ask("abort")[1] == "the run is being aborted"
 
 
+def test_a_batch_systems_signal_gives_a_stop_that_waits_a_deadline_once(desk: Desk) -> None:
+    refusal = ("rejected", "the run is stopping already (abort ends it at once)")
+    assert desk.ask("stop", deadline_s=-1)[0] == desk.ask("stop", deadline_s="soon")[0] == "rejected"
+    assert desk.ask("stop") == ("accepted", "")
+    desk.set("stopping")
+    assert desk.ask("stop") == desk.ask("checkpoint") == refusal
+    assert desk.ask("stop", deadline_s=60) == ("accepted", "")
+    assert desk.ask("stop", deadline_s=60) == refusal
+    desk.router.finish("stopped", 7)
+    assert [record.ack.state for record in desk.published[-2:]] == ["applied", "applied"]
+
+
+def test_a_rank_says_what_it_does_about_a_command_before_it_is_done(desk: Desk) -> None:
+    desk.ask("checkpoint", asker=b"me")
+    writing = Ack(id=desk.forwarded[0].id, state="accepted", reason="the checkpoint of step 5 is being written", rank=0)
+    desk.router.hear(writing)
+    assert desk.answers[-1] == (b"me", "accepted", "the checkpoint of step 5 is being written")
+    assert desk.router.is_open("checkpoint")
+    desk.applied(1)
+    assert desk.answers[-1] == (b"me", "applied", "") and desk.router.hear(writing.model_copy()) is None
+    assert desk.answers[-1][1] == "applied"
+
+
 def test_a_paused_run_with_a_resume_on_its_way_can_be_paused_again(desk: Desk) -> None:
     desk.set("paused")
     desk.ask("resume")

@@ -9,8 +9,11 @@ from itertools import pairwise
 import pytest
 
 from runtime.wire.messages import Collectives, StepResult
+from tests.unit.test_runs_hang import PlayedHub
 from tests.unit.test_state_stall import a_run
-from zerotop.state.stall import find_laggard
+from zerotop.report import status_document, status_text
+from zerotop.runs.laggards import LaggardWatch
+from zerotop.state.stall import Laggard, find_laggard
 
 MICRO_STEPS = 2
 LateMs = Callable[[random.Random, int, int], float]
@@ -92,3 +95,29 @@ def test_the_verdict_follows_a_rank_that_becomes_slow_and_recovers() -> None:
     told = verdicts(late, steps=260)
     assert set(told[:100]) == {None} and changes(told) == 2
     assert told[130:200] == [0] * 70 and told[215:] == [None] * 45
+
+
+def test_the_run_tells_a_slow_rank_once_and_when_it_is_no_longer_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Laggard | None] = [None]
+    monkeypatch.setattr("zerotop.runs.laggards.find_laggard", lambda state, before: found[0])
+    hub = PlayedHub(a_run())
+    watch = LaggardWatch(hub)  # type: ignore[arg-type]
+
+    def told(verdict: Laggard | None) -> list[str]:
+        found[0], known = verdict, len(hub.events)
+        for _ in range(3):
+            watch.look()
+        return [event.text for event in hub.events[known:]]
+
+    assert told(None) == [] and hub.status.laggard_rank is None
+    assert told(Laggard(1, 0.6, 100.0, "rank 1: 100 ms")) == ["rank 1: 100 ms"]
+    assert told(Laggard(1, 0.6, 110.0, "rank 1: 110 ms")) == []
+    assert (hub.status.laggard_rank, hub.status.laggard) == (1, "rank 1: 100 ms")
+    assert told(Laggard(1, 0.6, 200.0, "rank 1: 200 ms")) == [] and hub.status.laggard == "rank 1: 200 ms"
+    document = status_document(hub.state)
+    assert (document["laggard_rank"], document["laggard"]) == (1, "rank 1: 200 ms")
+    assert "rank 1: 200 ms" in status_text(document)
+    assert told(None) == ["rank 1 no longer holds the others up"] and hub.status.laggard == ""
+    told(Laggard(0, 0.6, 200.0, "rank 0: 200 ms"))
+    hub.set_status(state="restarting")
+    assert told(None) == [] and hub.status.laggard_rank is None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from zerotop.state.progress import progress
 from zerotop.state.run import RunState
 
 POLL_S = 0.25
+OVERDUE_S = 30.0
+"""Ending the ranks takes some seconds; a supervisor that has not done so by then is stopped, or stuck itself."""
 _LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal", "hang", "laggard"})
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """A batch system's: the job is about to end."""
@@ -35,7 +39,7 @@ def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
     lines = _Lines(entry, to_stderr=as_json)
     try:
         with _signals() as count:
-            interrupts, told = 0, False
+            interrupts, told, leave_s = 0, False, math.inf
             while True:
                 source.wait(POLL_S)
                 source.poll()
@@ -55,6 +59,10 @@ def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
                     limit_s = command.arguments["deadline_s"]
                     say(f"{command.who}: stopping after a checkpoint, or aborting in {limit_s:g} s")
                     source.send(command)
+                    leave_s = time.monotonic() + limit_s + OVERDUE_S
+                if time.monotonic() > leave_s:
+                    say(f"the supervisor has not ended the run {OVERDUE_S:g} s after its deadline: it does not answer")
+                    break
     finally:
         source.close()
     status = source.state.status or entry.status

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from runtime.telemetry.bounds import shortened, shortened_error
 from runtime.wire.messages import Goodbye, RunStateName
 from zerotop.runs.lastwords import (
     ERROR_LINES,
+    REASON_KEPT,
     abort_words,
     crash_stack,
     exception_line,
@@ -46,7 +48,7 @@ _SIGNALS = {
     "SIGXFSZ": "a file grew beyond its limit, ulimit -f",
 }
 _SAME_NUMBER_OF_STEPS = """\
-All ranks must take the same number of steps, for every step has collectives that all of them take part in.
+What to change: all ranks must take the same number of steps, for every step has collectives that all take part in.
   - initialize(training_data=...) gives every rank as many batches
   - a DataLoader of your own: DistributedSampler pads or drops samples until the ranks have equally many; drop_last=True
   - data that can't be divided: before the loop, let the ranks agree on the smallest number of batches
@@ -67,6 +69,8 @@ class Evidence:
     goodbyes: Mapping[int, Goodbye] = field(default_factory=dict)
     exit_codes: Mapping[int, int] = field(default_factory=dict)
     """0 included: a rank that left well while others went on."""
+    ended_by_us: Collection[int] = ()
+    """Ranks that lived until the supervisor ended the attempt: the signal that ended them is no cause."""
     stopping: bool = False
     abort_reason: str | None = None
     failure: str | None = None
@@ -139,7 +143,7 @@ def _exit_codes(seen: Evidence) -> dict[int, int]:
         codes.setdefault(int(rank), int(code))
     for rank, code in _BLOCK.findall(text):
         codes.setdefault(int(rank), int(code))
-    return codes
+    return {rank: code for rank, code in codes.items() if code > 0 or rank not in seen.ended_by_us}
 
 
 def _first_to_fail(seen: Evidence, codes: Mapping[int, int]) -> int | None:
@@ -170,7 +174,10 @@ def _early_end(seen: Evidence, ranks: tuple[int, ...]) -> Outcome:
     first = ranks[0]
     goodbye = seen.goodbyes.get(first)
     step = goodbye.step if goodbye is not None else seen.steps.get(first, seen.start_step)
-    return Outcome("failed", early_end_reason(ranks, step, goodbye), 0, first, _SAME_NUMBER_OF_STEPS, repeats=True)
+    changes = _SAME_NUMBER_OF_STEPS.splitlines()
+    log = tail(seen.logs / f"rank-{first}.log", ERROR_LINES - len(changes) - 1).splitlines()
+    error = "\n".join([*log, *([""] if log else []), *changes])
+    return Outcome("failed", early_end_reason(ranks, step, goodbye), 0, first, error, repeats=True)
 
 
 def early_end_reason(ranks: tuple[int, ...], step: int, goodbye: Goodbye | None) -> str:
@@ -200,6 +207,7 @@ def _rank_reason(seen: Evidence, rank: int, code: int | None) -> str:
     log = tail(seen.logs / f"rank-{rank}.log", _LOG_LINES)
     raised = exception_line(log) if code in _PYTHONS_EXITS else ""
     if raised and goodbye is None:
+        raised = shortened(raised, REASON_KEPT)
         step = seen.steps.get(rank)
         when = "before its first step" if step is None else f"after step {step}"
         return f"rank {rank} failed {when}: {raised}"
@@ -270,7 +278,7 @@ def _rank_error(seen: Evidence, rank: int, code: int | None) -> str:
         left = stack.splitlines()[:room]
     else:
         left = (tail(log) or launcher_tail(seen.logs)).splitlines()[-room:]
-    return "\n".join([*left, *changes])
+    return shortened_error("\n".join([*left, *changes]))
 
 
 def _launcher_failed(seen: Evidence) -> Outcome:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +42,7 @@ def _write_over(path: Path, text: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if os.pwrite(descriptor, data.ljust(os.fstat(descriptor).st_size), 0) < len(data):
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -65,7 +67,8 @@ class StatusFile:
         try:
             write_status(self._path, status)
         except OSError as error:
-            print(f"can't write {NAME}: {error}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # supervisor.log may lie on the same full disk
+                print(f"can't write {NAME}: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.disk.shutdown()

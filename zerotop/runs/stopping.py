@@ -37,6 +37,10 @@ class StopWatch:
         self._who = ""
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def has_deadline(self) -> bool:
+        return self._ends_s < math.inf
+
     def begin(self, command: Command) -> None:
         """`command` is a stop that the hub has accepted; without a deadline it may take as long as it needs."""
         limit_s = float(command.arguments.get("deadline_s", math.inf))
@@ -61,11 +65,12 @@ class StopWatch:
         self._abort(f"the run did not stop within {self._limit_s:g} s of {self._who}: {await self._examined()}")
 
     async def _examined(self) -> str:
-        verdict = hindrance(self._hub.state, {})
+        stands_s = min(_STANDS_S, self._limit_s / 2)
+        verdict = hindrance(self._hub.state, {}, stands_s)
         try:
             async with asyncio.timeout(LOOK_S):
                 ranks = await self._taker.look()
-                verdict = hindrance(self._hub.state, ranks)
+                verdict = hindrance(self._hub.state, ranks, stands_s)
                 report = await self._taker.report(ranks, f"the run does not stop: {verdict}")
                 return f"{verdict}; stacks: {report.path}" if report.path else verdict
         except Exception:  # the abort comes, whatever a look at the processes meets
@@ -78,9 +83,9 @@ class StopWatch:
             self._task = None
 
 
-def hindrance(state: RunState, ranks: Mapping[int, RankStacks]) -> str:
+def hindrance(state: RunState, ranks: Mapping[int, RankStacks], stands_s: float = _STANDS_S) -> str:
     """Why a run that was asked to stop still goes on, and which rank is in the way: one line for people. `ranks` is
-    what their processes show."""
+    what their processes show; what has not moved for `stands_s` stands still."""
     there = {number: rank for number, rank in sorted(state.ranks.items()) if rank.goodbye is None}
     beats = {number: rank.heartbeat for number, rank in there.items() if rank.heartbeat is not None}
     if not beats:
@@ -89,8 +94,8 @@ def hindrance(state: RunState, ranks: Mapping[int, RankStacks]) -> str:
     if saving:
         return f"{ranks_text(saving)} still {'writes' if len(saving) == 1 else 'write'} the checkpoint"
     idle = min(idle_s(there[number], state.hub_now_ns) for number in beats)
-    if idle >= _STANDS_S and not any(beat.phase in QUIET_PHASES for beat in beats.values()):
-        stall = explain(state, idle, _STANDS_S)
+    if idle >= stands_s and not any(beat.phase in QUIET_PHASES for beat in beats.values()):
+        stall = explain(state, idle, stands_s)
         if stall is not None:
             return blame(stall, ranks, state)
     slowest = min(beats, key=lambda number: (beats[number].step, beats[number].micro_step))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -28,11 +29,12 @@ from zerotop.probe.nvml import GpuProbe
 from zerotop.runs.attempt import Attempt
 from zerotop.runs.batchsignal import stop_by_signal
 from zerotop.runs.chores import Chores
+from zerotop.runs.folderwatch import FolderWatch
 from zerotop.runs.hang import HangWatch
 from zerotop.runs.laggards import LaggardWatch
 from zerotop.runs.lastwords import tail
 from zerotop.runs.outcome import Evidence, Outcome, decide
-from zerotop.runs.paths import RunError, lock_sockets, make_private_folder, remove_sockets
+from zerotop.runs.paths import RunError, error_text, lock_sockets, make_private_folder, remove_sockets
 from zerotop.runs.processes import become_subreaper, descendants, detach, kill_descendants, reap, send
 from zerotop.runs.restarts import Failure, Restarts
 from zerotop.runs.stacks_report import StackTaker
@@ -107,6 +109,8 @@ class Supervisor:
             chores.start()
             chores.add("the watch for hangs", self._watch_for_hangs())
             chores.add("the watch for slow ranks", LaggardWatch(hub).watch())
+            folder = FolderWatch(self.path, hub, lambda: self.run_file)
+            chores.add("the watch on the run directory", folder.watch())
             outcome = await self._attempts(locks)
             await self._finish(outcome)
         finally:
@@ -170,7 +174,8 @@ class Supervisor:
 
     def _stop_by_signal(self, number: int) -> None:
         """Its own, or one that a rank has handed on: where every process gets it, there are many."""
-        self.hub.command(stop_by_signal(signal.Signals(number).name))
+        if not self._stop_watch.has_deadline:
+            self.hub.command(stop_by_signal(signal.Signals(number).name))
 
     def _abort_command(self, command: Command) -> None:
         self._abort(f"aborted by {command.who}" if command.who else "aborted on request")
@@ -269,6 +274,7 @@ class Supervisor:
             launcher_killed=attempt.killed,
             goodbyes={rank: rank_state.goodbye for rank, rank_state in state.ranks.items() if rank_state.goodbye},
             exit_codes=attempt.rank_codes,
+            ended_by_us=attempt.ended_by_us,
             stopping=self.hub.status.state == "stopping",
             abort_reason=self._abort_reason,
             failure=attempt.failure,
@@ -390,18 +396,18 @@ def main() -> int:
     try:
         outcome = asyncio.run(_supervise(arguments.run, run, arguments.resume, arguments.lock_fd, ready))
     except RunError as error:
-        _fail(arguments.run, str(error), "")
         ready.say_error(str(error))
+        _fail(arguments.run, str(error), "")
         return 1
     except Exception as error:
-        traceback.print_exc()
+        # First of all: what follows writes to the disk, which may be what failed.
+        reason = error_text(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        ready.say_error(f"the supervisor failed: {reason}")
         kill_descendants()
-        _fail(
-            arguments.run,
-            f"the supervisor failed: {error}",
-            tail(arguments.run / "logs" / str(run.attempt) / "supervisor.log"),
-        )
-        ready.say_error(f"the supervisor failed: {type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # supervisor.log may have no room either
+            traceback.print_exc()
+        log = arguments.run / "logs" / str(run.attempt) / "supervisor.log"
+        _fail(arguments.run, f"the supervisor failed: {reason}", tail(log))
         return 1
     return 0 if outcome.state in ("finished", "stopped") else 1
 
@@ -414,11 +420,13 @@ def _fail(path: Path, reason: str, error: str) -> None:
     """state.json for a supervisor that can't go on. An interrupted launch has removed its directory already."""
     if not path.exists():
         return
-    status = read_status(path)
-    write_status(
-        path,
-        status.model_copy(update={"state": "failed", "reason": reason, "error": error, "ended_wall_s": time.time()}),
-    )
+    try:
+        status = read_status(path)
+        end = {"state": "failed", "reason": reason, "error": error, "ended_wall_s": time.time()}
+        write_status(path, status.model_copy(update=end))
+    except OSError as problem:
+        with contextlib.suppress(OSError):
+            print(f"can't write state.json: {problem}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
