@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _speak_utf8()
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a character must not end in a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _run(words)
     except KeyboardInterrupt:
@@ -142,7 +146,9 @@ def _exit_code(error: Exception) -> int | None:
 
 def _report(message: str, words: list[str]) -> None:
     """To people on stderr; a program that asked for JSON gets its one document as well."""
-    print(f"zerotop: {message}", file=sys.stderr, flush=True)
+    from zerotop.output import say
+
+    say(f"zerotop: {message}")
     own_words = words[: words.index("--")] if "--" in words else words
     if "--json" in own_words:
         from zerotop.output import print_json

@@ -138,7 +138,7 @@ def status_text(document: dict[str, Any]) -> str:
         )
         parts = [f"{name} {number_text(value, form)}" for name, value, form in figures]
         if document["tokens_per_s"] is not None:
-            parts.append(f"{document['tokens_per_s']:,.0f} tokens/s")
+            parts.append(f"{number_text(document['tokens_per_s'], ',.0f')} tokens/s")
         if document["loss_step"] < document["step"]:  # the recording ends before the run did
             parts.append(f"(of step {document['loss_step']}, the last that was recorded)")
         lines.append("  ".join(parts))
@@ -192,7 +192,7 @@ def _ranks_text(ranks: Sequence[dict[str, Any]]) -> str:
                 rank["host"] or "-",
                 rank["device"] or "-",
                 f"{rank['phase']}{micro}",
-                number_text(rank["step"], "d"),
+                "-" if rank["step"] is None else str(rank["step"]),
                 bytes_text(used),
                 bytes_text(memory.get("rss_bytes")),
                 number_text(rank["wait_ms"], ".1f"),

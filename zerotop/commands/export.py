@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     from runtime.checkpoint.manifest import CheckpointError
     from runtime.checkpoint.target import check_target
     from runtime.sizes import parse_size
-    from zerotop.output import CommandError, print_json
+    from zerotop.output import CommandError, print_json, show
     from zerotop.runs.checkpoints import find_checkpoint
 
     try:
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(document)
     else:
-        print(_text(document))
+        show(_text(document))
     return 0
 
 

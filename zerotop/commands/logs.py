@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zerotop.clean import clean
+from zerotop.output import say
 from zerotop.runs.logs import LogTail
 
 if TYPE_CHECKING:
@@ -48,8 +50,8 @@ def _count(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from zerotop.commands.status import find_any_run
     from zerotop.output import CommandError, print_json
+    from zerotop.runs.directory import find_any_run
     from zerotop.source.target import parse_target
 
     if arguments.follow and arguments.json:
@@ -129,8 +131,10 @@ def _timed(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _print(lines: Iterable[tuple[int, str]], labelled: bool) -> None:
+    """A pipe gets what the ranks wrote, colours and all; a terminal gets it without what would steer it."""
+    tidy = clean if sys.stdout.isatty() else str
     for rank, line in lines:
-        print(f"[{rank}] {line}" if labelled else line)
+        print(tidy(f"[{rank}] {line}" if labelled else line))
     sys.stdout.flush()
 
 
@@ -144,7 +148,7 @@ def _follow(entry: RunEntry, rank: int | None, tails: list[LogTail]) -> None:
         for tail in tails:
             _print(((tail.rank, line) for line in tail.new_lines(at_end=not live)), len(tails) > 1)
     status = read_entry(entry.path).status
-    print(f"zerotop: {entry.name} is over ({status.state})", file=sys.stderr)
+    say(f"zerotop: {entry.name} is over ({status.state})")
 
 
 def _ticks(entry: RunEntry) -> Iterator[bool]:

@@ -15,7 +15,7 @@ from runtime.plan import Layout, find, plan
 from runtime.sizes import format_count, parse_count, parse_size
 from runtime.workload import Workload, workload_document, workload_of
 from zerotop.commands import plan_text
-from zerotop.output import CommandError, print_json
+from zerotop.output import CommandError, print_json, show
 
 if TYPE_CHECKING:
     from runtime.config import Resolved
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
     else:
-        print(plan_text.render(workload, layouts, chosen, advice, notes, vram_bytes))
+        show(plan_text.render(workload, layouts, chosen, advice, notes, vram_bytes), coloured=True)
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from runtime.wire.messages import Event, LogRecord, RunStatus, StepResult
-from zerotop.output import duration_text, number_text, print_json, say, with_exit_code
+from zerotop.output import duration_text, number_text, print_json, say, show, with_exit_code
 from zerotop.report import status_document
 from zerotop.runs.batchsignal import stop_by_signal
 from zerotop.runs.directory import RunEntry
@@ -99,7 +98,7 @@ class _Lines:
     """Remembers what was printed already: the state is polled, and starts anew after a reconnect."""
 
     def __init__(self, entry: RunEntry, *, to_stderr: bool) -> None:
-        self._out = sys.stderr if to_stderr else sys.stdout
+        self._to_stderr = to_stderr
         self._interval = _log_interval(entry)
         # A resumed run's screen knows the steps of the attempts before; they are no news here.
         self._printed_step = entry.status.step if entry.run.attempt > 1 else 0
@@ -144,7 +143,7 @@ class _Lines:
             self._print(line)
 
     def _print(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
+        show(text, to_stderr=self._to_stderr)
 
 
 def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str:
@@ -155,7 +154,7 @@ def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str
     if point.grad_norm is not None:
         parts.append(f"norm {number_text(point.grad_norm, '.3g')}")
     if newest and how_far.tokens_per_s is not None:
-        parts.append(f"{how_far.tokens_per_s:,.0f} tokens/s")
+        parts.append(f"{number_text(how_far.tokens_per_s, ',.0f')} tokens/s")
     if newest and how_far.eta_s is not None:
         parts.append(f"ETA {duration_text(how_far.eta_s)}")
     if point.loss_scale is not None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
 import math
-import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.wire.messages import Command, CommandName, CommandRecord
+from zerotop.source.asking import asker
 from zerotop.state.run import RunState, waits_for
 
 SENT_KEPT = 100
@@ -67,7 +66,7 @@ class CommandDesk:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._sent: dict[str, _Sent] = {}
-        self._who = f"{getpass.getuser()}@{socket.gethostname()}"
+        self._who = asker()
 
     def make(self, name: CommandName, arguments: dict[str, Any] | None = None) -> Command:
         command = Command(id=uuid.uuid4().hex, name=name, arguments=arguments or {}, who=self._who, wall_s=time.time())
