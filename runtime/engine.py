@@ -133,7 +133,6 @@ class Engine(Answers, CheckpointCalls):
         self._transfers = parts.placing.transfers
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain, self.saver.before_change)
         _engines[module] = weakref.ref(self)
-        self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
         optimizer.seal()
         self.steering = Steering(self, session)
         weak = weakref.ref(self)  # the session outlives engines

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from runtime.checkpoint.index import StoredTensor
 from runtime.checkpoint.manifest import CheckpointError, Manifest, Wanted
 from runtime.checkpoint.parts import buffers_of, shapes_of
 
@@ -50,15 +52,24 @@ def _compare_shapes(what: str, ours: Shapes, theirs: Shapes, path: Path, strict:
         )
 
 
-def compare_tensors(engine: Engine, manifest: Manifest, tensors: Mapping[str, Any], path: Path, wanted: Wanted) -> None:
-    """What is really there: each buffer with as many elements, each optimizer state that this engine's optimizer has.
-    tensors: torch's metadata of each, by name. Raises CheckpointError."""
+def compare_tensors(
+    engine: Engine, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path, wanted: Wanted
+) -> None:
+    """What is really there: each parameter and buffer with as many elements, each optimizer state that this engine's
+    optimizer has. Raises CheckpointError."""
+    for name, shape in manifest.shapes.items():
+        found = tensors.get(f"param.{name}")
+        if (found.numel if found is not None else 0) != math.prod(shape):
+            there = "is not there" if found is None else f"has {found.numel:,} elements"
+            raise CheckpointError(
+                f"checkpoint {path} is damaged or was changed: parameter {name} {there}, its manifest says {shape}"
+            )
     for name, buffer in buffers_of(engine).items():
         found = tensors.get(f"buffer.{name}")
         if found is None and not wanted.strict:
             continue
-        if found is None or found.size.numel() != buffer.numel():
-            there = "does not exist" if found is None else f"has {found.size.numel()} elements"
+        if found is None or found.numel != buffer.numel():
+            there = "does not exist" if found is None else f"has {found.numel} elements"
             raise CheckpointError(
                 f"checkpoint {path} does not fit the model: buffer {name} {there} in the checkpoint and has shape "
                 f"{list(buffer.shape)} in the model" + (f" ({STRICT})" if found is None else "")
@@ -72,7 +83,13 @@ def compare_tensors(engine: Engine, manifest: Manifest, tensors: Mapping[str, An
             if slot.name in frozen_then or slot.name not in manifest.shapes:
                 continue
             for state in names[slot.group]:
-                if f"state.{state}.{slot.name}" not in tensors:
+                found = tensors.get(f"state.{state}.{slot.name}")
+                if found is not None and found.numel != slot.numel:
+                    raise CheckpointError(
+                        f"checkpoint {path} is damaged or was changed: optimizer state {state} of {slot.name} has "
+                        f"{found.numel:,} elements, expected {slot.numel:,}"
+                    )
+                if found is None:
                     raise CheckpointError(
                         f"checkpoint {path} has no optimizer state {state} of {slot.name}, which {manifest.optimizer} "
                         "has with optimizer.params as they are now: set them as they were, or load with "

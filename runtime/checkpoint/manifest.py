@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 MANIFEST = "manifest.json"
 MODEL_FILES = "model"
@@ -44,12 +46,23 @@ class Wanted:
 EVERYTHING = Wanted()
 
 
+def _inside(name: str) -> str:
+    """A checkpoint may come from anybody: its files are in its own folder, or one below."""
+    if not re.fullmatch(r"(model/)?[A-Za-z0-9_.-]+", name) or name.rpartition("/")[2] in (".", ".."):
+        raise ValueError(f"{name!r} is not the name of a file in a checkpoint")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+Count = Annotated[int, Field(ge=0)]
+
+
 class FileRecord(BaseModel):
     """One file of a checkpoint as it was written."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    nbytes: int
+    nbytes: Count
     sha256: str
 
 
@@ -59,13 +72,13 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     format: int = FORMAT
-    step: int
+    step: Count
     """Optimizer steps taken, skipped ones included."""
-    optimizer_step: int
+    optimizer_step: Count
     """Updates taken: Adam's bias correction counts these. 0: there are no optimizer states yet."""
     foreign_steps: int = 0
     """Steps of an earlier checkpoint that was loaded without its optimizer states."""
-    world_size: int
+    world_size: Annotated[int, Field(ge=1)]
     stage: int
     precision: str
     optimizer: str
@@ -73,18 +86,18 @@ class Manifest(BaseModel):
     """Parameter groups of the optimizer."""
     lr_factor: float = 1.0
     config_digest: str
-    shapes: dict[str, list[int]]
+    shapes: dict[str, list[Count]]
     """Of every parameter, trained or frozen."""
     dtypes: dict[str, str] = {}
     """Of the parameters that compute in another dtype than `precision`: torch's name of it."""
-    buffers: dict[str, list[int]] | None = None
+    buffers: dict[str, list[Count]] | None = None
     """Shape of every persistent buffer; None in those of early versions."""
     frozen: list[str]
     """Parameters without optimizer states."""
     number: int = 0
     """Counts the checkpoints of a folder as they were completed: the highest is the newest, whatever its step is."""
     saved_wall_s: float = 0.0
-    files: dict[str, FileRecord] = {}
+    files: dict[FileName, FileRecord] = {}
     """Every other file of the checkpoint, by name; empty in those of early versions."""
 
     def sealed(self) -> bytes:
@@ -100,12 +113,17 @@ def _digest(body: dict[str, Any]) -> str:
 def read_manifest(path: Path) -> Manifest:
     """Raises CheckpointError where there is none that this version can read, Damaged where it was changed."""
     try:
+        regular_size(path, MANIFEST)
         body = json.loads((path / MANIFEST).read_bytes())
         digest = body.pop(_DIGEST, None)
         manifest = Manifest.model_validate(body)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}") from None
-    except (ValueError, AttributeError, TypeError, ValidationError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(key) for key in first["loc"])
+        raise Damaged(f"{path / MANIFEST} is damaged: {where}: {first['msg']}") from None
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise Damaged(f"{path / MANIFEST} is damaged: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read: {error.strerror or error}") from None
@@ -114,6 +132,15 @@ def read_manifest(path: Path) -> Manifest:
     if (digest is None and manifest.files) or (digest is not None and digest != _digest(body)):
         raise Damaged(f"{path / MANIFEST} is damaged: its digest is not that of its content")
     return manifest
+
+
+def regular_size(path: Path, name: str) -> int:
+    """The size in bytes of a file of the checkpoint at `path`. Raises FileNotFoundError, or CheckpointError where it is
+    something else, such as a pipe, which reading would wait for."""
+    found = (path / name).stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"checkpoint {path} is damaged or was changed: {name} is not a regular file")
+    return found.st_size
 
 
 def record_of(path: Path) -> FileRecord:
@@ -127,13 +154,15 @@ def difference(path: Path, name: str, written: FileRecord) -> str:
     """What is wrong with one file of the checkpoint at `path`, in words; empty when nothing is."""
     file = path / name
     try:
-        nbytes = file.stat().st_size
+        nbytes = regular_size(path, name)
         if nbytes != written.nbytes:
             return f"{name} has {nbytes:,} bytes, {written.nbytes:,} were written"
         if record_of(file).sha256 != written.sha256:
             return f"{name} is not what was written (its SHA-256 differs)"
     except FileNotFoundError:
         return f"{name} is missing"
+    except CheckpointError:
+        return f"{name} is not a regular file"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror or error}"
     return ""

@@ -26,7 +26,7 @@ def save(engine: Engine, folder: Path, tag: str, client_state: dict[str, Any]) -
     views = [(part, block.view(at, part)) for block in blocks_of(engine) for at, part in block.parts]
     scalars = engine.comm.gather_objects([rule.scalars() for rule in engine.rules])
     job = make_job(engine, folder, tag, [part for part, _ in views], merged(scalars), client_state)
-    write(job, lambda index: views[index][1], engine.comm, engine.checkpoint_group)
+    write(job, lambda index: views[index][1], engine.comm)
     return job.final
 
 

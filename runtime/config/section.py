@@ -30,16 +30,16 @@ def integer(value: Any) -> int:
     return int(value)
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong("a number", value)
     try:
-        number = float(value)
+        found = float(value)
     except OverflowError:
         raise _wrong("a number that fits a float", value) from None
-    if not math.isfinite(number):
+    if not math.isfinite(found):
         raise _wrong("a finite number", value)
-    return number
+    return found
 
 
 def _flag(value: Any) -> bool:
@@ -66,7 +66,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 def _pair(value: Any) -> tuple[float, float]:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise _wrong("a list of two numbers", value)
-    return _number(value[0]), _number(value[1])
+    return number(value[0]), number(value[1])
 
 
 def _betas(value: Any) -> tuple[float, float]:
@@ -78,7 +78,7 @@ def _betas(value: Any) -> tuple[float, float]:
 
 Int = Annotated[int, BeforeValidator(integer)]
 """A whole number; 5e8 counts, true and "5" do not."""
-Num = Annotated[float, BeforeValidator(_number)]
+Num = Annotated[float, BeforeValidator(number)]
 """A finite number."""
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Text = Annotated[str, BeforeValidator(_text)]

@@ -3,7 +3,7 @@ flat."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         super().__init__(groups, numbers)  # the defaults: some schedulers look there for betas or momentum
         if given is not None:
             self.param_groups = given.param_groups
-        self.initial_lrs = [float(group["lr"]) for group in self.param_groups]
+        self.initial_groups = [plain_numbers(group) for group in self.param_groups]
+        """As the script or the config made them, before a scheduler changes them."""
         self._sealed: list[int] | None = None
 
     def seal(self) -> None:
@@ -168,6 +169,21 @@ def optimizer_from_torch(optimizer: torch.optim.Optimizer) -> ZeroOptimizer:
     decoupled = kind == "AdamW" or bool(groups[0].get("decoupled_weight_decay"))
     bias_correction = bool(groups[0].get("bias_correction", True))  # only ours say (ops/adam.py)
     return ZeroOptimizer(groups, kind, decoupled, bias_correction, given=optimizer)
+
+
+def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of a parameter group: all but its parameters, and a script's own objects."""
+    return {key: _copied(value) for key, value in group.items() if key != "params" and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.Tensor)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _has_stepped(state: dict[str, Any]) -> bool:
