@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from .errors import Findings
-from .section import Flag, Int, Num, Section, number
+from .section import Flag, Int, Num, Section, number, wrong
 
 DEEPSPEED_WARMUP_STEPS = 1000
 
@@ -17,11 +17,21 @@ def _lower(value: Any) -> Any:
 
 
 def _rates(value: Any) -> Any:
-    return tuple(number(item) for item in value) if isinstance(value, list | tuple) else number(value)
+    if not isinstance(value, list | tuple):
+        return _rate(value)
+    if not value:
+        raise wrong("a number, or a list with one for each parameter group", value)
+    return tuple(map(_rate, value))
+
+
+def _rate(value: Any) -> float:
+    if (found := number(value)) < 0:
+        raise wrong("at least 0", value)
+    return found
 
 
 NonNegative = Annotated[Num, Field(ge=0)]
-Rates = Annotated[NonNegative | Annotated[tuple[NonNegative, ...], Field(min_length=1)], BeforeValidator(_rates)]
+Rates = Annotated[float | tuple[float, ...], BeforeValidator(_rates)]
 """A learning rate (or momentum) for all parameter groups, or a list with one for each."""
 Steps = Annotated[Int, Field(ge=1)]
 WarmupSteps = Annotated[Int, Field(ge=0)]
