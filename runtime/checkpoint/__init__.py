@@ -26,7 +26,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from runtime.checkpoint.folder import complete, newest, prune, step_tag
+from runtime.checkpoint.folder import complete, newest, prune, script_tag, step_tag
 from runtime.checkpoint.manifest import EVERYTHING, CheckpointError, Damaged, Manifest, Wanted, read_manifest
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ __all__ = [
     "prune",
     "read_manifest",
     "save",
+    "script_tag",
     "step_tag",
 ]
 

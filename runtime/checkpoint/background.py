@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint import folder as folders
+from runtime.checkpoint.buffers import owners_of
 from runtime.checkpoint.common import described, merged, own_files
 from runtime.checkpoint.manifest import CheckpointError
 from runtime.checkpoint.parts import Block, blocks_of
 from runtime.checkpoint.process import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
-from runtime.checkpoint.saving import make_job
+from runtime.checkpoint.saving import EVERYTHING, Options, make_job
 from runtime.checkpoint.snapshot import SharedMemory, Snapshot
 from runtime.hostmemory import HostMemoryError, check_host_memory
 from runtime.sizes import format_size
@@ -74,6 +75,7 @@ class Background:
         client_state: dict[str, Any],
         on_done: Callable[[Outcome], None] | None = None,
         *,
+        options: Options = EVERYTHING,
         keep: int = 0,
         keep_every: int = 0,
     ) -> Path:
@@ -86,7 +88,8 @@ class Background:
         engine, began = self._owner(), time.monotonic()
         engine.synchronize()
         failed = self._untold_problem()
-        blocks = blocks_of(engine)
+        owners = owners_of(engine)
+        blocks = blocks_of(engine, owners, options.with_frozen)
         problem = self._lacks_disk(folder, blocks)
         snapshot, no_memory = self._make_ready(blocks)
         problem = problem or no_memory
@@ -106,8 +109,8 @@ class Background:
         parts = [place.part for place in snapshot.places]
         all_scalars = merged([rules for *_, rules in told])
         job = make_job(
-            engine, folder, tag, parts, all_scalars, client_state, keep=keep, keep_every=keep_every
-        )  # fmt: skip
+            engine, folder, tag, parts, all_scalars, client_state, owners, options, keep=keep, keep_every=keep_every
+        )
         self._snapshot, self._tells = snapshot, on_done is not None
         self._writer.save(job, snapshot, self._memory, on_done or (lambda outcome: None), time.monotonic() - began)
         return job.final

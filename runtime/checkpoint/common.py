@@ -13,10 +13,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from runtime.checkpoint import rng
+from runtime.checkpoint.buffers import Owners, buffers_of
 from runtime.checkpoint.describe import describe_model
 from runtime.checkpoint.groups import check_groups, saved_groups
 from runtime.checkpoint.manifest import MODEL_FILES, CheckpointError, Manifest
-from runtime.checkpoint.parts import buffers_of, dtypes_of, shapes_of
+from runtime.checkpoint.parts import dtypes_of, frozen_names, shapes_of
 from runtime.checkpoint.plain import load_file, load_stream, to_bytes
 from runtime.precision import DTYPES
 
@@ -107,7 +108,9 @@ def merged(by_rank: list[list[Scalars]]) -> Scalars:
     return found
 
 
-def manifest_of(engine: Engine) -> Manifest:
+def manifest_of(engine: Engine, owners: Owners, with_frozen: bool = True) -> Manifest:
+    """Without what the writing itself adds."""
+    frozen = frozen_names(engine)
     return Manifest(
         step=engine.global_steps,
         optimizer_step=engine.optimizer_steps,
@@ -126,10 +129,9 @@ def manifest_of(engine: Engine) -> Manifest:
             if dtype != DTYPES[engine.config.precision]
         },
         buffers={name: list(buffer.shape) for name, buffer in buffers_of(engine).items()},
-        frozen=[
-            *(name for name, _ in engine.frozen),
-            *(slot.name for flat in engine.frozen_flats for slot in flat.layout.slots),
-        ],
+        buffer_owners=owners,
+        frozen=frozen,
+        excluded=[] if with_frozen else frozen,
     )
 
 

@@ -78,7 +78,7 @@ def _configs(engine: Engine) -> dict[str, bytes]:
 
 def _candidates(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """The module, and the one that it wraps as `.module`; with what that adds to the names of parameters."""
-    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper; its part of names goes at export
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper
     yield module, ""
     inner = getattr(module, "module", None)
     if isinstance(inner, nn.Module):

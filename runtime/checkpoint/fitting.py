@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.checkpoint.buffers import buffers_of, key_for, key_of
 from runtime.checkpoint.index import StoredTensor
 from runtime.checkpoint.manifest import CheckpointError, Manifest, Wanted
-from runtime.checkpoint.parts import buffers_of, shapes_of
+from runtime.checkpoint.parts import frozen_names, shapes_of
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -25,6 +26,14 @@ def compare(engine: Engine, manifest: Manifest, path: Path, wanted: Wanted) -> N
     if manifest.buffers is not None:
         ours = {name: list(buffer.shape) for name, buffer in buffers_of(engine).items()}
         _compare_shapes("buffer", ours, manifest.buffers, path, wanted.strict)
+    if wanted.strict and manifest.excluded:
+        there = {*frozen_names(engine)}
+        if trained := next((name for name in manifest.excluded if name not in there), None):
+            raise CheckpointError(
+                f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True), and "
+                f"{trained}, one of them, is trained in this model: freeze it before initialize(), or load one that "
+                "holds all of them"
+            )
     if not wanted.optimizer:
         return
     if manifest.optimizer != engine.optimizer.kind:
@@ -57,7 +66,10 @@ def compare_tensors(
 ) -> None:
     """What is really there: each parameter and buffer with as many elements, each optimizer state that this engine's
     optimizer has. Raises CheckpointError."""
+    excluded = set(manifest.excluded)
     for name, shape in manifest.shapes.items():
+        if name in excluded:
+            continue
         found = tensors.get(f"param.{name}")
         if (found.numel if found is not None else 0) != math.prod(shape):
             there = "is not there" if found is None else f"has {found.numel:,} elements"
@@ -65,7 +77,7 @@ def compare_tensors(
                 f"checkpoint {path} is damaged or was changed: parameter {name} {there}, its manifest says {shape}"
             )
     for name, buffer in buffers_of(engine).items():
-        found = tensors.get(f"buffer.{name}")
+        found = tensors.get(key_for(name, manifest, engine.comm.rank, engine.comm.world_size))
         if found is None and not wanted.strict:
             continue
         if found is None or found.numel != buffer.numel():
@@ -95,3 +107,28 @@ def compare_tensors(
                         "has with optimizer.params as they are now: set them as they were, or load with "
                         "load_optimizer_states=False"
                     )
+
+
+def differences(engine: Engine, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path) -> Iterator[str]:
+    """What fits and is still to be said: values that are not there, or were rounded."""
+    if absent := [name for name in frozen_names(engine) if name in set(manifest.excluded)]:
+        yield (
+            f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True): "
+            f"{_several(absent)} keep the values that the model was built with, which must be those of its base model"
+        )
+    rounded = [
+        f"{name} ({found.dtype}, here {ours})"
+        for name, buffer in buffers_of(engine).items()
+        if (found := tensors.get(key_of(name))) is not None
+        and buffer.is_floating_point()
+        and found.dtype != (ours := str(buffer.dtype).removeprefix("torch."))
+    ]
+    if rounded:
+        yield (
+            f"checkpoint {path} holds buffers in another dtype than the model's: {_several(rounded)}. What was rounded "
+            "when it was saved stays rounded; give such a buffer its exact values anew after loading"
+        )
+
+
+def _several(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.checkpoint.manifest import CheckpointError
+from runtime.optim.lr import Schedule
 from runtime.optim.optimizer import plain_numbers
 
 if TYPE_CHECKING:
@@ -66,15 +67,20 @@ def load_groups(engine: Engine, common: Mapping[str, Any], with_scheduler: bool)
         for key, value in values.items():
             if key != "params" and (key not in begins or _same(begins[key], began.get(key))):
                 _set(group, key, value)
-    if with_scheduler:
-        changed = load_scheduler(engine, common)
-        if changed is not None:
-            _follow(engine, saved, fresh, *changed)
+    bases = load_scheduler(engine, common) if with_scheduler else None
+    if bases is None:
+        return
+    was, base = bases
+    if was != base:
+        _follow(engine, saved, fresh, was, base)
+        return
+    for group, values in zip(engine.optimizer.param_groups, saved, strict=True):
+        _set(group, "lr", values["lr"])  # also where the scheduler takes no notice of what the config says
 
 
 def load_scheduler(engine: Engine, common: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:
-    """The scheduler's state alone. Returns its base learning rates, as they were and as they are, when they are
-    others."""
+    """The scheduler's state alone. Returns its base learning rates, as they were and as they are; None where it has
+    none, or has set the groups' rates itself."""
     scheduler, state = engine.lr_scheduler, common["scheduler"]
     if scheduler is None or state is None:
         return None
@@ -87,13 +93,13 @@ def load_scheduler(engine: Engine, common: Mapping[str, Any]) -> tuple[list[floa
             f"({type(error).__name__}: {error}): make the scheduler as it was, or load with "
             "load_lr_scheduler_states=False"
         ) from error
-    changed = None
+    if isinstance(scheduler, Schedule):
+        return None
+    found = [(_base_lrs(one), base) for one, base in bases if base]
     for one, base in bases:
-        was = _base_lrs(one)
-        if base and was != base:
+        if base:
             one.base_lrs = base
-            changed = changed or (was, base)
-    return changed
+    return next((pair for pair in found if pair[0] != pair[1]), found[0] if found else None)
 
 
 def _follow(engine: Engine, saved: Groups, fresh: Groups, was: list[float], base: list[float]) -> None:

@@ -24,8 +24,6 @@ from runtime.precision import DTYPES
 from runtime.sizes import format_size
 from runtime.zero.weights import INDEX
 
-_COMPILED = "_orig_mod."
-"""What torch.compile puts into the names of a module's parameters."""
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
@@ -70,7 +68,7 @@ class HuggingFaceExport:
     def _tensors(self, dtype: str) -> list[_Tensor]:
         tensors: dict[str, _Tensor] = {}
         for stored in self.reader.tensors:
-            name = stored.name.replace(_COMPILED, "").removeprefix(self._prefix)
+            name = stored.name.removeprefix(self._prefix)
             if name in tensors:
                 raise CheckpointError(
                     f"checkpoint {self.reader.path}: {stored.name} and {tensors[name].stored.name} would both be "

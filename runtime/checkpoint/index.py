@@ -16,6 +16,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.checkpoint.manifest import CheckpointError, Manifest, regular_size
+from runtime.names import plain_names
 
 INDEX = "tensors.json"
 ITEM_BYTES: dict[str, int] = {
@@ -104,7 +105,7 @@ def _read_index(path: Path, manifest: Manifest) -> dict[str, StoredTensor]:
 
         index = read_pickled_index(path)
     _check(path, manifest, index.tensors)
-    return index.tensors
+    return plain_names(index.tensors)
 
 
 def _check(path: Path, manifest: Manifest, tensors: Mapping[str, StoredTensor]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from runtime.checkpoint import rng
+from runtime.checkpoint.buffers import buffers_of, key_for
 from runtime.checkpoint.common import read_common, read_random
-from runtime.checkpoint.fitting import compare, compare_tensors
+from runtime.checkpoint.fitting import compare, compare_tensors, differences
 from runtime.checkpoint.groups import load_groups, load_scheduler
 from runtime.checkpoint.index import StoredTensor, read_index
 from runtime.checkpoint.manifest import (
@@ -21,12 +23,14 @@ from runtime.checkpoint.manifest import (
     read_manifest,
     verify,
 )
-from runtime.checkpoint.parts import Piece, pieces_of, whole_tensors
+from runtime.checkpoint.parts import Piece, pieces_of
 from runtime.checkpoint.stored import read_pieces
 from runtime.comm import Comm
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
+
+log = logging.getLogger("runtime.checkpoint")
 
 _T = TypeVar("_T")
 
@@ -71,6 +75,9 @@ def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
     together(engine.comm, lambda: compare_tensors(engine, manifest, content.tensors, path, wanted))
     if wanted.progress:
         together(engine.comm, lambda: engine.registered.compare(content.generators))
+    if engine.comm.rank == 0:
+        for text in differences(engine, manifest, content.tensors, path):
+            log.warning(text)
     _load_tensors(engine, manifest, path, content.tensors, wanted)
     for flat in engine.flats:
         flat.masters_to_parameters()
@@ -155,12 +162,19 @@ def _load_tensors(
         for rule in engine.rules:
             rule.reset(to_read=with_states)
     frozen_then = set(manifest.frozen)
-    pieces = {
-        name: piece
-        for name, piece in pieces_of(engine).items()
-        if name.startswith("param.") or (with_states and name.split(".", 2)[2] not in frozen_then)
+    comm, excluded = engine.comm, {f"param.{name}" for name in manifest.excluded}
+
+    def is_read(name: str) -> bool:
+        if name.startswith("param."):
+            return name not in excluded
+        return with_states and name.split(".", 2)[2] not in frozen_then
+
+    pieces = {name: piece for name, piece in pieces_of(engine).items() if is_read(name)}
+    tensors_here = {f"param.{name}": parameter.data for name, parameter in engine.frozen}
+    tensors_here |= {
+        key_for(name, manifest, comm.rank, comm.world_size): buffer for name, buffer in buffers_of(engine).items()
     }
-    whole = {name: (tensor, Piece.whole(tensor)) for name, tensor in whole_tensors(engine).items()}
+    whole = {name: (tensor, Piece.whole(tensor)) for name, tensor in tensors_here.items() if name not in excluded}
     pieces |= {name: piece for name, (_, piece) in whole.items()}
     together(engine.comm, lambda: read_pieces(path, tensors, pieces))
     for tensor, piece in whole.values():

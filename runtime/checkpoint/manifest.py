@@ -12,9 +12,11 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from runtime.names import plain_name, plain_names
 
 MANIFEST = "manifest.json"
 MODEL_FILES = "model"
@@ -92,13 +94,38 @@ class Manifest(BaseModel):
     """Of the parameters that compute in another dtype than `precision`: torch's name of it."""
     buffers: dict[str, list[Count]] | None = None
     """Shape of every persistent buffer; None in those of early versions."""
+    buffer_owners: dict[str, list[Count]] = {}
+    """Of buffers that the ranks held differently: for each rank, the one that has written what it held."""
     frozen: list[str]
     """Parameters without optimizer states."""
+    excluded: list[str] = []
+    """Parameters of the model that the checkpoint does not hold: frozen ones, where the script wanted it so."""
+    latest: bool = True
+    """False: a script keeps it beside those that a resume begins from (save_latest=False)."""
     number: int = 0
     """Counts the checkpoints of a folder as they were completed: the highest is the newest, whatever its step is."""
     saved_wall_s: float = 0.0
     files: dict[FileName, FileRecord] = {}
     """Every other file of the checkpoint, by name; empty in those of early versions."""
+
+    @model_validator(mode="after")
+    def _check_owners(self) -> Self:
+        for name, owners in self.buffer_owners.items():
+            if len(owners) != self.world_size or owners[0] != 0 or max(owners) >= self.world_size:
+                raise ValueError(f"buffer_owners.{name} are not of {self.world_size} ranks")
+        return self
+
+    def with_plain_names(self) -> Self:
+        """With the names that the model has when it is not compiled. (Early versions wrote those of compiled ones.)"""
+        return self.model_copy(
+            update={
+                "shapes": plain_names(self.shapes),
+                "dtypes": plain_names(self.dtypes),
+                "buffers": None if self.buffers is None else plain_names(self.buffers),
+                "buffer_owners": plain_names(self.buffer_owners),
+                "frozen": list(map(plain_name, self.frozen)),
+            }
+        )
 
     def sealed(self) -> bytes:
         """The file's content, its own digest in it."""
@@ -131,7 +158,7 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{path} has checkpoint format {manifest.format}, this version reads {FORMAT}")
     if (digest is None and manifest.files) or (digest is not None and digest != _digest(body)):
         raise Damaged(f"{path / MANIFEST} is damaged: its digest is not that of its content")
-    return manifest
+    return manifest.with_plain_names()
 
 
 def regular_size(path: Path, name: str) -> int:

@@ -52,9 +52,14 @@ def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers) -> list[s
 
 
 def _agree(peers: Peers, problem: str, job: Job) -> None:
-    problems = [f"rank {rank}: {p}" for rank, p in enumerate(peers.gather_objects(problem)) if p]
-    if problems:
-        raise CheckpointError(f"could not write {job.final}: {problems[0]}")
+    """A problem that any rank has is every rank's; so is another place than rank 0's, where half a checkpoint would
+    be."""
+    told = peers.gather_objects([problem, str(job.final.absolute())])
+    first = told[0][1]
+    for rank, (found, place) in enumerate(told):
+        if found or place != first:
+            why = found or f"it would write to {place}; give all ranks one folder"
+            raise CheckpointError(f"could not write {first}: rank {rank}: {why}")
 
 
 def _write_files(job: Job, partial: Path, rank: int) -> Records:
@@ -80,6 +85,10 @@ def _settle(partial: Path, names: Iterable[str]) -> Records:
 
 def _complete(job: Job, partial: Path, gathered: list[tuple[list[Row], Records]]) -> None:
     assert job.manifest is not None
+    for rank, (_, found) in enumerate(gathered):
+        for name, (nbytes, _sha256) in found.items():
+            if not (partial / name).exists() or (partial / name).stat().st_size != nbytes:
+                raise CheckpointError(f"{name} of rank {rank} is not there: save to a folder that all ranks share")
     index = index_of(row for rows, _ in gathered for row in rows)
     (partial / INDEX).write_bytes(index.encoded())
     write_torch_metadata(partial, index.tensors)
@@ -94,7 +103,7 @@ def _complete(job: Job, partial: Path, gathered: list[tuple[list[Row], Records]]
         out.write(manifest.sealed())
         out.flush()
         os.fsync(out.fileno())
-    folders.finish(job.folder, job.tag)
+    folders.finish(job.folder, job.tag, manifest.latest)
 
 
 def _prune(job: Job) -> list[str]:

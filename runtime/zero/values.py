@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from runtime.config import ConfigError
+from runtime.names import plain_name
 from runtime.zero.init import WEIGHTS_MARK
 from runtime.zero.weights import Weights
 
@@ -41,7 +42,7 @@ class Values:
             for name, buffer in module.named_buffers():
                 if buffer.is_meta:
                     raise ConfigError(
-                        f"buffer {name} is on the meta device, so it has no values: build the model under "
+                        f"buffer {plain_name(name)} is on the meta device, so it has no values: build the model under "
                         "runtime.zero.Init(), or give the buffer its values first"
                     )
         return values
@@ -116,7 +117,7 @@ def _under_weights(model: nn.Module) -> dict[str, dict[nn.Parameter, dict[str, n
     for path, owner in model.named_modules(remove_duplicate=False):
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_meta:
-                names.setdefault(parameter, {})[f"{path}.{name}" if path else name] = owner
+                names.setdefault(parameter, {})[plain_name(f"{path}.{name}" if path else name)] = owner
                 if mark := owner.__dict__.get(WEIGHTS_MARK):
                     marks.setdefault(parameter, mark)
     found: dict[str, dict[nn.Parameter, dict[str, nn.Module]]] = {}
@@ -137,9 +138,9 @@ def _who_resets(model: nn.Module, path: str, name: str) -> nn.Module:
         if _resets(module):
             return module
     raise ConfigError(
-        f"parameter {'.'.join([*parts, name])} is on the meta device and has no values: {type(model).__name__} has no "
-        "reset_parameters() there. Build the model under runtime.zero.Init(), which draws them on rank 0, or under "
-        "runtime.zero.Init(weights=FILE_OR_FOLDER)"
+        f"parameter {plain_name('.'.join([*parts, name]))} is on the meta device and has no values: "
+        f"{type(model).__name__} has no reset_parameters() there. Build the model under "
+        "runtime.zero.Init(), which draws them on rank 0, or under runtime.zero.Init(weights=FILE_OR_FOLDER)"
     )
 
 
