@@ -131,7 +131,7 @@ class Background:
         self._prepared, engine = True, self._owner()
         if self._writer is not None:
             return
-        _, problem = self._make_ready(blocks_of(engine), ahead=True)
+        _, problem = self._make_ready(blocks_of(engine, owners=None), ahead=True)
         own_files(engine)  # torch imports what it saves with at the first call
         if engine.comm.rank == 0:
             described(engine)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Owners = dict[str, list[int]]
 """Of buffers that differ between ranks: for each rank, the first one that holds the same."""
+ALIKE: Owners = {}
+"""All ranks hold all buffers alike."""
 
 
 def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:

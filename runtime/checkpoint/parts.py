@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.checkpoint.buffers import Owners, buffers_of, key_of, own_buffers
+from runtime.checkpoint.buffers import ALIKE, Owners, buffers_of, key_of, own_buffers
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -73,7 +73,7 @@ class Block:
         return self.tensor[at : at + part.numel]
 
 
-def blocks_of(engine: Engine, owners: Owners | None = None, with_frozen: bool = True) -> list[Block]:
+def blocks_of(engine: Engine, owners: Owners | None = ALIKE, with_frozen: bool = True) -> list[Block]:
     """What this rank writes, in the order of updates: masters ("param.NAME") and optimizer states
     ("state.STATE.NAME") of its own ranges, frozen parameters if wanted, on rank 0 what all ranks hold alike, and
     buffers of its own. owners: see checkpoint/buffers.py; None: all that this rank might write."""

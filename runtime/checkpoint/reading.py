@@ -54,9 +54,11 @@ class CheckpointReader:
         )
 
     def _parameters(self, manifest: Manifest) -> list[Stored]:
+        excluded = set(manifest.excluded)
         return [
             Stored(f"param.{name}", name, tuple(shape), self._computed_in(name, manifest))
             for name, shape in manifest.shapes.items()
+            if name not in excluded
         ]
 
     def _computed_in(self, name: str, manifest: Manifest) -> torch.dtype:

@@ -87,7 +87,7 @@ def test_overwriting_replaces_an_exported_model_and_nothing_else(ranks, tmp_path
 @pytest.fixture
 def checkpoint(ranks, tmp_path):
     ranks(2).run(save, str(tmp_path / "c"), config(2, 1, 0.0), "plain")
-    return tmp_path / "c" / "step-00000002"
+    return tmp_path / "c" / "global_step2"
 
 
 def _truncate(path: Path) -> None:
