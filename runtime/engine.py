@@ -24,6 +24,7 @@ from torch import nn
 from runtime.answers import Answers
 from runtime.checkpoint.background import Background
 from runtime.checkpoint.calls import CheckpointCalls
+from runtime.checkpoint.optimizer_states import bind_states
 from runtime.checkpoint.registered import Registered
 from runtime.comm import Comm
 from runtime.config import Resolved
@@ -134,6 +135,7 @@ class Engine(Answers, CheckpointCalls):
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain, self.saver.before_change)
         _engines[module] = weakref.ref(self)
         optimizer.seal()
+        bind_states(self)
         self.steering = Steering(self, session)
         weak = weakref.ref(self)  # the session outlives engines
         session.step = lambda: engine.global_steps if (engine := weak()) else 0

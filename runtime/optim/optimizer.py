@@ -50,6 +50,9 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.initial_groups = [plain_numbers(group) for group in self.param_groups]
         """As the script or the config made them, before a scheduler changes them."""
         self._sealed: list[int] | None = None
+        self.save_states: Callable[[], dict[str, Any]] | None = None
+        self.load_states: Callable[[dict[str, Any]], None] | None = None
+        """What the engine does for state_dict() and load_state_dict()."""
 
     def seal(self) -> None:
         """An engine has taken the groups over: from now on their parameters stay what they are."""
@@ -103,16 +106,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        raise RuntimeError(
-            "optimizer.state_dict(): each rank holds only ranges of the states; call engine.save_checkpoint(folder) on "
-            "every rank, which saves them"
-        )
+        """This rank's part of masters and states, and the parameter groups; for the same rank, world size and stage.
+        engine.save_checkpoint(folder) is what others can read."""
+        if self.save_states is None:
+            raise RuntimeError("optimizer.state_dict(): there is no engine yet, and so no states; call it afterwards")
+        return self.save_states()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        raise RuntimeError(
-            "optimizer.load_state_dict(): call engine.load_checkpoint(folder) on every rank, which brings back what "
-            "engine.save_checkpoint(folder) saved"
-        )
+        """What state_dict() of this rank gave. Every rank must call it. Raises ValueError for anything else."""
+        if self.load_states is None:
+            raise RuntimeError("optimizer.load_state_dict(): there is no engine yet to take states; call it afterwards")
+        self.load_states(state_dict)
 
     def mark_stepped(self) -> None:
         """torch's schedulers warn when they are advanced before the optimizer they watch has stepped."""

@@ -354,3 +354,32 @@ def other_maximum(folder: str) -> Any:
 def test_a_one_cycle_of_another_height_goes_on_at_its_step(ranks, tmp_path):
     for ours, straight in ranks(2).run(other_maximum, str(tmp_path)):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(straight), rtol=1e-6, atol=0)
+
+
+# ---- optimizer.state_dict()
+
+
+def by_state_dict(stage: int, kind: str) -> tuple[bool, float, list[str]]:
+    """A script that keeps the states itself: the module's and its optimizer's."""
+    config = settings(stage, optimizer={"type": kind, "params": {"lr": 0.1}})
+    engine = engine_of(blocks(), config)
+    train(engine, 3)
+    saved = engine.optimizer.state_dict()
+    again = engine_of(blocks(1), config)
+    again.global_steps = engine.global_steps
+    again.optimizer.load_state_dict(saved)
+    train(engine, 2)
+    train(again, 2)
+    other = {**saved, "rank": saved["rank"] + 1}
+    strange = {**saved, "state": {**saved["state"], "param.0.weight": torch.zeros(1)}}
+    refused = [
+        message_of(ValueError, lambda bad=bad: again.optimizer.load_state_dict(bad)) for bad in ({}, other, strange)
+    ]
+    return equal(values(engine), values(again)), saved["param_groups"][0]["lr"], refused
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(0, "AdamW"), (2, "RMSprop"), (3, "AdamW")])
+def test_the_optimizers_state_dict_is_this_ranks_and_brings_everything_back(ranks, stage, kind):
+    for goes_on, lr, (nothing, other, strange) in ranks(2).run(by_state_dict, stage, kind):
+        assert goes_on and lr == 0.1
+        assert "no 'rank'" in nothing and "the states are of rank" in other and "another model" in strange
