@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint import folder as folders
 from runtime.checkpoint.buffers import owners_of
-from runtime.checkpoint.common import described, merged, own_files
+from runtime.checkpoint.common import described, merged, own_files, own_scalars
 from runtime.checkpoint.manifest import CheckpointError
 from runtime.checkpoint.parts import Block, blocks_of
 from runtime.checkpoint.process import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
@@ -94,7 +94,7 @@ class Background:
         snapshot, no_memory = self._make_ready(blocks)
         problem = problem or no_memory
         alive = self._writer is not None and self._writer.alive
-        scalars = [rule.scalars() for rule in engine.rules]
+        scalars = own_scalars(engine)
         told = engine.comm.gather_objects((problem, failed, alive, self._generation, scalars))
         if on_done is None and (earlier := _cause(failed for _, failed, *_ in told)):
             raise CheckpointError(earlier)

@@ -154,6 +154,7 @@ class CheckpointCalls:
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
     ) -> tuple[str | None, dict[str, Any]]:
         """Load LOAD_DIR/TAG, or the newest complete checkpoint in LOAD_DIR that is sound. Returns (its path,
         client_state), or (None, {}) when there is none.
@@ -161,20 +162,33 @@ class CheckpointCalls:
         load_module_strict=False: parameters and buffers that only the model or only the checkpoint has are left alone.
         load_optimizer_states=False: the optimizer's states and learning rates stay as they are;
         load_lr_scheduler_states=False: the scheduler does. load_module_only: parameters and buffers and nothing else,
-        no step counts either.
+        no step counts either. custom_load_fn(src=, dst=): puts the checkpoint's whole parameters and buffers (src, by
+        name, in host memory) into the module (dst) in our stead; rank 0's result is everybody's, and masters become
+        what it leaves in the module's precision.
         """
         wanted = checkpoint.Wanted(
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
             scheduler=load_lr_scheduler_states and not load_module_only,
             progress=not load_module_only,
+            module=custom_load_fn is None,
         )
         if tag is not None:
             path: Path | None = Path(load_dir) / str(tag)
             self.resume_from(Path(load_dir) / str(tag), wanted)
         else:
             path = self.resume_newest(Path(load_dir), wanted)
+        if path is not None and custom_load_fn is not None:
+            self._load_module_by(custom_load_fn, path)
         return (None, {}) if path is None else (str(path), self.client_state)
+
+    def _load_module_by(self, load: Callable[..., Any], path: Path) -> None:
+        from runtime.checkpoint.reading import CheckpointReader
+
+        reader = CheckpointReader(path)
+        source = {stored.name: reader.read(stored, stored.dtype) for stored in reader.tensors}
+        with self.whole.gathered(self.whole.units, modifier_rank=0):
+            load(src=source, dst=self.module)
 
     def resume_newest(
         self,

@@ -99,13 +99,14 @@ def described(engine: Engine) -> dict[str, bytes]:
     return _described[engine]
 
 
-def merged(by_rank: list[list[Scalars]]) -> Scalars:
-    """A rank knows the scalars of the parameter groups in its ranges; together they know all."""
-    found: Scalars = {}
-    for rules in by_rank:
-        for scalars in rules:
-            found |= scalars
-    return found
+def own_scalars(engine: Engine) -> list[tuple[int, dict[str, Any]]]:
+    """Of the parameter groups in this rank's shards; plain, for they go from rank to rank."""
+    return [pair for rule in engine.rules for pair in rule.scalars().items()]
+
+
+def merged(by_rank: list[list[tuple[int, dict[str, Any]]]]) -> Scalars:
+    """Together the ranks know the scalars of all parameter groups."""
+    return {group: scalars for pairs in by_rank for group, scalars in pairs}
 
 
 def manifest_of(engine: Engine, owners: Owners, with_frozen: bool = True) -> Manifest:

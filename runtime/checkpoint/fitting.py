@@ -22,11 +22,12 @@ STRICT = "load_module_strict=False leaves what only one of them has as it is"
 def compare(engine: Engine, manifest: Manifest, path: Path, wanted: Wanted) -> None:
     """What the manifest says: parameters and buffers with their shapes (dtypes may differ), the optimizer's type and
     groups. Raises CheckpointError."""
-    _compare_shapes("parameter", shapes_of(engine), manifest.shapes, path, wanted.strict)
-    if manifest.buffers is not None:
+    if wanted.module:
+        _compare_shapes("parameter", shapes_of(engine), manifest.shapes, path, wanted.strict)
+    if wanted.module and manifest.buffers is not None:
         ours = {name: list(buffer.shape) for name, buffer in buffers_of(engine).items()}
         _compare_shapes("buffer", ours, manifest.buffers, path, wanted.strict)
-    if wanted.strict and manifest.excluded:
+    if wanted.module and wanted.strict and manifest.excluded:
         there = {*frozen_names(engine)}
         if trained := next((name for name in manifest.excluded if name not in there), None):
             raise CheckpointError(
@@ -76,7 +77,7 @@ def compare_tensors(
             raise CheckpointError(
                 f"checkpoint {path} is damaged or was changed: parameter {name} {there}, its manifest says {shape}"
             )
-    for name, buffer in buffers_of(engine).items():
+    for name, buffer in buffers_of(engine).items() if wanted.module else ():
         found = tensors.get(key_for(name, manifest, engine.comm.rank, engine.comm.world_size))
         if found is None and not wanted.strict:
             continue

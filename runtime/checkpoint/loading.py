@@ -75,7 +75,7 @@ def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
     together(engine.comm, lambda: compare_tensors(engine, manifest, content.tensors, path, wanted))
     if wanted.progress:
         together(engine.comm, lambda: engine.registered.compare(content.generators))
-    if engine.comm.rank == 0:
+    if engine.comm.rank == 0 and wanted.module:
         for text in differences(engine, manifest, content.tensors, path):
             log.warning(text)
     _load_tensors(engine, manifest, path, content.tensors, wanted)
@@ -166,7 +166,7 @@ def _load_tensors(
 
     def is_read(name: str) -> bool:
         if name.startswith("param."):
-            return name not in excluded
+            return wanted.module and name not in excluded
         return with_states and name.split(".", 2)[2] not in frozen_then
 
     pieces = {name: piece for name, piece in pieces_of(engine).items() if is_read(name)}
@@ -174,7 +174,11 @@ def _load_tensors(
     tensors_here |= {
         key_for(name, manifest, comm.rank, comm.world_size): buffer for name, buffer in buffers_of(engine).items()
     }
-    whole = {name: (tensor, Piece.whole(tensor)) for name, tensor in tensors_here.items() if name not in excluded}
+    whole = {
+        name: (tensor, Piece.whole(tensor))
+        for name, tensor in tensors_here.items()
+        if wanted.module and name not in excluded
+    }
     pieces |= {name: piece for name, (_, piece) in whole.items()}
     together(engine.comm, lambda: read_pieces(path, tensors, pieces))
     for tensor, piece in whole.values():

@@ -35,10 +35,12 @@ class Damaged(CheckpointError):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to load of a checkpoint, beside parameters and buffers."""
+    """What to load of a checkpoint."""
 
     strict: bool = True
     """The model and the checkpoint must have the same parameters and buffers."""
+    module: bool = True
+    """Parameters and buffers."""
     optimizer: bool = True
     scheduler: bool = True
     progress: bool = True

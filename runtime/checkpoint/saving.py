@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.buffers import Owners, owners_of
-from runtime.checkpoint.common import manifest_of, merged, own_files, shared_files
+from runtime.checkpoint.common import manifest_of, merged, own_files, own_scalars, shared_files
 from runtime.checkpoint.job import Job
 from runtime.checkpoint.manifest import CheckpointError
 from runtime.checkpoint.parts import blocks_of
@@ -41,7 +41,7 @@ def save(engine: Engine, folder: Path, tag: str, client_state: dict[str, Any], o
     owners = owners_of(engine)
     blocks = blocks_of(engine, owners, options.with_frozen)
     views = [(part, block.view(at, part)) for block in blocks for at, part in block.parts]
-    scalars = merged(engine.comm.gather_objects([rule.scalars() for rule in engine.rules]))
+    scalars = merged(engine.comm.gather_objects(own_scalars(engine)))
     job = make_job(engine, folder, tag, [part for part, _ in views], scalars, client_state, owners, options)
     write(job, lambda index: views[index][1], engine.comm)
     return job.final

@@ -356,6 +356,40 @@ def test_a_one_cycle_of_another_height_goes_on_at_its_step(ranks, tmp_path):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(straight), rtol=1e-6, atol=0)
 
 
+# ---- custom_load_fn
+
+
+def by_own_function(folder: str, stage: int) -> dict[str, bool]:
+    """The script's function renames: what was block 0 is block 1 now."""
+    engine = engine_of(blocks(), settings(stage))
+    train(engine, 2)
+    engine.save_checkpoint(folder)
+
+    def load(src: dict[str, torch.Tensor], dst: nn.Module) -> None:
+        with torch.no_grad():
+            for name, parameter in dst.named_parameters():
+                index, rest = name.split(".")
+                parameter.copy_(src[f"{(int(index) + 1) % 3}.{rest}"])
+
+    again = engine_of(blocks(1), settings(stage))
+    again.load_checkpoint(folder, custom_load_fn=load)
+    before, after = values(engine), values(again)
+    turned = {name: before[f"{(int(name[0]) + 1) % 3}{name[1:]}"] for name in before}
+    steps = again.global_steps
+    train(again, 1)
+    return {
+        "turned": equal(after, turned),
+        "masters, too": not equal(values(again), after) and equal(after, turned),
+        "the rest": steps == 2 and again.optimizer_steps == 3,
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_function_of_the_scripts_can_load_the_module(ranks, tmp_path, stage):
+    for found in ranks(2).run(by_own_function, str(tmp_path), stage):
+        assert all(found.values()), found
+
+
 # ---- optimizer.state_dict()
 
 
