@@ -68,11 +68,6 @@ class Answers:
         rank must call it."""
         return plain_names(self.module.state_dict())
 
-    def zero_grad(self) -> None:
-        """Nothing to do, on purpose: a step() uses the gradients and drops them, those of other engines' losses are
-        never kept, and scripts written for DeepSpeed call this between the micro-steps of one accumulation, where
-        clearing would lose gradients."""
-
     def get_global_grad_norm(self) -> float | None:
         """L2 norm of the last step's mean gradient, before clipping; None before the first step."""
         return self._norm

@@ -32,13 +32,15 @@ from runtime.memory import Ledger
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
 from runtime.parking import Parking
-from runtime.precision import ScaleExhausted, TrainingError, scaler_for
+from runtime.precision import DTYPES, ScaleExhausted, TrainingError, scaler_for
 from runtime.setup import Assembly, Session, assemble
 from runtime.steer import Steering
 from runtime.wire.messages import StepResult
+from runtime.zero.backward import ScriptBackward, engine_backward
 from runtime.zero.clip import Boundary, agree, clip_coefficient
 from runtime.zero.gathering import Gathering
 from runtime.zero.schedule import Schedule
+from runtime.zero.structure import Structure
 from runtime.zero.whole import WholeModel
 
 log = logging.getLogger("runtime.engine")
@@ -94,6 +96,7 @@ class Engine(Answers, CheckpointCalls):
         self.last_checkpoint: Path | None = None
         """What the script saved or loaded last."""
         self._norm: float | None = None
+        self._told_of_changes = False
         self._failure = ""
         """What a backward that failed makes of this engine."""
         self._boundary: bool | None = None
@@ -102,6 +105,11 @@ class Engine(Answers, CheckpointCalls):
         """Whether the last backward outside no_sync took this for a boundary."""
         self._syncing = True
         self._backwards = 0  # since the last step(), outside no_sync
+        self._micro_backwards = 0  # since the last boundary
+        self._by_script = False
+        """The script ran the last backward itself, and step() has not taken it yet."""
+        self._scaled = False
+        """scale() was called for the script's next backward."""
         self._loss_sum: torch.Tensor | float = 0.0
         self._losses = 0
         self._tokens = 0
@@ -113,8 +121,11 @@ class Engine(Answers, CheckpointCalls):
         self.frozen_flats = [flat for unit in parts.units for flat in unit.frozen]
         self._pre_scale = parts.numbers.scale
         self.scaler = scaler_for(config)
-        self.schedule = Schedule(parts.reduce_order, comm)
-        self.gathering = Gathering(module, parts.units, self.telemetry)
+        self._script_backward = ScriptBackward(module, self)
+        self.schedule = Schedule(parts.reduce_order, comm, self._script_backward.begins)
+        self.gathering = Gathering(module, parts.units, self.telemetry, comm.gather_objects)
+        held = [p for flat in (*self.flats, *self.frozen_flats) for p in flat.members]
+        self._structure = Structure(module, {id(p) for p in (*held, *(p for _, p in self.frozen))})
         self._downlink, self.pool = parts.placing.downlink, parts.pool
         self.working_memory = parts.placing.working_memory
         """Device memory of no flat."""
@@ -136,6 +147,7 @@ class Engine(Answers, CheckpointCalls):
         _engines[module] = weakref.ref(self)
         optimizer.seal()
         bind_states(self)
+        optimizer.on_zero_grad = _when_alive(self, Engine.zero_grad)
         self.steering = Steering(self, session)
         weak = weakref.ref(self)  # the session outlives engines
         session.step = lambda: engine.global_steps if (engine := weak()) else 0
@@ -149,30 +161,45 @@ class Engine(Answers, CheckpointCalls):
             self._tokens += _tokens_in(inputs, named)
         else:
             self.telemetry.enter("eval", self.global_steps + 1, 0)
-        return self.module(*inputs, **named)
+        try:
+            return self.module(*inputs, **named)
+        except RuntimeError as error:
+            if "dtype" in str(error) or "scalar type" in str(error):
+                self._blame_wide_buffers(error)
+            raise
 
     forward = __call__
 
-    def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
-        """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages
-        micro-steps and ranks.
+    def _blame_wide_buffers(self, error: RuntimeError) -> None:
+        """Buffers keep their dtype, and what computes with a wider one comes out wider."""
+        name = self.config.precision
+        floating = [(n, b) for n, b in self.module.named_buffers() if b.is_floating_point()]
+        wide = [buffer for buffer, values in floating if values.itemsize > DTYPES[name].itemsize]
+        if wide:
+            error.add_note(
+                f"The parameters compute in {name}, and {len(wide)} buffers are wider ({', '.join(wide[:3])}). Cast "
+                f'what comes out of them, or set "zerotop": {{"buffer_dtype": "{name}"}}'
+            )
 
-        Returns the loss as given. Raises ValueError for anything that backward can't start from. After any other
-        exception in here this engine can't go on: what was under way on this rank is not on the others.
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
+        """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages
+        micro-steps and ranks. Several before one step() add up.
+
+        scale_wrt_gas: divide the loss by gradient_accumulation_steps(); False where the script has done it. Returns
+        the loss so divided. Raises ValueError for anything that backward can't start from. After any other exception
+        in here this engine can't go on: what was under way on this rank is not on the others.
         """
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
                 f"engine.backward(loss): expected a scalar tensor that requires grad, got {_describe(loss)}"
             )
-        if self._syncing and self._backwards:
-            raise RuntimeError(
-                "engine.backward() twice before engine.step(): add the losses and call it once, or "
-                "wrap all but the last "
-                "in engine.no_sync()"
-            )
         self._refuse_after_failure()
+        steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
         try:
-            self._backward(loss, retain_graph)
+            with engine_backward():
+                self._begin_backward()
+                (loss * (self.scaler.scale / steps)).backward(retain_graph=retain_graph)
+                self._end_backward()
         except BaseException as error:
             self.schedule.abandon()
             self._failure = f"engine.backward(loss) at step {self.global_steps + 1} ended with {type(error).__name__}"
@@ -183,24 +210,70 @@ class Engine(Answers, CheckpointCalls):
                     "zero_optimization.stage 2 for this model, or hold the units in zero.GatheredParameters meanwhile"
                 ) from error
             raise
-        self._loss_sum = self._loss_sum + loss.detach().double()
-        self._losses += 1
-        self._backwards += self._syncing
-        self._reduced_for = self.is_gradient_accumulation_boundary()
-        return loss
+        self._count_backward(loss)
+        return loss / steps
 
-    def _backward(self, loss: torch.Tensor, retain_graph: bool) -> None:
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the loss scale, for scripts that call .backward() on it themselves."""
+        self._scaled = True
+        return loss * self.scaler.scale
+
+    def _begin_backward(self, factor: float = 1.0) -> None:
+        """factor: on each gradient that arrives."""
         self.telemetry.enter("backward", self.global_steps + 1, self._micro_step)
         boundary = self.is_gradient_accumulation_boundary()
         reduce = self._syncing and (boundary or self.policy.own_gradients)
         self.updates.drain()
-        self.schedule.begin_backward(reduce, last=self._syncing and boundary)
-        (loss * (self.scaler.scale / self.gradient_accumulation_steps())).backward(retain_graph=retain_graph)
+        self.schedule.begin_backward(reduce, self._syncing and boundary, factor)
+
+    def _end_backward(self) -> None:
         self.schedule.end_backward()
         self.updates.check()
         self.gathering.end_backward()
 
+    def _count_backward(self, loss: torch.Tensor | None, by_script: bool = False) -> None:
+        if loss is not None:
+            self._loss_sum = self._loss_sum + loss.detach().double()
+            self._losses += 1
+        self._micro_backwards += 1
+        self._backwards += self._syncing
+        self._by_script = by_script
+        self._reduced_for = self.is_gradient_accumulation_boundary()
+
+    def begin_script_backward(self) -> None:
+        """The script has called .backward() on its loss. See runtime/zero/backward.py."""
+        self._refuse_after_failure()
+        if self.config.precision == "fp16" and not self._scaled:
+            raise RuntimeError(
+                "loss.backward() under fp16 goes without the loss scale, so small gradients would become zero: call "
+                "engine.backward(loss), or engine.scale(loss).backward()"
+            )
+        scale = 1.0 if self._scaled else self.scaler.scale
+        self._begin_backward(scale / self.gradient_accumulation_steps())
+
+    def end_script_backward(self, loss: torch.Tensor | None) -> None:
+        self._end_backward()
+        self._scaled = False
+        self._count_backward(loss, by_script=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of a loss.backward() that the script ran itself and no step() has taken (another
+        engine's loss that came through this model). Otherwise nothing, on purpose: a step() uses the gradients and
+        drops them, and scripts written for DeepSpeed call this between the micro-steps of one accumulation, where
+        clearing would lose gradients."""
+        if not self._by_script:
+            return
+        if self._micro_backwards > self._backwards or self.micro_steps % self.gradient_accumulation_steps():
+            raise RuntimeError(
+                "zero_grad() after loss.backward() in the middle of an accumulation: the gradients of its earlier "
+                "micro-steps can't be told from this one's. Call engine.backward(loss), or detach() what shall not "
+                "train this model"
+            )
+        self._drop_accumulated()
+
     def _refuse_after_failure(self) -> None:
+        if self.schedule.inside and not self._failure:
+            self._failure = f"loss.backward() at step {self.global_steps + 1} ended with an exception"
         if self._failure:
             raise RuntimeError(
                 f"{self._failure}: the gradients of that backward are incomplete on this rank, and the collectives of "
@@ -225,11 +298,11 @@ class Engine(Answers, CheckpointCalls):
         boundary = self.is_gradient_accumulation_boundary()
         if boundary != self._reduced_for:
             raise RuntimeError(
-                "set_gradient_accumulation_boundary() between engine.backward(loss) and engine.step(): backward has "
-                "reduced the gradients, or not, by what it said before; call it before backward"
+                "set_gradient_accumulation_boundary() was called between engine.backward(loss) and engine.step(), "
+                "after backward had reduced the gradients, or not, by the old value; call it before backward"
             )
         self.micro_steps += 1
-        self._backwards = 0
+        self._backwards, self._by_script = 0, False
         if boundary:
             self._optimizer_step()
         else:
@@ -243,9 +316,12 @@ class Engine(Answers, CheckpointCalls):
         if self._downlink is not None:
             self._downlink.drain()
         divisor = self.comm.world_size * self._pre_scale * self.scaler.scale
-        loss = self._loss_sum / self._losses
+        loss = self._loss_sum / self._losses if self._losses else None
         waits, stops, way = self.steering.command_waits(), self.steering.stop_asked(), self.gathering.take_way()
-        agreed = agree(self.flats, self.comm, loss, divisor, waits, stops, way)
+        changed = self._changed_by_script()
+        agreed = agree(self.flats, self.comm, loss, divisor, waits, stops, way, changed)
+        if agreed.changed:
+            self._take_changes()
         numbers = self.optimizer.numbers(self.lr_factor)
         skipped = not math.isfinite(agreed.grad_norm)
         if not skipped:
@@ -258,14 +334,45 @@ class Engine(Answers, CheckpointCalls):
         if self.lr_scheduler is not None and not skipped:
             self.optimizer.mark_stepped()
             self.lr_scheduler.step()
-        self._loss_sum, self._losses, self._tokens = 0.0, 0, 0
+        self._loss_sum, self._losses, self._tokens, self._micro_backwards = 0.0, 0, 0, 0
         self.steering.at_boundary(agreed)
         telemetry.enter("data", self.global_steps + 1, 0)
         self._began_ns = time.monotonic_ns()
 
+    def _changed_by_script(self) -> torch.Tensor | bool:
+        """Whether this rank's parameters are others than the last step left, where masters have to hear of it."""
+        found: torch.Tensor | bool = False
+        for flat in self.flats:
+            found = found | flat.changed()
+        return found
+
+    def settle_changes(self) -> None:
+        """Before masters are saved: they hear of what the script has changed since the last step."""
+        self.updates.drain()
+        if self._changed_by_script():
+            self._take_changes()
+
+    def _take_changes(self) -> None:
+        """The script has changed parameters in place (clamped, averaged, swapped them): so do the masters."""
+        self.saver.before_change()
+        for flat in self.flats:
+            if not flat.sharded:
+                flat.parameters_to_own()
+        if not self._told_of_changes and self.comm.rank == 0:
+            log.info(
+                "parameters that the script changed in place were taken over into the master weights (logged once)"
+            )
+        self._told_of_changes = True
+
     def _check_parameters(self) -> None:
         """Raises RuntimeError for what scripts can do to parameters that would train nothing, and no longer say so."""
         self.optimizer.check_groups()
+        if new := self._structure.new_parameters():
+            names = ", ".join(f"{name} {list(p.shape)}" for name, p in new[:5]) + (", ..." if len(new) > 5 else "")
+            raise RuntimeError(
+                f"{len(new)} parameters came into the model after initialize() and would not be trained: {names}. "
+                "Resize, replace and add modules before initialize(), or call initialize() again on the changed model"
+            )
         for flat in (*self.flats, *self.frozen_flats):
             if (name := flat.lost()) is not None:
                 raise RuntimeError(
@@ -327,7 +434,7 @@ class Engine(Answers, CheckpointCalls):
     # ---- accumulation --------------------------------------------------------------------------------------
     @property
     def _micro_step(self) -> int:
-        return self.micro_steps % self.gradient_accumulation_steps() + 1
+        return min(self._micro_backwards + 1, self.gradient_accumulation_steps())
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-step under way is the accumulation's last."""
@@ -357,6 +464,7 @@ class Engine(Answers, CheckpointCalls):
             self._downlink.drain()
         self.schedule.clear()
         self._loss_sum, self._losses, self._tokens, self._backwards = 0.0, 0, 0, 0
+        self._micro_backwards, self._by_script = 0, False
 
     if not TYPE_CHECKING:  # which would take every slip for an attribute of the module
 
@@ -376,12 +484,14 @@ class Engine(Answers, CheckpointCalls):
         self.saver.leave()
         self.updates.detach()
         self.schedule.detach()
+        self._script_backward.detach()
         self.gathering.detach()
         self.whole.detach()
 
     def finish(self) -> None:
         """The training is complete: last checkpoint, and the hub hears that this rank finished."""
         self.synchronize()
+        self.settle_changes()
         self.steering.finish()
 
 

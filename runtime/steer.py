@@ -123,7 +123,7 @@ class Steering:
         Raises TrainingError on all ranks when the last MOST_UNSOUND steps were not finite, outside fp16.
         """
         rank_0 = self.engine.comm.rank == 0
-        self._sound = math.isfinite(agreed.loss) and math.isfinite(agreed.grad_norm)
+        self._sound = math.isfinite(agreed.grad_norm) and (agreed.loss is None or math.isfinite(agreed.loss))
         self._count_unsound(self.engine.global_steps)
         if agreed.command_waits:
             due = self._due and self._sound and not self.engine.saver.busy
@@ -149,21 +149,13 @@ class Steering:
         raise TrainingError(
             f"the loss or the gradient norm was not finite in {MOST_UNSOUND} steps in a row, from step "
             f"{self._unsound[0]} on: lower optimizer.params.lr, set gradient_clipping, or look at the data of that "
-            f"step{self._hint()}. "
+            "step. "
             + (f"The newest checkpoint is {newest}" if newest is not None else "There is no checkpoint to return to")
         )
 
     def _newest_checkpoint(self) -> Path | None:
         newest = checkpoint.newest(self.folder) if self.folder is not None else None
         return newest or self.engine.last_checkpoint
-
-    def _hint(self) -> str:
-        if not self.engine.policy.own_parameters:
-            return ""
-        return (
-            "; at stage 3, parameters that are read outside their module's forward are NaN there, and "
-            "zero.GatheredParameters makes them whole"
-        )
 
     def progress(self, result: StepResult) -> None:
         """A log line every log_interval steps, on rank 0; and a word on every step that was not finite."""
@@ -174,8 +166,9 @@ class Steering:
         total = self.engine.config.zerotop.train.steps
         of = f"/{total}" if total else ""
         speed = f" · {result.tokens_per_s * self.engine.comm.world_size:,.0f} tokens/s" if result.tokens_per_s else ""
+        loss = "n/a" if result.loss is None else f"{result.loss:.4f}"
         log.info(
-            f"step {result.step}{of} · loss {result.loss:.4f} · lr {result.lr:.3g} · norm "
+            f"step {result.step}{of} · loss {loss} · lr {result.lr:.3g} · norm "
             f"{result.grad_norm:.3f} · {result.step_ms:.1f} ms{speed}"
         )
 
@@ -187,7 +180,7 @@ class Steering:
         elif result.skipped:
             text = (
                 f"step {result.step} changed nothing: the gradient norm is {result.grad_norm} and the loss "
-                f"{result.loss}{self._hint() if not self._unsound else ''}"
+                f"{'n/a' if result.loss is None else result.loss}"
             )
         elif result.loss is not None and not math.isfinite(result.loss):
             text = f"step {result.step}: the loss is {result.loss}; its gradients are finite, so the step was taken"

@@ -77,6 +77,7 @@ class CheckpointCalls:
                 "after the step() at "
                 "which is_gradient_accumulation_boundary() was true"
             )
+        self._engine().settle_changes()
         if client_state is not None:
             self.client_state = client_state
         with self.telemetry.span("checkpoint"):

@@ -168,6 +168,10 @@ class ZerotopConfig(Section):
     """What stages 2 and 3 keep between micro-steps. `ranges`: each micro-step's gradients are reduced and the own range
     is kept. `local`: whole gradients, reduced once at the boundary: less communication, more memory."""
 
+    buffer_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the model's floating-point buffers. Unset: each keeps the dtype that it came with, whatever the precision of
+    the parameters (rotary tables and running statistics lose too much in 16 bits)."""
+
     units: Texts | None = None
     """Names of the modules to cut the model into, as `named_modules()` gives them; `*` matches anything
     (`transformer.h.*`). Unset: the children of the largest repeated ModuleList."""

@@ -53,6 +53,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.save_states: Callable[[], dict[str, Any]] | None = None
         self.load_states: Callable[[dict[str, Any]], None] | None = None
         """What the engine does for state_dict() and load_state_dict()."""
+        self.on_zero_grad: Callable[[], None] = lambda: None
+        """The engine's own zero_grad."""
 
     def seal(self) -> None:
         """An engine has taken the groups over: from now on their parameters stay what they are."""
@@ -125,7 +127,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do: the engine drops gradients itself, after each optimizer step."""
+        """As engine.zero_grad()."""
+        self.on_zero_grad()
 
 
 def optimizer_from_config(

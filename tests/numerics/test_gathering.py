@@ -152,21 +152,6 @@ def test_two_units_at_a_time(ranks):
     ranks(2).run(held_while_used)
 
 
-def outside_their_use() -> None:
-    engine = started()
-    weight = engine.module.head.weight
-    assert weight.shape == (37, 13) and weight.isnan().all()
-    assert weight.untyped_storage().nbytes() == weight.element_size()  # one NaN, not 481
-    with pytest.raises(RuntimeError, match="single memory location"):
-        weight.data.mul_(2)
-    assert sum(p.numel() for p in engine.module.parameters()) == sum(p.numel() for p in make("plain").parameters())
-    assert any(weight is p for group in engine.optimizer.param_groups for p in group["params"])
-
-
-def test_parameters_outside_their_use_are_nan_and_keep_their_shape(ranks):
-    ranks(2).run(outside_their_use)
-
-
 # ---- the whole model ------------------------------------------------------------------------------------
 def ask_and_change(stage: int, precision: str) -> None:
     engine = started(stage=stage, precision=precision)
@@ -241,8 +226,8 @@ def small_ones_stay() -> None:
     settings = config(3, 1, clip=0.0)
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     engine = initialize(model=Uneven(), config=settings)[0]
-    assert not engine.module.norm.weight.isnan().any()  # 13 elements
-    assert engine.module.head.weight.isnan().all()  # 481
+    resharded = {name for name, p in engine.module.named_parameters() if type(p) is not nn.Parameter}
+    assert "norm.weight" not in resharded and "head.weight" in resharded  # 13 and 481 elements
     assert next(unit.name for unit in engine.units) == "small"
 
 
@@ -370,7 +355,7 @@ def copied_and_pickled(stage: int) -> None:
         loss = engine.module(*inputs)
     for plain in (average, loaded):
         assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
-        assert type(plain.head._parameters) is dict
+        assert all(type(parameter) is nn.Parameter for parameter in plain.parameters())
         torch.testing.assert_close(plain(*inputs), loss)
     step(engine, 1)
     assert all(torch.equal(value, expected[name]) for name, value in average.state_dict().items())
