@@ -29,6 +29,7 @@ from runtime.checkpoint.registered import Registered
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
+from runtime.names import plain_name
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
 from runtime.parking import Parking
@@ -174,7 +175,7 @@ class Engine(Answers, CheckpointCalls):
         """Buffers keep their dtype, and what computes with a wider one comes out wider."""
         name = self.config.precision
         floating = [(n, b) for n, b in self.module.named_buffers() if b.is_floating_point()]
-        wide = [buffer for buffer, values in floating if values.itemsize > DTYPES[name].itemsize]
+        wide = [plain_name(buffer) for buffer, values in floating if values.itemsize > DTYPES[name].itemsize]
         if wide:
             error.add_note(
                 f"The parameters compute in {name}, and {len(wide)} buffers are wider ({', '.join(wide[:3])}). Cast "

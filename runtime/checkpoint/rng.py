@@ -3,6 +3,7 @@ script makes and registers."""
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -74,6 +75,16 @@ def restore(generator: Generator, state: Mapping[str, Any]) -> None:
         generator.set_state(value)
     else:
         _set_python(generator, value)
+
+
+def refuses(generator: Generator, state: Mapping[str, Any]) -> str:
+    """Why `generator` could not take the state, whoever wrote it; empty when it could. It stays as it is."""
+    another = torch.Generator(generator.device) if isinstance(generator, torch.Generator) else copy.deepcopy(generator)
+    try:
+        restore(another, state)
+    except Exception as error:  # torch, Python and numpy each have their own for it
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return ""
 
 
 def kind_of(generator: Generator) -> str:
