@@ -229,3 +229,29 @@ def test_a_pickle_that_asks_for_memory_is_refused(checkpoint):
     reseal(checkpoint)
     with pytest.raises(CheckpointError, match="more objects than it has bytes"):
         read_all(checkpoint)
+
+
+def test_random_states_of_another_shape_are_refused_before_any_is_set(checkpoint):
+    import random
+
+    import numpy as np
+
+    from runtime.checkpoint import rng
+    from runtime.checkpoint.registered import Registered
+
+    good = rng.get_state({"mine": np.random.default_rng(1)})
+    before = rng.get_state()
+    for bad in ({"torch": torch.zeros(3)}, {"python": (3, (1, 2), None)}, {"numpy": ["MT19937", [1], 0, 0, 0.0]},
+                {"generators": {"mine": 3}}):  # fmt: skip
+        (checkpoint / "rng-0.pt").write_bytes(to_bytes({**good, **bad}))
+        reseal(checkpoint)
+        with pytest.raises(CheckpointError, match=r"rng-0\.pt is not what zerotop writes"):
+            read_all(checkpoint)
+    registered = Registered()
+    registered.add("mine", np.random.default_rng(2))
+    state = good["generators"]["mine"]
+    registered.compare({"mine": state})
+    for wrong in ({}, {**state["state"], "state": {"state": "x", "inc": 1}}, None):
+        with pytest.raises(CheckpointError, match="the checkpoint's state is none of a numpy"):
+            registered.compare({"mine": {"kind": state["kind"], "state": wrong}})
+    assert torch.equal(rng.get_state()["torch"], before["torch"]) and random.getstate() == before["python"]
