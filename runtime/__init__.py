@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime import checkpointing, comm, ops, utils, zero
+    from runtime import checkpointing, comm, lr_schedules, ops, utils, zero
     from runtime.api import add_config_arguments, init_distributed, initialize
     from runtime.engine import Engine
     from runtime.utils import log_dist, logger
 
-_MODULES = ("checkpointing", "comm", "ops", "utils", "zero")
+_MODULES = ("checkpointing", "comm", "lr_schedules", "ops", "utils", "zero")
 _FROM = {"Engine": "engine", "log_dist": "utils", "logger": "utils"}
 """Names that are elsewhere than in runtime.api."""
 
@@ -27,6 +27,7 @@ __all__ = [
     "initialize",
     "log_dist",
     "logger",
+    "lr_schedules",
     "ops",
     "utils",
     "zero",

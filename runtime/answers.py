@@ -9,6 +9,7 @@ from torch import nn
 
 from runtime.comm import Comm
 from runtime.config import Resolved
+from runtime.names import plain_name, plain_names
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.precision import Scaler
 from runtime.setup import Session
@@ -60,11 +61,12 @@ class Answers:
         return self.module.parameters(recurse)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.module.named_parameters()
+        return ((plain_name(name), parameter) for name, parameter in self.module.named_parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        """The module's; at stage 3 copies in host memory, and every rank must call it."""
-        return self.module.state_dict()
+        """The module's, by the names that it has when it is not compiled; at stage 3 copies in host memory, and every
+        rank must call it."""
+        return plain_names(self.module.state_dict())
 
     def get_global_grad_norm(self) -> float | None:
         """L2 norm of the last step's mean gradient, before clipping; None before the first step."""

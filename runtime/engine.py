@@ -24,10 +24,12 @@ from torch import nn
 from runtime.answers import Answers
 from runtime.checkpoint.background import Background
 from runtime.checkpoint.calls import CheckpointCalls
+from runtime.checkpoint.optimizer_states import bind_states
 from runtime.checkpoint.registered import Registered
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
+from runtime.names import plain_name
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
 from runtime.parking import Parking
@@ -144,8 +146,8 @@ class Engine(Answers, CheckpointCalls):
         )
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain, self.saver.before_change)
         _engines[module] = weakref.ref(self)
-        self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
         optimizer.seal()
+        bind_states(self)
         optimizer.on_zero_grad = _when_alive(self, Engine.zero_grad)
         self.steering = Steering(self, session)
         weak = weakref.ref(self)  # the session outlives engines
@@ -173,7 +175,7 @@ class Engine(Answers, CheckpointCalls):
         """Buffers keep their dtype, and what computes with a wider one comes out wider."""
         name = self.config.precision
         floating = [(n, b) for n, b in self.module.named_buffers() if b.is_floating_point()]
-        wide = [buffer for buffer, values in floating if values.itemsize > DTYPES[name].itemsize]
+        wide = [plain_name(buffer) for buffer, values in floating if values.itemsize > DTYPES[name].itemsize]
         if wide:
             error.add_note(
                 f"The parameters compute in {name}, and {len(wide)} buffers are wider ({', '.join(wide[:3])}). Cast "

@@ -25,6 +25,7 @@ from runtime.config import Resolved
 from runtime.held import Held, held_lines, read_held
 from runtime.memory import Ledger
 from runtime.models.gpt import GPT
+from runtime.names import plain_name
 from runtime.remedies import Remedy, Shortage, remedies, remedy_lines
 from runtime.sizes import format_size, parse_size
 from runtime.workload import Workload, workload_of
@@ -201,7 +202,7 @@ def _position(session: Session | None) -> str:
 
 def _part(error: BaseException, model: nn.Module) -> str:
     """The innermost module, or else unit, that was at work."""
-    names = {id(module): name for name, module in model.named_modules() if name}
+    names = {id(module): plain_name(name) for name, module in model.named_modules() if plain_name(name)}
     frames = list(_frames(error))
     for frame in reversed(frames):
         if (name := names.get(id(frame.f_locals.get("self")))) is not None:

@@ -20,6 +20,7 @@ from runtime import outofmemory
 from runtime.comm import Comm
 from runtime.config import ConfigError, Resolved
 from runtime.memory import Ledger
+from runtime.names import plain_name
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.rules import Rule
 from runtime.placing import Placing, Size, place, transfers_for
@@ -362,14 +363,14 @@ def check_complete(module: nn.Module) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ConfigError(
-                f"{name} has no shape yet (a Lazy module of torch): run one forward of the model with real inputs "
-                "before initialize()"
+                f"{plain_name(name)} has no shape yet (a Lazy module of torch): run one forward of the model with real "
+                "inputs before initialize()"
             )
 
 
 def _check_parameters(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer) -> None:
     """What would train nothing, or fail at the first step with torch's words instead of ours."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names = {parameter: plain_name(name) for name, parameter in module.named_parameters()}
     foreign = sum(p not in names for group in optimizer.param_groups for p in group["params"])
     if foreign:
         raise ConfigError(
@@ -392,9 +393,13 @@ def _same_model_everywhere(module: nn.Module, config: Resolved, optimizer: ZeroO
     compare first, and name the first difference."""
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     mine = [
-        (name, tuple(p.shape), str(p.dtype), p.requires_grad, group_of.get(p)) for name, p in module.named_parameters()
+        (plain_name(name), tuple(p.shape), str(p.dtype), p.requires_grad, group_of.get(p))
+        for name, p in module.named_parameters()
     ]
-    mine += [(f"(buffer) {name}", tuple(b.shape), str(b.dtype), False, None) for name, b in module.named_buffers()]
+    mine += [
+        (f"(buffer) {plain_name(name)}", tuple(b.shape), str(b.dtype), False, None)
+        for name, b in module.named_buffers()
+    ]
     told = comm.gather_objects((config.to_json(), optimizer.described(), mine))
     gathered = [(Resolved.from_json(text), described, parameters) for text, described, parameters in told]
     first_config, first_optimizer, _ = gathered[0]

@@ -67,7 +67,7 @@ def _save(job: Job, source: _Source, peers: _Peers) -> tuple[str, list[str]]:
     from runtime.checkpoint.writing import write
 
     try:
-        return "", write(job, source.read, peers, peers.group)
+        return "", write(job, source.read, peers)
     except CheckpointError as error:
         return str(error), []
     except Exception as error:

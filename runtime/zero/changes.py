@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from runtime.names import plain_name
 from runtime.zero.flat import Flat
 
 log = logging.getLogger("runtime.engine")
@@ -103,7 +104,8 @@ class _Structure:
         same = all(table.get(name) is entry for table, name, entry in self._places)
         if same and all(len(table) == size for table, size in self._sizes):
             return []
-        found = [(n, p) for n, p in self._module.named_parameters() if p.requires_grad and id(p) not in self._known]
+        named = self._module.named_parameters()
+        found = [(plain_name(n), p) for n, p in named if p.requires_grad and id(p) not in self._known]
         if not found:
             self._learn()
         return found
