@@ -76,7 +76,7 @@ def run(case: str, rule: str) -> dict[str, Any]:
 def report(records: dict[str, dict[str, list[dict[str, Any]]]], rounds: int) -> Iterator[str]:
     yield "# Mapping large blocks, 2 ranks on the CPU"
     yield f"```\npython -m benchmarks.heap --rounds {rounds} --markdown benchmarks/results/heap.md\n```"
-    yield f"- ours: blocks from {MAPPED_FROM >> 20} MiB on are mapped by themselves (runtime/heap.py)"
+    yield f"- ours: gathered parameters from {MAPPED_FROM >> 20} MiB on are mapped by themselves (runtime/heap.py)"
     yield f"- system: {platform.platform()}, {os.cpu_count()} logical cores, Python {platform.python_version()}"
     yield f"- versions: torch {torch.__version__}, {' '.join(platform.libc_ver())}"
     yield "- GPT of 25.5M parameters in fp32; MiB: peak resident memory above the built model, of the larger rank\n"

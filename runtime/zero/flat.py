@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from runtime.comm import Comm, Done, Pending
+from runtime.heap import mapped
 from runtime.memory import Ledger, zeros
 from runtime.transfer import Copy, Transfers
 from runtime.zero.fingerprint import fingerprint
@@ -197,7 +198,8 @@ class Flat:
         if self.gathered or self._pending is not None:
             return False
         self.before_gather()
-        self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
+        with mapped():
+            self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
         self.ledger.hold("communication", self.whole)
         if self._transfers is None or self._own_home is None:
             self._pending = self.comm.all_gather(self.whole, self.own, self.name)
