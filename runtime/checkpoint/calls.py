@@ -17,6 +17,7 @@ from runtime.comm import Comm
 if TYPE_CHECKING:
     from runtime.checkpoint.background import Background
     from runtime.engine import Engine
+    from runtime.optim.optimizer import ZeroOptimizer
     from runtime.steer import Steering
     from runtime.telemetry import NullTelemetry, Telemetry
     from runtime.zero.whole import WholeModel
@@ -29,6 +30,7 @@ class CheckpointCalls:
 
     module: nn.Module
     comm: Comm
+    optimizer: ZeroOptimizer
     telemetry: Telemetry | NullTelemetry
     saver: Background
     steering: Steering
@@ -64,6 +66,11 @@ class CheckpointCalls:
         Raises CheckpointError on every rank if any could not write, or in the middle of an accumulation, whose
         gradients a checkpoint does not hold.
         """
+        if not self.optimizer.trains:
+            raise checkpoint.CheckpointError(
+                "save_checkpoint(): this engine has no optimizer, so there is nothing to continue from; "
+                "save_16bit_model() writes its weights"
+            )
         if self._losses:
             raise checkpoint.CheckpointError(
                 "save_checkpoint() in the middle of an accumulation would lose its gradients: call it "
@@ -117,8 +124,9 @@ class CheckpointCalls:
         load_module_strict=False: parameters and buffers that only the model or only the checkpoint has are left alone.
         load_optimizer_states=False: the optimizer's states and learning rates stay as they are;
         load_lr_scheduler_states=False: the scheduler does. load_module_only: parameters and buffers and nothing else,
-        no step counts either.
+        no step counts either; an engine without an optimizer always loads so.
         """
+        load_module_only = load_module_only or not self.optimizer.trains
         wanted = checkpoint.Wanted(
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,

@@ -3,9 +3,12 @@ flat."""
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +18,9 @@ from runtime.memory import Ledger
 from runtime.optim.hostside import HostSide
 from runtime.optim.rules import AdamRule, Rule, TorchRule
 from runtime.zero.flat import Flat
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD")
 """Optimizers of torch.optim that treat every element by itself, and so work on flat ranges as they are."""
@@ -49,10 +55,61 @@ class ZeroOptimizer(torch.optim.Optimizer):
             self.param_groups = given.param_groups
         self.initial_lrs = [float(group["lr"]) for group in self.param_groups]
         self._sealed: list[int] | None = None
+        self._engine: weakref.ref[Engine] | None = None
 
-    def seal(self) -> None:
+    @property
+    def trains(self) -> bool:
+        """False for the optimizer of an engine that was made without one."""
+        return True
+
+    def seal(self, engine: Engine) -> None:
         """An engine has taken the groups over: from now on their parameters stay what they are."""
         self._sealed = self._sizes()
+        self._engine = weakref.ref(engine)
+
+    # ---- what scripts ask it of its engine ---------------------------------------------------------------------------
+    def _asked(self) -> Engine:
+        engine = self._engine() if self._engine is not None else None
+        if engine is None:
+            raise AttributeError("this optimizer belongs to no engine, or its engine is gone")
+        return engine
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The script's own, which DeepSpeed's optimizer wraps; without one, this."""
+        return self if self.given is None else self.given
+
+    @property
+    def loss_scale(self) -> float:
+        return self._asked().loss_scale
+
+    cur_scale = loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        return self._asked().dynamic_loss_scale()
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last optimizer step was skipped, because a gradient was not finite."""
+        norm = self._asked().get_global_grad_norm()
+        return norm is not None and not math.isfinite(norm)
+
+    def get_global_norm(self) -> float | None:
+        """See Engine.get_global_grad_norm."""
+        return self._asked().get_global_grad_norm()
+
+    @property
+    def _global_grad_norm(self) -> float | None:
+        return self.get_global_norm()
+
+    def offload_states(self, *given: Any, **named: Any) -> None:
+        """See Engine.offload_states."""
+        self._asked().offload_states(*given, **named)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """See Engine.reload_states."""
+        self._asked().reload_states(non_blocking)
 
     def described(self) -> dict[str, str]:
         """What must be equal on all ranks, by name."""
@@ -121,6 +178,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: the engine drops gradients itself, after each optimizer step."""
+
+
+class NoOptimizer(ZeroOptimizer):
+    """What an engine that only evaluates has in the place of one: no groups, no states."""
+
+    def __init__(self) -> None:  # torch's refuses an empty list of parameters
+        self.kind, self.decoupled, self.bias_correction, self.given = "none", False, True, None
+        self.param_groups, self.defaults, self.initial_lrs = [], {}, []
+        self.state = defaultdict(dict)
+        self._sealed, self._engine = None, None
+
+    @property
+    def trains(self) -> bool:
+        return False
 
 
 def optimizer_from_config(
