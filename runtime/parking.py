@@ -71,7 +71,7 @@ class Parking:
                 "call engine.reload_states() on every rank first"
             )
 
-    def _storages(self, categories: Collection[Category]) -> Iterator[torch.UntypedStorage]:
+    def _storages(self, categories: Collection[Category] = EVERYTHING) -> Iterator[torch.UntypedStorage]:
         """Each once; those of placeholders and of host memory are left out, and of what belongs to two categories
         (fp32 parameters are masters, too) those of which one stays."""
         engine, seen = self._engine, set[int]()

@@ -17,6 +17,7 @@ from runtime.config import ConfigError, OptimizerConfig
 from runtime.memory import Ledger
 from runtime.optim.hostside import HostSide
 from runtime.optim.rules import AdamRule, Rule, TorchRule
+from runtime.optim.untested import check_elementwise, like, torchs_kind
 from runtime.zero.flat import Flat
 
 if TYPE_CHECKING:
@@ -138,7 +139,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """host: for a flat whose states are in other memory than its parameters."""
         if self.kind in ("Adam", "AdamW"):
             return AdamRule(flat, self.decoupled, self.bias_correction, host)
-        kind = partial(getattr(torch.optim, self.kind), **self._constructor())
+        kind: Callable[..., torch.optim.Optimizer]
+        if self.given is not None and torchs_kind(self.given) is None:
+            kind = partial(like, self.given)
+        else:
+            kind = partial(getattr(torch.optim, self.kind), **self._constructor())
         return TorchRule(flat, kind, self.numbers(1.0), ledger, host)
 
     def _constructor(self) -> dict[str, Any]:
@@ -218,20 +223,25 @@ def optimizer_from_torch(optimizer: torch.optim.Optimizer) -> ZeroOptimizer:
 
     Raises ConfigError for an optimizer that is not elementwise, or that has already stepped.
     """
-    kind = type(optimizer).__name__
-    if type(optimizer).__module__.split(".")[0] != "torch" or kind not in ELEMENTWISE:
+    kind = torchs_kind(optimizer)
+    if kind is not None and kind not in ELEMENTWISE:
         raise ConfigError(
-            f"optimizer: expected an elementwise optimizer of torch.optim ({', '.join(ELEMENTWISE)}), "
-            f"got {type(optimizer).__module__}.{kind}: a rank holds only a flat range of each unit, not whole matrices"
+            f"optimizer: expected an elementwise optimizer of torch.optim ({', '.join(ELEMENTWISE)}) or of another "
+            f"library, got {type(optimizer).__module__}.{kind}: a rank holds only flat shards, not whole matrices"
         )
     if any(_has_stepped(state) for state in optimizer.state.values()):
         raise ConfigError(
             [
-                f"optimizer: this {kind} has stepped already; give it to initialize() fresh, and load states "
+                f"optimizer: this {type(optimizer).__name__} has stepped already; give it to initialize() fresh, and load states "
                 f"with load_checkpoint()"
             ]
         )
     groups = optimizer.param_groups
+    if kind is None:
+        check_elementwise(optimizer)
+        return ZeroOptimizer(groups, type(optimizer).__name__, decoupled=False, given=optimizer)
+    if kind == "AdamW" and not groups[0].get("decoupled_weight_decay", True):  # FusedAdam(adam_w_mode=False)
+        kind = "Adam"
     if any(group.get("amsgrad") for group in groups) and kind in ("Adam", "AdamW"):
         raise ConfigError(["optimizer: amsgrad=True is not supported; use amsgrad=False"])
     if any(group.get("maximize") for group in groups) and kind in ("Adam", "AdamW"):
