@@ -4,7 +4,8 @@
 `import runtime as deepspeed` serves `deepspeed.runtime.zero.GatheredParameters`, and `from runtime.runtime.engine
 import DeepSpeedEngine` finds the same class as `from runtime.engine import ...`.
 
-One finder at the end of sys.meta_path knows all of it, for a path that no file and no other finder has.
+One finder knows all of it. It is the first in sys.meta_path, for the one that looks for files would find those below
+runtime.runtime a second time.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ ABSENT: dict[str, str] = {
     "ops.op_builder": f"{_DATA_PARALLEL} operators that are built at run time; `zerotop doctor` says what is built",
     "ops.sparse_attention": f"{_DATA_PARALLEL} sparse attention layers",
     "ops.transformer": f"{_DATA_PARALLEL} transformer layers of its own",
-    "runtime.compiler": f"{_DATA_PARALLEL} compiler passes; torch.compile works, and engine.compile() calls it",
+    "compiler": f"{_DATA_PARALLEL} compiler passes; torch.compile works, and engine.compile() calls it",
 }
 """What training scripts may name and is not here -> why. A name stands for everything below it."""
 
@@ -137,8 +138,10 @@ class _Names(Loader):
         names = self._names
 
         def find(name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
             if name not in names:
-                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+                return attribute_of(module.__name__, name)
             home, _, attribute = names[name].partition(":")
             return getattr(importlib.import_module(home), attribute)
 
@@ -147,4 +150,4 @@ class _Names(Loader):
 
 def install() -> None:
     if not any(isinstance(finder, DeepSpeedPaths) for finder in sys.meta_path):
-        sys.meta_path.append(DeepSpeedPaths())
+        sys.meta_path.insert(0, DeepSpeedPaths())

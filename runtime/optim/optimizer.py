@@ -232,8 +232,8 @@ def optimizer_from_torch(optimizer: torch.optim.Optimizer) -> ZeroOptimizer:
     if any(_has_stepped(state) for state in optimizer.state.values()):
         raise ConfigError(
             [
-                f"optimizer: this {type(optimizer).__name__} has stepped already; give it to initialize() fresh, and load states "
-                f"with load_checkpoint()"
+                f"optimizer: this {type(optimizer).__name__} has stepped already; give it to initialize() fresh, and "
+                "load states with load_checkpoint()"
             ]
         )
     groups = optimizer.param_groups
