@@ -27,6 +27,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "DeepSpeedDataLoader": "runtime.data.loader:ResumableLoader",
         "RepeatingLoader": "runtime.utils.loading:RepeatingLoader",
     },
+    "fp16": {},
     "fp16.fused_optimizer": {"FP16_Optimizer": OPTIMIZER},
     "fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": OPTIMIZER},
     "zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": OPTIMIZER},
@@ -95,16 +96,15 @@ class DeepSpeedPaths(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        package, _, name = fullname.partition(".")
-        if package != "runtime" or not name:
+        top, _, name = fullname.partition(".")
+        if top != "runtime" or not name:
             return None
         if name == "runtime" or name.startswith("runtime."):
             stands_for = "runtime" + name.removeprefix("runtime")
             return ModuleSpec(fullname, _SameModule(stands_for), is_package=True)
         if name in ELSEWHERE:
-            return ModuleSpec(fullname, _Names(ELSEWHERE[name]))
-        if any(known.startswith(f"{name}.") for known in ELSEWHERE):
-            return ModuleSpec(fullname, _Names({}), is_package=True)
+            package = any(known.startswith(f"{name}.") for known in ELSEWHERE)
+            return ModuleSpec(fullname, _Names(ELSEWHERE[name]), is_package=package)
         if (reason := why_absent(name)) is not None:
             raise ModuleNotFoundError(reason, name=fullname)
         return None
