@@ -43,8 +43,10 @@ class Accelerator:
         return self.device_name(self.current_device())
 
     def device_count(self) -> int:
-        """GPUs of this host; on CPUs the ranks that share it."""
-        return torch.cuda.device_count() if self._name == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        """GPUs of this host; on CPUs the ranks that share it, as torchrun or DeepSpeed's launcher says."""
+        if self._name == "cuda":
+            return torch.cuda.device_count()
+        return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
     def set_device(self, device_index: int) -> None:
         if self._name == "cuda":

@@ -21,6 +21,14 @@ from typing import Any
 OPTIMIZER = "runtime.optim.optimizer:ZeroOptimizer"
 
 ELSEWHERE: dict[str, dict[str, str]] = {
+    "activation_checkpointing": {},
+    "activation_checkpointing.checkpointing": {
+        "checkpoint": "runtime.checkpointing:checkpoint",
+        "configure": "runtime.checkpointing:configure",
+        "is_configured": "runtime.checkpointing:is_configured",
+        "non_reentrant_checkpoint": "runtime.checkpointing:checkpoint",
+        "reset": "runtime.checkpointing:reset",
+    },
     "base_optimizer": {"DeepSpeedOptimizer": OPTIMIZER, "ZeROOptimizer": OPTIMIZER},
     "bf16_optimizer": {"BF16_Optimizer": OPTIMIZER},
     "dataloader": {
@@ -100,8 +108,7 @@ class DeepSpeedPaths(MetaPathFinder):
         if top != "runtime" or not name:
             return None
         if name == "runtime" or name.startswith("runtime."):
-            stands_for = "runtime" + name.removeprefix("runtime")
-            return ModuleSpec(fullname, _SameModule(stands_for), is_package=True)
+            return same_module(fullname, "runtime" + name.removeprefix("runtime"))
         if name in ELSEWHERE:
             package = any(known.startswith(f"{name}.") for known in ELSEWHERE)
             return ModuleSpec(fullname, _Names(ELSEWHERE[name]), is_package=package)
@@ -146,6 +153,11 @@ class _Names(Loader):
             return getattr(importlib.import_module(home), attribute)
 
         module.__getattr__ = find  # type: ignore[method-assign]
+
+
+def same_module(fullname: str, stands_for: str) -> ModuleSpec:
+    """For a finder: what is imported as `fullname` is the module `stands_for`."""
+    return ModuleSpec(fullname, _SameModule(stands_for), is_package=True)
 
 
 def install() -> None:
