@@ -129,6 +129,8 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
         release(module)  # an earlier engine on the same model must not go on taking its gradients
         self._trained_before = [p for p in module.parameters() if p.requires_grad and not optimizer.trains]
         """An engine without an optimizer keeps no gradients: what it holds requires one again when it lets go."""
+        for parameter in module.parameters():
+            unmark(parameter)  # zero.Init marks what it builds; below stage 3 nothing is sharded
         parts: Assembly = assemble(module, config, optimizer, comm, self.ledger)
         self.policy, self.units, self.frozen, self.rules = parts.policy, parts.units, parts.frozen, parts.rules
         self.flats = parts.flats

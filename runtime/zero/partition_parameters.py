@@ -1,34 +1,38 @@
 """What stage 3 hangs on a model's parameters, with DeepSpeed's names: scripts count parameters by `ds_numel`, and ask
-`ds_status` whether one is whole.
+`ds_status` whether one is whole. Those of an engine at stage 3 have these attributes, and those of a model that is
+built under zero.Init and waits for its engine.
 
-Nothing is stored on a parameter that could go stale, and copies and pickles of one are plain parameters: an engine
-makes its parameters instances of `ZeroParameter`, whose properties look at the engine's state, and plain ones again
-when it lets go.
+[Note: attributes that can't go stale]
+Nothing is stored on a parameter: it must stay picklable, and its copies are no engine's. Nor is it of a class of its
+own, for torch takes only plain parameters where it makes one from another. So nn.Parameter itself gets descriptors,
+when the first parameter is marked: they look at the engine's state, and for a parameter that is not marked there is no
+such attribute, as before.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from runtime.zero.flat import Flat
-from runtime.zero.layout import Slot
+if TYPE_CHECKING:
+    from runtime.zero.flat import Flat
+    from runtime.zero.layout import Slot
 
 
 class ZeroParamStatus(Enum):
     AVAILABLE = 1
     """The parameter is whole on this rank."""
     NOT_AVAILABLE = 2
-    """This rank holds its shard of it."""
+    """This rank holds its shard of it, or under zero.Init nothing."""
     INFLIGHT = 3
     """It is being gathered."""
 
@@ -36,9 +40,13 @@ class ZeroParamStatus(Enum):
 @dataclass(frozen=True)
 class _Place:
     number: int
-    flat: weakref.ref[Flat] | None
-    """None: not trained and small, whole on every rank."""
+    weak_flat: weakref.ref[Flat] | None
+    """None: small and not trained, whole on every rank; or in no engine yet."""
     slot: Slot | None
+
+    @property
+    def flat(self) -> Flat | None:
+        return self.weak_flat() if self.weak_flat is not None else None
 
 
 _places: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -48,103 +56,101 @@ _gathered: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _numbers = itertools.count()
 
 
-class ZeroParameter(nn.Parameter):
-    """A parameter of an engine at stage 3."""
+def _status(parameter: nn.Parameter, place: _Place) -> ZeroParamStatus:
+    flat = place.flat
+    if flat is None:
+        return ZeroParamStatus.NOT_AVAILABLE if parameter.is_meta else ZeroParamStatus.AVAILABLE
+    if flat.gathered:
+        return ZeroParamStatus.AVAILABLE
+    return ZeroParamStatus.INFLIGHT if flat.arriving else ZeroParamStatus.NOT_AVAILABLE
 
-    @property
-    def ds_id(self) -> int:
-        """A number of its own, the same on all ranks."""
-        return _place_of(self, "ds_id").number
 
-    @property
-    def ds_shape(self) -> torch.Size:
-        """Of the whole parameter, as `shape` is at all times."""
-        _place_of(self, "ds_shape")
-        return self.shape
+def _persists(_parameter: nn.Parameter, place: _Place) -> bool:
+    """Whether it is whole at all times: below stage3_param_persistence_threshold."""
+    return place.flat is None or not place.flat.sharded
 
-    @property
-    def ds_numel(self) -> int:
-        """Of the whole parameter, as `numel()` is at all times."""
-        _place_of(self, "ds_numel")
-        return self.numel()
 
-    @property
-    def ds_persist(self) -> bool:
-        """Whether it is whole at all times: below stage3_param_persistence_threshold."""
-        flat = _flat_of(self, "ds_persist")
-        return flat is None or not flat.sharded
+def _tensor(parameter: nn.Parameter, place: _Place) -> torch.Tensor:
+    """(elements of it in this rank's shard,) in the precision it computes in; no element where the shard holds none of
+    it, for shards are cut from whole units. All of a parameter that is whole."""
+    if place.flat is None or place.slot is None or not place.flat.sharded:
+        return parameter.detach().reshape(-1)
+    low, high = place.flat.own_part(place.slot)
+    return place.flat.own[low:high]
 
-    @property
-    def ds_status(self) -> ZeroParamStatus:
-        flat = _flat_of(self, "ds_status")
-        if flat is None or flat.gathered:
-            return ZeroParamStatus.AVAILABLE
-        return ZeroParamStatus.INFLIGHT if flat.arriving else ZeroParamStatus.NOT_AVAILABLE
 
-    @property
-    def ds_tensor(self) -> torch.Tensor:
-        """(elements of it in this rank's shard,) in the precision it computes in; no element where the shard holds none
-        of it, for shards are cut from whole units. All of a parameter that is whole at all times."""
-        place, flat = _place_of(self, "ds_tensor"), _flat_of(self, "ds_tensor")
-        if flat is None or place.slot is None or not flat.sharded:
-            return self.detach().view(-1)
-        low, high = flat.own_part(place.slot)
-        return flat.own[low:high]
-
-    def all_gather(self, param_list: Sequence[nn.Parameter] | None = None, async_op: bool = False) -> None:
+def _all_gather(parameter: nn.Parameter, _place: _Place) -> Callable[..., None]:
+    def all_gather(param_list: Sequence[nn.Parameter] | None = None, async_op: bool = False) -> None:
         """It (or `param_list`) is whole until `partition()`; every rank must call both. async_op: accepted; it is there
         on return."""
         from runtime.zero.whole import GatheredParameters
 
-        for parameter in param_list or [self]:
-            if parameter not in _gathered:
-                context: AbstractContextManager[None] = GatheredParameters(parameter)
+        for each in param_list or [parameter]:
+            if each not in _gathered:
+                context: AbstractContextManager[None] = GatheredParameters(each)
                 context.__enter__()
-                _gathered[parameter] = context
+                _gathered[each] = context
 
+    return all_gather
+
+
+def _partition(parameter: nn.Parameter, _place: _Place) -> Callable[..., None]:
     def partition(
-        self, param_list: Sequence[nn.Parameter] | None = None, hierarchy: int = 0, has_been_updated: bool = False
+        param_list: Sequence[nn.Parameter] | None = None, hierarchy: int = 0, has_been_updated: bool = False
     ) -> None:
         """The end of `all_gather()`. has_been_updated: every rank has changed it alike, and keeps its shard of that."""
         from runtime.zero.whole import take
 
-        for parameter in param_list or [self]:
+        for each in param_list or [parameter]:
             if has_been_updated:
-                take(parameter)
-            context: AbstractContextManager[None] | None = _gathered.pop(parameter, None)
+                take(each)
+            context: AbstractContextManager[None] | None = _gathered.pop(each, None)
             if context is not None:
                 context.__exit__(None, None, None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        copied: Any = super().__deepcopy__(memo)
-        copied.__class__ = nn.Parameter
-        return copied  # type: ignore[no-any-return]
+    return partition
 
 
-def _place_of(parameter: nn.Parameter, name: str) -> _Place:
-    place: _Place | None = _places.get(parameter)
-    if place is None:  # hasattr() must say that there is none
-        raise AttributeError(f"this parameter is in no engine at stage 3, so it has no {name}")
-    return place
+_READ: dict[str, Callable[[nn.Parameter, _Place], Any]] = {
+    "ds_id": lambda _parameter, place: place.number,  # the same on all ranks
+    "ds_shape": lambda parameter, _place: parameter.shape,
+    "ds_numel": lambda parameter, _place: parameter.numel(),
+    "ds_persist": _persists,
+    "ds_status": _status,
+    "ds_tensor": _tensor,
+    "all_gather": _all_gather,
+    "partition": _partition,
+}
 
 
-def _flat_of(parameter: nn.Parameter, name: str) -> Flat | None:
-    place = _place_of(parameter, name)
-    return place.flat() if place.flat is not None else None
+class _Attribute:
+    """See [Note: attributes that can't go stale]. What a script sets on a parameter itself comes first."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._read = name, _READ[name]
+
+    def __get__(self, parameter: nn.Parameter | None, kind: type[Any]) -> Any:
+        if parameter is None:
+            return self
+        place: _Place | None = _places.get(parameter)
+        if place is None:  # hasattr() must say that there is none
+            raise AttributeError(f"this {kind.__name__} is in no engine at stage 3, so it has no {self._name}")
+        return self._read(parameter, place)
 
 
 def mark(parameter: nn.Parameter, flat: Flat | None = None, slot: Slot | None = None) -> None:
-    """An engine at stage 3 holds `parameter`. Of a class of its own (quantized weights), it keeps that."""
-    if type(parameter) is nn.Parameter:
-        parameter.__class__ = ZeroParameter
+    """An engine at stage 3 holds `parameter`, or zero.Init has made it for one."""
+    if flat is None and parameter in _places:
+        return  # a second module takes it
+    for name in _READ:
+        if name not in vars(nn.Parameter):
+            setattr(nn.Parameter, name, _Attribute(name))
     _places[parameter] = _Place(next(_numbers), weakref.ref(flat) if flat is not None else None, slot)
 
 
 def unmark(parameter: nn.Parameter) -> None:
     """The engine lets go of it."""
     _places.pop(parameter, None)
-    if type(parameter) is ZeroParameter:
-        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 def __getattr__(name: str) -> Any:

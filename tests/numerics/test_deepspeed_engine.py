@@ -142,7 +142,7 @@ def attributes_at_stage_3() -> dict[str, Any]:
         "status": (weight.ds_status, small.ds_status, named["blocks.1.up.weight"].ds_status),
         "local": [p.ds_tensor.numel() for p in named.values() if not p.ds_persist],
         "whole": [p.ds_numel for p in named.values() if not p.ds_persist],
-        "copies": (hasattr(copy.deepcopy(weight), "ds_id"), hasattr(nn.Parameter(torch.ones(1)), "ds_id")),
+        "copies": (hasattr(copy.deepcopy(weight), "ds_id"), hasattr(nn.Parameter(weight), "ds_id")),
     }
     weight.all_gather()
     found["gathered"] = weight.ds_status is ZeroParamStatus.AVAILABLE and not weight.isnan().any().item()
@@ -157,7 +157,11 @@ def attributes_at_stage_3() -> dict[str, Any]:
     with deepspeed.zero.GatheredParameters(weight):
         found["set"] = weight.unique().tolist()
     engine.destroy()
-    found["after destroy"] = (type(weight) is nn.Parameter, hasattr(weight, "ds_id"), weight.unique().tolist())
+    found["after destroy"] = (
+        nn.Parameter(weight).shape == weight.shape,
+        hasattr(weight, "ds_id"),
+        weight.unique().tolist(),
+    )
     return found
 
 
