@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         found = _run(tests.resolve(), file, arguments.sample, arguments.only, arguments.limit_s)
         outcomes += found
+        if arguments.json:
+            arguments.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
         counts = Counter(outcome.result for outcome in found)
         print(f"{file}: {', '.join(f'{n} {r}' for r, n in sorted(counts.items())) or 'nothing'}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
     text = _table(outcomes, time.monotonic() - began, sys.argv[1:] if argv is None else argv)
     print(text)
     if arguments.markdown:

@@ -30,9 +30,12 @@ def torchs_kind(optimizer: torch.optim.Optimizer) -> str | None:
 
 def _same_step(kind: type[Any], base: type[Any]) -> bool:
     # torch wraps the step of every class that is instantiated.
-    return all(
-        inspect.unwrap(getattr(kind, name)) is inspect.unwrap(getattr(base, name)) for name in ("step", "_init_group")
-    )
+    made_of = ("step", "_init_group")  # torch's older ones have no such second part
+    return all(_plain(getattr(kind, name, None)) is _plain(getattr(base, name, None)) for name in made_of)
+
+
+def _plain(function: Any) -> Any:
+    return inspect.unwrap(function) if function is not None else None
 
 
 def like(given: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

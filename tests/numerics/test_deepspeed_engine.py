@@ -30,7 +30,7 @@ def use_as_a_module(stage: int) -> dict[str, Any]:
     before.remove()
     engine.eval()
     state = engine.state_dict(prefix="x.")
-    plain = engine.module.state_dict()
+    plain = {name: value.clone() for name, value in engine.module.state_dict().items()}
     engine.load_state_dict({name: value + 1 for name, value in engine.state_dict().items()})
     return {
         "kinds": (isinstance(engine, nn.Module), isinstance(engine, deepspeed.DeepSpeedEngine)),
