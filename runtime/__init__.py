@@ -1,6 +1,10 @@
 """The ZeRO trainer, with DeepSpeed's calls: `import runtime as deepspeed` moves a script.
 
 Nothing is imported until it is asked for: the monitor uses runtime.wire, runtime.config and runtime.plan without torch.
+
+`__version__` is the version of DeepSpeed whose names and calls this package follows, for scripts that compare it, with
+zerotop's own behind the plus sign (as DeepSpeed's builds from source have their commit there). `zerotop --version` is
+zerotop's alone.
 """
 
 from __future__ import annotations
@@ -8,21 +12,51 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from runtime import checkpointing, comm, lr_schedules, ops, utils, zero
-    from runtime.api import add_config_arguments, init_distributed, initialize
-    from runtime.engine import Engine
-    from runtime.utils import log_dist, logger
+from runtime import deepspeedpaths
 
-_MODULES = ("checkpointing", "comm", "lr_schedules", "ops", "utils", "zero")
-_FROM = {"Engine": "engine", "log_dist": "utils", "logger": "utils"}
-"""Names that are elsewhere than in runtime.api."""
+if TYPE_CHECKING:
+    from runtime import accelerator, checkpointing, comm, lr_schedules, ops, utils, zero
+    from runtime.accelerator import get_accelerator
+    from runtime.api import add_config_arguments, init_distributed, initialize
+    from runtime.config import ConfigError as DeepSpeedConfigError
+    from runtime.deepspeedconfig import DeepSpeedConfig
+    from runtime.engine import DeepSpeedEngine, Engine
+    from runtime.optim.optimizer import ZeroOptimizer as DeepSpeedOptimizer
+    from runtime.utils import log_dist, logger
+    from runtime.utils.loading import OnDevice
+
+DEEPSPEED_VERSION = "0.19.6"
+"""See `__version__`: the DeepSpeed whose sources and tests this package was compared with."""
+
+_MODULES = ("accelerator", "checkpointing", "comm", "lr_schedules", "ops", "utils", "zero")
+_FROM = {
+    "DeepSpeedConfig": "deepspeedconfig",
+    "DeepSpeedConfigError": "config:ConfigError",
+    "DeepSpeedEngine": "engine",
+    "DeepSpeedOptimizer": "optim.optimizer:ZeroOptimizer",
+    "Engine": "engine",
+    "OnDevice": "utils.loading",
+    "add_config_arguments": "api",
+    "get_accelerator": "accelerator",
+    "init_distributed": "api",
+    "initialize": "api",
+    "log_dist": "utils",
+    "logger": "utils",
+}
+"""Where each name is, and what it is called there if that is something else."""
 
 __all__ = [
+    "DeepSpeedConfig",
+    "DeepSpeedConfigError",
+    "DeepSpeedEngine",
+    "DeepSpeedOptimizer",
     "Engine",
+    "OnDevice",
+    "accelerator",
     "add_config_arguments",
     "checkpointing",
     "comm",
+    "get_accelerator",
     "init_distributed",
     "initialize",
     "log_dist",
@@ -33,15 +67,18 @@ __all__ = [
     "zero",
 ]
 
+deepspeedpaths.install()
+
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.import_module("importlib.metadata").version("zerotop")
-    if name in _MODULES:
-        return importlib.import_module(f"runtime.{name}")
-    if name in __all__:
-        return getattr(importlib.import_module(f"runtime.{_FROM.get(name, 'api')}"), name)
-    raise AttributeError(f"module 'runtime' has no attribute {name!r}; it has {', '.join(__all__)}")
+        return f"{DEEPSPEED_VERSION}+zerotop.{importlib.import_module('importlib.metadata').version('zerotop')}"
+    if name in _FROM:
+        module, _, attribute = _FROM[name].partition(":")
+        return getattr(importlib.import_module(f"runtime.{module}"), attribute or name)
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return deepspeedpaths.attribute_of("runtime", name)
 
 
 def __dir__() -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Self
 
+import torch.distributed as dist
 from torch import nn
 
 from runtime.comm import Comm
 from runtime.config import Resolved
-from runtime.names import plain_name, plain_names
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.precision import Scaler
 from runtime.setup import Session
@@ -28,6 +27,8 @@ class Answers:
     optimizer_steps: int
     foreign_steps: int
     lr_factor: float
+    lr_scheduler: Any
+    _stepped: bool
     _norm: float | None
 
     def train(self, mode: bool = True) -> Self:
@@ -40,6 +41,11 @@ class Answers:
     @property
     def training(self) -> bool:
         return self.module.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """torch sets this flag of each module by itself, in train() and at the start; the model's is the one that
+        counts."""
 
     @property
     def local_rank(self) -> int:
@@ -57,16 +63,24 @@ class Answers:
     def global_samples(self) -> int:
         return self.global_steps * self.config.global_batch
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        return self.module.parameters(recurse)
+    @property
+    def dp_world_size(self) -> int:
+        """Ranks over which the data are split: all of them."""
+        return self.comm.world_size
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((plain_name(name), parameter) for name, parameter in self.module.named_parameters())
+    @property
+    def mp_world_size(self) -> int:
+        """Ranks over which the model is split: it is not."""
+        return 1
 
-    def state_dict(self) -> dict[str, Any]:
-        """The module's, by the names that it has when it is not compiled; at stage 3 copies in host memory, and every
-        rank must call it."""
-        return plain_names(self.module.state_dict())
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD
+
+    seq_data_parallel_group = data_parallel_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self.comm.rank
 
     def get_global_grad_norm(self) -> float | None:
         """L2 norm of the last step's mean gradient, before clipping; None before the first step."""
@@ -76,20 +90,14 @@ class Answers:
         """The learning rate of each parameter group at the next step, the run's factor included."""
         return [group["lr"] for group in self.optimizer.numbers(self.lr_factor)]
 
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return self.config.micro_batch
+    def get_mom(self) -> list[Any]:
+        """Each parameter group's betas, or its momentum."""
+        return [group.get("betas", group.get("momentum")) for group in self.optimizer.param_groups]
 
-    def gradient_accumulation_steps(self) -> int:
-        return self.config.accumulation
-
-    def train_batch_size(self) -> int:
-        return self.config.global_batch
-
-    def gradient_clipping(self) -> float:
-        return self.config.gradient_clipping
-
-    def zero_optimization_stage(self) -> int:
-        return self.config.stage
+    def was_step_applied(self) -> bool:
+        """Whether the last step() changed the parameters: false between boundaries, and where it was skipped because a
+        gradient was not finite."""
+        return self._stepped
 
     @property
     def skipped_steps(self) -> int:
@@ -101,12 +109,12 @@ class Answers:
         """Factor on the loss; 1 unless the precision is fp16."""
         return self.scaler.scale
 
-    def zero_optimization(self) -> bool:
-        """Whether anything is sharded."""
-        return self.config.stage > 0
+    @property
+    def client_lr_scheduler(self) -> Any:
+        """The scheduler that the script gave to initialize(), if it did."""
+        return self.lr_scheduler if self.config.scheduler is None else None
 
-    def fp16_enabled(self) -> bool:
-        return self.config.precision == "fp16"
-
-    def bfloat16_enabled(self) -> bool:
-        return self.config.precision == "bf16"
+    @property
+    def sparse_tensor_module_names(self) -> set[str]:
+        """None: gradients land in dense flat memory."""
+        return set()

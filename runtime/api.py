@@ -18,9 +18,10 @@ from runtime.checkpoint.registered import DATA
 from runtime.comm import Comm, join_world
 from runtime.config import ConfigError, Resolved, load, refuse_unsupported
 from runtime.data.loader import ResumableLoader, ResumableSampler
+from runtime.deepspeedconfig import DeepSpeedConfig
 from runtime.engine import Engine
 from runtime.optim.lr import schedule_from_config
-from runtime.optim.optimizer import ZeroOptimizer, optimizer_from_config, optimizer_from_torch
+from runtime.optim.optimizer import NoOptimizer, ZeroOptimizer, optimizer_from_config, optimizer_from_torch
 from runtime.setup import Session, check_complete
 from runtime.wire.rundir import RUN_VARIABLE
 
@@ -40,19 +41,21 @@ def initialize(
     mpu: Any = None,
     dist_init_required: bool | None = None,
     collate_fn: Callable[[Any], Any] | None = None,
-    config: str | Path | Mapping[str, Any] | Resolved | None = None,
+    config: str | Path | Mapping[str, Any] | DeepSpeedConfig | Resolved | None = None,
     mesh_param: Sequence[int] | None = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
-) -> tuple[Engine, ZeroOptimizer, DataLoader[Any] | None, Any]:
+) -> tuple[Engine, ZeroOptimizer | None, DataLoader[Any] | None, Any]:
     """Make an engine of `model`; returns (engine, optimizer, training data loader or None, LR scheduler or None).
 
     model_parameters: parameters or parameter groups for the config's optimizer; default: all that require a gradient.
     optimizer: a fresh torch.optim optimizer (or a function of the parameters that makes one) instead of the config's.
+    With neither, the engine evaluates: it holds no masters, gradients or states, shards the parameters at stage 3, and
+    refuses backward() and step(); optimizer and scheduler are then None.
     training_data: a data set with a length; the loader reads it in the order of torch's DistributedSampler, another one
     each epoch, and after a resume goes on behind the last batch that was trained (see runtime/data/loader.py).
     lr_scheduler: a scheduler, or a function of the optimizer, instead of the config's; the engine steps it after each
-    optimizer step. config: a DeepSpeed-style file or dictionary; under `zerotop launch` it may be left out, and is then
-    the launched one. config_params: an old name of it.
+    optimizer step. config: a DeepSpeed-style file (JSON or Hjson) or dictionary, base64 text, or a DeepSpeedConfig;
+    under `zerotop launch` it may be left out, and is then the launched one. config_params: an old name of it.
     distributed_port and dist_init_required are accepted and not needed: the process group is joined unless the script
     has done so. mpu and mesh_param may only say that the model is not split.
 
@@ -76,6 +79,9 @@ def initialize(
     )
     resolved = _resolve(chosen, device)
     refuse_unsupported(resolved)
+    if optimizer is None and resolved.optimizer is None:
+        engine = _evaluating(model, resolved, device, model_parameters, lr_scheduler)
+        return engine, None, _make_loader(engine, training_data, collate_fn), None
     session = Session.join(torch.distributed.get_rank(), resolved.zerotop.telemetry.enabled)
     comm = Comm(device, session.recorder)
     parameters = (
@@ -100,13 +106,17 @@ def init_distributed(dist_backend: str | None = None, **_deepspeed_only: Any) ->
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add --deepspeed, --deepspeed_config and --local_rank, as DeepSpeed does."""
+    """Add --deepspeed and --deepspeed_config, as DeepSpeed does.
+
+    args.local_rank is this rank's number on its host, from LOCAL_RANK: also where the script has a --local_rank of its
+    own, which DeepSpeed's launcher would pass.
+    """
     group = parser.add_argument_group("ZeRO", "configuration of the training engine")
     group.add_argument(
         "--deepspeed", action="store_true", help="accepted for scripts written for DeepSpeed; initialize() decides"
     )
     group.add_argument("--deepspeed_config", default=None, metavar="FILE", help="the JSON config file")
-    group.add_argument("--local_rank", type=int, default=-1, help="accepted for older launchers; LOCAL_RANK is used")
+    parser.set_defaults(local_rank=int(os.environ.get("LOCAL_RANK", "-1")))
     return parser
 
 
@@ -126,6 +136,8 @@ def _refuse_model_parallelism(mpu: Any, mesh_param: Sequence[int] | None) -> Non
 def _resolve(config: Any, device: torch.device) -> Resolved:
     if isinstance(config, Resolved):
         return config
+    if isinstance(config, DeepSpeedConfig):
+        config = config._param_dict
     world_size = torch.distributed.get_world_size()
     if config is None:
         folder = os.environ.get(RUN_VARIABLE)
@@ -138,12 +150,27 @@ def _resolve(config: Any, device: torch.device) -> Resolved:
     return load(config).resolve(world_size, "cuda" if device.type == "cuda" else "cpu", script=True)
 
 
+def _evaluating(
+    model: nn.Module, config: Resolved, device: torch.device, model_parameters: Any, lr_scheduler: Any
+) -> Engine:
+    """An engine of a model that is not trained: a reference or reward model, a teacher."""
+    for name, given in (("model_parameters", model_parameters), ("lr_scheduler", lr_scheduler)):
+        if given is not None:
+            raise ConfigError(
+                f'initialize({name}=...): there is no optimizer for it: add an "optimizer" section to the config, or '
+                f"call initialize(optimizer=...). An engine that only evaluates takes no {name}"
+            )
+    session = Session.apart(torch.distributed.get_rank())
+    config = config.model_copy(update={"offload_optimizer": None, "scheduler": None})
+    engine = Engine(model, config, NoOptimizer(), Comm(device, session.recorder), session)
+    if session.rank == 0:
+        log.info(f"an engine without an optimizer: {type(model).__name__} is evaluated at stage {config.stage}")
+    return engine
+
+
 def _make_optimizer(config: Resolved, given: Any, parameters: list[Any]) -> ZeroOptimizer:
     if given is None:
-        if config.optimizer is None:
-            raise ConfigError(
-                'there is no optimizer: add an "optimizer" section to the config, or call initialize(optimizer=...)'
-            )
+        assert config.optimizer is not None
         return optimizer_from_config(parameters, config.optimizer)
     if not isinstance(given, torch.optim.Optimizer):
         if not callable(given):
@@ -207,6 +234,7 @@ def _make_loader(engine: Engine, data: Any, collate_fn: Any) -> DataLoader[Any] 
     )
     loader = ResumableLoader(data, sampler, collate_fn=collate_fn, pin_memory=comm.device.type == "cuda")
     engine.registered.add(DATA, loader)
+    engine.training_dataloader = loader
     return loader
 
 

@@ -29,11 +29,13 @@ from runtime.checkpoint.registered import Registered
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
+from runtime.modulecalls import ModuleCalls
 from runtime.names import plain_name
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
 from runtime.parking import Parking
 from runtime.precision import DTYPES, ScaleExhausted, TrainingError, scaler_for
+from runtime.settings import Settings
 from runtime.setup import Assembly, Session, assemble
 from runtime.steer import Steering
 from runtime.wire.messages import StepResult
@@ -41,8 +43,9 @@ from runtime.zero.backward import ScriptBackward, engine_backward
 from runtime.zero.changes import ScriptChanges
 from runtime.zero.clip import Boundary, agree, clip_coefficient
 from runtime.zero.gathering import Gathering
+from runtime.zero.partition_parameters import mark, unmark
 from runtime.zero.schedule import Schedule
-from runtime.zero.whole import WholeModel
+from runtime.zero.whole import WholeModel, home_of
 
 log = logging.getLogger("runtime.engine")
 
@@ -65,6 +68,13 @@ def _when_alive(engine: Engine, act: Callable[[Engine], None]) -> Callable[[], N
     return call
 
 
+def engine_of(parameter: nn.Parameter) -> Engine | None:
+    """The engine that holds `parameter`."""
+    home = home_of(parameter)
+    alive = [engine for weak in _engines.values() if (engine := weak()) is not None]
+    return next((engine for engine in alive if home is not None and engine.whole is home[0]), None)
+
+
 def release(module: nn.Module) -> None:
     """An engine that holds `module` lets go of it: another takes over."""
     engine = _engines.pop(module, lambda: None)()
@@ -72,16 +82,24 @@ def release(module: nn.Module) -> None:
         engine._detach()
 
 
-class Engine(Answers, CheckpointCalls):
-    """One rank's part of a training run. Made by `initialize`."""
+class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
+    """One rank's part of a training run. Made by `initialize`.
+
+    It is a module around the model, as DeepSpeed's engine is: names in its named_parameters() and state_dict() begin
+    with "module.", and hooks on it run around every forward. Without an optimizer it computes and does not train.
+    """
 
     def __init__(
         self, module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm, session: Session
     ) -> None:
+        super().__init__()
         self.module, self.config, self.optimizer, self.comm, self.session = module, config, optimizer, comm, session
+        self.__dict__["module"] = module  # found without going through nn.Module.__getattr__
         self.telemetry = session.recorder
         self.device, self.ledger = comm.device, Ledger()
         self.lr_scheduler: Any = None
+        self.training_dataloader: Any = None
+        """What initialize(training_data=...) returned."""
         self.global_steps = 0
         """Optimizer steps, skipped ones included: what progress and checkpoints count."""
         self.micro_steps = 0
@@ -113,7 +131,15 @@ class Engine(Answers, CheckpointCalls):
         self._loss_sum: torch.Tensor | float = 0.0
         self._losses = 0
         self._tokens = 0
+        self._stepped = False
+        """Whether the last step() updated the parameters."""
+        self._accumulating_since = 0
+        """The micro-step from which accumulations are counted: set_train_batch_size() changes how many make one."""
         release(module)  # an earlier engine on the same model must not go on taking its gradients
+        self._trained_before = [p for p in module.parameters() if p.requires_grad and not optimizer.trains]
+        """An engine without an optimizer keeps no gradients: what it holds requires one again when it lets go."""
+        for parameter in module.parameters():
+            unmark(parameter)  # zero.Init marks what it builds; below stage 3 nothing is sharded
         parts: Assembly = assemble(module, config, optimizer, comm, self.ledger)
         self.policy, self.units, self.frozen, self.rules = parts.policy, parts.units, parts.frozen, parts.rules
         self.flats = parts.flats
@@ -146,7 +172,9 @@ class Engine(Answers, CheckpointCalls):
         )
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain, self.saver.before_change)
         _engines[module] = weakref.ref(self)
-        optimizer.seal()
+        for _, parameter in self.frozen if self.policy.own_parameters else ():
+            mark(parameter)
+        optimizer.seal(self)
         bind_states(self)
         optimizer.on_zero_grad = _when_alive(self, Engine.zero_grad)
         self.steering = Steering(self, session)
@@ -155,8 +183,9 @@ class Engine(Answers, CheckpointCalls):
         self._began_ns = time.monotonic_ns()
 
     # ---- forward, backward, step ---------------------------------------------------------------------------
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """The model's forward. Its phase in telemetry lasts until backward() begins."""
+        self.parking.check("forward()", ("parameters", "buffers"))
         if self.module.training and torch.is_grad_enabled():
             self.telemetry.enter("forward", self.global_steps + 1, self._micro_step)
             self._tokens += _tokens_in(inputs, named)
@@ -168,8 +197,6 @@ class Engine(Answers, CheckpointCalls):
             if "dtype" in str(error) or "scalar type" in str(error):
                 self._blame_wide_buffers(error)
             raise
-
-    forward = __call__
 
     def _blame_wide_buffers(self, error: RuntimeError) -> None:
         """Buffers keep their dtype, and what computes with a wider one comes out wider."""
@@ -190,6 +217,8 @@ class Engine(Answers, CheckpointCalls):
         the loss so divided. Raises ValueError for anything that backward can't start from. After any other exception
         in here this engine can't go on: what was under way on this rank is not on the others.
         """
+        self._refuse_without_optimizer("backward(loss)")
+        self.parking.check("backward(loss)")
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
                 f"engine.backward(loss): expected a scalar tensor that requires grad, got {_describe(loss)}"
@@ -264,7 +293,7 @@ class Engine(Answers, CheckpointCalls):
         clearing would lose gradients."""
         if not self._by_script:
             return
-        if self._micro_backwards > self._backwards or self.micro_steps % self.gradient_accumulation_steps():
+        if self._micro_backwards > self._backwards:
             raise RuntimeError(
                 "zero_grad() after loss.backward() in the middle of an accumulation: the gradients of its earlier "
                 "micro-steps can't be told from this one's. Call engine.backward(loss), or detach() what shall not "
@@ -281,11 +310,20 @@ class Engine(Answers, CheckpointCalls):
                 "the ranks may no longer match. Restart all ranks from the newest checkpoint"
             )
 
-    def step(self) -> None:
+    def _refuse_without_optimizer(self, call: str) -> None:
+        if not self.optimizer.trains:
+            raise RuntimeError(
+                f"engine.{call}: this engine was made without an optimizer, for evaluation; to train, add an "
+                '"optimizer" section to the config or call initialize(optimizer=...)'
+            )
+
+    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """End of a micro-step; at the boundary also the optimizer step, and commands that wait are applied.
 
-        Leaves with RunStopped (a SystemExit) after a `stop` command, once its checkpoint is complete.
+        lr_kwargs: keyword arguments for the scheduler's step(). Leaves with RunStopped (a SystemExit) after a `stop`
+        command, once its checkpoint is complete.
         """
+        self._refuse_without_optimizer("step()")
         self._refuse_after_failure()
         if not self._syncing:
             raise RuntimeError(
@@ -304,12 +342,13 @@ class Engine(Answers, CheckpointCalls):
             )
         self.micro_steps += 1
         self._backwards, self._by_script = 0, False
+        self._stepped = False
         if boundary:
-            self._optimizer_step()
+            self._optimizer_step(lr_kwargs or {})
         else:
             self.telemetry.enter("data", self.global_steps + 1, self._micro_step)
 
-    def _optimizer_step(self) -> None:
+    def _optimizer_step(self, lr_kwargs: Mapping[str, Any]) -> None:
         """Agree (norm, loss, commands) -> clip -> update each unit and gather it -> report -> commands."""
         telemetry = self.telemetry
         self.optimizer.check_groups()
@@ -317,7 +356,7 @@ class Engine(Answers, CheckpointCalls):
         telemetry.enter("step", self.global_steps + 1, self.gradient_accumulation_steps())
         if self._downlink is not None:
             self._downlink.drain()
-        divisor = self.comm.world_size * self._pre_scale * self.scaler.scale
+        divisor = self.gradient_divisor
         loss = self._loss_sum / self._losses if self._losses else None
         waits, stops, way = self.steering.command_waits(), self.steering.stop_asked(), self.gathering.take_way()
         agreed = agree(self.flats, self.comm, loss, divisor, waits, stops, way, self._changes.found())
@@ -329,12 +368,13 @@ class Engine(Answers, CheckpointCalls):
             self._update(numbers, clip_coefficient(agreed.grad_norm, self.config.gradient_clipping) / divisor)
         self.schedule.clear()
         self.global_steps += 1
+        self._stepped = not skipped
         self._norm = agreed.grad_norm
         self._report(agreed, numbers[0]["lr"], skipped, loss)
         self._rescale(skipped)
         if self.lr_scheduler is not None and not skipped:
             self.optimizer.mark_stepped()
-            self.lr_scheduler.step()
+            self.lr_scheduler.step(**lr_kwargs)
         self._loss_sum, self._losses, self._tokens, self._micro_backwards = 0.0, 0, 0, 0
         self.steering.at_boundary(agreed)
         telemetry.enter("data", self.global_steps + 1, 0)
@@ -397,7 +437,7 @@ class Engine(Answers, CheckpointCalls):
         """Whether the micro-step under way is the accumulation's last."""
         if self._boundary is not None:
             return self._boundary
-        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+        return (self.micro_steps - self._accumulating_since + 1) % self.gradient_accumulation_steps() == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """From the next backward() on, until the next such call: whether the micro-step is the accumulation's last,
@@ -408,11 +448,33 @@ class Engine(Answers, CheckpointCalls):
     def no_sync(self) -> Iterator[None]:
         """Backwards inside only accumulate on this rank, in whole buffers at every stage; the next one outside reduces
         them all."""
+        if not self._syncing:
+            raise RuntimeError(
+                "engine.no_sync() inside engine.no_sync(): the end of the inner one would end the outer one; enter it "
+                "once around all backwards that only accumulate"
+            )
         self._syncing = False
         try:
             yield
         finally:
             self._syncing = True
+
+    # ---- gradients, for who reads them between backward() and step() ---------------------------------------
+    @property
+    def gradients_arrived(self) -> bool:
+        if self._downlink is not None:
+            self._downlink.drain()
+        return self._micro_backwards > 0
+
+    @property
+    def gradients_reduced(self) -> bool:
+        """Whether what has arrived is summed over the ranks, and not only accumulated on this one."""
+        return self.policy.own_gradients or bool(self._reduced_for)
+
+    @property
+    def gradient_divisor(self) -> float:
+        """Of what is held, to the mean over ranks without the loss scale."""
+        return self.comm.world_size * self._pre_scale * self.scaler.scale
 
     # ---- the rest ------------------------------------------------------------------------------------------
     def _drop_accumulated(self) -> None:
@@ -422,6 +484,7 @@ class Engine(Answers, CheckpointCalls):
         self.schedule.clear()
         self._loss_sum, self._losses, self._tokens, self._backwards = 0.0, 0, 0, 0
         self._micro_backwards, self._by_script = 0, False
+        self._accumulating_since = self.micro_steps
 
     if not TYPE_CHECKING:  # which would take every slip for an attribute of the module
 
@@ -429,8 +492,11 @@ class Engine(Answers, CheckpointCalls):
             """What an engine does not have, its module may."""
             if name.startswith("__") or "module" not in self.__dict__:
                 raise AttributeError(name)
+            for own in ("_parameters", "_buffers", "_modules"):
+                if name in self.__dict__[own]:
+                    return self.__dict__[own][name]
             try:
-                return getattr(self.module, name)
+                return getattr(self.__dict__["module"], name)
             except AttributeError:
                 raise AttributeError(
                     f"neither the engine nor its module ({type(self.module).__name__}) has an attribute {name!r}"
@@ -444,12 +510,20 @@ class Engine(Answers, CheckpointCalls):
         self._script_backward.detach()
         self.gathering.detach()
         self.whole.detach()
+        for _, parameter in self.frozen:
+            unmark(parameter)
+        for parameter in self._trained_before:
+            parameter.requires_grad_(True)
 
     def finish(self) -> None:
         """The training is complete: last checkpoint, and the hub hears that this rank finished."""
         self.synchronize()
         self.settle_changes()
         self.steering.finish()
+
+
+DeepSpeedEngine = Engine
+"""DeepSpeed's name of it."""
 
 
 def _tokens_in(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> int:

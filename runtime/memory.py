@@ -23,8 +23,8 @@ class Ledger:
         self._bytes: dict[Category, int] = dict.fromkeys(get_args(Category), 0)
         self._peaks = dict(self._bytes)
         self._offloaded = dict(self._bytes)
-        self.parked = False
-        """Everything is in host memory for the time of a pause."""
+        self.parked: set[Category] = set()
+        """What is in host memory for a while: for the time of a pause everything."""
         self.pinned: Callable[[], tuple[int, int]] = lambda: (0, 0)
         """Page-locked bytes: asked for, and really taken."""
 
@@ -46,13 +46,13 @@ class Ledger:
 
     def totals(self) -> dict[Category, int]:
         """Bytes per category right now, where the parameters are."""
-        return dict.fromkeys(self._bytes, 0) if self.parked else dict(self._bytes)
+        return {name: 0 if name in self.parked else held for name, held in self._bytes.items()}
 
     def offloaded(self) -> dict[Category, int]:
         """Bytes per category right now in host memory, to which the config or a pause moved them."""
-        if not self.parked:
-            return dict(self._offloaded)
-        return {name: held + self._bytes[name] for name, held in self._offloaded.items()}
+        return {
+            name: held + (self._bytes[name] if name in self.parked else 0) for name, held in self._offloaded.items()
+        }
 
     def peaks(self) -> dict[Category, int]:
         """The most bytes that each category has held, where the parameters are."""

@@ -1,15 +1,19 @@
-"""Giving a GPU's memory back while a run is paused: everything an engine has there moves to host memory, and returns to
-the same places."""
+"""Giving a GPU's memory back: everything an engine has there (a paused run) or some of it (`engine.offload_states()`)
+moves to host memory, and returns to the same places."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
+from runtime.wire.messages import Category
+
 if TYPE_CHECKING:
     from runtime.engine import Engine
+
+EVERYTHING: frozenset[Category] = frozenset(get_args(Category))
 
 
 class Parking:
@@ -23,19 +27,20 @@ class Parking:
     def parked(self) -> bool:
         return bool(self._parked)
 
-    def park(self) -> int:
-        """Move everything out. Returns the bytes that are free now."""
+    def park(self, categories: Collection[Category] = EVERYTHING) -> int:
+        """Move out what is of these categories. fp32 parameters that are their own masters stay where parameters stay.
+        Returns the bytes that are free now."""
         engine = self._engine
         engine.synchronize()
         engine.saver.before_change()
         engine.gathering.stale()
         engine.pool.drop_free()
         freed = 0
-        for storage in self._storages():
+        for storage in self._storages(categories):
             freed += storage.nbytes()
             self._parked.append((storage, storage.cpu() if storage.device.type != "cpu" else storage.clone()))
             storage.resize_(0)
-        engine.ledger.parked = True
+        engine.ledger.parked |= set(categories)
         if engine.device.type == "cuda":
             torch.cuda.empty_cache()
         return freed
@@ -56,28 +61,46 @@ class Parking:
         for storage, kept in self._parked:
             storage.copy_(kept)
         self._parked.clear()
-        self._engine.ledger.parked = False
+        self._engine.ledger.parked = set()
 
-    def _storages(self) -> Iterator[torch.UntypedStorage]:
-        """Each once; those of placeholders and of host memory are left out."""
+    def check(self, call: str, needs: Collection[Category] = EVERYTHING) -> None:
+        """Raises RuntimeError where `call` needs what is parked."""
+        if self._parked and (missing := self._engine.ledger.parked & set(needs)):
+            raise RuntimeError(
+                f"engine.{call}: offload_states() moved what it needs to host memory ({', '.join(sorted(missing))}); "
+                "call engine.reload_states() on every rank first"
+            )
+
+    def _storages(self, categories: Collection[Category] = EVERYTHING) -> Iterator[torch.UntypedStorage]:
+        """Each once; those of placeholders and of host memory are left out, and of what belongs to two categories
+        (fp32 parameters are masters, too) those of which one stays."""
         engine, seen = self._engine, set[int]()
-        for tensor in self._tensors():
+        tensors = list(self._tensors())
+        stays = {tensor.untyped_storage().data_ptr() for category, tensor in tensors if category not in categories}
+        for category, tensor in tensors:
             storage = tensor.untyped_storage()
+            if category not in categories or storage.data_ptr() in stays:
+                continue
             if tensor.device == engine.device and storage.nbytes() and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())
                 yield storage
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
+    def _tensors(self) -> Iterator[tuple[Category, torch.Tensor]]:
         engine = self._engine
         for flat in (*engine.flats, *engine.frozen_flats):
-            yield flat.whole
-            yield flat.own
+            yield "parameters", flat.whole
+            yield "parameters", flat.own
             if flat.trainable:
-                yield flat.masters
+                yield "masters", flat.masters
             if flat.gradients is not None:
-                yield from flat.gradients.buffers()
+                for buffer in flat.gradients.buffers():
+                    yield "gradients", buffer
         for rule in engine.rules:
-            yield from (state.tensor for state in rule.states())
-        yield from (parameter.data for _, parameter in engine.frozen)
-        yield from engine.module.buffers()
-        yield from engine.working_memory
+            for state in rule.states():
+                yield "optimizer", state.tensor
+        for _, parameter in engine.frozen:
+            yield "parameters", parameter.data
+        for buffer in engine.module.buffers():
+            yield "buffers", buffer
+        for memory in engine.working_memory:
+            yield "communication", memory

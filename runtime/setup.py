@@ -82,6 +82,11 @@ class Session:
             stopsignal.spare_data_workers()
         return session
 
+    @classmethod
+    def apart(cls, rank: int) -> Session:
+        """Of an engine that does not train: the run neither watches nor steers it, and it is none of its engines."""
+        return cls(rank, int(os.environ.get("LOCAL_RANK", "0")), NullTelemetry(), NullTelemetry(), number=0)
+
     def begin(self, hello: Hello) -> None:
         """The engine is complete: from now on it counts."""
         run = os.environ.get(RUN_VARIABLE, "")
@@ -206,7 +211,7 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
     for name, parameter in parts.frozen:
         _place_frozen(name, parameter, dtypes[parameter], comm, ledger, values)
     parts.reduce_order = [flat for index in reduce_order(cuts) for flat in parts.units[index].flats]
-    if not parts.flats:
+    if optimizer.trains and not parts.flats:
         raise ConfigError("the model has no trainable parameter in the optimizer: nothing to train")
     sides = [parts.placing.rule_side(index) for index, spec in enumerate(specs) if spec.trained]
     parts.rules = [optimizer.make_rule(flat, ledger, side) for flat, side in zip(parts.flats, sides, strict=True)]
@@ -290,7 +295,7 @@ def _freeze(module: nn.Module, group_of: dict[nn.Parameter, int], comm: Comm) ->
     """The parameters that are not trained; from now on none of them requires a gradient."""
     frozen = {p for p in module.parameters() if p not in group_of or not p.requires_grad}
     left_out = sum(parameter.requires_grad for parameter in frozen)
-    if left_out and comm.rank == 0:
+    if left_out and group_of and comm.rank == 0:
         log.warning(f"{left_out} parameters require a gradient and are in no optimizer group: they stay as they are")
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.folder import complete, newest, prune, script_tag, step_tag
 from runtime.checkpoint.manifest import EVERYTHING, CheckpointError, Damaged, Manifest, Wanted, read_manifest
+from runtime.deepspeedpaths import attribute_of
 
 if TYPE_CHECKING:
     from runtime.checkpoint.job import on_rank_0
@@ -58,4 +59,6 @@ _LATER = {"Loaded": "loading", "load": "loading", "on_rank_0": "job", "save": "s
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(importlib.import_module(f"runtime.checkpoint.{_LATER[name]}"), name)
-    raise AttributeError(f"module 'runtime.checkpoint' has no attribute {name!r}")
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return attribute_of("runtime.checkpoint", name)

@@ -20,6 +20,7 @@ from runtime.names import plain_name
 if TYPE_CHECKING:
     from runtime.checkpoint.background import Background
     from runtime.engine import Engine
+    from runtime.optim.optimizer import ZeroOptimizer
     from runtime.steer import Steering
     from runtime.telemetry import NullTelemetry, Telemetry
     from runtime.zero.whole import WholeModel
@@ -33,6 +34,7 @@ class CheckpointCalls:
     module: nn.Module
     comm: Comm
     config: Resolved
+    optimizer: ZeroOptimizer
     telemetry: Telemetry | NullTelemetry
     saver: Background
     steering: Steering
@@ -71,6 +73,11 @@ class CheckpointCalls:
         a checkpoint does not hold, or, with checkpoint.tag_validation "Fail", when the ranks say different tags;
         otherwise rank 0's is taken.
         """
+        if not self.optimizer.trains:
+            raise checkpoint.CheckpointError(
+                "save_checkpoint(): this engine has no optimizer, so there is nothing to continue from; "
+                "save_16bit_model() writes its weights"
+            )
         if self._micro_backwards:
             raise checkpoint.CheckpointError(
                 "save_checkpoint() in the middle of an accumulation would lose its gradients: call it "
@@ -163,10 +170,11 @@ class CheckpointCalls:
         load_module_strict=False: parameters and buffers that only the model or only the checkpoint has are left alone.
         load_optimizer_states=False: the optimizer's states and learning rates stay as they are;
         load_lr_scheduler_states=False: the scheduler does. load_module_only: parameters and buffers and nothing else,
-        no step counts either. custom_load_fn(src=, dst=): puts the checkpoint's whole parameters and buffers (src, by
-        name, in host memory) into the module (dst) in our stead; rank 0's result is everybody's, and masters become
-        what it leaves in the module's precision.
+        no step counts either; an engine without an optimizer always loads so. custom_load_fn(src=, dst=): puts the
+        checkpoint's whole parameters and buffers (src, by name, in host memory) into the module (dst) in our stead;
+        rank 0's result is everybody's, and masters become what it leaves in the module's precision.
         """
+        load_module_only = load_module_only or not self.optimizer.trains
         wanted = checkpoint.Wanted(
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,

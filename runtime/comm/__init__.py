@@ -44,6 +44,7 @@ _TORCH = frozenset(
         "destroy_process_group",
         "gather",
         "get_backend",
+        "get_global_rank",
         "get_rank",
         "get_world_group",
         "get_world_size",

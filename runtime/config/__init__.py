@@ -10,6 +10,9 @@ batch · resolved · config · load; supported (what the trainer can't do yet); 
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from .batch import DEFAULT_MICRO_BATCH
 from .config import Config, Device
 from .deepspeed import DType
@@ -58,3 +61,13 @@ __all__ = [
     "load",
     "refuse_unsupported",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """DeepSpeed's names in its module `runtime.config`. The class asks torch for the number of ranks, so it is
+    elsewhere, and loaded for who names it."""
+    if name == "DeepSpeedConfig":
+        return importlib.import_module("runtime.deepspeedconfig").DeepSpeedConfig
+    if name == "DeepSpeedConfigError":
+        return ConfigError
+    raise AttributeError(f"module 'runtime.config' has no attribute {name!r}")

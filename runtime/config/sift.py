@@ -77,18 +77,26 @@ def _other(model: type[Section], here: Path, value: Any, found: Findings) -> Non
         if value is not None and not (isinstance(value, Mapping) and value.get("enabled") is False):
             found.ignored(here, NO_EFFECT[key])
     elif key not in REFUSED:
-        found.problem(here, f": unknown key{_suggestion(model, here, found)}")
+        _unknown(model, here, found)
 
 
-def _suggestion(model: type[Section], here: Path, found: Findings) -> str:
+_PASSED_OVER = ("fp16", "bf16", "activation_checkpointing", "data_types", "optimizer", "scheduler")
+"""Sections of which DeepSpeed's versions take the keys that they know and pass over the rest."""
+
+
+def _unknown(model: type[Section], here: Path, found: Findings) -> None:
+    """A key that nobody knows. One that is like another is a slip, whose neglect would train something else; one that
+    is like none, in a section where DeepSpeed passes it over, comes from another version or tool, and gets a note."""
     section, name = here[:-1], here[-1]
-    ours = {*model.model_fields, *known_keys(section)}
-    if near := nearest(name, ours):
-        return f". Did you mean {dotted((*section, near))}?"
-    if near := nearest(name, found.vocabulary):
-        return f". Did you mean {dotted(found.vocabulary[near])}?"
-    fields = ", ".join(model.model_fields)
-    return f". Known keys{' of ' + dotted(section) if section else ''}: {fields}"
+    fields = f"{' of ' + dotted(section) if section else ''}: {', '.join(model.model_fields)}"
+    if near := nearest(name, {*model.model_fields, *known_keys(section)}):
+        found.problem(here, f": unknown key. Did you mean {dotted((*section, near))}?")
+    elif near := nearest(name, found.vocabulary):
+        found.problem(here, f": unknown key. Did you mean {dotted(found.vocabulary[near])}?")
+    elif len(section) == 1 and section[0] in _PASSED_OVER and not found.origin.place(here).startswith("--set"):
+        found.ignored(here, f"it is an unknown key. Known keys{fields}")
+    else:
+        found.problem(here, f": unknown key. Known keys{fields}")
 
 
 def paths(model: type[Section], section: Path) -> typing.Iterator[Path]:

@@ -1,7 +1,9 @@
-"""Reading the JSON text: every mistake gets its line, every key remembers its own, --set changes single keys."""
+"""Reading the text, JSON or Hjson: every mistake gets its line, every key remembers its own, --set changes keys."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import copy
 import json
 import re
@@ -9,24 +11,41 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+from . import hjson
 from .errors import ConfigError, Origin, Path, dotted, shown
 
 _MAX_BYTES = 16 * 2**20  # a config is a few kB; this is someone's data or checkpoint
-_MAX_DEPTH = 64
-_TOO_DEEP = f"nested more than {_MAX_DEPTH} deep, so it cannot be a config file"
+_TOO_DEEP = f"nested more than {hjson.MAX_DEPTH} deep, so it cannot be a config file"
+_BASE64 = re.compile(r"[A-Za-z0-9_+/-]+={0,2}")
 _TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\]:,]|-?Infinity|NaN')
 
 
 def read(source: str | FilePath | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origin]:
     """The raw config with the overrides applied, and where each key came from. Raises ConfigError."""
+    is_file = False
     if isinstance(source, Mapping):
         raw: dict[str, Any] = copy.deepcopy(dict(source))
         name, lines = "config", dict[Path, int]()
+    elif (text := _from_base64(source)) is not None:
+        name = "config"
+        raw, lines = _parse(text, name)
     else:
+        is_file = True
         name = str(source)
         raw, lines = _parse(_read_text(FilePath(source), name), name)
     taken = _apply(raw, overrides)
-    return raw, Origin(name=name, is_file=not isinstance(source, Mapping), lines=lines, overrides=taken)
+    return raw, Origin(name=name, is_file=is_file, lines=lines, overrides=taken)
+
+
+def _from_base64(source: str | FilePath) -> str | None:
+    """The text of a config that came as base64, as accelerate hands one to its ranks; None for a path."""
+    if not isinstance(source, str) or not _BASE64.fullmatch(source):
+        return None
+    try:
+        text = base64.urlsafe_b64decode(source).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        return None
+    return text if text.lstrip().startswith("{") else None
 
 
 def _read_text(path: FilePath, name: str) -> str:
@@ -57,12 +76,13 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Path, int]]:
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(_not_json(text, error), name) from None
+        raw, lines, problems = _parse_hjson(text, name, error)
     except RecursionError:
         raise ConfigError(_TOO_DEEP, name) from None
     except ValueError as error:  # a number with thousands of digits
         raise ConfigError(f"not usable: {error}", name) from None
-    lines, problems = _scan(text)
+    else:
+        lines, problems = _scan(text)
     if problems:
         raise ConfigError(problems, name)
     if not isinstance(raw, dict):
@@ -70,29 +90,32 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Path, int]]:
     return raw, lines
 
 
-def _not_json(text: str, error: json.JSONDecodeError) -> str:
+def _parse_hjson(text: str, name: str, error: json.JSONDecodeError) -> hjson.Parsed:
+    """What is not JSON may be Hjson. If it is neither, the parser that understood more of it complains."""
+    try:
+        return hjson.parse(text)
+    except hjson.HjsonError as other:
+        length = len(text.rstrip())
+        if min(other.position, length) > min(error.pos, length):
+            raise ConfigError(_not_json(text, other.position, other.message), name) from None
+        raise ConfigError(_not_json(text, error.pos, error.msg), name) from None
+
+
+def _not_json(text: str, position: int, message: str) -> str:
     """The parser's complaint with the line it is about and a caret under the column."""
     # What is missing at the end is missing after the last thing that is there, not in the empty line below it.
-    at = min(error.pos, len(text.rstrip()))
+    at = min(position, len(text.rstrip()))
     line_number = text.count("\n", 0, at) + 1
     line_start = text.rfind("\n", 0, at) + 1
     line = text[line_start:].split("\n", 1)[0].rstrip()
     column = at - line_start + 1
     start = max(0, column - 60)
     excerpt = line[start : start + 100].replace("\t", " ")
-    hint = " (the file ends here)" if at < error.pos or at == len(text.rstrip()) else ""
-    rest = text[error.pos :].lstrip()
-    before = text[: error.pos].rstrip()
-    if rest.startswith(("//", "/*", "#")):
-        hint = " (JSON has no comments)"
-    elif (before.endswith(",") and rest[:1] in "}]") or (rest[:1] == "," and rest[1:].lstrip()[:1] in ("}", "]")):
-        hint = " (a comma before a closing bracket is not JSON)"
-    elif rest.startswith("'"):
-        hint = ' (JSON strings take double quotes: "...")'
-    elif re.match(r"(True|False|None)\b", rest):
+    hint = " (the file ends here)" if at < position or at == len(text.rstrip()) else ""
+    if re.match(r"(True|False|None)\b", text[position:].lstrip()) and "JSON writes" not in message:
         hint = " (JSON writes true, false and null)"
     pointer = " " * (column - 1 - start) + "^"
-    return f"not JSON: line {line_number}, column {column}: {error.msg}{hint}\n{excerpt}\n{pointer}"
+    return f"not JSON: line {line_number}, column {column}: {message}{hint}\n{excerpt}\n{pointer}"
 
 
 def _scan(text: str) -> tuple[dict[Path, int], list[str]]:
@@ -117,7 +140,7 @@ def _scan(text: str) -> tuple[dict[Path, int], list[str]]:
             lines.setdefault(path, line)
         elif symbol in "{[":
             stack.append("" if symbol == "{" else None)
-            if len(stack) > _MAX_DEPTH:
+            if len(stack) > hjson.MAX_DEPTH:
                 return lines, [f"line {line}: {_TOO_DEEP}"]
         elif symbol in "}]":
             stack.pop()

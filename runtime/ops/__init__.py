@@ -1,1 +1,13 @@
-"""`deepspeed.ops`, as far as training scripts name it: the optimizers in ops/adam.py."""
+"""`deepspeed.ops`, as far as training scripts name it: the optimizers in ops/adam.py and ops/adagrad.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runtime.deepspeedpaths import attribute_of
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return attribute_of("runtime.ops", name)

@@ -1,5 +1,5 @@
-"""DeepSpeed's Adams by name. Each makes a plain torch AdamW (or Adam, with L2 decay) for initialize(optimizer=...). The
-engine does its update with its own fused kernels on the device where the states are, so the two are the same here.
+"""DeepSpeed's Adams by name, for initialize(optimizer=...). The engine does the update with its own fused kernels on
+the device where the states are, so the two are the same here: torch's AdamW (or Adam, with L2 decay).
 
 Signatures: deepspeed/ops/adam/fused_adam.py and cpu_adam.py.
 """
@@ -11,45 +11,52 @@ from typing import Any
 import torch
 
 
-def FusedAdam(
-    params: Any,
-    lr: float = 1e-3,
-    bias_correction: bool = True,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    adam_w_mode: bool = True,
-    weight_decay: float = 0.0,
-    amsgrad: bool = False,
-    set_grad_none: bool = True,
-) -> torch.optim.Optimizer:
+class _Adam(torch.optim.AdamW):
+    def __init__(self, params: Any, decoupled: bool, bias_correction: bool, amsgrad: bool, **numbers: Any) -> None:
+        if amsgrad:
+            raise ValueError("amsgrad=True is not supported, as in DeepSpeed; use amsgrad=False")
+        super().__init__(params, **numbers)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"], group["bias_correction"] = decoupled, bias_correction
+
+
+class FusedAdam(_Adam):
     """set_grad_none: accepted and not needed, for the engine drops gradients itself."""
-    return _make(params, adam_w_mode, bias_correction, amsgrad, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        set_grad_none: bool = True,
+    ) -> None:
+        super().__init__(
+            params, adam_w_mode, bias_correction, amsgrad, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )
 
 
-def DeepSpeedCPUAdam(
-    model_params: Any,
-    lr: float = 1e-3,
-    bias_correction: bool = True,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0,
-    amsgrad: bool = False,
-    adamw_mode: bool = True,
-    fp32_optimizer_states: bool = True,
-) -> torch.optim.Optimizer:
+class DeepSpeedCPUAdam(_Adam):
     """It does not choose where the states are: zero_optimization.offload_optimizer does. They are always fp32."""
-    if not fp32_optimizer_states:
-        raise ValueError("DeepSpeedCPUAdam(fp32_optimizer_states=False): optimizer states are always fp32 here")
-    return _make(
-        model_params, adamw_mode, bias_correction, amsgrad, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-    )
 
-
-def _make(params: Any, decoupled: bool, bias_correction: bool, amsgrad: bool, **numbers: Any) -> torch.optim.Optimizer:
-    if amsgrad:
-        raise ValueError("amsgrad=True is not supported, as in DeepSpeed; use amsgrad=False")
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    optimizer = kind(params, **numbers)
-    for group in optimizer.param_groups:
-        group["bias_correction"] = bias_correction
-    return optimizer
+    def __init__(
+        self,
+        model_params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        adamw_mode: bool = True,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        if not fp32_optimizer_states:
+            raise ValueError("DeepSpeedCPUAdam(fp32_optimizer_states=False): optimizer states are always fp32 here")
+        super().__init__(
+            model_params, adamw_mode, bias_correction, amsgrad, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )

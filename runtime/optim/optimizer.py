@@ -3,9 +3,12 @@ flat."""
 
 from __future__ import annotations
 
+import math
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,7 +17,11 @@ from runtime.config import ConfigError, OptimizerConfig
 from runtime.memory import Ledger
 from runtime.optim.hostside import HostSide
 from runtime.optim.rules import AdamRule, Rule, TorchRule
+from runtime.optim.untested import check_elementwise, like, torchs_kind
 from runtime.zero.flat import Flat
+
+if TYPE_CHECKING:
+    from runtime.engine import Engine
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD")
 """Optimizers of torch.optim that treat every element by itself, and so work on flat ranges as they are."""
@@ -55,10 +62,61 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """What the engine does for state_dict() and load_state_dict()."""
         self.on_zero_grad: Callable[[], None] = lambda: None
         """The engine's own zero_grad."""
+        self._engine: weakref.ref[Engine] | None = None
 
-    def seal(self) -> None:
+    @property
+    def trains(self) -> bool:
+        """False for the optimizer of an engine that was made without one."""
+        return True
+
+    def seal(self, engine: Engine) -> None:
         """An engine has taken the groups over: from now on their parameters stay what they are."""
         self._sealed = self._sizes()
+        self._engine = weakref.ref(engine)
+
+    # ---- what scripts ask it of its engine ---------------------------------------------------------------------------
+    def _asked(self) -> Engine:
+        engine = self._engine() if self._engine is not None else None
+        if engine is None:
+            raise AttributeError("this optimizer belongs to no engine, or its engine is gone")
+        return engine
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The script's own, which DeepSpeed's optimizer wraps; without one, this."""
+        return self if self.given is None else self.given
+
+    @property
+    def loss_scale(self) -> float:
+        return self._asked().loss_scale
+
+    cur_scale = loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        return self._asked().dynamic_loss_scale()
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last optimizer step was skipped, because a gradient was not finite."""
+        norm = self._asked().get_global_grad_norm()
+        return norm is not None and not math.isfinite(norm)
+
+    def get_global_norm(self) -> float | None:
+        """See Engine.get_global_grad_norm."""
+        return self._asked().get_global_grad_norm()
+
+    @property
+    def _global_grad_norm(self) -> float | None:
+        return self.get_global_norm()
+
+    def offload_states(self, *given: Any, **named: Any) -> None:
+        """See Engine.offload_states."""
+        self._asked().offload_states(*given, **named)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """See Engine.reload_states."""
+        self._asked().reload_states(non_blocking)
 
     def described(self) -> dict[str, str]:
         """What must be equal on all ranks, by name."""
@@ -87,7 +145,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """host: for a flat whose states are in other memory than its parameters."""
         if self.kind in ("Adam", "AdamW"):
             return AdamRule(flat, self.decoupled, self.bias_correction, host)
-        kind = partial(getattr(torch.optim, self.kind), **self._constructor())
+        kind: Callable[..., torch.optim.Optimizer]
+        if self.given is not None and torchs_kind(self.given) is None:
+            kind = partial(like, self.given)
+        else:
+            kind = partial(getattr(torch.optim, self.kind), **self._constructor())
         return TorchRule(flat, kind, self.numbers(1.0), ledger, host)
 
     def _constructor(self) -> dict[str, Any]:
@@ -131,6 +193,22 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.on_zero_grad()
 
 
+class NoOptimizer(ZeroOptimizer):
+    """What an engine that only evaluates has in the place of one: no groups, no states."""
+
+    def __init__(self) -> None:  # torch's refuses an empty list of parameters
+        self.kind, self.decoupled, self.bias_correction, self.given = "none", False, True, None
+        self.param_groups, self.defaults, self.initial_groups = [], {}, []
+        self.save_states = self.load_states = None
+        self.on_zero_grad = lambda: None
+        self.state = defaultdict(dict)
+        self._sealed, self._engine = None, None
+
+    @property
+    def trains(self) -> bool:
+        return False
+
+
 def optimizer_from_config(
     parameters: list[dict[str, Any]] | Iterable[nn.Parameter], config: OptimizerConfig
 ) -> ZeroOptimizer:
@@ -155,20 +233,25 @@ def optimizer_from_torch(optimizer: torch.optim.Optimizer) -> ZeroOptimizer:
 
     Raises ConfigError for an optimizer that is not elementwise, or that has already stepped.
     """
-    kind = type(optimizer).__name__
-    if type(optimizer).__module__.split(".")[0] != "torch" or kind not in ELEMENTWISE:
+    kind = torchs_kind(optimizer)
+    if kind is not None and kind not in ELEMENTWISE:
         raise ConfigError(
-            f"optimizer: expected an elementwise optimizer of torch.optim ({', '.join(ELEMENTWISE)}), "
-            f"got {type(optimizer).__module__}.{kind}: a rank holds only a flat range of each unit, not whole matrices"
+            f"optimizer: expected an elementwise optimizer of torch.optim ({', '.join(ELEMENTWISE)}) or of another "
+            f"library, got {type(optimizer).__module__}.{kind}: a rank holds only flat shards, not whole matrices"
         )
     if any(_has_stepped(state) for state in optimizer.state.values()):
         raise ConfigError(
             [
-                f"optimizer: this {kind} has stepped already; give it to initialize() fresh, and load states "
-                f"with load_checkpoint()"
+                f"optimizer: this {type(optimizer).__name__} has stepped already; give it to initialize() fresh, and "
+                "load states with load_checkpoint()"
             ]
         )
     groups = optimizer.param_groups
+    if kind is None:
+        check_elementwise(optimizer)
+        return ZeroOptimizer(groups, type(optimizer).__name__, decoupled=False, given=optimizer)
+    if kind == "AdamW" and not groups[0].get("decoupled_weight_decay", True):  # FusedAdam(adam_w_mode=False)
+        kind = "Adam"
     if any(group.get("amsgrad") for group in groups) and kind in ("Adam", "AdamW"):
         raise ConfigError(["optimizer: amsgrad=True is not supported; use amsgrad=False"])
     if any(group.get("maximize") for group in groups) and kind in ("Adam", "AdamW"):

@@ -178,7 +178,7 @@ class TorchRule:
                 {"params": [part], **self._groups[s.group]}
                 for part, s in zip(self.parts, self.flat.segments, strict=True)
             ]
-            or [{"params": [nn.Parameter(torch.zeros(0))]}]
+            or [{"params": [nn.Parameter(torch.zeros(0))], **self._groups[0]}]
         )
 
     def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
@@ -198,7 +198,8 @@ class TorchRule:
         for part, segment, own in zip(self.parts, self.flat.segments, self.optimizer.param_groups, strict=False):
             part.grad = gradient[segment.start : segment.end].to(torch.float32)
             own.update({k: v for k, v in groups[segment.group].items() if k in own and k != "params"})
-        self.optimizer.step()
+        if self.parts:  # an optimizer of a script's own need not bear a parameter without a gradient
+            self.optimizer.step()
         for part in self.parts:
             part.grad = None
         self._account()

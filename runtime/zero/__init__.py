@@ -9,7 +9,9 @@ pool, gradients, flat   one flat buffer: parameters, masters, gradients
 unit       the flats that are gathered, reduced and updated together
 hooks      what modules hold for an engine
 schedule   when gradients are reduced; gathering: when parameters are there; clip: what ranks agree on at a boundary
+partition_parameters    what stage 3 hangs on parameters, with DeepSpeed's names
 whole      the whole model for those who ask; GatheredParameters
+external   calls that DeepSpeed needs and this engine does not
 (who updates when: runtime/optim/updates.py)
 """
 
@@ -18,16 +20,40 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from runtime.deepspeedpaths import attribute_of
+
 if TYPE_CHECKING:
+    from runtime.zero.external import (
+        register_external_parameter,
+        unregister_external_parameter,
+        unwrap_model_for_generation,
+    )
     from runtime.zero.init import Init
+    from runtime.zero.partition_parameters import ZeroParamStatus
     from runtime.zero.whole import GatheredParameters
 
-__all__ = ["GatheredParameters", "Init"]
+__all__ = [
+    "GatheredParameters",
+    "Init",
+    "ZeroParamStatus",
+    "register_external_parameter",
+    "unregister_external_parameter",
+    "unwrap_model_for_generation",
+]
 
-_MODULES = {"Init": "runtime.zero.init", "GatheredParameters": "runtime.zero.whole"}
+_MODULES = {
+    "Init": "init",
+    "GatheredParameters": "whole",
+    "ZeroParamStatus": "partition_parameters",
+    "register_external_parameter": "external",
+    "unregister_external_parameter": "external",
+    "unwrap_model_for_generation": "external",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return getattr(importlib.import_module(_MODULES[name]), name)
-    raise AttributeError(f"module 'runtime.zero' has no attribute {name!r}; it has {', '.join(__all__)}")
+        return getattr(importlib.import_module(f"runtime.zero.{_MODULES[name]}"), name)
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return attribute_of("runtime.zero", name)

@@ -15,7 +15,7 @@ from runtime.transfer import Copy, Transfers
 from runtime.zero.fingerprint import fingerprint
 from runtime.zero.gradients import Gradients
 from runtime.zero.home import Home
-from runtime.zero.layout import Layout
+from runtime.zero.layout import Layout, Slot
 from runtime.zero.parameter import reshard, unshard
 from runtime.zero.stage import StagePolicy
 from runtime.zero.values import Values, adopt
@@ -132,6 +132,16 @@ class Flat:
     def _copied(self, part: torch.Tensor) -> torch.Tensor:
         """In memory of its own, so that the rest can go."""
         return zeros(part.numel(), part.dtype, part.device).copy_(part)
+
+    @property
+    def arriving(self) -> bool:
+        """Whether a gather of it is under way."""
+        return self._pending is not None
+
+    def own_part(self, slot: Slot) -> tuple[int, int]:
+        """The elements [low, high) of the state range that are those of one parameter; equal where there are none."""
+        low, high = max(slot.offset, self.start), min(slot.end, self.end)
+        return (low - self.start, high - self.start) if low < high else (0, 0)
 
     @property
     def state_numel(self) -> int:

@@ -26,7 +26,7 @@ from runtime.memory import Ledger
 from runtime.transfer import Copy
 from runtime.zero.downlink import Downlink
 from runtime.zero.home import Home
-from runtime.zero.layout import Layout
+from runtime.zero.layout import Layout, Slot
 from runtime.zero.pool import BufferPool
 from runtime.zero.stage import StagePolicy
 
@@ -251,6 +251,14 @@ class Gradients:
     def touched(self) -> bool:
         """Whether any parameter received a gradient in this backward."""
         return any(self._arrived)
+
+    def unreduced(self, slot: Slot) -> torch.Tensor:
+        """(slot.numel,) what this rank accumulated of one parameter, before a boundary has reduced it."""
+        return self._used()[slot.offset : slot.end]
+
+    def forget_squares(self) -> None:
+        """The reduced gradient has been changed since its squares were taken."""
+        self._squares = None
 
     def squares(self) -> float | None:
         """The sum of squares of `reduced`, where it was taken on arrival."""

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from runtime.comm import objects
 from runtime.config import ConfigError
+from runtime.zero.partition_parameters import mark
 from runtime.zero.weights import Weights
 
 WEIGHTS_MARK = "_zerotop_weights"
@@ -138,10 +139,12 @@ class Init:
             module.__dict__[WEIGHTS_MARK] = str(self.weights.path)
         kept = self.weights is None and dist.get_rank() == 0 and not parameter.is_meta
         if kept or isinstance(parameter, Absent):
+            mark(parameter)
             return parameter
         if parameter not in self._replaced:
             there = torch.empty_like(parameter, device="meta")
             self._replaced[parameter] = Absent(there, parameter.requires_grad)
+            mark(self._replaced[parameter])
         return self._replaced[parameter]  # type: ignore[no-any-return]
 
 

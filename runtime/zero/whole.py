@@ -15,6 +15,7 @@ from runtime.comm import Comm
 from runtime.zero.flat import Flat
 from runtime.zero.gathering import Gathering, owners
 from runtime.zero.hooks import EngineHook
+from runtime.zero.partition_parameters import mark, unmark
 from runtime.zero.unit import Unit
 
 _homes: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -43,8 +44,10 @@ class WholeModel:
         self._before_change = before_change
         for index, unit in enumerate(self.units):
             for flat in _flats(unit):
-                for parameter in flat.members:
+                for slot, parameter in zip(flat.layout.slots, flat.members, strict=True):
                     _homes[parameter] = (weakref.ref(self), index)
+                    if flat.policy.own_parameters:
+                        mark(parameter, flat, slot)
         self.keeps = True
         self._loads: list[Unit] = []
         self._loading = ExitStack()
@@ -63,6 +66,8 @@ class WholeModel:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for parameter in (p for unit in self.units for flat in _flats(unit) for p in flat.members):
+            unmark(parameter)
 
     def _before_state_dict(self, *_given: Any) -> None:
         self._depth += 1
@@ -98,7 +103,7 @@ class WholeModel:
     def _after_load(self, *_given: Any) -> None:
         self._depth -= 1
         if not self._depth:
-            self._take(self._loads)
+            self.take(self._loads)
             self._loading.close()
 
     @contextmanager
@@ -111,7 +116,8 @@ class WholeModel:
         finally:
             self.keeps = True
 
-    def _take(self, units: Iterable[Unit]) -> None:
+    def take(self, units: Iterable[Unit]) -> None:
+        """What the gathered parameters of `units` hold is theirs from now on, masters included."""
         self._before_change()
         for unit in units:
             for flat in (*unit.flats, *unit.frozen):
@@ -125,16 +131,30 @@ class WholeModel:
             if modifier_rank is not None:
                 for flat in (flat for unit in units for flat in _flats(unit)):
                     self.comm.broadcast_bytes(flat.whole, modifier_rank)
-                self._take(units)
+                self.take(units)
 
 
 def _flats(unit: Unit) -> list[Flat]:
     return [*unit.flats, *unit.frozen]
 
 
+def home_of(parameter: torch.Tensor | None) -> tuple[WholeModel, Unit] | None:
+    """The model that holds `parameter`, and the unit in which it is; None where no engine does."""
+    weak, index = _homes.get(parameter, (lambda: None, 0)) if parameter is not None else (lambda: None, 0)
+    whole: WholeModel | None = weak()
+    return (whole, whole.units[index]) if whole is not None else None
+
+
+def take(parameter: nn.Parameter) -> None:
+    """What `parameter` and its unit, being whole, hold is theirs from now on: every rank has changed them alike."""
+    if (home := home_of(parameter)) is not None:
+        whole, unit = home
+        whole.take([unit])
+
+
 @contextmanager
 def GatheredParameters(  # noqa: N802: DeepSpeed's name
-    params: nn.Parameter | Iterable[nn.Parameter] | nn.Module,
+    params: nn.Parameter | Iterable[nn.Parameter | None] | nn.Module,
     modifier_rank: int | None = None,
     fwd_module: nn.Module | None = None,
     enabled: bool = True,
@@ -142,16 +162,17 @@ def GatheredParameters(  # noqa: N802: DeepSpeed's name
     """Inside, `params` are whole on every rank; every rank must enter. Other parameters of their units are, too.
 
     modifier_rank: what this rank changed in place inside is everybody's afterwards, masters included; without it,
-    changes at stage 3 are lost. fwd_module: accepted and not needed. Parameters that no engine holds are left alone.
+    changes at stage 3 are lost. fwd_module: accepted and not needed. Parameters that no engine holds are left alone,
+    and so are None (the bias of a layer without one) and tensors that are no parameters.
     """
     if isinstance(params, nn.Module):
         params = params.parameters()
     listed = [params] if isinstance(params, torch.Tensor) else list(params)
     homes: dict[int, tuple[WholeModel, list[Unit]]] = {}
     for parameter in listed if enabled else []:
-        weak, index = _homes.get(parameter, (lambda: None, 0))
-        if (whole := weak()) is not None:
-            unit, units = whole.units[index], homes.setdefault(id(whole), (whole, []))[1]
+        if (home := home_of(parameter)) is not None:
+            whole, unit = home
+            units = homes.setdefault(id(whole), (whole, []))[1]
             units += [unit] * (not any(unit is other for other in units))
     with ExitStack() as stack:
         for whole, units in homes.values():

@@ -66,13 +66,14 @@ def test_what_is_missing_at_the_end_is_shown_after_the_last_line(tmp_path: Path,
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
-        ('{"a": 1, // one\n "b": 2}', "JSON has no comments"),
-        ('{"a": 1,}', "a comma before a closing bracket"),
-        ('{"a": [1,]}', "a comma before a closing bracket"),
-        ("{'a': 1}", "double quotes"),
-        ('{"a": True}', "JSON writes true, false and null"),
+        ('{"a": True}', "line 1, column 7: Expecting value (JSON writes true, false and null)"),
+        ("# how\n{a: True}", "line 2, column 5: Expecting value (JSON writes true, false and null)"),
         ('{"a": 1', "line 1, column 8"),
-        ("{" + '"a": 0, ' * 100 + "}", "line 1, column"),
+        ("{type: AdamW, lr: 1}", "put it in double quotes"),
+        ('{"a": "x" "b": 2}', "Expecting ',' delimiter"),
+        ("{a: 1, // one\n b 2}", "line 2, column 4: Expecting ':' delimiter"),
+        ("{a: 1 /* never ends", "line 1, column"),
+        ("{" + '"a' + "0" * 100 + '": 0, ' * 3 + "/}", "line 1, column"),
     ],
 )
 def test_common_slips_get_a_hint(tmp_path: Path, text: str, hint: str) -> None:
@@ -174,8 +175,16 @@ def test_unknown_key_is_found_where_it_belongs(config: dict[str, Any], meant: st
 
 
 def test_unknown_key_like_no_other_lists_the_known_ones() -> None:
-    [problem] = problems({"bf16": {"qqqqqq": 1}})
-    assert problem == "bf16.qqqqqq: unknown key. Known keys of bf16: enabled"
+    [problem] = problems({"zerotop": {"train": {"qqqqqq": 1}}})
+    assert problem == "zerotop.train.qqqqqq: unknown key. Known keys of zerotop.train: steps, seed"
+
+
+def test_a_key_that_deepspeed_passes_over_is_a_note() -> None:
+    config = load({"fp16": {"fp16_scale_tolerance": 0.0}, "optimizer": {"type": "AdamW", "origin": "a tool"}})
+    notes = config.resolve(1, "cpu").notes
+    for key in ("fp16.fp16_scale_tolerance", "optimizer.origin"):
+        [note] = [note for note in notes if note.startswith(f"{key}: no effect here, because it is an unknown key.")]
+        assert note.endswith(("min_loss_scale, auto_cast", "type, params"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+"""See the package: runs each file in a pytest of its own, and counts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.deepspeed_tests.applicable import FILES, cause_of
+
+SHIM = Path(__file__).parent / "shim"
+
+
+@dataclass
+class Outcome:
+    """Of one test."""
+
+    file: str
+    name: str
+    result: str
+    """passed, failed or skipped."""
+    seconds: float = 0.0
+    cause: str = ""
+    message: str = ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    tests = arguments.checkout / "tests"
+    if not (tests / "unit" / "common.py").is_file():
+        print(f"{arguments.checkout}: expected a checkout of DeepSpeed, with tests/unit in it", file=sys.stderr)
+        return 2
+    outcomes: list[Outcome] = []
+    began = time.monotonic()
+    for file in FILES:
+        if not any(part in file for part in arguments.files):
+            continue
+        if not (tests / "unit" / file).is_file():
+            print(f"{file}: not in this checkout", file=sys.stderr)
+            continue
+        found = _run(tests.resolve(), file, arguments.sample, arguments.only, arguments.limit_s)
+        outcomes += found
+        if arguments.json:
+            arguments.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+        counts = Counter(outcome.result for outcome in found)
+        print(f"{file}: {', '.join(f'{n} {r}' for r, n in sorted(counts.items())) or 'nothing'}", flush=True)
+    text = _table(outcomes, time.monotonic() - began, sys.argv[1:] if argv is None else argv)
+    print(text)
+    if arguments.markdown:
+        arguments.markdown.write_text(text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.deepspeed_tests")
+    parser.add_argument("checkout", type=Path, help="folder with DeepSpeed's sources")
+    parser.add_argument(
+        "--sample", type=int, default=0, metavar="N", help="at most N tests of each file, spread evenly"
+    )
+    parser.add_argument("--files", nargs="+", default=[""], metavar="PART", help="files with one of PART in their name")
+    parser.add_argument("--only", default="", metavar="PART", help="tests with PART in their name")
+    parser.add_argument("--limit-s", type=float, default=60, help="seconds that one test may take")
+    parser.add_argument("--json", type=Path, help="every outcome")
+    parser.add_argument("--markdown", type=Path, help="the table")
+    return parser
+
+
+def _run(tests: Path, file: str, sample: int, only: str, limit_s: float) -> list[Outcome]:
+    """All of one file. A test that hangs ends DeepSpeed's pytest: it goes on behind it."""
+    outcomes: list[Outcome] = []
+    while True:
+        with tempfile.TemporaryDirectory() as folder:
+            done, names = _run_some(tests, file, sample, only, len(outcomes), limit_s, Path(folder))
+        outcomes += done
+        if len(done) >= len(names):
+            return outcomes
+        hanging = names[len(done)]
+        outcomes.append(Outcome(file, hanging, "failed", limit_s, cause_of("Test hanged"), "no answer in time"))
+
+
+def _run_some(
+    tests: Path, file: str, sample: int, only: str, done: int, limit_s: float, folder: Path
+) -> tuple[list[Outcome], list[str]]:
+    """As far as pytest came behind the first `done` tests, and the names of those that it was to run."""
+    report, names = folder / "report.xml", folder / "names"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "zerotop_sampling", "-W", "ignore"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(SHIM),
+        "ZEROTOP_DEVICE": "cpu",
+        "ZEROTOP_ONLY": only,
+        "ZEROTOP_SAMPLE": str(sample),
+        "ZEROTOP_DONE": str(done),
+        "ZEROTOP_NAMES": str(names),
+        "LOCAL_SIZE": "4",  # DeepSpeed's tests take it for the number of devices
+        "OMP_NUM_THREADS": "1",
+        "DS_UNITTEST_TIMEOUT": str(int(limit_s)),
+    }
+    process = subprocess.Popen(
+        [*command, f"--junitxml={report}", f"unit/{file}"],
+        cwd=tests,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        process.wait()
+    finally:
+        _end(process)
+    found = [_outcome(case, file) for case in ElementTree.parse(report).iter("testcase")] if report.is_file() else []
+    listed = names.read_text().split("\n") if names.is_file() else []
+    return found, [name for name in listed if name]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """And the ranks that a hung test leaves behind: they are in its session."""
+    import signal
+
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # nobody is left
+    process.wait()
+
+
+def _outcome(case: ElementTree.Element, file: str) -> Outcome:
+    name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+    seconds = float(case.get("time", "0"))
+    for kind, result in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
+        if (found := case.find(kind)) is not None:
+            message = f"{found.get('message', '')}\n{(found.text or '')[-1500:]}"
+            cause = cause_of(message) if result == "failed" else ""
+            return Outcome(file, name, result, seconds, cause, message)
+    return Outcome(file, name, "passed", seconds)
+
+
+def _table(outcomes: list[Outcome], seconds: float, argv: Sequence[str]) -> str:
+    shown = ["CHECKOUT" if Path(word).is_dir() else word for word in argv]
+    lines = [
+        "# DeepSpeed's own tests, with `runtime` in the place of `deepspeed`",
+        f"`python -m benchmarks.deepspeed_tests {' '.join(shown)}`",
+        "",
+        f"Python {platform.python_version()}, {platform.machine()}, CPUs and Gloo, {seconds / 60:.0f} min.",
+        "",
+        "| file | passed | failed | skipped |",
+        "|---|---|---|---|",
+    ]
+    by_file: dict[str, Counter[str]] = {}
+    for outcome in outcomes:
+        by_file.setdefault(outcome.file, Counter())[outcome.result] += 1
+    total = Counter(outcome.result for outcome in outcomes)
+    for name, counts in [*by_file.items(), ("**all**", total)]:
+        lines.append(f"| {name} | {counts['passed']} | {counts['failed']} | {counts['skipped']} |")
+    causes = Counter(outcome.cause for outcome in outcomes if outcome.result == "failed")
+    lines += ["", "| cause of failure | tests |", "|---|---|"]
+    lines += [f"| {cause} | {count} |" for cause, count in causes.most_common()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

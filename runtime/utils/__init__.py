@@ -1,0 +1,78 @@
+"""`deepspeed.utils`, as far as training scripts name it: a logger, whose records the screen shows, and log_dist here;
+the rest in this package's files."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from runtime.deepspeedpaths import attribute_of
+
+logger = logging.getLogger("runtime.script")
+
+_FROM = {
+    "OnDevice": "loading",
+    "RepeatingLoader": "loading",
+    "move_to_device": "loading",
+    "see_memory_usage": "memory",
+    **dict.fromkeys(
+        (
+            "get_z3_leaf_modules",
+            "set_z3_leaf_module",
+            "set_z3_leaf_modules",
+            "set_z3_leaf_modules_by_name",
+            "set_z3_leaf_modules_by_suffix",
+            "unset_z3_leaf_modules",
+            "z3_leaf_module",
+            "z3_leaf_parameter",
+        ),
+        "leaf_modules",
+    ),
+    **dict.fromkeys(
+        (
+            "safe_get_full_fp32_param",
+            "safe_get_full_grad",
+            "safe_get_full_optimizer_state",
+            "safe_get_local_fp32_param",
+            "safe_get_local_grad",
+            "safe_get_local_optimizer_state",
+            "safe_set_full_fp32_param",
+            "safe_set_full_grad",
+            "safe_set_full_optimizer_state",
+            "safe_set_local_fp32_param",
+            "safe_set_local_grad",
+            "safe_set_local_optimizer_state",
+            "safe_update_full_grad_vectorized",
+        ),
+        "tensor_fragment",
+    ),
+}
+"""Name -> the file that has it."""
+
+
+def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logging.INFO) -> None:
+    """Log on the given ranks only; ranks=[-1]: on all. Without ranks, as in DeepSpeed, only outside a process group."""
+    rank = dist.get_rank() if dist.is_initialized() else -1
+    chosen = list(ranks or [])
+    if rank == -1 or (chosen and (chosen[0] == -1 or rank in chosen)):
+        logger.log(level, f"[Rank {rank}] {message}")
+
+
+def set_log_level_from_string(log_level_str: str, custom_logger: logging.Logger | None = None) -> None:
+    """log_level_str: debug, info, warning, error or critical."""
+    level = logging.getLevelNamesMapping().get(log_level_str.upper())
+    if level is None:
+        raise ValueError(f"log level {log_level_str!r}: expected debug, info, warning, error or critical")
+    (custom_logger or logger).setLevel(level)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM:
+        return getattr(importlib.import_module(f"runtime.utils.{_FROM[name]}"), name)
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return attribute_of("runtime.utils", name)

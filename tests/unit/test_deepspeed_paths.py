@@ -1,0 +1,122 @@
+"""DeepSpeed's module paths and names: found, or refused by name."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import runtime as deepspeed
+from runtime.deepspeedpaths import ABSENT, ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runtime.runtime.engine", "DeepSpeedEngine"),
+        ("runtime.engine", "DeepSpeedEngine"),
+        ("runtime.runtime.zero.partition_parameters", "ZeroParamStatus"),
+        ("runtime.zero.offload_config", "OffloadDeviceEnum"),
+        ("runtime.accelerator", "get_accelerator"),
+        ("runtime.checkpoint.utils", "clone_tensors_for_torch_save"),
+        ("runtime.comm", "get_rank"),
+        ("runtime.utils", "set_z3_leaf_modules"),
+        ("runtime.utils.groups", "_get_data_parallel_world_size"),
+        ("runtime.ops.adagrad", "DeepSpeedCPUAdagrad"),
+        *((f"runtime.{module}", name) for module, names in ELSEWHERE.items() for name in names),
+    ],
+)
+def test_names_are_found_by_import_and_by_attribute(path: str, name: str) -> None:
+    found = getattr(importlib.import_module(path), name)
+    by_attribute = deepspeed
+    for part in [*path.split(".")[1:], name]:
+        by_attribute = getattr(by_attribute, part)
+    assert by_attribute is found
+
+
+def test_runtime_dot_runtime_is_one_package() -> None:
+    code = (
+        "import runtime, runtime.runtime.zero, sys; from runtime.runtime.config import load; import runtime.config\n"
+        "assert runtime.runtime is runtime and runtime.runtime.zero is sys.modules['runtime.zero']\n"
+        "assert load is runtime.config.load and runtime.__spec__.name == 'runtime' and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", sorted(ABSENT))
+def test_what_is_not_data_parallel_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match="zerotop shards data-parallel training"):
+        importlib.import_module(f"runtime.{name}.anything")
+    *parents, last = name.split(".")
+    parent = importlib.import_module(".".join(["runtime", *[part for part in parents if part != "runtime"]]))
+    with pytest.raises(AttributeError, match="zerotop shards data-parallel training"):
+        getattr(parent, last)
+
+
+def test_the_version_compares_and_says_whose_it_is() -> None:
+    deepspeeds, _, ours = deepspeed.__version__.partition("+")
+    assert tuple(int(part) for part in deepspeeds.split(".")) >= (0, 9) and ours.startswith("zerotop.")
+
+
+def test_optimizers_are_classes() -> None:
+    parameters = [nn.Parameter(torch.ones(2))]
+    for kind in (deepspeed.ops.adam.FusedAdam, deepspeed.ops.adam.DeepSpeedCPUAdam):
+        assert inspect.isclass(kind) and isinstance(kind(parameters), torch.optim.AdamW)
+        with pytest.raises(ValueError, match="amsgrad"):
+            kind(parameters, amsgrad=True)
+
+
+def test_a_scripts_own_local_rank_gets_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for own in (True, False):
+        parser = argparse.ArgumentParser()
+        if own:
+            parser.add_argument("--local_rank", type=int, default=-1)
+        arguments = deepspeed.add_config_arguments(parser).parse_args(["--deepspeed"])
+        assert arguments.local_rank == 3 and arguments.deepspeed and arguments.deepspeed_config is None
+
+
+def test_small_tools() -> None:
+    from runtime.checkpoint.utils import clone_tensors_for_torch_save
+    from runtime.utils import OnDevice, RepeatingLoader, move_to_device
+
+    loader = RepeatingLoader([1, 2])
+    assert [next(loader) for _ in range(5)] == [1, 2, 1, 2, 1]
+    with pytest.raises(StopIteration):
+        next(RepeatingLoader([]))
+    with OnDevice(torch.bfloat16):
+        layer = nn.Linear(2, 2)
+    assert layer.weight.is_meta and layer.weight.dtype is torch.bfloat16 and torch.get_default_dtype() is torch.float32
+    whole = torch.arange(1000.0)
+    saved = clone_tensors_for_torch_save({"a": [whole[:2]], "b": (1, "x")})
+    assert saved["a"][0].untyped_storage().nbytes() == 8 and saved["b"] == (1, "x")
+    moved = move_to_device({"x": [whole], "y": 1}, "meta", lambda tensor: tensor.numel() > 1)
+    assert moved["x"][0].is_meta and moved["y"] == 1
+
+
+def test_leaf_modules_are_remembered() -> None:
+    from runtime.utils import get_z3_leaf_modules, set_z3_leaf_modules, unset_z3_leaf_modules, z3_leaf_module
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    assert set_z3_leaf_modules(model, [nn.Linear]) == [model[0]] == get_z3_leaf_modules(model)
+    assert z3_leaf_module(model[0]) and not z3_leaf_module(model[1])
+    assert unset_z3_leaf_modules(model, ["Linear"]) == [model[0]] and get_z3_leaf_modules(model) == []
+    with pytest.raises(ValueError, match="leaf modules"):
+        set_z3_leaf_modules(model, [nn.Conv2d])
+
+
+def test_the_accelerator_of_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZEROTOP_DEVICE", "cpu")
+    accelerator = deepspeed.get_accelerator()
+    assert accelerator.device_name(1) == accelerator.current_device_name() == "cpu"
+    assert accelerator.communication_backend_name() == "gloo" and not accelerator.is_fp16_supported()
+    assert accelerator.on_accelerator(torch.ones(1)) and accelerator.memory_allocated() > 0
+    assert accelerator.Stream is torch.cpu.Stream
+    with pytest.raises(AttributeError, match="neither the accelerator nor"):
+        accelerator.no_such_thing  # noqa: B018
