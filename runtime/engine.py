@@ -82,7 +82,7 @@ def release(module: nn.Module) -> None:
         engine._detach()
 
 
-class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
+class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # type: ignore[misc]  # overloads
     """One rank's part of a training run. Made by `initialize`.
 
     It is a module around the model, as DeepSpeed's engine is: names in its named_parameters() and state_dict() begin

@@ -15,7 +15,6 @@ from runtime.checkpoint.registered import Registered, checked
 from runtime.checkpoint.saving import Options
 from runtime.comm import Comm
 from runtime.config import Resolved
-from runtime.names import plain_name
 
 if TYPE_CHECKING:
     from runtime.checkpoint.background import Background
@@ -140,12 +139,7 @@ class CheckpointCalls:
         """Rank 0 writes the module's state_dict, as it computes, to SAVE_DIR/SAVE_FILENAME; every rank must call it.
         exclude_frozen_parameters: leave out what is not trained."""
         path = Path(save_dir) / save_filename
-        with self.whole.without_values(needed=self.comm.rank == 0):
-            state = self._engine().state_dict()  # collective at stage 3
-        if exclude_frozen_parameters:
-            named = self.module.named_parameters(remove_duplicate=False)
-            frozen = {plain_name(name) for name, parameter in named if not parameter.requires_grad}
-            state = {name: value for name, value in state.items() if name not in frozen}
+        state = self._engine()._consolidated_16bit_state_dict(exclude_frozen_parameters)
 
         def write() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)

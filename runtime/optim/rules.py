@@ -250,6 +250,8 @@ class TorchRule:
 
 
 def _take_empty_step(optimizer: torch.optim.Optimizer, parts: Sequence[nn.Parameter]) -> None:
+    if not parts:
+        return
     numbers = [dict(group) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         if "weight_decay" in group:

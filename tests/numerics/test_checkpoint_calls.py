@@ -48,7 +48,7 @@ def train(engine: Any, steps: int) -> list[list[float]]:
 
 
 def values(engine: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in engine.state_dict().items()}
+    return {name: value.detach().clone() for name, value in engine.module_state_dict().items()}
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

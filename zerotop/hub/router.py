@@ -153,7 +153,7 @@ class CommandRouter:
         """Rank 0's word on a command; relayed to whoever asked. Returns the command, None for one that nobody here
         knows. `accepted` comes from a rank that has taken the command up, and says what it does about it."""
         case = self._cases.get(ack.id)
-        if case is None or any(ack == known for known in case.acks) or (ack.state == "accepted" and not case.open):
+        if case is None or not case.open:
             return None
         self._keep(case, ack.model_copy(update={"number": case.command.number, "wall_s": ack.wall_s or time.time()}))
         return case.command
