@@ -159,8 +159,8 @@ def test_a_supervisor_that_does_not_answer_does_not_hold_the_launch(
         assert "the supervisor has not ended the run 0.5 s after its deadline" in capsys.readouterr().err
     finally:
         supervisor.resume()
-    assert run.command("abort").ack.state == "applied"  # whether the stop still reached it or not
-    run.see_state("aborted")
+    run.command("abort")  # the stop may have reached it, or not
+    run.see(lambda source: source.state.state_name in ("stopped", "aborted"), "its end")
 
 
 def test_a_restart_is_told_and_its_steps_are_printed_again(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
