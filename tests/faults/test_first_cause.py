@@ -13,7 +13,7 @@ from tests.faults.conftest import FakeRun, until
 from zerotop.hub.recorder import read_messages
 
 pytestmark = pytest.mark.timeout(240)
-DEADLINE_S = 90.0
+DEADLINE_S = 150.0
 CONFIG = {
     "train_micro_batch_size_per_gpu": 4,
     "zero_optimization": {"stage": 2},

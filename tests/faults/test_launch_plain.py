@@ -159,6 +159,7 @@ def test_a_supervisor_that_does_not_answer_does_not_hold_the_launch(
         assert "the supervisor has not ended the run 0.5 s after its deadline" in capsys.readouterr().err
     finally:
         supervisor.resume()
+    run.command("abort")  # the stop may have reached it, or not
     run.see(lambda source: source.state.state_name in ("stopped", "aborted"), "its end")
 
 

@@ -265,8 +265,7 @@ def test_sigusr1_aborts_a_run_that_does_not_stop(start: Start) -> None:
     os.kill(read_run(run.path).supervisor_pid, signal.SIGUSR1)
     run.see_state("aborted")
     until(run.all_gone, "every process gone")
-    reason = read_status(run.path).reason
-    assert reason.startswith("the run did not stop within 0.5 s of SIGUSR1: ") and "rank 0" in reason
+    assert read_status(run.path).reason.startswith("the run did not stop within 0.5 s of SIGUSR1: ")
 
 
 def test_a_removed_run_directory_is_made_again_and_the_run_stops(start: Start) -> None:

@@ -87,6 +87,20 @@ async def test_the_palette_turns_pages_while_it_searches(open_app: OpenApp, keys
         assert isinstance(app.screen, KnobScreen)
 
 
+async def test_a_palette_that_closes_looks_for_nothing_any_more(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, _):
+        burst(app, "ctrl+p", *"nothing is called that")
+        await settle(app, pilot)
+        palette = app.screen
+        assert isinstance(palette, ActionPalette)
+        for _ in range(500):
+            if palette._no_matches_timer is not None:
+                break
+            await pilot.pause(0.01)
+        await pilot.press("escape")
+        assert app.screen is not palette and palette._no_matches_timer is None and palette._busy_timer is None
+
+
 @pytest.mark.parametrize("seed", range(2))
 async def test_a_monkey_ends_nothing_and_answers_no_question(
     open_app: OpenApp, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.style import Style
@@ -75,6 +75,8 @@ POINTS = st.lists(st.one_of(st.none(), st.floats()), max_size=60)
 
 
 @given(POINTS, st.integers(1, 100), st.integers(0, 20))
+@example([2.2e-309], 12, 2)
+@example([-1.7e308, 1.7e308], 40, 9)
 def test_a_plot_of_anything_stays_in_its_box(values: list[float | None], width: int, height: int) -> None:
     points = [(float(i), value) for i, value in enumerate(values)]
     rows = plot_rows(points, width, height, figure_text, PLAIN, PLAIN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from textual.await_complete import AwaitComplete
 from textual.binding import Binding, BindingType
 from textual.command import CommandList, CommandPalette, DiscoveryHit, Hit, Hits, Provider
 from textual.widgets import OptionList
@@ -51,6 +52,12 @@ class ActionPalette(CommandPalette):
 
     def __init__(self) -> None:
         super().__init__([ActionProvider], id="--command-palette")
+
+    def dismiss(self, result: None = None) -> AwaitComplete:
+        # Textual lets these run on. They look for the list, which may be gone already when they end.
+        self._stop_no_matches_countdown()
+        self._stop_busy_countdown()
+        return super().dismiss(result)
 
     def action_turn_page(self, pages: int) -> None:
         turn_page(self.query_one(CommandList), pages)
