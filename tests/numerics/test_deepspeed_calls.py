@@ -177,8 +177,8 @@ def load_parts(folder: str, stage: int) -> dict[str, Any]:
     again = engine_for(settings)
     again.load_checkpoint(f"{folder}-later")
     found["later"] = (again.global_steps, again.optimizer_steps, again.skipped_steps)
-    assert loaded("no scheduler", load_lr_scheduler_states=False).lr_scheduler.iteration == -1
-    assert loaded("module only", load_module_only=True).lr_scheduler.iteration == -1
+    assert loaded("no scheduler", load_lr_scheduler_states=False).lr_scheduler.last_batch_iteration == -1
+    assert loaded("module only", load_module_only=True).lr_scheduler.last_batch_iteration == -1
 
     torch.manual_seed(1)
     grown = initialize(model=Grown(), config=settings)[0]
