@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from runtime import deepspeedpaths
 
 if TYPE_CHECKING:
-    from runtime import accelerator, checkpointing, comm, ops, utils, zero
+    from runtime import accelerator, checkpointing, comm, lr_schedules, ops, utils, zero
     from runtime.accelerator import get_accelerator
     from runtime.api import add_config_arguments, init_distributed, initialize
     from runtime.config import ConfigError as DeepSpeedConfigError
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 DEEPSPEED_VERSION = "0.19.6"
 """See `__version__`: the DeepSpeed whose sources and tests this package was compared with."""
 
-_MODULES = ("accelerator", "checkpointing", "comm", "ops", "utils", "zero")
 _FROM = {
     "DeepSpeedConfig": "deepspeedconfig",
     "DeepSpeedConfigError": "config:ConfigError",
@@ -61,6 +60,7 @@ __all__ = [
     "initialize",
     "log_dist",
     "logger",
+    "lr_schedules",
     "ops",
     "utils",
     "zero",

@@ -16,7 +16,9 @@ import sys
 import traceback
 from pathlib import Path
 
+from runtime.forked import Owner
 from runtime.telemetry import die_with_parent, register_stacks, stopsignal
+from runtime.tempdir import keep_socket_paths_short
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE
 
 ERROR_LINES = 40
@@ -56,6 +58,8 @@ def _train(run: Path | None, arguments: list[str]) -> None:
     from runtime.wire.rundir import read_run
 
     launched = read_run(run) if run is not None else None
+    if launched is not None:
+        keep_socket_paths_short(Path(launched.sockets))
     if launched is not None and launched.script:
         arguments = launched.script
     if arguments and arguments[0].endswith(".py"):
@@ -101,7 +105,7 @@ def _redirect_output(logs: Path, rank: int) -> None:
 def _exited(code: object) -> int:
     """What `sys.exit(code)` in a script, or a run that was asked to stop, means to the process that waits for us."""
     if code is None or code == 0:
-        _goodbye("finished", "")  # a stopped run has said so already, and the first word counts
+        _goodbye("finished", "SystemExit: 0")  # a stopped run has said so already, and the first word counts
         return 0
     if not isinstance(code, int):
         print(code, file=sys.stderr)
@@ -123,7 +127,8 @@ def _failed(error: BaseException) -> int:
     traceback.print_exception(error)
     lines = "".join(traceback.format_exception(error)).splitlines()
     if memory is None:
-        _goodbye("failed", "\n".join(lines[-ERROR_LINES:]), fatal=isinstance(error, TrainingError))
+        culprit = error.culprit if isinstance(error, TrainingError) else None
+        _goodbye("failed", "\n".join(lines[-ERROR_LINES:]), isinstance(error, TrainingError), culprit)
         return 1
     told, reason = memory
     said = ["", *told, f"error: {reason}"]  # as a refused config is told: what reads the log's end finds the reason so
@@ -147,13 +152,14 @@ def _explained(error: BaseException) -> tuple[tuple[str, ...], str] | None:
     return (found.lines, found.reason) if found is not None else None
 
 
-def _goodbye(outcome: str, error: str, fatal: bool = False) -> None:
-    """Tell the hub, if this rank got far enough to know it. fatal: another attempt would end the same way."""
+def _goodbye(outcome: str, error: str, fatal: bool = False, culprit: int | None = None) -> None:
+    """Tell the hub, if this rank got far enough to know it. fatal: another attempt would end the same way. culprit: the
+    rank whose doing it is, where that is known."""
     from runtime.setup import current_session
 
     session = current_session()
     if session is not None:
-        session.link.goodbye(outcome, session.step(), error, fatal)  # type: ignore[arg-type]
+        session.link.goodbye(outcome, session.step(), error, fatal, culprit)  # type: ignore[arg-type]
 
 
 def _leave(code: int) -> None:
@@ -170,8 +176,10 @@ def _leave(code: int) -> None:
 
 
 if __name__ == "__main__":
+    rank_process = Owner()
     code = main()
-    _leave(code)
+    if rank_process.is_here:  # a child that the script forked comes by here too, and leaves alone
+        _leave(code)
     atexit._run_exitfuncs()  # a script's own: its logger may have something left to send
     sys.stdout.flush()
     sys.stderr.flush()

@@ -6,8 +6,9 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from runtime.plan import SNAPSHOT_SLOT_BYTES, Layout, Workload, find, stage_layout
+from runtime.plan import SNAPSHOT_SLOT_BYTES, Layout, find, stage_layout
 from runtime.sizes import format_size
+from runtime.workload import Workload
 
 MOST_GPUS = 4096
 _NOTABLE = 0.01
@@ -26,8 +27,9 @@ def advise(
     host_ram_bytes: int | None = None,
 ) -> list[str]:
     """Sentences about what `plan(workload)` returned; `chosen` is the layout that the user means to run."""
-    lines = [*_costs(workload, layouts), *_small_states(layouts, workload.micro_batch), *_traffic(workload, layouts)]
-    lines += _offload(workload, layouts, chosen, host_ram_bytes)
+    lines = [*_costs(workload, layouts), *_small_states(workload, layouts), *_traffic(workload, layouts)]
+    of_the_host = _one_memory if workload.device == "cpu" else _offload
+    lines += of_the_host(workload, layouts, chosen, host_ram_bytes)
     lines += _snapshot(workload, layouts, chosen)
     if vram_bytes is not None:
         lines += _fits(workload, layouts, chosen, vram_bytes, host_ram_bytes)
@@ -45,14 +47,15 @@ def _snapshot(workload: Workload, layouts: Sequence[Layout], chosen: Layout | No
             slots = nbytes == ranks * SNAPSHOT_SLOT_BYTES
             what = "slots that offloaded states pass through" if slots else "a copy of the states that aren't offloaded"
         yield (
-            f"Checkpoints are written beside training from {what}: at {layout.label} {format_size(nbytes)} of pinned "
-            f"host RAM more{each}. Where the host has not so much, they are read piece by piece, and a step may wait."
+            f"Checkpoints are written beside training from {what}: at {layout.label} {format_size(nbytes)} of "
+            f"{'host RAM' if workload.device == 'cpu' else 'pinned host RAM'} more{each}. Where the host has not so "
+            "much, they are read piece by piece, and a step may wait."
         )
 
 
 def _costs(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
     """Stages that take more than plain data parallelism, or more than the stage below."""
-    plain = find(layouts, None)
+    plain, rank = find(layouts, None), _rank(workload)
     stages = [find(layouts, stage) for stage in range(4)]
     if workload.world_size == 1:
         least = min((layout for layout in layouts if layout.offload), key=lambda layout: layout.gpu_bytes)
@@ -60,26 +63,33 @@ def _costs(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
             f"stage {layout.stage} adds {format_size(layout.variable_bytes - stages[0].variable_bytes)}"
             for layout in stages[2:]
         )
-        yield (
-            f"One GPU: there is nobody to share with, so stages 1 to 3 save nothing ({extra} in flight). "
-            f"Only offload lowers VRAM: {least.label} takes {format_size(least.gpu_bytes)} "
+        offload = (
+            f" Only offload lowers VRAM: {least.label} takes {format_size(least.gpu_bytes)} "
             f"instead of {format_size(stages[0].gpu_bytes)}."
+        )
+        yield (
+            f"One {rank}: there is nobody to share with, so stages 1 to 3 save nothing ({extra} in flight)."
+            f"{offload if workload.device == 'cuda' else ''}"
         )
         return
     for layout in stages:
         more = layout.variable_bytes - plain.variable_bytes
         if more > _NOTABLE * plain.variable_bytes:
             yield (
-                f"ZeRO costs memory here: {layout.label} takes {format_size(more)} per GPU more than plain data "
+                f"ZeRO costs memory here: {layout.label} takes {format_size(more)} per {rank} more than plain data "
                 f"parallelism ({_reason(workload, layout)})."
             )
     for below, layout in itertools.pairwise(stages[1:]):
         more = layout.variable_bytes - below.variable_bytes
         if more > _NOTABLE * below.variable_bytes:
             yield (
-                f"{layout.label.capitalize()} takes {format_size(more)} per GPU more than {below.label}: "
+                f"{layout.label.capitalize()} takes {format_size(more)} per {rank} more than {below.label}: "
                 f"{_reason(workload, layout)}."
             )
+
+
+def _rank(workload: Workload) -> str:
+    return "GPU" if workload.device == "cuda" else "rank"
 
 
 def _reason(workload: Workload, layout: Layout) -> str:
@@ -91,16 +101,18 @@ def _reason(workload: Workload, layout: Layout) -> str:
     return "parameters in 16 bit, masters and gradients in fp32"
 
 
-def _small_states(layouts: Sequence[Layout], micro_batch: int) -> Iterator[str]:
-    whole = find(layouts, 0)
+def _small_states(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
+    whole, rank = find(layouts, 0), _rank(workload)
     if whole.state_bytes < 0.25 * whole.gpu_bytes:
-        names = ("activations", "logits", "context")
+        names = ("activations", "logits", "temporary", "context")
         batch_bytes = whole.gpu["activations"] + whole.gpu["logits"]
-        smaller = " A smaller micro-batch saves more." if micro_batch > 1 and batch_bytes > whole.state_bytes else ""
-        rest = ", ".join(f"{name} {format_size(whole.gpu[name])}" for name in names)
+        smaller = (
+            " A smaller micro-batch saves more." if workload.micro_batch > 1 and batch_bytes > whole.state_bytes else ""
+        )
+        rest = ", ".join(f"{name} {format_size(whole.gpu[name])}" for name in names if whole.gpu[name])
         yield (
-            f"The states are only {format_size(whole.state_bytes)} of about {format_size(whole.gpu_bytes)} per GPU "
-            f"({rest}), and only states can be shared out: no stage and no offload saves more than that. "
+            f"The states are only {format_size(whole.state_bytes)} of about {format_size(whole.gpu_bytes)} per "
+            f"{rank} ({rest}), and only states can be shared out: no stage and no offload saves more than that. "
             f"Stage 0 is the simplest choice.{smaller}"
         )
 
@@ -108,25 +120,45 @@ def _small_states(layouts: Sequence[Layout], micro_batch: int) -> Iterator[str]:
 def _traffic(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
     if workload.world_size == 1:
         return
+    rank = _rank(workload)
     one, two, three = (find(layouts, stage) for stage in (1, 2, 3))
     steps = workload.accumulation
     if two.sent_bytes > one.sent_bytes:
         yield (
-            f"With {steps} micro-steps stage 2 sends {format_size(two.sent_bytes)} per GPU and step, stage 1 "
+            f"With {steps} micro-steps stage 2 sends {format_size(two.sent_bytes)} per {rank} and step, stage 1 "
             f"{format_size(one.sent_bytes)}: stage 2 reduces at every micro-step, because it keeps only its own range."
         )
     yield (
-        f"Stage 3 gathers every unit twice per micro-step: {format_size(three.sent_bytes)} sent per GPU and step, "
+        f"Stage 3 gathers every unit twice per micro-step: {format_size(three.sent_bytes)} sent per {rank} and step, "
         f"{three.sent_bytes / two.sent_bytes:.1f} times stage 2."
     )
+
+
+def _one_memory(
+    workload: Workload, layouts: Sequence[Layout], chosen: Layout | None, host_ram_bytes: int | None
+) -> Iterator[str]:
+    """On a CPU the host's memory is every rank's."""
+    ranks = workload.world_size
+    if chosen is not None and (chosen.offload or chosen.offload_parameters):
+        yield (
+            f"Ranks on a CPU train in host memory, so offload moves nothing: {format_size(chosen.host_bytes / ranks)} "
+            "of what each rank holds counts as offloaded."
+        )
+    if host_ram_bytes is not None:
+        shown = [one for one in layouts if one is chosen or not (one.offload or one.offload_parameters)]
+        sizes = {one.label: ranks * one.gpu_bytes + one.host_bytes for one in shown}
+        fitting = [f"{label} ({format_size(size)})" for label, size in sizes.items() if size <= host_ram_bytes]
+        what_fits = f"{', '.join(fitting)} fit{'s' if len(fitting) == 1 else ''}" if fitting else "none of these fits"
+        yield f"In {format_size(host_ram_bytes)} of host RAM, beside the processes themselves: {what_fits}."
 
 
 def _offload(
     workload: Workload, layouts: Sequence[Layout], chosen: Layout | None, host_ram_bytes: int | None
 ) -> Iterator[str]:
-    layout = chosen if chosen is not None and chosen.offload else find(layouts, 2, offload=True)
+    meant = chosen is not None and (chosen.offload or chosen.offload_parameters)
+    layout = chosen if chosen is not None and meant else find(layouts, 2, offload=True)
     ranks = workload.world_size
-    kind = "pinned host RAM" if layout.pinned else "host RAM"
+    kind = "pinned host RAM" if layout.pinned_bytes == layout.host_bytes else "host RAM"
     yield (
         f"{layout.label.capitalize()} keeps {format_size(layout.host_bytes)} in {kind}"
         f"{f' ({ranks} ranks on one node, {format_size(layout.host_bytes / ranks)} each)' if ranks > 1 else ''}, "

@@ -20,7 +20,7 @@ from runtime.config import ConfigError, Resolved, load, refuse_unsupported
 from runtime.data.loader import ResumableLoader, ResumableSampler
 from runtime.deepspeedconfig import DeepSpeedConfig
 from runtime.engine import Engine
-from runtime.optim.lr import WarmupSchedule
+from runtime.optim.lr import schedule_from_config
 from runtime.optim.optimizer import NoOptimizer, ZeroOptimizer, optimizer_from_config, optimizer_from_torch
 from runtime.setup import Session, check_complete
 from runtime.wire.rundir import RUN_VARIABLE
@@ -199,7 +199,12 @@ def _make_scheduler(config: Resolved, given: Any, optimizer: ZeroOptimizer) -> A
                 "give to initialize(), or give a function of the optimizer"
             )
         return scheduler
-    return WarmupSchedule(optimizer, config.scheduler) if config.scheduler is not None else None
+    if config.scheduler is None:
+        return None
+    try:
+        return schedule_from_config(optimizer, config.scheduler)
+    except ValueError as error:
+        raise ConfigError(f"scheduler.params.{error}") from None
 
 
 def _refuse_data(data: Any) -> None:

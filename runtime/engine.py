@@ -24,19 +24,23 @@ from torch import nn
 from runtime.answers import Answers
 from runtime.checkpoint.background import Background
 from runtime.checkpoint.calls import CheckpointCalls
+from runtime.checkpoint.optimizer_states import bind_states
 from runtime.checkpoint.registered import Registered
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
 from runtime.modulecalls import ModuleCalls
+from runtime.names import plain_name
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
 from runtime.parking import Parking
-from runtime.precision import ScaleExhausted, TrainingError, scaler_for
+from runtime.precision import DTYPES, ScaleExhausted, TrainingError, scaler_for
 from runtime.settings import Settings
 from runtime.setup import Assembly, Session, assemble
 from runtime.steer import Steering
 from runtime.wire.messages import StepResult
+from runtime.zero.backward import ScriptBackward, engine_backward
+from runtime.zero.changes import ScriptChanges
 from runtime.zero.clip import Boundary, agree, clip_coefficient
 from runtime.zero.gathering import Gathering
 from runtime.zero.partition_parameters import mark, unmark
@@ -78,11 +82,11 @@ def release(module: nn.Module) -> None:
         engine._detach()
 
 
-class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
+class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # type: ignore[misc]
     """One rank's part of a training run. Made by `initialize`.
 
-    It is a module around the model, as DeepSpeed's engine is: names in its named_parameters() and state_dict() begin
-    with "module.", and hooks on it run around every forward. Without an optimizer it computes and does not train.
+    It is a module around the model, as DeepSpeed's engine is: hooks on it run around every forward. Names in its
+    named_parameters() and state_dict() are the model's. Without an optimizer it computes and does not train.
     """
 
     def __init__(
@@ -119,6 +123,11 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
         """Whether the last backward outside no_sync took this for a boundary."""
         self._syncing = True
         self._backwards = 0  # since the last step(), outside no_sync
+        self._micro_backwards = 0  # since the last boundary
+        self._by_script = False
+        """The script ran the last backward itself, and step() has not taken it yet."""
+        self._scaled = False
+        """scale() was called for the script's next backward."""
         self._loss_sum: torch.Tensor | float = 0.0
         self._losses = 0
         self._tokens = 0
@@ -138,8 +147,9 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
         self.frozen_flats = [flat for unit in parts.units for flat in unit.frozen]
         self._pre_scale = parts.numbers.scale
         self.scaler = scaler_for(config)
-        self.schedule = Schedule(parts.reduce_order, comm)
-        self.gathering = Gathering(module, parts.units, self.telemetry)
+        self._script_backward = ScriptBackward(module, self)
+        self.schedule = Schedule(parts.reduce_order, comm, self._script_backward.begins)
+        self.gathering = Gathering(module, parts.units, self.telemetry, comm.gather_objects)
         self._downlink, self.pool = parts.placing.downlink, parts.pool
         self.working_memory = parts.placing.working_memory
         """Device memory of no flat."""
@@ -157,12 +167,16 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
             before=self.saver.before_update,
         )
         self._transfers = parts.placing.transfers
+        self._changes = ScriptChanges(
+            module, self.flats, self.frozen_flats, self.frozen, self.saver.before_change, comm.rank == 0
+        )
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain, self.saver.before_change)
         _engines[module] = weakref.ref(self)
         for _, parameter in self.frozen if self.policy.own_parameters else ():
             mark(parameter)
-        self.checkpoint_group = comm.control_group if comm.world_size > 1 else None
         optimizer.seal(self)
+        bind_states(self)
+        optimizer.on_zero_grad = _when_alive(self, Engine.zero_grad)
         self.steering = Steering(self, session)
         weak = weakref.ref(self)  # the session outlives engines
         session.step = lambda: engine.global_steps if (engine := weak()) else 0
@@ -177,14 +191,31 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
             self._tokens += _tokens_in(inputs, named)
         else:
             self.telemetry.enter("eval", self.global_steps + 1, 0)
-        return self.module(*inputs, **named)
+        try:
+            return self.module(*inputs, **named)
+        except RuntimeError as error:
+            if "dtype" in str(error) or "scalar type" in str(error):
+                self._blame_wide_buffers(error)
+            raise
 
-    def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
+    def _blame_wide_buffers(self, error: RuntimeError) -> None:
+        """Buffers keep their dtype, and what computes with a wider one comes out wider."""
+        name = self.config.precision
+        floating = [(n, b) for n, b in self.module.named_buffers() if b.is_floating_point()]
+        wide = [plain_name(buffer) for buffer, values in floating if values.itemsize > DTYPES[name].itemsize]
+        if wide:
+            error.add_note(
+                f"The parameters compute in {name}, and {len(wide)} buffers are wider ({', '.join(wide[:3])}). Cast "
+                f'what comes out of them, or set "zerotop": {{"buffer_dtype": "{name}"}}'
+            )
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
         """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages
-        micro-steps and ranks.
+        micro-steps and ranks. Several before one step() add up.
 
-        Returns the loss as given. Raises ValueError for anything that backward can't start from. After any other
-        exception in here this engine can't go on: what was under way on this rank is not on the others.
+        scale_wrt_gas: divide the loss by gradient_accumulation_steps(); False where the script has done it. Returns
+        the loss so divided. Raises ValueError for anything that backward can't start from. After any other exception
+        in here this engine can't go on: what was under way on this rank is not on the others.
         """
         self._refuse_without_optimizer("backward(loss)")
         self.parking.check("backward(loss)")
@@ -192,15 +223,13 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
             raise ValueError(
                 f"engine.backward(loss): expected a scalar tensor that requires grad, got {_describe(loss)}"
             )
-        if self._syncing and self._backwards:
-            raise RuntimeError(
-                "engine.backward() twice before engine.step(): add the losses and call it once, or "
-                "wrap all but the last "
-                "in engine.no_sync()"
-            )
         self._refuse_after_failure()
+        steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
         try:
-            self._backward(loss, retain_graph)
+            with engine_backward():
+                self._begin_backward()
+                (loss * (self.scaler.scale / steps)).backward(retain_graph=retain_graph)
+                self._end_backward()
         except BaseException as error:
             self.schedule.abandon()
             self._failure = f"engine.backward(loss) at step {self.global_steps + 1} ended with {type(error).__name__}"
@@ -211,24 +240,72 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
                     "zero_optimization.stage 2 for this model, or hold the units in zero.GatheredParameters meanwhile"
                 ) from error
             raise
-        self._loss_sum = self._loss_sum + loss.detach().double()
-        self._losses += 1
-        self._backwards += self._syncing
-        self._reduced_for = self.is_gradient_accumulation_boundary()
-        return loss
+        self._count_backward(loss)
+        return loss / steps
 
-    def _backward(self, loss: torch.Tensor, retain_graph: bool) -> None:
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the loss scale, for scripts that call .backward() on it themselves."""
+        self._scaled = True
+        return loss * self.scaler.scale
+
+    def _begin_backward(self, factor: float = 1.0) -> None:
+        """factor: on each gradient that arrives."""
         self.telemetry.enter("backward", self.global_steps + 1, self._micro_step)
         boundary = self.is_gradient_accumulation_boundary()
         reduce = self._syncing and (boundary or self.policy.own_gradients)
         self.updates.drain()
-        self.schedule.begin_backward(reduce, last=self._syncing and boundary)
-        (loss * (self.scaler.scale / self.gradient_accumulation_steps())).backward(retain_graph=retain_graph)
+        self.schedule.begin_backward(reduce, self._syncing and boundary, factor)
+
+    def _end_backward(self) -> None:
         self.schedule.end_backward()
         self.updates.check()
         self.gathering.end_backward()
 
+    def _count_backward(self, loss: torch.Tensor | None, by_script: bool = False) -> None:
+        if loss is not None:
+            self._loss_sum = self._loss_sum + loss.detach().double()
+            self._losses += 1
+        self._micro_backwards += 1
+        self._backwards += self._syncing
+        self._by_script = by_script
+        self._reduced_for = self.is_gradient_accumulation_boundary()
+
+    def begin_script_backward(self) -> None:
+        """The script has called .backward() on its loss. See runtime/zero/backward.py."""
+        self._refuse_after_failure()
+        if self.config.precision == "fp16" and not self._scaled:
+            raise RuntimeError(
+                "loss.backward() under fp16 goes without the loss scale, so small gradients would become zero: call "
+                "engine.backward(loss), or engine.scale(loss).backward()"
+            )
+        scale = 1.0 if self._scaled else self.scaler.scale
+        self._begin_backward(scale / self.gradient_accumulation_steps())
+
+    def end_script_backward(self, loss: torch.Tensor | None) -> None:
+        self._end_backward()
+        self._scaled = False
+        self._count_backward(loss, by_script=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of a loss.backward() that the script ran itself and no step() has taken (another
+        engine's loss that came through this model). Otherwise nothing, on purpose: a step() uses the gradients and
+        drops them, and scripts written for DeepSpeed call this between the micro-steps of one accumulation, where
+        clearing would lose gradients."""
+        if not self._by_script:
+            return
+        if self._micro_backwards > self._backwards or (
+            (self.micro_steps - self._accumulating_since) % self.gradient_accumulation_steps()
+        ):
+            raise RuntimeError(
+                "zero_grad() after loss.backward() in the middle of an accumulation: the gradients of its earlier "
+                "micro-steps can't be told from this one's. Call engine.backward(loss), or detach() what shall not "
+                "train this model"
+            )
+        self._drop_accumulated()
+
     def _refuse_after_failure(self) -> None:
+        if self.schedule.inside and not self._failure:
+            self._failure = f"loss.backward() at step {self.global_steps + 1} ended with an exception"
         if self._failure:
             raise RuntimeError(
                 f"{self._failure}: the gradients of that backward are incomplete on this rank, and the collectives of "
@@ -262,11 +339,11 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
         boundary = self.is_gradient_accumulation_boundary()
         if boundary != self._reduced_for:
             raise RuntimeError(
-                "set_gradient_accumulation_boundary() between engine.backward(loss) and engine.step(): backward has "
-                "reduced the gradients, or not, by what it said before; call it before backward"
+                "set_gradient_accumulation_boundary() was called between engine.backward(loss) and engine.step(), "
+                "after backward had reduced the gradients, or not, by the old value; call it before backward"
             )
         self.micro_steps += 1
-        self._backwards = 0
+        self._backwards, self._by_script = 0, False
         self._stepped = False
         if boundary:
             self._optimizer_step(lr_kwargs or {})
@@ -276,14 +353,17 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
     def _optimizer_step(self, lr_kwargs: Mapping[str, Any]) -> None:
         """Agree (norm, loss, commands) -> clip -> update each unit and gather it -> report -> commands."""
         telemetry = self.telemetry
-        self._check_parameters()
+        self.optimizer.check_groups()
+        self._changes.check()
         telemetry.enter("step", self.global_steps + 1, self.gradient_accumulation_steps())
         if self._downlink is not None:
             self._downlink.drain()
         divisor = self.gradient_divisor
-        loss = self._loss_sum / self._losses
+        loss = self._loss_sum / self._losses if self._losses else None
         waits, stops, way = self.steering.command_waits(), self.steering.stop_asked(), self.gathering.take_way()
-        agreed = agree(self.flats, self.comm, loss, divisor, waits, stops, way)
+        agreed = agree(self.flats, self.comm, loss, divisor, waits, stops, way, self._changes.found())
+        if agreed.changed:
+            self._changes.take()
         numbers = self.optimizer.numbers(self.lr_factor)
         skipped = not math.isfinite(agreed.grad_norm)
         if not skipped:
@@ -292,34 +372,21 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
         self.global_steps += 1
         self._stepped = not skipped
         self._norm = agreed.grad_norm
-        self._report(agreed, numbers[0]["lr"], skipped)
+        self._report(agreed, numbers[0]["lr"], skipped, loss)
         self._rescale(skipped)
         if self.lr_scheduler is not None and not skipped:
             self.optimizer.mark_stepped()
             self.lr_scheduler.step(**lr_kwargs)
-        self._loss_sum, self._losses, self._tokens = 0.0, 0, 0
+        self._loss_sum, self._losses, self._tokens, self._micro_backwards = 0.0, 0, 0, 0
         self.steering.at_boundary(agreed)
         telemetry.enter("data", self.global_steps + 1, 0)
         self._began_ns = time.monotonic_ns()
 
-    def _check_parameters(self) -> None:
-        """Raises RuntimeError for what scripts can do to parameters that would train nothing, and no longer say so."""
-        self.optimizer.check_groups()
-        for flat in (*self.flats, *self.frozen_flats):
-            if (name := flat.lost()) is not None:
-                raise RuntimeError(
-                    f"parameter {name} is no longer where the engine trains it: its .data was set, or the module was "
-                    "converted or moved (.float(), .to(...)) after initialize(). Do that before initialize(); to "
-                    "change values use load_state_dict() or zero.GatheredParameters"
-                )
-        frozen = [(slot.name, p) for f in self.frozen_flats for slot, p in zip(f.layout.slots, f.members, strict=True)]
-        for name, parameter in (*self.frozen, *frozen):
-            if parameter.grad is not None:
-                raise RuntimeError(
-                    f"parameter {name} was frozen, or in no optimizer group, at initialize() and has a gradient now: "
-                    "the engine would not train it. Unfreeze it before initialize(); an engine in which it is trained "
-                    "reads the checkpoints of this one"
-                )
+    def settle_changes(self) -> None:
+        """Before masters are saved: they hear of what the script has changed since the last step."""
+        self.updates.drain()
+        if self._changes.found():
+            self._changes.take()
 
     def _update(self, numbers: list[dict[str, Any]], scale: float) -> None:
         self.optimizer_steps += 1
@@ -342,7 +409,7 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
         except ScaleExhausted as error:
             raise TrainingError(f"step {self.global_steps}: {error}") from None
 
-    def _report(self, agreed: Boundary, lr: float, skipped: bool) -> None:
+    def _report(self, agreed: Boundary, lr: float, skipped: bool, own_loss: torch.Tensor | float | None) -> None:
         now = time.monotonic_ns()
         seconds = (now - self._began_ns) / 1e9
         samples = self.config.micro_batch * self.config.accumulation
@@ -361,18 +428,18 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
             end_ns=now,
         )
         self.telemetry.step(result)
-        self.steering.progress(result)
+        self.steering.progress(result, own_loss)
 
     # ---- accumulation --------------------------------------------------------------------------------------
     @property
     def _micro_step(self) -> int:
-        return (self.micro_steps - self._accumulating_since) % self.gradient_accumulation_steps() + 1
+        return min(self._micro_backwards + 1, self.gradient_accumulation_steps())
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-step under way is the accumulation's last."""
         if self._boundary is not None:
             return self._boundary
-        return self._micro_step == self.gradient_accumulation_steps()
+        return (self.micro_steps - self._accumulating_since + 1) % self.gradient_accumulation_steps() == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """From the next backward() on, until the next such call: whether the micro-step is the accumulation's last,
@@ -399,7 +466,7 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
     def gradients_arrived(self) -> bool:
         if self._downlink is not None:
             self._downlink.drain()
-        return self._losses > 0
+        return self._micro_backwards > 0
 
     @property
     def gradients_reduced(self) -> bool:
@@ -418,6 +485,7 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
             self._downlink.drain()
         self.schedule.clear()
         self._loss_sum, self._losses, self._tokens, self._backwards = 0.0, 0, 0, 0
+        self._micro_backwards, self._by_script = 0, False
         self._accumulating_since = self.micro_steps
 
     if not TYPE_CHECKING:  # which would take every slip for an attribute of the module
@@ -441,6 +509,7 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
         self.saver.leave()
         self.updates.detach()
         self.schedule.detach()
+        self._script_backward.detach()
         self.gathering.detach()
         self.whole.detach()
         for _, parameter in self.frozen:
@@ -451,6 +520,7 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):
     def finish(self) -> None:
         """The training is complete: last checkpoint, and the hub hears that this rank finished."""
         self.synchronize()
+        self.settle_changes()
         self.steering.finish()
 
 

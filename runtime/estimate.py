@@ -34,7 +34,12 @@ _SHAPES_LARGE = ((96, 12288), (118, 16384))
 
 
 def activation_bytes(
-    config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int, segments: int | None = None
+    config: GPTConfig,
+    micro_batch: int,
+    seq_len: int,
+    element_bytes: int,
+    segments: int | None = None,
+    inputs_on_host: bool = False,
 ) -> int:
     """What autograd keeps from forward to backward, without the logits, plus one layer's worth for what backward holds.
 
@@ -43,7 +48,7 @@ def activation_bytes(
     numbers per norm and one per head. A test compares this with what autograd really saves.
 
     segments: with activation checkpointing, the groups of layers of which only the input is kept; backward computes the
-    layers of one group again. None: everything is kept.
+    layers of one group again. None: everything is kept. inputs_on_host: only the input of the group at hand is there.
     """
     tokens = micro_batch * seq_len
     layer = 16 * config.dim * element_bytes + 4 * (2 * 2 + config.heads)
@@ -51,13 +56,34 @@ def activation_bytes(
     if segments is None:
         return tokens * ((config.layers + 1) * layer + ends)
     size = -(-config.layers // min(segments, config.layers))
-    inputs = -(-config.layers // size) * config.dim * element_bytes
-    return tokens * ((size + 1) * layer + inputs + ends)
+    inputs = tokens * config.dim * element_bytes
+    if not inputs_on_host:
+        inputs = kept_input_bytes(config, micro_batch, seq_len, element_bytes, segments)
+    return tokens * ((size + 1) * layer + ends) + inputs
+
+
+def kept_input_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int, segments: int) -> int:
+    """The inputs of all groups of layers, under activation checkpointing."""
+    size = -(-config.layers // min(segments, config.layers))
+    return micro_batch * seq_len * -(-config.layers // size) * config.dim * element_bytes
 
 
 def logits_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int) -> int:
     """Logits in the model's precision, and in fp32 their log-softmax and its gradient: alive as backward starts."""
     return micro_batch * seq_len * config.vocab_size * (element_bytes + 4 + 4)
+
+
+def fresh_gradient_bytes(config: GPTConfig, element_bytes: int, beside: int) -> int:
+    """Gradients as autograd makes them, each in memory of its own until the engine takes it over: what they add to the
+    `beside` bytes of activations and logits that are there as backward starts.
+
+    One is there at a time. A tied table's is a sum: the head's part is made first and stays until the embedding's is
+    there, too, and autograd adds the two into a third of the same size, when all activations are gone.
+    """
+    table = config.vocab_size * config.dim * element_bytes
+    if not config.tied:
+        return max(table, 4 * config.dim**2 * element_bytes)
+    return max(beside + table, 3 * table) - beside
 
 
 def context_bytes(world_size: int) -> int:

@@ -41,7 +41,7 @@ class ModuleCalls:
     parking: Parking
     gathering: Gathering
     micro_steps: int
-    _losses: int
+    _micro_backwards: int
     _accumulating_since: int
 
     # ---- weights -----------------------------------------------------------------------------------------------------
@@ -53,12 +53,12 @@ class ModuleCalls:
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Any]:
         """The model's state_dict; at stage 3 copies in host memory, and every rank must call it."""
-        into = {} if destination is None else destination
-        state: dict[str, Any] = self.module.state_dict(destination=into, prefix=prefix, keep_vars=keep_vars)
+        engine = cast("Engine", self)
+        state: dict[str, Any] = engine.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         if exclude_frozen_parameters:
-            for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            for name, parameter in engine.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
                 if not parameter.requires_grad:
-                    state.pop(prefix + name, None)
+                    state.pop(name, None)
         return state
 
     def load_module_state_dict(
@@ -75,7 +75,7 @@ class ModuleCalls:
         """
         state = checkpoint["module"] if isinstance(checkpoint.get("module"), Mapping) else checkpoint
         if custom_load_fn is None:
-            self.module.load_state_dict(state, strict=strict)
+            cast("Engine", self).load_state_dict(state, strict=strict)
             return
         with self.whole.gathering.everything():
             custom_load_fn(src=state, dst=self.module)
@@ -107,7 +107,7 @@ class ModuleCalls:
         include: some of optim_states, hp_params, lp_params, lp_grads, contiguous_grad_buffer; default: everything.
         device: "cpu". pin_memory and non_blocking: accepted and not needed; it has moved on return.
         """
-        if self._losses:
+        if self._micro_backwards:
             raise RuntimeError(
                 "engine.offload_states() in the middle of an accumulation: call it after the step() at which "
                 "is_gradient_accumulation_boundary() was true"
@@ -156,7 +156,7 @@ class ModuleCalls:
         self._set_batch(micro_batch_size, self.config.accumulation, "set_train_micro_batch_size()")
 
     def _set_batch(self, micro: int, accumulation: int, call: str) -> None:
-        if self._losses:
+        if self._micro_backwards:
             raise RuntimeError(f"engine.{call} in the middle of an accumulation: call it after the optimizer step")
         total = micro * accumulation * self.comm.world_size
         self.config = self.config.model_copy(

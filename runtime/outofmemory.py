@@ -6,6 +6,7 @@ next to nothing is left. It never raises, so the plain traceback remains whateve
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gc
 import logging
@@ -24,12 +25,12 @@ from runtime.config import Resolved
 from runtime.held import Held, held_lines, read_held
 from runtime.memory import Ledger
 from runtime.models.gpt import GPT
+from runtime.names import plain_name
 from runtime.remedies import Remedy, Shortage, remedies, remedy_lines
 from runtime.sizes import format_size, parse_size
-from runtime.workload import workload_of
+from runtime.workload import Workload, workload_of
 
 if TYPE_CHECKING:
-    from runtime.plan import Workload
     from runtime.setup import Session
     from runtime.zero.cut import Cut
 
@@ -99,6 +100,8 @@ def remember(module: nn.Module, config: Resolved, device: torch.device, ledger: 
     units = [(cut.name, sum(p.numel() for _, p in cut.parameters if p.requires_grad)) for cut in cuts]
     known_shape = isinstance(module, GPT) and module.config.max_seq_len == config.zerotop.data.seq_len
     workload = workload_of(config, type(module).__name__, units, module.config if known_shape else None)  # type: ignore[arg-type]
+    if device.type == "cuda":  # as much as runtime/placing.py finds when it decides what stays there
+        workload = dataclasses.replace(workload, free_vram_bytes=torch.cuda.mem_get_info(device)[0])
     _known.append(Known(weakref.ref(module), weakref.ref(ledger), config, device, workload))
 
 
@@ -199,7 +202,7 @@ def _position(session: Session | None) -> str:
 
 def _part(error: BaseException, model: nn.Module) -> str:
     """The innermost module, or else unit, that was at work."""
-    names = {id(module): name for name, module in model.named_modules() if name}
+    names = {id(module): plain_name(name) for name, module in model.named_modules() if plain_name(name)}
     frames = list(_frames(error))
     for frame in reversed(frames):
         if (name := names.get(id(frame.f_locals.get("self")))) is not None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import mmap
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from runtime import native
+from runtime.forked import Owner
 from runtime.hostmemory import gib_text
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ class _Pages(mmap.mmap):
 
     address = 0
     locked = False
-    process = 0
+    owner: Owner | None = None
 
     def lock(self, device: int) -> None:
         page_lock(self.address, len(self), device)
-        self.locked, self.process = True, os.getpid()
+        self.locked, self.owner = True, Owner()
 
     def unlock(self) -> None:
-        if self.locked and self.process == os.getpid():
+        if self.locked and self.owner is not None and self.owner.is_here:
             self.locked = False
             page_unlock(self.address)
 
@@ -62,7 +62,7 @@ class Arena:
             threads: how many threads touch the pages first; None: OpenMP's default.
         """
         self._pin, self._device, self._nodes, self._threads = pin, device, tuple(nodes), threads
-        self._process = os.getpid()
+        self._owner = Owner()
         self._pages: list[_Pages] = []
         self._requested = 0
 
@@ -112,7 +112,7 @@ class Arena:
     def close(self) -> None:
         """End page-locking and give back the memory of all tensors that nobody holds. A second call does nothing."""
         pages, self._pages, self._requested = self._pages, [], 0
-        if self._pin and pages and os.getpid() == self._process:
+        if self._pin and pages and self._owner.is_here:
             import torch
 
             if torch.cuda.is_initialized():

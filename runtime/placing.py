@@ -19,13 +19,13 @@ from runtime.hostmemory import HostMemoryError, check_host_memory
 from runtime.memory import Ledger, zeros
 from runtime.optim.hostside import HostSide, Streamer
 from runtime.optim.share import SAMPLE, Rates, device_share, measure
-from runtime.optim.streamed import STATE_BYTES, GpuStreamer, ring_bytes
+from runtime.optim.streamed import GpuStreamer, ring_bytes
 from runtime.pinned import Arena, page_rounded
 from runtime.transfer import CudaTransfers, Transfers
 from runtime.zero.downlink import SLOTS, Downlink
 from runtime.zero.gradients import GradientNumbers
 from runtime.zero.home import Allocate, Home
-from runtime.zero.layout import kept_on_device, padded
+from runtime.zero.layout import kept_on_device, leaving_for_room, padded
 from runtime.zero.stage import StagePolicy
 
 log = logging.getLogger("runtime.setup")
@@ -148,9 +148,9 @@ def _plan(
         trained = [index for index, size in enumerate(sizes) if size.trained]
         stays = kept_on_device([ranges[index] for index in trained], config.offload_optimizer.ratio)
         room = _room(config, policy, comm, numbers, sizes, ranges)
-        for index, stay in zip(trained, stays, strict=True):
-            room -= STATE_BYTES * ranges[index]
-            on_host[index] = not stay and room < 0
+        leaves = leaving_for_room([ranges[index] for index in trained], stays, room)
+        for index, leave in zip(trained, leaves, strict=True):
+            on_host[index] = leave
     moving = [(n, size.dtype) for n, size, on in zip(ranges, sizes, on_host, strict=True) if on]
     slots: list[int] = []
     if remote and moving:
@@ -161,7 +161,7 @@ def _plan(
     for n, size, on in zip(ranges, sizes, on_host, strict=True):
         waits = size.sharded and config.offload_param is not None
         if on:
-            own_masters = waits and size.dtype == torch.float32
+            own_masters = size.dtype == torch.float32 and (waits or not remote)
             blocks += [0 if own_masters else 4 * n, 4 * n, 4 * n, kept * n]
         if waits:
             blocks.append(n * size.dtype.itemsize)

@@ -15,95 +15,32 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from runtime.estimate import activation_bytes, context_bytes, logits_bytes
-from runtime.models.presets import GPTConfig
-from runtime.zero.layout import kept_on_device, padded
+from runtime.estimate import (
+    activation_bytes,
+    context_bytes,
+    fresh_gradient_bytes,
+    kept_input_bytes,
+    logits_bytes,
+)
+from runtime.inflight import borrowed_for_backward, copied_for_reduction, gathered
+from runtime.workload import ELEMENT_BYTES, Workload
+from runtime.zero.layout import STATE_BYTES, kept_on_device, leaving_for_room, padded
 
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STAGES = (0, 1, 2, 3)
-REDUCTIONS_IN_FLIGHT = 1
-"""As runtime/zero/schedule.py has it; a test compares."""
 SLOTS = 2
 """Buffers in each direction that copies between GPU and host pass through, as runtime/zero/downlink.py has them."""
 SNAPSHOT_SLOT_BYTES = 2 * (32 << 20)
 """Of a rank whose states are offloaded, as runtime/checkpoint/snapshot.py has them; a test compares."""
+STREAM_SLOTS = 3
+"""Pieces of states on the GPU at a time, as runtime/optim/streamed.py has them; a test compares."""
 
-EVERYWHERE = ("root", "small")
-"""Units that are open for gradients through the whole backward: see runtime/zero/cut.py."""
-
-CATEGORIES = ("parameters", "gradients", "masters", "optimizer", "buffers", "activations", "logits", "context")
+CATEGORIES = (
+    "parameters", "gradients", "masters", "optimizer", "buffers", "activations", "logits", "temporary", "context",
+)  # fmt: skip
+"""buffers: what the engine holds beside the states, at its most. temporary: gradients between their birth in autograd
+and the engine's buffers, as far as they come on top of activations and logits."""
 EXACT = ("parameters", "gradients", "masters", "optimizer")
 """Categories that follow from the layout alone; the others depend on what runs when, or are estimates."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Workload:
-    """A model and how it is trained. `units` are (name, parameters) in forward order, as the engine cuts the model."""
-
-    name: str
-    units: tuple[tuple[str, int], ...]
-    shape: GPTConfig | None
-    """None: a model of the user's own, whose activations and logits are not known and count as nothing."""
-    world_size: int
-    precision: str = "bf16"
-    grad_accum_dtype: str = "fp32"
-    reduce_dtype: str | None = None
-    """Precision in which gradients travel and wait to be reduced. None: that of the model from stage 2 on, else that in
-    which they accumulate."""
-    moments: int = 2
-    """fp32 state tensors per parameter that the optimizer keeps: 2 for Adam."""
-    micro_batch: int = 1
-    accumulation: int = 1
-    seq_len: int = 1024
-    offload_ratio: float = 1.0
-    """Share of the states that offload moves to the host, as near as whole units come to it."""
-    offload_parameters: bool = False
-    """Whether at stage 3 offload moves the parameters, too."""
-    pin_memory: bool = True
-    segments: int | None = None
-    """Groups of layers whose activations backward computes again. None: all activations are kept."""
-    shape_guessed: bool = False
-    checkpoints: bool = True
-    """Whether any are written beside training."""
-
-    def __post_init__(self) -> None:
-        for field in ("world_size", "micro_batch", "accumulation", "seq_len"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        for field in ("precision", "grad_accum_dtype"):
-            if getattr(self, field) not in ELEMENT_BYTES:
-                raise ValueError(f"{field}: expected one of {', '.join(ELEMENT_BYTES)}, got {getattr(self, field)!r}")
-        if self.reduce_dtype is not None and self.reduce_dtype not in ELEMENT_BYTES:
-            raise ValueError(f"reduce_dtype: expected one of {', '.join(ELEMENT_BYTES)}, got {self.reduce_dtype!r}")
-        if not 0 <= self.offload_ratio <= 1:
-            raise ValueError(f"offload_ratio must be between 0 and 1, got {self.offload_ratio}")
-        if not self.units or any(numel < 0 for _, numel in self.units):
-            raise ValueError("units must name at least one unit, none with a negative size")
-
-    @property
-    def parameters(self) -> int:
-        return sum(numel for _, numel in self.units)
-
-    @property
-    def padded_parameters(self) -> int:
-        return sum(padded(numel, self.world_size) for _, numel in self.units)
-
-    @property
-    def element_bytes(self) -> int:
-        return ELEMENT_BYTES[self.precision]
-
-    @property
-    def accumulator_bytes(self) -> int:
-        return ELEMENT_BYTES[self.grad_accum_dtype]
-
-    def reduced_bytes(self, stage: int) -> int:
-        """Per element of a gradient that travels."""
-        return ELEMENT_BYTES[self.reduce_dtype or (self.precision if stage >= 2 else self.grad_accum_dtype)]
-
-    @property
-    def small_parameters(self) -> int:
-        """Padded; whole on every rank also at stage 3."""
-        return sum(padded(numel, self.world_size) for name, numel in self.units if name == "small")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,13 +50,16 @@ class Layout:
     stage: int | None
     """None: plain data parallelism (torch's DDP), the thing to compare with."""
     offload: bool
+    """Whether optimizer states are offloaded."""
     gpu: dict[str, int]
     host: dict[str, int]
     sent_bytes: int
     """Sent by each rank per optimizer step, with ring collectives."""
     pcie_bytes: int
     """Copied between each GPU and its host per optimizer step, both directions together."""
-    pinned: bool = False
+    offload_parameters: bool = False
+    pinned_bytes: int = 0
+    """Of `host`, page-locked."""
     snapshot_bytes: int = 0
     """Page-locked host memory of all ranks on one node from which checkpoints are written beside training. Where the
     host has less, they are written from the states themselves: so it is not part of `host`."""
@@ -128,7 +68,8 @@ class Layout:
     def label(self) -> str:
         if self.stage is None:
             return "data parallel"
-        return f"stage {self.stage}{' + offload' if self.offload else ''}"
+        moved = " + offload" if self.offload else " + offload_param" if self.offload_parameters else ""
+        return f"stage {self.stage}{moved}"
 
     @property
     def gpu_bytes(self) -> int:
@@ -154,11 +95,12 @@ class Layout:
             "layout": self.label,
             "stage": self.stage,
             "offload_optimizer": self.offload,
+            "offload_param": self.offload_parameters,
             "gpu_bytes": self.gpu_bytes,
             "gpu_bytes_by_category": self.gpu,
             "host_bytes": self.host_bytes,
             "host_bytes_by_category": self.host,
-            "host_pinned_bytes": self.host_bytes if self.pinned else 0,
+            "host_pinned_bytes": self.pinned_bytes,
             "host_checkpoint_bytes": self.snapshot_bytes,
             "sent_bytes_per_step": self.sent_bytes,
             "pcie_bytes_per_step": self.pcie_bytes,
@@ -166,8 +108,11 @@ class Layout:
 
 
 def plan(workload: Workload) -> list[Layout]:
-    """Plain data parallelism, then stages 0-3, then stages 0-3 with the optimizer offloaded to the host."""
+    """Plain data parallelism, then stages 0-3, then stages 0-3 with the optimizer offloaded to the host, then, where
+    the workload offloads parameters, stage 3 with the parameters alone offloaded."""
     staged = [stage_layout(workload, stage, offload) for offload in (False, True) for stage in STAGES]
+    if workload.offload_parameters:
+        staged.append(stage_layout(workload, 3, offload=False, parameters=True))
     return [data_parallel(workload), *staged]
 
 
@@ -182,43 +127,58 @@ def data_parallel(workload: Workload) -> Layout:
     states = {"parameters": 4 * count, "gradients": 4 * count, "masters": 0}
     states |= {"optimizer": 4 * workload.moments * count, "buffers": cast_copy}
     sent = _ring(2 * 4 * count, world)
-    return Layout(None, False, states | _unshared(workload), {}, sent, 0)
+    host = _inputs_on_host(workload)
+    return Layout(None, False, states | _unshared(workload), host, sent, 0, pinned_bytes=sum(host.values()))
 
 
-def stage_layout(workload: Workload, stage: int, offload: bool = False) -> Layout:
-    """This engine at a ZeRO stage, with the masters and optimizer states on the GPU or (offload) on the host."""
+def stage_layout(workload: Workload, stage: int, offload: bool = False, parameters: bool | None = None) -> Layout:
+    """This engine at a ZeRO stage, with the masters and optimizer states on the training device or (offload) on the
+    host. parameters: whether they are offloaded, too, at stage 3; None: with the states, where the workload says so."""
     if stage not in STAGES:
         raise ValueError(f"stage must be one of 0, 1, 2, 3, got {stage!r}")
-    world = workload.world_size
+    world, remote = workload.world_size, workload.device != "cpu"
     whole = workload.padded_parameters
     owned = whole if stage == 0 else whole // world
-    offloaded = offloaded_ranges(workload, stage) if offload else {}
+    offload_parameters = stage == 3 and (offload and workload.offload_parameters if parameters is None else parameters)
+    shards = stage == 3 and (world > 1 or (offload_parameters and remote))
+    waiting = _gathered(workload) // world if shards and offload_parameters else 0
+    offloaded = offloaded_ranges(workload, stage, waiting > 0) if offload else {}
     on_host = sum(offloaded.values())
     on_gpu = owned - on_host
-    waits = offload and workload.offload_parameters and stage == 3
-    waiting = _gathered(workload) // world if waits else 0
-    apart = _masters_apart(workload, offloaded, waits) if offload else (0, 0)
-    masters = (4 * on_gpu, 4 * on_host) if workload.precision != "fp32" else apart
+    own_gradients = workload.owns_gradients(stage)
+    masters = _masters(workload, on_gpu, offloaded, waiting > 0)
     moments = 4 * workload.moments
     accumulator = workload.accumulator_bytes
+    streamed = _stream_bytes(workload) if offloaded else 0
     gpu = {
         "parameters": workload.element_bytes * (_kept_at_stage_3(workload) - waiting if stage == 3 else whole),
-        "gradients": accumulator * (whole if stage < 2 else on_gpu),
+        "gradients": accumulator * (on_gpu if own_gradients else whole),
         "masters": masters[0],
         "optimizer": moments * on_gpu,
-        "buffers": _in_flight(workload, stage, shards=world > 1 or waiting > 0),
+        "buffers": _in_flight(workload, stage, shards) + streamed,
     }
-    host: dict[str, int] = {}
-    if offload:
-        per_rank = {"gradients": accumulator * on_host if stage >= 2 else 0, "masters": masters[1]}
-        per_rank |= {"optimizer": moments * on_host, "parameters": workload.element_bytes * waiting}
-        per_rank |= {"staging": _staging(workload, stage, max(offloaded.values(), default=0))}
+    pinned, host = 0, dict[str, int]()
+    if offload or waiting:
+        states = {"gradients": accumulator * on_host if own_gradients else 0, "masters": masters[1]}
+        states |= {"optimizer": moments * on_host}
+        states |= {"staging": _staging(workload, own_gradients, max(offloaded.values(), default=0)) if remote else 0}
+        per_rank = states | {"parameters": workload.element_bytes * waiting}
         host = {category: size * world for category, size in per_rank.items()}
-    pinned = offload and workload.pin_memory
-    sent = _sent(workload, stage)
-    pcie = _pcie(workload, stage, on_host, waiting)
-    snapshot = _snapshot(workload, stage, offloaded)
-    return Layout(stage, offload, gpu | _unshared(workload), host, sent, pcie, pinned, snapshot)
+        if remote:
+            pinned = workload.pin_memory * sum(states.values()) * world
+            pinned += workload.pin_parameters * host["parameters"]
+    host |= _inputs_on_host(workload)
+    return Layout(
+        stage=stage,
+        offload=offload,
+        gpu=gpu | _unshared(workload),
+        host=host,
+        sent_bytes=_sent(workload, stage),
+        pcie_bytes=_pcie(workload, stage, on_host, waiting) if remote else 0,
+        offload_parameters=offload_parameters,
+        pinned_bytes=pinned + host.get("activations", 0),
+        snapshot_bytes=_snapshot(workload, stage, offloaded),
+    )
 
 
 def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
@@ -236,29 +196,76 @@ def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
 def _unshared(workload: Workload) -> dict[str, int]:
     """What no stage changes."""
     element, shape, batch = ELEMENT_BYTES[workload.precision], workload.shape, workload.micro_batch
-    activations = logits = 0
+    activations = logits = temporary = 0
     if shape is not None:
-        activations = activation_bytes(shape, batch, workload.seq_len, element, workload.segments)
+        activations = activation_bytes(
+            shape, batch, workload.seq_len, element, workload.segments, _inputs_leave(workload)
+        )
         logits = logits_bytes(shape, batch, workload.seq_len, element)
-    return {"activations": activations, "logits": logits, "context": context_bytes(workload.world_size)}
+        temporary = fresh_gradient_bytes(shape, element, beside=activations + logits)
+    context = context_bytes(workload.world_size) if workload.device == "cuda" else 0
+    return {"activations": activations, "logits": logits, "temporary": temporary, "context": context}
 
 
-def offloaded_ranges(workload: Workload, stage: int) -> dict[str, int]:
-    """Elements of each unit's states that a rank keeps on the host; whole units, those that are needed last."""
+def _inputs_leave(workload: Workload) -> bool:
+    """On a CPU they are in host memory already."""
+    return workload.inputs_on_host and workload.segments is not None and workload.device != "cpu"
+
+
+def _inputs_on_host(workload: Workload) -> dict[str, int]:
+    """Of all ranks; page-locked."""
+    if workload.shape is None or workload.segments is None or not _inputs_leave(workload):
+        return {}
+    element, batch = ELEMENT_BYTES[workload.precision], workload.micro_batch
+    kept = kept_input_bytes(workload.shape, batch, workload.seq_len, element, workload.segments)
+    return {"activations": kept * workload.world_size}
+
+
+def offloaded_ranges(workload: Workload, stage: int, waits: bool = False) -> dict[str, int]:
+    """Elements of each unit's states that a rank keeps on the host; whole units, those that are needed last. `waits`:
+    parameters that stage 3 gathers wait there, too."""
     sharers = 1 if stage == 0 else workload.world_size
     ranges = {name: padded(numel, workload.world_size) // sharers for name, numel in workload.units if numel}
     stays = kept_on_device(list(ranges.values()), workload.offload_ratio)
-    return {name: numel for (name, numel), stay in zip(ranges.items(), stays, strict=True) if not stay}
+    leaves = leaving_for_room(list(ranges.values()), stays, _room_for_states(workload, stage, waits))
+    return {name: numel for (name, numel), leave in zip(ranges.items(), leaves, strict=True) if leave}
 
 
-def _masters_apart(workload: Workload, offloaded: dict[str, int], waits: bool) -> tuple[int, int]:
-    """Bytes on the GPU and on the host of masters of fp32 parameters, which are their own masters unless parameters and
-    states live apart. `waits`: parameters that are gathered live on the host."""
-    everything = offloaded_ranges(dataclasses.replace(workload, offload_ratio=1.0), 3) if waits else {}
-    gathered = everything.keys() - {"small"}
-    on_gpu = sum(numel for name, numel in everything.items() if name in gathered and name not in offloaded)
-    on_host = sum(numel for name, numel in offloaded.items() if name not in gathered)
-    return 4 * on_gpu, 4 * on_host
+def _room_for_states(workload: Workload, stage: int, waits: bool) -> int:
+    """Bytes of VRAM that zerotop.offload.vram_reserve_gib leaves to states, as runtime/placing.py counts them."""
+    reserve, free, world = workload.vram_reserve_bytes, workload.free_vram_bytes, workload.world_size
+    if reserve is None or free is None or workload.device == "cpu":
+        return 0
+    whole, gathered_ = workload.padded_parameters, _gathered(workload)
+    kept = whole
+    if stage == 3 and (world > 1 or waits):
+        kept = workload.small_parameters + (0 if waits else gathered_ // world)
+    coming = workload.element_bytes * kept
+    coming += workload.accumulator_bytes * (whole // world if workload.owns_gradients(stage) else whole)
+    largest = sorted((numel for _, numel in workload.padded_units), reverse=True)[:2]
+    return max(0, free - coming - _stream_bytes(workload) - 2 * workload.element_bytes * sum(largest) - reserve)
+
+
+def _stream_bytes(workload: Workload) -> int:
+    """Of the GPU's memory through which offloaded states stream: masters and moments, gradients and new parameters."""
+    if not workload.stream_chunk_bytes or workload.device == "cpu":
+        return 0
+    chunk = max(64, workload.stream_chunk_bytes // STATE_BYTES // 64 * 64)
+    return STREAM_SLOTS * chunk * (STATE_BYTES + workload.accumulator_bytes + 4)
+
+
+def _masters(workload: Workload, on_gpu: int, offloaded: dict[str, int], waits: bool) -> tuple[int, int]:
+    """Bytes on the training device and on the host. fp32 parameters are their own masters unless parameters and states
+    are in different memories. on_gpu: elements of states there. `waits`: parameters that are gathered live on the
+    host."""
+    if workload.precision != "fp32":
+        return 4 * on_gpu, 4 * sum(offloaded.values())
+    if workload.device == "cpu":
+        return 0, 0
+    ranges = {name: numel // workload.world_size for name, numel in workload.padded_units}
+    moved = {name for name in ranges if waits and name != "small"}
+    apart_on_gpu = sum(ranges[name] for name in moved if name not in offloaded)
+    return 4 * apart_on_gpu, 4 * sum(numel for name, numel in offloaded.items() if name not in moved)
 
 
 def _gathered(workload: Workload) -> int:
@@ -271,56 +278,25 @@ def _kept_at_stage_3(workload: Workload) -> int:
     return _gathered(workload) // workload.world_size + workload.small_parameters
 
 
-def _two_largest(workload: Workload) -> int:
-    """Elements of the two largest units that open and close."""
-    sizes = (padded(numel, workload.world_size) for name, numel in workload.units if name not in EVERYWHERE)
-    return sum(sorted(sizes, reverse=True)[:2])
-
-
 def _in_flight(workload: Workload, stage: int, shards: bool) -> int:
     """Most that the engine holds beside the states.
 
-    Stages 0 and 1 reduce in place in the accumulators (through a copy of two units where gradients travel in another
-    precision). From stage 2 on whole gradients live in a pool (see `pool_elements`). Stage 3 also holds the gathered
-    parameters of two units and the root, where it `shards` them. Ranges on their way to the host wait in the pool.
+    Whole accumulators are reduced in place, or through copies where gradients travel in another precision. Otherwise
+    whole gradients live in a pool, where ranges on their way to the host wait, too. Stage 3 also gathers parameters,
+    where it `shards` them.
     """
-    two, reduced = _two_largest(workload), workload.reduced_bytes(stage)
-    if stage < 2:
-        return 0 if reduced == workload.accumulator_bytes else reduced * two
-    root = sum(padded(numel, workload.world_size) for name, numel in workload.units if name == "root")
-    gathered = workload.element_bytes * (two + root) if stage == 3 and shards else 0
-    return reduced * pool_elements(workload) + gathered
+    units, reduced = workload.padded_units, workload.reduced_bytes(stage)
+    if workload.owns_gradients(stage):
+        nbytes = reduced * borrowed_for_backward(units, workload.arrivals)
+    else:
+        nbytes = 0 if reduced == workload.accumulator_bytes else reduced * copied_for_reduction(units)
+    return nbytes + (workload.element_bytes * gathered(units) if shards else 0)
 
 
-def pool_elements(workload: Workload) -> int:
-    """Elements of all whole-gradient buffers that one backward borrows: played through as runtime/zero does.
-
-    The root and the small parameters have buffers of their own; the other units are filled last to first.
-    REDUCTIONS_IN_FLIGHT are being reduced while the next is filled. A buffer that is given back is lent again if it is
-    large enough, the smallest that is; else it makes room for a larger one.
-    """
-    order = [numel for name, numel in reversed(workload.units) if name not in EVERYWHERE]
-    held = sum(padded(numel, workload.world_size) for name, numel in workload.units if name in EVERYWHERE)
-    most, free, flying = held, list[int](), list[int]()
-    for numel in (padded(numel, workload.world_size) for numel in order if numel):
-        fitting = [size for size in free if size >= numel]
-        if fitting:
-            buffer = min(fitting)
-            free.remove(buffer)
-        else:
-            held += numel - (free.pop(0) if free else 0)
-            most = max(most, held)
-            buffer = numel
-        if len(flying) == REDUCTIONS_IN_FLIGHT:
-            free.append(flying.pop(0))
-        flying.append(buffer)
-    return most
-
-
-def _staging(workload: Workload, stage: int, largest: int) -> int:
+def _staging(workload: Workload, own_gradients: bool, largest: int) -> int:
     """Host memory that copies pass through: slots for the gradients and for the new parameters of the largest range."""
     down = workload.accumulator_bytes
-    if stage >= 2:  # after no_sync gradients travel as they accumulated, if nothing is said about it
+    if own_gradients:  # after no_sync gradients travel as they accumulated, if nothing is said about it
         down = ELEMENT_BYTES[workload.reduce_dtype] if workload.reduce_dtype else max(down, workload.element_bytes)
     return SLOTS * (down + workload.element_bytes) * largest
 
@@ -334,35 +310,37 @@ def _sent(workload: Workload, stage: int) -> int:
     """Sent per rank and optimizer step.
 
     Stage 0 all-reduces the gradients; 1 reduce-scatters them and gathers the new parameters; 2 reduce-scatters at every
-    micro-step; 3 also gathers at every forward and every backward, and so need not at the end.
+    micro-step, unless whole gradients accumulate; 3 also gathers at every forward and every backward, and so need not
+    at the end.
     """
     element, reduced = workload.element_bytes, workload.reduced_bytes(stage)
     small = workload.small_parameters
+    reductions = (workload.accumulation if workload.owns_gradients(stage) else 1) * reduced
     per_element = {
         0: 2 * reduced,
         1: reduced + element,
-        2: workload.accumulation * reduced + element,
-        3: workload.accumulation * (reduced + 2 * element),
+        2: reductions + element,
+        3: reductions + workload.accumulation * 2 * element,
     }[stage]
     regathered = (2 * workload.accumulation - 1) * element * small if stage == 3 else 0  # of small ones: once a step
     return _ring(per_element * workload.padded_parameters - regathered, workload.world_size)
 
 
 def _pcie(workload: Workload, stage: int, on_host: int, waiting: int) -> int:
-    """Copied per rank and step: gradients down (from stage 2 on at every micro-step), new parameters up. Parameters
+    """Copied per rank and step: gradients down (at every micro-step where only own ranges accumulate), new parameters
+    up. Parameters
     that wait on the host come up for every forward and backward instead."""
-    down = workload.accumulation * workload.reduced_bytes(stage) if stage >= 2 else workload.accumulator_bytes
+    down = workload.accumulator_bytes
+    if workload.owns_gradients(stage):
+        down = workload.accumulation * workload.reduced_bytes(stage)
     gathers = 2 * workload.accumulation * workload.element_bytes * waiting
     return (down + workload.element_bytes) * on_host - workload.element_bytes * min(waiting, on_host) + gathers
 
 
-def workload_document(workload: Workload) -> dict[str, Any]:
-    """For JSON."""
-    document = dataclasses.asdict(workload)
-    document["units"] = [{"name": name, "parameters": numel} for name, numel in workload.units]
-    return document | {"parameters": workload.parameters, "padded_parameters": workload.padded_parameters}
-
-
-def find(layouts: Sequence[Layout], stage: int | None, offload: bool = False) -> Layout:
-    """The layout of that stage in what `plan` returned."""
-    return next(layout for layout in layouts if layout.stage == stage and layout.offload == offload)
+def find(layouts: Sequence[Layout], stage: int | None, offload: bool = False, parameters: bool = False) -> Layout:
+    """The layout of that stage in what `plan` returned. parameters: the one with the parameters alone offloaded."""
+    return next(
+        layout
+        for layout in layouts
+        if (layout.stage, layout.offload) == (stage, offload) and (offload or layout.offload_parameters == parameters)
+    )

@@ -20,7 +20,11 @@ FACTOR = 2.0
 
 class TrainingError(RuntimeError):
     """Training can't go on, and would come to the same point again; the message says at which step, why, and what
-    remains."""
+    remains. `culprit` is the rank with whose data it began, where one can be told."""
+
+    def __init__(self, message: str, culprit: int | None = None) -> None:
+        super().__init__(message)
+        self.culprit = culprit
 
 
 class ScaleExhausted(OverflowError):

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.advice import smaller_micro_batches
-from runtime.plan import EXACT, Layout, Workload, stage_layout
+from runtime.plan import EXACT, Layout, stage_layout
 from runtime.sizes import format_size
+from runtime.workload import Workload
 
 if TYPE_CHECKING:
     from runtime.config import Resolved
@@ -107,7 +108,7 @@ def remedy_lines(found: Sequence[Remedy], shortage: Shortage) -> list[str]:
 # ---- what could be changed -------------------------------------------------------------------------------------------
 def _options(now: _Option, config: Resolved, shortage: Shortage) -> Iterator[_Option]:
     workload, on_gpu = now.workload, config.device == "cuda"
-    if shortage.place == "host" and on_gpu and not now.offload:
+    if shortage.place == "host" and on_gpu and not now.offload and not workload.offload_parameters:
         return  # the engine keeps nothing there
     yield from _higher_stage(now, config, shortage)
     if shortage.place == "host" and on_gpu:
@@ -189,7 +190,7 @@ def _less_offload(now: _Option, config: Resolved) -> Iterator[_Option]:
         kept = dataclasses.replace(workload, offload_parameters=False)
         yield dataclasses.replace(now, changes={"zero_optimization.offload_param": (there, None)}, workload=kept)
     half = round(workload.offload_ratio / 2, 2)
-    if half:
+    if half and now.offload:
         ratio = {"zero_optimization.offload_optimizer.ratio": (workload.offload_ratio, half)}
         yield dataclasses.replace(now, changes=ratio, workload=dataclasses.replace(workload, offload_ratio=half))
 
@@ -202,9 +203,13 @@ def _batch_changes(now: Workload, then: Workload) -> dict[str, tuple[Any, Any]]:
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
+def _layout(option: _Option) -> Layout:
+    return stage_layout(option.workload, option.stage, option.offload, option.workload.offload_parameters)
+
+
 def _held(option: _Option, config: Resolved, shortage: Shortage) -> int:
     """Bytes of the memory that ran out."""
-    layout = stage_layout(option.workload, option.stage, option.offload)
+    layout = _layout(option)
     on_device, on_host = _device_bytes(layout, shortage), _host_bytes(layout, shortage)
     if config.device == "cpu":  # host and device are one memory, of all ranks
         return on_device * option.workload.world_size + on_host
@@ -224,7 +229,7 @@ def _offloads(option: _Option) -> tuple[bool, bool, float]:
 
 
 def _both(option: _Option, shortage: Shortage) -> tuple[int, int]:
-    layout = stage_layout(option.workload, option.stage, option.offload)
+    layout = _layout(option)
     return _device_bytes(layout, shortage), _host_bytes(layout, shortage)
 
 

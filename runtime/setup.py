@@ -20,6 +20,7 @@ from runtime import outofmemory
 from runtime.comm import Comm
 from runtime.config import ConfigError, Resolved
 from runtime.memory import Ledger
+from runtime.names import plain_name
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.rules import Rule
 from runtime.placing import Placing, Size, place, transfers_for
@@ -186,12 +187,13 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
     parts = Assembly(policy_for(config.stage, config.zerotop.accumulate == "local"), _numbers(config, comm.world_size))
     if comm.world_size > 1:
         comm.share_memory(16 * sum(p.numel() for p in module.parameters()) + ARENA_SLACK)
-    _place_buffers(module, precision, comm, ledger, values)
+    _place_buffers(module, DTYPES.get(config.zerotop.buffer_dtype or ""), comm, ledger, values)
+    dtypes = _dtypes(module, precision)
     offloads = config.offload_optimizer is not None or config.offload_param is not None
     transfers = transfers_for(comm.device) if offloads else None
     # Alone, a rank has nobody to share parameters with; they can still be elsewhere.
     shards = comm.world_size > 1 or (config.offload_param is not None and transfers is not None)
-    specs = _specs(cuts, parts, shards, group_of, frozen, precision)
+    specs = _specs(cuts, parts, shards, group_of, frozen, dtypes)
     sizes = [Size(sum(p.numel() for _, p, _ in s.members), s.dtype, s.trained, s.sharded) for s in specs]
     parts.placing = place(
         config,
@@ -207,7 +209,7 @@ def assemble(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm
     for index, spec in enumerate(specs):
         _make_flat(index, spec, parts, comm, ledger, values)
     for name, parameter in parts.frozen:
-        _place_frozen(name, parameter, precision, comm, ledger, values)
+        _place_frozen(name, parameter, dtypes[parameter], comm, ledger, values)
     parts.reduce_order = [flat for index in reduce_order(cuts) for flat in parts.units[index].flats]
     if optimizer.trains and not parts.flats:
         raise ConfigError("the model has no trainable parameter in the optimizer: nothing to train")
@@ -233,7 +235,7 @@ def _specs(
     shards: bool,
     group_of: dict[nn.Parameter, int],
     frozen: set[nn.Parameter],
-    precision: torch.dtype,
+    dtypes: dict[nn.Parameter, torch.dtype],
 ) -> list[_Spec]:
     """All flats in forward order; makes the units, and notes the frozen parameters that are in none. shards: whether
     stage 3 has anything to do."""
@@ -243,7 +245,7 @@ def _specs(
         parts.units.append(unit)
         sharded = parts.policy.own_parameters and shards and unit_cut.name != "small"
         for trained in (True, False):
-            for dtype, members in _by_dtype(unit_cut, group_of, frozen, precision, trained).items():
+            for dtype, members in _by_dtype(unit_cut, group_of, frozen, dtypes, trained).items():
                 if trained or sharded:
                     specs.append(_Spec(unit, members, dtype, trained, sharded))
                 else:
@@ -301,28 +303,38 @@ def _freeze(module: nn.Module, group_of: dict[nn.Parameter, int], comm: Comm) ->
 
 
 def _by_dtype(
-    unit: Cut, group_of: dict[nn.Parameter, int], frozen: set[nn.Parameter], precision: torch.dtype, trained: bool
+    unit: Cut,
+    group_of: dict[nn.Parameter, int],
+    frozen: set[nn.Parameter],
+    dtypes: dict[nn.Parameter, torch.dtype],
+    trained: bool,
 ) -> dict[torch.dtype, list[Member]]:
     """A unit's trained (or frozen) parameters by the dtype they will compute in, ordered by optimizer group."""
     members: dict[torch.dtype, list[Member]] = {}
     for name, parameter in unit.parameters:
         if (parameter not in frozen) == trained:
-            dtype = _computes_in(parameter.dtype, precision)
-            members.setdefault(dtype, []).append((name, parameter, group_of.get(parameter, 0)))
+            members.setdefault(dtypes[parameter], []).append((name, parameter, group_of.get(parameter, 0)))
     return {dtype: sorted(found, key=lambda member: member[2]) for dtype, found in members.items()}
 
 
-def _computes_in(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:
-    """Under 16-bit precision every parameter is 16-bit, as in DeepSpeed; under fp32 a model keeps the dtypes it came
-    with."""
-    return dtype if precision == torch.float32 or not dtype.is_floating_point else precision
+def _dtypes(module: nn.Module, precision: torch.dtype) -> dict[nn.Parameter, torch.dtype]:
+    """What each parameter computes in. Under 16-bit precision that is 16 bit, as in DeepSpeed; but a norm with running
+    statistics wants weight and bias in the dtype of those, as under autocast. Under fp32 a model keeps the dtypes that
+    it came with."""
+    found = {
+        p: precision if precision != torch.float32 and p.dtype.is_floating_point else p.dtype
+        for p in module.parameters()
+    }
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.running_mean is not None:
+            found |= dict.fromkeys(norm.parameters(recurse=False), norm.running_mean.dtype)
+    return found
 
 
 def _place_frozen(
-    name: str, parameter: nn.Parameter, precision: torch.dtype, comm: Comm, ledger: Ledger, values: Values
+    name: str, parameter: nn.Parameter, dtype: torch.dtype, comm: Comm, ledger: Ledger, values: Values
 ) -> None:
     """A frozen parameter that every rank holds whole: to the device, rank 0's values."""
-    dtype = _computes_in(parameter.dtype, precision)
     found = values.read(name, parameter, 0, parameter.numel())
     # Its own memory: what a checkpoint changes later must not reach into a script's tensors.
     data = torch.empty(parameter.shape, dtype=dtype, device=comm.device)
@@ -333,15 +345,9 @@ def _place_frozen(
     adopt(parameter, ledger.hold("parameters", data))
 
 
-def _place_buffers(module: nn.Module, precision: torch.dtype, comm: Comm, ledger: Ledger, values: Values) -> None:
-    """To the device, rank 0's values. Floating buffers follow the precision, as scripts written for DeepSpeed expect;
-    batch norm keeps its statistics in fp32. One that several modules share stays one."""
-    keep = {
-        id(buffer)
-        for owner in module.modules()
-        if isinstance(owner, nn.modules.batchnorm._NormBase)
-        for buffer in owner._buffers.values()
-    }
+def _place_buffers(module: nn.Module, dtype: torch.dtype | None, comm: Comm, ledger: Ledger, values: Values) -> None:
+    """To the device, rank 0's values. dtype: of floating-point ones; None: as they came. One that several modules share
+    stays one."""
     placed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old one, so that its id is nobody else's
     for path, owner in module.named_modules():
         for name, buffer in list(owner._buffers.items()):
@@ -349,8 +355,8 @@ def _place_buffers(module: nn.Module, precision: torch.dtype, comm: Comm, ledger
                 continue
             if id(buffer) not in placed:
                 held = values.buffer(f"{path}.{name}" if path else name, buffer).to(comm.device)
-                if held.is_floating_point() and id(buffer) not in keep:
-                    held = held.to(_computes_in(held.dtype, precision))
+                if held.is_floating_point() and dtype is not None:
+                    held = held.to(dtype)
                 placed[id(buffer)] = buffer, held
                 comm.broadcast_bytes(held)
                 ledger.hold("buffers", held)
@@ -362,14 +368,14 @@ def check_complete(module: nn.Module) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ConfigError(
-                f"{name} has no shape yet (a Lazy module of torch): run one forward of the model with real inputs "
-                "before initialize()"
+                f"{plain_name(name)} has no shape yet (a Lazy module of torch): run one forward of the model with real "
+                "inputs before initialize()"
             )
 
 
 def _check_parameters(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer) -> None:
     """What would train nothing, or fail at the first step with torch's words instead of ours."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names = {parameter: plain_name(name) for name, parameter in module.named_parameters()}
     foreign = sum(p not in names for group in optimizer.param_groups for p in group["params"])
     if foreign:
         raise ConfigError(
@@ -392,10 +398,15 @@ def _same_model_everywhere(module: nn.Module, config: Resolved, optimizer: ZeroO
     compare first, and name the first difference."""
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     mine = [
-        (name, tuple(p.shape), str(p.dtype), p.requires_grad, group_of.get(p)) for name, p in module.named_parameters()
+        (plain_name(name), tuple(p.shape), str(p.dtype), p.requires_grad, group_of.get(p))
+        for name, p in module.named_parameters()
     ]
-    mine += [(f"(buffer) {name}", tuple(b.shape), str(b.dtype), False, None) for name, b in module.named_buffers()]
-    gathered = comm.gather_objects((config, optimizer.described(), mine))
+    mine += [
+        (f"(buffer) {plain_name(name)}", tuple(b.shape), str(b.dtype), False, None)
+        for name, b in module.named_buffers()
+    ]
+    told = comm.gather_objects((config.to_json(), optimizer.described(), mine))
+    gathered = [(Resolved.from_json(text), described, parameters) for text, described, parameters in told]
     first_config, first_optimizer, _ = gathered[0]
     for rank, (other, described, _) in enumerate(gathered):
         if (found := first_config.difference(other)) is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 _BINARY = ("", "K", "M", "G", "T", "P")
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
+SMALLEST_BARE_COUNT = 1000
 
 
 def parse_size(text: str) -> int:
@@ -27,12 +29,19 @@ def parse_size(text: str) -> int:
 
 
 def parse_count(text: str) -> int | None:
-    """Parameters of `7B`, `124M`, `1.3b` or `3,311,872`; None when it is not a count at all. 0 is not one either."""
-    match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*([KMBGT]?)\s*", text, re.IGNORECASE)
+    """Parameters of `7B`, `124M`, `1.3b`, `7e9` or `3,311,872`; None when it is not a count at all.
+
+    0 is not one, nor is a fraction of a parameter, nor a bare number below SMALLEST_BARE_COUNT: whoever writes 7 or 7.5
+    means billions.
+    """
+    match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?)(?:(e\+?\d{1,2})|\s*([KMBGT]?))\s*", text, re.IGNORECASE)
     if match is None:
         return None
-    number = match[1].replace(",", "").replace("_", "")
-    return round(float(number) * _COUNTS[match[2].upper()]) or None
+    digits, exponent, unit = match[1].replace(",", "").replace("_", ""), match[2] or "", (match[3] or "").upper()
+    count = Decimal(digits + exponent) * _COUNTS[unit]
+    if not unit and (count != round(count) or (not exponent and count < SMALLEST_BARE_COUNT)):
+        return None
+    return round(count) or None
 
 
 def format_size(size_bytes: float) -> str:

@@ -78,6 +78,8 @@ class Steering:
         may be of no use, so it takes no good checkpoint's place."""
         self._unsound: list[int] = []
         """The steps since the last sound one, outside fp16."""
+        self._culprits: tuple[int, ...] = ()
+        """The ranks whose own loss was not finite in the newest step that wasn't; the same on all ranks."""
 
     def _checkpoint_folder(self) -> Path | None:
         """Automatic and keyboard checkpoints need a run; a script without one saves by itself. A later engine of the
@@ -123,12 +125,13 @@ class Steering:
         Raises TrainingError on all ranks when the last MOST_UNSOUND steps were not finite, outside fp16.
         """
         rank_0 = self.engine.comm.rank == 0
-        self._sound = math.isfinite(agreed.loss) and math.isfinite(agreed.grad_norm)
+        self._sound = math.isfinite(agreed.grad_norm) and _sound(agreed.loss)
         self._count_unsound(self.engine.global_steps)
         if agreed.command_waits:
             due = self._due and self._sound and not self.engine.saver.busy
-            told = self.engine.comm.broadcast_object((due, self.link.inbox.take()) if rank_0 else None)
-            due, commands = told
+            taken = [command.model_dump() for command in self.link.inbox.take()] if rank_0 else []
+            due, told = self.engine.comm.broadcast_object((due, taken))
+            commands = [Command.model_validate(command) for command in told]
             if due:
                 self._due = self._put_off = False
                 self._save()
@@ -149,37 +152,58 @@ class Steering:
         raise TrainingError(
             f"the loss or the gradient norm was not finite in {MOST_UNSOUND} steps in a row, from step "
             f"{self._unsound[0]} on: lower optimizer.params.lr, set gradient_clipping, or look at the data of that "
-            f"step{self._hint()}. "
-            + (f"The newest checkpoint is {newest}" if newest is not None else "There is no checkpoint to return to")
+            f"step{self.whose()}. "
+            + (f"The newest checkpoint is {newest}" if newest is not None else "There is no checkpoint to return to"),
+            self.culprit,
         )
 
     def _newest_checkpoint(self) -> Path | None:
         newest = checkpoint.newest(self.folder) if self.folder is not None else None
         return newest or self.engine.last_checkpoint
 
-    def _hint(self) -> str:
-        if not self.engine.policy.own_parameters:
+    @property
+    def culprit(self) -> int | None:
+        """The rank with whose data the newest step that was not finite began; None where no single one can be told."""
+        return self._culprits[0] if len(self._culprits) == 1 else None
+
+    def whose(self) -> str:
+        """Of a step that was not finite: "; only the loss of rank 1 is not finite", where that tells something."""
+        if not self._culprits or len(self._culprits) == self.engine.comm.world_size:
             return ""
+        names = ", ".join(str(rank) for rank in self._culprits)
+        one = len(self._culprits) == 1
         return (
-            "; at stage 3, parameters that are read outside their module's forward are NaN there, and "
-            "zero.GatheredParameters makes them whole"
+            f"; only the loss of rank {names} is not finite" if one else f"; of ranks {names} the losses are not finite"
         )
 
-    def progress(self, result: StepResult) -> None:
-        """A log line every log_interval steps, on rank 0; and a word on every step that was not finite."""
-        if result.rank == 0:
+    def progress(self, result: StepResult, own_loss: torch.Tensor | float | None) -> None:
+        """A log line every log_interval steps, on rank 0; and a word on every step that was not finite, from the rank
+        where it began. own_loss: this rank's, of which result.loss is the mean; None where it is not known."""
+        if not (_sound(result.grad_norm) and _sound(result.loss)):  # the same on all ranks
+            self._culprits = self._not_finite_on(own_loss)
             self._tell_unsound(result)
         if result.rank != 0 or result.step % self.knobs["log_interval"]:
             return
         total = self.engine.config.zerotop.train.steps
         of = f"/{total}" if total else ""
         speed = f" · {result.tokens_per_s * self.engine.comm.world_size:,.0f} tokens/s" if result.tokens_per_s else ""
+        loss = "n/a" if result.loss is None else f"{result.loss:.4f}"
         log.info(
-            f"step {result.step}{of} · loss {result.loss:.4f} · lr {result.lr:.3g} · norm "
+            f"step {result.step}{of} · loss {loss} · lr {result.lr:.3g} · norm "
             f"{result.grad_norm:.3f} · {result.step_ms:.1f} ms{speed}"
         )
 
+    def _not_finite_on(self, own_loss: torch.Tensor | float | None) -> tuple[int, ...]:
+        """The ranks whose own loss is not finite. Collective."""
+        comm = self.engine.comm
+        flags = torch.zeros(comm.world_size, dtype=torch.float64, device=comm.device)
+        flags[comm.rank] = not _sound(own_loss)
+        comm.all_reduce(flags).wait()
+        return tuple(rank for rank, flag in enumerate(flags.tolist()) if flag)
+
     def _tell_unsound(self, result: StepResult) -> None:
+        if result.rank != (self._culprits[0] if self._culprits else 0):
+            return
         what, severity = "not finite", "error"
         if result.skipped and result.loss_scale is not None:  # part of finding the scale
             what, severity = "overflow", "warning"
@@ -187,13 +211,15 @@ class Steering:
         elif result.skipped:
             text = (
                 f"step {result.step} changed nothing: the gradient norm is {result.grad_norm} and the loss "
-                f"{result.loss}{self._hint() if not self._unsound else ''}"
+                f"{'n/a' if result.loss is None else result.loss}{self.whose()}"
             )
-        elif result.loss is not None and not math.isfinite(result.loss):
-            text = f"step {result.step}: the loss is {result.loss}; its gradients are finite, so the step was taken"
         else:
-            return
-        self.link.event(what, text, severity=severity, step=result.step)  # type: ignore[arg-type]
+            text = (
+                f"step {result.step}: the loss is {result.loss}; its gradients are finite, so the step was "
+                f"taken{self.whose()}"
+            )
+        of_run = not self._culprits  # gradients that come from no rank's loss
+        self.link.event(what, text, severity=severity, step=result.step, of_run=of_run)  # type: ignore[arg-type]
         log.log(logging.ERROR if severity == "error" else logging.WARNING, text)
 
     def finish(self) -> None:
@@ -335,6 +361,8 @@ class Steering:
     def _stop(self, why: str, command: Command | None = None, cannot_save: str = "") -> None:
         """Save (unless this step is saved), say goodbye, leave."""
         self._problem = cannot_save
+        if command is not None and self.folder is not None and not cannot_save:
+            self._answer(command, "accepted", f"the checkpoint of step {self.engine.global_steps} is being written")
         saved = not cannot_save and (self.folder is None or self._saved())
         if command is not None:
             self._answer(
@@ -366,6 +394,8 @@ class Steering:
         assert self.folder is not None
         engine, checkpoints = self.engine, self.engine.config.zerotop.checkpoint
         step = engine.global_steps
+        if command is not None:
+            self._answer(command, "accepted", f"the checkpoint of step {step} is being written")
         try:
             with engine.telemetry.span("checkpoint"):
                 path = engine.saver.begin(
@@ -435,3 +465,8 @@ class Steering:
                 wall_s=time.time(),
             )
         )
+
+
+def _sound(loss: torch.Tensor | float | None) -> bool:
+    """A loss that nobody knows is not held against anyone."""
+    return loss is None or math.isfinite(loss)

@@ -60,7 +60,8 @@ def check(engine: Engine, step: int) -> None:
         return  # its loss scale answers; what it can't answer is the engine's error
     if norm is not None and not math.isfinite(norm):
         raise TrainingError(
-            f"the gradient norm is {norm} at step {step}: lower optimizer.params.lr, set gradient_clipping, or "
-            f"look at the data; "
-            "launch with --resume to continue from the newest checkpoint"
+            f"the gradient norm is {norm} at step {step}{engine.steering.whose()}: lower optimizer.params.lr, set "
+            "gradient_clipping, or look at the data; "
+            "launch with --resume to continue from the newest checkpoint",
+            engine.steering.culprit,
         )

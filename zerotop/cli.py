@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -28,11 +30,17 @@ COMMANDS = {
     "resolve": ("resolve", ""),
 }
 """Command -> (module of zerotop.commands, its line in the help; empty: not for people)."""
+_UTF8 = "PYTHONUTF8"
 EXITS = "Exit codes: 0 done; 1 the run failed or the command was rejected; 2 bad usage, an unknown run or a bad value."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if argv is None:
+        _speak_utf8()
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale that lacks a character must not end in a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _run(words)
     except KeyboardInterrupt:
@@ -47,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _report(str(error), words)
         return exit_code
+
+
+def _speak_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale has another encoding: run.json, logs and the ranks' names are
+    UTF-8, and under an ASCII locale no other name could even be passed on."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get(_UTF8) != "1" and sys.executable:
+        os.environ[_UTF8] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _run(words: list[str]) -> int:
@@ -130,7 +146,9 @@ def _exit_code(error: Exception) -> int | None:
 
 def _report(message: str, words: list[str]) -> None:
     """To people on stderr; a program that asked for JSON gets its one document as well."""
-    print(f"zerotop: {message}", file=sys.stderr, flush=True)
+    from zerotop.output import say
+
+    say(f"zerotop: {message}")
     own_words = words[: words.index("--")] if "--" in words else words
     if "--json" in own_words:
         from zerotop.output import print_json

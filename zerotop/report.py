@@ -8,32 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.wire.messages import LIVE_STATES, CommandRecord, StepResult
 from zerotop.output import bytes_text, duration_text, number_text, table, time_text, with_exit_code
+from zerotop.state.condition import Condition, condition_of
 from zerotop.state.memory import memory_use
 from zerotop.state.progress import progress
-from zerotop.state.run import RankState, RunState
+from zerotop.state.run import RankState, RunState, waits_for
 
 if TYPE_CHECKING:
     from zerotop.runs.directory import RunEntry
 
 
 # ---- status ----------------------------------------------------------------------------------------------------
-def status_document(state: RunState, entry: RunEntry | None = None) -> dict[str, Any]:
-    """What `status --json` prints. `entry` adds where the run lies, and speaks for a hub that has said nothing yet."""
+def status_document(state: RunState, entry: RunEntry | None = None, *, connection: str = "live") -> dict[str, Any]:
+    """What `status --json` prints. `entry` adds where the run lies, and speaks for a hub that has said nothing yet;
+    `connection` is the source's."""
     status = state.status or (entry.status if entry else None)
     hello = state.hello
     newest = _newest_step(state)
-    how_far = progress(state)
+    how_far, condition = progress(state, connection), _condition(state, entry, connection)
     return {
         "name": status.name if status else "",
         "state": status.state if status else state.state_name,
         "step": max(how_far.step, status.step if status else 0),
         "steps": how_far.steps if how_far.steps is not None else planned_steps(entry),
         "loss": newest.loss if newest else None,
+        "loss_step": newest.step if newest else None,
         "lr": newest.lr if newest else None,
         "grad_norm": newest.grad_norm if newest else None,
         "tokens_per_s": how_far.tokens_per_s,
         "step_ms": how_far.step_ms,
-        "eta_s": how_far.eta_s if state.state_name == "running" else None,
+        "eta_s": how_far.eta_s,
+        "condition": condition.name,
+        "condition_text": condition.text,
         "attempt": status.attempt if status else 0,
         "stage": hello.stage if hello else None,
         "precision": hello.precision if hello else None,
@@ -48,9 +53,19 @@ def status_document(state: RunState, entry: RunEntry | None = None) -> dict[str,
         "started_wall_s": status.started_wall_s if status else None,
         "ended_wall_s": status.ended_wall_s if status else None,
         "folder": str(entry.path) if entry else None,
+        "laggard_rank": status.laggard_rank if status else None,
+        "laggard": status.laggard if status else "",
         "ranks": [_rank_document(state, rank) for _, rank in sorted(state.ranks.items())],
         "commands": [command_document(record) for record in state.commands.values()],
     }
+
+
+def _condition(state: RunState, entry: RunEntry | None, connection: str) -> Condition:
+    if state.status is not None or entry is None:
+        return condition_of(state, connection)
+    if entry.live and entry.status.state != "starting":
+        return Condition("unknown", f"the supervisor does not answer ({connection})")
+    return Condition(entry.status.state)
 
 
 def _newest_step(state: RunState) -> StepResult | None:
@@ -107,6 +122,7 @@ def command_document(record: CommandRecord) -> dict[str, Any]:
         "state": ack.state,
         "step": ack.step,
         "reason": ack.reason,
+        "waits_for": waits_for(record) if ack.state == "accepted" else "",
         "result": ack.result,
     }
 
@@ -122,17 +138,21 @@ def status_text(document: dict[str, Any]) -> str:
         )
         parts = [f"{name} {number_text(value, form)}" for name, value, form in figures]
         if document["tokens_per_s"] is not None:
-            parts.append(f"{document['tokens_per_s']:,.0f} tokens/s")
+            parts.append(f"{number_text(document['tokens_per_s'], ',.0f')} tokens/s")
+        if document["loss_step"] < document["step"]:  # the recording ends before the run did
+            parts.append(f"(of step {document['loss_step']}, the last that was recorded)")
         lines.append("  ".join(parts))
     if document["last_checkpoint_step"] is not None:
         lines.append(f"newest checkpoint: step {document['last_checkpoint_step']}")
     if document["restarts"]:
         lines.append(_restarts_text(document))
+    if document["laggard"]:
+        lines.append(document["laggard"])
     if document["ranks"]:
         lines += ["", _ranks_text(document["ranks"])]
     for command in document["commands"]:
         if command["state"] == "accepted":
-            lines.append(f"#{command['number']} {command['command']}: waiting for a step boundary")
+            lines.append(f"#{command['number']} {command['command']}: {command['waits_for']}")
     if document["error"]:
         failed = document["failed_rank"]
         lines += ["", f"error of rank {failed}:" if failed is not None else "error:", document["error"].rstrip()]
@@ -141,7 +161,8 @@ def status_text(document: dict[str, Any]) -> str:
 
 def _headline(document: dict[str, Any]) -> str:
     of = f" of {document['steps']}" if document["steps"] is not None else ""
-    parts = [f"{document['name']}: {document['state']}", f"step {document['step']}{of}"]
+    now = f" ({document['condition']}: {document['condition_text']})" if document["condition_text"] else ""
+    parts = [f"{document['name']}: {document['state']}{now}", f"step {document['step']}{of}"]
     if document["stage"] is not None:
         parts.append(f"ZeRO-{document['stage']} {document['precision']}")
     if document["eta_s"] is not None:
@@ -171,7 +192,7 @@ def _ranks_text(ranks: Sequence[dict[str, Any]]) -> str:
                 rank["host"] or "-",
                 rank["device"] or "-",
                 f"{rank['phase']}{micro}",
-                number_text(rank["step"], "d"),
+                "-" if rank["step"] is None else str(rank["step"]),
                 bytes_text(used),
                 bytes_text(memory.get("rss_bytes")),
                 number_text(rank["wait_ms"], ".1f"),

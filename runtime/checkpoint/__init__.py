@@ -1,8 +1,10 @@
 """Checkpoints: sharded, atomic, keyed by parameter name, readable at any world size, stage and unit cut.
 
     FOLDER/TAG/                 complete as soon as it has this name: written as FOLDER/.TAG.partial and renamed
-      .metadata, __N_*.distcp   torch.distributed.checkpoint: fp32 masters and optimizer states as 1-D slices of each
-                                parameter
+      __N_*.distcp              fp32 masters and optimizer states as 1-D slices of each parameter, in the file format of
+                                torch.distributed.checkpoint
+      tensors.json              where each of them is
+      .metadata                 the same for torch.distributed.checkpoint's tools; a pickle, which zerotop does not read
       common.pt                 scheduler, optimizer scalars, client_state, registered objects (rank 0's)
       rng-N.pt                  random number states of rank N
       model/                    config.json, tokenizer: what an export needs beside the weights
@@ -10,10 +12,11 @@
     FOLDER/latest               the newest one's TAG
 
 manifest (what a checkpoint says of itself) · folder (which ones there are, and the rename) · parts (tensors) · common,
-rng, registered (the rest) · describe (model/) · shards (torch's planners) · job, writing (all ranks together) · saving
-(by the ranks) · snapshot, background, process, writer (beside training) · fitting, loading · calls (an engine's own) ·
-reading (whole tensors, in one process) · huggingface (safetensors) · target (the folder they go to) · export (the
-process that `zerotop export` starts). Every collective part runs on Gloo, on groups apart from training's.
+rng, registered (the rest) · describe (model/) · index, legacy (where tensors are) · plain, stored (what files hold,
+read without trusting it) · shards (written) · job, writing (all ranks together) · saving (by the ranks) · snapshot,
+background, process, writer (beside training) · fitting, loading · calls (an engine's own) · reading (whole tensors, in
+one process) · huggingface (safetensors) · target (the folder they go to) · export (the process that `zerotop export`
+starts). Every collective part runs on Gloo, on groups apart from training's.
 
 Writing and reading are imported at their first use: torch.distributed.checkpoint takes 48 MB of memory.
 """
@@ -23,7 +26,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from runtime.checkpoint.folder import complete, newest, prune, step_tag
+from runtime.checkpoint.folder import complete, newest, prune, script_tag, step_tag
 from runtime.checkpoint.manifest import EVERYTHING, CheckpointError, Damaged, Manifest, Wanted, read_manifest
 from runtime.deepspeedpaths import attribute_of
 
@@ -46,6 +49,7 @@ __all__ = [
     "prune",
     "read_manifest",
     "save",
+    "script_tag",
     "step_tag",
 ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
@@ -15,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint import folder as folders
-from runtime.checkpoint.common import described, merged, own_files
+from runtime.checkpoint.buffers import owners_of
+from runtime.checkpoint.common import described, merged, own_files, own_scalars
 from runtime.checkpoint.manifest import CheckpointError
 from runtime.checkpoint.parts import Block, blocks_of
 from runtime.checkpoint.process import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
-from runtime.checkpoint.saving import make_job
+from runtime.checkpoint.saving import EVERYTHING, Options, make_job
 from runtime.checkpoint.snapshot import SharedMemory, Snapshot
+from runtime.forked import Owner, at_exit
 from runtime.hostmemory import HostMemoryError, check_host_memory
 from runtime.sizes import format_size
 
@@ -48,6 +49,7 @@ class Background:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.ref(engine)
+        self._process = Owner()
         self._writer: WriterProcess | None = None
         self._generation = 0
         self._memory: SharedMemory | None = None
@@ -74,6 +76,7 @@ class Background:
         client_state: dict[str, Any],
         on_done: Callable[[Outcome], None] | None = None,
         *,
+        options: Options = EVERYTHING,
         keep: int = 0,
         keep_every: int = 0,
     ) -> Path:
@@ -86,12 +89,13 @@ class Background:
         engine, began = self._owner(), time.monotonic()
         engine.synchronize()
         failed = self._untold_problem()
-        blocks = blocks_of(engine)
+        owners = owners_of(engine)
+        blocks = blocks_of(engine, owners, options.with_frozen)
         problem = self._lacks_disk(folder, blocks)
         snapshot, no_memory = self._make_ready(blocks)
         problem = problem or no_memory
         alive = self._writer is not None and self._writer.alive
-        scalars = [rule.scalars() for rule in engine.rules]
+        scalars = own_scalars(engine)
         told = engine.comm.gather_objects((problem, failed, alive, self._generation, scalars))
         if on_done is None and (earlier := _cause(failed for _, failed, *_ in told)):
             raise CheckpointError(earlier)
@@ -106,8 +110,8 @@ class Background:
         parts = [place.part for place in snapshot.places]
         all_scalars = merged([rules for *_, rules in told])
         job = make_job(
-            engine, folder, tag, parts, all_scalars, client_state, keep=keep, keep_every=keep_every
-        )  # fmt: skip
+            engine, folder, tag, parts, all_scalars, client_state, owners, options, keep=keep, keep_every=keep_every
+        )
         self._snapshot, self._tells = snapshot, on_done is not None
         self._writer.save(job, snapshot, self._memory, on_done or (lambda outcome: None), time.monotonic() - began)
         return job.final
@@ -128,7 +132,7 @@ class Background:
         self._prepared, engine = True, self._owner()
         if self._writer is not None:
             return
-        _, problem = self._make_ready(blocks_of(engine), ahead=True)
+        _, problem = self._make_ready(blocks_of(engine, owners=None), ahead=True)
         own_files(engine)  # torch imports what it saves with at the first call
         if engine.comm.rank == 0:
             described(engine)
@@ -154,7 +158,9 @@ class Background:
 
     def leave(self, patience_s: float | None = None) -> None:
         """This process ends: wait for what is being written (seconds; None: as long as it takes), then end the
-        writer."""
+        writer. A forked child leaves them to the rank."""
+        if not self._process.is_here:
+            return
         if self._writer is not None:
             self._writer.wait(patience_s)
         self.close()
@@ -269,7 +275,7 @@ class Background:
         session = self._owner().session
         meeting = store / f"writers-{session.attempt}-{session.number}-{generation}"
         if not _open:
-            atexit.register(leave_all)
+            at_exit(leave_all)
         _open.add(self)
         self._writer = WriterProcess(str(meeting), comm.rank, comm.world_size)
 

@@ -12,7 +12,10 @@ from torch import nn
 
 from runtime import checkpoint
 from runtime.checkpoint.registered import Registered, checked
+from runtime.checkpoint.saving import Options
 from runtime.comm import Comm
+from runtime.config import Resolved
+from runtime.names import plain_name
 
 if TYPE_CHECKING:
     from runtime.checkpoint.background import Background
@@ -31,6 +34,7 @@ class CheckpointCalls:
     module: nn.Module
     comm: Comm
     optimizer: ZeroOptimizer
+    config: Resolved
     telemetry: Telemetry | NullTelemetry
     saver: Background
     steering: Steering
@@ -39,7 +43,7 @@ class CheckpointCalls:
     client_state: dict[str, Any]
     last_checkpoint: Path | None
     global_steps: int
-    _losses: int
+    _micro_backwards: int
 
     def _refuse_after_failure(self) -> None:
         raise NotImplementedError
@@ -56,39 +60,70 @@ class CheckpointCalls:
         tag: str | None = None,
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
         wait: bool = True,
     ) -> bool:
-        """Write SAVE_DIR/TAG (default tag: step-NNNNNNNN); every rank must call it. client_state: plain data and
-        tensors. save_latest: accepted and not needed: SAVE_DIR/latest names the newest complete one at all times.
-        wait=False: returns when a copy is made, and a process of low priority writes it; `wait_for_checkpoint()` waits
-        for that, and so does the next save, which raises what went wrong with it.
+        """Write SAVE_DIR/TAG (default tag: global_stepN); every rank must call it. client_state: plain data and
+        tensors. save_latest=False: neither SAVE_DIR/latest nor a load_checkpoint() without a tag takes it for the
+        newest. exclude_frozen_parameters: leave out what is not trained; who loads it needs a model with the same
+        base weights. wait=False: returns when a copy is made, and a process of low priority writes it;
+        `wait_for_checkpoint()` waits for that, and so does the next save, which raises what went wrong with it.
 
-        Raises CheckpointError on every rank if any could not write, or in the middle of an accumulation, whose
-        gradients a checkpoint does not hold.
+        Raises CheckpointError on every rank if any could not write, in the middle of an accumulation, whose gradients
+        a checkpoint does not hold, or, with checkpoint.tag_validation "Fail", when the ranks say different tags;
+        otherwise rank 0's is taken.
         """
         if not self.optimizer.trains:
             raise checkpoint.CheckpointError(
                 "save_checkpoint(): this engine has no optimizer, so there is nothing to continue from; "
                 "save_16bit_model() writes its weights"
             )
-        if self._losses:
+        if self._micro_backwards:
             raise checkpoint.CheckpointError(
                 "save_checkpoint() in the middle of an accumulation would lose its gradients: call it "
                 "after the step() at "
                 "which is_gradient_accumulation_boundary() was true"
             )
+        self._engine().settle_changes()
         if client_state is not None:
             self.client_state = client_state
         with self.telemetry.span("checkpoint"):
-            tag = str(tag or checkpoint.step_tag(self.global_steps))
+            tag = self._agreed_tag(save_dir, tag)
+            options = Options(latest=save_latest, with_frozen=not exclude_frozen_parameters)
             if wait:
                 earlier = self.saver.settle_untold()
-                self.last_checkpoint = checkpoint.save(self._engine(), Path(save_dir), tag, self.client_state)
+                engine, folder = self._engine(), Path(save_dir)
+                self.last_checkpoint = checkpoint.save(engine, folder, tag, self.client_state, options)
                 if earlier:  # only now: this may be a script's last one
                     raise checkpoint.CheckpointError(f"{earlier} (and {self.last_checkpoint} is complete)")
             else:
-                self.last_checkpoint = self.saver.begin(Path(save_dir), tag, self.client_state)
+                self.last_checkpoint = self.saver.begin(Path(save_dir), tag, self.client_state, options=options)
         return True
+
+    def _agreed_tag(self, save_dir: str | Path, tag: Any) -> str:
+        """One tag for all ranks. Raises CheckpointError on all of them for what can't be written to, or for different
+        tags where the config wants that (checkpoint.tag_validation)."""
+        mine = checkpoint.script_tag(self.global_steps) if tag in (None, "") else str(tag)
+        problem = ""
+        if not str(save_dir):
+            problem = "save_checkpoint(save_dir=''): expected a folder, got an empty string"
+        elif mine.startswith(".") or "/" in mine or "\0" in mine:
+            problem = (
+                f"save_checkpoint(tag={mine!r}): expected the name of a folder in {save_dir}, without / or a dot first"
+            )
+        told = self.comm.gather_objects([problem, mine])
+        if problems := [found for found, _ in told if found]:
+            raise checkpoint.CheckpointError(problems[0])
+        first = str(told[0][1])
+        different = next((f"{other!r} on rank {rank}" for rank, (_, other) in enumerate(told) if other != first), "")
+        validation = self.config.tag_validation
+        if different and validation != "ignore":
+            text = f"save_checkpoint(tag=...): the ranks say different tags, {first!r} on rank 0 and {different}"
+            if validation == "fail":
+                raise checkpoint.CheckpointError(f"{text} (checkpoint.tag_validation is Fail)")
+            if self.comm.rank == 0:
+                log.warning(f"{text}: rank 0's is taken")
+        return first
 
     def wait_for_checkpoint(self) -> None:
         """Returns when what `save_checkpoint(..., wait=False)` began is complete; every rank must call it. Raises
@@ -96,11 +131,21 @@ class CheckpointCalls:
         if problem := self.saver.settle_untold():
             raise checkpoint.CheckpointError(problem)
 
-    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "pytorch_model.bin") -> bool:
-        """Rank 0 writes the module's state_dict, as it computes, to SAVE_DIR/SAVE_FILENAME; every rank must call it."""
+    def save_16bit_model(
+        self,
+        save_dir: str | Path,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Rank 0 writes the module's state_dict, as it computes, to SAVE_DIR/SAVE_FILENAME; every rank must call it.
+        exclude_frozen_parameters: leave out what is not trained."""
         path = Path(save_dir) / save_filename
         with self.whole.without_values(needed=self.comm.rank == 0):
-            state = self.module.state_dict()  # collective at stage 3
+            state = self._engine().state_dict()  # collective at stage 3
+        if exclude_frozen_parameters:
+            named = self.module.named_parameters(remove_duplicate=False)
+            frozen = {plain_name(name) for name, parameter in named if not parameter.requires_grad}
+            state = {name: value for name, value in state.items() if name not in frozen}
 
         def write() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +162,7 @@ class CheckpointCalls:
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
     ) -> tuple[str | None, dict[str, Any]]:
         """Load LOAD_DIR/TAG, or the newest complete checkpoint in LOAD_DIR that is sound. Returns (its path,
         client_state), or (None, {}) when there is none.
@@ -124,7 +170,9 @@ class CheckpointCalls:
         load_module_strict=False: parameters and buffers that only the model or only the checkpoint has are left alone.
         load_optimizer_states=False: the optimizer's states and learning rates stay as they are;
         load_lr_scheduler_states=False: the scheduler does. load_module_only: parameters and buffers and nothing else,
-        no step counts either; an engine without an optimizer always loads so.
+        no step counts either; an engine without an optimizer always loads so. custom_load_fn(src=, dst=): puts the
+        checkpoint's whole parameters and buffers (src, by name, in host memory) into the module (dst) in our stead;
+        rank 0's result is everybody's, and masters become what it leaves in the module's precision.
         """
         load_module_only = load_module_only or not self.optimizer.trains
         wanted = checkpoint.Wanted(
@@ -132,13 +180,24 @@ class CheckpointCalls:
             optimizer=load_optimizer_states and not load_module_only,
             scheduler=load_lr_scheduler_states and not load_module_only,
             progress=not load_module_only,
+            module=custom_load_fn is None,
         )
         if tag is not None:
             path: Path | None = Path(load_dir) / str(tag)
             self.resume_from(Path(load_dir) / str(tag), wanted)
         else:
             path = self.resume_newest(Path(load_dir), wanted)
+        if path is not None and custom_load_fn is not None:
+            self._load_module_by(custom_load_fn, path)
         return (None, {}) if path is None else (str(path), self.client_state)
+
+    def _load_module_by(self, load: Callable[..., Any], path: Path) -> None:
+        from runtime.checkpoint.reading import CheckpointReader
+
+        reader = CheckpointReader(path)
+        source = {stored.name: reader.read(stored, stored.dtype) for stored in reader.tensors}
+        with self.whole.gathered(self.whole.units, modifier_rank=0):
+            load(src=source, dst=self.module)
 
     def resume_newest(
         self,
@@ -148,8 +207,8 @@ class CheckpointCalls:
     ) -> Path | None:
         """Load the newest complete checkpoint in `folder` that is sound; None when there is none. tell: hears, on rank
         0, which ones are damaged and passed over."""
-        found = [entry.path for entry in checkpoint.complete(folder)]
-        for path in reversed(self.comm.broadcast_object(found)):
+        found = [entry.path.name for entry in checkpoint.complete(folder) if entry.latest]
+        for path in (folder / name for name in reversed(self.comm.broadcast_object(found))):
             try:
                 self.resume_from(path, wanted)
             except checkpoint.Damaged as error:

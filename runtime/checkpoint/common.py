@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import pickle
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 
 from runtime.checkpoint import rng
+from runtime.checkpoint.buffers import Owners, buffers_of
 from runtime.checkpoint.describe import describe_model
+from runtime.checkpoint.groups import check_groups, saved_groups
 from runtime.checkpoint.manifest import MODEL_FILES, CheckpointError, Manifest
-from runtime.checkpoint.parts import buffers_of, dtypes_of, shapes_of
+from runtime.checkpoint.parts import dtypes_of, frozen_names, shapes_of
+from runtime.checkpoint.plain import load_file, load_stream, to_bytes
 from runtime.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -32,7 +36,7 @@ def rng_file(rank: int) -> str:
 
 def own_files(engine: Engine) -> dict[str, bytes]:
     """What every rank writes of its own."""
-    return {rng_file(engine.comm.rank): _bytes_of(rng.get_state(engine.registered.generators))}
+    return {rng_file(engine.comm.rank): to_bytes(rng.get_state(engine.registered.generators))}
 
 
 def shared_files(engine: Engine, scalars: Scalars, client_state: dict[str, Any]) -> dict[str, bytes]:
@@ -40,22 +44,49 @@ def shared_files(engine: Engine, scalars: Scalars, client_state: dict[str, Any])
     worse than an error now."""
     common = {
         "scalars": scalars,
-        "lr": [float(group["lr"]) for group in engine.optimizer.param_groups],
-        "initial_lrs": engine.optimizer.initial_lrs,
-        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+        **saved_groups(engine),
         "loss_scale": engine.scaler.state_dict(),
         "registered": {name: item.state_dict() for name, item in engine.registered.items()},
         "client_state": client_state,
     }
     common = {name: _plain(value) for name, value in common.items()}
     try:
-        content = _bytes_of(common)
-        torch.load(io.BytesIO(content), weights_only=True)
+        content = to_bytes(common)
+        load_stream(io.BytesIO(content))
     except (pickle.PickleError, AttributeError, TypeError):
         for name, value in common.items():
             _try_out(name, value)
         raise
     return {COMMON: content, **described(engine)}
+
+
+def read_common(path: Path) -> dict[str, Any]:
+    """common.pt of the checkpoint at `path`. Raises CheckpointError for one that zerotop did not write."""
+    common = load_file(path, COMMON)
+    common.setdefault("loss_scale", {})  # early versions had none
+    try:
+        wrong = [name for name in ("scalars", "loss_scale", "registered", "client_state") if not _is_dict(common[name])]
+        if not check_groups(common):
+            wrong.append("groups")
+    except (KeyError, TypeError, AttributeError) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {COMMON} is not what zerotop writes ({wrong[0]})")
+    return common
+
+
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def read_random(path: Path, rank: int) -> Mapping[str, Any]:
+    """The random number states that rank `rank` saved. Raises CheckpointError for what is none."""
+    state = load_file(path, rng_file(rank))
+    if wrong := rng.fault(state):
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read: {rng_file(rank)} is not what zerotop writes ({wrong})"
+        )
+    return state
 
 
 _described: WeakKeyDictionary[Engine, dict[str, bytes]] = WeakKeyDictionary()
@@ -68,16 +99,19 @@ def described(engine: Engine) -> dict[str, bytes]:
     return _described[engine]
 
 
-def merged(by_rank: list[list[Scalars]]) -> Scalars:
-    """A rank knows the scalars of the parameter groups in its ranges; together they know all."""
-    found: Scalars = {}
-    for rules in by_rank:
-        for scalars in rules:
-            found |= scalars
-    return found
+def own_scalars(engine: Engine) -> list[tuple[int, dict[str, Any]]]:
+    """Of the parameter groups in this rank's shards; plain, for they go from rank to rank."""
+    return [pair for rule in engine.rules for pair in rule.scalars().items()]
 
 
-def manifest_of(engine: Engine) -> Manifest:
+def merged(by_rank: list[list[tuple[int, dict[str, Any]]]]) -> Scalars:
+    """Together the ranks know the scalars of all parameter groups."""
+    return {group: scalars for pairs in by_rank for group, scalars in pairs}
+
+
+def manifest_of(engine: Engine, owners: Owners, with_frozen: bool = True) -> Manifest:
+    """Without what the writing itself adds."""
+    frozen = frozen_names(engine)
     return Manifest(
         step=engine.global_steps,
         optimizer_step=engine.optimizer_steps,
@@ -96,17 +130,10 @@ def manifest_of(engine: Engine) -> Manifest:
             if dtype != DTYPES[engine.config.precision]
         },
         buffers={name: list(buffer.shape) for name, buffer in buffers_of(engine).items()},
-        frozen=[
-            *(name for name, _ in engine.frozen),
-            *(slot.name for flat in engine.frozen_flats for slot in flat.layout.slots),
-        ],
+        buffer_owners=owners,
+        frozen=frozen,
+        excluded=[] if with_frozen else frozen,
     )
-
-
-def _bytes_of(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 def _plain(value: Any) -> Any:
@@ -122,7 +149,7 @@ def _plain(value: Any) -> Any:
 
 def _try_out(name: str, value: Any) -> None:
     try:
-        torch.load(io.BytesIO(_bytes_of(value)), weights_only=True)
+        load_stream(io.BytesIO(to_bytes(value)))
     except (pickle.PickleError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"{name} holds something that can't be read back ({_first_line(error)[:200]}); expected plain data "

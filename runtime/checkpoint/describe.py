@@ -4,6 +4,7 @@ transformers: a Hugging Face model is known by how its config can be written."""
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import logging
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from runtime.models.gpt import GPT
+from runtime.names import plain_name
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -25,6 +27,9 @@ GPT_KEY = "zerotop_gpt"
 """Its GPTConfig, in config.json."""
 PREFIX_KEY = "zerotop_prefix"
 """In a checkpoint's config.json: what the names of the tensors begin with and those of the config's model don't."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_KEY = "zerotop_adapter"
+"""In a checkpoint's adapter_config.json: peft's name of the adapters, which is part of the names of their weights."""
 TOKENIZER_LIMIT_BYTES = 64 << 20
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,6 +43,8 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+KNOWN_FILES = frozenset({"config.json", "generation_config.json", ADAPTER_CONFIG, *_TOKENIZER_FILES})
+"""What model/ may hold. A checkpoint may come from anybody, and an export hands on nothing else."""
 _BESIDE_A_FILE = _TOKENIZER_FILES[1:5]
 """What belongs to a tokenizer.json that is named alone."""
 _BYTES_NOTE = "bytes: tokens 0 to 255 are the bytes of UTF-8 text, 256 ends a document, the rest is padding"
@@ -59,30 +66,81 @@ def describe_model(engine: Engine) -> dict[str, bytes]:
 
 
 def _configs(engine: Engine) -> dict[str, bytes]:
-    for module, prefix in _candidates(engine.module):
+    """Of the module, or of a module inside that is what its config says: then names lose the way to it at export."""
+    outer = getattr(engine.module, "_orig_mod", engine.module)  # torch.compile's wrapper
+    for module, prefix in _candidates(outer):
         if isinstance(module, GPT):
             return {"config.json": _to_bytes(_gpt_config(engine, module, prefix))}
         config = _written(module, "config")
         if config is None:
             continue
-        if "model_type" in config and not config.get("architectures"):
-            config["architectures"] = [type(module).__name__]  # as save_pretrained() does
+        if "model_type" in config:
+            if not config.get("architectures"):
+                config["architectures"] = [type(module).__name__]  # as save_pretrained() does
+            owner = _owner(module, config["architectures"])
+            if owner is None:
+                log.warning(
+                    f"{type(module).__name__}.config is of a {config['architectures'][0]}, which is not in the model: "
+                    "checkpoints lack it, for the names of the weights would not fit it"
+                )
+                continue
+            module, prefix = owner[0], prefix + owner[1]
         if prefix:
             config[PREFIX_KEY] = prefix
         generation = _written(module, "generation_config")
-        return {"config.json": _to_bytes(config)} | (
-            {} if generation is None else {"generation_config.json": _to_bytes(generation)}
-        )
+        files = {"config.json": _to_bytes(config)}
+        if generation is not None:
+            files["generation_config.json"] = _to_bytes(generation)
+        return files | _adapter_config(outer)
     return {}
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """The module, and the one that it wraps as `.module`; with what that adds to the names of parameters."""
-    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper; its part of names goes at export
     yield module, ""
     inner = getattr(module, "module", None)
     if isinstance(inner, nn.Module):
         yield getattr(inner, "_orig_mod", inner), "module."
+
+
+def _owner(module: nn.Module, architectures: list[str]) -> tuple[nn.Module, str] | None:
+    """The module, or the first one inside, that is of a class that the config names, or one of transformers' own (whose
+    names fit each other); with the way to it. peft's models, for one, show the config of the model that they wrap."""
+    for path, inner in module.named_modules():
+        kinds = {kind.__name__ for kind in type(inner).__mro__}
+        if kinds & {*architectures, "PreTrainedModel"}:
+            return inner, plain_name(path) + "." if plain_name(path) else ""
+    return None
+
+
+def _adapter_config(module: nn.Module) -> dict[str, bytes]:
+    """peft's config of the adapters in the model, if it has one set of them."""
+    for inner in module.modules():
+        configs = getattr(inner, "peft_config", None)
+        if isinstance(configs, dict) and configs:
+            break
+    else:
+        return {}
+    if len(configs) > 1:
+        log.warning(
+            f"the model has several sets of adapters ({', '.join(configs)}): checkpoints go without their configs"
+        )
+        return {}
+    ((name, config),) = configs.items()
+    try:
+        written = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+        written |= {"inference_mode": True, ADAPTER_KEY: name}  # as peft's save_pretrained() does
+        return {ADAPTER_CONFIG: (json.dumps(written, indent=2, sort_keys=True, default=_value) + "\n").encode()}
+    except Exception as error:  # another library's class, which may fail in any way
+        log.warning(f"peft's config can't be written as JSON, so checkpoints lack it: {error}")
+        return {}
+
+
+def _value(item: Any) -> Any:
+    """Enums are written as what they stand for."""
+    if isinstance(item, enum.Enum):
+        return item.value
+    raise TypeError(f"{type(item).__name__} is no plain value")
 
 
 def _written(module: nn.Module, attribute: str) -> dict[str, Any] | None:

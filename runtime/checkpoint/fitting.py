@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from runtime.checkpoint.buffers import buffers_of, key_for, key_of
+from runtime.checkpoint.index import StoredTensor
 from runtime.checkpoint.manifest import CheckpointError, Manifest, Wanted
-from runtime.checkpoint.parts import buffers_of, shapes_of
+from runtime.checkpoint.parts import frozen_names, shapes_of
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -19,10 +22,19 @@ STRICT = "load_module_strict=False leaves what only one of them has as it is"
 def compare(engine: Engine, manifest: Manifest, path: Path, wanted: Wanted) -> None:
     """What the manifest says: parameters and buffers with their shapes (dtypes may differ), the optimizer's type and
     groups. Raises CheckpointError."""
-    _compare_shapes("parameter", shapes_of(engine), manifest.shapes, path, wanted.strict)
-    if manifest.buffers is not None:
+    if wanted.module:
+        _compare_shapes("parameter", shapes_of(engine), manifest.shapes, path, wanted.strict)
+    if wanted.module and manifest.buffers is not None:
         ours = {name: list(buffer.shape) for name, buffer in buffers_of(engine).items()}
         _compare_shapes("buffer", ours, manifest.buffers, path, wanted.strict)
+    if wanted.module and wanted.strict and manifest.excluded:
+        there = {*frozen_names(engine)}
+        if trained := next((name for name in manifest.excluded if name not in there), None):
+            raise CheckpointError(
+                f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True), and "
+                f"{trained}, one of them, is trained in this model: freeze it before initialize(), or load one that "
+                "holds all of them"
+            )
     if not wanted.optimizer:
         return
     if manifest.optimizer != engine.optimizer.kind:
@@ -50,15 +62,27 @@ def _compare_shapes(what: str, ours: Shapes, theirs: Shapes, path: Path, strict:
         )
 
 
-def compare_tensors(engine: Engine, manifest: Manifest, tensors: Mapping[str, Any], path: Path, wanted: Wanted) -> None:
-    """What is really there: each buffer with as many elements, each optimizer state that this engine's optimizer has.
-    tensors: torch's metadata of each, by name. Raises CheckpointError."""
-    for name, buffer in buffers_of(engine).items():
-        found = tensors.get(f"buffer.{name}")
+def compare_tensors(
+    engine: Engine, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path, wanted: Wanted
+) -> None:
+    """What is really there: each parameter and buffer with as many elements, each optimizer state that this engine's
+    optimizer has. Raises CheckpointError."""
+    excluded = set(manifest.excluded)
+    for name, shape in manifest.shapes.items():
+        if name in excluded:
+            continue
+        found = tensors.get(f"param.{name}")
+        if (found.numel if found is not None else 0) != math.prod(shape):
+            there = "is not there" if found is None else f"has {found.numel:,} elements"
+            raise CheckpointError(
+                f"checkpoint {path} is damaged or was changed: parameter {name} {there}, its manifest says {shape}"
+            )
+    for name, buffer in buffers_of(engine).items() if wanted.module else ():
+        found = tensors.get(key_for(name, manifest, engine.comm.rank, engine.comm.world_size))
         if found is None and not wanted.strict:
             continue
-        if found is None or found.size.numel() != buffer.numel():
-            there = "does not exist" if found is None else f"has {found.size.numel()} elements"
+        if found is None or found.numel != buffer.numel():
+            there = "does not exist" if found is None else f"has {found.numel} elements"
             raise CheckpointError(
                 f"checkpoint {path} does not fit the model: buffer {name} {there} in the checkpoint and has shape "
                 f"{list(buffer.shape)} in the model" + (f" ({STRICT})" if found is None else "")
@@ -72,9 +96,40 @@ def compare_tensors(engine: Engine, manifest: Manifest, tensors: Mapping[str, An
             if slot.name in frozen_then or slot.name not in manifest.shapes:
                 continue
             for state in names[slot.group]:
-                if f"state.{state}.{slot.name}" not in tensors:
+                found = tensors.get(f"state.{state}.{slot.name}")
+                if found is not None and found.numel != slot.numel:
+                    raise CheckpointError(
+                        f"checkpoint {path} is damaged or was changed: optimizer state {state} of {slot.name} has "
+                        f"{found.numel:,} elements, expected {slot.numel:,}"
+                    )
+                if found is None:
                     raise CheckpointError(
                         f"checkpoint {path} has no optimizer state {state} of {slot.name}, which {manifest.optimizer} "
                         "has with optimizer.params as they are now: set them as they were, or load with "
                         "load_optimizer_states=False"
                     )
+
+
+def differences(engine: Engine, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path) -> Iterator[str]:
+    """What fits and is still to be said: values that are not there, or were rounded."""
+    if absent := [name for name in frozen_names(engine) if name in set(manifest.excluded)]:
+        yield (
+            f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True): "
+            f"{_several(absent)} keep the values that the model was built with, which must be those of its base model"
+        )
+    rounded = [
+        f"{name} ({found.dtype}, here {ours})"
+        for name, buffer in buffers_of(engine).items()
+        if (found := tensors.get(key_of(name))) is not None
+        and buffer.is_floating_point()
+        and found.dtype != (ours := str(buffer.dtype).removeprefix("torch."))
+    ]
+    if rounded:
+        yield (
+            f"checkpoint {path} holds buffers in another dtype than the model's: {_several(rounded)}. What was rounded "
+            "when it was saved stays rounded; give such a buffer its exact values anew after loading"
+        )
+
+
+def _several(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

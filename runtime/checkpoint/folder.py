@@ -39,11 +39,18 @@ class Complete:
     number: int
     step: int
     path: Path
+    latest: bool = True
+    """A resume may begin from it."""
 
 
 def step_tag(step: int) -> str:
     """The name of a step's checkpoint; names sort as steps do."""
     return f"{_AUTOMATIC}{step:08d}"
+
+
+def script_tag(step: int) -> str:
+    """The name of a checkpoint that a script saves without giving one, which is DeepSpeed's: its users look for it."""
+    return f"global_step{step}"
 
 
 def complete(folder: Path) -> list[Complete]:
@@ -54,7 +61,7 @@ def complete(folder: Path) -> list[Complete]:
             manifest = read_manifest(path)
         except CheckpointError:
             continue
-        found.append(Complete(manifest.number, manifest.step, path))
+        found.append(Complete(manifest.number, manifest.step, path, manifest.latest))
     return sorted(found)
 
 
@@ -70,8 +77,9 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint in `folder` that was completed last; one being written, or without a readable manifest, does not
-    count."""
+    count. One that a script keeps aside (save_latest=False) does only where there is no other."""
     found = complete(folder)
+    found = [entry for entry in found if entry.latest] or found
     return found[-1].path if found else None
 
 
@@ -158,8 +166,8 @@ def partial_of(folder: Path, tag: str) -> Path:
     return folder / f".{tag}.partial"
 
 
-def finish(folder: Path, tag: str) -> None:
-    """FOLDER/.TAG.partial, whose files are on disk, becomes FOLDER/TAG, and `latest` says so.
+def finish(folder: Path, tag: str, latest: bool = True) -> None:
+    """FOLDER/.TAG.partial, whose files are on disk, becomes FOLDER/TAG, and `latest` says so if it is wanted.
 
     One with that name already is exchanged in one step: at no time is there none. `latest` is written afterwards: what
     it names is complete at all times.
@@ -180,8 +188,9 @@ def finish(folder: Path, tag: str) -> None:
         sync(folder)
         shutil.rmtree(aside, ignore_errors=True)
     sync(folder)
-    replace_text(folder / LATEST, tag + "\n")
-    sync(folder)
+    if latest:
+        replace_text(folder / LATEST, tag + "\n")
+        sync(folder)
 
 
 def _exchange(first: Path, second: Path) -> bool:

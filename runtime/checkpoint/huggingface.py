@@ -17,15 +17,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from runtime.checkpoint.describe import PREFIX_KEY
+from runtime.checkpoint.adapters import ADAPTER_FILE, find_adapters, has_adapters
+from runtime.checkpoint.describe import ADAPTER_CONFIG, KNOWN_FILES, PREFIX_KEY
 from runtime.checkpoint.manifest import MODEL_FILES, CheckpointError
 from runtime.checkpoint.reading import CheckpointReader, Stored
 from runtime.precision import DTYPES
 from runtime.sizes import format_size
 from runtime.zero.weights import INDEX
 
-_COMPILED = "_orig_mod."
-"""What torch.compile puts into the names of a module's parameters."""
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
@@ -51,26 +50,64 @@ class HuggingFaceExport:
     def __init__(self, path: Path, dtype: str, shard_bytes: int) -> None:
         self.reader = CheckpointReader(path)
         self.dtype = self.reader.manifest.precision if dtype == "auto" else dtype
+        self.extra = self._known_files()
+        self._prefix = ""
+        self.adapters = has_adapters(stored.name for stored in self.reader.tensors)
+        names = self._adapters() if self.adapters else self._model()
+        tensors = self._tensors(dtype, names)
+        self.shards = [tensors] if self.adapters else _cut(tensors, shard_bytes)  # peft reads one file
+
+    def _known_files(self) -> dict[str, bytes]:
+        """Of model/: what this version writes there and the manifest vouches for."""
+        path, manifest = self.reader.path, self.reader.manifest
+        names = [
+            name for name in sorted(KNOWN_FILES) if not manifest.files or f"{MODEL_FILES}/{name}" in manifest.files
+        ]
+        files = [path / MODEL_FILES / name for name in names]
         try:
-            self.extra = {
-                file.name: file.read_bytes() for file in sorted((path / MODEL_FILES).glob("*")) if file.is_file()
-            }
+            return {file.name: file.read_bytes() for file in files if file.is_file() and not file.is_symlink()}
+        except OSError as error:
+            raise CheckpointError(f"{path / MODEL_FILES} can't be read: {error}") from None
+
+    def _model(self) -> dict[str, str] | None:
+        """Makes config.json fit what is written. All tensors are, without the config's prefix."""
+        path, manifest = self.reader.path, self.reader.manifest
+        if manifest.excluded:
+            raise CheckpointError(
+                f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True), "
+                f"{manifest.excluded[0]} for one: export one that holds all of them"
+            )
+        try:
             config = json.loads(self.extra.get("config.json", b"{}"))
             self._prefix = config.pop(PREFIX_KEY, "")
-        except (OSError, ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path / MODEL_FILES} can't be read: {error}") from None
         if "model_type" in config:
             # What the run began with may have been another precision. Newer transformers say "dtype", and read both.
             key = "dtype" if "dtype" in config else "torch_dtype"
             config[key] = str(DTYPES[self.dtype]).removeprefix("torch.")
+        self.extra.pop(ADAPTER_CONFIG, None)
         if config:
             self.extra["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-        self.shards = _cut(self._tensors(dtype), shard_bytes)
+        return None
 
-    def _tensors(self, dtype: str) -> list[_Tensor]:
+    def _adapters(self) -> dict[str, str]:
+        """Leaves adapter_config.json and the tokenizer to be written; the names of the tensors that are."""
+        found = find_adapters(
+            self.reader.path, self.extra.get(ADAPTER_CONFIG), self.reader.tensors, self.reader.manifest.frozen
+        )
+        for name in ("config.json", "generation_config.json"):  # the base model's, which peft reads where that is
+            self.extra.pop(name, None)
+        self.extra[ADAPTER_CONFIG] = found.config
+        return found.names
+
+    def _tensors(self, dtype: str, names: dict[str, str] | None) -> list[_Tensor]:
+        """names: of those that are written; None: all, by their own."""
         tensors: dict[str, _Tensor] = {}
         for stored in self.reader.tensors:
-            name = stored.name.replace(_COMPILED, "").removeprefix(self._prefix)
+            if names is not None and stored.name not in names:
+                continue
+            name = stored.name.removeprefix(self._prefix) if names is None else names[stored.name]
             if name in tensors:
                 raise CheckpointError(
                     f"checkpoint {self.reader.path}: {stored.name} and {tensors[name].stored.name} would both be "
@@ -94,7 +131,7 @@ class HuggingFaceExport:
         """Fill `folder`; a line per shard goes to `tell`. Returns what was written. Raises OSError when it can't be
         written, CheckpointError when a tensor can't be read or does not fit the dtype."""
         began = time.monotonic()
-        files = ["model.safetensors"]
+        files = [ADAPTER_FILE if self.adapters else "model.safetensors"]
         if len(self.shards) > 1:
             total = len(self.shards)
             files = [f"model-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
@@ -117,6 +154,7 @@ class HuggingFaceExport:
             "checkpoint": str(self.reader.path),
             "step": self.reader.manifest.step,
             "dtype": self.dtype,
+            "adapters": self.adapters,
             "tensors": len(tensors),
             "parameters": sum(tensor.stored.numel for tensor in tensors if tensor.stored.is_parameter),
             "tensor_bytes": self.tensor_bytes,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-import torch
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-
 from runtime.checkpoint import rng
-from runtime.checkpoint.common import COMMON, rng_file
-from runtime.checkpoint.fitting import compare, compare_tensors
+from runtime.checkpoint.buffers import buffers_of, key_for
+from runtime.checkpoint.common import read_common, read_random
+from runtime.checkpoint.fitting import compare, compare_tensors, differences
+from runtime.checkpoint.groups import load_groups, load_scheduler
+from runtime.checkpoint.index import StoredTensor, read_index
 from runtime.checkpoint.manifest import (
     EVERYTHING,
     CheckpointError,
@@ -22,15 +21,16 @@ from runtime.checkpoint.manifest import (
     Manifest,
     Wanted,
     read_manifest,
-    root_cause,
     verify,
 )
-from runtime.checkpoint.parts import Piece, pieces_of, whole_tensors
-from runtime.checkpoint.shards import LoadPlanner
+from runtime.checkpoint.parts import Piece, pieces_of
+from runtime.checkpoint.stored import read_pieces
 from runtime.comm import Comm
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
+
+log = logging.getLogger("runtime.checkpoint")
 
 _T = TypeVar("_T")
 
@@ -51,11 +51,11 @@ class _Content:
     """What is read before anything is changed."""
 
     common: dict[str, Any]
-    random: dict[str, Any] | None
+    random: Mapping[str, Any] | None
     """This rank's random number states; None where fewer ranks saved."""
     generators: dict[str, Any]
-    tensors: Mapping[str, Any]
-    """torch's description of each tensor, by name."""
+    tensors: Mapping[str, StoredTensor]
+    """Where each tensor is, by name."""
 
 
 def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
@@ -75,17 +75,23 @@ def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
     together(engine.comm, lambda: compare_tensors(engine, manifest, content.tensors, path, wanted))
     if wanted.progress:
         together(engine.comm, lambda: engine.registered.compare(content.generators))
-    _load_tensors(engine, manifest, path, wanted)
+    if engine.comm.rank == 0 and wanted.module:
+        for text in differences(engine, manifest, content.tensors, path):
+            log.warning(text)
+    _load_tensors(engine, manifest, path, content.tensors, wanted)
     for flat in engine.flats:
         flat.masters_to_parameters()
     engine.gathering.stale()
     for pending in [flat.gather_updated() for flat in engine.flats if not flat.sharded]:
         pending.wait()
+    try:
+        _load_rest(engine, content.common, wanted)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"checkpoint {path} holds states of the optimizer or loss scale that are none: {text}"
+        ) from error
     common = content.common
-    if wanted.optimizer:
-        _load_optimizer(engine, common)
-    if wanted.scheduler and engine.lr_scheduler is not None and common["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(common["scheduler"])
     if wanted.progress:
         _load_progress(engine, manifest, content, wanted)
     if not wanted.progress:
@@ -110,40 +116,33 @@ def together(comm: Comm, action: Callable[[], _T]) -> _T:
 
 
 def _read(engine: Engine, manifest: Manifest, path: Path) -> _Content:
-    try:
-        common = torch.load(path / COMMON, map_location="cpu", weights_only=True)
-        own, generators = _random_states(path, engine.comm.rank, manifest.world_size)
-        tensors = FileSystemReader(path).read_metadata().state_dict_metadata
-    except Exception as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {root_cause(error)}") from error
-    return _Content(common, own, generators, tensors)
+    common = read_common(path)
+    own, generators = _random_states(path, engine.comm.rank, manifest.world_size)
+    return _Content(common, own, generators, read_index(path, manifest))
 
 
-def _random_states(path: Path, rank: int, saved: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def _random_states(path: Path, rank: int, saved: int) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
     """This rank's, and those of registered generators. A rank that the world that saved did not have keeps its own; but
     for generators that all ranks had alike, which must go on being alike."""
-
-    def of(number: int) -> dict[str, Any]:
-        found: dict[str, Any] = torch.load(path / rng_file(number), map_location="cpu", weights_only=True)
-        return found
-
     if rank < saved:
-        own = of(rank)
+        own = read_random(path, rank)
         return own, dict(own.get("generators", {}))
-    return None, rng.common_states([of(number) for number in range(saved)])
+    return None, rng.common_states([read_random(path, number) for number in range(saved)])
 
 
-def _load_optimizer(engine: Engine, common: dict[str, Any]) -> None:
-    for rule in engine.rules:
-        rule.load_scalars(common["scalars"])
-    if common["initial_lrs"] == engine.optimizer.initial_lrs:
-        for group, lr in zip(engine.optimizer.param_groups, common["lr"], strict=True):
-            group["lr"] = lr
+def _load_rest(engine: Engine, common: dict[str, Any], wanted: Wanted) -> None:
+    """What is no tensor of the model: scalars of the optimizer, parameter groups, scheduler, loss scale."""
+    if wanted.optimizer:
+        for rule in engine.rules:
+            rule.load_scalars(common["scalars"])
+        load_groups(engine, common, wanted.scheduler)
+    elif wanted.scheduler:
+        load_scheduler(engine, common)
+    if wanted.progress and common["loss_scale"]:
+        engine.scaler.load_state_dict(common["loss_scale"])
 
 
 def _load_progress(engine: Engine, manifest: Manifest, content: _Content, wanted: Wanted) -> None:
-    if "loss_scale" in content.common:
-        engine.scaler.load_state_dict(content.common["loss_scale"])
     engine.global_steps, engine.lr_factor = manifest.step, manifest.lr_factor
     engine.micro_steps = manifest.step * engine.gradient_accumulation_steps()  # which may be another one now
     if wanted.optimizer:
@@ -155,27 +154,32 @@ def _load_progress(engine: Engine, manifest: Manifest, content: _Content, wanted
         rng.set_state(content.random)
 
 
-def _load_tensors(engine: Engine, manifest: Manifest, path: Path, wanted: Wanted) -> None:
+def _load_tensors(
+    engine: Engine, manifest: Manifest, path: Path, tensors: Mapping[str, StoredTensor], wanted: Wanted
+) -> None:
     with_states = wanted.optimizer and manifest.optimizer_step > 0
     if wanted.optimizer:
         for rule in engine.rules:
             rule.reset(to_read=with_states)
     frozen_then = set(manifest.frozen)
-    pieces = {
-        name: piece
-        for name, piece in pieces_of(engine).items()
-        if name.startswith("param.") or (with_states and name.split(".", 2)[2] not in frozen_then)
+    comm, excluded = engine.comm, {f"param.{name}" for name in manifest.excluded}
+
+    def is_read(name: str) -> bool:
+        if name.startswith("param."):
+            return wanted.module and name not in excluded
+        return with_states and name.split(".", 2)[2] not in frozen_then
+
+    pieces = {name: piece for name, piece in pieces_of(engine).items() if is_read(name)}
+    tensors_here = {f"param.{name}": parameter.data for name, parameter in engine.frozen}
+    tensors_here |= {
+        key_for(name, manifest, comm.rank, comm.world_size): buffer for name, buffer in buffers_of(engine).items()
     }
-    whole = {name: (tensor, Piece.whole(tensor)) for name, tensor in whole_tensors(engine).items()}
+    whole = {
+        name: (tensor, Piece.whole(tensor))
+        for name, tensor in tensors_here.items()
+        if wanted.module and name not in excluded
+    }
     pieces |= {name: piece for name, (_, piece) in whole.items()}
-    try:
-        state_dict_loader.load(
-            {name: piece.tensor for name, piece in pieces.items()},
-            storage_reader=FileSystemReader(path),
-            planner=LoadPlanner(pieces, wanted.strict),
-            process_group=engine.checkpoint_group,
-        )
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {root_cause(error)}") from error
+    together(engine.comm, lambda: read_pieces(path, tensors, pieces))
     for tensor, piece in whole.values():
         tensor.copy_(piece.tensor.view(tensor.shape))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from runtime.checkpoint.buffers import ALIKE, Owners, buffers_of, key_of, own_buffers
+
 if TYPE_CHECKING:
     from runtime.engine import Engine
     from runtime.zero.flat import Flat
@@ -71,9 +73,10 @@ class Block:
         return self.tensor[at : at + part.numel]
 
 
-def blocks_of(engine: Engine) -> list[Block]:
+def blocks_of(engine: Engine, owners: Owners | None = ALIKE, with_frozen: bool = True) -> list[Block]:
     """What this rank writes, in the order of updates: masters ("param.NAME") and optimizer states
-    ("state.STATE.NAME") of its own ranges, frozen parameters, and on rank 0 what all ranks hold alike."""
+    ("state.STATE.NAME") of its own ranges, frozen parameters if wanted, on rank 0 what all ranks hold alike, and
+    buffers of its own. owners: see checkpoint/buffers.py; None: all that this rank might write."""
     rank, found = engine.comm.rank, []
     for flat, rule in zip(engine.flats, engine.rules, strict=True):
         start, end = flat.layout.range(rank)
@@ -90,7 +93,7 @@ def blocks_of(engine: Engine) -> list[Block]:
             ]  # fmt: skip
             if parts:
                 found.append(Block(tensor[at - first : until - first], parts, flat, stays=flat.home.offloaded))
-    for flat in engine.frozen_flats:
+    for flat in engine.frozen_flats if with_frozen else ():
         start, end = flat.layout.range(rank)
         own = flat.own[start - flat.start : end - flat.start]
         parts = [
@@ -99,11 +102,11 @@ def blocks_of(engine: Engine) -> list[Block]:
         ]
         if parts:
             found.append(Block(own, parts, stays=True))
-    if rank == 0:
-        for name, tensor in whole_tensors(engine).items():
-            whole = tensor.detach().reshape(-1)
-            part = Part(name, 0, whole.numel(), whole.numel(), whole.dtype)
-            found.append(Block(whole, [(0, part)], stays=name.startswith("param."), alike=True))
+    alike = whole_tensors(engine, with_frozen) if rank == 0 else {}
+    for name, tensor in {**alike, **own_buffers(engine, owners)}.items():
+        whole = tensor.detach().reshape(-1)
+        part = Part(name, 0, whole.numel(), whole.numel(), whole.dtype)
+        found.append(Block(whole, [(0, part)], stays=name.startswith("param."), alike=rank == 0))
     return found
 
 
@@ -127,21 +130,11 @@ def pieces_of(engine: Engine) -> dict[str, Piece]:
     return pieces
 
 
-def whole_tensors(engine: Engine) -> dict[str, torch.Tensor]:
-    """What all ranks hold alike and rank 0 writes: persistent buffers and frozen parameters. A frozen parameter has the
+def whole_tensors(engine: Engine, with_frozen: bool = True) -> dict[str, torch.Tensor]:
+    """What every rank has whole and rank 0 writes: persistent buffers and frozen parameters. A frozen parameter has the
     same name as a trained one, so that it may be the other in the next attempt."""
-    buffers = {f"buffer.{name}": buffer for name, buffer in buffers_of(engine).items()}
-    return buffers | {f"param.{name}": parameter.data for name, parameter in engine.frozen}
-
-
-def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
-    """Persistent buffers by name; one that several modules share has its first name only, as parameters do."""
-    found: dict[int, tuple[str, torch.Tensor]] = {}
-    for path, module in engine.module.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found.setdefault(id(buffer), (f"{path}.{name}" if path else name, buffer))
-    return dict(found.values())
+    buffers = {key_of(name): buffer for name, buffer in buffers_of(engine).items()}
+    return buffers | {f"param.{name}": parameter.data for name, parameter in engine.frozen if with_frozen}
 
 
 def shapes_of(engine: Engine) -> dict[str, list[int]]:
@@ -150,6 +143,12 @@ def shapes_of(engine: Engine) -> dict[str, list[int]]:
         slot.name: list(slot.shape) for flat in (*engine.flats, *engine.frozen_flats) for slot in flat.layout.slots
     }
     return dict(sorted({**in_units, **{name: list(p.shape) for name, p in engine.frozen}}.items()))
+
+
+def frozen_names(engine: Engine) -> list[str]:
+    """Parameters that are not trained."""
+    in_units = [slot.name for flat in engine.frozen_flats for slot in flat.layout.slots]
+    return [*(name for name, _ in engine.frozen), *in_units]
 
 
 def dtypes_of(engine: Engine) -> dict[str, torch.dtype]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from runtime.checkpoint.manifest import CheckpointError, Manifest, read_manifest, root_cause
+from runtime.checkpoint.index import StoredTensor, read_index
+from runtime.checkpoint.manifest import CheckpointError, Manifest, read_manifest
 from runtime.checkpoint.parts import Piece
-from runtime.checkpoint.shards import LoadPlanner
+from runtime.checkpoint.stored import read_pieces
 from runtime.precision import DTYPES
 
 
@@ -22,7 +20,7 @@ class Stored:
     """A parameter or a persistent buffer in a checkpoint."""
 
     key: str
-    """As torch.distributed.checkpoint has it: "param.NAME" or "buffer.NAME"."""
+    """In tensors.json: "param.NAME" or "buffer.NAME"."""
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -46,17 +44,7 @@ class CheckpointReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
-        self._reader = FileSystemReader(path)
-        try:
-            self._metadata: Metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-            self._check_files()
-        except FileNotFoundError as error:
-            raise self._broken(f"it has no {Path(error.filename).name}") from None
-        except CheckpointError:
-            raise
-        except Exception as error:  # a damaged pickle raises whatever its bytes say
-            raise self._broken(root_cause(error)) from error
+        self._index = read_index(path, self.manifest)
         self.tensors = [*self._parameters(self.manifest), *self._buffers(self.manifest)]
 
     def _broken(self, why: str) -> CheckpointError:
@@ -65,20 +53,12 @@ class CheckpointReader:
             "its old ones (zerotop.checkpoint.keep)"
         )
 
-    def _check_files(self) -> None:
-        """Before anything is written: that every file is there, and as long as the metadata want it."""
-        ends: dict[str, int] = defaultdict(int)
-        for part in self._metadata.storage_data.values():
-            ends[part.relative_path] = max(ends[part.relative_path], part.offset + part.length)
-        for name, end in sorted(ends.items()):
-            size = (self.path / name).stat().st_size
-            if size < end:
-                raise self._broken(f"{name} has {size:,} bytes, expected {end:,}")
-
     def _parameters(self, manifest: Manifest) -> list[Stored]:
+        excluded = set(manifest.excluded)
         return [
             Stored(f"param.{name}", name, tuple(shape), self._computed_in(name, manifest))
             for name, shape in manifest.shapes.items()
+            if name not in excluded
         ]
 
     def _computed_in(self, name: str, manifest: Manifest) -> torch.dtype:
@@ -92,38 +72,27 @@ class CheckpointReader:
         return DTYPES[manifest.precision]
 
     def _buffers(self, manifest: Manifest) -> list[Stored]:
-        stored = [key for key in self._metadata.state_dict_metadata if key.startswith("buffer.")]
+        stored = [key for key in self._index if key.startswith("buffer.")]
         if manifest.buffers is None and stored:
             raise CheckpointError(
                 f"checkpoint {self.path} was written by an earlier version, which did not keep the shapes of buffers: "
                 "load it and save it again"
             )
         return [
-            Stored(f"buffer.{name}", name, tuple(shape), self._tensor(f"buffer.{name}").properties.dtype)
+            Stored(f"buffer.{name}", name, tuple(shape), getattr(torch, self._tensor(f"buffer.{name}").dtype))
             for name, shape in (manifest.buffers or {}).items()
         ]
 
-    def _tensor(self, key: str) -> TensorStorageMetadata:
-        found = self._metadata.state_dict_metadata.get(key)
-        if not isinstance(found, TensorStorageMetadata):
+    def _tensor(self, key: str) -> StoredTensor:
+        if key not in self._index:
             raise self._broken(f"it lacks {key}")
-        return found
+        return self._index[key]
 
     def read(self, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
         """The whole tensor in `dtype`, rounded to nearest as torch does. Beside it, memory holds one rank's slice of it
         as stored."""
+        if (found := self._tensor(stored.key).numel) != stored.numel:
+            raise self._broken(f"{stored.key} has {found:,} elements, not {stored.numel:,}")
         whole = torch.empty(stored.numel, dtype=dtype)
-        if stored.numel == 0:
-            return whole.view(stored.shape)
-        if tuple(self._tensor(stored.key).size) != (stored.numel,):
-            raise self._broken(f"{stored.key} has {list(self._tensor(stored.key).size)} elements, not {stored.numel}")
-        planner = LoadPlanner({stored.key: Piece(whole, 0, stored.numel)})
-        planner.set_up_planner({}, self._metadata, is_coordinator=True)
-        plan = planner.create_local_plan()
-        if sum(item.lengths.numel() for item in plan.items) != stored.numel:
-            raise self._broken(f"it lacks parts of {stored.key}")
-        try:
-            self._reader.read_data(plan, planner).wait()
-        except Exception as error:  # torch.load raises whatever damaged bytes make it
-            raise self._broken(f"{stored.key}: {root_cause(error)}") from error
+        read_pieces(self.path, self._index, {stored.key: Piece(whole, 0, stored.numel)})
         return whole.view(stored.shape)

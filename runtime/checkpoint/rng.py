@@ -3,6 +3,7 @@ script makes and registers."""
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,6 +44,21 @@ def set_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def fault(state: Mapping[str, Any]) -> str:
+    """What of a state that somebody else may have written could not be set; empty when nothing is. Nothing is set."""
+    try:
+        torch.Generator().set_state(state["torch"])
+        _set_python(random.Random(), state["python"])
+        kind, keys, *rest = state["numpy"]
+        np.random.RandomState(0).set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        for name, one in state.get("generators", {}).items():
+            if not isinstance(name, str) or one.keys() != {"kind", "state"}:
+                return f"generators: {name}"
+    except Exception as error:  # torch, Python and numpy each have their own for it
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return ""
+
+
 def state_of(generator: Generator) -> dict[str, Any]:
     """Its state and what kind of generator it is."""
     return {"kind": kind_of(generator), "state": _packed(_state(generator))}
@@ -59,6 +75,16 @@ def restore(generator: Generator, state: Mapping[str, Any]) -> None:
         generator.set_state(value)
     else:
         _set_python(generator, value)
+
+
+def refuses(generator: Generator, state: Mapping[str, Any]) -> str:
+    """Why `generator` could not take the state, whoever wrote it; empty when it could. It stays as it is."""
+    another = torch.Generator(generator.device) if isinstance(generator, torch.Generator) else copy.deepcopy(generator)
+    try:
+        restore(another, state)
+    except Exception as error:  # torch, Python and numpy each have their own for it
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return ""
 
 
 def kind_of(generator: Generator) -> str:

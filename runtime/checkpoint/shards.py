@@ -1,21 +1,32 @@
-"""torch's planners for the parts of a checkpoint: what it writes and reads is 1-D slices of each parameter."""
+"""Writing the tensors of a checkpoint with torch.distributed.checkpoint's file writer, as 1-D slices of each parameter.
+The ranks agree on nothing in here: each writes its own slices and says where they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
-from runtime.checkpoint.manifest import CheckpointError
-from runtime.checkpoint.parts import Part, Piece
+from runtime.checkpoint.index import Row, StoredTensor
+from runtime.checkpoint.parts import Part
 
 
-class SavePlanner(DefaultSavePlanner):
+class _Planner(DefaultSavePlanner):
     """torch's planner asks tensors for their shards, which only its own distributed tensors can say; this one has the
     parts, and asks `read(index)` for a part's elements when it is written."""
 
@@ -25,55 +36,65 @@ class SavePlanner(DefaultSavePlanner):
         self._index = {(part.name, part.start): index for index, part in enumerate(self.parts)}
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(
-            [
-                WriteItem(
-                    MetadataIndex(part.name, torch.Size([part.start])),
-                    WriteItemType.SHARD,
-                    tensor_data=TensorWriteData(
-                        _chunk(part.start, part.numel),
-                        TensorProperties(dtype=part.dtype),
-                        torch.Size([part.total]),
-                    ),
-                )
-                for part in self.parts
-            ]
-        )
-        return self.plan
+        return SavePlan([_item(part) for part in self.parts])
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         assert index.offset is not None
         return self.read(self._index[index.fqn, index.offset[0]])
 
 
-class LoadPlanner(DefaultLoadPlanner):
-    def __init__(self, pieces: dict[str, Piece], strict: bool = True) -> None:
-        """strict: every piece must be there; else those that aren't are left as they are."""
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces, self.strict = pieces, strict
+def _item(part: Part) -> WriteItem:
+    chunk = ChunkStorageMetadata(offsets=torch.Size([part.start]), sizes=torch.Size([part.numel]))
+    data = TensorWriteData(chunk, TensorProperties(dtype=part.dtype), torch.Size([part.total]))
+    return WriteItem(MetadataIndex(part.name, [part.start]), WriteItemType.SHARD, tensor_data=data)
 
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        known: dict[str, Any] = self.metadata.state_dict_metadata
-        missing = [name for name in self.pieces if name not in known]
-        if missing and self.strict:
-            raise CheckpointError(
-                f"it lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            )
-        return LoadPlan(
-            [
-                item
-                for name, piece in self.pieces.items()
-                if name in known
-                for item in create_read_items_for_chunk_list(
-                    name, known[name], [_chunk(piece.start, piece.tensor.numel())]
-                )
-            ]
+
+def write_parts(folder: Path, rank: int, parts: Sequence[Part], read: Callable[[int], torch.Tensor]) -> list[Row]:
+    """Write this rank's parts to FOLDER/__RANK_N.distcp. read(index): the elements of a part, asked for when it is
+    written. Returns where each is."""
+    planner = _Planner(parts, read)
+    writer = FileSystemWriter(folder, sync_files=False)
+    writer.set_up_storage_writer(is_coordinator=rank == 0)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[rank]  # which knows the rank by its place
+    with _no_checksums():
+        results = writer.write_data(plan, planner).wait()
+    kinds = {(part.name, part.start): part for part in parts}
+    rows: list[Row] = []
+    for result in results:
+        assert result.index.offset is not None
+        part, place = kinds[result.index.fqn, result.index.offset[0]], result.storage_data
+        dtype = str(part.dtype).removeprefix("torch.")
+        rows.append(
+            (part.name, dtype, part.total, part.start, part.numel, place.relative_path, place.offset, place.length)
         )
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        return self.pieces[index.fqn].tensor
+    return rows
 
 
-def _chunk(start: int, numel: int) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size([start]), sizes=torch.Size([numel]))
+def write_torch_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """.metadata: where the tensors are in the words of torch.distributed.checkpoint, for its tools. It is a pickle;
+    zerotop reads tensors.json."""
+    described: dict[str, Any] = {}
+    results = []
+    for name, tensor in tensors.items():
+        described[name] = TensorStorageMetadata(
+            TensorProperties(dtype=getattr(torch, tensor.dtype)),
+            torch.Size([tensor.numel]),
+            [ChunkStorageMetadata(torch.Size([p.start]), torch.Size([p.numel])) for p in tensor.parts],
+        )
+        results += [
+            WriteResult(MetadataIndex(name, [p.start]), p.nbytes, _StorageInfo(p.file, p.offset, p.nbytes))
+            for p in tensor.parts
+        ]
+    FileSystemWriter(folder, sync_files=False).finish(Metadata(described), [results])
+
+
+@contextmanager
+def _no_checksums() -> Iterator[None]:
+    """The manifest's digests say more, and CRC-32 costs as much again."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)

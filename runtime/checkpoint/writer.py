@@ -67,7 +67,7 @@ def _save(job: Job, source: _Source, peers: _Peers) -> tuple[str, list[str]]:
     from runtime.checkpoint.writing import write
 
     try:
-        return "", write(job, source.read, peers, peers.group)
+        return "", write(job, source.read, peers)
     except CheckpointError as error:
         return str(error), []
     except Exception as error:
@@ -130,18 +130,14 @@ class _Peers:
             _remove(Path(store))
 
     def broadcast_object(self, value: Any) -> Any:
-        import torch.distributed as dist
+        from runtime.comm import objects
 
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
+        return objects.broadcast(value, self.group)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        import torch.distributed as dist
+        from runtime.comm import objects
 
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return objects.gather(value, self.group)
 
 
 class _Source:

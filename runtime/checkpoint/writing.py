@@ -7,25 +7,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.serialization import get_crc32_options, set_crc32_options
 
 from runtime.checkpoint import folder as folders
+from runtime.checkpoint.index import INDEX, Row, index_of
 from runtime.checkpoint.job import Job, Peers, on_rank_0
+from runtime.checkpoint.legacy import METADATA
 from runtime.checkpoint.manifest import MANIFEST, CheckpointError, FileRecord, record_of, root_cause
-from runtime.checkpoint.shards import SavePlanner
+from runtime.checkpoint.shards import write_parts, write_torch_metadata
 
-METADATA = ".metadata"
+Records = dict[str, tuple[int, str]]
+"""Size in bytes and SHA-256 of files, by name: plain, for they go from rank to rank."""
 
 
-def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers, group: dist.ProcessGroup | None) -> list[str]:
+def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers) -> list[str]:
     """Write FOLDER/TAG; every rank calls this. read(index): the elements of a part, on the CPU or a device.
 
     Returns what went wrong afterwards, with the checkpoint complete (an old one could not be deleted). Raises
@@ -35,14 +33,14 @@ def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers, group: di
     partial = folders.partial_of(job.folder, job.tag)
     on_rank_0(peers, f"create {partial}", lambda: folders.make_room(job.folder, job.tag))
     try:
-        problem, records = "", {}
+        problem, rows, records = "", [], {}
         try:
-            _write_tensors(job, partial, read, group)
+            rows = write_parts(partial, peers.rank, job.parts, read)
             records = _write_files(job, partial, peers.rank)
-        except (Exception, CheckpointException) as error:  # any rank's failure must become every rank's
+        except Exception as error:  # any rank's failure must become every rank's
             problem = root_cause(error)
         _agree(peers, problem, job)
-        gathered = peers.gather_objects(records)
+        gathered = peers.gather_objects([rows, records])
         on_rank_0(peers, f"complete {job.final}", lambda: _complete(job, partial, gathered))
     except BaseException:
         if peers.rank == 0:
@@ -54,53 +52,58 @@ def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers, group: di
 
 
 def _agree(peers: Peers, problem: str, job: Job) -> None:
-    problems = [f"rank {rank}: {p}" for rank, p in enumerate(peers.gather_objects(problem)) if p]
-    if problems:
-        raise CheckpointError(f"could not write {job.final}: {problems[0]}")
+    """A problem that any rank has is every rank's; so is another place than rank 0's, where half a checkpoint would
+    be."""
+    told = peers.gather_objects([problem, str(job.final.absolute())])
+    first = told[0][1]
+    for rank, (found, place) in enumerate(told):
+        if found or place != first:
+            why = found or f"it would write to {place}; give all ranks one folder"
+            raise CheckpointError(f"could not write {first}: rank {rank}: {why}")
 
 
-def _write_tensors(
-    job: Job, partial: Path, read: Callable[[int], torch.Tensor], group: dist.ProcessGroup | None
-) -> None:
-    checksums = get_crc32_options()
-    set_crc32_options(False)  # the manifest's say more, and cost as much again
-    try:
-        state_dict_saver.save(
-            {},
-            storage_writer=FileSystemWriter(partial, sync_files=False),
-            planner=SavePlanner(job.parts, read),
-            process_group=group,
-        )
-    finally:
-        set_crc32_options(checksums)
-
-
-def _write_files(job: Job, partial: Path, rank: int) -> dict[str, FileRecord]:
+def _write_files(job: Job, partial: Path, rank: int) -> Records:
     """This rank's small files; and all of its files to the disk. Returns what they are."""
     for name, content in job.files.items():
         (partial / name).parent.mkdir(exist_ok=True, mode=0o700)
         (partial / name).write_bytes(content)
-    names = [*job.files, *(path.name for path in partial.glob(f"__{rank}_*"))]
-    if rank == 0:
-        names.append(METADATA)
-    records = {}
-    for name in names:
-        folders.sync(partial / name)
-        records[name] = record_of(partial / name)
+    records = _settle(partial, [*job.files, *(path.name for path in partial.glob(f"__{rank}_*"))])
     for parent in {(partial / name).parent for name in job.files} - {partial}:
         folders.sync(parent)
     return records
 
 
-def _complete(job: Job, partial: Path, records: list[dict[str, FileRecord]]) -> None:
+def _settle(partial: Path, names: Iterable[str]) -> Records:
+    """Files to the disk; what they are."""
+    records = {}
+    for name in names:
+        folders.sync(partial / name)
+        record = record_of(partial / name)
+        records[name] = (record.nbytes, record.sha256)
+    return records
+
+
+def _complete(job: Job, partial: Path, gathered: list[tuple[list[Row], Records]]) -> None:
     assert job.manifest is not None
-    files = {name: record for by_rank in records for name, record in by_rank.items()}
+    for rank, (_, found) in enumerate(gathered):
+        for name, (nbytes, _sha256) in found.items():
+            if not (partial / name).exists() or (partial / name).stat().st_size != nbytes:
+                raise CheckpointError(f"{name} of rank {rank} is not there: save to a folder that all ranks share")
+    index = index_of(row for rows, _ in gathered for row in rows)
+    (partial / INDEX).write_bytes(index.encoded())
+    write_torch_metadata(partial, index.tensors)
+    records = _settle(partial, [INDEX, METADATA])
+    files = {
+        name: FileRecord(nbytes=nbytes, sha256=sha256)
+        for found in (*(theirs for _, theirs in gathered), records)
+        for name, (nbytes, sha256) in found.items()
+    }
     manifest = job.manifest.model_copy(update={"number": folders.next_number(job.folder), "files": files})
     with (partial / MANIFEST).open("wb") as out:
         out.write(manifest.sealed())
         out.flush()
         os.fsync(out.fileno())
-    folders.finish(job.folder, job.tag)
+    folders.finish(job.folder, job.tag, manifest.latest)
 
 
 def _prune(job: Job) -> list[str]:

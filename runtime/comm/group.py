@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from runtime.comm import objects
 from runtime.comm.pending import (
     Arriving,
     DeviceClock,
@@ -22,6 +22,7 @@ from runtime.comm.pending import (
     waiting_for_ranks,
 )
 from runtime.exchange import DTYPES, Exchange
+from runtime.forked import at_exit
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.transfer import Copy
 
@@ -173,27 +174,23 @@ class Comm:
         world = dist.group.WORLD
         if _shared is None or _shared[0] is not world:
             if _shared is None:
-                atexit.register(_leave_groups)
+                at_exit(_leave_groups)
             _shared = (world, dist.new_group(backend="gloo"))
         return _shared[1]
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value` (picklable, from our own code only) on every rank."""
+        """Rank 0's `value` (of what objects.py knows) on every rank."""
         if self.world_size == 1:
             return value
-        box = [value]
         with waiting_for_ranks("broadcast_object"):
-            dist.broadcast_object_list(box, src=0, group=self.control_group, device=torch.device("cpu"))
-        return box[0]
+            return objects.broadcast(value, self.control_group)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in rank order, on every rank."""
+        """Every rank's `value` (of what objects.py knows), in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size
         with waiting_for_ranks("gather_objects"):
-            dist.all_gather_object(values, value, group=self.control_group)
-        return values
+            return objects.gather(value, self.control_group)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

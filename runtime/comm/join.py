@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 from runtime.config import ConfigError
+from runtime.descriptors import raise_file_limit
+from runtime.heap import map_large_blocks
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, read_run
 
 
@@ -19,9 +21,12 @@ def join_world(device: str = "auto") -> torch.device:
     device: "cpu", "cuda" or "auto" (CUDA when there is one). Returns this rank's device. NCCL serves GPUs and Gloo
     CPUs.
     """
+    raise_file_limit()
     want_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device("cuda", local_rank) if want_cuda else torch.device("cpu")
+    if not want_cuda:  # where everything is in the host's memory, and every gather allocates there
+        map_large_blocks()
     if dist.is_initialized() and dist.get_backend() == "gloo":
         return torch.device("cpu")  # the script has decided
     if want_cuda:

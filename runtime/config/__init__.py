@@ -21,7 +21,7 @@ from .files import expand_files
 from .load import load
 from .optimizers import OptimizerConfig
 from .resolved import Fp16Config, OffloadOptimizerConfig, OffloadParamConfig, Resolved
-from .schedulers import SchedulerConfig, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from .schedulers import LRRangeTest, OneCycle, SchedulerConfig, WarmupCosineLR, WarmupDecayLR, WarmupLR
 from .supported import refuse_unsupported
 from .zerotop import (
     CheckpointConfig,
@@ -42,10 +42,12 @@ __all__ = [
     "DataConfig",
     "Device",
     "Fp16Config",
+    "LRRangeTest",
     "LogConfig",
     "ModelConfig",
     "OffloadOptimizerConfig",
     "OffloadParamConfig",
+    "OneCycle",
     "OptimizerConfig",
     "Resolved",
     "SchedulerConfig",

@@ -13,6 +13,7 @@ from .deepspeed import (
     ActivationCheckpointingSection,
     AnyDType,
     Bf16Section,
+    CheckpointSection,
     DataTypesSection,
     DType,
     Fp16Section,
@@ -61,6 +62,8 @@ class Config(Section):
     """What gradients are divided by before they are reduced; the mean stays the same. Not with prescale_gradients."""
     activation_checkpointing: ActivationCheckpointingSection | None = None
     """Activations are computed again in backward instead of being kept. Unset: off."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """What DeepSpeed checks of a script's checkpoints."""
     dataloader_drop_last: Flag = False
     """Whether a loader that initialize() builds leaves out an incomplete last batch."""
     zerotop: ZerotopConfig = ZerotopConfig()
@@ -156,6 +159,7 @@ class Config(Section):
             gradient_predivide_factor=self.gradient_predivide_factor,
             persistence_threshold=zero.stage3_param_persistence_threshold,
             activation_checkpointing=self.activation_checkpointing,
+            tag_validation=self.checkpoint.tag_validation,
             gradient_clipping=self.gradient_clipping,
             optimizer=optimizer,
             scheduler=scheduler,

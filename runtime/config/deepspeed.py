@@ -97,6 +97,17 @@ class ActivationCheckpointingSection(Section):
     """Segments that the blocks of the built-in model are grouped into. Unset: every block is one."""
 
 
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+class CheckpointSection(Section):
+    """DeepSpeed's `checkpoint` section. Ours is zerotop.checkpoint."""
+
+    tag_validation: Annotated[Literal["ignore", "warn", "fail"], BeforeValidator(_lower)] = "warn"
+    """What save_checkpoint() does when the ranks give it different tags: take rank 0's, say so as well, or fail."""
+
+
 class DataTypesSection(Section):
     """The `data_types` section."""
 

@@ -122,9 +122,6 @@ def _scheduler(kept: dict[str, Any], found: Findings) -> Any:
     if not isinstance(name, str):
         found.problem(path, _no_name(name, path, "WarmupLR", found))
         return None
-    if reason := schedulers.REFUSED.get(name):
-        found.problem(path, f": {name} cannot run here: {reason}")
-        return None
     if name not in schedulers.PARAMS:
         near = nearest(name, schedulers.PARAMS)
         hint = f"Did you mean {near}? " if near else ""

@@ -120,6 +120,8 @@ class Resolved(Section):
     """Parameters of fewer elements are set apart, and stay whole at stage 3."""
     activation_checkpointing: ActivationCheckpointingSection | None
     """None: the built-in model keeps its activations."""
+    tag_validation: Literal["ignore", "warn", "fail"] = "warn"
+    """What save_checkpoint() does when the ranks give it different tags."""
     gradient_clipping: float
     """Largest global gradient norm; 0 does not clip."""
     optimizer: OptimizerConfig | None

@@ -1,4 +1,4 @@
-"""The `scheduler` section: the numbers of DeepSpeed's three warm-up schedules. The formulas are the scheduler's."""
+"""The `scheduler` section: the numbers of DeepSpeed's schedules. The formulas are in runtime/optim/lr.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from .errors import Findings
-from .section import Int, Num, Section
+from .section import Flag, Int, Num, Section, number, wrong
 
 DEEPSPEED_WARMUP_STEPS = 1000
 
@@ -16,7 +16,23 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+def _rates(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return _rate(value)
+    if not value:
+        raise wrong("a number, or a list with one for each parameter group", value)
+    return tuple(map(_rate, value))
+
+
+def _rate(value: Any) -> float:
+    if (found := number(value)) < 0:
+        raise wrong("at least 0", value)
+    return found
+
+
 NonNegative = Annotated[Num, Field(ge=0)]
+Rates = Annotated[float | tuple[float, ...], BeforeValidator(_rates)]
+"""A learning rate (or momentum) for all parameter groups, or a list with one for each."""
 Steps = Annotated[Int, Field(ge=1)]
 WarmupSteps = Annotated[Int, Field(ge=0)]
 Shape = Annotated[Literal["log", "linear"], BeforeValidator(_lower)]
@@ -35,17 +51,17 @@ class _WarmupParams(Section):
 class WarmupLRParams(_WarmupParams):
     """`scheduler.params` of WarmupLR: from warmup_min_lr to warmup_max_lr, then constant."""
 
-    warmup_min_lr: NonNegative = 0.0
+    warmup_min_lr: Rates = 0.0
     """Learning rate at the first step; "auto" is 0."""
-    warmup_max_lr: NonNegative | None = None
-    """Learning rate after the warm-up. Unset or "auto": the optimizer's lr."""
+    warmup_max_lr: Rates | None = None
+    """Learning rate after the warm-up. Unset or "auto": each parameter group's own lr."""
 
 
 class WarmupDecayLRParams(WarmupLRParams):
     """`scheduler.params` of WarmupDecayLR: as WarmupLR, then linearly to 0 at total_num_steps."""
 
-    warmup_max_lr: NonNegative | None = None
-    """Learning rate after the warm-up. Unset: 0.001 as in DeepSpeed; "auto": the optimizer's lr."""
+    warmup_max_lr: Rates | None = None
+    """Learning rate after the warm-up. Unset: 0.001 as in DeepSpeed; "auto": each parameter group's own lr."""
     total_num_steps: Steps | None = None
     """Step at which the learning rate reaches 0. Unset or "auto": zerotop.train.steps."""
 
@@ -61,18 +77,75 @@ class WarmupCosineLRParams(_WarmupParams):
     """Ratio at the end."""
 
 
-PARAMS: dict[str, type[_WarmupParams]] = {
+class OneCycleParams(Section):
+    """`scheduler.params` of OneCycle: up from cycle_min_lr to cycle_max_lr, down again, then a decay. Momentum (the
+    first of Adam's betas) goes the other way."""
+
+    cycle_min_lr: Rates
+    """Learning rate at the start and the end of the cycle."""
+    cycle_max_lr: Rates
+    """Learning rate in its middle."""
+    decay_lr_rate: NonNegative = 0.0
+    """After the cycle, the learning rate is divided by 1 + decay_lr_rate x decay intervals."""
+    cycle_first_step_size: Annotated[Num, Field(gt=0)] = 2000.0
+    """Steps of the half that goes up."""
+    cycle_second_step_size: NonNegative | None = None
+    """Steps of the half that goes down. Unset: as many."""
+    cycle_first_stair_count: WarmupSteps = 0
+    """Stairs of the half that goes up; 0: continuous."""
+    cycle_second_stair_count: WarmupSteps | None = None
+    """Stairs of the half that goes down. Unset: as many."""
+    decay_step_size: NonNegative = 0.0
+    """Steps of a decay interval; 0: no decay."""
+    cycle_momentum: Flag = True
+    """Whether momentum is cycled, where the optimizer has betas."""
+    cycle_min_mom: Rates = 0.8
+    """Momentum in the middle of the cycle."""
+    cycle_max_mom: Rates = 0.9
+    """Momentum at its start and end."""
+    decay_mom_rate: NonNegative = 0.0
+    """After the cycle, momentum is multiplied by 1 + decay_mom_rate x decay intervals."""
+    last_batch_iteration: Annotated[Int, Field(ge=-1)] = -1
+    """The step to continue after; -1 starts from the beginning."""
+
+
+class LRRangeTestParams(Section):
+    """`scheduler.params` of LRRangeTest: a learning rate that grows all the time, to find the largest that trains."""
+
+    lr_range_test_min_lr: Rates = 1e-3
+    """Learning rate at the first step."""
+    lr_range_test_step_size: Steps = 2000
+    """Steps of an interval."""
+    lr_range_test_step_rate: NonNegative = 1.0
+    """By which share of the first rate it grows in an interval."""
+    lr_range_test_staircase: Flag = False
+    """Whether it grows at once at the end of an interval."""
+    last_batch_iteration: Annotated[Int, Field(ge=-1)] = -1
+    """The step to continue after; -1 starts from the beginning."""
+
+
+PARAMS: dict[str, type[Section]] = {
     "WarmupLR": WarmupLRParams,
     "WarmupDecayLR": WarmupDecayLRParams,
     "WarmupCosineLR": WarmupCosineLRParams,
+    "OneCycle": OneCycleParams,
+    "LRRangeTest": LRRangeTestParams,
 }
 """Supported schedulers and the params each takes."""
 
-REFUSED: dict[str, str] = {
-    "OneCycle": "it is not supported yet; WarmupCosineLR is the nearest",
-    "LRRangeTest": "it is not supported yet; try learning rates with --set optimizer.params.lr=...",
-}
-"""DeepSpeed's other schedulers, and why they cannot run here."""
+
+class OneCycle(OneCycleParams):
+    """OneCycle, complete."""
+
+    type: Literal["OneCycle"] = "OneCycle"
+    """Name of the schedule."""
+
+
+class LRRangeTest(LRRangeTestParams):
+    """LRRangeTest, complete."""
+
+    type: Literal["LRRangeTest"] = "LRRangeTest"
+    """Name of the schedule."""
 
 
 class WarmupLR(Section):
@@ -80,10 +153,10 @@ class WarmupLR(Section):
 
     type: Literal["WarmupLR"] = "WarmupLR"
     """Name of the schedule."""
-    warmup_min_lr: float
+    warmup_min_lr: Rates
     """Learning rate at the first step."""
-    warmup_max_lr: float | None
-    """None (only under a script with an optimizer of its own): the lr of its first parameter group at the start."""
+    warmup_max_lr: Rates | None
+    """None: each parameter group's own."""
     warmup_num_steps: int
     """Optimizer steps of warm-up."""
     warmup_type: Literal["log", "linear"]
@@ -97,10 +170,10 @@ class WarmupDecayLR(Section):
 
     type: Literal["WarmupDecayLR"] = "WarmupDecayLR"
     """Name of the schedule."""
-    warmup_min_lr: float
+    warmup_min_lr: Rates
     """Learning rate at the first step."""
-    warmup_max_lr: float | None
-    """As in WarmupLR."""
+    warmup_max_lr: Rates | None
+    """None: each parameter group's own."""
     warmup_num_steps: int
     """Optimizer steps of warm-up."""
     warmup_type: Literal["log", "linear"]
@@ -130,26 +203,31 @@ class WarmupCosineLR(Section):
     """Ratio to the base learning rate at the end."""
 
 
-SchedulerConfig = Annotated[WarmupLR | WarmupDecayLR | WarmupCosineLR, Field(discriminator="type")]
+AnySchedule = WarmupLR | WarmupDecayLR | WarmupCosineLR | OneCycle | LRRangeTest
+SchedulerConfig = Annotated[AnySchedule, Field(discriminator="type")]
 
 
 class SchedulerSection(Section):
     """The `scheduler` section as it stands in the file, checked."""
 
-    type: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
+    type: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"]
     """Name of the schedule."""
-    params: WarmupLRParams | WarmupDecayLRParams | WarmupCosineLRParams
+    params: WarmupLRParams | WarmupDecayLRParams | WarmupCosineLRParams | OneCycleParams | LRRangeTestParams
     """The schedule's own settings."""
 
     def resolve(
         self, found: Findings, *, lr: float | None, steps: int | None, auto: set[str], notes: list[str]
-    ) -> WarmupLR | WarmupDecayLR | WarmupCosineLR | None:
+    ) -> AnySchedule | None:
         """The complete schedule, or None after a problem was recorded.
 
         `lr`: the optimizer's, None when a script brings its own; `steps`: all optimizer steps, None when not known;
         `auto`: the params that are "auto" in the file.
         """
         params = self.params
+        if isinstance(params, OneCycleParams):
+            return OneCycle(**params.model_dump())
+        if isinstance(params, LRRangeTestParams):
+            return LRRangeTest(**params.model_dump())
         total = None if self.type == "WarmupLR" else _total(params, steps, notes)
         if self.type != "WarmupLR" and total is None:
             found.problem(
@@ -175,13 +253,13 @@ class SchedulerSection(Section):
                 cos_min_ratio=params.cos_min_ratio,
                 **common,
             )
-        top = params.warmup_max_lr
+        top: Any = params.warmup_max_lr
         if top is None and isinstance(params, WarmupDecayLRParams) and "warmup_max_lr" not in auto:
             top = 1e-3
             notes.append("scheduler.params.warmup_max_lr: unset, 0.001 as in DeepSpeed")
         elif top is None:
-            top = lr
-            notes.append(f"scheduler.params.warmup_max_lr: the optimizer's lr{f' {lr:g}' if lr is not None else ''}")
+            given = f", {lr:g} unless a group says otherwise" if lr is not None else ""
+            notes.append(f"scheduler.params.warmup_max_lr: each parameter group's own lr{given}")
         common |= {"warmup_min_lr": params.warmup_min_lr, "warmup_max_lr": top}
         return WarmupDecayLR(total_num_steps=total, **common) if total is not None else WarmupLR(**common)
 

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from ..knobs import KNOBS
 from ..models.presets import PRESETS
+from ..wire.bounds import MAX_STEPS
 from .errors import nearest, shown
 from .section import Flag, Int, Num, Section, Text, Texts
 
@@ -63,7 +64,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """How long and from which seed the built-in trainer trains."""
 
-    steps: Annotated[Int, Field(ge=1)] | None = None
+    steps: Annotated[Int, Field(ge=1, le=MAX_STEPS)] | None = None
     """Optimizer steps. Unset: 200 in the built-in trainer, unknown with a script, which decides itself."""
 
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
@@ -167,6 +168,10 @@ class ZerotopConfig(Section):
     accumulate: Literal["ranges", "local"] = "ranges"
     """What stages 2 and 3 keep between micro-steps. `ranges`: each micro-step's gradients are reduced and the own range
     is kept. `local`: whole gradients, reduced once at the boundary: less communication, more memory."""
+
+    buffer_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the model's floating-point buffers. Unset: each keeps the dtype that it came with, whatever the precision of
+    the parameters (rotary tables and running statistics lose too much in 16 bits)."""
 
     units: Texts | None = None
     """Names of the modules to cut the model into, as `named_modules()` gives them; `*` matches anything

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 VOCAB_MULTIPLE = 64
@@ -96,23 +98,86 @@ def _preset_name(section: Any) -> str:
     return str(name)
 
 
-def unit_parameters(config: GPTConfig, small_below: int = 0) -> list[tuple[str, int]]:
-    """(unit, number of parameters) in forward order, cut as the engine cuts: the embedding, each block, norm and head.
+def unit_parameters(
+    config: GPTConfig, small_below: int = 0, patterns: Sequence[str] | None = None
+) -> list[tuple[str, int]]:
+    """(unit, number of parameters) in forward order, cut as runtime/zero/cut.py cuts the model itself: the embedding,
+    each block, norm and head, or the modules that `patterns` (the config's zerotop.units) name.
 
-    A tied embedding is used by two units and therefore belongs to the root unit. Parameters of fewer than `small_below`
-    elements are set apart in the unit "small". Units without parameters are left out.
+    A parameter that several units use (a tied embedding), or none, belongs to the root unit, which comes first. Those
+    of fewer than `small_below` elements are set apart in the unit "small". Units without parameters are left out.
+
+    Raises ModelError where no module has a name that a pattern matches.
     """
+    names = _units(config, patterns)
+    sizes = dict.fromkeys(("root", "small", *names), 0)
+    for unit, numel in _units_of_parameters(config, small_below, names):
+        sizes[unit] += numel
+    return [(unit, numel) for unit, numel in sizes.items() if numel]
+
+
+def gradient_arrivals(
+    config: GPTConfig, small_below: int = 0, patterns: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """The unit of each parameter, cut as by `unit_parameters`, in the order in which backward makes their gradients."""
+    forward = _units_of_parameters(config, small_below, _units(config, patterns))
+    return tuple(reversed([unit for unit, _ in forward]))
+
+
+def _units(config: GPTConfig, patterns: Sequence[str] | None) -> dict[str, tuple[str, ...]]:
+    return _chosen(config, patterns) if patterns else _default_units(config)
+
+
+def _units_of_parameters(
+    config: GPTConfig, small_below: int, units: dict[str, tuple[str, ...]]
+) -> Iterator[tuple[str, int]]:
+    """Each parameter's unit and number of elements, in forward order; a tied table where it is used first."""
+    unit_of = {module: unit for unit, modules in units.items() for module in modules}
+    for modules, numel in _modules_of_parameters(config):
+        owners = {unit_of[outer] for module in modules for outer in _paths(module) if outer in unit_of}
+        owner = owners.pop() if len(owners) == 1 else "root"
+        yield "small" if numel < small_below else owner, numel
+
+
+def _modules_of_parameters(config: GPTConfig) -> Iterator[tuple[tuple[str, ...], int]]:
+    """For each parameter the modules that hold it, and its number of elements."""
     dim, table = config.dim, config.vocab_size * config.dim
-    square = dim**2
-    sizes = {"root" if config.tied else "embedding": [table]}
-    sizes |= {
-        f"blocks.{index}": [3 * square, square, 4 * square, 4 * square, dim, dim] for index in range(config.layers)
-    }
-    sizes["head"] = [dim] if config.tied else [dim, table]
-    units = [(name, sum(size for size in found if size >= small_below)) for name, found in sizes.items()]
-    small = sum(size for found in sizes.values() for size in found if size < small_below)
-    at = 1 if config.tied else 0  # behind the root unit, before the others
-    return [(name, numel) for name, numel in (*units[:at], ("small", small), *units[at:]) if numel]
+    yield ("embedding", "head") if config.tied else ("embedding",), table
+    in_a_block = {"attention_norm": dim, "qkv": 3 * dim**2, "attention_out": dim**2}
+    in_a_block |= {"feed_norm": dim, "feed_in": 4 * dim**2, "feed_out": 4 * dim**2}
+    for index in range(config.layers):
+        yield from (((f"blocks.{index}.{name}",), numel) for name, numel in in_a_block.items())
+    yield ("norm",), dim
+    if not config.tied:
+        yield ("head",), table
+
+
+def _default_units(config: GPTConfig) -> dict[str, tuple[str, ...]]:
+    """Each unit's modules. A single block is no list of blocks, and the model is then one unit."""
+    if config.layers == 1:
+        return {}
+    blocks = {f"blocks.{index}": (f"blocks.{index}",) for index in range(config.layers)}
+    return {"embedding": ("embedding",), **blocks, "head": ("norm", "head")}
+
+
+def _chosen(config: GPTConfig, patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The modules that patterns match, without those inside another one."""
+    untied = dataclasses.replace(config, tied=False)  # whose parameters are in the order of the model's modules
+    names = dict.fromkeys(path for (module,), _ in _modules_of_parameters(untied) for path in _paths(module))
+    missing = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
+    if missing:
+        raise ModelError(
+            f"zerotop.units: no module is called {', '.join(map(repr, missing))}; the built-in GPT has "
+            f"{', '.join(repr(name) for name in list(names)[:8])}..."
+        )
+    chosen = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return {name: (name,) for name in chosen if not any(outer in chosen for outer in _paths(name)[:-1])}
+
+
+def _paths(module: str) -> list[str]:
+    """Of the modules around it, outermost first, and its own."""
+    parts = module.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def parameters(config: GPTConfig) -> int:

@@ -6,6 +6,7 @@ import ctypes
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from runtime.forked import Owner
 from runtime.native.loading import (
     DTYPES,
     SUM_BLOCK,
@@ -184,7 +185,7 @@ class StreamedAdamW:
         self._open()
 
     def _open(self) -> None:
-        self._handle = u64()
+        self._handle, self._owner = u64(), Owner()
         self._address = self._memory.data_ptr()
         device, handle = self._memory.device.index, ctypes.byref(self._handle)
         raise_for_cuda(cuda().zt_stream_new(device, self._address, *self._shape, handle))
@@ -274,7 +275,7 @@ class StreamedAdamW:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_handle", None) is not None and not sys.is_finalizing():
+        if getattr(self, "_handle", None) is not None and self._owner.is_here and not sys.is_finalizing():
             self.close()
 
 

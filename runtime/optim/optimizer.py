@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -54,9 +54,15 @@ class ZeroOptimizer(torch.optim.Optimizer):
         super().__init__(groups, numbers)  # the defaults: some schedulers look there for betas or momentum
         if given is not None:
             self.param_groups = given.param_groups
-        self.initial_lrs = [float(group["lr"]) for group in self.param_groups]
+        self.initial_groups = [plain_numbers(group) for group in self.param_groups]
+        """As the script or the config made them, before a scheduler changes them."""
         self._sealed: list[int] | None = None
         self._engine: weakref.ref[Engine] | None = None
+        self.save_states: Callable[[], dict[str, Any]] | None = None
+        self.load_states: Callable[[dict[str, Any]], None] | None = None
+        """What the engine does for state_dict() and load_state_dict()."""
+        self.on_zero_grad: Callable[[], None] = lambda: None
+        """The engine's own zero_grad."""
 
     @property
     def trains(self) -> bool:
@@ -164,16 +170,17 @@ class ZeroOptimizer(torch.optim.Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        raise RuntimeError(
-            "optimizer.state_dict(): each rank holds only ranges of the states; call engine.save_checkpoint(folder) on "
-            "every rank, which saves them"
-        )
+        """This rank's part of masters and states, and the parameter groups; for the same rank, world size and stage.
+        engine.save_checkpoint(folder) is what others can read."""
+        if self.save_states is None:
+            raise RuntimeError("optimizer.state_dict(): there is no engine yet, and so no states; call it afterwards")
+        return self.save_states()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        raise RuntimeError(
-            "optimizer.load_state_dict(): call engine.load_checkpoint(folder) on every rank, which brings back what "
-            "engine.save_checkpoint(folder) saved"
-        )
+        """What state_dict() of this rank gave. Every rank must call it. Raises ValueError for anything else."""
+        if self.load_states is None:
+            raise RuntimeError("optimizer.load_state_dict(): there is no engine yet to take states; call it afterwards")
+        self.load_states(state_dict)
 
     def mark_stepped(self) -> None:
         """torch's schedulers warn when they are advanced before the optimizer they watch has stepped."""
@@ -182,7 +189,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
                 optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do: the engine drops gradients itself, after each optimizer step."""
+        """As engine.zero_grad()."""
+        self.on_zero_grad()
 
 
 class NoOptimizer(ZeroOptimizer):
@@ -190,9 +198,10 @@ class NoOptimizer(ZeroOptimizer):
 
     def __init__(self) -> None:  # torch's refuses an empty list of parameters
         self.kind, self.decoupled, self.bias_correction, self.given = "none", False, True, None
-        self.param_groups, self.defaults, self.initial_lrs = [], {}, []
+        self.param_groups, self.defaults, self.initial_groups = [], {}, []
         self.state = defaultdict(dict)
         self._sealed, self._engine = None, None
+        self.save_states = self.load_states = None
 
     @property
     def trains(self) -> bool:
@@ -249,6 +258,21 @@ def optimizer_from_torch(optimizer: torch.optim.Optimizer) -> ZeroOptimizer:
     decoupled = kind == "AdamW" or bool(groups[0].get("decoupled_weight_decay"))
     bias_correction = bool(groups[0].get("bias_correction", True))  # only ours say (ops/adam.py)
     return ZeroOptimizer(groups, kind, decoupled, bias_correction, given=optimizer)
+
+
+def plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of a parameter group: all but its parameters, and a script's own objects."""
+    return {key: _copied(value) for key, value in group.items() if key != "params" and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.Tensor)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _has_stepped(state: dict[str, Any]) -> bool:

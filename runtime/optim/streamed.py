@@ -9,9 +9,8 @@ import torch
 
 from runtime import native
 from runtime.transfer import Copy, CudaCopy
+from runtime.zero.layout import STATE_BYTES
 
-STATE_BYTES = 12
-"""Of each element: master and two moments in fp32."""
 SLOTS = 3
 """One is being loaded, one updated, one stored."""
 

@@ -62,6 +62,10 @@ class Updates:
         """Of the training thread on a GPU: whoever waits, it is the one that goes on with the parameters."""
         self.units = [unit for unit in units if unit.flats]
         self._jobs: list[Future[None] | None] = []
+        self._unread: list[Pending] = []
+        """Gathers that other ranks may still be reading from this rank."""
+        self._writes: list[int] = []
+        """Of each flat, what a script had written in place when its update began."""
         self._at = 0  # jobs before this one are finished, and their parameters gathered
         self._ends: dict[int, int] = {}  # id of a unit -> its flats are finished when _at is this
         end = 0
@@ -118,6 +122,7 @@ class Updates:
             self.host.after = self.host.transfers.mark()
         self._called.clear()
         self._at = 0
+        self._writes = [rule.flat.writes() for rule in self.rules]
         self._jobs = [self._submitted(rule, groups, step, scale) for rule in self.rules]
         overlap = self.overlap and self._taken >= LEARNING_STEPS
         self._taken += 1
@@ -149,12 +154,14 @@ class Updates:
         with self.telemetry.span("gather"):
             for gather in gathers:
                 gather.wait()
+        self._unread = gathers
         self._idle()
 
     def _gather(self, flat: Flat) -> Pending:
         if flat.arrival is not None:
             flat.arrival.wait_device()
             flat.arrival = None
+        flat.note_values()
         return Done() if flat.sharded else flat.gather_updated()
 
     @property
@@ -174,6 +181,11 @@ class Updates:
         self._idle()
 
     def _idle(self) -> None:
+        """Nothing is under way any more: the script may read and write parameters, so nobody may still be reading them
+        from this rank's memory."""
+        for gather in self._unread:
+            gather.fence()
+        self._unread = []
         self._jobs = []
         self._at = 0
         self.on_idle()
@@ -182,8 +194,16 @@ class Updates:
         with self._on_training_stream():
             while self._at < end:
                 self._own_is_ready(self._at)
+                flat = self.rules[self._at].flat
+                if flat.writes() != self._writes[self._at]:
+                    raise RuntimeError(
+                        f"parameters of {flat.name} were changed in place while their offloaded update was still "
+                        "running, which would overwrite the change: call engine.synchronize() before it"
+                    )
+                gather = self._gather(flat)
                 with self.telemetry.span("gather"):
-                    self._gather(self.rules[self._at].flat).wait()
+                    gather.wait()
+                self._unread.append(gather)
                 self._at += 1
 
     @contextmanager

@@ -17,9 +17,8 @@ from runtime.wire.codec import ProtocolError, decode_down, encode
 from runtime.wire.messages import Command, Packet, Resend
 from runtime.wire.rundir import Sockets
 
-HEARTBEAT_INTERVAL_MS = 2_000
-HEARTBEAT_TIMEOUT_MS = 30_000
-"""Long: a hub that only stands still for a while must not lose its connection."""
+FRAME_BYTES = 2**20
+"""Of a command; a larger frame is not the hub's."""
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 TELEMETRY_QUEUED = 100
@@ -45,11 +44,7 @@ class Link:
             zmq.DEALER,
             sockets,
             "ranks",
-            {
-                zmq.ROUTING_ID: f"rank/{rank}/{attempt}".encode(),
-                zmq.HEARTBEAT_IVL: HEARTBEAT_INTERVAL_MS,
-                zmq.HEARTBEAT_TIMEOUT: HEARTBEAT_TIMEOUT_MS,
-            },
+            {zmq.ROUTING_ID: f"rank/{rank}/{attempt}".encode()},
         )
         # Socket objects, not bare descriptors: after close() a late wake() can't write to what reuses the number.
         self._wake_read, self._wake_write = socket.socketpair()
@@ -67,6 +62,7 @@ class Link:
         connected = self._context.socket(kind)
         try:
             connected.linger = 0
+            connected.maxmsgsize = FRAME_BYTES
             connected.reconnect_ivl = RECONNECT_MS
             connected.reconnect_ivl_max = RECONNECT_MAX_MS
             for option, value in options.items():

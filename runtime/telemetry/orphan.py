@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import psutil
 
+from runtime.forked import Owner
+
 GRACE_VARIABLE = "ZEROTOP_ORPHAN_GRACE_S"
 DEFAULT_GRACE_S = 60.0
 FALLBACK_INTERVAL_S = 1.0
@@ -61,6 +63,7 @@ class SupervisorWatch:
         self.gone = False
         self._on_gone = on_gone
         self._grace_s = grace_s
+        self._owner = Owner()
         self._stopped = threading.Event()
         self._stop_read, self._stop_write = os.pipe()
         self._pidfd: int | None = None
@@ -81,8 +84,9 @@ class SupervisorWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, and with it the grace timer."""
-        if self._stopped.is_set():
+        """End the thread, and with it the grace timer. The pipe is shared with a forked child, which must not write to
+        it: the rank would take it for the supervisor's end."""
+        if self._stopped.is_set() or not self._owner.is_here:
             return
         self._stopped.set()
         os.write(self._stop_write, b"\0")

@@ -12,6 +12,8 @@ from runtime.wire.messages import LogRecord, Packet
 PACKETS_KEPT = 2000
 BYTES_KEPT = 16 * 2**20
 MESSAGES_PER_PACKET = 200
+PACKET_BYTES = 8 * 2**20
+"""The hub disconnects whoever sends a frame twice as large."""
 
 
 class Outbox:
@@ -31,19 +33,29 @@ class Outbox:
         self._next_seq = 1
 
     def add(self, messages: list[Any]) -> None:
-        """Make packets of `messages`; one that JSON can't carry is replaced by a log record that says so."""
+        """Make packets of `messages`; one that JSON can't carry, or that is too large, is replaced by a log record that
+        says so."""
         for start in range(0, len(messages), MESSAGES_PER_PACKET):
-            part = messages[start : start + MESSAGES_PER_PACKET]
-            try:
-                frame = self._encode(part)
-            except (TypeError, ValueError):
-                frame = self._encode([self._checked(message) for message in part])
-            self._last_seq += 1
-            self._first = self._first or frame
-            self._kept.append((self._last_seq, frame))
-            self._bytes += len(frame)
+            self._add_packet(messages[start : start + MESSAGES_PER_PACKET])
         while len(self._kept) > PACKETS_KEPT or (self._bytes > BYTES_KEPT and len(self._kept) > 1):
             self._bytes -= len(self._kept.popleft()[1])
+
+    def _add_packet(self, messages: list[Any]) -> None:
+        try:
+            frame = self._encode(messages)
+        except (TypeError, ValueError):
+            frame = self._encode([self._checked(message) for message in messages])
+        if len(frame) > PACKET_BYTES and len(messages) > 1:
+            half = len(messages) // 2
+            self._add_packet(messages[:half])
+            self._add_packet(messages[half:])
+            return
+        if len(frame) > PACKET_BYTES:
+            frame = self._encode([self._refused(messages[0], f"it has {len(frame):,} bytes")])
+        self._last_seq += 1
+        self._first = self._first or frame
+        self._kept.append((self._last_seq, frame))
+        self._bytes += len(frame)
 
     def next_frame(self) -> bytes | None:
         """The next packet to send, or None when all are sent. It stays the next one until `sent`."""
@@ -71,6 +83,9 @@ class Outbox:
         try:
             encode(message)
         except (TypeError, ValueError) as error:
-            text = f"a message of kind {message.kind} could not be sent: {error}"
-            return LogRecord(rank=self._rank, level="error", logger="runtime.telemetry", text=text, wall_s=time())
+            return self._refused(message, str(error))
         return message
+
+    def _refused(self, message: Any, reason: str) -> LogRecord:
+        text = f"a message of kind {message.kind} could not be sent: {reason}"
+        return LogRecord(rank=self._rank, level="error", logger="runtime.telemetry", text=text, wall_s=time())

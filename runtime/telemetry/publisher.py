@@ -21,7 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runtime.forked import Owner, at_exit
 from runtime.telemetry import stopsignal
+from runtime.telemetry.bounds import ERROR_KEPT, shortened, shortened_error
 from runtime.telemetry.handler import LevelName, TelemetryHandler
 from runtime.telemetry.inbox import Inbox
 from runtime.telemetry.link import Link
@@ -80,6 +82,8 @@ class Telemetry(Recorder):
         self._memory_due = False
         self._memory_at = -math.inf
         self._said_goodbye = False
+        self._owner = Owner()
+        self._at_exit: Callable[[], Any] | None = None
         self._close_by: float | None = None
         self._told: set[str] = set()
 
@@ -123,27 +127,42 @@ class Telemetry(Recorder):
         # A handler on a bare root logger would turn a script's later logging.basicConfig() into a no-op.
         self._logger = logging.getLogger() if logging.getLogger().handlers else logging.getLogger("runtime")
         self._logger.addHandler(self.log_handler)
-        atexit.register(self.close)
+        self._at_exit = at_exit(self.close)
 
-    def goodbye(self, outcome: Outcome, step: int, error: str = "", fatal: bool = False) -> None:
+    def goodbye(
+        self, outcome: Outcome, step: int, error: str = "", fatal: bool = False, culprit: int | None = None
+    ) -> None:
         """The last word, before `close`. Only the first one counts: what goes wrong on the way out is not the cause.
+        A forked child has none.
 
-        `fatal`: another attempt would end the same way, so the supervisor does not start one.
+        `fatal`: another attempt would end the same way, so the supervisor does not start one. `culprit`: the rank whose
+        doing it is, where that is known.
         """
-        if self._said_goodbye:
+        if self._said_goodbye or not self._owner.is_here:
             return
         self._said_goodbye = True
-        wall_s = time.time()
-        self._send_event(Goodbye(rank=self.rank, outcome=outcome, step=step, error=error, fatal=fatal, wall_s=wall_s))
+        self._send_event(
+            Goodbye(
+                rank=self.rank,
+                outcome=outcome,
+                step=step,
+                error=shortened_error(error),
+                fatal=fatal,
+                culprit=culprit,
+                wall_s=time.time(),
+            )
+        )
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Send what is left, for at most timeout_s seconds, and end the threads. Idempotent; also runs at exit.
+        """Send what is left, for at most timeout_s seconds, and end the threads. Idempotent; also runs at exit. In a
+        forked child nothing happens: threads and sockets are the rank's.
 
         When the supervisor is gone the grace timer goes on: a process that hangs on leaving must not outlive the run.
         """
-        if self._link is None or self._close_by is not None:
+        if self._link is None or self._close_by is not None or not self._owner.is_here:
             return
-        atexit.unregister(self.close)
+        if self._at_exit is not None:
+            atexit.unregister(self._at_exit)
         self._logger.removeHandler(self.log_handler)
         self._close_by = time.monotonic() + timeout_s
         self._link.wake()
@@ -175,11 +194,20 @@ class Telemetry(Recorder):
         severity: Severity = "info",
         step: int | None = None,
         data: dict[str, Any] | None = None,
+        of_run: bool = False,
     ) -> None:
-        """A line for the event pane; `what` is a stable word. `data` must be JSON."""
-        wall_s = time.time()
+        """A line for the event pane; `what` is a stable word. `data` must be JSON. of_run: it is a matter of the whole
+        run, not of this rank."""
         self._send_event(
-            Event(rank=self.rank, what=what, text=text, severity=severity, step=step, data=data or {}, wall_s=wall_s)
+            Event(
+                rank=None if of_run else self.rank,
+                what=what,
+                text=shortened(text, ERROR_KEPT),
+                severity=severity,
+                step=step,
+                data=data or {},
+                wall_s=time.time(),
+            )
         )
 
     def log(self, level: LevelName, text: str, logger: str = "runtime", wall_s: float | None = None) -> None:
@@ -187,12 +215,14 @@ class Telemetry(Recorder):
         if len(self._events) >= LOGS_KEPT:
             self._logs_dropped += 1
             return
-        wall_s = wall_s or time.time()
+        wall_s, text = wall_s or time.time(), shortened(text, ERROR_KEPT)
         self._events.append(LogRecord(rank=self.rank, level=level, logger=logger, text=text, wall_s=wall_s))
 
     def ack(self, ack: Ack) -> None:
         """The answer to a command; rank and wall_s are filled in."""
-        self._send_event(ack.model_copy(update={"rank": self.rank, "wall_s": ack.wall_s or time.time()}))
+        reason = shortened(ack.reason, ERROR_KEPT)
+        changes = {"rank": self.rank, "reason": reason, "wall_s": ack.wall_s or time.time()}
+        self._send_event(ack.model_copy(update=changes))
 
     def memory_changed(self) -> None:
         """Ask for a Memory message soon (within 0.1 s) instead of at the next full second."""
@@ -205,7 +235,7 @@ class Telemetry(Recorder):
         self._wake()
 
     def _wake(self) -> None:
-        if self._link is not None and self._close_by is None:
+        if self._link is not None and self._close_by is None and self._owner.is_here:
             self._link.wake()
 
     # ---- the publisher thread --------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ Three channels carry them, and each says what it may lose:
   `CommandRecord`; first a `Snapshot`.
 
 Units stand in the field names. `*_ns` are CLOCK_MONOTONIC nanoseconds of the sender's node (comparable on one node
-only); `*_wall_s` are Unix seconds. Older readers ignore unknown fields, and skip messages of an unknown kind (see
-codec.py).
+only); `*_wall_s` are Unix seconds. Older readers ignore unknown fields, and skip messages of an unknown kind or with
+values out of bounds (bounds.py, codec.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,23 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from runtime.wire.bounds import (
+    Count,
+    Data,
+    Finite,
+    Identity,
+    Int64,
+    MicroStep,
+    Name,
+    Pid,
+    RankNumber,
+    Step,
+    Text,
+    WallSeconds,
+    Word,
+    WorldSize,
+)
 
 PROTOCOL = 1
 """Raised when an old reader would misread a message; a hello with another number is refused with a message that says
@@ -47,34 +64,34 @@ class Hello(Message):
 
     kind: Literal["hello"] = "hello"
     protocol: int = PROTOCOL
-    run: str
-    attempt: int
-    rank: int
-    local_rank: int
-    world_size: int
-    host: str
-    pid: int
-    boot_id: str
-    wall_s: float
-    mono_ns: int
-    device: str  # "cpu", "cuda:0"
-    device_name: str = ""
-    device_uuid: str = ""
-    backend: str = ""  # "gloo", "nccl"
-    config_digest: str
-    model_name: str = ""
-    parameters: int = 0
-    stage: int
-    precision: str
-    micro_batch: int
-    accumulation: int
-    global_batch: int
-    seq_len: int | None = None
-    steps: int | None = None  # optimizer steps the run will take; None when a script decides
-    start_step: int = 0
-    torch_version: str = ""
-    telemetry_hz: float = 5.0
-    knobs: dict[str, Any] = Field(default_factory=dict)  # every knob's value at the start of the attempt
+    run: Name
+    attempt: Count
+    rank: RankNumber
+    local_rank: RankNumber
+    world_size: WorldSize
+    host: Name
+    pid: Pid
+    boot_id: Name
+    wall_s: WallSeconds
+    mono_ns: Count
+    device: Name  # "cpu", "cuda:0"
+    device_name: Name = ""
+    device_uuid: Name = ""
+    backend: Name = ""  # "gloo", "nccl"
+    config_digest: Name
+    model_name: Name = ""
+    parameters: Count = 0
+    stage: Int64
+    precision: Name
+    micro_batch: Count
+    accumulation: MicroStep
+    global_batch: Count
+    seq_len: Count | None = None
+    steps: Step | None = None  # optimizer steps the run will take; None when a script decides
+    start_step: Step = 0
+    torch_version: Name = ""
+    telemetry_hz: Finite = 5.0
+    knobs: Data = Field(default_factory=dict)  # every knob's value at the start of the attempt
 
 
 class Phases(Message):
@@ -82,9 +99,9 @@ class Phases(Message):
     end_ns)."""
 
     kind: Literal["phases"] = "phases"
-    rank: int
-    micro_steps: int
-    spans: list[tuple[PhaseName, int, int, int, int]]
+    rank: RankNumber
+    micro_steps: MicroStep
+    spans: list[tuple[PhaseName, Step, MicroStep, Int64, Int64]]
 
 
 class StepResult(Message):
@@ -92,23 +109,23 @@ class StepResult(Message):
     rank's own."""
 
     kind: Literal["step"] = "step"
-    rank: int
-    step: int  # 1-based: the step that just ended
+    rank: RankNumber
+    step: Step  # 1-based: the step that just ended
     loss: float | None
     lr: float
     grad_norm: float | None
-    step_ms: float
-    tokens_per_s: float | None = None  # this rank's
-    samples_per_s: float | None = None
-    wait_ms: float = 0.0  # exposed: the training thread stood still for communication
-    comm_bytes: int = 0
-    phase_ms: dict[str, float] = Field(default_factory=dict)
+    step_ms: Finite
+    tokens_per_s: Finite | None = None  # this rank's
+    samples_per_s: Finite | None = None
+    wait_ms: Finite = 0.0  # exposed: the training thread stood still for communication
+    comm_bytes: Count = 0
+    phase_ms: dict[Word, Finite] = Field(default_factory=dict)
     skipped: bool = False
-    loss_scale: float | None = None
+    loss_scale: Finite | None = None
     """Factor on the loss in this step; None unless the precision is fp16."""
-    skipped_steps: int = 0
+    skipped_steps: Step = 0
     """Steps of the whole training, this one included, that changed nothing."""
-    end_ns: int
+    end_ns: Int64
 
 
 class Memory(Message):
@@ -116,18 +133,18 @@ class Memory(Message):
     holds in host memory because the config says so); the device figures are the allocator's and the driver's."""
 
     kind: Literal["memory"] = "memory"
-    rank: int
-    ledger: dict[Category, int]
-    offloaded: dict[Category, int] = {}
-    pinned_bytes: int = 0
-    pinned_requested_bytes: int = 0
-    rss_bytes: int
-    allocated_bytes: int | None = None  # torch's CUDA allocator; None on a CPU
-    reserved_bytes: int | None = None
-    device_used_bytes: int | None = None
-    device_total_bytes: int | None = None
-    host_total_bytes: int
-    at_ns: int
+    rank: RankNumber
+    ledger: dict[Category, Count]
+    offloaded: dict[Category, Count] = {}
+    pinned_bytes: Count = 0
+    pinned_requested_bytes: Count = 0
+    rss_bytes: Count
+    allocated_bytes: Count | None = None  # torch's CUDA allocator; None on a CPU
+    reserved_bytes: Count | None = None
+    device_used_bytes: Count | None = None
+    device_total_bytes: Count | None = None
+    host_total_bytes: Count
+    at_ns: Int64
 
 
 class Collectives(Message):
@@ -139,36 +156,36 @@ class Collectives(Message):
     """
 
     kind: Literal["collectives"] = "collectives"
-    rank: int
-    step: int
-    records: list[tuple[int, str, int, int, int, int, int]]
+    rank: RankNumber
+    step: Step
+    records: list[tuple[Count, Word, Count, Int64, Int64, Int64, Int64]]
 
 
 class Heartbeat(Message):
     """Where a rank is right now; sent by a thread of its own, so it goes on when the training thread hangs."""
 
     kind: Literal["heartbeat"] = "heartbeat"
-    rank: int
+    rank: RankNumber
     phase: PhaseName
-    phase_since_ns: int
-    step: int  # the step being worked on (1-based)
-    micro_step: int
-    micro_steps: int
-    entered_seq: int  # the newest collective this rank has entered
-    completed_seq: int
-    entered_op: str = ""
-    progress_ns: int  # when the training thread last did anything that telemetry sees
-    dropped: int = 0  # messages lost to a full ring since the start
-    now_ns: int
+    phase_since_ns: Int64
+    step: Step  # the step being worked on (1-based)
+    micro_step: MicroStep
+    micro_steps: MicroStep
+    entered_seq: Count  # the newest collective this rank has entered
+    completed_seq: Count
+    entered_op: Name = ""
+    progress_ns: Int64  # when the training thread last did anything that telemetry sees
+    dropped: Count = 0  # messages lost to a full ring since the start
+    now_ns: Int64
 
 
 class LogRecord(Message):
     kind: Literal["log"] = "log"
-    rank: int | None  # None: the supervisor
+    rank: RankNumber | None  # None: the supervisor
     level: Literal["debug", "info", "warning", "error", "critical"]
-    logger: str
-    text: str
-    wall_s: float
+    logger: Name
+    text: Text
+    wall_s: WallSeconds
 
 
 class Event(Message):
@@ -176,40 +193,40 @@ class Event(Message):
     "not finite", "exit", ...)."""
 
     kind: Literal["event"] = "event"
-    rank: int | None
-    what: str
-    text: str
+    rank: RankNumber | None
+    what: Name
+    text: Text
     severity: Literal["info", "warning", "error"] = "info"
-    step: int | None = None
-    data: dict[str, Any] = Field(default_factory=dict)
-    wall_s: float
+    step: Step | None = None
+    data: Data = Field(default_factory=dict)
+    wall_s: WallSeconds
 
 
 class Command(Message):
     """`id` is the sender's (the same id twice acts once); `number` is the hub's, 0 until it has been accepted."""
 
     kind: Literal["command"] = "command"
-    id: str
+    id: Identity
     name: CommandName
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    who: str = ""
-    number: int = 0
-    wall_s: float = 0.0
+    arguments: Data = Field(default_factory=dict)
+    who: Name = ""
+    number: Count = 0
+    wall_s: WallSeconds = 0.0
 
 
 class Ack(Message):
     """accepted (by the hub) -> applied at `step` (by rank 0) | rejected: `reason`; `result` e.g. the checkpoint's
-    path."""
+    path. Rank 0 may say accepted again, with what it does about the command as `reason`."""
 
     kind: Literal["ack"] = "ack"
-    id: str
-    number: int = 0
+    id: Identity
+    number: Count = 0
     state: Literal["accepted", "applied", "rejected"]
-    step: int | None = None
-    reason: str = ""
-    result: dict[str, Any] = Field(default_factory=dict)
-    rank: int | None = None
-    wall_s: float = 0.0
+    step: Step | None = None
+    reason: Text = ""
+    result: Data = Field(default_factory=dict)
+    rank: RankNumber | None = None
+    wall_s: WallSeconds = 0.0
 
 
 class CommandRecord(Message):
@@ -224,52 +241,58 @@ class Goodbye(Message):
     """A rank's last word: why it leaves. error holds the traceback's last lines when it leaves on an exception."""
 
     kind: Literal["goodbye"] = "goodbye"
-    rank: int
+    rank: RankNumber
     outcome: Literal["finished", "stopped", "aborted", "failed"]
-    step: int
-    error: str = ""
+    step: Step
+    error: Text = ""
     fatal: bool = False
     """Another attempt would end the same way: the config, the data or the training itself is at fault."""
-    wall_s: float
+    culprit: RankNumber | None = None
+    """The rank whose doing it is, where this one knows that it is another's, or its own alone."""
+    wall_s: WallSeconds
 
 
 class RunStatus(Message):
     """The supervisor's word on the run as a whole; also the content of state.json in the run directory."""
 
     kind: Literal["status"] = "status"
-    name: str
+    name: Name
     state: RunStateName
-    attempt: int = 0
-    step: int = 0
-    reason: str = ""  # one line for people: why it is in this state
-    exit_code: int | None = None
-    failed_rank: int | None = None
-    error: str = ""  # last lines of the failing rank's traceback
-    last_checkpoint_step: int | None = None
-    restarts: int = 0
+    attempt: Count = 0
+    step: Step = 0
+    reason: Text = ""  # one line for people: why it is in this state
+    exit_code: Int64 | None = None
+    failed_rank: RankNumber | None = None
+    error: Text = ""  # last lines of the failing rank's traceback
+    last_checkpoint_step: Step | None = None
+    restarts: Count = 0
     """Attempts that the supervisor started by itself since the launch."""
-    restart_reason: str = ""
+    restart_reason: Text = ""
     """Why the last one was needed: one line for people."""
-    lost_steps: int = 0
+    lost_steps: Step = 0
     """Steps that the last restart takes again: those after the checkpoint that it went on from."""
-    started_wall_s: float | None = None
-    ended_wall_s: float | None = None
+    laggard_rank: RankNumber | None = None
+    """The rank that the others lose time to, step after step."""
+    laggard: Text = ""
+    """The same as one line for people."""
+    started_wall_s: WallSeconds | None = None
+    ended_wall_s: WallSeconds | None = None
 
 
 class GpuStats(Message):
     """One device as NVML sees it. None: the driver answers NotSupported."""
 
-    index: int
-    uuid: str
-    name: str
-    used_bytes: int | None = None
-    total_bytes: int | None = None
-    utilization_percent: float | None = None
-    power_w: float | None = None
-    power_limit_w: float | None = None
-    temperature_c: float | None = None
-    sm_clock_mhz: float | None = None
-    clock_reasons: list[str] = Field(default_factory=list)
+    index: Count
+    uuid: Name
+    name: Name
+    used_bytes: Count | None = None
+    total_bytes: Count | None = None
+    utilization_percent: Finite | None = None
+    power_w: Finite | None = None
+    power_limit_w: Finite | None = None
+    temperature_c: Finite | None = None
+    sm_clock_mhz: Finite | None = None
+    clock_reasons: list[Name] = Field(default_factory=list)
 
 
 class NodeStats(Message):
@@ -277,27 +300,27 @@ class NodeStats(Message):
     why)."""
 
     kind: Literal["node"] = "node"
-    host: str
-    cpu_percent: float
-    cpu_count: int
-    load_1m: float
-    ram_used_bytes: int
-    ram_total_bytes: int
-    swap_used_bytes: int = 0
-    rank_rss_bytes: dict[int, int] = Field(default_factory=dict)
-    rank_cpu_percent: dict[int, float] = Field(default_factory=dict)
-    run_rss_bytes: int = 0  # every process of the run on this node
+    host: Name
+    cpu_percent: Finite
+    cpu_count: Count
+    load_1m: Finite
+    ram_used_bytes: Count
+    ram_total_bytes: Count
+    swap_used_bytes: Count = 0
+    rank_rss_bytes: dict[RankNumber, Count] = Field(default_factory=dict)
+    rank_cpu_percent: dict[RankNumber, Finite] = Field(default_factory=dict)
+    run_rss_bytes: Count = 0  # every process of the run on this node
     gpus: list[GpuStats] | None = None
-    gpu_note: str = ""
-    at_ns: int
-    wall_s: float
+    gpu_note: Text = ""
+    at_ns: Int64
+    wall_s: WallSeconds
 
 
 class Resend(Message):
     """The hub asks a rank for its events again, from packet number `first_seq` on."""
 
     kind: Literal["resend"] = "resend"
-    first_seq: int
+    first_seq: Count
 
 
 Up = Annotated[
@@ -329,12 +352,12 @@ class Packet(Message):
 
     kind: Literal["packet"] = "packet"
     protocol: int = PROTOCOL
-    source: str
-    attempt: int
-    seq: int
-    sent_ns: int
-    arrival_ns: int = 0
-    hub_seq: int = 0
+    source: Name
+    attempt: Count
+    seq: Count
+    sent_ns: Int64
+    arrival_ns: Int64 = 0
+    hub_seq: Count = 0
     messages: list[Up]
 
 
@@ -343,10 +366,10 @@ class Snapshot(Message):
 
     kind: Literal["snapshot"] = "snapshot"
     protocol: int = PROTOCOL
-    hub_seq: int
-    now_ns: int
-    wall_s: float
-    heard_ns: dict[int, int] = Field(default_factory=dict)
+    hub_seq: Count
+    now_ns: Int64
+    wall_s: WallSeconds
+    heard_ns: dict[RankNumber, Int64] = Field(default_factory=dict)
     """When the hub last heard from each rank, on its own clock."""
     messages: list[Up]
 

@@ -29,6 +29,8 @@ RUN_VARIABLE = "ZEROTOP_RUN"
 control."""
 ATTEMPT_VARIABLE = "ZEROTOP_ATTEMPT"
 SUPERVISOR_VARIABLE = "ZEROTOP_SUPERVISOR_PID"
+GROUP_KEY_VARIABLE = "ZEROTOP_GROUP_KEY"
+"""A secret of the attempt's ranks: what they tell each other is signed with it (runtime/comm/objects.py)."""
 RESUME_VARIABLE = "ZEROTOP_RESUME"
 """"1": continue from the newest complete checkpoint."""
 
@@ -68,7 +70,12 @@ class RunFile(BaseModel):
 
 
 class Sockets:
-    """The four Unix sockets of a run, as paths and as ZeroMQ endpoints."""
+    """The four Unix sockets of a run, as paths and as ZeroMQ endpoints.
+
+    No socket at either end may have ZeroMQ's heartbeats on. A peer that leaves while the receiver's queue is full makes
+    libzmq abort the process at the next heartbeat (`!_io_error` in stream_engine_base.cpp). They are not needed either:
+    the kernel tells the end of a Unix socket at once, and the tunnel of an SSH session is watched by ssh itself.
+    """
 
     names = ("telemetry", "ranks", "screens", "commands")
 

@@ -20,43 +20,48 @@ class Boundary:
 
     grad_norm: float
     """L2 norm of the mean gradient (before clipping); inf or nan when a gradient is."""
-    loss: float
-    """Mean over micro-steps and ranks."""
+    loss: float | None
+    """Mean over micro-steps and ranks; None where the script ran loss.backward() itself on a loss nobody knows."""
     command_waits: bool
     """Rank 0 has commands that all ranks must apply at this boundary."""
     stop_asked: bool
     """Some rank must stop (its supervisor is gone)."""
+    changed: bool = False
+    """On some rank the script has changed parameters since the last step."""
 
 
 def agree(
     flats: Sequence[Flat],
     comm: Comm,
-    loss: torch.Tensor | float,
+    loss: torch.Tensor | float | None,
     divisor: float,
     command_waits: bool,
     stop_asked: bool,
     way: int = 0,
+    changed: torch.Tensor | bool = False,
 ) -> Boundary:
-    """One all-reduce of six numbers in fp64, at every stage, clipping or not.
+    """One all-reduce of seven numbers in fp64, at every stage, clipping or not.
 
     `divisor` turns the summed gradient into the mean one (world size x loss scale). Each rank contributes the squares
     of its own range only, also where it holds everything, so that no element counts twice. `way`: a number below 2**20
     of the way through the model; raises RuntimeError on every rank when they took different ones.
     """
-    figures = torch.zeros(6, dtype=torch.float64, device=comm.device)
+    figures = torch.zeros(7, dtype=torch.float64, device=comm.device)
     figures[0] = _squares(flats, comm)
-    figures[1] = loss
-    figures[2:] = torch.tensor([command_waits, stop_asked, way, way * way], dtype=torch.float64)
+    figures[1] = 0.0 if loss is None else loss
+    figures[2:6] = torch.tensor([command_waits, stop_asked, way, way * way], dtype=torch.float64)
+    figures[6] = changed
     comm.all_reduce(figures).wait()
-    total, loss_sum, waits, stops, ways, squares = figures.tolist()
+    total, loss_sum, waits, stops, ways, squares, changes = figures.tolist()
     if comm.world_size * squares != ways * ways:  # equal only where all are (Cauchy-Schwarz); whole numbers, exact
         raise RuntimeError(
-            "stage 3: the ranks took different ways through the model in this step, so some gathered other parameters "
-            "than they asked for. A module that not every rank uses needs zero_optimization.stage 2, or a call of its "
-            "forward on all of them"
+            "stage 3: the ranks ran modules in different orders in this step, so some gathered other parameters than "
+            "they asked for. Modules that not every rank uses (experts) must be parts of one unit: name the module "
+            "around them in zerotop.units, or use zero_optimization.stage 2"
         )
     norm = math.sqrt(total) / divisor if total >= 0 else math.nan
-    return Boundary(norm, loss_sum / comm.world_size, waits > 0, stops > 0)
+    mean = None if loss is None else loss_sum / comm.world_size
+    return Boundary(norm, mean, waits > 0, stops > 0, changes > 0)
 
 
 def _squares(flats: Sequence[Flat], comm: Comm) -> torch.Tensor | float:

@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from runtime.names import plain_name
+
 
 @dataclass
 class Cut:
@@ -37,15 +39,16 @@ def cut(model: nn.Module, patterns: list[str] | None = None, small_below: int = 
     """
     modules = dict(model.named_modules())
     if patterns:
-        chosen = [name for name in modules if name and any(fnmatchcase(name, pattern) for pattern in patterns)]
-        missing = [p for p in patterns if not any(fnmatchcase(name, p) for name in modules if name)]
+        plain = {name: plain_name(name) for name in modules if plain_name(name)}
+        chosen = [name for name in plain if any(fnmatchcase(plain[name], pattern) for pattern in patterns)]
+        missing = [p for p in patterns if not any(fnmatchcase(name, p) for name in plain.values())]
         if missing:
             raise UnitError(
                 f"zerotop.units: no module is called {', '.join(map(repr, missing))}; the model has "
-                f"{', '.join(repr(name) for name in list(modules)[1:9])}..."
+                f"{', '.join(repr(name) for name in list(plain.values())[:8])}..."
             )
         chosen = [name for name in chosen if not any(name.startswith(other + ".") for other in chosen)]
-        cuts = [Cut(name, [modules[name]]) for name in chosen]
+        cuts = [Cut(plain[name], [modules[name]]) for name in chosen]
     else:
         cuts = _default_cut(model, modules)
     root = Cut("root", [model], everywhere=True)
@@ -70,7 +73,7 @@ def _default_cut(model: nn.Module, modules: dict[str, nn.Module]) -> list[Cut]:
     stacks = {name: stack for name, stack in stacks.items() if _numel(stack) >= STACK_SHARE * _numel(largest)}
     before, after = _around(model, list(stacks.values()), largest)
     blocks = [
-        Cut(f"{name}.{index}".lstrip("."), list(_with_forward(block)))
+        Cut(plain_name(f"{name}.{index}".lstrip(".")), list(_with_forward(block)))
         for name, stack in stacks.items()
         for index, block in enumerate(stack.children())
     ]
@@ -78,9 +81,12 @@ def _default_cut(model: nn.Module, modules: dict[str, nn.Module]) -> list[Cut]:
 
 
 def _stacks(modules: dict[str, nn.Module], kind: type[nn.Module]) -> dict[str, nn.Module]:
-    """Lists of several blocks, by path, in the model's order; none is inside another."""
+    """Lists of several blocks, by path, in the model's order; none is inside another. Experts are no blocks: which of
+    them run depends on the data, and differs between ranks, while all ranks must gather the same units."""
     found: dict[str, nn.Module] = {}
     for name, module in modules.items():
+        if "expert" in name.rpartition(".")[2].lower():
+            continue
         several = isinstance(module, kind) and len(list(module.children())) > 1 and _numel(module) > 0
         if several and not any(outer == "" or name.startswith(outer + ".") for outer in found):
             found[name] = module
@@ -133,7 +139,7 @@ def _share_out(model: nn.Module, root: Cut, cuts: list[Cut]) -> None:
                 users.setdefault(parameter, set()).add(index)
     for name, parameter in model.named_parameters():  # each shared parameter appears once, under its first name
         owners = users.get(parameter, set())
-        (cuts[next(iter(owners))] if len(owners) == 1 else root).parameters.append((name, parameter))
+        (cuts[next(iter(owners))] if len(owners) == 1 else root).parameters.append((plain_name(name), parameter))
 
 
 def reduce_order(units: list[Cut]) -> Iterator[int]:

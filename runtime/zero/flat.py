@@ -11,9 +11,11 @@ from torch import nn
 from runtime.comm import Comm, Done, Pending
 from runtime.memory import Ledger, zeros
 from runtime.transfer import Copy, Transfers
+from runtime.zero.fingerprint import fingerprint
 from runtime.zero.gradients import Gradients
 from runtime.zero.home import Home
 from runtime.zero.layout import Layout, Slot
+from runtime.zero.parameter import reshard, unshard
 from runtime.zero.stage import StagePolicy
 from runtime.zero.values import Values, adopt
 
@@ -33,8 +35,7 @@ class Flat:
 
     [Note: released parameters]
     A gather fills the same Storage again (`resize_`, as FSDP does): views that autograd saved in the forward are then
-    valid in the backward. Outside a unit's use nobody may read that memory; placeholders see to it that a script that
-    tries gets NaN instead of a crash.
+    valid in the backward. Outside a unit's use nobody may read that memory: see [Note: parameters change their class].
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Flat:
         self.gradients: Gradients | None = None
         self.gathered = not sharded
         self._pending: Pending | None = None
+        self._noted: torch.Tensor | None = None
         self._adopt(values)
+        self.note_values()
 
     # ---- taking over the model's parameters --------------------------------------------------------------------------
     @torch.no_grad()
@@ -96,8 +99,10 @@ class Flat:
                 else:
                     self.masters = self.home.zeros("masters", part.numel()).copy_(part)
         for parameter, view, placeholder in zip(self.members, self._views, self._placeholders, strict=True):
-            adopt(parameter, placeholder if self.sharded else view)
             parameter.grad = None
+            adopt(parameter, placeholder if self.sharded else view)
+            if self.sharded:
+                reshard(parameter, placeholder)
         if self.sharded:
             self.whole.untyped_storage().resize_(0)
 
@@ -151,6 +156,29 @@ class Flat:
         """Whether masters and own parameters are in different memories."""
         return self.home.remote != (self._own_home is not None and self._own_home.remote)
 
+    # ---- changes from outside ----------------------------------------------------------------------------------------
+    @property
+    def _script_reaches_it(self) -> bool:
+        """Whether a script can change parameters in place without the masters knowing. A sharded flat is changed
+        inside GatheredParameters, which says so."""
+        return self.trainable and not self.sharded and self.masters is not self.own
+
+    def note_values(self) -> None:
+        """Whatever differs from now on, a script has changed."""
+        if self._script_reaches_it:
+            self._noted = fingerprint(self.own)
+
+    def changed(self) -> torch.Tensor | bool:
+        """Whether a script has changed own parameters since `note_values`; () bool on a GPU, so that nobody waits."""
+        if self._noted is None:
+            return False
+        different = fingerprint(self.own) != self._noted
+        return different if self.own.device.type == "cuda" else bool(different)
+
+    def writes(self) -> int:
+        """In-place operations on the parameters so far (not those through `.data`)."""
+        return sum(parameter._version for parameter in self.members) if self._script_reaches_it else 0
+
     def masters_to_parameters(self) -> None:
         """After the masters were written from outside (a checkpoint, another optimizer)."""
         if self.trainable and self.masters is not self.own:
@@ -166,25 +194,28 @@ class Flat:
             own = self.own.to(self.masters.device)
             same = own == self.masters.to(self.dtype)
             self.masters.copy_(torch.where(same, self.masters, own.to(torch.float32)))
+        self.note_values()
 
     # ---- gathering ---------------------------------------------------------------------------------------------------
     def gather_updated(self) -> Pending:
         """After an update: fetch the ranges that other ranks updated, where parameters stay whole."""
         return self.comm.all_gather(self.whole, self.own, self.name) if self.policy.own_states else Done()
 
-    def issue_gather(self) -> None:
-        """Start filling a released flat from all ranks' ranges. See [Note: released parameters]."""
+    def issue_gather(self) -> bool:
+        """Start filling a released flat from all ranks' ranges. See [Note: released parameters]. False where there was
+        nothing to start."""
         if self.gathered or self._pending is not None:
-            return
+            return False
         self.before_gather()
         self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
         self.ledger.hold("communication", self.whole)
         if self._transfers is None or self._own_home is None:
             self._pending = self.comm.all_gather(self.whole, self.own, self.name)
-            return
+            return True
         place = self.comm.own_range(self.whole)  # offloaded parameters come to their place on the device first
         copy = self._transfers.up(self.own, place, self._transfers.mark())
         self._pending = self.comm.all_gather(self.whole, place, self.name, after=copy)
+        return True
 
     def finish_gather(self) -> None:
         """Wait for it and let the parameters show it."""
@@ -194,7 +225,7 @@ class Flat:
         self._pending = None
         self.gathered = True
         for parameter, view in zip(self.members, self._views, strict=True):
-            parameter.data = view
+            unshard(parameter, view)
 
     def release(self) -> None:
         """Free the gathered parameters of a sharded flat; the own range stays."""
@@ -207,7 +238,7 @@ class Flat:
             return
         self.gathered = False
         for parameter, placeholder in zip(self.members, self._placeholders, strict=True):
-            parameter.data = placeholder
+            reshard(parameter, placeholder)
         self.ledger.release("communication", self.whole)
         self.whole.untyped_storage().resize_(0)
 
@@ -215,10 +246,11 @@ class Flat:
         """The first parameter that lies elsewhere than this left it: somebody set its `.data`, or converted or moved
         the module, and what it computes with is not what is trained."""
         placed = self._views if self.gathered else self._placeholders
-        for slot, parameter, place in zip(self.layout.slots, self.members, placed, strict=True):
-            data = parameter.data
-            if data.dtype != place.dtype or (data.numel() and data.data_ptr() != place.data_ptr()):
-                return slot.name
+        with torch._C.DisableTorchFunctionSubclass():
+            for slot, parameter, place in zip(self.layout.slots, self.members, placed, strict=True):
+                data = parameter.data
+                if data.dtype != place.dtype or (data.numel() and data.data_ptr() != place.data_ptr()):
+                    return slot.name
         return None
 
     # ---- gradients, as the optimizer sees them -----------------------------------------------------------------------

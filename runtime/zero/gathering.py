@@ -12,12 +12,11 @@ which is right and slower.
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -28,6 +27,7 @@ from torch import nn
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.zero.flat import Flat
 from runtime.zero.hooks import EngineHook
+from runtime.zero.parameter import may_be_resharded
 from runtime.zero.unit import Unit
 
 log = logging.getLogger("runtime.engine")
@@ -36,8 +36,16 @@ log = logging.getLogger("runtime.engine")
 class Gathering:
     """Drives the units of one model. Does nothing where no flat is sharded."""
 
-    def __init__(self, module: nn.Module, units: Sequence[Unit], telemetry: Telemetry | NullTelemetry) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        units: Sequence[Unit],
+        telemetry: Telemetry | NullTelemetry,
+        gather_objects: Callable[[Any], list[Any]],
+    ) -> None:
+        """gather_objects: hands every rank's value to every rank."""
         self.units = [unit for unit in units if unit.sharded]
+        self._gather_objects = gather_objects
         self.telemetry = telemetry
         self._live: list[Unit] = []
         self._orders: dict[str, list[Unit]] = {}
@@ -45,13 +53,22 @@ class Gathering:
         self._uses: list[Unit] = []  # of the pass under way
         self._kind = "train"
         self._inside = 0  # forwards of the whole model that are running
+        self._open = False
+        """Between the beginning of a forward and the end of the backward."""
+        self._training = False
+        """The same of a forward with gradients."""
+        self._met = "train"
         self._interrupted: tuple[list[Unit], bool] = ([], False)
         self._lost = False  # this pass does not follow the learned order
         self._warned = False
         self.way = 0
-        """A number of what was used in which order since `take_way`; equal on ranks that went the same way."""
+        """A number of what was gathered in which order since `take_way`; equal on ranks that went the same way."""
         self._hooks: list[Any] = []
-        self._watched: list[nn.Module] = []
+        self._elsewhere = [_Elsewhere(self, unit) for unit in self.units]
+        for elsewhere, unit in zip(self._elsewhere, self.units, strict=True):
+            for flat in unit.sharded:
+                for slot, parameter in zip(flat.layout.slots, flat.members, strict=True):
+                    may_be_resharded(slot.name, parameter, elsewhere)
         for unit in self.units:
             outer = [module] if unit.stays else unit.modules
             inner = [owner for owner in owners(module, unit.sharded) if not any(owner is other for other in outer)]
@@ -59,9 +76,6 @@ class Gathering:
                 self._watch(unit, member, opaque=True)
             for member in inner:  # scripts may call one without what is around it
                 self._watch(unit, member, opaque=False)
-            for owner in owners(module, unit.sharded):
-                self._watched.append(owner)
-                owner._parameters = WatchedParameters(self, unit, owner._parameters)
         if self.units:
             self._hooks += [
                 module.register_forward_pre_hook(EngineHook(self, Gathering._entered_model), prepend=True),
@@ -78,9 +92,6 @@ class Gathering:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for owner in self._watched:
-            owner._parameters = dict(owner._parameters)
-        self._watched.clear()
 
     # ---- hooks -----------------------------------------------------------------------------------------------
     def _watch(self, unit: Unit, member: nn.Module, opaque: bool) -> None:
@@ -110,21 +121,48 @@ class Gathering:
     def _before_backward(self, unit: Unit, _gradient: torch.Tensor) -> None:
         self.use(unit)
 
-    def accessed(self, unit: Unit) -> None:
-        """A parameter of `unit` is looked up. Inside the model's forward and outside the unit's, it is about to be used
-        where no hook sees it, neither now nor in backward: from now on the unit is treated like the root unit."""
-        if unit.running or unit.stays or not self._inside or _in_backward():
-            return
-        unit.stays = True
-        log.warning(
-            f"stage 3: parameters of {unit.name} are used outside their modules' forward; they are kept whole from "
-            "forward to the update (more memory)"
-        )
+    def used_elsewhere(self, unit: Unit) -> bool:
+        """Something computes with a parameter of `unit` that no hook has seen coming, and whose backward none will see:
+        from now on the unit is treated like the root unit. False between two passes, when the other ranks may not be
+        here: see [Note: parameters change their class]."""
+        if not self._open:
+            return False
+        if not unit.stays and not unit.running:
+            unit.stays = True
+            self._orders = {kind: [used for used in order if used is not unit] for kind, order in self._orders.items()}
+            self._uses = [used for used in self._uses if used is not unit]
+            log.warning(
+                f"stage 3: parameters of {unit.name} are used outside their modules' forward; they are kept whole from "
+                "forward to the update (more memory)"
+            )
         self.use(unit)
+        return True
 
     def _entered_model(self, _module: nn.Module, _inputs: Any) -> None:
         self._begin_forward()
+        if not self._inside:
+            self._meet()
         self._inside += 1
+
+    def _meet(self) -> None:
+        """Forwards without gradients come in numbers that only the script knows (generate() until all sequences end).
+        Each one that needs gathers asks the other ranks whether they are in one, too, and so does the first training
+        forward after them. Raises RuntimeError on every rank if not: gathers of two different passes would mix."""
+        kind = self._kind
+        if kind == "eval" and all(self._is_live(unit) for unit in self.units):
+            return
+        if kind == "train" and self._met != "eval":
+            return
+        self._met = kind
+        kinds = self._gather_objects(kind)
+        if len(set(kinds)) > 1:
+            train, evaluate = kinds.index("train"), kinds.index("eval")
+            raise RuntimeError(
+                f"stage 3: rank {evaluate} begins another forward without gradients, and rank {train} has gone on to "
+                "training. Every forward gathers parameters from all ranks, so all must run the same number of them: "
+                "pad the evaluation data (DistributedSampler), call generate(synced_gpus=True), or evaluate inside "
+                "zero.GatheredParameters(model)"
+            )
 
     def _left_model(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
         self._inside = max(0, self._inside - 1)
@@ -132,12 +170,14 @@ class Gathering:
             self._begin("train")  # it was given up: nobody will go back through it
         if self._kind == "eval" and not self._inside:
             self._learn()
-            self._release_all(but_root=False)
+            self._release_all(but_root=self._training)  # which a forward with gradients may have left for backward
             self._back_to_training()
 
     def _begin_forward(self) -> None:
         """A forward without gradients is a pass of its own, in the middle of a training pass perhaps."""
         evaluates = not torch.is_grad_enabled() and not _in_backward()
+        self._open = True
+        self._training |= not evaluates
         if self._kind == "eval" and not evaluates:
             self._back_to_training()
         elif self._kind == "train" and evaluates:
@@ -158,20 +198,20 @@ class Gathering:
         if self._uses and self._uses[-1] is unit and self._is_live(unit):
             return  # another module of the same unit, or the next tensor of one output
         self._uses.append(unit)
-        self.way = zlib.crc32(unit.name.encode(), self.way)
         expected = self._expected()
         for other in [u for u in self._live if u is not unit and u is not expected and not self._holds(u, unit)]:
             self._release(other)
         self._gather(unit)
         if expected is not None and expected is not unit:
             self._live += [expected] * (not self._is_live(expected))
-            expected.issue_gather()
+            self._note_issued(expected, expected.issue_gather())
 
     def end_backward(self) -> None:
         """The pass is over: release all but the root unit, and remember the order."""
         if not self.units:
             return
         self._learn()
+        self._open = self._training = False
         self._release_all(but_root=True)
         self._begin("train")
 
@@ -182,6 +222,7 @@ class Gathering:
 
     def stale(self) -> None:
         """Parameters were updated: what is gathered no longer holds."""
+        self._open = self._training = False
         for unit in list(self._live):
             self._release(unit)
 
@@ -241,7 +282,11 @@ class Gathering:
         if not self._is_live(unit):
             self._live.append(unit)
         with self.telemetry.span("gather"):
-            unit.gather()
+            self._note_issued(unit, unit.gather())
+
+    def _note_issued(self, unit: Unit, issued: bool) -> None:
+        if issued:
+            self.way = zlib.crc32(f"{self._kind}/{unit.name}".encode(), self.way)
 
     def _release(self, unit: Unit) -> None:
         self._live = [live for live in self._live if live is not unit]
@@ -253,24 +298,15 @@ class Gathering:
                 self._release(unit)
 
 
-class WatchedParameters(dict[str, Any]):
-    """A module's own parameters, by name. Tells `gathering` when one is looked up, which is what happens when code
-    reads it as an attribute; going through all of them (state_dict, optimizers) is not. Copies are plain dicts."""
+class _Elsewhere:
+    """What the parameters of `unit` ask when code computes with them while they are resharded."""
 
-    def __init__(self, gathering: Gathering, unit: Unit, parameters: Mapping[str, Any]) -> None:
-        super().__init__(parameters)
+    def __init__(self, gathering: Gathering, unit: Unit) -> None:
         self._gathering, self._unit = weakref.ref(gathering), unit
 
-    def __getitem__(self, name: str) -> Any:
-        if (gathering := self._gathering()) is not None and not self._unit.running:
-            gathering.accessed(self._unit)
-        return super().__getitem__(name)
-
-    def __reduce_ex__(self, _protocol: Any) -> Any:
-        return dict, (dict(self),)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        return copy.deepcopy(dict(self), memo)
+    def unshard_for_use(self) -> bool:
+        gathering = self._gathering()
+        return gathering is not None and gathering.used_elsewhere(self._unit)
 
 
 def results(output: Any, module: nn.Module) -> Iterator[torch.Tensor]:

@@ -91,18 +91,43 @@ class Gradients:
         self._missing = len(layout.slots)
         self._reducing = False  # this backward
         self._pending: Pending | None = None
+        self._factor = 1.0
+        self._summed = False
+        """The whole gradients are reduced: this rank's shard of them is the sum over ranks."""
         self._sent: torch.Tensor | None = None  # what _pending reduces, where that is a copy
         self._last_use: Pending | None = None  # of _kept
 
     def _accumulator(self) -> torch.Tensor:
         return self._home.zeros("gradients", self.end - self.start, self.numbers.accumulate)
 
-    def begin_backward(self, reduce: bool, last: bool = True) -> None:
-        """`reduce`: this backward's gradients go out to the other ranks. `last`: no more come before the boundary."""
+    def begin_backward(self, reduce: bool, last: bool = True, factor: float = 1.0) -> None:
+        """`reduce`: this backward's gradients go out to the other ranks. `last`: no more come before the boundary.
+        `factor`: on each gradient."""
         self._last = last
+        self._factor = factor * self.numbers.scale
+        self._reducing = reduce
+        self._begin()
+
+    def _begin(self) -> None:
         self._arrived = [False] * len(self.layout.slots)
         self._missing = len(self.layout.slots)
-        self._reducing = reduce
+        if self._summed:
+            self._keep_own_part()
+
+    def _keep_own_part(self) -> None:
+        """More gradients come after a reduction of whole ones: each rank goes on from its shard of that sum, and the
+        next reduction adds up the shards and what has come since."""
+        self._summed = False
+        low, high = self.layout.range(self.comm.rank)
+        whole = self._whole()
+        whole[:low].zero_()
+        whole[high:].zero_()
+        self._filled = [True] * len(self.layout.slots)
+
+    def reopen(self) -> None:
+        """Gradients arrive again in a backward in which they were reduced."""
+        self.finish_reduce()
+        self._begin()
 
     def receive(self, index: int, parameter: nn.Parameter) -> bool:
         """Move one parameter's fresh gradient into the flat buffer. True when it was the last one missing in this
@@ -114,16 +139,10 @@ class Gradients:
         if grad.is_sparse:
             grad = grad.to_dense()
         slot = self.layout.slots[index]
-        if self._arrived[index] and self.state is not GradientState.FILLING:
-            raise RuntimeError(
-                f"{slot.name} received a second gradient in one backward, after its unit was reduced: a module "
-                "that is used several times under re-entrant activation checkpointing does this; call "
-                "torch.utils.checkpoint with use_reentrant=False"
-            )
         whole = self._whole()
         target = whole[slot.offset : slot.end]
-        if self.numbers.scale != 1.0:
-            grad.mul_(self.numbers.scale)
+        if self._factor != 1.0:
+            grad.mul_(self._factor)
         if self._filled[index]:
             accumulate(target, grad)
         else:
@@ -134,6 +153,14 @@ class Gradients:
             self._arrived[index] = True
             self._missing -= 1
         return self._missing == 0
+
+    def was_reduced(self, index: int) -> bool:
+        """Whether this parameter's gradient of this backward has arrived and left again."""
+        return self._arrived[index] and self.state is not GradientState.FILLING
+
+    def keep_open(self) -> None:
+        """Gradients arrive through the whole backward."""
+        self._open_all_along = True
 
     def _whole(self) -> torch.Tensor:
         """The buffer that takes this backward's gradients: see the note."""
@@ -182,12 +209,12 @@ class Gradients:
             self._drop_whole(pending)
         elif self.policy.own_states:
             pending.into(self._used()[self.start : self.end], add=False)
-            self._last_use = pending
+            self._last_use, self._summed = pending, True
         else:
             pending.wait()
             if self._sent is not None:
                 self._used().copy_(self._sent[: self.layout.numel])
-            self._last_use = pending
+            self._last_use, self._summed = pending, True
         if self._sent is not None:
             self.pool.give_back(self._sent, pending)
             self._sent = None
@@ -248,7 +275,7 @@ class Gradients:
 
     def clear(self) -> None:
         """Forget the gradients. Memory is kept; the next arrival overwrites."""
-        self._own_any = False
+        self._own_any = self._summed = False
         self._squares = None
         self._filled = [False] * len(self.layout.slots)
         self.state = GradientState.WAITING

@@ -17,6 +17,9 @@ from functools import cached_property
 ALIGNMENT = 64
 """Elements: every range starts on a cache line in 8, 16 and 32 bit, which the SIMD kernels and the collectives like."""
 
+STATE_BYTES = 12
+"""Of each element: master and two moments in fp32."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -131,3 +134,13 @@ def kept_on_device(sizes: Sequence[int], ratio: float) -> list[bool]:
         stays.append(stay)
         kept += size * stay
     return stays
+
+
+def leaving_for_room(sizes: Sequence[int], stays: Sequence[bool], room_bytes: int) -> list[bool]:
+    """Which ranges' states go to the host when those that needn't stay may, as far as `room_bytes` hold the states of
+    all ranges up to theirs."""
+    leaves = []
+    for size, stay in zip(sizes, stays, strict=True):
+        room_bytes -= STATE_BYTES * size
+        leaves.append(not stay and room_bytes < 0)
+    return leaves

@@ -13,6 +13,7 @@ from torch import nn
 from runtime.comm import Comm
 from runtime.zero.flat import Flat
 from runtime.zero.gradients import Gradients
+from runtime.zero.parameter import mark_reduced, when_grad_is_read
 
 log = logging.getLogger("runtime.engine")
 
@@ -24,9 +25,17 @@ buffer and overlap nothing more."""
 class Schedule:
     """Drives the flats through a backward. `order`: the flats in the order in which their gradients are expected, equal
     on all ranks. After the first backward it is the order in which they came on rank 0; what did not come goes last, so
-    that it holds up nobody."""
+    that it holds up nobody.
 
-    def __init__(self, order: Sequence[Flat], comm: Comm) -> None:
+    [Note: gradients that arrive twice in one backward]
+    Under re-entrant activation checkpointing every pass through a module is a backward of its own, so a module that is
+    used twice gets its gradients twice. The first backward finds out which units that concerns, on any rank, and
+    reduces them a second time; from then on they are reduced once, when the backward is over.
+    """
+
+    def __init__(self, order: Sequence[Flat], comm: Comm, script_begins: Callable[[], bool]) -> None:
+        """script_begins: called for the first gradient of a backward that the engine did not start; whether it is one
+        of this engine's."""
         self.order: list[Gradients] = [flat.gradients for flat in order if flat.gradients is not None]
         self.comm, self.telemetry = comm, comm.telemetry
         self._sequence = list(range(len(self.order)))
@@ -38,7 +47,14 @@ class Schedule:
         self._reducing = False
         self._arrivals = 0
         self._inside = False  # this engine's own backward is running
-        self._told = False
+        self._last = False  # it is the boundary's
+        self._told = self._read = False
+        self._script_begins = script_begins
+        self._late: set[int] = set()
+        """Positions whose gradients arrived again in this backward: see the note."""
+        self._parameters = [parameter for flat in order for parameter in flat.members]
+        for parameter in self._parameters:
+            when_grad_is_read(parameter, self._grad_was_read)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(position, index))
             for position, flat in enumerate(order)
@@ -53,26 +69,55 @@ class Schedule:
             schedule = weak()
             if schedule is None:
                 return
-            if not schedule._inside:
+            if not schedule._inside and not schedule._script_begins():
                 schedule._drop(parameter)
                 return
-            schedule._arrivals += 1
-            if schedule.order[position].receive(index, parameter):
-                schedule._ready[position] = None
-                schedule._issue_ready()
+            schedule._arrive(position, index, parameter)
 
         return arrived
 
+    def _arrive(self, position: int, index: int, parameter: nn.Parameter) -> None:
+        gradients = self.order[position]
+        self._arrivals += 1
+        if self._reducing and gradients.was_reduced(index):
+            self._reopen(position, gradients.layout.slots[index].name)
+        if gradients.receive(index, parameter) and position not in self._late:
+            self._ready[position] = None
+            self._issue_ready()
+
+    def _reopen(self, position: int, name: str) -> None:
+        if self._learned:
+            raise RuntimeError(
+                f"{name} received a second gradient in one backward, for the first time: a module that is used several "
+                "times under re-entrant activation checkpointing does this, and has to from the first backward on. "
+                "Call torch.utils.checkpoint with use_reentrant=False"
+            )
+        gradients = self.order[position]
+        while gradients in self._flying:
+            self._finish_oldest()
+        gradients.reopen()
+        self._late.add(position)
+
     def _drop(self, parameter: nn.Parameter) -> None:
-        """A gradient of somebody else's backward: a loss that another engine's model computed with this one's (a GAN),
-        or a plain loss.backward()."""
+        """A gradient of somebody else's backward: a loss that another engine's model computed with this one's (a
+        GAN)."""
         parameter.grad = None
         if not self._told and self.comm.rank == 0:
             log.warning(
-                "gradients that came outside this engine's own backward(loss) were dropped (told once): what another "
-                "engine's loss leaves here trains nothing, as zero_grad() would see to in plain torch"
+                "gradients from another engine's backward(loss) were discarded (logged once): what that loss leaves "
+                "here trains nothing, as zero_grad() would see to in plain torch"
             )
         self._told = True
+
+    def _grad_was_read(self) -> None:
+        if self.comm.rank == 0 and not self._read:
+            log.warning(
+                "parameter.grad is None after backward (logged once): the gradients are in the engine's flat buffers, "
+                "so torch.nn.utils.clip_grad_norm_ clips nothing. To clip, set gradient_clipping in the config; the "
+                "norm is engine.get_global_grad_norm(), and deepspeed.utils.safe_get_full_grad(parameter) gives a "
+                "whole gradient"
+            )
+        self._read = True
 
     def detach(self) -> None:
         """Take the hooks off the parameters: another engine takes over, or none."""
@@ -80,14 +125,20 @@ class Schedule:
             hook.remove()
         self._hooks.clear()
 
-    def begin_backward(self, reduce: bool, last: bool) -> None:
+    @property
+    def inside(self) -> bool:
+        """A backward of this engine is running, or has failed."""
+        return self._inside
+
+    def begin_backward(self, reduce: bool, last: bool, factor: float = 1.0) -> None:
         """`reduce`: this backward's gradients go out to the other ranks (every one at stages 2 and 3, else only the
-        boundary's). `last`: it is the boundary's."""
+        boundary's). `last`: it is the boundary's. `factor`: on each gradient."""
+        mark_reduced(self._parameters, False)
         self._ready.clear()
         self._next = self._arrivals = 0
-        self._reducing, self._inside = reduce, True
+        self._reducing, self._inside, self._last = reduce, True, last
         for gradients in self.order:
-            gradients.begin_backward(reduce, last)
+            gradients.begin_backward(reduce, last, factor)
 
     def _issue_ready(self) -> None:
         while self._reducing and self._next < len(self._sequence) and self._sequence[self._next] in self._ready:
@@ -123,8 +174,28 @@ class Schedule:
             self._finish_oldest()
         if not self._learned:
             self._learned = True
-            rest = [position for position in self._sequence if position not in self._ready]
-            self._sequence = self.comm.broadcast_object([*self._ready, *rest])
+            self._learn()
+        if self._last:
+            mark_reduced(self._parameters, True)
+
+    def _learn(self) -> None:
+        """See the class's text and note."""
+        rest = [position for position in self._sequence if position not in self._ready]
+        found = self.comm.gather_objects(([*self._ready, *rest], sorted(self._late)))
+        late = sorted({position for _, others in found for position in others})
+        for position in late:
+            self.order[position].keep_open()
+            self._issue(self.order[position])
+        while self._flying:
+            self._finish_oldest()
+        if late and self.comm.rank == 0:
+            log.warning(
+                f"{len(late)} units receive gradients several times in one backward (modules used several times under "
+                "re-entrant activation checkpointing): their gradients stay whole until it is over. "
+                "torch.utils.checkpoint with use_reentrant=False needs less memory"
+            )
+        self._late = set(late)
+        self._sequence = [position for position in found[0][0] if position not in self._late] + late
 
     def abandon(self) -> None:
         """Backward failed: what still arrives belongs to nothing."""
@@ -132,5 +203,6 @@ class Schedule:
 
     def clear(self) -> None:
         """The gradients were used, or are of no use."""
+        mark_reduced(self._parameters, False)
         for gradients in self.order:
             gradients.clear()

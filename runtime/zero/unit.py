@@ -33,15 +33,17 @@ class Unit:
     def sharded(self) -> list[Flat]:
         return [flat for flat in (*self.flats, *self.frozen) if flat.sharded]
 
-    def issue_gather(self) -> None:
-        for flat in self.sharded:
-            flat.issue_gather()
+    def issue_gather(self) -> bool:
+        """False where there was nothing to start."""
+        issued = [flat.issue_gather() for flat in self.sharded]
+        return any(issued)
 
-    def gather(self) -> None:
-        """Returns with the parameters in place."""
-        self.issue_gather()
+    def gather(self) -> bool:
+        """Returns with the parameters in place; whether a gather was started for it."""
+        issued = self.issue_gather()
         for flat in self.sharded:
             flat.finish_gather()
+        return issued
 
     def release(self) -> None:
         for flat in self.sharded:

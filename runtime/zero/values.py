@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from runtime.config import ConfigError
+from runtime.names import plain_name
 from runtime.zero.init import WEIGHTS_MARK
 from runtime.zero.weights import Weights
 
@@ -32,16 +33,18 @@ class Values:
         """Raises ConfigError where a parameter has no values at all, before anything is changed."""
         values = cls(rank)
         for path, parameters in _under_weights(module).items():
-            values._find(Weights.open(path), parameters)
+            values._find(module, Weights.open(path), parameters)
         if rank == 0:
             for path, owner in module.named_modules():
                 for name, parameter in owner._parameters.items():
                     if parameter is not None and parameter.is_meta and not values._has(parameter):
-                        values._owners[parameter] = _who_resets(module, path, name)
+                        values._owners[parameter] = _lora_layer(module, f"{path}.{name}") or _who_resets(
+                            module, path, name
+                        )
             for name, buffer in module.named_buffers():
                 if buffer.is_meta:
                     raise ConfigError(
-                        f"buffer {name} is on the meta device, so it has no values: build the model under "
+                        f"buffer {plain_name(name)} is on the meta device, so it has no values: build the model under "
                         "runtime.zero.Init(), or give the buffer its values first"
                     )
         return values
@@ -49,17 +52,21 @@ class Values:
     def _has(self, parameter: nn.Parameter) -> bool:
         return parameter in self._stored or parameter in self._owners
 
-    def _find(self, weights: Weights, parameters: dict[nn.Parameter, dict[str, nn.Module]]) -> None:
-        """Note where the files have them. Few that they lack are new, and drawn; many are another model's."""
+    def _find(self, model: nn.Module, weights: Weights, parameters: dict[nn.Parameter, dict[str, nn.Module]]) -> None:
+        """Note where the files have them. Adapters and few that they lack are new, and drawn; many are another
+        model's."""
         stored = weights.find({name: tuple(p.shape) for p, owners in parameters.items() for name in owners})
         new: dict[str, tuple[nn.Parameter, nn.Module | None]] = {}
         for parameter, owners in parameters.items():
             found = next((stored[name] for name in owners if name in stored), None)
+            adapters = next(filter(None, (_lora_layer(model, name) for name in owners)), None)
             if found is not None:
                 self._stored[parameter] = weights, found
+            elif adapters is not None:
+                self._owners[parameter] = adapters
             else:
                 new[next(iter(owners))] = parameter, next(filter(_resets, owners.values()), None)
-        if 2 * len(new) >= len(parameters):
+        if new and len(new) >= sum(parameter in self._stored for parameter in parameters):
             raise weights.lacking(list(new), "give the weights of this model")
         if fixed := [name for name, (_, owner) in new.items() if owner is None]:
             raise weights.lacking(
@@ -116,7 +123,7 @@ def _under_weights(model: nn.Module) -> dict[str, dict[nn.Parameter, dict[str, n
     for path, owner in model.named_modules(remove_duplicate=False):
         for name, parameter in owner._parameters.items():
             if parameter is not None and parameter.is_meta:
-                names.setdefault(parameter, {})[f"{path}.{name}" if path else name] = owner
+                names.setdefault(parameter, {})[plain_name(f"{path}.{name}" if path else name)] = owner
                 if mark := owner.__dict__.get(WEIGHTS_MARK):
                     marks.setdefault(parameter, mark)
     found: dict[str, dict[nn.Parameter, dict[str, nn.Module]]] = {}
@@ -129,6 +136,30 @@ def _resets(module: nn.Module) -> bool:
     return callable(getattr(module, "reset_parameters", None))
 
 
+def _lora_layer(model: nn.Module, path: str) -> nn.Module | None:
+    """The layer of peft that draws the adapters at `path`; None where these are none. They are on the meta device where
+    the base model is, and their own modules would draw what must begin as zero."""
+    parts = plain_name(path).split(".")
+    at = next((index for index, part in enumerate(parts) if part.startswith("lora_")), None)
+    if at is None:
+        return None
+    try:
+        layer = model.get_submodule(".".join(parts[:at]))  # a compiled module answers for the one inside
+    except AttributeError:
+        return None
+    return layer if callable(getattr(layer, "reset_lora_parameters", None)) else None
+
+
+def _reset(module: nn.Module) -> None:
+    """Draw its values, which are real for the time being."""
+    if not callable(getattr(module, "reset_lora_parameters", None)):
+        module.reset_parameters()  # type: ignore[operator]
+        return
+    for kind in ("lora_A", "lora_embedding_A"):
+        for adapter in getattr(module, kind, ()):
+            module.reset_lora_parameters(adapter, True)  # type: ignore[operator]
+
+
 def _who_resets(model: nn.Module, path: str, name: str) -> nn.Module:
     """The innermost module around a meta parameter that has reset_parameters()."""
     parts = path.split(".") if path else []
@@ -137,9 +168,9 @@ def _who_resets(model: nn.Module, path: str, name: str) -> nn.Module:
         if _resets(module):
             return module
     raise ConfigError(
-        f"parameter {'.'.join([*parts, name])} is on the meta device and has no values: {type(model).__name__} has no "
-        "reset_parameters() there. Build the model under runtime.zero.Init(), which draws them on rank 0, or under "
-        "runtime.zero.Init(weights=FILE_OR_FOLDER)"
+        f"parameter {plain_name('.'.join([*parts, name]))} is on the meta device and has no values: "
+        f"{type(model).__name__} has no reset_parameters() there. Build the model under "
+        "runtime.zero.Init(), which draws them on rank 0, or under runtime.zero.Init(weights=FILE_OR_FOLDER)"
     )
 
 
@@ -155,7 +186,7 @@ def _drawn(module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
     try:
         for owner, name, parameter in places:
             owner._parameters[name] = real[parameter]
-        module.reset_parameters()  # type: ignore[operator]
+        _reset(module)
     finally:
         for owner, name, parameter in places:
             owner._parameters[name] = parameter

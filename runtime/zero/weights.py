@@ -19,6 +19,8 @@ log = logging.getLogger("runtime.engine")
 
 INDEX = "model.safetensors.index.json"
 
+_PEFT = "base_model.model."
+"""What peft's wrapper puts before the names of the model that it wraps."""
 REOPEN_BYTES = 32 << 20
 """Read from a mapped file before it is opened anew: pages that were read count as this process's memory until then."""
 
@@ -56,7 +58,7 @@ class Weights:
             return weights
         except FileNotFoundError:
             raise ConfigError(f"weights: there is no file {path}") from None
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise ConfigError(f"weights: {path} is no safetensors file or index: {error}") from None
 
     def _file(self, path: Path) -> Any:
@@ -96,8 +98,13 @@ class Weights:
         return found
 
     def _stored(self, shapes: Mapping[str, Any], model: str, files: str) -> dict[str, str]:
-        renamed = {name: files + name.removeprefix(model) for name in shapes if name.startswith(model)}
-        return {name: stored for name, stored in renamed.items() if stored in self._file_of}
+        found = {}
+        for name in shapes:
+            if name.startswith(model):
+                candidates = (files + given.removeprefix(model) for given in (name, without_adapters(name)))
+                if (stored := next((one for one in candidates if one in self._file_of), None)) is not None:
+                    found[name] = stored
+        return found
 
     def lacking(self, missing: Sequence[str], way_out: str) -> ConfigError:
         """The error for parameters that the files lack."""
@@ -128,4 +135,20 @@ def _prefixes(shapes: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What may be at the front of names: on the model's side, on the files' side."""
     heads = dict.fromkeys(name.split(".", 1)[0] + "." for name in shapes if "." in name)
     known = ("model.", "transformer.", "module.", "base_model.")
-    return [("", ""), *((head, "") for head in heads), *(("", head) for head in known)]
+    pairs = [("", ""), *((head, "") for head in heads), *(("", head) for head in known)]
+    if any(name.startswith(_PEFT) for name in shapes):
+        inner = dict.fromkeys(n.removeprefix(_PEFT).split(".", 1)[0] + "." for n in shapes if n.startswith(_PEFT))
+        pairs += [(_PEFT, ""), *((_PEFT + head, "") for head in inner), *((_PEFT, head) for head in known)]
+    return pairs
+
+
+def without_adapters(name: str) -> str:
+    """The name that a parameter had before peft put adapters around its module."""
+    parts = iter(name.split("."))
+    kept = []
+    for part in parts:
+        if part == "modules_to_save":
+            next(parts, None)  # the adapters' own name
+        elif part not in ("base_layer", "original_module"):
+            kept.append(part)
+    return ".".join(kept)

@@ -14,6 +14,7 @@ import pytest
 from runtime.wire.rundir import read_status
 from tests.faults.conftest import FakeRun, until
 from zerotop import cli
+from zerotop.commands import progress
 from zerotop.commands.progress import follow
 from zerotop.runs import launching
 from zerotop.source.asking import asker
@@ -104,10 +105,61 @@ def test_a_batch_systems_signal_stops_the_run_and_its_end_is_awaited(
     thread.join()
     assert signal.getsignal(number) is usual
     captured = capsys.readouterr()
-    assert f"{number.name}: stopping after a checkpoint" in captured.err
+    assert f"{number.name}: stopping after a checkpoint, or aborting in 60 s" in captured.err
     assert captured.out.splitlines()[-1].startswith(f"{run.path.name}: stopped at step ")
     run.see_state("stopped")
-    assert [record.command.who for record in run.source.state.commands.values()] == [f"{asker()} ({number.name})"]
+    assert [record.command.who for record in run.source.state.commands.values()] == [number.name]
+
+
+def test_a_stop_that_can_not_happen_ends_in_time_and_says_which_rank_is_in_the_way(
+    start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A rank that hangs in its data loader; the signal goes to the launch alone."""
+    monkeypatch.setenv("ZEROTOP_STOP_DEADLINE_S", "1")
+    run = start(FAKE_HANG="1:3", FAKE_MEET=tmp_path)
+    usual = signal.getsignal(signal.SIGTERM)
+
+    def send() -> None:
+        until(lambda: read_status(run.path).step >= 2, "step 2")
+        until(lambda: signal.getsignal(signal.SIGTERM) is not usual, "a handler for SIGTERM")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    assert follow(open_source(run.entry), run.entry) == 1
+    thread.join()
+    assert "SIGTERM: stopping after a checkpoint, or aborting in 1 s" in capsys.readouterr().err
+    status = read_status(run.path)
+    assert status.state == "aborted"
+    assert status.reason.startswith("the run did not stop within 1 s of SIGTERM: rank 1 (in backward 2/2, pid ")
+    assert "rank 0 waits for it; stacks: logs/1/stacks-1.txt" in status.reason
+    assert "File " in (run.path / "logs/1/stacks-1.txt").read_text()
+
+
+def test_a_supervisor_that_does_not_answer_does_not_hold_the_launch(
+    start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZEROTOP_STOP_DEADLINE_S", "0.5")
+    monkeypatch.setattr(progress, "OVERDUE_S", 0.5)
+    run = start()
+    run.see_step(2)
+    supervisor = next(process for process in run.processes() if "zerotop.runs.supervisor" in process.cmdline())
+    usual = signal.getsignal(signal.SIGTERM)
+
+    def send() -> None:
+        until(lambda: signal.getsignal(signal.SIGTERM) is not usual, "a handler for SIGTERM")
+        supervisor.suspend()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    try:
+        assert follow(open_source(run.entry), run.entry) == 1
+        thread.join()
+        assert "the supervisor has not ended the run 0.5 s after its deadline" in capsys.readouterr().err
+    finally:
+        supervisor.resume()
+    run.see(lambda source: source.state.state_name in ("stopped", "aborted"), "its end")
 
 
 def test_a_restart_is_told_and_its_steps_are_printed_again(start: Start, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -264,7 +265,21 @@ def test_sigusr1_aborts_a_run_that_does_not_stop(start: Start) -> None:
     os.kill(read_run(run.path).supervisor_pid, signal.SIGUSR1)
     run.see_state("aborted")
     until(run.all_gone, "every process gone")
-    assert read_status(run.path).reason == "SIGUSR1: it did not stop within 0.5 s"
+    reason = read_status(run.path).reason
+    assert reason.startswith("the run did not stop within 0.5 s of SIGUSR1: ") and "rank 0" in reason
+
+
+def test_a_removed_run_directory_is_made_again_and_the_run_stops(start: Start) -> None:
+    run = start({"name": "q1"})
+    run.see_step(2)
+    shutil.rmtree(run.path, ignore_errors=True)
+    until((run.path / "run.json").exists, "its directory again")
+    run.see_state("stopped")
+    until(run.all_gone, "every process gone")
+    events = [event.text for event in run.source.state.events if getattr(event, "what", "") == "run directory"]
+    assert len(events) == 1 and events[0].startswith(f"the run directory {run.path} was removed")
+    assert [(entry.name, entry.status.state) for entry in list_runs()] == [("q1", "stopped")]
+    assert (run.path / "config.json").exists() and stat.S_IMODE(run.path.stat().st_mode) == 0o700
 
 
 # ---- starting --------------------------------------------------------------------------------------------------------

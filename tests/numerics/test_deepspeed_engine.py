@@ -36,9 +36,9 @@ def use_as_a_module(stage: int) -> dict[str, Any]:
         "kinds": (isinstance(engine, nn.Module), isinstance(engine, deepspeed.DeepSpeedEngine)),
         "hooks": seen,
         "modules": [name for name, _ in engine.named_modules()][:3],
-        "same names": [n for n, _ in engine.named_parameters()]
-        == [f"module.{n}" for n, _ in engine.module.named_parameters()],
-        "state": sorted(state) == sorted(f"x.module.{name}" for name in plain),
+        "same names": [n for n, _ in engine.named_parameters(prefix="x")]
+        == [f"x.{n}" for n, _ in engine.module.named_parameters()],
+        "state": sorted(state) == sorted(f"x.{name}" for name in plain),
         "loaded": all(torch.equal(engine.module.state_dict()[name], value + 1) for name, value in plain.items()),
         "modes": (engine.training, engine.module.training, engine.train().training, engine.module.training),
         "attribute of the model": engine.blocks is engine.module.blocks,

@@ -37,7 +37,7 @@ def _loss(output):
 
 
 def save(folder: str, settings, kind: str) -> dict[str, torch.Tensor]:
-    """Save FOLDER/step-00000002; returns the module's state_dict."""
+    """Save FOLDER/global_step2; returns the module's state_dict."""
     engine = trained(settings, make(kind))
     engine.save_checkpoint(folder)
     return {name: value.detach().clone() for name, value in engine.module.state_dict().items()}

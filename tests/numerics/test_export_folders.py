@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -87,7 +87,7 @@ def test_overwriting_replaces_an_exported_model_and_nothing_else(ranks, tmp_path
 @pytest.fixture
 def checkpoint(ranks, tmp_path):
     ranks(2).run(save, str(tmp_path / "c"), config(2, 1, 0.0), "plain")
-    return tmp_path / "c" / "step-00000002"
+    return tmp_path / "c" / "global_step2"
 
 
 def _truncate(path: Path) -> None:
@@ -99,8 +99,8 @@ def _truncate(path: Path) -> None:
     [
         (lambda path: (path / "manifest.json").unlink(), "a checkpoint without its manifest"),
         (lambda path: _truncate(path / "manifest.json"), "manifest.json is damaged"),
-        (lambda path: (path / ".metadata").unlink(), "is damaged: .metadata is missing"),
-        (lambda path: _truncate(path / ".metadata"), "is damaged"),
+        (lambda path: (path / "tensors.json").unlink(), "is damaged: tensors.json is missing"),
+        (lambda path: _truncate(path / "tensors.json"), "is damaged"),
         (lambda path: (path / "__1_0.distcp").unlink(), "is damaged: __1_0.distcp is missing"),
         (lambda path: _truncate(path / "__0_0.distcp"), "were written"),
         (lambda path: (path / "__0_0.distcp").write_bytes(bytes(2**20)), "is damaged"),
@@ -115,25 +115,25 @@ def test_a_damaged_checkpoint_is_one_clear_error(checkpoint, tmp_path, capfd, da
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def rewrite(checkpoint: Path, metadata: object) -> None:
+def rewrite(checkpoint: Path, index: dict[str, Any]) -> None:
     """As if it had been written so."""
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    (checkpoint / "tensors.json").write_text(json.dumps(index))
     manifest = read_manifest(checkpoint)
-    files = {**manifest.files, ".metadata": record_of(checkpoint / ".metadata")}
+    files = {**manifest.files, "tensors.json": record_of(checkpoint / "tensors.json")}
     (checkpoint / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).sealed())
 
 
-def test_a_parameter_that_the_metadata_lack_is_an_error(checkpoint, tmp_path, capfd):
-    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
-    del metadata.state_dict_metadata["param.norm.weight"]
-    chunks = metadata.state_dict_metadata["param.head.weight"].chunks
-    rewrite(checkpoint, metadata)
+def test_a_parameter_that_the_description_lacks_is_an_error(checkpoint, tmp_path, capfd):
+    index = json.loads((checkpoint / "tensors.json").read_bytes())
+    weight = index["tensors"].pop("param.norm.weight")
+    rewrite(checkpoint, index)
     assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 2
     assert "it lacks param.norm.weight" in capfd.readouterr().err
-    metadata.state_dict_metadata["param.norm.weight"] = metadata.state_dict_metadata["param.norm.bias"]
-    assert len(chunks) == 2
-    chunks.pop()
-    rewrite(checkpoint, metadata)
+    index["tensors"]["param.norm.weight"] = weight
+    parts = index["tensors"]["param.head.weight"]["parts"]
+    assert len(parts) == 2
+    parts.pop()
+    rewrite(checkpoint, index)
     assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 2
     assert "it lacks parts of param.head.weight" in capfd.readouterr().err
 

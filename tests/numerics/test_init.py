@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import nn
 import runtime as deepspeed
 from runtime.api import initialize
 from runtime.config import ConfigError
+from runtime.zero.init import Absent
 from tests.numerics.models import Block, Uneven, make
 from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly
 
@@ -290,7 +293,7 @@ def moved(stage: int, move: str) -> dict[str, torch.Tensor]:
     assert model.head.weight is model.embedding.weight
     assert not model.table.is_meta and model.table.dtype == torch.float32
     engine = initialize(model=model, config=config(stage, 1, clip=0.5))[0]
-    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    assert not any(isinstance(parameter, Absent) for parameter in model.parameters())
     for step in range(4):
         engine.backward(engine(*micro_batch(step, 0, rank, 2)))
         engine.step()
@@ -351,3 +354,32 @@ def sharing() -> int:
 
 def test_parameters_stay_shared_on_every_rank(ranks):
     assert ranks(2).run(sharing) == [2, 2]
+
+
+# ---- what building costs a rank that has no values -------------------------------------------------------------------
+BUILD = """
+import sys
+from torch import nn
+import runtime as deepspeed
+from runtime.models.gpt import GPT
+from runtime.models.presets import PRESETS
+
+before = set(sys.modules)
+with deepspeed.zero.Init(weights=sys.argv[1]):
+    model = GPT(PRESETS["gpt-tiny"])
+    other = nn.TransformerEncoderLayer(16, 2, 32)
+    other.linear1.weight.data.normal_(std=0.02)
+    nn.init.trunc_normal_(other.linear2.weight)
+    nn.init.orthogonal_(nn.Linear(4, 4).weight)
+assert all(parameter.is_meta for parameter in model.parameters())
+grown = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted({"sympy", "networkx"} & grown), "torch._dynamo" in sys.modules)
+"""
+
+
+def test_building_without_values_does_not_import_a_compiler(tmp_path: Path):
+    """torch imports one to draw on the meta device: 800 modules on every rank but the first."""
+    save_file({"embedding.weight": torch.zeros(1)}, tmp_path / "m.safetensors")
+    command = [sys.executable, "-c", BUILD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "[] False\n"), done.stderr

@@ -158,15 +158,12 @@ def late_groups() -> list[str]:
     extra = {"params": [torch.nn.Parameter(torch.zeros(3))]}
     found = [
         message_of(RuntimeError, lambda: engine.optimizer.add_param_group(extra)),
-        message_of(RuntimeError, engine.optimizer.state_dict),
-        message_of(RuntimeError, lambda: engine.optimizer.load_state_dict({})),
     ]
     engine.optimizer.param_groups[0]["params"].append(extra["params"][0])  # as the script's own optimizer would
     found.append(message_of(RuntimeError, lambda: advance(engine, 0, 1)))
     return found
 
 
-def test_groups_and_states_of_the_optimizer(ranks):
+def test_groups_of_the_optimizer_stay_what_they_were(ranks):
     (messages,) = ranks(1).run(late_groups)
-    words = ["after initialize()", "engine.save_checkpoint", "engine.load_checkpoint", "after initialize()"]
-    assert all(word in message for word, message in zip(words, messages, strict=True)), messages
+    assert len(messages) == 2 and all("after initialize()" in message for message in messages), messages

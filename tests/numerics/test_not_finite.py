@@ -71,7 +71,6 @@ def test_good_checkpoints_stay_and_ten_in_a_row_are_the_end(ranks, tmp_path, sta
             assert seen == [[two], [two], [five], [five], [five, seven]]
         assert "10 steps in a row, from step 6 on" in error and steps == 15
         assert error.endswith(str(tmp_path / seven)) and "overflow" not in error
-        assert ("zero.GatheredParameters" in error) == (stage == 3)
     assert read_manifest(tmp_path / five).step == 5
 
 

@@ -210,8 +210,8 @@ def refuse_at_first(folder: str) -> tuple[str, int, list[str]]:
 
 def test_a_full_disk_is_said_before_anything_is_written(ranks, tmp_path):
     for problem, steps, names in ranks(2).run(refuse_at_first, str(tmp_path)):
-        assert "step-00000001: rank 0: it needs" in problem
-        assert (steps, names) == (2, ["latest", "step-00000002"])
+        assert "global_step1: rank 0: it needs" in problem
+        assert (steps, names) == (2, ["global_step2", "latest"])
 
 
 def unsavable(folder: str) -> str:
@@ -267,19 +267,19 @@ def flip(path: Path) -> None:
 
 def test_damaged_checkpoints_are_refused_and_the_one_before_is_taken(ranks, tmp_path):
     ranks(2).run(save_steps, str(tmp_path), 6)
-    flip(tmp_path / "step-00000006" / "__1_0.distcp")
-    file = tmp_path / "step-00000005" / "__0_0.distcp"
+    flip(tmp_path / "global_step6" / "__1_0.distcp")
+    file = tmp_path / "global_step5" / "__0_0.distcp"
     os.truncate(file, file.stat().st_size - 1)
-    (tmp_path / "step-00000004" / "rng-1.pt").unlink()
-    flip(tmp_path / "step-00000003" / "manifest.json")
-    flip(tmp_path / "step-00000002" / "common.pt")
-    tags = [f"step-0000000{step}" for step in (6, 5, 4, 3, 2)]
+    (tmp_path / "global_step4" / "rng-1.pt").unlink()
+    flip(tmp_path / "global_step3" / "manifest.json")
+    flip(tmp_path / "global_step2" / "common.pt")
+    tags = [f"global_step{step}" for step in (6, 5, 4, 3, 2)]
     words = ["__1_0.distcp is not what was written", "__0_0.distcp has", "rng-1.pt is missing", "manifest.json",
              "common.pt is not what was written"]  # fmt: skip
     for errors, taken, step in ranks(2).run(resume_over_damage, str(tmp_path), tags):
         for error, expected in zip(errors, words, strict=True):
             assert expected in error
-        assert (taken, step) == ("step-00000001", 1)
+        assert (taken, step) == ("global_step1", 1)
 
 
 def by_the_clock(folder: str) -> tuple[list[str], list[str]]:

@@ -117,7 +117,6 @@ def slips() -> list[str]:
         engine.backward(engine(*batch))
     found.append(message_of(RuntimeError, engine.step))
     engine.backward(engine(*batch))
-    found.append(message_of(RuntimeError, lambda: engine.backward(engine(*batch))))
     engine.step()
     found.append(message_of(RuntimeError, engine.step))
     found.append(message_of(CheckpointError, lambda: engine.save_checkpoint("/nowhere")))
@@ -127,7 +126,7 @@ def slips() -> list[str]:
 
 def test_slips_are_errors_and_not_wrong_gradients(ranks):
     (messages,) = ranks(1).run(slips)
-    words = ["without engine.backward", "outside no_sync", "twice", "without engine.backward", "middle of an", "scalar"]
+    words = ["without engine.backward", "outside no_sync", "without engine.backward", "middle of an", "scalar"]
     assert all(word in message for word, message in zip(words, messages, strict=True)), messages
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -15,8 +16,9 @@ import pytest
 from runtime.wire.messages import Command, RunStatus
 from runtime.wire.rundir import write_json
 from tests.ssh.conftest import ROOT, Box
-from tests.unit.fakehub import FakeHub, step_result
+from tests.unit.fakehub import FakeHub, hello, step_result
 from zerotop.cli import main
+from zerotop.hub.recorder import Recorder
 from zerotop.output import CommandError
 from zerotop.runs.paths import sockets_home
 from zerotop.source.remote import RemoteSource, open_remote
@@ -147,10 +149,19 @@ def test_unknown_run(box: Box, hub: FakeHub, capsys: pytest.CaptureFixture[str])
     assert "no run called" in json.loads(capsys.readouterr().out)["error"]
 
 
-def test_a_run_that_is_over_is_not_attached_to(box: Box) -> None:
-    box.write_run("old", Path("/nowhere"), RunStatus(name="old", state="finished", step=200, reason="all steps done"))
-    with pytest.raises(CommandError, match=r"run old on .* is over \(finished: all steps done\)"):
-        open_remote(box.target, "old")
+def test_a_run_that_has_ended_comes_from_its_recording_there(box: Box) -> None:
+    status = RunStatus(name="old", state="finished", step=200, reason="all steps done")
+    run = box.write_run("old", Path("/nowhere"), status)
+    recorder = Recorder(run / "recording.sqlite", attempt=1)
+    for message in (hello(0), hello(1), step_result(0, 200, loss=math.nan), step_result(1, 200, loss=math.nan)):
+        recorder.add("rank/0", message)
+    recorder.close()
+    for name in ("old", None):  # without a name, and with nothing live there, the newest is meant
+        source = open_remote(box.target, name)
+        assert source.connection == "ended" and not source.can_control
+        assert source.state.step == 200 and source.state.world_size == 2 and math.isnan(source.state.loss or 0.0)
+        assert source.state.status == status
+        source.close()
 
 
 def test_refusals_say_why(box: Box, capfd: pytest.CaptureFixture[str]) -> None:

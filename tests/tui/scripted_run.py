@@ -39,8 +39,15 @@ class ScriptedRun:
     """A `Source` whose run moves only when told: `steps(n)`, `beat(rank)`, `accept(command)`. Its time is a number."""
 
     def __init__(
-        self, ranks: int = 2, gpu: bool = False, accumulation: int = 4, steps: int = 200, seed: int = 0
+        self,
+        ranks: int = 2,
+        gpu: bool = False,
+        accumulation: int = 4,
+        steps: int = 200,
+        seed: int = 0,
+        name: str = "q1",
     ) -> None:
+        self.name = name
         self.state = RunState()
         self.connection = "live"
         self.can_control = True
@@ -90,7 +97,7 @@ class ScriptedRun:
 
     def status(self, state: str, **more: object) -> None:
         before = self.state.status
-        fields = before.model_dump(exclude={"kind"}) if before else {"name": "q1", "attempt": 1}
+        fields = before.model_dump(exclude={"kind"}) if before else {"name": self.name, "attempt": 1}
         self.say(RunStatus(**{**fields, "state": state, **more}))
 
     def _open(self) -> None:
@@ -98,7 +105,7 @@ class ScriptedRun:
         for rank in range(self.ranks):
             self.say(
                 Hello(
-                    run="q1",
+                    run=self.name,
                     attempt=1,
                     rank=rank,
                     local_rank=rank,

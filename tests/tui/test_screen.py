@@ -13,7 +13,6 @@ from screen_reading import OpenApp, screen_text, settle
 from scripted_run import ScriptedRun
 
 from zerotop.tui.panels.events import EventPanel
-from zerotop.tui.panels.header import FROZEN_BADGE
 from zerotop.tui.panels.memory import MemoryPanel
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.screens.rank import RankScreen
@@ -182,7 +181,7 @@ async def test_a_frozen_view_stands_still_looks_frozen_and_still_shows_answers(o
         run.steps(5)
         await settle(app, pilot)
         text = "\n".join(screen_text(app))
-        assert FROZEN_BADGE.strip() in text and "step 20 of" in text and "paused" not in text
+        assert "VIEW FROZEN at step 20" in text and "step 20 of" in text and "paused" not in text
         assert app.screen.has_class("-frozen")
         await pilot.press("C")
         run.accept(run.sent[0])
@@ -193,7 +192,7 @@ async def test_a_frozen_view_stands_still_looks_frozen_and_still_shows_answers(o
         await pilot.press("f")
         await settle(app, pilot)
         text = "\n".join(screen_text(app))
-        assert FROZEN_BADGE.strip() not in text and "step 25 of" in text
+        assert "VIEW FROZEN at step 20" not in text and "step 25 of" in text
 
 
 async def test_nothing_is_drawn_when_nothing_changed(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +344,8 @@ async def test_a_rank_without_a_goodbye_has_ended_with_its_run(open_app: OpenApp
         assert all("– ended" in row and "backward" not in row for row in rows)
         await pilot.press("down", "enter")
         await settle(app, pilot)
-        assert "ended" in screen_text(app)[4] and "backward" not in screen_text(app)[4]
+        facts = app.screen.query_one("#facts").region
+        assert "ended" in screen_text(app)[facts.y + 1] and "backward" not in screen_text(app)[facts.y + 1]
 
 
 @pytest.mark.parametrize(
@@ -371,6 +371,111 @@ async def test_log_lines_with_escapes_and_several_lines_are_shown_plain(open_app
         await settle(app, pilot)
         text = "\n".join(screen_text(app))
         assert "✖ error rank 1 loud first" in text and "second  line" in text and "\x1b" not in text
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 24), (200, 24), (120, 38)])
+async def test_eight_ranks_and_their_failure_fit_every_size(open_app: OpenApp, size: tuple[int, int]) -> None:
+    run = ScriptedRun(ranks=8, gpu=True)
+    run.steps(20)
+    async with open_app(run, size=size) as (app, pilot, _):
+
+        def check(least: int) -> None:
+            parts = [part for part in app.screen.query("MainScreen > *") if part.region.area and part.id]
+            assert app.screen.max_scroll_y == 0 and sum(part.region.height for part in parts) == size[1] - 1
+            assert all(part.region in app.screen.region for part in parts)
+            assert sum(line.count("GiB") > 0 and "/4" in line for line in screen_text(app)) >= least
+
+        check(8)
+        run.steps(40)  # a slow rank is named in a line of its own
+        await settle(app, pilot)
+        check(8)
+        trace = "".join(f'  File "x{line}.py", line {line}, in f\n' for line in range(9))
+        run.fail(1, f"Traceback (most recent call last):\n{trace}ValueError: boom")
+        await settle(app, pilot)
+        assert "ValueError: boom" in "\n".join(screen_text(app))
+        parts = [part for part in app.screen.query("MainScreen > *") if part.region.area and part.id]
+        assert app.screen.max_scroll_y == 0 and all(part.region in app.screen.region for part in parts)
+        assert app.screen.query_one(RankTable).size.height >= 5 and app.screen.query_one(EventPanel).size.height >= 2
+        await pilot.press("enter")
+        await settle(app, pilot)
+        assert isinstance(app.screen, RankScreen) and app.screen.max_scroll_y == 0
+
+
+async def test_the_header_says_what_is_true_now(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+
+        async def top() -> str:
+            await settle(app, pilot)
+            return "\n".join(screen_text(app)[:3])
+
+        assert "▶ running" in await top() and "ETA" in await top()
+        for rank in range(2):
+            run.beat(rank, "backward", 2, idle_ms=111_000)
+        text = await top()
+        assert "▲ stalled" in text and "no progress for 111 s" in text and "running" not in text and "ETA" not in text
+        for rank in range(2):
+            run.beat(rank, "backward", 3)
+        assert "▶ running" in await top()
+        run.status("stopping")
+        text = await top()
+        assert "◧ stopping" in text and "running" not in text and "ETA" not in text
+        run.status("running")
+        run.connection = "lost: nothing heard for 9 s"
+        text = await top()
+        assert "? unknown" in text and "▶" not in text and "ETA" not in text
+
+
+async def test_a_frozen_view_says_how_the_run_is_now(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        await pilot.press("f")
+        run.status("paused")
+        await settle(app, pilot)
+        top = screen_text(app)[0]
+        assert "‖ paused" in top and "running" not in top and "VIEW FROZEN at step 20" in top
+        assert "ETA" not in screen_text(app)[1]
+
+
+async def test_a_ranks_panels_answer_to_their_numbers(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, _):
+        await pilot.press("1", "enter")
+        await settle(app, pilot)
+        numbered = {panel.border_title[0]: panel.id for panel in app.screen.query(Panel) if panel.border_title}
+        numbered["6"] = "events"
+        assert set(numbered) == {"1", "2", "4", "6"}
+        for number, panel in numbered.items():
+            await pilot.press(number)
+            assert app.focused is not None and app.focused.id == panel
+        await pilot.press("3", "5")
+        assert app.focused.id == "events"
+
+
+async def test_a_filter_is_typed_where_it_can_be_seen(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, _):
+        await pilot.press("6", "z", "slash", *"ckpt")
+        await settle(app, pilot)
+        assert app.screen.maximized is app.screen.query_one("#events")
+        assert any(line.strip() == "ckpt" for line in screen_text(app)) and "? Help" not in screen_text(app)[-2]
+        await pilot.press("escape", "escape", "2", "z", "slash", *"ckpt")
+        await settle(app, pilot)
+        assert app.screen.maximized is None and any(line.strip() == "ckpt" for line in screen_text(app))
+
+
+async def test_a_new_record_has_only_itself_wrapped(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_app() as (app, pilot, run):
+        for number in range(600):
+            run.log(f"{number} " + "word " * 3000)
+        await settle(app, pilot)
+        run.log("with the scroll bar there, lines are one cell shorter")
+        await settle(app, pilot)
+        wrapped: list[int] = []
+        wrap = EventPanel._wrap_record
+        monkeypatch.setattr(EventPanel, "_wrap_record", lambda *given: wrapped.append(1) or wrap(*given))
+        run.log("the newest")
+        await settle(app, pilot)
+        assert len(wrapped) == 1 and "the newest" in "\n".join(screen_text(app))
+        await pilot.press("up")
+        await settle(app, pilot)
+        assert "more characters: zerotop logs" in "\n".join(screen_text(app))
 
 
 async def test_any_size_draws_and_a_resize_lays_out_anew(open_app: OpenApp) -> None:

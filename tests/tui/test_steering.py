@@ -27,7 +27,7 @@ async def test_p_pauses_then_resumes(open_app: OpenApp) -> None:
         run.accept(run.sent[0])
         run.apply_command(run.sent[0])
         await settle(app, pilot)
-        assert "⏸ paused" in screen_text(app)[0] and "P Resume" in footer(app)
+        assert "‖ paused" in screen_text(app)[0] and "P Resume" in footer(app)
         await pilot.press("P")
         assert [c.name for c in run.sent] == ["pause", "resume"]
         assert run.sent[0].id != run.sent[1].id
@@ -225,7 +225,7 @@ async def test_a_command_of_somebody_else_is_shown_too(open_app: OpenApp) -> Non
         run.apply_command(other)
         await settle(app, pilot)
         text = "\n".join(screen_text(app))
-        assert "pause #1: applied at step 20" in text and "⏸ paused" in text
+        assert "pause #1: applied at step 20" in text and "‖ paused" in text
 
 
 async def test_a_tick_finds_a_screen_that_is_not_drawn_yet(open_app: OpenApp) -> None:

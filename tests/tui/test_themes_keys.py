@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 from screen_reading import OpenApp, screen_text, settle
 from scripted_run import ScriptedRun
+from textual.binding import Binding
 from textual.color import Color
 from textual.command import CommandList, CommandPalette
 
+import zerotop.tui
 from zerotop.tui.app import ZerotopApp
-from zerotop.tui.keys import KEYS, read_keymap
+from zerotop.tui.keys import FIXED_KEYS, KEYS, key_named, read_keymap
+from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.screens.help import HelpScreen
+from zerotop.tui.screens.main import MainScreen
+from zerotop.tui.screens.rank import RankScreen
 from zerotop.tui.theme import Palette, ThemeError, load_palettes, read_palette
+from zerotop.tui.widgets.lines import ScrollPanel
 
 PALETTES = list(load_palettes()[0].values())
 
@@ -128,12 +134,48 @@ async def test_keys_can_be_given_other_keys(open_app: OpenApp, no_user_files: Pa
 
 
 @pytest.mark.parametrize(
+    ("written", "key"),
+    [
+        ("Ctrl+Z", "ctrl+z"),
+        ("F5", "f5"),
+        ("Space", "space"),
+        ("Alt+K", "alt+k"),
+        ("minus", "-"),
+        ("K", "K"),
+        ("K,F5", "f5"),
+    ],
+)
+async def test_keys_are_written_as_people_write_them(
+    open_app: OpenApp, no_user_files: Path, written: str, key: str
+) -> None:
+    (no_user_files / "keys.toml").write_text(f'checkpoint = "{written}"\n')
+    async with open_app() as (app, pilot, run):
+        assert not app._notifications
+        await pilot.press(key)
+        assert [c.name for c in run.sent] == ["checkpoint"]
+
+
+def test_every_key_of_panels_and_screens_is_kept_from_the_key_file() -> None:
+    bound = [
+        key_named(key)
+        for owner in (RankTable, ScrollPanel, MainScreen, RankScreen)
+        for binding in owner.BINDINGS
+        if isinstance(binding, Binding)
+        for key in binding.key.split(",")
+    ]
+    assert set(bound) <= FIXED_KEYS and not FIXED_KEYS & {key_named(one) for key in KEYS for one in key.keys.split(",")}
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("nonsense [", "the usual keys stay"),
         ('chekpoint = "K"', "unknown key 'chekpoint'"),
         ("checkpoint = 3", "checkpoint must be a key"),
         ('checkpoint = "P"', "'P' is both pause and checkpoint"),
+        ('checkpoint = "question_mark"', "'?' is both help and checkpoint"),
+        ('checkpoint = "Ctrl+Foo"', 'checkpoint = "Ctrl+Foo": no such key'),
+        ('checkpoint = "Esc"', "that key has a fixed meaning"),
     ],
 )
 async def test_a_broken_key_file_is_reported_and_the_usual_keys_stay(
@@ -241,3 +283,15 @@ async def test_the_setting_dialog_is_whole_in_a_small_terminal(open_app: OpenApp
         )
         dialog = app.screen.query_one(".dialog")
         assert dialog.region in app.screen.region and dialog.max_scroll_y == 0
+
+
+def test_every_sign_on_the_screen_is_in_fonts_that_people_have() -> None:
+    """Looked up in DejaVu Sans Mono, the usual one on Linux (fc-query --format='%{charset}' DejaVuSansMono.ttf)."""
+    there = set("–“”…·×‖←↑→↓↻⏎─│├┤└═━░▌█▏▎▍▌▋▊▉╸■□▲▶●○◌◐◧✔✖❄°µé")
+    used = {
+        character
+        for path in Path(zerotop.tui.__file__).parent.rglob("*.py")
+        for character in path.read_text()
+        if not character.isascii()
+    }
+    assert used <= there

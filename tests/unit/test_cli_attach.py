@@ -21,6 +21,7 @@ class LeftAtOnce:
 
     def __init__(self, source: Source, read_only: bool = False) -> None:
         self.source = source
+        self.left_by = None
 
     def run(self) -> None:
         self.source.poll()

@@ -47,7 +47,7 @@ def rejects(command: Command) -> list[Ack]:
 
 @pytest.mark.parametrize("name", ["pause", "resume", "checkpoint", "stop", "abort"])
 def test_applied(name: str, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
-    wait = ["--wait"] if name == "checkpoint" else []
+    wait = {"checkpoint": ["--wait"], "abort": ["--yes"]}.get(name, [])
     assert main([name, "q1", *wait, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["command"], answer["state"], answer["step"], answer["number"]) == (name, "applied", 7, 1)
@@ -187,6 +187,23 @@ def test_abort_asks_on_a_terminal(typed: str, sent: int, hub: FakeHub, monkeypat
     assert len(hub.commands) == sent + 1
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["abort"], "zerotop abort RUN --yes"),
+        (["abort", "q1"], "there is no terminal to ask on"),
+        (["abort", "--yes"], "zerotop abort RUN --yes"),
+        (["abort", "me@box", "--yes"], "name the run, zerotop abort me@box:RUN"),
+    ],
+    ids=str,
+)
+def test_abort_without_a_terminal_wants_a_name_and_yes(
+    words: list[str], expected: str, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert expected in capsys.readouterr().err and hub.commands == []
+
+
 def test_stacks_are_printed_with_their_place(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     result = {"path": "logs/1/stacks-1.txt", "text": "q1, attempt 1\nrank 0: pid 7\n"}
     hub.answer = lambda command: [Ack(id=command.id, number=1, state="applied", step=7, result=result)]
@@ -201,5 +218,5 @@ def test_stacks_are_printed_with_their_place(hub: FakeHub, capsys: pytest.Captur
 def test_stop_and_abort_say_what_they_do(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     main(["stop", "q1"])
     assert "writes a checkpoint and ends" in capsys.readouterr().err
-    main(["abort", "q1"])
+    main(["abort", "q1", "--yes"])
     assert "without a checkpoint" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from tests.unit.fakerun import write_run
 from zerotop.cli import main
 from zerotop.commands import doctor
 from zerotop.hub.recorder import Recorder
+from zerotop.runs.logs import LogTail, cap_logs
 
 ONE_GIB = 2**30
 
@@ -223,6 +224,46 @@ def test_logs_of_several_ranks_are_merged_by_time(logged: Path, capsys: pytest.C
         "[0] 10:00:03,000 c",
     ]
     assert [entry["rank"] for entry in answer(capsys, "logs", "q1", "-n", "2")] == [0, 1, 1, 0]
+
+
+def test_logs_go_on_with_what_was_rolled_out_of_a_full_log(logged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = logged / "logs" / "2" / "rank-0.log"
+    log.write_text("".join(f"line {number}\n" for number in range(10)))
+    assert cap_logs(log.parent, limit_bytes=50) == [log]
+    assert main(["logs", "q1", "--rank", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == ["line 8", "line 9"]
+    with log.open("a") as more:
+        more.write("line 10\nline 11\n")
+    assert main(["logs", "q1", "--rank", "0", "-n", "3"]) == 0
+    assert capsys.readouterr().out == "line 9\nline 10\nline 11\n"
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 200])
+def test_the_last_lines_are_read_from_the_end(
+    logged: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr("zerotop.runs.logs.BLOCK_BYTES", 64)
+    log = logged / "logs" / "2" / "rank-0.log"
+    lines = [f"2026-11-23 10:00:{number:02} {'x' * (number * 7)}" for number in range(60)]
+    log.write_text("\n".join(lines) + "\n")
+    read = []
+    tail = LogTail(log)
+    read += tail.last_lines(count, at_end=False)
+    assert read[len(read) - min(count, len(read)) :] == lines[60 - min(count, 60) :]
+    assert len(read) <= count + 2 + 64 // 20 or count == 200
+    assert main(["logs", "q1", "--rank", "0", "-n", str(count)]) == 0
+    assert capsys.readouterr().out.splitlines() == lines[60 - min(count, 60) :]
+
+
+def test_a_log_without_line_ends_is_read_once(logged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In time that goes with its size, and not with its square."""
+    log = logged / "logs" / "2" / "rank-0.log"
+    log.write_bytes(b"y" * 40_000_000 + b"\nend\n")
+    began = time.process_time()
+    assert main(["logs", "q1", "--rank", "0", "-n", "1"]) == 0
+    assert capsys.readouterr().out == "end\n"
+    assert sum(len(line) for line in LogTail(log).all_lines(at_end=True)) == 40_000_003
+    assert time.process_time() - began < 5
 
 
 def test_logs_follow_until_the_run_ends(logged: Path, capfd: pytest.CaptureFixture[str]) -> None:

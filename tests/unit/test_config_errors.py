@@ -213,7 +213,11 @@ def test_a_key_that_deepspeed_passes_over_is_a_note() -> None:
         ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, "x"]}}}, 'expected a number, got "x"'),
         ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}}, "write gradient_clipping at the top"),
         ({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}}, "AdamW has no amsgrad here"),
-        ({"scheduler": {"type": "OneCycle"}}, "OneCycle cannot run here: it is not supported yet"),
+        ({"scheduler": {"type": "OneCycle", "params": {"cycle_max_lr": 1}}}, "scheduler.params.cycle_min_lr"),
+        (
+            {"scheduler": {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": [1e-3, -1.0]}}},
+            "scheduler.params.lr_range_test_min_lr: expected at least 0, got -1.0",
+        ),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "exp"}}}, 'expected "log" or "linear"'),
         ({"zerotop": {"model": {"preset": "gpt-tny"}}}, "Did you mean gpt-tiny?"),
         ({"zerotop": {"model": {"preset": "gpt-tiny", "path": "x"}}}, "preset and path are both given"),
@@ -324,7 +328,8 @@ def around(key: str) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for kind, table in (("optimizer", PARAMS), ("scheduler", SCHEDULES)):
         takers = [taker for taker, model in table.items() if not name or section != kind or name in model.model_fields]
-        tree[kind] = {"type": takers[0], "params": {}}
+        fields = table[takers[0]].model_fields
+        tree[kind] = {"type": takers[0], "params": {name: 0.1 for name, field in fields.items() if field.is_required()}}
     return tree
 
 

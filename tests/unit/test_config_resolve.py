@@ -192,7 +192,7 @@ def test_params_of_every_optimizer_are_torchs() -> None:
 # ---- scheduler
 
 
-def test_warmup_lr_fills_auto_from_the_optimizer() -> None:
+def test_warmup_lr_leaves_its_maximum_to_each_group() -> None:
     params = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
     config = {
         "optimizer": {"type": "AdamW", "params": {"lr": 2e-4}},
@@ -200,7 +200,7 @@ def test_warmup_lr_fills_auto_from_the_optimizer() -> None:
         "zerotop": {"train": {"steps": 300}},
     }
     assert resolve(config).scheduler == WarmupLR(
-        warmup_min_lr=0.0, warmup_max_lr=2e-4, warmup_num_steps=30, warmup_type="log", last_batch_iteration=-1
+        warmup_min_lr=0.0, warmup_max_lr=None, warmup_num_steps=30, warmup_type="log", last_batch_iteration=-1
     )
 
 

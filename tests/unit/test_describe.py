@@ -37,11 +37,26 @@ def test_a_plain_module_has_nothing_to_say() -> None:
 
 def test_a_config_is_written_by_either_of_its_methods() -> None:
     for config in (
-        SimpleNamespace(to_json_string=lambda: '{"model_type": "x", "architectures": ["Y"]}'),
-        SimpleNamespace(to_dict=lambda: {"model_type": "x", "architectures": ["Y"]}),
+        SimpleNamespace(to_json_string=lambda: '{"model_type": "x", "architectures": ["Linear"]}'),
+        SimpleNamespace(to_dict=lambda: {"model_type": "x", "architectures": ["Linear"]}),
     ):
         files = describe_model(engine(linear(config=config)))
-        assert json.loads(files["config.json"]) == {"model_type": "x", "architectures": ["Y"]}
+        assert json.loads(files["config.json"]) == {"model_type": "x", "architectures": ["Linear"]}
+
+
+def test_a_config_whose_model_is_somewhere_inside_says_where_and_one_of_another_model_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = SimpleNamespace(to_dict=lambda: {"model_type": "x", "architectures": ["Linear"]})
+    wrapper = torch.nn.Module()
+    wrapper.config, wrapper.base = config, torch.nn.ModuleDict({"model": linear()})
+    files = describe_model(engine(wrapper))
+    assert json.loads(files["config.json"])["zerotop_prefix"] == "base.model."
+    stranger = torch.nn.Bilinear(2, 2, 2)
+    stranger.config = config
+    with caplog.at_level(logging.WARNING):
+        assert describe_model(engine(stranger)) == {}
+    assert "Bilinear.config is of a Linear, which is not in the model" in caplog.text
 
 
 def test_a_config_that_fails_costs_no_checkpoint(caplog: pytest.LogCaptureFixture) -> None:

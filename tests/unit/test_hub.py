@@ -6,64 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
 import zmq
-import zmq.asyncio
 
-from runtime.wire.codec import decode_down, decode_packet, decode_snapshot, encode
-from runtime.wire.messages import Ack, Command, Event, Heartbeat, Packet, Resend, RunStatus
-from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, RunFile, Sockets
-from zerotop.hub.hub import Hub
-from zerotop.hub.recorder import Recorder
-
-DEADLINE_S = 10.0
-
-
-class Bench:
-    """A hub of a one-rank run, and sockets to it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.run = RunFile(
-            name="q1", created_wall_s=0, attempt=1, host="h", boot_id="b", nproc=1, device="cpu", config_path="c",
-            config_folder="/", sockets=str(folder),
-        )  # fmt: skip
-        self.statuses: list[str] = []
-        self.aborts: list[Command] = []
-        self.stacks: list[Command] = []
-        self.recorder = Recorder(folder / "recording.sqlite", 1)
-        self.hub = Hub(
-            self.run,
-            RunStatus(name="q1", state="starting"),
-            recorder=self.recorder,
-            abort=self.aborts.append,
-            stacks=self.stacks.append,
-            on_status=lambda status: self.statuses.append(status.state),
-        )
-        self.hub.start()
-        self._context = zmq.asyncio.Context()
-        self._open: list[zmq.asyncio.Socket] = []
-
-    def connect(self, kind: int, name: str, identity: bytes = b"") -> zmq.asyncio.Socket:
-        socket = self._context.socket(kind)
-        socket.linger = 0
-        if identity:
-            socket.routing_id = identity
-        socket.connect(Sockets(self.run.sockets).endpoint(name))
-        self._open.append(socket)
-        return socket
-
-    async def close(self) -> None:
-        for socket in self._open:
-            socket.close()
-        self._context.term()
-        await self.hub.close(linger_ms=0)
-        self.recorder.close()
-
-    def event_texts(self) -> list[str]:
-        return [event.text for event in self.hub.state.events]
+from runtime.wire.codec import decode_down, decode_packet, decode_snapshot
+from runtime.wire.messages import Ack, Command, Event, Packet, Resend
+from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC
+from tests.unit.hubbench import DEADLINE_S, Bench, beat, heard, packet, until
 
 
 @pytest_asyncio.fixture
@@ -71,31 +22,6 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     made = Bench(tmp_path)
     yield made
     await made.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
-
-
-async def heard(socket: zmq.asyncio.Socket) -> list[bytes]:
-    return await asyncio.wait_for(socket.recv_multipart(), DEADLINE_S)
-
-
-def packet(seq: int, *messages: Any, attempt: int = 1) -> bytes:
-    said = messages or (Event(rank=0, what="x", text=f"event {seq}", wall_s=0),)
-    return encode(Packet(source="rank/0", attempt=attempt, seq=seq, sent_ns=0, messages=list(said)))
-
-
-def beat(phase: str = "forward") -> Heartbeat:
-    return Heartbeat.model_validate(
-        {
-            "rank": 0, "phase": phase, "phase_since_ns": 0, "step": 1, "micro_step": 1, "micro_steps": 1,
-            "entered_seq": 0, "completed_seq": 0, "progress_ns": 0, "now_ns": 0,
-        }
-    )  # fmt: skip
 
 
 async def test_lost_events_are_asked_for_and_put_in_their_place(bench: Bench) -> None:
@@ -124,7 +50,7 @@ async def test_events_that_nobody_has_any_more_do_not_hold_up_the_rest(bench: Be
 
 
 async def test_another_attempt_s_packets_are_not_ours(bench: Bench) -> None:
-    rank = bench.connect(zmq.DEALER, "ranks", b"rank/0/0")
+    rank = bench.connect(zmq.DEALER, "ranks", b"rank/0/1")
     await rank.send(packet(1, attempt=7))
     await rank.send(packet(1))
     await until(lambda: bench.event_texts() == ["event 1"])

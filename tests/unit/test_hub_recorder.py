@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runtime.wire.messages import Event, Heartbeat, Hello, LogRecord, RunStatus, StepResult
 from zerotop.hub import recorder as module
 from zerotop.hub.recorder import Recorder, earlier_steps, on_network_file_system, read_messages, read_recording
+from zerotop.hub.thinning import thin, used_bytes
 from zerotop.state.run import RunState
 
 
@@ -101,7 +105,7 @@ def test_a_file_that_is_no_database_ends_the_recording_and_says_so(tmp_path: Pat
     until(lambda: bool(broken.error))
     broken.add("rank/0", step(0, 1))
     broken.close()
-    assert "the recording ends here" in broken.error and broken._rows == []
+    assert "the recording ends here" in broken.error and not broken._rows
 
 
 def test_sampled_kinds_thin_out_as_the_run_grows_old(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,3 +150,156 @@ def test_rows_carry_the_attempt_in_which_they_were_heard(tmp_path: Path, recorde
     recorder.close()
     rows = [(row.attempt, row.message.step) for row in read_recording(tmp_path)]  # type: ignore[attr-defined]
     assert rows == [(1, 1), (1, 3), (2, 2)]
+
+
+def rows_of(folder: Path) -> list[tuple[str, bytes]]:
+    with closing(sqlite3.connect(folder / "recording.sqlite")) as database:
+        return database.execute("SELECT kind, body FROM messages ORDER BY id").fetchall()
+
+
+class FullDisk:
+    """In sqlite3's place: connections whose writes fail while `full` says so."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self._connect = sqlite3.connect
+
+    def connect(self, *arguments: Any, **options: Any) -> sqlite3.Connection:
+        disk = self
+
+        class Connection(sqlite3.Connection):
+            def executemany(self, *arguments: Any) -> sqlite3.Cursor:
+                if disk.full:
+                    raise sqlite3.OperationalError("database or disk is full")
+                return super().executemany(*arguments)
+
+        return self._connect(*arguments, **options, factory=Connection)
+
+
+def test_a_disk_that_was_full_for_a_while_leaves_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullDisk()
+    monkeypatch.setattr(sqlite3, "connect", disk.connect)
+    monkeypatch.setattr(module, "COMMIT_S", 0.02)
+    recorder = Recorder(tmp_path / "recording.sqlite", 1)
+    try:
+        told: list[str] = []
+
+        def tells(words: str) -> bool:
+            told.extend(recorder.news())
+            return any(words in text for text in told)
+
+        recorder.add("rank/0", step(0, 1))
+        until(lambda: len(list(read_messages(tmp_path))) == 1)
+        disk.full = True
+        recorder.add("rank/0", step(0, 2))
+        until(lambda: tells("stands still until it can be written again: database or disk is full"))
+        recorder.add("rank/0", step(0, 3))
+        assert recorder.error == ""
+        disk.full = False
+        until(lambda: tells("the recording goes on"))
+        assert [message.step for message in read_messages(tmp_path)] == [1, 2, 3]  # type: ignore[attr-defined]
+        assert len(told) == 2
+    finally:
+        recorder.close()
+
+
+def test_what_a_full_disk_costs_is_bounded_and_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = FullDisk()
+    monkeypatch.setattr(sqlite3, "connect", disk.connect)
+    monkeypatch.setattr(module, "COMMIT_S", 0.02)
+    monkeypatch.setattr(module, "ROWS_KEPT", 10)
+    disk.full = True
+    recorder = Recorder(tmp_path / "recording.sqlite", 1)
+    try:
+        recorder.add("rank/0", step(0, 1))
+        until(lambda: bool(recorder.news()))
+        for number in range(2, 101):
+            recorder.add("rank/0", step(0, number))
+        assert len(recorder._rows) <= 10
+        disk.full = False
+        until(lambda: bool(recorder.news()))
+    finally:
+        recorder.close()
+    messages = list(read_messages(tmp_path))
+    assert [m.step for m in messages if isinstance(m, StepResult)] == list(range(91, 101))
+    (gap,) = [m.text for m in messages if isinstance(m, LogRecord)]
+    assert "nothing could be recorded since" in gap and "90 messages are missing" in gap
+
+
+def test_a_disk_that_stays_full_ends_the_recording_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FullDisk()
+    monkeypatch.setattr(sqlite3, "connect", disk.connect)
+    disk.full = True
+    recorder = Recorder(tmp_path / "recording.sqlite", 1)
+    recorder.add("rank/0", step(0, 1))
+    recorder.close()
+    assert not recorder._thread.is_alive() and "the recording ends here" in recorder.error
+
+
+def test_a_recording_has_a_size_and_keeps_what_a_screen_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 2 * 2**20
+    monkeypatch.setattr(module, "LIMIT_BYTES", limit)
+    monkeypatch.setattr(module, "COMMIT_S", 0.001)
+    monkeypatch.setattr(module, "DENSE_STEPS", 10**6)
+    recorder = Recorder(tmp_path / "recording.sqlite", 1)
+    hello = Event(rank=None, what="x", text="the first event", wall_s=0)
+    recorder.add("supervisor", hello)
+    for number in range(1, 20_001):
+        recorder.add("rank/0", step(0, number))
+        if number % 10 == 0:
+            recorder.add(
+                "rank/0", LogRecord(rank=0, level="info", logger="l", text=f"{number} " + "x" * 2000, wall_s=0)
+            )
+        if number % 1000 == 0:
+            until(lambda: not recorder._rows)
+    recorder.close()
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert size < 2 * limit
+    messages = list(read_messages(tmp_path))
+    steps = [m.step for m in messages if isinstance(m, StepResult)]
+    assert steps == sorted(steps) and steps[-1] == 20_000
+    newer = sum(number > 15_000 for number in steps)
+    older = sum(number <= 5_000 for number in steps)
+    assert 0 < older < newer / 2  # the oldest are thinned most, and the run's beginning can still be seen
+    logs = [m.text for m in messages if isinstance(m, LogRecord)]
+    assert logs and logs[-1].startswith("20000 ") and not logs[0].startswith("10 ")
+    assert hello in messages
+
+
+def test_events_are_the_last_to_go(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "recording.sqlite")) as database:
+        database.execute(module._SCHEMA)
+        row = (1, 0.0, "rank/0", "event", b"x" * 1000)
+        database.executemany(module._INSERT, [(1, 0.0, "rank/0", "hello", b"{}"), *[row] * 4000])
+        database.commit()
+        thin(database, 2 * 2**20)
+        assert used_bytes(database) < 2 * 2**20
+    kinds = [kind for kind, _ in rows_of(tmp_path)]
+    assert kinds[0] == "hello" and 500 < len(kinds) < 2000
+
+
+def test_steps_and_statuses_are_sampled_in_a_long_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DENSE_STEPS", 50)
+    recorder = Recorder(tmp_path / "recording.sqlite", 1)
+    for number in range(1, 1001):
+        recorder.add("rank/0", step(0, number))
+        recorder.add("supervisor", RunStatus(name="q1", state="running", step=number))
+    recorder.add("supervisor", RunStatus(name="q1", state="finished", step=1000))
+    recorder.close()
+    messages = list(read_messages(tmp_path))
+    steps = [m.step for m in messages if isinstance(m, StepResult)]
+    assert steps[:50] == list(range(1, 51)) and steps[-1] == 1000 and len(steps) < 200
+    statuses = [m for m in messages if isinstance(m, RunStatus)]
+    assert len(statuses) < 150 and statuses[-1].state == "finished"
+
+
+def test_rows_of_a_newer_version_are_passed_over(tmp_path: Path, recorder: Recorder) -> None:
+    recorder.add("rank/0", step(0, 1))
+    recorder.close()
+    with closing(sqlite3.connect(tmp_path / "recording.sqlite")) as database:
+        bodies = [b'{"kind":"from 2031"}', b'{"kind":"step","step":"many"}', b"no JSON"]
+        database.executemany(module._INSERT, [(1, 0.0, "rank/0", "step", body) for body in bodies])
+        database.commit()
+    assert [message.step for message in read_messages(tmp_path)] == [1]  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from runtime.wire.messages import Ack, Command, CommandRecord, RunStatus
-from zerotop.hub.router import CommandRouter
+from zerotop.hub.router import OPEN_AT_MOST, REMEMBERED, CommandRouter
 from zerotop.state.run import RunState
 
 
@@ -122,6 +122,29 @@ def test_what_waits_counts_as_done_for_what_comes_next(desk: Desk) -> None:
     assert desk.ask("checkpoint")[1] == "the run is stopping already (abort ends it at once)"
     assert desk.ask("abort")[0] == "accepted"
     assert desk.ask("abort")[1] == "the run is being aborted"
+
+
+def test_a_batch_systems_signal_gives_a_stop_that_waits_a_deadline_once(desk: Desk) -> None:
+    refusal = ("rejected", "the run is stopping already (abort ends it at once)")
+    assert desk.ask("stop", deadline_s=-1)[0] == desk.ask("stop", deadline_s="soon")[0] == "rejected"
+    assert desk.ask("stop") == ("accepted", "")
+    desk.set("stopping")
+    assert desk.ask("stop") == desk.ask("checkpoint") == refusal
+    assert desk.ask("stop", deadline_s=60) == ("accepted", "")
+    assert desk.ask("stop", deadline_s=60) == refusal
+    desk.router.finish("stopped", 7)
+    assert [record.ack.state for record in desk.published[-2:]] == ["applied", "applied"]
+
+
+def test_a_rank_says_what_it_does_about_a_command_before_it_is_done(desk: Desk) -> None:
+    desk.ask("checkpoint", asker=b"me")
+    writing = Ack(id=desk.forwarded[0].id, state="accepted", reason="the checkpoint of step 5 is being written", rank=0)
+    desk.router.hear(writing)
+    assert desk.answers[-1] == (b"me", "accepted", "the checkpoint of step 5 is being written")
+    assert desk.router.is_open("checkpoint")
+    desk.applied(1)
+    assert desk.answers[-1] == (b"me", "applied", "") and desk.router.hear(writing.model_copy()) is None
+    assert desk.answers[-1][1] == "applied"
 
 
 def test_a_paused_run_with_a_resume_on_its_way_can_be_paused_again(desk: Desk) -> None:
@@ -243,3 +266,32 @@ def test_a_rank_that_speaks_late_is_told_what_others_have_answered(desk: Desk) -
     desk.applied(3)
     desk.router.ranks_restart()
     assert [command.number for command in desk.router.commands_for_new_rank()] == [2]  # the rest is over
+
+
+def test_an_id_whose_answer_was_forgotten_is_refused_and_acts_no_more(desk: Desk) -> None:
+    for number in range(REMEMBERED + 1):
+        desk.ask("set", f"s{number}", log_interval=1)
+        desk.applied(number + 1)
+    assert desk.ask("set", "s0", log_interval=1) == (
+        "rejected",
+        "this command was given before; its answer is not kept any more",
+    )
+    assert len(desk.forwarded) == REMEMBERED + 1
+    assert desk.ask("pause") == ("accepted", "")
+
+
+def test_commands_that_wait_have_a_number_and_a_stop_is_always_taken(desk: Desk) -> None:
+    for number in range(OPEN_AT_MOST):
+        assert desk.ask("set", f"s{number}", log_interval=1) == ("accepted", "")
+    assert desk.ask("checkpoint") == ("rejected", "64 commands wait for a step boundary already")
+    assert desk.ask("stop") == ("accepted", "")
+    assert desk.ask("abort") == ("accepted", "")
+
+
+def test_a_final_answer_is_heard_once(desk: Desk) -> None:
+    desk.ask("checkpoint")
+    assert desk.applied(1) is not None
+    published = len(desk.published)
+    for step in range(10):
+        assert desk.applied(1, step) is None
+    assert len(desk.published) == published

@@ -7,12 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from runtime.config.zerotop import DEFAULT_PRESET
-from runtime.estimate import activation_bytes
+from runtime.estimate import activation_bytes, fresh_gradient_bytes
 from runtime.models.gpt import GPT, build_model, rotary_tables, rotate
 from runtime.models.presets import (
     PRESETS,
     GPTConfig,
     ModelError,
+    gradient_arrivals,
     load_model_config,
     padded_vocab,
     parameters,
@@ -24,12 +25,28 @@ from runtime.zero.cut import cut
 SMALL = GPTConfig(layers=2, heads=2, dim=32, vocab_size=64, max_seq_len=16)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_unit_counts_equal_the_engines_cut_of_the_model(name: str) -> None:
-    config = PRESETS[name]
-    units = {unit.name: sum(p.numel() for _, p in unit.parameters) for unit in cut(GPT(config, "meta"))}
-    assert dict(unit_parameters(config)) == units
-    assert list(dict(unit_parameters(config))) == list(units)
+PATTERNS = [None, ["blocks.*"], ["blocks"], ["embedding", "head"], ["blocks.1", "blocks.*.qkv", "head"], ["*norm"]]
+
+
+@pytest.mark.parametrize("patterns", PATTERNS)
+@pytest.mark.parametrize("small_below", [0, 5000])
+@pytest.mark.parametrize("name", [*PRESETS, "one block", "one tied block"])
+def test_units_equal_the_engines_cut_of_the_model(name: str, small_below: int, patterns: list[str] | None) -> None:
+    config = PRESETS.get(name) or GPTConfig(1, 2, 32, 64, 16, tied="tied" in name)
+    if config.layers == 1 and patterns and "blocks.1" in patterns:
+        patterns = ["blocks.*.qkv"]
+    units = cut(GPT(config, "meta"), patterns, small_below)
+    assert unit_parameters(config, small_below, patterns) == [
+        (unit.name, sum(p.numel() for _, p in unit.parameters)) for unit in units
+    ]
+    assert set(gradient_arrivals(config, small_below, patterns)) == {unit.name for unit in units}
+
+
+def test_units_that_the_model_has_not_are_refused() -> None:
+    with pytest.raises(
+        ModelError, match=r"zerotop.units: no module is called 'layers.\*'; .* has 'embedding', 'blocks'"
+    ):
+        unit_parameters(SMALL, 0, ["blocks.*", "layers.*"])
 
 
 @pytest.mark.parametrize(
@@ -167,3 +184,22 @@ def test_activation_estimate_is_what_autograd_keeps_per_layer(dtype: torch.dtype
     cpu_copy_of_attention = batch * seq_len * 128 * element_bytes  # the CPU kernel's output is in another order
     assert kept_three - kept_two == pytest.approx(estimate_three - estimate_two + cpu_copy_of_attention, rel=0.01)
     assert kept_two < estimate_two
+
+
+@pytest.mark.parametrize(("tied", "tables"), [(False, 1), (True, 3)])
+def test_a_tables_gradient_is_what_the_estimate_says(tied: bool, tables: int) -> None:
+    """Counted in autograd: every tensor of the table's size that exists at a time between forward and the engine."""
+    shape = GPTConfig(layers=2, heads=2, dim=8, vocab_size=4096, max_seq_len=4, tied=tied)
+    model, tokens = GPT(shape), torch.zeros(1, 4, dtype=torch.int64)
+    loss = model(tokens, tokens)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        loss.backward()
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]" and abs(event.nbytes()) == 4 * 4096 * 8:
+            now += 1 if event.nbytes() > 0 else -1
+            most = max(most, now)
+    assert most == tables
+    assert fresh_gradient_bytes(shape, 4, beside=0) == tables * 4 * 4096 * 8

@@ -11,22 +11,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runtime.advice import advise
 from runtime.estimate import guess_shape, guess_units
+from runtime.inflight import REDUCTIONS_IN_FLIGHT, borrowed_for_backward
 from runtime.models.presets import PRESETS, GPTConfig, parameters, unit_parameters
-from runtime.plan import (
-    REDUCTIONS_IN_FLIGHT,
-    Workload,
-    data_parallel,
-    find,
-    plan,
-    pool_elements,
-    stage_layout,
-)
+from runtime.plan import data_parallel, find, plan, stage_layout
 from runtime.sizes import format_count, format_size, parse_count, parse_size
+from runtime.workload import Workload
 from zerotop import cli
 from zerotop.commands import plan_text
 
@@ -110,6 +105,76 @@ def test_sgd_keeps_no_moments() -> None:
     assert stage_layout(workload(moments=0), 0).gpu["optimizer"] == 0
 
 
+# ---- what a config changes -------------------------------------------------------------------------------------------
+def test_whole_gradients_until_the_boundary_are_what_stage_1_keeps_and_sends() -> None:
+    """zerotop.accumulate "local"."""
+    psi = 8 * 64 * 4 * 1000
+    work = even(psi, 4, accumulation=8)
+    local = dataclasses.replace(work, accumulate_locally=True)
+    for stage in (2, 3):
+        whole, own = stage_layout(local, stage), stage_layout(work, stage)
+        assert whole.gpu["gradients"] == 4 * psi
+        assert own.gpu["gradients"] == psi
+        assert whole.sent_bytes < own.sent_bytes
+    assert stage_layout(local, 2).gpu == stage_layout(work, 1).gpu
+    assert stage_layout(local, 2).sent_bytes == stage_layout(work, 1).sent_bytes
+    assert stage_layout(local, 2, offload=True).host["gradients"] == 0
+
+
+def test_on_a_cpu_offload_takes_no_copies_and_moves_nothing() -> None:
+    work = workload("gpt-small", 2, device="cpu", precision="fp32")
+    for stage in range(4):
+        kept, offloaded = stage_layout(work, stage), stage_layout(work, stage, offload=True)
+        assert 2 * kept.gpu_bytes == 2 * offloaded.gpu_bytes + offloaded.host_bytes
+        assert (offloaded.host["masters"], offloaded.host["staging"]) == (0, 0)
+        assert (offloaded.pcie_bytes, offloaded.pinned_bytes, kept.gpu["context"]) == (0, 0, 0)
+
+
+def test_parameters_alone_are_offloaded_at_stage_3() -> None:
+    work = workload("gpt-7b", 4, offload_parameters=True, pin_memory=False)
+    alone = find(plan(work), 3, parameters=True)
+    assert alone.label == "stage 3 + offload_param"
+    kept, both = find(plan(work), 3), find(plan(work), 3, offload=True)
+    assert alone.gpu["parameters"] == both.gpu["parameters"] == 0
+    assert alone.host["parameters"] == alone.host_bytes == alone.pinned_bytes == 4 * kept.gpu["parameters"]
+    assert alone.gpu["optimizer"] == kept.gpu["optimizer"]
+    assert both.pinned_bytes == both.host["parameters"]  # pin_memory of offload_param alone
+    assert len(plan(workload())) == len(plan(work)) - 1
+
+
+def test_inputs_of_checkpointed_layers_wait_on_the_host() -> None:
+    work = workload("gpt-7b", 4, segments=32)
+    moved = dataclasses.replace(work, inputs_on_host=True)
+    here, there = stage_layout(work, 2), stage_layout(moved, 2)
+    one_input = 2 * 4096 * 1024
+    assert there.host == {"activations": 4 * 32 * one_input}
+    assert here.gpu["activations"] - there.gpu["activations"] == 31 * one_input
+    assert there.pinned_bytes == there.host_bytes
+    on_a_cpu = dataclasses.replace(moved, device="cpu")
+    assert stage_layout(on_a_cpu, 2).host == {}
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_tied_tables_gradient_is_a_sum(batch: int) -> None:
+    """The head's part is there as backward starts; at its end the embedding's and the sum are, too."""
+    tied = workload("gpt-124m", 2, micro_batch=batch, seq_len=32)
+    gpu, table = stage_layout(tied, 2).gpu, 2 * 50304 * 768
+    kept = gpu["activations"] + gpu["logits"]
+    assert kept + gpu["temporary"] == max(kept + table, 3 * table)
+    assert stage_layout(workload("gpt-7b"), 2).gpu["temporary"] == 2 * 50304 * 4096
+
+
+def test_pieces_that_stream_through_the_gpu_are_what_the_streamer_takes() -> None:
+    torch = pytest.importorskip("torch")
+    from runtime.optim.streamed import ring_bytes
+
+    work = workload(stream_chunk_bytes=64 << 20)
+    streamed, without = stage_layout(work, 2, offload=True), stage_layout(workload(), 2, offload=True)
+    ring = ring_bytes(64 << 20, torch.float32, torch.float32)
+    assert streamed.gpu["buffers"] - without.gpu["buffers"] == ring
+    assert stage_layout(work, 2).gpu["buffers"] == stage_layout(workload(), 2).gpu["buffers"]
+
+
 # ---- what is in flight, and traffic ----------------------------------------------------------------------------------
 def test_the_pool_is_played_through_as_the_engine_does() -> None:
     schedule = pytest.importorskip("runtime.zero.schedule")
@@ -127,8 +192,8 @@ def test_the_pool_is_played_through_as_the_engine_does() -> None:
         ([("embedding", 192), *((f"blocks.{index}", 128) for index in range(4)), ("head", 64)], 128 + 192),
     ],
 )
-def test_pool_elements(units: list[tuple[str, int]], expected: int) -> None:
-    assert pool_elements(Workload("w", tuple(units), PRESETS["gpt-tiny"], 1)) == expected
+def test_buffers_borrowed_for_a_backward(units: list[tuple[str, int]], expected: int) -> None:
+    assert borrowed_for_backward(units) == expected
 
 
 def test_the_pool_is_what_the_engines_pool_lends_out() -> None:
@@ -151,7 +216,7 @@ def test_the_pool_is_what_the_engines_pool_lends_out() -> None:
         if len(flying) == REDUCTIONS_IN_FLIGHT:
             pool.give_back(flying.pop(0), Done())
         flying.append(buffer)
-    assert ledger.peaks()["communication"] == 4 * pool_elements(work)
+    assert ledger.peaks()["communication"] == 4 * borrowed_for_backward(work.padded_units)
 
 
 def test_traffic_in_closed_form() -> None:
@@ -203,7 +268,7 @@ def test_guessed_units_add_up_exactly(count: int) -> None:
     units = guess_units(count, shape)
     assert sum(numel for _, numel in units) == count
     assert all(numel >= 0 for _, numel in units)
-    assert len(units) == shape.layers + 2
+    assert len(units) == (shape.layers + 2 if shape.layers > 1 else 1)
 
 
 def test_the_guess_for_7b_is_near_the_7b_preset() -> None:
@@ -241,7 +306,21 @@ def test_a_bare_number_is_no_size(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("7B", 7 * 10**9), ("1.3b", 1300 * 10**6), ("3,311,872", 3311872), ("7X", None), ("0", None), ("gpt-7b", None)],
+    [
+        ("7B", 7 * 10**9),
+        ("1.3b", 1300 * 10**6),
+        ("3,311,872", 3311872),
+        ("7e9", 7 * 10**9),
+        ("1.5E+3", 1500),
+        ("7X", None),
+        ("0", None),
+        ("gpt-7b", None),
+        ("7", None),
+        ("7.5", None),
+        ("1000.5", None),
+        ("7e-3", None),
+        ("7e9B", None),
+    ],
 )
 def test_parse_count(text: str, expected: int | None) -> None:
     assert parse_count(text) == expected
@@ -403,6 +482,89 @@ def test_a_config_of_a_script_is_planned_for_the_model_that_is_named(zerotop_pla
     assert "names no model" in zerotop_plan(str(config), "--gpus", "4")[1]
 
 
+def document(zerotop_plan: Run, path: Path, config: dict[str, object], *words: str) -> dict[str, Any]:
+    path.write_text(json.dumps(config))
+    code, out, err = zerotop_plan(str(path), "--json", *words)
+    assert (code, err) == (0, "")
+    return json.loads(out)  # type: ignore[no-any-return]
+
+
+def test_what_the_config_leaves_open_is_said(zerotop_plan: Run, tmp_path: Path) -> None:
+    config: dict[str, object] = {"train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"}}
+    notes = document(zerotop_plan, tmp_path / "c.json", config)["notes"]
+    assert "train_micro_batch_size_per_gpu: 4, our default" in notes
+    assert "bf16.enabled: auto, bf16 on a GPU" in notes
+    assert any(note.startswith("zerotop.data.seq_len: 512 tokens, our default") for note in notes)
+    said = {"train_micro_batch_size_per_gpu": 2, "zerotop": {"data": {"seq_len": 512}}}
+    assert not any("default" in note for note in document(zerotop_plan, tmp_path / "c.json", said)["notes"])
+
+
+def test_features_that_take_no_memory_do_not_refuse_a_plan(zerotop_plan: Run, tmp_path: Path) -> None:
+    config: dict[str, object] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
+    plain = document(zerotop_plan, tmp_path / "c.json", config)
+    more = {"data_efficiency": {"enabled": True}, "progressive_layer_drop": {"enabled": True, "theta": 0.5}}
+    found = document(zerotop_plan, tmp_path / "c.json", config | more)
+    assert found["layouts"] == plain["layouts"]
+    assert [note for note in found["notes"] if note.startswith(tuple(more))] == [
+        f"{key}: `zerotop launch` refuses it; it makes no difference to these figures." for key in more
+    ]
+    (tmp_path / "c.json").write_text(json.dumps(config | more | {"amp": {"enabled": True}}))
+    code, out, err = zerotop_plan(str(tmp_path / "c.json"))
+    assert (code, out) == (2, "")
+    assert "amp" in err and "data_efficiency" not in err
+
+
+def test_units_of_a_scripts_model_do_not_refuse_a_plan(zerotop_plan: Run, tmp_path: Path) -> None:
+    config = {"train_micro_batch_size_per_gpu": 1, "zerotop": {"units": ["transformer.h.*"]}}
+    for words in ([], ["--model", "gpt-7b"], ["--model", "7B"]):
+        notes = document(zerotop_plan, tmp_path / "c.json", config, *words)["notes"]
+        assert any(note.startswith("zerotop.units names modules of the script's model") for note in notes)
+
+
+def test_activation_checkpointing_is_said_when_it_is_on(zerotop_plan: Run) -> None:
+    checkpointed = ["--set", "activation_checkpointing.number_checkpoints=4"]
+    assert "without activation checkpointing" in " ".join(zerotop_plan("gpt-7b")[1].split())
+    assert "with activation checkpointing of 4 groups" in " ".join(zerotop_plan("gpt-7b", *checkpointed)[1].split())
+
+
+def test_ranks_on_a_cpu(zerotop_plan: Run, tmp_path: Path) -> None:
+    code, out, _ = zerotop_plan("gpt-small", "--device", "cpu", "--gpus", "2", "--host-ram", "1GiB")
+    assert code == 0
+    assert "2 ranks on the CPU" in out and "Memory per rank" in out
+    assert "GPU" not in out and "offload" not in out
+    assert "In 1.00 GiB of host RAM, beside the processes themselves:" in out
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    found = document(zerotop_plan, tmp_path / "c.json", config, "--device", "cpu", "--gpus", "2")
+    assert found["chosen"] == "stage 2 + offload"
+    assert [one["layout"] for one in found["layouts"]][-2:] == ["stage 3", "stage 2 + offload"]
+    assert any("offload moves nothing" in line for line in found["advice"])
+
+
+def test_a_config_that_offloads_parameters_alone_is_planned_so(zerotop_plan: Run, tmp_path: Path) -> None:
+    zero = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    assert document(zerotop_plan, tmp_path / "c.json", config, "--gpus", "2")["chosen"] == "stage 3 + offload_param"
+
+
+def test_a_reserve_of_vram_is_planned_where_the_vram_is_known(zerotop_plan: Run, tmp_path: Path) -> None:
+    config: dict[str, object] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "zerotop": {"model": {"preset": "gpt-7b"}, "data": {"seq_len": 2048}, "offload": {"vram_reserve_gib": 20}},
+    }
+
+    def optimizer_bytes(*words: str) -> int:
+        found = document(zerotop_plan, tmp_path / "c.json", config, "--gpus", "2", *words)
+        assert any("vram_reserve_gib" in note for note in found["notes"]) == ("--vram" not in words)
+        layout = next(one for one in found["layouts"] if one["layout"] == found["chosen"])
+        return int(layout["gpu_bytes_by_category"]["optimizer"])
+
+    assert optimizer_bytes() == optimizer_bytes("--vram", "24GiB") == 0
+    assert 0 < optimizer_bytes("--vram", "80GiB") < optimizer_bytes("--vram", "200GiB")
+
+
 @pytest.mark.parametrize("columns", [60, 80, 118, 200])
 def test_bars_and_tables_fit_the_terminal(zerotop_plan: Run, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -429,6 +591,10 @@ def test_a_bar_is_as_long_as_its_bytes(zerotop_plan: Run) -> None:
     [
         (["gpt-tny"], "Did you mean gpt-tiny?"),
         (["nowhere.json"], "no such file"),
+        (["7.5"], "'7.5' is no config file, preset or parameter count. Did you mean 7.5B?"),
+        (["7"], "Did you mean 7B?"),
+        (["7B", "--device", "cpu", "--vram", "80GiB"], "--vram: ranks on the CPU have none; --host-ram"),
+        (["gpt-tiny", "--set", 'zerotop.units=["layers.*"]'], "zerotop.units: no module is called 'layers.*'"),
         (["7B", "--gpus", "0"], "--gpus: expected at least 1"),
         (["7B", "--vram", "lots"], "--vram: 'lots' is not a size"),
         (["7B", "--vram", "80"], "--vram: expected a size with a unit, such as 80GiB; got 80"),

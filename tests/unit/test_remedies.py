@@ -13,9 +13,9 @@ from runtime.config import load
 from runtime.config.resolved import Resolved
 from runtime.estimate import activation_bytes
 from runtime.models.presets import PRESETS
-from runtime.plan import Workload, find, plan
+from runtime.plan import find, plan
 from runtime.remedies import Remedy, Shortage, remedies, remedy_lines
-from runtime.workload import built_in_workload, workload_of
+from runtime.workload import Workload, built_in_workload, workload_of
 
 GIB = 2**30
 CPU_OFFLOAD = {"device": "cpu", "pin_memory": True}
@@ -61,7 +61,8 @@ def changed(config: dict[str, Any], remedy: Remedy) -> dict[str, Any]:
 def planned(config: Resolved, shortage: Shortage) -> int:
     """Bytes of the memory that ran out, by `zerotop plan`'s own arithmetic."""
     work = workload(config)
-    layout = find(plan(work), config.stage, config.offload_optimizer is not None)
+    offload, parameters = config.offload_optimizer is not None, config.offload_param is not None
+    layout = find(plan(work), config.stage, offload, parameters)
     if config.device == "cpu":
         return layout.gpu_bytes * work.world_size + layout.host_bytes
     return layout.gpu_bytes if shortage.place == "device" else layout.host_bytes
@@ -76,6 +77,8 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "half offloaded": (config_of(2, offload_optimizer={**CPU_OFFLOAD, "ratio": 0.5}), "cuda", "device"),
     "host, stage 0": (config_of(0, offload_optimizer=CPU_OFFLOAD), "cuda", "host"),
     "host, stage 3": (config_of(3, offload_optimizer=CPU_OFFLOAD, offload_param=CPU_OFFLOAD), "cuda", "host"),
+    "parameters offloaded": (config_of(3, micro=1, offload_param=CPU_OFFLOAD), "cuda", "device"),
+    "host, parameters alone": (config_of(3, offload_param=CPU_OFFLOAD), "cuda", "host"),
     "cpu": (config_of(1), "cpu", "host"),
     "cpu, offload": (config_of(2, offload_optimizer=CPU_OFFLOAD), "cpu", "host"),
 }

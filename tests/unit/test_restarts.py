@@ -48,6 +48,7 @@ def test_without_restarts_there_is_nothing_to_explain() -> None:
         (failure(), {"stuck": 2}, "not restarted, because 2 of its processes can't be killed"),
         (failure(fatal=True), {}, AGAIN_THE_SAME),
         (failure(exit_code=2, raised=True), {}, AGAIN_THE_SAME),
+        (failure(repeats=True), {}, AGAIN_THE_SAME),
         (failure(step=None, raised=True), {}, f"no step was finished before it, so {AGAIN_THE_SAME}"),
         (
             failure(step=None, scripts_own=True),
@@ -70,6 +71,8 @@ def test_what_is_tried_again(broken: Failure, circumstances: dict[str, object], 
         (failure(), failure("rank 0 was killed by SIGKILL"), False),
         (failure(step=None, by_signal=True), failure(step=None, by_signal=True), False),
         (failure("it hangs", None), failure("it hangs", None), True),
+        (failure("no block 0x7f12 of 3.5 GiB, pid 41"), failure("no block 0x9a of 12 GiB, pid 7"), True),
+        (failure("its error", rank=0), failure("its error", rank=1), False),
     ],
 )
 def test_the_same_failure_twice_in_a_row_is_no_chance(first: Failure, second: Failure, same: bool) -> None:

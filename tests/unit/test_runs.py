@@ -330,3 +330,23 @@ def test_a_full_log_is_emptied_under_its_writer_and_its_end_is_kept(tmp_path: Pa
     assert (tmp_path / "rank-0.log").read_bytes() == b"c"
     assert (tmp_path / "rank-0.log.1").read_bytes() == b"b" * 100
     assert cap_logs(tmp_path, limit_bytes=100) == []
+
+
+def test_the_cap_on_a_log_does_not_run_after_its_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that is as quick as the copy: what it adds meanwhile is neither kept nor counted on."""
+    log = tmp_path / "rank-0.log"
+    with log.open("ab", buffering=0) as writer:
+        writer.write(b"a" * 2000)
+        replaced = os.replace
+
+        def and_more(source: Path, target: Path) -> None:
+            writer.write(b"lost" * 100)
+            replaced(source, target)
+
+        monkeypatch.setattr(os, "replace", and_more)
+        assert cap_logs(tmp_path, limit_bytes=1000) == [log]
+        monkeypatch.undo()
+        writer.write(b"goes on\n")
+    assert (tmp_path / "rank-0.log.1").read_bytes() == b"a" * 1000
+    assert log.read_bytes() == b"\nzerotop: this log was full, and 400 bytes were lost here\ngoes on\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank-0.log", "rank-0.log.1"]

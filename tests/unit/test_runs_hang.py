@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runtime.wire.messages import Event, Heartbeat, Hello, RunStatus, StepResult
+from runtime.wire.messages import Event, Goodbye, Heartbeat, Hello, RunStatus, StepResult
 from zerotop.runs.hang import HANG_S, HANG_VARIABLE, JUMP_S, HangWatch, Stillness, limit_s, should_move
 from zerotop.runs.stacks import RankStacks, ThreadStack
 from zerotop.runs.stacks_report import Report
@@ -227,6 +227,20 @@ def test_a_hang_is_told_once_and_cleared_when_it_moves(monkeypatch: pytest.Monke
     assert play.go(1) == [("hang", "info")] and play.hub.status.reason == ""
     assert play.hub.events[1].text == "the run goes on at step 11, after 120 s without progress"
     assert play.go(59) == [] and play.go(2) == [("hang", "error")]  # the next one counts from its own beginning
+
+
+def test_ranks_that_wait_for_one_that_has_finished_are_ended_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = a_run()
+    for rank in (0, 2):
+        beat(run, rank, entered=8)
+    run.apply(Goodbye(rank=1, outcome="finished", step=10, wall_s=0))
+    play = Play(monkeypatch, run)
+    play.watch = HangWatch(play.hub, play.taker, None, play.ended.append)  # type: ignore[arg-type]
+    assert play.go(62) == [("hang", "error")]
+    told = "rank 1 ended after step 10 while the others went on: its data is shorter, or its loop takes fewer steps"
+    assert play.ended == [told]
+    verdict = "rank 1 ended after step 10, ranks 0, 2 wait in collective 8 (all_reduce)"
+    assert play.hub.events[0].text.startswith(verdict)
 
 
 def test_compiling_is_no_hang_and_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,3 +292,54 @@ def test_ranks_that_die_with_their_launcher_are_not_the_cause(tmp_path: Path) ->
     codes = {0: -9, 1: -9}
     assert end(tmp_path, -9, exit_codes=codes, launcher_killed=True).reason == "torchrun was killed by SIGKILL"
     assert end(tmp_path, -9, exit_codes={1: -9}).reason.startswith("rank 1 was killed by SIGKILL")
+
+
+# ---- ranks that left before the others -------------------------------------------------------------------------------
+COMPLAINT = "runtime.exchange.ExchangeError: rank 1 (pid 77) is gone; this rank was waiting for it"
+LEFT = "rank 1 ended after step 8 while the others went on: "
+
+
+@pytest.mark.parametrize(
+    ("word", "codes", "why"),
+    [
+        (goodbye(1, "finished", 8), {}, "its data is shorter, or its loop takes fewer steps"),
+        (goodbye(1, "finished", 8, "SystemExit: 0"), {1: 0}, "its script called sys.exit()"),
+        (None, {0: 1, 1: 0}, "its process exited with code 0"),
+    ],
+)
+def test_a_rank_that_left_early_is_the_cause_and_not_the_peer_that_lost_it(tmp_path, word, codes, why) -> None:
+    (tmp_path / "rank-1.log").write_text("its last line\n")
+    words = [goodbye(0, "failed", error=COMPLAINT), *([word] if word else [])]
+    found = end(tmp_path, 1, *words, log=TORCHRUN.format(code=1, rank=0), exit_codes=codes, steps={0: 8, 1: 8})
+    assert (found.state, found.reason, found.failed_rank) == ("failed", LEFT + why, 1)
+    assert found.repeats and found.exit_code == 0
+    assert found.error.splitlines()[0] == "its last line" and "drop_last" in found.error
+
+
+@pytest.mark.parametrize("error", ["ValueError: its own", "another rank is gone (Connection reset by peer)"])
+def test_an_error_of_its_own_is_the_cause_also_when_others_had_finished(tmp_path, error) -> None:
+    found = end(tmp_path, 1, goodbye(0, "failed", error=error), goodbye(1, "finished", 8))
+    assert found.failed_rank == (0 if "own" in error else 1)
+
+
+def test_a_rank_that_the_supervisor_killed_is_not_the_cause(tmp_path) -> None:
+    """It was stopped by a signal, say, when the other one failed, and torchrun tells of both."""
+    log = TORCHRUN.format(code=-9, rank=1)
+    error = goodbye(0, "failed", error="ValueError: its own")
+    assert end(tmp_path, 1, error, log=log).failed_rank == 1
+    assert end(tmp_path, 1, error, log=log, ended_by_us={1}).failed_rank == 0
+
+
+def test_one_error_of_all_ranks_is_no_single_ranks(tmp_path) -> None:
+    words = [goodbye(rank, "failed", error="TrainingError: the norm is nan", wall_s=2 - rank) for rank in (0, 1)]
+    assert end(tmp_path, 1, *words).reason == "all ranks failed after step 10: TrainingError: the norm is nan"
+    told = [word.model_copy(update={"culprit": 0}) for word in words]
+    found = end(tmp_path, 1, *told)
+    assert (found.failed_rank, found.reason) == (0, "rank 0 failed after step 10: TrainingError: the norm is nan")
+
+
+def test_a_long_error_is_cut_and_keeps_its_start_and_end(tmp_path) -> None:
+    (tmp_path / "rank-1.log").write_text("Traceback (most recent call last):\nValueError: bad " + "7, " * 20_000)
+    found = end(tmp_path, 1, exit_codes={1: 1})
+    assert found.reason.startswith("rank 1 failed before its first step: ValueError: bad 7") and len(found.reason) < 700
+    assert len(found.error) < 3000

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.wire.codec import encode
 from runtime.wire.messages import Ack, Command, RunStatus
 from tests.unit.fakehub import FakeHub, step_result
 from zerotop.source.live import LiveSource
@@ -77,6 +78,20 @@ def test_packets_before_the_snapshot_are_held_back(hub: FakeHub) -> None:
         assert [point.step for point in source.state.series] == sorted({point.step for point in source.state.series})
     finally:
         source.close()
+
+
+def test_what_a_screen_cannot_read_is_skipped_and_told_once(hub: FakeHub, source: LiveSource) -> None:
+    """A newer version's values, or a box that one should not trust: nothing of it may end the screen."""
+    until(source, lambda: source.connection == "live")
+    good = json.loads(encode(step_result(0, 3)))
+    for number in range(3):
+        messages = [{**good, "step": 10**30}, {**good, "kind": "of 2031"}, good, json.loads(encode(step_result(1, 3)))]
+        shell = {"kind": "packet", "source": "rank/\u00b2", "attempt": 1, "seq": number, "sent_ns": 0, "hub_seq": 0}
+        hub.publish_raw(json.dumps({**shell, "messages": messages}).encode())
+    until(source, lambda: source.state.step == 3)
+    until(source, lambda: source.connection == "live")
+    told = [event.text for event in source.state.events if "can't read them" in event.text]
+    assert len(told) == 1 and "step.step: Input should be less than or equal to" in told[0]
 
 
 def test_a_hole_in_the_hubs_numbers_is_healed_by_a_new_snapshot(hub: FakeHub, source: LiveSource) -> None:

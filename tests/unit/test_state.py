@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -370,3 +372,58 @@ def test_a_screen_that_comes_while_the_ranks_start_again_sees_no_step_of_theirs(
     state.apply(hello(0, attempt=2, start_step=20))
     late.apply_snapshot(Snapshot(hub_seq=2, now_ns=1, wall_s=1, messages=state.snapshot_messages()))
     assert late.step == state.step == 20 and late.ranks[0].step is None
+
+
+class Unsorted(dict[int, Any]):
+    """Counts how often somebody looks through all ranks."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.looks += 1
+        return super().__iter__()
+
+    def items(self) -> Any:
+        self.looks += 1
+        return super().items()
+
+    def values(self) -> Any:
+        self.looks += 1
+        return super().values()
+
+
+def test_the_cost_of_a_message_does_not_grow_with_the_number_of_ranks() -> None:
+    run = RunState()
+    run.ranks = ranks = Unsorted()
+    for rank in (3, 1, 0, 2):
+        run.apply(hello(rank, world_size=4))
+    ranks.looks = 0
+    for rank in range(4):
+        run.apply(Collectives(rank=rank, step=1, records=[(1, "all_reduce", 8, 1, 2, 10, 5)]))
+        run.apply(beat(rank))
+        run.apply(result(1, rank))
+    assert ranks.looks == 0
+    assert len(run.waits.meetings) == 1 and run.hello == ranks[0].hello
+
+
+def test_the_lowest_rank_speaks_for_the_run_whoever_comes_and_goes() -> None:
+    run = RunState()
+    assert run.hello is None and run.world_size == 0
+    for rank, lowest in ((2, 2), (1, 1), (3, 1)):
+        run.apply(hello(rank))
+        assert run.hello is not None and run.hello.rank == lowest
+    still = freeze(run)
+    run.apply(RunStatus(name="q1", state="running", attempt=1))
+    run.apply(RunStatus(name="q1", state="restarting", attempt=2))
+    assert run.hello is None
+    run.apply(hello(3, attempt=2))
+    assert run.hello == hello(3, attempt=2) and still.hello == hello(1)
+
+
+def test_a_number_that_is_no_gap_is_no_loss() -> None:
+    run = RunState()
+    for seq in (1, 10**15, 2, 5):
+        run.apply_packet(Packet(source="rank/0", attempt=1, seq=seq, sent_ns=0, hub_seq=0, messages=[beat()]))
+    assert run.ranks[0].packets_lost == 2
+    run.apply_packet(Packet(source="rank/²", attempt=1, seq=1, sent_ns=0, messages=[]))
+    assert run.ranks.keys() == {0}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import subprocess
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +17,12 @@ from pathlib import Path
 import pytest
 
 from runtime.telemetry import Telemetry, TelemetryError
+from runtime.telemetry import outbox as outbox_module
 from runtime.telemetry import publisher as publisher_module
+from runtime.telemetry.orphan import SupervisorWatch
 from runtime.telemetry.recorder import SPANS_KEPT
 from runtime.wire.codec import decode_packet
-from runtime.wire.messages import Ack, Command, Memory, Resend
+from runtime.wire.messages import Ack, Command, Event, Memory, Resend
 from runtime.wire.rundir import Sockets
 from tests.unit.fakehub import hello, step_result
 from tests.unit.telemetryhub import DEADLINE_S, RankHub
@@ -350,6 +355,46 @@ def test_a_failing_memory_source_is_reported_once(hub: RankHub, telemetry: Telem
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------------
+def test_a_forked_child_closes_and_says_nothing(hub: RankHub, telemetry: Telemetry) -> None:
+    """os.fork() in a script, and an exit that runs what the parent has registered."""
+    supervisor = subprocess.Popen(["sleep", "60"])
+    watch = SupervisorWatch(supervisor.pid, lambda: None, grace_s=60)
+    watch.start()
+    telemetry.start(hello())
+    hub.event("hello")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: this process has threads
+        child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            telemetry.goodbye("failed", 1, "the child's")
+            telemetry.close()
+            watch.stop()
+            code = 0
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    telemetry.event("still", "here")
+    assert hub.event("event").what == "still"
+    hub.message("heartbeat")
+    assert not watch.gone and watch._thread.is_alive()
+    watch.stop()
+    supervisor.kill()
+    supervisor.wait()
+
+
+def test_an_error_of_megabytes_stays_in_the_rank(hub: RankHub, telemetry: Telemetry) -> None:
+    telemetry.start(hello())
+    telemetry.event("long", "event " + "x" * 2**20)
+    event = hub.event("event")
+    telemetry.goodbye("failed", 3, "Traceback\nValueError: start " + "7, " * 2**20 + " the end")
+    goodbye = hub.event("goodbye")
+    assert len(event.text) < 20_000 and event.text.startswith("event xxx")
+    first, last = goodbye.error.splitlines()
+    assert first == "Traceback" and last.startswith("ValueError: start 7,") and last.endswith(" the end")
+    assert len(last) < 1_200 and "characters left out" in last
+
+
 def test_the_last_step_and_the_first_goodbye_arrive(hub: RankHub, telemetry: Telemetry) -> None:
     telemetry.start(hello(telemetry_hz=0.5))
     hub.packet()
@@ -394,3 +439,24 @@ def test_a_socket_path_that_is_too_long_is_said_before_anything_starts(tmp_path:
         telemetry.start(hello())
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("zerotop")]
     telemetry.close()
+
+
+def test_a_message_too_large_for_the_hub_is_told_and_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the hub would disconnect the rank, which would send it again, without end."""
+    monkeypatch.setattr(outbox_module, "PACKET_BYTES", 10_000)
+    outbox = outbox_module.Outbox(0, 1)
+
+    def event(text: str, size: int = 1) -> Event:
+        return Event(rank=0, what="note", text=text, data={"a": "x" * size}, wall_s=0)
+
+    outbox.add([event("first"), event("large", 20_000), *(event(f"{number}", 2000) for number in range(10))])
+    texts, seqs = [], []
+    while (frame := outbox.next_frame()) is not None:
+        assert len(frame) <= 10_000
+        packet = decode_packet(frame)
+        seqs.append(packet.seq)
+        texts += [message.text for message in packet.messages]  # type: ignore[union-attr]
+        outbox.sent()
+    assert texts[0] == "first" and "a message of kind event could not be sent: it has 20," in texts[1]
+    assert texts[2:] == [str(number) for number in range(10)]
+    assert seqs == list(range(1, len(seqs) + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -14,23 +15,27 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "attach",
         help="open the screen on a run",
-        description="Open the screen on a run, here or on another box over SSH. Leaving it (q) never touches the run.",
+        description="Open the screen on a run, here or on another box over SSH. Leaving it (q) never touches the run. "
+        "A run that has ended opens as its recording left it.",
     )
     parser.add_argument(
-        "target", nargs="?", metavar="TARGET", help="run | user@host | user@host:run; default: the newest live run"
+        "target",
+        nargs="?",
+        metavar="TARGET",
+        help="run | user@host | user@host:run; default: the newest live run, else the newest",
     )
     parser.add_argument("--read-only", action="store_true", help="show only: the keys that steer the run do nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
     from zerotop.output import CommandError
-    from zerotop.runs.directory import find_run
+    from zerotop.runs.directory import find_any_run
     from zerotop.source.opening import open_source
     from zerotop.source.target import parse_target
 
     target = parse_target(arguments.target)
     # Whether there is such a run is the first thing to say, and only a look at our own directories.
-    entry = None if target.host else find_run(target.run, live_only=True)
+    entry = None if target.host else find_any_run(target.run)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise CommandError("attach draws a screen and needs a terminal; without one: zerotop status, zerotop logs -f")
     source: Source
@@ -41,28 +46,36 @@ def run(arguments: argparse.Namespace) -> int:
 
         assert target.host is not None
         source = open_remote(target.host, target.run)
-    return show(source, read_only=arguments.read_only, host=target.host)
+    ended_before = source.connection == "ended"
+    exit_code = show(source, read_only=arguments.read_only, host=target.host)
+    return 0 if ended_before and exit_code == 1 else exit_code  # looking at a failure of the past is none
 
 
 def show(source: Source, *, read_only: bool = False, host: str | None = None) -> int:
     """The screen on a started source until the user leaves it; closes the source. `host`: the box it runs on.
 
-    Returns 1 when the run was seen to fail or to be aborted, else 0.
+    Returns 1 when the run was seen to fail or to be aborted, 128 and the signal's number when one ended the screen,
+    else 0.
     """
     from runtime.wire.messages import LIVE_STATES
     from zerotop.output import say
     from zerotop.tui.app import ZerotopApp
 
+    app = ZerotopApp(source, read_only=read_only)
     try:
-        ZerotopApp(source, read_only=read_only).run()
+        app.run()
     finally:
         source.close()
+    if app.left_by == signal.SIGHUP:
+        return 128 + app.left_by  # the terminal is going, or has gone
     status = source.state.status
     if status is None:
         return 0
     there = f"{host}:" if host else ""
     if status.state in LIVE_STATES:
         say(f"{status.name} goes on ({status.state}): zerotop attach {there}{status.name} opens it again")
-        return 0
-    say(f"{status.name}: {status.state}" + (f", {status.reason}" if status.reason else ""))
+    else:
+        say(f"{status.name}: {status.state}" + (f", {status.reason}" if status.reason else ""))
+    if app.left_by is not None:
+        return 128 + app.left_by
     return 1 if status.state in ("failed", "aborted") else 0

@@ -58,7 +58,9 @@ def register(subparsers: Any) -> None:
                 "--wait", action="store_true", help="return when it is complete on disk, not when it is accepted"
             )
         if name == "abort":
-            parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
+            parser.add_argument(
+                "--yes", "-y", action="store_true", help="do not ask; needed, with RUN, without a terminal"
+            )
         waits = "none" if name == "checkpoint" else f"{DEFAULT_TIMEOUT_S:.0f}"
         parser.add_argument(
             "--timeout",
@@ -86,10 +88,12 @@ def run(arguments: argparse.Namespace) -> int:
     name: str = arguments.command
     text, settings = _split_words(arguments.words) if name == "set" else (arguments.target, {})
     target = parse_target(text)
-    if name == "abort" and not arguments.yes and not _confirmed(text):
-        say("zerotop: nothing was sent")
-        return 1
+    if name == "abort":
+        _check_abort(target, arguments.yes)
     if target.host:
+        if name == "abort" and not arguments.yes and not _confirmed(f"{target.host}:{target.run}"):
+            say("zerotop: nothing was sent")
+            return 1
         return _run_there(target.host, target, arguments, settings)
 
     from zerotop.runs.directory import find_run
@@ -101,6 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(
             f"{entry.name} has ended ({entry.status.state}{reason}): there is nothing to {name}", exit_code=1
         )
+
+    if name == "abort" and not arguments.yes and not _confirmed(entry.name):
+        say("zerotop: nothing was sent")
+        return 1
 
     from zerotop.source.asking import ask, new_command, refused
 
@@ -176,13 +184,21 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _confirmed(text: str | None) -> bool:
-    """On a terminal abort asks first; a script that calls it means it."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return True
-    sys.stderr.write(f"Abort {text or 'the newest live run'}? Steps since its last checkpoint are lost. [y/N] ")
+def _confirmed(name: str) -> bool:
+    """Ask, on a terminal: an abort can't be undone."""
+    sys.stderr.write(f"Abort {name}? Steps since its last checkpoint are lost. [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _check_abort(target: Target, yes: bool) -> None:
+    """Raises CommandError unless it is plain which run is meant, and that it is meant."""
+    from zerotop.output import CommandError
+
+    if target.host and not target.run:
+        raise CommandError(f"abort can't be undone: name the run, zerotop abort {target.host}:RUN")
+    if not (sys.stdin.isatty() and sys.stderr.isatty()) and not (yes and target.run):
+        raise CommandError("abort can't be undone, and there is no terminal to ask on: zerotop abort RUN --yes")
 
 
 def _run_there(host: str, target: Target, arguments: argparse.Namespace, settings: dict[str, str]) -> int:
@@ -203,7 +219,7 @@ def _run_there(host: str, target: Target, arguments: argparse.Namespace, setting
 
 
 def _print(name: str, record: CommandRecord, as_json: bool, accepted_is_enough: bool = False) -> int:
-    from zerotop.output import print_json, say
+    from zerotop.output import print_json, say, show
     from zerotop.report import command_document
 
     command, ack = record.command, record.ack
@@ -214,11 +230,11 @@ def _print(name: str, record: CommandRecord, as_json: bool, accepted_is_enough: 
         say(f"zerotop: {name} {ack.state} {command.name}" + (f": {ack.reason}" if ack.reason else ""))
         return 1
     if command.name == "stacks" and not as_json:
-        print(ack.result.get("text", ""), end="")
+        show(str(ack.result.get("text", "")).removesuffix("\n"))
         if ack.result.get("path"):
             say(f"saved in the run directory: {ack.result['path']}")
     elif not as_json:
         at = f" at step {ack.step}" if ack.step is not None else ""
         extras = "".join(f", {key} {value}" for key, value in ack.result.items())
-        print(f"{name}: {command.name} {ack.state} as #{ack.number or command.number}{at}{extras}")
+        show(f"{name}: {command.name} {ack.state} as #{ack.number or command.number}{at}{extras}")
     return 0

@@ -35,7 +35,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from zerotop.output import print_json
+    from zerotop.output import print_json, show
 
     findings = [check() for check in CHECKS]
     if arguments.json:
@@ -43,9 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         width = max(len(finding.name) for finding in findings)
         for finding in findings:
-            print(f"{finding.level:<4}  {finding.name:<{width}}  {finding.text}")
+            show(f"{finding.level:<4}  {finding.name:<{width}}  {finding.text}")
             if finding.fix:
-                print(f"{'':<4}  {'':<{width}}  -> {finding.fix}")
+                show(f"{'':<4}  {'':<{width}}  -> {finding.fix}")
     return 1 if any(finding.level == "fail" for finding in findings) else 0
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 _DESCRIPTION = """\
 Write the weights of a checkpoint as a folder that Hugging Face's libraries read: model.safetensors (in shards with an
-index when it is large), config.json and the tokenizer when they are known. Optimizer states stay behind. It takes
-memory for about one shard, and no GPU."""
+index when it is large), config.json and the tokenizer when they are known. Of a model with peft's LoRA adapters, these
+alone, as peft reads them. Optimizer states stay behind. It takes memory for about one shard, and no GPU."""
 _EXAMPLES = """\
 examples:
   zerotop export q1 out/                         the newest complete checkpoint of run q1
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     from runtime.checkpoint.manifest import CheckpointError
     from runtime.checkpoint.target import check_target
     from runtime.sizes import parse_size
-    from zerotop.output import CommandError, print_json
+    from zerotop.output import CommandError, print_json, show
     from zerotop.runs.checkpoints import find_checkpoint
 
     try:
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(document)
     else:
-        print(_text(document))
+        show(_text(document))
     return 0
 
 
@@ -142,6 +142,8 @@ def _text(document: dict[str, Any]) -> str:
         f"{format_size(document['tensor_bytes'])} in {len(weights)} file{'s' * (len(weights) > 1)}"
         f"{''.join(f', {name}' for name in others)}; step {document['step']} of {document['checkpoint']}"
     ]
-    if "config.json" not in others:
+    if document["adapters"]:
+        lines.append("These are the adapters alone: peft's PeftModel.from_pretrained(base_model, OUT) reads them.")
+    elif "config.json" not in others:
         lines.append("The checkpoint knows no config: the model is neither Hugging Face's nor the built-in GPT.")
     return "\n".join(lines)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import heapq
 import re
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from zerotop.clean import clean
+from zerotop.output import say
+from zerotop.runs.logs import LogTail
 
 if TYPE_CHECKING:
     from zerotop.runs.directory import RunEntry
 
 POLL_S = 0.25
-BLOCK_BYTES = 2**16
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?!\d)")
 """How the lines of logging begin, the ranks' own and most scripts'."""
 
@@ -46,8 +50,8 @@ def _count(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from zerotop.commands.status import find_any_run
     from zerotop.output import CommandError, print_json
+    from zerotop.runs.directory import find_any_run
     from zerotop.source.target import parse_target
 
     if arguments.follow and arguments.json:
@@ -57,15 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
         return _run_there(target.host, target.run, arguments)
     entry = find_any_run(target.run)
     tails = _tails(entry, arguments.rank, arguments.attempt)
-    timed = [_last(_timed(tail.new_lines(at_end=not entry.live)), arguments.lines) for tail in tails]
-    first = sorted(
-        ((time, tail.rank, line) for tail, lines in zip(tails, timed, strict=True) for time, line in lines),
-        key=lambda entry: entry[:2],  # a stable sort: lines of one rank and time stay in order
-    )
+    each = [_first_lines(tail, arguments.lines, at_end=not entry.live) for tail in tails]
+    # Each is in order, and lines of one rank and time stay so.
+    merged = ((rank, line) for _, rank, line in heapq.merge(*each, key=lambda entry: entry[:2]))
     if arguments.json:
-        print_json([{"rank": number, "line": line} for _, number, line in first])
+        print_json([{"rank": number, "line": line} for number, line in merged])
         return 0
-    _print([(number, line) for _, number, line in first], len(tails) > 1)
+    _print(merged, len(tails) > 1)
     if arguments.follow and arguments.attempt is None:
         _follow(entry, arguments.rank, tails)
     return 0
@@ -83,32 +85,7 @@ def _run_there(host: str, name: str | None, arguments: argparse.Namespace) -> in
     return run_there(host, words)
 
 
-class _Tail:
-    """One log file, read from where the last read ended."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rank = int(path.stem.removeprefix("rank-"))
-        self._offset = 0
-        self._rest = b""
-
-    def new_lines(self, *, at_end: bool) -> list[str]:
-        """Complete lines since the last call; `at_end` takes an unfinished last one as well."""
-        with self.path.open("rb") as log:
-            if log.seek(0, 2) < self._offset:  # the size cap has emptied it
-                self._offset, self._rest = 0, b""
-            log.seek(self._offset)
-            while block := log.read(BLOCK_BYTES):
-                self._rest += block
-            self._offset = log.tell()
-        *lines, self._rest = self._rest.split(b"\n")
-        if at_end and self._rest:
-            lines.append(self._rest)
-            self._rest = b""
-        return [line.decode(errors="replace").rstrip("\r") for line in lines]
-
-
-def _tails(entry: RunEntry, rank: int | None, attempt: int | None) -> list[_Tail]:
+def _tails(entry: RunEntry, rank: int | None, attempt: int | None) -> list[LogTail]:
     """The logs of one attempt, by rank. Raises CommandError when there are none to show."""
     from zerotop.output import CommandError
 
@@ -122,7 +99,7 @@ def _tails(entry: RunEntry, rank: int | None, attempt: int | None) -> list[_Tail
         paths = wanted
     if not paths:
         raise CommandError(f"{entry.name} ({entry.status.state}) has no logs in {folder}: its ranks have not started")
-    return [_Tail(path) for path in paths]
+    return [LogTail(path) for path in paths]
 
 
 def _newest_attempt(entry: RunEntry) -> Path:
@@ -131,30 +108,37 @@ def _newest_attempt(entry: RunEntry) -> Path:
     return entry.logs(max(numbers)) if numbers else entry.logs()
 
 
-def _timed(lines: list[str]) -> list[tuple[str, str]]:
+def _first_lines(tail: LogTail, count: int | None, *, at_end: bool) -> Iterator[tuple[str, int, str]]:
+    """(time, rank, line) of what there is, or of its last `count` lines."""
+    if count is None:
+        timed: Iterable[tuple[str, str]] = _timed(tail.all_lines(at_end=at_end))
+    else:  # with what was read before them, whose times may be theirs
+        found = list(_timed(tail.last_lines(count, at_end=at_end)))
+        timed = found[len(found) - min(count, len(found)) :]
+    return ((time, tail.rank, line) for time, line in timed)
+
+
+def _timed(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Each line with the time that it, or the last line before it that has one, begins with; "" before the first.
 
     A rank's own order wins over a clock that was set back.
     """
-    timed, newest = [], ""
+    newest = ""
     for line in lines:
         if match := _TIME.match(line):
             newest = max(newest, match[0].replace("T", " ").replace(",", "."))
-        timed.append((newest, line))
-    return timed
+        yield newest, line
 
 
-def _last(lines: list[tuple[str, str]], count: int | None) -> list[tuple[str, str]]:
-    return lines if count is None else lines[len(lines) - min(count, len(lines)) :]
-
-
-def _print(lines: list[tuple[int, str]], labelled: bool) -> None:
+def _print(lines: Iterable[tuple[int, str]], labelled: bool) -> None:
+    """A pipe gets what the ranks wrote, colours and all; a terminal gets it without what would steer it."""
+    tidy = clean if sys.stdout.isatty() else str
     for rank, line in lines:
-        print(f"[{rank}] {line}" if labelled else line)
+        print(tidy(f"[{rank}] {line}" if labelled else line))
     sys.stdout.flush()
 
 
-def _follow(entry: RunEntry, rank: int | None, tails: list[_Tail]) -> None:
+def _follow(entry: RunEntry, rank: int | None, tails: list[LogTail]) -> None:
     from zerotop.runs.directory import read_entry
 
     for live in _ticks(entry):
@@ -162,9 +146,9 @@ def _follow(entry: RunEntry, rank: int | None, tails: list[_Tail]) -> None:
         if folder != tails[0].path.parent and any(folder.glob("rank-*.log")):
             tails = _tails(entry, rank, int(folder.name))
         for tail in tails:
-            _print([(tail.rank, line) for line in tail.new_lines(at_end=not live)], len(tails) > 1)
+            _print(((tail.rank, line) for line in tail.new_lines(at_end=not live)), len(tails) > 1)
     status = read_entry(entry.path).status
-    print(f"zerotop: {entry.name} is over ({status.state})", file=sys.stderr)
+    say(f"zerotop: {entry.name} is over ({status.state})")
 
 
 def _ticks(entry: RunEntry) -> Iterator[bool]:

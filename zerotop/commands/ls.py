@@ -13,7 +13,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from zerotop.output import print_json, say
+    from zerotop.output import print_json, say, show
 
     if arguments.host:
         from zerotop.source.ssh import run_there
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(document)
     elif document:
-        print(list_text(document))
+        show(list_text(document))
     else:
         say(f"no runs in {runs_home()}: zerotop launch CONFIG starts one")
     return 0

@@ -6,16 +6,16 @@ import argparse
 import dataclasses
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.advice import advise
-from runtime.estimate import guess_shape, guess_units
+from runtime.estimate import context_bytes, guess_shape, guess_units
 from runtime.models.presets import PRESETS, GPTConfig, ModelError, load_model_config, preset, unit_parameters
-from runtime.plan import Layout, Workload, find, plan, workload_document
+from runtime.plan import Layout, find, plan
 from runtime.sizes import format_count, parse_count, parse_size
-from runtime.workload import workload_of
+from runtime.workload import Workload, workload_document, workload_of
 from zerotop.commands import plan_text
-from zerotop.output import CommandError, print_json
+from zerotop.output import CommandError, print_json, show
 
 if TYPE_CHECKING:
     from runtime.config import Resolved
@@ -39,6 +39,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--gpus", type=int, metavar="N", help="GPUs, one rank each (default: those of this machine, or 1)"
     )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="where the ranks train (cpu: --gpus counts ranks)"
+    )
     parser.add_argument("--vram", metavar="SIZE", help="memory of one GPU, for example 80GiB: what fits?")
     parser.add_argument("--host-ram", metavar="SIZE", help="memory of the host, for example 512GiB: does offload fit?")
     parser.add_argument(
@@ -54,18 +57,22 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan. Raises CommandError or ConfigError for bad usage."""
     vram_bytes, host_ram_bytes = _size(arguments.vram, "--vram"), _size(arguments.host_ram, "--host-ram")
-    gpus, gpus_note = _gpus(arguments.gpus)
+    if vram_bytes is not None and arguments.device == "cpu":
+        raise CommandError("--vram: ranks on the CPU have none; --host-ram SIZE asks whether the host is enough")
+    gpus, gpus_note = _gpus(arguments.gpus, arguments.device)
     overrides = list(arguments.set)
     if arguments.stage is not None:
         overrides.append(f"zero_optimization.stage={arguments.stage}")
     config = _config(arguments.target)
-    resolved = _resolve(config, overrides, gpus)
+    resolved, left_out = _resolve(config, overrides, gpus, arguments.device)
     named = arguments.model or (None if isinstance(config, str) else arguments.target)
-    workload, notes = _workload(named, resolved, gpus)
+    workload, notes = _workload(named, arguments.model is not None, resolved, gpus, vram_bytes)
     layouts = plan(workload)
     chosen = _chosen(layouts, resolved, meant=isinstance(config, str) or arguments.stage is not None)
     advice = advise(workload, layouts, chosen, vram_bytes, host_ram_bytes)
-    notes = gpus_note + notes
+    if arguments.device == "cpu":  # where offload moves nothing
+        layouts = [one for one in layouts if one is chosen or not (one.offload or one.offload_parameters)]
+    notes = gpus_note + left_out + _defaults(resolved) + notes
     if arguments.json:
         print_json(
             {
@@ -80,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
     else:
-        print(plan_text.render(workload, layouts, chosen, advice, notes, vram_bytes))
+        show(plan_text.render(workload, layouts, chosen, advice, notes, vram_bytes), coloured=True)
     return 0
 
 
@@ -99,11 +106,13 @@ def _size(text: str | None, option: str) -> int | None:
         raise CommandError(f"{option}: {error}") from None
 
 
-def _gpus(given: int | None) -> tuple[int, list[str]]:
+def _gpus(given: int | None, device: str) -> tuple[int, list[str]]:
     if given is not None:
         if given < 1:
             raise CommandError(f"--gpus: expected at least 1, got {given}")
         return given, []
+    if device == "cpu":
+        return 1, ["This is for one rank; --gpus N plans for N."]
     found = sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in Path("/dev").glob("nvidia*"))
     return max(1, found), [] if found else ["No GPU here, so this is for one; --gpus N plans for N."]
 
@@ -118,7 +127,7 @@ def _config(target: str) -> str | dict[str, Any]:
         return config | {"zerotop": {"data": {"seq_len": COUNT_SEQ_LEN}}}
     if Path(target).exists() or target.endswith(".json") or "/" in target:
         return target
-    near = plan_text.nearest(target, PRESETS)
+    near = f"{target}B" if parse_count(f"{target}B") else plan_text.nearest(target, PRESETS)
     hint = f" Did you mean {near}?" if near else ""
     raise CommandError(
         f"{target!r} is no config file, preset or parameter count.{hint} "
@@ -126,17 +135,63 @@ def _config(target: str) -> str | dict[str, Any]:
     )
 
 
-def _resolve(config: str | dict[str, Any], overrides: list[str], gpus: int) -> Resolved:
-    from runtime.config import load  # pydantic takes longer than all the rest; usage errors above need not wait for it
-
-    return load(config, overrides).resolve(gpus, "cuda")
+_OF_NO_WEIGHT = ("autotuning", "curriculum_learning", "data_efficiency", "eigenvalue", "progressive_layer_drop")
+"""Sections that no run can have here, and that a plan doesn't depend on."""
 
 
-def _workload(named: str | None, resolved: Resolved, gpus: int) -> tuple[Workload, list[str]]:
-    """The workload, and notes on how it was found. `named`: a preset or a count; None: the config's own model."""
+def _resolve(
+    config: str | dict[str, Any], overrides: list[str], gpus: int, device: Literal["cuda", "cpu"]
+) -> tuple[Resolved, list[str]]:
+    """The config for so many ranks, and notes on what was left out of it."""
+    from runtime.config import ConfigError, load  # pydantic takes longer than all the rest: usage errors come first
+
+    try:
+        return load(config, overrides).resolve(gpus, device), []
+    except ConfigError as error:
+        off = [key for key in _OF_NO_WEIGHT if any(f"{key}: " in problem for problem in error.problems)]
+        if not off:
+            raise
+    resolved = load(config, [*overrides, *(f"{key}.enabled=false" for key in off)]).resolve(gpus, device)
+    return resolved, [f"{key}: `zerotop launch` refuses it; it makes no difference to these figures." for key in off]
+
+
+_ABOUT_MEMORY = ("train_micro_batch_size_per_gpu:", "bf16.", "fp16.", "zero_optimization.")
+"""Beginnings of the notes on a config that say what was planned for."""
+
+
+def _defaults(resolved: Resolved) -> list[str]:
+    """What the config leaves open and was filled in."""
+    notes = [note for note in resolved.notes if note.startswith(_ABOUT_MEMORY)]
+    data = resolved.zerotop.data
+    if "seq_len" not in data.model_fields_set:
+        notes.append(
+            f"zerotop.data.seq_len: {data.seq_len} tokens, our default; --set zerotop.data.seq_len=N plans for another."
+        )
+    return notes
+
+
+def _workload(
+    named: str | None, stands_in: bool, resolved: Resolved, gpus: int, vram_bytes: int | None
+) -> tuple[Workload, list[str]]:
+    """The workload, and notes on how it was found. `named`: a preset or a count; None: the config's own model.
+    stands_in: it stands for the model of a script."""
+    names_none = any(note.startswith("zerotop.model:") for note in resolved.notes)
+    foreign = bool(resolved.zerotop.units) and (stands_in or (named is None and names_none))
+    if foreign:
+        resolved = resolved.model_copy(update={"zerotop": resolved.zerotop.model_copy(update={"units": None})})
     shape, units, name, notes = _model(named, resolved, resolved.zerotop.data.seq_len)
+    if foreign:
+        notes.append("zerotop.units names modules of the script's model; the one that this plans is cut into blocks.")
     guessed = named is not None and parse_count(named) is not None
     workload = dataclasses.replace(workload_of(resolved, name, units, shape, gpus), shape_guessed=guessed)
+    if workload.vram_reserve_bytes is not None and workload.device == "cuda":
+        if vram_bytes is None:
+            notes.append(
+                "zerotop.offload.vram_reserve_gib keeps states on the GPU as far as there is room: --vram SIZE says "
+                "how much there is. Without it this counts all of them as offloaded."
+            )
+        else:
+            workload = dataclasses.replace(workload, free_vram_bytes=max(0, vram_bytes - context_bytes(gpus)))
     return workload, notes
 
 
@@ -159,7 +214,7 @@ def _model(
         except ModelError:
             expected = f"one of {', '.join(PRESETS)}, or a count such as 7B"
             raise CommandError(f"--model: expected {expected}; got {named!r}") from None
-        return shape, unit_parameters(shape, resolved.persistence_threshold), named.lower(), []
+        return shape, _units(shape, resolved), named.lower(), []
     section = resolved.zerotop.model
     if section.path is not None:
         raise CommandError(
@@ -171,7 +226,15 @@ def _model(
         notes.append(
             f"The config names no model, so this is for the built-in {section.preset}; --model 7B plans for another."
         )
-    return shape, unit_parameters(shape, resolved.persistence_threshold), str(section.preset), notes
+    return shape, _units(shape, resolved), str(section.preset), notes
+
+
+def _units(shape: GPTConfig, resolved: Resolved) -> list[tuple[str, int]]:
+    """As the engine cuts the model under this config."""
+    try:
+        return unit_parameters(shape, resolved.persistence_threshold, resolved.zerotop.units)
+    except ModelError as error:
+        raise CommandError(str(error)) from None
 
 
 def _vocabulary(tokenizer: str, preset_name: str | None) -> tuple[int | None, list[str]]:
@@ -187,5 +250,5 @@ def _vocabulary(tokenizer: str, preset_name: str | None) -> tuple[int | None, li
 
 def _chosen(layouts: list[Layout], resolved: Resolved, meant: bool) -> Layout | None:
     """The layout of the config, where the user `meant` a stage or --set switched offload on; else None."""
-    offload = resolved.offload_optimizer is not None
-    return find(layouts, resolved.stage, offload) if meant or offload else None
+    offload, parameters = resolved.offload_optimizer is not None, resolved.offload_param is not None
+    return find(layouts, resolved.stage, offload, parameters) if meant or offload or parameters else None

@@ -9,8 +9,9 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from runtime.plan import CATEGORIES, EXACT, Layout, Workload
+from runtime.plan import CATEGORIES, EXACT, Layout
 from runtime.sizes import format_count, format_size
+from runtime.workload import Workload
 from zerotop.output import table
 
 ESTIMATED = tuple(category for category in CATEGORIES if category not in (*EXACT, "buffers"))
@@ -23,11 +24,12 @@ _GLYPHS = {
     "buffers": ("▚", "31"),
     "activations": ("∷", "32"),
     "logits": ("=", "32"),
+    "temporary": ("~", "32"),
     "context": ("·", "90"),
 }
 """Category -> glyph and SGR colour."""
 
-_ASCII = dict(zip(CATEGORIES, "PGMObal.", strict=True))
+_ASCII = dict(zip(CATEGORIES, "PGMObalt.", strict=True))
 _NARROWEST, _WIDEST = 60, 120
 
 
@@ -61,14 +63,19 @@ def render(
 
 
 def _heading(workload: Workload) -> str:
-    gpus = f"{workload.world_size} GPU{'s' if workload.world_size > 1 else ''}"
+    kind = "GPU" if workload.device == "cuda" else "rank"
+    gpus = f"{workload.world_size} {kind}{'s' if workload.world_size > 1 else ''}"
+    if workload.device == "cpu":
+        gpus += " on the CPU"
     batch = f"micro-batch {workload.micro_batch} x {workload.seq_len} tokens, {workload.accumulation} micro-step"
     count = format_count(workload.parameters)
     if workload.shape_guessed:
         what = f"A model of {count} parameters"
     else:
         what = f"{workload.name}: {count} parameters ({workload.parameters:,}) in {len(workload.units)} units"
-    return f"{what}, {workload.precision}\n{gpus}, {batch}{'s' if workload.accumulation > 1 else ''}. Memory per GPU:"
+    return (
+        f"{what}, {workload.precision}\n{gpus}, {batch}{'s' if workload.accumulation > 1 else ''}. Memory per {kind}:"
+    )
 
 
 class _Paint:
@@ -171,17 +178,28 @@ def _cell(size_bytes: int) -> str:
 
 
 def _assumptions(workload: Workload) -> list[str]:
-    lines = [
-        "K, M, G are 2^10, 2^20, 2^30 bytes. Sent: per GPU and optimizer step, ring collectives. Host RAM: all "
-        "ranks on one node, without the processes themselves.",
+    on_gpus = workload.device == "cuda"
+    where = "Host RAM: all ranks on one node, without the processes themselves."
+    if not on_gpus:
+        where = "The processes themselves (Python, torch, its libraries) come on top."
+    cast = f", and autocast's {workload.precision} copy of the weights (buffers)"
+    return [
+        f"K, M, G are 2^10, 2^20, 2^30 bytes. Sent: per {'GPU' if on_gpus else 'rank'} and optimizer step, ring "
+        f"collectives. {where}",
         "Data parallel is torch's DDP with fp32 parameters, 16 bytes each with Adam, gradient_as_bucket_view=True"
-        + (
-            ""
-            if workload.precision == "fp32"
-            else f", and autocast's {workload.precision} copy of the weights (buffers)"
-        )
-        + ".",
-        f"Gradients accumulate in {workload.grad_accum_dtype}. Activations are for fused attention without activation "
-        "checkpointing.",
+        f"{'' if workload.precision == 'fp32' else cast}.",
+        f"Gradients accumulate in {workload.grad_accum_dtype}{_kept_whole(workload)}. "
+        f"Activations are for fused attention {_checkpointing(workload)}.",
     ]
-    return lines
+
+
+def _kept_whole(workload: Workload) -> str:
+    return ', whole until the boundary (zerotop.accumulate "local")' if workload.accumulate_locally else ""
+
+
+def _checkpointing(workload: Workload) -> str:
+    if workload.segments is None or workload.shape is None:
+        return "without activation checkpointing"
+    groups = min(workload.segments, workload.shape.layers)
+    on_host = ", whose inputs wait in host memory" if workload.inputs_on_host and workload.device == "cuda" else ""
+    return f"with activation checkpointing of {groups} group{'s' if groups > 1 else ''} of layers{on_host}"

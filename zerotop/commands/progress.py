@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
-import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from runtime.wire.messages import Event, LogRecord, RunStatus, StepResult
-from zerotop.output import duration_text, number_text, print_json, say, with_exit_code
+from zerotop.output import duration_text, number_text, print_json, say, show, with_exit_code
 from zerotop.report import status_document
+from zerotop.runs.batchsignal import stop_by_signal
 from zerotop.runs.directory import RunEntry
 from zerotop.source.asking import new_command
 from zerotop.source.base import Source
@@ -20,7 +22,9 @@ from zerotop.state.progress import progress
 from zerotop.state.run import RunState
 
 POLL_S = 0.25
-_LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal"})
+OVERDUE_S = 30.0
+"""Ending the ranks takes some seconds; a supervisor that has not done so by then is stopped, or stuck itself."""
+_LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal", "hang", "laggard"})
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """A batch system's: the job is about to end."""
 
@@ -35,7 +39,7 @@ def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
     lines = _Lines(entry, to_stderr=as_json)
     try:
         with _signals() as count:
-            interrupts, told = 0, False
+            interrupts, told, leave_s = 0, False, math.inf
             while True:
                 source.wait(POLL_S)
                 source.poll()
@@ -51,7 +55,14 @@ def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
                 come = [number for number in _STOP_SIGNALS if count[number]]
                 if come and not told:
                     told = True
-                    _ask(source, "stop", f"{come[0].name}: stopping after a checkpoint", come[0].name)
+                    command = stop_by_signal(come[0].name)
+                    limit_s = command.arguments["deadline_s"]
+                    say(f"{command.who}: stopping after a checkpoint, or aborting in {limit_s:g} s")
+                    source.send(command)
+                    leave_s = time.monotonic() + limit_s + OVERDUE_S
+                if time.monotonic() > leave_s:
+                    say(f"the supervisor has not ended the run {OVERDUE_S:g} s after its deadline: it does not answer")
+                    break
     finally:
         source.close()
     status = source.state.status or entry.status
@@ -87,7 +98,7 @@ class _Lines:
     """Remembers what was printed already: the state is polled, and starts anew after a reconnect."""
 
     def __init__(self, entry: RunEntry, *, to_stderr: bool) -> None:
-        self._out = sys.stderr if to_stderr else sys.stdout
+        self._to_stderr = to_stderr
         self._interval = _log_interval(entry)
         # A resumed run's screen knows the steps of the attempts before; they are no news here.
         self._printed_step = entry.status.step if entry.run.attempt > 1 else 0
@@ -132,7 +143,7 @@ class _Lines:
             self._print(line)
 
     def _print(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
+        show(text, to_stderr=self._to_stderr)
 
 
 def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str:
@@ -143,7 +154,7 @@ def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str
     if point.grad_norm is not None:
         parts.append(f"norm {number_text(point.grad_norm, '.3g')}")
     if newest and how_far.tokens_per_s is not None:
-        parts.append(f"{how_far.tokens_per_s:,.0f} tokens/s")
+        parts.append(f"{number_text(how_far.tokens_per_s, ',.0f')} tokens/s")
     if newest and how_far.eta_s is not None:
         parts.append(f"ETA {duration_text(how_far.eta_s)}")
     if point.loss_scale is not None:

@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zerotop.runs.directory import RunEntry
     from zerotop.source.base import Source
 
 HUB_ANSWERS_WITHIN_S = 5.0
@@ -27,8 +26,9 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from zerotop.output import print_json, say
+    from zerotop.output import print_json, say, show
     from zerotop.report import status_document, status_text
+    from zerotop.runs.directory import find_any_run
     from zerotop.source.opening import open_source
     from zerotop.source.target import parse_target
 
@@ -46,25 +46,14 @@ def run(arguments: argparse.Namespace) -> int:
             _listen(source)
         if source.connection not in ("live", "ended"):
             say(f"zerotop: the hub of {entry.name} does not answer ({source.connection}): its directory says:")
-        document = status_document(source.state, entry)
+        document = status_document(source.state, entry, connection=source.connection)
     finally:
         source.close()
     if arguments.json:
         print_json(document)
     else:
-        print(status_text(document))
+        show(status_text(document))
     return 0
-
-
-def find_any_run(name: str | None) -> RunEntry:
-    """The run called `name`; without a name the newest live one, else the newest of all. Raises RunError."""
-    from zerotop.runs.directory import find_run, list_runs
-
-    if name is None:
-        runs = list_runs()
-        if runs and not any(entry.live for entry in runs):
-            return runs[0]
-    return find_run(name)
 
 
 def _listen(source: Source) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import zmq
 import zmq.asyncio
 
-from runtime.wire.codec import ProtocolError, decode_down, decode_packet, encode
+from runtime.wire.codec import ProtocolError, decode_down, encode, load
 from runtime.wire.messages import (
     LIVE_STATES,
     PROTOCOL,
@@ -30,6 +29,8 @@ from runtime.wire.messages import (
     StepResult,
 )
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, RunFile, Sockets
+from zerotop.hub.door import EVENTS, TELEMETRY, Door
+from zerotop.hub.limits import Limiter, Losses, TokenBucket
 from zerotop.hub.recorder import Recorder
 from zerotop.hub.router import CommandRouter
 from zerotop.state.run import RunState
@@ -39,6 +40,17 @@ _RESEND_S = 0.5
 _RESENDS = 4
 """Asked so often in vain, the missing event packets are given up and counted as lost."""
 _SUBSCRIBE = b"\x01"
+_SNAPSHOTS = (20.0, 40.0)
+"""Per second and at once: a screen asks for one, and again after two seconds."""
+_COMMANDS_EACH, _COMMANDS_TOGETHER = (20.0, 50.0), (50.0, 200.0)
+"""Per second and at once, from one screen and from all: no person is that quick."""
+_BEHIND_S = 5.0
+"""Telemetry that has been so long under way, for so long, is skipped: the hub does not keep up, and what it takes must
+be new. (Ranks are on the hub's node: one clock.)"""
+_QUEUED = 200
+"""Telemetry packets of one rank that may wait here: at the usual 10 Hz, 20 s of a hub that does not read."""
+_LARGEST = {"telemetry": 8 * 2**20, "ranks": 16 * 2**20, "screens": 2**12, "commands": 2**18}
+"""Bytes of one frame. Whoever sends a larger one is disconnected."""
 RESTART = "the restart"
 """Who asks new ranks for what their predecessors had been told."""
 
@@ -47,7 +59,8 @@ class Hub:
     """Gathers, folds, records and republishes a run, attempt by attempt. Lives in the supervisor's event loop.
 
     `abort(command)` and `stacks(command)` are called for accepted commands of these names, which ranks never see;
-    `on_status(status)` whenever the run's status changes; `on_hello(hello)` when a rank has introduced itself.
+    `on_stop(command)` for an accepted `stop`, which they are also told; `on_status(status)` whenever the run's status
+    changes; `on_hello(hello)` when a rank has introduced itself.
     `earlier` are steps of attempts under earlier supervisors, so that a resumed run's curves are whole.
     """
 
@@ -59,6 +72,7 @@ class Hub:
         recorder: Recorder,
         abort: Callable[[Command], None],
         stacks: Callable[[Command], None],
+        on_stop: Callable[[Command], None] = lambda command: None,
         on_status: Callable[[RunStatus], None],
         on_hello: Callable[[Hello], None] = lambda hello: None,
         earlier: Iterable[StepResult] = (),
@@ -71,6 +85,7 @@ class Hub:
         self._sockets = Sockets(run.sockets)
         self._recorder = recorder
         self._on_status = on_status
+        self._on_stop = on_stop
         self._on_hello = on_hello
         self._context = zmq.asyncio.Context()
         self._telemetry = self._socket(zmq.SUB)
@@ -81,7 +96,11 @@ class Hub:
         self._hub_seq = 0
         self._own_seq: dict[str, int] = {}
         self._heard: dict[int, _EventChannel] = {}
-        self._complained: set[str] = set()
+        self._door = Door(run.nproc, self.complain)
+        self._losses = Losses()
+        self._command_rate = Limiter(_COMMANDS_EACH, _COMMANDS_TOGETHER)
+        self._snapshot_rate = TokenBucket(*_SNAPSHOTS)
+        self._behind_since: float | None = None
         self.router = CommandRouter(
             self.state,
             answer=self._answer,
@@ -100,13 +119,12 @@ class Hub:
     def start(self) -> None:
         """Bind the four sockets (the caller holds the folder's lock) and begin to listen."""
         self._telemetry.subscribe(b"")
-        self._telemetry.rcvhwm = 10_000
+        self._telemetry.rcvhwm = _QUEUED
         self._ranks.router_handover = 1
         self._screens.xpub_verbose = 1  # a frame for every subscription: late screens ask for a snapshot so
-        for socket in (self._screens, self._commands):
-            socket.heartbeat_ivl = 5_000
-            socket.heartbeat_timeout = 15_000
+        # No ZeroMQ heartbeats (rundir.py has the reason).
         for name, socket in self._named_sockets():
+            socket.maxmsgsize = _LARGEST[name]
             socket.bind(self._sockets.endpoint(name))
         receivers = (
             (self._telemetry, self._from_telemetry),
@@ -138,9 +156,9 @@ class Hub:
                 handle(frames)
             except ProtocolError as error:
                 self.complain(str(error))
-            except Exception as error:
-                traceback.print_exc()  # into supervisor.log; one bad message must not make the hub deaf
-                self.complain(f"the hub failed on a message: {type(error).__name__}: {error}")
+            except Exception as error:  # one bad message must not make the hub deaf
+                if self.complain(f"the hub failed on a message: {type(error).__name__}: {error}"):
+                    traceback.print_exc()  # into supervisor.log
             count += 1
             if count % _YIELD_EVERY == 0:
                 await asyncio.sleep(0)  # a full queue never makes recv wait, and the other sockets want their turn
@@ -150,8 +168,10 @@ class Hub:
             await asyncio.sleep(1.0)
             if self.state.step != self.status.step and self.state.ranks:
                 self.set_status(step=self.state.step)
-            if self._recorder.error:
-                self.complain(self._recorder.error)
+            for text in self._recorder.news():
+                self._warn(text)
+            for text in self._losses.due():
+                self._warn(text)
             now = time.monotonic()
             for rank, channel in self._heard.items():
                 if channel.missing and now - channel.asked_s > _RESEND_S:
@@ -214,11 +234,20 @@ class Hub:
         }
         self.say(Event.model_validate(fields | ({"data": data} if data else {})))
 
-    def complain(self, text: str) -> None:
-        """A warning about what came in; the same one is said once."""
-        if text not in self._complained and len(self._complained) < 100:
-            self._complained.add(text)
-            self.say(LogRecord(rank=None, level="warning", logger="zerotop.hub", text=text, wall_s=time.time()))
+    def complain(self, text: str) -> bool:
+        """A warning about what came in. The same one is said once (True), and from then on counted."""
+        told = self._losses.note(text)
+        if told:
+            self._warn(told)
+        return bool(told)
+
+    @property
+    def refused(self) -> int:
+        """How many messages and frames were refused or dropped so far."""
+        return self._losses.total
+
+    def _warn(self, text: str) -> None:
+        self.say(LogRecord(rank=None, level="warning", logger="zerotop.hub", text=text, wall_s=time.time()))
 
     # ---- what comes in ---------------------------------------------------------------------------------------------
     def _take(self, packet: Packet, frame: bytes) -> None:
@@ -232,38 +261,53 @@ class Hub:
         self._send(self._screens, [LIVE_TOPIC, frame.rstrip()[:-1] + stamps])
 
     def _from_telemetry(self, frames: list[bytes]) -> None:
-        packet = decode_packet(frames[-1])
-        if self._ours(packet):
-            self._take(packet, frames[-1])
+        admitted = self._door.admit(frames[-1], self._run.attempt, TELEMETRY)
+        if admitted is not None and not self._is_late(admitted.packet):
+            self._take(admitted.packet, admitted.frame)
             self._look_for_start()
+
+    def _is_late(self, packet: Packet) -> bool:
+        """Whether to skip telemetry because the hub does not keep up. Screens see the gap in the packets' numbers."""
+        now = time.monotonic()
+        if not packet.sent_ns or now - packet.sent_ns / 1e9 < _BEHIND_S:
+            self._behind_since = None
+            return False
+        if self._behind_since is None:  # so are the first packets after a standstill
+            self._behind_since = now
+        if now - self._behind_since < _BEHIND_S:
+            return False
+        self.complain("the hub does not keep up with the ranks' telemetry: packets are skipped")
+        return True
 
     def _from_rank(self, frames: list[bytes]) -> None:
         identity, frame = frames[0], frames[-1]
-        packet = decode_packet(frame)
-        if not self._ours(packet):
+        admitted = self._door.admit(frame, self._run.attempt, EVENTS)
+        if admitted is None:
             return
-        rank = int(packet.source.removeprefix("rank/"))
+        rank, packet = admitted.rank, admitted.packet
+        if identity != f"rank/{rank}/{packet.attempt}".encode():
+            raise ProtocolError(f"a packet of rank {rank} on another one's connection")
         channel = self._heard.get(rank)
         if channel is None:
             channel = self._heard[rank] = _EventChannel(identity)
             for command in self.router.commands_for_new_rank():  # given before this rank was there to hear them
                 self._send(self._ranks, [identity, encode(command)])
-        if packet.seq <= channel.last_seq:
-            return  # sent again after a Resend, and here already
-        if packet.seq > channel.last_seq + 1:
-            channel.missing = True
-            if channel.asked >= _RESENDS:
-                self.complain(f"rank {rank} lost its event packets {channel.last_seq + 1} to {packet.seq - 1}")
-            else:
+        match channel.place(packet.seq):
+            case "known":
+                return  # sent again after a Resend, and here already
+            case "gap" if channel.asked < _RESENDS:
                 if time.monotonic() - channel.asked_s > _RESEND_S:
                     self._ask_again(rank, channel)
                 return  # it comes again, in its place
-        channel.last_seq, channel.missing, channel.asked = packet.seq, False, 0
-        self._take(packet, frame)
-        for message in packet.messages:
+            case "gap":
+                self.complain(f"rank {rank} lost its event packets {channel.last_seq + 1} to {packet.seq - 1}")
+        channel.take(packet.seq)
+        admitted = self._door.thin(admitted)
+        self._take(admitted.packet, admitted.frame)
+        for message in admitted.packet.messages:
             if isinstance(message, Hello):
                 self._on_hello(message)
-            elif isinstance(message, Ack) and (message.rank or 0) == 0:
+            elif isinstance(message, Ack) and rank == 0:
                 self._acknowledged(message)
             elif (
                 isinstance(message, Event)
@@ -278,10 +322,6 @@ class Hub:
         channel.asked += 1
         channel.asked_s = time.monotonic()
         self._send(self._ranks, [channel.identity, encode(Resend(first_seq=channel.last_seq + 1))])
-
-    def _ours(self, packet: Packet) -> bool:
-        name, _, number = packet.source.partition("/")
-        return name == "rank" and number.isdigit() and packet.attempt == self._run.attempt
 
     def _acknowledged(self, ack: Ack) -> None:
         command = self.router.hear(ack)
@@ -306,8 +346,15 @@ class Hub:
 
     # ---- screens ---------------------------------------------------------------------------------------------------
     def _from_screen(self, frames: list[bytes]) -> None:
-        if frames[0].startswith(_SUBSCRIBE + SNAPSHOT_TOPIC):
-            self._send(self._screens, [frames[0][1:], encode(self.snapshot())])
+        if not frames[0].startswith(_SUBSCRIBE + SNAPSHOT_TOPIC):
+            return
+        if self._snapshot_rate.take():
+            self._send(self._screens, [frames[0][1:], self.encoded_snapshot()])
+        else:
+            self.complain("screens ask for the whole state too often and have to wait")
+
+    def encoded_snapshot(self) -> bytes:
+        return encode(self.snapshot())
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
@@ -325,26 +372,33 @@ class Hub:
         except ProtocolError as error:
             self._refuse(asker, frame, str(error))
             return
-        if isinstance(command, Command):
+        if not isinstance(command, Command):
+            return
+        if self._command_rate.take(asker):
             self.command(command, asker)
+            return
+        # Answered, so that nobody waits for it; neither recorded nor published, or a flood would reach every screen.
+        self.complain("commands came too fast and were refused")
+        reason = f"too many commands: more than {_COMMANDS_EACH[0]:g} a second"
+        self._answer(asker, Ack(id=command.id, state="rejected", reason=reason, wall_s=time.time()))
 
     def command(self, command: Command, asker: bytes = b"") -> None:
         """Take a command from a screen, or from the supervisor itself."""
-        before = len(self.router.open_commands())
-        self.router.submit(command, asker)
-        if command.name == "stop" and len(self.router.open_commands()) > before and self.status.state in LIVE_STATES:
+        accepted = self.router.submit(command, asker)
+        if command.name == "stop" and accepted and self.status.state in LIVE_STATES:
             self.set_status(state="stopping", reason=f"stop asked by {command.who}" if command.who else "stop asked")
+            self._on_stop(command)
 
     def _refuse(self, asker: bytes, frame: bytes, reason: str) -> None:
         """Answer a command that can't be read, if it can be told whose it is."""
         try:
-            data = json.loads(frame)
-            ack = Ack(
-                id=data["id"],
-                state="rejected",
-                reason=f"{data.get('name')!r} is no command that this run knows: {reason}",
+            data = load(frame)
+            name = data.get("name")
+            known = f"{name[:40]!r} is no command" if isinstance(name, str) else "it is no command"
+            ack = Ack.model_validate(
+                {"id": data.get("id"), "state": "rejected", "reason": f"{known} that this run knows: {reason}"}
             )
-        except (ValueError, KeyError, TypeError):
+        except (ProtocolError, ValueError):
             self.complain(f"a screen sent something unreadable: {reason}")
             return
         self._answer(asker, ack.model_copy(update={"wall_s": time.time()}))
@@ -376,6 +430,23 @@ class _EventChannel:
         self.missing = False
         self.asked = 0
         self.asked_s = 0.0
+        self._given_up_at: int | None = None
+        """The number before packets that were given up. Should they come after all, then the number that they were
+        given up for was wrong, and numbering goes on from here."""
+
+    def place(self, seq: int) -> Literal["next", "known", "gap"]:
+        """Where the packet `seq` stands in the order of the rank's packets."""
+        if self._given_up_at is not None and seq == self._given_up_at + 1:
+            self.last_seq = self._given_up_at
+        if seq <= self.last_seq:
+            return "known"
+        self.missing = seq > self.last_seq + 1
+        return "gap" if self.missing else "next"
+
+    def take(self, seq: int) -> None:
+        """The packet `seq` is here, and what is missing before it is given up."""
+        self._given_up_at = self.last_seq if self.missing else None
+        self.last_seq, self.missing, self.asked = seq, False, 0
 
 
 assert PROTOCOL == 1, "the hub's stamps are spliced into frames of protocol 1"

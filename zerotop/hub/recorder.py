@@ -6,18 +6,36 @@ import os
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from runtime.wire.codec import ProtocolError, decode_up, encode
-from runtime.wire.messages import Collectives, Heartbeat, Memory, Message, NodeStats, Phases, StepResult
+from runtime.wire.messages import (
+    Collectives,
+    Heartbeat,
+    LogRecord,
+    Memory,
+    Message,
+    NodeStats,
+    Phases,
+    RunStatus,
+    StepResult,
+)
+from zerotop.hub.thinning import LIMIT_BYTES, thin, used_bytes
 
 COMMIT_S = 1.0
 DENSE_S = 3600.0
 """Sampled kinds are kept once a second for so long, later once per elapsed/DENSE_S seconds: a week costs six times an
 hour."""
-_SAMPLED = (StepResult, Memory, Heartbeat, NodeStats, Collectives, Phases)
+DENSE_STEPS = 10_000
+"""So many steps of rank 0, whose figures are the run's, are kept one by one before they are sampled, too."""
+ROWS_KEPT = 20_000
+BYTES_KEPT = 32 * 2**20
+"""What waits for a disk that is full; of more, the oldest is dropped and counted."""
+_SAMPLED = (StepResult, Memory, Heartbeat, NodeStats, Collectives, Phases, RunStatus)
 _NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb2 smb3 smbfs lustre gpfs beegfs beegfs_nodev ceph fuse.ceph fuse.sshfs "  # noqa: SIM905
     "fuse.glusterfs glusterfs afs 9p pvfs2 orangefs wekafs panfs virtiofs".split()
@@ -33,6 +51,8 @@ _INSERT = "INSERT INTO messages(attempt, wall_s, source, kind, body) VALUES (?, 
 _EARLIER = "FROM messages WHERE kind = 'step' AND source = 'rank/0' AND attempt < ?"
 _SELECT = "SELECT attempt, wall_s, source, body FROM messages ORDER BY id"
 
+_Row = tuple[int, float, str, str, bytes]
+
 
 class Recorded(NamedTuple):
     """One row of a recording; `wall_s` is when the hub heard it."""
@@ -44,7 +64,10 @@ class Recorded(NamedTuple):
 
 
 class Recorder:
-    """Writes until `close`. When the disk is full or gone, `error` says so, recording ends, and the run goes on."""
+    """Writes until `close`. The run goes on whatever happens here: a disk that is full or gone is tried again and
+    again, and the gap is told and recorded; a damaged file ends the recording (`error`). `news` has what people should
+    know.
+    """
 
     def __init__(self, path: Path, attempt: int) -> None:
         self.error: str = ""
@@ -53,22 +76,38 @@ class Recorder:
         self._start = time.monotonic()
         self._last: dict[tuple[str, str], float] = {}
         self._held: dict[tuple[str, str], Message] = {}
-        self._rows: list[tuple[int, float, str, str, bytes]] = []
+        self._dense_steps = 0
+        self._status: RunStatus | None = None
+        self._rows: deque[_Row] = deque()
+        self._bytes = 0
+        self._dropped = 0
+        self._standing_since: float | None = None
+        """Wall time since which nothing could be written."""
+        self._news: deque[str] = deque(maxlen=100)
         self._lock = threading.Lock()
         self._closing = threading.Event()
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         self._thread = threading.Thread(target=self._write_until_closed, name="recorder", daemon=True)
         self._thread.start()
 
+    # ---- the hub's thread ------------------------------------------------------------------------------------------
     def add(self, source: str, message: Message) -> None:
         """Keep `message`, unless it is of a sampled kind and one like it was just kept. Never blocks on the disk."""
         if not self.error and self._wanted(source, message):
             self._append(source, message)
 
+    def news(self) -> list[str]:
+        """What has happened to the recording since the last call, for people."""
+        return [self._news.popleft() for _ in range(len(self._news))]
+
     def _append(self, source: str, message: Message) -> None:
         row = (self._attempt, time.time(), source, str(getattr(message, "kind", "")), encode(message))
         with self._lock:
             self._rows.append(row)
+            self._bytes += len(row[-1])
+            while len(self._rows) > ROWS_KEPT or self._bytes > BYTES_KEPT:
+                self._bytes -= len(self._rows.popleft()[-1])
+                self._dropped += 1
 
     def begin_attempt(self, attempt: int) -> None:
         """Rows from here on are of `attempt`; the one before ends with the newest of each sampled kind."""
@@ -93,51 +132,111 @@ class Recorder:
     def _wanted(self, source: str, message: Message) -> bool:
         if not isinstance(message, _SAMPLED):
             return True
-        if isinstance(message, StepResult) and message.rank == 0:
+        if isinstance(message, StepResult) and message.rank == 0 and self._dense_steps < DENSE_STEPS:
+            self._dense_steps += 1
             return True
         now = time.monotonic()
         interval_s = max(1.0, (now - self._start) / DENSE_S)
         key = (source, message.kind)
+        changed = isinstance(message, RunStatus) and self._is_change(message)
         # A tenth of slack: a 1 Hz source must not lose every second sample to jitter.
-        if now - self._last.get(key, -interval_s) < 0.9 * interval_s:
+        if not changed and now - self._last.get(key, -interval_s) < 0.9 * interval_s:
             self._held[key] = message
             return False
         self._last[key] = now
         self._held.pop(key, None)
         return True
 
+    def _is_change(self, status: RunStatus) -> bool:
+        """Whether it says more than that the run has come a step further."""
+        before, self._status = self._status, status
+        return before is None or before.model_copy(update={"step": status.step}) != status
+
+    # ---- the writing thread ----------------------------------------------------------------------------------------
     def _write_until_closed(self) -> None:
-        try:
-            database = sqlite3.connect(self._path, timeout=5)
+        while True:
+            last_try = self._closing.is_set()
             try:
-                journal = "TRUNCATE" if on_network_file_system(self._path) else "WAL"
-                database.execute(f"PRAGMA journal_mode={journal}")
-                database.execute("PRAGMA synchronous=NORMAL")
-                database.execute(_SCHEMA)
-                database.commit()
-                while not self._closing.wait(COMMIT_S):
+                with closing(self._open()) as database:
+                    while not self._closing.wait(COMMIT_S):
+                        self._flush(database)
                     self._flush(database)
-                self._flush(database)
-            finally:
-                database.close()
-        except sqlite3.Error as error:
-            self.error = f"the recording ends here: {error}"
-            with self._lock:
-                self._rows.clear()
+                return
+            except sqlite3.OperationalError as error:  # the disk is full, gone, or does not answer: it may come back
+                if last_try:
+                    self._end(error)
+                    return
+                self._stand_still(error)
+                self._closing.wait(COMMIT_S)
+            except sqlite3.Error as error:
+                self._end(error)
+                return
+
+    def _open(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._path, timeout=5)
+        try:
+            journal = "TRUNCATE" if on_network_file_system(self._path) else "WAL"
+            database.execute(f"PRAGMA journal_mode={journal}")
+            database.execute("PRAGMA synchronous=NORMAL")
+            database.execute(f"PRAGMA journal_size_limit={LIMIT_BYTES // 16}")
+            database.execute(_SCHEMA)
+            database.commit()
+        except BaseException:
+            database.close()
+            raise
+        return database
 
     def _flush(self, database: sqlite3.Connection) -> None:
+        """Write what waits. On an error all of it goes on waiting, and the error is the caller's."""
         with self._lock:
-            rows, self._rows = self._rows, []
-        if rows:
+            rows, self._rows = self._rows, deque()
+            self._bytes = 0
+            dropped, self._dropped = self._dropped, 0
+        try:
             with database:
-                database.executemany(_INSERT, rows)
+                database.executemany(_INSERT, [*rows, *self._gap(dropped)])
+        except BaseException:
+            with self._lock:
+                self._rows.extendleft(reversed(rows))
+                self._bytes += sum(len(row[-1]) for row in rows)
+                self._dropped += dropped
+            raise
+        if self._standing_since is not None:
+            self._standing_since = None
+            self._news.append("the recording goes on" + (f"; {_missing(dropped)}" if dropped else ""))
+        if rows and used_bytes(database) > LIMIT_BYTES:
+            thin(database, LIMIT_BYTES)
+
+    def _gap(self, dropped: int) -> list[_Row]:
+        """The row that says what is not there."""
+        if not dropped or self._standing_since is None:
+            return []
+        began = time.strftime("%H:%M:%S", time.localtime(self._standing_since))
+        text = f"nothing could be recorded since {began}: {_missing(dropped)}"
+        record = LogRecord(rank=None, level="warning", logger="zerotop.hub", text=text, wall_s=time.time())
+        return [(self._attempt, record.wall_s, "supervisor", record.kind, encode(record))]
+
+    def _stand_still(self, error: sqlite3.Error) -> None:
+        if self._standing_since is None:
+            self._standing_since = time.time()
+            self._news.append(f"the recording stands still until it can be written again: {error}")
+
+    def _end(self, error: sqlite3.Error) -> None:
+        self.error = f"the recording ends here: {error}"
+        self._news.append(self.error)
+        with self._lock:
+            self._rows.clear()
+
+
+def _missing(count: int) -> str:
+    return f"{count:,} messages are missing from it"
 
 
 def read_recording(run: Path) -> Iterator[Recorded]:
     """Rows of RUN/recording.sqlite, oldest first, of all attempts. Nothing for a run without a recording.
 
-    Works while the run is being recorded. Kinds that this version doesn't know are skipped. Raises sqlite3.Error for a
-    damaged file.
+    Works while the run is being recorded. Kinds and values that this version doesn't know are skipped. Raises
+    sqlite3.Error for a damaged file.
     """
     path = run / "recording.sqlite"
     if not path.exists():
@@ -147,7 +246,10 @@ def read_recording(run: Path) -> Iterator[Recorded]:
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'messages'").fetchone():
             return  # the recorder has only just made the file
         for attempt, wall_s, source, body in database.execute(_SELECT):
-            message = decode_up(body)
+            try:
+                message = decode_up(body)
+            except ProtocolError:
+                continue
             if message is not None:
                 yield Recorded(attempt, wall_s, source, message)
     finally:

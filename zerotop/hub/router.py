@@ -14,6 +14,14 @@ from zerotop.state.run import RunState
 
 REMEMBERED = 1000
 """Commands whose answers are kept, so that a repeated id is answered again and not acted on again."""
+IDS_REMEMBERED = 20_000
+"""Of older commands at least the ids: one that comes again is refused. (More than a rank's inbox remembers: it would
+neither act on such a command nor answer it.)"""
+OPEN_AT_MOST = 64
+"""Commands that wait for a step boundary."""
+ASKERS_KEPT = 16
+
+LONGEST_DEADLINE_S = 7 * 86400
 
 _OUTLIVE_RANKS = frozenset({"checkpoint", "set", "stop", "abort"})
 
@@ -62,19 +70,27 @@ class CommandRouter:
         # What does not wait for a step boundary, and never reaches the ranks.
         self._outside = {"abort": abort, "stacks": stacks}
         self._cases: dict[str, _Case] = {}
+        self._open: dict[str, _Case] = {}
+        """Of `_cases`, in the same order, those without a final answer."""
+        self._forgotten: dict[str, None] = {}
         self._number = 0
         self._before_ranks = 0
         """The newest number when the ranks that run now were started."""
 
     # ---- from screens ----------------------------------------------------------------------------------------------
-    def submit(self, command: Command, asker: Asker = b"") -> None:
-        """Accept or reject `command`. The same id again gets the same answers again, and acts once."""
+    def submit(self, command: Command, asker: Asker = b"") -> bool:
+        """Accept (True) or reject `command`. The same id again gets the same answers again, and acts once."""
         known = self._cases.get(command.id)
         if known is not None:
-            known.askers.add(asker)
+            if len(known.askers) < ASKERS_KEPT:
+                known.askers.add(asker)
             for ack in known.acks:
                 self._answer(asker, ack)
-            return
+            return False
+        if command.id in self._forgotten:
+            reason = "this command was given before; its answer is not kept any more"
+            self._answer(asker, Ack(id=command.id, state="rejected", reason=reason, wall_s=time.time()))
+            return False
         arguments, refusal = self._check(command)
         if not refusal:
             self._number += 1
@@ -85,13 +101,14 @@ class CommandRouter:
                 "wall_s": command.wall_s or time.time(),
             }
         )
-        case = self._cases[command.id] = _Case(numbered, askers={asker})
+        case = self._cases[command.id] = self._open[command.id] = _Case(numbered, askers={asker})
         self._forget()
         if refusal:
             self._tell(case, "rejected", reason=refusal)
-            return
+            return False
         self._tell(case, "accepted")
         self._outside.get(command.name, self._forward)(numbered)
+        return True
 
     def _check(self, command: Command) -> tuple[dict[str, Any], str]:
         """The arguments in the ranks' own types, and why the command can't be accepted ("": it can)."""
@@ -100,13 +117,16 @@ class CommandRouter:
             return command.arguments, f"the run is over ({state})"
         if command.name == "stacks":
             return _without_arguments(command)
-        waiting = {case.command.name for case in self._cases.values() if case.open}
+        waiting = {case.command.name for case in self._open.values()}
         if "abort" in waiting:
             return command.arguments, "the run is being aborted"
         if command.name == "abort":
             return _without_arguments(command)
-        if "stop" in waiting or state == "stopping":
+        hastens = command.name == "stop" and "deadline_s" in command.arguments and not self._has_deadline()
+        if ("stop" in waiting or state == "stopping") and not hastens:
             return command.arguments, "the run is stopping already (abort ends it at once)"
+        if len(self._open) >= OPEN_AT_MOST and command.name != "stop":
+            return command.arguments, f"{len(self._open)} commands wait for a step boundary already"
         match command.name:
             case "pause" if "pause" in waiting:
                 return command.arguments, "a pause is waiting for a step boundary already"
@@ -118,16 +138,22 @@ class CommandRouter:
                 return command.arguments, "a resume is on its way already"
             case "set":
                 return _knobs(command.arguments)
+            case "stop" if command.arguments.keys() == {"deadline_s"}:
+                return _deadline(command.arguments)
             case "pause" if command.arguments.keys() == {"release"} and command.arguments["release"] in (True, False):
                 return command.arguments, ""
         return _without_arguments(command)
 
+    def _has_deadline(self) -> bool:
+        """Whether a stop is open that must end within some time; a second one adds nothing."""
+        return any(c.open and c.command.name == "stop" and c.command.arguments for c in self._cases.values())
+
     # ---- from ranks and the supervisor -----------------------------------------------------------------------------
     def hear(self, ack: Ack) -> Command | None:
         """Rank 0's word on a command; relayed to whoever asked. Returns the command, None for one that nobody here
-        knows."""
+        knows. `accepted` comes from a rank that has taken the command up, and says what it does about it."""
         case = self._cases.get(ack.id)
-        if case is None or ack.state == "accepted" or any(ack == known for known in case.acks):
+        if case is None or any(ack == known for known in case.acks) or (ack.state == "accepted" and not case.open):
             return None
         self._keep(case, ack.model_copy(update={"number": case.command.number, "wall_s": ack.wall_s or time.time()}))
         return case.command
@@ -145,7 +171,7 @@ class CommandRouter:
 
     def finish(self, state: RunStateName, step: int) -> None:
         """The run is over: answer what is still open."""
-        for case in [case for case in self._cases.values() if case.open]:
+        for case in list(self._open.values()):
             name = case.command.name
             if (name, state) in (("stop", "stopped"), ("abort", "aborted")):
                 self._tell(case, "applied", step=step)
@@ -159,13 +185,13 @@ class CommandRouter:
         tells when they speak; the rest is answered. A stop or an abort ends the run instead, and is left to `finish`.
         """
         self._before_ranks = self._number
-        for case in [case for case in self._cases.values() if case.open]:
+        for case in list(self._open.values()):
             if case.command.name not in _OUTLIVE_RANKS:
                 self._tell(case, "rejected", reason="the ranks restarted")
 
     def is_open(self, *names: str) -> bool:
         """Whether a command of one of these names was accepted and has no final answer yet."""
-        return any(case.open and case.command.name in names for case in self._cases.values())
+        return any(case.command.name in names for case in self._open.values())
 
     def settings_in_force(self) -> dict[str, Any]:
         """What was `set` and applied, less what an open `set` will change: new ranks start with the config's values."""
@@ -187,8 +213,8 @@ class CommandRouter:
         """Accepted commands for ranks that have a number above `above` and no final answer yet, in order."""
         return [
             case.command
-            for case in self._cases.values()
-            if case.open and case.command.number > above and case.command.name not in self._outside
+            for case in self._open.values()
+            if case.command.number > above and case.command.name not in self._outside
         ]
 
     def commands_for_new_rank(self) -> list[Command]:
@@ -223,7 +249,9 @@ class CommandRouter:
         self._keep(case, Ack.model_validate({key: value for key, value in fields.items() if value is not None}))
 
     def _keep(self, case: _Case, ack: Ack) -> None:
-        case.acks.append(ack)
+        case.acks = [known for known in case.acks if known.state != ack.state] + [ack]
+        if not case.open:
+            self._open.pop(ack.id, None)
         for asker in case.askers:
             self._answer(asker, ack)
         self._publish(CommandRecord(command=case.command, ack=ack))
@@ -232,12 +260,22 @@ class CommandRouter:
         for old in list(self._cases)[: max(0, len(self._cases) - REMEMBERED)]:
             if not self._cases[old].open:
                 del self._cases[old]
+                self._forgotten[old] = None
+        while len(self._forgotten) > IDS_REMEMBERED:
+            del self._forgotten[next(iter(self._forgotten))]
 
 
 def _without_arguments(command: Command) -> tuple[dict[str, Any], str]:
     if command.arguments:
         return command.arguments, f"{command.name} takes no arguments, got {', '.join(command.arguments)}"
     return {}, ""
+
+
+def _deadline(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    seconds = arguments["deadline_s"]
+    if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= LONGEST_DEADLINE_S:
+        return arguments, ""
+    return arguments, f"stop: deadline_s: expected seconds from 0 to {LONGEST_DEADLINE_S}, got {seconds!r}"
 
 
 def _knobs(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:

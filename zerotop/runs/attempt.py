@@ -43,6 +43,8 @@ class Attempt:
         """A signal ended the launcher, and not by our hand."""
         self.rank_codes: dict[int, int] = {}
         """Known at first hand; what ends by our hand is not in it."""
+        self.ended_by_us: set[int] = set()
+        """Ranks that still lived when we began to end the attempt, whatever torchrun says of their end."""
         self._launcher: subprocess.Popen[bytes] | None = None
         self._ranks: dict[int, int] = {}  # pid -> rank
         self._codes: dict[int, int] = {}  # pid -> exit code of children and adopted orphans
@@ -101,8 +103,9 @@ class Attempt:
     def _has_ended(self, rank: int, pid: int) -> None:
         self._forget(pid)
         code = _exit_code_of_zombie(pid)
-        if code:
+        if code is not None:
             self.rank_codes.setdefault(rank, code)
+        if code:
             self.rank_died.set()
 
     def _forget(self, pid: int) -> None:
@@ -114,6 +117,11 @@ class Attempt:
         """What ends from here on ends by our hand, and says nothing about the cause."""
         self.killed = self.exit_code is not None and self.exit_code < 0
         for pid in list(self._pidfds):
+            rank, code = self._ranks[pid], _exit_code_of_zombie(pid)
+            if code is not None:  # a moment ago
+                self.rank_codes.setdefault(rank, code)
+            elif psutil.pid_exists(pid):
+                self.ended_by_us.add(rank)
             self._forget(pid)
         for pid, code in self._codes.items():
             if pid in self._ranks:

@@ -131,6 +131,15 @@ def find_run(name: str | None = None, *, live_only: bool = False) -> RunEntry:
     raise RunError(f"no run is live. {_choices()}")
 
 
+def find_any_run(name: str | None = None) -> RunEntry:
+    """The run called `name`; without a name the newest live one, else the newest of all. Raises RunError."""
+    if name is None:
+        runs = list_runs()
+        if runs and not any(entry.live for entry in runs):
+            return runs[0]
+    return find_run(name)
+
+
 def _choices(wanted: str = "") -> str:
     """The run whose name is nearest to `wanted`, and the newest ones."""
     entries = list_runs()

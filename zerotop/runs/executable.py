@@ -5,12 +5,11 @@ A shell that ssh starts has no virtual environment and often a short PATH: a sea
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-import tempfile
 
-from zerotop.runs.paths import make_private_folder, state_home
+from runtime.replacing import replace_text
+from zerotop.runs.paths import RunError, make_private_folder, state_home
 
 MARK = "zerotop-answers:"
 """Printed on a line of its own before the answer: what a login shell's start-up files print comes before it."""
@@ -29,11 +28,14 @@ _FIND = (
 
 def record_executable() -> None:
     """Write this Python's path to STATE/executable; raises RunError when the state home can't be written."""
-    folder = make_private_folder(state_home())
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".executable.")
-    with os.fdopen(handle, "w") as out:
-        out.write(sys.executable + "\n")
-    os.replace(temporary, folder / "executable")
+    try:
+        path = make_private_folder(state_home()) / "executable"
+    except RunError as error:
+        raise RunError(f"{error}: set XDG_STATE_HOME to a folder in which runs can be kept") from None
+    try:
+        replace_text(path, sys.executable + "\n")
+    except OSError as error:
+        raise RunError(f"can't write {path}: {error.strerror}") from None
 
 
 def shell_command(words: list[str]) -> str:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from zerotop.hub.hub import Hub
+from zerotop.runs.outcome import early_end_reason
 from zerotop.runs.stacks_report import StackTaker, blame
+from zerotop.state.condition import silent_ranks
 from zerotop.state.run import RunState
 from zerotop.state.stall import QUIET_PHASES, explain, ranks_text
 
@@ -29,9 +31,6 @@ FIRST_STEPS = 2
 JUMP_S = 5.0
 """Two looks so far apart mean that we were stopped ourselves, or the machine was: what the ranks did meanwhile is not
 known, and the count starts anew."""
-SILENT_S = 5.0
-"""A rank's heartbeat comes several times a second, also while its training thread is busy: after this long its process
-does not run."""
 LOOK_S = 1.0
 
 Marks = dict[int, tuple[Any, ...]]
@@ -77,8 +76,7 @@ def should_move(state: RunState) -> bool:
     start = state.hello.start_step if state.hello else 0
     if state.step - start < FIRST_STEPS:
         return False
-    excused = any(rank.phase in QUIET_PHASES for rank in ranks)
-    return not excused or any(state.hub_now_ns - rank.heard_ns > SILENT_S * 1e9 for rank in ranks)
+    return not any(rank.phase in QUIET_PHASES for rank in ranks) or bool(silent_ranks(state))
 
 
 def limit_s(state: RunState) -> float:
@@ -112,12 +110,20 @@ def _marks(state: RunState) -> Marks:
 
 class HangWatch:
     """Tells hangs of the run behind `hub`: an event with the verdict, the stacks in a file, and the status's reason
-    while it lasts. `end_attempt(reason)`, where it is given, is called on each."""
+    while it lasts. `end_attempt(reason)`, where it is given, is called on each; `end_early(reason)` on one that can't
+    pass, because a rank has finished while the others wait for it in a collective."""
 
-    def __init__(self, hub: Hub, taker: StackTaker, end_attempt: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        taker: StackTaker,
+        end_attempt: Callable[[str], None] | None,
+        end_early: Callable[[str], None] | None = None,
+    ) -> None:
         self._hub = hub
         self._taker = taker
         self._end_attempt = end_attempt
+        self._end_early = end_early
         self._stillness = Stillness()
         self._hang: str | None = None
         self._hung_s = 0.0
@@ -167,7 +173,10 @@ class HangWatch:
         self._hang, self._hung_s, self._attempt = f"hang: {line}", now_s - still_s, self._hub.status.attempt
         self._hub.event("hang", line, "error", idle_s=round(still_s, 1), stacks=report.path)
         self._hub.set_status(reason=self._hang)
-        if self._end_attempt is not None:
+        if stall is not None and stall.ended and self._end_early is not None:
+            goodbye = state.ranks[stall.ended[0]].goodbye
+            self._end_early(early_end_reason(stall.ended, goodbye.step if goodbye else 0, goodbye))
+        elif self._end_attempt is not None:
             self._end_attempt(f"no progress for {still_s:.0f} s: {line}")
 
     def _clear(self, now_s: float) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from runtime.telemetry.bounds import shortened
+
 ERROR_LINES = 30
+REASON_KEPT = 500
+"""Characters of an exception's line that a reason repeats."""
 _TAIL_BYTES = 64 * 1024
 _AGENT = re.compile(r"[IWE]\d{4} \d\d:.*torch/distributed/elastic/")
 _EXCEPTION = re.compile(r"[^\W\d][\w.]*(: |$)")
@@ -23,8 +27,8 @@ _COMPLAINT = re.compile(
     # NCCL
     r"|nccl(Remote|System)Error|unhandled system error|NCCL communicator was aborted"
     r"|Watchdog caught collective operation|remote process exited or there was a network error"
-    # ours: runtime/exchange.py
-    r"|rank \d+ \(pid \d+\) is gone"
+    # ours: runtime/exchange.py, runtime/comm/pending.py
+    r"|rank \d+ \(pid \d+\) is gone|another rank is gone"
 )
 
 
@@ -37,8 +41,8 @@ def reason_of(error: str) -> str:
     """A goodbye's error in one line: our own word on it, the first line of an exception's message, or the last line."""
     last = error.strip().splitlines()[-1].strip()
     if last.startswith(_REASON):
-        return last.removeprefix(_REASON)
-    return exception_line(error) or last
+        return shortened(last.removeprefix(_REASON), REASON_KEPT)
+    return shortened(exception_line(error) or last, REASON_KEPT)
 
 
 def exception_line(log: str) -> str:

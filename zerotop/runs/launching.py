@@ -33,7 +33,16 @@ from zerotop.runs.directory import (
 from zerotop.runs.executable import record_executable
 from zerotop.runs.lock import take_new, take_patiently
 from zerotop.runs.names import check_name, generate_name
-from zerotop.runs.paths import RunError, make_private_folder, make_sockets_folder, remove_sockets, runs_home
+from zerotop.runs.paths import (
+    RunError,
+    check_utf8,
+    error_text,
+    make_private_folder,
+    make_sockets_folder,
+    remove_sockets,
+    runs_home,
+    working_folder,
+)
 from zerotop.runs.starting import start_supervisor
 
 _FIXED: dict[str, tuple[str, Callable[[Resolved], Any]]] = {
@@ -44,6 +53,9 @@ _FIXED: dict[str, tuple[str, Callable[[Resolved], Any]]] = {
     "global batch": ("train_batch_size", lambda resolved: resolved.global_batch),
 }
 """What a resumed attempt must have in common with the one before: words, the config's key, where it is found."""
+
+
+_Asked = tuple[str | Path | None, int | None, str, str | None, Sequence[str], bool, Sequence[str] | None]  # see _check
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,23 @@ def start_run(
     replaces torchrun.
     Raises RunError or ConfigError, whose messages are for people; then nothing was started and nothing is left.
     """
-    asked = (config_path, nproc, device, name, overrides, resume, script)
+    names = {
+        "the config": str(config_path or ""),
+        "the state home": str(runs_home()),
+        "the working directory": working_folder(),
+        **{f"argument {number} of the script" if number else "the script": w for number, w in enumerate(script or ())},
+    }
+    for what, text in names.items():
+        check_utf8(what, text)
+    try:
+        return _start((config_path, nproc, device, name, overrides, resume, script), command)
+    except OSError as error:  # a full disk, a folder that may not be read: anywhere on the way
+        raise RunError(f"the run can't start: {error_text(error)}") from None
+
+
+def _start(asked: _Asked, command: Sequence[str] | None) -> RunEntry:
+    """As `start_run`, which has the arguments of `_check`."""
+    name, resume = asked[3], asked[5]
     plan = _check(*asked)
     with contextlib.ExitStack() as leaving:
         if plan.previous is not None:
@@ -284,7 +312,7 @@ def _write_files(
             device=plan.device,
             config_path=plan.config_path,
             config_folder=plan.config_folder,
-            working_folder=plan.previous.run.working_folder if plan.previous else os.getcwd(),
+            working_folder=plan.previous.run.working_folder if plan.previous else working_folder(),
             script=plan.script,
             command=list(command) if command else None,
             sockets=str(sockets),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from runtime.telemetry.bounds import shortened, shortened_error
 from runtime.wire.messages import Goodbye, RunStateName
 from zerotop.runs.lastwords import (
     ERROR_LINES,
+    REASON_KEPT,
     abort_words,
     crash_stack,
     exception_line,
@@ -21,6 +23,7 @@ from zerotop.runs.lastwords import (
 )
 from zerotop.runs.processes import signal_name
 from zerotop.runs.witness import Account
+from zerotop.state.stall import ranks_text
 
 # torchrun's own words on its children. Its monitor logs the first line; its closing table holds one block per failed
 # rank.
@@ -44,6 +47,12 @@ _SIGNALS = {
     "SIGXCPU": "its limit on CPU time, ulimit -t, was reached",
     "SIGXFSZ": "a file grew beyond its limit, ulimit -f",
 }
+_SAME_NUMBER_OF_STEPS = """\
+What to change: all ranks must take the same number of steps, for every step has collectives that all take part in.
+  - initialize(training_data=...) gives every rank as many batches
+  - a DataLoader of your own: DistributedSampler pads or drops samples until the ranks have equally many; drop_last=True
+  - data that can't be divided: before the loop, let the ranks agree on the smallest number of batches
+README.md, "When ranks have different amounts of data", has the code."""
 _NOT_INITIALIZED = "the script never called runtime.initialize(): nothing was trained or watched"
 
 
@@ -59,6 +68,9 @@ class Evidence:
     """A signal ended it before we did anything; its ranks, which die with it, are not the cause then."""
     goodbyes: Mapping[int, Goodbye] = field(default_factory=dict)
     exit_codes: Mapping[int, int] = field(default_factory=dict)
+    """0 included: a rank that left well while others went on."""
+    ended_by_us: Collection[int] = ()
+    """Ranks that lived until the supervisor ended the attempt: the signal that ended them is no cause."""
     stopping: bool = False
     abort_reason: str | None = None
     failure: str | None = None
@@ -84,6 +96,8 @@ class Outcome:
     error: str = ""
     cause: str = ""
     """The reason without figures that differ each time, where it has such: equal for equal ends."""
+    repeats: bool = False
+    """Another attempt would end the same way, for its data and its script are the same."""
 
 
 def decide(seen: Evidence) -> Outcome:
@@ -91,7 +105,7 @@ def decide(seen: Evidence) -> Outcome:
     if seen.abort_reason is not None:
         return Outcome("aborted", seen.abort_reason, seen.launcher_exit)
     if seen.failure is not None:
-        return Outcome("failed", seen.failure)
+        return Outcome("failed", seen.failure, repeats=bool(_ended_early(seen)))
     words = {goodbye.outcome for goodbye in seen.goodbyes.values()}
     if seen.launcher_exit == 0 and not words & {"failed", "aborted"}:
         if "stopped" in words or (seen.stopping and not words):
@@ -103,6 +117,11 @@ def decide(seen: Evidence) -> Outcome:
     rank = _first_to_fail(seen, codes)
     if rank is None:
         return _launcher_failed(seen)
+    if _complains(seen, rank) and (early := _ended_early(seen)):
+        return _early_end(seen, early)
+    goodbye = seen.goodbyes.get(rank)
+    if goodbye is not None and goodbye.culprit is not None and goodbye.culprit in seen.goodbyes:
+        rank = goodbye.culprit
     code = codes.get(rank)
     base = _rank_reason(seen, rank, code)
     more = "".join(words(seen, rank, code) for words in (_memory_words, _shared_words, _xid_words))
@@ -124,7 +143,7 @@ def _exit_codes(seen: Evidence) -> dict[int, int]:
         codes.setdefault(int(rank), int(code))
     for rank, code in _BLOCK.findall(text):
         codes.setdefault(int(rank), int(code))
-    return codes
+    return {rank: code for rank, code in codes.items() if code > 0 or rank not in seen.ended_by_us}
 
 
 def _first_to_fail(seen: Evidence, codes: Mapping[int, int]) -> int | None:
@@ -143,6 +162,36 @@ def _first_to_fail(seen: Evidence, codes: Mapping[int, int]) -> int | None:
     return next((rank for rank in suspects if not _complains(seen, rank)), next(iter([*suspects, *codes]), None))
 
 
+def _ended_early(seen: Evidence) -> tuple[int, ...]:
+    """Ranks that left as if all was done, by their own word or, without one, by their exit code."""
+    finished = {rank for rank, word in seen.goodbyes.items() if word.outcome == "finished"}
+    silent = {rank for rank, code in seen.exit_codes.items() if code == 0 and rank not in seen.goodbyes}
+    return tuple(sorted(finished | silent))
+
+
+def _early_end(seen: Evidence, ranks: tuple[int, ...]) -> Outcome:
+    """The others could not go on without these ranks; what they say is true, and no cause."""
+    first = ranks[0]
+    goodbye = seen.goodbyes.get(first)
+    step = goodbye.step if goodbye is not None else seen.steps.get(first, seen.start_step)
+    changes = _SAME_NUMBER_OF_STEPS.splitlines()
+    log = tail(seen.logs / f"rank-{first}.log", ERROR_LINES - len(changes) - 1).splitlines()
+    error = "\n".join([*log, *([""] if log else []), *changes])
+    return Outcome("failed", early_end_reason(ranks, step, goodbye), 0, first, error, repeats=True)
+
+
+def early_end_reason(ranks: tuple[int, ...], step: int, goodbye: Goodbye | None) -> str:
+    """`step` and `goodbye` are the first of these ranks'; None: its process said nothing."""
+    its = "its" if len(ranks) == 1 else "their"
+    if goodbye is None:
+        why = f"{its} process{'' if len(ranks) == 1 else 'es'} exited with code 0"
+    elif goodbye.error.startswith("SystemExit"):
+        why = f"{its} script called sys.exit()"
+    else:
+        why = f"{its} data is shorter, or {its} loop takes fewer steps"
+    return f"{ranks_text(ranks)} ended after step {step} while the others went on: {why}"
+
+
 def _complains(seen: Evidence, rank: int) -> bool:
     goodbye = seen.goodbyes.get(rank)
     return is_complaint(goodbye.error if goodbye is not None else tail(seen.logs / f"rank-{rank}.log"))
@@ -153,14 +202,23 @@ def _rank_reason(seen: Evidence, rank: int, code: int | None) -> str:
     if code is not None and code < 0 and goodbye is None:
         return f"rank {rank} was killed by {_signal_words(seen, rank, code)}"
     if goodbye is not None and goodbye.error:
-        return f"rank {rank} failed after step {goodbye.step}: {reason_of(goodbye.error)}"
+        who = "all ranks" if _fail_alike(seen) else f"rank {rank}"
+        return f"{who} failed after step {goodbye.step}: {reason_of(goodbye.error)}"
     log = tail(seen.logs / f"rank-{rank}.log", _LOG_LINES)
     raised = exception_line(log) if code in _PYTHONS_EXITS else ""
     if raised and goodbye is None:
+        raised = shortened(raised, REASON_KEPT)
         step = seen.steps.get(rank)
         when = "before its first step" if step is None else f"after step {step}"
         return f"rank {rank} failed {when}: {raised}"
     return f"rank {rank} failed" if code is None else f"rank {rank} exited with code {code}"
+
+
+def _fail_alike(seen: Evidence) -> bool:
+    """Whether every rank left at one step with one and the same error, which is no single rank's doing."""
+    words = {(word.outcome, word.step, reason_of(word.error) if word.error else "") for word in seen.goodbyes.values()}
+    blamed = any(word.culprit is not None for word in seen.goodbyes.values())
+    return 1 < seen.nproc == len(seen.goodbyes) and len(words) == 1 and not blamed
 
 
 def _signal_words(seen: Evidence, rank: int, code: int) -> str:
@@ -220,7 +278,7 @@ def _rank_error(seen: Evidence, rank: int, code: int | None) -> str:
         left = stack.splitlines()[:room]
     else:
         left = (tail(log) or launcher_tail(seen.logs)).splitlines()[-room:]
-    return "\n".join([*left, *changes])
+    return shortened_error("\n".join([*left, *changes]))
 
 
 def _launcher_failed(seen: Evidence) -> Outcome:

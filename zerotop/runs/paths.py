@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 LOCK_NAME = "lock"
@@ -18,12 +20,39 @@ class RunError(Exception):
     """Something about a run that the user can mend: one clear message, exit code 2."""
 
 
+def error_text(error: OSError) -> str:
+    """Which file, and what is the matter with it."""
+    said = error.strerror or str(error)
+    return f"{os.fsdecode(error.filename)}: {said}" if error.filename and not isinstance(error.filename, int) else said
+
+
 def state_home() -> Path:
     """$XDG_STATE_HOME/zerotop, by default ~/.local/state/zerotop. A relative XDG_STATE_HOME counts as unset, as its
     standard demands."""
     given = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(given) if os.path.isabs(given) else Path.home() / ".local" / "state"
-    return base / "zerotop"
+    if os.path.isabs(given):
+        return Path(given) / "zerotop"
+    try:
+        return Path.home() / ".local" / "state" / "zerotop"
+    except RuntimeError:  # no HOME, and a user id without a name
+        raise RunError("there is no home directory: set HOME, or XDG_STATE_HOME to where runs are to be kept") from None
+
+
+def working_folder() -> str:
+    """Raises RunError where it is gone."""
+    try:
+        return os.getcwd()
+    except OSError as error:
+        raise RunError(f"the working directory is gone ({error.strerror}): change to another one") from None
+
+
+def check_utf8(what: str, name: str) -> None:
+    """Raises RunError for a name that has bytes of another encoding: run.json could not hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(name).decode(errors="backslashreplace")
+        raise RunError(f"{what}: expected a name in UTF-8, got {shown}: rename it, or make a link to it") from None
 
 
 def runs_home() -> Path:
@@ -56,11 +85,28 @@ def sockets_home() -> Path:
     return Path("/tmp") / f"zerotop-{os.getuid()}"
 
 
+def _free_sockets_home() -> Path:
+    """The usual one; where another user has taken its name (anybody may, in /tmp), a new one with a name of its own."""
+    usual = sockets_home()
+    try:
+        return make_private_folder(usual)
+    except RunError as error:
+        if not os.path.lexists(usual):
+            raise RunError(f"no place for the run's sockets: {error}") from None
+    try:
+        return Path(tempfile.mkdtemp(prefix=f"{usual.name}-", dir=usual.parent))
+    except OSError as error:
+        raise RunError(f"can't create a folder for the run's sockets in {usual.parent}: {error.strerror}") from None
+
+
 def make_sockets_folder() -> Path:
     """A new folder for one attempt's sockets: 8 characters, 0700, in a home that is ours; folders of dead runs are
     swept first."""
-    home = make_private_folder(sockets_home())
-    _sweep(home)
+    usual = sockets_home()
+    for home in usual.parent.glob(f"{usual.name}*"):
+        if _is_ours(home):
+            _sweep(home)
+    home = _free_sockets_home()
     while True:
         folder = home / secrets.token_hex(4)
         try:
@@ -88,9 +134,24 @@ def lock_sockets(folder: Path) -> int:
 
 
 def remove_sockets(folder: Path) -> None:
-    """Remove a sockets folder, if it is one of ours and not a link."""
-    if folder.parent == sockets_home() and not folder.is_symlink():
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove a sockets folder, if it is one of ours and not a link; and its home, where that was made for it."""
+    home, usual = folder.parent, sockets_home()
+    own = home.parent == usual.parent and home.name.startswith(f"{usual.name}-")
+    if (home != usual and not own) or folder.is_symlink() or not _is_ours(home):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    if own:
+        with contextlib.suppress(OSError):  # another run's sockets are in it
+            home.rmdir()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is a directory of this user's, and no link to one."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _sweep(home: Path) -> None:

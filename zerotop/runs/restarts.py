@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from zerotop.runs.outcome import Evidence, Outcome
 
 _REFUSED_EXIT = 2
 """Of a rank that can't use its config, model or data."""
+_FIGURE = re.compile(r"0x[0-9a-fA-F]+|(?<!rank )\b\d+(\.\d+)*")
 AGAIN_THE_SAME = "another attempt would end the same way"
 
 
@@ -27,6 +29,9 @@ class Failure:
     raised: bool = False
     """A rank ended by a Python exception or an exit code of its own, or torchrun did before there was a rank."""
     fatal: bool = False
+    repeats: bool = False
+    """It has the script's or the data's own reasons."""
+    rank: int | None = None
     scripts_own: bool = False
     """A script that zerotop can't continue: it never called initialize()."""
 
@@ -51,6 +56,8 @@ class Failure:
             by_signal=from_outside,
             raised=raised,
             fatal=goodbye is not None and goodbye.fatal,
+            repeats=outcome.repeats,
+            rank=rank,
             scripts_own=seen.silent_script,
         )
 
@@ -77,7 +84,7 @@ class Restarts:
             return "not restarted, because its end was asked for"
         if stuck:
             return f"not restarted, because {stuck} of its processes can't be killed"
-        if failure.fatal or failure.exit_code == _REFUSED_EXIT:
+        if failure.fatal or failure.repeats or failure.exit_code == _REFUSED_EXIT:
             return AGAIN_THE_SAME
         if failure.scripts_own:
             return "not restarted, because the script never called runtime.initialize()"
@@ -105,6 +112,11 @@ class Restarts:
 
 def _is_same(before: Failure, failure: Failure) -> bool:
     """A rank that is killed before its first step says nothing about a step: it may be chance, from outside."""
-    if (before.text, before.step) != (failure.text, failure.step):
+    if (before.rank, before.step, _outline(before.text)) != (failure.rank, failure.step, _outline(failure.text)):
         return False
     return not (failure.by_signal and failure.step is None)
+
+
+def _outline(text: str) -> str:
+    """Without what differs between two times of one error: addresses, process numbers, sizes, times."""
+    return _FIGURE.sub("#", text)

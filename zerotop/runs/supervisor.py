@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
 import traceback
-import uuid
-from collections.abc import Awaitable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,34 +21,34 @@ from typing import Any
 import psutil
 
 from runtime.config import Resolved
+from runtime.descriptors import raise_file_limit
 from runtime.wire.messages import Command, Event, Hello, LogRecord, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, boot_id, read_run, read_status, write_json
 from zerotop.hub.hub import Hub
 from zerotop.hub.recorder import Recorder, earlier_steps
-from zerotop.probe.host import HostProbe
 from zerotop.probe.nvml import GpuProbe
 from zerotop.runs.attempt import Attempt
+from zerotop.runs.batchsignal import stop_by_signal
+from zerotop.runs.chores import Chores
+from zerotop.runs.folderwatch import FolderWatch
 from zerotop.runs.hang import HangWatch
+from zerotop.runs.laggards import LaggardWatch
 from zerotop.runs.lastwords import tail
-from zerotop.runs.logs import cap_logs
 from zerotop.runs.outcome import Evidence, Outcome, decide
-from zerotop.runs.paths import RunError, lock_sockets, make_private_folder, remove_sockets
+from zerotop.runs.paths import RunError, error_text, lock_sockets, make_private_folder, remove_sockets
 from zerotop.runs.processes import become_subreaper, descendants, detach, kill_descendants, reap, send
 from zerotop.runs.restarts import Failure, Restarts
 from zerotop.runs.stacks_report import StackTaker
 from zerotop.runs.starting import Ready
+from zerotop.runs.statusfile import StatusFile, write_status
+from zerotop.runs.stopping import StopWatch
 
-STOP_DEADLINE_VARIABLE = "ZEROTOP_STOP_DEADLINE_S"
-STOP_DEADLINE_S = 60.0
-"""After SIGTERM or SIGUSR1 (a batch system's warning), the run has so long to stop after a checkpoint; then it is
-aborted."""
 TERM_PATIENCE_S = 5.0
 DEATH_PATIENCE_S = 3.0
 """After a rank's death torchrun has so long to end the others, and to say what it saw."""
 LAUNCHER_PATIENCE_S = 1.0
 """Of torchrun when its ranks are gone."""
 LAST_WORDS_S = 2.0
-CAP_INTERVAL_S = 10.0
 
 
 class Supervisor:
@@ -67,15 +65,12 @@ class Supervisor:
         self._restarts = Restarts(Resolved.from_json((path / "resolved.json").read_bytes()).zerotop.restarts)
         self._attempt = Attempt(self.run_file, path)
         self._abort_reason: str | None = None
-        self._stopping = False
-        """A signal has asked for it."""
         self._restart_text = ""
         """Of the newest restart, until its ranks have said where they go on."""
         self._reached = 0
         """The last step of the attempt before."""
         self._stuck = 0
-        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
-        self._tasks: list[asyncio.Task[None]] = []
+        self._status_file = StatusFile(path)
 
     @property
     def logs(self) -> Path:
@@ -93,13 +88,16 @@ class Supervisor:
             recorder=recorder,
             abort=self._abort_command,
             stacks=self._stacks_command,
-            on_status=self._write_status,
+            on_stop=lambda command: self._stop_watch.begin(command),
+            on_status=self._status_file.write,
             on_hello=self._meet,
             earlier=self._earlier_steps(),
         )
         self._taker = StackTaker(self.path, self.run_file.nproc, hub)
+        self._stop_watch = StopWatch(hub, self._taker, self._abort)
         write_json(self.path / "run.json", self.run_file)
-        gpus = self._gpus = GpuProbe()
+        gpus = GpuProbe()
+        chores = self._chores = Chores(hub, lambda: self._attempt, gpus, self._status_file.disk)
         try:
             hub.start()
             loop.add_signal_handler(signal.SIGCHLD, self._collect)
@@ -109,23 +107,22 @@ class Supervisor:
             ready.say_up()
             gpus.start()
             self._announce()
-            self._tasks = [
-                loop.create_task(self._reported("the probe", self._probe(gpus))),
-                loop.create_task(self._reported("the cap on logs", self._cap_logs())),
-                loop.create_task(self._reported("the watch for hangs", self._watch_for_hangs())),
-            ]
+            chores.start()
+            chores.add("the watch for hangs", self._watch_for_hangs())
+            chores.add("the watch for slow ranks", LaggardWatch(hub).watch())
+            folder = FolderWatch(self.path, hub, lambda: self.run_file)
+            chores.add("the watch on the run directory", folder.watch())
             outcome = await self._attempts(locks)
             await self._finish(outcome)
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._stop_watch.close()
+            await chores.close()
             loop.remove_signal_handler(signal.SIGCHLD)
             kill_descendants()
             recorder.close()
             gpus.close()
             await hub.close()
-            self._disk.shutdown()
+            self._status_file.close()
             remove_sockets(Path(self.run_file.sockets))
             for lock in locks:
                 os.close(lock)
@@ -178,23 +175,14 @@ class Supervisor:
 
     def _stop_by_signal(self, number: int) -> None:
         """Its own, or one that a rank has handed on: where every process gets it, there are many."""
-        if self._stopping:
-            return
-        self._stopping, name, deadline_s = True, signal.Signals(number).name, _stop_deadline_s()
-        asyncio.get_running_loop().call_later(
-            deadline_s, self._abort, f"{name}: it did not stop within {deadline_s:g} s"
-        )
-        self.hub.command(Command(id=uuid.uuid4().hex, name="stop", who=name))
-        self.hub.event(
-            "signal", f"{name}: the run stops after a checkpoint, or is aborted in {deadline_s:g} s", "warning"
-        )
+        if not self._stop_watch.has_deadline:
+            self.hub.command(stop_by_signal(signal.Signals(number).name))
 
     def _abort_command(self, command: Command) -> None:
         self._abort(f"aborted by {command.who}" if command.who else "aborted on request")
 
     def _stacks_command(self, command: Command) -> None:
-        work = self._reported("taking the stacks", self._taker.answer(command))
-        self._tasks.append(asyncio.get_running_loop().create_task(work))
+        self._chores.add("taking the stacks", self._taker.answer(command))
 
     def _abort(self, reason: str) -> None:
         if self._abort_reason is None and not self._attempt.ended.is_set():
@@ -211,59 +199,10 @@ class Supervisor:
             attempt.failure = reason
             attempt.end_asked.set()
 
-    async def _reported(self, name: str, work: Awaitable[None]) -> None:
-        """A chore that fails is told and left; the run goes on without it."""
-        try:
-            await work
-        except Exception as error:
-            traceback.print_exc()
-            self.hub.complain(f"{name} failed: {type(error).__name__}: {error}")
-
-    async def _probe(self, gpus: GpuProbe) -> None:
-        host = HostProbe()
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="probe") as thread:
-            while True:
-                pids = {
-                    rank: state.hello.pid
-                    for rank, state in self.hub.state.ranks.items()
-                    if state.hello and not state.goodbye
-                }
-                stats = await loop.run_in_executor(thread, host.sample, pids, *gpus.latest())
-                self.hub.say(stats, source=f"probe/{stats.host}")
-                self._attempt.witness.note(stats)
-                self._hear_xids()
-                await asyncio.sleep(1.0)
-
-    def _hear_xids(self) -> None:
-        for xid in self._gpus.take_xids():
-            self._attempt.witness.hear(xid)
-            self.hub.event("xid", xid.text, "error", xid=xid.number, gpu=xid.gpu)
-
     async def _watch_for_hangs(self) -> None:
         resolved = Resolved.from_json((self.path / "resolved.json").read_bytes())
         ends = self.end_attempt if resolved.zerotop.restarts.on_hang else None
-        await HangWatch(self.hub, self._taker, ends).watch()
-
-    async def _cap_logs(self) -> None:
-        first = self.logs
-        while True:
-            await asyncio.sleep(CAP_INTERVAL_S)
-            # supervisor.log goes on in the folder of the first attempt.
-            for folder in {first, self.logs}:
-                for path in await asyncio.get_running_loop().run_in_executor(self._disk, cap_logs, folder):
-                    self.hub.event(
-                        "log", f"{path.name} was full and starts anew; its end is kept in {path.name}.1", "warning"
-                    )
-
-    def _write_status(self, status: RunStatus) -> None:
-        self._disk.submit(self._write_status_now, status)
-
-    def _write_status_now(self, status: RunStatus) -> None:
-        try:
-            write_json(self.path / "state.json", status)
-        except OSError as error:
-            print(f"can't write state.json: {error}", file=sys.stderr, flush=True)
+        await HangWatch(self.hub, self._taker, ends, self.end_attempt).watch()
 
     # ---- attempts ----------------------------------------------------------------------------------------------------
     async def _attempts(self, locks: tuple[int, ...]) -> Outcome:
@@ -328,7 +267,7 @@ class Supervisor:
 
     def _evidence(self) -> Evidence:
         state, attempt = self.hub.state, self._attempt
-        self._hear_xids()
+        self._chores.hear_xids()
         return Evidence(
             nproc=self.run_file.nproc,
             launcher_exit=attempt.exit_code,
@@ -336,6 +275,7 @@ class Supervisor:
             launcher_killed=attempt.killed,
             goodbyes={rank: rank_state.goodbye for rank, rank_state in state.ranks.items() if rank_state.goodbye},
             exit_codes=attempt.rank_codes,
+            ended_by_us=attempt.ended_by_us,
             stopping=self.hub.status.state == "stopping",
             abort_reason=self._abort_reason,
             failure=attempt.failure,
@@ -418,10 +358,12 @@ class Supervisor:
             "failed_rank": outcome.failed_rank,
             "error": outcome.error,
             "ended_wall_s": time.time(),
+            "laggard_rank": None,
+            "laggard": "",
         }
         # On disk first: whoever learns of the end from a screen finds it in the directory too.
         status = self.hub.status.model_copy(update=end)
-        await asyncio.get_running_loop().run_in_executor(self._disk, self._write_status_now, status)
+        await self._status_file.written(status)
         self.hub.set_status(**end)
 
 
@@ -437,13 +379,6 @@ async def _first_of(*events: asyncio.Event, timeout_s: float | None = None) -> N
         task.cancel()
 
 
-def _stop_deadline_s() -> float:
-    try:
-        return max(0.0, float(os.environ[STOP_DEADLINE_VARIABLE]))
-    except (KeyError, ValueError):
-        return STOP_DEADLINE_S
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m zerotop.runs.supervisor", description="Supervise one run; started by zerotop launch."
@@ -457,23 +392,24 @@ def main() -> int:
     os.set_inheritable(arguments.lock_fd, False)  # torchrun is given it by name
     ready = Ready(arguments.ready_fd)
     run = read_run(arguments.run)
+    raise_file_limit()
     detach(str(arguments.run / "logs" / str(run.attempt) / "supervisor.log"))
     become_subreaper()
     try:
         outcome = asyncio.run(_supervise(arguments.run, run, arguments.resume, arguments.lock_fd, ready))
     except RunError as error:
-        _fail(arguments.run, str(error), "")
         ready.say_error(str(error))
+        _fail(arguments.run, str(error), "")
         return 1
     except Exception as error:
-        traceback.print_exc()
+        # First of all: what follows writes to the disk, which may be what failed.
+        reason = error_text(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        ready.say_error(f"the supervisor failed: {reason}")
         kill_descendants()
-        _fail(
-            arguments.run,
-            f"the supervisor failed: {error}",
-            tail(arguments.run / "logs" / str(run.attempt) / "supervisor.log"),
-        )
-        ready.say_error(f"the supervisor failed: {type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # supervisor.log may have no room either
+            traceback.print_exc()
+        log = arguments.run / "logs" / str(run.attempt) / "supervisor.log"
+        _fail(arguments.run, f"the supervisor failed: {reason}", tail(log))
         return 1
     return 0 if outcome.state in ("finished", "stopped") else 1
 
@@ -486,11 +422,13 @@ def _fail(path: Path, reason: str, error: str) -> None:
     """state.json for a supervisor that can't go on. An interrupted launch has removed its directory already."""
     if not path.exists():
         return
-    status = read_status(path)
-    write_json(
-        path / "state.json",
-        status.model_copy(update={"state": "failed", "reason": reason, "error": error, "ended_wall_s": time.time()}),
-    )
+    try:
+        status = read_status(path)
+        end = {"state": "failed", "reason": reason, "error": error, "ended_wall_s": time.time()}
+        write_status(path, status.model_copy(update=end))
+    except OSError as problem:
+        with contextlib.suppress(OSError):
+            print(f"can't write state.json: {problem}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIABLE, RunFile
+from runtime.wire.rundir import (
+    ATTEMPT_VARIABLE,
+    GROUP_KEY_VARIABLE,
+    RESUME_VARIABLE,
+    RUN_VARIABLE,
+    SUPERVISOR_VARIABLE,
+    RunFile,
+)
+
+_FOREIGN = re.compile(
+    "(PET|TORCHELASTIC)_.*"  # torchrun takes PET_NNODES for --nnodes, and so on for every option
+    "|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+)
+"""Variables of a launcher, or for one."""
 
 
 def command(run: RunFile, path: Path) -> list[str]:
@@ -30,13 +45,15 @@ def command(run: RunFile, path: Path) -> list[str]:
 def environment(
     run: RunFile, path: Path, *, supervisor_pid: int, resume: bool, base: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """`base` with what the ranks need to find their run; what the user has set stays."""
-    variables = dict(base)
+    """`base` with what the ranks need to find their run; what the user has set stays, except what would steer this
+    torchrun, or be taken for its word: launch may be called from a process of another one."""
+    variables = {name: value for name, value in base.items() if not _FOREIGN.fullmatch(name)}
     variables |= {
         RUN_VARIABLE: str(path),
         ATTEMPT_VARIABLE: str(run.attempt),
         SUPERVISOR_VARIABLE: str(supervisor_pid),
         RESUME_VARIABLE: "1" if resume else "0",
+        GROUP_KEY_VARIABLE: secrets.token_hex(32),
         "PYTHONSAFEPATH": "1",  # a user's own runtime.py in the working directory must not be picked up
         "PYTHONUNBUFFERED": "1",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

@@ -12,11 +12,10 @@ from typing import Any, Literal, cast
 from runtime.wire.messages import Ack, Command, CommandName, CommandRecord
 from zerotop.output import CommandError, say
 from zerotop.source.base import Source
+from zerotop.state.run import waits_for
 
 HUB_ANSWERS_WITHIN_S = 10.0
 SAY_SO_AFTER_S = 1.0
-WAITS_FOR = {"abort": "ending the ranks", "stacks": "the ranks are being asked"}
-"""What happens to an accepted command that does not wait for a step boundary."""
 
 
 def asker() -> str:
@@ -73,9 +72,7 @@ def _ask(source: Source, command: Command, until: str, timeout_s: float | None) 
                 return _with(record, reason=f"not applied yet after {timeout_s:g} s; it stays in force")
             if not said and waited_s > SAY_SO_AFTER_S:
                 said = True
-                say(
-                    f"accepted as #{record.ack.number}, {WAITS_FOR.get(command.name, 'waiting for a step boundary')}..."
-                )
+                say(f"accepted as #{record.ack.number}, {waits_for(record)}...")
         else:
             if not source.can_control:
                 raise CommandError(source.connection.removeprefix("lost: "))

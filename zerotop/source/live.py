@@ -15,13 +15,15 @@ from pathlib import Path
 
 import zmq
 
-from runtime.wire.codec import ProtocolError, decode_packet, decode_snapshot, decode_up, encode
-from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandRecord, Packet, RunStatus
+from runtime.wire.codec import ProtocolError, decode_up, encode, load, read_packet, read_snapshot
+from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandRecord, LogRecord, Packet, RunStatus
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
 from zerotop.state.run import RunState
 
 FRAMES_PER_POLL = 5000
 HELD_BACK = 10_000
+FRAME_BYTES = 2**28
+"""Of what a hub sends: far more than the whole state of a large run, and an end."""
 SILENCE_S = 3.0
 """The hub's probe speaks once a second: after this long without a word, look whether the run still lives."""
 LOST_S = 6.0
@@ -52,6 +54,7 @@ class LiveSource:
         self._sent: dict[str, tuple[Command, float]] = {}  # without any answer yet: command, when it was sent
         self._mine: dict[str, CommandRecord] = {}  # own commands and their newest answers
         self._connection_before = ""
+        self._told_skipped = False
 
     # ---- life ------------------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -60,10 +63,9 @@ class LiveSource:
         commands = self._commands = self._context.socket(zmq.DEALER)
         for socket in (screens, commands):
             socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES)
             socket.setsockopt(zmq.RECONNECT_IVL, 100)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-            socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-            socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
         screens.setsockopt(zmq.RCVHWM, HELD_BACK)
         screens.subscribe(LIVE_TOPIC)
         screens.connect(self.sockets.endpoint("screens"))
@@ -135,7 +137,8 @@ class LiveSource:
         topic, frame = frames[0], frames[-1]
         self._heard()
         if topic == self._topic:
-            snapshot = decode_snapshot(frame)
+            decoded = read_snapshot(load(frame))
+            snapshot = decoded.shell
             self.state = RunState()
             self.state.apply_snapshot(snapshot)
             self._have_snapshot = True
@@ -143,19 +146,29 @@ class LiveSource:
             for packet in self._held_back:
                 self.state.apply_packet(packet)
             self._held_back.clear()
+            self._tell_skipped(decoded.malformed)
             return True
         if topic != LIVE_TOPIC:
             return False  # an answer to an earlier question of ours
-        packet = decode_packet(frame)
+        received = read_packet(load(frame))
+        packet = received.shell
         if not self._have_snapshot:
             self._held_back.append(packet)
             del self._held_back[:-HELD_BACK]
             return False
         hole = packet.hub_seq > self.state.hub_seq + 1
         changed = self.state.apply_packet(packet)
+        self._tell_skipped(received.malformed)
         if hole and time.monotonic() - self._asked_at > ASK_AGAIN_S:
             self._ask_for_snapshot()
         return changed
+
+    def _tell_skipped(self, malformed: list[str]) -> None:
+        """Of the run's messages that this zerotop can't read, the first one is told; the screen goes on without."""
+        if malformed and not self._told_skipped:
+            self._told_skipped = True
+            text = f"messages of the run are skipped, because this zerotop can't read them: {malformed[0]}"
+            self.state.apply(LogRecord(rank=None, level="warning", logger="zerotop", text=text, wall_s=time.time()))
 
     def _heard(self) -> None:
         self._heard_at = time.monotonic()

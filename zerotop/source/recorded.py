@@ -1,4 +1,4 @@
-"""A finished run as a source: its recording, folded once."""
+"""A run that has ended as a source: nothing arrives any more, and nobody answers commands."""
 
 from __future__ import annotations
 
@@ -6,30 +6,23 @@ import sqlite3
 import time
 from pathlib import Path
 
-from runtime.wire.messages import Ack, Command, CommandRecord, RunStatus
+from runtime.wire.messages import Ack, Command, CommandRecord, RunStatus, Snapshot
 from zerotop.source.base import SourceError
 from zerotop.state.run import RunState
 
 
-class RecordedSource:
-    """The last state of a run that has ended. `status` is the run directory's word and wins over the recording's."""
+class EndedSource:
+    """The last state of a run, folded already. `status` is the run directory's word and wins over what was folded."""
 
     connection = "ended"
     can_control = False
 
-    def __init__(self, run_path: Path, status: RunStatus) -> None:
-        self.state = RunState()
-        self.run_path = run_path
+    def __init__(self, state: RunState, status: RunStatus) -> None:
+        self.state = state
         self._status = status
         self._changed = False
 
     def start(self) -> None:
-        from zerotop.hub.recorder import read_messages
-
-        try:
-            self.state.apply_all(read_messages(self.run_path), 0)
-        except (sqlite3.Error, OSError) as error:
-            raise SourceError(f"can't read the recording in {self.run_path}: {error}") from None
         self.state.apply(self._status)
         self._changed = True
 
@@ -51,3 +44,24 @@ class RecordedSource:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+class RecordedSource(EndedSource):
+    """The same from the recording in the run directory."""
+
+    def __init__(self, run_path: Path, status: RunStatus) -> None:
+        super().__init__(RunState(), status)
+        self.run_path = run_path
+
+    def start(self) -> None:
+        from zerotop.hub.recorder import read_messages
+
+        try:
+            self.state.apply_all(read_messages(self.run_path), 0)
+        except (sqlite3.Error, OSError) as error:
+            raise SourceError(f"can't read the recording in {self.run_path}: {error}") from None
+        super().start()
+
+    def snapshot(self) -> Snapshot:
+        """The whole state for a screen on another machine."""
+        return Snapshot(hub_seq=0, now_ns=0, wall_s=time.time(), messages=self.state.snapshot_messages())

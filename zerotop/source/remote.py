@@ -5,26 +5,31 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from runtime.wire.codec import decode_snapshot
 from runtime.wire.messages import LIVE_STATES, RunStatus
 from runtime.wire.rundir import Sockets
 from zerotop.output import CommandError
+from zerotop.source.base import Source
 from zerotop.source.live import LiveSource
+from zerotop.source.recorded import EndedSource
 from zerotop.source.ssh import SshLink
+from zerotop.state.run import RunState
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 
 
-def open_remote(host: str, run: str | None) -> RemoteSource:
-    """A started source on `run` (None: the newest live one) of `host`. ssh may ask on the terminal. Raises SshError."""
+def open_remote(host: str, run: str | None) -> Source:
+    """A started source on `run` (None: the newest live one, else the newest) of `host`; of a run that has ended, what
+    its recording there comes to. ssh may ask on the terminal. Raises SshError."""
     link = SshLink(host)
     try:
         link.open()
         found = _resolve(link, run)
         if not found["live"]:
-            status = RunStatus.model_validate(found["status"])
-            why = f": {status.reason}" if status.reason else ""
-            raise CommandError(f"run {found['name']} on {host} is over ({status.state}{why})")
+            ended = _ended(_resolve(link, found["name"], "--recorded"))
+            link.close()
+            return ended
         if not found["here"]:
             raise CommandError(f"{found['name']} runs on {found['host']}, not on {host}: attach there")
         link.forward(Sockets(found["sockets"]))
@@ -36,8 +41,16 @@ def open_remote(host: str, run: str | None) -> RemoteSource:
     return source
 
 
-def _resolve(link: SshLink, run: str | None) -> dict[str, Any]:
-    answer = link.ask(["resolve", *([run] if run else []), "--json"])
+def _ended(found: dict[str, Any]) -> EndedSource:
+    state = RunState()
+    state.apply_snapshot(decode_snapshot(found["recorded"].encode()))
+    source = EndedSource(state, RunStatus.model_validate(found["status"]))
+    source.start()
+    return source
+
+
+def _resolve(link: SshLink, run: str | None, *flags: str) -> dict[str, Any]:
+    answer = link.ask(["resolve", *([run] if run else []), *flags, "--json"])
     if not isinstance(answer, dict) or not {"name", "live", "here", "sockets", "status"} <= answer.keys():
         raise CommandError(f"the zerotop on {link.host} answers in another way: install the same version on both sides")
     return answer

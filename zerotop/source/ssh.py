@@ -25,7 +25,8 @@ from typing import Any
 import psutil
 
 from runtime.wire.rundir import Sockets
-from zerotop.output import CommandError
+from zerotop.clean import clean
+from zerotop.output import CommandError, say
 from zerotop.runs.executable import MARK, shell_command
 from zerotop.runs.paths import make_private_folder, sockets_home
 
@@ -55,7 +56,10 @@ def ssh_words() -> list[str]:
 
 
 def run_there(host: str, words: list[str]) -> int:
-    """Run `zerotop WORDS...` on `host`, its output as ours; returns its exit code. Raises SshError when ssh fails."""
+    """Run `zerotop WORDS...` on `host`, its output as ours; returns its exit code. Raises SshError when ssh fails.
+
+    The other zerotop writes into a pipe, where `logs` leaves everything as it is: it is cleaned before a terminal here.
+    """
     command = [*ssh_words(), *_COMMON, "--", host, shell_command(words)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -63,7 +67,8 @@ def run_there(host: str, words: list[str]) -> int:
     try:
         for line in process.stdout:
             if answered:
-                sys.stdout.write(line.decode(errors="replace"))
+                text = line.decode(errors="replace")
+                sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
                 sys.stdout.flush()
             answered = answered or line.rstrip() == MARK.encode()
         exit_code = process.wait()
@@ -209,7 +214,7 @@ class SshLink:
             if text:
                 self._said.append(text)
             if self._echo:
-                print(text, file=sys.stderr, flush=True)
+                say(text)
         process.stderr.close()
 
     def _end_process(self) -> None:

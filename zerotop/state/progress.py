@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+from zerotop.state.condition import condition_of
 from zerotop.state.run import RunState
 
 
 @dataclass(frozen=True)
 class Progress:
-    """step of `steps` (None: a script decides); `eta_s` None while no step time is known, or nothing moves."""
+    """step of `steps` (None: a script decides); `eta_s` None while no step time is known, or no steps are taken."""
 
     step: int
     steps: int | None
@@ -23,7 +24,7 @@ class Progress:
         return min(1.0, self.step / self.steps) if self.steps else None
 
 
-def progress(state: RunState) -> Progress:
+def progress(state: RunState, connection: str = "live") -> Progress:
     """The median of recent steps carries the ETA: one slow step (a checkpoint, a hiccup) must not move it."""
     hello = state.hello
     steps = hello.steps if hello else None
@@ -32,10 +33,12 @@ def progress(state: RunState) -> Progress:
     done = state.step
     eta_s = (
         (steps - done) * step_ms / 1000
-        if steps and step_ms is not None and state.state_name in {"running", "stopping"}
+        if steps and step_ms is not None and condition_of(state, connection).moving
         else None
     )
-    return Progress(done, steps, step_ms, eta_s, state.series.tokens_per_s)
+    # Of the first step some ranks report before others: a part of them would be told as the whole run's speed.
+    whole = state.series.ranks_reporting >= state.world_size
+    return Progress(done, steps, step_ms, eta_s, state.series.tokens_per_s if whole else None)
 
 
 def steps_at_risk(state: RunState) -> int:

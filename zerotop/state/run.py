@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from runtime.wire.codec import rank_of
 from runtime.wire.messages import (
     Ack,
     Collectives,
@@ -33,7 +34,11 @@ from zerotop.state.series import Series
 from zerotop.state.waits import Waits
 
 EVENTS_KEPT = 500
+_WAITS_FOR = {"abort": "ending the ranks", "stacks": "the ranks are being asked"}
+"""What happens to an accepted command that does not wait for a step boundary."""
 COMMANDS_KEPT = 100
+GAP_COUNTED = 10**6
+"""Packets: a larger gap is no loss but another numbering."""
 
 
 @dataclass
@@ -60,6 +65,13 @@ class RankState:
             return self.goodbye.outcome
         return self.heartbeat.phase if self.heartbeat else "init"
 
+    @property
+    def current_step(self) -> int | None:
+        """The step that the rank works on; once it has left, the last one that it finished."""
+        if self.goodbye is not None:
+            return self.goodbye.step
+        return self.heartbeat.step if self.heartbeat else None
+
 
 @dataclass
 class RunState:
@@ -77,6 +89,8 @@ class RunState:
     """The newest arrival stamp seen: the hub's clock as far as we know."""
     restarted: bool = False
     """A new attempt has begun, and none of its ranks has said yet which step it goes on from."""
+    _lowest: int | None = None
+    """The lowest rank that has said hello."""
 
     # ---- input -----------------------------------------------------------------------------------------------------
     def apply_snapshot(self, snapshot: Snapshot) -> None:
@@ -96,11 +110,12 @@ class RunState:
             return False
         self.hub_seq = max(self.hub_seq, packet.hub_seq)
         self.hub_now_ns = max(self.hub_now_ns, packet.arrival_ns)
-        if packet.source.startswith("rank/"):
-            rank = self.rank(int(packet.source.split("/")[1]))
+        number = rank_of(packet.source)
+        if number is not None:
+            rank = self.rank(number)
             channel = f"{packet.attempt}/{'events' if _is_event_packet(packet) else 'telemetry'}"
             before = rank.last_seq.get(channel)
-            if before is not None and packet.seq > before + 1:
+            if before is not None and before + 1 < packet.seq <= before + GAP_COUNTED:
                 rank.packets_lost += packet.seq - before - 1
             rank.last_seq[channel] = packet.seq
         self.apply_all(packet.messages, packet.arrival_ns)
@@ -125,6 +140,8 @@ class RunState:
                     self.restarted = False
                     self.series.cut(message.start_step)
                 fresh.hello = message
+                if self._lowest is None or message.rank < self._lowest:
+                    self._lowest = message.rank
             case Heartbeat():
                 self.rank(message.rank).heartbeat = message
             case Phases():
@@ -159,6 +176,7 @@ class RunState:
         """All ranks are new processes: nothing of the dead ones may shine through."""
         self.ranks.clear()
         self.waits.restart()
+        self.series.begin_attempt()
         self.restarted = True
 
     def _record(self, record: CommandRecord, arrival_ns: int) -> None:
@@ -188,7 +206,13 @@ class RunState:
     @property
     def hello(self) -> Hello | None:
         """The lowest rank's hello: what is the same on all ranks (stage, precision, steps...) is read here."""
-        return next((state.hello for _, state in sorted(self.ranks.items()) if state.hello), None)
+        # Remembered, not looked for: this is asked for at every message of every rank.
+        lowest = self.ranks.get(self._lowest) if self._lowest is not None else None
+        if lowest is None or lowest.hello is None:
+            known = [number for number, state in self.ranks.items() if state.hello]
+            self._lowest = min(known, default=None)
+            lowest = self.ranks[self._lowest] if self._lowest is not None else None
+        return lowest.hello if lowest is not None else None
 
     @property
     def world_size(self) -> int:
@@ -216,8 +240,12 @@ class RunState:
         return [record.command for record in self.commands.values() if record.ack.state == "accepted"]
 
     def pending_text(self) -> str:
-        names = [command.name for command in self.open_commands() if command.name not in ("abort", "stacks")]
-        return f"{', '.join(names)}: waiting for a step boundary" if names else ""
+        """Open commands for ranks, and what each one waits for."""
+        names: dict[str, list[str]] = {}
+        for record in self.commands.values():
+            if record.ack.state == "accepted" and record.command.name not in ("abort", "stacks"):
+                names.setdefault(waits_for(record), []).append(record.command.name)
+        return "; ".join(f"{', '.join(those)}: {what}" for what, those in names.items())
 
     def snapshot_messages(self) -> list[Any]:
         """What a late screen must be told to be where this state is, in an order that `apply` understands."""
@@ -238,6 +266,12 @@ class RunState:
         messages += list(self.commands.values())
         messages += list(self.events)
         return messages
+
+
+def waits_for(record: CommandRecord) -> str:
+    """What an accepted command waits for: the ranks' own word once they have taken it up (a checkpoint is being
+    written), before that a step boundary."""
+    return record.ack.reason or _WAITS_FOR.get(record.command.name, "waiting for a step boundary")
 
 
 def _is_event_packet(packet: Packet) -> bool:

@@ -66,8 +66,17 @@ class Series:
         return list(self)
 
     @property
+    def ranks_reporting(self) -> int:
+        """How many ranks `tokens_per_s` is the sum of."""
+        return len(self._tokens)
+
+    def begin_attempt(self) -> None:
+        """All ranks are new processes, and their speed is not known yet."""
+        self._tokens.clear()
+
+    @property
     def tokens_per_s(self) -> float | None:
-        """The whole run's throughput: the sum of every rank's newest figure."""
+        """The sum of every reporting rank's newest figure."""
         return sum(self._tokens.values()) if self._tokens else None
 
     def recent_step_ms(self, count: int = 20) -> list[float]:

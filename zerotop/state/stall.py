@@ -6,6 +6,8 @@ progress, one clock), plus how long ago that heartbeat reached the hub (the hub'
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass
 
 from runtime.wire.messages import Heartbeat
@@ -18,20 +20,26 @@ FIRST_STEPS = 3
 """The first steps of an attempt compile, warm up and allocate: no verdict yet."""
 QUIET_PHASES = frozenset({"checkpoint", "paused", "eval", "init"})
 """While any rank is in one of these, the others may rightly stand still."""
-LAGGARD_MEETINGS = 5
-LAGGARD_SHARE = 0.7
+LAGGARD_STEPS = 8
+"""Fewer say nothing."""
+LATEST_STEPS = 10
+"""In which the cost must still be there."""
 LAGGARD_WAIT_SHARE = 0.05
-"""A rank is named above both: its share of last places, and the others' wait for it as a share of the step."""
-TWO_RANKS_SHARE = 0.9
-"""Of two ranks one always comes last in at least half: twice its fair share would be everything."""
-STILL_SHARE = 0.8
-"""A rank that is named stays so down to this part of both thresholds: a verdict must not come and go at every step."""
+"""A rank is named when it costs each other rank more than this part of the step, net of what they cost it."""
+LAGGARD_CERTAINTY = 5.0
+"""...and the mean of that is so many times its standard error: where ranks take turns nobody is named, however much
+their waiting adds up to, nor is a rank for one long pause."""
+PAIR_CERTAINTY = 6.0
+"""Of two ranks one always waits for the other, and the machine's noise falls on one of them for longer at a time."""
+KEPT_WAIT_SHARE = 0.025
+KEPT_CERTAINTY = 2.0
+"""Both for the rank that is named already: a verdict must not come and go at every step."""
 
 
 @dataclass(frozen=True)
 class Stall:
     """A run without progress. `missing` have not entered collective `seq`, `waiting` are in it; both empty when no
-    collective is to blame."""
+    collective is to blame. `ended` have left the run while the others wait in one: it can't go on."""
 
     idle_s: float
     cause: str
@@ -40,6 +48,7 @@ class Stall:
     missing: tuple[int, ...] = ()
     waiting: tuple[int, ...] = ()
     silent: tuple[int, ...] = ()
+    ended: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
@@ -48,10 +57,10 @@ class Stall:
 
 @dataclass(frozen=True)
 class Laggard:
-    """The rank that came last in most of the recent collectives, and what that cost the others."""
+    """The rank that the others lose time to, step after step."""
 
     rank: int
-    share: float  # 0..1, of the collectives whose skew matters
+    share: float  # 0..1, of the collectives whose skew matters: those in which it came last
     others_wait_ms: float  # per step, for this rank, mean over the other ranks
     text: str
 
@@ -87,17 +96,23 @@ def find_stall(state: RunState) -> Stall | None:
     idle = min(idle_s(rank, state.hub_now_ns) for rank in ranks)
     if idle < limit:
         return None
-    return _blame(ranks, idle, state.hub_now_ns, limit)
+    return _blame(ranks, _finished(state), idle, state.hub_now_ns, limit)
 
 
 def explain(state: RunState, idle: float, limit: float) -> Stall | None:
     """The verdict on a run that somebody else found standing still for `idle` s; a rank not heard from for `limit` s is
     silent. None when no rank that is still there has said where it is."""
     ranks = [rank for _, rank in sorted(state.ranks.items()) if rank.heartbeat is not None and rank.goodbye is None]
-    return _blame(ranks, idle, state.hub_now_ns, limit) if ranks else None
+    return _blame(ranks, _finished(state), idle, state.hub_now_ns, limit) if ranks else None
 
 
-def _blame(ranks: list[RankState], idle: float, hub_now_ns: int, limit: float) -> Stall:
+def _finished(state: RunState) -> dict[int, int]:
+    """Rank -> its last step, of those that have left because all was done for them."""
+    words = {number: rank.goodbye for number, rank in sorted(state.ranks.items()) if rank.goodbye is not None}
+    return {number: word.step for number, word in words.items() if word.outcome == "finished"}
+
+
+def _blame(ranks: list[RankState], finished: dict[int, int], idle: float, hub_now_ns: int, limit: float) -> Stall:
     beats = {rank.rank: rank.heartbeat for rank in ranks if rank.heartbeat is not None}
     silent = tuple(rank.rank for rank in ranks if rank.heard_ns and (hub_now_ns - rank.heard_ns) / 1e9 >= limit)
     tail = f"; nothing heard from {ranks_text(silent)}" if silent else ""
@@ -118,6 +133,10 @@ def _blame(ranks: list[RankState], idle: float, hub_now_ns: int, limit: float) -
     held = tuple(number for number, beat in beats.items() if beat.completed_seq < lowest)
     if held:
         op = next((beat.entered_op for beat in beats.values() if beat.entered_op), "")
+        if finished:
+            text = f"{ranks_text(tuple(finished))} ended after step {min(finished.values())}, {ranks_text(held)} "
+            text += f"{'waits' if len(held) == 1 else 'wait'} in collective {_name(lowest, op)}"
+            return Stall(idle, text + tail, lowest, op, (), held, silent, tuple(finished))
         if len(held) == len(beats):
             text = f"all ranks have entered collective {_name(lowest, op)}, it does not complete"
         else:
@@ -129,23 +148,24 @@ def _blame(ranks: list[RankState], idle: float, hub_now_ns: int, limit: float) -
 
 
 def find_laggard(state: RunState, named: int | None = None) -> Laggard | None:
-    """The rank that the others waited for in the last WINDOW_STEPS steps; None when the last place goes round or costs
-    little. `named`: the rank that the verdict before this one named, which goes only well below the thresholds.
+    """The rank that the others lose time to in the recent steps; None when that goes round or costs little.
 
-    It reads the same window as the table of ranks, so the two can't disagree: a rank is only named when it also costs
-    the others more than any other rank does.
+    `named`: the rank that the verdict before this one named, which goes only well below the thresholds. What counts is
+    time, not the number of collectives in which a rank came last: a small skew at a step's end counts as often as the
+    long wait before it. The figures are those of the table of ranks.
     """
     window = state.waits.window()
-    if sum(window.came_last.values()) < LAGGARD_MEETINGS or not window.step_ms:
+    costs = state.waits.net_cost_ms()
+    if not window.step_ms or not costs:
         return None
-    shares = window.came_last_share
-    rank = max(shares, key=lambda number: shares[number])
-    share, wait_ms = shares[rank], window.caused_ms.get(rank, 0.0)
-    part = STILL_SHARE if rank == named else 1.0
-    if share <= part * _laggard_share(len(window.waited_ms)) or wait_ms < max(window.caused_ms.values()):
-        return None
-    if wait_ms <= part * LAGGARD_WAIT_SHARE * window.step_ms:
-        return None
+    if named in costs and _costs_time(costs[named], window.step_ms, KEPT_WAIT_SHARE, KEPT_CERTAINTY):
+        rank = named
+    else:
+        rank = max(costs, key=lambda number: sum(costs[number]))
+        certainty = PAIR_CERTAINTY if len(costs) == 2 else LAGGARD_CERTAINTY
+        if not _costs_time(costs[rank], window.step_ms, LAGGARD_WAIT_SHARE, certainty):
+            return None
+    share, wait_ms = window.came_last_share.get(rank, 0.0), window.caused_ms.get(rank, 0.0)
     text = (
         f"rank {rank} came last in {share:.0%} of collectives; "
         f"others wait {wait_ms:.0f} ms a step ({wait_ms / window.step_ms:.0%})"
@@ -153,8 +173,14 @@ def find_laggard(state: RunState, named: int | None = None) -> Laggard | None:
     return Laggard(rank, share, wait_ms, text)
 
 
-def _laggard_share(world_size: int) -> float:
-    return max(LAGGARD_SHARE, min(TWO_RANKS_SHARE, 2 / max(1, world_size)))
+def _costs_time(cost_ms: list[float], step_ms: float, wait_share: float, certainty: float) -> bool:
+    """Whether these costs, one a step, are neither small nor chance, and still there in the newest steps."""
+    if len(cost_ms) < LAGGARD_STEPS:
+        return False
+    mean = statistics.fmean(cost_ms)
+    error = statistics.stdev(cost_ms) / math.sqrt(len(cost_ms))
+    recent = statistics.fmean(cost_ms[-LATEST_STEPS:])
+    return min(mean, recent) > wait_share * step_ms and mean >= certainty * error
 
 
 def _name(seq: int, op: str) -> str:

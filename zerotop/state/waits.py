@@ -157,6 +157,22 @@ class Waits:
             came_last,
         )
 
+    def net_cost_ms(self, steps: int = STEPS_KEPT) -> dict[int, list[float]]:
+        """Rank -> for each of the newest `steps` steps, oldest first and without the very newest: what each other rank
+        waited for this one, on average, less what was waited for one of the others. Where the last place goes round
+        this is about zero, whatever the waiting costs."""
+        met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
+        ranks = {rank for step in met for rank in self._steps[step].waited_us}
+        others = max(1, len(ranks) - 1)
+        costs: dict[int, list[float]] = {rank: [] for rank in sorted(ranks)}
+        for step in met:
+            caused = self._steps[step].caused_us
+            total = sum(caused.values())
+            for rank, series in costs.items():
+                own = caused.get(rank, 0)
+                series.append((own - (total - own) / others) / 1000 / others)
+        return costs
+
     def waited_ms(self, step: int) -> dict[int, float]:
         """Rank -> milliseconds it waited for others in the collectives of `step`."""
         totals: dict[int, float] = {}

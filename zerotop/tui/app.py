@@ -9,27 +9,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from textual.app import App, SystemCommand
+from textual import events
+from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
+from textual.notifications import SeverityLevel
 from textual.screen import Screen
 from textual.widgets import Input
 
 from runtime.wire.messages import LIVE_STATES, CommandName
+from zerotop.clean import clean
 from zerotop.source.base import Source
 from zerotop.state.freeze import freeze
 from zerotop.state.run import RunState
 from zerotop.tui import steering
 from zerotop.tui.commands import CommandDesk
+from zerotop.tui.keyflow import KeyFlow
 from zerotop.tui.keys import KEYS, STEERING, load_keymap
 from zerotop.tui.panels.plots import PlotPanel
 from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.screens.confirm import ConfirmScreen
 from zerotop.tui.screens.help import HelpScreen
 from zerotop.tui.screens.knobs import KnobScreen, Setting, known_values
 from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.screens.main import MainScreen
+from zerotop.tui.screens.palette import ActionPalette
 from zerotop.tui.screens.rank import RankScreen
 from zerotop.tui.screens.stacks import StacksScreen
 from zerotop.tui.screenshot import screenshot_path
+from zerotop.tui.terminal import TerminalDriver, leave_on_signals
 from zerotop.tui.theme import DEFAULT, Palette, load_palettes
 from zerotop.tui.view import TICK_S, View, build_view
 from zerotop.tui.widgets.keybar import KeyBar
@@ -38,7 +45,7 @@ THEME_VARIABLE = "ZEROTOP_THEME"
 Outcome = Literal["detached", "ended"]
 
 
-class ZerotopApp(App[Outcome]):
+class ZerotopApp(KeyFlow[Outcome]):
     """Shows a started `source` until the user leaves. `run()` returns "detached" while the run goes on, "ended" after
     it has.
 
@@ -52,7 +59,7 @@ class ZerotopApp(App[Outcome]):
     BINDINGS: ClassVar[list[BindingType]] = [key.binding() for key in KEYS]
 
     def __init__(self, source: Source, read_only: bool = False) -> None:
-        super().__init__()
+        super().__init__(driver_class=TerminalDriver)
         self.source = source
         self.read_only = read_only
         self.palettes, self._problems = load_palettes()
@@ -64,6 +71,8 @@ class ZerotopApp(App[Outcome]):
         self._signature: tuple[object, ...] = ()
         self._can_steer: bool | None = None
         self._laggard: int | None = None
+        self.left_by: int | None = None
+        """The signal that ended the screen, if one did."""
         for palette in self.palettes.values():
             self.register_theme(palette.theme())
         wanted = os.environ.get(THEME_VARIABLE, DEFAULT)
@@ -81,10 +90,32 @@ class ZerotopApp(App[Outcome]):
     def on_mount(self) -> None:
         self.set_keymap(self._keymap_given)
         for problem in self._problems:
-            self.notify(problem, title="skipped", severity="warning", timeout=15, markup=False)
+            self.notify(problem, title="skipped", severity="warning", timeout=15)
+        if not self.is_headless:
+            leave_on_signals(self._leave)
         self.theme_changed_signal.subscribe(self, lambda _: self._repaint())
         self.set_interval(TICK_S, self.tick)
         self.call_after_refresh(self.tick)
+
+    def _leave(self, number: int) -> None:
+        """A signal asks the screen to go. The run goes on, as with `q`."""
+        self.left_by = number
+        self.action_detach()
+
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = False,
+    ) -> None:
+        """A toast. Its text may quote anything, so it is never markup, whatever a caller in Textual asks for."""
+        super().notify(clean(message), title=clean(title), severity=severity, timeout=timeout, markup=False)
+
+    def takes(self, event: events.Key | events.Paste) -> bool:
+        return not isinstance(self.screen, ConfirmScreen) or self.screen.takes(event)
 
     @property
     def palette(self) -> Palette:
@@ -97,7 +128,7 @@ class ZerotopApp(App[Outcome]):
 
     @property
     def rank_count(self) -> int:
-        return max(len(self.shown_state.ranks), self.shown_state.world_size)
+        return max(max(self.shown_state.ranks, default=-1) + 1, self.shown_state.world_size)
 
     def tick(self) -> None:
         """Drain the source; draw only when something that is shown changed."""
@@ -137,6 +168,7 @@ class ZerotopApp(App[Outcome]):
             # Commands stay live in a frozen view: an answer to a key must never be missed.
             commands=self.desk.lives(self.source.state, age_s),
             laggard_before=self._laggard,
+            live=self.source.state,
         )
         self._laggard = view.laggard.rank if view.laggard is not None else None
         return view
@@ -163,14 +195,17 @@ class ZerotopApp(App[Outcome]):
         return "" if self.source.can_control else "this source can't reach the run"
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        return self._may(action, self.screen) and not (action == "filter" and isinstance(self.focused, Input))
+        name = str(parameters[0]) if parameters else ""
+        return self._may(action, name, self.screen) and not (action == "filter" and isinstance(self.focused, Input))
 
-    def _may(self, action: str, screen: Screen[Any]) -> bool:
-        """Whether `action` makes sense while `screen` is on top."""
+    def _may(self, action: str, panel: str, screen: Screen[Any]) -> bool:
+        """Whether `action` (on `panel`, where it is one on panels) makes sense while `screen` is on top."""
         if action in STEERING and not self.can_steer:
             return False
+        if action == "panel":
+            return isinstance(screen, LiveScreen) and panel in screen.PANELS
         # Keys of the main screen's panels do nothing while a dialog or another screen is on top.
-        return action not in {"panel", "filter", "next_figure"} or isinstance(screen, MainScreen)
+        return action not in {"filter", "next_figure"} or isinstance(screen, MainScreen)
 
     # ---- steering --------------------------------------------------------------------------------------------------
     def send(self, name: CommandName, arguments: dict[str, Any] | None = None) -> None:
@@ -235,7 +270,7 @@ class ZerotopApp(App[Outcome]):
         panel.next_figure()
 
     def action_panel(self, name: str) -> None:
-        if isinstance(self.screen, MainScreen):
+        if isinstance(self.screen, LiveScreen):
             self.screen.focus_panel(name)
 
     def action_filter(self) -> None:
@@ -277,11 +312,9 @@ class ZerotopApp(App[Outcome]):
         try:
             self.save_svg(target)
         except OSError as error:
-            self.notify(
-                f"{target}: {error.strerror or error}", title="screenshot not saved", severity="error", markup=False
-            )
+            self.notify(f"{target}: {error.strerror or error}", title="screenshot not saved", severity="error")
         else:
-            self.notify(str(target), title="screenshot saved", markup=False)
+            self.notify(str(target), title="screenshot saved")
 
     def save_svg(self, path: str | Path) -> Path:
         """Write the screen as it is now as an SVG picture. Raises OSError."""
@@ -294,15 +327,18 @@ class ZerotopApp(App[Outcome]):
         self.screen.set_class(self.frozen is not None, "-frozen")
         self.call_after_refresh(self.update_view)
 
+    def action_command_palette(self) -> None:
+        if not isinstance(self.screen, ActionPalette):
+            self.push_screen(ActionPalette())
+
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """The palette offers what the keys do, and only what may be done now."""
         for key in KEYS:
-            name, _, argument = key.action.partition("(")
-            if self._may(name, screen):
+            name, _, rest = key.action.partition("(")
+            argument = literal_eval(rest[:-1]) if rest else ""
+            if self._may(name, argument, screen):
                 act = getattr(self, f"action_{name}")
-                yield SystemCommand(
-                    key.palette_title, key.help, partial(act, literal_eval(argument[:-1])) if argument else act
-                )
+                yield SystemCommand(key.palette_title, key.help, partial(act, argument) if argument else act)
         if isinstance(screen, MainScreen):
             table = screen.query_one(RankTable)
             yield SystemCommand("Open rank", "the selected rank in full", table.action_open)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
 import math
-import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -13,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.wire.messages import Command, CommandName, CommandRecord
-from zerotop.source.asking import WAITS_FOR
-from zerotop.state.run import RunState
+from zerotop.source.asking import asker
+from zerotop.state.run import RunState, waits_for
 
 SENT_KEPT = 100
 ANSWER_BRIGHT_S = 7.0
@@ -68,7 +66,7 @@ class CommandDesk:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._sent: dict[str, _Sent] = {}
-        self._who = f"{getpass.getuser()}@{socket.gethostname()}"
+        self._who = asker()
 
     def make(self, name: CommandName, arguments: dict[str, Any] | None = None) -> Command:
         command = Command(id=uuid.uuid4().hex, name=name, arguments=arguments or {}, who=self._who, wall_s=time.time())
@@ -101,8 +99,7 @@ class CommandDesk:
         label = _label(command, ack.number or command.number)
         took = f" ({waited_s:.1f} s)" if waited_s is not None else ""
         if ack.state == "accepted":
-            holds = f" … {WAITS_FOR.get(command.name, 'waiting for a step boundary')}"
-            text = f"{label}: accepted{holds}"
+            text = f"{label}: accepted … {waits_for(record)}"
         elif ack.state == "applied":
             step = f" at step {ack.step}" if ack.step is not None else ""
             path = ack.result.get("path")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from textual.binding import Binding
+from textual.keys import KEY_NAME_REPLACEMENTS, Keys, key_to_character
 
 from zerotop.tui.theme import config_folder
 
@@ -74,6 +75,22 @@ OTHER_HELP = (
     ("Esc", "back: out of a rank, a dialog, a zoomed panel, a filter"),
     ("Ctrl+P", "every command and theme by name"),
 )
+FIXED_KEYS = frozenset(
+    ("escape", "tab", "shift+tab", "enter", "up", "down", "pageup", "pagedown", "home", "end", "j", "k", "[", "]")
+) | {"ctrl+p", "ctrl+q", "ctrl+c"}
+"""What panels, screens and Textual itself bind: the same everywhere, so keys.toml can't give them away."""
+_MODIFIERS = frozenset({"ctrl", "shift", "alt", "super", "meta", "hyper"})
+_NAMED_KEYS = frozenset(key.value for key in Keys if "+" not in key.value and "<" not in key.value)
+_UNICODE_NAMES = {short: name for name, short in KEY_NAME_REPLACEMENTS.items()}
+_OTHER_NAMES = {
+    "control": "ctrl",
+    "esc": "escape",
+    "return": "enter",
+    "del": "delete",
+    "ins": "insert",
+    "pgup": "pageup",
+    "pgdn": "pagedown",
+}
 
 
 def load_keymap() -> tuple[dict[str, str], list[str]]:
@@ -98,15 +115,40 @@ def read_keymap(path: Path) -> tuple[dict[str, str], list[str]]:
         elif not isinstance(value, str) or not value.strip():
             problems.append(f'keys {path}: {name} must be a key such as "x", "ctrl+x" or "f5"')
         else:
-            keymap[name] = value.strip()
+            keys = {word.strip(): key_named(word.strip()) for word in value.split(",")}
+            for word, key in keys.items():
+                if key is None:
+                    problems.append(f'keys {path}: {name} = "{word}": no such key; write "x", "?", "ctrl+x" or "f5"')
+                elif key in FIXED_KEYS:
+                    problems.append(f'keys {path}: {name} = "{word}": that key has a fixed meaning; take another one')
+            if all(key is not None and key not in FIXED_KEYS for key in keys.values()):
+                keymap[name] = ",".join(str(key) for key in keys.values())
     taken: dict[str, str] = {}
-    for key in KEYS:
-        for one in keymap.get(key.id, key.keys).split(","):
+    for key_ in KEYS:
+        for word in keymap.get(key_.id, key_.keys).split(","):
+            one = key_named(word) or word
             if one in taken:
-                problems.append(f"keys {path}: {one!r} is both {taken[one]} and {key.id}; the usual keys stay")
+                problems.append(f"keys {path}: {one!r} is both {taken[one]} and {key_.id}; the usual keys stay")
                 return {}, problems
-            taken[one] = key.id
+            taken[one] = key_.id
     return keymap, problems
+
+
+def key_named(text: str) -> str | None:
+    """The key that a person calls `text`: "Ctrl+Z" is ctrl+z, "question_mark" is ?. None when there is none."""
+    *modifiers, key = ["+"] if text == "+" else text.removesuffix("++").split("+") + ["+"] * text.endswith("++")
+    modifiers = [_OTHER_NAMES.get(modifier.lower(), modifier.lower()) for modifier in modifiers]
+    if len(key) == 1:
+        key = key.lower() if modifiers else key
+    else:
+        key = _OTHER_NAMES.get(key.lower(), key.lower())
+        character = key_to_character(_UNICODE_NAMES.get(key, key))
+        if key not in _NAMED_KEYS and character is None:
+            return None
+        key = character if character is not None and key not in _NAMED_KEYS and not modifiers else key
+    if not set(modifiers) <= _MODIFIERS or not key.isprintable() or key == " ":
+        return None
+    return "+".join([*modifiers, key])
 
 
 def _flat(data: dict[str, object], prefix: str = "") -> dict[str, object]:

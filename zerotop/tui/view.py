@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zerotop.state.condition import Condition, condition_of
 from zerotop.state.progress import Progress, progress
 from zerotop.state.run import RunState
 from zerotop.state.stall import Laggard, Stall, find_laggard, find_stall
@@ -15,11 +16,13 @@ TICK_S = 0.25
 
 @dataclass(frozen=True)
 class View:
-    """`age_s`: since anything was heard; `commands`: newest last."""
+    """`state`: what panels show, a still picture in a frozen view; `condition` and `commands` (newest last) are live in
+    that one, too; `age_s`: since anything was heard."""
 
     state: RunState
     palette: Palette
     progress: Progress
+    condition: Condition
     stall: Stall | None
     laggard: Laggard | None
     connection: str
@@ -44,14 +47,18 @@ def build_view(
     read_only: bool,
     commands: tuple[CommandLife, ...],
     laggard_before: int | None = None,
+    live: RunState | None = None,
 ) -> View:
-    """`laggard_before`: the rank that the view before this one named; a verdict in doubt stays with it."""
+    """`live`: the run as it is now, where `state` is a still picture of it. `laggard_before`: the rank that the view
+    before this one named; a verdict in doubt stays with it.
+    """
     ended = state.state_name in {"stopped", "finished", "aborted", "failed"}
     stale = not ended and (age_s > stale_after_s(state) or connection not in {"live", "ended"})
     return View(
         state=state,
         palette=palette,
-        progress=progress(state),
+        progress=progress(state, connection),
+        condition=condition_of(live or state, connection),
         stall=None if stale else find_stall(state),
         laggard=None if stale or state.state_name != "running" else find_laggard(state, laggard_before),
         connection=connection,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from datetime import datetime
 
 from textual.geometry import Size
 
 from runtime.wire.messages import Event, LogRecord
-from zerotop.tui.text import SEVERITIES, clean
+from zerotop.clean import clean
+from zerotop.tui.text import SEVERITIES, clock_text, plain
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
 
 PREFIX = 24
 """Cells before the text: time, glyph, word, rank."""
+MOST_CHARACTERS = 4000
+"""Of one record; the log has the rest."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ class EventPanel(ScrollPanel):
         self.rank = rank
         """Only this rank's records; None: everything."""
         self.filter = ""
-        self._title = title
+        self._heading = title
         self._lines: list[_Line] = []
+        self._wrapped: dict[int, tuple[Event | LogRecord, list[_Line]]] = {}
+        """By the record's identity, for this filter and width: a new record must not have all others wrapped anew."""
         self._key: tuple[object, ...] = ()
         self._follow = True
 
@@ -45,13 +49,14 @@ class EventPanel(ScrollPanel):
         key = (id(events[-1]) if events else 0, len(events), self.filter, width)
         if key == self._key:
             return
+        if key[2:] != self._key[2:]:
+            self._wrapped = {}
         self._key = key
         at_end = self._follow
         self._lines = self._wrap(view, width)
         self.virtual_size = Size(0, len(self._lines))
-        title = self._title + (f" · filter “{self.filter}” · {len(self._lines)} lines" if self.filter else "")
-        if self.border_title != title:
-            self.border_title = title
+        title = self._heading + (f" · filter “{self.filter}” · {len(self._lines)} lines" if self.filter else "")
+        self.entitle(title)
         if at_end:
             self.scroll_end(animate=False, immediate=True, force=True)
             self._follow = True
@@ -59,7 +64,7 @@ class EventPanel(ScrollPanel):
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
         self._follow = new_value >= self.max_scroll_y
-        self.border_subtitle = "" if self._follow else "scrolled up · End follows again"
+        self.border_subtitle = plain("" if self._follow else "scrolled up · End follows again")
 
     def on_resize(self) -> None:
         if self.view is not None:
@@ -75,22 +80,29 @@ class EventPanel(ScrollPanel):
     def forget(self) -> None:
         """Make the lines anew at the next view: another rank, another text."""
         self._key = ()
+        self._wrapped = {}
         self._follow = True
 
     def _wrap(self, view: View, width: int) -> list[_Line]:
-        room = max(20, width - PREFIX)
-        wanted = self.filter.lower()
-        lines: list[_Line] = []
+        wrapped: dict[int, tuple[Event | LogRecord, list[_Line]]] = {}
         for record in view.state.events:
-            if self.rank is not None and record.rank != self.rank:
-                continue
-            severity = record.severity if isinstance(record, Event) else record.level
-            text = clean(_text(record))
-            if wanted and wanted not in f"{SEVERITIES[severity][1]} {_who(record)} {text}".lower():
-                continue
-            pieces = [piece for line in text.splitlines() or [""] for piece in textwrap.wrap(line, room) or [""]]
-            lines += [_Line(piece, severity, record if not i else None) for i, piece in enumerate(pieces)]
-        return lines
+            if self.rank is None or record.rank == self.rank:
+                wrapped[id(record)] = self._wrapped.get(id(record)) or (record, self._wrap_record(record, width))
+        self._wrapped = wrapped
+        return [line for _, lines in wrapped.values() for line in lines]
+
+    def _wrap_record(self, record: Event | LogRecord, width: int) -> list[_Line]:
+        """No lines when the filter leaves the record out."""
+        severity = record.severity if isinstance(record, Event) else record.level
+        whole = _text(record)
+        text = clean(whole[:MOST_CHARACTERS])
+        if self.filter and self.filter.lower() not in f"{SEVERITIES[severity][1]} {_who(record)} {text}".lower():
+            return []
+        room = max(20, width - PREFIX)
+        pieces = [piece for line in text.splitlines() or [""] for piece in textwrap.wrap(line, room) or [""]]
+        if len(whole) > MOST_CHARACTERS:
+            pieces.append(f"… {len(whole) - MOST_CHARACTERS:,} more characters: zerotop logs")
+        return [_Line(piece, severity, record if not i else None) for i, piece in enumerate(pieces)]
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         palette = view.palette
@@ -104,10 +116,8 @@ class EventPanel(ScrollPanel):
             style = palette.style(colour) if colour != "muted" else PLAIN
             row = Row()
             if line.record is not None:
-                when = datetime.fromtimestamp(line.record.wall_s).strftime("%H:%M:%S")
-                row.add(f"{when} ", muted).add(f"{glyph} {word:<5} ", palette.style(colour)).cell(
-                    _who(line.record), 6, muted
-                )
+                row.add(f"{clock_text(line.record.wall_s)} ", muted)
+                row.add(f"{glyph} {word:<5} ", palette.style(colour)).cell(_who(line.record), 6, muted)
             rows.append(row.to(PREFIX).add(line.text, style))
         return rows
 

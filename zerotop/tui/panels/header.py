@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from rich.style import Style
 
+from runtime.wire.messages import LIVE_STATES
 from zerotop.tui.text import STATES, count_text, duration_text, figure_text, ms_text
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import thin_bar
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row
-
-FROZEN_BADGE = " ❄ VIEW FROZEN · f goes on "
 
 
 class Header(Panel):
@@ -27,15 +26,17 @@ class Header(Panel):
     def _identity(self, view: View, width: int) -> Row:
         state, palette = view.state, view.palette
         muted = palette.style("muted")
-        glyph, colour = STATES.get(state.state_name, ("?", "foreground"))
+        now = view.condition.name
+        glyph, colour = STATES[now]
         row = Row().gap()
         name = state.status.name if state.status else state.hello.run if state.hello else "…"
         right, right_style = _connection(view)
         room = width - len(right) - 3
         row.add(name, palette.style("primary", bold=True)).gap(2)
-        row.add(f"{glyph} {state.state_name}", palette.style(colour, bold=True))
+        row.add(f"{glyph} {now}", palette.style(colour, bold=True))
         if view.frozen:
-            row.gap(2).add(FROZEN_BADGE, palette.style("accent", bold=True, reverse=True))
+            badge = f" ❄ VIEW FROZEN at step {view.progress.step} · f goes on "
+            row.gap(2).add(badge, palette.style("accent", bold=True, reverse=True))
         facts = _facts(view)
         if facts and _why(view) and 20 <= room - row.width - 3 < len(facts[0]):
             facts[0] = facts[0][: room - row.width - 4] + "…"  # most of a reason is better than none
@@ -65,7 +66,7 @@ class Header(Panel):
                 room -= cost
         if share is not None:
             bar = max(0, min(room, width // 3))
-            colour = STATES.get(view.state.state_name, ("", "primary"))[1]
+            colour = "muted" if view.stale else STATES[view.condition.name][1]
             row.gap().extend(thin_bar(share, bar, palette.style(colour), palette.style("border")))
             row.add(f" {share:>4.0%}", plain)
         for label, value in shown:
@@ -75,7 +76,7 @@ class Header(Panel):
 
 def _connection(view: View) -> tuple[str, Style]:
     palette = view.palette
-    if view.ended:
+    if view.connection == "ended" or view.condition.name not in {*LIVE_STATES, "stalled", "unknown"}:
         return "run ended", palette.style("muted")
     age = duration_text(view.age_s) if view.age_s >= 2 else ""
     if view.connection == "live":
@@ -110,13 +111,14 @@ def _facts(view: View) -> list[str]:
 def _why(view: View) -> str:
     """Why the run is in its state, where the verdict's line does not say so."""
     status = view.state.status
-    return status.reason if status is not None and status.state not in {"running", "failed", "aborted"} else ""
+    told = {"running", "failed", "aborted"}
+    return status.reason if status is not None and not view.frozen and status.state not in told else ""
 
 
 def _figures(view: View) -> list[tuple[str, str]]:
     state, done, status = view.state, view.progress, view.state.status
     figures: list[tuple[str, str]] = []
-    if done.eta_s is not None:
+    if done.eta_s is not None and view.condition.moving and not view.stale:
         figures.append(("ETA", duration_text(done.eta_s)))
     newest = list(state.series)[-1:]
     figures.append(("loss", figure_text(state.loss)))

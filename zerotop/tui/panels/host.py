@@ -19,8 +19,7 @@ class HostPanel(Panel, can_focus=True):
         super().accept(view)
         nodes = view.state.nodes
         title = f"5 host {next(iter(nodes))}" if len(nodes) == 1 else f"5 hosts ({len(nodes)})" if nodes else "5 host"
-        if self.border_title != title:
-            self.border_title = title
+        self.entitle(title)
 
     def natural_height(self, width: int) -> int:
         return 6

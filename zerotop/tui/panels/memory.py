@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from zerotop.state.memory import DERIVED_CATEGORIES, memory_use
-from zerotop.tui.text import bytes_text, used_of
+from zerotop.tui.text import bytes_text, share_text, used_of
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import category_letter
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row
@@ -24,8 +24,7 @@ class MemoryPanel(Panel, can_focus=True):
             if shown != self.parts_shown:
                 self.parts_shown = shown
                 self.refresh(layout=True)
-        if self.border_title != title:
-            self.border_title = title
+        self.entitle(title)
 
     def natural_height(self, width: int) -> int:
         return max(1, self.parts_shown) + 1
@@ -49,7 +48,7 @@ class MemoryPanel(Panel, can_focus=True):
             word = name + (" ~" if name in DERIVED_CATEGORIES else "")
             row = Row().add(f" {category_letter(name)} ", palette.category(name)).gap().cell(word, 14, text)
             row.cell(bytes_text(count), 10, text, right=True)
-            rows.append(row.cell(f"{count / of if of else 0.0:.0%}", 6, muted, right=True))
+            rows.append(row.cell(share_text(count, of), 6, muted, right=True))
 
         for name, count in use.parts:
             line(name, count, use.used_bytes)

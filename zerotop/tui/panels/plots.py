@@ -66,8 +66,7 @@ class PlotPanel(Panel, can_focus=True):
         newest = list(view.state.series)[-1:]
         value = self.figure.value(newest[0], view.state.world_size) if newest else None
         title = f"{self.number} {self.figure.title}" + (f"  {self.figure.text(value)}" if value is not None else "")
-        if self.border_title != title:
-            self.border_title = title
+        self.entitle(title)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         palette, series = view.palette, list(view.state.series)

@@ -28,6 +28,8 @@ OUTCOMES = {
     "aborted": ("✖", "error"),
     "failed": ("✖", "error"),
 }
+ROOMY = 110
+"""From so many cells on, bars and dots are given more than they can just be read in."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,14 @@ class RankTable(ScrollPanel):
 
     def accept(self, view: View) -> None:
         super().accept(view)
-        count = max(len(view.state.ranks), view.state.world_size)
+        count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
         if count != self._count:
             self._count = count
             self.virtual_size = Size(0, count + 1)
         on_gpu = any(r.memory is not None and r.memory.allocated_bytes is not None for r in view.state.ranks.values())
         kind = "VRAM" if on_gpu else "RSS, bars against the largest rank"
         title = f"1 ranks · memory: {kind} · waits: last {WINDOW_STEPS} steps"
-        if self.border_title != title:
-            self.border_title = title
+        self.entitle(title)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         muted = view.palette.style("muted")
@@ -123,8 +124,7 @@ class RankTable(ScrollPanel):
             head.cell(column.title, size, muted, right=column.right).gap()
         rows = [head]
         first = self.scroll_offset.y
-        numbers = sorted(set(view.state.ranks) | set(range(view.state.world_size)))
-        for number in numbers[first : first + height - 1]:
+        for number in range(first, min(first + height - 1, self._count)):
             rows.append(self._rank(context, number, columns, sizes, width))
         return rows
 
@@ -206,7 +206,7 @@ def _memory(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, 
         return
     use = memory_use(rank.memory)
     total = use.total_bytes if use.on_gpu and use.total_bytes else context.largest_bytes
-    parts = [(name, float(count), palette.category(name)) for name, count in use.parts]
+    parts = [(name, count, palette.category(name)) for name, count in use.parts]
     row.extend(stacked_bar(parts, total, size, palette.style("border")))
 
 
@@ -270,8 +270,8 @@ def _last(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, si
 
 
 def _step(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
-    beat = rank.heartbeat
-    row.cell(str(beat.step) if beat else "", size, _dim(context, rank) or PLAIN, right=True)
+    step = rank.current_step
+    row.cell("" if step is None else str(step), size, _dim(context, rank) or PLAIN, right=True)
 
 
 def _pinned(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
@@ -334,9 +334,11 @@ def _choose(view: View, width: int) -> list[_Column]:
     for column in COLUMNS:
         if (column.gpu and not on_gpu) or (column.title == "host" and len(hosts) < 2):
             continue
+        if column.title == "memory" and width >= ROOMY:
+            column = _resized(column, 20)
         if column.title == "used" and not on_gpu:
             column = _resized(column, 9)
-        if column.title == "phase" and many_micro and width >= 110:
+        if column.title == "phase" and many_micro and width >= ROOMY:
             column = _resized(column, 26)
         columns.append(column)
     while len(columns) > 1 and sum(column.width + 1 for column in columns) > width:

@@ -4,16 +4,20 @@ otherwise.
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 
 from runtime.wire.messages import RunStatus
+from zerotop.clean import clean
 from zerotop.output import with_exit_code
-from zerotop.tui.text import clean
+from zerotop.tui.text import STATES, count_text, duration_text, figure_text
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Band, Row
 
-ERROR_LINES = 6
+ERROR_LINES, ERROR_CHARACTERS = 6, 4000
+ERROR_FROM = 22
+"""A screen must be higher than this to show any line of the error itself: the panels come first."""
 
 
 class VerdictLine(Band):
@@ -28,8 +32,9 @@ class VerdictLine(Band):
                 lines.append((f"{glyph if not i else ' '} {piece}", colour))
         status = view.state.status
         if status is not None and status.error:
-            tail = clean(status.error).rstrip().splitlines()
-            lines += [(f"  {piece}", "error") for piece in tail[-ERROR_LINES:]]
+            tail = clean(status.error[-ERROR_CHARACTERS:]).rstrip().splitlines()
+            room = min(ERROR_LINES, max(0, self.screen.size.height - ERROR_FROM))
+            lines += [(f"  {piece}", "error") for piece in tail[len(tail) - min(room, len(tail)) :]]
         if tuple(lines) != self.lines:
             self.lines = tuple(lines)
             self.take(len(lines))
@@ -48,11 +53,35 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
         found.append(("✖", f"the run failed: {_failure(status)}", "error"))
     elif status is not None and status.state == "aborted":
         found.append(("✖", f"the run was aborted{': ' + status.reason if status.reason else ''}", "error"))
-    if view.stall is not None:
-        found.append(("▲", view.stall.text, "error"))
+    if view.ended:
+        found.append(("■", summary(view), "foreground"))
+    if view.condition.text:
+        found.append(("▲", view.condition.text, STATES[view.condition.name][1]))
     elif view.laggard is not None:
         found.append(("▲", view.laggard.text, "warning"))
     return found
+
+
+def summary(view: View) -> str:
+    """What a run that has ended came to, as far as it is known."""
+    state, status = view.state, view.state.status
+    points = list(state.series)
+    facts: list[str] = []
+    if status is not None and status.started_wall_s is not None and status.ended_wall_s is not None:
+        facts.append(f"ended after {duration_text(status.ended_wall_s - status.started_wall_s)}")
+    losses = [(point.loss, point.step) for point in points if point.loss is not None and math.isfinite(point.loss)]
+    if losses:
+        best, step = min(losses)
+        facts.append(f"loss {figure_text(losses[-1][0])}, best {figure_text(best)} at step {step}")
+    timed = [point for point in points if point.tokens_per_s is not None]
+    if took_ms := sum(point.step_ms for point in timed):
+        tokens_ms = sum((point.tokens_per_s or 0.0) * point.step_ms for point in timed)
+        facts.append(f"{count_text(tokens_ms / took_ms * max(1, state.world_size))} tok/s on average")
+    saved = status.last_checkpoint_step if status else None
+    facts.append(f"newest checkpoint: step {saved}" if saved is not None else "no checkpoint")
+    if status is not None and status.state != "finished" and saved is not None:
+        facts.append(f"go on: zerotop launch --resume --name {status.name}")
+    return " · ".join(facts)
 
 
 def _failure(status: RunStatus) -> str:

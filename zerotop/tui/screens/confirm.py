@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
+from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
@@ -11,9 +13,14 @@ from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from zerotop.tui.text import plain
+
 
 class ConfirmScreen(ModalScreen[bool]):
-    """True only for `y`: Enter, Space or a slip of the finger do nothing, Esc and `n` go back."""
+    """True only for `y`: Enter, Space or a slip of the finger do nothing, Esc and `n` go back.
+
+    A key typed before the question was there is no answer to it: the app asks `takes` and drops it.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "answer(True)", "Yes"),
@@ -26,12 +33,19 @@ class ConfirmScreen(ModalScreen[bool]):
         self.lines = lines
         self.yes = yes
         self.dangerous = dangerous
+        self._there_s = math.inf
+
+    def on_mount(self, event: events.Mount) -> None:
+        self._there_s = event.time
+
+    def takes(self, event: events.Event) -> bool:
+        return event.time >= self._there_s
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog" + (" dangerous" if self.dangerous else "")) as dialog:
-            dialog.border_title = ("▲ " if self.dangerous else "") + self.question
+            dialog.border_title = plain(("▲ " if self.dangerous else "") + self.question)
             for line in self.lines:
-                yield Static(Content(line))
+                yield Static(plain(line))
             yield Static(
                 Content.from_markup("[b $accent]y[/] $yes      [b $accent]n[/] go back", yes=self.yes),
                 classes="choices",

@@ -14,7 +14,7 @@ from textual.widgets import Static
 
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.keys import KEYS, OTHER_HELP
-from zerotop.tui.text import STATES
+from zerotop.tui.text import STATES, plain
 from zerotop.tui.theme import Palette, config_folder
 
 
@@ -31,8 +31,8 @@ class HelpScreen(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog help") as dialog:
-            dialog.border_title = "keys"
-            dialog.border_subtitle = "Esc goes back"
+            dialog.border_title = plain("keys")
+            dialog.border_subtitle = plain("Esc goes back")
             yield Static(self._table())
 
     def _table(self) -> Table:

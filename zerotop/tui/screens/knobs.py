@@ -17,6 +17,8 @@ from textual.widgets.option_list import Option
 
 from runtime.knobs import KNOBS, Knob, KnobError, KnobValue, parse_knob
 from zerotop.state.run import RunState
+from zerotop.tui.screens.palette import turn_page
+from zerotop.tui.text import plain
 
 Setting = tuple[str, KnobValue]
 
@@ -32,6 +34,16 @@ def known_values(state: RunState) -> dict[str, KnobValue]:
     return values
 
 
+class KnobList(OptionList):
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("pageup", "turn_page(-1)", show=False),
+        Binding("pagedown", "turn_page(1)", show=False),
+    ]
+
+    def action_turn_page(self, pages: int) -> None:
+        turn_page(self, pages)
+
+
 class KnobScreen(ModalScreen[Setting | None]):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Back")]
 
@@ -42,8 +54,8 @@ class KnobScreen(ModalScreen[Setting | None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog wide") as dialog:
-            dialog.border_title = "change a setting at the next step boundary"
-            yield OptionList(*(Option(self._line(knob), id=knob.name) for knob in KNOBS.values()), id="knobs")
+            dialog.border_title = plain("change a setting at the next step boundary")
+            yield KnobList(*(Option(self._line(knob), id=knob.name) for knob in KNOBS.values()), id="knobs")
             yield Static(id="about")
             yield Input(id="value")
             yield Static(id="verdict-value")
@@ -67,7 +79,7 @@ class KnobScreen(ModalScreen[Setting | None]):
     def _about(self, message: OptionList.OptionHighlighted) -> None:
         self.chosen = KNOBS[str(message.option.id)]
         allowed = self.chosen.allowed + (f" ({self.chosen.unit})" if self.chosen.unit else "")
-        self.query_one("#about", Static).update(Content(f"{self.chosen.description}\n{allowed}"))
+        self.query_one("#about", Static).update(plain(f"{self.chosen.description}\n{allowed}"))
         field = self.query_one(Input)
         field.placeholder = f"new value of {self.chosen.name}"
         field.value = ""
@@ -91,10 +103,10 @@ class KnobScreen(ModalScreen[Setting | None]):
         try:
             value = parse_knob(self.chosen.name, text)
         except KnobError as error:
-            verdict.update(Content(f"✖ {error}"))
+            verdict.update(plain(f"✖ {error}"))
             verdict.add_class("bad")
             return None
-        verdict.update(Content(f"✔ Enter sends: set {self.chosen.name}={value}"))
+        verdict.update(plain(f"✔ Enter sends: set {self.chosen.name}={value}"))
         verdict.add_class("good")
         return value
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual.screen import Screen
 
 from zerotop.tui.view import View
@@ -9,8 +11,20 @@ from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
 
 class LiveScreen(Screen[None]):
-    ALLOW_IN_MAXIMIZED_VIEW = "Header,KeyBar,.-textual-system"
+    ALLOW_IN_MAXIMIZED_VIEW = "Header,KeyBar,FilterField,.-textual-system"
+    PANELS: ClassVar[dict[str, str]] = {}
+    """The name of a panel key (`panel.NAME` in keys.py) -> the id of what it goes to here."""
     view: View | None = None
+
+    def focus_panel(self, name: str) -> None:
+        """Focus a panel; one that this size has no room for is shown alone."""
+        panel = self.query_one(f"#{self.PANELS[name]}")
+        if self.maximized is not None and self.maximized is not panel:
+            self.unzoom()
+        shown = panel.display and all(parent.display for parent in panel.ancestors if hasattr(parent, "display"))
+        if not shown:
+            self.zoom(panel)
+        self.set_focus(panel)
 
     def show_view(self, view: View) -> None:
         """One batch of repaints for all panels; a screen that is not on top is not given anything."""

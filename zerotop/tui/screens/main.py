@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from textual import on
@@ -9,6 +10,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.css.query import NoMatches
+from textual.widget import Widget
 from textual.widgets import Input
 
 from zerotop.tui.panels.events import EventPanel
@@ -27,6 +29,43 @@ from zerotop.tui.widgets.keybar import KeyBar
 ROOMY = 32
 """From so many lines on, the verdict and the commands have a line each that nothing else takes."""
 EVENTS_LEAST = 6
+RANKS_FIRST = 8
+"""So many ranks are in sight before plots and events get more than the least they can be read in."""
+
+
+@dataclass(frozen=True)
+class Heights:
+    """Lines of each part between header and footer; 0: not shown. Together they are what there is, never more."""
+
+    table: int
+    legend: int
+    middle: int
+    host_line: int
+    events: int
+    low: bool = False
+
+
+def share_out(room: int, narrow: bool, wanted: int, title_lines: int, side: int) -> Heights:
+    """How `room` lines are shared. The rank table is as high as its ranks (`wanted`), as long as the rest keeps room to
+    be read; then the memory panel is as high as its categories, and the host has what is left of the `side`, at least
+    its first lines. `title_lines`: those of the table that show no rank.
+    """
+    if narrow:
+        extra = 1 if room >= 14 else 0  # the legend and the host, a line each
+        table = max(min(room, 4), min(wanted, room - 2 * extra - 8))
+        rest = room - 2 * extra - table
+        middle = min(8, max(5, rest // 2)) if rest >= 8 else 0
+        return Heights(table, extra, middle, extra, rest - middle)
+    eight = min(RANKS_FIRST + title_lines, room - 9)
+    table = max(min(room, 4), min(wanted, max(room - 13 - EVENTS_LEAST, eight)))
+    rest = room - table
+    if rest - EVENTS_LEAST >= side:
+        middle = max(rest * 3 // 5, side)
+        return Heights(table, 0, middle, 0, rest - middle)
+    host_line = 1 if rest >= 12 else 0
+    rest -= host_line
+    middle = max(rest * 3 // 5, min(11, rest - EVENTS_LEAST), 5) if rest >= 8 else 0
+    return Heights(table, 0, middle, host_line, rest - middle, low=True)
 
 
 class FilterField(Input):
@@ -37,13 +76,15 @@ class FilterField(Input):
 
 
 class MainScreen(LiveScreen):
+    PANELS: ClassVar[dict[str, str]] = {
+        name: name for name in ("ranks", "learning", "speed", "memory", "host", "events")
+    }
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "app.back", "Back", show=False)]
 
     def __init__(self, palette: Palette) -> None:
         super().__init__()
         self.palette = palette
-        self._middle_height: int | None = None
-        self._table_height: int | None = None
+        self._fitted: tuple[Heights, Widget | None] | None = None
 
     def compose(self) -> ComposeResult:
         yield Header(id="header")
@@ -75,35 +116,30 @@ class MainScreen(LiveScreen):
         self.fit_panels()
 
     def fit_panels(self) -> None:
-        """The rank table is as high as its ranks, as long as the rest keeps room to be read; then the memory panel is
-        as high as its categories, and the host has what is left of the side, at least its first lines.
-        """
+        """Give each part its lines. A zoomed panel has none of its own: that would hold it down."""
         try:
             table, middle = self.query_one(RankTable), self.query_one("#middle")
+            events, memory = self.query_one(EventPanel), self.query_one(MemoryPanel)
             bands = (self.query_one(VerdictLine), self.query_one(CommandStrip))
-            host, memory = self.query_one("#host", HostPanel), self.query_one(MemoryPanel)
+            host = self.query_one("#host", HostPanel)
+            field = self.query_one(FilterField)
         except NoMatches:
             return  # a last tick or resize, while the app takes its panels down one by one
         height, narrow = self.size.height, self.has_class("-narrow")
         for band in bands:
             band.reserve(not narrow and height >= ROOMY)
-        # Header and footer, the lines that come and go, and the least that plots and events can be read in.
-        others = 3 + sum(band.lines_taken for band in bands)
-        least = 2 + 5 + 3 if narrow else 1 + 12 + EVENTS_LEAST
-        most = max(4, height - others - least)
-        wanted = min(table.rows_wanted, most)
-        room = height - wanted - others
+        room = height - 3 - sum(band.lines_taken for band in bands) - int(field.display)  # 3: header and footer
         side = memory.rows_wanted + ROWS_LEAST + host.gutter.height
-        low = not narrow and room - EVENTS_LEAST < side
-        self.set_class(low, "-low")
-        share = None if narrow or low else max(room * 3 // 5, side)
-        if share != self._middle_height:
-            self._middle_height = share
-            middle.styles.height = share  # None: as the style sheet says
-        rows = None if self.maximized is table else wanted  # a height of its own would hold a zoomed table down
-        if rows != self._table_height:
-            self._table_height = rows
-            table.styles.height = rows
+        heights = share_out(room, narrow, table.rows_wanted, 1 + table.gutter.height, side)
+        if (heights, self.maximized) == self._fitted:
+            return
+        self._fitted = (heights, self.maximized)
+        self.set_class(heights.low, "-low")
+        for part, lines in (("legend", heights.legend), ("middle", heights.middle), ("host-line", heights.host_line)):
+            self.set_class(not lines, f"-no-{part}")
+        self.set_class(heights.events <= 0, "-no-events")
+        for panel, lines in ((table, heights.table), (middle, heights.middle), (events, heights.events)):
+            panel.styles.height = None if self.maximized is panel else max(lines, 1)
 
     # ---- panels ----------------------------------------------------------------------------------------------------
     @on(RankTable.Selected)
@@ -112,31 +148,25 @@ class MainScreen(LiveScreen):
         memory.rank = message.rank
         memory.redraw()
 
-    def focus_panel(self, name: str) -> None:
-        """Focus a panel; one that this size has no room for is shown alone."""
-        panel = self.query_one(f"#{name}")
-        if self.maximized is not None and self.maximized is not panel:
-            self.minimize()
-        shown = panel.display and all(parent.display for parent in panel.ancestors if hasattr(parent, "display"))
-        if not shown:
-            self.zoom(panel)
-        panel.focus()
-
     # ---- the filter of the events ----------------------------------------------------------------------------------
     def open_filter(self) -> None:
-        field = self.query_one("#filter", Input)
+        field = self.query_one(FilterField)
+        if self.maximized is not None and not isinstance(self.maximized, EventPanel):
+            self.unzoom()  # what is being filtered should be in sight
         field.display = True
-        field.focus()
+        self.set_focus(field)
+        self.fit_panels()
 
     def close_filter(self) -> bool:
         """Esc: True when there was a filter or its field to take away."""
-        field, panel = self.query_one("#filter", Input), self.query_one(EventPanel)
+        field, panel = self.query_one(FilterField), self.query_one(EventPanel)
         if not field.display and not panel.filter:
             return False
         field.value = ""
         field.display = False
         panel.set_filter("")
-        panel.focus()
+        self.set_focus(panel)
+        self.fit_panels()
         return True
 
     @on(Input.Changed, "#filter")
@@ -145,5 +175,6 @@ class MainScreen(LiveScreen):
 
     @on(Input.Submitted, "#filter")
     def _filter_kept(self) -> None:
-        self.query_one("#filter").display = False
-        self.query_one(EventPanel).focus()
+        self.query_one(FilterField).display = False
+        self.set_focus(self.query_one(EventPanel))
+        self.fit_panels()

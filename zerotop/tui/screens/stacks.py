@@ -14,12 +14,14 @@ from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from runtime.wire.messages import CommandRecord
-from zerotop.tui.text import clean
+from zerotop.clean import clean
+from zerotop.tui.text import plain
 from zerotop.tui.theme import Palette
 from zerotop.tui.view import TICK_S
 
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$')
 _LIBRARIES = re.compile(r"^.*/(?:site-packages|dist-packages|lib/python3\.\d+)/")
+BACK = "Esc goes back"
 _HEADING = re.compile(r"^ranks? [\d, -]+, .* thread \(")
 
 
@@ -41,9 +43,9 @@ class StacksScreen(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog stacks") as dialog:
-            dialog.border_title = f"stacks of {self.run_name}"
-            dialog.border_subtitle = "Esc goes back"
-            yield Static("asking the ranks; it takes some seconds when one of them is stuck")
+            dialog.border_title = plain(f"stacks of {self.run_name}")
+            dialog.border_subtitle = plain(BACK)
+            yield Static(plain("asking the ranks; it takes some seconds when one of them is stuck"))
 
     def on_mount(self) -> None:
         self.set_interval(TICK_S, self.look)
@@ -57,11 +59,11 @@ class StacksScreen(ModalScreen[None]):
         self._shown = True
         ack = record.ack
         if ack.state == "rejected":
-            text = Text(ack.reason or "rejected, and no reason given", self.palette.style("error"))
+            text = Text(clean(ack.reason) or "rejected, and no reason given", self.palette.style("error"))
         else:
             text = stacks_text(str(ack.result.get("text", "")), self.palette)
             path = ack.result.get("path")
-            self.query_one(VerticalScroll).border_subtitle = f"{path} · Esc goes back" if path else "Esc goes back"
+            self.query_one(VerticalScroll).border_subtitle = plain(f"{path} · {BACK}" if path else BACK)
         self.query_one(Static).update(text)
 
     def action_to_top(self) -> None:

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.segment import Segment
 from rich.style import Style
 
+from zerotop.output import as_float
 from zerotop.state.memory import DERIVED_CATEGORIES
 
+KEPT = 0.75
+"""The share of its length that the largest part of a bar keeps when it makes room for small ones."""
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def split_cells(values: Sequence[float], total: float, width: int) -> list[int]:
-    """Cells for each value on a bar of `width` cells standing for `total`: largest remainders, and one cell for what
-    is small but there.
+    """Cells for each value on a bar of `width` cells standing for `total`, by largest remainders.
 
-    The cells never exceed `width`; a value gets none only when it is zero or there are more values than cells.
+    The cells never exceed `width`, and the filled part is true to scale. What is small but there gets a cell where the
+    largest part can spare one: it keeps twice as many and most of its own. A part of 1% must not look like one of 33%.
     """
-    if width <= 0 or total <= 0:
-        return [0] * len(values)
-    scale = max(total, sum(values))
-    exact = [max(0.0, value) / scale * width for value in values]
+    total = max(as_float(total) or 0.0, 0.0)
+    known = [max(0.0, as_float(value) or 0.0) for value in values]
+    scale = max(total, sum(known))
+    if width <= 0 or total <= 0 or not math.isfinite(scale):
+        return [0] * len(known)
+    exact = [value / scale * width for value in known]
     cells = [int(part) for part in exact]
-    filled = min(width, max(round(sum(exact)), sum(1 for part in exact if part > 0)))
-    by_remainder = sorted(range(len(values)), key=lambda i: exact[i] - cells[i], reverse=True)
+    filled = min(width, max(round(sum(exact)), int(any(known))))
+    by_remainder = sorted(range(len(known)), key=lambda i: exact[i] - cells[i], reverse=True)
     for i in by_remainder:
         if sum(cells) < filled and exact[i] > cells[i]:
             cells[i] += 1
     for i, part in enumerate(exact):
         if part > 0 and not cells[i]:
             donor = max(range(len(cells)), key=lambda j: cells[j])
-            if cells[donor] > 1:
+            if cells[donor] > 2 and cells[donor] - 1 >= KEPT * exact[donor]:
                 cells[donor] -= 1
                 cells[i] = 1
     return cells
@@ -60,7 +66,7 @@ def category_letter(name: str) -> str:
 
 def meter(share: float, width: int, fill: Style, empty: Style) -> list[Segment]:
     """One share (0..1) with eighth-cell precision."""
-    share = min(1.0, max(0.0, share))
+    share = min(1.0, max(0.0, as_float(share) or 0.0))
     eighths = round(share * width * 8)
     full, part = divmod(eighths, 8)
     text = "█" * full + (EIGHTHS[part] if part else "")
@@ -69,7 +75,7 @@ def meter(share: float, width: int, fill: Style, empty: Style) -> list[Segment]:
 
 def thin_bar(share: float, width: int, fill: Style, empty: Style) -> list[Segment]:
     """A progress line with half-cell precision."""
-    share = min(1.0, max(0.0, share))
+    share = min(1.0, max(0.0, as_float(share) or 0.0))
     halves = round(share * width * 2)
     full, half = divmod(halves, 2)
     return [Segment("━" * full + "╸" * half, fill), Segment("─" * (width - full - half), empty)]

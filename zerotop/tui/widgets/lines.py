@@ -20,7 +20,8 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widget import Widget
 
-from zerotop.tui.text import clean
+from zerotop.clean import clean_line
+from zerotop.tui.text import plain
 
 if TYPE_CHECKING:
     from zerotop.tui.view import View
@@ -37,8 +38,7 @@ class Row:
 
     def add(self, text: str, style: Style = PLAIN) -> Row:
         if text:
-            if not text.isprintable():
-                text = clean(text).replace("\n", " ")  # nothing that a rank says may reach the terminal as a command
+            text = clean_line(text)  # nothing that a rank says may reach the terminal as a command
             self.segments.append(Segment(text, style))
             self.width += cell_len(text)
         return self
@@ -79,6 +79,13 @@ class _Drawn(Widget):
 
     view: View | None = None
     _shown: list[Strip] | None = None
+    _title = ""
+
+    def entitle(self, title: str) -> None:
+        """Make `title` the border's title: as it is, whatever it quotes."""
+        if title != self._title:
+            self._title = title
+            self.border_title = plain(title)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         """The visible lines, at most `height` of them, each at most `width` cells. Must not keep anything of the

@@ -12,6 +12,8 @@ from zerotop.tui.widgets.lines import Row
 # Bits of a braille cell by (column, row): https://www.unicode.org/charts/PDF/U2800.pdf
 _BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 _BLANK = 0x2800
+BEYOND = 1e300
+"""What is not below this can't be scaled without leaving a float's range, and is no figure worth drawing."""
 
 
 def plot_rows(
@@ -25,7 +27,8 @@ def plot_rows(
     """`height` rows of `width` cells: y labels on the left, x range in the last row. Says so when there is nothing to
     draw.
     """
-    finite = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+    points = [(x, y if y is not None and abs(y) < BEYOND else None) for x, y in points if abs(x) < BEYOND]
+    finite = [(x, y) for x, y in points if y is not None]
     if height < 2 or width < 12 or not finite:
         text = "no data yet" if not points else "no finite value yet" if not finite else ""
         rows = [Row() for _ in range(height)]
@@ -56,7 +59,7 @@ def _span(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     low = min(y for _, y in points)
     high = max(y for _, y in points)
     if high - low < 1e-12 + 1e-9 * abs(high):
-        pad = abs(high) * 0.05 or 1.0
+        pad = max(abs(high) * 0.05, 1e-12) if high else 1.0
         return low - pad, high + pad
     return low, high
 

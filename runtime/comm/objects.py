@@ -1,0 +1,190 @@
+"""Small values between ranks, as JSON: settings, problems, commands, random number states.
+
+torch's own object collectives (all_gather_object, broadcast_object_list, ...) load a pickle that another process has
+sent, and a pickle is a program: whoever gets into a rank's place in a Gloo group would run code as the run's owner.
+Nothing in runtime/ calls them. What arrives here is data at worst: plain values, and tensors of known dtypes.
+
+[Note: who has said it]
+Gloo takes whoever connects to a rank's port first, and on one node every local user can. The ranks of a run share a
+secret that the supervisor has given them in their environment, which other users can't read, and every value is signed
+with it for one place in the conversation: group, number of the exchange, rank. What is not signed so was not sent by
+that rank. Without a supervisor (plain torchrun) there is no secret, and nothing is signed: SECURITY.md.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from runtime.wire.rundir import GROUP_KEY_VARIABLE
+
+LARGEST_BYTES = 2**28
+"""Of one value. A size beyond that is not one of ours."""
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.bool,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    )
+}
+
+
+class ObjectError(RuntimeError):
+    """Another rank has sent something that is no value of ours."""
+
+
+def pack(value: Any) -> bytes:
+    """None, bool, int, float, str, bytes, tensors, and lists, tuples and dicts of them. Raises TypeError for others."""
+    return json.dumps(_plain(value), separators=(",", ":")).encode()
+
+
+def unpack(packed: bytes) -> Any:
+    """What `pack` was given; tensors on the CPU. Raises ObjectError."""
+    try:
+        return _value(json.loads(packed))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # torch's for a shape, Python's for the depth
+        raise ObjectError(f"a rank has sent what is no value: {type(error).__name__}") from None
+
+
+def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank. `group` is a Gloo group."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    place = _next_place(group)
+    own = _tensor(_signed(pack(value), place, rank))
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(sizes, torch.tensor([own.numel()]), group=group)
+    lengths = [_length(size) for size in sizes]
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded[: own.numel()] = own
+    arrived = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(arrived, padded, group=group)
+    return [
+        unpack(_checked(_bytes(tensor[:length]), place, sender))
+        for sender, (tensor, length) in enumerate(zip(arrived, lengths, strict=True))
+    ]
+
+
+def broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """Rank 0's `value` on every rank; what the others give is not looked at. `group` is a Gloo group of the world."""
+    first = dist.get_rank(group) == 0
+    place = _next_place(group)
+    content = _tensor(_signed(pack(value), place, 0)) if first else torch.empty(0, dtype=torch.uint8)
+    size = torch.tensor([content.numel()])
+    dist.broadcast(size, 0, group=group)
+    if first:
+        dist.broadcast(content, 0, group=group)
+        return value
+    content = torch.empty(_length(size), dtype=torch.uint8)
+    dist.broadcast(content, 0, group=group)
+    return unpack(_checked(_bytes(content), place, 0))
+
+
+# ---- signatures: see the note ---------------------------------------------------------------------------------------
+_SIGNATURE_BYTES = 32
+_exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+"""How many values each group has exchanged."""
+
+
+def _next_place(group: dist.ProcessGroup | None) -> str:
+    """The place of the next exchange, which all ranks name alike: they exchange in one order."""
+    world = group if group is not None else dist.group.WORLD
+    assert world is not None
+    number = _exchanges[world] = _exchanges.get(world, 0) + 1
+    return f"{world.group_name}/{dist.get_world_size(world)}/{number}"
+
+
+def _signed(content: bytes, place: str, rank: int) -> bytes:
+    key = os.environ.get(GROUP_KEY_VARIABLE)
+    return _signature(key, content, place, rank) + content if key else content
+
+
+def _checked(signed: bytes, place: str, rank: int) -> bytes:
+    """What `rank` has signed. Raises ObjectError for what it has not."""
+    key = os.environ.get(GROUP_KEY_VARIABLE)
+    if not key:
+        return signed
+    signature, content = signed[:_SIGNATURE_BYTES], signed[_SIGNATURE_BYTES:]
+    if not hmac.compare_digest(signature, _signature(key, content, place, rank)):
+        raise ObjectError(
+            f"what came in the place of rank {rank} was not sent by a rank of this run: another process has connected "
+            "to a rank's port (SECURITY.md)"
+        )
+    return content
+
+
+def _signature(key: str, content: bytes, place: str, rank: int) -> bytes:
+    return hmac.digest(key.encode(), f"{place}/{rank}/".encode() + content, hashlib.sha256)
+
+
+# ---- as JSON --------------------------------------------------------------------------------------------------------
+def _plain(value: Any) -> Any:
+    """As JSON has it: what JSON does not know is an object with one key, which says what it is."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case list():
+            return [_plain(item) for item in value]
+        case tuple():
+            return {"tuple": [_plain(item) for item in value]}
+        case dict():
+            return {"dict": [[_plain(key), _plain(item)] for key, item in value.items()]}
+        case bytes():
+            return {"bytes": base64.b64encode(value).decode()}
+        case torch.Tensor():
+            flat = value.detach().cpu().contiguous().view(-1)
+            name = str(value.dtype).removeprefix("torch.")
+            if name in _DTYPES:
+                content = base64.b64encode(_bytes(flat.view(torch.uint8))).decode()
+                return {"tensor": [name, list(value.shape), content]}
+    raise TypeError(f"a {type(value).__name__} can't be sent to other ranks")
+
+
+def _value(plain: Any) -> Any:
+    if isinstance(plain, list):
+        return [_value(item) for item in plain]
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, content),) = plain.items()
+    if kind == "tuple" and isinstance(content, list):
+        return tuple(_value(item) for item in content)
+    if kind == "dict" and isinstance(content, list):
+        return {_value(key): _value(item) for key, item in content}
+    if kind == "bytes":
+        return base64.b64decode(content, validate=True)
+    if kind == "tensor":
+        name, shape, encoded = content
+        content = bytearray(base64.b64decode(encoded, validate=True))
+        flat = torch.frombuffer(content, dtype=_DTYPES[name]) if content else torch.empty(0, dtype=_DTYPES[name])
+        return flat.view(shape)
+    raise ValueError(kind)
+
+
+def _tensor(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.numpy().tobytes()
+
+
+def _length(size: torch.Tensor) -> int:
+    length = int(size)
+    if not 0 < length <= LARGEST_BYTES:
+        raise ObjectError(f"a rank has sent a value of {length:,} bytes: expected 1 to {LARGEST_BYTES:,}")
+    return length

@@ -1,0 +1,21 @@
+"""Where multiprocessing puts its sockets. Torch-free."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from pathlib import Path
+
+_SOCKET_PATH_LIMIT = 107
+_NAME = "/pymp-12345678/listener-12345678"
+
+
+def keep_socket_paths_short(folder: Path) -> None:
+    """Where TMPDIR is too long for a Unix socket's path, let this process and its children use `folder` (private, and
+    short) for them, and for nothing else: the queue of a DataLoader's worker fails there in a thread of its own, and
+    training would wait for its batches for ever."""
+    if len(tempfile.gettempdir() + _NAME) <= _SOCKET_PATH_LIMIT:
+        return
+    # multiprocessing.util.get_temp_dir() keeps its folder here, and children inherit it.
+    config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    config["tempdir"] = tempfile.mkdtemp(prefix="pymp-", dir=folder)

@@ -1,0 +1,228 @@
+"""The classes that parameters have while they are not what they seem: resharded ones have no values, and after backward
+the gradients are in the engine's flat buffers, not in `.grad`.
+
+[Note: parameters change their class]
+A script can reach a parameter in more ways than an engine can watch: as an attribute, in a closure, in another module's
+list, through torch.func.functional_call. Whatever the way, what computes with it calls a torch function on it. So a
+resharded parameter is a `ReshardedParameter`, whose __torch_function__ unshards it first, and an unsharded one is a
+plain nn.Parameter again, at no cost per call. torch changes the class of lazy parameters in the same way.
+
+Shapes, dtypes and hooks are answered at any time. Between two passes through the model nothing is unsharded, for
+perhaps only one rank is asking (to log a norm on rank 0): then computing is an error that names the parameter, and
+`.data` and `.detach()` are `ReshardedValues`, which have a shape and refuse to be computed with.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Unsharder(Protocol):
+    def unshard_for_use(self) -> bool:
+        """Something is about to compute with the parameter: unshard it. False where that may not happen now."""
+
+
+@dataclass
+class _Sharded:
+    """What is known of a parameter that may be resharded."""
+
+    name: str
+    kind: type[nn.Parameter]
+    """Its class while it is unsharded: some modules have classes of their own for parameters."""
+    unsharder: weakref.ref[Unsharder]
+
+
+# Weak throughout: what is strong here would keep the parameter, and so all of its engine, alive for ever. Not
+# attributes of the parameter, which must stay picklable.
+_sharded: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameter -> _Sharded."""
+_on_grad_read: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameter -> weak method, called when a script reads a `.grad` that the engine keeps elsewhere."""
+
+
+def may_be_resharded(name: str, parameter: nn.Parameter, unsharder: Unsharder) -> None:
+    """From now on `unsharder` answers for the parameter."""
+    _sharded[parameter] = _Sharded(name, _kind_of(parameter), weakref.ref(unsharder))
+
+
+def when_grad_is_read(parameter: nn.Parameter, act: Callable[[], None]) -> None:
+    """`act`, a bound method, is called when a script reads `.grad` after a backward and finds None."""
+    _on_grad_read[parameter] = weakref.WeakMethod(act)
+
+
+def _kind_of(parameter: nn.Parameter) -> type[nn.Parameter]:
+    if isinstance(parameter, ReshardedParameter):
+        known = _sharded.get(parameter)
+        return known.kind if known is not None else nn.Parameter
+    return nn.Parameter if isinstance(parameter, ReducedParameter) else type(parameter)
+
+
+def _name_of(parameter: nn.Parameter) -> str:
+    known = _sharded.get(parameter)
+    return known.name if known is not None else "?"
+
+
+# ---- which functions need values -----------------------------------------------------------------------------------
+# fmt: off
+_NO_VALUES = frozenset((
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous",
+    "is_floating_point", "is_complex", "is_signed", "is_inference", "is_pinned", "is_shared", "is_conj", "is_neg",
+    "get_device", "has_names", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook", "retain_grad",
+    "dim_order", "__len__", "__repr__", "__format__", "_has_compatible_shallow_copy_type", "is_same_size", "grad",
+    "backward", "result_type", "promote_types", "can_cast",
+))
+# fmt: on
+"""Functions that need a tensor's shape, dtype or place in the graph, not its values."""
+_VALUE_PROPERTIES = frozenset(("data", "T", "H", "mT", "mH", "real", "imag", "__cuda_array_interface__"))
+_ADDRESSES = frozenset(("data_ptr", "untyped_storage", "storage", "_typed_storage", "is_set_to"))
+"""What kernels need to compute, and scripts to find tied parameters."""
+_HANDLES = frozenset(("data.__get__", "detach"))
+_CONVERSIONS = frozenset(("to", "float", "double", "half", "bfloat16", "cuda", "cpu", "type", "type_as"))
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):  # of a property
+        return f"{getattr(getattr(func, '__self__', None), '__name__', '')}.{name}"
+    return str(name)
+
+
+def _needs_values(name: str) -> bool:
+    attribute, dot, what = name.partition(".")
+    if dot:
+        return what == "__get__" and attribute in _VALUE_PROPERTIES
+    return name not in _NO_VALUES
+
+
+def _as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _inside(value: Any, kind: type) -> Iterator[Any]:
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, (list, tuple, set)):
+        for entry in value:
+            yield from _inside(entry, kind)
+    elif isinstance(value, dict):
+        yield from _inside(list(value.values()), kind)
+
+
+def _refuse(parameter: str, function: str) -> RuntimeError:
+    if function in _CONVERSIONS:
+        return RuntimeError(
+            f"stage 3: parameter {parameter} is sharded and can't be converted or moved by .{function}(): convert and "
+            "move the model before initialize()"
+        )
+    return RuntimeError(
+        f"stage 3: parameter {parameter} is sharded, and its values are whole only from the beginning of a forward to "
+        f"the end of its backward; {function} was called on it at another time. Read it inside "
+        "zero.GatheredParameters(parameters), or change it inside zero.GatheredParameters(parameters, modifier_rank=0) "
+        "on every rank"
+    )
+
+
+class ReshardedValues(torch.Tensor):
+    """The `.data` of a resharded parameter: has a shape, a dtype and a device, and refuses to be computed with."""
+
+    _zt_name = "?"
+
+    @classmethod
+    def of(cls, parameter: ReshardedParameter) -> ReshardedValues:
+        values = _as_it_is(torch.Tensor.detach, (parameter,), {}).as_subclass(cls)
+        values._zt_name = _name_of(parameter)
+        return values  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = _name(func), kwargs or {}
+        if name in _HANDLES:
+            return args[0]
+        if _needs_values(name) and name not in _ADDRESSES:
+            for values in _inside([args, kwargs], ReshardedValues):
+                if name in _CONVERSIONS and _as_it_is(func, args, kwargs) is values:
+                    return values
+                raise _refuse(values._zt_name, name)
+        return _as_it_is(func, args, kwargs)
+
+
+class ReshardedParameter(nn.Parameter):
+    """A parameter of which this rank holds its shard only. See the module's note."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = _name(func), kwargs or {}
+        if name == "grad.__get__":
+            _tell_grad_is_read(args[0])
+        elif _needs_values(name):
+            for parameter in _inside([args, kwargs], ReshardedParameter):
+                known = _sharded.get(parameter)
+                unsharder = known.unsharder() if known is not None else None
+                if (unsharder is not None and unsharder.unshard_for_use()) or name in _ADDRESSES:
+                    continue
+                if name in _HANDLES:
+                    return ReshardedValues.of(parameter)
+                if name in _CONVERSIONS and _as_it_is(func, args, kwargs) is parameter:
+                    return parameter
+                raise _refuse(_name_of(parameter), name)
+        return _as_it_is(func, args, kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"resharded parameter {_name_of(self)}: {tuple(self.shape)}, {self.dtype}"
+
+
+_GRAD: Any = torch.Tensor.grad  # the property itself
+
+
+class ReducedParameter(nn.Parameter):
+    """A parameter between the boundary's backward and the step: its gradient is reduced, and in a flat buffer."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        copied = memo[id(self)] = nn.Parameter(self.data.clone(), self.requires_grad)
+        return copied
+
+    def _read_grad(self) -> torch.Tensor | None:
+        found: torch.Tensor | None = _GRAD.__get__(self)
+        if found is None:
+            _tell_grad_is_read(self)
+        return found
+
+    grad = property(_read_grad, _GRAD.__set__, _GRAD.__delete__)  # type: ignore[assignment]
+
+
+def _tell_grad_is_read(parameter: nn.Parameter) -> None:
+    weak = _on_grad_read.get(parameter)
+    if weak is not None and (act := weak()) is not None:
+        act()
+
+
+# ---- for the engine ------------------------------------------------------------------------------------------------
+def reshard(parameter: nn.Parameter, placeholder: torch.Tensor) -> None:
+    """`placeholder` has its shape, and no memory."""
+    with torch._C.DisableTorchFunctionSubclass():
+        parameter.data = placeholder
+    parameter.__class__ = ReshardedParameter
+
+
+def unshard(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    parameter.__class__ = _kind_of(parameter)
+    parameter.data = values
+
+
+def mark_reduced(parameters: Iterable[nn.Parameter], reduced: bool) -> None:
+    """Whether the boundary's backward is over and the step is not: only then is it worth a word that `.grad` is
+    None."""
+    before, after = (nn.Parameter, ReducedParameter) if reduced else (ReducedParameter, nn.Parameter)
+    for parameter in parameters:
+        if type(parameter) is before:
+            parameter.__class__ = after

@@ -1,0 +1,1 @@
+"""Bad bytes against a run's sockets: python -m tests.faults.fuzz --help."""

@@ -1,0 +1,97 @@
+"""The real screen of `zerotop attach` in a pseudo-terminal: where it draws, and how it leaves."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.wire.messages import RunStatus
+from tests.terminal import Terminal
+from tests.unit.fakehub import FakeHub, hello, step_result
+from tests.unit.fakerun import write_run
+from zerotop.hub.recorder import Recorder
+
+ATTACH = [sys.executable, "-m", "zerotop", "attach"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """The hub of the live run q1 at step 77."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = Path(tempfile.mkdtemp(prefix="zt-", dir="/tmp"))
+    hub = FakeHub(folder)
+    hub.messages[0] = status = RunStatus(name="q1", state="running", attempt=1)
+    write_run(tmp_path, "q1", folder, status)
+    hub.publish(step_result(0, 77), step_result(1, 77))
+    yield hub
+    hub.close()
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_the_screen_draws_on_its_terminal_and_leaves_it_tidy_on_a_signal(
+    hub: FakeHub, number: signal.Signals, tmp_path: Path
+) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        terminal = Terminal([*ATTACH, "q1"], stderr=log)
+        try:
+            terminal.read_until(lambda: "step 77 of 200" in terminal.shown)
+            assert terminal.in_alternate_screen
+            terminal.process.send_signal(number)
+            assert terminal.read_to_the_end() == 128 + number
+            assert not terminal.in_alternate_screen and b"\x1b[?25h" in terminal.raw and b"\x1b[?2004l" in terminal.raw
+        finally:
+            terminal.close()
+    said = (tmp_path / "log").read_text()
+    assert said == ("q1 goes on (running): zerotop attach q1 opens it again\n" if number == signal.SIGTERM else "")
+    assert hub.commands == []
+
+
+def test_a_terminal_that_is_closed_ends_the_screen_and_nothing_else(hub: FakeHub) -> None:
+    terminal = Terminal([*ATTACH, "q1"])
+    try:
+        terminal.read_until(lambda: "step 77 of 200" in terminal.shown)
+        terminal.hang_up()
+        terminal.process.send_signal(signal.SIGHUP)  # what a shell's session gets; ours has no controlling terminal
+        assert terminal.process.wait(30) == 128 + signal.SIGHUP
+        assert hub.commands == []
+    finally:
+        terminal.close()
+
+
+def test_a_run_that_has_ended_opens_with_its_summary(hub: FakeHub, tmp_path: Path) -> None:
+    status = RunStatus(
+        name="old", state="failed", step=41, reason="rank 1 was killed", started_wall_s=100.0, ended_wall_s=800.0
+    )
+    run = write_run(tmp_path, "old", Path("/nowhere"), status)
+    recorder = Recorder(run / "recording.sqlite", attempt=1)
+    said = (step_result(rank, step) for step in (40, 41) for rank in (0, 1))
+    for message in (RunStatus(name="old", state="running", last_checkpoint_step=40), hello(0), hello(1), *said):
+        recorder.add("rank/0", message)
+    recorder.close()
+    terminal = Terminal([*ATTACH, "old"])
+    try:
+        terminal.read_until(lambda: "ended after 11:40" in terminal.shown)
+        assert "the run failed: rank 1 was killed" in terminal.shown and "step 41 of 200" in terminal.shown
+        terminal.type("PSAyq")
+        assert terminal.read_to_the_end() == 0  # it failed in the past: looking at it did not
+        assert "old: failed, rank 1 was killed" in terminal.shown
+    finally:
+        terminal.close()
+
+
+def test_without_a_terminal_nothing_is_drawn(hub: FakeHub, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as out:
+        terminal = Terminal([*ATTACH, "q1"], stdout=out)
+        try:
+            assert terminal.read_to_the_end() == 2
+            assert "needs a terminal" in terminal.shown
+        finally:
+            terminal.close()
+    assert (tmp_path / "out").read_bytes() == b""

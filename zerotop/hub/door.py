@@ -1,0 +1,112 @@
+"""What may come in from the ranks: their own messages, of the kinds that ranks send, and no more than screens can use.
+
+Everything that can write to the run's sockets is the user's own, but it need not be in order: a rank of another
+attempt, a script with a fault, an older version. So nothing that comes in is folded, recorded or sent on unread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from runtime.wire.codec import Decoded, ProtocolError, encode_data, load, rank_of, read_packet
+from runtime.wire.messages import (
+    Ack,
+    Collectives,
+    Event,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    LogRecord,
+    Memory,
+    Message,
+    Packet,
+    Phases,
+    StepResult,
+)
+from zerotop.hub.limits import TokenBucket
+
+TELEMETRY = (Phases, StepResult, Memory, Collectives, Heartbeat)
+EVENTS = (Hello, LogRecord, Event, Ack, Goodbye)
+LOGS_PER_S, LOGS_AT_ONCE = 50.0, 1000.0
+"""Log records of one rank. All of them are in the rank's log file."""
+EVENTS_PER_S, EVENTS_AT_ONCE = 200.0, 2000.0
+
+
+@dataclass(frozen=True)
+class Admitted:
+    rank: int
+    packet: Packet
+    frame: bytes
+    """The packet's JSON, without what was refused."""
+    decoded: Decoded[Packet]
+
+
+class Door:
+    """`report(text)` hears of everything that is refused."""
+
+    def __init__(self, world_size: int, report: Callable[[str], object]) -> None:
+        self._world_size = world_size
+        self._report = report
+        self._buckets: dict[tuple[int, type[Message]], TokenBucket] = {}
+
+    def admit(self, frame: bytes, attempt: int, kinds: tuple[type[Message], ...]) -> Admitted | None:
+        """A rank's packet with what it may say; None for one of another attempt. Raises ProtocolError."""
+        decoded = read_packet(load(frame))
+        packet = decoded.shell
+        rank = rank_of(packet.source)
+        if rank is None or rank >= self._world_size:
+            raise ProtocolError(f"a packet of {packet.source[:40]!r}: expected one of rank 0 to {self._world_size - 1}")
+        if packet.attempt != attempt:
+            return None
+        for problem in decoded.malformed:
+            self._report(f"{packet.source}: {problem}")
+        admitted = Admitted(rank, packet, frame, decoded)
+        return self._sift(admitted, lambda message: _foreign(rank, message, kinds), again=bool(decoded.malformed))
+
+    def thin(self, admitted: Admitted) -> Admitted:
+        """Without the log records and events that one rank sends faster than anybody could read them."""
+        return self._sift(admitted, lambda message: self._too_fast(admitted.rank, message))
+
+    def _sift(self, admitted: Admitted, refusal: Callable[[Message], str], again: bool = False) -> Admitted:
+        """again: the frame holds what `decoded` has not."""
+        packet, decoded = admitted.packet, admitted.decoded
+        kept, known, refused = [], [], set()
+        for message, at in zip(packet.messages, decoded.known, strict=True):
+            if why := refusal(message):
+                self._report(f"{packet.source}: {why}")
+                refused.add(at)
+            else:
+                kept.append(message)
+                known.append(at)
+        if not refused and not again:
+            return admitted
+        places = [at for at in range(len(decoded.items)) if at not in refused]
+        items = [decoded.items[at] for at in places]
+        moved = [places.index(at) for at in known]
+        frame = encode_data({**decoded.data, "messages": items})
+        packet = packet.model_copy(update={"messages": kept})
+        return Admitted(admitted.rank, packet, frame, replace(decoded, shell=packet, items=items, known=moved))
+
+    def _too_fast(self, rank: int, message: Message) -> str:
+        if isinstance(message, LogRecord) and not self._take(rank, LogRecord, LOGS_PER_S, LOGS_AT_ONCE):
+            return "log records came too fast and are only in its log file"
+        if isinstance(message, Event) and not self._take(rank, Event, EVENTS_PER_S, EVENTS_AT_ONCE):
+            return "events came too fast and were dropped"
+        return ""
+
+    def _take(self, rank: int, kind: type[Message], per_s: float, burst: float) -> bool:
+        bucket = self._buckets.get((rank, kind))
+        if bucket is None:
+            bucket = self._buckets[rank, kind] = TokenBucket(per_s, burst)
+        return bucket.take()
+
+
+def _foreign(rank: int, message: Message, kinds: tuple[type[Message], ...]) -> str:
+    kind = getattr(message, "kind", "")
+    if not isinstance(message, kinds):
+        return f"a message of the kind {kind!r}, which ranks do not send here"
+    whose = getattr(message, "rank", None)
+    if whose != rank and not (whose is None and isinstance(message, Ack)):
+        return f"a message of the kind {kind!r} in the name of {'the run' if whose is None else f'rank {whose}'}"
+    return ""

@@ -1,0 +1,54 @@
+"""The terminal that the screen is drawn on, and the signals that end the screen."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import Any
+
+from textual.drivers.linux_driver import LinuxDriver
+
+LEAVING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class TerminalDriver(LinuxDriver):
+    """Draws on stdout, which is the terminal: Textual draws on stderr, and `2>log` would get the screen."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._file = _Terminal(1)
+
+
+class _Terminal(TextIOWrapper):
+    """A file descriptor to write to. When the terminal has gone, nobody sees what is written, and nothing may hang."""
+
+    def __init__(self, descriptor: int) -> None:
+        encoding = sys.__stdout__.encoding if sys.__stdout__ else "utf-8"
+        super().__init__(os.fdopen(descriptor, "wb", closefd=False), encoding=encoding, errors="replace")
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+def leave_on_signals(leave: Callable[[int], None]) -> None:
+    """Call `leave` with the first SIGTERM or SIGHUP, in the running event loop; a second one ends the process."""
+    loop = asyncio.get_running_loop()
+
+    def received(number: int) -> None:
+        for one in LEAVING_SIGNALS:
+            loop.remove_signal_handler(one)
+        leave(number)
+
+    for number in LEAVING_SIGNALS:
+        loop.add_signal_handler(number, received, number)
