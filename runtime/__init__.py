@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 DEEPSPEED_VERSION = "0.19.6"
 """See `__version__`: the DeepSpeed whose sources and tests this package was compared with."""
 
-_MODULES = ("accelerator", "checkpointing", "comm", "lr_schedules", "ops", "utils", "zero")
 _FROM = {
     "DeepSpeedConfig": "deepspeedconfig",
     "DeepSpeedConfigError": "config:ConfigError",

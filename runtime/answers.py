@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from torch import nn
 
 from runtime.comm import Comm
 from runtime.config import Resolved
+from runtime.names import plain_name, plain_names
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.precision import Scaler
 from runtime.setup import Session
@@ -81,6 +83,34 @@ class Answers:
 
     def get_data_parallel_rank(self) -> int:
         return self.comm.rank
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self.module.parameters(recurse)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's, by the names that it has when it is not compiled."""
+        before = f"{prefix}." if prefix else ""
+        named = self.module.named_parameters(recurse=recurse, remove_duplicate=remove_duplicate)
+        return ((before + plain_name(name), parameter) for name, parameter in named)
+
+    def state_dict(
+        self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The model's, by the names that it has when it is not compiled; at stage 3 copies in host memory, and every
+        rank must call it."""
+        found = plain_names(self.module.state_dict(keep_vars=keep_vars))
+        into: dict[str, Any] = {} if destination is None else destination
+        into.update({prefix + name: value for name, value in found.items()})
+        return into
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The model's, by the names of `state_dict()`; every rank must call it."""
+        parameters = self.module.named_parameters(remove_duplicate=False)
+        names = {plain_name(n): n for n, _ in (*parameters, *self.module.named_buffers(remove_duplicate=False))}
+        mine = {names.get(plain_name(name), name): value for name, value in state_dict.items()}
+        return self.module.load_state_dict(mine, strict=strict, assign=assign)
 
     def get_global_grad_norm(self) -> float | None:
         """L2 norm of the last step's mean gradient, before clipping; None before the first step."""

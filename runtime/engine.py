@@ -82,11 +82,11 @@ def release(module: nn.Module) -> None:
         engine._detach()
 
 
-class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # type: ignore[misc]  # overloads
+class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # type: ignore[misc]
     """One rank's part of a training run. Made by `initialize`.
 
-    It is a module around the model, as DeepSpeed's engine is: names in its named_parameters() and state_dict() begin
-    with "module.", and hooks on it run around every forward. Without an optimizer it computes and does not train.
+    It is a module around the model, as DeepSpeed's engine is: hooks on it run around every forward. Names in its
+    named_parameters() and state_dict() are the model's. Without an optimizer it computes and does not train.
     """
 
     def __init__(

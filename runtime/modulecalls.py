@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,7 +11,6 @@ from torch import nn
 
 from runtime.comm import Comm
 from runtime.config import ConfigError, Resolved
-from runtime.names import plain_name, plain_names
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.wire.messages import Category
 
@@ -45,35 +44,7 @@ class ModuleCalls:
     _micro_backwards: int
     _accumulating_since: int
 
-    # ---- weights, by the names that the model has when it is not compiled --------------------------------------------
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        engine = cast(nn.Module, self)
-        for name, parameter in nn.Module.named_parameters(engine, prefix, recurse, remove_duplicate):
-            yield plain_name(name), parameter
-
-    def state_dict(self, *, prefix: str = "", keep_vars: bool = False, **named: Any) -> dict[str, Any]:
-        """The model's with "module." before every name; at stage 3 copies in host memory, and every rank must call
-        it."""
-        state = nn.Module.state_dict(cast(nn.Module, self), prefix=prefix, keep_vars=keep_vars)
-        destination = named.get("destination")
-        if destination is None:
-            return plain_names(state)
-        destination.update(plain_names(state))
-        return destination  # type: ignore[no-any-return]
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """What `state_dict()` gave; every rank must call it."""
-        engine = cast(nn.Module, self)
-        found = (
-            nn.Module.named_parameters(engine, remove_duplicate=False),
-            engine.named_buffers(remove_duplicate=False),
-        )
-        names = {plain_name(name): name for named in found for name, _ in named}
-        named = {names.get(plain_name(name), name): value for name, value in state_dict.items()}
-        return nn.Module.load_state_dict(engine, named, strict=strict, assign=assign)
-
+    # ---- weights -----------------------------------------------------------------------------------------------------
     def module_state_dict(
         self,
         destination: dict[str, Any] | None = None,
@@ -81,17 +52,14 @@ class ModuleCalls:
         keep_vars: bool = False,
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Any]:
-        """The model's state_dict, by the names that it has when it is not compiled; at stage 3 copies in host memory,
-        and every rank must call it."""
-        state = plain_names(self.module.state_dict(prefix=prefix, keep_vars=keep_vars))
+        """The model's state_dict; at stage 3 copies in host memory, and every rank must call it."""
+        engine = cast("Engine", self)
+        state: dict[str, Any] = engine.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         if exclude_frozen_parameters:
-            for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            for name, parameter in engine.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
                 if not parameter.requires_grad:
-                    state.pop(prefix + plain_name(name), None)
-        if destination is None:
-            return state
-        destination.update(state)
-        return destination
+                    state.pop(name, None)
+        return state
 
     def load_module_state_dict(
         self,
@@ -107,7 +75,7 @@ class ModuleCalls:
         """
         state = checkpoint["module"] if isinstance(checkpoint.get("module"), Mapping) else checkpoint
         if custom_load_fn is None:
-            self.module.load_state_dict(state, strict=strict)
+            cast("Engine", self).load_state_dict(state, strict=strict)
             return
         with self.whole.gathering.everything():
             custom_load_fn(src=state, dst=self.module)

@@ -17,7 +17,7 @@ from runtime.checkpoint.buffers import Owners, buffers_of
 from runtime.checkpoint.describe import describe_model
 from runtime.checkpoint.groups import check_groups, saved_groups
 from runtime.checkpoint.manifest import MODEL_FILES, CheckpointError, Manifest
-from runtime.checkpoint.parts import dtypes_of, frozen_names, shapes_of
+from runtime.checkpoint.parts import dtypes_of, frozen_names, shapes_of, tied_names
 from runtime.checkpoint.plain import load_file, load_stream, to_bytes
 from runtime.precision import DTYPES
 
@@ -131,6 +131,7 @@ def manifest_of(engine: Engine, owners: Owners, with_frozen: bool = True) -> Man
         },
         buffers={name: list(buffer.shape) for name, buffer in buffers_of(engine).items()},
         buffer_owners=owners,
+        tied=tied_names(engine),
         frozen=frozen,
         excluded=[] if with_frozen else frozen,
     )

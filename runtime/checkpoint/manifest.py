@@ -98,6 +98,8 @@ class Manifest(BaseModel):
     """Shape of every persistent buffer; None in those of early versions."""
     buffer_owners: dict[str, list[Count]] = {}
     """Of buffers that the ranks held differently: for each rank, the one that has written what it held."""
+    tied: dict[str, str] = {}
+    """Other names of parameters that have several -> the name that they have here."""
     frozen: list[str]
     """Parameters without optimizer states."""
     excluded: list[str] = []
@@ -125,6 +127,7 @@ class Manifest(BaseModel):
                 "dtypes": plain_names(self.dtypes),
                 "buffers": None if self.buffers is None else plain_names(self.buffers),
                 "buffer_owners": plain_names(self.buffer_owners),
+                "tied": {plain_name(name): plain_name(known) for name, known in self.tied.items()},
                 "frozen": list(map(plain_name, self.frozen)),
             }
         )

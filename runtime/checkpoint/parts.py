@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.checkpoint.buffers import ALIKE, Owners, buffers_of, key_of, own_buffers
+from runtime.names import plain_name
 
 if TYPE_CHECKING:
     from runtime.engine import Engine
@@ -149,6 +150,21 @@ def frozen_names(engine: Engine) -> list[str]:
     """Parameters that are not trained."""
     in_units = [slot.name for flat in engine.frozen_flats for slot in flat.layout.slots]
     return [*(name for name, _ in engine.frozen), *in_units]
+
+
+def tied_names(engine: Engine) -> dict[str, str]:
+    """Further names of parameters that several modules share, and the one that each has in a checkpoint."""
+    known = shapes_of(engine)
+    names: dict[int, list[str]] = {}
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(plain_name(name))
+    return {
+        name: first
+        for several in names.values()
+        for first in [next((name for name in several if name in known), None)]
+        for name in several
+        if first is not None and name != first
+    }
 
 
 def dtypes_of(engine: Engine) -> dict[str, torch.dtype]:

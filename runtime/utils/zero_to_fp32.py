@@ -1,7 +1,7 @@
 """`deepspeed.utils.zero_to_fp32`: the fp32 weights of a checkpoint as one state_dict, in one process, with no engine.
 `zerotop export` writes folders for Hugging Face's libraries.
 
-Tied parameters are in a checkpoint once, under their first name: load with strict=False, or tie them before.
+Tied parameters are in a checkpoint once; here they have all of their names again.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def get_fp32_state_dict_from_zero_checkpoint(
     reader = CheckpointReader(_checkpoint(Path(checkpoint_dir), tag))
     frozen = set(reader.manifest.frozen) if exclude_frozen_parameters else set()
     lazy = {stored.name: LazyTensor(reader, stored) for stored in reader.tensors if stored.name not in frozen}
-    return dict(lazy) if lazy_mode else {name: tensor.contiguous() for name, tensor in lazy.items()}
+    lazy |= {name: lazy[known] for name, known in reader.manifest.tied.items() if known in lazy}
+    return dict(lazy) if lazy_mode else _read(lazy)
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
@@ -81,7 +82,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         name = f"{stem}{suffix}" if len(files) == 1 else f"{stem}-{number:05d}-of-{len(files):05d}{suffix}"
-        _save({key: state[key].contiguous() for key in names}, folder / name, safe_serialization)
+        _save(_read({key: state[key] for key in names}), folder / name, safe_serialization)
         weight_map |= dict.fromkeys(names, name)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
@@ -107,6 +108,15 @@ def _checkpoint(folder: Path, tag: str | None) -> Path:
             "checkpoint in it"
         )
     return newest or folder
+
+
+def _read(lazy: Mapping[str, LazyTensor]) -> dict[str, torch.Tensor]:
+    """What is one tensor under two names stays one."""
+    tensors: dict[int, torch.Tensor] = {}
+    for tensor in lazy.values():
+        if id(tensor) not in tensors:
+            tensors[id(tensor)] = tensor.contiguous()
+    return {name: tensors[id(tensor)] for name, tensor in lazy.items()}
 
 
 def _bytes_of(size: str | int | None) -> int | None:
@@ -137,4 +147,5 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, safe: bool) -> None:
         return
     from safetensors.torch import save_file
 
-    save_file(tensors, str(path), metadata={"format": "pt"})
+    apart = {name: tensor.clone() for name, tensor in tensors.items()}  # it takes no tensor twice
+    save_file(apart, str(path), metadata={"format": "pt"})

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from runtime.checkpoint import CheckpointError
@@ -36,9 +37,9 @@ def use_as_a_module(stage: int) -> dict[str, Any]:
         "kinds": (isinstance(engine, nn.Module), isinstance(engine, deepspeed.DeepSpeedEngine)),
         "hooks": seen,
         "modules": [name for name, _ in engine.named_modules()][:3],
-        "same names": [n for n, _ in engine.named_parameters()]
-        == [f"module.{n}" for n, _ in engine.module.named_parameters()],
-        "state": sorted(state) == sorted(f"x.module.{name}" for name in plain),
+        "same names": [n for n, _ in engine.named_parameters(prefix="x")]
+        == [f"x.{n}" for n, _ in engine.module.named_parameters()],
+        "state": sorted(state) == sorted(f"x.{name}" for name in plain),
         "loaded": all(torch.equal(engine.module.state_dict()[name], value + 1) for name, value in plain.items()),
         "modes": (engine.training, engine.module.training, engine.train().training, engine.module.training),
         "attribute of the model": engine.blocks is engine.module.blocks,
@@ -307,6 +308,27 @@ def save_trained(folder: str) -> dict[str, torch.Tensor]:
     return {
         name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters() if "blocks.1.up" not in name
     }
+
+
+def save_tied(folder: str) -> None:
+    engine = engine_for(config(3, 1, clip=0.0), "tied")
+    advance(engine, 0, 1)
+    engine.save_checkpoint(folder)
+
+
+def test_tied_weights_have_all_their_names(ranks, tmp_path):
+    from runtime.utils.zero_to_fp32 import (
+        convert_zero_checkpoint_to_fp32_state_dict,
+        get_fp32_state_dict_from_zero_checkpoint,
+    )
+
+    ranks(2).run(save_tied, str(tmp_path))
+    found = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    assert found["head.weight"] is found["embedding.weight"]
+    make("tied").load_state_dict(found, strict=True)
+    convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "out", safe_serialization=True)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["head.weight"], found["embedding.weight"])
 
 
 def test_fp32_weights_of_a_checkpoint(ranks, tmp_path):

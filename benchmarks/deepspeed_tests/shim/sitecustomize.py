@@ -46,8 +46,8 @@ class _Lacking(Loader):
             return type(name, (Lacking,), {"path": f"{module.__name__}.{name}", "NAME": name})
 
         module.__getattr__ = find  # type: ignore[method-assign]
-        if module.__name__ == "deepspeed.utils.torch":
-            module.required_torch_version = required_torch_version  # type: ignore[attr-defined]
+        for name, value in HELPERS.get(module.__name__, {}).items():
+            setattr(module, name, value)
 
 
 class Lacking:
@@ -67,5 +67,12 @@ def required_torch_version(min_version: float | str | None = None, max_version: 
     ours = key(torch.__version__)
     return (min_version is None or ours >= key(min_version)) and (max_version is None or ours <= key(max_version))
 
+
+HELPERS: dict[str, dict[str, Any]] = {
+    "deepspeed.utils.torch": {"required_torch_version": required_torch_version},
+    # Of models without experts, which those of the tests are that run here.
+    "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": lambda groups, *_sizes: groups},
+}
+"""What the tests themselves are made with."""
 
 sys.meta_path.insert(0, Shim())
