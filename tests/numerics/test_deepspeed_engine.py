@@ -143,9 +143,9 @@ def attributes_at_stage_3() -> dict[str, Any]:
         "status": (weight.ds_status, small.ds_status, named["blocks.1.up.weight"].ds_status),
         "local": [p.ds_tensor.numel() for p in named.values() if not p.ds_persist],
         "whole": [p.ds_numel for p in named.values() if not p.ds_persist],
-        "copies": (hasattr(copy.deepcopy(weight), "ds_id"), hasattr(nn.Parameter(weight), "ds_id")),
     }
     weight.all_gather()
+    found["copies"] = (hasattr(copy.deepcopy(weight), "ds_id"), hasattr(nn.Parameter(weight), "ds_id"))
     found["gathered"] = weight.ds_status is ZeroParamStatus.AVAILABLE and not weight.isnan().any().item()
     with torch.no_grad():
         weight.fill_(3.0)
