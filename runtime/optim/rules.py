@@ -258,7 +258,8 @@ def _take_empty_step(optimizer: torch.optim.Optimizer, parts: Sequence[nn.Parame
             group["weight_decay"] = 0.0  # which would be a gradient
     for part in parts:
         part.grad = torch.zeros_like(part)
-    optimizer.step()
+    if parts:
+        optimizer.step()
     for part in parts:
         part.grad = None
     for group, before in zip(optimizer.param_groups, numbers, strict=True):

@@ -68,10 +68,14 @@ def required_torch_version(min_version: float | str | None = None, max_version: 
     return (min_version is None or ours >= key(min_version)) and (max_version is None or ours <= key(max_version))
 
 
+def _as_list(groups: Any, *_sizes: Any) -> list[Any]:
+    return [groups] if isinstance(groups, dict) else list(groups)
+
+
 HELPERS: dict[str, dict[str, Any]] = {
     "deepspeed.utils.torch": {"required_torch_version": required_torch_version},
     # Of models without experts, which those of the tests are that run here.
-    "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": lambda groups, *_sizes: groups},
+    "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": _as_list},
 }
 """What the tests themselves are made with."""
 
