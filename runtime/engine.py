@@ -12,15 +12,15 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from runtime import engines
 from runtime.answers import Answers
 from runtime.checkpoint.background import Background
 from runtime.checkpoint.calls import CheckpointCalls
@@ -30,11 +30,10 @@ from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.memory import Ledger
 from runtime.modulecalls import ModuleCalls
-from runtime.names import plain_name
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
 from runtime.parking import Parking
-from runtime.precision import DTYPES, ScaleExhausted, TrainingError, scaler_for
+from runtime.precision import ScaleExhausted, TrainingError, note_wide_buffers, scaler_for
 from runtime.settings import Settings
 from runtime.setup import Assembly, Session, assemble
 from runtime.steer import Steering
@@ -45,41 +44,9 @@ from runtime.zero.clip import Boundary, agree, clip_coefficient
 from runtime.zero.gathering import Gathering
 from runtime.zero.partition_parameters import mark, unmark
 from runtime.zero.schedule import Schedule
-from runtime.zero.whole import WholeModel, home_of
+from runtime.zero.whole import WholeModel
 
 log = logging.getLogger("runtime.engine")
-
-
-_engines: WeakKeyDictionary[nn.Module, weakref.ref[Engine]] = WeakKeyDictionary()
-"""The engine that holds each module's parameters."""
-
-
-_under_way: set[Engine] = set()
-"""Engines of which an update is under way: a script that has only the module left must find it complete."""
-
-
-def _when_alive(engine: Engine, act: Callable[[Engine], None]) -> Callable[[], None]:
-    weak = weakref.ref(engine)
-
-    def call() -> None:
-        if (alive := weak()) is not None:
-            act(alive)
-
-    return call
-
-
-def engine_of(parameter: nn.Parameter) -> Engine | None:
-    """The engine that holds `parameter`."""
-    home = home_of(parameter)
-    alive = [engine for weak in _engines.values() if (engine := weak()) is not None]
-    return next((engine for engine in alive if home is not None and engine.whole is home[0]), None)
-
-
-def release(module: nn.Module) -> None:
-    """An engine that holds `module` lets go of it: another takes over."""
-    engine = _engines.pop(module, lambda: None)()
-    if engine is not None:
-        engine._detach()
 
 
 class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # type: ignore[misc]
@@ -135,7 +102,7 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # typ
         """Whether the last step() updated the parameters."""
         self._accumulating_since = 0
         """The micro-step from which accumulations are counted: set_train_batch_size() changes how many make one."""
-        release(module)  # an earlier engine on the same model must not go on taking its gradients
+        engines.release(module)  # an earlier engine on the same model must not go on taking its gradients
         self._trained_before = [p for p in module.parameters() if p.requires_grad and not optimizer.trains]
         """An engine without an optimizer keeps no gradients: what it holds requires one again when it lets go."""
         for parameter in module.parameters():
@@ -163,7 +130,7 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # typ
             parts.placing.executor,
             parts.placing.side,
             parts.placing.overlap,
-            on_idle=_when_alive(self, _under_way.discard),
+            on_idle=engines.when_alive(self, engines.complete),
             before=self.saver.before_update,
         )
         self._transfers = parts.placing.transfers
@@ -171,12 +138,12 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # typ
             module, self.flats, self.frozen_flats, self.frozen, self.saver.before_change, comm.rank == 0
         )
         self.whole = WholeModel(module, parts.units, self.gathering, comm, self.updates.drain, self.saver.before_change)
-        _engines[module] = weakref.ref(self)
+        engines.hold(module, self)
         for _, parameter in self.frozen if self.policy.own_parameters else ():
             mark(parameter)
         optimizer.seal(self)
         bind_states(self)
-        optimizer.on_zero_grad = _when_alive(self, Engine.zero_grad)
+        optimizer.on_zero_grad = engines.when_alive(self, Engine.zero_grad)
         self.steering = Steering(self, session)
         weak = weakref.ref(self)  # the session outlives engines
         session.step = lambda: engine.global_steps if (engine := weak()) else 0
@@ -194,20 +161,8 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # typ
         try:
             return self.module(*inputs, **named)
         except RuntimeError as error:
-            if "dtype" in str(error) or "scalar type" in str(error):
-                self._blame_wide_buffers(error)
+            note_wide_buffers(error, self.module, self.config.precision)
             raise
-
-    def _blame_wide_buffers(self, error: RuntimeError) -> None:
-        """Buffers keep their dtype, and what computes with a wider one comes out wider."""
-        name = self.config.precision
-        floating = [(n, b) for n, b in self.module.named_buffers() if b.is_floating_point()]
-        wide = [plain_name(buffer) for buffer, values in floating if values.itemsize > DTYPES[name].itemsize]
-        if wide:
-            error.add_note(
-                f"The parameters compute in {name}, and {len(wide)} buffers are wider ({', '.join(wide[:3])}). Cast "
-                f'what comes out of them, or set "zerotop": {{"buffer_dtype": "{name}"}}'
-            )
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
         """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages
@@ -391,7 +346,7 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # typ
         self.gathering.stale()
         self.updates.launch(numbers, self.optimizer_steps, scale)
         if self.updates.under_way:
-            _under_way.add(self)
+            engines.keep_until_complete(self)
 
     def synchronize(self) -> None:
         """Returns when the last step's update is complete, for scripts that read parameters or states themselves: with
@@ -502,7 +457,7 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # typ
                     f"neither the engine nor its module ({type(self.module).__name__}) has an attribute {name!r}"
                 ) from None
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
         """Another engine takes the model over."""
         self.saver.leave()
         self.updates.detach()

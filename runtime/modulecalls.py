@@ -11,6 +11,7 @@ from torch import nn
 
 from runtime.comm import Comm
 from runtime.config import ConfigError, Resolved
+from runtime.engines import release
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.wire.messages import Category
 
@@ -178,6 +179,4 @@ class ModuleCalls:
 
     def destroy(self) -> None:
         """The engine lets go of its model, which is a plain one again, whole on every rank; every rank must call it."""
-        from runtime.engine import release
-
         release(self.module)

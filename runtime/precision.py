@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from runtime.config import Fp16Config, Resolved
+from runtime.names import plain_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FACTOR = 2.0
@@ -115,3 +117,17 @@ def scaler_for(config: Resolved) -> Scaler:
     if config.precision != "fp16":
         return FixedScaler()
     return DynamicScaler(config.fp16) if config.fp16.dynamic else FixedScaler(config.fp16.loss_scale)
+
+
+def note_wide_buffers(error: RuntimeError, module: nn.Module, precision: str) -> None:
+    """Adds a note to a forward's error of dtypes that do not fit, where buffers may be why: they keep their dtype, and
+    what computes with a wider one comes out wider."""
+    if "dtype" not in str(error) and "scalar type" not in str(error):
+        return
+    floating = [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_floating_point()]
+    wide = [plain_name(name) for name, buffer in floating if buffer.itemsize > DTYPES[precision].itemsize]
+    if wide:
+        error.add_note(
+            f"The parameters compute in {precision}, and {len(wide)} buffers are wider ({', '.join(wide[:3])}). Cast "
+            f'what comes out of them, or set "zerotop": {{"buffer_dtype": "{precision}"}}'
+        )

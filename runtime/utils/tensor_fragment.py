@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from runtime.engine import Engine, engine_of
+from runtime.engine import Engine
+from runtime.engines import engine_of
 from runtime.optim.rules import Rule
 from runtime.zero.flat import Flat
 from runtime.zero.layout import Slot
