@@ -11,9 +11,20 @@ STEPS = 500
 INTERVAL = 5
 KEPT = 3
 _CPU = {"device": "cpu", "pin_memory": False}
+
+
+def _has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself. torch's way around it is 20 times as slow as fp32: steps of a second."""
+    try:
+        return "_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+_16_BIT = {"bf16": {"enabled": True}} if _has_bf16() else {}
 VARIANTS: list[dict[str, Any]] = [
-    {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
-    {"zero_optimization": {"stage": 3, "offload_optimizer": _CPU, "offload_param": _CPU}, "bf16": {"enabled": True}},
+    {"zero_optimization": {"stage": 2}, **_16_BIT},
+    {"zero_optimization": {"stage": 3, "offload_optimizer": _CPU, "offload_param": _CPU}, **_16_BIT},
     {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2},
     {"zero_optimization": {"stage": 2, "offload_optimizer": _CPU}, "gradient_accumulation_steps": 2},
 ]
