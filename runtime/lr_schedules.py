@@ -1,4 +1,7 @@
-"""DeepSpeed's learning-rate schedules by class, for scripts: `from runtime.lr_schedules import WarmupLR`."""
+"""DeepSpeed's learning-rate schedules by class, for scripts: `from runtime.lr_schedules import WarmupLR`; and its names of
+their types and parameters (WARMUP_LR, WARMUP_MAX_LR, ...)."""
+
+import inspect
 
 from runtime.optim.lr import (
     SCHEDULES,
@@ -12,3 +15,25 @@ from runtime.optim.lr import (
 VALID_LR_SCHEDULES = list(SCHEDULES)
 
 __all__ = ["VALID_LR_SCHEDULES", "LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
+
+_NAMES = {
+    "LR_RANGE_TEST": "LRRangeTest",
+    "ONE_CYCLE": "OneCycle",
+    "WARMUP_LR": "WarmupLR",
+    "WARMUP_DECAY_LR": "WarmupDecayLR",
+    "WARMUP_COSINE_LR": "WarmupCosineLR",
+    "WARMUP_LOG_RATE": "log",
+    "WARMUP_LINEAR_RATE": "linear",
+}
+_NAMES |= {
+    parameter.upper(): parameter
+    for schedule in (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)
+    for parameter in inspect.signature(schedule.__init__).parameters
+    if parameter not in ("self", "optimizer", "args", "kwargs")
+}
+
+
+def __getattr__(name: str) -> str:
+    if name in _NAMES:
+        return _NAMES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -110,6 +110,13 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def _global_grad_norm(self) -> float | None:
         return self.get_global_norm()
 
+    @property
+    def fp32_partitioned_groups_flat(self) -> list[torch.Tensor]:
+        """This rank's masters, (state range,) fp32 of every flat buffer in forward order; not copies."""
+        engine = self._asked()
+        engine.synchronize()
+        return [flat.masters for flat in engine.flats]
+
     def offload_states(self, *given: Any, **named: Any) -> None:
         """See Engine.offload_states."""
         self._asked().offload_states(*given, **named)
