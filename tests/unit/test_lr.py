@@ -132,3 +132,11 @@ def test_a_config_makes_them():
         made("OneCycle", cycle_min_lr=0.1, cycle_max_lr=[1.0, 2.0, 3.0])
     with pytest.raises(ConfigError, match=r"scheduler\.params\.cycle_min_lr"):
         made("OneCycle", cycle_min_lr=[], cycle_max_lr=1)
+
+
+def test_deepspeeds_names_of_types_and_parameters():
+    config = {"type": lr_schedules.WARMUP_LR, "params": {lr_schedules.WARMUP_MAX_LR: 0.1}}
+    assert config == {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}
+    assert lr_schedules.LR_RANGE_TEST_STAIRCASE == "lr_range_test_staircase" and lr_schedules.ONE_CYCLE == "OneCycle"
+    with pytest.raises(AttributeError):
+        _ = lr_schedules.WARMUP_PARTY
