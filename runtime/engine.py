@@ -114,7 +114,7 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # typ
         self.frozen_flats = [flat for unit in parts.units for flat in unit.frozen]
         self._pre_scale = parts.numbers.scale
         self.scaler = scaler_for(config)
-        self._script_backward = ScriptBackward(module, self)
+        self._script_backward = ScriptBackward(self)
         self.schedule = Schedule(parts.reduce_order, comm, self._script_backward.begins)
         self.gathering = Gathering(module, parts.units, self.telemetry, comm.gather_objects)
         self._downlink, self.pool = parts.placing.downlink, parts.pool
@@ -159,10 +159,12 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # typ
         else:
             self.telemetry.enter("eval", self.global_steps + 1, 0)
         try:
-            return self.module(*inputs, **named)
+            output = self.module(*inputs, **named)
         except RuntimeError as error:
             note_wide_buffers(error, self.module, self.config.precision)
             raise
+        self._script_backward.watch(output)
+        return output
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
         """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages
@@ -462,7 +464,6 @@ class Engine(Answers, Settings, ModuleCalls, CheckpointCalls, nn.Module):  # typ
         self.saver.leave()
         self.updates.detach()
         self.schedule.detach()
-        self._script_backward.detach()
         self.gathering.detach()
         self.whole.detach()
         for _, parameter in self.frozen:

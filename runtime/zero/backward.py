@@ -43,19 +43,16 @@ def engine_backward() -> Iterator[None]:
 
 class ScriptBackward:
     """Notices loss.backward() of the script's. torch has no hook at a backward's beginning, so the outputs of the
-    model's forward have one each; and the end can be asked for from inside a backward only. Both must be of the
-    outermost backward: under re-entrant checkpointing parameters receive their gradients in one within."""
+    engine's forward have one each; and the end can be asked for from inside a backward only. Both must be of the
+    outermost backward: under re-entrant checkpointing parameters receive their gradients in one within. (A script that
+    calls engine.module itself gets several backwards there, which add up.)"""
 
-    def __init__(self, module: nn.Module, backwards: Backwards) -> None:
+    def __init__(self, backwards: Backwards) -> None:
         self._backwards = weakref.ref(backwards)
         self._loss: torch.Tensor | None = None
         self._graph: int | None = None
         """Number of the backward whose end is asked for."""
         self._begun = False
-        self._hook = module.register_forward_hook(EngineHook(self, ScriptBackward._after_forward))
-
-    def detach(self) -> None:
-        self._hook.remove()
 
     def begins(self) -> bool:
         """A gradient arrives that no engine.backward() of this engine has begun: whether it is the script's own
@@ -69,7 +66,8 @@ class ScriptBackward:
             self._ask_for_end()
         return True
 
-    def _after_forward(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    def watch(self, output: Any) -> None:
+        """What a forward has returned."""
         if not torch.is_grad_enabled():
             return
         self._loss = None

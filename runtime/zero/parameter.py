@@ -154,6 +154,15 @@ class ReshardedValues(torch.Tensor):
         return _as_it_is(func, args, kwargs)
 
 
+def _unshard_for_use(parameter: nn.Parameter) -> bool:
+    known = _sharded.get(parameter)
+    unsharder = known.unsharder() if known is not None else None
+    return unsharder is not None and unsharder.unshard_for_use()
+
+
+_unshard_for_use._torchdynamo_disable = True  # type: ignore[attr-defined]  # a collective is no part of a graph
+
+
 class ReshardedParameter(nn.Parameter):
     """A parameter of which this rank holds its shard only. See the module's note."""
 
@@ -164,9 +173,7 @@ class ReshardedParameter(nn.Parameter):
             _tell_grad_is_read(args[0])
         elif _needs_values(name):
             for parameter in _inside([args, kwargs], ReshardedParameter):
-                known = _sharded.get(parameter)
-                unsharder = known.unsharder() if known is not None else None
-                if (unsharder is not None and unsharder.unshard_for_use()) or name in _ADDRESSES:
+                if _unshard_for_use(parameter) or name in _ADDRESSES:
                     continue
                 if name in _HANDLES:
                     return ReshardedValues.of(parameter)

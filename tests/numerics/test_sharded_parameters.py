@@ -60,7 +60,7 @@ class FusedLoss(torch.autograd.Function):
 
 def reach(model: Reaching, how: str) -> None:
     head = model.head
-    if how == "attribute":
+    if how in ("attribute", "compiled"):
         model.logits = lambda x: F.linear(x, head.weight, head.bias)
     elif how == "closure":
         weight, bias = head.weight, head.bias
@@ -79,7 +79,14 @@ def reach(model: Reaching, how: str) -> None:
 
 
 WAYS = ["attribute", "closure", "another module's list", "functional call", "data", "before its module"]
-WAYS += ["a block's, transposed", "after the forward", "fused", "fused after the forward", "tied, transposed"]
+WAYS += [
+    "a block's, transposed",
+    "after the forward",
+    "fused",
+    "fused after the forward",
+    "tied, transposed",
+    "compiled",
+]
 
 
 def losses_of(how: str, stage: int, precision: str) -> list[float]:
@@ -95,7 +102,8 @@ def losses_of(how: str, stage: int, precision: str) -> list[float]:
         "fused": lambda x, y: FusedLoss.apply(x, head.weight, y),
         "fused after the forward": lambda x, y: FusedLoss.apply(x, head.weight, y),
     }
-    engine = initialize(model=model, config=config(stage, 2, clip=0.5, precision=precision))[0]
+    whole = torch.compile(model, backend="eager") if how == "compiled" else model
+    engine = initialize(model=whole, config=config(stage, 2, clip=0.5, precision=precision))[0]
     found = []
     for number in range(4):
         for micro in range(2):
