@@ -14,6 +14,7 @@ from zerotop.runs.outcome import Evidence, Outcome
 _REFUSED_EXIT = 2
 """Of a rank that can't use its config, model or data."""
 _FIGURE = re.compile(r"0x[0-9a-fA-F]+|(?<!rank )\b\d+(\.\d+)*")
+_RANK = re.compile(r"\brank \d")
 AGAIN_THE_SAME = "another attempt would end the same way"
 
 
@@ -32,6 +33,8 @@ class Failure:
     repeats: bool = False
     """It has the script's or the data's own reasons."""
     rank: int | None = None
+    hung: bool = False
+    """The supervisor ended the ranks, for none of them moved."""
     scripts_own: bool = False
     """A script that zerotop can't continue: it never called initialize()."""
 
@@ -58,6 +61,7 @@ class Failure:
             fatal=goodbye is not None and goodbye.fatal,
             repeats=outcome.repeats,
             rank=rank,
+            hung=seen.failure is not None and not outcome.repeats,
             scripts_own=seen.silent_script,
         )
 
@@ -111,7 +115,10 @@ class Restarts:
 
 
 def _is_same(before: Failure, failure: Failure) -> bool:
-    """A rank that is killed before its first step says nothing about a step: it may be chance, from outside."""
+    """A rank that is killed before its first step says nothing about a step: it may be chance, from outside. So may a
+    hang in which no rank keeps the others waiting: they all wait for something else, a disk or a machine that is busy."""
+    if failure.hung and not _RANK.search(failure.text):
+        return False
     if (before.rank, before.step, _outline(before.text)) != (failure.rank, failure.step, _outline(failure.text)):
         return False
     return not (failure.by_signal and failure.step is None)
