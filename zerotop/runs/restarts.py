@@ -116,7 +116,7 @@ class Restarts:
 
 def _is_same(before: Failure, failure: Failure) -> bool:
     """A rank that is killed before its first step says nothing about a step: it may be chance, from outside. So may a
-    hang in which no rank keeps the others waiting: they all wait for something else, a disk or a machine that is busy."""
+    hang in which no rank keeps the others waiting: all wait for something else, a disk or a busy machine."""
     if failure.hung and not _RANK.search(failure.text):
         return False
     if (before.rank, before.step, _outline(before.text)) != (failure.rank, failure.step, _outline(failure.text)):
