@@ -16,6 +16,7 @@ import pytest
 from runtime.checkpoint.manifest import read_manifest
 from runtime.wire.messages import Hello, StepResult
 from runtime.wire.rundir import read_run, read_status
+from tests.cpu import BF16_IF_QUICK
 from tests.faults.conftest import FakeRun, until
 from zerotop.hub.recorder import read_messages
 from zerotop.runs.directory import read_entry
@@ -29,7 +30,7 @@ CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": 2,
     "zero_optimization": {"stage": 2},
-    "bf16": {"enabled": True},
+    **BF16_IF_QUICK,
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
     "zerotop": {
         "model": {"preset": "gpt-tiny"},

@@ -6,25 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.cpu import BF16_IF_QUICK
+
 STEPS = 500
 """Of every run. A round whose run has finished goes on with a new one."""
 INTERVAL = 5
 KEPT = 3
 _CPU = {"device": "cpu", "pin_memory": False}
-
-
-def _has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 itself. torch's way around it is 20 times as slow as fp32: steps of a second."""
-    try:
-        return "_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-_16_BIT = {"bf16": {"enabled": True}} if _has_bf16() else {}
 VARIANTS: list[dict[str, Any]] = [
-    {"zero_optimization": {"stage": 2}, **_16_BIT},
-    {"zero_optimization": {"stage": 3, "offload_optimizer": _CPU, "offload_param": _CPU}, **_16_BIT},
+    {"zero_optimization": {"stage": 2}, **BF16_IF_QUICK},
+    {"zero_optimization": {"stage": 3, "offload_optimizer": _CPU, "offload_param": _CPU}, **BF16_IF_QUICK},
     {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2},
     {"zero_optimization": {"stage": 2, "offload_optimizer": _CPU}, "gradient_accumulation_steps": 2},
 ]
