@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from runtime.setup import TRAINABLE, Assembly, _specs
+from runtime.setup import TRAINABLE, Assembly, _dtypes, _specs
 from runtime.zero.cut import cut
 from runtime.zero.gradients import GradientNumbers
 from runtime.zero.layout import ALIGNMENT, Layout
@@ -106,7 +106,7 @@ def test_every_element_of_a_mixed_model_has_one_owner(model, stage, world, preci
     frozen = {p for p in named.values() if p not in group_of}
     policy = policy_for(stage, False)
     parts = Assembly(policy, GradientNumbers(FP32, None, 1.0))
-    specs = _specs(cut(model, None, small_below), parts, world > 1, group_of, frozen, precision)
+    specs = _specs(cut(model, None, small_below), parts, world > 1, group_of, frozen, _dtypes(model, precision))
 
     owners = {name: torch.zeros(p.numel(), dtype=torch.int64) for name, p in named.items()}
     for spec in specs:

@@ -252,7 +252,7 @@ def test_a_failing_explanation_masks_nothing(
     code = rank_main._failed(raised(lambda: bytearray(1 << 60)))
     assert code == 1
     assert capsys.readouterr().err.splitlines()[-1] == "MemoryError"
-    (outcome, text, more) = said[0]
+    outcome, text, *_, more = said[0]
     assert outcome == "failed" and text.splitlines()[-1] == "MemoryError" and not more.get("fatal")
 
 
@@ -264,7 +264,7 @@ def test_the_reason_is_the_last_line_of_the_goodbye_and_of_the_log(
     assert rank_main._failed(raised(lambda: torch.empty(1 << 50, dtype=torch.uint8))) == 1
     log = capsys.readouterr().err.splitlines()
     assert log[0].startswith("Traceback") and any("DefaultCPUAllocator" in line for line in log)
-    (_, text, more) = said[0]
+    _, text, *_, more = said[0]
     assert more == {"fatal": True}
     last = text.splitlines()[-1]
     assert last.startswith("error: out of host memory: 1.00 PiB") and log[-1] == last

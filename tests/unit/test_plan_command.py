@@ -231,7 +231,7 @@ def test_the_parser_registers_itself() -> None:
     assert parser.parse_args(["plan", "7B", "--gpus", "2"]).gpus == 2
 
 
-def test_it_answers_in_a_blink_without_torch_or_numpy() -> None:
+def test_it_answers_in_under_a_second_without_torch_or_numpy() -> None:
     code = (
         "import sys, time; start = time.process_time()\n"
         "from zerotop.cli import main; main(['plan', '7B', '--gpus', '8'])\n"
@@ -241,9 +241,9 @@ def test_it_answers_in_a_blink_without_torch_or_numpy() -> None:
     )
     fastest_s = 60.0
     deadline = time.monotonic() + 30
-    while fastest_s > 0.3 and time.monotonic() < deadline:  # a busy machine must not decide this
+    while fastest_s > 1.0 and time.monotonic() < deadline:  # a busy machine must not decide this
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
         taken, heavy = done.stderr.strip().split(" ", 1)
         assert heavy == "[]"
         fastest_s = min(fastest_s, float(taken))
-    assert fastest_s < 0.3
+    assert fastest_s < 1.0
