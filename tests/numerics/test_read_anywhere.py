@@ -151,11 +151,16 @@ class Run:
         from runtime.checkpoint.parts import blocks_of
 
         self.engine.synchronize()
-        mine = [(part, block.view(at, part).clone()) for block in blocks_of(self.engine) for at, part in block.parts]
+        mine = [
+            (part.name, part.total, part.start, part.numel, str(part.dtype), block.view(at, part).clone())
+            for block in blocks_of(self.engine)
+            for at, part in block.parts
+        ]
         whole: dict[str, torch.Tensor] = {}
-        for part, piece in itertools.chain(*self.engine.comm.gather_objects(mine)):
-            found = whole.setdefault(part.name, torch.full((part.total,), torch.nan).to(part.dtype))
-            found[part.start : part.start + part.numel] = piece
+        for name, total, start, numel, dtype, piece in itertools.chain(*self.engine.comm.gather_objects(mine)):
+            found = whole.setdefault(name, torch.full((total,), torch.nan).to(piece.dtype))
+            assert str(found.dtype) == dtype
+            found[start : start + numel] = piece
         return whole
 
     def facts(self) -> dict[str, Any]:
