@@ -233,7 +233,7 @@ print("at", [engine.global_steps for engine in engines])
 for _ in range(4):
     for engine in engines:
         for _ in range(2):
-            inputs = torch.randn(2, 8, dtype=torch.bfloat16)
+            inputs = torch.randn(2, 8, dtype=next(engine.module.parameters()).dtype)
             engine.backward(engine(inputs).square().mean())
             engine.step()
         engine.wait_for_checkpoint()  # else a machine under load puts off the next one, and none follows the last step
