@@ -72,12 +72,7 @@ deepspeedpaths.install()
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return f"{DEEPSPEED_VERSION}+zerotop.{importlib.import_module('importlib.metadata').version('zerotop')}"
-    if name in _FROM:
-        module, _, attribute = _FROM[name].partition(":")
-        return getattr(importlib.import_module(f"runtime.{module}"), attribute or name)
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return deepspeedpaths.attribute_of("runtime", name)
+    return deepspeedpaths.attribute_of("runtime", name, _FROM)
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -87,8 +87,17 @@ def why_absent(name: str) -> str | None:
     return None
 
 
-def attribute_of(package: str, name: str) -> Any:
-    """For a package's __getattr__: its submodule `name`. Raises AttributeError, with the reason where one is known."""
+def attribute_of(package: str, name: str, names: Mapping[str, str] | None = None) -> Any:
+    """For a package's __getattr__: what it imports only when it is asked for. names: where such a name is, a module
+    below the package, with ":its name there" where that is another one. Other names are submodules.
+
+    Raises AttributeError, with the reason where one is known.
+    """
+    if names is not None and name in names:
+        module, _, attribute = names[name].partition(":")
+        return getattr(importlib.import_module(f"{package}.{module}"), attribute or name)
+    if name.startswith("__"):
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
     try:
         return importlib.import_module(f"{package}.{name}")
     except ModuleNotFoundError as error:

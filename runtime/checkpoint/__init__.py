@@ -23,7 +23,6 @@ Writing and reading are imported at their first use: torch.distributed.checkpoin
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.folder import complete, newest, prune, script_tag, step_tag
@@ -57,8 +56,4 @@ _LATER = {"Loaded": "loading", "load": "loading", "on_rank_0": "job", "save": "s
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return getattr(importlib.import_module(f"runtime.checkpoint.{_LATER[name]}"), name)
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return attribute_of("runtime.checkpoint", name)
+    return attribute_of("runtime.checkpoint", name, _LATER)

@@ -8,6 +8,4 @@ from runtime.deepspeedpaths import attribute_of
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
     return attribute_of("runtime.ops", name)

@@ -3,7 +3,6 @@ the rest in this package's files."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -71,8 +70,4 @@ def set_log_level_from_string(log_level_str: str, custom_logger: logging.Logger 
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM:
-        return getattr(importlib.import_module(f"runtime.utils.{_FROM[name]}"), name)
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return attribute_of("runtime.utils", name)
+    return attribute_of("runtime.utils", name, _FROM)

@@ -17,7 +17,6 @@ external   calls that DeepSpeed needs and this engine does not
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from runtime.deepspeedpaths import attribute_of
@@ -52,8 +51,4 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"runtime.zero.{_MODULES[name]}"), name)
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return attribute_of("runtime.zero", name)
+    return attribute_of("runtime.zero", name, _MODULES)
