@@ -28,7 +28,7 @@ class Flat:
     """Parameters of one dtype, ordered by optimizer parameter group.
 
     whole       (layout.numel,) in the compute dtype; every `param.data` is a view into it. While a sharded flat is
-                released it has no memory, and `param.data` are placeholders of the right shape that read as NaN
+                released it has no memory, and its parameters are of a class that can't be computed with (parameter.py)
     own         (own range,) what this rank keeps and updates: its range of `whole`, or at stage 3 memory of its own,
                 which may be the host's (offload_param)
     masters     (state range,) fp32, in `home`; for fp32 parameters there they are `own`, not a copy
