@@ -1,4 +1,4 @@
-"""Whether a change keeps every bit: losses and a digest of all parameters after some steps, for a grid of configurations
+"""Whether a change keeps every bit: losses and a digest of all parameters after 20 steps, for a grid of configurations
 on two ranks of this machine.
 
     python -m benchmarks.digests --write before.json          on the old commit

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from runtime import native
 from runtime.api import initialize
-from runtime.exchange import RING, Exchange, ExchangeError
+from runtime.comm.shared_memory import RING, Exchange, ExchangeError
 from tests.numerics.models import make
 from tests.numerics.test_parity import config, micro_batch
 
@@ -211,7 +211,7 @@ def refused(reason: str) -> None:
         dist.all_gather_object(values, value)
         return values
 
-    import runtime.exchange as module
+    import runtime.comm.shared_memory as module
 
     before = module._host
     if reason == "hosts":

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from runtime.config import ConfigError, load
-from runtime.knobs import KNOBS, KnobError, get_knob, parse_knob
+from runtime.config.knobs import KNOBS, KnobError, get_knob, parse_knob
 
 
 @pytest.mark.parametrize(
