@@ -17,9 +17,10 @@ from runtime import deepspeed_paths as deepspeedpaths
 if TYPE_CHECKING:
     from runtime import accelerator, checkpointing, comm, lr_schedules, ops, utils, zero
     from runtime.accelerator import get_accelerator
-    from runtime.api import add_config_arguments, init_distributed, initialize
+    from runtime.comm import init_distributed
     from runtime.config import ConfigError as DeepSpeedConfigError
     from runtime.engine import DeepSpeedEngine, Engine
+    from runtime.engine.initialize import add_config_arguments, initialize
     from runtime.optim.optimizer import ZeroOptimizer as DeepSpeedOptimizer
     from runtime.utils import log_dist, logger
     from runtime.utils.deepspeed_config import DeepSpeedConfig
@@ -35,10 +36,10 @@ _FROM = {
     "DeepSpeedOptimizer": "optim.optimizer:ZeroOptimizer",
     "Engine": "engine",
     "OnDevice": "utils.loading",
-    "add_config_arguments": "api",
+    "add_config_arguments": "engine.initialize",
     "get_accelerator": "accelerator",
-    "init_distributed": "api",
-    "initialize": "api",
+    "init_distributed": "comm",
+    "initialize": "engine.initialize",
     "log_dist": "utils",
     "logger": "utils",
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "runtime.api"])
+_context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "runtime.engine.initialize"])
 
 
 class RankError(AssertionError):

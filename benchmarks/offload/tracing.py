@@ -24,7 +24,7 @@ class Trace:
         self._training = threading.get_ident()
         self._forward: dict[str, int] = {}
         names = {id(unit): unit.name for unit in engine.units}
-        for rule in engine.rules:
+        for rule in engine.shard_optimizers:
             rule.update = self._timed(rule.update, "update", rule.flat.name.partition("/")[0])
         updates = engine.updates
         updates._own_is_ready = self._timed(updates._own_is_ready, "wait", lambda position: _unit(engine, position))
@@ -71,5 +71,5 @@ class Trace:
 
 
 def _unit(engine: Any, position: int) -> str:
-    name: str = engine.rules[position].flat.name
+    name: str = engine.shard_optimizers[position].flat.name
     return name.partition("/")[0]

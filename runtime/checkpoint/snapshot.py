@@ -17,16 +17,13 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from runtime import native
-from runtime.checkpoint.parts import Block, Part
+from runtime.checkpoint.capture import Block, Part
 from runtime.host.pinned import page_lock, page_unlock
-
-if TYPE_CHECKING:
-    from runtime.zero.flat import Flat
+from runtime.zero.flat import FlatParamGroup
 
 SLOT_BYTES = 32 << 20
 SLOTS = 2
@@ -91,7 +88,7 @@ class Snapshot:
     def __init__(self, blocks: Sequence[Block], bounded: bool = False) -> None:
         """bounded: only what a forward changes (buffers) is copied."""
         self._copied: list[tuple[Block, int]] = []
-        self._fed: dict[int, tuple[torch.Tensor, Flat | None]] = {}
+        self._fed: dict[int, tuple[torch.Tensor, FlatParamGroup | None]] = {}
         self.places: list[Place] = []
         """In the order in which they should be written."""
         at = 0
@@ -153,7 +150,7 @@ class Snapshot:
                 self._left[id(flat)] -= 1
                 self._changed.notify_all()
 
-    def wait_for(self, flat: Flat) -> None:
+    def wait_for(self, flat: FlatParamGroup) -> None:
         """Returns when `flat` may change. See [Note: blocks that stay]."""
         with self._changed:
             self._changed.wait_for(lambda: self._left.get(id(flat), 0) <= 0)
@@ -168,6 +165,26 @@ class Snapshot:
         with self._changed:
             self._left.clear()
             self._changed.notify_all()
+
+
+class SnapshotGuard:
+    """Lets updates wait for what a checkpoint still reads. Holds the snapshot that was taken last."""
+
+    def __init__(self) -> None:
+        self._snapshot: Snapshot | None = None
+
+    def hold(self, snapshot: Snapshot | None) -> None:
+        self._snapshot = snapshot
+
+    def wait_for(self, flat: FlatParamGroup) -> None:
+        """Returns when the masters and states of `flat` may change."""
+        if self._snapshot is not None:
+            self._snapshot.wait_for(flat)
+
+    def wait_for_all(self) -> None:
+        """Returns when everything may change."""
+        if self._snapshot is not None:
+            self._snapshot.wait_for_all()
 
 
 def slot_at(copied_bytes: int, slot: int) -> int:

@@ -20,8 +20,8 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.checkpoint.manifest import CheckpointError, root_cause
-from runtime.checkpoint.process import ALIVE_S, IGNORED, MEETING_FOLDER, PEER_LOST
+from runtime.checkpoint.format.manifest import CheckpointError, root_cause
+from runtime.checkpoint.writer_process import ALIVE_S, IGNORED, MEETING_FOLDER, PEER_LOST
 from runtime.telemetry.orphan import die_with_parent
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def main() -> None:
 
 def _save(job: Job, source: _Source, peers: _Peers) -> tuple[str, list[str]]:
     """What went wrong: with the checkpoint, and afterwards."""
-    from runtime.checkpoint.writing import write
+    from runtime.checkpoint.commit import write
 
     try:
         return "", write(job, source.read, peers)
@@ -111,7 +111,7 @@ class _Link:
 
 
 class _Peers:
-    """The writers of all ranks, over Gloo, as runtime.checkpoint.writing wants them."""
+    """The writers of all ranks, over Gloo, as runtime.checkpoint.commit wants them."""
 
     def __init__(self, store: str, rank: int, world_size: int) -> None:
         import torch.distributed as dist

@@ -126,7 +126,7 @@ def _traffic(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
     if two.sent_bytes > one.sent_bytes:
         yield (
             f"With {steps} micro-steps stage 2 sends {format_size(two.sent_bytes)} per {rank} and step, stage 1 "
-            f"{format_size(one.sent_bytes)}: stage 2 reduces at every micro-step, because it keeps only its own range."
+            f"{format_size(one.sent_bytes)}: stage 2 reduces at every micro-step, because it keeps only its own shard."
         )
     yield (
         f"Stage 3 gathers every unit twice per micro-step: {format_size(three.sent_bytes)} sent per {rank} and step, "

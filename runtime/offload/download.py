@@ -30,7 +30,7 @@ class _Slot:
 
 
 @dataclass
-class Downlink:
+class GradOffload:
     """Shared by all flats whose states are in other memory than their parameters."""
 
     transfers: Transfers

@@ -26,7 +26,7 @@ def ring_bytes(chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> int
 
 
 class GpuStreamer:
-    """`native.StreamedAdamW` as a HostSide uses it."""
+    """`native.StreamedAdamW` as a ParamUpload uses it."""
 
     def __init__(self, device: torch.device, chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> None:
         """chunk_bytes: of states in each slot. gradient, out: what pieces may have on the host."""

@@ -10,7 +10,7 @@ from torch import nn
 from runtime.config import ConfigError
 from runtime.models.names import plain_name
 from runtime.models.weights import Weights
-from runtime.zero.init import WEIGHTS_MARK
+from runtime.zero.absent import WEIGHTS_MARK
 
 log = logging.getLogger("runtime.setup")
 

@@ -17,7 +17,7 @@ pytestmark = [
 
 PROGRAM = """
 import torch
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from tests.numerics.models import make
 from tests.numerics.test_parity import HYPER, STEPS, config, micro_batch
 

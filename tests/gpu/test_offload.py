@@ -18,7 +18,7 @@ pytestmark = [
 
 COMMON = """
 import torch
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.models.gpt import GPT
 from runtime.config.presets import GPTConfig
 
@@ -98,7 +98,7 @@ requested, real = engine.ledger.pinned()
 offloaded = sum(engine.ledger.offloaded().values())
 assert requested == offloaded > 0, (requested, offloaded)
 assert offloaded <= real < offloaded + 4096 * 8 * len(engine.flats) + 8 * 4096, (offloaded, real)
-assert all(rule.exp_avg.is_pinned() and rule.flat.masters.is_pinned() for rule in engine.rules)
+assert all(rule.exp_avg.is_pinned() and rule.flat.masters.is_pinned() for rule in engine.shard_optimizers)
 print("good")
 """
 

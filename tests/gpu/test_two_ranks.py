@@ -25,7 +25,7 @@ END_S = 100
 
 PARITY = """
 import torch, torch.distributed as dist
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from tests.numerics.models import make
 from tests.numerics.test_parity import config, micro_batch, train_plainly
 engine = initialize(model=make("plain"), config=config({stage}, 2, clip=0.5))[0]
@@ -45,7 +45,7 @@ print("good")
 OVERLAP = """
 import torch, torch.distributed as dist
 from torch import nn
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.comm.pending import DevicePending
 model = nn.Sequential(); model.blocks = nn.ModuleList(nn.Linear(4096, 4096) for _ in range(6))
 def forward(x):
@@ -79,7 +79,7 @@ print("good")
 
 MEMORY = """
 import torch
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.models.gpt import GPT
 from runtime.config.presets import GPTConfig
 base = torch.cuda.memory_allocated()

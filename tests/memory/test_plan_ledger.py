@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import runtime.offload.placement
-from runtime.api import initialize
-from runtime.checkpoint.parts import blocks_of
+from runtime.engine.initialize import initialize
+from runtime.checkpoint.capture import blocks_of
 from runtime.checkpoint.snapshot import Snapshot
 from runtime.config import load
 from runtime.config.presets import PRESETS, GPTConfig, unit_parameters
@@ -26,7 +26,7 @@ from runtime.offload.placement import Size, _plan
 from runtime.offload.streamed import ring_bytes
 from runtime.plan import Layout, stage_layout
 from runtime.plan.workload import Workload, workload_of
-from runtime.zero.gradients import GradientNumbers
+from runtime.zero.gradients import GradientConfig
 from runtime.zero.stage import policy_for
 from tests.numerics.remote import remote_device
 from tests.ranks import Ranks
@@ -165,7 +165,7 @@ def placed(config: dict[str, Any], units: list[tuple[str, int]], world_size: int
     sizes = [Size(numel, precision, trained=True, sharded=sharded and name != "small") for name, numel in units]
     comm: Any = SimpleNamespace(world_size=world_size, device=torch.device("cuda"), gather_objects=lambda one: [one])
     policy = policy_for(resolved.stage, resolved.zerotop.accumulate == "local")
-    return _plan(resolved, policy, comm, GradientNumbers(torch.float32), sizes, remote=remote)
+    return _plan(resolved, policy, comm, GradientConfig(torch.float32), sizes, remote=remote)
 
 
 def test_a_7b_offload_pins_what_the_plan_says() -> None:

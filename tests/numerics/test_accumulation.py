@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from tests.numerics.models import make
 from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import runtime as deepspeed
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.config import ConfigError
 from runtime.models.weights import Weights
 from runtime.zero import weights as weights_of_zero

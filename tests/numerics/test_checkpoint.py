@@ -11,7 +11,7 @@ HALF = 4
 
 
 def engine_for(settings, kind="plain"):
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
     from tests.numerics.models import make
 
     return initialize(model=make(kind), config=settings)[0]

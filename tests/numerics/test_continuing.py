@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.engine.steer import Steering
+from runtime.engine.control import Steering
 from tests.numerics.test_parity import config
 
 SAMPLES = 60
@@ -44,7 +44,7 @@ class Script:
     """A training script with a generator of each kind, seeded by rank where it augments."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        from runtime.api import initialize
+        from runtime.engine.initialize import initialize
 
         rank = dist.get_rank()
         torch.manual_seed(0)
@@ -236,7 +236,7 @@ def test_an_interrupted_accumulation_is_dropped(ranks, tmp_path):
 
 
 def refusals() -> list[str]:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
     from runtime.config import ConfigError
     from tests.numerics.test_scripts import message_of
 

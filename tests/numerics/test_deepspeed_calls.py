@@ -147,11 +147,11 @@ class Grown(Uneven):
 
 
 def states(engine) -> list[float]:
-    return [float(rule.exp_avg.abs().sum()) for rule in engine.rules]
+    return [float(rule.exp_avg.abs().sum()) for rule in engine.shard_optimizers]
 
 
 def load_parts(folder: str, stage: int) -> dict[str, Any]:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     settings = config(stage, 1, clip=0.0, **SCHEDULED)
     first = engine_for(settings)

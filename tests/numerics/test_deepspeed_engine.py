@@ -192,7 +192,7 @@ def evaluate(stage: int, folder: str) -> dict[str, Any]:
     settings = config(stage, 1, clip=0.0)
     del settings["optimizer"]
     settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     model = make("frozen")
     flags = [p.requires_grad for p in model.parameters()]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import native
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.comm.shared_memory import RING, Exchange, ExchangeError
 from tests.numerics.models import make
 from tests.numerics.test_parity import config, micro_batch

@@ -23,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 def trained(settings, model) -> object:
     import torch.distributed as dist
 
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     engine = initialize(model=model, config=settings)[0]
     for step in range(2):
@@ -178,7 +178,7 @@ def test_values_that_fp16_does_not_hold_are_an_error(ranks, tmp_path, capfd):
 # ---- what is known of the model --------------------------------------------------------------------------------------
 def save_gpt(folder: str, settings, tied: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, the logits of the engine's module)."""
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
     from runtime.config.presets import GPTConfig
     from runtime.models.gpt import GPT
 
@@ -270,7 +270,7 @@ def test_a_hugging_face_config_comes_along_and_a_wrappers_prefix_goes(ranks, tmp
 # ---- memory ----------------------------------------------------------------------------------------------------------
 PEAK = """
 import sys
-from runtime.checkpoint.export import main
+from runtime.export import main
 
 exit_code = main()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -288,7 +288,7 @@ class Heavy(nn.Module):
 
 
 def save_heavy(folder: str, layers: int) -> None:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     initialize(model=Heavy(layers), config=config(2, 1, 0.0))[0].save_checkpoint(folder, "heavy")
 

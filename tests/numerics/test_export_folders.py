@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from runtime.checkpoint.manifest import read_manifest, record_of
+from runtime.checkpoint.format.manifest import read_manifest, record_of
 from runtime.wire.messages import RunStatus
 from tests.faults.conftest import until
 from tests.numerics.models import make
@@ -178,8 +178,8 @@ def test_what_the_system_refuses_is_one_line_and_exit_code_1(checkpoint, tmp_pat
 SLOW = """
 import sys, time
 from safetensors.torch import save_file
-import runtime.checkpoint.huggingface as module
-from runtime.checkpoint.export import main
+import runtime.export.huggingface as module
+from runtime.export import main
 
 def save_and_wait(content, path, metadata):
     save_file(content, path, metadata=metadata)

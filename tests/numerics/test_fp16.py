@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.config import Fp16Config, Resolved, load
 from tests.numerics.models import make
 from tests.numerics.test_parity import config, micro_batch, train_plainly

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime import zero
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from tests.numerics.models import Uneven, make
 from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
@@ -136,7 +136,7 @@ def held_while_used() -> None:
     live: list[int] = []
     for part in parts:
         part.register_forward_hook(
-            lambda *_: live.append(sum(unit.sharded[0].gathered for unit in engine.units if not unit.stays))
+            lambda *_: live.append(sum(unit.sharded[0].is_unsharded for unit in engine.units if not unit.stays))
         )
     for number in range(3):
         step(engine, number)
@@ -187,7 +187,7 @@ def masters_of(engine: Any, name: str) -> torch.Tensor:
     for flat in engine.flats:
         for part in flat.layout.slices(flat.start, flat.end):
             if part.name == name:
-                return flat.masters[part.range_start : part.range_start + part.numel]
+                return flat.masters[part.shard_start : part.shard_start + part.numel]
     return torch.tensor([0.25 if name else 0.0])[:0]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.config.presets import GPTConfig
 from runtime.models.gpt import GPT
 from tests.numerics.models import batch, make

@@ -31,7 +31,7 @@ class Normed(nn.Module):
 
 
 def engine_saving_into(folder: str, stage: int = 2):
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     engine = initialize(model=Normed(), config=config(stage, 1, clip=0.0))[0]
     engine.steering.folder = Path(folder)

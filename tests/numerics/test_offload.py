@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import runtime.offload.placement
 from runtime import zero
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from runtime.config import ConfigError, load
 from runtime.host.memory_limits import Limits, check_host_memory
@@ -256,7 +256,7 @@ def failing_update() -> str:
 
     for step in range(3):
         if step == 2:
-            engine.rules[1].update = fail
+            engine.shard_optimizers[1].update = fail
         engine.backward(engine(*micro_batch(step, 0, dist.get_rank(), 1)))
         engine.step()
     with pytest.raises(MemoryError, match="for the update") as caught:

@@ -44,7 +44,7 @@ def train_with_engine(
     """Parameters by name, global losses and norms, as one rank of the current process group ends up with them."""
     import torch.distributed as dist
 
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     rank, world = dist.get_rank(), dist.get_world_size()
     engine, _, _, _ = initialize(model=make(kind), config=settings)

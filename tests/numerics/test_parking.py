@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from runtime.wire.messages import Command
 from tests.numerics.models import make
@@ -86,7 +86,7 @@ def test_a_resume_without_room_is_rejected_on_all_ranks(ranks):
 
 
 def lose_the_supervisor_while_released(folder: str, room: bool) -> tuple[str, str, int]:
-    from runtime.engine.steer import RunStopped
+    from runtime.engine.control import RunStopped
 
     engine = started(config(2, 1, clip=0.5))
     steering, said = engine.steering, []

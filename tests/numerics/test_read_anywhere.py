@@ -108,7 +108,7 @@ class Model(Uneven):
 
 class Run:
     def __init__(self, setup: Setup, optimizer: dict[str, Any] | None = None, frozen: bool = True) -> None:
-        from runtime.api import initialize
+        from runtime.engine.initialize import initialize
 
         torch.manual_seed(1)
         model = Model()
@@ -148,7 +148,7 @@ class Run:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Whole masters, optimizer states, frozen parameters and buffers by name."""
-        from runtime.checkpoint.parts import blocks_of
+        from runtime.checkpoint.capture import blocks_of
 
         self.engine.synchronize()
         mine = [

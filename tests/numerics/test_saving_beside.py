@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runtime.checkpoint.parts import blocks_of
+from runtime.checkpoint.capture import blocks_of
 from tests.numerics.test_checkpoint import advance, engine_for, parameters
 from tests.numerics.test_offload import offloaded
 from tests.numerics.test_parity import config
@@ -117,7 +117,7 @@ class Wide(nn.Module):
 
 
 def save_wide(folder: str) -> int:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
     from runtime.checkpoint.snapshot import SLOT_BYTES
 
     torch.manual_seed(0)

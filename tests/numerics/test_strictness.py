@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runtime.checkpoint import CheckpointError, read_manifest
-from runtime.checkpoint.manifest import MANIFEST
+from runtime.checkpoint.format.manifest import MANIFEST
 from tests.numerics.models import Uneven
 from tests.numerics.test_parity import config
 from tests.numerics.test_scripts import message_of
@@ -42,7 +42,7 @@ class Variant(Uneven):
 
 class Run:
     def __init__(self, kind: str, stage: int) -> None:
-        from runtime.api import initialize
+        from runtime.engine.initialize import initialize
 
         torch.manual_seed(1)
         model = Variant(kind)
@@ -72,9 +72,9 @@ class Run:
                 if len(losses) == steps:
                     return losses
 
-    def everything(self) -> dict[str, Any]:
+    def unsharded(self) -> dict[str, Any]:
         """All that a load could change on this rank."""
-        from runtime.checkpoint.parts import pieces_of, whole_tensors
+        from runtime.checkpoint.capture import pieces_of, whole_tensors
 
         engine = self.engine
         tensors = {name: piece.tensor.clone() for name, piece in pieces_of(engine).items()}
@@ -106,18 +106,18 @@ def refused(folder: str, kinds: list[tuple[str, str, bool]], stage: int) -> list
     outcomes = []
     for of, kind, strict in kinds:
         undisturbed = Run(kind, stage)
-        unbroken, end = undisturbed.train(4), undisturbed.everything()
+        unbroken, end = undisturbed.train(4), undisturbed.unsharded()
         run = Run(kind, stage)
         losses = run.train(2)
-        before = run.everything()
+        before = run.unsharded()
         text = message_of(
             CheckpointError, partial(run.engine.load_checkpoint, f"{folder}/{of}", load_module_strict=strict)
         )
-        after = run.everything()
+        after = run.unsharded()
         changed = [name for name in before if not same(before[name], after[name])]
         assert before.keys() == after.keys()
         losses += run.train(2)
-        final = run.everything()
+        final = run.unsharded()
         outcomes.append((text, changed, losses == unbroken and all(same(end[name], final[name]) for name in end)))
     return outcomes
 

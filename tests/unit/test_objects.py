@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.checkpoint import rng
+from runtime.host import rng
 from runtime.comm import objects
 from runtime.comm.objects import ObjectError, pack, unpack
 from runtime.wire.rundir import GROUP_KEY_VARIABLE

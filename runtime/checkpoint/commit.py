@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from runtime.checkpoint import folder as folders
-from runtime.checkpoint.index import INDEX, Row, index_of
+from runtime.checkpoint.format import folder as folders
+from runtime.checkpoint.format.legacy import METADATA
+from runtime.checkpoint.format.manifest import MANIFEST, CheckpointError, FileRecord, record_of, root_cause
+from runtime.checkpoint.format.shards import write_parts, write_torch_metadata
+from runtime.checkpoint.format.tensors import INDEX, Row, index_of
 from runtime.checkpoint.job import Job, Peers, on_rank_0
-from runtime.checkpoint.legacy import METADATA
-from runtime.checkpoint.manifest import MANIFEST, CheckpointError, FileRecord, record_of, root_cause
-from runtime.checkpoint.shards import write_parts, write_torch_metadata
 
 Records = dict[str, tuple[int, str]]
 """Size in bytes and SHA-256 of files, by name: plain, for they go from rank to rank."""

@@ -1,4 +1,4 @@
-"""python -P -m runtime.checkpoint.export: the process that `zerotop export` starts, because it needs torch.
+"""python -P -m runtime.export.__main__: the process that `zerotop export` starts, because it needs torch.
 
 Progress goes to stderr, one JSON document to stdout: what was written, or {"error": ...}. Exit codes: 0 done; 1 it
 can't be written; 2 a checkpoint, folder or value that is no good; 130 ended by a signal, or by its parent's end.
@@ -16,8 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from runtime.checkpoint.manifest import CheckpointError, FileRecord, read_manifest, verify
-from runtime.checkpoint.target import appearing, check_space, check_target
+from runtime.checkpoint.format.manifest import CheckpointError, FileRecord, read_manifest, verify
+from runtime.export.target import appearing, check_space, check_target
 from runtime.telemetry.orphan import die_with_parent
 from runtime.wire.sizes import format_size
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m runtime.checkpoint.export")
+    parser = argparse.ArgumentParser(prog="python -m runtime.export.__main__")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
@@ -61,7 +61,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises CheckpointError for a checkpoint or folder that is no good, OSError when it can't be written."""
     out = check_target(arguments.out, arguments.checkpoint, arguments.overwrite)
     verify(arguments.checkpoint, read_manifest(arguments.checkpoint), before=_tell_large)
-    from runtime.checkpoint.huggingface import HuggingFaceExport
+    from runtime.export.huggingface import HuggingFaceExport
 
     planned = HuggingFaceExport(arguments.checkpoint, arguments.dtype, arguments.shard_bytes)
     check_space(out, planned.needed_bytes)

@@ -9,75 +9,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from runtime.checkpoint.manifest import CheckpointError, Manifest, regular_size
+from runtime.checkpoint.format.legacy import read_pickled_index
+from runtime.checkpoint.format.manifest import CheckpointError, Manifest, regular_size
+from runtime.checkpoint.format.tensors import INDEX, ITEM_BYTES, StoredTensor, TensorIndex
 from runtime.models.names import plain_names
 
-INDEX = "tensors.json"
-ITEM_BYTES: dict[str, int] = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "complex64": 8, "complex128": 16,
-    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8, "bool": 1,
-}  # fmt: skip
-"""Bytes per element of the dtypes that a checkpoint may hold, by torch's name."""
 _DATA_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp")
-_Count = Annotated[int, Field(ge=0, strict=True)]
-
-
-class StoredPart(NamedTuple):
-    """Elements [start, start + numel) of a tensor: `nbytes` bytes of `file` from `offset` on."""
-
-    start: _Count
-    numel: _Count
-    file: str
-    offset: _Count
-    nbytes: _Count
-
-
-class StoredTensor(BaseModel):
-    """One tensor, flattened; its parts in order."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    dtype: str
-    numel: _Count
-    parts: list[StoredPart]
-
-
-class TensorIndex(BaseModel):
-    """tensors.json: every tensor by name ("param.NAME", "state.STATE.NAME", "buffer.NAME")."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    format: Literal[1] = 1
-    tensors: dict[str, StoredTensor]
-
-    def encoded(self) -> bytes:
-        return self.model_dump_json().encode() + b"\n"
-
-
-Row = tuple[str, str, int, int, int, str, int, int]
-"""What a rank says of a part that it has written: name, dtype, numel of the whole tensor, and a StoredPart's fields."""
-
-
-def index_of(rows: Iterable[Row]) -> TensorIndex:
-    """The index of what all ranks have written."""
-    parts: dict[str, list[StoredPart]] = defaultdict(list)
-    kinds: dict[str, tuple[str, int]] = {}
-    for name, dtype, total, start, numel, file, offset, nbytes in rows:
-        kinds[name] = dtype, total
-        parts[name].append(StoredPart(start, numel, file, offset, nbytes))
-    return TensorIndex(
-        tensors={
-            name: StoredTensor(dtype=dtype, numel=numel, parts=sorted(parts[name]))
-            for name, (dtype, numel) in sorted(kinds.items())
-        }
-    )
 
 
 def read_index(path: Path, manifest: Manifest) -> dict[str, StoredTensor]:
@@ -101,8 +43,6 @@ def _read_index(path: Path, manifest: Manifest) -> dict[str, StoredTensor]:
         except OSError as error:
             raise CheckpointError(f"{path / INDEX} cannot be read: {error.strerror or error}") from None
     else:
-        from runtime.checkpoint.legacy import read_pickled_index
-
         index = read_pickled_index(path)
     _check(path, manifest, index.tensors)
     return plain_names(index.tensors)

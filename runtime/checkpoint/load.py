@@ -1,4 +1,4 @@
-"""Reading a checkpoint into an engine of any world size, stage and unit cut."""
+"""Reading a checkpoint into a training state of any world size, stage and unit cut."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-from runtime.checkpoint import rng
 from runtime.checkpoint.buffers import buffers_of, key_for
+from runtime.checkpoint.capture import Piece, pieces_of
 from runtime.checkpoint.common import read_common, read_random
-from runtime.checkpoint.fitting import compare, compare_tensors, differences
-from runtime.checkpoint.groups import load_groups, load_scheduler
-from runtime.checkpoint.index import StoredTensor, read_index
-from runtime.checkpoint.manifest import (
+from runtime.checkpoint.fit import compare, compare_tensors, differences
+from runtime.checkpoint.format.index import read_index
+from runtime.checkpoint.format.manifest import (
     EVERYTHING,
     CheckpointError,
     Damaged,
@@ -23,12 +22,14 @@ from runtime.checkpoint.manifest import (
     read_manifest,
     verify,
 )
-from runtime.checkpoint.parts import Piece, pieces_of
-from runtime.checkpoint.stored import read_pieces
+from runtime.checkpoint.format.stored import read_pieces
+from runtime.checkpoint.format.tensors import StoredTensor
+from runtime.checkpoint.groups import load_groups, load_scheduler
+from runtime.checkpoint.registered import Registered
+from runtime.checkpoint.snapshot import SnapshotGuard
 from runtime.comm import Comm
-
-if TYPE_CHECKING:
-    from runtime.engine import Engine
+from runtime.host import rng
+from runtime.state.train_state import TrainState
 
 log = logging.getLogger("runtime.checkpoint")
 
@@ -58,7 +59,9 @@ class _Content:
     """Where each tensor is, by name."""
 
 
-def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
+def load(
+    state: TrainState, registered: Registered, guard: SnapshotGuard, path: Path, wanted: Wanted = EVERYTHING
+) -> Loaded:
     """Continue from the checkpoint at `path`: masters, optimizer, scheduler, random numbers, counters, as far as
     `wanted`.
 
@@ -66,26 +69,22 @@ def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
     config's.
     Raises CheckpointError on every rank, before anything is changed, when the checkpoint does not fit.
     """
-    engine.synchronize()
-    engine.saver.before_change()
-    manifest = together(engine.comm, lambda: read_manifest(path))
-    together(engine.comm, lambda: compare(engine, manifest, path, wanted))
-    together(engine.comm, lambda: verify(path, manifest, engine.comm.rank, engine.comm.world_size))
-    content = together(engine.comm, lambda: _read(engine, manifest, path))
-    together(engine.comm, lambda: compare_tensors(engine, manifest, content.tensors, path, wanted))
+    state.synchronize()
+    guard.wait_for_all()
+    manifest = together(state.comm, lambda: read_manifest(path))
+    together(state.comm, lambda: compare(state, manifest, path, wanted))
+    together(state.comm, lambda: verify(path, manifest, state.comm.rank, state.comm.world_size))
+    content = together(state.comm, lambda: _read(state, manifest, path))
+    together(state.comm, lambda: compare_tensors(state, manifest, content.tensors, path, wanted))
     if wanted.progress:
-        together(engine.comm, lambda: engine.registered.compare(content.generators))
-    if engine.comm.rank == 0 and wanted.module:
-        for text in differences(engine, manifest, content.tensors, path):
+        together(state.comm, lambda: registered.compare(content.generators))
+    if state.comm.rank == 0 and wanted.module:
+        for text in differences(state, manifest, content.tensors, path):
             log.warning(text)
-    _load_tensors(engine, manifest, path, content.tensors, wanted)
-    for flat in engine.flats:
-        flat.masters_to_parameters()
-    engine.gathering.stale()
-    for pending in [flat.gather_updated() for flat in engine.flats if not flat.sharded]:
-        pending.wait()
+    _load_tensors(state, manifest, path, content.tensors, wanted)
+    state.masters_to_parameters()
     try:
-        _load_rest(engine, content.common, wanted)
+        _load_rest(state, content.common, wanted)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         text = f"{type(error).__name__}: {error}"
         raise CheckpointError(
@@ -93,7 +92,7 @@ def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
         ) from error
     common = content.common
     if wanted.progress:
-        _load_progress(engine, manifest, content, wanted)
+        _load_progress(state, manifest, content, wanted)
     if not wanted.progress:
         return Loaded(dict(common["client_state"]), {}, {})
     return Loaded(dict(common["client_state"]), dict(common["registered"]), content.generators)
@@ -115,9 +114,9 @@ def together(comm: Comm, action: Callable[[], _T]) -> _T:
     return cast(_T, result)
 
 
-def _read(engine: Engine, manifest: Manifest, path: Path) -> _Content:
+def _read(state: TrainState, manifest: Manifest, path: Path) -> _Content:
     common = read_common(path)
-    own, generators = _random_states(path, engine.comm.rank, manifest.world_size)
+    own, generators = _random_states(path, state.comm.rank, manifest.world_size)
     return _Content(common, own, generators, read_index(path, manifest))
 
 
@@ -130,49 +129,49 @@ def _random_states(path: Path, rank: int, saved: int) -> tuple[Mapping[str, Any]
     return None, rng.common_states([read_random(path, number) for number in range(saved)])
 
 
-def _load_rest(engine: Engine, common: dict[str, Any], wanted: Wanted) -> None:
+def _load_rest(state: TrainState, common: dict[str, Any], wanted: Wanted) -> None:
     """What is no tensor of the model: scalars of the optimizer, parameter groups, scheduler, loss scale."""
     if wanted.optimizer:
-        for rule in engine.rules:
-            rule.load_scalars(common["scalars"])
-        load_groups(engine, common, wanted.scheduler)
+        for optimizer in state.shard_optimizers:
+            optimizer.load_scalars(common["scalars"])
+        load_groups(state, common, wanted.scheduler)
     elif wanted.scheduler:
-        load_scheduler(engine, common)
+        load_scheduler(state, common)
     if wanted.progress and common["loss_scale"]:
-        engine.scaler.load_state_dict(common["loss_scale"])
+        state.scaler.load_state_dict(common["loss_scale"])
 
 
-def _load_progress(engine: Engine, manifest: Manifest, content: _Content, wanted: Wanted) -> None:
-    engine.global_steps, engine.lr_factor = manifest.step, manifest.lr_factor
-    engine.micro_steps = manifest.step * engine.gradient_accumulation_steps()  # which may be another one now
+def _load_progress(state: TrainState, manifest: Manifest, content: _Content, wanted: Wanted) -> None:
+    state.counters.global_steps, state.counters.lr_factor = manifest.step, manifest.lr_factor
+    state.accumulation.micro_steps = manifest.step * state.config.accumulation  # which may be another one now
     if wanted.optimizer:
-        engine.optimizer_steps, engine.foreign_steps = manifest.optimizer_step, manifest.foreign_steps
+        state.counters.optimizer_steps, state.counters.foreign_steps = manifest.optimizer_step, manifest.foreign_steps
     else:  # the states are as old as they were: so bias correction wants it
         skipped = manifest.step - manifest.optimizer_step - manifest.foreign_steps
-        engine.foreign_steps = manifest.step - skipped - engine.optimizer_steps
+        state.counters.foreign_steps = manifest.step - skipped - state.counters.optimizer_steps
     if content.random is not None:
         rng.set_state(content.random)
 
 
 def _load_tensors(
-    engine: Engine, manifest: Manifest, path: Path, tensors: Mapping[str, StoredTensor], wanted: Wanted
+    state: TrainState, manifest: Manifest, path: Path, tensors: Mapping[str, StoredTensor], wanted: Wanted
 ) -> None:
     with_states = wanted.optimizer and manifest.optimizer_step > 0
     if wanted.optimizer:
-        for rule in engine.rules:
-            rule.reset(to_read=with_states)
+        for optimizer in state.shard_optimizers:
+            optimizer.reset(to_read=with_states)
     frozen_then = set(manifest.frozen)
-    comm, excluded = engine.comm, {f"param.{name}" for name in manifest.excluded}
+    comm, excluded = state.comm, {f"param.{name}" for name in manifest.excluded}
 
     def is_read(name: str) -> bool:
         if name.startswith("param."):
             return wanted.module and name not in excluded
         return with_states and name.split(".", 2)[2] not in frozen_then
 
-    pieces = {name: piece for name, piece in pieces_of(engine).items() if is_read(name)}
-    tensors_here = {f"param.{name}": parameter.data for name, parameter in engine.frozen}
+    pieces = {name: piece for name, piece in pieces_of(state).items() if is_read(name)}
+    tensors_here = {f"param.{name}": parameter.data for name, parameter in state.frozen}
     tensors_here |= {
-        key_for(name, manifest, comm.rank, comm.world_size): buffer for name, buffer in buffers_of(engine).items()
+        key_for(name, manifest, comm.rank, comm.world_size): buffer for name, buffer in buffers_of(state).items()
     }
     whole = {
         name: (tensor, Piece.whole(tensor))
@@ -180,6 +179,6 @@ def _load_tensors(
         if wanted.module and name not in excluded
     }
     pieces |= {name: piece for name, (_, piece) in whole.items()}
-    together(engine.comm, lambda: read_pieces(path, tensors, pieces))
+    together(state.comm, lambda: read_pieces(path, tensors, pieces))
     for tensor, piece in whole.values():
         tensor.copy_(piece.tensor.view(tensor.shape))

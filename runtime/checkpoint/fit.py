@@ -1,34 +1,31 @@
-"""Whether a checkpoint fits an engine: the first difference, in one sentence, before anything is changed."""
+"""Whether a checkpoint fits an state: the first difference, in one sentence, before anything is changed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from runtime.checkpoint.buffers import buffers_of, key_for, key_of
-from runtime.checkpoint.index import StoredTensor
-from runtime.checkpoint.manifest import CheckpointError, Manifest, Wanted
-from runtime.checkpoint.parts import frozen_names, shapes_of
-
-if TYPE_CHECKING:
-    from runtime.engine import Engine
+from runtime.checkpoint.capture import frozen_names, shapes_of
+from runtime.checkpoint.format.manifest import CheckpointError, Manifest, Wanted
+from runtime.checkpoint.format.tensors import StoredTensor
+from runtime.state.train_state import TrainState
 
 Shapes = Mapping[str, list[int]]
 STRICT = "load_module_strict=False leaves what only one of them has as it is"
 
 
-def compare(engine: Engine, manifest: Manifest, path: Path, wanted: Wanted) -> None:
+def compare(state: TrainState, manifest: Manifest, path: Path, wanted: Wanted) -> None:
     """What the manifest says: parameters and buffers with their shapes (dtypes may differ), the optimizer's type and
     groups. Raises CheckpointError."""
     if wanted.module:
-        _compare_shapes("parameter", shapes_of(engine), manifest.shapes, path, wanted.strict)
+        _compare_shapes("parameter", shapes_of(state), manifest.shapes, path, wanted.strict)
     if wanted.module and manifest.buffers is not None:
-        ours = {name: list(buffer.shape) for name, buffer in buffers_of(engine).items()}
+        ours = {name: list(buffer.shape) for name, buffer in buffers_of(state).items()}
         _compare_shapes("buffer", ours, manifest.buffers, path, wanted.strict)
     if wanted.module and wanted.strict and manifest.excluded:
-        there = {*frozen_names(engine)}
+        there = {*frozen_names(state)}
         if trained := next((name for name in manifest.excluded if name not in there), None):
             raise CheckpointError(
                 f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True), and "
@@ -37,15 +34,15 @@ def compare(engine: Engine, manifest: Manifest, path: Path, wanted: Wanted) -> N
             )
     if not wanted.optimizer:
         return
-    if manifest.optimizer != engine.optimizer.kind:
+    if manifest.optimizer != state.optimizer.kind:
         raise CheckpointError(
-            f"checkpoint {path} was made with optimizer {manifest.optimizer}, the config says {engine.optimizer.kind}: "
+            f"checkpoint {path} was made with optimizer {manifest.optimizer}, the config says {state.optimizer.kind}: "
             f"set optimizer.type to {manifest.optimizer}"
         )
-    if manifest.groups != len(engine.optimizer.param_groups):
+    if manifest.groups != len(state.optimizer.param_groups):
         raise CheckpointError(
             f"checkpoint {path} has {manifest.groups} parameter groups, the optimizer has "
-            f"{len(engine.optimizer.param_groups)}: make the groups as they were"
+            f"{len(state.optimizer.param_groups)}: make the groups as they were"
         )
 
 
@@ -63,7 +60,7 @@ def _compare_shapes(what: str, ours: Shapes, theirs: Shapes, path: Path, strict:
 
 
 def compare_tensors(
-    engine: Engine, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path, wanted: Wanted
+    state: TrainState, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path, wanted: Wanted
 ) -> None:
     """What is really there: each parameter and buffer with as many elements, each optimizer state that this engine's
     optimizer has. Raises CheckpointError."""
@@ -77,8 +74,8 @@ def compare_tensors(
             raise CheckpointError(
                 f"checkpoint {path} is damaged or was changed: parameter {name} {there}, its manifest says {shape}"
             )
-    for name, buffer in buffers_of(engine).items() if wanted.module else ():
-        found = tensors.get(key_for(name, manifest, engine.comm.rank, engine.comm.world_size))
+    for name, buffer in buffers_of(state).items() if wanted.module else ():
+        found = tensors.get(key_for(name, manifest, state.comm.rank, state.comm.world_size))
         if found is None and not wanted.strict:
             continue
         if found is None or found.numel != buffer.numel():
@@ -90,36 +87,38 @@ def compare_tensors(
     if not wanted.optimizer or manifest.optimizer_step == 0:
         return
     frozen_then = set(manifest.frozen)
-    for rule in engine.rules:
-        names = {group: rule.state_names(group) for group in {slot.group for slot in rule.flat.layout.slots}}
-        for slot in rule.flat.layout.slots:
+    for optimizer in state.shard_optimizers:
+        names = {group: optimizer.state_names(group) for group in {slot.group for slot in optimizer.flat.layout.slots}}
+        for slot in optimizer.flat.layout.slots:
             if slot.name in frozen_then or slot.name not in manifest.shapes:
                 continue
-            for state in names[slot.group]:
-                found = tensors.get(f"state.{state}.{slot.name}")
+            for kept in names[slot.group]:
+                found = tensors.get(f"state.{kept}.{slot.name}")
                 if found is not None and found.numel != slot.numel:
                     raise CheckpointError(
-                        f"checkpoint {path} is damaged or was changed: optimizer state {state} of {slot.name} has "
+                        f"checkpoint {path} is damaged or was changed: optimizer state {kept} of {slot.name} has "
                         f"{found.numel:,} elements, expected {slot.numel:,}"
                     )
                 if found is None:
                     raise CheckpointError(
-                        f"checkpoint {path} has no optimizer state {state} of {slot.name}, which {manifest.optimizer} "
+                        f"checkpoint {path} has no optimizer state {kept} of {slot.name}, which {manifest.optimizer} "
                         "has with optimizer.params as they are now: set them as they were, or load with "
                         "load_optimizer_states=False"
                     )
 
 
-def differences(engine: Engine, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path) -> Iterator[str]:
+def differences(
+    state: TrainState, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path
+) -> Iterator[str]:
     """What fits and is still to be said: values that are not there, or were rounded."""
-    if absent := [name for name in frozen_names(engine) if name in set(manifest.excluded)]:
+    if absent := [name for name in frozen_names(state) if name in set(manifest.excluded)]:
         yield (
             f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True): "
             f"{_several(absent)} keep the values that the model was built with, which must be those of its base model"
         )
     rounded = [
         f"{name} ({found.dtype}, here {ours})"
-        for name, buffer in buffers_of(engine).items()
+        for name, buffer in buffers_of(state).items()
         if (found := tensors.get(key_of(name))) is not None
         and buffer.is_floating_point()
         and found.dtype != (ours := str(buffer.dtype).removeprefix("torch."))

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from runtime.checkpoint.folder import sync
-from runtime.checkpoint.manifest import CheckpointError
+from runtime.checkpoint.format.folder import sync
+from runtime.checkpoint.format.manifest import CheckpointError
 from runtime.wire.sizes import format_size
 
 _OF_A_MODEL = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")

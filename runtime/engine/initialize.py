@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from runtime.checkpoint.registered import DATA
-from runtime.comm import Comm, join_world
+from runtime.comm import Comm, init_distributed
 from runtime.config import ConfigError, Resolved, load, refuse_unsupported
 from runtime.data.loader import ResumableLoader, ResumableSampler
-from runtime.engine import Engine
-from runtime.engine.setup import Session, check_complete
+from runtime.engine.checks import check_complete
+from runtime.engine.engine import Engine
+from runtime.engine.session import Session
+from runtime.host.ledger import memory_message
 from runtime.optim.lr import schedule_from_config
 from runtime.optim.optimizer import NoOptimizer, ZeroOptimizer, optimizer_from_config, optimizer_from_torch
 from runtime.utils.deepspeed_config import DeepSpeedConfig
@@ -90,19 +91,9 @@ def initialize(
     zero_optimizer = _make_optimizer(resolved, optimizer, parameters)
     engine = Engine(model, resolved, zero_optimizer, comm, session)
     engine.lr_scheduler = _make_scheduler(resolved, lr_scheduler, zero_optimizer)
-    resumed = engine.steering.resume()
+    resumed = engine.resume()
     _announce(engine, resumed)
     return engine, zero_optimizer, _make_loader(engine, training_data, collate_fn), engine.lr_scheduler
-
-
-def init_distributed(dist_backend: str | None = None, **_deepspeed_only: Any) -> torch.device:
-    """Join the process group (NCCL on GPUs, else Gloo), as `torchrun` or `zerotop launch` set it up. Returns this
-    rank's device.
-
-    dist_backend: "gloo" keeps the ranks on CPUs. DeepSpeed's other arguments are accepted and not needed.
-    """
-    forced = os.environ.get("ZEROTOP_DEVICE", "auto")
-    return join_world("cpu" if dist_backend == "gloo" else forced)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -222,7 +213,7 @@ def _refuse_data(data: Any) -> None:
 def _make_loader(engine: Engine, data: Any, collate_fn: Any) -> DataLoader[Any] | None:
     if data is None:
         return None
-    config, comm, weak = engine.config, engine.comm, weakref.ref(engine)
+    config, comm, accumulation = engine.config, engine.comm, engine.state.accumulation
     sampler = ResumableSampler(
         len(data),
         comm.rank,
@@ -230,28 +221,26 @@ def _make_loader(engine: Engine, data: Any, collate_fn: Any) -> DataLoader[Any] 
         config.micro_batch,
         config.zerotop.train.seed,
         config.dataloader_drop_last,
-        micro_steps=lambda: alive.micro_steps if (alive := weak()) is not None else 0,
+        micro_steps=lambda: accumulation.micro_steps,
     )
     loader = ResumableLoader(data, sampler, collate_fn=collate_fn, pin_memory=comm.device.type == "cuda")
-    engine.registered.add(DATA, loader)
+    engine.script.registered.add(DATA, loader)
     engine.training_dataloader = loader
     return loader
 
 
 def _announce(engine: Engine, resumed: Path | None) -> None:
     """Say hello and what this run is, now that all of it is known."""
-    from runtime.host.ledger import memory_message
-
     session, link = engine.session, engine.session.link
-    rank, ledger, device = engine.comm.rank, engine.ledger, engine.device  # the session outlives engines
+    rank, ledger, device = engine.comm.rank, engine.state.ledger, engine.device  # the session outlives engines
     link.memory_source = lambda: memory_message(rank, ledger, device)
     session.begin(
-        session.hello(engine.config, engine.comm, engine.module, engine.global_steps, dict(engine.steering.knobs))
+        session.hello(engine.config, engine.comm, engine.module, engine.global_steps, dict(engine.control.knobs))
     )
     if session.number == 1:
-        engine.steering.apply_log_level()
+        engine.control.apply_log_level()
     if engine.comm.rank == 0:
-        units = len(engine.flats)
+        units = len(engine.state.flats)
         log.info(
             f"stage {engine.config.stage}, {engine.config.precision}, {engine.comm.world_size} ranks over "
             f"{engine.comm.backend}: "
@@ -261,5 +250,5 @@ def _announce(engine: Engine, resumed: Path | None) -> None:
             link.event(
                 "resumed", f"continuing from {resumed.name}", step=engine.global_steps, data={"path": str(resumed)}
             )
-        elif session.resume and engine.steering.folder is not None:
-            log.warning(f"--resume: no complete checkpoint in {engine.steering.folder}; starting from step 0")
+        elif session.resume and engine.autosave.folder is not None:
+            log.warning(f"--resume: no complete checkpoint in {engine.autosave.folder}; starting from step 0")

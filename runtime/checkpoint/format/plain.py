@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import torch
 
-from runtime.checkpoint.manifest import CheckpointError, regular_size, root_cause
+from runtime.checkpoint.format.manifest import CheckpointError, regular_size, root_cause
 
 
 def to_bytes(value: Any) -> bytes:

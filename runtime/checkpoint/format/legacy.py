@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from runtime.checkpoint.index import ITEM_BYTES, StoredPart, StoredTensor, TensorIndex
-from runtime.checkpoint.manifest import CheckpointError, regular_size
+from runtime.checkpoint.format.manifest import CheckpointError, regular_size
+from runtime.checkpoint.format.tensors import ITEM_BYTES, StoredPart, StoredTensor, TensorIndex
 
 METADATA = ".metadata"
 _DCP = "torch.distributed.checkpoint."

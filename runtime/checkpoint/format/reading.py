@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from runtime.checkpoint.index import StoredTensor, read_index
-from runtime.checkpoint.manifest import CheckpointError, Manifest, read_manifest
-from runtime.checkpoint.parts import Piece
-from runtime.checkpoint.stored import read_pieces
+from runtime.checkpoint.capture import Piece
+from runtime.checkpoint.format.index import read_index
+from runtime.checkpoint.format.manifest import CheckpointError, Manifest, read_manifest
+from runtime.checkpoint.format.stored import read_pieces
+from runtime.checkpoint.format.tensors import StoredTensor
 from runtime.state.precision import DTYPES
 
 

@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from runtime.checkpoint.adapters import ADAPTER_FILE, find_adapters, has_adapters
 from runtime.checkpoint.describe import ADAPTER_CONFIG, KNOWN_FILES, PREFIX_KEY
-from runtime.checkpoint.manifest import MODEL_FILES, CheckpointError
-from runtime.checkpoint.reading import CheckpointReader, Stored
+from runtime.checkpoint.format.manifest import MODEL_FILES, CheckpointError
+from runtime.checkpoint.format.reading import CheckpointReader, Stored
+from runtime.export.adapters import ADAPTER_FILE, find_adapters, has_adapters
 from runtime.models.weights import INDEX
 from runtime.state.precision import DTYPES
 from runtime.wire.sizes import format_size

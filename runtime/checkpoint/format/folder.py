@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
+from runtime.checkpoint.format.manifest import MANIFEST, CheckpointError, read_manifest
 from runtime.process.atomic_file import replace_text
 from runtime.wire.sizes import format_size
 

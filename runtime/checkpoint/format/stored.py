@@ -10,10 +10,10 @@ from typing import IO, Any
 
 import torch
 
-from runtime.checkpoint.index import StoredPart, StoredTensor
-from runtime.checkpoint.manifest import CheckpointError, root_cause
-from runtime.checkpoint.parts import Piece
-from runtime.checkpoint.plain import load_stream
+from runtime.checkpoint.capture import Piece
+from runtime.checkpoint.format.manifest import CheckpointError, root_cause
+from runtime.checkpoint.format.plain import load_stream
+from runtime.checkpoint.format.tensors import StoredPart, StoredTensor
 
 
 def read_pieces(path: Path, tensors: Mapping[str, StoredTensor], pieces: Mapping[str, Piece]) -> None:

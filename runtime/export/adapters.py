@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.checkpoint.describe import ADAPTER_CONFIG, ADAPTER_KEY
-from runtime.checkpoint.manifest import CheckpointError
-from runtime.checkpoint.reading import Stored
+from runtime.checkpoint.format.manifest import CheckpointError
+from runtime.checkpoint.format.reading import Stored
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _BASE = "base_model.model."
