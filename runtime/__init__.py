@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from runtime.comm import init_distributed
     from runtime.config import ConfigError as DeepSpeedConfigError
     from runtime.engine import DeepSpeedEngine, Engine
+    from runtime.engine.deepspeed_config import DeepSpeedConfig
     from runtime.engine.initialize import add_config_arguments, initialize
     from runtime.optim.optimizer import ZeroOptimizer as DeepSpeedOptimizer
     from runtime.utils import log_dist, logger
-    from runtime.utils.deepspeed_config import DeepSpeedConfig
     from runtime.utils.loading import OnDevice
 
 DEEPSPEED_VERSION = "0.19.6"
 """See `__version__`: the DeepSpeed whose sources and tests this package was compared with."""
 
 _FROM = {
-    "DeepSpeedConfig": "utils.deepspeed_config",
+    "DeepSpeedConfig": "engine.deepspeed_config",
     "DeepSpeedConfigError": "config:ConfigError",
     "DeepSpeedEngine": "engine",
     "DeepSpeedOptimizer": "optim.optimizer:ZeroOptimizer",

@@ -18,12 +18,12 @@ from runtime.comm import Comm, init_distributed
 from runtime.config import ConfigError, Resolved, load, refuse_unsupported
 from runtime.data.loader import ResumableLoader, ResumableSampler
 from runtime.engine.checks import check_complete
+from runtime.engine.deepspeed_config import DeepSpeedConfig
 from runtime.engine.engine import Engine
 from runtime.engine.session import Session
 from runtime.host.ledger import memory_message
 from runtime.optim.lr import schedule_from_config
 from runtime.optim.optimizer import NoOptimizer, ZeroOptimizer, optimizer_from_config, optimizer_from_torch
-from runtime.utils.deepspeed_config import DeepSpeedConfig
 from runtime.wire.rundir import RUN_VARIABLE
 
 log = logging.getLogger("runtime.engine")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -24,11 +25,20 @@ from runtime.comm import Comm, Pending
 from runtime.comm.pending import accumulate
 from runtime.comm.transfer import Copy
 from runtime.host.ledger import Ledger
-from runtime.offload.download import GradOffload
 from runtime.plan.layout import Layout, Slot
 from runtime.zero.pool import BufferPool
 from runtime.zero.stage import StagePolicy
 from runtime.zero.state_placement import StatePlacement
+
+
+class GradSink(Protocol):
+    """The way of reduced gradients to accumulators in other memory than the device's (offload/download.py)."""
+
+    def send(
+        self, source: torch.Tensor, target: torch.Tensor, add: bool, last: bool
+    ) -> tuple[Copy, Future[float | None]]:
+        """Bring `source` into `target`, or add it there. last: the step's last contribution; the future then has the
+        sum of squares of all of `target`."""
 
 
 class GradientState(enum.Enum):
@@ -64,7 +74,7 @@ class Gradients:
         pool: BufferPool,
         placement: StatePlacement,
         open_all_along: bool = False,
-        grad_offload: GradOffload | None = None,
+        grad_offload: GradSink | None = None,
     ) -> None:
         """placement: where accumulated shards live. open_all_along: gradients arrive through the whole backward, not
         one after the other. grad_offload: the way to other memory than the device's."""

@@ -91,7 +91,7 @@ tokens = torch.randint(1024, (1, 64), device="cuda")
 for _ in range(3):
     engine.backward(engine(tokens, tokens)); engine.step()
 torch.cuda.synchronize()
-held, counted = torch.cuda.memory_allocated() - base, engine.ledger.total_bytes()
+held, counted = torch.cuda.memory_allocated() - base, engine.state.ledger.total_bytes()
 assert counted <= held <= counted * 1.05 + (8 << 20), (counted, held)
 print("good")
 """

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 import runtime.offload.placement
-from runtime.engine.initialize import initialize
 from runtime.checkpoint.capture import blocks_of
 from runtime.checkpoint.snapshot import Snapshot
 from runtime.config import load
 from runtime.config.presets import PRESETS, GPTConfig, unit_parameters
+from runtime.engine.initialize import initialize
 from runtime.host.pinned import page_rounded
 from runtime.models.gpt import GPT
 from runtime.offload.placement import Size, _plan
@@ -123,8 +123,8 @@ def _trained(case: Case) -> Counted:
         engine.backward(engine(tokens, tokens))
         engine.step()
     engine.synchronize()
-    ledger = engine.ledger
-    return Counted(ledger.peaks(), ledger.offloaded(), sum(asked), Snapshot(blocks_of(engine)).nbytes)  # type: ignore[arg-type]
+    ledger = engine.state.ledger
+    return Counted(ledger.peaks(), ledger.offloaded(), sum(asked), Snapshot(blocks_of(engine.state)).nbytes)  # type: ignore[arg-type]
 
 
 def differences(case: Case, counted: Counted, world_size: int) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def reductions(settings: dict[str, Any]) -> tuple[int, int, int]:
     for micro in range(3):
         engine.backward(engine(*micro_batch(0, micro, rank, world)))
         engine.step()
-    return count, engine.ledger.totals()["gradients"], 4 * sum(flat.layout.numel for flat in engine.flats)
+    return count, engine.state.ledger.totals()["gradients"], 4 * sum(flat.layout.numel for flat in engine.state.flats)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

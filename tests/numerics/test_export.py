@@ -178,8 +178,8 @@ def test_values_that_fp16_does_not_hold_are_an_error(ranks, tmp_path, capfd):
 # ---- what is known of the model --------------------------------------------------------------------------------------
 def save_gpt(folder: str, settings, tied: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, the logits of the engine's module)."""
-    from runtime.engine.initialize import initialize
     from runtime.config.presets import GPTConfig
+    from runtime.engine.initialize import initialize
     from runtime.models.gpt import GPT
 
     model = GPT(GPTConfig(layers=3, heads=2, dim=24, vocab_size=64, max_seq_len=16, tied=tied))
@@ -270,7 +270,7 @@ def test_a_hugging_face_config_comes_along_and_a_wrappers_prefix_goes(ranks, tmp
 # ---- memory ----------------------------------------------------------------------------------------------------------
 PEAK = """
 import sys
-from runtime.export import main
+from runtime.export.__main__ import main
 
 exit_code = main()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))

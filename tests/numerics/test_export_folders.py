@@ -156,8 +156,8 @@ def test_bad_values_are_usage_errors(checkpoint, tmp_path, capfd):
 
 
 def test_no_room_on_the_disk_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
-    from runtime.checkpoint import export as process
-    from runtime.checkpoint import target
+    from runtime.export import __main__ as process
+    from runtime.export import target
 
     monkeypatch.setattr(target.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
     words = SimpleNamespace(
@@ -179,7 +179,7 @@ SLOW = """
 import sys, time
 from safetensors.torch import save_file
 import runtime.export.huggingface as module
-from runtime.export import main
+from runtime.export.__main__ import main
 
 def save_and_wait(content, path, metadata):
     save_file(content, path, metadata=metadata)

@@ -65,8 +65,8 @@ def test_equals_plain_torch(ranks, kind):
 
 
 def used_ones() -> list[str]:
-    from runtime.engine.initialize import initialize
     from runtime.config import ConfigError
+    from runtime.engine.initialize import initialize
 
     found = []
     for kind in ("Adagrad", "SGD", "AdamW"):

@@ -100,7 +100,7 @@ def train(how: str, stage: int, folder: str | None, offload: bool) -> dict[str, 
     engine.step()  # takes the last change over, and changes nothing itself
     engine.synchronize()
     found: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for flat in engine.flats:
+    for flat in engine.state.flats:
         for part in flat.layout.slices(flat.start, flat.end):
             piece = flat.masters[part.shard_start : part.shard_start + part.numel]
             found.setdefault(part.name, []).append((part.param_start, piece.clone()))

@@ -140,7 +140,7 @@ def poison(folder: str):
     loss = engine(*micro_batch(2, 0, dist.get_rank(), dist.get_world_size()))
     engine.backward(loss * (torch.inf if dist.get_rank() == 1 else 1.0))
     engine.step()
-    after, steps = parameters(engine), (engine.global_steps, engine.optimizer_steps)
+    after, steps = parameters(engine), (engine.global_steps, engine.state.counters.optimizer_steps)
     engine.save_checkpoint(folder)
     advance(engine, 3, 4)
     return before, after, steps, parameters(engine)

@@ -77,15 +77,20 @@ class Run:
         from runtime.checkpoint.capture import pieces_of, whole_tensors
 
         engine = self.engine
-        tensors = {name: piece.tensor.clone() for name, piece in pieces_of(engine).items()}
+        tensors = {name: piece.tensor.clone() for name, piece in pieces_of(engine.state).items()}
         tensors |= {name: tensor.clone() for name, tensor in whole_tensors(engine).items()}
         tensors |= {f"module {name}": value.clone() for name, value in engine.module.state_dict().items()}
         tensors["rng"] = torch.get_rng_state()
-        counts = (engine.global_steps, engine.optimizer_steps, engine.micro_steps, engine.lr_factor)
+        counts = (
+            engine.global_steps,
+            engine.state.counters.optimizer_steps,
+            engine.micro_steps,
+            engine.state.counters.lr_factor,
+        )
         return {
             **tensors,
             "rest": (counts, engine.get_lr(), self.scheduler.state_dict(), self.loader.state_dict()),
-            "client_state": dict(engine.client_state),
+            "client_state": dict(engine.script.client_state),
         }
 
 
@@ -172,7 +177,7 @@ def accepted(folder: str, kinds: list[tuple[str, dict[str, bool]]]) -> list[dict
         run = Run(kind, 1)
         run.train(2)
         run.engine.load_checkpoint(f"{folder}/plain", **options)
-        assert run.engine.client_state == {"from": "plain"}
+        assert run.engine.script.client_state == {"from": "plain"}
         outcomes.append({name: value.clone() for name, value in run.engine.module.state_dict().items()})
         run.train(1)
     return outcomes

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from runtime.checkpoint.format import folder as folders
-from runtime.checkpoint.format.manifest import MANIFEST, CheckpointError, Damaged, Manifest, read_manifest, record_of, verify
+from runtime.checkpoint.format.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Damaged,
+    Manifest,
+    read_manifest,
+    record_of,
+    verify,
+)
 from runtime.wire.sizes import format_size
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.checkpoint.common import read_common, read_random
-from runtime.checkpoint.job import Job
-from runtime.checkpoint.format.manifest import CheckpointError, Manifest, read_manifest, record_of, verify
 from runtime.checkpoint.capture import Part
+from runtime.checkpoint.common import read_common, read_random
+from runtime.checkpoint.format.manifest import CheckpointError, Manifest, read_manifest, record_of, verify
 from runtime.checkpoint.format.plain import to_bytes
 from runtime.checkpoint.format.reading import CheckpointReader
+from runtime.checkpoint.job import Job
 
 WEIGHT, BUFFER = torch.arange(6.0), torch.tensor([True, False])
 
@@ -236,8 +236,8 @@ def test_random_states_of_another_shape_are_refused_before_any_is_set(checkpoint
 
     import numpy as np
 
-    from runtime.host import rng
     from runtime.checkpoint.registered import Registered
+    from runtime.host import rng
 
     good = rng.get_state({"mine": np.random.default_rng(1)})
     before = rng.get_state()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from runtime.engine.build import TRAINABLE, Assembly, _dtypes, _specs
+from runtime.engine.build import _dtypes, _specs
+from runtime.engine.checks import TRAINABLE
 from runtime.plan.layout import ALIGNMENT, Layout
 from runtime.zero.cut import cut
-from runtime.zero.gradients import GradientConfig
 from runtime.zero.stage import policy_for
 
 shapes = st.lists(st.lists(st.integers(0, 40), min_size=0, max_size=3), min_size=0, max_size=12)
@@ -29,7 +30,7 @@ def test_ranges_tile_the_buffer(sizes, world):
     ends = [layout.shard(rank) for rank in range(world)]
     assert ends[0][0] == 0 and ends[-1][1] == layout.numel
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))
-    assert layout.range_numel % ALIGNMENT == 0
+    assert layout.shard_numel % ALIGNMENT == 0
     assert 0 <= layout.numel - layout.used < world * ALIGNMENT
 
 
@@ -40,7 +41,7 @@ def test_slices_cover_every_parameter_element_exactly_once(sizes, world):
     for rank in range(world):
         start, end = layout.shard(rank)
         for part in layout.slices(start, end):
-            assert part.shard_start >= 0 and part.shard_start + part.numel <= layout.range_numel
+            assert part.shard_start >= 0 and part.shard_start + part.numel <= layout.shard_numel
             owned[part.name].append((part.param_start, part.param_start + part.numel))
     for slot in layout.slots:
         parts = sorted(owned[slot.name])
@@ -105,7 +106,7 @@ def test_every_element_of_a_mixed_model_has_one_owner(model, stage, world, preci
     group_of = {p: data.draw(st.integers(0, 2)) for p in trained if data.draw(st.integers(0, 9))}  # some are left out
     frozen = {p for p in named.values() if p not in group_of}
     policy = policy_for(stage, False)
-    parts = Assembly(policy, GradientConfig(FP32, None, 1.0))
+    parts = SimpleNamespace(policy=policy, units=[], frozen=[])
     specs = _specs(cut(model, None, small_below), parts, world > 1, group_of, frozen, _dtypes(model, precision))
 
     owners = {name: torch.zeros(p.numel(), dtype=torch.int64) for name, p in named.items()}
