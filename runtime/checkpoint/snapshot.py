@@ -23,10 +23,9 @@ import torch
 from runtime import native
 from runtime.checkpoint.capture import Block, Part
 from runtime.host.pinned import page_lock, page_unlock
+from runtime.plan.constants import SNAPSHOT_SLOT_BYTES, SNAPSHOT_SLOTS
 from runtime.zero.flat import FlatParamGroup
 
-SLOT_BYTES = 32 << 20
-SLOTS = 2
 _ALIGNMENT = 64
 
 
@@ -110,7 +109,7 @@ class Snapshot:
 
     def _add_fed(self, block: Block) -> None:
         for first, whole in block.parts:
-            for part in whole.split(max(1, SLOT_BYTES // whole.dtype.itemsize)):
+            for part in whole.split(max(1, SNAPSHOT_SLOT_BYTES // whole.dtype.itemsize)):
                 piece = block.view(first + part.start - whole.start, part)
                 self._fed[len(self.places)] = (piece, block.flat)
                 self.places.append(Place(part, None))
@@ -118,7 +117,7 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Of shared memory that it needs."""
-        return self.copied_bytes + (SLOTS * SLOT_BYTES if self._fed else 0)
+        return self.copied_bytes + (SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES if self._fed else 0)
 
     def copy(self, memory: SharedMemory) -> None:
         """Every block that training changes. On a GPU the copies are only begun: `copied` and `wait_device` say when
@@ -188,7 +187,7 @@ class SnapshotGuard:
 
 
 def slot_at(copied_bytes: int, slot: int) -> int:
-    return copied_bytes + slot * SLOT_BYTES
+    return copied_bytes + slot * SNAPSHOT_SLOT_BYTES
 
 
 def _aligned(nbytes: int, step: int) -> int:

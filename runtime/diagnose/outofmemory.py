@@ -269,9 +269,9 @@ def _written(failure: Failure, held: Held, known: Known | None, where: str) -> E
     size = "memory" if failure.asked_bytes is None else format_size(failure.asked_bytes)
     kind = f"{failure.what} host memory".strip()
     if failure.place == "device":
-        asked = f"{size} asked for on {held.device}"
+        asked = f"tried to allocate {size} on {held.device}"
     else:
-        asked = f"{kind if failure.asked_bytes is None else f'{size} of {kind}'} asked for"
+        asked = f"tried to allocate {kind if failure.asked_bytes is None else f'{size} of {kind}'}"
     free, total = (
         (held.free_device_bytes, held.total_device_bytes)
         if failure.place == "device"
@@ -327,6 +327,6 @@ def _shared(failure: Failure, held: Held, where: str) -> Explanation:
     way = (
         "use fewer num_workers in the DataLoader, or give it more (docker run --shm-size=8g; mount -o remount,size=8G)"
     )
-    asked = f"{format_size(failure.asked_bytes)} asked for; " if failure.asked_bytes is not None else ""
+    asked = f"tried to allocate {format_size(failure.asked_bytes)}; " if failure.asked_bytes is not None else ""
     lines = (f"Out of shared memory: {asked}{where}", f"  {size}", f"What to change: {way}")
     return Explanation(lines, f"out of shared memory: {size} ({where}); {way}")

@@ -219,6 +219,7 @@ def _make_flat(spec: _Spec, parts: _Parts, placement: Placement, states: StatePl
             states,
             unit.keep_unsharded,
             placement.grad_offload if states.remote else None,
+            name,
         )
     (unit.flats if spec.trained else unit.frozen).append(flat)
 

@@ -20,10 +20,11 @@ from runtime.host import cores
 from runtime.host.ledger import Ledger, zeros
 from runtime.host.memory_limits import HostMemoryError, check_host_memory
 from runtime.host.pinned import Arena, page_rounded
-from runtime.offload.download import SLOTS, GradOffload
+from runtime.offload.download import GradOffload
 from runtime.offload.split import SAMPLE, Rates, device_share, measure
 from runtime.offload.streamed import GpuStreamer, ring_bytes
 from runtime.offload.upload import ParamUpload, Streamer
+from runtime.plan.constants import OFFLOAD_SLOTS
 from runtime.plan.layout import kept_on_device, leaving_for_room, padded
 from runtime.zero.gradients import GradientConfig
 from runtime.zero.stage import StagePolicy
@@ -126,8 +127,8 @@ def place(
     placement.executor = ThreadPoolExecutor(1, "offload", _enter, (threads, comm.device))
     if placement.transfers is not None and any(plan.on_host):
         slots = [placement.host.zeros("communication", size, torch.uint8) for size in plan.slots]
-        grad_offload = GradOffload(placement.transfers, placement.executor, threads, slots[:SLOTS])
-        placement.upload = ParamUpload(placement.transfers, grad_offload, slots[SLOTS:])
+        grad_offload = GradOffload(placement.transfers, placement.executor, threads, slots[:OFFLOAD_SLOTS])
+        placement.upload = ParamUpload(placement.transfers, grad_offload, slots[OFFLOAD_SLOTS:])
         if config.zerotop.offload.update != "cpu":
             _share_with_device(config, placement, comm, numbers.accumulate, adam, threads)
     return placement
@@ -156,7 +157,7 @@ def _plan(
     slots: list[int] = []
     if remote and moving:
         down = max(n * _travels(policy, numbers, dtype) for n, dtype in moving)
-        slots = [down] * SLOTS + [max(n * dtype.itemsize for n, dtype in moving)] * SLOTS
+        slots = [down] * OFFLOAD_SLOTS + [max(n * dtype.itemsize for n, dtype in moving)] * OFFLOAD_SLOTS
     kept = numbers.accumulate.itemsize if policy.shards_gradients else 0
     blocks = [*slots]
     for n, size, on in zip(ranges, sizes, on_host, strict=True):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from runtime import native
+from runtime.comm.profiling import profiler_range
 from runtime.comm.transfer import Copies, Copy, Transfers
 from runtime.offload.download import GradOffload
 from runtime.optim.shard_optimizer import OptimizerStep, ShardAdamW, update_pieces
@@ -79,7 +80,8 @@ class ParamUpload:
         that the next call takes."""
         if flat.policy.shards_gradients:
             return flat.gradient[:end]
-        return self.grad_offload.fetch(flat.gradient[:end], step.after)
+        with profiler_range("download", flat.policy.stage, flat.name):
+            return self.grad_offload.fetch(flat.gradient[:end], step.after)
 
     def deliver(self, flat: FlatParamGroup, step: OptimizerStep) -> Copy:
         """Send all masters of the shard, rounded, to its parameters."""
@@ -95,7 +97,7 @@ class ParamUpload:
         if not flat.apart:  # offloaded parameters wait where their masters are
             return (None if flat.own is flat.masters else own), list
         if own.dtype == flat.masters.dtype:
-            return None, lambda: [self.transfers.up(flat.masters[:end], own, after)]
+            return None, lambda: [self._up(flat, flat.masters[:end], own, after)]
         slot = self._sent % len(self.buffers)
         self._sent += 1
         if (last := self._copies[slot]) is not None:
@@ -103,7 +105,11 @@ class ParamUpload:
         out = self.buffers[slot][: own.numel() * own.element_size()].view(own.dtype)
 
         def send() -> list[Copy]:
-            copy = self._copies[slot] = self.transfers.up(out, own, after)
+            copy = self._copies[slot] = self._up(flat, out, own, after)
             return [copy]
 
         return out, send
+
+    def _up(self, flat: FlatParamGroup, source: torch.Tensor, target: torch.Tensor, after: Any) -> Copy:
+        with profiler_range("upload", flat.policy.stage, flat.name):
+            return self.transfers.up(source, target, after)

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from runtime.comm import Done, Pending
+from runtime.comm.profiling import profiler_range
 from runtime.comm.transfer import Copy
 from runtime.optim.shard_optimizer import Hyper, OptimizerStep, ShardOptimizer
 from runtime.telemetry import NullTelemetry, Telemetry
@@ -141,7 +142,8 @@ class Updates:
 
     def _update(self, optimizer: ShardOptimizer, numbers: OptimizerStep) -> Copy | None:
         self._before(optimizer.flat)
-        return optimizer.update(numbers)
+        with profiler_range("update", optimizer.flat.policy.stage, optimizer.flat.name):
+            return optimizer.update(numbers)
 
     def _all_now(self, numbers: OptimizerStep) -> None:
         """Every unit in forward order; while one is all-gathered the next is updated already."""

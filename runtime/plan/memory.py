@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from runtime.plan.constants import OFFLOAD_SLOTS, SNAPSHOT_SLOT_BYTES, SNAPSHOT_SLOTS, STREAM_SLOTS
 from runtime.plan.estimate import (
     activation_bytes,
     context_bytes,
@@ -27,12 +28,6 @@ from runtime.plan.layout import STATE_BYTES, kept_on_device, leaving_for_room, p
 from runtime.plan.workload import ELEMENT_BYTES, Workload
 
 STAGES = (0, 1, 2, 3)
-SLOTS = 2
-"""Buffers in each direction that copies between GPU and host pass through, as runtime/offload/download.py has them."""
-SNAPSHOT_SLOT_BYTES = 2 * (32 << 20)
-"""Of a rank whose states are offloaded, as runtime/checkpoint/snapshot.py has them; a test compares."""
-STREAM_SLOTS = 3
-"""Pieces of states on the GPU at a time, as runtime/offload/streamed.py has them; a test compares."""
 
 CATEGORIES = (
     "parameters", "gradients", "masters", "optimizer", "buffers", "activations", "logits", "temporary", "context",
@@ -190,7 +185,7 @@ def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
     world = workload.world_size
     apart = sum(offloaded.values()) // (world if stage == 0 else 1)
     copied = (4 + 4 * workload.moments) * (workload.padded_parameters // world - apart)
-    return world * (copied + (SNAPSHOT_SLOT_BYTES if apart else 0))
+    return world * (copied + (SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES if apart else 0))
 
 
 def _unshared(workload: Workload) -> dict[str, int]:
@@ -298,7 +293,7 @@ def _staging(workload: Workload, shards_gradients: bool, largest: int) -> int:
     down = workload.accumulator_bytes
     if shards_gradients:  # after no_sync gradients travel as they accumulated, if nothing is said about it
         down = ELEMENT_BYTES[workload.reduce_dtype] if workload.reduce_dtype else max(down, workload.element_bytes)
-    return SLOTS * (down + workload.element_bytes) * largest
+    return OFFLOAD_SLOTS * (down + workload.element_bytes) * largest
 
 
 def _ring(size: int, world_size: int) -> int:

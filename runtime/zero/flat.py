@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from runtime.comm import Comm, Done, Pending
+from runtime.comm.profiling import profiler_range
 from runtime.comm.transfer import Transfers
 from runtime.host.heap import mapped
 from runtime.host.ledger import Ledger, zeros
@@ -195,7 +196,10 @@ class FlatParamGroup:
     # ---- gathering ---------------------------------------------------------------------------------------------------
     def all_gather_updated(self) -> Pending:
         """After an update: all-gather the shards that other ranks updated, where parameters stay whole."""
-        return self.comm.all_gather(self.whole, self.own, self.name) if self.policy.shards_states else Done()
+        if not self.policy.shards_states:
+            return Done()
+        with profiler_range("all_gather", self.policy.stage, self.name):
+            return self.comm.all_gather(self.whole, self.own, self.name)
 
     def issue_unshard(self) -> bool:
         """Start the all-gather of a sharded group, whose own shard must be up to date. See [Note: resharded
@@ -205,19 +209,21 @@ class FlatParamGroup:
         with mapped():
             self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
         self.ledger.hold("communication", self.whole)
-        if self._transfers is None or self._shard_placement is None:
-            self._pending = self.comm.all_gather(self.whole, self.own, self.name)
-            return True
-        place = self.comm.own_shard(self.whole)  # offloaded parameters come to their place on the device first
-        copy = self._transfers.up(self.own, place, self._transfers.mark())
-        self._pending = self.comm.all_gather(self.whole, place, self.name, after=copy)
+        with profiler_range("all_gather", self.policy.stage, self.name):
+            if self._transfers is None or self._shard_placement is None:
+                self._pending = self.comm.all_gather(self.whole, self.own, self.name)
+                return True
+            place = self.comm.own_shard(self.whole)  # offloaded parameters come to their place on the device first
+            copy = self._transfers.up(self.own, place, self._transfers.mark())
+            self._pending = self.comm.all_gather(self.whole, place, self.name, after=copy)
         return True
 
     def wait_for_unshard(self) -> None:
         """Wait for the all-gather; the parameters are views into its result afterwards."""
         if self._pending is None:
             return
-        self._pending.wait()
+        with profiler_range("all_gather_wait", self.policy.stage, self.name):
+            self._pending.wait()
         self._pending = None
         self.is_unsharded = True
         for parameter, view in zip(self.members, self._views, strict=True):

@@ -23,6 +23,7 @@ from torch import nn
 
 from runtime.comm import Comm, Pending
 from runtime.comm.pending import accumulate
+from runtime.comm.profiling import profiler_range
 from runtime.comm.transfer import Copy
 from runtime.host.ledger import Ledger
 from runtime.plan.layout import Layout, Slot
@@ -75,10 +76,11 @@ class Gradients:
         placement: StatePlacement,
         open_all_along: bool = False,
         grad_offload: GradSink | None = None,
+        name: str = "",
     ) -> None:
         """placement: where accumulated shards live. open_all_along: gradients arrive through the whole backward, not
-        one after the other. grad_offload: the way to other memory than the device's."""
-        self._open_all_along = open_all_along
+        one after the other. grad_offload: the way to other memory than the device's. name: what profilers show."""
+        self.name, self._open_all_along = name, open_all_along
         self._placement, self._grad_offload = placement, grad_offload if policy.shards_gradients else None
         self.layout, self.policy, self.dtype, self.numbers, self.pool = layout, policy, dtype, numbers, pool
         self.comm: Comm = pool.comm
@@ -202,7 +204,10 @@ class Gradients:
         if wanted != whole.dtype:
             self._sent = self.pool.borrow(self.layout.numel, wanted)
             whole = self._sent[: self.layout.numel].copy_(whole)
-        self._pending = self.comm.reduce_scatter(whole) if self.policy.shards_states else self.comm.all_reduce(whole)
+        work = "reduce_scatter" if self.policy.shards_states else "all_reduce"
+        with profiler_range(work, self.policy.stage, self.name):
+            reduce = self.comm.reduce_scatter if self.policy.shards_states else self.comm.all_reduce
+            self._pending = reduce(whole)
         self.state = GradientState.REDUCING
 
     def finish_reduce(self) -> None:
@@ -210,6 +215,10 @@ class Gradients:
         pending = self._pending
         if pending is None:
             return
+        with profiler_range("reduce_wait", self.policy.stage, self.name):
+            self._finish(pending)
+
+    def _finish(self, pending: Pending) -> None:
         self._pending = None
         self.state = GradientState.WAITING
         if self.policy.shards_gradients:
@@ -238,9 +247,9 @@ class Gradients:
             return pending
         pending.wait()
         whole = self._used() if self._sent is None else self._sent[: self.layout.numel]
-        copy, self._squares = self._grad_offload.send(
-            self.comm.own_shard(whole) if self.policy.shards_states else whole, self._own, self._own_any, self._last
-        )
+        reduced = self.comm.own_shard(whole) if self.policy.shards_states else whole
+        with profiler_range("download", self.policy.stage, self.name):
+            copy, self._squares = self._grad_offload.send(reduced, self._own, self._own_any, self._last)
         return _Leaving(pending, copy)
 
     def _drop_whole(self, pending: Pending) -> None:

@@ -11,15 +11,12 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from runtime.comm import Comm
+from runtime.plan.constants import REDUCTIONS_IN_FLIGHT
 from runtime.zero.flat import FlatParamGroup
 from runtime.zero.gradients import Gradients
 from runtime.zero.parameter import mark_reduced, when_grad_is_read
 
 log = logging.getLogger("runtime.engine")
-
-IN_FLIGHT = 1
-"""Reductions under way at once, beside the unit whose gradients are arriving. One more would hold one more whole unit's
-buffer and overlap nothing more."""
 
 
 class GradReducer:
@@ -145,7 +142,7 @@ class GradReducer:
             self._issue(self.order[self._sequence[self._next]])
 
     def _issue(self, gradients: Gradients) -> None:
-        while len(self._flying) >= IN_FLIGHT:
+        while len(self._flying) >= REDUCTIONS_IN_FLIGHT:
             self._finish_oldest()
         gradients.issue_reduce()
         self._flying.append(gradients)

@@ -79,8 +79,7 @@ class ScriptChanges:
             if parameter.grad is not None:
                 raise RuntimeError(
                     f"parameter {name} was frozen, or in no optimizer group, at initialize() and has a gradient now: "
-                    "the engine would not train it. Unfreeze it before initialize(); an engine in which it is trained "
-                    "reads the checkpoints of this one"
+                    "the engine would not train it. Recreate the engine with it trainable; this run's checkpoints load"
                 )
 
 

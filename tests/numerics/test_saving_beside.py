@@ -117,8 +117,8 @@ class Wide(nn.Module):
 
 
 def save_wide(folder: str) -> int:
-    from runtime.checkpoint.snapshot import SLOT_BYTES
     from runtime.engine.initialize import initialize
+    from runtime.plan.constants import SNAPSHOT_SLOT_BYTES
 
     torch.manual_seed(0)
     engine = initialize(model=Wide(), config=offloaded(config(2, 1, clip=0.0)))[0]
@@ -129,7 +129,7 @@ def save_wide(folder: str) -> int:
         engine.backward(engine(torch.ones(1, 3000)))
         engine.step()
     engine.wait_for_checkpoint()
-    return SLOT_BYTES
+    return SNAPSHOT_SLOT_BYTES
 
 
 def test_large_states_go_through_the_slots_in_pieces(ranks, tmp_path):
