@@ -315,4 +315,4 @@ def _place_buffers(module: nn.Module, dtype: torch.dtype | None, comm: Comm, led
                 placed[id(buffer)] = buffer, held
                 comm.broadcast_bytes(held)
                 ledger.hold("buffers", held)
-            owner._buffers[name] = placed[id(buffer)][1]
+            setattr(owner, name, placed[id(buffer)][1])

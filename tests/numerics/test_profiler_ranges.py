@@ -38,8 +38,6 @@ def ranges(stage: int, offload: bool) -> set[str]:
 @pytest.mark.parametrize(
     ("stage", "offload", "work"),
     [
-        (0, False, {"all_reduce", "reduce_wait", "update"}),
-        (2, False, {"all_gather", "reduce_scatter", "reduce_wait", "update"}),
         (3, False, {"all_gather", "all_gather_wait", "reduce_scatter", "reduce_wait", "update"}),
         (2, True, {"all_gather", "download", "reduce_scatter", "reduce_wait", "update", "upload"}),
     ],
