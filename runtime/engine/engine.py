@@ -38,6 +38,7 @@ from runtime.engine.session import Session
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.state.loss_scale import ScaleExhausted
 from runtime.state.precision import note_wide_buffers
+from runtime.zero.partition_parameters import install_attributes
 from runtime.zero.places import mark, unmark
 from runtime.zero.script_backward import ScriptBackward, engine_backward
 from runtime.zero.step_stats import clip_coefficient, sync_step_stats
@@ -74,8 +75,10 @@ class Engine(EngineQueries):
         self.control = Control(state, session, knobs, self.autosave, self.nonfinite, self.memory)
         self._reporter = Reporter(state, session.recorder, knobs)
         registry.hold(module, self)
-        for _, parameter in state.frozen if state.policy.shards_parameters else ():
-            mark(parameter)
+        if state.policy.shards_parameters:
+            install_attributes()
+            for _, parameter in state.frozen:
+                mark(parameter)
         optimizer.bind(self)
         counters = state.counters
         session.step = lambda: counters.global_steps

@@ -74,6 +74,11 @@ class EngineQueries(nn.Module):
         self.state.counters.global_steps = steps
 
     @property
+    def optimizer_steps(self) -> int:
+        """Updates really taken: Adam's bias correction counts these."""
+        return self.state.counters.optimizer_steps
+
+    @property
     def micro_steps(self) -> int:
         return self.state.accumulation.micro_steps
 
