@@ -308,7 +308,7 @@ def put_off(folder: str) -> tuple[list[str], int, list[str]]:
     engine.autosave.folder = Path(folder)
     engine.control.knobs.update(checkpoint_interval=2, checkpoints_kept=5)
     heard: list[str] = []
-    engine.autosave._link.event = lambda what, text, **more: heard.append(text)
+    engine.session.link.event = lambda what, text, **more: heard.append(text)
     advance(engine, 0, 2)
     engine.checkpointer.settle()
     writer = engine.checkpointer._writer
