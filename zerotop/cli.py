@@ -136,7 +136,7 @@ def _exit_code(error: Exception) -> int | None:
     from runtime.knobs import KnobError
     from runtime.wire.codec import ProtocolError
     from zerotop.output import CommandError
-    from zerotop.runs.paths import RunError
+    from zerotop.rundir.paths import RunError
     from zerotop.source.base import SourceError
 
     if isinstance(error, CommandError):

@@ -14,7 +14,7 @@ from zerotop.state.progress import progress
 from zerotop.state.run import RankState, RunState, waits_for
 
 if TYPE_CHECKING:
-    from zerotop.runs.directory import RunEntry
+    from zerotop.rundir.directory import RunEntry
 
 
 # ---- status ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from runtime.wire.messages import Event
 from runtime.wire.rundir import read_run, read_status
 from tests.faults.conftest import FakeRun, until
 from zerotop import cli
-from zerotop.runs.hang import JUMP_S
+from zerotop.diagnose.hang import JUMP_S
 
 Start = Callable[..., FakeRun]
 HANG_S = 2

@@ -16,7 +16,7 @@ from tests.faults.conftest import FakeRun, until
 from zerotop import cli
 from zerotop.commands import progress
 from zerotop.commands.progress import follow
-from zerotop.runs import launching
+from zerotop.launch import start as launching
 from zerotop.source.asking import asker
 from zerotop.source.opening import open_source
 
@@ -143,7 +143,7 @@ def test_a_supervisor_that_does_not_answer_does_not_hold_the_launch(
     monkeypatch.setattr(progress, "OVERDUE_S", 0.5)
     run = start()
     run.see_step(2)
-    supervisor = next(process for process in run.processes() if "zerotop.runs.supervisor" in process.cmdline())
+    supervisor = next(process for process in run.processes() if "zerotop.supervise" in process.cmdline())
     usual = signal.getsignal(signal.SIGTERM)
 
     def send() -> None:
@@ -196,7 +196,7 @@ def test_a_failure_shows_the_last_error_once_and_exits_1(start: Start, capsys: p
 
 def test_a_killed_supervisor_ends_the_lines_with_the_truth(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     run = start()
-    supervisor = next(process for process in run.processes() if "zerotop.runs.supervisor" in process.cmdline())
+    supervisor = next(process for process in run.processes() if "zerotop.supervise" in process.cmdline())
 
     def kill() -> None:
         until(lambda: read_status(run.path).step >= 2, "step 2")

@@ -16,7 +16,7 @@ from runtime.wire.messages import Command, Event, RunStatus
 from runtime.wire.rundir import read_run, read_status
 from tests.faults.conftest import FakeRun, until
 from zerotop.hub.recorder import read_recording
-from zerotop.runs.restarts import AGAIN_THE_SAME
+from zerotop.supervise.restarts import AGAIN_THE_SAME
 
 Start = Callable[..., FakeRun]
 

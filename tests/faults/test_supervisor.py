@@ -18,8 +18,8 @@ import pytest
 from runtime.wire.rundir import LIVE_TOPIC, read_run, read_status
 from tests.faults.conftest import FakeRun, until
 from zerotop.hub.recorder import read_messages
-from zerotop.runs.directory import find_run, list_runs, read_entry
-from zerotop.runs.paths import RunError, lock_sockets, make_sockets_folder, runs_home
+from zerotop.rundir.directory import find_run, list_runs, read_entry
+from zerotop.rundir.paths import RunError, lock_sockets, make_sockets_folder, runs_home
 from zerotop.source.opening import open_source
 from zerotop.state.run import RunState
 

@@ -11,7 +11,7 @@ from tests.unit.fakerun import write_run
 from zerotop.commands.attach import show
 from zerotop.commands.progress import follow
 from zerotop.hub.recorder import Recorder
-from zerotop.runs.directory import find_run
+from zerotop.rundir.directory import find_run
 from zerotop.source.base import Source
 from zerotop.source.recorded import RecordedSource
 

@@ -8,8 +8,9 @@ import pytest
 
 from runtime.config.zerotop import RestartsConfig
 from runtime.wire.messages import Goodbye
-from zerotop.runs.outcome import Evidence, decide
-from zerotop.runs.restarts import AGAIN_THE_SAME, Failure, Restarts
+from zerotop.diagnose.evidence import FailureEvidence
+from zerotop.diagnose.outcome import decide
+from zerotop.supervise.restarts import AGAIN_THE_SAME, Failure, Restarts
 
 
 class Clock:
@@ -85,7 +86,7 @@ def test_the_same_failure_twice_in_a_row_is_no_chance(first: Failure, second: Fa
 
 
 def judged(tmp_path: Path, **evidence: object) -> Failure:
-    seen = Evidence(2, 1, tmp_path, spoke=True, start_step=20, **evidence)  # type: ignore[arg-type]
+    seen = FailureEvidence(2, 1, tmp_path, spoke=True, start_step=20, **evidence)  # type: ignore[arg-type]
     return Failure.of(decide(seen), seen)
 
 
@@ -102,7 +103,7 @@ def test_a_failure_is_read_from_the_evidence(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_can_not_even_start_ranks_is_not_tried_again(tmp_path: Path) -> None:
-    seen = Evidence(2, 1, tmp_path)
+    seen = FailureEvidence(2, 1, tmp_path)
     assert Failure.of(decide(seen), seen).raised
-    killed = Evidence(2, -9, tmp_path)
+    killed = FailureEvidence(2, -9, tmp_path)
     assert not Failure.of(decide(killed), killed).raised

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from runtime.wire.messages import Event, Goodbye, Heartbeat, Hello, RunStatus, StepResult
-from zerotop.runs.hang import HANG_S, HANG_VARIABLE, JUMP_S, HangWatch, Stillness, limit_s, should_move
-from zerotop.runs.stacks import RankStacks, ThreadStack
-from zerotop.runs.stacks_report import Report
+from zerotop.diagnose.hang import HANG_S, HANG_VARIABLE, JUMP_S, HangWatch, Stillness, limit_s, should_move
+from zerotop.diagnose.stacks import RankStacks, ThreadStack
+from zerotop.diagnose.stacks_report import Report
 from zerotop.state.run import RunState
 
 WORLD = 3
@@ -192,7 +192,7 @@ class Play:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, run: RunState) -> None:
         self.now_s = 0.0
-        monkeypatch.setattr("zerotop.runs.hang.time.monotonic", lambda: self.now_s)
+        monkeypatch.setattr("zerotop.diagnose.hang.time.monotonic", lambda: self.now_s)
         self.run, self.hub, self.taker, self.ended = run, PlayedHub(run), PlayedTaker(), list[str]()
         self.watch = HangWatch(self.hub, self.taker, self.ended.append)  # type: ignore[arg-type]
 

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from runtime.wire.messages import Command, Heartbeat, RunStatus
-from zerotop.runs.stacks import ANSWER_S, RankStacks, ThreadStack, ask, find_ranks, parse
-from zerotop.runs.stacks_report import ANSWER_BYTES, StackTaker, _save, _text
+from zerotop.diagnose.stacks import ANSWER_S, RankStacks, ThreadStack, ask, find_ranks, parse
+from zerotop.diagnose.stacks_report import ANSWER_BYTES, StackTaker, _save, _text
 from zerotop.state.run import RunState
 
 DUMP = """Thread 0x00007f078ffff6c0 (most recent call first):

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
             return 1
         return _run_there(target.host, target, arguments, settings)
 
-    from zerotop.runs.directory import find_run
+    from zerotop.rundir.directory import find_run
     from zerotop.source.opening import open_source
 
     entry = find_run(target.run)

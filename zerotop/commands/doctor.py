@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from zerotop.diagnose.oomkill import SHARED_ENOUGH_BYTES
 from zerotop.output import INSTALL_TRAINING
-from zerotop.runs.oomkill import SHARED_ENOUGH_BYTES
 
 MIB = 2**20
 GIB = 2**30
@@ -187,7 +187,7 @@ def _shared_memory() -> Finding:
 
 
 def _state_home() -> Finding:
-    from zerotop.runs.paths import RunError, make_private_folder, runs_home, sockets_home
+    from zerotop.rundir.paths import RunError, make_private_folder, runs_home, sockets_home
 
     try:
         home = make_private_folder(runs_home())

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from runtime.checkpoint.target import check_target
     from runtime.sizes import parse_size
     from zerotop.output import CommandError, print_json, show
-    from zerotop.runs.checkpoints import find_checkpoint
+    from zerotop.rundir.checkpoints import find_checkpoint
 
     try:
         shard_bytes = parse_size(arguments.shard_size)
@@ -88,8 +88,8 @@ def _check_installed() -> None:
 
 def _in_child(words: Sequence[str]) -> dict[str, Any]:
     """Run the export, whose progress lines go to our stderr; its document. Raises CommandError with its error."""
+    from zerotop.launch.torchrun import with_import_path
     from zerotop.output import CommandError
-    from zerotop.runs.torchrun import with_import_path
 
     command = [sys.executable, "-P", "-m", "runtime.checkpoint.export", *words]
     with _child(command, with_import_path(dict(os.environ))) as child:

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zerotop.runs.directory import RunEntry
+    from zerotop.rundir.directory import RunEntry
 
 _DESCRIPTION = """\
 Start a run of a DeepSpeed-style JSON config and open the live screen on it. The run is detached from this terminal from
@@ -52,8 +52,8 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from zerotop.launch.start import start_run
     from zerotop.output import CommandError, say
-    from zerotop.runs.launching import start_run
     from zerotop.source.opening import open_source
 
     if arguments.script == []:
@@ -87,7 +87,7 @@ def _detached(entry: RunEntry, as_json: bool) -> int:
     from runtime.wire.messages import LIVE_STATES
     from zerotop.output import print_json, say
     from zerotop.report import status_document
-    from zerotop.runs.directory import read_entry
+    from zerotop.rundir.directory import read_entry
     from zerotop.source.opening import open_source
 
     source = open_source(entry)
@@ -116,7 +116,7 @@ def _detached(entry: RunEntry, as_json: bool) -> int:
 
 def _first_words(entry: RunEntry) -> str:
     """What was started, and what there is to know about its config."""
-    from zerotop.runs.launching import read_notes
+    from zerotop.launch.start import read_notes
 
     run = entry.run
     ranks = f"{run.nproc} rank{'s' * (run.nproc > 1)} on {'the CPU' if run.device == 'cpu' else run.device}"

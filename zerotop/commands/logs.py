@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from zerotop.clean import clean
 from zerotop.output import say
-from zerotop.runs.logs import LogTail
+from zerotop.rundir.logs import LogTail
 
 if TYPE_CHECKING:
-    from zerotop.runs.directory import RunEntry
+    from zerotop.rundir.directory import RunEntry
 
 POLL_S = 0.25
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?!\d)")
@@ -51,7 +51,7 @@ def _count(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     from zerotop.output import CommandError, print_json
-    from zerotop.runs.directory import find_any_run
+    from zerotop.rundir.directory import find_any_run
     from zerotop.source.target import parse_target
 
     if arguments.follow and arguments.json:
@@ -139,7 +139,7 @@ def _print(lines: Iterable[tuple[int, str]], labelled: bool) -> None:
 
 
 def _follow(entry: RunEntry, rank: int | None, tails: list[LogTail]) -> None:
-    from zerotop.runs.directory import read_entry
+    from zerotop.rundir.directory import read_entry
 
     for live in _ticks(entry):
         folder = _newest_attempt(entry)
@@ -153,7 +153,7 @@ def _follow(entry: RunEntry, rank: int | None, tails: list[LogTail]) -> None:
 
 def _ticks(entry: RunEntry) -> Iterator[bool]:
     """Whether the run is live, every POLL_S, until it is not or nobody reads our output any more."""
-    from zerotop.runs.directory import read_entry
+    from zerotop.rundir.directory import read_entry
 
     gone = select.poll()
     gone.register(sys.stdout.fileno(), 0)  # errors and hang-ups are always reported

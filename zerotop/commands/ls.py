@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
         return run_there(host, ["ls", *(["--json"] if arguments.json else [])])
 
     from zerotop.report import list_document, list_text
-    from zerotop.runs.directory import list_runs, runs_home
+    from zerotop.rundir.directory import list_runs, runs_home
 
     document = list_document(list_runs())
     if arguments.json:

@@ -14,12 +14,12 @@ from typing import Any
 from runtime.wire.messages import Event, LogRecord, RunStatus, StepResult
 from zerotop.output import duration_text, number_text, print_json, say, show, with_exit_code
 from zerotop.report import status_document
-from zerotop.runs.batchsignal import stop_by_signal
-from zerotop.runs.directory import RunEntry
+from zerotop.rundir.directory import RunEntry
 from zerotop.source.asking import new_command
 from zerotop.source.base import Source
 from zerotop.state.progress import progress
 from zerotop.state.run import RunState
+from zerotop.supervise.batchsignal import stop_by_signal
 
 POLL_S = 0.25
 OVERDUE_S = 30.0

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zerotop.runs.directory import RunEntry
+    from zerotop.rundir.directory import RunEntry
 
 
 def register(subparsers: Any) -> None:
@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from runtime.wire.messages import PROTOCOL
     from zerotop.output import print_json
-    from zerotop.runs.directory import find_any_run
+    from zerotop.rundir.directory import find_any_run
 
     entry = find_any_run(arguments.run)
     print_json(

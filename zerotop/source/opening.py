@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from runtime.wire.messages import RunStatus
-from zerotop.runs.directory import RunEntry, RunError, read_entry
+from zerotop.rundir.directory import RunEntry, RunError, read_entry
 from zerotop.source.base import Source, SourceError
 from zerotop.source.live import LiveSource
 from zerotop.source.recorded import RecordedSource

@@ -27,8 +27,8 @@ import psutil
 from runtime.wire.rundir import Sockets
 from zerotop.clean import clean
 from zerotop.output import CommandError, say
-from zerotop.runs.executable import MARK, shell_command
-from zerotop.runs.paths import make_private_folder, sockets_home
+from zerotop.rundir.executable import MARK, shell_command
+from zerotop.rundir.paths import make_private_folder, sockets_home
 
 SSH_VARIABLE = "ZEROTOP_SSH"
 RECONNECT_WITHIN_S = 40.0

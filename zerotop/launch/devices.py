@@ -10,7 +10,7 @@ from typing import Literal
 
 from zerotop.output import INSTALL_TRAINING
 from zerotop.probe.nvml import count_devices
-from zerotop.runs.paths import RunError
+from zerotop.rundir.paths import RunError
 
 Device = Literal["cpu", "cuda"]
 

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from zerotop.diagnose.outcome import early_end_reason
+from zerotop.diagnose.stacks_report import StackTaker, blame
 from zerotop.hub.hub import Hub
-from zerotop.runs.outcome import early_end_reason
-from zerotop.runs.stacks_report import StackTaker, blame
 from zerotop.state.condition import silent_ranks
 from zerotop.state.run import RunState
 from zerotop.state.stall import QUIET_PHASES, explain, ranks_text

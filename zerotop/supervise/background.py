@@ -12,14 +12,14 @@ from pathlib import Path
 from zerotop.hub.hub import Hub
 from zerotop.probe.host import HostProbe
 from zerotop.probe.nvml import GpuProbe
-from zerotop.runs.attempt import Attempt
-from zerotop.runs.logs import cap_logs
+from zerotop.rundir.logs import cap_logs
+from zerotop.supervise.attempt import Attempt
 
 CAP_INTERVAL_S = 10.0
 PROBE_INTERVAL_S = 1.0
 
 
-class Chores:
+class BackgroundTasks:
     """`attempt()` is the one that runs now."""
 
     def __init__(self, hub: Hub, attempt: Callable[[], Attempt], gpus: GpuProbe, disk: Executor) -> None:
@@ -64,13 +64,13 @@ class Chores:
                 }
                 stats = await loop.run_in_executor(thread, host.sample, pids, *self._gpus.latest())
                 self._hub.say(stats, source=f"probe/{stats.host}")
-                self._attempt().witness.note(stats)
+                self._attempt().collector.note(stats)
                 self.hear_xids()
                 await asyncio.sleep(PROBE_INTERVAL_S)
 
     def hear_xids(self) -> None:
         for xid in self._gpus.take_xids():
-            self._attempt().witness.hear(xid)
+            self._attempt().collector.hear(xid)
             self._hub.event("xid", xid.text, "error", xid=xid.number, gpu=xid.gpu)
 
     async def _cap_logs(self) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 LOG_LIMIT_BYTES = 64 * 2**20
 BLOCK_BYTES = 2**18
+ERROR_LINES = 30
+"""The most lines of a log that an error message repeats."""
+_TAIL_BYTES = 64 * 1024
 
 
 def rolled_part(path: Path) -> Path:
@@ -122,3 +125,15 @@ class LogTail:
 
 def _text(line: bytes) -> str:
     return line.decode(errors="replace").rstrip("\r")
+
+
+def tail(path: Path, lines: int = ERROR_LINES) -> str:
+    """The last lines of a text file; empty when there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.rstrip().splitlines()[-lines:])

@@ -1,19 +1,12 @@
-"""The supervisor of a run on one node: it starts the ranks, keeps the hub, and lets nothing of the run outlive it.
-
-python -P -m zerotop.runs.supervisor RUN --lock-fd N [--resume] [--ready-fd N]
-"""
+"""The supervisor of a run on one node: it starts the ranks, runs the hub, and lets no process of the run outlive it."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import contextlib
 import json
 import os
 import signal
-import sys
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,27 +14,26 @@ from typing import Any
 import psutil
 
 from runtime.config import Resolved
-from runtime.descriptors import raise_file_limit
 from runtime.wire.messages import Command, Event, Hello, LogRecord, RunStatus, StepResult
-from runtime.wire.rundir import RunFile, boot_id, read_run, read_status, write_json
+from runtime.wire.rundir import RunFile, boot_id, read_status, write_json
+from zerotop.diagnose.evidence import FailureEvidence
+from zerotop.diagnose.hang import HangWatch
+from zerotop.diagnose.laggards import LaggardWatch
+from zerotop.diagnose.outcome import Outcome, decide
+from zerotop.diagnose.stacks_report import StackTaker
 from zerotop.hub.hub import Hub
 from zerotop.hub.recorder import Recorder, earlier_steps
+from zerotop.launch.handshake import Ready
 from zerotop.probe.nvml import GpuProbe
-from zerotop.runs.attempt import Attempt
-from zerotop.runs.batchsignal import stop_by_signal
-from zerotop.runs.chores import Chores
-from zerotop.runs.folderwatch import FolderWatch
-from zerotop.runs.hang import HangWatch
-from zerotop.runs.laggards import LaggardWatch
-from zerotop.runs.lastwords import tail
-from zerotop.runs.outcome import Evidence, Outcome, decide
-from zerotop.runs.paths import RunError, error_text, lock_sockets, make_private_folder, remove_sockets
-from zerotop.runs.processes import become_subreaper, descendants, detach, kill_descendants, reap, send
-from zerotop.runs.restarts import Failure, Restarts
-from zerotop.runs.stacks_report import StackTaker
-from zerotop.runs.starting import Ready
-from zerotop.runs.statusfile import StatusFile, write_status
-from zerotop.runs.stopping import StopWatch
+from zerotop.rundir.paths import RunError, lock_sockets, make_private_folder, remove_sockets
+from zerotop.rundir.statusfile import StatusFile
+from zerotop.supervise.attempt import Attempt
+from zerotop.supervise.background import BackgroundTasks
+from zerotop.supervise.batchsignal import stop_by_signal
+from zerotop.supervise.folderwatch import FolderWatch
+from zerotop.supervise.processes import descendants, kill_descendants, reap, send
+from zerotop.supervise.restarts import Failure, Restarts
+from zerotop.supervise.stopping import StopWatch
 
 TERM_PATIENCE_S = 5.0
 DEATH_PATIENCE_S = 3.0
@@ -97,7 +89,7 @@ class Supervisor:
         self._stop_watch = StopWatch(hub, self._taker, self._abort)
         write_json(self.path / "run.json", self.run_file)
         gpus = GpuProbe()
-        chores = self._chores = Chores(hub, lambda: self._attempt, gpus, self._status_file.disk)
+        chores = self._background = BackgroundTasks(hub, lambda: self._attempt, gpus, self._status_file.disk)
         try:
             hub.start()
             loop.add_signal_handler(signal.SIGCHLD, self._collect)
@@ -142,7 +134,7 @@ class Supervisor:
 
     def _announce(self) -> None:
         """What launch found out, for the event pane: defaults chosen, keys without effect, what a resume changed."""
-        if warning := self._attempt.witness.warning():
+        if warning := self._attempt.collector.warning():
             self.hub.event("memory", warning, "warning")
         try:
             notes = json.loads((self.logs / "notes.json").read_text())["notes"]
@@ -182,7 +174,7 @@ class Supervisor:
         self._abort(f"aborted by {command.who}" if command.who else "aborted on request")
 
     def _stacks_command(self, command: Command) -> None:
-        self._chores.add("taking the stacks", self._taker.answer(command))
+        self._background.add("taking the stacks", self._taker.answer(command))
 
     def _abort(self, reason: str) -> None:
         if self._abort_reason is None and not self._attempt.ended.is_set():
@@ -265,10 +257,10 @@ class Supervisor:
                 "exit", f"{self._stuck} processes can't be killed: they hang in the kernel (a wedged driver?)", "error"
             )
 
-    def _evidence(self) -> Evidence:
+    def _evidence(self) -> FailureEvidence:
         state, attempt = self.hub.state, self._attempt
-        self._chores.hear_xids()
-        return Evidence(
+        self._background.hear_xids()
+        return FailureEvidence(
             nproc=self.run_file.nproc,
             launcher_exit=attempt.exit_code,
             logs=attempt.logs,
@@ -283,7 +275,7 @@ class Supervisor:
             silent_script=self._silent_script(),
             spoke=self._spoke(),
             start_step=state.hello.start_step if state.hello else 0,
-            account=attempt.witness.account(state),
+            system=attempt.collector.collect(state),
         )
 
     def _judge(self) -> tuple[Outcome, bool]:
@@ -377,59 +369,3 @@ async def _first_of(*events: asyncio.Event, timeout_s: float | None = None) -> N
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=timeout_s)
     for task in tasks:
         task.cancel()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m zerotop.runs.supervisor", description="Supervise one run; started by zerotop launch."
-    )
-    parser.add_argument("run", type=Path, help="the run directory")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint")
-    parser.add_argument("--lock-fd", type=int, required=True, help="file descriptor that holds the run's lock")
-    parser.add_argument("--ready-fd", type=int, help="file descriptor to write to when it is up, or can't be")
-    arguments = parser.parse_args()
-    os.umask(0o077)  # sockets, logs and the recording are the user's alone
-    os.set_inheritable(arguments.lock_fd, False)  # torchrun is given it by name
-    ready = Ready(arguments.ready_fd)
-    run = read_run(arguments.run)
-    raise_file_limit()
-    detach(str(arguments.run / "logs" / str(run.attempt) / "supervisor.log"))
-    become_subreaper()
-    try:
-        outcome = asyncio.run(_supervise(arguments.run, run, arguments.resume, arguments.lock_fd, ready))
-    except RunError as error:
-        ready.say_error(str(error))
-        _fail(arguments.run, str(error), "")
-        return 1
-    except Exception as error:
-        # First of all: what follows writes to the disk, which may be what failed.
-        reason = error_text(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        ready.say_error(f"the supervisor failed: {reason}")
-        kill_descendants()
-        with contextlib.suppress(OSError):  # supervisor.log may have no room either
-            traceback.print_exc()
-        log = arguments.run / "logs" / str(run.attempt) / "supervisor.log"
-        _fail(arguments.run, f"the supervisor failed: {reason}", tail(log))
-        return 1
-    return 0 if outcome.state in ("finished", "stopped") else 1
-
-
-async def _supervise(path: Path, run: RunFile, resume: bool, lock: int, ready: Ready) -> Outcome:
-    return await Supervisor(path, run, resume=resume, lock=lock).supervise(ready)
-
-
-def _fail(path: Path, reason: str, error: str) -> None:
-    """state.json for a supervisor that can't go on. An interrupted launch has removed its directory already."""
-    if not path.exists():
-        return
-    try:
-        status = read_status(path)
-        end = {"state": "failed", "reason": reason, "error": error, "ended_wall_s": time.time()}
-        write_status(path, status.model_copy(update=end))
-    except OSError as problem:
-        with contextlib.suppress(OSError):
-            print(f"can't write state.json: {problem}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

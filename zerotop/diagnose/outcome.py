@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from runtime.telemetry.bounds import shortened, shortened_error
 from runtime.wire.messages import Goodbye, RunStateName
-from zerotop.runs.lastwords import (
-    ERROR_LINES,
+from zerotop.diagnose.evidence import FailureEvidence
+from zerotop.diagnose.rank_errors import (
     REASON_KEPT,
     abort_words,
     crash_stack,
@@ -19,10 +18,8 @@ from zerotop.runs.lastwords import (
     is_complaint,
     launcher_tail,
     reason_of,
-    tail,
 )
-from zerotop.runs.processes import signal_name
-from zerotop.runs.witness import Account
+from zerotop.rundir.logs import ERROR_LINES, tail
 from zerotop.state.stall import ranks_text
 
 # torchrun's own words on its children. Its monitor logs the first line; its closing table holds one block per failed
@@ -57,37 +54,6 @@ _NOT_INITIALIZED = "the script never called runtime.initialize(): nothing was tr
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What the supervisor saw. `exit_codes` are of ranks whose code is known at first hand (adopted children);
-    torchrun's log has the rest."""
-
-    nproc: int
-    launcher_exit: int | None
-    logs: Path
-    launcher_killed: bool = False
-    """A signal ended it before we did anything; its ranks, which die with it, are not the cause then."""
-    goodbyes: Mapping[int, Goodbye] = field(default_factory=dict)
-    exit_codes: Mapping[int, int] = field(default_factory=dict)
-    """0 included: a rank that left well while others went on."""
-    ended_by_us: Collection[int] = ()
-    """Ranks that lived until the supervisor ended the attempt: the signal that ended them is no cause."""
-    stopping: bool = False
-    abort_reason: str | None = None
-    failure: str | None = None
-    """Why the supervisor ended the ranks as failed (they hang); what they said or how they ended counts no more."""
-    steps: Mapping[int, int] = field(default_factory=dict)
-    """The last finished optimizer step of each rank that finished one."""
-    silent_script: bool = False
-    """A script was run and no rank ever said hello."""
-    spoke: bool = False
-    """Some rank said hello."""
-    start_step: int = 0
-    """The step that this attempt went on from."""
-    account: Account | None = None
-    """Of host memory and GPUs. None: nobody looked."""
-
-
-@dataclass(frozen=True)
 class Outcome:
     state: RunStateName
     reason: str
@@ -100,7 +66,7 @@ class Outcome:
     """Another attempt would end the same way, for its data and its script are the same."""
 
 
-def decide(seen: Evidence) -> Outcome:
+def decide(seen: FailureEvidence) -> Outcome:
     """The final state; pure but for reading the logs."""
     if seen.abort_reason is not None:
         return Outcome("aborted", seen.abort_reason, seen.launcher_exit)
@@ -128,14 +94,14 @@ def decide(seen: Evidence) -> Outcome:
     return Outcome("failed", base + more, code, rank, _rank_error(seen, rank, code), cause=base if more else "")
 
 
-def _goodbye_reason(seen: Evidence) -> str:
+def _goodbye_reason(seen: FailureEvidence) -> str:
     reasons = [
         goodbye.error for _, goodbye in sorted(seen.goodbyes.items()) if goodbye.outcome == "stopped" and goodbye.error
     ]
     return reasons[0].splitlines()[-1] if reasons else ""
 
 
-def _exit_codes(seen: Evidence) -> dict[int, int]:
+def _exit_codes(seen: FailureEvidence) -> dict[int, int]:
     """rank -> exit code for ranks that failed. On one node the local rank is the rank."""
     codes = {rank: code for rank, code in seen.exit_codes.items() if code != 0}
     text = tail(seen.logs / "torchrun.log", _LOG_LINES)
@@ -146,7 +112,7 @@ def _exit_codes(seen: Evidence) -> dict[int, int]:
     return {rank: code for rank, code in codes.items() if code > 0 or rank not in seen.ended_by_us}
 
 
-def _first_to_fail(seen: Evidence, codes: Mapping[int, int]) -> int | None:
+def _first_to_fail(seen: FailureEvidence, codes: Mapping[int, int]) -> int | None:
     """A rank's death makes its peers fail too (lost connections, torchrun's TERM); the cause must not hide behind them.
 
     A rank that was killed said nothing, and its peers' complaints follow from that; among ranks that raised, the first
@@ -162,14 +128,14 @@ def _first_to_fail(seen: Evidence, codes: Mapping[int, int]) -> int | None:
     return next((rank for rank in suspects if not _complains(seen, rank)), next(iter([*suspects, *codes]), None))
 
 
-def _ended_early(seen: Evidence) -> tuple[int, ...]:
+def _ended_early(seen: FailureEvidence) -> tuple[int, ...]:
     """Ranks that left as if all was done, by their own word or, without one, by their exit code."""
     finished = {rank for rank, word in seen.goodbyes.items() if word.outcome == "finished"}
     silent = {rank for rank, code in seen.exit_codes.items() if code == 0 and rank not in seen.goodbyes}
     return tuple(sorted(finished | silent))
 
 
-def _early_end(seen: Evidence, ranks: tuple[int, ...]) -> Outcome:
+def _early_end(seen: FailureEvidence, ranks: tuple[int, ...]) -> Outcome:
     """The others could not go on without these ranks; what they say is true, and no cause."""
     first = ranks[0]
     goodbye = seen.goodbyes.get(first)
@@ -192,12 +158,12 @@ def early_end_reason(ranks: tuple[int, ...], step: int, goodbye: Goodbye | None)
     return f"{ranks_text(ranks)} ended after step {step} while the others went on: {why}"
 
 
-def _complains(seen: Evidence, rank: int) -> bool:
+def _complains(seen: FailureEvidence, rank: int) -> bool:
     goodbye = seen.goodbyes.get(rank)
     return is_complaint(goodbye.error if goodbye is not None else tail(seen.logs / f"rank-{rank}.log"))
 
 
-def _rank_reason(seen: Evidence, rank: int, code: int | None) -> str:
+def _rank_reason(seen: FailureEvidence, rank: int, code: int | None) -> str:
     goodbye = seen.goodbyes.get(rank)
     if code is not None and code < 0 and goodbye is None:
         return f"rank {rank} was killed by {_signal_words(seen, rank, code)}"
@@ -214,62 +180,57 @@ def _rank_reason(seen: Evidence, rank: int, code: int | None) -> str:
     return f"rank {rank} failed" if code is None else f"rank {rank} exited with code {code}"
 
 
-def _fail_alike(seen: Evidence) -> bool:
+def _fail_alike(seen: FailureEvidence) -> bool:
     """Whether every rank left at one step with one and the same error, which is no single rank's doing."""
     words = {(word.outcome, word.step, reason_of(word.error) if word.error else "") for word in seen.goodbyes.values()}
     blamed = any(word.culprit is not None for word in seen.goodbyes.values())
     return 1 < seen.nproc == len(seen.goodbyes) and len(words) == 1 and not blamed
 
 
-def _signal_words(seen: Evidence, rank: int, code: int) -> str:
+def _signal_words(seen: FailureEvidence, rank: int, code: int) -> str:
     """SIGSEGV (a crash in native code...)"""
-    name = signal_name(-code)
+    name = _signal_name(-code)
     words = _SIGNALS.get(name, "")
     if name == "SIGABRT":
         words = abort_words(tail(seen.logs / f"rank-{rank}.log", _LOG_LINES)) or words
     return f"{name} ({words})" if words else name
 
 
-def _memory_words(seen: Evidence, rank: int, code: int | None) -> str:
+def _memory_words(seen: FailureEvidence, rank: int, code: int | None) -> str:
     """Of a SIGKILL, the rank's own or that of a process it needed: whether it was the kernel, for lack of memory."""
-    goodbye, account = seen.goodbyes.get(rank), seen.account
+    goodbye, system = seen.goodbyes.get(rank), seen.system
     of_child = goodbye is not None and _CHILD_KILLED in goodbye.error
     if not of_child and (code != -signal.SIGKILL or goodbye is not None):
         return ""
-    evidence = account.memory.killed(rank) if account is not None else ""
-    if account is not None and evidence:
-        first = f"try {account.changes.first}" if account.changes.first else ""
-        return ": " + "; ".join(part for part in (evidence, account.memory.held, first) if part)
+    evidence = system.memory.killed(rank) if system is not None else ""
+    if system is not None and evidence:
+        first = f"try {system.remedies.first}" if system.remedies.first else ""
+        return ": " + "; ".join(part for part in (evidence, system.memory.held, first) if part)
     if of_child:
         return ""
-    if account is not None and account.memory.told:
+    if system is not None and system.memory.told:
         return ", by somebody: no out-of-memory kill was recorded"
     return ", perhaps because memory ran out: whether it did can't be seen here"
 
 
-def _shared_words(seen: Evidence, rank: int, code: int | None) -> str:
+def _shared_words(seen: FailureEvidence, rank: int, code: int | None) -> str:
     """Of a SIGBUS: the file may be in /dev/shm."""
-    if code != -signal.SIGBUS or rank in seen.goodbyes or seen.account is None:
+    if code != -signal.SIGBUS or rank in seen.goodbyes or seen.system is None:
         return ""
-    return f"; {seen.account.memory.shared}"
+    return f"; {seen.system.memory.shared}"
 
 
-def _xid_words(seen: Evidence, rank: int, code: int | None) -> str:
-    xid = seen.account.xids.get(rank) if seen.account is not None else None
+def _xid_words(seen: FailureEvidence, rank: int, code: int | None) -> str:
+    xid = seen.system.xids.get(rank) if seen.system is not None else None
     return f"; {xid}" if xid else ""
 
 
-def _rank_error(seen: Evidence, rank: int, code: int | None) -> str:
+def _rank_error(seen: FailureEvidence, rank: int, code: int | None) -> str:
     """At most ERROR_LINES lines of what the rank left, and what to change if the kernel killed it for its memory."""
-    goodbye, account = seen.goodbyes.get(rank), seen.account
+    goodbye, system = seen.goodbyes.get(rank), seen.system
     changes: list[str] = []
-    if (
-        account is not None
-        and account.memory.killed(rank)
-        and _memory_words(seen, rank, code)
-        and account.changes.lines
-    ):
-        changes = ["", "What to change to take less host memory:", *(f"  {line}" for line in account.changes.lines)]
+    if system is not None and system.memory.killed(rank) and _memory_words(seen, rank, code) and system.remedies.lines:
+        changes = ["", "What to change to take less host memory:", *(f"  {line}" for line in system.remedies.lines)]
     room = ERROR_LINES - len(changes)
     log = seen.logs / f"rank-{rank}.log"
     if goodbye is not None and goodbye.error:
@@ -281,15 +242,22 @@ def _rank_error(seen: Evidence, rank: int, code: int | None) -> str:
     return shortened_error("\n".join([*left, *changes]))
 
 
-def _launcher_failed(seen: Evidence) -> Outcome:
+def _launcher_failed(seen: FailureEvidence) -> Outcome:
     code = seen.launcher_exit
     if code is None:
         reason = "the supervisor ended before the ranks did"
     elif code < 0:
-        reason = f"torchrun was killed by {signal_name(-code)}"
-        evidence = seen.account.memory.evidence if seen.account is not None else ""
+        reason = f"torchrun was killed by {_signal_name(-code)}"
+        evidence = seen.system.memory.evidence if seen.system is not None else ""
         if evidence and code == -signal.SIGKILL:
             reason += f"; {evidence}"
     else:
         reason = f"torchrun exited with code {code} before any rank failed"
     return Outcome("failed", reason, code, None, launcher_tail(seen.logs))
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

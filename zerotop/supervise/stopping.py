@@ -10,9 +10,9 @@ import traceback
 from collections.abc import Callable, Mapping
 
 from runtime.wire.messages import Command
+from zerotop.diagnose.stacks import RankStacks
+from zerotop.diagnose.stacks_report import StackTaker, blame
 from zerotop.hub.hub import Hub
-from zerotop.runs.stacks import RankStacks
-from zerotop.runs.stacks_report import StackTaker, blame
 from zerotop.state.run import RunState
 from zerotop.state.stall import QUIET_PHASES, explain, idle_s, place_text, ranks_text
 

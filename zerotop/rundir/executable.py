@@ -9,7 +9,7 @@ import shlex
 import sys
 
 from runtime.replacing import replace_text
-from zerotop.runs.paths import RunError, make_private_folder, state_home
+from zerotop.rundir.paths import RunError, make_private_folder, state_home
 
 MARK = "zerotop-answers:"
 """Printed on a line of its own before the answer: what a login shell's start-up files print comes before it."""

@@ -19,9 +19,10 @@ from runtime.config import Config, ConfigError, Resolved, expand_files, load, re
 from runtime.data.vocab import count_tokens
 from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
+from zerotop.launch.devices import Device, choose
+from zerotop.launch.handshake import start_supervisor
 from zerotop.output import say
-from zerotop.runs.devices import Device, choose
-from zerotop.runs.directory import (
+from zerotop.rundir.directory import (
     RunEntry,
     checkpoint_steps,
     existing_message,
@@ -30,10 +31,10 @@ from zerotop.runs.directory import (
     make_run_folder,
     read_entry,
 )
-from zerotop.runs.executable import record_executable
-from zerotop.runs.lock import take_new, take_patiently
-from zerotop.runs.names import check_name, generate_name
-from zerotop.runs.paths import (
+from zerotop.rundir.executable import record_executable
+from zerotop.rundir.lock import take_new, take_patiently
+from zerotop.rundir.names import check_name, generate_name
+from zerotop.rundir.paths import (
     RunError,
     check_utf8,
     error_text,
@@ -43,7 +44,6 @@ from zerotop.runs.paths import (
     runs_home,
     working_folder,
 )
-from zerotop.runs.starting import start_supervisor
 
 _FIXED: dict[str, tuple[str, Callable[[Resolved], Any]]] = {
     "model": ("zerotop.model", lambda resolved: resolved.zerotop.model),

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from runtime.telemetry.orphan import grace_s
-from zerotop.runs.paths import LOCK_NAME, RunError
+from zerotop.rundir.paths import LOCK_NAME, RunError
 
 POLL_S = 0.2
 MARGIN_S = 5.0

@@ -91,10 +91,3 @@ def kill_descendants(patience_s: float = 2.0) -> int:
         time.sleep(0.02)
     reap()
     return 0
-
-
-def signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.config.zerotop import RestartsConfig
-from zerotop.runs.outcome import Evidence, Outcome
+from zerotop.diagnose.evidence import FailureEvidence
+from zerotop.diagnose.outcome import Outcome
 
 _REFUSED_EXIT = 2
 """Of a rank that can't use its config, model or data."""
@@ -39,7 +40,7 @@ class Failure:
     """A script that zerotop can't continue: it never called initialize()."""
 
     @classmethod
-    def of(cls, outcome: Outcome, seen: Evidence) -> Failure:
+    def of(cls, outcome: Outcome, seen: FailureEvidence) -> Failure:
         rank, code = outcome.failed_rank, outcome.exit_code
         goodbye = seen.goodbyes.get(rank) if rank is not None else None
         # The failing rank knows best; one that was killed does not say, and others were at the same step.

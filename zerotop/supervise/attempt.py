@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 
 from runtime.wire.rundir import BLOCKED_SIGNALS, RunFile
-from zerotop.runs import torchrun
-from zerotop.runs.paths import RunError
-from zerotop.runs.witness import Witness
+from zerotop.diagnose.evidence import EvidenceCollector
+from zerotop.launch import torchrun
+from zerotop.rundir.paths import RunError
 
 
 class Attempt:
@@ -29,7 +29,7 @@ class Attempt:
         self.run = run
         self.path = path
         self.logs = path / "logs" / str(run.attempt)
-        self.witness = Witness(run, path)
+        self.collector = EvidenceCollector(run, path)
         self.ended = asyncio.Event()
         """The launcher has."""
         self.rank_died = asyncio.Event()

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Container
 
-from zerotop.runs.paths import RunError
+from zerotop.rundir.paths import RunError
 
 MAX_LENGTH = 40
 _ALLOWED = re.compile(r"[a-z0-9][a-z0-9._-]*")

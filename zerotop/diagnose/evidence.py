@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtime.config import Resolved
 from runtime.remedies import Shortage, remedies, remedy_lines
 from runtime.sizes import format_size
-from runtime.wire.messages import NodeStats
+from runtime.wire.messages import Goodbye, NodeStats
 from runtime.wire.rundir import RunFile
 from runtime.workload import built_in_workload, workload_of
+from zerotop.diagnose.oomkill import SHARED_ENOUGH_BYTES, HostMemory, MemoryWatch, shared_memory
 from zerotop.probe.xid import Xid
-from zerotop.runs.oomkill import SHARED_ENOUGH_BYTES, HostMemory, MemoryWatch, shared_memory
 from zerotop.state.run import RunState
 
 XID_S = 60.0
@@ -22,7 +22,7 @@ XID_S = 60.0
 
 
 @dataclass(frozen=True)
-class Changes:
+class MemoryRemedies:
     """What would have saved host memory."""
 
     lines: tuple[str, ...] = ()
@@ -31,16 +31,47 @@ class Changes:
 
 
 @dataclass(frozen=True)
-class Account:
+class SystemEvidence:
     """Beside goodbyes, exit codes and logs."""
 
     memory: HostMemory = field(default_factory=HostMemory)
     xids: Mapping[int, str] = field(default_factory=dict)
     """Rank -> what the driver reported of its GPU shortly before."""
-    changes: Changes = field(default_factory=Changes)
+    remedies: MemoryRemedies = field(default_factory=MemoryRemedies)
 
 
-class Witness:
+@dataclass(frozen=True)
+class FailureEvidence:
+    """What the supervisor saw. `exit_codes` are of ranks whose code is known at first hand (adopted children);
+    torchrun's log has the rest."""
+
+    nproc: int
+    launcher_exit: int | None
+    logs: Path
+    launcher_killed: bool = False
+    """A signal ended it before we did anything; its ranks, which die with it, are not the cause then."""
+    goodbyes: Mapping[int, Goodbye] = field(default_factory=dict)
+    exit_codes: Mapping[int, int] = field(default_factory=dict)
+    """0 included: a rank that left well while others went on."""
+    ended_by_us: Collection[int] = ()
+    """Ranks that lived until the supervisor ended the attempt: the signal that ended them is no cause."""
+    stopping: bool = False
+    abort_reason: str | None = None
+    failure: str | None = None
+    """Why the supervisor ended the ranks as failed (they hang); what they said or how they ended counts no more."""
+    steps: Mapping[int, int] = field(default_factory=dict)
+    """The last finished optimizer step of each rank that finished one."""
+    silent_script: bool = False
+    """A script was run and no rank ever said hello."""
+    spoke: bool = False
+    """Some rank said hello."""
+    start_step: int = 0
+    """The step that this attempt went on from."""
+    system: SystemEvidence | None = None
+    """Of host memory and GPUs. None: nobody looked."""
+
+
+class EvidenceCollector:
     """Sees one attempt from its start on."""
 
     def __init__(self, run: RunFile, path: Path, root: Path = Path("/")) -> None:
@@ -69,15 +100,15 @@ class Witness:
     def hear(self, xid: Xid) -> None:
         self._xids.append(xid)
 
-    def account(self, state: RunState) -> Account:
+    def collect(self, state: RunState) -> SystemEvidence:
         pids = {rank: known.hello.pid for rank, known in state.ranks.items() if known.hello}
         # A rank may die before the probe has looked at it.
         told = {rank: known.memory.rss_bytes for rank, known in state.ranks.items() if known.memory}
         memory = self._watch.seen(pids, told)
         if len(memory.rank_rss_bytes) < self._run.nproc:  # a part would mislead: all processes of the run together then
             memory = replace(memory, rank_rss_bytes={})
-        changes = self._changes(state) if memory.evidence or memory.named else Changes()
-        return Account(memory, self._xids_of_ranks(state), changes)
+        found = self._memory_remedies(state) if memory.evidence or memory.named else MemoryRemedies()
+        return SystemEvidence(memory, self._xids_of_ranks(state), found)
 
     def _xids_of_ranks(self, state: RunState) -> dict[int, str]:
         found = {}
@@ -89,13 +120,13 @@ class Witness:
                     found[rank] = xid.text  # the first one: the others follow from it
         return found
 
-    def _changes(self, state: RunState) -> Changes:
+    def _memory_remedies(self, state: RunState) -> MemoryRemedies:
         """By the plan's arithmetic. Of a script's model the number of parameters is known, and its config only where it
         trained with what was launched."""
         try:
             config = Resolved.from_json((self._path / "resolved.json").read_bytes())
         except (OSError, ValueError):
-            return Changes()
+            return MemoryRemedies()
         hello = state.hello
         shortage = Shortage("host", free_device_bytes=self._free_device())
         if self._run.script is None:
@@ -112,9 +143,9 @@ class Witness:
                 units_known=False,
             )
         else:
-            return Changes()
+            return MemoryRemedies()
         found = remedies(workload, config, shortage) if workload is not None else []
-        return Changes(tuple(remedy_lines(found, shortage)), found[0].short(shortage.where) if found else "")
+        return MemoryRemedies(tuple(remedy_lines(found, shortage)), found[0].short(shortage.where) if found else "")
 
     def _free_device(self) -> int | None:
         gpus = (self._last.gpus if self._last else None) or []

@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 
 from runtime.telemetry.bounds import shortened
+from zerotop.rundir.logs import ERROR_LINES, tail
 
-ERROR_LINES = 30
 REASON_KEPT = 500
 """Characters of an exception's line that a reason repeats."""
-_TAIL_BYTES = 64 * 1024
 _AGENT = re.compile(r"[IWE]\d{4} \d\d:.*torch/distributed/elastic/")
 _EXCEPTION = re.compile(r"[^\W\d][\w.]*(: |$)")
 """`ValueError: text` or `pkg.Error`, at the start of a line; the frames above it are indented."""
@@ -86,15 +85,3 @@ def launcher_tail(logs: Path) -> str:
         if line.strip("* ") and "OMP_NUM_THREADS" not in line and not _AGENT.match(line):
             kept.append(line)
     return "\n".join(kept[-ERROR_LINES:])
-
-
-def tail(path: Path, lines: int = ERROR_LINES) -> str:
-    """The last lines of a text file; empty when there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - _TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(text.rstrip().splitlines()[-lines:])

@@ -13,8 +13,8 @@ from typing import TypeVar
 import psutil
 
 from runtime.wire.messages import Command
+from zerotop.diagnose.stacks import RankStacks, ask, find_ranks
 from zerotop.hub.hub import Hub
-from zerotop.runs.stacks import RankStacks, ask, find_ranks
 from zerotop.state.run import RankState, RunState
 from zerotop.state.stall import Stall, explain, idle_s, place_text, ranks_text
 

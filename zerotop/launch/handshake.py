@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 from runtime.wire.rundir import RunFile
-from zerotop.runs.lastwords import tail
-from zerotop.runs.paths import RunError
-from zerotop.runs.torchrun import with_import_path
+from zerotop.launch.torchrun import with_import_path
+from zerotop.rundir.directory import SUPERVISOR_MODULE
+from zerotop.rundir.logs import tail
+from zerotop.rundir.paths import RunError
 
 UP_TIMEOUT_S = 30.0
 
@@ -22,7 +23,7 @@ def start_supervisor(path: Path, run: RunFile, *, resume: bool, lock: int) -> No
     """Start it in a session of its own, with the descriptor that holds the run's lock, and wait until it says that it
     is up; raises RunError with its reason when it can't."""
     read_end, write_end = os.pipe()
-    command = [sys.executable, "-P", "-m", "zerotop.runs.supervisor", str(path)]
+    command = [sys.executable, "-P", "-m", SUPERVISOR_MODULE, str(path)]
     command += ["--lock-fd", str(lock), "--ready-fd", str(write_end)]
     try:
         starting = subprocess.Popen(

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from runtime.wire.messages import LIVE_STATES, RunStatus
 from runtime.wire.rundir import RunFile, Sockets, boot_id, read_run, read_status
-from zerotop.runs.paths import RunError, make_private_folder, runs_home
+from zerotop.rundir.paths import RunError, make_private_folder, runs_home
 
+SUPERVISOR_MODULE = "zerotop.supervise"
 START_GRACE_S = 60.0
 """A run without a supervisor yet counts as starting for so long; after that its launch was interrupted."""
 _START_TOLERANCE_S = 2.0
@@ -163,7 +164,7 @@ def supervisor_alive(run: RunFile, path: Path) -> bool:
         if abs(process.create_time() - run.supervisor_start) <= _START_TOLERANCE_S:
             return True
         # create_time() moves when the wall clock is set; the command line does not.
-        return "zerotop.runs.supervisor" in process.cmdline() and str(path) in process.cmdline()
+        return SUPERVISOR_MODULE in process.cmdline() and str(path) in process.cmdline()
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

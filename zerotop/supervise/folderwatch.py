@@ -11,8 +11,8 @@ from runtime.replacing import replace_text
 from runtime.wire.messages import Command
 from runtime.wire.rundir import RunFile, write_json
 from zerotop.hub.hub import Hub
-from zerotop.runs.paths import RunError, error_text, make_private_folder
-from zerotop.runs.statusfile import write_status
+from zerotop.rundir.paths import RunError, error_text, make_private_folder
+from zerotop.rundir.statusfile import write_status
 
 LOOK_S = 1.0
 WHO = "the supervisor"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from runtime.checkpoint.folder import newest, step_tag
 from runtime.checkpoint.manifest import CheckpointError, read_manifest
-from zerotop.runs.directory import RunEntry, find_run, read_entry
-from zerotop.runs.paths import RunError, runs_home
+from zerotop.rundir.directory import RunEntry, find_run, read_entry
+from zerotop.rundir.paths import RunError, runs_home
 
 
 def checkpoints_of(entry: RunEntry) -> Path:
