@@ -9,7 +9,6 @@ import json
 import math
 import re
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,60 +82,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
         return "  ".join(cells).rstrip()
 
     return "\n".join(line(row) for row in [header, *rows])
-
-
-def as_float(value: float | None) -> float | None:
-    """`value` as a finite float; None for what is no figure: not a number, infinite, or beyond a float's range."""
-    try:
-        number = math.nan if value is None else float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def bytes_text(count: float | None) -> str:
-    """1.5 GiB; a dash when there is no figure."""
-    number = as_float(count)
-    if number is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(number) < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB" if abs(number) < 1e6 else f"{number:.1e} TiB"
-
-
-def duration_text(seconds: float | None) -> str:
-    """42s, 3m 05s, 2h 07m, 3d 4h; a dash when there is no figure."""
-    number = as_float(seconds)
-    if number is None:
-        return "-"
-    if number < 0:
-        return f"-{duration_text(-number)}"
-    whole = int(number)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600}h" if whole < 1e10 else f"{number / 86400:.1e}d"
-
-
-def number_text(value: float | None, form: str = ".4g") -> str:
-    number = as_float(value)
-    return "-" if number is None else format(number, form)
-
-
-def time_text(wall_s: float | None) -> str:
-    """ISO 8601 in local time with its offset, to the second; empty when there is none."""
-    if wall_s is None:
-        return ""
-    try:
-        text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(wall_s))
-    except (ValueError, OverflowError, OSError):  # no date: not a number, or beyond the calendar
-        return ""
-    return f"{text[:-2]}:{text[-2:]}"
 
 
 def with_exit_code(reason: str, code: int | None) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.wire.messages import LIVE_STATES, CommandRecord, StepResult
-from zerotop.output import bytes_text, duration_text, number_text, table, time_text, with_exit_code
+from zerotop.format import MISSING, bytes_text, count_text, duration_text, figure_text, ms_text, rate_text, time_text
+from zerotop.output import table, with_exit_code
 from zerotop.state.condition import Condition, condition_of
 from zerotop.state.memory import memory_use
 from zerotop.state.progress import progress
@@ -131,14 +132,10 @@ def status_text(document: dict[str, Any]) -> str:
     """A status document for people."""
     lines = [_headline(document)]
     if document["loss"] is not None:
-        figures = (
-            ("loss", document["loss"], ".4f"),
-            ("lr", document["lr"], ".3g"),
-            ("norm", document["grad_norm"], ".3g"),
-        )
-        parts = [f"{name} {number_text(value, form)}" for name, value, form in figures]
+        figures = (("loss", document["loss"]), ("lr", document["lr"]), ("norm", document["grad_norm"]))
+        parts = [f"{name} {figure_text(value)}" for name, value in figures]
         if document["tokens_per_s"] is not None:
-            parts.append(f"{number_text(document['tokens_per_s'], ',.0f')} tokens/s")
+            parts.append(rate_text(document["tokens_per_s"]))
         if document["loss_step"] < document["step"]:  # the recording ends before the run did
             parts.append(f"(of step {document['loss_step']}, the last that was recorded)")
         lines.append("  ".join(parts))
@@ -189,17 +186,17 @@ def _ranks_text(ranks: Sequence[dict[str, Any]]) -> str:
         rows.append(
             (
                 str(rank["rank"]),
-                rank["host"] or "-",
-                rank["device"] or "-",
+                rank["host"] or MISSING,
+                rank["device"] or MISSING,
                 f"{rank['phase']}{micro}",
-                "-" if rank["step"] is None else str(rank["step"]),
+                MISSING if rank["step"] is None else str(rank["step"]),
                 bytes_text(used),
                 bytes_text(memory.get("rss_bytes")),
-                number_text(rank["wait_ms"], ".1f"),
-                number_text(rank["tokens_per_s"], ",.0f"),
+                ms_text(rank["wait_ms"]),
+                count_text(rank["tokens_per_s"]),
             )
         )
-    header = ("RANK", "HOST", "DEVICE", "PHASE", "STEP", "VRAM", "RSS", "WAIT ms", "TOKENS/s")
+    header = ("RANK", "HOST", "DEVICE", "PHASE", "STEP", "VRAM", "RSS", "WAIT", "TOKENS/s")
     return table(header, rows, right=(0, 4, 5, 6, 7, 8))
 
 

@@ -105,7 +105,7 @@ def test_a_batch_systems_signal_stops_the_run_and_its_end_is_awaited(
     thread.join()
     assert signal.getsignal(number) is usual
     captured = capsys.readouterr()
-    assert f"{number.name}: stopping after a checkpoint, or aborting in 60 s" in captured.err
+    assert f"{number.name}: stopping after a checkpoint, or aborting in 1m 00s" in captured.err
     assert captured.out.splitlines()[-1].startswith(f"{run.path.name}: stopped at step ")
     run.see_state("stopped")
     assert [record.command.who for record in run.source.state.commands.values()] == [number.name]

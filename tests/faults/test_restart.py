@@ -169,7 +169,7 @@ def test_the_limit_is_kept(start: Start) -> None:
     kill_rank(run, 0)
     status = ended(run)
     assert status.reason.startswith("rank 0 was killed by SIGKILL, ")
-    assert status.reason.endswith("; 1 restart within 60 min was used up")
+    assert status.reason.endswith("; not restarted: the limit of 1 restart within 1h 00m is reached")
     assert (status.attempt, status.restarts, status.failed_rank) == (2, 1, 0)
 
 

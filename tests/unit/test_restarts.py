@@ -32,7 +32,7 @@ def test_the_limit_counts_within_its_window() -> None:
         assert restarts.refusal(failure(step=number)) is None
         assert restarts.count() == f"restart {number} of 2"
     clock.s += 599
-    assert restarts.refusal(failure(step=3)) == "2 restarts within 10 min were used up"
+    assert restarts.refusal(failure(step=3)) == "not restarted: the limit of 2 restarts within 10m 00s is reached"
     clock.s += 2
     assert restarts.refusal(failure(step=4)) is None
     assert restarts.count() == "restart 1 of 2" and restarts.total == 3

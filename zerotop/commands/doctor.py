@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from zerotop.diagnose.oomkill import SHARED_ENOUGH_BYTES
+from zerotop.format import bytes_text
 from zerotop.output import INSTALL_TRAINING
 
-MIB = 2**20
 GIB = 2**30
 
 
@@ -141,12 +141,12 @@ def _terminal() -> Finding:
 
 
 def _host_memory() -> Finding:
-    from runtime.hostmemory import gib_text, read_limits
+    from runtime.hostmemory import read_limits
 
     limits = read_limits()
-    text = f"{gib_text(limits.available_bytes)} available"
+    text = f"{bytes_text(limits.available_bytes)} available"
     if limits.group_left_bytes < limits.available_bytes:
-        left, limit = gib_text(limits.group_left_bytes), gib_text(limits.group_limit_bytes)
+        left, limit = bytes_text(limits.group_left_bytes), bytes_text(limits.group_limit_bytes)
         return Finding("host memory", "ok", f"{left} left of this control group's {limit}: what offload can take")
     return Finding("host memory", "ok", f"{text}: what offload can take")
 
@@ -169,7 +169,7 @@ def _locked_memory() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return Finding("ulimit -l", "ok", "unlimited")
-    text = f"{soft / MIB:.0f} MiB of memory may be locked"
+    text = f"{bytes_text(soft)} of memory may be locked"
     if shutil.which("nvidia-smi"):
         return Finding("ulimit -l", "warn", text, "for InfiniBand set memlock unlimited in /etc/security/limits.conf")
     return Finding("ulimit -l", "ok", f"{text} (matters with InfiniBand only)")
@@ -180,7 +180,7 @@ def _shared_memory() -> Finding:
         size = shutil.disk_usage("/dev/shm")
     except OSError as error:
         return Finding("/dev/shm", "warn", f"{error.strerror}", "ranks of one box exchange data through it")
-    text = f"{size.total / GIB:.1f} GiB, {size.free / GIB:.1f} GiB free"
+    text = f"{bytes_text(size.total)}, {bytes_text(size.free)} free"
     if size.total < SHARED_ENOUGH_BYTES:
         return Finding("/dev/shm", "warn", text, "NCCL may fail: start the container with --shm-size=8g or --ipc=host")
     return Finding("/dev/shm", "ok", text)
@@ -201,8 +201,8 @@ def _state_home() -> Finding:
         return Finding("state home", "fail", str(error), "sockets of runs lie there")
     free = shutil.disk_usage(home).free
     if free < GIB:
-        return Finding("state home", "warn", f"{home}, {free / MIB:.0f} MiB free", "checkpoints go there: make room")
-    return Finding("state home", "ok", f"{home}, {free / GIB:.0f} GiB free")
+        return Finding("state home", "warn", f"{home}, {bytes_text(free)} free", "checkpoints go there: make room")
+    return Finding("state home", "ok", f"{home}, {bytes_text(free)} free")
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (

@@ -132,14 +132,14 @@ def _child(command: Sequence[str], environment: dict[str, str]) -> Iterator[subp
 
 
 def _text(document: dict[str, Any]) -> str:
-    from runtime.sizes import format_count, format_size
+    from zerotop.format import bytes_text, count_text
 
     files = document["files"]
     weights = [name for name in files if name.endswith(".safetensors")]
     others = [name for name in files if name not in weights and not name.endswith(".index.json")]
     lines = [
-        f"{document['out']}: {format_count(document['parameters'])} parameters in {document['dtype']}, "
-        f"{format_size(document['tensor_bytes'])} in {len(weights)} file{'s' * (len(weights) > 1)}"
+        f"{document['out']}: {count_text(document['parameters'])} parameters in {document['dtype']}, "
+        f"{bytes_text(document['tensor_bytes'])} in {len(weights)} file{'s' * (len(weights) > 1)}"
         f"{''.join(f', {name}' for name in others)}; step {document['step']} of {document['checkpoint']}"
     ]
     if document["adapters"]:

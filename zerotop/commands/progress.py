@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from runtime.wire.messages import Event, LogRecord, RunStatus, StepResult
-from zerotop.output import duration_text, number_text, print_json, say, show, with_exit_code
+from zerotop.format import duration_text, figure_text, rate_text
+from zerotop.output import print_json, say, show, with_exit_code
 from zerotop.report import status_document
 from zerotop.rundir.directory import RunEntry
 from zerotop.source.asking import new_command
@@ -57,11 +58,13 @@ def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
                     told = True
                     command = stop_by_signal(come[0].name)
                     limit_s = command.arguments["deadline_s"]
-                    say(f"{command.who}: stopping after a checkpoint, or aborting in {limit_s:g} s")
+                    say(f"{command.who}: stopping after a checkpoint, or aborting in {duration_text(limit_s)}")
                     source.send(command)
                     leave_s = time.monotonic() + limit_s + OVERDUE_S
                 if time.monotonic() > leave_s:
-                    say(f"the supervisor has not ended the run {OVERDUE_S:g} s after its deadline: it does not answer")
+                    say(
+                        f"no answer from the supervisor {duration_text(OVERDUE_S)} after the deadline; leaving the run as it is"
+                    )
                     break
     finally:
         source.close()
@@ -147,14 +150,14 @@ class _Lines:
 
 
 def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str:
-    """step 40/200  loss 2.3456  lr 0.0003  norm 1.2  12,345 tokens/s  ETA 1m 05s"""
+    """step 40/200  loss 2.3456  lr 3.00e-4  norm 1.2346  12.3K tokens/s  ETA 1m 05s"""
     how_far = progress(state)
     of = f"/{how_far.steps}" if how_far.steps else ""
-    parts = [f"step {point.step}{of}", f"loss {number_text(point.loss, '.4f')}", f"lr {number_text(point.lr, '.3g')}"]
+    parts = [f"step {point.step}{of}", f"loss {figure_text(point.loss)}", f"lr {figure_text(point.lr)}"]
     if point.grad_norm is not None:
-        parts.append(f"norm {number_text(point.grad_norm, '.3g')}")
+        parts.append(f"norm {figure_text(point.grad_norm)}")
     if newest and how_far.tokens_per_s is not None:
-        parts.append(f"{number_text(how_far.tokens_per_s, ',.0f')} tokens/s")
+        parts.append(rate_text(how_far.tokens_per_s))
     if newest and how_far.eta_s is not None:
         parts.append(f"ETA {duration_text(how_far.eta_s)}")
     if point.loss_scale is not None:

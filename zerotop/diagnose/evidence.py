@@ -9,11 +9,11 @@ from pathlib import Path
 
 from runtime.config import Resolved
 from runtime.remedies import Shortage, remedies, remedy_lines
-from runtime.sizes import format_size
 from runtime.wire.messages import Goodbye, NodeStats
 from runtime.wire.rundir import RunFile
 from runtime.workload import built_in_workload, workload_of
 from zerotop.diagnose.oomkill import SHARED_ENOUGH_BYTES, HostMemory, MemoryWatch, shared_memory
+from zerotop.format import bytes_text
 from zerotop.probe.xid import Xid
 from zerotop.state.run import RunState
 
@@ -89,7 +89,7 @@ class EvidenceCollector:
         if self._run.device != "cuda" or shared is None or shared[0] >= SHARED_ENOUGH_BYTES:
             return ""
         return (
-            f"/dev/shm has only {format_size(shared[0])}: NCCL, or a DataLoader with num_workers, may fail or end by "
+            f"/dev/shm has only {bytes_text(shared[0])}: NCCL, or a DataLoader with num_workers, may fail or end by "
             "SIGBUS; start the container with --shm-size=8g or --ipc=host"
         )
 

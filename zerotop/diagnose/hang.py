@@ -17,6 +17,7 @@ from typing import Any
 
 from zerotop.diagnose.outcome import early_end_reason
 from zerotop.diagnose.stacks_report import StackTaker, blame
+from zerotop.format import duration_text
 from zerotop.hub.hub import Hub
 from zerotop.state.condition import silent_ranks
 from zerotop.state.run import RunState
@@ -163,12 +164,13 @@ class HangWatch:
                 self._said_compiling = True
                 does = "compiles" if len(compiling) == 1 else "compile"
                 self._hub.event(
-                    "compiling", f"no progress for {still_s:.0f} s, and no hang: {ranks_text(compiling)} {does}"
+                    "compiling",
+                    f"no progress for {duration_text(still_s)}, but not a hang: {ranks_text(compiling)} {does}",
                 )
             return
         stall = explain(state, still_s, limit)
         verdict = blame(stall, ranks, state) if stall is not None else "no rank says where it is"
-        report = await self._taker.report(ranks, f"no progress for {still_s:.0f} s: {verdict}")
+        report = await self._taker.report(ranks, f"no progress for {duration_text(still_s)}: {verdict}")
         line = f"{verdict}; stacks: {report.path}" if report.path else verdict
         self._hang, self._hung_s, self._attempt = f"hang: {line}", now_s - still_s, self._hub.status.attempt
         self._hub.event("hang", line, "error", idle_s=round(still_s, 1), stacks=report.path)
@@ -177,13 +179,13 @@ class HangWatch:
             goodbye = state.ranks[stall.ended[0]].goodbye
             self._end_early(early_end_reason(stall.ended, goodbye.step if goodbye else 0, goodbye))
         elif self._end_attempt is not None:
-            self._end_attempt(f"no progress for {still_s:.0f} s: {line}")
+            self._end_attempt(f"no progress for {duration_text(still_s)}: {line}")
 
     def _clear(self, now_s: float) -> None:
         """It moves again; or it is being stopped, aborted or restarted, which has a reason of its own."""
         hang, self._hang = self._hang, None
         if self._hub.status.state == "running" and self._hub.status.attempt == self._attempt:
-            lasted = f"{now_s - self._hung_s:.0f} s"
+            lasted = duration_text(now_s - self._hung_s)
             self._hub.event(
                 "hang", f"the run goes on at step {self._hub.state.step + 1}, after {lasted} without progress"
             )

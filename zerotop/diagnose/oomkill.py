@@ -13,8 +13,8 @@ from pathlib import Path
 
 from runtime import cgroup
 from runtime.hostmemory import read_limits
-from runtime.sizes import format_size
 from runtime.wire.messages import NodeStats
+from zerotop.format import bytes_text
 
 SHARED_ENOUGH_BYTES = 1 << 30
 """Ranks of one box move data through /dev/shm; containers often have 64 MiB of it."""
@@ -88,7 +88,7 @@ class HostMemory:
         if not held or not self.total_bytes:
             return ""
         who = "ranks" if self.rank_rss_bytes else "the run"
-        return f"{who} held {format_size(held)} of {format_size(self.total_bytes)}"
+        return f"{who} held {bytes_text(held)} of {bytes_text(self.total_bytes)}"
 
     @property
     def shared(self) -> str:
@@ -96,7 +96,7 @@ class HostMemory:
         if self.shared_bytes is None:
             return "there is no /dev/shm"
         size, free = self.shared_bytes
-        return f"/dev/shm has {format_size(size)}, {format_size(free)} free"
+        return f"/dev/shm has {bytes_text(size)}, {bytes_text(free)} free"
 
 
 class MemoryWatch:
@@ -143,7 +143,7 @@ class MemoryWatch:
             killed = _KILLED.search(text) if at_us >= self._since_us else None
             if killed is not None and int(killed[1]) in ranks:
                 held = 1024 * (int(killed[3]) + int(killed[4] or 0))
-                words = f"the kernel's log: killed process {killed[1]}, which held {format_size(held)}"
+                words = f"the kernel's log: killed process {killed[1]}, which held {bytes_text(held)}"
                 found[ranks[int(killed[1])]] = words
         return found
 

@@ -14,6 +14,7 @@ import psutil
 
 from runtime.wire.messages import Command
 from zerotop.diagnose.stacks import RankStacks, ask, find_ranks
+from zerotop.format import duration_text
 from zerotop.hub.hub import Hub
 from zerotop.state.run import RankState, RunState
 from zerotop.state.stall import Stall, explain, idle_s, place_text, ranks_text
@@ -116,7 +117,7 @@ def _verdict(state: RunState, ranks: Mapping[int, RankStacks]) -> str:
     stall = explain(state, idle, ASKED_S) if idle >= ASKED_S and state.state_name in ("running", "stopping") else None
     if stall is None:
         return blame(Stall(0.0, f"{state.state_name} at step {state.step}"), ranks, state)
-    return f"no progress for {idle:.0f} s: {blame(stall, ranks, state)}"
+    return f"no progress for {duration_text(idle)}: {blame(stall, ranks, state)}"
 
 
 # ---- the text --------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def _rank_line(stacks: RankStacks, known: RankState | None, hub_now_ns: int) -> 
             parts.append(f"last collective {beat.entered_seq}{op}, {over}")
         silent_s = max(0, hub_now_ns - known.heard_ns) / 1e9
         if silent_s >= 2:
-            parts.append(f"nothing heard for {silent_s:.0f} s")
+            parts.append(f"nothing heard for {duration_text(silent_s)}")
     return f"rank {stacks.rank}: " + ", ".join(parts)
 
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from runtime.wire.rundir import RunFile
+from zerotop.format import duration_text
 from zerotop.launch.torchrun import with_import_path
 from zerotop.rundir.directory import SUPERVISOR_MODULE
 from zerotop.rundir.logs import tail
@@ -50,7 +51,7 @@ def start_supervisor(path: Path, run: RunFile, *, resume: bool, lock: int) -> No
     if line:
         raise RunError(f"the run can't start: {answer['error']}")
     words = complaint.strip() or tail(path / "logs" / str(run.attempt) / "supervisor.log")
-    slow = "" if ready else f" within {UP_TIMEOUT_S:.0f} s"
+    slow = "" if ready else f" within {duration_text(UP_TIMEOUT_S)}"
     raise RunError(f"the supervisor did not come up{slow}" + (f":\n{words}" if words else ""))
 
 

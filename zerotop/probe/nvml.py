@@ -10,6 +10,7 @@ from typing import Any
 import pynvml
 
 from runtime.wire.messages import GpuStats
+from zerotop.format import duration_text
 from zerotop.probe.xid import Xid, XidWatch
 
 STALE_S = 5.0
@@ -59,7 +60,7 @@ class GpuProbe:
         with self._lock:
             silent_s = time.monotonic() - self._asked_at
             if not self._answered and silent_s > STALE_S:
-                return None, f"the NVIDIA driver has not answered for {silent_s:.0f} s"
+                return None, f"the NVIDIA driver has not answered for {duration_text(silent_s)}"
             return self._gpus, self._note
 
     def _run(self) -> None:
@@ -153,7 +154,7 @@ def count_devices(nvml: Any = pynvml) -> tuple[int, str]:
             counted.append((0, no_gpu_note(error, nvml)))
 
     _bounded(count, STALE_S)
-    return counted[0] if counted else (0, f"the NVIDIA driver has not answered for {STALE_S:.0f} s")
+    return counted[0] if counted else (0, f"the NVIDIA driver has not answered for {duration_text(STALE_S)}")
 
 
 def _bounded(function: Callable[[], None], timeout_s: float) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from runtime.telemetry.orphan import grace_s
+from zerotop.format import duration_text
 from zerotop.rundir.paths import LOCK_NAME, RunError
 
 POLL_S = 0.2
@@ -69,7 +70,8 @@ def take_patiently(folder: Path, *, check: Callable[[], object], tell: Callable[
         if not told:
             told = True
             tell(
-                f"{folder.name}: processes of its last attempt still save their work; waiting up to {patience_s:.0f} s"
+                f"{folder.name}: ranks of the previous attempt are still saving; "
+                f"waiting for up to {duration_text(patience_s)}"
             )
         time.sleep(POLL_S)
 

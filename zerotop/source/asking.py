@@ -10,6 +10,7 @@ import uuid
 from typing import Any, Literal, cast
 
 from runtime.wire.messages import Ack, Command, CommandName, CommandRecord
+from zerotop.format import duration_text
 from zerotop.output import CommandError, say
 from zerotop.source.base import Source
 from zerotop.state.run import waits_for
@@ -51,7 +52,7 @@ def ask(
     except KeyboardInterrupt:
         record = source.state.commands.get(command.id)
         if record is not None and record.ack.state == "accepted":
-            say(f"#{record.ack.number} {command.name} was accepted and stays in force")
+            say(f"#{record.ack.number} {command.name} was accepted and is still pending")
         raise
 
 
@@ -69,7 +70,7 @@ def _ask(source: Source, command: Command, until: str, timeout_s: float | None) 
             if source.connection == "ended":
                 return _at_the_end(source, record)
             if timeout_s is not None and waited_s > timeout_s:
-                return _with(record, reason=f"not applied yet after {timeout_s:g} s; it stays in force")
+                return _with(record, reason=f"not applied yet after {duration_text(timeout_s)}; still pending")
             if not said and waited_s > SAY_SO_AFTER_S:
                 said = True
                 say(f"accepted as #{record.ack.number}, {waits_for(record)}...")
@@ -80,8 +81,8 @@ def _ask(source: Source, command: Command, until: str, timeout_s: float | None) 
             if waited_s > limit_s:
                 name = source.state.status.name if source.state.status else "the run"
                 raise CommandError(
-                    f"the hub of {name} has not answered within {limit_s:g} s ({source.connection}); nothing is known "
-                    f"to have happened: zerotop status {name} shows how it is",
+                    f"the hub of {name} did not answer within {duration_text(limit_s)} ({source.connection}); "
+                    f"the command may or may not have been applied: check with zerotop status {name}",
                     exit_code=1,
                 )
         source.wait(0.05)

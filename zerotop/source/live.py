@@ -18,6 +18,7 @@ import zmq
 from runtime.wire.codec import ProtocolError, decode_up, encode, load, read_packet, read_snapshot
 from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandRecord, LogRecord, Packet, RunStatus
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
+from zerotop.format import duration_text
 from zerotop.state.run import RunState
 
 FRAMES_PER_POLL = 5000
@@ -90,7 +91,7 @@ class LiveSource:
         if self._heard_at is None or not self._have_snapshot:
             return "connecting"
         age_s = self.age_s() or 0.0
-        return "live" if age_s < LOST_S else f"lost: nothing heard for {age_s:.0f} s"
+        return "live" if age_s < LOST_S else f"lost: nothing heard for {duration_text(age_s)}"
 
     @property
     def can_control(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from runtime.wire.codec import decode_snapshot
 from runtime.wire.messages import LIVE_STATES, RunStatus
 from runtime.wire.rundir import Sockets
+from zerotop.format import duration_text
 from zerotop.output import CommandError
 from zerotop.source.base import Source
 from zerotop.source.live import LiveSource
@@ -110,7 +111,7 @@ class RemoteSource(LiveSource):
                 pause_s = FIRST_PAUSE_S
             except (CommandError, OSError) as error:
                 if not self._closing.is_set():
-                    self._trouble = f"{error}; trying again in {pause_s:.0f} s"
+                    self._trouble = f"{error}; trying again in {duration_text(pause_s)}"
                     self._closing.wait(pause_s)
                     pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 

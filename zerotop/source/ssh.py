@@ -26,6 +26,7 @@ import psutil
 
 from runtime.wire.rundir import Sockets
 from zerotop.clean import clean
+from zerotop.format import duration_text
 from zerotop.output import CommandError, say
 from zerotop.rundir.executable import MARK, shell_command
 from zerotop.rundir.paths import make_private_folder, sockets_home
@@ -188,7 +189,7 @@ class SshLink:
                 timeout=ASK_WITHIN_S,
             )
         except subprocess.TimeoutExpired:
-            raise SshError(f"{self.host} has not answered within {ASK_WITHIN_S:g} s") from None
+            raise SshError(f"{self.host} has not answered within {duration_text(ASK_WITHIN_S)}") from None
 
     def _await_mark(self, process: subprocess.Popen[bytes], within_s: float | None) -> bool:
         assert process.stdout is not None
@@ -199,7 +200,7 @@ class SshLink:
             while MARK.encode() not in heard:
                 left_s = None if deadline is None else deadline - time.monotonic()
                 if (left_s is not None and left_s <= 0) or not selector.select(left_s):
-                    self._said.append(f"no connection within {within_s:g} s")
+                    self._said.append(f"no connection within {duration_text(within_s)}")
                     return False
                 piece = os.read(process.stdout.fileno(), 4096)
                 if not piece:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from runtime.wire.messages import LIVE_STATES, RunStateName
+from zerotop.format import duration_text
 from zerotop.state.run import RunState
 from zerotop.state.stall import find_stall, ranks_text
 
@@ -38,7 +39,9 @@ def condition_of(state: RunState, connection: str = "live") -> Condition:
     if name in ("running", "stopping", "paused"):
         if silent := silent_ranks(state):
             numbers = tuple(silent)
-            return Condition("stalled", f"nothing heard from {ranks_text(numbers)} for {max(silent.values()):.0f} s")
+            return Condition(
+                "stalled", f"nothing heard from {ranks_text(numbers)} for {duration_text(max(silent.values()))}"
+            )
         if (stall := find_stall(state)) is not None:
             return Condition("stalled", stall.text)
     return Condition(name, moving=name == "running")

@@ -11,6 +11,7 @@ import statistics
 from dataclasses import dataclass
 
 from runtime.wire.messages import Heartbeat
+from zerotop.format import duration_text, ms_text
 from zerotop.state.run import RankState, RunState
 
 STALL_MIN_S = 10.0
@@ -52,7 +53,7 @@ class Stall:
 
     @property
     def text(self) -> str:
-        return f"no progress for {self.idle_s:.0f} s: {self.cause}"
+        return f"no progress for {duration_text(self.idle_s)}: {self.cause}"
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def find_laggard(state: RunState, named: int | None = None) -> Laggard | None:
     share, wait_ms = window.came_last_share.get(rank, 0.0), window.caused_ms.get(rank, 0.0)
     text = (
         f"rank {rank} came last in {share:.0%} of collectives; "
-        f"others wait {wait_ms:.0f} ms a step ({wait_ms / window.step_ms:.0%})"
+        f"others wait {ms_text(wait_ms)} a step ({wait_ms / window.step_ms:.0%})"
     )
     return Laggard(rank, share, wait_ms, text)
 

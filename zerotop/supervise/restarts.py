@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from runtime.config.zerotop import RestartsConfig
 from zerotop.diagnose.evidence import FailureEvidence
 from zerotop.diagnose.outcome import Outcome
+from zerotop.format import duration_text
 
 _REFUSED_EXIT = 2
 """Of a rank that can't use its config, model or data."""
-_FIGURE = re.compile(r"0x[0-9a-fA-F]+|(?<!rank )\b\d+(\.\d+)*")
+_FIGURE = re.compile(r"\b\d+[dhm] \d+[hms]\b|\b\d+ s\b|0x[0-9a-fA-F]+|(?<!rank )\b\d+(\.\d+)*")
 _RANK = re.compile(r"\brank \d")
 AGAIN_THE_SAME = "another attempt would end the same way"
 
@@ -98,8 +99,8 @@ class Restarts:
         if before is not None and _is_same(before, failure):
             return f"the same failure at the same step twice in a row: {AGAIN_THE_SAME}"
         if self._used() >= self.config.limit:
-            limit, minutes = self.config.limit, self.config.window_minutes
-            return f"{limit} restart{'s' * (limit > 1)} within {minutes:g} min {'were' if limit > 1 else 'was'} used up"
+            limit, window = self.config.limit, duration_text(60 * self.config.window_minutes)
+            return f"not restarted: the limit of {limit} restart{'s' * (limit > 1)} within {window} is reached"
         return None
 
     def count(self) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from runtime.wire.messages import Command
 from zerotop.diagnose.stacks import RankStacks
 from zerotop.diagnose.stacks_report import StackTaker, blame
+from zerotop.format import duration_text
 from zerotop.hub.hub import Hub
 from zerotop.state.run import RunState
 from zerotop.state.stall import QUIET_PHASES, explain, idle_s, place_text, ranks_text
@@ -46,7 +47,7 @@ class StopWatch:
         limit_s = float(command.arguments.get("deadline_s", math.inf))
         ends_s = time.monotonic() + limit_s
         if limit_s < math.inf:
-            words = f"{command.who}: the run stops after a checkpoint, or is aborted in {limit_s:g} s"
+            words = f"{command.who}: the run stops after a checkpoint, or is aborted in {duration_text(limit_s)}"
             self._hub.event("signal", words, "warning")
         if ends_s < self._ends_s:
             self._ends_s, self._limit_s, self._who = ends_s, limit_s, command.who
@@ -62,7 +63,9 @@ class StopWatch:
             if left_s > SLOW_S and (text := f"{asked}; {hindrance(self._hub.state, {})}") != told:
                 told = text
                 self._hub.set_status(reason=told)
-        self._abort(f"the run did not stop within {self._limit_s:g} s of {self._who}: {await self._examined()}")
+        self._abort(
+            f"the run did not stop within {duration_text(self._limit_s)} of {self._who}: {await self._examined()}"
+        )
 
     async def _examined(self) -> str:
         stands_s = min(_STANDS_S, self._limit_s / 2)

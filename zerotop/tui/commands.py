@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.wire.messages import Command, CommandName, CommandRecord
+from zerotop.format import ms_text
 from zerotop.source.asking import asker
 from zerotop.state.run import RunState, waits_for
 
@@ -97,7 +98,7 @@ class CommandDesk:
             sent.done_s, sent.done_ns = self._now(), now_ns
         waited_s = None if sent is None else (sent.done_s or self._now()) - sent.at_s
         label = _label(command, ack.number or command.number)
-        took = f" ({waited_s:.1f} s)" if waited_s is not None else ""
+        took = f" ({ms_text(1000 * waited_s)})" if waited_s is not None else ""
         if ack.state == "accepted":
             text = f"{label}: accepted … {waits_for(record)}"
         elif ack.state == "applied":

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runtime.wire.messages import Command, CommandName
+from zerotop.format import duration_text
 from zerotop.state.progress import progress, steps_at_risk
 from zerotop.state.run import RunState
 from zerotop.tui.screens.confirm import ConfirmScreen
-from zerotop.tui.text import duration_text
 
 
 def pause_or_resume(state: RunState, waiting: Sequence[Command]) -> tuple[CommandName, str]:

@@ -9,7 +9,8 @@ from textual.geometry import Size
 
 from runtime.wire.messages import Event, LogRecord
 from zerotop.clean import clean
-from zerotop.tui.text import SEVERITIES, clock_text, plain
+from zerotop.format import clock_text
+from zerotop.tui.text import SEVERITIES, plain
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
 
@@ -116,7 +117,7 @@ class EventPanel(ScrollPanel):
             style = palette.style(colour) if colour != "muted" else PLAIN
             row = Row()
             if line.record is not None:
-                row.add(f"{clock_text(line.record.wall_s)} ", muted)
+                row.add(f"{clock_text(line.record.wall_s):<8} ", muted)
                 row.add(f"{glyph} {word:<5} ", palette.style(colour)).cell(_who(line.record), 6, muted)
             rows.append(row.to(PREFIX).add(line.text, style))
         return rows

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.style import Style
 
 from runtime.wire.messages import LIVE_STATES
-from zerotop.tui.text import STATES, count_text, duration_text, figure_text, ms_text
+from zerotop.format import count_text, duration_text, figure_text, ms_text
+from zerotop.tui.text import STATES
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import thin_bar
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row
@@ -122,7 +123,7 @@ def _figures(view: View) -> list[tuple[str, str]]:
         figures.append(("ETA", duration_text(done.eta_s)))
     newest = list(state.series)[-1:]
     figures.append(("loss", figure_text(state.loss)))
-    figures.append(("tok/s", count_text(done.tokens_per_s)))
+    figures.append(("tokens/s", count_text(done.tokens_per_s)))
     attempt = status.attempt if status else 0
     if status and status.restarts:
         lost = f", {status.lost_steps} steps again" if status.lost_steps else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.wire.messages import NodeStats
-from zerotop.tui.text import bytes_text, used_of
+from zerotop.format import MISSING, bytes_text, used_of
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import meter
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row
@@ -59,7 +59,7 @@ def _gpu_note(view: View, node: NodeStats) -> str:
     hello = view.state.hello
     if hello is not None and hello.device == "cpu":
         return "no GPU: CPU run"
-    return f"n/a{': ' + node.gpu_note if node.gpu_note else ''}"
+    return f"{MISSING}{': ' + node.gpu_note if node.gpu_note else ''}"
 
 
 def _line(view: View, node: NodeStats, width: int) -> Row:

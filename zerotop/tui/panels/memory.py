@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from zerotop.format import bytes_text, share_text, used_of
 from zerotop.state.memory import DERIVED_CATEGORIES, memory_use
-from zerotop.tui.text import bytes_text, share_text, used_of
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import category_letter
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row

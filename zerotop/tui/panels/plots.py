@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.wire.messages import StepResult
-from zerotop.tui.text import count_text, figure_text, ms_text
+from zerotop.format import count_text, figure_text, ms_text
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Panel, Row
 from zerotop.tui.widgets.plot import plot_rows

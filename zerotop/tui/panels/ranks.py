@@ -13,10 +13,11 @@ from textual.geometry import Size
 from textual.message import Message
 
 from runtime.wire.messages import GpuStats
+from zerotop.format import MISSING, bytes_text, count_text, ms_text, used_of
 from zerotop.state.memory import MemoryUse, gpu_of, memory_use
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS, WaitWindow
-from zerotop.tui.text import bytes_text, count_text, dots, ms_text, used_of
+from zerotop.tui.text import dots
 from zerotop.tui.view import View, stale_after_s
 from zerotop.tui.widgets.bar import stacked_bar
 from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
@@ -247,7 +248,7 @@ def _phase(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, s
 def _wait(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
     wait_ms, step_ms = context.waits.waited_ms.get(rank.rank), context.waits.step_ms
     if wait_ms is None:
-        row.cell("–", size, context.view.palette.style("muted"), right=True)
+        row.cell(MISSING, size, context.view.palette.style("muted"), right=True)
         return
     share = wait_ms / step_ms if step_ms else 0.0
     text = f"{ms_text(wait_ms)} {min(share, 1.0):>4.0%}"
@@ -266,7 +267,7 @@ def _last(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, si
     blamed = laggard is not None and laggard.rank == rank.rank
     palette = context.view.palette
     style = palette.style("warning", bold=True) if blamed else _dim(context, rank) or palette.style("muted")
-    row.cell(("▲ " if blamed else "") + (f"{share:.0%}" if context.came_last else "–"), size, style, right=True)
+    row.cell(("▲ " if blamed else "") + (f"{share:.0%}" if context.came_last else MISSING), size, style, right=True)
 
 
 def _step(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
@@ -276,7 +277,7 @@ def _step(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, si
 
 def _pinned(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
     count = rank.memory.pinned_bytes if rank.memory else 0
-    row.cell(bytes_text(count) if count else "–", size, _dim(context, rank) or PLAIN, right=True)
+    row.cell(bytes_text(count), size, _dim(context, rank) or PLAIN, right=True)
 
 
 def _rss(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
@@ -289,7 +290,7 @@ def _gpu_cell(
     def draw(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
         shown = text(gpu) if gpu is not None else None
         style = _dim(context, rank) or (PLAIN if shown else context.view.palette.style("muted"))
-        row.cell(shown or "n/a", size, style, right=True)
+        row.cell(shown or MISSING, size, style, right=True)
 
     return draw
 
@@ -314,7 +315,7 @@ COLUMNS = (
     _Column("phase", 19, 95, _phase),
     _Column("wait/step", 13, 70, _wait, right=True),
     _Column("last in", 7, 35, _last, right=True),
-    _Column("tok/s", 6, 60, _tokens, right=True),
+    _Column("tokens/s", 8, 60, _tokens, right=True),
     _Column("step", 7, 15, _step, right=True),
     _Column("util", 5, 32, _gpu_cell(lambda gpu: _rounded(gpu.utilization_percent, "%")), right=True, gpu=True),
     _Column("power", 9, 31, _gpu_cell(_power), right=True, gpu=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zerotop.format import duration_text
 from zerotop.tui.commands import CommandLife
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Band, Row
@@ -29,9 +30,8 @@ class CommandStrip(Band):
             glyph, colour = LOOKS[life.state]
             if life.fading:
                 colour = "muted"
-            waited = (
-                f"  {life.waited_s:.0f} s" if life.open and life.waited_s is not None and life.waited_s >= 2 else ""
-            )
+            waited_s = life.waited_s if life.open else None
+            waited = f"  {duration_text(waited_s)}" if waited_s is not None and waited_s >= 2 else ""
             rows.append(
                 Row()
                 .gap()

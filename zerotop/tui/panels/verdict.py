@@ -10,8 +10,9 @@ import textwrap
 
 from runtime.wire.messages import RunStatus
 from zerotop.clean import clean
+from zerotop.format import duration_text, figure_text, rate_text
 from zerotop.output import with_exit_code
-from zerotop.tui.text import STATES, count_text, duration_text, figure_text
+from zerotop.tui.text import STATES
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Band, Row
 
@@ -76,7 +77,7 @@ def summary(view: View) -> str:
     timed = [point for point in points if point.tokens_per_s is not None]
     if took_ms := sum(point.step_ms for point in timed):
         tokens_ms = sum((point.tokens_per_s or 0.0) * point.step_ms for point in timed)
-        facts.append(f"{count_text(tokens_ms / took_ms * max(1, state.world_size))} tok/s on average")
+        facts.append(f"{rate_text(tokens_ms / took_ms * max(1, state.world_size))} on average")
     saved = status.last_checkpoint_step if status else None
     facts.append(f"newest checkpoint: step {saved}" if saved is not None else "no checkpoint")
     if status is not None and status.state != "finished" and saved is not None:

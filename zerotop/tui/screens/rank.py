@@ -8,6 +8,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 
+from zerotop.format import bytes_text, count_text, ms_text
 from zerotop.state.memory import gpu_of
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
@@ -16,7 +17,6 @@ from zerotop.tui.panels.header import Header
 from zerotop.tui.panels.memory import MemoryPanel
 from zerotop.tui.panels.verdict import VerdictLine
 from zerotop.tui.screens.live import LiveScreen
-from zerotop.tui.text import bytes_text, count_text, ms_text
 from zerotop.tui.theme import Palette
 from zerotop.tui.view import View
 from zerotop.tui.widgets.keybar import KeyBar
@@ -56,7 +56,7 @@ class RankFacts(Panel):
                 ("stood still for communication", ms_text(step.wait_ms)),
                 (f"over {WINDOW_STEPS} steps: waited for others", ms_text(waited)),
                 ("came last in", f"{share:.0%}"),
-                ("tok/s", count_text(step.tokens_per_s)),
+                ("tokens/s", count_text(step.tokens_per_s)),
             ):
                 if now.width + len(label) + len(value) + 3 <= width:
                     now.add(f"  {label} ", muted).add(value)

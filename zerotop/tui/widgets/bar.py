@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.segment import Segment
 from rich.style import Style
 
-from zerotop.output import as_float
+from zerotop.format import as_float
 from zerotop.state.memory import DERIVED_CATEGORIES
 
 KEPT = 0.75

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from zerotop.tui.text import ms_text
+from zerotop.format import ms_text
 from zerotop.tui.theme import Palette
 from zerotop.tui.widgets.lines import PLAIN, Row
 
