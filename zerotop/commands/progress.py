@@ -62,9 +62,7 @@ def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
                     source.send(command)
                     leave_s = time.monotonic() + limit_s + OVERDUE_S
                 if time.monotonic() > leave_s:
-                    say(
-                        f"no answer from the supervisor {duration_text(OVERDUE_S)} after the deadline; leaving the run as it is"
-                    )
+                    say(f"the supervisor still does not answer {duration_text(OVERDUE_S)} after the deadline")
                     break
     finally:
         source.close()
