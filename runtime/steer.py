@@ -428,12 +428,7 @@ class Steering:
             for note in outcome.notes:
                 self.link.event("checkpoint", note, severity="warning")
             path, blocked_ms = str(outcome.job.final), 1000 * outcome.blocked_s
-            self.link.event(
-                "checkpoint",
-                f"checkpoint at step {step} saved in {outcome.seconds:.1f} s (training waited {blocked_ms:.0f} ms)",
-                step=step,
-                data={"path": path, "seconds": round(outcome.seconds, 3), "blocked_ms": round(blocked_ms, 1)},
-            )
+            self.link.checkpoint_saved(step, path, seconds=outcome.seconds, blocked_ms=blocked_ms)
             if command is not None:
                 self._answer(command, "applied", result={"path": path, "step": step}, step=step)
 

@@ -44,14 +44,14 @@ def duration_text(seconds: float | None) -> str:
 
 
 def ms_text(milliseconds: float | None) -> str:
-    """A measured time: 0.4 ms, 132 ms, 12.5 s, 3m 05s."""
+    """A measured time: 0.4 ms, 132 ms, 1.25 s, 12.5 s, 3m 05s."""
     number = as_float(milliseconds)
     if number is None:
         return MISSING
     if abs(number) >= 59_950:
         return duration_text(number / 1000)
-    if abs(number) >= 9999.5:
-        return f"{number / 1000:.1f} s"
+    if abs(number) >= 999.5:
+        return f"{number / 1000:.{1 if abs(number) >= 9995 else 2}f} s"
     return f"{number:.1f} ms" if abs(number) < 99.95 else f"{number:.0f} ms"
 
 

@@ -149,6 +149,8 @@ def test_a_timeline_draws_the_newest_steps_on_one_scale() -> None:
         (duration_text(math.inf), "n/a"),
         (ms_text(0.04), "0.0 ms"),
         (ms_text(99.96), "100 ms"),
+        (ms_text(999.4), "999 ms"),
+        (ms_text(1250), "1.25 s"),
         (ms_text(12_000), "12.0 s"),
         (ms_text(185_000), "3m 05s"),
         (figure_text(2.34567), "2.3457"),

@@ -94,8 +94,9 @@ def test_a_command_says_what_it_waits_for_once_the_ranks_have_taken_it_up() -> N
     command = Command(id="c", name="checkpoint", number=1)
     run.apply(CommandRecord(command=command, ack=Ack(id="c", number=1, state="accepted")))
     assert run.pending_text() == "checkpoint: waiting for a step boundary"
-    run.apply(Ack(id="c", number=1, state="accepted", step=10, reason="the checkpoint of step 10 is being written"))
+    writing = Ack(id="c", number=1, state="accepted", step=10, reason="the checkpoint of step 10 is being written")
+    run.apply(CommandRecord(command=command, ack=writing))
     assert run.pending_text() == "checkpoint: the checkpoint of step 10 is being written"
     assert "#1 checkpoint: the checkpoint of step 10 is being written" in status_text(status_document(run))
-    run.apply(Ack(id="c", number=1, state="applied", step=10))
+    run.apply(CommandRecord(command=command, ack=Ack(id="c", number=1, state="applied", step=10)))
     assert run.pending_text() == ""

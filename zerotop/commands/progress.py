@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from runtime.wire.messages import Event, LogRecord, RunStatus, StepResult
+from runtime.wire.messages import CheckpointSaved, LogRecord, RunStatus, StepResult
 from zerotop.format import duration_text, figure_text, rate_text
 from zerotop.output import print_json, say, show, with_exit_code
 from zerotop.report import status_document
 from zerotop.rundir.directory import RunEntry
 from zerotop.source.asking import new_command
 from zerotop.source.base import Source
+from zerotop.state.events import Record, record_text
 from zerotop.state.progress import progress
 from zerotop.state.run import RunState
 from zerotop.supervise.batchsignal import stop_by_signal
@@ -124,12 +125,13 @@ class _Lines:
 
     def _tell_events(self, state: RunState) -> None:
         for event in state.events:
-            key = (event.wall_s, event.text)
+            text = record_text(event)
+            key = (event.wall_s, text)
             if key in self._told or event.wall_s < self._start_wall_s:
                 continue
             self._told.add(key)
             if _is_loud(event):
-                self._print(event.text if isinstance(event, Event) else f"rank {event.rank}: {event.text}")
+                self._print(f"rank {event.rank}: {text}" if isinstance(event, LogRecord) else text)
 
     def end(self, status: RunStatus) -> None:
         if status.error:
@@ -165,7 +167,10 @@ def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str
     return "  ".join(parts)
 
 
-def _is_loud(event: Event | LogRecord) -> bool:
+def _is_loud(event: Record) -> bool:
+    """Whether the event is printed among the progress lines."""
+    if isinstance(event, CheckpointSaved):
+        return True
     if isinstance(event, LogRecord):
         return not event.logger.startswith("zerotop.") and event.level in ("warning", "error", "critical")
     return event.what != "exit" and (event.severity != "info" or event.what in _LOUD_EVENTS)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from runtime.wire.codec import Decoded, ProtocolError, encode_data, load, rank_of, read_packet
 from runtime.wire.messages import (
     Ack,
+    CheckpointSaved,
     Collectives,
     Event,
     Goodbye,
@@ -27,7 +28,7 @@ from runtime.wire.messages import (
 from zerotop.hub.limits import TokenBucket
 
 TELEMETRY = (Phases, StepResult, Memory, Collectives, Heartbeat)
-EVENTS = (Hello, LogRecord, Event, Ack, Goodbye)
+EVENTS = (Hello, LogRecord, Event, CheckpointSaved, Ack, Goodbye)
 LOGS_PER_S, LOGS_AT_ONCE = 50.0, 1000.0
 """Log records of one rank. All of them are in the rank's log file."""
 EVENTS_PER_S, EVENTS_AT_ONCE = 200.0, 2000.0
@@ -64,18 +65,28 @@ class Door:
         admitted = Admitted(rank, packet, frame, decoded)
         return self._sift(admitted, lambda message: _foreign(rank, message, kinds), again=bool(decoded.malformed))
 
+    def take_acks(self, admitted: Admitted) -> tuple[Admitted, list[Ack]]:
+        """The packet without its acks, and these: they are for the hub alone."""
+        acks = [message for message in admitted.packet.messages if isinstance(message, Ack)]
+        if not acks:
+            return admitted, acks
+        return self._sift(admitted, lambda message: "an ack" if isinstance(message, Ack) else "", silently=True), acks
+
     def thin(self, admitted: Admitted) -> Admitted:
         """Without the log records and events that one rank sends faster than anybody could read them."""
         return self._sift(admitted, lambda message: self._too_fast(admitted.rank, message))
 
-    def _sift(self, admitted: Admitted, refusal: Callable[[Message], str], again: bool = False) -> Admitted:
+    def _sift(
+        self, admitted: Admitted, refusal: Callable[[Message], str], again: bool = False, silently: bool = False
+    ) -> Admitted:
         """again: the frame holds what `decoded` has not."""
         packet, decoded = admitted.packet, admitted.decoded
         kept, known, refused = [], [], set()
         for message, at in zip(packet.messages, decoded.known, strict=True):
             if why := refusal(message):
-                self._report(f"{packet.source}: {why}")
                 refused.add(at)
+                if not silently:
+                    self._report(f"{packet.source}: {why}")
             else:
                 kept.append(message)
                 known.append(at)

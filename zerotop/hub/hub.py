@@ -12,11 +12,12 @@ from typing import Any, Literal
 import zmq
 import zmq.asyncio
 
-from runtime.wire.codec import ProtocolError, decode_down, encode, load
+from runtime.wire.codec import ProtocolError, decode_down, encode
 from runtime.wire.messages import (
     LIVE_STATES,
     PROTOCOL,
     Ack,
+    CheckpointSaved,
     Command,
     Event,
     Hello,
@@ -103,7 +104,6 @@ class Hub:
         self._behind_since: float | None = None
         self.router = CommandRouter(
             self.state,
-            answer=self._answer,
             forward=self._forward,
             publish=lambda record: self.say(record),
             abort=abort,
@@ -302,20 +302,16 @@ class Hub:
             case "gap":
                 self.complain(f"rank {rank} lost its event packets {channel.last_seq + 1} to {packet.seq - 1}")
         channel.take(packet.seq)
-        admitted = self._door.thin(admitted)
+        admitted, acks = self._door.take_acks(self._door.thin(admitted))
         self._take(admitted.packet, admitted.frame)
         for message in admitted.packet.messages:
             if isinstance(message, Hello):
                 self._on_hello(message)
-            elif isinstance(message, Ack) and rank == 0:
-                self._acknowledged(message)
-            elif (
-                isinstance(message, Event)
-                and message.what == "checkpoint"
-                and message.step
-                and message.severity == "info"
-            ):
+            elif isinstance(message, CheckpointSaved):
                 self.set_status(last_checkpoint_step=message.step)
+        for ack in acks:
+            if rank == 0:
+                self._acknowledged(ack)
         self._look_for_start()
 
     def _ask_again(self, rank: int, channel: _EventChannel) -> None:
@@ -333,8 +329,6 @@ class Hub:
             self.set_status(state="paused", reason=f"paused at step {ack.step}")
         elif command.name == "resume" and self.status.state == "paused":
             self.set_status(state="running", reason="")
-        elif command.name == "checkpoint" and ack.step:
-            self.set_status(last_checkpoint_step=ack.step)
 
     def _look_for_start(self) -> None:
         if self.status.state != "starting" or len(self.state.ranks) < self._run.nproc:
@@ -370,44 +364,22 @@ class Hub:
         try:
             command = decode_down(frame)
         except ProtocolError as error:
-            self._refuse(asker, frame, str(error))
-            return
+            raise ProtocolError(f"a screen sent something unreadable: {error}") from None
         if not isinstance(command, Command):
             return
         if self._command_rate.take(asker):
-            self.command(command, asker)
-            return
-        # Answered, so that nobody waits for it; neither recorded nor published, or a flood would reach every screen.
-        self.complain("commands came too fast and were refused")
-        reason = f"too many commands: more than {_COMMANDS_EACH[0]:g} a second"
-        self._answer(asker, Ack(id=command.id, state="rejected", reason=reason, wall_s=time.time()))
+            self.command(command)
+        else:  # a rejection would be published: a flood would reach every screen. Who waits for an answer asks again.
+            self.complain("commands came too fast and were dropped")
 
-    def command(self, command: Command, asker: bytes = b"") -> None:
-        """Take a command from a screen, or from the supervisor itself."""
-        accepted = self.router.submit(command, asker)
+    def command(self, command: Command) -> None:
+        """Take a command from a screen, or from the supervisor itself. What becomes of it is published."""
+        accepted = self.router.submit(command)
         if command.name == "stop" and accepted and self.status.state in LIVE_STATES:
             self.set_status(state="stopping", reason=f"stop asked by {command.who}" if command.who else "stop asked")
             self._on_stop(command)
 
-    def _refuse(self, asker: bytes, frame: bytes, reason: str) -> None:
-        """Answer a command that can't be read, if it can be told whose it is."""
-        try:
-            data = load(frame)
-            name = data.get("name")
-            known = f"{name[:40]!r} is no command" if isinstance(name, str) else "it is no command"
-            ack = Ack.model_validate(
-                {"id": data.get("id"), "state": "rejected", "reason": f"{known} that this run knows: {reason}"}
-            )
-        except (ProtocolError, ValueError):
-            self.complain(f"a screen sent something unreadable: {reason}")
-            return
-        self._answer(asker, ack.model_copy(update={"wall_s": time.time()}))
-
     # ---- sending: queued or dropped, never waited for --------------------------------------------------------------
-    def _answer(self, asker: bytes, ack: Ack) -> None:
-        if asker:
-            self._send(self._commands, [asker, encode(ack)])
-
     def _forward(self, command: Command) -> None:
         for channel in self._heard.values():
             self._send(self._ranks, [channel.identity, encode(command)])

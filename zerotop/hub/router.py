@@ -1,70 +1,64 @@
-"""Commands: checked, numbered, recorded, forwarded to the ranks, and answered. Holds no socket; the hub gives it ways
-to speak."""
+"""Commands: checked, numbered, forwarded to the ranks, and every change of their state published. Holds no socket: the
+hub passes functions that send."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from runtime.knobs import KnobError, get_knob, parse_knob
-from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandRecord, RunStateName
+from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandName, CommandRecord, RunStateName
 from zerotop.state.run import RunState
 
 REMEMBERED = 1000
 """Commands whose answers are kept, so that a repeated id is answered again and not acted on again."""
 IDS_REMEMBERED = 20_000
-"""Of older commands at least the ids: one that comes again is refused. (More than a rank's inbox remembers: it would
-neither act on such a command nor answer it.)"""
+"""Of older commands only the ids are kept: one that comes again is rejected. (More than a rank's inbox remembers, which
+would neither act on such a command nor answer it.)"""
 OPEN_AT_MOST = 64
 """Commands that wait for a step boundary."""
-ASKERS_KEPT = 16
-
 LONGEST_DEADLINE_S = 7 * 86400
 
 _OUTLIVE_RANKS = frozenset({"checkpoint", "set", "stop", "abort"})
 
-Asker = bytes
-"""A screen's ZeroMQ identity; b"" for the supervisor itself."""
-
 
 @dataclass
 class _Case:
+    """A command and its newest state."""
+
     command: Command
-    acks: list[Ack] = field(default_factory=list)
-    askers: set[Asker] = field(default_factory=set)
+    ack: Ack | None = None
 
     @property
     def open(self) -> bool:
-        return not any(ack.state in ("applied", "rejected") for ack in self.acks)
+        return self.ack is None or self.ack.state == "accepted"
 
     @property
     def applied(self) -> bool:
-        return any(ack.state == "applied" for ack in self.acks)
+        return self.ack is not None and self.ack.state == "applied"
 
 
 class CommandRouter:
     """Every command ends in exactly one of applied and rejected, also when the run ends first.
 
-    `answer(asker, ack)` tells one screen; `forward(command)` tells all ranks; `publish(record)` tells everyone and the
-    recording;
-    `abort(command)` ends the run without its ranks' help; the supervisor then calls `finish`. `stacks(command)` looks
-    at the ranks from outside, for they may be stuck; the supervisor then calls `complete`.
+    `forward(command)` sends to all ranks; `publish(record)` to every screen and the recording, which is the only way in
+    which a command is answered. `abort(command)` ends the run without the help of its ranks; the supervisor then calls
+    `finish`. `stacks(command)` looks at the ranks from outside, because they may be stuck; the supervisor then calls
+    `complete`.
     """
 
     def __init__(
         self,
         state: RunState,
         *,
-        answer: Callable[[Asker, Ack], None],
         forward: Callable[[Command], None],
         publish: Callable[[CommandRecord], None],
         abort: Callable[[Command], None],
         stacks: Callable[[Command], None],
     ) -> None:
         self._state = state
-        self._answer = answer
         self._forward = forward
         self._publish = publish
         # What does not wait for a step boundary, and never reaches the ranks.
@@ -78,18 +72,17 @@ class CommandRouter:
         """The newest number when the ranks that run now were started."""
 
     # ---- from screens ----------------------------------------------------------------------------------------------
-    def submit(self, command: Command, asker: Asker = b"") -> bool:
-        """Accept (True) or reject `command`. The same id again gets the same answers again, and acts once."""
+    def submit(self, command: Command) -> bool:
+        """Accept (True) or reject `command`. The same id again is answered again, and acts once."""
         known = self._cases.get(command.id)
         if known is not None:
-            if len(known.askers) < ASKERS_KEPT:
-                known.askers.add(asker)
-            for ack in known.acks:
-                self._answer(asker, ack)
+            if known.ack is not None:
+                self._publish(CommandRecord(command=known.command, ack=known.ack))
             return False
         if command.id in self._forgotten:
-            reason = "this command was given before; its answer is not kept any more"
-            self._answer(asker, Ack(id=command.id, state="rejected", reason=reason, wall_s=time.time()))
+            reason = "this command was given before, and its answer is no longer kept"
+            ack = Ack(id=command.id, state="rejected", reason=reason, wall_s=time.time())
+            self._publish(CommandRecord(command=command, ack=ack))
             return False
         arguments, refusal = self._check(command)
         if not refusal:
@@ -101,7 +94,7 @@ class CommandRouter:
                 "wall_s": command.wall_s or time.time(),
             }
         )
-        case = self._cases[command.id] = self._open[command.id] = _Case(numbered, askers={asker})
+        case = self._cases[command.id] = self._open[command.id] = _Case(numbered)
         self._forget()
         if refusal:
             self._tell(case, "rejected", reason=refusal)
@@ -113,6 +106,8 @@ class CommandRouter:
     def _check(self, command: Command) -> tuple[dict[str, Any], str]:
         """The arguments in the ranks' own types, and why the command can't be accepted ("": it can)."""
         state = self._state.state_name
+        if command.name not in get_args(CommandName):
+            return command.arguments, f"{command.name[:40]!r} is not a command that this run knows"
         if state not in LIVE_STATES:
             return command.arguments, f"the run is over ({state})"
         if command.name == "stacks":
@@ -150,8 +145,8 @@ class CommandRouter:
 
     # ---- from ranks and the supervisor -----------------------------------------------------------------------------
     def hear(self, ack: Ack) -> Command | None:
-        """Rank 0's word on a command; relayed to whoever asked. Returns the command, None for one that nobody here
-        knows. `accepted` comes from a rank that has taken the command up, and says what it does about it."""
+        """Publish the state that rank 0 reports of a command. Returns the command, or None if it is not an open one.
+        `accepted` comes from a rank that has begun with the command, and says what it does."""
         case = self._cases.get(ack.id)
         if case is None or not case.open:
             return None
@@ -159,8 +154,8 @@ class CommandRouter:
         return case.command
 
     def complete(self, identity: str, *, result: dict[str, Any] | None = None, reason: str = "") -> None:
-        """The supervisor's word on a command that it carried out itself: applied with `result`, or rejected for
-        `reason`. Does nothing when the run has ended meanwhile, and the command with it."""
+        """The supervisor has carried out a command itself: applied with `result`, or rejected for `reason`. Does
+        nothing if the run has ended meanwhile."""
         case = self._cases.get(identity)
         if case is None or not case.open:
             return
@@ -249,11 +244,9 @@ class CommandRouter:
         self._keep(case, Ack.model_validate({key: value for key, value in fields.items() if value is not None}))
 
     def _keep(self, case: _Case, ack: Ack) -> None:
-        case.acks = [known for known in case.acks if known.state != ack.state] + [ack]
+        case.ack = ack
         if not case.open:
             self._open.pop(ack.id, None)
-        for asker in case.askers:
-            self._answer(asker, ack)
         self._publish(CommandRecord(command=case.command, ack=ack))
 
     def _forget(self) -> None:

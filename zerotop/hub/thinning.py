@@ -10,7 +10,7 @@ ROOM = 0.75
 ROUNDS = 8
 
 _SAMPLED = ("step", "memory", "heartbeat", "node", "collectives", "phases", "status")
-_RARE = ("event", "command_record", "goodbye")
+_RARE = ("event", "checkpoint_saved", "command_record", "goodbye")
 _OLDER_HALF = """
 id <= (SELECT id FROM messages WHERE kind IN ({kinds}) ORDER BY id
        LIMIT 1 OFFSET (SELECT count(*) / 2 FROM messages WHERE kind IN ({kinds})))

@@ -37,7 +37,7 @@ class Source(Protocol):
         """Return when something may have arrived, or after `timeout_s`: for loops that poll without a screen."""
 
     def send(self, command: Command) -> None:
-        """Hand a command to the hub; does not wait. Its answers come into `state.commands` under the command's id."""
+        """Hand a command to the hub; does not wait. `state.commands` then holds its newest state under its id."""
 
     def age_s(self) -> float | None:
         """Seconds since the hub was last heard; None before the first time, and for recordings."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime.wire.codec import rank_of
 from runtime.wire.messages import (
-    Ack,
+    CheckpointSaved,
     Collectives,
     Command,
     CommandRecord,
@@ -30,6 +30,7 @@ from runtime.wire.messages import (
     Snapshot,
     StepResult,
 )
+from zerotop.state.events import Record
 from zerotop.state.series import Series
 from zerotop.state.waits import Waits
 
@@ -78,7 +79,7 @@ class RunState:
     status: RunStatus | None = None
     ranks: dict[int, RankState] = field(default_factory=dict)
     nodes: dict[str, NodeStats] = field(default_factory=dict)
-    events: deque[Event | LogRecord] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
+    events: deque[Record] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
     commands: dict[str, CommandRecord] = field(default_factory=dict)  # by command id, oldest first
     series: Series = field(default_factory=Series)
     waits: Waits = field(default_factory=Waits)
@@ -127,7 +128,7 @@ class RunState:
 
     def apply(self, message: Message, arrival_ns: int = 0) -> None:
         rank = getattr(message, "rank", None)
-        if isinstance(rank, int) and not isinstance(message, Ack):
+        if isinstance(rank, int):
             self.rank(rank).heard_ns = max(self.rank(rank).heard_ns, arrival_ns)
         match message:
             case Hello():
@@ -159,14 +160,10 @@ class RunState:
                 self.rank(message.rank).goodbye = message
             case NodeStats():
                 self.nodes[message.host] = message
-            case Event() | LogRecord():
+            case Event() | LogRecord() | CheckpointSaved():
                 self.events.append(message)
             case CommandRecord():
                 self._record(message, arrival_ns)
-            case Ack():
-                known = self.commands.get(message.id)
-                if known is not None:
-                    self._record(CommandRecord(command=known.command, ack=message), arrival_ns)
             case RunStatus():
                 if self.status and 0 < self.status.attempt < message.attempt:
                     self._begin_attempt()
@@ -275,4 +272,6 @@ def waits_for(record: CommandRecord) -> str:
 
 
 def _is_event_packet(packet: Packet) -> bool:
-    return any(isinstance(m, Hello | LogRecord | Event | Ack | Goodbye) for m in packet.messages)
+    """A packet whose acks were all that it held is empty; telemetry always holds a heartbeat."""
+    events = Hello | LogRecord | Event | CheckpointSaved | Goodbye
+    return not packet.messages or any(isinstance(message, events) for message in packet.messages)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from textual.geometry import Size
 
-from runtime.wire.messages import Event, LogRecord
+from runtime.wire.messages import Event
 from zerotop.clean import clean
 from zerotop.format import clock_text
+from zerotop.state.events import Record, record_severity, record_text
 from zerotop.tui.text import SEVERITIES, plain
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
@@ -26,7 +27,7 @@ class _Line:
 
     text: str
     severity: str
-    record: Event | LogRecord | None
+    record: Record | None
 
 
 class EventPanel(ScrollPanel):
@@ -37,7 +38,7 @@ class EventPanel(ScrollPanel):
         self.filter = ""
         self._heading = title
         self._lines: list[_Line] = []
-        self._wrapped: dict[int, tuple[Event | LogRecord, list[_Line]]] = {}
+        self._wrapped: dict[int, tuple[Record, list[_Line]]] = {}
         """By the record's identity, for this filter and width: a new record must not have all others wrapped anew."""
         self._key: tuple[object, ...] = ()
         self._follow = True
@@ -85,16 +86,16 @@ class EventPanel(ScrollPanel):
         self._follow = True
 
     def _wrap(self, view: View, width: int) -> list[_Line]:
-        wrapped: dict[int, tuple[Event | LogRecord, list[_Line]]] = {}
+        wrapped: dict[int, tuple[Record, list[_Line]]] = {}
         for record in view.state.events:
             if self.rank is None or record.rank == self.rank:
                 wrapped[id(record)] = self._wrapped.get(id(record)) or (record, self._wrap_record(record, width))
         self._wrapped = wrapped
         return [line for _, lines in wrapped.values() for line in lines]
 
-    def _wrap_record(self, record: Event | LogRecord, width: int) -> list[_Line]:
+    def _wrap_record(self, record: Record, width: int) -> list[_Line]:
         """No lines when the filter leaves the record out."""
-        severity = record.severity if isinstance(record, Event) else record.level
+        severity = record_severity(record)
         whole = _text(record)
         text = clean(whole[:MOST_CHARACTERS])
         if self.filter and self.filter.lower() not in f"{SEVERITIES[severity][1]} {_who(record)} {text}".lower():
@@ -123,13 +124,13 @@ class EventPanel(ScrollPanel):
         return rows
 
 
-def _who(record: Event | LogRecord) -> str:
+def _who(record: Record) -> str:
     return "run" if record.rank is None else f"rank {record.rank}"
 
 
-def _text(record: Event | LogRecord) -> str:
-    if isinstance(record, LogRecord):
-        return record.text
+def _text(record: Record) -> str:
+    if not isinstance(record, Event):
+        return record_text(record)
     step = f" (step {record.step})" if record.step is not None and f"step {record.step}" not in record.text else ""
     if not record.text or record.text.lower().startswith((f"{record.what} ".lower(), f"{record.what}:".lower())):
         return f"{record.text or record.what}{step}"
