@@ -1,4 +1,5 @@
-"""What one attempt's end may have to do with memory or a GPU's error, and what to change then; for the outcome."""
+"""What is known about a failed attempt: exit codes, goodbyes, logs, host memory and GPU errors. EvidenceCollector
+gathers the last two while the attempt runs."""
 
 from __future__ import annotations
 
@@ -18,64 +19,64 @@ from zerotop.probe.xid import Xid
 from zerotop.state.run import RunState
 
 XID_S = 60.0
-"""A rank that fails so long after an XID on its GPU failed because of it, as far as anyone can tell."""
+"""A rank that fails within this time after an XID error on its GPU is taken to have failed because of it."""
 
 
 @dataclass(frozen=True)
 class MemoryRemedies:
-    """What would have saved host memory."""
+    """Changes to the config that would have saved host memory, largest saving first."""
 
     lines: tuple[str, ...] = ()
     first: str = ""
-    """In a few words."""
+    """The first of them in a few words."""
 
 
 @dataclass(frozen=True)
 class SystemEvidence:
-    """Beside goodbyes, exit codes and logs."""
+    """What the machine did during the attempt: host memory and GPU errors."""
 
     memory: HostMemory = field(default_factory=HostMemory)
     xids: Mapping[int, str] = field(default_factory=dict)
-    """Rank -> what the driver reported of its GPU shortly before."""
+    """Rank -> the XID error that the driver reported for its GPU shortly before."""
     remedies: MemoryRemedies = field(default_factory=MemoryRemedies)
 
 
 @dataclass(frozen=True)
 class FailureEvidence:
-    """What the supervisor saw. `exit_codes` are of ranks whose code is known at first hand (adopted children);
-    torchrun's log has the rest."""
+    """Everything that `decide` uses to find the cause of a failure. `exit_codes` are those that the supervisor read
+    itself (from adopted children); torchrun.log has the others."""
 
     nproc: int
     launcher_exit: int | None
     logs: Path
     launcher_killed: bool = False
-    """A signal ended it before we did anything; its ranks, which die with it, are not the cause then."""
+    """A signal from outside ended the launcher. Its ranks die with it, so they are not the cause."""
     goodbyes: Mapping[int, Goodbye] = field(default_factory=dict)
     exit_codes: Mapping[int, int] = field(default_factory=dict)
-    """0 included: a rank that left well while others went on."""
+    """Exit codes that the supervisor read itself. 0 is kept too: such a rank left while the others went on."""
     ended_by_us: Collection[int] = ()
-    """Ranks that lived until the supervisor ended the attempt: the signal that ended them is no cause."""
+    """Ranks that were alive when the supervisor ended the attempt: the signal that ended them is not the cause."""
     stopping: bool = False
     abort_reason: str | None = None
     failure: str | None = None
-    """Why the supervisor ended the ranks as failed (they hang); what they said or how they ended counts no more."""
+    """Why the supervisor ended the ranks, which hang. Their goodbyes and exit codes no longer count then."""
     steps: Mapping[int, int] = field(default_factory=dict)
     """The last finished optimizer step of each rank that finished one."""
     silent_script: bool = False
-    """A script was run and no rank ever said hello."""
+    """The run has a script, and no rank sent a hello: the script never called initialize()."""
     spoke: bool = False
-    """Some rank said hello."""
+    """At least one rank sent a hello."""
     start_step: int = 0
-    """The step that this attempt went on from."""
+    """The step from which this attempt continued."""
     system: SystemEvidence | None = None
-    """Of host memory and GPUs. None: nobody looked."""
+    """Host memory and GPU errors; None if they were not observed."""
 
 
 class EvidenceCollector:
-    """Sees one attempt from its start on."""
+    """Observes host memory and GPU errors from the start of an attempt to its end."""
 
     def __init__(self, run: RunFile, path: Path, root: Path = Path("/")) -> None:
-        """root: where /proc, /sys and /dev are, for tests."""
+        """`root` is where /proc, /sys and /dev are; tests pass a folder."""
         self._run = run
         self._path = path
         self._root = root
@@ -84,7 +85,7 @@ class EvidenceCollector:
         self._last: NodeStats | None = None
 
     def warning(self) -> str:
-        """What may end this attempt, and can be seen before; "" for nothing."""
+        """A condition that is known to end runs and that is visible at the start; empty if there is none."""
         shared = shared_memory(self._root)
         if self._run.device != "cuda" or shared is None or shared[0] >= SHARED_ENOUGH_BYTES:
             return ""
@@ -94,13 +95,16 @@ class EvidenceCollector:
         )
 
     def note(self, stats: NodeStats) -> None:
+        """Take a sample of the probe."""
         self._watch.note(stats)
         self._last = stats
 
     def hear(self, xid: Xid) -> None:
+        """Take an XID error."""
         self._xids.append(xid)
 
     def collect(self, state: RunState) -> SystemEvidence:
+        """The evidence, once the attempt has ended."""
         pids = {rank: known.hello.pid for rank, known in state.ranks.items() if known.hello}
         # A rank may die before the probe has looked at it.
         told = {rank: known.memory.rss_bytes for rank, known in state.ranks.items() if known.memory}
@@ -121,8 +125,8 @@ class EvidenceCollector:
         return found
 
     def _memory_remedies(self, state: RunState) -> MemoryRemedies:
-        """By the plan's arithmetic. Of a script's model the number of parameters is known, and its config only where it
-        trained with what was launched."""
+        """What to change, computed by the plan's formulas. Of a script's model only the number of parameters is known,
+        and its config only if it trained with the one that was launched."""
         try:
             config = Resolved.from_json((self._path / "resolved.json").read_bytes())
         except (OSError, ValueError):

@@ -1,8 +1,9 @@
-"""Hangs: a running run in which no rank has moved for long. Found by looking once a second at what the hub knows, told
-with the stacks of all ranks, and, where the config says so, ended to be started again.
+"""Hangs: a running run in which no rank makes progress. Checked once a second on what the hub knows, reported with the
+stacks of all ranks and, if the config says so, ended and restarted.
 
-Nothing here reads a rank's clock. What counts is whether anything in the ranks' heartbeats has changed between two
-looks on our own clock: a stopped rank sends nothing, and its peers, who wait for it, send the same again and again.
+No rank's clock is read. What counts is whether anything in the heartbeats changed between two checks on the
+supervisor's own clock: a stopped rank sends nothing, and the ranks that wait for it send the same values again and
+again.
 """
 
 from __future__ import annotations
@@ -26,51 +27,51 @@ from zerotop.state.stall import QUIET_PHASES, explain, ranks_text
 HANG_VARIABLE = "ZEROTOP_HANG_S"
 HANG_S = 60.0
 HANG_STEPS = 10
-"""A run hangs when nothing has moved for max(HANG_S, HANG_STEPS x the median step of this attempt)."""
+"""A run hangs after max(HANG_S, HANG_STEPS x the median step time of this attempt) without progress."""
 FIRST_STEPS = 2
-"""Steps of this attempt before which nothing is a hang: they compile, warm up and allocate."""
+"""The first steps of an attempt are never a hang: they compile, warm up and allocate."""
 JUMP_S = 5.0
-"""Two looks so far apart mean that we were stopped ourselves, or the machine was: what the ranks did meanwhile is not
-known, and the count starts anew."""
+"""A longer gap between two checks means that the supervisor or the machine was suspended: the count starts again."""
 LOOK_S = 1.0
 
 Marks = dict[int, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
-class Look:
-    """still_s: seconds without any movement in a run that should move, None where it need not. moved: since the look
-    before."""
+class Progress:
+    """`still_s`: seconds without progress, None while the run may rightly stand still. `moved`: there was progress
+    since the last check."""
 
     still_s: float | None
     moved: bool
 
 
 class Stillness:
-    """Counts how long nothing has moved, from looks at the state."""
+    """Measures for how long the ranks have made no progress, from repeated checks of the state."""
 
     def __init__(self) -> None:
         self._marks: Marks | None = None
         self._since_s = 0.0
         self._looked_s = 0.0
 
-    def look(self, state: RunState, now_s: float) -> Look:
-        """now_s: of a monotonic clock, this process's own."""
+    def look(self, state: RunState, now_s: float) -> Progress:
+        """Check once. `now_s` is a monotonic clock of this process."""
         marks = _marks(state)
         moved = self._marks is not None and marks != self._marks
         jumped = now_s - self._looked_s > JUMP_S
         if self._marks is None or moved or jumped or not should_move(state):
             self._since_s = now_s
         self._marks, self._looked_s = marks, now_s
-        return Look(now_s - self._since_s if should_move(state) else None, moved)
+        return Progress(now_s - self._since_s if should_move(state) else None, moved)
 
     def restart(self, now_s: float) -> None:
+        """Start counting again from `now_s`."""
         self._since_s = self._looked_s = now_s
 
 
 def should_move(state: RunState) -> bool:
-    """Whether standing still would be a hang: the run is running and warm, and no rank has a reason to hold the others
-    up. A rank that is not heard from at all has none, whatever the others are doing: they wait for it in there."""
+    """Whether no progress would be a hang: the run is running and past its first steps, and no rank has a reason to
+    hold up the others. A rank that sends nothing has no such reason, whatever phase the others are in."""
     ranks = [rank for rank in state.ranks.values() if rank.goodbye is None]
     if state.state_name != "running" or not any(rank.heartbeat for rank in ranks):
         return False
@@ -81,14 +82,14 @@ def should_move(state: RunState) -> bool:
 
 
 def limit_s(state: RunState) -> float:
-    """Seconds without movement from which a run hangs."""
+    """Seconds without progress after which the run hangs."""
     start = state.hello.start_step if state.hello else 0
     taken = [result.step_ms for result in state.series if result.step > start]
     return max(least_s(), HANG_STEPS * statistics.median(taken) / 1000 if taken else 0.0)
 
 
 def least_s() -> float:
-    """HANG_S, or what the environment says instead."""
+    """HANG_S, unless the environment variable sets another limit."""
     try:
         return max(0.0, float(os.environ[HANG_VARIABLE]))
     except (KeyError, ValueError):
@@ -96,7 +97,7 @@ def least_s() -> float:
 
 
 def _marks(state: RunState) -> Marks:
-    """Rank -> everything that changes when the rank moves."""
+    """Rank -> everything that changes when the rank makes progress."""
     marks: Marks = {}
     for rank, known in state.ranks.items():
         beat, pid = known.heartbeat, known.hello.pid if known.hello else None
@@ -110,9 +111,9 @@ def _marks(state: RunState) -> Marks:
 
 
 class HangWatch:
-    """Tells hangs of the run behind `hub`: an event with the verdict, the stacks in a file, and the status's reason
-    while it lasts. `end_attempt(reason)`, where it is given, is called on each; `end_early(reason)` on one that can't
-    pass, because a rank has finished while the others wait for it in a collective."""
+    """Reports hangs: an event with the verdict, the stacks in a file, and the status's reason while the hang lasts.
+    `end_attempt(reason)`, if given, is called for each hang; `end_early(reason)` for one that can't end, because a rank
+    has finished while the others wait for it in a collective."""
 
     def __init__(
         self,
@@ -132,11 +133,13 @@ class HangWatch:
         self._said_compiling = False
 
     async def watch(self) -> None:
+        """Check once a second, for ever."""
         while True:
             await asyncio.sleep(LOOK_S)
             await self.look(time.monotonic())
 
     async def look(self, now_s: float) -> None:
+        """Check once."""
         state = self._hub.state
         look = self._stillness.look(state, now_s)
         if look.moved:
@@ -151,7 +154,7 @@ class HangWatch:
         await self._examine(look.still_s, limit)
 
     async def _examine(self, still_s: float, limit: float) -> None:
-        """Nothing has moved for too long: look at the processes before it is called a hang."""
+        """No progress for too long: look at the processes before calling it a hang."""
         state, before = self._hub.state, _marks(self._hub.state)
         ranks = await self._taker.look()
         now_s = time.monotonic()
@@ -169,7 +172,7 @@ class HangWatch:
                 )
             return
         stall = explain(state, still_s, limit)
-        verdict = blame(stall, ranks, state) if stall is not None else "no rank says where it is"
+        verdict = blame(stall, ranks, state) if stall is not None else "no rank has reported its position"
         report = await self._taker.report(ranks, f"no progress for {duration_text(still_s)}: {verdict}")
         line = f"{verdict}; stacks: {report.path}" if report.path else verdict
         self._hang, self._hung_s, self._attempt = f"hang: {line}", now_s - still_s, self._hub.status.attempt
@@ -182,12 +185,13 @@ class HangWatch:
             self._end_attempt(f"no progress for {duration_text(still_s)}: {line}")
 
     def _clear(self, now_s: float) -> None:
-        """It moves again; or it is being stopped, aborted or restarted, which has a reason of its own."""
+        """There is progress again; or the run is being stopped, aborted or restarted, which sets a reason of its
+        own."""
         hang, self._hang = self._hang, None
         if self._hub.status.state == "running" and self._hub.status.attempt == self._attempt:
             lasted = duration_text(now_s - self._hung_s)
             self._hub.event(
-                "hang", f"the run goes on at step {self._hub.state.step + 1}, after {lasted} without progress"
+                "hang", f"progress resumed at step {self._hub.state.step + 1}, after {lasted} without progress"
             )
         if self._hub.status.reason == hang:
             self._hub.set_status(reason="")

@@ -1,5 +1,5 @@
-"""Slow ranks of the run behind a hub: the verdict stands in its status, so that whoever comes late has it too, and an
-event tells when it changes."""
+"""The rank that the others wait for. The verdict is kept in the run's status, so that a screen opened later shows it
+too, and an event reports each change."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from zerotop.state.stall import find_laggard
 
 LOOK_S = 1.0
 SAYS_AGAIN_SHARE = 0.25
-"""A verdict on the same rank is told anew when its cost has changed by so much: figures that are right, and no status a
-second."""
+"""A verdict on the same rank is published again when its cost has changed by this share, not every second."""
 
 
 class LaggardWatch:
+    """Finds the slow rank of the run behind `hub` and keeps the verdict in the run's status."""
+
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
         self._told_ms = 0.0
 
     async def watch(self) -> None:
+        """Check once a second, for ever."""
         while True:
             await asyncio.sleep(LOOK_S)
             self.look()
 
     def look(self) -> None:
-        """Decided in a running run only: in any other the last word stands, or goes with the attempt."""
+        """Check once. The verdict changes only while the run is running; a pause or a stop keeps it, and a restart
+        drops it."""
         hub = self._hub
         before = hub.status.laggard_rank
         if hub.status.state != "running":

@@ -1,4 +1,5 @@
-"""Did the kernel kill a process because memory ran out? What it counts and writes down, and who held the memory."""
+"""Whether the kernel killed a process because memory ran out: its counters, its log, and the memory that the run
+held."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from runtime.wire.messages import NodeStats
 from zerotop.format import bytes_text
 
 SHARED_ENOUGH_BYTES = 1 << 30
-"""Ranks of one box move data through /dev/shm; containers often have 64 MiB of it."""
+"""Ranks of one machine exchange data through /dev/shm, of which containers often have only 64 MiB."""
 CGROUP, MACHINE = "the cgroup", "this machine"
 _SAMPLES = 15
-"""Seconds of NodeStats that are kept: what was held is looked for before the kill."""
+"""Samples of the probe that are kept, one a second: the memory in use is read from those before the kill."""
 _KERNEL_LINES = 20_000
 _CLOCKS_US = 5_000_000
 """The kernel's log and CLOCK_MONOTONIC drift apart by less than this."""
@@ -29,7 +30,7 @@ _KILLED = re.compile(r"Killed process (\d+) \(([^)]*)\).*?anon-rss:(\d+)kB(?:.*?
 
 @dataclass(frozen=True)
 class Count:
-    """One of the kernel's counters of out-of-memory kills, at the start of an attempt and now."""
+    """One of the kernel's counters of out-of-memory kills, at the start of an attempt and at its end."""
 
     what: str
     """"the cgroup" or "this machine"."""
@@ -38,6 +39,7 @@ class Count:
 
     @property
     def rose(self) -> bool:
+        """Whether a kill was counted during the attempt."""
         return self.now > self.before
 
     def __str__(self) -> str:
@@ -46,24 +48,24 @@ class Count:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """What was seen of host memory during one attempt."""
+    """Host memory during one attempt."""
 
     counts: tuple[Count, ...] = ()
-    """What can be read here: that of our own control group, else of the whole machine."""
+    """The counters that can be read: of the run's control group, else of the whole machine."""
     named: Mapping[int, str] = field(default_factory=dict)
-    """Rank -> the kernel's own words on killing it."""
+    """Rank -> what the kernel's log says about killing it."""
     rank_rss_bytes: Mapping[int, int] = field(default_factory=dict)
-    """Each rank's last; they share some pages, which count more than once."""
+    """The last sample of each rank. Pages shared by several ranks are counted more than once."""
     run_rss_bytes: int = 0
-    """Of all processes of the run: the most in the last seconds."""
+    """The largest sum over all processes of the run in the last seconds."""
     total_bytes: int = 0
-    """Of the host, or of the control group where that has less."""
+    """The memory of the host, or the limit of the control group if that is less."""
     shared_bytes: tuple[int, int] | None = None
     """Size of /dev/shm, and the least that was free there in the last seconds."""
 
     @property
     def evidence(self) -> str:
-        """Why a SIGKILL was the kernel's, for lack of memory; "" when nothing says so."""
+        """Why a SIGKILL came from the OOM killer; empty if nothing says so."""
         count = next((count for count in self.counts if count.rose), None)
         if count is None:
             return ""
@@ -72,18 +74,18 @@ class HostMemory:
 
     @property
     def told(self) -> bool:
-        """Whether the kernel says anything about this."""
+        """Whether the kernel lets us know about OOM kills at all."""
         return bool(self.counts or self.named)
 
     def killed(self, rank: int) -> str:
-        """The same for one rank."""
+        """Why the SIGKILL of `rank` came from the OOM killer; empty if nothing says so."""
         if rank in self.named:
             return f"the kernel ran out of memory ({self.named[rank]})"
         return self.evidence
 
     @property
     def held(self) -> str:
-        """ranks held 11.2 GiB of 12.0 GiB"""
+        """How much memory the run held, such as "ranks held 11.2 GiB of 12.0 GiB"."""
         held = sum(self.rank_rss_bytes.values()) or self.run_rss_bytes
         if not held or not self.total_bytes:
             return ""
@@ -92,7 +94,7 @@ class HostMemory:
 
     @property
     def shared(self) -> str:
-        """/dev/shm has 64.0 MiB, 0 B free"""
+        """The state of /dev/shm, such as "/dev/shm has 64.0 MiB, 0 B free"."""
         if self.shared_bytes is None:
             return "there is no /dev/shm"
         size, free = self.shared_bytes
@@ -100,9 +102,10 @@ class HostMemory:
 
 
 class MemoryWatch:
-    """Made when an attempt starts; `note` each sample, then ask `seen` when it is over.
+    """Create one when an attempt starts, pass each sample of the probe to `note`, and call `seen` when the attempt has
+    ended.
 
-    root: where /proc, /sys and /dev are, for tests.
+    `root` is where /proc, /sys and /dev are; tests pass a folder.
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
@@ -115,13 +118,14 @@ class MemoryWatch:
         self._rss: dict[int, int] = {}
 
     def note(self, stats: NodeStats) -> None:
+        """Take a sample of the probe."""
         self._samples.append(stats)
         self._rss |= stats.rank_rss_bytes
         if (shared := shared_memory(self._root)) is not None:
             self._shared.append(shared)
 
     def seen(self, pids: Mapping[int, int], told: Mapping[int, int]) -> HostMemory:
-        """pids: of the ranks. told: the bytes that each rank said it held."""
+        """The result. `pids`: rank -> process. `told`: rank -> the bytes that it reported itself."""
         now = dict(_counters(self._root))
         counts = tuple(Count(what, self._before[what], now[what]) for what in self._before if what in now)
         named = self._named(pids) if not counts or any(count.rose for count in counts) else {}
@@ -136,7 +140,8 @@ class MemoryWatch:
         )
 
     def _named(self, pids: Mapping[int, int]) -> dict[int, str]:
-        """In a container the kernel's log has other process numbers, if it can be read at all: then nobody is named."""
+        """The ranks that the kernel's log names. In a container the log has other process ids, if it can be read at
+        all: then it names none."""
         ranks = {pid: rank for rank, pid in pids.items()}
         found = {}
         for at_us, text in _kernel_log(self._root):
@@ -149,7 +154,7 @@ class MemoryWatch:
 
 
 def shared_memory(root: Path = Path("/")) -> tuple[int, int] | None:
-    """Size and free bytes of /dev/shm; None where there is none."""
+    """Size and free bytes of /dev/shm; None if there is none."""
     try:
         found = os.statvfs(root / "dev/shm")
     except OSError:

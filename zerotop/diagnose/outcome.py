@@ -1,4 +1,4 @@
-"""How a run ended, from what is known when its processes are gone: goodbyes, exit codes, and the tails of the logs."""
+"""How an attempt ended and why, decided from what is known once its processes are gone."""
 
 from __future__ import annotations
 
@@ -27,47 +27,49 @@ from zerotop.state.stall import ranks_text
 _FIRST = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) ")
 _BLOCK = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) ")
 _PYTHONS_EXITS = (1, 2, None)
-"""Of an uncaught exception and of a refused config; None: not known. Any other says that the program chose it."""
+"""Exit codes of an uncaught exception and of a rejected config; None: not known. The program chose any other itself."""
 _SIGTERM_EXIT = -15
 _CHILD_KILLED = "is killed by signal: Killed"
-"""torch's word on a process of a DataLoader."""
+"""What torch says about a killed DataLoader worker."""
 _LOG_LINES = 400
 _SIGNALS = {
-    "SIGSEGV": "a crash in native code: it used memory that is not its own",
-    "SIGBUS": "memory that a file backs was not there",
-    "SIGABRT": "native code gave up",
-    "SIGILL": "an instruction that this CPU does not have: something was built for another one",
-    "SIGFPE": "a division by zero in native code",
-    "SIGTERM": "somebody asked it to end: a batch system, or kill",
-    "SIGINT": "somebody interrupted it",
+    "SIGSEGV": "segmentation fault in native code",
+    "SIGBUS": "bus error: memory-mapped data is missing, or /dev/shm is full",
+    "SIGABRT": "native code aborted",
+    "SIGILL": "illegal instruction: native code built for another CPU",
+    "SIGFPE": "integer division by zero in native code",
+    "SIGTERM": "from a batch system or kill",
+    "SIGINT": "interrupted",
     "SIGHUP": "its terminal was closed",
-    "SIGXCPU": "its limit on CPU time, ulimit -t, was reached",
-    "SIGXFSZ": "a file grew beyond its limit, ulimit -f",
+    "SIGXCPU": "CPU time limit reached, ulimit -t",
+    "SIGXFSZ": "file size limit reached, ulimit -f",
 }
 _SAME_NUMBER_OF_STEPS = """\
-What to change: all ranks must take the same number of steps, for every step has collectives that all take part in.
+What to change: all ranks must take the same number of steps, because every step has collectives of all ranks.
   - initialize(training_data=...) gives every rank as many batches
   - a DataLoader of your own: DistributedSampler pads or drops samples until the ranks have equally many; drop_last=True
-  - data that can't be divided: before the loop, let the ranks agree on the smallest number of batches
+  - other data: before the loop, all-reduce the minimum number of batches and stop after that many
 README.md, "When ranks have different amounts of data", has the code."""
 _NOT_INITIALIZED = "the script never called runtime.initialize(): nothing was trained or watched"
 
 
 @dataclass(frozen=True)
 class Outcome:
+    """How an attempt ended. `error` holds the last lines of the rank that failed."""
+
     state: RunStateName
     reason: str
     exit_code: int | None = None
     failed_rank: int | None = None
     error: str = ""
     cause: str = ""
-    """The reason without figures that differ each time, where it has such: equal for equal ends."""
+    """The reason without figures that differ each time, so that equal failures compare equal; empty: the reason."""
     repeats: bool = False
-    """Another attempt would end the same way, for its data and its script are the same."""
+    """Another attempt would end the same way: the cause is the script or its data."""
 
 
 def decide(seen: FailureEvidence) -> Outcome:
-    """The final state; pure but for reading the logs."""
+    """The outcome; pure except that it reads the logs."""
     if seen.abort_reason is not None:
         return Outcome("aborted", seen.abort_reason, seen.launcher_exit)
     if seen.failure is not None:
@@ -102,7 +104,7 @@ def _goodbye_reason(seen: FailureEvidence) -> str:
 
 
 def _exit_codes(seen: FailureEvidence) -> dict[int, int]:
-    """rank -> exit code for ranks that failed. On one node the local rank is the rank."""
+    """Rank -> exit code of the ranks that failed. On one node the local rank is the rank."""
     codes = {rank: code for rank, code in seen.exit_codes.items() if code != 0}
     text = tail(seen.logs / "torchrun.log", _LOG_LINES)
     for code, rank in _FIRST.findall(text):
@@ -113,10 +115,11 @@ def _exit_codes(seen: FailureEvidence) -> dict[int, int]:
 
 
 def _first_to_fail(seen: FailureEvidence, codes: Mapping[int, int]) -> int | None:
-    """A rank's death makes its peers fail too (lost connections, torchrun's TERM); the cause must not hide behind them.
+    """The rank that failed first. A rank's death makes the others fail too (lost connections, torchrun's SIGTERM), and
+    must not hide behind them.
 
-    A rank that was killed said nothing, and its peers' complaints follow from that; among ranks that raised, the first
-    one did it. Who complains of another one comes last: as the cause only where nobody else is.
+    A rank that was killed sent no goodbye; among ranks that raised, the first one is the cause. A rank that complains
+    of another one comes last: it is the cause only if there is no other.
     """
     killed = [rank for rank, code in codes.items() if code < 0 and code != _SIGTERM_EXIT and rank not in seen.goodbyes]
     failed = [
@@ -129,14 +132,14 @@ def _first_to_fail(seen: FailureEvidence, codes: Mapping[int, int]) -> int | Non
 
 
 def _ended_early(seen: FailureEvidence) -> tuple[int, ...]:
-    """Ranks that left as if all was done, by their own word or, without one, by their exit code."""
+    """Ranks that finished, by their goodbye or, without one, by their exit code."""
     finished = {rank for rank, word in seen.goodbyes.items() if word.outcome == "finished"}
     silent = {rank for rank, code in seen.exit_codes.items() if code == 0 and rank not in seen.goodbyes}
     return tuple(sorted(finished | silent))
 
 
 def _early_end(seen: FailureEvidence, ranks: tuple[int, ...]) -> Outcome:
-    """The others could not go on without these ranks; what they say is true, and no cause."""
+    """The outcome when the others could not continue without these ranks; the others' errors follow from that."""
     first = ranks[0]
     goodbye = seen.goodbyes.get(first)
     step = goodbye.step if goodbye is not None else seen.steps.get(first, seen.start_step)
@@ -147,7 +150,7 @@ def _early_end(seen: FailureEvidence, ranks: tuple[int, ...]) -> Outcome:
 
 
 def early_end_reason(ranks: tuple[int, ...], step: int, goodbye: Goodbye | None) -> str:
-    """`step` and `goodbye` are the first of these ranks'; None: its process said nothing."""
+    """`step` and `goodbye` are those of the first of these ranks; None: its process sent no goodbye."""
     its = "its" if len(ranks) == 1 else "their"
     if goodbye is None:
         why = f"{its} process{'' if len(ranks) == 1 else 'es'} exited with code 0"
@@ -181,14 +184,14 @@ def _rank_reason(seen: FailureEvidence, rank: int, code: int | None) -> str:
 
 
 def _fail_alike(seen: FailureEvidence) -> bool:
-    """Whether every rank left at one step with one and the same error, which is no single rank's doing."""
+    """Whether all ranks left at one step with the same error, so that no single one is the cause."""
     words = {(word.outcome, word.step, reason_of(word.error) if word.error else "") for word in seen.goodbyes.values()}
     blamed = any(word.culprit is not None for word in seen.goodbyes.values())
     return 1 < seen.nproc == len(seen.goodbyes) and len(words) == 1 and not blamed
 
 
 def _signal_words(seen: FailureEvidence, rank: int, code: int) -> str:
-    """SIGSEGV (a crash in native code...)"""
+    """The signal with its meaning, such as "SIGSEGV (segmentation fault in native code)"."""
     name = _signal_name(-code)
     words = _SIGNALS.get(name, "")
     if name == "SIGABRT":
@@ -197,7 +200,7 @@ def _signal_words(seen: FailureEvidence, rank: int, code: int) -> str:
 
 
 def _memory_words(seen: FailureEvidence, rank: int, code: int | None) -> str:
-    """Of a SIGKILL, the rank's own or that of a process it needed: whether it was the kernel, for lack of memory."""
+    """Of a SIGKILL, of the rank or of a worker that it needed: whether the OOM killer sent it."""
     goodbye, system = seen.goodbyes.get(rank), seen.system
     of_child = goodbye is not None and _CHILD_KILLED in goodbye.error
     if not of_child and (code != -signal.SIGKILL or goodbye is not None):
@@ -209,12 +212,12 @@ def _memory_words(seen: FailureEvidence, rank: int, code: int | None) -> str:
     if of_child:
         return ""
     if system is not None and system.memory.told:
-        return ", by somebody: no out-of-memory kill was recorded"
-    return ", perhaps because memory ran out: whether it did can't be seen here"
+        return " (not by the kernel's OOM killer)"
+    return " (perhaps by the kernel's OOM killer: its records can't be read here)"
 
 
 def _shared_words(seen: FailureEvidence, rank: int, code: int | None) -> str:
-    """Of a SIGBUS: the file may be in /dev/shm."""
+    """Of a SIGBUS: the state of /dev/shm, which may be the cause."""
     if code != -signal.SIGBUS or rank in seen.goodbyes or seen.system is None:
         return ""
     return f"; {seen.system.memory.shared}"
@@ -226,7 +229,7 @@ def _xid_words(seen: FailureEvidence, rank: int, code: int | None) -> str:
 
 
 def _rank_error(seen: FailureEvidence, rank: int, code: int | None) -> str:
-    """At most ERROR_LINES lines of what the rank left, and what to change if the kernel killed it for its memory."""
+    """At most ERROR_LINES lines of the rank's error, and what to change if it was killed for its memory."""
     goodbye, system = seen.goodbyes.get(rank), seen.system
     changes: list[str] = []
     if system is not None and system.memory.killed(rank) and _memory_words(seen, rank, code) and system.remedies.lines:

@@ -1,4 +1,5 @@
-"""What is left in the logs of a rank that is gone: its exception, the Python stack of a crash, torchrun's own words."""
+"""Finding the error in the log of a rank that has ended: its exception, the Python stack of a crash, or torchrun's
+message."""
 
 from __future__ import annotations
 
@@ -9,13 +10,12 @@ from runtime.telemetry.bounds import shortened
 from zerotop.rundir.logs import ERROR_LINES, tail
 
 REASON_KEPT = 500
-"""Characters of an exception's line that a reason repeats."""
+"""Characters of an exception message that a reason repeats."""
 _AGENT = re.compile(r"[IWE]\d{4} \d\d:.*torch/distributed/elastic/")
 _EXCEPTION = re.compile(r"[^\W\d][\w.]*(: |$)")
 """`ValueError: text` or `pkg.Error`, at the start of a line; the frames above it are indented."""
 _REASON = "error: "
-"""How runtime/__main__.py begins the line in which it says it all: on a config or data that it can't use, and when
-memory ran out."""
+"""Start of the line that sums up the error, written by the trainer for a bad config, bad data or a lack of memory."""
 _CRASH = "Fatal Python error: "
 """faulthandler's first line."""
 _COMPLAINT_LINES = 12
@@ -32,12 +32,13 @@ _COMPLAINT = re.compile(
 
 
 def is_complaint(error: str) -> bool:
-    """Whether a rank failed because another one was gone, by its traceback or the end of its log."""
+    """Whether a rank failed only because another one was gone, judged by its traceback or the end of its log."""
     return any(_COMPLAINT.search(line) for line in error.strip().splitlines()[-_COMPLAINT_LINES:])
 
 
 def reason_of(error: str) -> str:
-    """A goodbye's error in one line: our own word on it, the first line of an exception's message, or the last line."""
+    """The error of a goodbye in one line: the trainer's summary, else the first line of the exception's message, else
+    the last line."""
     last = error.strip().splitlines()[-1].strip()
     if last.startswith(_REASON):
         return shortened(last.removeprefix(_REASON), REASON_KEPT)
@@ -45,8 +46,8 @@ def reason_of(error: str) -> str:
 
 
 def exception_line(log: str) -> str:
-    """What a Python that dies of an exception writes under its traceback, or our own word on what we can't go on with;
-    empty when the log has neither. A message may have more lines; the first one names it."""
+    """The first line of the exception that ended a Python process, or the trainer's summary of the error; empty if the
+    log has neither."""
     lines = log.splitlines()
     # The last of a chain of exceptions is the one that ended it.
     for index, line in reversed(list(enumerate(lines))):
@@ -58,13 +59,13 @@ def exception_line(log: str) -> str:
 
 
 def abort_words(log: str) -> str:
-    """What C++ said before it gave up: `what()` of the exception that nobody caught; empty when it said nothing."""
+    """The `what()` of an uncaught C++ exception; empty if there is none."""
     lines = [line.strip() for line in log.splitlines()]
     return next((line.removeprefix("what():").strip() for line in reversed(lines) if line.startswith("what():")), "")
 
 
 def crash_stack(log: str) -> str:
-    """Where a crash in native code left the Python code of its thread: the innermost call first; empty without one."""
+    """The Python stack that faulthandler wrote for the crashing thread, innermost call first; empty if none."""
     lines = log.splitlines()
     begin = next((n for n, line in reversed(list(enumerate(lines))) if line.startswith(_CRASH)), None)
     if begin is None:
@@ -77,7 +78,7 @@ def crash_stack(log: str) -> str:
 
 
 def launcher_tail(logs: Path) -> str:
-    """torchrun.log without its own traceback and closing table, which repeat in thirty lines that a rank failed."""
+    """The end of torchrun.log without its own traceback and closing table, which only repeat that a rank failed."""
     kept = []
     for line in tail(logs / "torchrun.log", lines=400).splitlines():
         if "failed (exitcode:" in line or re.match(r"={20,}$", line):

@@ -1,8 +1,8 @@
-"""Where every rank stands at one moment: the Python stacks that the ranks write themselves when SIGUSR2 asks them, and
-for those that can't, what the kernel says of the process.
+"""The Python stacks of all ranks at one moment. The ranks write them when they get SIGUSR2; of those that can't, the
+kernel's state of the process is given instead.
 
-A rank's handler is faulthandler's (runtime/telemetry/stacks.py), in C and without the GIL: it answers from inside a
-native call too. A stopped process answers nothing, and one that hangs in the kernel answers late or never.
+The handler in a rank is faulthandler's (runtime/telemetry/stacks.py): it runs in C without the GIL, so it also answers
+from inside a native call. A stopped process does not answer, and one that hangs in the kernel answers late or never.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import psutil
 from runtime.wire.rundir import RUN_VARIABLE, STACKS_SIGNAL, rank_stacks
 
 ANSWER_S = 3.0
-"""A rank that has written nothing by then does not answer."""
+"""How long to wait for a rank's stacks."""
 QUIET_S = 0.15
-"""An answer is complete when its file has not grown for so long: faulthandler writes word by word."""
+"""The stacks are complete when the file has not grown for this long: faulthandler writes word by word."""
 _POLL_S = 0.03
 _THREAD = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):$")
 _COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/", "/triton/")
@@ -29,7 +29,7 @@ _COMPILED = re.compile(
     r"/torch/_dynamo/(eval_frame|external_utils|decorators)\.py|/triton/(runtime|backends)/"
     r"|/torch/_inductor/(output_code|utils|cudagraph_trees)\.py|/torch/_inductor/runtime/"
 )
-"""Frames of the compilers that stand on the stack whenever compiled code runs, long after the compilation."""
+"""Frames of the compilers that are on the stack whenever compiled code runs, long after the compilation."""
 _STATES = {
     psutil.STATUS_STOPPED: "stopped by a signal",
     psutil.STATUS_TRACING_STOP: "held by a debugger",
@@ -42,7 +42,7 @@ GONE = "gone"
 
 @dataclass(frozen=True)
 class ThreadStack:
-    """frames: faulthandler's lines, the innermost first."""
+    """One thread. `frames` are faulthandler's lines, innermost call first."""
 
     main: bool
     frames: tuple[str, ...]
@@ -50,7 +50,8 @@ class ThreadStack:
 
 @dataclass(frozen=True)
 class RankStacks:
-    """`host`: the process's state in words; `trouble`: why there is no answer, empty when there is one."""
+    """The stacks of one rank. `host`: the state of its process in words. `trouble`: why there are no stacks; else
+    empty."""
 
     rank: int
     pid: int | None
@@ -60,18 +61,18 @@ class RankStacks:
 
     @property
     def compiling(self) -> bool:
-        """The training thread is inside a compiler. Other threads tell nothing: inductor's own stay for ever."""
+        """Whether the training thread is inside a compiler. Other threads don't count: inductor's workers never end."""
         frames = [frame for thread in self.threads if thread.main for frame in thread.frames]
         return any(any(name in frame for name in _COMPILERS) and not _COMPILED.search(frame) for frame in frames)
 
 
 # ---- which processes -------------------------------------------------------------------------------------------------
 def find_ranks(run: Path, nproc: int, hello_pids: Mapping[int, int]) -> dict[int, psutil.Process | None]:
-    """The processes of ranks 0 to nproc-1 among this process's descendants; None: there is none (any more).
+    """The processes of ranks 0 to nproc-1 among this process's descendants; None if there is none.
 
-    Only descendants count, so a number that the kernel has given away again names none of ours; psutil compares the
-    start time once more when it sends a signal. `hello_pids`: rank -> pid, of the ranks that have spoken; for the
-    others (a script before initialize()) the environment that torchrun gave them tells.
+    Only descendants count, so a process id that the kernel has reused names none of them; psutil compares the start
+    time again when it sends a signal. `hello_pids` is rank -> process id of the ranks that have sent a hello. The
+    others (a script before initialize()) are found by the environment that torchrun gave them.
     """
     below = {process.pid: process for process in psutil.Process().children(recursive=True)}
     found: dict[int, psutil.Process | None] = {rank: below.get(pid) for rank, pid in hello_pids.items()}
@@ -108,9 +109,9 @@ def ask(
     logs: Path,
     deadline_s: float = ANSWER_S,
 ) -> dict[int, RankStacks]:
-    """Ask every process for its stacks and wait for the answers, at most `deadline_s`. Blocks: call it in a thread.
+    """Send the signal to every process and wait for the stacks, at most `deadline_s`. Blocks: call it in a thread.
 
-    pids: of ranks whose process may be gone. logs: the attempt's folder, where the ranks write.
+    `pids` are of ranks whose process may be gone. `logs` is the attempt's folder, where the ranks write.
     """
     hosts = {rank: _host(process) for rank, process in processes.items()}
     before: dict[int, int] = {}
@@ -138,12 +139,12 @@ def ask(
 
 
 def _why_not(process: psutil.Process | None, host: str, answers: Path) -> str:
-    """Why a process can't be asked; empty: it can. Without a handler the signal would end it."""
+    """Why a process can't be asked; empty if it can. Without a handler the signal would end it."""
     if process is None or host in (GONE, _STATES[psutil.STATUS_ZOMBIE], _STATES[psutil.STATUS_DEAD]):
         return host
     if host in (_STATES[psutil.STATUS_STOPPED], _STATES[psutil.STATUS_TRACING_STOP]):
         return host  # it would answer when it goes on, to a question of long ago
-    return "" if _catches(process.pid, answers) else f"it has no handler for {STACKS_SIGNAL.name} (yet)"
+    return "" if _catches(process.pid, answers) else f"it has not installed its handler for {STACKS_SIGNAL.name} yet"
 
 
 def _catches(pid: int, answers: Path) -> bool:
@@ -160,7 +161,7 @@ def _catches(pid: int, answers: Path) -> bool:
 
 
 def _wait(before: Mapping[int, int], logs: Path, deadline_s: float) -> None:
-    """Until every file has grown and is quiet."""
+    """Until every file has grown and then stopped growing."""
     deadline = time.monotonic() + deadline_s
     sizes, since = dict(before), dict.fromkeys(before, time.monotonic())
     while True:
@@ -176,7 +177,7 @@ def _wait(before: Mapping[int, int], logs: Path, deadline_s: float) -> None:
 
 
 def _silence(process: psutil.Process | None) -> str:
-    """Of a process that was asked and said nothing: what the kernel says by now."""
+    """Why a process that was asked did not answer: its state by now."""
     host = _host(process)
     return (
         host if host in (*_STATES.values(), GONE) or host.startswith("in the kernel") else f"does not answer ({host})"
@@ -184,7 +185,7 @@ def _silence(process: psutil.Process | None) -> str:
 
 
 def _host(process: psutil.Process | None) -> str:
-    """A process's state in words: the kernel's, of its first thread, which trains."""
+    """The state of a process in words: that of its first thread, which trains."""
     if process is None:
         return GONE
     try:
@@ -199,7 +200,7 @@ def _host(process: psutil.Process | None) -> str:
 
 
 def _wchan(pid: int) -> str:
-    """The kernel function it waits in; empty where the kernel does not tell us."""
+    """The kernel function in which the process waits; empty if the kernel does not tell."""
     try:
         name = Path(f"/proc/{pid}/wchan").read_text().strip()
     except OSError:
@@ -224,7 +225,7 @@ def _new_text(path: Path, start: int) -> str:
 
 
 def parse(text: str) -> tuple[ThreadStack, ...]:
-    """The threads of one faulthandler dump: the main one first. That is the one that took the signal."""
+    """The threads of one faulthandler dump, the training thread first: it is the one that got the signal."""
     threads: list[tuple[bool, list[str]]] = []
     for line in text.splitlines():
         head = _THREAD.match(line)

@@ -1,4 +1,5 @@
-"""The stacks of all ranks as one text with the verdict at its head; saved in the run directory, given to who asked."""
+"""The stacks of all ranks as one text with the verdict at its top: saved in the run directory, and the answer to the
+command `stacks`."""
 
 from __future__ import annotations
 
@@ -21,14 +22,15 @@ from zerotop.state.stall import Stall, explain, idle_s, place_text, ranks_text
 
 Key = TypeVar("Key")
 ANSWER_BYTES = 32 * 1024
-"""Of the text that travels with the answer; the file has all of it."""
+"""Size limit of the text in the answer; the file has all of it."""
 ASKED_S = 2.0
-"""Standing still for so long is told as such when somebody asks."""
+"""No progress for this long is part of the verdict when the stacks are asked for."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """`path`: relative to the run directory; empty when the file could not be written (then `text` says why)."""
+    """The saved report. `path` is relative to the run directory; empty if the file could not be written, and `text`
+    then says why."""
 
     ranks: Mapping[int, RankStacks]
     verdict: str
@@ -37,11 +39,12 @@ class Report:
 
     @property
     def compiling(self) -> tuple[int, ...]:
+        """Ranks whose training thread is inside a compiler."""
         return tuple(rank for rank, stacks in sorted(self.ranks.items()) if stacks.compiling)
 
 
 class StackTaker:
-    """Takes the stacks of the ranks that `hub` knows, once at a time."""
+    """Takes the stacks of the ranks of `hub`, one request at a time."""
 
     def __init__(self, run: Path, nproc: int, hub: Hub) -> None:
         self._run = run
@@ -50,7 +53,7 @@ class StackTaker:
         self._turn = asyncio.Lock()
 
     async def look(self) -> dict[int, RankStacks]:
-        """Where every rank stands, without leaving a trace in the run directory."""
+        """The stacks of every rank, without writing anything to the run directory."""
         pids = {rank: state.hello.pid for rank, state in self._hub.state.ranks.items() if state.hello}
         async with self._turn:
             return await asyncio.to_thread(self._look, self._logs(), pids)
@@ -59,7 +62,7 @@ class StackTaker:
         return ask(find_ranks(self._run, self._nproc, pids), pids, logs)
 
     async def report(self, ranks: Mapping[int, RankStacks], verdict: str) -> Report:
-        """Write stacks-N.txt for what `look` found."""
+        """Write stacks-N.txt for the result of `look`."""
         status, state, logs = self._hub.status, self._hub.state, self._logs()
         when = time.strftime("%Y-%m-%d %H:%M:%S %z")
         text = f"{status.name}, attempt {status.attempt}, {when}\n{verdict}\n\n{_text(ranks, state)}"
@@ -70,7 +73,7 @@ class StackTaker:
         return Report(ranks, verdict, text, path)
 
     async def answer(self, command: Command) -> None:
-        """The command `stacks`, from asking the ranks to the answer."""
+        """Carry out the command `stacks`."""
         try:
             ranks = await self.look()
         except (OSError, psutil.Error) as error:
@@ -84,7 +87,7 @@ class StackTaker:
 
 
 def blame(stall: Stall, ranks: Mapping[int, RankStacks], state: RunState) -> str:
-    """The verdict in one line, with what is the matter with the processes that it names."""
+    """The verdict in one line, with the state of the processes that it names."""
 
     def named(rank: int) -> str:
         found, known = ranks.get(rank), state.ranks.get(rank)
@@ -112,7 +115,7 @@ def blame(stall: Stall, ranks: Mapping[int, RankStacks], state: RunState) -> str
 
 
 def _verdict(state: RunState, ranks: Mapping[int, RankStacks]) -> str:
-    """Who asks by hand is told of a stall earlier than everybody else."""
+    """The verdict for an explicit request, which reports a stall earlier than the automatic check."""
     idle = min((idle_s(rank, state.hub_now_ns) for rank in state.ranks.values() if rank.goodbye is None), default=0.0)
     stall = explain(state, idle, ASKED_S) if idle >= ASKED_S and state.state_name in ("running", "stopping") else None
     if stall is None:
@@ -122,7 +125,7 @@ def _verdict(state: RunState, ranks: Mapping[int, RankStacks]) -> str:
 
 # ---- the text --------------------------------------------------------------------------------------------------------
 def _text(ranks: Mapping[int, RankStacks], state: RunState) -> str:
-    """A line per rank, then every distinct stack once, under the ranks that stand there: training threads first."""
+    """A line per rank, then every distinct stack once under the ranks that share it, training threads first."""
     lines = [_rank_line(stacks, state.ranks.get(rank), state.hub_now_ns) for rank, stacks in sorted(ranks.items())]
     for main in (True, False):
         stacks = _grouped(
@@ -146,7 +149,7 @@ def _rank_line(stacks: RankStacks, known: RankState | None, hub_now_ns: int) -> 
         parts.append(stacks.trouble)
     beat = known.heartbeat if known else None
     if known is None or beat is None:
-        parts.append("not heard from yet")
+        parts.append("nothing heard yet")
     else:
         parts.append(f"step {beat.step}, {beat.phase}")
         if beat.micro_step:
@@ -186,4 +189,4 @@ def _bounded(report: Report) -> str:
     if len(whole) <= ANSWER_BYTES:
         return report.text
     kept = whole[:ANSWER_BYTES].decode(errors="ignore").rpartition("\n")[0]
-    return f"{kept}\n... the rest stands in {report.path or 'no file'}\n"
+    return f"{kept}\n... {f'the rest is in {report.path}' if report.path else 'the rest was cut off'}\n"

@@ -13,12 +13,12 @@ from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandName, Comman
 from zerotop.state.run import RunState
 
 REMEMBERED = 1000
-"""Commands whose answers are kept, so that a repeated id is answered again and not acted on again."""
+"""Commands whose state is kept, so that a repeated id is answered again and not carried out again."""
 IDS_REMEMBERED = 20_000
 """Of older commands only the ids are kept: one that comes again is rejected. (More than a rank's inbox remembers, which
 would neither act on such a command nor answer it.)"""
 OPEN_AT_MOST = 64
-"""Commands that wait for a step boundary."""
+"""Limit on commands that wait for a step boundary."""
 LONGEST_DEADLINE_S = 7 * 86400
 
 _OUTLIVE_RANKS = frozenset({"checkpoint", "set", "stop", "abort"})
@@ -65,15 +65,15 @@ class CommandRouter:
         self._outside = {"abort": abort, "stacks": stacks}
         self._cases: dict[str, _Case] = {}
         self._open: dict[str, _Case] = {}
-        """Of `_cases`, in the same order, those without a final answer."""
+        """Those of `_cases`, in the same order, that are neither applied nor rejected."""
         self._forgotten: dict[str, None] = {}
         self._number = 0
         self._before_ranks = 0
-        """The newest number when the ranks that run now were started."""
+        """The newest number at the time when the current ranks were started."""
 
     # ---- from screens ----------------------------------------------------------------------------------------------
     def submit(self, command: Command) -> bool:
-        """Accept (True) or reject `command`. The same id again is answered again, and acts once."""
+        """Accept (True) or reject `command`. The same id again is answered again and carried out once."""
         known = self._cases.get(command.id)
         if known is not None:
             if known.ack is not None:
@@ -104,7 +104,7 @@ class CommandRouter:
         return True
 
     def _check(self, command: Command) -> tuple[dict[str, Any], str]:
-        """The arguments in the ranks' own types, and why the command can't be accepted ("": it can)."""
+        """The arguments in the ranks' types, and why the command is rejected (empty: it is accepted)."""
         state = self._state.state_name
         if command.name not in get_args(CommandName):
             return command.arguments, f"{command.name[:40]!r} is not a command that this run knows"
@@ -121,7 +121,7 @@ class CommandRouter:
         if ("stop" in waiting or state == "stopping") and not hastens:
             return command.arguments, "the run is stopping already (abort ends it at once)"
         if len(self._open) >= OPEN_AT_MOST and command.name != "stop":
-            return command.arguments, f"{len(self._open)} commands wait for a step boundary already"
+            return command.arguments, f"{len(self._open)} commands are waiting for a step boundary already"
         match command.name:
             case "pause" if "pause" in waiting:
                 return command.arguments, "a pause is waiting for a step boundary already"
@@ -130,7 +130,7 @@ class CommandRouter:
             case "resume" if state != "paused" and "pause" not in waiting:
                 return command.arguments, f"the run is not paused ({state})"
             case "resume" if "resume" in waiting:
-                return command.arguments, "a resume is on its way already"
+                return command.arguments, "a resume is waiting for the ranks already"
             case "set":
                 return _knobs(command.arguments)
             case "stop" if command.arguments.keys() == {"deadline_s"}:
@@ -140,7 +140,7 @@ class CommandRouter:
         return _without_arguments(command)
 
     def _has_deadline(self) -> bool:
-        """Whether a stop is open that must end within some time; a second one adds nothing."""
+        """Whether a stop with a deadline is open; a second one would change nothing."""
         return any(c.open and c.command.name == "stop" and c.command.arguments for c in self._cases.values())
 
     # ---- from ranks and the supervisor -----------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class CommandRouter:
             self._tell(case, "applied", step=self._state.step, result=result or {})
 
     def finish(self, state: RunStateName, step: int) -> None:
-        """The run is over: answer what is still open."""
+        """The run has ended: give every open command its final state."""
         for case in list(self._open.values()):
             name = case.command.name
             if (name, state) in (("stop", "stopped"), ("abort", "aborted")):
@@ -176,20 +176,20 @@ class CommandRouter:
                 self._tell(case, "rejected", reason="the run ended before it could be applied")
 
     def ranks_restart(self) -> None:
-        """The ranks that were given commands are gone. What still makes sense goes to the next ones, which the hub
-        tells when they speak; the rest is answered. A stop or an abort ends the run instead, and is left to `finish`.
-        """
+        """The ranks that had received commands are gone. Commands that still make sense go to the next ranks when
+        these connect; the others are rejected. A stop or an abort ends the run, so it is left to `finish`."""
         self._before_ranks = self._number
         for case in list(self._open.values()):
             if case.command.name not in _OUTLIVE_RANKS:
                 self._tell(case, "rejected", reason="the ranks restarted")
 
     def is_open(self, *names: str) -> bool:
-        """Whether a command of one of these names was accepted and has no final answer yet."""
+        """Whether a command of one of these names is accepted and not applied yet."""
         return any(case.command.name in names for case in self._open.values())
 
     def settings_in_force(self) -> dict[str, Any]:
-        """What was `set` and applied, less what an open `set` will change: new ranks start with the config's values."""
+        """Settings that were applied, except those that an open `set` will change: new ranks start with the values
+        of the config."""
         values: dict[str, Any] = {}
         changing: set[str] = set()
         for case in self._cases.values():
@@ -200,12 +200,12 @@ class CommandRouter:
         return {name: value for name, value in values.items() if name not in changing}
 
     def newest(self, name: str) -> Command | None:
-        """The newest command of this name that was applied, or is open still."""
+        """The newest command of this name that is open or applied."""
         found = (case for case in reversed(self._cases.values()) if case.command.name == name)
         return next((case.command for case in found if case.open or case.applied), None)
 
     def open_commands(self, above: int = 0) -> list[Command]:
-        """Accepted commands for ranks that have a number above `above` and no final answer yet, in order."""
+        """Accepted commands for ranks, with numbers above `above`, that are not applied yet, in order."""
         return [
             case.command
             for case in self._open.values()
@@ -213,8 +213,8 @@ class CommandRouter:
         ]
 
     def commands_for_new_rank(self) -> list[Command]:
-        """What a rank that speaks for the first time must be told, in order: what is open, and what other ranks were
-        quicker to answer. It knows by the numbers what it has already heard from them."""
+        """The commands to send to a rank that connects: the open ones, and those that other ranks have already
+        answered. By their numbers it knows which of them it has."""
         return [
             case.command
             for case in self._cases.values()

@@ -1,4 +1,4 @@
-"""Which device a run can use and how many ranks fit on it, found out without importing torch."""
+"""The device of a run and how many ranks fit on it, found without importing torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Device = Literal["cpu", "cuda"]
 
 
 def choose(device: str, nproc: int | None) -> tuple[Device, int]:
-    """The device and number of ranks for `launch`: --device auto takes the GPUs that are there, --nproc defaults to all
-    of them (on a CPU to two, so that there is something to communicate, where it has two cores).
+    """The device and number of ranks for `launch`. --device auto takes the GPUs if there are any; --nproc defaults to
+    all of them, on the CPU to two where it has two cores.
 
-    Raises RunError when the machine can't do what was asked.
+    Raises RunError if the machine cannot do what was asked.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise RunError(f"--device {device}: expected auto, cpu or cuda")
@@ -71,7 +71,7 @@ def visible_gpus() -> tuple[int, str]:
 
 
 def torch_has_cuda() -> bool:
-    """Whether the installed torch is built for CUDA, read from its version file; raises RunError when torch is not
+    """Whether the installed torch is built for CUDA, read from its version file. Raises RunError if torch is not
     installed."""
     found = importlib.util.find_spec("torch")  # a top-level name: finds it without running it
     if found is None or found.origin is None:

@@ -1,4 +1,4 @@
-"""Both ends of a supervisor's start: launch starts it and waits; it says that it is up, or why it can't be."""
+"""Both ends of the start of a supervisor: launch starts it and waits; it answers that it is up, or why it cannot be."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ UP_TIMEOUT_S = 30.0
 
 
 def start_supervisor(path: Path, run: RunFile, *, resume: bool, lock: int) -> None:
-    """Start it in a session of its own, with the descriptor that holds the run's lock, and wait until it says that it
-    is up; raises RunError with its reason when it can't."""
+    """Start the supervisor in a session of its own, with the descriptor that holds the run's lock, and wait until it
+    is up. Raises RunError with its reason if it fails."""
     read_end, write_end = os.pipe()
     command = [sys.executable, "-P", "-m", SUPERVISOR_MODULE, str(path)]
     command += ["--lock-fd", str(lock), "--ready-fd", str(write_end)]
@@ -52,19 +52,21 @@ def start_supervisor(path: Path, run: RunFile, *, resume: bool, lock: int) -> No
         raise RunError(f"the run can't start: {answer['error']}")
     words = complaint.strip() or tail(path / "logs" / str(run.attempt) / "supervisor.log")
     slow = "" if ready else f" within {duration_text(UP_TIMEOUT_S)}"
-    raise RunError(f"the supervisor did not come up{slow}" + (f":\n{words}" if words else ""))
+    raise RunError(f"the supervisor did not start{slow}" + (f":\n{words}" if words else ""))
 
 
 class Ready:
-    """One JSON line to whoever waits for the supervisor to be up: {"up": true} or {"error": "..."}."""
+    """Answers the launch that waits for this supervisor with one JSON line: {"up": true} or {"error": "..."}."""
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
 
     def say_up(self) -> None:
+        """The supervisor is up. Raises RunError if the launch has gone."""
         self._say({"up": True})
 
     def say_error(self, text: str) -> None:
+        """The supervisor can not run, for the reason `text`."""
         with contextlib.suppress(RunError):  # nobody waits: state.json and supervisor.log tell it
             self._say({"error": text})
 
@@ -75,6 +77,6 @@ class Ready:
         try:
             os.write(descriptor, json.dumps(message).encode() + b"\n")
         except BrokenPipeError:
-            raise RunError("the launch was interrupted: nobody waits any more for this supervisor to be up") from None
+            raise RunError("the launch was interrupted") from None
         finally:
             os.close(descriptor)

@@ -1,5 +1,5 @@
-"""Start a run: check everything first, then make its directory, then its supervisor. Nothing is left behind when it
-can't start."""
+"""Start a run: check everything first, then create its directory, then start its supervisor. A failed start leaves
+nothing behind."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _FIXED: dict[str, tuple[str, Callable[[Resolved], Any]]] = {
     "optimizer type": ("optimizer.type", lambda resolved: resolved.optimizer and resolved.optimizer.type),
     "global batch": ("train_batch_size", lambda resolved: resolved.global_batch),
 }
-"""What a resumed attempt must have in common with the one before: words, the config's key, where it is found."""
+"""What a resume must not change: name -> (config key, its value in a resolved config)."""
 
 
 _Asked = tuple[str | Path | None, int | None, str, str | None, Sequence[str], bool, Sequence[str] | None]  # see _check
@@ -86,9 +86,9 @@ def start_run(
 ) -> RunEntry:
     """Start a run, or with `resume` the next attempt of the run called `name`, and return when its supervisor is up.
 
-    `config_path` may be None under `resume`: the run's own config. `script` is SCRIPT.py and its arguments. `command`
-    replaces torchrun.
-    Raises RunError or ConfigError, whose messages are for people; then nothing was started and nothing is left.
+    `config_path` may be None with `resume`: the run's own config is used. `script` is SCRIPT.py and its arguments.
+    `command` is started in place of torchrun. Raises RunError or ConfigError with a message for the user; then nothing
+    was started and nothing is left behind.
     """
     names = {
         "the config": str(config_path or ""),
@@ -131,7 +131,7 @@ def _start(asked: _Asked, command: Sequence[str] | None) -> RunEntry:
 
 
 def read_notes(entry: RunEntry) -> list[dict[str, str]]:
-    """What launch found out about the newest attempt's config: {"what": note | changed, "text": ...} each."""
+    """What launch found in the config of the newest attempt, each as {"what": note | changed, "text": ...}."""
     try:
         notes: list[dict[str, str]] = json.loads((entry.logs() / "notes.json").read_text())["notes"]
     except (OSError, ValueError, KeyError):
@@ -191,7 +191,7 @@ def _check(
 
 
 def _check_data(config: Config, resolved: Resolved, folder: Path) -> None:
-    """What the ranks would only find out after they have started."""
+    """Check what the ranks would otherwise find only after their start."""
     data = resolved.zerotop.data
     try:
         files = expand_files(data.files, folder) if data.files else []
@@ -215,7 +215,7 @@ def _check_data(config: Config, resolved: Resolved, folder: Path) -> None:
 
 
 def _ranks_on_cpu(config: Config, count: int, script: bool, notes: list[str]) -> int:
-    """Ranks on a CPU when nobody said how many: `count`, or one rank where the config's batch sizes fit only that."""
+    """Number of ranks on a CPU without --nproc: `count`, or one where the config's batch sizes fit only that."""
     for ranks in (count, 1):
         try:
             config.resolve(ranks, "cpu", script=script)
@@ -255,7 +255,7 @@ def _checked_script(script: Sequence[str]) -> list[str]:
 
 
 def _compare(previous: RunEntry, resolved: Resolved) -> list[dict[str, str]]:
-    """What a resume changes, as notes; raises RunError for what it must not change."""
+    """What a resume changes, as notes. Raises RunError for what it must not change."""
     try:
         old = Resolved.from_json((previous.path / "resolved.json").read_bytes())
     except (OSError, ValueError) as error:

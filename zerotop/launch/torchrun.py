@@ -23,14 +23,14 @@ _FOREIGN = re.compile(
     "(PET|TORCHELASTIC)_.*"  # torchrun takes PET_NNODES for --nnodes, and so on for every option
     "|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
 )
-"""Variables of a launcher, or for one."""
+"""Variables that configure torchrun, or that it sets for its ranks."""
 
 
 def command(run: RunFile, path: Path) -> list[str]:
     """torchrun for one node, with nothing that listens beyond this machine.
 
-    Its usual rendezvous (`localhost:0`) is a TCP store that listens on every interface and unpickles what it is sent; a
-    file in the private sockets folder does the same for one node.
+    Its usual rendezvous (`localhost:0`) is a TCP store that listens on every interface and unpickles what it receives;
+    a file in the private sockets folder does the same for one node.
     """
     return [
         *(sys.executable, "-P", "-m", "torch.distributed.run"),
@@ -45,8 +45,8 @@ def command(run: RunFile, path: Path) -> list[str]:
 def environment(
     run: RunFile, path: Path, *, supervisor_pid: int, resume: bool, base: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """`base` with what the ranks need to find their run; what the user has set stays, except what would steer this
-    torchrun, or be taken for its word: launch may be called from a process of another one."""
+    """`base` with the variables by which the ranks find their run. What the user has set stays, except what would
+    configure this torchrun: launch may be called from a process of another one."""
     variables = {name: value for name, value in base.items() if not _FOREIGN.fullmatch(name)}
     variables |= {
         RUN_VARIABLE: str(path),
@@ -68,7 +68,7 @@ def environment(
 
 
 def with_import_path(variables: dict[str, str]) -> dict[str, str]:
-    """Make `-P -m zerotop...` work from a checkout that was never installed; an installed zerotop is found anyway."""
+    """Make `-P -m zerotop...` work from a source folder that was never installed."""
     try:
         importlib.metadata.distribution("zerotop")
     except importlib.metadata.PackageNotFoundError:

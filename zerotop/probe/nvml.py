@@ -1,4 +1,5 @@
-"""GPUs as the driver sees them. Every field may be missing: MIG, unified memory and old drivers answer NotSupported."""
+"""GPUs as the driver reports them. Every field may be missing: MIG, unified memory and old drivers answer
+NotSupported."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from zerotop.format import duration_text
 from zerotop.probe.xid import Xid, XidWatch
 
 STALE_S = 5.0
-"""A driver that has not answered for so long is said to be silent."""
+"""A driver that takes longer to answer is reported as not responding."""
 _CLOCK_REASONS = {
     "nvmlClocksEventReasonSwPowerCap": "power cap",
     "nvmlClocksThrottleReasonHwSlowdown": "hardware slowdown",
@@ -33,7 +34,7 @@ class GpuProbe:
         self._interval_s = interval_s
         self._lock = threading.Lock()
         self._gpus: list[GpuStats] | None = None
-        self._note = "asking the driver"
+        self._note = "waiting for the driver"
         self._asked_at = time.monotonic()
         self._answered = False
         self._closing = threading.Event()
@@ -41,6 +42,7 @@ class GpuProbe:
         self._xids = XidWatch(nvml)
 
     def start(self) -> None:
+        """Start sampling."""
         self._thread.start()
         self._xids.start()
 
@@ -52,11 +54,11 @@ class GpuProbe:
         self._xids.close()
 
     def take_xids(self) -> list[Xid]:
-        """Errors that the driver has reported since the last call."""
+        """XID errors that the driver has reported since the last call."""
         return self._xids.take()
 
     def latest(self) -> tuple[list[GpuStats] | None, str]:
-        """The newest sample, or None and why there is none."""
+        """The newest sample, or None and the reason."""
         with self._lock:
             silent_s = time.monotonic() - self._asked_at
             if not self._answered and silent_s > STALE_S:
@@ -87,14 +89,14 @@ class GpuProbe:
 
 
 def no_gpu_note(error: Exception, nvml: Any = pynvml) -> str:
-    """In words, why NVML can't be used."""
+    """Why NVML cannot be used."""
     if isinstance(error, nvml.NVMLError_LibraryNotFound | nvml.NVMLError_DriverNotLoaded):
         return "no NVIDIA driver"
     return f"NVML: {error}"
 
 
 def sample(nvml: Any = pynvml) -> list[GpuStats]:
-    """One GpuStats per device; needs nvmlInit. Raises NVMLError only when not even the devices can be counted."""
+    """One GpuStats per device; needs nvmlInit. Raises NVMLError only if the devices cannot be counted."""
     return [_device(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
 
 
@@ -141,7 +143,7 @@ def _text(value: str | bytes | None) -> str:
 
 
 def count_devices(nvml: Any = pynvml) -> tuple[int, str]:
-    """How many GPUs the driver has, and why none when there are none. For the command line; may take as long as the
+    """How many GPUs the driver has, and the reason if there are none. For the command line; may take as long as the
     driver does."""
     counted: list[tuple[int, str]] = []
 

@@ -1,4 +1,4 @@
-"""From what people call a checkpoint (a folder, a run, a step of a run) to the folder of a complete one. Torch-free."""
+"""Finds the complete checkpoint that a user names: a folder, a run, or a step of a run. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zerotop.rundir.paths import RunError, runs_home
 
 
 def checkpoints_of(entry: RunEntry) -> Path:
-    """Where the run saves, as its ranks find it (runtime/steer.py); it need not exist."""
+    """The folder into which the run saves; it need not exist."""
     try:
         chosen = json.loads((entry.path / "resolved.json").read_bytes())["zerotop"]["checkpoint"]["folder"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -24,10 +24,10 @@ def checkpoints_of(entry: RunEntry) -> Path:
 
 
 def find_checkpoint(text: str) -> Path:
-    """The complete checkpoint that `text` means: a checkpoint's folder; a folder of checkpoints or a run, of which the
-    newest; RUN/step-100. A folder that exists comes before a run of the same name.
+    """The complete checkpoint that `text` names: the folder of a checkpoint; a folder of checkpoints or a run, of which
+    the newest; or RUN/step-100. A folder that exists takes precedence over a run of the same name.
 
-    Raises CheckpointError where there is none, RunError where the run can't be read.
+    Raises CheckpointError if there is none, RunError if the run can't be read.
     """
     text = text.rstrip("/") or text
     path = Path(text).expanduser()
@@ -50,7 +50,7 @@ def find_checkpoint(text: str) -> Path:
 
 
 def _in_folder(path: Path) -> Path | None:
-    """`path` if it is a complete checkpoint, else the newest one in it or, for a run's folder, of the run."""
+    """`path` if it is a complete checkpoint, else the newest one in it or, for a run directory, of the run."""
     if not path.is_dir():
         return None
     if (path / "manifest.json").exists():
@@ -74,7 +74,7 @@ def _nothing(text: str, path: Path, name: str) -> Exception:
         find_run(name)
     except RunError as error:
         return RunError(f"{text} is no folder, and {error}")
-    raise AssertionError(f"{name} has come into being")
+    raise AssertionError(f"{name} was created meanwhile")
 
 
 def _lacking(entry: RunEntry, folder: Path, rest: str) -> str:

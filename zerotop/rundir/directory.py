@@ -1,4 +1,4 @@
-"""Run directories: create, list, find, and the honest state of each (a supervisor may have been killed)."""
+"""Run directories: create, list and find them, and read the state of each run, also if its supervisor was killed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from runtime.wire.rundir import RunFile, Sockets, boot_id, read_run, read_status
 from zerotop.rundir.paths import RunError, make_private_folder, runs_home
 
 SUPERVISOR_MODULE = "zerotop.supervise"
+"""What `python -m` starts as the supervisor."""
 START_GRACE_S = 60.0
-"""A run without a supervisor yet counts as starting for so long; after that its launch was interrupted."""
+"""A run without a supervisor counts as starting for this long; after that its launch was interrupted."""
 _START_TOLERANCE_S = 2.0
 _CHOICES_SHOWN = 5
 
@@ -37,8 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunEntry:
-    """One run as its directory tells it. `status` is the effective one: it knows when the supervisor died without a
-    word."""
+    """One run as found in its directory. `status` is corrected for a supervisor that was killed."""
 
     path: Path
     run: RunFile
@@ -47,23 +47,26 @@ class RunEntry:
 
     @property
     def name(self) -> str:
+        """The name of the run."""
         return self.run.name
 
     @property
     def live(self) -> bool:
+        """Whether the run has not ended."""
         return self.status.state in LIVE_STATES
 
     @property
     def here(self) -> bool:
-        """Whether it runs (or ran) on this host, so that its sockets can be reached without SSH."""
+        """Whether the run is (or was) on this host, so that its sockets can be reached without SSH."""
         return self.run.host == socket.gethostname()
 
     def logs(self, attempt: int | None = None) -> Path:
+        """The log folder of an attempt, by default the newest."""
         return self.path / "logs" / str(self.run.attempt if attempt is None else attempt)
 
 
 def make_run_folder(name: str) -> Path:
-    """Create RUN (0700) and claim its name in one step; raises RunError when it exists or can't be written."""
+    """Create the run directory (0700), which claims the name; raises RunError if it exists or cannot be created."""
     home = make_private_folder(runs_home())
     folder = home / name
     try:
@@ -76,6 +79,7 @@ def make_run_folder(name: str) -> Path:
 
 
 def existing_message(name: str) -> str:
+    """Why the name is taken, and what to do."""
     try:
         state = read_entry(runs_home() / name).status.state
     except RunError:
@@ -86,7 +90,7 @@ def existing_message(name: str) -> str:
 
 
 def read_entry(path: Path) -> RunEntry:
-    """Raises RunError when `path` is not a run directory, or one that this version can't read."""
+    """Raises RunError if `path` is not a run directory, or one that this version cannot read."""
     try:
         run = read_run(path)
     except FileNotFoundError:
@@ -97,7 +101,7 @@ def read_entry(path: Path) -> RunEntry:
 
 
 def list_runs() -> list[RunEntry]:
-    """Every run of this user, newest attempt first. Directories that can't be read are left out."""
+    """All runs of this user, newest attempt first, without directories that cannot be read."""
     try:
         folders = [folder for folder in runs_home().iterdir() if (folder / "run.json").exists()]
     except FileNotFoundError:
@@ -114,7 +118,7 @@ def list_runs() -> list[RunEntry]:
 
 
 def find_run(name: str | None = None, *, live_only: bool = False) -> RunEntry:
-    """The run called `name`; None means the newest live one. Raises RunError with the choices when there is none.
+    """The run called `name`; None: the newest live one. Raises RunError with the choices if there is none.
 
     With `live_only`, a run that has ended is an error that says how it ended.
     """
@@ -133,7 +137,7 @@ def find_run(name: str | None = None, *, live_only: bool = False) -> RunEntry:
 
 
 def find_any_run(name: str | None = None) -> RunEntry:
-    """The run called `name`; without a name the newest live one, else the newest of all. Raises RunError."""
+    """The run called `name`; without a name the newest live one, else the newest. Raises RunError."""
     if name is None:
         runs = list_runs()
         if runs and not any(entry.live for entry in runs):
@@ -142,7 +146,7 @@ def find_any_run(name: str | None = None) -> RunEntry:
 
 
 def _choices(wanted: str = "") -> str:
-    """The run whose name is nearest to `wanted`, and the newest ones."""
+    """The run whose name is most similar to `wanted`, and the newest ones."""
     entries = list_runs()
     if not entries:
         return f"There are no runs yet in {runs_home()}: zerotop launch CONFIG starts one"
@@ -154,7 +158,7 @@ def _choices(wanted: str = "") -> str:
 
 
 def supervisor_alive(run: RunFile, path: Path) -> bool:
-    """Whether the process that run.json names still is that run's supervisor. Only meaningful on the run's host."""
+    """Whether the process in run.json is still that run's supervisor. Only meaningful on the run's host."""
     if not run.supervisor_pid or run.boot_id != boot_id():
         return False
     try:
@@ -172,9 +176,9 @@ def supervisor_alive(run: RunFile, path: Path) -> bool:
 
 
 def effective_status(path: Path, run: RunFile) -> RunStatus:
-    """What state.json says, corrected when it says the run is live and its supervisor is gone.
+    """The content of state.json, corrected if it says that the run is live and the supervisor is gone.
 
-    A run on another host (the home is shared) can't be checked from here: its own word stands.
+    A run on another host (the home is shared) cannot be checked from here: its state.json is used as it is.
     """
     try:
         status = read_status(path)
@@ -205,7 +209,7 @@ def effective_status(path: Path, run: RunFile) -> RunStatus:
 
 
 def checkpoint_steps(path: Path) -> list[int]:
-    """Steps of the complete checkpoints in the run's own folder; checkpoints elsewhere are not looked for."""
+    """Steps of the complete checkpoints in the run directory; other checkpoint folders are not searched."""
     found = (folder.name.split("-", 1)[1] for folder in path.glob("checkpoints/step-*") if folder.is_dir())
     return [int(step) for step in found if step.isdigit()]
 

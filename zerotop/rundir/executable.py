@@ -1,6 +1,7 @@
-"""Where another box finds zerotop here: `launch` leaves its Python's path in the state home for ssh commands to read.
+"""The Python that runs zerotop here, for other machines: `launch` writes its path to the state home, and SSH commands
+read it.
 
-A shell that ssh starts has no virtual environment and often a short PATH: a search for `zerotop` would mostly fail.
+A shell started by ssh has no virtual environment and often a short PATH, so `zerotop` is mostly not found there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from runtime.replacing import replace_text
 from zerotop.rundir.paths import RunError, make_private_folder, state_home
 
 MARK = "zerotop-answers:"
-"""Printed on a line of its own before the answer: what a login shell's start-up files print comes before it."""
+"""Printed on its own line before the answer, because the start-up files of a login shell may print before it."""
 
 # One line and no single quote in it, so that it survives inside the single quotes of any login shell.
 _FIND = (
@@ -27,7 +28,7 @@ _FIND = (
 
 
 def record_executable() -> None:
-    """Write this Python's path to STATE/executable; raises RunError when the state home can't be written."""
+    """Write the path of this Python to STATE/executable. Raises RunError if the state home is not writable."""
     try:
         path = make_private_folder(state_home()) / "executable"
     except RunError as error:

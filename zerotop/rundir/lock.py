@@ -1,7 +1,7 @@
-"""A run's lock: who may write into its directory. RUN/lock is held by the supervisor and by torchrun.
+"""The lock of a run: who may write to its directory. RUN/lock is held by the supervisor and by torchrun.
 
 The lock belongs to an open file, not to a process: launch takes it, the supervisor and torchrun inherit the descriptor,
-and it is free once the last of them has ended. So a supervisor that was killed does not free it while ranks still save.
+and it is free once the last of them has ended. So a killed supervisor does not free it while ranks are still saving.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from zerotop.rundir.paths import LOCK_NAME, RunError
 
 POLL_S = 0.2
 MARGIN_S = 5.0
-"""Beyond the grace that ranks have to save and leave: the time that their end itself takes."""
+"""Added to the time that orphaned ranks have to save: their exit takes time too."""
 _CAN_NOT_LOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
-"""A file system without locks: the run goes unprotected there, as it would without this file."""
+"""A file system without locks: the run is not protected there."""
 
 
 def take(folder: Path) -> int | None:
-    """A descriptor that holds the lock of the run in `folder`, or None while another process holds it. Raises RunError
-    when the file can't be opened."""
+    """A descriptor that holds the lock of the run in `folder`; None if another process holds it. Raises RunError if
+    the file cannot be opened."""
     try:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -43,7 +43,7 @@ def take(folder: Path) -> int | None:
 
 
 def take_new(folder: Path) -> int:
-    """`take` in a directory that has only just been made."""
+    """The lock of a directory that was just created. Raises RunError if another process has it."""
     descriptor = take(folder)
     if descriptor is None:
         raise RunError(f"{folder} was only just made, and another process has locked it: choose another --name")
@@ -51,9 +51,9 @@ def take_new(folder: Path) -> int:
 
 
 def take_patiently(folder: Path, *, check: Callable[[], object], tell: Callable[[str], None]) -> int:
-    """`take`, waiting for an attempt whose supervisor is gone: its ranks have a grace to save their work.
+    """The lock, waiting for the ranks of an attempt whose supervisor is gone: they have a grace period to save.
 
-    `check` is called before every try and may raise. Raises RunError with what holds the lock once the grace is over.
+    `check` is called before every try and may raise. Raises RunError that names the holder after the grace period.
     """
     try:
         patience_s = grace_s() + MARGIN_S
@@ -66,7 +66,7 @@ def take_patiently(folder: Path, *, check: Callable[[], object], tell: Callable[
         if descriptor is not None:
             return descriptor
         if time.monotonic() > deadline:
-            raise RunError(f"{folder.name} can't go on yet: {_held_by(folder)}")
+            raise RunError(f"{folder.name} can't be resumed yet: {_held_by(folder)}")
         if not told:
             told = True
             tell(

@@ -1,4 +1,4 @@
-"""A rank's log file: kept from filling the disk, and read from its end."""
+"""Log files: capped in size, and read from their end."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ _TAIL_BYTES = 64 * 1024
 
 
 def rolled_part(path: Path) -> Path:
-    """Where the end of what a log held is kept when it was full."""
+    """The file that keeps the end of a log that was emptied."""
     return path.with_name(path.name + ".1")
 
 
 def cap_logs(folder: Path, limit_bytes: int = LOG_LIMIT_BYTES) -> list[Path]:
-    """Move the newest part of each log over the limit to NAME.1 and empty it in place, since its writer keeps it open
-    (for appending).
+    """Move the newest part of each log over the limit to NAME.1 and empty the log in place: its writer keeps it open
+    for appending.
 
-    Returns the logs that were emptied. What is written in the moment between the two is lost, and the log says how much
-    that is: a writer that is quicker than the disk is not waited for.
+    Returns the logs that were emptied. Lines written between the two are lost, and the log says how many bytes that is.
     """
     capped = []
     for path in folder.glob("*.log"):
@@ -58,14 +57,14 @@ def _keep_end(path: Path, size: int, limit_bytes: int) -> None:
 
 
 class LogTail:
-    """One rank's log, what was rolled out of it first; read from where the last read ended."""
+    """One rank's log including its rolled part, read on from where the last read ended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rank = int(path.stem.removeprefix("rank-"))
         self._offset = 0
         self._rest: list[bytes] = []
-        """The pieces of a line that has no end yet."""
+        """The parts of a line whose end was not read yet."""
 
     def all_lines(self, *, at_end: bool) -> Iterator[str]:
         """Every complete line; `at_end` takes an unfinished last one as well."""
@@ -128,7 +127,7 @@ def _text(line: bytes) -> str:
 
 
 def tail(path: Path, lines: int = ERROR_LINES) -> str:
-    """The last lines of a text file; empty when there is none."""
+    """The last lines of a text file; empty if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(0, 2)

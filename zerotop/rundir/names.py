@@ -1,4 +1,4 @@
-"""Names of runs: what is allowed, and a short one when none is given."""
+"""Names of runs: which are allowed, and one for a run without a name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOUNS = (
 
 
 def check_name(name: str) -> str:
-    """`name` itself when it is allowed; raises RunError otherwise."""
+    """`name`, if it is allowed. Raises RunError otherwise."""
     if len(name) > MAX_LENGTH or not _ALLOWED.fullmatch(name):
         raise RunError(
             f"--name {name!r}: a run's name is 1 to {MAX_LENGTH} of the characters a-z 0-9 . _ - "
@@ -33,7 +33,7 @@ def check_name(name: str) -> str:
 
 
 def generate_name(taken: Container[str]) -> str:
-    """Two plain words, such as quiet-otter, that no run has yet."""
+    """Two words, such as quiet-otter, that no run has."""
     for _ in range(200):
         name = f"{random.choice(_ADJECTIVES)}-{random.choice(_NOUNS)}"
         if name not in taken:

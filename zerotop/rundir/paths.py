@@ -1,4 +1,4 @@
-"""Where things lie: the XDG state home for runs, and short private folders in /tmp for their sockets."""
+"""Where files are: runs in the XDG state home, their sockets in short private folders in /tmp."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pathlib import Path
 
 LOCK_NAME = "lock"
 SOCKET_PATH_LIMIT = 107
-"""Characters that sockaddr_un holds, less its closing zero."""
+"""The longest path of a Unix socket, in characters."""
 
 
 class RunError(Exception):
-    """Something about a run that the user can mend: one clear message, exit code 2."""
+    """Something about a run that the user can fix: one clear message, exit code 2."""
 
 
 def error_text(error: OSError) -> str:
-    """Which file, and what is the matter with it."""
+    """Which file, and what is wrong with it."""
     said = error.strerror or str(error)
     return f"{os.fsdecode(error.filename)}: {said}" if error.filename and not isinstance(error.filename, int) else said
 
@@ -39,7 +39,7 @@ def state_home() -> Path:
 
 
 def working_folder() -> str:
-    """Raises RunError where it is gone."""
+    """The working directory. Raises RunError if it was removed."""
     try:
         return os.getcwd()
     except OSError as error:
@@ -47,7 +47,7 @@ def working_folder() -> str:
 
 
 def check_utf8(what: str, name: str) -> None:
-    """Raises RunError for a name that has bytes of another encoding: run.json could not hold it."""
+    """Raises RunError for a name that is not valid UTF-8, which run.json could not hold."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -56,19 +56,20 @@ def check_utf8(what: str, name: str) -> None:
 
 
 def runs_home() -> Path:
-    """The folder that holds one directory per run; it need not exist yet."""
+    """The folder with one directory per run; it need not exist."""
     return state_home() / "runs"
 
 
 def make_private_folder(folder: Path) -> Path:
-    """Create `folder` (and its parents) as 0700, or check that an existing one is ours; raises RunError otherwise."""
+    """Create `folder` and its parents with mode 0700, or check that an existing one belongs to this user. Raises
+    RunError."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
         raise RunError(f"can't create {folder}: {error.strerror}") from None
     if stat.S_ISLNK(found.st_mode) or not stat.S_ISDIR(found.st_mode):
-        raise RunError(f"{folder} is not a plain directory: remove it, it stands where zerotop keeps private files")
+        raise RunError(f"{folder} is not a plain directory: remove it; zerotop keeps private files there")
     if found.st_uid != os.getuid():
         raise RunError(
             f"{folder} belongs to user id {found.st_uid}, not to you ({os.getuid()}): "
@@ -80,13 +81,13 @@ def make_private_folder(folder: Path) -> Path:
 
 
 def sockets_home() -> Path:
-    """/tmp/zerotop-UID. Not in the home (often NFS, and too long for a Unix socket) and not XDG_RUNTIME_DIR (it goes at
-    logout)."""
+    """/tmp/zerotop-UID. Not in the home directory (often NFS, and too long for a Unix socket) and not
+    XDG_RUNTIME_DIR (removed at logout)."""
     return Path("/tmp") / f"zerotop-{os.getuid()}"
 
 
 def _free_sockets_home() -> Path:
-    """The usual one; where another user has taken its name (anybody may, in /tmp), a new one with a name of its own."""
+    """The usual folder or, if another user has taken its name (which anybody can in /tmp), a new one."""
     usual = sockets_home()
     try:
         return make_private_folder(usual)
@@ -100,8 +101,7 @@ def _free_sockets_home() -> Path:
 
 
 def make_sockets_folder() -> Path:
-    """A new folder for one attempt's sockets: 8 characters, 0700, in a home that is ours; folders of dead runs are
-    swept first."""
+    """A new folder (0700) for one attempt's sockets. Folders of runs that have ended are removed first."""
     usual = sockets_home()
     for home in usual.parent.glob(f"{usual.name}*"):
         if _is_ours(home):
@@ -118,10 +118,11 @@ def make_sockets_folder() -> Path:
 
 
 def lock_sockets(folder: Path) -> int:
-    """Take the folder's lock for this process's life and return its descriptor; raises RunError if another process has
-    it.
+    """Lock the folder for the life of this process and return the descriptor. Raises RunError if another process has
+    the lock.
 
-    ZeroMQ removes an existing socket file when it binds, so a second hub would silently steal the first one's address.
+    ZeroMQ removes an existing socket file when it binds, so a second hub would silently take over the first one's
+    address.
     """
     make_private_folder(folder)
     descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -134,7 +135,7 @@ def lock_sockets(folder: Path) -> int:
 
 
 def remove_sockets(folder: Path) -> None:
-    """Remove a sockets folder, if it is one of ours and not a link; and its home, where that was made for it."""
+    """Remove a sockets folder if it is one of ours and not a link, and its parent if that was created for it."""
     home, usual = folder.parent, sockets_home()
     own = home.parent == usual.parent and home.name.startswith(f"{usual.name}-")
     if (home != usual and not own) or folder.is_symlink() or not _is_ours(home):
@@ -146,7 +147,7 @@ def remove_sockets(folder: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether it is a directory of this user's, and no link to one."""
+    """Whether it is a directory of this user, and not a link."""
     try:
         found = folder.lstat()
     except OSError:
@@ -155,8 +156,8 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _sweep(home: Path) -> None:
-    """Remove folders whose supervisor is gone: nobody holds the lock. A folder without a lock file may be starting at
-    this moment."""
+    """Remove folders whose supervisor is gone, so that nobody holds the lock. A folder without a lock file may be
+    about to start."""
     for folder in home.iterdir():
         try:
             descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)

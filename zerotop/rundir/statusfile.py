@@ -1,4 +1,4 @@
-"""state.json as the supervisor writes it: in order, off the event loop, and truthful also when the disk is full."""
+"""Writing state.json: in order, off the event loop, and also when the disk is full."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NAME = "state.json"
 def write_status(path: Path, status: RunStatus) -> None:
     """Replace state.json in the run directory `path`.
 
-    A disk without room for a second file, or without inodes, must not keep the old word standing: then the file is
-    written over where it lies, if need be without the error's text. Raises OSError when that fails as well.
+    If the disk has no room for a second file, or no inodes, the old content must not stay: the file is then overwritten
+    in place, if necessary without the error's text. Raises OSError if that fails too.
     """
     try:
         write_json(path / NAME, status)
@@ -37,7 +37,7 @@ def write_status(path: Path, status: RunStatus) -> None:
 
 
 def _write_over(path: Path, text: str) -> None:
-    """In the blocks that the file has already; a reader may see half of it for a moment."""
+    """Write into the blocks that the file already has; a reader may see half of it for a moment."""
     data = text.encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -49,18 +49,18 @@ def _write_over(path: Path, text: str) -> None:
 
 
 class StatusFile:
-    """Writes one status after the other in a thread of its own, which other slow work on the disk may share."""
+    """Writes one status after the other in a thread of its own, which other slow disk work may share."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
 
     def write(self, status: RunStatus) -> None:
-        """Returns at once."""
+        """Write it later, in order; returns at once."""
         self.disk.submit(self._write, status)
 
     async def written(self, status: RunStatus) -> None:
-        """Returns when it is on disk, or can't be."""
+        """Write it, and return when it is on disk or the write has failed."""
         await asyncio.get_running_loop().run_in_executor(self.disk, self._write, status)
 
     def _write(self, status: RunStatus) -> None:
@@ -71,4 +71,5 @@ class StatusFile:
                 print(f"can't write {NAME}: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Wait for what is queued, and end the thread."""
         self.disk.shutdown()

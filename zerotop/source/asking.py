@@ -1,4 +1,4 @@
-"""Ask a run's hub to do something and wait for its answer: what a command line does that has no screen."""
+"""Send a command to a run's hub and wait for its answer, without a screen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAY_SO_AFTER_S = 1.0
 
 
 def asker() -> str:
-    """user@host:pid, for the run's record of who asked for what."""
+    """user@host:pid, the sender of a command in the run's records."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container whose uid has no name
@@ -29,23 +29,24 @@ def asker() -> str:
 
 
 def new_command(name: str, arguments: dict[str, Any] | None = None) -> Command:
-    """A command with an id of its own and the asker's name."""
+    """A command with a new id and the sender."""
     return Command(
         id=uuid.uuid4().hex, name=cast(CommandName, name), arguments=arguments or {}, who=asker(), wall_s=time.time()
     )
 
 
 def refused(command: Command, reason: str) -> CommandRecord:
-    """A command that was rejected before it was sent."""
+    """The record of a command that was rejected before it was sent."""
     return CommandRecord(command=command, ack=Ack(id=command.id, state="rejected", reason=reason, wall_s=time.time()))
 
 
 def ask(
     source: Source, command: Command, *, until: Literal["accepted", "applied"], timeout_s: float | None
 ) -> CommandRecord:
-    """Send `command` and return its newest answer: rejected, `until`, or `accepted` after `timeout_s` (with a reason).
+    """Send `command` and return its record once it is rejected, once it has reached `until`, or as accepted after
+    `timeout_s`, with a reason.
 
-    Says on stderr what it waits for after a second. Raises CommandError when no hub takes it.
+    After a second, what it waits for is printed to stderr. Raises CommandError if no hub answers.
     """
     try:
         return _ask(source, command, until, timeout_s)
@@ -89,7 +90,7 @@ def _ask(source: Source, command: Command, until: str, timeout_s: float | None) 
 
 
 def _at_the_end(source: Source, record: CommandRecord) -> CommandRecord:
-    """The run ended with the command still open: for stop and abort that is the answer, for others a refusal."""
+    """The run ended with the command still open: for stop and abort that means applied, for others rejected."""
     status = source.state.status
     assert status is not None
     done = {"stop": ("stopped", "finished"), "abort": ("aborted",)}.get(record.command.name, ())

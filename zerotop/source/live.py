@@ -27,16 +27,17 @@ from zerotop.state.run import RunState
 FRAMES_PER_POLL = 5000
 HELD_BACK = 10_000
 FRAME_BYTES = 2**28
-"""Of what a hub sends: far more than the whole state of a large run, and an end."""
+"""Size limit of a frame: far more than the whole state of a large run."""
 SILENCE_S = 3.0
-"""The hub's probe speaks once a second: after this long without a word, look whether the run still lives."""
+"""The hub's probe sends once a second: after this long without a message, check whether the run is still live."""
 LOST_S = 6.0
 ASK_AGAIN_S = 2.0
-"""A snapshot that has not come, or a command without an answer, is asked for again after this long."""
+"""After this time a missing snapshot is requested again, and a command without an answer is sent again."""
 
 
 class LiveSource:
-    """Reads a running hub; `read_status` says, in times of silence, how the run is as far as its directory knows."""
+    """Reads a running hub. When the hub is silent, `read_status` returns the state of the run as its directory has
+    it."""
 
     def __init__(
         self, sockets: Sockets, run_path: Path | None = None, read_status: Callable[[], RunStatus | None] | None = None
@@ -62,6 +63,7 @@ class LiveSource:
 
     # ---- life ------------------------------------------------------------------------------------------------------
     def start(self) -> None:
+        """Connect to the hub. Returns at once."""
         self._context = zmq.Context()
         screens = self._screens = self._context.socket(zmq.SUB)
         commands = self._commands = self._context.socket(zmq.DEALER)
@@ -102,7 +104,7 @@ class LiveSource:
 
     @property
     def broken(self) -> str:
-        """Why this source can never work (the other side speaks another protocol); empty when nothing is wrong."""
+        """Why this source can never work (the hub uses another protocol version); empty if all is well."""
         return self._broken
 
     def age_s(self) -> float | None:
@@ -160,10 +162,10 @@ class LiveSource:
         return changed
 
     def _tell_skipped(self, malformed: list[str]) -> None:
-        """Of the run's messages that this zerotop can't read, the first one is told; the screen goes on without."""
+        """Report the first message of the run that this version cannot read; the screen continues without it."""
         if malformed and not self._told_skipped:
             self._told_skipped = True
-            text = f"messages of the run are skipped, because this zerotop can't read them: {malformed[0]}"
+            text = f"skipping messages of the run that this version of zerotop can't read: {malformed[0]}"
             self.state.apply(LogRecord(rank=None, level="warning", logger="zerotop", text=text, wall_s=time.time()))
 
     def _heard(self) -> None:

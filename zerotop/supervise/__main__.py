@@ -26,6 +26,7 @@ from zerotop.supervise.supervisor import Supervisor
 
 
 def main() -> int:
+    """Supervise the run of the command line. The exit code is 0 if it finished or was stopped."""
     parser = argparse.ArgumentParser(
         prog="python -m zerotop.supervise", description="Supervise one run; started by zerotop launch."
     )
@@ -65,7 +66,8 @@ async def _supervise(path: Path, run: RunFile, resume: bool, lock: int, ready: R
 
 
 def _fail(path: Path, reason: str, error: str) -> None:
-    """state.json for a supervisor that can't go on. An interrupted launch has removed its directory already."""
+    """Write state.json for a supervisor that cannot continue. If launch was interrupted, the run directory is gone
+    already."""
     if not path.exists():
         return
     try:

@@ -1,4 +1,4 @@
-"""The processes of one attempt: torchrun, or what run.json gives in its place, and the ranks it starts."""
+"""The processes of one attempt: torchrun (or the command that run.json names in its place) and the ranks it starts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from zerotop.rundir.paths import RunError
 
 
 class Attempt:
-    """Started once; tells when its launcher has ended, and when a rank has died.
+    """Started once; signals when its launcher has ended and when a rank has died.
 
-    torchrun gives the other ranks 30 s to leave when one has died, and says nothing meanwhile. So each rank is watched
-    here too, from its hello on: its pidfd wakes us at once, and until torchrun collects it the kernel tells its exit
-    code. Where that comes too late, or there are no pidfds (not Linux), torchrun's word is awaited.
+    After the death of a rank torchrun waits up to 30 s for the others and reports nothing meanwhile. So each rank is
+    watched here too, from its hello on: its pidfd becomes readable at once, and until torchrun reaps the process the
+    kernel tells its exit code. If that comes too late, or there are no pidfds (not Linux), torchrun's report is used.
     """
 
     def __init__(self, run: RunFile, path: Path) -> None:
@@ -31,30 +31,31 @@ class Attempt:
         self.logs = path / "logs" / str(run.attempt)
         self.collector = EvidenceCollector(run, path)
         self.ended = asyncio.Event()
-        """The launcher has."""
+        """Set when the launcher has ended."""
         self.rank_died = asyncio.Event()
-        """A rank has ended by a signal or with an exit code other than 0."""
+        """Set when a rank has ended by a signal or with an exit code other than 0."""
         self.end_asked = asyncio.Event()
-        """By an abort, or for `failure`."""
+        """Set by an abort, or together with `failure`."""
         self.failure: str | None = None
+        """Why the supervisor ends the ranks as failed."""
         self.exit_code: int | None = None
-        """The launcher's."""
+        """The exit code of the launcher."""
         self.killed = False
-        """A signal ended the launcher, and not by our hand."""
+        """A signal that was not ours ended the launcher."""
         self.rank_codes: dict[int, int] = {}
-        """Known at first hand; what ends by our hand is not in it."""
+        """Rank -> exit code that we read ourselves, of ranks that we did not end."""
         self.ended_by_us: set[int] = set()
-        """Ranks that still lived when we began to end the attempt, whatever torchrun says of their end."""
+        """Ranks that were alive when we began to end the attempt, whatever torchrun says about them."""
         self._launcher: subprocess.Popen[bytes] | None = None
         self._ranks: dict[int, int] = {}  # pid -> rank
         self._codes: dict[int, int] = {}  # pid -> exit code of children and adopted orphans
         self._pidfds: dict[int, int] = {}  # pid -> descriptor
 
     def start(self, *, resume: bool, keep: tuple[int, ...]) -> None:
-        """Raises RunError when the launcher can't be started.
+        """Start the launcher. Raises RunError if that fails.
 
-        It inherits the descriptors `keep`, locks on the run and on the sockets folder, where its rendezvous lies too:
-        if this supervisor is killed, both are held until torchrun has ended.
+        The launcher inherits the descriptors `keep`: locks on the run and on the sockets folder, where its rendezvous
+        file is. If this supervisor is killed, both stay locked until torchrun has ended.
         """
         command = self.run.command or torchrun.command(self.run, self.path)
         variables = torchrun.environment(self.run, self.path, supervisor_pid=os.getpid(), resume=resume)
@@ -79,18 +80,19 @@ class Attempt:
         self.collect({})  # it may have ended before we knew its number
 
     def collect(self, ended: Mapping[int, int]) -> None:
-        """Children and adopted orphans have ended: pid -> exit code. Ranks are among them where torchrun died first."""
+        """Take the exit codes of children and adopted orphans, by process id. Ranks are among them if torchrun died
+        first."""
         self._codes |= ended
         if self._launcher is not None and self._launcher.pid in self._codes and not self.ended.is_set():
             self.exit_code = self._launcher.returncode = self._codes[self._launcher.pid]
             self.ended.set()
 
     def has_only_launcher(self, left: list[psutil.Process]) -> bool:
-        """It does not hear SIGTERM, and ends when its ranks have."""
+        """Whether only the launcher is left. It ignores SIGTERM and ends when its ranks have."""
         return self._launcher is not None and [process.pid for process in left] == [self._launcher.pid]
 
     def watch(self, rank: int, pid: int) -> None:
-        """Notice the end of this rank's process."""
+        """Watch for the end of this rank's process."""
         if pid in self._ranks:
             return
         self._ranks[pid] = rank
@@ -114,7 +116,8 @@ class Attempt:
         os.close(descriptor)
 
     def look_away(self) -> None:
-        """What ends from here on ends by our hand, and says nothing about the cause."""
+        """Stop watching: from here on we end the processes ourselves, and their exit codes say nothing about the
+        cause."""
         self.killed = self.exit_code is not None and self.exit_code < 0
         for pid in list(self._pidfds):
             rank, code = self._ranks[pid], _exit_code_of_zombie(pid)
@@ -129,7 +132,7 @@ class Attempt:
 
 
 def _exit_code_of_zombie(pid: int) -> int | None:
-    """None when its parent has collected it, or the kernel does not tell."""
+    """The exit code of a process that has ended and was not reaped yet; None if the kernel does not tell."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()
         return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] == b"Z" else None

@@ -1,5 +1,5 @@
-"""What a supervisor does beside its ranks: probe the node, cap the logs, watch for hangs, for slow ranks, and for a run
-directory that goes away. Each chore is a task of its own, and the run goes on without one that fails."""
+"""What a supervisor does besides its ranks: sample the node, cap the logs, and run the watchers. Each is a task of
+its own, and the run continues if one fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROBE_INTERVAL_S = 1.0
 
 
 class BackgroundTasks:
-    """`attempt()` is the one that runs now."""
+    """The background tasks of one supervisor. `attempt()` returns the current attempt."""
 
     def __init__(self, hub: Hub, attempt: Callable[[], Attempt], gpus: GpuProbe, disk: Executor) -> None:
         self._hub = hub
@@ -30,16 +30,18 @@ class BackgroundTasks:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
+        """Start the probe and the cap on the log files."""
         self.add("the probe", self._probe())
         self.add("the cap on logs", self._cap_logs())
 
     def add(self, name: str, work: Awaitable[None]) -> None:
-        """Do `work` beside the rest. When it fails, that is told as a failure of `name`."""
+        """Run `work` in the background. A failure is reported as a failure of `name`."""
         task = asyncio.get_running_loop().create_task(self._reported(name, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
+        """Cancel all tasks and wait for them."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -69,6 +71,7 @@ class BackgroundTasks:
                 await asyncio.sleep(PROBE_INTERVAL_S)
 
     def hear_xids(self) -> None:
+        """Report the XID errors since the last call."""
         for xid in self._gpus.take_xids():
             self._attempt().collector.hear(xid)
             self._hub.event("xid", xid.text, "error", xid=xid.number, gpu=xid.gpu)
@@ -81,5 +84,7 @@ class BackgroundTasks:
             for folder in {first, self._attempt().logs}:
                 for path in await asyncio.get_running_loop().run_in_executor(self._disk, cap_logs, folder):
                     self._hub.event(
-                        "log", f"{path.name} was full and starts anew; its end is kept in {path.name}.1", "warning"
+                        "log",
+                        f"{path.name} reached its size limit and was emptied; its end is kept in {path.name}.1",
+                        "warning",
                     )

@@ -1,4 +1,4 @@
-"""What SIGTERM and SIGUSR1 of a batch system ask for: a stop with a deadline."""
+"""SIGTERM and SIGUSR1 of a batch system: a stop with a deadline."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from runtime.wire.messages import Command
 
 DEADLINE_VARIABLE = "ZEROTOP_STOP_DEADLINE_S"
 DEADLINE_S = 60.0
-"""After such a signal the run has so long to stop after a checkpoint; then it is aborted."""
+"""How long the run may take to write a checkpoint and stop after such a signal; then it is aborted."""
 
 
 def stop_by_signal(name: str) -> Command:
-    """The same whoever got the signal: the supervisor, a rank that handed it on, or `zerotop launch --no-screen`."""
+    """The command that the signal called `name` stands for, whichever process got it: the supervisor, a rank that
+    passes it on, or `zerotop launch --no-screen`."""
     arguments = {"deadline_s": _deadline_s()}
     return Command(id=uuid.uuid4().hex, name="stop", who=name, arguments=arguments, wall_s=time.time())
 

@@ -1,4 +1,5 @@
-"""A run directory that is removed under its run: the run would go on for days, in nobody's list, and save nothing."""
+"""Watches for the removal of the run directory: without it a run would continue for days, in no list, and save
+nothing."""
 
 from __future__ import annotations
 
@@ -19,11 +20,10 @@ WHO = "the supervisor"
 
 
 class FolderWatch:
-    """Makes the directory again, so that the run can be seen and stopped as before, and stops it after a checkpoint:
-    somebody has no more use for what it writes, or it goes on with --resume."""
+    """Creates the directory again, so that the run can be seen and stopped, and stops the run after a checkpoint."""
 
     def __init__(self, path: Path, hub: Hub, run: Callable[[], RunFile]) -> None:
-        """`run()` is run.json as it should be now. Reads what the directory would be made of."""
+        """Read the files that a new directory needs. `run()` returns the current content of run.json."""
         self._path = path
         self._hub = hub
         self._run = run
@@ -31,12 +31,14 @@ class FolderWatch:
         self._missing = False
 
     async def watch(self) -> None:
+        """Check once a second, for ever."""
         while True:
             await asyncio.sleep(LOOK_S)
             self.look()
 
     def look(self) -> None:
-        """Missing twice in a row: what is being removed at this moment is not made again under the remover's hands."""
+        """Check once. The directory is created again when it is missing twice in a row: the first time, the removal
+        may not be over."""
         before, self._missing = self._missing, not (self._path / "run.json").exists()
         if before and self._missing:
             self._missing = False
@@ -53,10 +55,10 @@ class FolderWatch:
                 replace_text(self._path / name, content)
             write_json(self._path / "run.json", run)
             write_status(self._path, self._hub.status)
-            text += "; it was made again, and the run stops after a checkpoint"
+            text += "; it was created again, and the run stops after a checkpoint"
         except (OSError, RunError) as error:
             reason = error_text(error) if isinstance(error, OSError) else str(error)
-            text += f", and can't be made again ({reason}); the run stops"
+            text += f", and can't be created again ({reason}); the run stops"
         self._hub.event("run directory", text, "error")
         self._hub.command(Command(id=uuid.uuid4().hex, name="stop", who=WHO))
         if self._hub.status.state == "stopping":

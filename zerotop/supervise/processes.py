@@ -1,4 +1,5 @@
-"""Processes of a run: the supervisor keeps each one as its descendant, so that it can end them all and nothing else."""
+"""The processes of a run. The supervisor keeps each one as its descendant, so that it can end all of them and
+nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def become_subreaper() -> bool:
-    """Orphaned descendants become our children instead of init's. False where the kernel can't do that (not Linux)."""
+    """Make orphaned descendants our children instead of those of init. False where the kernel does not support it
+    (not Linux)."""
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -22,11 +24,11 @@ def become_subreaper() -> bool:
 
 
 def detach(log: str) -> None:
-    """Leave the terminal's session and the starter's children: fork once more, stdin from /dev/null, stdout and stderr
-    to `log`.
+    """Leave the terminal's session and the parent process: fork once more, stdin from /dev/null, stdout and stderr to
+    `log`.
 
-    Call it before any thread starts. The caller must be a session leader already (Popen(start_new_session=True)), so
-    that the second process is none and can never get a terminal again.
+    Call it before any thread starts. The caller must be a session leader (Popen(start_new_session=True)), so that the
+    second process is none and can never get a controlling terminal.
     """
     if os.fork():
         os._exit(0)
@@ -42,7 +44,8 @@ def detach(log: str) -> None:
 
 
 def descendants() -> list[psutil.Process]:
-    """Every living process below this one. psutil compares start times before it signals: a reused pid is safe."""
+    """All living processes below this one. psutil compares start times before it sends a signal, so a reused process
+    id is safe."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -54,7 +57,7 @@ def descendants() -> list[psutil.Process]:
 
 
 def send(processes: list[psutil.Process], number: signal.Signals) -> None:
-    """Signal each process that still lives."""
+    """Send a signal to each process that still lives."""
     for process in processes:
         try:
             process.send_signal(number)
@@ -63,7 +66,7 @@ def send(processes: list[psutil.Process], number: signal.Signals) -> None:
 
 
 def reap() -> dict[int, int]:
-    """Collect ended children, adopted ones too: pid -> exit code, negative for a signal."""
+    """Reap ended children, adopted ones too: process id -> exit code, negative for a signal."""
     ended: dict[int, int] = {}
     while True:
         try:
@@ -76,8 +79,8 @@ def reap() -> dict[int, int]:
 
 
 def kill_descendants(patience_s: float = 2.0) -> int:
-    """KILL whatever still lives below us, again until nothing does (a process may fork while it dies). Returns how many
-    were left.
+    """SIGKILL whatever is left below this process, until nothing is (a process may fork while it dies). Returns how
+    many could not be killed.
 
     A process in uninterruptible sleep (a wedged driver) can't be killed; after `patience_s` it is counted and left to
     the kernel.

@@ -1,4 +1,5 @@
-"""Whether a failed attempt is followed by another one: the config's limit, and failures that would only repeat."""
+"""Whether a failed attempt is followed by another one: not beyond the limit of the config, and not if it would fail
+the same way again."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from zerotop.diagnose.outcome import Outcome
 from zerotop.format import duration_text
 
 _REFUSED_EXIT = 2
-"""Of a rank that can't use its config, model or data."""
+"""Exit code of a rank that rejects its config, model or data."""
 _FIGURE = re.compile(r"\b\d+[dhm] \d+[hms]\b|\b\d+ s\b|0x[0-9a-fA-F]+|(?<!rank )\b\d+(\.\d+)*")
 _RANK = re.compile(r"\brank \d")
 AGAIN_THE_SAME = "another attempt would end the same way"
@@ -22,26 +23,27 @@ AGAIN_THE_SAME = "another attempt would end the same way"
 
 @dataclass(frozen=True)
 class Failure:
-    """What matters about a failed attempt."""
+    """What the decision about a restart needs to know of a failed attempt."""
 
     text: str
     step: int | None
-    """The last finished optimizer step; None when the attempt finished none."""
+    """The last finished optimizer step; None if the attempt finished none."""
     exit_code: int | None = None
     by_signal: bool = False
     raised: bool = False
-    """A rank ended by a Python exception or an exit code of its own, or torchrun did before there was a rank."""
+    """A rank ended by a Python exception or with its own exit code, or torchrun failed before there was a rank."""
     fatal: bool = False
     repeats: bool = False
-    """It has the script's or the data's own reasons."""
+    """The cause is the script or its data, so another attempt would end the same way."""
     rank: int | None = None
     hung: bool = False
-    """The supervisor ended the ranks, for none of them moved."""
+    """The supervisor ended the ranks, because none of them made progress."""
     scripts_own: bool = False
-    """A script that zerotop can't continue: it never called initialize()."""
+    """The script never called initialize(), so zerotop can't continue it."""
 
     @classmethod
     def of(cls, outcome: Outcome, seen: FailureEvidence) -> Failure:
+        """The failure that `outcome` describes."""
         rank, code = outcome.failed_rank, outcome.exit_code
         goodbye = seen.goodbyes.get(rank) if rank is not None else None
         # The failing rank knows best; one that was killed does not say, and others were at the same step.
@@ -69,7 +71,7 @@ class Failure:
 
 
 class Restarts:
-    """Counts restarts and decides about the next one. `now` gives seconds that never go back."""
+    """Counts restarts and decides about the next one. `now` is a monotonic clock."""
 
     def __init__(self, config: RestartsConfig, now: Callable[[], float] = time.monotonic) -> None:
         self.config = config
@@ -79,15 +81,16 @@ class Restarts:
         self._before: Failure | None = None
 
     def refusal(self, failure: Failure, *, stop_asked: bool = False, stuck: int = 0) -> str | None:
-        """Why there is no other attempt, to follow the failure's own reason ("": that needs no words); None: there is.
+        """Why there is no restart, as text to follow the reason of the failure; empty if that says it all; None: there
+        is one.
 
-        `stuck` processes of the failed attempt could not be ended.
+        `stuck` processes of the failed attempt could not be killed.
         """
         before, self._before = self._before, failure
         if self.config.limit == 0:
             return ""
         if stop_asked:
-            return "not restarted, because its end was asked for"
+            return "not restarted, because a stop was requested"
         if stuck:
             return f"not restarted, because {stuck} of its processes can't be killed"
         if failure.fatal or failure.repeats or failure.exit_code == _REFUSED_EXIT:
@@ -104,7 +107,7 @@ class Restarts:
         return None
 
     def count(self) -> str:
-        """Note a restart; says which one it is: `restart 1 of 3`."""
+        """Count a restart; returns its number as "restart 1 of 3"."""
         self._times.append(self._now())
         self.total += 1
         return f"restart {len(self._times)} of {self.config.limit}"
@@ -117,8 +120,8 @@ class Restarts:
 
 
 def _is_same(before: Failure, failure: Failure) -> bool:
-    """A rank that is killed before its first step says nothing about a step: it may be chance, from outside. So may a
-    hang in which no rank keeps the others waiting: all wait for something else, a disk or a busy machine."""
+    """Whether two failures are the same. A rank killed before its first step does not count: the cause may be
+    outside. Nor does a hang in which no rank keeps the others waiting: a disk or a busy machine may be the cause."""
     if failure.hung and not _RANK.search(failure.text):
         return False
     if (before.rank, before.step, _outline(before.text)) != (failure.rank, failure.step, _outline(failure.text)):
@@ -127,5 +130,5 @@ def _is_same(before: Failure, failure: Failure) -> bool:
 
 
 def _outline(text: str) -> str:
-    """Without what differs between two times of one error: addresses, process numbers, sizes, times."""
+    """The text without what differs between two occurrences of one error: addresses, process ids, sizes, times."""
     return _FIGURE.sub("#", text)

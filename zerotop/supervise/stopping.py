@@ -1,5 +1,5 @@
-"""A stop on its way: what hinders it, and, where a batch system's signal asked for it, the deadline after which the run
-is aborted."""
+"""A stop in progress: what holds it up and, for the signal of a batch system, the deadline after which the run is
+aborted."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from zerotop.state.run import RunState
 from zerotop.state.stall import QUIET_PHASES, explain, idle_s, place_text, ranks_text
 
 SLOW_S = 10.0
-"""A stop that takes longer says what is in its way."""
+"""After this time the status says what holds up the stop."""
 LOOK_S = 4.0
-"""Finding that out at the deadline must not take longer."""
+"""The longest time that taking the stacks at the deadline may need."""
 _STANDS_S = 2.0
-"""A rank that has done nothing for so long stands still."""
+"""A rank without progress for this long counts as stalled."""
 
 
 class StopWatch:
-    """Follows a stop to its end: the status's reason says what is in the way of a slow one, and one with a deadline
-    becomes an abort. Of several deadlines the earliest holds."""
+    """Follows a stop to its end: the status says what holds up a slow one, and one with a deadline becomes an abort.
+    Of several deadlines the earliest holds."""
 
     def __init__(self, hub: Hub, taker: StackTaker, abort: Callable[[str], None]) -> None:
         self._hub = hub
@@ -40,10 +40,11 @@ class StopWatch:
 
     @property
     def has_deadline(self) -> bool:
+        """Whether a stop with a deadline is in progress."""
         return self._ends_s < math.inf
 
     def begin(self, command: Command) -> None:
-        """`command` is a stop that the hub has accepted; without a deadline it may take as long as it needs."""
+        """Follow `command`, a stop that the hub has accepted. Without a deadline it may take as long as it needs."""
         limit_s = float(command.arguments.get("deadline_s", math.inf))
         ends_s = time.monotonic() + limit_s
         if limit_s < math.inf:
@@ -81,18 +82,21 @@ class StopWatch:
         return verdict
 
     def close(self) -> None:
+        """Stop following."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
 
 
 def hindrance(state: RunState, ranks: Mapping[int, RankStacks], stands_s: float = _STANDS_S) -> str:
-    """Why a run that was asked to stop still goes on, and which rank is in the way: one line for people. `ranks` is
-    what their processes show; what has not moved for `stands_s` stands still."""
+    """Why a run that was asked to stop still runs, and which rank holds it up, in one line. `ranks` are the stacks
+    of their processes; a rank without progress for `stands_s` counts as stalled."""
     there = {number: rank for number, rank in sorted(state.ranks.items()) if rank.goodbye is None}
     beats = {number: rank.heartbeat for number, rank in there.items() if rank.heartbeat is not None}
     if not beats:
-        return "no rank has said where it is" if there or not state.ranks else "the ranks have ended their training"
+        return (
+            "no rank has reported its position" if there or not state.ranks else "the ranks have ended their training"
+        )
     saving = tuple(number for number, beat in beats.items() if beat.phase == "checkpoint")
     if saving:
         return f"{ranks_text(saving)} still {'writes' if len(saving) == 1 else 'write'} the checkpoint"

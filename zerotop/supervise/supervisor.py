@@ -37,14 +37,15 @@ from zerotop.supervise.stopping import StopWatch
 
 TERM_PATIENCE_S = 5.0
 DEATH_PATIENCE_S = 3.0
-"""After a rank's death torchrun has so long to end the others, and to say what it saw."""
+"""How long torchrun may take to end the other ranks after the death of one, and to log what it saw."""
 LAUNCHER_PATIENCE_S = 1.0
-"""Of torchrun when its ranks are gone."""
+"""How long torchrun may take to end after its ranks."""
 LAST_WORDS_S = 2.0
+"""How long to wait for goodbyes that are still on their way."""
 
 
 class Supervisor:
-    """`lock` is the descriptor that holds the run's lock (see lock.py)."""
+    """Runs one run from start to end. `lock` is the descriptor that holds the run's lock (rundir/lock.py)."""
 
     def __init__(self, path: Path, run: RunFile, *, resume: bool, lock: int) -> None:
         self.path = path
@@ -58,19 +59,19 @@ class Supervisor:
         self._attempt = Attempt(self.run_file, path)
         self._abort_reason: str | None = None
         self._restart_text = ""
-        """Of the newest restart, until its ranks have said where they go on."""
+        """Reason of the newest restart, until its ranks have reported the step from which they continue."""
         self._reached = 0
-        """The last step of the attempt before."""
+        """The last step of the previous attempt."""
         self._stuck = 0
         self._status_file = StatusFile(path)
 
     @property
     def logs(self) -> Path:
-        """Of the attempt that runs."""
+        """The log folder of the current attempt."""
         return self._attempt.logs
 
     async def supervise(self, ready: Ready) -> Outcome:
-        """The run from start to end, restarts included. Raises RunError when it can't start."""
+        """Run all attempts and return how the last one ended. Raises RunError if the run cannot start."""
         loop = asyncio.get_running_loop()
         locks = (lock_sockets(Path(self.run_file.sockets)), self._lock)
         recorder = Recorder(self.path / "recording.sqlite", self.run_file.attempt)
@@ -128,12 +129,12 @@ class Supervisor:
         )
 
     def _earlier_steps(self) -> list[StepResult]:
-        """Steps of the attempts before, up to the checkpoint that this one goes on from: later ones never happened."""
+        """Steps of previous attempts up to the checkpoint from which this one continues; later ones are replayed."""
         last = self._first_status().step
         return [result for result in earlier_steps(self.path, self.run_file.attempt) if result.step <= last]
 
     def _announce(self) -> None:
-        """What launch found out, for the event pane: defaults chosen, keys without effect, what a resume changed."""
+        """The notes of launch as events: defaults chosen, keys without effect, what a resume changed."""
         if warning := self._attempt.collector.warning():
             self.hub.event("memory", warning, "warning")
         try:
@@ -145,18 +146,18 @@ class Supervisor:
 
     # ---- while it runs ---------------------------------------------------------------------------------------------
     def _collect(self) -> None:
-        """Our child torchrun has ended, or an orphan of its that we adopted."""
+        """Reap torchrun, our child, and orphans of it that we adopted."""
         self._attempt.collect(reap())
 
     def _meet(self, hello: Hello) -> None:
-        """A rank has introduced itself; the first one after a restart tells where the run goes on."""
+        """A rank has sent its hello; the first one after a restart tells from which step the run continues."""
         self._attempt.watch(hello.rank, hello.pid)
         if not self._restart_text:
             return
         text, self._restart_text = self._restart_text, ""
         lost = max(0, self._reached - hello.start_step)
-        where = f"going on from step {hello.start_step}" if hello.start_step else "starting again from step 0"
-        again = f"{lost} step{'s are' if lost > 1 else ' is'} taken again" if lost else "no step is lost"
+        where = f"continues from step {hello.start_step}" if hello.start_step else "starts again from step 0"
+        again = f"{lost} step{'s' * (lost > 1)} replayed" if lost else "no step lost"
         self.hub.event("restart", f"{text}; {where}, {again}", "warning", lost_steps=lost)
         changes: dict[str, Any] = {"lost_steps": lost, "step": hello.start_step}
         if self.hub.status.state == "restarting":
@@ -166,7 +167,8 @@ class Supervisor:
         self.hub.set_status(**changes)
 
     def _stop_by_signal(self, number: int) -> None:
-        """Its own, or one that a rank has handed on: where every process gets it, there are many."""
+        """A signal of our own, or one that a rank has passed on; a batch system sends it to every process, so there
+        may be many."""
         if not self._stop_watch.has_deadline:
             self.hub.command(stop_by_signal(signal.Signals(number).name))
 
@@ -182,10 +184,9 @@ class Supervisor:
             self._attempt.end_asked.set()
 
     def end_attempt(self, reason: str) -> None:
-        """End the ranks that run now: they have failed for `reason` (one line for people) and can't say so themselves,
-        because they hang. Call it in the event loop. Does nothing once they have ended, or are being ended.
-
-        Whether they are started again is decided as after any failure."""
+        """End the current ranks as failed for `reason`, because they hang and cannot report it themselves. Call it
+        in the event loop. Does nothing once they have ended or are being ended. Whether they are restarted is
+        decided as after any failure."""
         attempt = self._attempt
         if not attempt.end_asked.is_set() and not attempt.ended.is_set() and not attempt.rank_died.is_set():
             attempt.failure = reason
@@ -198,7 +199,7 @@ class Supervisor:
 
     # ---- attempts ----------------------------------------------------------------------------------------------------
     async def _attempts(self, locks: tuple[int, ...]) -> Outcome:
-        """One attempt after the other; how the last one ended."""
+        """Run one attempt after the other; returns how the last one ended."""
         while True:
             await self._until_over()
             outcome, again = self._judge()
@@ -210,8 +211,8 @@ class Supervisor:
                 return _with_reason(outcome, f"it could not be restarted: {error}")
 
     async def _until_over(self) -> None:
-        """Until the attempt has ended by itself, by a rank's death, or because an abort or `end_attempt` asked for it;
-        none of its processes is left then."""
+        """Wait until the attempt has ended by itself, by the death of a rank, or by an abort or `end_attempt`, and
+        end all its processes."""
         attempt = self._attempt
         await _first_of(attempt.ended, attempt.rank_died, attempt.end_asked)
         if not attempt.end_asked.is_set():
@@ -222,8 +223,8 @@ class Supervisor:
         await self._end_processes(TERM_PATIENCE_S if attempt.end_asked.is_set() else TERM_PATIENCE_S / 5)
 
     async def _hear_last_words(self) -> None:
-        """The ranks are gone; their goodbyes may still be on their way. After a failure not for long: a killed rank
-        says nothing."""
+        """The ranks are gone, but their goodbyes may still be on their way. After a failure wait less: a killed rank
+        sends none."""
         short = self._attempt.exit_code != 0 or self._silent_script()
         deadline = time.monotonic() + (LAST_WORDS_S / 4 if short else LAST_WORDS_S)
         ranks = self.hub.state.ranks.values()
@@ -233,14 +234,14 @@ class Supervisor:
             await asyncio.sleep(0.02)
 
     def _silent_script(self) -> bool:
-        """Whether a script runs here, and no rank has said hello: only `initialize` makes it speak."""
+        """Whether a script runs here and no rank has sent a hello: only initialize() sends one."""
         return bool(self.run_file.script) and not self._spoke()
 
     def _spoke(self) -> bool:
         return any(state.hello for state in self.hub.state.ranks.values())
 
     async def _end_processes(self, patience_s: float) -> None:
-        """TERM, some patience, KILL: for descendants only, whoever their parent is by now."""
+        """SIGTERM, some patience, SIGKILL, for all descendants."""
         left = descendants()
         send(left, signal.SIGTERM)
         deadline = time.monotonic() + patience_s
@@ -279,7 +280,7 @@ class Supervisor:
         )
 
     def _judge(self) -> tuple[Outcome, bool]:
-        """How the attempt ended, and whether another one follows; of a failure that none follows, also why not."""
+        """How the attempt ended and whether another one follows; if none follows a failure, the outcome says why."""
         seen = self._evidence()
         outcome = decide(seen)
         if outcome.state != "failed":
@@ -292,10 +293,10 @@ class Supervisor:
         return _with_reason(outcome, refusal or ""), refusal is None
 
     def _restart(self, outcome: Outcome, locks: tuple[int, ...]) -> None:
-        """The next attempt, from the newest complete checkpoint, which its ranks find by themselves.
+        """Start the next attempt from the newest complete checkpoint, which its ranks find by themselves.
 
-        Nothing is awaited in here: a command comes either before, and counts in `_judge`, or after, for the new ranks.
-        Raises RunError or OSError when there can't be one.
+        Nothing is awaited in here: a command comes either before, and counts in `_judge`, or after, and is for the new
+        ranks. Raises RunError or OSError if the attempt cannot start.
         """
         state, failed = self.hub.state, self.run_file.attempt
         self._reached = max(
@@ -304,7 +305,7 @@ class Supervisor:
             + [rank.goodbye.step for rank in state.ranks.values() if rank.goodbye]
         )
         self._tell_error(outcome)
-        self.hub.event("attempt", f"attempt {failed} failed: {outcome.reason}; the ranks are started again", "error")
+        self.hub.event("attempt", f"attempt {failed} failed: {outcome.reason}; the ranks are restarted", "error")
         self.run_file = self.run_file.model_copy(update={"attempt": failed + 1})
         attempt = Attempt(self.run_file, self.path)
         make_private_folder(attempt.logs)
@@ -334,7 +335,7 @@ class Supervisor:
             )
 
     async def _finish(self, outcome: Outcome) -> None:
-        """Tell how it ended: the open commands' askers, the screens, state.json."""
+        """Publish how the run ended: to open commands, the screens and state.json."""
         state = self.hub.state
         good = outcome.state in ("finished", "stopped")
         # Telemetry may have lost the last step; a goodbye on a good end knows it.
@@ -364,7 +365,7 @@ def _with_reason(outcome: Outcome, more: str) -> Outcome:
 
 
 async def _first_of(*events: asyncio.Event, timeout_s: float | None = None) -> None:
-    """Until one of them is set, or the time is over."""
+    """Wait until one of the events is set or the time is over."""
     tasks = [asyncio.create_task(event.wait()) for event in events]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=timeout_s)
     for task in tasks:
