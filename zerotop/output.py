@@ -1,6 +1,6 @@
-"""What commands print: JSON documents, aligned tables, figures with units, and errors for people.
+"""What commands print: JSON documents, aligned tables, and errors.
 
-Whatever a command says goes through `show`, `say` or `print_json`, which let nothing steer the terminal.
+All output goes through `show`, `say` or `print_json`, which keep it from controlling the terminal.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from zerotop.clean import clean
 
 INSTALL_TRAINING = "pip install '.[train]' in zerotop's source folder"
-"""The way out where torch is missing."""
+"""What to do where torch is missing."""
 
 
 class CommandError(Exception):
-    """One clear message for people: what was expected, what came, the way out. Ends the program with `exit_code`.
+    """One clear message for the user: what was expected, what came, what to do. Ends the program with `exit_code`.
 
     2: bad usage, an unknown run, a bad value; nothing was done. 1: a command was rejected or could not be carried out.
     """
@@ -30,9 +30,8 @@ class CommandError(Exception):
 
 
 def print_json(document: Any) -> None:
-    """One JSON document to stdout. NaN and infinities, which JSON does not have, become null; characters that would
-    steer a terminal are escaped.
-    """
+    """One JSON document to stdout. NaN and infinities become null; characters that would control a terminal are
+    escaped."""
     text = json.dumps(finite(document), indent=1, allow_nan=False, ensure_ascii=False)
     print(text if text.isascii() else _UNPRINTABLE.sub(_escaped, text), flush=True)
 
@@ -56,7 +55,8 @@ def finite(value: Any) -> Any:
 
 
 def show(text: str, *, to_stderr: bool = False, coloured: bool = False) -> None:
-    """Lines for people, cleaned of what would steer their terminal. `coloured`: colours in it are our own, and stay."""
+    """Lines for the user, cleaned of what would control the terminal. `coloured`: colour sequences in it are ours,
+    and stay."""
     parts = _COLOUR.split(text) if coloured else [text]
     shown = "".join(part if index % 2 else clean(part) for index, part in enumerate(parts))
     print(shown, file=sys.stderr if to_stderr else sys.stdout, flush=True)
@@ -66,12 +66,12 @@ _COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 def say(text: str) -> None:
-    """A diagnostic or progress line: stderr, so that stdout holds answers only."""
+    """A diagnostic or progress line to stderr; stdout has only answers."""
     show(text, to_stderr=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns aligned by padding; those whose index is in `right` are aligned to the right."""
+    """Columns aligned by padding; those whose index is in `right` are right-aligned."""
     widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -85,7 +85,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 
 
 def with_exit_code(reason: str, code: int | None) -> str:
-    """Why something failed, with its exit code unless the reason names that, or the signal, already."""
+    """The reason of a failure with its exit code, unless the reason already names that or the signal."""
     if code is None or code == 0 or re.search(rf"\bSIG[A-Z]+|\bsignal \d+|\bexit\D*{code}\b", reason):
         return reason
     return f"{reason} (exit {code})"

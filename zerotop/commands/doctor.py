@@ -1,4 +1,4 @@
-"""zerotop doctor: what this machine has and lacks, and the way out of each lack."""
+"""zerotop doctor: what this machine has and lacks, and how to fix it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """`level`: ok; warn: something is missing or slow; fail: zerotop can't work here. `fix`: empty when all is well."""
+    """`level` is ok; warn: something is missing or slow; fail: zerotop cannot work here. `fix` is empty if all is
+    well."""
 
     name: str
     level: str
@@ -26,15 +27,17 @@ class Finding(NamedTuple):
 
 
 def register(subparsers: Any) -> None:
+    """Add `doctor` to the command line."""
     parser = subparsers.add_parser(
         "doctor",
         help="check this machine",
-        description="Check this machine: each line is ok, warn or fail, with the way out. Exit code 1 when one fails.",
+        description="Check this machine: each line is ok, warn or fail, with a fix. Exit code 1 if one fails.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print all findings; the exit code is 1 if one of them is fail."""
     from zerotop.output import print_json, show
 
     findings = [check() for check in CHECKS]
@@ -125,7 +128,7 @@ def _ssh() -> Finding:
     try:
         words = ssh_words()
     except SshError as error:
-        return Finding("ssh", "warn", str(error), "only needed to attach to runs on other boxes")
+        return Finding("ssh", "warn", str(error), "only needed to attach to runs on other machines")
     return Finding("ssh", "ok", " ".join([shutil.which(words[0]) or words[0], *words[1:]]))
 
 

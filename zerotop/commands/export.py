@@ -1,4 +1,4 @@
-"""zerotop export: a checkpoint as Hugging Face safetensors. A process of its own does it, for it needs torch."""
+"""zerotop export: a checkpoint as Hugging Face safetensors. Needs torch, so a process of its own does it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ examples:
 
 
 def register(subparsers: Any) -> None:
+    """Add `export` to the command line."""
     parser = subparsers.add_parser(
         "export",
         help="write a checkpoint as Hugging Face safetensors",
@@ -50,7 +51,7 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises CommandError for bad usage and for what the export itself says."""
+    """Export the checkpoint. Raises CommandError for bad usage and for errors of the export."""
     from runtime.checkpoint.manifest import CheckpointError
     from runtime.checkpoint.target import check_target
     from runtime.sizes import parse_size

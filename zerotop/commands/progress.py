@@ -1,4 +1,5 @@
-"""A run as plain lines, for pipes, logs and batch systems; Ctrl-C and a batch system's signals steer it."""
+"""A run as plain progress lines, for pipes, logs and batch systems. Ctrl-C and the signals of a batch system stop
+it."""
 
 from __future__ import annotations
 
@@ -25,18 +26,18 @@ from zerotop.supervise.batchsignal import stop_by_signal
 
 POLL_S = 0.25
 OVERDUE_S = 30.0
-"""Ending the ranks takes some seconds; a supervisor that has not done so by then is stopped, or stuck itself."""
+"""Ending the ranks takes some seconds; a supervisor that needs longer is stopped or hangs itself."""
 _LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal", "hang", "laggard"})
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""A batch system's: the job is about to end."""
+"""Sent by a batch system before it ends the job."""
 
 
 def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
-    """Print lines until the run ends; the exit code is 0 when it finished or stopped, 1 when it failed or was aborted.
+    """Print lines until the run ends; the exit code is 0 if it finished or stopped, 1 if it failed or was aborted.
 
     The first Ctrl-C sends stop, the second abort. SIGTERM and SIGUSR1 send stop: a batch system that ends the job kills
-    everything in it once this process has gone, so it stays until the run has ended. With `as_json` the lines go to
-    stderr, and at the end the run's state goes to stdout. Closes the source.
+    everything in it once this process has exited, so it stays until the run has ended. With `as_json` the lines go to
+    stderr, and at the end the state of the run goes to stdout. Closes the source.
     """
     lines = _Lines(entry, to_stderr=as_json)
     try:
@@ -76,7 +77,7 @@ def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
 
 @contextmanager
 def _signals() -> Iterator[Counter[int]]:
-    """Count Ctrl-C and the batch system's signals instead of dying of them."""
+    """Count Ctrl-C and the signals of a batch system instead of exiting."""
     count: Counter[int] = Counter()
 
     def note(number: int, _: Any) -> None:
@@ -97,7 +98,7 @@ def _ask(source: Source, name: str, words: str, by: str) -> None:
 
 
 class _Lines:
-    """Remembers what was printed already: the state is polled, and starts anew after a reconnect."""
+    """Remembers what was already printed: the state is polled, and starts again after a reconnect."""
 
     def __init__(self, entry: RunEntry, *, to_stderr: bool) -> None:
         self._to_stderr = to_stderr

@@ -1,4 +1,4 @@
-"""Events and log records, newest at the bottom; follows them unless scrolled up; `/` filters."""
+"""Events and log records, newest at the bottom. Follows them unless scrolled up; `/` filters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
 PREFIX = 24
 """Cells before the text: time, glyph, word, rank."""
 MOST_CHARACTERS = 4000
-"""Of one record; the log has the rest."""
+"""Limit for one record; the log has the rest."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,17 @@ class _Line:
 
 
 class EventPanel(ScrollPanel):
+    """The events of the run, or of one rank."""
+
     def __init__(self, *, id: str, title: str = "6 events", rank: int | None = None) -> None:
         super().__init__(id=id)
         self.rank = rank
-        """Only this rank's records; None: everything."""
+        """Show only the records of this rank; None: all."""
         self.filter = ""
         self._heading = title
         self._lines: list[_Line] = []
         self._wrapped: dict[int, tuple[Record, list[_Line]]] = {}
-        """By the record's identity, for this filter and width: a new record must not have all others wrapped anew."""
+        """id(record) -> its lines for this filter and width, so that a new record does not wrap all others again."""
         self._key: tuple[object, ...] = ()
         self._follow = True
 
@@ -75,12 +77,13 @@ class EventPanel(ScrollPanel):
             self.scroll_end(animate=False, immediate=True, force=True)
 
     def set_filter(self, text: str) -> None:
+        """Show only lines that contain `text`."""
         self.filter = text.strip()
         self._follow = True
         self.redraw()
 
     def forget(self) -> None:
-        """Make the lines anew at the next view: another rank, another text."""
+        """Make the lines again at the next view, for another rank."""
         self._key = ()
         self._wrapped = {}
         self._follow = True
@@ -110,7 +113,7 @@ class EventPanel(ScrollPanel):
         palette = view.palette
         muted = palette.style("muted")
         if not self._lines:
-            return [Row().add(" nothing matches the filter" if self.filter else " nothing to report yet", muted)]
+            return [Row().add(" no match" if self.filter else " no events yet", muted)]
         first = self.scroll_offset.y
         rows: list[Row] = []
         for line in self._lines[first : first + height]:

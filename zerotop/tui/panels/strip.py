@@ -1,4 +1,4 @@
-"""The life of the newest commands: sent, accepted, waiting for a boundary, applied at step S or rejected, and why."""
+"""The state of the newest commands: sent, accepted, applied at step S, or rejected with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST_LINES = 3
 
 
 class CommandStrip(Band):
-    """Every open command has its line (up to three); else the newest answer has one until it has been read."""
+    """Every open command has its line (up to three); otherwise the newest answer has one for some seconds."""
 
     shown: tuple[CommandLife, ...] = ()
 

@@ -1,6 +1,5 @@
-"""What is wrong, in one place: why the run ended badly, why it stands still, whom the others wait for. Takes no room
-otherwise.
-"""
+"""What is wrong: why the run failed, why it makes no progress, for which rank the others wait. Takes no room
+otherwise."""
 
 from __future__ import annotations
 
@@ -18,10 +17,12 @@ from zerotop.tui.widgets.lines import Band, Row
 
 ERROR_LINES, ERROR_CHARACTERS = 6, 4000
 ERROR_FROM = 22
-"""A screen must be higher than this to show any line of the error itself: the panels come first."""
+"""A screen must be higher than this to show lines of the error: the panels come first."""
 
 
 class VerdictLine(Band):
+    """The verdicts, and the last lines of an error."""
+
     lines: tuple[tuple[str, str], ...] = ()
 
     def accept(self, view: View) -> None:
@@ -64,7 +65,7 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
 
 
 def summary(view: View) -> str:
-    """What a run that has ended came to, as far as it is known."""
+    """The result of a run that has ended, as far as it is known."""
     state, status = view.state, view.state.status
     points = list(state.series)
     facts: list[str] = []
@@ -81,7 +82,7 @@ def summary(view: View) -> str:
     saved = status.last_checkpoint_step if status else None
     facts.append(f"newest checkpoint: step {saved}" if saved is not None else "no checkpoint")
     if status is not None and status.state != "finished" and saved is not None:
-        facts.append(f"go on: zerotop launch --resume --name {status.name}")
+        facts.append(f"continue with: zerotop launch --resume --name {status.name}")
     return " · ".join(facts)
 
 

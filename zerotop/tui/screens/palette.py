@@ -1,4 +1,4 @@
-"""Ctrl+P: every action and theme by name."""
+"""Ctrl+P: all actions and themes by name."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PAGE = 10
 def turn_page(options: OptionList, pages: int) -> None:
     """Move the highlight by whole pages.
 
-    OptionList's own action reads where each option was drawn, which fails while a list has just been filled and not
-    been drawn yet.
+    OptionList's own action reads where each option was drawn, which fails while a list was just filled and not drawn
+    yet.
     """
     if options.option_count:
         options.highlighted = min(options.option_count - 1, max(0, (options.highlighted or 0) + pages * PAGE))
 
 
 class ActionProvider(Provider):
-    """The app's system commands. Titles are shown as they are: a user's theme may be called anything."""
+    """The app's system commands. Titles are shown as they are: a user's theme may have any name."""
 
     async def discover(self) -> Hits:
         for title, help_text, act, _ in sorted(
@@ -45,6 +45,8 @@ class ActionProvider(Provider):
 
 
 class ActionPalette(CommandPalette):
+    """The palette of all actions."""
+
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("pageup", "turn_page(-1)", "Previous page", show=False),
         Binding("pagedown", "turn_page(1)", "Next page", show=False),
@@ -60,4 +62,5 @@ class ActionPalette(CommandPalette):
         return super().dismiss(result)
 
     def action_turn_page(self, pages: int) -> None:
+        """Move the highlight by whole pages."""
         turn_page(self.query_one(CommandList), pages)

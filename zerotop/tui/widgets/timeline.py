@@ -14,7 +14,7 @@ TIME = 9
 
 
 def timeline_rows(spans: Iterable[Span], palette: Palette, width: int, height: int) -> list[Row]:
-    """The newest steps, oldest first, at most `height` lines; each as long as its share of the longest."""
+    """The newest steps, oldest first, at most `height` lines; the length of each is to scale with the longest."""
     by_step: dict[int, list[Span]] = {}
     for span in spans:
         by_step.setdefault(span[1], []).append(span)
@@ -36,9 +36,8 @@ def timeline_rows(spans: Iterable[Span], palette: Palette, width: int, height: i
 
 
 def phase_cells(spans: Sequence[Span], start_ns: int, scale_ns: int, width: int) -> list[str]:
-    """For each of `width` cells the phase that fills most of it; "" where none does. The strip ends where the spans
-    end.
-    """
+    """For each of `width` cells the phase that fills most of it; "" where there is none. The strip ends where the
+    spans end."""
     cell_ns = scale_ns / width
     weights: list[dict[str, float]] = [{} for _ in range(width)]
     for phase, _step, _micro, begin, end in spans:
