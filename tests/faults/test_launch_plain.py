@@ -180,7 +180,7 @@ def test_a_restart_is_told_and_its_steps_are_printed_again(start: Start, capsys:
     assert any(line.startswith("attempt 1 failed: rank 1 was killed by SIGKILL") for line in lines)
     told = next(index for index, line in enumerate(lines) if line.startswith("restart 1 of 3: rank 1 was killed"))
     steps = [int(line.split()[1].split("/")[0]) for line in lines[told:] if line.startswith("step ")]
-    start_step = int(lines[told].split("going on from step ")[1].split(",")[0])
+    start_step = int(lines[told].split("continues from step ")[1].split(",")[0])
     assert steps == list(range(start_step + 1, 121)) and start_step >= 20 and start_step % 20 == 0
 
 

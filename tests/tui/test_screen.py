@@ -202,7 +202,7 @@ async def test_an_empty_run_draws_and_says_what_it_waits_for(open_app: OpenApp) 
     run.connection, run.age = "connecting", None
     async with open_app(run, size=(80, 24)) as (app, _, _):
         text = "\n".join(screen_text(app))
-        assert "◌ connecting" in text and "waiting for the first word of a rank" in text and "no data yet" in text
+        assert "◌ connecting" in text and "waiting for ranks to connect" in text and "no data yet" in text
 
 
 async def test_the_program_saves_its_own_picture(open_app: OpenApp, tmp_path: Path) -> None:
@@ -370,4 +370,4 @@ async def test_a_restart_is_followed_without_a_new_connection(open_app: OpenApp,
         head = "\n".join(screen_text(app)[:2])
         assert "running" in head and "step 15 of 200" in head
         if size[0] == 200:
-            assert "restarts 1, 5 steps again" in head and "restarted: rank 1 was killed by SIGKILL" in head
+            assert "restarts 1, 5 steps replayed" in head and "restarted: rank 1 was killed by SIGKILL" in head

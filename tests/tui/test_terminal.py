@@ -49,7 +49,7 @@ def test_the_screen_draws_on_its_terminal_and_leaves_it_tidy_on_a_signal(
         finally:
             terminal.close()
     said = (tmp_path / "log").read_text()
-    assert said == ("q1 goes on (running): zerotop attach q1 opens it again\n" if number == signal.SIGTERM else "")
+    assert said == ("q1 continues (running): zerotop attach q1 opens it again\n" if number == signal.SIGTERM else "")
     assert hub.commands == []
 
 

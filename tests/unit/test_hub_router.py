@@ -115,7 +115,7 @@ def test_what_waits_counts_as_done_for_what_comes_next(desk: Desk) -> None:
     desk.ask("pause")
     assert desk.ask("pause")[1] == "a pause is waiting for a step boundary already"
     assert desk.ask("resume")[0] == "accepted"  # it will be paused by then
-    assert desk.ask("resume")[1] == "a resume is on its way already"
+    assert desk.ask("resume")[1] == "a resume is waiting for the ranks already"
     desk.set("paused")
     assert desk.ask("stop")[0] == "accepted"
     assert desk.ask("checkpoint")[1] == "the run is stopping already (abort ends it at once)"
@@ -282,7 +282,7 @@ def test_an_id_whose_answer_was_forgotten_is_refused_and_acts_no_more(desk: Desk
 def test_commands_that_wait_have_a_number_and_a_stop_is_always_taken(desk: Desk) -> None:
     for number in range(OPEN_AT_MOST):
         assert desk.ask("set", f"s{number}", log_interval=1) == ("accepted", "")
-    assert desk.ask("checkpoint") == ("rejected", "64 commands wait for a step boundary already")
+    assert desk.ask("checkpoint") == ("rejected", "64 commands are waiting for a step boundary already")
     assert desk.ask("stop") == ("accepted", "")
     assert desk.ask("abort") == ("accepted", "")
 

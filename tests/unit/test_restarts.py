@@ -45,7 +45,7 @@ def test_without_restarts_there_is_nothing_to_explain() -> None:
 @pytest.mark.parametrize(
     ("broken", "circumstances", "why"),
     [
-        (failure(), {"stop_asked": True}, "not restarted, because its end was asked for"),
+        (failure(), {"stop_asked": True}, "not restarted, because a stop was requested"),
         (failure(), {"stuck": 2}, "not restarted, because 2 of its processes can't be killed"),
         (failure(fatal=True), {}, AGAIN_THE_SAME),
         (failure(exit_code=2, raised=True), {}, AGAIN_THE_SAME),

@@ -225,7 +225,7 @@ def test_a_hang_is_told_once_and_cleared_when_it_moves(monkeypatch: pytest.Monke
     assert play.ended == [f"no progress for 1m 00s: {line}"]
     beat(play.run, 1, entered=8)
     assert play.go(1) == [("hang", "info")] and play.hub.status.reason == ""
-    assert play.hub.events[1].text == "the run goes on at step 11, after 2m 00s without progress"
+    assert play.hub.events[1].text == "progress resumed at step 11, after 2m 00s without progress"
     assert play.go(59) == [] and play.go(2) == [("hang", "error")]  # the next one counts from its own beginning
 
 

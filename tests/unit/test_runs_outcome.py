@@ -65,12 +65,12 @@ CALM = seen(counts=(Count(CGROUP, 3, 3),), shared_bytes=(64 << 20, 0))
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (-9, "SIGKILL, by somebody: no out-of-memory kill was recorded"),
-        (-11, "SIGSEGV (a crash in native code: it used memory that is not its own)"),
-        (-7, "SIGBUS (memory that a file backs was not there); /dev/shm has 64.0 MiB, 0 B free"),
-        (-6, "SIGABRT (native code gave up)"),
-        (-4, "SIGILL (an instruction that this CPU does not have: something was built for another one)"),
-        (-8, "SIGFPE (a division by zero in native code)"),
+        (-9, "SIGKILL (not by the kernel's OOM killer)"),
+        (-11, "SIGSEGV (segmentation fault in native code)"),
+        (-7, "SIGBUS (bus error: memory-mapped data is missing, or /dev/shm is full); /dev/shm has 64.0 MiB, 0 B free"),
+        (-6, "SIGABRT (native code aborted)"),
+        (-4, "SIGILL (illegal instruction: native code built for another CPU)"),
+        (-8, "SIGFPE (integer division by zero in native code)"),
         (-1, "SIGHUP (its terminal was closed)"),
         (-35, "signal 35"),
     ],
@@ -85,7 +85,7 @@ def test_a_killed_rank_is_the_cause_and_not_the_peers_that_lost_it(tmp_path: Pat
 
 def test_a_rank_that_ended_by_sigterm_where_nobody_else_failed(tmp_path: Path) -> None:
     found = end(tmp_path, 1, exit_codes={1: -15})
-    assert found.reason == "rank 1 was killed by SIGTERM (somebody asked it to end: a batch system, or kill)"
+    assert found.reason == "rank 1 was killed by SIGTERM (from a batch system or kill)"
 
 
 def test_a_kill_for_lack_of_memory_is_told_with_the_evidence_and_what_to_change(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_kill_for_lack_of_memory_is_told_with_the_evidence_and_what_to_change(
 def test_where_the_kernel_says_nothing_nothing_is_claimed(tmp_path: Path) -> None:
     for account in (None, SystemEvidence()):
         found = end(tmp_path, 1, log=TORCHRUN.format(code=-9, rank=1), system=account)
-        assert found.reason.endswith("SIGKILL, perhaps because memory ran out: whether it did can't be seen here")
+        assert found.reason.endswith("SIGKILL (perhaps by the kernel's OOM killer: its records can't be read here)")
 
 
 def test_a_killed_process_of_a_data_loader_is_told_with_the_evidence(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def gone(run: RunState) -> None:
         (saving, "rank 2 still writes the checkpoint"),
         (slow, "no step boundary was reached; rank 0 is in backward 3/4 of step 11"),
         (gone, "the ranks have ended their training"),
-        (lambda run: None, "no rank has said where it is"),
+        (lambda run: None, "no rank has reported its position"),
     ],
     ids=["stuck", "silent", "saving", "slow", "gone", "nothing known"],
 )

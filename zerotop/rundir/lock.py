@@ -6,8 +6,6 @@ and it is free once the last of them has ended. So a killed supervisor does not 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -16,14 +14,13 @@ from pathlib import Path
 import psutil
 
 from runtime.telemetry.orphan import grace_s
+from runtime.wire.filelock import try_lock
 from zerotop.format import duration_text
 from zerotop.rundir.paths import LOCK_NAME, RunError
 
 POLL_S = 0.2
 MARGIN_S = 5.0
 """Added to the time that orphaned ranks have to save: their exit takes time too."""
-_CAN_NOT_LOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})
-"""A file system without locks: the run is not protected there."""
 
 
 def take(folder: Path) -> int | None:
@@ -33,13 +30,10 @@ def take(folder: Path) -> int | None:
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise RunError(f"can't open {folder / LOCK_NAME}: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _CAN_NOT_LOCK:
-            os.close(descriptor)
-            return None
-    return descriptor
+    if try_lock(descriptor) is False:
+        os.close(descriptor)
+        return None
+    return descriptor  # on a file system without locks the run is not protected
 
 
 def take_new(folder: Path) -> int:

@@ -1,9 +1,9 @@
-"""Where files are: runs in the XDG state home, their sockets in short private folders in /tmp."""
+"""Where files are: runs in the XDG state home, the user's settings in the XDG config home, sockets in short private
+folders in /tmp."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -11,7 +11,13 @@ import stat
 import tempfile
 from pathlib import Path
 
+from platformdirs.unix import Unix
+
+from runtime.wire.filelock import try_lock
+
 LOCK_NAME = "lock"
+_XDG = Unix("zerotop", appauthor=False)
+"""On macOS too: a folder is where the XDG variables and ~/.config say, as for other tools of the terminal."""
 SOCKET_PATH_LIMIT = 107
 """The longest path of a Unix socket, in characters."""
 
@@ -27,15 +33,21 @@ def error_text(error: OSError) -> str:
 
 
 def state_home() -> Path:
-    """$XDG_STATE_HOME/zerotop, by default ~/.local/state/zerotop. A relative XDG_STATE_HOME counts as unset, as its
-    standard demands."""
-    given = os.environ.get("XDG_STATE_HOME", "")
-    if os.path.isabs(given):
-        return Path(given) / "zerotop"
-    try:
-        return Path.home() / ".local" / "state" / "zerotop"
-    except RuntimeError:  # no HOME, and a user id without a name
-        raise RunError("there is no home directory: set HOME, or XDG_STATE_HOME to where runs are to be kept") from None
+    """$XDG_STATE_HOME/zerotop, by default ~/.local/state/zerotop. Raises RunError for a user without a home."""
+    path = _XDG.user_state_path
+    if not path.is_absolute():  # no HOME, and a user id without a name
+        raise RunError("there is no home directory: set HOME, or XDG_STATE_HOME to where runs are to be kept")
+    return path
+
+
+def config_home() -> Path:
+    """$XDG_CONFIG_HOME/zerotop, by default ~/.config/zerotop: the user's keys and themes."""
+    return _XDG.user_config_path
+
+
+def picture_folders() -> tuple[Path, ...]:
+    """The user's folders for pictures and for downloads; they need not exist."""
+    return _XDG.user_pictures_path, Path.home() / "Pictures", _XDG.user_downloads_path
 
 
 def working_folder() -> str:
@@ -126,11 +138,9 @@ def lock_sockets(folder: Path) -> int:
     """
     make_private_folder(folder)
     descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if try_lock(descriptor) is False:
         os.close(descriptor)
-        raise RunError(f"{folder} is in use by another supervisor") from None
+        raise RunError(f"{folder} is in use by another supervisor")
     return descriptor
 
 
@@ -163,10 +173,6 @@ def _sweep(home: Path) -> None:
             descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(descriptor):
             remove_sockets(folder)
-        except OSError:
-            continue
-        finally:
-            os.close(descriptor)
+        os.close(descriptor)

@@ -9,7 +9,7 @@ from pathlib import Path
 from textual.binding import Binding
 from textual.keys import KEY_NAME_REPLACEMENTS, Keys, key_to_character
 
-from zerotop.tui.theme import config_folder
+from zerotop.rundir.paths import config_home
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ _OTHER_NAMES = {
 
 def load_keymap() -> tuple[dict[str, str], list[str]]:
     """The user's keys from keys.toml (`id = "key"`), and a line for each entry that cannot be used."""
-    path = config_folder() / "keys.toml"
+    path = config_home() / "keys.toml"
     if not path.exists():
         return {}, []
     return read_keymap(path)

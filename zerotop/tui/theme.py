@@ -6,7 +6,6 @@ palette of the same brightness. A file that can't be used is reported and skippe
 
 from __future__ import annotations
 
-import os
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,8 @@ from typing import Any
 from rich.style import Style
 from textual.color import Color, ColorParseError
 from textual.theme import Theme
+
+from zerotop.rundir.paths import config_home
 
 DEFAULT = "dark"
 SECTIONS = ("ui", "categories", "phases", "plots")
@@ -112,14 +113,9 @@ def load_palettes() -> tuple[dict[str, Palette], list[str]]:
     return palettes, problems
 
 
-def config_folder() -> Path:
-    """The folder of the user's keys and palettes."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "zerotop"
-
-
 def user_folder() -> Path:
     """The folder of the user's palettes."""
-    return config_folder() / "themes"
+    return config_home() / "themes"
 
 
 def _builtin_files() -> list[Traversable]:

@@ -12,10 +12,11 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from zerotop.rundir.paths import config_home
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.keys import KEYS, OTHER_HELP
 from zerotop.tui.text import STATES, plain
-from zerotop.tui.theme import Palette, config_folder
+from zerotop.tui.theme import Palette
 
 
 class HelpScreen(ModalScreen[None]):
@@ -79,10 +80,8 @@ class HelpScreen(ModalScreen[None]):
             Text("both also as a share of the step; the line that names a slow rank uses these steps", muted),
         )
         head("your own")
-        table.add_row(Text("themes"), Text(f"{config_folder() / 'themes'}/NAME.toml: a palette; see themes/dark.toml"))
-        table.add_row(
-            Text("keys"), Text(f'{config_folder() / "keys.toml"}: lines like  freeze = "F"  with these names:')
-        )
+        table.add_row(Text("themes"), Text(f"{config_home() / 'themes'}/NAME.toml: a palette; see themes/dark.toml"))
+        table.add_row(Text("keys"), Text(f'{config_home() / "keys.toml"}: lines like  freeze = "F"  with these names:'))
         table.add_row("", Text(", ".join(key.id for key in KEYS), muted))
         return table
 
