@@ -124,7 +124,7 @@ def figure_text(value: float | None) -> str:
         return MISSING
     if as_float(value) is None:
         return "NaN" if value != value else "+inf" if value > 0 else "-inf"
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
+    if value and (abs(value) < 1e-2 or abs(value) >= 1e6):
         return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.4g}" if abs(value) >= 9.99995 else f"{value:.4f}"
 

@@ -45,8 +45,8 @@ def main() -> int:
     try:
         outcome = asyncio.run(_supervise(arguments.run, run, arguments.resume, arguments.lock_fd, ready))
     except RunError as error:
-        ready.say_error(str(error))
         _fail(arguments.run, str(error), "")
+        ready.say_error(str(error))  # last: launch then removes the directory of a run that could not start
         return 1
     except Exception as error:
         # First of all: what follows writes to the disk, which may be what failed.

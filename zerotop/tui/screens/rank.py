@@ -46,7 +46,7 @@ class RankFacts(Panel):
             now.add("ended", muted)
         elif beat is not None:
             where = f"{beat.phase} {beat.micro_step}/{beat.micro_steps}" if beat.micro_step else beat.phase
-            now.add("in ", muted).add(where, view.palette.phase_text(beat.phase)).add(f" of step {beat.step}", muted)
+            now.add(where, view.palette.phase_text(beat.phase)).add(f", step {beat.step}", muted)
         if step is not None:
             waits = view.state.waits.window()
             waited, cost = waits.waited_ms.get(self.rank), waits.caused_ms.get(self.rank, 0.0)
