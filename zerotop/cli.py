@@ -29,7 +29,7 @@ COMMANDS = {
     "doctor": ("doctor", "check this machine and suggest fixes"),
     "resolve": ("resolve", ""),
 }
-"""Command -> (module of zerotop.commands, its line in the help; empty: not for people)."""
+"""Command -> (module of zerotop.commands, its line in the help; empty: not in the help)."""
 _UTF8 = "PYTHONUTF8"
 EXITS = "Exit codes: 0 done; 1 the run failed or the command was rejected; 2 bad usage, an unknown run or a bad value."
 

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from zerotop.source.target import parse_target
 
     target = parse_target(arguments.target)
-    # Whether there is such a run is the first thing to say, and only a look at our own directories.
+    # First, because it is cheap: report a run that does not exist before a missing terminal.
     entry = None if target.host else find_any_run(target.run)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise CommandError("attach draws a screen and needs a terminal; without one: zerotop status, zerotop logs -f")

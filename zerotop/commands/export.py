@@ -102,9 +102,9 @@ def _in_child(words: Sequence[str]) -> dict[str, Any]:
             name = signal.Signals(-child.returncode).name
             why = f"it was killed by {name}" + (" (out of memory? try a smaller --shard-size)" * (name == "SIGKILL"))
         elif child.returncode == 130:
-            why = "it was told to end"
+            why = "it was interrupted"
         else:
-            why = f"its error stands above (exit code {child.returncode})"
+            why = f"see its error above (exit code {child.returncode})"
         raise CommandError(f"nothing was exported: {why}", exit_code=1) from None
     if child.returncode != 0:
         raise CommandError(document["error"], exit_code=child.returncode)

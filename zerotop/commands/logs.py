@@ -154,7 +154,7 @@ def _follow(entry: RunEntry, rank: int | None, tails: list[LogTail]) -> None:
 
 
 def _ticks(entry: RunEntry) -> Iterator[bool]:
-    """Whether the run is live, every POLL_S, until it is not or nobody reads our output any more."""
+    """Whether the run is live, every POLL_S, until it is not or our output is closed."""
     from zerotop.rundir.directory import read_entry
 
     gone = select.poll()

@@ -103,7 +103,7 @@ class _Lines:
     def __init__(self, entry: RunEntry, *, to_stderr: bool) -> None:
         self._to_stderr = to_stderr
         self._interval = _log_interval(entry)
-        # A resumed run's screen knows the steps of the attempts before; they are no news here.
+        # A resumed run has the steps of previous attempts; they are not printed again.
         self._printed_step = entry.status.step if entry.run.attempt > 1 else 0
         self._attempt = entry.run.attempt
         self._told: set[tuple[float, str]] = set()
@@ -112,12 +112,12 @@ class _Lines:
     def tell(self, state: RunState) -> None:
         self._tell_events(state)
         self._interval = _changed_interval(state) or self._interval
-        if state.hello and state.hello.attempt > self._attempt:  # the ranks were started again: steps come again
+        if state.hello and state.hello.attempt > self._attempt:  # the ranks were restarted: steps are replayed
             self._attempt = state.hello.attempt
             self._printed_step = min(self._printed_step, state.hello.start_step)
         new = [point for point in state.series if point.step > self._printed_step]
         due = [point for point in new if point.step % self._interval == 0]
-        # The series thins long runs, so the newest step stands in for a multiple that it no longer has.
+        # The series is thinned in long runs: print the newest step in place of a multiple that was dropped.
         if not due and new and new[-1].step // self._interval > self._printed_step // self._interval:
             due = new[-1:]
         for point in due:

@@ -106,7 +106,7 @@ class EvidenceCollector:
     def collect(self, state: RunState) -> SystemEvidence:
         """The evidence, once the attempt has ended."""
         pids = {rank: known.hello.pid for rank, known in state.ranks.items() if known.hello}
-        # A rank may die before the probe has looked at it.
+        # A rank may die before the first sample of the probe.
         told = {rank: known.memory.rss_bytes for rank, known in state.ranks.items() if known.memory}
         memory = self._watch.seen(pids, told)
         if len(memory.rank_rss_bytes) < self._run.nproc:  # a part would mislead: all processes of the run together then

@@ -22,8 +22,7 @@ from zerotop.diagnose.rank_errors import (
 from zerotop.rundir.logs import ERROR_LINES, tail
 from zerotop.state.stall import ranks_text
 
-# torchrun's own words on its children. Its monitor logs the first line; its closing table holds one block per failed
-# rank.
+# What torchrun logs about its children: a line for the first failure, and a closing table with a block per failed rank.
 _FIRST = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) ")
 _BLOCK = re.compile(r"rank\s+: (\d+) \(local_rank: \d+\)\s+exitcode\s+: (-?\d+) ")
 _PYTHONS_EXITS = (1, 2, None)

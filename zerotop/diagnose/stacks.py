@@ -143,7 +143,7 @@ def _why_not(process: psutil.Process | None, host: str, answers: Path) -> str:
     if process is None or host in (GONE, _STATES[psutil.STATUS_ZOMBIE], _STATES[psutil.STATUS_DEAD]):
         return host
     if host in (_STATES[psutil.STATUS_STOPPED], _STATES[psutil.STATUS_TRACING_STOP]):
-        return host  # it would answer when it goes on, to a question of long ago
+        return host  # it would answer once it is continued, when nobody waits for it
     return "" if _catches(process.pid, answers) else f"it has not installed its handler for {STACKS_SIGNAL.name} yet"
 
 

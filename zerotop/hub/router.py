@@ -61,7 +61,7 @@ class CommandRouter:
         self._state = state
         self._forward = forward
         self._publish = publish
-        # What does not wait for a step boundary, and never reaches the ranks.
+        # Commands that do not wait for a step boundary and are never sent to the ranks.
         self._outside = {"abort": abort, "stacks": stacks}
         self._cases: dict[str, _Case] = {}
         self._open: dict[str, _Case] = {}

@@ -110,7 +110,7 @@ def _start(asked: _Asked, command: Sequence[str] | None) -> RunEntry:
     plan = _check(*asked)
     with contextlib.ExitStack() as leaving:
         if plan.previous is not None:
-            # Two launches may be here at once; and ranks whose supervisor was killed have a grace to save their work.
+            # Two launches may run at once, and ranks whose supervisor was killed may still be saving.
             path = plan.previous.path
             lock = take_patiently(path, check=lambda: _previous(name), tell=say)
             leaving.callback(os.close, lock)  # the supervisor has it too, by then

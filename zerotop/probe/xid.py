@@ -142,14 +142,14 @@ class XidWatch:
             except nvml.NVMLError_GpuIsLost:  # its XID has come, or comes: the others go on
                 self._closing.wait(_WAIT_MS / 1000)
                 continue
-            # Asked for beforehand: a GPU that has fallen off the bus answers nothing any more.
+            # Looked up beforehand: a GPU that has fallen off the bus does not answer.
             known = gpus.get(_key(event.device))
             gpu, uuid = known if known is not None else (None, "")
             self._heard.append(Xid(int(event.eventData), gpu, uuid, time.time()))
 
 
 def _key(handle: Any) -> Any:
-    """The address that an NVML handle stands for: each call makes another object of it."""
+    """The address in an NVML handle: each call returns another object for it."""
     return ctypes.cast(handle, ctypes.c_void_p).value if isinstance(handle, ctypes._Pointer) else handle
 
 

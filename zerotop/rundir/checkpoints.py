@@ -73,7 +73,7 @@ def _nothing(text: str, path: Path, name: str) -> Exception:
     try:
         find_run(name)
     except RunError as error:
-        return RunError(f"{text} is no folder, and {error}")
+        return RunError(f"{text} is not a folder, and {error}")
     raise AssertionError(f"{name} was created meanwhile")
 
 

@@ -195,7 +195,7 @@ def effective_status(path: Path, run: RunFile) -> RunStatus:
             return status
         return status.model_copy(update={"state": "failed", "reason": "its launch was interrupted before anything ran"})
     cause = "the machine was restarted" if run.boot_id != boot_id() else "the supervisor died (killed?)"
-    # The ranks outlive a killed supervisor long enough to save their work, and nobody could tell us of that.
+    # The ranks outlive a killed supervisor long enough to save, so the newest checkpoint may be newer than state.json.
     saved = max(checkpoint_steps(path), default=status.last_checkpoint_step)
     return status.model_copy(
         update={

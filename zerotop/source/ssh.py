@@ -181,7 +181,7 @@ class SshLink:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _through_master(self, options: list[str], rest: list[str]) -> subprocess.CompletedProcess[str]:
-        # These only talk to the master. Were it gone, ssh would connect anew without the user's config: prevent that.
+        # These must only use the master. If it is gone, ssh would open a new connection without the user's config.
         own = ["-F", "none", "-S", str(self._control), "-o", "ProxyCommand=exit 1"]
         try:
             return subprocess.run(

@@ -38,7 +38,7 @@ def progress(state: RunState, connection: str = "live") -> Progress:
         if steps and step_ms is not None and condition_of(state, connection).moving
         else None
     )
-    # Of the first step some ranks report before others: a part of them would be told as the whole run's speed.
+    # Ranks report their first step one after the other: the sum over some of them is not the speed of the run.
     whole = state.series.ranks_reporting >= state.world_size
     return Progress(done, steps, step_ms, eta_s, state.series.tokens_per_s if whole else None)
 

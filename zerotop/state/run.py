@@ -210,7 +210,7 @@ class RunState:
     @property
     def hello(self) -> Hello | None:
         """The lowest rank's hello: values that are equal on all ranks (stage, precision, steps...) are read here."""
-        # Remembered, not looked for: this is asked for at every message of every rank.
+        # Cached, because it is read at every message of every rank.
         lowest = self.ranks.get(self._lowest) if self._lowest is not None else None
         if lowest is None or lowest.hello is None:
             known = [number for number, state in self.ranks.items() if state.hello]

@@ -94,7 +94,7 @@ def find_stall(state: RunState) -> Stall | None:
     if state.step - start < FIRST_STEPS:
         return None
     limit = threshold_s(state)
-    # The liveliest rank decides: one that still moves (reading data, say) is slow, not stuck.
+    # The most recent progress decides: if one rank still moves (reading data, say), the run is slow, not stuck.
     idle = min(idle_s(rank, state.hub_now_ns) for rank in ranks)
     if idle < limit:
         return None
@@ -118,15 +118,14 @@ def _blame(ranks: list[RankState], finished: dict[int, int], idle: float, hub_no
     beats = {rank.rank: rank.heartbeat for rank in ranks if rank.heartbeat is not None}
     silent = tuple(rank.rank for rank in ranks if rank.heard_ns and (hub_now_ns - rank.heard_ns) / 1e9 >= limit)
     tail = f"; nothing heard from {ranks_text(silent)}" if silent else ""
-    # What one rank has completed, all have entered: the last word of a rank that fell silent may be older than that.
+    # What one rank has completed, all have entered: the last heartbeat of a silent rank may be older than that.
     completed = max(beat.completed_seq for beat in beats.values())
     lowest = max(completed, min(beat.entered_seq for beat in beats.values()))
     seq = lowest + 1
     waiting = tuple(number for number, beat in beats.items() if beat.entered_seq >= seq)
     missing = tuple(number for number in beats if number not in waiting)
     if waiting:
-        # Only a rank whose newest collective is this very one tells its name; those further ahead (asynchronous) have
-        # moved on.
+        # Only a rank whose newest collective is this one knows its name; others (asynchronous) are further ahead.
         op = next((beat.entered_op for beat in beats.values() if beat.entered_seq == seq and beat.entered_op), "")
         text = f"{ranks_text(missing)} {_has(missing)} not entered collective {_name(seq, op)}, "
         text += f"{ranks_text(waiting)} {'waits' if len(waiting) == 1 else 'wait'} in it; "

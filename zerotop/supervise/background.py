@@ -80,7 +80,7 @@ class BackgroundTasks:
         first: Path = self._attempt().logs
         while True:
             await asyncio.sleep(CAP_INTERVAL_S)
-            # supervisor.log goes on in the folder of the first attempt.
+            # supervisor.log stays in the folder of the first attempt.
             for folder in {first, self._attempt().logs}:
                 for path in await asyncio.get_running_loop().run_in_executor(self._disk, cap_logs, folder):
                     self._hub.event(

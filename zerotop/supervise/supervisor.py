@@ -216,7 +216,7 @@ class Supervisor:
         attempt = self._attempt
         await _first_of(attempt.ended, attempt.rank_died, attempt.end_asked)
         if not attempt.end_asked.is_set():
-            # The others' work is worth nothing any more. torchrun ends them too, and has words of its own.
+            # The work of the other ranks is lost. torchrun ends them too, and logs which rank failed first.
             await _first_of(attempt.ended, attempt.end_asked, timeout_s=DEATH_PATIENCE_S)
             await self._hear_last_words()
         attempt.look_away()
@@ -354,7 +354,7 @@ class Supervisor:
             "laggard_rank": None,
             "laggard": "",
         }
-        # On disk first: whoever learns of the end from a screen finds it in the directory too.
+        # On disk first: when a screen shows the end, the directory has it too.
         status = self.hub.status.model_copy(update=end)
         await self._status_file.written(status)
         self.hub.set_status(**end)

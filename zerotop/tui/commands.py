@@ -70,7 +70,7 @@ class CommandDesk:
         self._who = asker()
 
     def make(self, name: CommandName, arguments: dict[str, Any] | None = None) -> Command:
-        """A new command. Whoever asks for it sends it."""
+        """A new command; the caller sends it."""
         command = Command(id=uuid.uuid4().hex, name=name, arguments=arguments or {}, who=self._who, wall_s=time.time())
         self._sent[command.id] = _Sent(command, self._now())
         while len(self._sent) > SENT_KEPT:

@@ -19,7 +19,7 @@ STATES: dict[str, tuple[str, str]] = {
     "stalled": ("▲", "error"),
     "unknown": ("?", "warning"),
 }
-"""Condition of a run -> (glyph, colour of [ui]); the word always stands beside the glyph."""
+"""Condition of a run -> (glyph, colour of [ui]); its name is always beside the glyph."""
 SEVERITIES: dict[str, tuple[str, str, str]] = {
     "debug": ("·", "debug", "muted"),
     "info": ("●", "info", "muted"),

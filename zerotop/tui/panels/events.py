@@ -49,7 +49,7 @@ class EventPanel(ScrollPanel):
         super().accept(view)
         width = self.scrollable_content_region.width or 80
         events = view.state.events
-        # The deque is full after a while, so its length says nothing: the newest record tells whether any came.
+        # The deque is full after a while, so its length no longer changes: compare the newest record.
         key = (id(events[-1]) if events else 0, len(events), self.filter, width)
         if key == self._key:
             return

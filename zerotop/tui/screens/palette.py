@@ -56,7 +56,7 @@ class ActionPalette(CommandPalette):
         super().__init__([ActionProvider], id="--command-palette")
 
     def dismiss(self, result: None = None) -> AwaitComplete:
-        # Textual lets these run on. They look for the list, which may be gone already when they end.
+        # Textual does not stop these timers. They query the list, which may be gone by the time they fire.
         self._stop_no_matches_countdown()
         self._stop_busy_countdown()
         return super().dismiss(result)

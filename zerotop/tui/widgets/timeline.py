@@ -62,5 +62,5 @@ def _runs(cells: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def _label(phase: str, size: int) -> str:
-    """The word where it fits, its first letter where not."""
+    """The name of the phase where it fits, else its first letter."""
     return phase.center(size) if phase and size >= len(phase) + 2 else phase[:1].upper().center(size)
