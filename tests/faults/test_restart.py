@@ -252,4 +252,4 @@ def test_a_signal_to_one_rank_of_a_paused_run_stops_it(start: Start, number: sig
     process = psutil.Process(run.pid_of_rank(1))
     process.send_signal(number)
     assert ended(run, "stopped").attempt == 1
-    assert [event.text.split(":")[0] for event in run.source.state.events if event.what == "signal"] == [number.name]
+    assert [text.split(":")[0] for text in texts(run, "signal")] == [number.name]

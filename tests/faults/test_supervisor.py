@@ -22,6 +22,7 @@ from zerotop.hub.recorder import read_messages
 from zerotop.rundir.directory import find_run, list_runs, read_entry
 from zerotop.rundir.paths import RunError, lock_sockets, make_sockets_folder, runs_home
 from zerotop.source.opening import open_source
+from zerotop.state.events import record_text
 from zerotop.state.run import RunState
 
 Start = Callable[..., FakeRun]
@@ -317,7 +318,7 @@ def test_resume_is_a_new_attempt_with_the_same_data(start: Start) -> None:
     second.see_state("finished")
     status = read_status(second.path)
     assert (status.attempt, status.step) == (2, saved + 4)
-    texts = [event.text for event in second.source.state.events]
+    texts = [record_text(event) for event in second.source.state.events]
     assert "gradient_clipping: 1.0 -> 0.5" in texts
     assert [point.step for point in second.source.state.series] == list(range(1, saved + 5))  # both attempts
     assert json.loads((second.path / "config.json").read_text())["gradient_clipping"] == 0.5
@@ -357,12 +358,12 @@ def test_foreign_frames_do_not_hurt_the_hub(start: Start) -> None:
         context.term()
     before = run.source.state.step
     run.see_step(before + 3)
-    assert any("protocol 99" in event.text for event in run.source.state.events)
+    assert any("protocol 99" in record_text(event) for event in run.source.state.events)
 
 
 def _complained(run: FakeRun) -> bool:
     run.source.poll()
-    return any("not JSON" in event.text for event in run.source.state.events)
+    return any("not JSON" in record_text(event) for event in run.source.state.events)
 
 
 def test_a_screen_that_stops_reading_slows_nobody(start: Start) -> None:
