@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from runtime.wire.messages import Command, CommandRecord
-from zerotop.runs.directory import RunEntry, read_entry
-from zerotop.runs.launching import start_run
-from zerotop.runs.paths import remove_sockets
+from zerotop.launch.start import start_run
+from zerotop.rundir.directory import RunEntry, read_entry
+from zerotop.rundir.paths import remove_sockets
 from zerotop.source.live import LiveSource
 
 DEADLINE_S = 20.0

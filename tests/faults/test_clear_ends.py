@@ -13,7 +13,7 @@ from runtime.wire.rundir import read_status
 from tests.faults.conftest import FakeRun, until
 from zerotop.hub.recorder import read_messages
 from zerotop.report import status_document, status_text
-from zerotop.runs.directory import read_entry
+from zerotop.rundir.directory import read_entry
 
 pytestmark = pytest.mark.timeout(240)
 DEADLINE_S = 90.0

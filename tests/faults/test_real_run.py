@@ -19,8 +19,8 @@ from runtime.wire.rundir import read_run, read_status
 from tests.cpu import BF16_IF_QUICK
 from tests.faults.conftest import FakeRun, until
 from zerotop.hub.recorder import read_messages
-from zerotop.runs.directory import read_entry
-from zerotop.runs.restarts import AGAIN_THE_SAME
+from zerotop.rundir.directory import read_entry
+from zerotop.supervise.restarts import AGAIN_THE_SAME
 
 pytestmark = pytest.mark.timeout(240)
 STEPS = 24

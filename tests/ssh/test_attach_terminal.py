@@ -9,7 +9,7 @@ import psutil
 from tests.ssh.conftest import Box
 from tests.terminal import Terminal
 from tests.unit.fakehub import FakeHub, step_result
-from zerotop.runs.paths import sockets_home
+from zerotop.rundir.paths import sockets_home
 
 
 def test_the_screen_over_ssh(box: Box, hub: FakeHub) -> None:

@@ -118,7 +118,7 @@ def _until_answered(sockets: Sockets) -> None:
             source.poll()
             assert time.monotonic() < deadline, f"no answer from the hub: {source.connection}"
             source.wait(0.05)
-        told = [event.text for event in source.state.events if "can't read them" in getattr(event, "text", "")]
+        told = [event.text for event in source.state.events if "can't read" in getattr(event, "text", "")]
         assert not told, f"the hub has sent on what can't be read: {told}"
     finally:
         source.close()
