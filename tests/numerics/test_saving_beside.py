@@ -245,8 +245,8 @@ def resume_over_damage(folder: str, damaged: list[str]) -> tuple[list[str], str 
             errors.append("")
         except CheckpointError as error:
             errors.append(str(error))
-    engine.autosave.folder, engine.control.session.resume = Path(folder), True
-    path = engine.control.resume()
+    engine.autosave.folder, engine.session.resume = Path(folder), True
+    path = engine.resume()
     by_script, _ = engine.load_checkpoint(folder)  # without a tag: the same
     assert by_script == str(path)
     return errors, path.name if path else None, engine.global_steps
