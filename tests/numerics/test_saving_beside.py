@@ -300,7 +300,7 @@ def test_an_interval_in_minutes(ranks, tmp_path):
         assert never == [] and always == ["step-00000005", "step-00000006"]
 
 
-def put_off(folder: str) -> tuple[list[str], int, list[str]]:
+def defer(folder: str) -> tuple[list[str], int, list[str]]:
     """The disk does not keep up: rank 0's writer is stopped for a while."""
     from runtime.engine import autosave
 
@@ -320,15 +320,15 @@ def put_off(folder: str) -> tuple[list[str], int, list[str]]:
     if dist.get_rank() == 0:
         os.kill(writer.pid, signal.SIGCONT)
     engine.checkpointer.settle()
-    advance(engine, 7, 9)  # the one that was put off comes first
+    advance(engine, 7, 9)  # the deferred one comes first
     engine.checkpointer.settle()
     return heard, reached, sorted(path.name for path in Path(folder).glob("step-*"))
 
 
-def test_a_slow_disk_puts_checkpoints_off_and_training_goes_on(ranks, tmp_path):
-    (heard, reached, names), _ = ranks(2).run(put_off, str(tmp_path))
+def test_a_slow_disk_defers_checkpoints_and_training_goes_on(ranks, tmp_path):
+    (heard, reached, names), _ = ranks(2).run(defer, str(tmp_path))
     assert reached == 7
-    assert sum("the checkpoint of step 6 is put off" in text for text in heard) == 1
+    assert sum("the checkpoint of step 6 is deferred" in text for text in heard) == 1
     assert names == ["step-00000002", "step-00000004", "step-00000008"]
 
 
