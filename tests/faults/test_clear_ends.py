@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime.wire.messages import Goodbye, RunStatus
-from runtime.wire.rundir import read_status
-from tests.faults.conftest import FakeRun, until
+from tests.harness.runs import StartedRun
 from zerotop.hub.recorder import read_messages
 from zerotop.report import status_document, status_text
 from zerotop.runs.directory import read_entry
@@ -104,25 +103,23 @@ def fail():
 
 
 @pytest.fixture
-def launch(launch_real: Callable[..., FakeRun], tmp_path: Path) -> Callable[..., tuple[FakeRun, RunStatus]]:
+def launch(launch_real: Callable[..., StartedRun], tmp_path: Path) -> Callable[..., tuple[StartedRun, RunStatus]]:
     """`launch(BREAKING, nproc)`: the script with this in it, and how it ended."""
 
-    def begin(breaking: str, nproc: int = 2) -> tuple[FakeRun, RunStatus]:
+    def begin(breaking: str, nproc: int = 2) -> tuple[StartedRun, RunStatus]:
         script = tmp_path / "mine.py"
         script.write_text(SCRIPT.replace("BREAKING", breaking))
         run = launch_real(CONFIG, nproc=nproc, script=[str(script)], overrides=["zerotop.restarts.limit=1"])
-        until(lambda: read_status(run.path).state == "failed", "its end", DEADLINE_S)
-        until(run.all_gone, "every process gone")
-        return run, read_status(run.path)
+        return run, run.see_end("failed", DEADLINE_S)
 
     return begin
 
 
-def goodbyes(run: FakeRun) -> dict[int, Goodbye]:
+def goodbyes(run: StartedRun) -> dict[int, Goodbye]:
     return {m.rank: m for m in read_messages(run.path) if isinstance(m, Goodbye)}
 
 
-def shown(run: FakeRun) -> str:
+def shown(run: StartedRun) -> str:
     """What `zerotop status` prints."""
     return status_text(status_document(run.source.state, read_entry(run.path)))
 

@@ -16,8 +16,9 @@ import pytest
 from runtime.checkpoint.manifest import read_manifest
 from runtime.wire.messages import Hello, StepResult
 from runtime.wire.rundir import read_run, read_status
-from tests.cpu import BF16_IF_QUICK
-from tests.faults.conftest import FakeRun, until
+from tests.harness.cpu import BF16_IF_QUICK
+from tests.harness.runs import StartedRun
+from tests.harness.waiting import until
 from zerotop.hub.recorder import read_messages
 from zerotop.runs.directory import read_entry
 from zerotop.runs.restarts import AGAIN_THE_SAME
@@ -69,37 +70,26 @@ for batch in torch.utils.data.DataLoader(torch.randn(400_000, 8), batch_size=4, 
 
 
 @pytest.fixture
-def launch(launch_real: Callable[..., FakeRun]) -> Callable[..., FakeRun]:
+def launch(launch_real: Callable[..., StartedRun]) -> Callable[..., StartedRun]:
     """`launch(name=..., ...)`: start_run() with a small real config, watched by a screen's source."""
     return partial(launch_real, CONFIG)
 
 
-def descendants(run: FakeRun) -> list[psutil.Process]:
+def descendants(run: StartedRun) -> list[psutil.Process]:
     return psutil.Process(read_run(run.path).supervisor_pid).children(recursive=True)
 
 
-def see_training(run: FakeRun, step: int = 2, attempt: int = 1) -> None:
-    def there(source: object) -> bool:
-        state = run.source.state
-        ranks = [rank for rank in state.ranks.values() if rank.hello and rank.hello.attempt == attempt]
-        done = [rank.step.step for rank in ranks if rank.step]
-        assert state.state_name not in ("failed", "finished"), state.status
-        return len(done) == 2 and min(done) >= step
-
-    deadline = time.monotonic() + START_DEADLINE_S
-    while not (run.source.poll() is not None and there(run.source)):
-        assert time.monotonic() < deadline, run.source.state.status
-        time.sleep(0.05)
+def see_training(run: StartedRun, step: int = 2, attempt: int = 1) -> None:
+    run.see_step(step, attempt, START_DEADLINE_S)
 
 
-def trains_again(run: FakeRun, restarts: int) -> bool:
+def trains_again(run: StartedRun, restarts: int) -> bool:
     status = read_status(run.path)
     return status.restarts == restarts and status.state in ("running", "finished")
 
 
-def see_end(run: FakeRun, name: str) -> None:
-    until(lambda: read_status(run.path).state == name, f"state {name}", START_DEADLINE_S)
-    until(run.all_gone, "every process gone")
+def see_end(run: StartedRun, name: str) -> None:
+    run.see_end(name, START_DEADLINE_S)
 
 
 def losses(path: Path) -> dict[int, float | None]:

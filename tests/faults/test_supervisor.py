@@ -16,14 +16,15 @@ import psutil
 import pytest
 
 from runtime.wire.rundir import LIVE_TOPIC, read_run, read_status
-from tests.faults.conftest import FakeRun, until
+from tests.harness.runs import StartedRun
+from tests.harness.waiting import patient, until
 from zerotop.hub.recorder import read_messages
 from zerotop.runs.directory import find_run, list_runs, read_entry
 from zerotop.runs.paths import RunError, lock_sockets, make_sockets_folder, runs_home
 from zerotop.source.opening import open_source
 from zerotop.state.run import RunState
 
-Start = Callable[..., FakeRun]
+Start = Callable[..., StartedRun]
 NEVER_RESTARTED = {"overrides": ["zerotop.restarts.limit=0"]}
 
 
@@ -161,7 +162,7 @@ def test_commands_open_at_the_end_are_answered(start: Start) -> None:
     assert answers["checkpoint"].reason == "the run ended before it could be applied"
 
 
-def _send(run: FakeRun, name: str) -> None:
+def _send(run: StartedRun, name: str) -> None:
     from runtime.wire.messages import Command
 
     run.source.send(Command.model_validate({"id": name, "name": name}))
@@ -346,7 +347,7 @@ def test_foreign_frames_do_not_hurt_the_hub(start: Start) -> None:
             for frame in (b"", b"\xff\xfe", b"[1]", b'{"kind":"command","id":"x1","name":"dance"}', b'{"protocol":99}'):
                 speaker.send(frame)
             if name == "commands":
-                assert speaker.poll(5000)
+                assert speaker.poll(patient(5000))
                 answer = json.loads(speaker.recv())
                 assert (answer["id"], answer["state"]) == ("x1", "rejected") and "'dance'" in answer["reason"]
     finally:
@@ -358,7 +359,7 @@ def test_foreign_frames_do_not_hurt_the_hub(start: Start) -> None:
     assert any("protocol 99" in event.text for event in run.source.state.events)
 
 
-def _complained(run: FakeRun) -> bool:
+def _complained(run: StartedRun) -> bool:
     run.source.poll()
     return any("not JSON" in event.text for event in run.source.state.events)
 

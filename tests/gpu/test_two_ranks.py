@@ -7,10 +7,11 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from tests.harness import ROOT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,7 +102,7 @@ def run_two(program: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT
     shared = {**os.environ, **ONE_GPU, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(

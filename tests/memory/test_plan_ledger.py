@@ -28,8 +28,8 @@ from runtime.plan import Layout, stage_layout
 from runtime.workload import Workload, workload_of
 from runtime.zero.gradients import GradientNumbers
 from runtime.zero.stage import policy_for
+from tests.harness.ranks import Ranks
 from tests.numerics.remote import remote_device
-from tests.ranks import Ranks
 
 SMALL = 500  # elements; norms are 36
 STATES = ("parameters", "gradients", "masters", "optimizer")

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.harness import ROOT
+from tests.harness.waiting import patient
+
 SCRIPT = ROOT / "tests" / "data" / "deepspeed_script.py"
 
 
@@ -36,7 +38,12 @@ def run(stage: int, folder: Path) -> dict[str, object]:
     command += ["--master-port", port, str(SCRIPT), "--deepspeed", "--deepspeed_config", str(folder / "ds_config.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, "--save", str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110
+        [*command, "--save", str(folder)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=patient(110),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])

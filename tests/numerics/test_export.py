@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from torch import nn
 
+from tests.harness.waiting import patient
 from tests.numerics.models import make
 from tests.numerics.test_parity import config, micro_batch
 from zerotop.cli import main
@@ -300,7 +301,7 @@ def test_memory_is_one_shard_and_one_tensor(ranks, tmp_path):
         ranks(2).run(save_heavy, str(folder), layers)
         words = [str(folder / "heavy"), str(folder / "out"), "--shard-bytes", str(32 << 20)]
         done = subprocess.run(
-            [sys.executable, "-P", "-c", PEAK, *words], capture_output=True, text=True, check=True, timeout=90
+            [sys.executable, "-P", "-c", PEAK, *words], capture_output=True, text=True, check=True, timeout=patient(90)
         )
         return int(done.stdout.splitlines()[-1])
 

@@ -15,11 +15,11 @@ import pytest
 
 from runtime.checkpoint.manifest import read_manifest, record_of
 from runtime.wire.messages import RunStatus
-from tests.faults.conftest import until
+from tests.harness.fakerun import write_run
+from tests.harness.waiting import patient, until
 from tests.numerics.models import make
 from tests.numerics.test_export import export, save, trained
 from tests.numerics.test_parity import config
-from tests.unit.fakerun import write_run
 from zerotop.cli import main
 
 
@@ -141,7 +141,9 @@ def test_a_parameter_that_the_description_lacks_is_an_error(checkpoint, tmp_path
 def test_the_command_itself_loads_no_torch(checkpoint, tmp_path):
     program = "import sys; from zerotop.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     words = ["export", str(checkpoint), str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-P", "-c", program, *words], capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, *words], capture_output=True, text=True, timeout=patient(90)
+    )
     assert done.stdout.splitlines()[-1] == "0 False", done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -201,7 +203,7 @@ def test_an_interrupted_export_leaves_nothing(checkpoint, tmp_path, number):
         assert child.stderr.readline() == "written\n"
         assert (tmp_path / ".out.partial").is_dir()
         child.send_signal(number)
-        output, rest = child.communicate(timeout=60)
+        output, rest = child.communicate(timeout=patient(60))
     assert (child.returncode, output, rest) == (130, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
@@ -234,7 +236,7 @@ def test_ctrl_c_ends_the_command_and_its_process(checkpoint, tmp_path):
         until(lambda: bool(watched.children()), "the export's process")
         child = watched.children()[0]
         command.send_signal(signal.SIGINT)
-        output, errors = command.communicate(timeout=60)
+        output, errors = command.communicate(timeout=patient(60))
     assert not child.is_running()
     assert (command.returncode, output, errors) == (130, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]

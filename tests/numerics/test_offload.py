@@ -22,6 +22,7 @@ from runtime.api import initialize
 from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from runtime.config import ConfigError, load
 from runtime.hostmemory import Limits, check_host_memory
+from tests.harness.waiting import patient
 from tests.numerics.models import Uneven, make
 from tests.numerics.remote import remote_device
 from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
@@ -172,7 +173,7 @@ def read_in_between(stage: int, how: str) -> None:
 
 
 def _after(began: threading.Event, update: Any, *arguments: Any) -> None:
-    assert began.wait(60)
+    assert began.wait(patient(60))
     update(*arguments)
 
 

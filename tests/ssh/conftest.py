@@ -10,18 +10,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from runtime.wire.messages import RunStatus
-from tests.unit.fakehub import FakeHub
-from tests.unit.fakerun import write_run
+from tests.harness import ROOT
+from tests.harness.fakehub import FakeHub
+from tests.harness.fakerun import write_run
+from tests.harness.waiting import patient, until
 
 SSHD = "/usr/sbin/sshd"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass
@@ -89,18 +89,18 @@ def sshd(short_folder: Path) -> Iterator[Box]:
     log = short_folder / "sshd.log"
     process = subprocess.Popen([SSHD, "-D", "-f", str(server), "-E", str(log)])
     try:
-        deadline = time.monotonic() + 10
-        while not _listens(port):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.02)
+        until(lambda: process.poll() is not None or _listens(port), log.read_text)
+        assert process.poll() is None, log.read_text()
         config = short_folder / "ssh_config"
-        tried = subprocess.run(["ssh", "-F", str(config), "box", "true"], capture_output=True, text=True, timeout=20)
+        tried = subprocess.run(
+            ["ssh", "-F", str(config), "box", "true"], capture_output=True, text=True, timeout=patient(20)
+        )
         if tried.returncode:
             pytest.skip(f"sshd does not let {user} in: {tried.stderr.strip()}; {log.read_text()[-300:]}")
         yield Box(f"{user}@box", state_home, short_folder)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(patient(10))
         if made:
             separation.rmdir()
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.cpu import BF16_IF_QUICK
+from tests.harness.cpu import BF16_IF_QUICK
 
 STEPS = 500
 """Of every run. A round whose run has finished goes on with a new one."""
