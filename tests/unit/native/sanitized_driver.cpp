@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/formula.h"
+#include "../../../csrc/formula.h"
 
 extern "C" {
 const char* zt_isa(const char*);

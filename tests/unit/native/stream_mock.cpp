@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/cpu/kernels.h"
-#include "../../csrc/stream.h"
+#include "../../../csrc/cpu/kernels.h"
+#include "../../../csrc/stream.h"
 
 namespace {
 
