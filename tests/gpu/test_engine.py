@@ -21,7 +21,7 @@ PROGRAM = """
 import torch
 from runtime.api import initialize
 from tests.numerics.models import make
-from tests.numerics.test_parity import HYPER, STEPS, config, micro_batch
+from tests.numerics.training import HYPER, STEPS, config, micro_batch
 
 stage = {stage}
 engine, _, _, _ = initialize(model=make("plain"), config=config(stage, 2, clip=0.5, precision={precision!r}))

@@ -28,7 +28,7 @@ PARITY = """
 import torch, torch.distributed as dist
 from runtime.api import initialize
 from tests.numerics.models import make
-from tests.numerics.test_parity import config, micro_batch, train_plainly
+from tests.numerics.training import config, micro_batch, train_plainly
 engine = initialize(model=make("plain"), config=config({stage}, 2, clip=0.5))[0]
 assert engine.comm.backend == "nccl" and engine.world_size == 2
 for step in range(20):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from runtime.api import initialize
 from tests.numerics.models import make
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
+from tests.numerics.training import assert_equal, config, micro_batch, train_plainly, train_with_engine
 
 STEPS = 8
 

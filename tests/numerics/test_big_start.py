@@ -20,7 +20,7 @@ from runtime.config import ConfigError
 from runtime.zero import weights as weights_of_zero
 from runtime.zero.weights import Weights
 from tests.numerics.models import Uneven, make
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
+from tests.numerics.training import assert_equal, config, micro_batch, train_plainly, train_with_engine
 
 STAGES = [0, 2, 3]
 

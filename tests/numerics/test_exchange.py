@@ -19,7 +19,7 @@ from runtime.api import initialize
 from runtime.exchange import RING, Exchange, ExchangeError
 from tests.harness.waiting import patient
 from tests.numerics.models import make
-from tests.numerics.test_parity import config, micro_batch
+from tests.numerics.training import config, micro_batch
 
 
 def opened(nbytes: int = 1 << 24, timeout_s: float = 60) -> Exchange:

@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.harness.waiting import patient
 from tests.numerics.models import make
-from tests.numerics.test_parity import config, micro_batch
+from tests.numerics.training import config, micro_batch
 from zerotop.cli import main
 
 INDEX = "model.safetensors.index.json"

@@ -19,7 +19,7 @@ from tests.harness.fakerun import write_run
 from tests.harness.waiting import patient, until
 from tests.numerics.models import make
 from tests.numerics.test_export import export, save, trained
-from tests.numerics.test_parity import config
+from tests.numerics.training import config
 from zerotop.cli import main
 
 

@@ -23,7 +23,7 @@ from runtime.config import ConfigError
 from runtime.zero.init import Absent
 from tests.harness.waiting import patient
 from tests.numerics.models import Block, Uneven, make
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly
+from tests.numerics.training import assert_equal, config, micro_batch, train_plainly
 
 STAGES = [0, 3]
 

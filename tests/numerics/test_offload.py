@@ -25,7 +25,7 @@ from runtime.hostmemory import Limits, check_host_memory
 from tests.harness.waiting import patient
 from tests.numerics.models import Uneven, make
 from tests.numerics.remote import remote_device
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
+from tests.numerics.training import assert_equal, config, micro_batch, train_plainly, train_with_engine
 
 STEPS = 6
 

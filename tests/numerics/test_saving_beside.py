@@ -16,9 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from runtime.checkpoint.parts import blocks_of
-from tests.numerics.test_checkpoint import advance, engine_for, parameters
 from tests.numerics.test_offload import offloaded
-from tests.numerics.test_parity import config
+from tests.numerics.training import advance, config, engine_for, parameters
 
 STEPS = 3
 
