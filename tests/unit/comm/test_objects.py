@@ -74,7 +74,11 @@ def test_random_number_states_come_back() -> None:
     assert again[:2] == expected[:2] and torch.equal(again[2], expected[2]) and drawn is not None
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, Path("/x"), torch.zeros(2, dtype=torch.complex64), print], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [object(), {1, 2}, Path("/x"), torch.zeros(2, dtype=torch.complex64), print],
+    ids=["object", "set", "path", "complex", "function"],
+)
 def test_what_is_no_plain_value_is_a_fault_of_the_sender(value: Any) -> None:
     with pytest.raises(TypeError, match="can't be sent to other ranks"):
         pack([value])
