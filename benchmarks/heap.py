@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from runtime.heap import MAPPED_FROM
+from runtime.host.heap import MAPPED_FROM
 
-# A tunable of the user's keeps runtime/heap.py from setting anything; this one changes nothing.
+# A tunable of the user's keeps runtime/host/heap.py from setting anything; this one changes nothing.
 RULES: dict[str, dict[str, str]] = {"glibc's own": {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}, "ours": {}}
 RULES["1 MiB"] = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(2 << 20)}
 
@@ -76,7 +76,7 @@ def run(case: str, rule: str) -> dict[str, Any]:
 def report(records: dict[str, dict[str, list[dict[str, Any]]]], rounds: int) -> Iterator[str]:
     yield "# Mapping large blocks, 2 ranks on the CPU"
     yield f"```\npython -m benchmarks.heap --rounds {rounds} --markdown benchmarks/results/heap.md\n```"
-    yield f"- ours: gathered parameters from {MAPPED_FROM >> 20} MiB on are mapped by themselves (runtime/heap.py)"
+    yield f"- ours: gathered parameters from {MAPPED_FROM >> 20} MiB on are mapped by themselves (runtime/host/heap.py)"
     yield f"- system: {platform.platform()}, {os.cpu_count()} logical cores, Python {platform.python_version()}"
     yield f"- versions: torch {torch.__version__}, {' '.join(platform.libc_ver())}"
     yield "- GPT of 25.5M parameters in fp32; MiB: peak resident memory above the built model, of the larger rank\n"

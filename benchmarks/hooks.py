@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.context import ROOT, markdown, measured_on, table
+from runtime.config.presets import PRESETS, GPTConfig
 from runtime.models.gpt import GPT
-from runtime.models.presets import PRESETS, GPTConfig
 
 PRESET = "gpt-124m"
 STAGES = (0, 1, 2, 3)

@@ -12,24 +12,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from runtime import deepspeedpaths
+from runtime import deepspeed_paths as deepspeedpaths
 
 if TYPE_CHECKING:
     from runtime import accelerator, checkpointing, comm, lr_schedules, ops, utils, zero
     from runtime.accelerator import get_accelerator
     from runtime.api import add_config_arguments, init_distributed, initialize
     from runtime.config import ConfigError as DeepSpeedConfigError
-    from runtime.deepspeedconfig import DeepSpeedConfig
     from runtime.engine import DeepSpeedEngine, Engine
     from runtime.optim.optimizer import ZeroOptimizer as DeepSpeedOptimizer
     from runtime.utils import log_dist, logger
+    from runtime.utils.deepspeed_config import DeepSpeedConfig
     from runtime.utils.loading import OnDevice
 
 DEEPSPEED_VERSION = "0.19.6"
 """See `__version__`: the DeepSpeed whose sources and tests this package was compared with."""
 
 _FROM = {
-    "DeepSpeedConfig": "deepspeedconfig",
+    "DeepSpeedConfig": "utils.deepspeed_config",
     "DeepSpeedConfigError": "config:ConfigError",
     "DeepSpeedEngine": "engine",
     "DeepSpeedOptimizer": "optim.optimizer:ZeroOptimizer",

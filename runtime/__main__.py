@@ -16,9 +16,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from runtime.forked import Owner
+from runtime.process.forked import Owner
+from runtime.process.tempdir import keep_socket_paths_short
 from runtime.telemetry import die_with_parent, register_stacks, stopsignal
-from runtime.tempdir import keep_socket_paths_short
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE
 
 ERROR_LINES = 40
@@ -66,7 +66,7 @@ def _train(run: Path | None, arguments: list[str]) -> None:
         _run_script(arguments)
         return
     from runtime.comm import join_world
-    from runtime.train import train
+    from runtime.engine.train import train
 
     if run is not None and launched is not None:
         train(Resolved.from_json((run / "resolved.json").read_bytes()), Path(launched.config_folder))
@@ -115,9 +115,9 @@ def _exited(code: object) -> int:
 
 def _failed(error: BaseException) -> int:
     from runtime.config import ConfigError
+    from runtime.config.presets import ModelError
     from runtime.data import DataError
-    from runtime.models.presets import ModelError
-    from runtime.precision import TrainingError
+    from runtime.state.precision import TrainingError
 
     if isinstance(error, ConfigError | DataError | ModelError):
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -139,11 +139,13 @@ def _failed(error: BaseException) -> int:
 
 
 def _explained(error: BaseException) -> tuple[tuple[str, ...], str] | None:
-    """What runtime/outofmemory.py says about an error that is about memory: some lines, and the reason in one."""
+    """The report of runtime/diagnose/outofmemory.py on an error that is about memory: its lines, and the reason in
+    one line."""
     if "torch" not in sys.modules:
         return None
     try:
-        from runtime import outofmemory, setup
+        from runtime.diagnose import outofmemory
+        from runtime.engine import setup
 
         found = outofmemory.explain(error, setup.current_session())
     except Exception as problem:  # even the import can fail when nothing is left; the traceback matters more
@@ -155,7 +157,7 @@ def _explained(error: BaseException) -> tuple[tuple[str, ...], str] | None:
 def _goodbye(outcome: str, error: str, fatal: bool = False, culprit: int | None = None) -> None:
     """Tell the hub, if this rank got far enough to know it. fatal: another attempt would end the same way. culprit: the
     rank whose doing it is, where that is known."""
-    from runtime.setup import current_session
+    from runtime.engine.setup import current_session
 
     session = current_session()
     if session is not None:
@@ -165,7 +167,7 @@ def _goodbye(outcome: str, error: str, fatal: bool = False, culprit: int | None 
 def _leave(code: int) -> None:
     """Send what is left, and let the process group go without waiting for ranks that may be gone. A checkpoint that is
     being written is waited for; after a failure not for long, for other ranks' writers may be gone too."""
-    from runtime.setup import current_session
+    from runtime.engine.setup import current_session
 
     if (background := sys.modules.get("runtime.checkpoint.background")) is not None:
         background.leave_all(None if code == 0 else LAST_CHECKPOINT_S)

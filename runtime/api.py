@@ -18,11 +18,11 @@ from runtime.checkpoint.registered import DATA
 from runtime.comm import Comm, join_world
 from runtime.config import ConfigError, Resolved, load, refuse_unsupported
 from runtime.data.loader import ResumableLoader, ResumableSampler
-from runtime.deepspeedconfig import DeepSpeedConfig
 from runtime.engine import Engine
+from runtime.engine.setup import Session, check_complete
 from runtime.optim.lr import schedule_from_config
 from runtime.optim.optimizer import NoOptimizer, ZeroOptimizer, optimizer_from_config, optimizer_from_torch
-from runtime.setup import Session, check_complete
+from runtime.utils.deepspeed_config import DeepSpeedConfig
 from runtime.wire.rundir import RUN_VARIABLE
 
 log = logging.getLogger("runtime.engine")
@@ -240,7 +240,7 @@ def _make_loader(engine: Engine, data: Any, collate_fn: Any) -> DataLoader[Any] 
 
 def _announce(engine: Engine, resumed: Path | None) -> None:
     """Say hello and what this run is, now that all of it is known."""
-    from runtime.memory import memory_message
+    from runtime.host.ledger import memory_message
 
     session, link = engine.session, engine.session.link
     rank, ledger, device = engine.comm.rank, engine.ledger, engine.device  # the session outlives engines

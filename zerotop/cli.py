@@ -133,7 +133,7 @@ def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that is meant for people; None for a fault of ours, which deserves its traceback."""
     # Imported here, because a good call needs none of them.
     from runtime.config import ConfigError
-    from runtime.knobs import KnobError
+    from runtime.config.knobs import KnobError
     from runtime.wire.codec import ProtocolError
     from zerotop.output import CommandError
     from zerotop.runs.paths import RunError

@@ -25,7 +25,7 @@ import torch
 from benchmarks.context import ROOT, markdown, measured_on, table
 from benchmarks.offload.drawing import as_perfetto, as_svg
 from benchmarks.offload.modes import MODES, Trainer, job
-from runtime.models.presets import PRESETS
+from runtime.config.presets import PRESETS
 
 DEFAULT = ("resident", "offload", "no-overlap")
 

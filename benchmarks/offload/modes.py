@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks.offload.tracing import Trace
+from runtime.config.presets import PRESETS, GPTConfig
 from runtime.models.gpt import GPT
-from runtime.models.presets import PRESETS, GPTConfig
 
 ACCUMULATION = 4
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.folder import complete, newest, prune, script_tag, step_tag
 from runtime.checkpoint.manifest import EVERYTHING, CheckpointError, Damaged, Manifest, Wanted, read_manifest
-from runtime.deepspeedpaths import attribute_of
+from runtime.deepspeed_paths import attribute_of
 
 if TYPE_CHECKING:
     from runtime.checkpoint.job import on_rank_0

@@ -21,9 +21,9 @@ from runtime.checkpoint.parts import Block, blocks_of
 from runtime.checkpoint.process import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
 from runtime.checkpoint.saving import EVERYTHING, Options, make_job
 from runtime.checkpoint.snapshot import SharedMemory, Snapshot
-from runtime.forked import Owner, at_exit
-from runtime.hostmemory import HostMemoryError, check_host_memory
-from runtime.sizes import format_size
+from runtime.host.memory_limits import HostMemoryError, check_host_memory
+from runtime.process.forked import Owner, at_exit
+from runtime.wire.sizes import format_size
 
 if TYPE_CHECKING:
     from runtime.engine import Engine

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.checkpoint.manifest import Manifest
-from runtime.names import plain_name
+from runtime.models.names import plain_name
 
 if TYPE_CHECKING:
     from runtime.engine import Engine

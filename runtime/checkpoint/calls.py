@@ -19,10 +19,10 @@ from runtime.config import Resolved
 if TYPE_CHECKING:
     from runtime.checkpoint.background import Background
     from runtime.engine import Engine
+    from runtime.engine.steer import Steering
     from runtime.optim.optimizer import ZeroOptimizer
-    from runtime.steer import Steering
     from runtime.telemetry import NullTelemetry, Telemetry
-    from runtime.zero.whole import WholeModel
+    from runtime.zero.full import WholeModel
 
 log = logging.getLogger("runtime.engine")
 

@@ -19,7 +19,7 @@ from runtime.checkpoint.groups import check_groups, saved_groups
 from runtime.checkpoint.manifest import MODEL_FILES, CheckpointError, Manifest
 from runtime.checkpoint.parts import dtypes_of, frozen_names, shapes_of, tied_names
 from runtime.checkpoint.plain import load_file, load_stream, to_bytes
-from runtime.precision import DTYPES
+from runtime.state.precision import DTYPES
 
 if TYPE_CHECKING:
     from runtime.engine import Engine

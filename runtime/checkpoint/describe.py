@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from runtime.models.gpt import GPT
-from runtime.names import plain_name
+from runtime.models.names import plain_name
 
 if TYPE_CHECKING:
     from runtime.engine import Engine

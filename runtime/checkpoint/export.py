@@ -18,8 +18,8 @@ from typing import Any
 
 from runtime.checkpoint.manifest import CheckpointError, FileRecord, read_manifest, verify
 from runtime.checkpoint.target import appearing, check_space, check_target
-from runtime.sizes import format_size
 from runtime.telemetry.orphan import die_with_parent
+from runtime.wire.sizes import format_size
 
 # torch is imported when the signals are in place: it takes seconds, and whoever ends us meanwhile wants no traceback.
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest
-from runtime.replacing import replace_text
-from runtime.sizes import format_size
+from runtime.process.atomic_file import replace_text
+from runtime.wire.sizes import format_size
 
 LATEST = "latest"
 SPARE_BYTES = 16 << 20

@@ -21,9 +21,9 @@ from runtime.checkpoint.adapters import ADAPTER_FILE, find_adapters, has_adapter
 from runtime.checkpoint.describe import ADAPTER_CONFIG, KNOWN_FILES, PREFIX_KEY
 from runtime.checkpoint.manifest import MODEL_FILES, CheckpointError
 from runtime.checkpoint.reading import CheckpointReader, Stored
-from runtime.precision import DTYPES
-from runtime.sizes import format_size
-from runtime.zero.weights import INDEX
+from runtime.models.weights import INDEX
+from runtime.state.precision import DTYPES
+from runtime.wire.sizes import format_size
 
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.checkpoint.manifest import CheckpointError, Manifest, regular_size
-from runtime.names import plain_names
+from runtime.models.names import plain_names
 
 INDEX = "tensors.json"
 ITEM_BYTES: dict[str, int] = {

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from runtime.names import plain_name, plain_names
+from runtime.models.names import plain_name, plain_names
 
 MANIFEST = "manifest.json"
 MODEL_FILES = "model"

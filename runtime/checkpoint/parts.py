@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from runtime.checkpoint.buffers import ALIKE, Owners, buffers_of, key_of, own_buffers
-from runtime.names import plain_name
+from runtime.models.names import plain_name
 
 if TYPE_CHECKING:
     from runtime.engine import Engine

@@ -12,7 +12,7 @@ from runtime.checkpoint.index import StoredTensor, read_index
 from runtime.checkpoint.manifest import CheckpointError, Manifest, read_manifest
 from runtime.checkpoint.parts import Piece
 from runtime.checkpoint.stored import read_pieces
-from runtime.precision import DTYPES
+from runtime.state.precision import DTYPES
 
 
 @dataclass(frozen=True)

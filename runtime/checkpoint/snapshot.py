@@ -23,7 +23,7 @@ import torch
 
 from runtime import native
 from runtime.checkpoint.parts import Block, Part
-from runtime.pinned import page_lock, page_unlock
+from runtime.host.pinned import page_lock, page_unlock
 
 if TYPE_CHECKING:
     from runtime.zero.flat import Flat

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runtime.checkpoint.folder import sync
 from runtime.checkpoint.manifest import CheckpointError
-from runtime.sizes import format_size
+from runtime.wire.sizes import format_size
 
 _OF_A_MODEL = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
 """What --overwrite may throw away; a folder that holds anything else is not an exported model's."""

@@ -3,7 +3,7 @@
 join      the process group: NCCL for GPUs, Gloo for CPUs
 group     `Comm`, the collectives of one group
 pending   a collective under way, on the host or on a GPU's own stream
-(ranks of one host without GPUs exchange through memory that they share: runtime/exchange.py)
+(ranks of one host without GPUs exchange through memory that they share: runtime/comm/shared_memory.py)
 
 [Note: what a reduce-scatter leaves behind]
 `reduce_scatter(buffer)` is "in place and the rest is clobbered": afterwards the own range of the buffer holds the sum,

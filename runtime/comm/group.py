@@ -21,10 +21,10 @@ from runtime.comm.pending import (
     SharedPending,
     waiting_for_ranks,
 )
-from runtime.exchange import DTYPES, Exchange
-from runtime.forked import at_exit
+from runtime.comm.shared_memory import DTYPES, Exchange
+from runtime.comm.transfer import Copy
+from runtime.process.forked import at_exit
 from runtime.telemetry import NullTelemetry, Telemetry
-from runtime.transfer import Copy
 
 # torch 2.13 renames both; 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

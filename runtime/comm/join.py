@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.config import ConfigError
-from runtime.descriptors import raise_file_limit
+from runtime.process.file_limit import raise_file_limit
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, read_run
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from runtime import native
+from runtime.comm.transfer import Copy
 from runtime.telemetry import NullTelemetry, Telemetry
-from runtime.transfer import Copy
 
 if TYPE_CHECKING:
-    from runtime.exchange import Posted
+    from runtime.comm.shared_memory import Posted
 
 
 class Pending(Protocol):

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from ..knobs import KNOBS
-from ..models.presets import PRESETS
 from ..wire.bounds import MAX_STEPS
 from .errors import nearest, shown
+from .knobs import KNOBS
+from .presets import PRESETS
 from .section import Flag, Int, Num, Section, Text, Texts
 
 DEFAULT_PRESET = "gpt-small"

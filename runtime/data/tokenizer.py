@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from runtime.config.vocab import BYTE_TOKENS
 from runtime.data import DataError
-from runtime.data.vocab import BYTE_TOKENS
 
 KEY = "zerotop.data.tokenizer"
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[SEP]")

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from runtime.config.presets import GPTConfig, ModelError
 from runtime.models.gpt import GPT
-from runtime.models.presets import GPTConfig, ModelError
-from runtime.zero.weights import INDEX
+from runtime.models.weights import INDEX
 
 
 def load_exported(folder: str | Path, device: torch.device | str = "cpu") -> GPT:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from runtime.checkpointing import keep_inputs_only
-from runtime.models.presets import GPTConfig, ModelError, load_model_config
+from runtime.config.presets import GPTConfig, ModelError, load_model_config
 
 IGNORED_TARGET = -100
 

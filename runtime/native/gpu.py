@@ -6,7 +6,6 @@ import ctypes
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from runtime.forked import Owner
 from runtime.native.loading import (
     DTYPES,
     SUM_BLOCK,
@@ -21,6 +20,7 @@ from runtime.native.loading import (
     raise_for_cuda,
     u64,
 )
+from runtime.process.forked import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -191,7 +191,7 @@ class StreamedAdamW:
         raise_for_cuda(cuda().zt_stream_new(device, self._address, *self._shape, handle))
 
     def _follow_memory(self) -> None:
-        """A storage can be given back and taken anew elsewhere (runtime/parking.py), with nothing under way."""
+        """A storage can be given back and taken anew elsewhere (runtime/offload/parking.py), with nothing under way."""
         if self._memory.data_ptr() != self._address:
             handle, self._handle = self._handle, u64()
             raise_for_cuda(cuda().zt_stream_free(handle))
@@ -244,7 +244,7 @@ class StreamedAdamW:
             _check_range(r, len(hypers), device, states="cpu", gradient=("cpu", "cuda"))
             for name, t in zip("pmvgo", (r.p, r.m, r.v, r.g, r.out), strict=True):
                 if t is not None and t.device.type == "cpu" and t.numel() and not t.is_pinned():
-                    raise ValueError(f"{'out' if name == 'o' else name} must be page-locked: see runtime.pinned.Arena")
+                    raise ValueError(f"{'out' if name == 'o' else name} must be page-locked (host/pinned.py)")
         raise_for_cuda(
             cuda().zt_stream_adamw(
                 self._handle,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.deepspeedpaths import attribute_of
+from runtime.deepspeed_paths import attribute_of
 
 
 def __getattr__(name: str) -> Any:

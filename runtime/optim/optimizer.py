@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from runtime.config import ConfigError, OptimizerConfig
-from runtime.memory import Ledger
-from runtime.optim.hostside import HostSide
-from runtime.optim.rules import AdamRule, Rule, TorchRule
-from runtime.optim.untested import check_elementwise, like, torchs_kind
+from runtime.host.ledger import Ledger
+from runtime.offload.upload import HostSide
+from runtime.optim.foreign import check_elementwise, like, torchs_kind
+from runtime.optim.shard_optimizer import AdamRule, Rule, TorchRule
 from runtime.zero.flat import Flat
 
 if TYPE_CHECKING:

@@ -25,13 +25,13 @@ import torch
 from torch import nn
 
 from runtime.comm import Done, Pending
-from runtime.optim.hostside import HostSide
-from runtime.optim.rules import Hyper, Rule
+from runtime.offload.upload import HostSide
+from runtime.optim.shard_optimizer import Hyper, Rule
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.zero.flat import Flat
-from runtime.zero.gathering import owners
 from runtime.zero.hooks import EngineHook
 from runtime.zero.unit import Unit
+from runtime.zero.unshard import owners
 
 LEARNING_STEPS = 2
 """Updates without overlap at the start: see the note."""

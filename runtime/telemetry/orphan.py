@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import psutil
 
-from runtime.forked import Owner
+from runtime.process.forked import Owner
 
 GRACE_VARIABLE = "ZEROTOP_ORPHAN_GRACE_S"
 DEFAULT_GRACE_S = 60.0

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.forked import Owner, at_exit
+from runtime.process.forked import Owner, at_exit
 from runtime.telemetry import stopsignal
 from runtime.telemetry.bounds import ERROR_KEPT, shortened, shortened_error
 from runtime.telemetry.handler import LevelName, TelemetryHandler

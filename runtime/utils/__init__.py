@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from runtime.deepspeedpaths import attribute_of
+from runtime.deepspeed_paths import attribute_of
 
 logger = logging.getLogger("runtime.script")
 

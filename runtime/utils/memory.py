@@ -6,8 +6,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from runtime.sizes import format_size
 from runtime.utils import logger
+from runtime.wire.sizes import format_size
 
 
 def see_memory_usage(message: str, force: bool = False) -> None:

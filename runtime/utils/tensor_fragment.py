@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from runtime.engine import Engine
-from runtime.engines import engine_of
-from runtime.optim.rules import Rule
+from runtime.engine.registry import engine_of
+from runtime.optim.shard_optimizer import Rule
+from runtime.plan.layout import Slot
 from runtime.zero.flat import Flat
-from runtime.zero.layout import Slot
 
 
 @dataclass(frozen=True)

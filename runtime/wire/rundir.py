@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from runtime.replacing import replace_text
+from runtime.process.atomic_file import replace_text
 from runtime.wire.messages import RunStatus
 
 RUN_VARIABLE = "ZEROTOP_RUN"

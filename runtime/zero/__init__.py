@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.deepspeedpaths import attribute_of
+from runtime.deepspeed_paths import attribute_of
 
 if TYPE_CHECKING:
     from runtime.zero.external import (
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
         unregister_external_parameter,
         unwrap_model_for_generation,
     )
+    from runtime.zero.full import GatheredParameters
     from runtime.zero.init import Init
     from runtime.zero.partition_parameters import ZeroParamStatus
-    from runtime.zero.whole import GatheredParameters
 
 __all__ = [
     "GatheredParameters",
@@ -42,7 +42,7 @@ __all__ = [
 
 _MODULES = {
     "Init": "init",
-    "GatheredParameters": "whole",
+    "GatheredParameters": "full",
     "ZeroParamStatus": "partition_parameters",
     "register_external_parameter": "external",
     "unregister_external_parameter": "external",

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from runtime.names import plain_name
+from runtime.models.names import plain_name
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from runtime.zero.whole import GatheredParameters
+from runtime.zero.full import GatheredParameters
 
 if TYPE_CHECKING:
     from runtime.engine import Engine

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from runtime.comm import Comm, Done, Pending
-from runtime.heap import mapped
-from runtime.memory import Ledger, zeros
-from runtime.transfer import Copy, Transfers
+from runtime.comm.transfer import Copy, Transfers
+from runtime.host.heap import mapped
+from runtime.host.ledger import Ledger, zeros
+from runtime.plan.layout import Layout, Slot
 from runtime.zero.fingerprint import fingerprint
 from runtime.zero.gradients import Gradients
-from runtime.zero.home import Home
-from runtime.zero.layout import Layout, Slot
 from runtime.zero.parameter import reshard, unshard
 from runtime.zero.stage import StagePolicy
+from runtime.zero.state_placement import Home
 from runtime.zero.values import Values, adopt
 
 Member = tuple[str, nn.Parameter, int]

@@ -22,13 +22,13 @@ from torch import nn
 
 from runtime.comm import Comm, Pending
 from runtime.comm.pending import accumulate
-from runtime.memory import Ledger
-from runtime.transfer import Copy
-from runtime.zero.downlink import Downlink
-from runtime.zero.home import Home
-from runtime.zero.layout import Layout, Slot
+from runtime.comm.transfer import Copy
+from runtime.host.ledger import Ledger
+from runtime.offload.download import Downlink
+from runtime.plan.layout import Layout, Slot
 from runtime.zero.pool import BufferPool
 from runtime.zero.stage import StagePolicy
+from runtime.zero.state_placement import Home
 
 
 class GradientState(enum.Enum):

@@ -16,8 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from runtime.comm import objects
 from runtime.config import ConfigError
+from runtime.models.weights import Weights
 from runtime.zero.partition_parameters import mark
-from runtime.zero.weights import Weights
 
 WEIGHTS_MARK = "_zerotop_weights"
 """Attribute of modules whose meta parameters have their values in safetensors: the absolute path. Modules keep it where

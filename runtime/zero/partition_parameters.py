@@ -24,8 +24,8 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
+    from runtime.plan.layout import Slot
     from runtime.zero.flat import Flat
-    from runtime.zero.layout import Slot
 
 
 class ZeroParamStatus(Enum):
@@ -83,7 +83,7 @@ def _all_gather(parameter: nn.Parameter, _place: _Place) -> Callable[..., None]:
     def all_gather(param_list: Sequence[nn.Parameter] | None = None, async_op: bool = False) -> None:
         """It (or `param_list`) is whole until `partition()`; every rank must call both. async_op: accepted; it is there
         on return."""
-        from runtime.zero.whole import GatheredParameters
+        from runtime.zero.full import GatheredParameters
 
         for each in param_list or [parameter]:
             if each not in _gathered:
@@ -99,7 +99,7 @@ def _partition(parameter: nn.Parameter, _place: _Place) -> Callable[..., None]:
         param_list: Sequence[nn.Parameter] | None = None, hierarchy: int = 0, has_been_updated: bool = False
     ) -> None:
         """The end of `all_gather()`. has_been_updated: every rank has changed it alike, and keeps its shard of that."""
-        from runtime.zero.whole import take
+        from runtime.zero.full import take
 
         for each in param_list or [parameter]:
             if has_been_updated:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from runtime.comm import Comm, Pending
-from runtime.memory import Ledger
+from runtime.host.ledger import Ledger
 
 
 class BufferPool:

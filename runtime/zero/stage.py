@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from runtime.zero.layout import Layout
+from runtime.plan.layout import Layout
 
 
 @dataclass(frozen=True)

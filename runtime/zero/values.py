@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from runtime.config import ConfigError
-from runtime.names import plain_name
+from runtime.models.names import plain_name
+from runtime.models.weights import Weights
 from runtime.zero.init import WEIGHTS_MARK
-from runtime.zero.weights import Weights
 
 log = logging.getLogger("runtime.setup")
 

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from runtime import native  # noqa: E402
-from runtime.pinned import Arena  # noqa: E402
+from runtime.host.pinned import Arena  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

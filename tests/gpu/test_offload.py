@@ -22,7 +22,7 @@ COMMON = """
 import torch
 from runtime.api import initialize
 from runtime.models.gpt import GPT
-from runtime.models.presets import GPTConfig
+from runtime.config.presets import GPTConfig
 
 SHAPE = GPTConfig(layers={layers}, heads=4, dim={dim}, vocab_size=1024, max_seq_len=64)
 

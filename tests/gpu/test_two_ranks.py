@@ -82,7 +82,7 @@ MEMORY = """
 import torch
 from runtime.api import initialize
 from runtime.models.gpt import GPT
-from runtime.models.presets import GPTConfig
+from runtime.config.presets import GPTConfig
 base = torch.cuda.memory_allocated()
 settings = {{"train_batch_size": 2, "zero_optimization": {{"stage": {stage}}}, "bf16": {{"enabled": True}},
             "optimizer": {{"type": "AdamW", "params": {{"lr": 1e-4}}}}}}

@@ -14,18 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import runtime.placing
+import runtime.offload.placement
 from runtime.api import initialize
 from runtime.checkpoint.parts import blocks_of
 from runtime.checkpoint.snapshot import Snapshot
 from runtime.config import load
+from runtime.config.presets import PRESETS, GPTConfig, unit_parameters
+from runtime.host.pinned import page_rounded
 from runtime.models.gpt import GPT
-from runtime.models.presets import PRESETS, GPTConfig, unit_parameters
-from runtime.optim.streamed import ring_bytes
-from runtime.pinned import page_rounded
-from runtime.placing import Size, _plan
+from runtime.offload.placement import Size, _plan
+from runtime.offload.streamed import ring_bytes
 from runtime.plan import Layout, stage_layout
-from runtime.workload import Workload, workload_of
+from runtime.plan.workload import Workload, workload_of
 from runtime.zero.gradients import GradientNumbers
 from runtime.zero.stage import policy_for
 from tests.harness.ranks import Ranks
@@ -106,8 +106,8 @@ def train(several: list[Case]) -> list[Counted]:
 
 def _trained(case: Case) -> Counted:
     asked: list[int] = []
-    before = runtime.placing.page_rounded
-    runtime.placing.page_rounded = lambda sizes: before(asked.extend(sizes) or asked)
+    before = runtime.offload.placement.page_rounded
+    runtime.offload.placement.page_rounded = lambda sizes: before(asked.extend(sizes) or asked)
     torch.manual_seed(0)
     try:
         if case.remote:
@@ -116,7 +116,7 @@ def _trained(case: Case) -> Counted:
         else:
             engine, *_ = initialize(model=GPT(case.shape), config=case.config)
     finally:
-        runtime.placing.page_rounded = before
+        runtime.offload.placement.page_rounded = before
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randint(case.shape.vocab_size, (1, 16), generator=generator)
     for _ in range(4 * case.config["gradient_accumulation_steps"]):
@@ -158,7 +158,7 @@ def test_every_category_of_the_plan_is_the_ledgers(
 
 # ---- before anything is taken ----------------------------------------------------------------------------------------
 def placed(config: dict[str, Any], units: list[tuple[str, int]], world_size: int, remote: bool = True) -> Any:
-    """What runtime/placing.py decides for an engine on a GPU."""
+    """What runtime/offload/placement.py decides for an engine on a GPU."""
     resolved = load(config).resolve(world_size, "cuda")
     precision = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
     sharded = resolved.stage == 3 and world_size > 1

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-import runtime.placing
-import runtime.setup
+import runtime.engine.setup
+import runtime.offload.placement
 from runtime import native
-from runtime.transfer import Copy
+from runtime.comm.transfer import Copy
 
 
 class LateCopy:
@@ -133,12 +133,20 @@ KINDS = {"late": LateTransfers, "prompt": PromptTransfers}
 @contextlib.contextmanager
 def remote_device(kind: str, share: float | None = None) -> Iterator[None]:
     """Engines made inside take the host's own memory for a device's. share: of every update, that is the device's."""
-    before = runtime.setup.transfers_for, runtime.placing.streamer_for, runtime.placing._measured_share
-    runtime.setup.transfers_for = lambda _device: KINDS[kind]()
+    before = (
+        runtime.engine.setup.transfers_for,
+        runtime.offload.placement.streamer_for,
+        runtime.offload.placement._measured_share,
+    )
+    runtime.engine.setup.transfers_for = lambda _device: KINDS[kind]()
     if share is not None:
-        runtime.placing.streamer_for = lambda *_given: LateStreamer()
-        runtime.placing._measured_share = lambda *_given: share
+        runtime.offload.placement.streamer_for = lambda *_given: LateStreamer()
+        runtime.offload.placement._measured_share = lambda *_given: share
     try:
         yield
     finally:
-        runtime.setup.transfers_for, runtime.placing.streamer_for, runtime.placing._measured_share = before
+        (
+            runtime.engine.setup.transfers_for,
+            runtime.offload.placement.streamer_for,
+            runtime.offload.placement._measured_share,
+        ) = before

@@ -17,8 +17,8 @@ from torch import nn
 import runtime as deepspeed
 from runtime.api import initialize
 from runtime.config import ConfigError
+from runtime.models.weights import Weights
 from runtime.zero import weights as weights_of_zero
-from runtime.zero.weights import Weights
 from tests.numerics.models import Uneven, make
 from tests.numerics.training import assert_equal, config, micro_batch, train_plainly, train_with_engine
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.steer import Steering
+from runtime.engine.steer import Steering
 from tests.numerics.training import config
 
 SAMPLES = 60

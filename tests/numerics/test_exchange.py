@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from runtime import native
 from runtime.api import initialize
-from runtime.exchange import RING, Exchange, ExchangeError
+from runtime.comm.shared_memory import RING, Exchange, ExchangeError
 from tests.harness.waiting import patient
 from tests.numerics.models import make
 from tests.numerics.training import config, micro_batch
@@ -212,7 +212,7 @@ def refused(reason: str) -> None:
         dist.all_gather_object(values, value)
         return values
 
-    import runtime.exchange as module
+    import runtime.comm.shared_memory as module
 
     before = module._host
     if reason == "hosts":

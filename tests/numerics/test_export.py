@@ -180,8 +180,8 @@ def test_values_that_fp16_does_not_hold_are_an_error(ranks, tmp_path, capfd):
 def save_gpt(folder: str, settings, tied: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, the logits of the engine's module)."""
     from runtime.api import initialize
+    from runtime.config.presets import GPTConfig
     from runtime.models.gpt import GPT
-    from runtime.models.presets import GPTConfig
 
     model = GPT(GPTConfig(layers=3, heads=2, dim=24, vocab_size=64, max_seq_len=16, tied=tied))
     engine = initialize(model=model, config=settings)[0]
@@ -224,8 +224,8 @@ def test_the_built_in_gpt_is_built_again_with_the_same_logits(ranks, tmp_path, s
 
 
 def test_a_folder_that_holds_no_gpt_is_refused(tmp_path):
+    from runtime.config.presets import ModelError
     from runtime.models.exported import load_exported
-    from runtime.models.presets import ModelError
 
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelError, match="no exported GPT"):

@@ -363,7 +363,7 @@ import sys
 from torch import nn
 import runtime as deepspeed
 from runtime.models.gpt import GPT
-from runtime.models.presets import PRESETS
+from runtime.config.presets import PRESETS
 
 before = set(sys.modules)
 with deepspeed.zero.Init(weights=sys.argv[1]):

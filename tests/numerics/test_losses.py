@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from runtime.api import initialize
+from runtime.config.presets import GPTConfig
 from runtime.models.gpt import GPT
-from runtime.models.presets import GPTConfig
 from tests.numerics.models import batch, make
 from tests.numerics.training import HYPER, STEPS, config, train_with_engine
 

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import runtime.placing
+import runtime.offload.placement
 from runtime import zero
 from runtime.api import initialize
 from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from runtime.config import ConfigError, load
-from runtime.hostmemory import Limits, check_host_memory
+from runtime.host.memory_limits import Limits, check_host_memory
 from tests.harness.waiting import patient
 from tests.numerics.models import Uneven, make
 from tests.numerics.remote import remote_device
@@ -289,12 +289,12 @@ def test_what_the_gpu_cannot_update(ranks, optimizer, pin, message):
 
 
 def too_little_memory() -> str:
-    runtime.placing.check_host_memory = partial(check_host_memory, limits=Limits(1000.0, 0, inf, inf, inf))
+    runtime.offload.placement.check_host_memory = partial(check_host_memory, limits=Limits(1000.0, 0, inf, inf, inf))
     try:
         with pytest.raises(ConfigError) as caught:
             initialize(model=make("plain"), config=offloaded(config(2, 1, clip=0.0)))
     finally:
-        runtime.placing.check_host_memory = check_host_memory
+        runtime.offload.placement.check_host_memory = check_host_memory
     return str(caught.value)
 
 

@@ -86,7 +86,7 @@ def test_a_resume_without_room_is_rejected_on_all_ranks(ranks):
 
 
 def lose_the_supervisor_while_released(folder: str, room: bool) -> tuple[str, str, int]:
-    from runtime.steer import RunStopped
+    from runtime.engine.steer import RunStopped
 
     engine = started(config(2, 1, clip=0.5))
     steering, said = engine.steering, []

@@ -301,7 +301,7 @@ def test_an_interval_in_minutes(ranks, tmp_path):
 
 def put_off(folder: str) -> tuple[list[str], int, list[str]]:
     """The disk does not keep up: rank 0's writer is stopped for a while."""
-    from runtime import steer
+    from runtime.engine import steer
 
     engine = engine_for(config(2, 1, clip=0.0))
     engine.steering.folder = Path(folder)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import runtime as deepspeed
-from runtime.deepspeedpaths import ABSENT, ELSEWHERE
+from runtime.deepspeed_paths import ABSENT, ELSEWHERE
 
 
 @pytest.mark.parametrize(

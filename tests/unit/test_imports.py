@@ -51,7 +51,9 @@ def test_no_module_of_the_monitor_loads_torch(tmp_path: Path) -> None:
     assert not loaded & TRAINER_ONLY
 
 
-@pytest.mark.parametrize("root", ["runtime.wire", "runtime.config", "runtime.plan", "runtime.native", "runtime.cores"])
+@pytest.mark.parametrize(
+    "root", ["runtime.wire", "runtime.config", "runtime.plan", "runtime.native", "runtime.host.cores"]
+)
 def test_what_both_sides_share_loads_neither_torch_nor_textual(tmp_path: Path, root: str) -> None:
     imported, loaded = import_all(tmp_path, root)
     assert root in imported
@@ -61,7 +63,7 @@ def test_what_both_sides_share_loads_neither_torch_nor_textual(tmp_path: Path, r
 def test_no_module_of_the_trainer_loads_the_monitor(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     imported, loaded = import_all(tmp_path, "runtime")
-    assert {"runtime.engine", "runtime.train", "runtime.zero"} <= imported
+    assert {"runtime.engine", "runtime.engine.train", "runtime.zero"} <= imported
     assert "torch" in loaded
     assert not loaded & MONITOR_ONLY
 

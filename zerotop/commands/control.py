@@ -34,7 +34,7 @@ def register(subparsers: Any) -> None:
     for name in NAMES:
         parser = subparsers.add_parser(name, help=_DOES[name], description=_DOES[name])
         if name == "set":
-            from runtime.knobs import KNOBS
+            from runtime.config.knobs import KNOBS
 
             width = max(len(knob) for knob in KNOBS)
             parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -154,7 +154,7 @@ def _split_words(words: list[str]) -> tuple[str | None, dict[str, str]]:
 
 def _check(settings: dict[str, str]) -> str:
     """Why the settings are not allowed; empty when they are. The hub and the ranks check again."""
-    from runtime.knobs import KnobError
+    from runtime.config.knobs import KnobError
 
     try:
         _values(settings)
@@ -164,7 +164,7 @@ def _check(settings: dict[str, str]) -> str:
 
 
 def _values(settings: dict[str, str]) -> dict[str, Any]:
-    from runtime.knobs import parse_knob
+    from runtime.config.knobs import parse_knob
 
     return {key: parse_knob(key, value) for key, value in settings.items()}
 

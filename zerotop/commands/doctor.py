@@ -141,7 +141,7 @@ def _terminal() -> Finding:
 
 
 def _host_memory() -> Finding:
-    from runtime.hostmemory import gib_text, read_limits
+    from runtime.host.memory_limits import gib_text, read_limits
 
     limits = read_limits()
     text = f"{gib_text(limits.available_bytes)} available"
@@ -152,7 +152,7 @@ def _host_memory() -> Finding:
 
 
 def _cores() -> Finding:
-    from runtime.cores import read_machine
+    from runtime.host.cores import read_machine
 
     machine = read_machine()
     nodes = {core.node for core in machine.cores}

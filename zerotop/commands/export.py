@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Raises CommandError for bad usage and for what the export itself says."""
     from runtime.checkpoint.manifest import CheckpointError
     from runtime.checkpoint.target import check_target
-    from runtime.sizes import parse_size
+    from runtime.wire.sizes import parse_size
     from zerotop.output import CommandError, print_json, show
     from zerotop.runs.checkpoints import find_checkpoint
 
@@ -132,7 +132,7 @@ def _child(command: Sequence[str], environment: dict[str, str]) -> Iterator[subp
 
 
 def _text(document: dict[str, Any]) -> str:
-    from runtime.sizes import format_count, format_size
+    from runtime.wire.sizes import format_count, format_size
 
     files = document["files"]
     weights = [name for name in files if name.endswith(".safetensors")]

@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from runtime.advice import advise
-from runtime.estimate import context_bytes, guess_shape, guess_units
-from runtime.models.presets import PRESETS, GPTConfig, ModelError, load_model_config, preset, unit_parameters
+from runtime.config.presets import PRESETS, GPTConfig, ModelError, load_model_config, preset, unit_parameters
+from runtime.diagnose.advice import advise
 from runtime.plan import Layout, find, plan
-from runtime.sizes import format_count, parse_count, parse_size
-from runtime.workload import Workload, workload_document, workload_of
+from runtime.plan.estimate import context_bytes, guess_shape, guess_units
+from runtime.plan.workload import Workload, workload_document, workload_of
+from runtime.wire.sizes import format_count, parse_count, parse_size
 from zerotop.commands import plan_text
 from zerotop.output import CommandError, print_json, show
 
@@ -239,7 +239,7 @@ def _units(shape: GPTConfig, resolved: Resolved) -> list[tuple[str, int]]:
 
 def _vocabulary(tokenizer: str, preset_name: str | None) -> tuple[int | None, list[str]]:
     """Tokens of the config's tokenizer; None, and a note, when it is not on this machine."""
-    from runtime.data.vocab import count_tokens
+    from runtime.config.vocab import count_tokens
 
     try:
         return count_tokens(tokenizer, Path.cwd()), []

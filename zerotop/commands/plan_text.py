@@ -10,8 +10,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from runtime.plan import CATEGORIES, EXACT, Layout
-from runtime.sizes import format_count, format_size
-from runtime.workload import Workload
+from runtime.plan.workload import Workload
+from runtime.wire.sizes import format_count, format_size
 from zerotop.output import table
 
 ESTIMATED = tuple(category for category in CATEGORIES if category not in (*EXACT, "buffers"))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.knobs import KnobError, get_knob, parse_knob
+from runtime.config.knobs import KnobError, get_knob, parse_knob
 from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandRecord, RunStateName
 from zerotop.state.run import RunState
 

@@ -13,7 +13,7 @@ from zerotop.runs.paths import RunError, runs_home
 
 
 def checkpoints_of(entry: RunEntry) -> Path:
-    """Where the run saves, as its ranks find it (runtime/steer.py); it need not exist."""
+    """Where the run saves, as its ranks find it (runtime/engine/steer.py); it need not exist."""
     try:
         chosen = json.loads((entry.path / "resolved.json").read_bytes())["zerotop"]["checkpoint"]["folder"]
     except (OSError, ValueError, KeyError, TypeError):

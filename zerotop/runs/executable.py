@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 
-from runtime.replacing import replace_text
+from runtime.process.atomic_file import replace_text
 from zerotop.runs.paths import RunError, make_private_folder, state_home
 
 MARK = "zerotop-answers:"

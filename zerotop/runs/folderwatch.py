@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.replacing import replace_text
+from runtime.process.atomic_file import replace_text
 from runtime.wire.messages import Command
 from runtime.wire.rundir import RunFile, write_json
 from zerotop.hub.hub import Hub

@@ -27,7 +27,7 @@ _COMPLAINT = re.compile(
     # NCCL
     r"|nccl(Remote|System)Error|unhandled system error|NCCL communicator was aborted"
     r"|Watchdog caught collective operation|remote process exited or there was a network error"
-    # ours: runtime/exchange.py, runtime/comm/pending.py
+    # ours: runtime/comm/shared_memory.py, runtime/comm/pending.py
     r"|rank \d+ \(pid \d+\) is gone|another rank is gone"
 )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.config import Config, ConfigError, Resolved, expand_files, load, refuse_unsupported
-from runtime.data.vocab import count_tokens
+from runtime.config.vocab import count_tokens
 from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
 from zerotop.output import say

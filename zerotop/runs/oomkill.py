@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime import cgroup
-from runtime.hostmemory import read_limits
-from runtime.sizes import format_size
+from runtime.host.memory_limits import read_limits
+from runtime.process import cgroup
 from runtime.wire.messages import NodeStats
+from runtime.wire.sizes import format_size
 
 SHARED_ENOUGH_BYTES = 1 << 30
 """Ranks of one box move data through /dev/shm; containers often have 64 MiB of it."""

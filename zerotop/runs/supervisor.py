@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from runtime.config import Resolved
-from runtime.descriptors import raise_file_limit
+from runtime.process.file_limit import raise_file_limit
 from runtime.wire.messages import Command, Event, Hello, LogRecord, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, boot_id, read_run, read_status, write_json
 from zerotop.hub.hub import Hub

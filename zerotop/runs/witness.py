@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from runtime.config import Resolved
-from runtime.remedies import Shortage, remedies, remedy_lines
-from runtime.sizes import format_size
+from runtime.diagnose.remedies import Shortage, remedies, remedy_lines
+from runtime.plan.workload import built_in_workload, workload_of
 from runtime.wire.messages import NodeStats
 from runtime.wire.rundir import RunFile
-from runtime.workload import built_in_workload, workload_of
+from runtime.wire.sizes import format_size
 from zerotop.probe.xid import Xid
 from zerotop.runs.oomkill import SHARED_ENOUGH_BYTES, HostMemory, MemoryWatch, shared_memory
 from zerotop.state.run import RunState

@@ -23,7 +23,7 @@ class Shim(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname.partition(".")[0] != "deepspeed":
             return None
-        from runtime.deepspeedpaths import same_module
+        from runtime.deepspeed_paths import same_module
 
         stands_for = "runtime" + fullname.removeprefix("deepspeed")
         try:

@@ -13,8 +13,8 @@ import torch
 
 from runtime.checkpoint import describe
 from runtime.checkpoint.describe import describe_model
+from runtime.config.presets import GPTConfig
 from runtime.models.gpt import GPT
-from runtime.models.presets import GPTConfig
 
 
 def engine(module: Any, tokenizer: str = "bytes", run: Any = None) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from runtime.checkpoint import folder as folders
 from runtime.checkpoint.manifest import MANIFEST, CheckpointError, Damaged, Manifest, read_manifest, record_of, verify
-from runtime.sizes import format_size
+from runtime.wire.sizes import format_size
 
 
 def manifest(step: int, number: int, **more) -> Manifest:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from runtime.models.presets import PRESETS, parameters
+from runtime.config.presets import PRESETS, parameters
 from runtime.plan import plan, stage_layout
 from tests.harness.waiting import patient
 from tests.unit.plan.test_plan import workload

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from runtime.config import ConfigError
+from runtime.config.vocab import count_tokens
 from runtime.data import DataError
 from runtime.data.corpus import default_files, load_text
 from runtime.data.order import Batch, Batches, Order, shuffled
 from runtime.data.tokenizer import ByteTokenizer, load_tokenizer
 from runtime.data.tokens import HEADER_BYTES, PIECE_BYTES, TokenDataset, cache_folder, read_header, token_file
-from runtime.data.vocab import count_tokens
 from tests.harness.waiting import patient
 
 

@@ -12,10 +12,10 @@ import pytest
 
 from runtime.config import load
 from runtime.plan import find, plan
-from runtime.sizes import format_size
+from runtime.plan.workload import built_in_workload
 from runtime.wire.messages import GpuStats, Hello, Memory, NodeStats
 from runtime.wire.rundir import RunFile
-from runtime.workload import built_in_workload
+from runtime.wire.sizes import format_size
 from zerotop.probe.xid import Xid
 from zerotop.runs.oomkill import MemoryWatch
 from zerotop.runs.witness import Witness

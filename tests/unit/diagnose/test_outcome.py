@@ -295,7 +295,7 @@ def test_ranks_that_die_with_their_launcher_are_not_the_cause(tmp_path: Path) ->
 
 
 # ---- ranks that left before the others -------------------------------------------------------------------------------
-COMPLAINT = "runtime.exchange.ExchangeError: rank 1 (pid 77) is gone; this rank was waiting for it"
+COMPLAINT = "runtime.comm.shared_memory.ExchangeError: rank 1 (pid 77) is gone; this rank was waiting for it"
 LEFT = "rank 1 ended after step 8 while the others went on: "
 
 

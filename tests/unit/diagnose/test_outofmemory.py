@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from runtime import __main__ as rank_main
-from runtime import outofmemory
 from runtime.config import load
-from runtime.held import read_held
-from runtime.hostmemory import HostMemoryError
-from runtime.memory import Ledger
+from runtime.config.presets import GPTConfig
+from runtime.diagnose import outofmemory
+from runtime.diagnose.held import read_held
+from runtime.diagnose.outofmemory import Failure, explain, recognise, remember
+from runtime.host.ledger import Ledger
+from runtime.host.memory_limits import HostMemoryError
+from runtime.host.pinned import Arena
 from runtime.models.gpt import GPT
-from runtime.models.presets import GPTConfig
-from runtime.outofmemory import Failure, explain, recognise, remember
-from runtime.pinned import Arena
 from runtime.zero.cut import cut
 
 GIB = 2**30
@@ -86,7 +86,7 @@ def test_cudas_word_for_memory_that_it_cannot_page_lock_is_host_memory(monkeypat
     def refuse(*_: object) -> None:
         raise RuntimeError("CUDA: out of memory (error 2)")
 
-    monkeypatch.setattr("runtime.pinned.page_lock", refuse)
+    monkeypatch.setattr("runtime.host.pinned.page_lock", refuse)
     error = raised(lambda: Arena(pin=True).zeros(1000, torch.float32))
     assert recognise(error) == Failure("host", 4000, what="page-locked")
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from runtime.config import load
+from runtime.config.presets import PRESETS
 from runtime.config.resolved import Resolved
-from runtime.estimate import activation_bytes
-from runtime.models.presets import PRESETS
+from runtime.diagnose.remedies import Remedy, Shortage, remedies, remedy_lines
 from runtime.plan import find, plan
-from runtime.remedies import Remedy, Shortage, remedies, remedy_lines
-from runtime.workload import Workload, built_in_workload, workload_of
+from runtime.plan.estimate import activation_bytes
+from runtime.plan.workload import Workload, built_in_workload, workload_of
 
 GIB = 2**30
 CPU_OFFLOAD = {"device": "cpu", "pin_memory": True}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cores import Core, Machine, Share, gpu_node, read_machine, share
+from runtime.host.cores import Core, Machine, Share, gpu_node, read_machine, share
 
 
 def machine(nodes: int, cores: int, smt: int = 1, quota: float = math.inf) -> Machine:
@@ -151,7 +151,7 @@ def test_the_node_of_a_gpu(tmp_path: Path) -> None:
 def test_bind_moves_threads_that_run_and_threads_to_come() -> None:
     code = """
 import os, threading
-from runtime.cores import Share, bind
+from runtime.host.cores import Share, bind
 started, go, seen = threading.Event(), threading.Event(), []
 def early():
     started.set(); go.wait(); seen.append(os.sched_getaffinity(0))

@@ -12,7 +12,7 @@ from tests.harness.waiting import patient
 
 PROBE = """
 import torch
-from runtime.heap import MAPPED_FROM, mapped
+from runtime.host.heap import MAPPED_FROM, mapped
 
 torch.empty(20 * MAPPED_FROM, dtype=torch.uint8)  # freed at once, which raises glibc's own threshold
 gathered = torch.empty(0, dtype=torch.uint8)

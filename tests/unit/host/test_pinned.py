@@ -11,9 +11,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from runtime import native, pinned  # noqa: E402
-from runtime.hostmemory import HostMemoryError, Limits, check_host_memory, read_limits  # noqa: E402
-from runtime.pinned import Arena  # noqa: E402
+from runtime import native  # noqa: E402
+from runtime.host import pinned  # noqa: E402
+from runtime.host.memory_limits import HostMemoryError, Limits, check_host_memory, read_limits  # noqa: E402
+from runtime.host.pinned import Arena  # noqa: E402
 
 PAGE = mmap.PAGESIZE
 GIB = 1 << 30

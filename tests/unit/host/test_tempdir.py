@@ -12,7 +12,7 @@ import pytest
 SHOW = """
 import multiprocessing.util, sys
 from pathlib import Path
-from runtime.tempdir import keep_socket_paths_short
+from runtime.process.tempdir import keep_socket_paths_short
 
 def show():
     print(multiprocessing.util.get_temp_dir(), flush=True)

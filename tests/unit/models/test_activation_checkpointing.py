@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import runtime as deepspeed
+from runtime.config.presets import GPTConfig
 from runtime.models.gpt import GPT
-from runtime.models.presets import GPTConfig
 
 SHAPE = GPTConfig(layers=4, heads=2, dim=32, vocab_size=64, max_seq_len=16)
 

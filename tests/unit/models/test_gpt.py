@@ -6,10 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from runtime.config.zerotop import DEFAULT_PRESET
-from runtime.estimate import activation_bytes, fresh_gradient_bytes
-from runtime.models.gpt import GPT, build_model, rotary_tables, rotate
-from runtime.models.presets import (
+from runtime.config.presets import (
     PRESETS,
     GPTConfig,
     ModelError,
@@ -20,6 +17,9 @@ from runtime.models.presets import (
     preset,
     unit_parameters,
 )
+from runtime.config.zerotop import DEFAULT_PRESET
+from runtime.models.gpt import GPT, build_model, rotary_tables, rotate
+from runtime.plan.estimate import activation_bytes, fresh_gradient_bytes
 from runtime.zero.cut import cut
 
 SMALL = GPTConfig(layers=2, heads=2, dim=32, vocab_size=64, max_seq_len=16)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from runtime.optim.share import Rates, device_share, measure
-from runtime.zero.layout import kept_on_device
+from runtime.offload.split import Rates, device_share, measure
+from runtime.plan.layout import kept_on_device
 
 
 def seconds(rates: Rates, share: float) -> float:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.config import Fp16Config, load
-from runtime.precision import DynamicScaler, FixedScaler, ScaleExhausted, scaler_for
+from runtime.state.precision import DynamicScaler, FixedScaler, ScaleExhausted, scaler_for
 
 X, G = True, False  # overflow, good
 

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from runtime.advice import advise
-from runtime.estimate import guess_shape, guess_units
-from runtime.inflight import REDUCTIONS_IN_FLIGHT, borrowed_for_backward
-from runtime.models.presets import PRESETS, GPTConfig, parameters, unit_parameters
+from runtime.config.presets import PRESETS, GPTConfig, parameters, unit_parameters
+from runtime.diagnose.advice import advise
 from runtime.plan import data_parallel, find, plan, stage_layout
-from runtime.sizes import format_count, format_size, parse_count, parse_size
-from runtime.workload import Workload
+from runtime.plan.estimate import guess_shape, guess_units
+from runtime.plan.inflight import REDUCTIONS_IN_FLIGHT, borrowed_for_backward
+from runtime.plan.workload import Workload
+from runtime.wire.sizes import format_count, format_size, parse_count, parse_size
 
 GIB = 2**30
 
@@ -155,7 +155,7 @@ def test_a_tied_tables_gradient_is_a_sum(batch: int) -> None:
 
 def test_pieces_that_stream_through_the_gpu_are_what_the_streamer_takes() -> None:
     torch = pytest.importorskip("torch")
-    from runtime.optim.streamed import ring_bytes
+    from runtime.offload.streamed import ring_bytes
 
     work = workload(stream_chunk_bytes=64 << 20)
     streamed, without = stage_layout(work, 2, offload=True), stage_layout(workload(), 2, offload=True)
@@ -166,7 +166,7 @@ def test_pieces_that_stream_through_the_gpu_are_what_the_streamer_takes() -> Non
 
 # ---- what is in flight, and traffic ----------------------------------------------------------------------------------
 def test_the_pool_is_played_through_as_the_engine_does() -> None:
-    schedule = pytest.importorskip("runtime.zero.schedule")
+    schedule = pytest.importorskip("runtime.zero.reduce")
     assert schedule.IN_FLIGHT == REDUCTIONS_IN_FLIGHT
 
 
@@ -191,7 +191,7 @@ def test_the_pool_is_what_the_engines_pool_lends_out() -> None:
     from types import SimpleNamespace
 
     from runtime.comm import Done
-    from runtime.memory import Ledger
+    from runtime.host.ledger import Ledger
     from runtime.zero.pool import BufferPool
 
     work = workload("gpt-tiny", world_size=2)

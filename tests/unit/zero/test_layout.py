@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from runtime.setup import TRAINABLE, Assembly, _dtypes, _specs
+from runtime.engine.setup import TRAINABLE, Assembly, _dtypes, _specs
+from runtime.plan.layout import ALIGNMENT, Layout
 from runtime.zero.cut import cut
 from runtime.zero.gradients import GradientNumbers
-from runtime.zero.layout import ALIGNMENT, Layout
 from runtime.zero.stage import policy_for
 
 shapes = st.lists(st.lists(st.integers(0, 40), min_size=0, max_size=3), min_size=0, max_size=12)

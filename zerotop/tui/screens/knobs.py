@@ -15,7 +15,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
-from runtime.knobs import KNOBS, Knob, KnobError, KnobValue, parse_knob
+from runtime.config.knobs import KNOBS, Knob, KnobError, KnobValue, parse_knob
 from zerotop.state.run import RunState
 from zerotop.tui.screens.palette import turn_page
 from zerotop.tui.text import plain

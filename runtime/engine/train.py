@@ -1,0 +1,67 @@
+"""The built-in trainer: a model, a text, and the training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from runtime.api import init_distributed, initialize
+from runtime.config import Resolved
+from runtime.data.corpus import load_text
+from runtime.data.order import Batches, Order
+from runtime.engine import Engine
+from runtime.models.gpt import build_model
+from runtime.state.precision import TrainingError
+from runtime.zero.init import Init
+
+log = logging.getLogger("runtime.train")
+
+
+def train(config: Resolved, folder: Path) -> None:
+    """Train what `config` describes; relative globs in it start in `folder`."""
+    init_distributed()
+    section = config.zerotop
+    torch.manual_seed(section.train.seed)
+    data = section.data
+    tokenizer, text = load_text(data.files, data.tokenizer, data.seq_len, folder, log.info)
+    order = Order(section.train.seed, len(text), config.global_batch)
+    batches = Batches(text, order, config.micro_batch, config.accumulation, dist.get_rank(), dist.get_world_size())
+    with Init():
+        model = build_model(section.model, tokenizer.vocab_size, data.seq_len, "cpu")
+    if (checkpointing := config.activation_checkpointing) is not None:
+        model.checkpoint_activations(checkpointing.number_checkpoints, checkpointing.cpu_checkpointing)
+    engine, _, _, _ = initialize(model=model, config=config)
+    run(engine, batches, section.train.steps)
+    engine.finish()
+
+
+def run(engine: Engine, batches: Batches, steps: int | None) -> None:
+    """Optimizer steps up to `steps`; after a resume it begins where the checkpoint ended."""
+    assert steps is not None  # resolve() fills it in where there is no script
+    engine.train()
+    for step in range(engine.global_steps, steps):
+        for batch in batches.micro_batches(step):
+            tokens, targets = batch.to(engine.device)
+            loss = engine(tokens, targets)
+            engine.backward(loss)
+            engine.step()
+        check(engine, step + 1)
+
+
+def check(engine: Engine, step: int) -> None:
+    """A gradient that is not finite has spoiled the parameters of this step: further steps would only hide where it
+    began."""
+    norm = engine.get_global_grad_norm()
+    if engine.config.precision == "fp16":
+        return  # its loss scale answers; what it can't answer is the engine's error
+    if norm is not None and not math.isfinite(norm):
+        raise TrainingError(
+            f"the gradient norm is {norm} at step {step}{engine.steering.whose()}: lower optimizer.params.lr, set "
+            "gradient_clipping, or look at the data; "
+            "launch with --resume to continue from the newest checkpoint",
+            engine.steering.culprit,
+        )

@@ -1,0 +1,53 @@
+"""The GPU's part in updating offloaded states: they stream through it in chunks, beside the computing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from runtime import native
+from runtime.comm.transfer import Copy, CudaCopy
+from runtime.plan.layout import STATE_BYTES
+
+SLOTS = 3
+"""One is being loaded, one updated, one stored."""
+
+
+def _chunk(chunk_bytes: int) -> int:
+    """Elements."""
+    return max(64, chunk_bytes // STATE_BYTES // 64 * 64)
+
+
+def ring_bytes(chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> int:
+    """What a streamer takes on the device."""
+    return SLOTS * _chunk(chunk_bytes) * (STATE_BYTES + gradient.itemsize + out.itemsize)
+
+
+class GpuStreamer:
+    """`native.StreamedAdamW` as a HostSide uses it."""
+
+    def __init__(self, device: torch.device, chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> None:
+        """chunk_bytes: of states in each slot. gradient, out: what pieces may have on the host."""
+        self.device = device
+        chunk = _chunk(chunk_bytes)
+        sizes = {"grad_size": gradient.itemsize, "out_size": out.itemsize}
+        nbytes = native.StreamedAdamW.bytes_needed(chunk, SLOTS, **sizes)
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._idle = torch.cuda.Stream(device)
+        self._streamed = native.StreamedAdamW(self.memory, chunk=chunk, slots=SLOTS, **sizes)
+
+    def update(
+        self, pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float, after: torch.cuda.Event
+    ) -> Copy:
+        done = torch.cuda.Event()
+        done.record(self._idle)  # torch makes an event's handle when it is first recorded
+        self._streamed.step(
+            pieces,
+            [native.hyper(grad_scale=scale, **numbers) for numbers in hypers],
+            adamw=bool(hypers[0]["adamw"]),
+            wait_event=after.cuda_event,
+            signal_event=done.cuda_event,
+        )
+        return CudaCopy(self.device, done)

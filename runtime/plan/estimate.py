@@ -1,0 +1,108 @@
+"""What a step takes beyond the states, estimated from a GPT's shape; and shapes guessed from a parameter count.
+
+Torch-free. The figures are for the built-in GPT (no dropout, fused attention); other transformers of the same shape
+differ by some ten per cent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from runtime.config.presets import GPTConfig, unit_parameters
+
+CUDA_CONTEXT_BYTES = 500 * 10**6
+"""A process's CUDA context with its kernels: 0.3-0.6 GB are seen."""
+
+NCCL_BYTES = 600 * 10**6
+"""One NCCL communicator's channels: 544-688 MB were seen on A100."""
+
+# Layers and width of published models, for guessing the shape behind a parameter count.
+_SHAPES = (
+    (4, 256),
+    (8, 512),
+    (12, 768),
+    (24, 1024),
+    (24, 2048),
+    (32, 2560),
+    (32, 4096),
+    (40, 5120),
+    (60, 6656),
+    (80, 8192),
+)
+_SHAPES_LARGE = ((96, 12288), (118, 16384))
+
+
+def activation_bytes(
+    config: GPTConfig,
+    micro_batch: int,
+    seq_len: int,
+    element_bytes: int,
+    segments: int | None = None,
+    inputs_on_host: bool = False,
+) -> int:
+    """What autograd keeps from forward to backward, without the logits, plus one layer's worth for what backward holds.
+
+    Per token and layer 16 * dim elements: 2 norm inputs, 2 norm outputs, q, k, v, attention's output, and 8 around the
+    activation function (attention's output twice on a CPU, whose kernel leaves it in another order); and in fp32 two
+    numbers per norm and one per head. A test compares this with what autograd really saves.
+
+    segments: with activation checkpointing, the groups of layers of which only the input is kept; backward computes the
+    layers of one group again. None: everything is kept. inputs_on_host: only the input of the group at hand is there.
+    """
+    tokens = micro_batch * seq_len
+    layer = 16 * config.dim * element_bytes + 4 * (2 * 2 + config.heads)
+    ends = 2 * config.dim * element_bytes + 4 * 2 + 2 * 8
+    if segments is None:
+        return tokens * ((config.layers + 1) * layer + ends)
+    size = -(-config.layers // min(segments, config.layers))
+    inputs = tokens * config.dim * element_bytes
+    if not inputs_on_host:
+        inputs = kept_input_bytes(config, micro_batch, seq_len, element_bytes, segments)
+    return tokens * ((size + 1) * layer + ends) + inputs
+
+
+def kept_input_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int, segments: int) -> int:
+    """The inputs of all groups of layers, under activation checkpointing."""
+    size = -(-config.layers // min(segments, config.layers))
+    return micro_batch * seq_len * -(-config.layers // size) * config.dim * element_bytes
+
+
+def logits_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int) -> int:
+    """Logits in the model's precision, and in fp32 their log-softmax and its gradient: alive as backward starts."""
+    return micro_batch * seq_len * config.vocab_size * (element_bytes + 4 + 4)
+
+
+def fresh_gradient_bytes(config: GPTConfig, element_bytes: int, beside: int) -> int:
+    """Gradients as autograd makes them, each in memory of its own until the engine takes it over: what they add to the
+    `beside` bytes of activations and logits that are there as backward starts.
+
+    One is there at a time. A tied table's is a sum: the head's part is made first and stays until the embedding's is
+    there, too, and autograd adds the two into a third of the same size, when all activations are gone.
+    """
+    table = config.vocab_size * config.dim * element_bytes
+    if not config.tied:
+        return max(table, 4 * config.dim**2 * element_bytes)
+    return max(beside + table, 3 * table) - beside
+
+
+def context_bytes(world_size: int) -> int:
+    """CUDA context, and NCCL's channels when there is anyone to talk to."""
+    return CUDA_CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
+
+
+def guess_shape(parameters: int, vocab_size: int, seq_len: int) -> GPTConfig:
+    """A GPT of about this many parameters: width of the nearest published model, layers to make up the count."""
+    _, dim = min(_SHAPES + _SHAPES_LARGE, key=lambda shape: abs(math.log(12 * shape[0] * shape[1] ** 2 / parameters)))
+    left = max(1, parameters - 2 * vocab_size * dim)
+    layers = max(1, round(left / (12 * dim**2)))
+    return GPTConfig(layers, max(1, dim // 128), dim, vocab_size, seq_len)
+
+
+def guess_units(parameters: int, config: GPTConfig) -> list[tuple[str, int]]:
+    """Units of exactly `parameters` parameters in all, in the proportions of `config`'s own units."""
+    units = unit_parameters(config)
+    total = sum(numel for _, numel in units)
+    edges = [parameters * seen // total for seen in itertools.accumulate((numel for _, numel in units), initial=0)]
+    sizes = [end - start for start, end in itertools.pairwise(edges)]
+    return [(name, size) for (name, _), size in zip(units, sizes, strict=True)]

@@ -1,0 +1,346 @@
+"""What a run will take: bytes per GPU and on the host, and bytes sent per step, for every ZeRO stage. Torch-free.
+
+With Psi parameters on N ranks, Adam and 16-bit parameters with fp32 masters, ZeRO's own table (arXiv 1910.02054,
+section 5) counts 16 Psi bytes per GPU at stage 0, 4 Psi + 12 Psi / N at 1, 2 Psi + 14 Psi / N at 2 and 16 Psi / N at 3,
+with gradients in 16 bit. Gradients that accumulate in fp32, as here by default, take 4 bytes instead of 2.
+
+States (parameters, gradients, masters, optimizer) are exact for this engine's layout: every unit is padded to
+64 elements per rank. What the engine keeps in flight is a bound from the same layout. Activations, logits and context
+are estimates and marked so (runtime/plan/estimate.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from runtime.plan.estimate import (
+    activation_bytes,
+    context_bytes,
+    fresh_gradient_bytes,
+    kept_input_bytes,
+    logits_bytes,
+)
+from runtime.plan.inflight import borrowed_for_backward, copied_for_reduction, gathered
+from runtime.plan.layout import STATE_BYTES, kept_on_device, leaving_for_room, padded
+from runtime.plan.workload import ELEMENT_BYTES, Workload
+
+STAGES = (0, 1, 2, 3)
+SLOTS = 2
+"""Buffers in each direction that copies between GPU and host pass through, as runtime/offload/download.py has them."""
+SNAPSHOT_SLOT_BYTES = 2 * (32 << 20)
+"""Of a rank whose states are offloaded, as runtime/checkpoint/snapshot.py has them; a test compares."""
+STREAM_SLOTS = 3
+"""Pieces of states on the GPU at a time, as runtime/offload/streamed.py has them; a test compares."""
+
+CATEGORIES = (
+    "parameters", "gradients", "masters", "optimizer", "buffers", "activations", "logits", "temporary", "context",
+)  # fmt: skip
+"""buffers: what the engine holds beside the states, at its most. temporary: gradients between their birth in autograd
+and the engine's buffers, as far as they come on top of activations and logits."""
+EXACT = ("parameters", "gradients", "masters", "optimizer")
+"""Categories that follow from the layout alone; the others depend on what runs when, or are estimates."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """One way to run the workload. Bytes are per GPU (`gpu`) and for all ranks on one node (`host`), per category."""
+
+    stage: int | None
+    """None: plain data parallelism (torch's DDP), the thing to compare with."""
+    offload: bool
+    """Whether optimizer states are offloaded."""
+    gpu: dict[str, int]
+    host: dict[str, int]
+    sent_bytes: int
+    """Sent by each rank per optimizer step, with ring collectives."""
+    pcie_bytes: int
+    """Copied between each GPU and its host per optimizer step, both directions together."""
+    offload_parameters: bool = False
+    pinned_bytes: int = 0
+    """Of `host`, page-locked."""
+    snapshot_bytes: int = 0
+    """Page-locked host memory of all ranks on one node from which checkpoints are written beside training. Where the
+    host has less, they are written from the states themselves: so it is not part of `host`."""
+
+    @property
+    def label(self) -> str:
+        if self.stage is None:
+            return "data parallel"
+        moved = " + offload" if self.offload else " + offload_param" if self.offload_parameters else ""
+        return f"stage {self.stage}{moved}"
+
+    @property
+    def gpu_bytes(self) -> int:
+        return sum(self.gpu.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def state_bytes(self) -> int:
+        """Parameters, gradients, masters and optimizer states on the GPU: the part that ZeRO shares out."""
+        return sum(self.gpu[category] for category in EXACT)
+
+    @property
+    def variable_bytes(self) -> int:
+        """States and what the engine keeps in flight: what differs between layouts."""
+        return self.state_bytes + self.gpu["buffers"]
+
+    def document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "layout": self.label,
+            "stage": self.stage,
+            "offload_optimizer": self.offload,
+            "offload_param": self.offload_parameters,
+            "gpu_bytes": self.gpu_bytes,
+            "gpu_bytes_by_category": self.gpu,
+            "host_bytes": self.host_bytes,
+            "host_bytes_by_category": self.host,
+            "host_pinned_bytes": self.pinned_bytes,
+            "host_checkpoint_bytes": self.snapshot_bytes,
+            "sent_bytes_per_step": self.sent_bytes,
+            "pcie_bytes_per_step": self.pcie_bytes,
+        }
+
+
+def plan(workload: Workload) -> list[Layout]:
+    """Plain data parallelism, then stages 0-3, then stages 0-3 with the optimizer offloaded to the host, then, where
+    the workload offloads parameters, stage 3 with the parameters alone offloaded."""
+    staged = [stage_layout(workload, stage, offload) for offload in (False, True) for stage in STAGES]
+    if workload.offload_parameters:
+        staged.append(stage_layout(workload, 3, offload=False, parameters=True))
+    return [data_parallel(workload), *staged]
+
+
+def data_parallel(workload: Workload) -> Layout:
+    """torch's DDP with autocast: parameters, gradients and Adam's moments in fp32, 16 bytes per parameter.
+
+    Assumes gradient_as_bucket_view=True (without it DDP holds the gradients twice) and one all-reduce per step
+    (no_sync while accumulating). In 16 bit autocast keeps a cast copy of the weights from forward to backward.
+    """
+    count, world = workload.parameters, workload.world_size
+    cast_copy = ELEMENT_BYTES[workload.precision] * count if workload.precision != "fp32" else 0
+    states = {"parameters": 4 * count, "gradients": 4 * count, "masters": 0}
+    states |= {"optimizer": 4 * workload.moments * count, "buffers": cast_copy}
+    sent = _ring(2 * 4 * count, world)
+    host = _inputs_on_host(workload)
+    return Layout(None, False, states | _unshared(workload), host, sent, 0, pinned_bytes=sum(host.values()))
+
+
+def stage_layout(workload: Workload, stage: int, offload: bool = False, parameters: bool | None = None) -> Layout:
+    """This engine at a ZeRO stage, with the masters and optimizer states on the training device or (offload) on the
+    host. parameters: whether they are offloaded, too, at stage 3; None: with the states, where the workload says so."""
+    if stage not in STAGES:
+        raise ValueError(f"stage must be one of 0, 1, 2, 3, got {stage!r}")
+    world, remote = workload.world_size, workload.device != "cpu"
+    whole = workload.padded_parameters
+    owned = whole if stage == 0 else whole // world
+    offload_parameters = stage == 3 and (offload and workload.offload_parameters if parameters is None else parameters)
+    shards = stage == 3 and (world > 1 or (offload_parameters and remote))
+    waiting = _gathered(workload) // world if shards and offload_parameters else 0
+    offloaded = offloaded_ranges(workload, stage, waiting > 0) if offload else {}
+    on_host = sum(offloaded.values())
+    on_gpu = owned - on_host
+    own_gradients = workload.owns_gradients(stage)
+    masters = _masters(workload, on_gpu, offloaded, waiting > 0)
+    moments = 4 * workload.moments
+    accumulator = workload.accumulator_bytes
+    streamed = _stream_bytes(workload) if offloaded else 0
+    gpu = {
+        "parameters": workload.element_bytes * (_kept_at_stage_3(workload) - waiting if stage == 3 else whole),
+        "gradients": accumulator * (on_gpu if own_gradients else whole),
+        "masters": masters[0],
+        "optimizer": moments * on_gpu,
+        "buffers": _in_flight(workload, stage, shards) + streamed,
+    }
+    pinned, host = 0, dict[str, int]()
+    if offload or waiting:
+        states = {"gradients": accumulator * on_host if own_gradients else 0, "masters": masters[1]}
+        states |= {"optimizer": moments * on_host}
+        states |= {"staging": _staging(workload, own_gradients, max(offloaded.values(), default=0)) if remote else 0}
+        per_rank = states | {"parameters": workload.element_bytes * waiting}
+        host = {category: size * world for category, size in per_rank.items()}
+        if remote:
+            pinned = workload.pin_memory * sum(states.values()) * world
+            pinned += workload.pin_parameters * host["parameters"]
+    host |= _inputs_on_host(workload)
+    return Layout(
+        stage=stage,
+        offload=offload,
+        gpu=gpu | _unshared(workload),
+        host=host,
+        sent_bytes=_sent(workload, stage),
+        pcie_bytes=_pcie(workload, stage, on_host, waiting) if remote else 0,
+        offload_parameters=offload_parameters,
+        pinned_bytes=pinned + host.get("activations", 0),
+        snapshot_bytes=_snapshot(workload, stage, offloaded),
+    )
+
+
+def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
+    """Bytes on one node: every rank copies masters and optimizer states of its own range, at every stage. What offload
+    keeps on the host is read through slots instead. Buffers and frozen parameters are not in it.
+    (runtime/checkpoint/snapshot.py)"""
+    if not workload.checkpoints:
+        return 0
+    world = workload.world_size
+    apart = sum(offloaded.values()) // (world if stage == 0 else 1)
+    copied = (4 + 4 * workload.moments) * (workload.padded_parameters // world - apart)
+    return world * (copied + (SNAPSHOT_SLOT_BYTES if apart else 0))
+
+
+def _unshared(workload: Workload) -> dict[str, int]:
+    """What no stage changes."""
+    element, shape, batch = ELEMENT_BYTES[workload.precision], workload.shape, workload.micro_batch
+    activations = logits = temporary = 0
+    if shape is not None:
+        activations = activation_bytes(
+            shape, batch, workload.seq_len, element, workload.segments, _inputs_leave(workload)
+        )
+        logits = logits_bytes(shape, batch, workload.seq_len, element)
+        temporary = fresh_gradient_bytes(shape, element, beside=activations + logits)
+    context = context_bytes(workload.world_size) if workload.device == "cuda" else 0
+    return {"activations": activations, "logits": logits, "temporary": temporary, "context": context}
+
+
+def _inputs_leave(workload: Workload) -> bool:
+    """On a CPU they are in host memory already."""
+    return workload.inputs_on_host and workload.segments is not None and workload.device != "cpu"
+
+
+def _inputs_on_host(workload: Workload) -> dict[str, int]:
+    """Of all ranks; page-locked."""
+    if workload.shape is None or workload.segments is None or not _inputs_leave(workload):
+        return {}
+    element, batch = ELEMENT_BYTES[workload.precision], workload.micro_batch
+    kept = kept_input_bytes(workload.shape, batch, workload.seq_len, element, workload.segments)
+    return {"activations": kept * workload.world_size}
+
+
+def offloaded_ranges(workload: Workload, stage: int, waits: bool = False) -> dict[str, int]:
+    """Elements of each unit's states that a rank keeps on the host; whole units, those that are needed last. `waits`:
+    parameters that stage 3 gathers wait there, too."""
+    sharers = 1 if stage == 0 else workload.world_size
+    ranges = {name: padded(numel, workload.world_size) // sharers for name, numel in workload.units if numel}
+    stays = kept_on_device(list(ranges.values()), workload.offload_ratio)
+    leaves = leaving_for_room(list(ranges.values()), stays, _room_for_states(workload, stage, waits))
+    return {name: numel for (name, numel), leave in zip(ranges.items(), leaves, strict=True) if leave}
+
+
+def _room_for_states(workload: Workload, stage: int, waits: bool) -> int:
+    """Bytes of VRAM that zerotop.offload.vram_reserve_gib leaves to states (counted alike in offload/placement.py)."""
+    reserve, free, world = workload.vram_reserve_bytes, workload.free_vram_bytes, workload.world_size
+    if reserve is None or free is None or workload.device == "cpu":
+        return 0
+    whole, gathered_ = workload.padded_parameters, _gathered(workload)
+    kept = whole
+    if stage == 3 and (world > 1 or waits):
+        kept = workload.small_parameters + (0 if waits else gathered_ // world)
+    coming = workload.element_bytes * kept
+    coming += workload.accumulator_bytes * (whole // world if workload.owns_gradients(stage) else whole)
+    largest = sorted((numel for _, numel in workload.padded_units), reverse=True)[:2]
+    return max(0, free - coming - _stream_bytes(workload) - 2 * workload.element_bytes * sum(largest) - reserve)
+
+
+def _stream_bytes(workload: Workload) -> int:
+    """Of the GPU's memory through which offloaded states stream: masters and moments, gradients and new parameters."""
+    if not workload.stream_chunk_bytes or workload.device == "cpu":
+        return 0
+    chunk = max(64, workload.stream_chunk_bytes // STATE_BYTES // 64 * 64)
+    return STREAM_SLOTS * chunk * (STATE_BYTES + workload.accumulator_bytes + 4)
+
+
+def _masters(workload: Workload, on_gpu: int, offloaded: dict[str, int], waits: bool) -> tuple[int, int]:
+    """Bytes on the training device and on the host. fp32 parameters are their own masters unless parameters and states
+    are in different memories. on_gpu: elements of states there. `waits`: parameters that are gathered live on the
+    host."""
+    if workload.precision != "fp32":
+        return 4 * on_gpu, 4 * sum(offloaded.values())
+    if workload.device == "cpu":
+        return 0, 0
+    ranges = {name: numel // workload.world_size for name, numel in workload.padded_units}
+    moved = {name for name in ranges if waits and name != "small"}
+    apart_on_gpu = sum(ranges[name] for name in moved if name not in offloaded)
+    return 4 * apart_on_gpu, 4 * sum(numel for name, numel in offloaded.items() if name not in moved)
+
+
+def _gathered(workload: Workload) -> int:
+    """Padded elements that stage 3 gathers."""
+    return workload.padded_parameters - workload.small_parameters
+
+
+def _kept_at_stage_3(workload: Workload) -> int:
+    """Elements: the own ranges, and what is too small to gather."""
+    return _gathered(workload) // workload.world_size + workload.small_parameters
+
+
+def _in_flight(workload: Workload, stage: int, shards: bool) -> int:
+    """Most that the engine holds beside the states.
+
+    Whole accumulators are reduced in place, or through copies where gradients travel in another precision. Otherwise
+    whole gradients live in a pool, where ranges on their way to the host wait, too. Stage 3 also gathers parameters,
+    where it `shards` them.
+    """
+    units, reduced = workload.padded_units, workload.reduced_bytes(stage)
+    if workload.owns_gradients(stage):
+        nbytes = reduced * borrowed_for_backward(units, workload.arrivals)
+    else:
+        nbytes = 0 if reduced == workload.accumulator_bytes else reduced * copied_for_reduction(units)
+    return nbytes + (workload.element_bytes * gathered(units) if shards else 0)
+
+
+def _staging(workload: Workload, own_gradients: bool, largest: int) -> int:
+    """Host memory that copies pass through: slots for the gradients and for the new parameters of the largest range."""
+    down = workload.accumulator_bytes
+    if own_gradients:  # after no_sync gradients travel as they accumulated, if nothing is said about it
+        down = ELEMENT_BYTES[workload.reduce_dtype] if workload.reduce_dtype else max(down, workload.element_bytes)
+    return SLOTS * (down + workload.element_bytes) * largest
+
+
+def _ring(size: int, world_size: int) -> int:
+    """Bytes each rank sends to reduce-scatter or all-gather `size` bytes around a ring (an all-reduce is both)."""
+    return size * (world_size - 1) // world_size
+
+
+def _sent(workload: Workload, stage: int) -> int:
+    """Sent per rank and optimizer step.
+
+    Stage 0 all-reduces the gradients; 1 reduce-scatters them and gathers the new parameters; 2 reduce-scatters at every
+    micro-step, unless whole gradients accumulate; 3 also gathers at every forward and every backward, and so need not
+    at the end.
+    """
+    element, reduced = workload.element_bytes, workload.reduced_bytes(stage)
+    small = workload.small_parameters
+    reductions = (workload.accumulation if workload.owns_gradients(stage) else 1) * reduced
+    per_element = {
+        0: 2 * reduced,
+        1: reduced + element,
+        2: reductions + element,
+        3: reductions + workload.accumulation * 2 * element,
+    }[stage]
+    regathered = (2 * workload.accumulation - 1) * element * small if stage == 3 else 0  # of small ones: once a step
+    return _ring(per_element * workload.padded_parameters - regathered, workload.world_size)
+
+
+def _pcie(workload: Workload, stage: int, on_host: int, waiting: int) -> int:
+    """Copied per rank and step: gradients down (at every micro-step where only own ranges accumulate), new parameters
+    up. Parameters
+    that wait on the host come up for every forward and backward instead."""
+    down = workload.accumulator_bytes
+    if workload.owns_gradients(stage):
+        down = workload.accumulation * workload.reduced_bytes(stage)
+    gathers = 2 * workload.accumulation * workload.element_bytes * waiting
+    return (down + workload.element_bytes) * on_host - workload.element_bytes * min(waiting, on_host) + gathers
+
+
+def find(layouts: Sequence[Layout], stage: int | None, offload: bool = False, parameters: bool = False) -> Layout:
+    """The layout of that stage in what `plan` returned. parameters: the one with the parameters alone offloaded."""
+    return next(
+        layout
+        for layout in layouts
+        if (layout.stage, layout.offload) == (stage, offload) and (offload or layout.offload_parameters == parameters)
+    )

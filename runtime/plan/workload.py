@@ -1,0 +1,210 @@
+"""What runtime/plan.py plans for, and the way there from a resolved config. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from runtime.config.presets import GPTConfig, ModelError, gradient_arrivals, load_model_config, unit_parameters
+from runtime.config.vocab import count_tokens
+from runtime.plan.layout import padded
+
+if TYPE_CHECKING:
+    from runtime.config import Resolved
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+# fp32 state tensors per parameter; SGD and RMSprop depend on their settings.
+_MOMENTS = {"Adagrad": 1, "ASGD": 1}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Workload:
+    """A model and how it is trained. `units` are (name, parameters) in forward order, as the engine cuts the model."""
+
+    name: str
+    units: tuple[tuple[str, int], ...]
+    shape: GPTConfig | None
+    """None: a model of the user's own, whose activations and logits are not known and count as nothing."""
+    world_size: int
+    arrivals: tuple[str, ...] = ()
+    """The unit of each parameter in the order in which backward makes their gradients; empty: one unit after the other,
+    last to first."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Where the ranks train. On a CPU what is offloaded stays in the same memory."""
+    precision: str = "bf16"
+    grad_accum_dtype: str = "fp32"
+    reduce_dtype: str | None = None
+    """Precision in which gradients travel and wait to be reduced. None: that of the model from stage 2 on, else that in
+    which they accumulate."""
+    moments: int = 2
+    """fp32 state tensors per parameter that the optimizer keeps: 2 for Adam."""
+    micro_batch: int = 1
+    accumulation: int = 1
+    seq_len: int = 1024
+    offload_ratio: float = 1.0
+    """Share of the states that offload moves to the host, as near as whole units come to it."""
+    offload_parameters: bool = False
+    """Whether at stage 3 offload moves the parameters, too."""
+    vram_reserve_bytes: int | None = None
+    """States that offload would move stay on the GPU as far as this much of it stays free. None: none of them do."""
+    free_vram_bytes: int | None = None
+    """Of a GPU before the model is there. None: not known, and vram_reserve_bytes keeps nothing on the GPU."""
+    stream_chunk_bytes: int = 0
+    """States per piece that streams through the GPU where it updates offloaded ones, if any are; 0: it doesn't."""
+    pin_memory: bool = True
+    pin_parameters: bool = True
+    """Whether offloaded parameters are page-locked."""
+    accumulate_locally: bool = False
+    """zerotop.accumulate "local": whole gradients until the boundary also at stages 2 and 3."""
+    segments: int | None = None
+    """Groups of layers whose activations backward computes again. None: all activations are kept."""
+    inputs_on_host: bool = False
+    """Whether the inputs of those groups wait in host memory."""
+    shape_guessed: bool = False
+    checkpoints: bool = True
+    """Whether any are written beside training."""
+
+    def __post_init__(self) -> None:
+        for field in ("world_size", "micro_batch", "accumulation", "seq_len"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("precision", "grad_accum_dtype"):
+            if getattr(self, field) not in ELEMENT_BYTES:
+                raise ValueError(f"{field}: expected one of {', '.join(ELEMENT_BYTES)}, got {getattr(self, field)!r}")
+        if self.reduce_dtype is not None and self.reduce_dtype not in ELEMENT_BYTES:
+            raise ValueError(f"reduce_dtype: expected one of {', '.join(ELEMENT_BYTES)}, got {self.reduce_dtype!r}")
+        if not 0 <= self.offload_ratio <= 1:
+            raise ValueError(f"offload_ratio must be between 0 and 1, got {self.offload_ratio}")
+        if not self.units or any(numel < 0 for _, numel in self.units):
+            raise ValueError("units must name at least one unit, none with a negative size")
+
+    @property
+    def parameters(self) -> int:
+        return sum(numel for _, numel in self.units)
+
+    @property
+    def padded_parameters(self) -> int:
+        return sum(padded(numel, self.world_size) for _, numel in self.units)
+
+    @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.precision]
+
+    @property
+    def accumulator_bytes(self) -> int:
+        return ELEMENT_BYTES[self.grad_accum_dtype]
+
+    def owns_gradients(self, stage: int) -> bool:
+        """Whether a rank keeps only its own range of the accumulated gradients."""
+        return stage >= 2 and not self.accumulate_locally
+
+    def reduced_bytes(self, stage: int) -> int:
+        """Per element of a gradient that travels."""
+        own = self.owns_gradients(stage)
+        return ELEMENT_BYTES[self.reduce_dtype or (self.precision if own else self.grad_accum_dtype)]
+
+    @property
+    def padded_units(self) -> list[tuple[str, int]]:
+        return [(name, padded(numel, self.world_size)) for name, numel in self.units]
+
+    @property
+    def small_parameters(self) -> int:
+        """Padded; whole on every rank also at stage 3."""
+        return sum(padded(numel, self.world_size) for name, numel in self.units if name == "small")
+
+
+def workload_of(
+    resolved: Resolved,
+    name: str,
+    units: Sequence[tuple[str, int]],
+    shape: GPTConfig | None,
+    world_size: int | None = None,
+) -> Workload:
+    """The workload of a config. units: (name, parameters) in forward order. shape: None where it isn't known.
+    world_size: instead of the config's."""
+    offload, parameters, checkpointing = (
+        resolved.offload_optimizer, resolved.offload_param, resolved.activation_checkpointing
+    )  # fmt: skip
+    section = resolved.zerotop.offload
+    reserve = section.vram_reserve_gib
+    streams = (offload is None or offload.pin_memory) and section.update != "cpu" and _is_adam(resolved)
+    segments = None
+    if checkpointing is not None and shape is not None:
+        segments = checkpointing.number_checkpoints or shape.layers
+    return Workload(
+        name=name,
+        units=tuple(units),
+        shape=shape,
+        world_size=resolved.world_size if world_size is None else world_size,
+        arrivals=_arrivals(resolved, units, shape),
+        device=resolved.device,
+        precision=resolved.precision,
+        grad_accum_dtype=resolved.grad_accum_dtype,
+        reduce_dtype=resolved.communication_data_type,
+        moments=moments(resolved),
+        micro_batch=resolved.micro_batch,
+        accumulation=resolved.accumulation,
+        seq_len=resolved.zerotop.data.seq_len,
+        offload_ratio=offload.ratio if offload else 1.0,
+        offload_parameters=parameters is not None,
+        vram_reserve_bytes=None if reserve is None else int(reserve * 2**30),
+        stream_chunk_bytes=int(section.chunk_mib * 2**20) if streams else 0,
+        pin_memory=offload.pin_memory if offload else True,
+        pin_parameters=parameters.pin_memory if parameters else True,
+        accumulate_locally=resolved.zerotop.accumulate == "local",
+        segments=segments,
+        inputs_on_host=checkpointing is not None and checkpointing.cpu_checkpointing,
+        checkpoints=bool(resolved.zerotop.checkpoint.interval or resolved.zerotop.checkpoint.minutes),
+    )
+
+
+def built_in_workload(resolved: Resolved, folder: Path) -> Workload | None:
+    """Of the built-in trainer under this config, whose relative paths start in `folder`; None when its model or
+    tokenizer can't be read from here."""
+    section = resolved.zerotop.model
+    try:
+        tokens = count_tokens(resolved.zerotop.data.tokenizer, folder)
+        shape = load_model_config(section, tokens, resolved.zerotop.data.seq_len)
+        units = unit_parameters(shape, resolved.persistence_threshold, resolved.zerotop.units)
+    except (OSError, ValueError, ModelError):
+        return None
+    return workload_of(resolved, str(section.preset), units, shape)
+
+
+def _arrivals(resolved: Resolved, units: Sequence[tuple[str, int]], shape: GPTConfig | None) -> tuple[str, ...]:
+    """Where `units` are what the shape is cut into."""
+    if shape is None:
+        return ()
+    try:
+        found = gradient_arrivals(shape, resolved.persistence_threshold, resolved.zerotop.units)
+    except ModelError:
+        return ()
+    return found if set(found) == {name for name, _ in units} else ()
+
+
+def _is_adam(resolved: Resolved) -> bool:
+    return resolved.optimizer is None or resolved.optimizer.type in ("Adam", "AdamW")
+
+
+def moments(resolved: Resolved) -> int:
+    """fp32 state tensors per parameter that the optimizer keeps."""
+    optimizer = resolved.optimizer
+    if optimizer is None:
+        return 2
+    extra = optimizer.extra
+    if optimizer.type == "SGD":
+        return int(bool(extra.get("momentum")))
+    if optimizer.type == "RMSprop":
+        return 1 + bool(extra.get("momentum")) + bool(extra.get("centered"))
+    return _MOMENTS.get(optimizer.type, 2)
+
+
+def workload_document(workload: Workload) -> dict[str, Any]:
+    """For JSON."""
+    document = dataclasses.asdict(workload)
+    del document["arrivals"]
+    document["units"] = [{"name": name, "parameters": numel} for name, numel in workload.units]
+    return document | {"parameters": workload.parameters, "padded_parameters": workload.padded_parameters}

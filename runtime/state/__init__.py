@@ -1,0 +1,1 @@
+"""What a training step changes: parameters, gradients, optimizer states, counters and the loss scale."""
