@@ -7,7 +7,9 @@ Two spinning threads on a busy two-core machine make small operations 30 times s
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mark = item.get_closest_marker("timeout")
         seconds = float(mark.args[0]) if mark else usual
         item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for sockets: the path of a Unix socket has at most 107 characters, and tmp_path is long."""
+    with tempfile.TemporaryDirectory(prefix="zt-", dir="/tmp") as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")

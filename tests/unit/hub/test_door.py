@@ -26,8 +26,8 @@ from zerotop.source.live import LiveSource
 
 
 @pytest_asyncio.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    made = Bench(tmp_path, nproc=2)
+async def bench(short_folder: Path) -> AsyncIterator[Bench]:
+    made = Bench(short_folder, nproc=2)
     yield made
     await made.close()
 

@@ -17,8 +17,8 @@ from tests.harness.waiting import until_async
 
 
 @pytest_asyncio.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    made = Bench(tmp_path)
+async def bench(short_folder: Path) -> AsyncIterator[Bench]:
+    made = Bench(short_folder)
     yield made
     await made.close()
 

@@ -83,15 +83,15 @@ def test_an_ascii_locale_takes_names_in_utf8(home) -> None:
 
 
 @pytest.mark.parametrize("taken", ["a file", "a link"])
-def test_a_sockets_home_that_is_somebody_elses_is_led_around(tmp_path, monkeypatch, taken) -> None:
-    usual = tmp_path / "zerotop-7"
+def test_a_sockets_home_that_is_somebody_elses_is_led_around(short_folder, monkeypatch, taken) -> None:
+    usual = short_folder / "zerotop-7"
     monkeypatch.setattr(paths, "sockets_home", lambda: usual)
     usual.touch() if taken == "a file" else usual.symlink_to("/")
     folder = make_sockets_folder()
-    assert folder.parent.parent == tmp_path and folder.parent.name.startswith("zerotop-7-")
+    assert folder.parent.parent == short_folder and folder.parent.name.startswith("zerotop-7-")
     assert folder.stat().st_mode & 0o777 == folder.parent.stat().st_mode & 0o777 == 0o700
     remove_sockets(folder)
-    assert list(tmp_path.iterdir()) == [usual]
+    assert list(short_folder.iterdir()) == [usual]
 
 
 def test_what_is_removed_as_sockets_lies_in_a_sockets_home(tmp_path, monkeypatch) -> None:

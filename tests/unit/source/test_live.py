@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,15 +17,8 @@ from zerotop.source.live import LiveSource
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    # Not tmp_path: a Unix socket's path holds 107 characters.
-    with tempfile.TemporaryDirectory(prefix="zt-", dir="/tmp") as name:
-        yield Path(name)
-
-
-@pytest.fixture
-def hub(folder: Path) -> Iterator[FakeHub]:
-    hub = FakeHub(folder)
+def hub(short_folder: Path) -> Iterator[FakeHub]:
+    hub = FakeHub(short_folder)
     yield hub
     hub.close()
 
@@ -131,8 +123,8 @@ def test_final_status_ends_it_and_the_state_stays(hub: FakeHub, source: LiveSour
     assert "has ended (finished)" in record.ack.reason
 
 
-def test_a_hub_that_vanishes_leaves_the_directorys_word(folder: Path) -> None:
-    hub = FakeHub(folder)
+def test_a_hub_that_vanishes_leaves_the_directorys_word(short_folder: Path) -> None:
+    hub = FakeHub(short_folder)
     died = RunStatus(name="r1", state="failed", reason="the supervisor was killed")
     alive = [True]
     source = LiveSource(hub.sockets, read_status=lambda: None if alive[0] else died)

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import subprocess
-import tempfile
 import threading
 import time
 import warnings
@@ -30,21 +29,15 @@ from tests.harness.waiting import patient, until
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="zt-", dir="/tmp") as name:  # short: a socket's path holds 107 characters
-        yield Path(name)
-
-
-@pytest.fixture
-def hub(folder: Path) -> Iterator[RankHub]:
-    hub = RankHub(folder)
+def hub(short_folder: Path) -> Iterator[RankHub]:
+    hub = RankHub(short_folder)
     yield hub
     hub.close()
 
 
 @pytest.fixture
-def telemetry(folder: Path) -> Iterator[Telemetry]:
-    telemetry = Telemetry(rank=0, attempt=1, sockets=Sockets(folder))
+def telemetry(short_folder: Path) -> Iterator[Telemetry]:
+    telemetry = Telemetry(rank=0, attempt=1, sockets=Sockets(short_folder))
     yield telemetry
     telemetry.close(0.2)
 
@@ -164,10 +157,10 @@ def test_events_come_again_when_asked_for(hub: RankHub, telemetry: Telemetry) ->
     assert [hub.event_frames() for _ in range(6)] == frames
 
 
-def test_events_wait_for_a_hub_that_comes_later(folder: Path, telemetry: Telemetry) -> None:
+def test_events_wait_for_a_hub_that_comes_later(short_folder: Path, telemetry: Telemetry) -> None:
     telemetry.start(hello())
     telemetry.event("note", "nobody there")
-    hub = RankHub(folder)
+    hub = RankHub(short_folder)
     try:
         assert hub.event("hello") == hello()
         telemetry.event("note", "now")

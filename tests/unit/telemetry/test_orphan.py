@@ -8,7 +8,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -34,12 +33,6 @@ def supervisor() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="zt-", dir="/tmp") as name:
-        yield Path(name)
-
-
 def no_pidfd(pid: int, flags: int = 0) -> int:
     raise OSError(errno.ENOSYS, "no such system call")
 
@@ -48,13 +41,13 @@ def no_pidfd(pid: int, flags: int = 0) -> int:
 def test_a_paused_rank_wakes_when_its_supervisor_dies(
     pidfd: bool,
     supervisor: subprocess.Popen[bytes],
-    folder: Path,
+    short_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     if not pidfd:
         monkeypatch.setattr(os, "pidfd_open", no_pidfd)
-    telemetry = Telemetry(rank=0, attempt=1, sockets=Sockets(folder), supervisor_pid=supervisor.pid)
+    telemetry = Telemetry(rank=0, attempt=1, sockets=Sockets(short_folder), supervisor_pid=supervisor.pid)
     telemetry.start(hello())
     assert telemetry._watch is not None
     try:
@@ -123,10 +116,10 @@ threading.Event().wait()  # stuck, as in a collective that never ends
 
 @pytest.mark.parametrize("then", ["hangs", "closes"])
 def test_an_orphan_that_does_not_leave_ends_itself_after_the_grace(
-    then: str, supervisor: subprocess.Popen[bytes], folder: Path
+    then: str, supervisor: subprocess.Popen[bytes], short_folder: Path
 ) -> None:
     rank = subprocess.Popen(
-        [sys.executable, "-c", RANK, str(folder), str(supervisor.pid), then],
+        [sys.executable, "-c", RANK, str(short_folder), str(supervisor.pid), then],
         env={**os.environ, GRACE_VARIABLE: "0.3"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -144,10 +137,10 @@ def test_an_orphan_that_does_not_leave_ends_itself_after_the_grace(
 
 
 @pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan"])
-def test_a_grace_that_is_no_time_is_refused(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grace_that_is_no_time_is_refused(text: str, short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GRACE_VARIABLE, text)
     with pytest.raises(TelemetryError, match=f"{GRACE_VARIABLE}: expected a number of seconds from 0, got '{text}'"):
-        Telemetry(rank=0, attempt=1, sockets=Sockets(folder)).start(hello())
+        Telemetry(rank=0, attempt=1, sockets=Sockets(short_folder)).start(hello())
 
 
 def test_the_grace_is_a_minute_unless_set(monkeypatch: pytest.MonkeyPatch) -> None:
