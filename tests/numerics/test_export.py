@@ -19,6 +19,7 @@ from tests.numerics.training import config, micro_batch
 from zerotop.cli import main
 
 INDEX = "model.safetensors.index.json"
+pytestmark = pytest.mark.usefixtures("export_here")
 
 
 def trained(settings, model) -> object:
@@ -45,7 +46,7 @@ def save(folder: str, settings, kind: str) -> dict[str, torch.Tensor]:
 
 
 def export(*words: object) -> Path:
-    """`zerotop export WORDS...`, in this process but for its child; OUT."""
+    """`zerotop export WORDS...`; OUT."""
     assert main(["export", *map(str, words)]) == 0
     return Path(str(words[1]))
 

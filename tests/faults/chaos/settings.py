@@ -9,7 +9,7 @@ from typing import Any
 from tests.harness.cpu import BF16_IF_QUICK
 
 STEPS = 500
-"""Of every run. A round whose run has finished goes on with a new one."""
+"""Of every run but references. A round whose run has finished goes on with a new one."""
 INTERVAL = 5
 KEPT = 3
 _CPU = {"device": "cpu", "pin_memory": False}
@@ -27,8 +27,9 @@ ENVIRONMENT = {
 }
 
 
-def write_config(folder: Path, variant: int, checkpoints: Path | None) -> Path:
-    """The config of a variant; without `checkpoints` that of its reference, which makes none."""
+def write_config(folder: Path, variant: int, checkpoints: Path | None, steps: int = STEPS) -> Path:
+    """The config of a variant; without `checkpoints` that of its reference, which makes none. No loss depends on how
+    many steps there are."""
     text = folder / "text.txt"
     if not text.exists():
         text.write_text("What is written down is kept, and what is kept can be read again. " * 400)
@@ -42,7 +43,7 @@ def write_config(folder: Path, variant: int, checkpoints: Path | None) -> Path:
         "zerotop": {
             "model": {"preset": "gpt-tiny"},
             "data": {"seq_len": 64, "files": ["text.txt"]},
-            "train": {"steps": STEPS, "seed": variant},
+            "train": {"steps": steps, "seed": variant},
             "checkpoint": saving,
             "restarts": {"limit": 1000, "window_minutes": 1.0, "on_hang": True},
         },
