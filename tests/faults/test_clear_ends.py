@@ -106,10 +106,10 @@ def fail():
 def launch(launch_real: Callable[..., StartedRun], tmp_path: Path) -> Callable[..., tuple[StartedRun, RunStatus]]:
     """`launch(BREAKING, nproc)`: the script with this in it, and how it ended."""
 
-    def begin(breaking: str, nproc: int = 2) -> tuple[StartedRun, RunStatus]:
+    def begin(breaking: str, nproc: int = 2, restarts: int = 1) -> tuple[StartedRun, RunStatus]:
         script = tmp_path / "mine.py"
         script.write_text(SCRIPT.replace("BREAKING", breaking))
-        run = launch_real(CONFIG, nproc=nproc, script=[str(script)], overrides=["zerotop.restarts.limit=1"])
+        run = launch_real(CONFIG, nproc=nproc, script=[str(script)], overrides=[f"zerotop.restarts.limit={restarts}"])
         return run, run.see_end("failed", DEADLINE_S)
 
     return begin
@@ -158,7 +158,7 @@ def test_a_model_that_initialize_has_no_room_for(launch):
 
 
 def test_a_crash_in_native_code_leaves_the_python_stack(launch):
-    _, status = launch(SEGV)
+    _, status = launch(SEGV, restarts=0)
     assert status.reason.startswith("rank 1 was killed by SIGSEGV (a crash in native code")
     assert (status.failed_rank, status.exit_code) == (1, -signal.SIGSEGV)
     lines = status.error.splitlines()
@@ -167,6 +167,6 @@ def test_a_crash_in_native_code_leaves_the_python_stack(launch):
 
 
 def test_a_rank_that_lost_its_peer_hides_nothing(launch):
-    _, status = launch(PEER)
+    _, status = launch(PEER, restarts=0)
     assert status.reason.startswith("rank 1 failed after step 2: KeyError: 'the batch that broke it'")
     assert status.failed_rank == 1 and "KeyError" in status.error

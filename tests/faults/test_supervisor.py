@@ -286,7 +286,7 @@ def test_a_removed_run_directory_is_made_again_and_the_run_stops(start: Start) -
 def test_what_can_not_start_leaves_nothing(start: Start) -> None:
     with pytest.raises(RunError, match="can't start the ranks: /no/such/program"):
         start({"command": ["/no/such/program"], "name": "never"})
-    assert not (runs_home() / "never").exists()
+    until(lambda: not (runs_home() / "never").exists(), "its directory is gone")
 
 
 def test_a_name_is_taken_once(start: Start) -> None:
