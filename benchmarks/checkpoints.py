@@ -153,7 +153,7 @@ def rank(mode: str, steps: int, pairs: int, ga: int, folder: Path) -> None:
         (folder / "figures.json").write_text(json.dumps(found))
     dist.barrier()
     if mode == "zerotop":
-        from runtime.checkpoint.background import leave_all
+        from runtime.checkpoint.checkpointer import leave_all
 
         leave_all()
     os._exit(0)

@@ -17,28 +17,29 @@ from runtime import deepspeed_paths as deepspeedpaths
 if TYPE_CHECKING:
     from runtime import accelerator, checkpointing, comm, lr_schedules, ops, utils, zero
     from runtime.accelerator import get_accelerator
-    from runtime.api import add_config_arguments, init_distributed, initialize
+    from runtime.comm import init_distributed
     from runtime.config import ConfigError as DeepSpeedConfigError
     from runtime.engine import DeepSpeedEngine, Engine
+    from runtime.engine.deepspeed_config import DeepSpeedConfig
+    from runtime.engine.initialize import add_config_arguments, initialize
     from runtime.optim.optimizer import ZeroOptimizer as DeepSpeedOptimizer
     from runtime.utils import log_dist, logger
-    from runtime.utils.deepspeed_config import DeepSpeedConfig
     from runtime.utils.loading import OnDevice
 
 DEEPSPEED_VERSION = "0.19.6"
 """See `__version__`: the DeepSpeed whose sources and tests this package was compared with."""
 
 _FROM = {
-    "DeepSpeedConfig": "utils.deepspeed_config",
+    "DeepSpeedConfig": "engine.deepspeed_config",
     "DeepSpeedConfigError": "config:ConfigError",
     "DeepSpeedEngine": "engine",
     "DeepSpeedOptimizer": "optim.optimizer:ZeroOptimizer",
     "Engine": "engine",
     "OnDevice": "utils.loading",
-    "add_config_arguments": "api",
+    "add_config_arguments": "engine.initialize",
     "get_accelerator": "accelerator",
-    "init_distributed": "api",
-    "initialize": "api",
+    "init_distributed": "comm",
+    "initialize": "engine.initialize",
     "log_dist": "utils",
     "logger": "utils",
 }

@@ -117,7 +117,7 @@ def _failed(error: BaseException) -> int:
     from runtime.config import ConfigError
     from runtime.config.presets import ModelError
     from runtime.data import DataError
-    from runtime.state.precision import TrainingError
+    from runtime.engine.nonfinite import TrainingError
 
     if isinstance(error, ConfigError | DataError | ModelError):
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -145,11 +145,12 @@ def _explained(error: BaseException) -> tuple[tuple[str, ...], str] | None:
         return None
     try:
         from runtime.diagnose import outofmemory
-        from runtime.engine import setup
+        from runtime.engine.engine import Engine
+        from runtime.engine.session import current_session
 
-        found = outofmemory.explain(error, setup.current_session())
+        found = outofmemory.explain(error, current_session(), keep=Engine)
     except Exception as problem:  # even the import can fail when nothing is left; the traceback matters more
-        print(f"what held the memory can't be told: {type(problem).__name__}: {problem}", file=sys.stderr)
+        print(f"could not build the out-of-memory report: {type(problem).__name__}: {problem}", file=sys.stderr)
         return None
     return (found.lines, found.reason) if found is not None else None
 
@@ -157,7 +158,7 @@ def _explained(error: BaseException) -> tuple[tuple[str, ...], str] | None:
 def _goodbye(outcome: str, error: str, fatal: bool = False, culprit: int | None = None) -> None:
     """Tell the hub, if this rank got far enough to know it. fatal: another attempt would end the same way. culprit: the
     rank whose doing it is, where that is known."""
-    from runtime.engine.setup import current_session
+    from runtime.engine.session import current_session
 
     session = current_session()
     if session is not None:
@@ -167,10 +168,10 @@ def _goodbye(outcome: str, error: str, fatal: bool = False, culprit: int | None 
 def _leave(code: int) -> None:
     """Send what is left, and let the process group go without waiting for ranks that may be gone. A checkpoint that is
     being written is waited for; after a failure not for long, for other ranks' writers may be gone too."""
-    from runtime.engine.setup import current_session
+    from runtime.engine.session import current_session
 
-    if (background := sys.modules.get("runtime.checkpoint.background")) is not None:
-        background.leave_all(None if code == 0 else LAST_CHECKPOINT_S)
+    if (checkpointer := sys.modules.get("runtime.checkpoint.checkpointer")) is not None:
+        checkpointer.leave_all(None if code == 0 else LAST_CHECKPOINT_S)
 
     session = current_session()
     if session is not None:

@@ -23,14 +23,14 @@ class Trace:
         self.events: list[Event] = []
         self._training = threading.get_ident()
         self._forward: dict[str, int] = {}
-        names = {id(unit): unit.name for unit in engine.units}
-        for rule in engine.rules:
+        names = {id(unit): unit.name for unit in engine.state.units}
+        for rule in engine.state.shard_optimizers:
             rule.update = self._timed(rule.update, "update", rule.flat.name.partition("/")[0])
-        updates = engine.updates
-        updates._own_is_ready = self._timed(updates._own_is_ready, "wait", lambda position: _unit(engine, position))
+        updates = engine.state.updates
+        updates._shard_is_ready = self._timed(updates._shard_is_ready, "wait", lambda position: _unit(engine, position))
         updates.launch = self._timed(updates.launch, "step", "")
-        for unit in engine.units:
-            for module in [] if unit.stays else unit.modules:
+        for unit in engine.state.units:
+            for module in [] if unit.keep_unsharded else unit.modules:
                 module.register_forward_pre_hook(self._begins(names[id(unit)]))
                 module.register_forward_hook(self._ends(names[id(unit)]))
         engine.backward = self._timed(engine.backward, "backward", "")
@@ -71,5 +71,5 @@ class Trace:
 
 
 def _unit(engine: Any, position: int) -> str:
-    name: str = engine.rules[position].flat.name
+    name: str = engine.state.shard_optimizers[position].flat.name
     return name.partition("/")[0]

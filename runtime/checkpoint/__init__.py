@@ -11,12 +11,17 @@
       manifest.json             step, world size, parameter shapes, ...; sizes and SHA-256 of all other files
     FOLDER/latest               the newest one's TAG
 
-manifest (what a checkpoint says of itself) · folder (which ones there are, and the rename) · parts (tensors) · common,
-rng, registered (the rest) · describe (model/) · index, legacy (where tensors are) · plain, stored (what files hold,
-read without trusting it) · shards (written) · job, writing (all ranks together) · saving (by the ranks) · snapshot,
-background, process, writer (beside training) · fitting, loading · calls (an engine's own) · reading (whole tensors, in
-one process) · huggingface (safetensors) · target (the folder they go to) · export (the process that `zerotop export`
-starts). Every collective part runs on Gloo, on groups apart from training's.
+format/        these files, each read without trusting it
+capture        which tensors of the training state are written, in which pieces; buffers: whose buffers those are
+common         what is saved beside tensors; groups: parameter groups and schedules; describe: the files of model/;
+               registered: what scripts register
+checkpointer   saving and loading for one engine; snapshot: the copy that is written while training goes on
+writer         the process that writes it; writer_process: that process as its rank sees it; job: what it is told
+commit         writing together, and the rename
+load           reading into a training state; fit: whether it fits
+optimizer_states   optimizer.state_dict(), which is no checkpoint
+
+Every collective part runs on Gloo, on groups apart from training's.
 
 Writing and reading are imported at their first use: torch.distributed.checkpoint takes 48 MB of memory.
 """
@@ -25,34 +30,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.checkpoint.folder import complete, newest, prune, script_tag, step_tag
-from runtime.checkpoint.manifest import EVERYTHING, CheckpointError, Damaged, Manifest, Wanted, read_manifest
+from runtime.checkpoint.format.folder import complete, newest, prune, script_tag, step_tag
+from runtime.checkpoint.format.manifest import EVERYTHING, CheckpointError, Damaged, Manifest, Wanted, read_manifest
 from runtime.deepspeed_paths import attribute_of
 
 if TYPE_CHECKING:
     from runtime.checkpoint.job import on_rank_0
-    from runtime.checkpoint.loading import Loaded, load
-    from runtime.checkpoint.saving import save
 
 __all__ = [
     "EVERYTHING",
     "CheckpointError",
     "Damaged",
-    "Loaded",
     "Manifest",
     "Wanted",
     "complete",
-    "load",
     "newest",
     "on_rank_0",
     "prune",
     "read_manifest",
-    "save",
     "script_tag",
     "step_tag",
 ]
 
-_LATER = {"Loaded": "loading", "load": "loading", "on_rank_0": "job", "save": "saving"}
+_LATER = {"on_rank_0": "job"}
 
 
 def __getattr__(name: str) -> Any:

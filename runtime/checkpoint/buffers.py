@@ -9,15 +9,12 @@ rank's). At another one, and in an export, they are rank 0's.
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
 
 import torch
 
-from runtime.checkpoint.manifest import Manifest
+from runtime.checkpoint.format.manifest import Manifest
 from runtime.models.names import plain_name
-
-if TYPE_CHECKING:
-    from runtime.engine import Engine
+from runtime.state.train_state import TrainState
 
 Owners = dict[str, list[int]]
 """Of buffers that differ between ranks: for each rank, the first one that holds the same."""
@@ -25,10 +22,10 @@ ALIKE: Owners = {}
 """All ranks hold all buffers alike."""
 
 
-def buffers_of(engine: Engine) -> dict[str, torch.Tensor]:
+def buffers_of(state: TrainState) -> dict[str, torch.Tensor]:
     """Persistent buffers by name; one that several modules share has its first name only, as parameters do."""
     found: dict[int, tuple[str, torch.Tensor]] = {}
-    for path, module in engine.module.named_modules():
+    for path, module in state.module.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 found.setdefault(id(buffer), (plain_name(f"{path}.{name}" if path else name), buffer))
@@ -46,9 +43,9 @@ def key_for(name: str, manifest: Manifest, rank: int, world_size: int) -> str:
     return key_of(name, owners[rank] if owners is not None and world_size == manifest.world_size else 0)
 
 
-def owners_of(engine: Engine) -> Owners:
+def owners_of(state: TrainState) -> Owners:
     """Collective: which buffers differ between the ranks."""
-    comm, buffers = engine.comm, buffers_of(engine)
+    comm, buffers = state.comm, buffers_of(state)
     if comm.world_size == 1 or not buffers:
         return {}
     gathered = comm.gather_objects([_digest(buffer) for buffer in buffers.values()])
@@ -58,14 +55,14 @@ def owners_of(engine: Engine) -> Owners:
     return {name: found for name, found in owners.items() if any(found)}
 
 
-def own_buffers(engine: Engine, owners: Owners | None) -> dict[str, torch.Tensor]:
+def own_buffers(state: TrainState, owners: Owners | None) -> dict[str, torch.Tensor]:
     """What this rank writes beside rank 0, by key. owners None: all that it might have to."""
-    rank = engine.comm.rank
+    rank = state.comm.rank
     if rank == 0:
         return {}
     return {
         key_of(name, rank): buffer
-        for name, buffer in buffers_of(engine).items()
+        for name, buffer in buffers_of(state).items()
         if owners is None or (name in owners and owners[name][rank] == rank)
     }
 

@@ -7,22 +7,19 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import numpy as np
 
-from runtime.checkpoint import rng
 from runtime.checkpoint.buffers import Owners, buffers_of
-from runtime.checkpoint.describe import describe_model
+from runtime.checkpoint.capture import dtypes_of, frozen_names, shapes_of, tied_names
+from runtime.checkpoint.format.manifest import CheckpointError, Manifest
+from runtime.checkpoint.format.plain import load_file, load_stream, to_bytes
 from runtime.checkpoint.groups import check_groups, saved_groups
-from runtime.checkpoint.manifest import MODEL_FILES, CheckpointError, Manifest
-from runtime.checkpoint.parts import dtypes_of, frozen_names, shapes_of, tied_names
-from runtime.checkpoint.plain import load_file, load_stream, to_bytes
+from runtime.checkpoint.registered import Registered
+from runtime.host import rng
 from runtime.state.precision import DTYPES
-
-if TYPE_CHECKING:
-    from runtime.engine import Engine
+from runtime.state.train_state import TrainState
 
 COMMON = "common.pt"
 
@@ -34,19 +31,21 @@ def rng_file(rank: int) -> str:
     return f"rng-{rank}.pt"
 
 
-def own_files(engine: Engine) -> dict[str, bytes]:
-    """What every rank writes of its own."""
-    return {rng_file(engine.comm.rank): to_bytes(rng.get_state(engine.registered.generators))}
+def own_files(rank: int, generators: Mapping[str, rng.Generator]) -> dict[str, bytes]:
+    """What every rank writes of its own: its random number states. generators: those that the script registered."""
+    return {rng_file(rank): to_bytes(rng.get_state(generators))}
 
 
-def shared_files(engine: Engine, scalars: Scalars, client_state: dict[str, Any]) -> dict[str, bytes]:
-    """What rank 0 writes for all. Raises CheckpointError for what could not be read back: a checkpoint like that is
-    worse than an error now."""
+def common_file(
+    state: TrainState, scalars: Scalars, registered: Registered, client_state: dict[str, Any]
+) -> dict[str, bytes]:
+    """common.pt, which rank 0 writes for all. Raises CheckpointError for what could not be read back: a checkpoint like
+    that is worse than an error now."""
     common = {
         "scalars": scalars,
-        **saved_groups(engine),
-        "loss_scale": engine.scaler.state_dict(),
-        "registered": {name: item.state_dict() for name, item in engine.registered.items()},
+        **saved_groups(state),
+        "loss_scale": state.scaler.state_dict(),
+        "registered": {name: item.state_dict() for name, item in registered.items()},
         "client_state": client_state,
     }
     common = {name: _plain(value) for name, value in common.items()}
@@ -57,7 +56,7 @@ def shared_files(engine: Engine, scalars: Scalars, client_state: dict[str, Any])
         for name, value in common.items():
             _try_out(name, value)
         raise
-    return {COMMON: content, **described(engine)}
+    return {COMMON: content}
 
 
 def read_common(path: Path) -> dict[str, Any]:
@@ -89,19 +88,9 @@ def read_random(path: Path, rank: int) -> Mapping[str, Any]:
     return state
 
 
-_described: WeakKeyDictionary[Engine, dict[str, bytes]] = WeakKeyDictionary()
-
-
-def described(engine: Engine) -> dict[str, bytes]:
-    """The files of model/, read once: a tokenizer may be large."""
-    if engine not in _described:
-        _described[engine] = {f"{MODEL_FILES}/{name}": content for name, content in describe_model(engine).items()}
-    return _described[engine]
-
-
-def own_scalars(engine: Engine) -> list[tuple[int, dict[str, Any]]]:
+def own_scalars(state: TrainState) -> list[tuple[int, dict[str, Any]]]:
     """Of the parameter groups in this rank's shards; plain, for they go from rank to rank."""
-    return [pair for rule in engine.rules for pair in rule.scalars().items()]
+    return [pair for optimizer in state.shard_optimizers for pair in optimizer.scalars().items()]
 
 
 def merged(by_rank: list[list[tuple[int, dict[str, Any]]]]) -> Scalars:
@@ -109,29 +98,29 @@ def merged(by_rank: list[list[tuple[int, dict[str, Any]]]]) -> Scalars:
     return {group: scalars for pairs in by_rank for group, scalars in pairs}
 
 
-def manifest_of(engine: Engine, owners: Owners, with_frozen: bool = True) -> Manifest:
+def manifest_of(state: TrainState, owners: Owners, with_frozen: bool = True) -> Manifest:
     """Without what the writing itself adds."""
-    frozen = frozen_names(engine)
+    frozen = frozen_names(state)
     return Manifest(
-        step=engine.global_steps,
-        optimizer_step=engine.optimizer_steps,
-        foreign_steps=engine.foreign_steps,
-        world_size=engine.comm.world_size,
-        stage=engine.policy.stage,
-        precision=engine.config.precision,
-        optimizer=engine.optimizer.kind,
-        groups=len(engine.optimizer.param_groups),
-        lr_factor=engine.lr_factor,
-        config_digest=engine.config.digest(),
-        shapes=shapes_of(engine),
+        step=state.counters.global_steps,
+        optimizer_step=state.counters.optimizer_steps,
+        foreign_steps=state.counters.foreign_steps,
+        world_size=state.comm.world_size,
+        stage=state.policy.stage,
+        precision=state.config.precision,
+        optimizer=state.optimizer.kind,
+        groups=len(state.optimizer.param_groups),
+        lr_factor=state.counters.lr_factor,
+        config_digest=state.config.digest(),
+        shapes=shapes_of(state),
         dtypes={
             name: str(dtype).removeprefix("torch.")
-            for name, dtype in dtypes_of(engine).items()
-            if dtype != DTYPES[engine.config.precision]
+            for name, dtype in dtypes_of(state).items()
+            if dtype != DTYPES[state.config.precision]
         },
-        buffers={name: list(buffer.shape) for name, buffer in buffers_of(engine).items()},
+        buffers={name: list(buffer.shape) for name, buffer in buffers_of(state).items()},
         buffer_owners=owners,
-        tied=tied_names(engine),
+        tied=tied_names(state),
         frozen=frozen,
         excluded=[] if with_frozen else frozen,
     )

@@ -9,15 +9,14 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from runtime.config import Resolved
 from runtime.models.gpt import GPT
 from runtime.models.names import plain_name
-
-if TYPE_CHECKING:
-    from runtime.engine import Engine
+from runtime.wire.rundir import RunFile
 
 log = logging.getLogger("runtime.checkpoint")
 
@@ -50,27 +49,27 @@ _BESIDE_A_FILE = _TOKENIZER_FILES[1:5]
 _BYTES_NOTE = "bytes: tokens 0 to 255 are the bytes of UTF-8 text, 256 ends a document, the rest is padding"
 
 
-def describe_model(engine: Engine) -> dict[str, bytes]:
+def describe_model(model: nn.Module, config: Resolved, run: RunFile | None) -> dict[str, bytes]:
     """Small files by name: config.json and generation_config.json where the module has Hugging Face's, or is the
     built-in GPT, and the files of the tokenizer in zerotop.data.tokenizer.
 
     Changes nothing, takes no part in any collective, and never fails: what can't be described is left out with a
     warning, for a checkpoint without its config is worth more than none.
     """
-    files = _configs(engine)
+    files = _configs(model, config, run)
     try:
-        files |= _tokenizer(engine)
+        files |= _tokenizer(config.zerotop.data.tokenizer, run)
     except OSError as error:
         log.warning(f"zerotop.data.tokenizer: checkpoints go without it, for it can't be read: {error}")
     return files
 
 
-def _configs(engine: Engine) -> dict[str, bytes]:
+def _configs(model: nn.Module, settings: Resolved, run: RunFile | None) -> dict[str, bytes]:
     """Of the module, or of a module inside that is what its config says: then names lose the way to it at export."""
-    outer = getattr(engine.module, "_orig_mod", engine.module)  # torch.compile's wrapper
+    outer = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     for module, prefix in _candidates(outer):
         if isinstance(module, GPT):
-            return {"config.json": _to_bytes(_gpt_config(engine, module, prefix))}
+            return {"config.json": _to_bytes(_gpt_config(module, prefix, settings.zerotop.data.tokenizer, run))}
         config = _written(module, "config")
         if config is None:
             continue
@@ -157,16 +156,14 @@ def _written(module: nn.Module, attribute: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _gpt_config(engine: Engine, model: GPT, prefix: str) -> dict[str, Any]:
+def _gpt_config(model: GPT, prefix: str, tokenizer: str, run: RunFile | None) -> dict[str, Any]:
     config: dict[str, Any] = {"model_type": GPT_TYPE, GPT_KEY: dataclasses.asdict(model.config)}
-    run = engine.session.run
-    if run is not None and run.script is None and engine.config.zerotop.data.tokenizer == "bytes":
+    if run is not None and run.script is None and tokenizer == "bytes":
         config["zerotop_tokenizer"] = _BYTES_NOTE
     return config | ({PREFIX_KEY: prefix} if prefix else {})
 
 
-def _tokenizer(engine: Engine) -> dict[str, bytes]:
-    name, run = engine.config.zerotop.data.tokenizer, engine.session.run
+def _tokenizer(name: str, run: RunFile | None) -> dict[str, bytes]:
     if name == "bytes":
         return {}
     path = Path(run.config_folder if run is not None else "", Path(name).expanduser())

@@ -9,29 +9,27 @@ learning rates are other ones now, they stay, and the current rates follow from 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from runtime.checkpoint.manifest import CheckpointError
+from runtime.checkpoint.format.manifest import CheckpointError
 from runtime.optim.lr import Schedule
 from runtime.optim.optimizer import plain_numbers
-
-if TYPE_CHECKING:
-    from runtime.engine import Engine
+from runtime.state.train_state import TrainState
 
 Groups = list[dict[str, Any]]
 
 
-def saved_groups(engine: Engine) -> dict[str, Any]:
+def saved_groups(state: TrainState) -> dict[str, Any]:
     """What common.pt has of them. "lr" and "initial_lrs" are what earlier versions read."""
-    optimizer = engine.optimizer
+    optimizer = state.optimizer
     return {
         "groups": [plain_numbers(group) for group in optimizer.param_groups],
         "initial_groups": optimizer.initial_groups,
         "lr": [float(group["lr"]) for group in optimizer.param_groups],
         "initial_lrs": [float(group["lr"]) for group in optimizer.initial_groups],
-        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
+        "scheduler": state.lr_scheduler.state_dict() if state.lr_scheduler is not None else None,
     }
 
 
@@ -56,32 +54,32 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float | int) or (isinstance(value, torch.Tensor) and value.numel() == 1)
 
 
-def load_groups(engine: Engine, common: Mapping[str, Any], with_scheduler: bool) -> None:
+def load_groups(state: TrainState, common: Mapping[str, Any], with_scheduler: bool) -> None:
     """The groups' values and, if wanted, the scheduler. See [Note: what was changed for the resume]. Raises
     CheckpointError for a scheduler's state that it does not take."""
     saved, initial = _of(common)
-    fresh = [plain_numbers(group) for group in engine.optimizer.param_groups]
+    fresh = [plain_numbers(group) for group in state.optimizer.param_groups]
     for group, values, began, begins in zip(
-        engine.optimizer.param_groups, saved, initial, engine.optimizer.initial_groups, strict=True
+        state.optimizer.param_groups, saved, initial, state.optimizer.initial_groups, strict=True
     ):
         for key, value in values.items():
             if key != "params" and (key not in begins or _same(begins[key], began.get(key))):
                 _set(group, key, value)
-    bases = load_scheduler(engine, common) if with_scheduler else None
+    bases = load_scheduler(state, common) if with_scheduler else None
     if bases is None:
         return
     was, base = bases
     if was != base:
-        _follow(engine, saved, fresh, was, base)
+        _follow(state, saved, fresh, was, base)
         return
-    for group, values in zip(engine.optimizer.param_groups, saved, strict=True):
+    for group, values in zip(state.optimizer.param_groups, saved, strict=True):
         _set(group, "lr", values["lr"])  # also where the scheduler takes no notice of what the config says
 
 
-def load_scheduler(engine: Engine, common: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:
+def load_scheduler(state: TrainState, common: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:
     """The scheduler's state alone. Returns its base learning rates, as they were and as they are; None where it has
     none, or has set the groups' rates itself."""
-    scheduler, state = engine.lr_scheduler, common["scheduler"]
+    scheduler, state = state.lr_scheduler, common["scheduler"]
     if scheduler is None or state is None:
         return None
     bases = [(one, _base_lrs(one)) for one in _nested(scheduler)]
@@ -102,9 +100,9 @@ def load_scheduler(engine: Engine, common: Mapping[str, Any]) -> tuple[list[floa
     return next((pair for pair in found if pair[0] != pair[1]), found[0] if found else None)
 
 
-def _follow(engine: Engine, saved: Groups, fresh: Groups, was: list[float], base: list[float]) -> None:
+def _follow(state: TrainState, saved: Groups, fresh: Groups, was: list[float], base: list[float]) -> None:
     """Learning rates of the scheduler's step, from other base rates than those in the checkpoint."""
-    scheduler, optimizer = engine.lr_scheduler, engine.optimizer
+    scheduler, optimizer = state.lr_scheduler, state.optimizer
     if hasattr(scheduler, "_get_closed_form_lr"):
         rates = [float(rate) for rate in scheduler._get_closed_form_lr()]
     else:  # torch's others are multiples of the base rate

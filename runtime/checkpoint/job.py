@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime.checkpoint.manifest import CheckpointError, Manifest, root_cause
-from runtime.checkpoint.parts import Part
+from runtime.checkpoint.capture import Part
+from runtime.checkpoint.format.manifest import CheckpointError, Manifest, root_cause
 
 
 class Peers(Protocol):
@@ -20,6 +20,19 @@ class Peers(Protocol):
 
     def broadcast_object(self, value: Any) -> Any: ...
     def gather_objects(self, value: Any) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a script may want of a checkpoint."""
+
+    latest: bool = True
+    """A resume may begin from it, and FOLDER/latest names it."""
+    with_frozen: bool = True
+    """Parameters that are not trained are in it."""
+
+
+DEFAULTS = Options()
 
 
 @dataclass(frozen=True)

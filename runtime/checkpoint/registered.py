@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from runtime.checkpoint import rng
-from runtime.checkpoint.manifest import CheckpointError
+from runtime.checkpoint.format.manifest import CheckpointError
+from runtime.host import rng
 
 RESERVED = "zerotop:"
 """Begins the names of what the engine registers itself."""
@@ -63,6 +65,17 @@ class Registered:
             rng.restore(self.generators[name], self._generator_states.pop(name))
         elif name in self._objects and name in self._states:
             self._objects[name].load_state_dict(self._states.pop(name))
+
+
+@dataclass
+class ScriptState:
+    """What a script gave to be saved, and what the loaded checkpoint held for it."""
+
+    registered: Registered = field(default_factory=Registered)
+    client_state: dict[str, Any] = field(default_factory=dict)
+    """What save_checkpoint() was given last, or what the loaded checkpoint held: also keyboard checkpoints carry it."""
+    last_checkpoint: Path | None = None
+    """What the script saved or loaded last."""
 
 
 def _compare(name: str, generator: rng.Generator, state: Mapping[str, Any]) -> None:

@@ -17,19 +17,15 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from runtime import native
-from runtime.checkpoint.parts import Block, Part
+from runtime.checkpoint.capture import Block, Part
 from runtime.host.pinned import page_lock, page_unlock
+from runtime.plan.constants import SNAPSHOT_SLOT_BYTES, SNAPSHOT_SLOTS
+from runtime.zero.flat import FlatParamGroup
 
-if TYPE_CHECKING:
-    from runtime.zero.flat import Flat
-
-SLOT_BYTES = 32 << 20
-SLOTS = 2
 _ALIGNMENT = 64
 
 
@@ -91,7 +87,7 @@ class Snapshot:
     def __init__(self, blocks: Sequence[Block], bounded: bool = False) -> None:
         """bounded: only what a forward changes (buffers) is copied."""
         self._copied: list[tuple[Block, int]] = []
-        self._fed: dict[int, tuple[torch.Tensor, Flat | None]] = {}
+        self._fed: dict[int, tuple[torch.Tensor, FlatParamGroup | None]] = {}
         self.places: list[Place] = []
         """In the order in which they should be written."""
         at = 0
@@ -113,7 +109,7 @@ class Snapshot:
 
     def _add_fed(self, block: Block) -> None:
         for first, whole in block.parts:
-            for part in whole.split(max(1, SLOT_BYTES // whole.dtype.itemsize)):
+            for part in whole.split(max(1, SNAPSHOT_SLOT_BYTES // whole.dtype.itemsize)):
                 piece = block.view(first + part.start - whole.start, part)
                 self._fed[len(self.places)] = (piece, block.flat)
                 self.places.append(Place(part, None))
@@ -121,7 +117,7 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Of shared memory that it needs."""
-        return self.copied_bytes + (SLOTS * SLOT_BYTES if self._fed else 0)
+        return self.copied_bytes + (SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES if self._fed else 0)
 
     def copy(self, memory: SharedMemory) -> None:
         """Every block that training changes. On a GPU the copies are only begun: `copied` and `wait_device` say when
@@ -153,7 +149,7 @@ class Snapshot:
                 self._left[id(flat)] -= 1
                 self._changed.notify_all()
 
-    def wait_for(self, flat: Flat) -> None:
+    def wait_for(self, flat: FlatParamGroup) -> None:
         """Returns when `flat` may change. See [Note: blocks that stay]."""
         with self._changed:
             self._changed.wait_for(lambda: self._left.get(id(flat), 0) <= 0)
@@ -170,8 +166,28 @@ class Snapshot:
             self._changed.notify_all()
 
 
+class SnapshotGuard:
+    """Lets updates wait for what a checkpoint still reads. Holds the snapshot that was taken last."""
+
+    def __init__(self) -> None:
+        self._snapshot: Snapshot | None = None
+
+    def hold(self, snapshot: Snapshot | None) -> None:
+        self._snapshot = snapshot
+
+    def wait_for(self, flat: FlatParamGroup) -> None:
+        """Returns when the masters and states of `flat` may change."""
+        if self._snapshot is not None:
+            self._snapshot.wait_for(flat)
+
+    def wait_for_all(self) -> None:
+        """Returns when everything may change."""
+        if self._snapshot is not None:
+            self._snapshot.wait_for_all()
+
+
 def slot_at(copied_bytes: int, slot: int) -> int:
-    return copied_bytes + slot * SLOT_BYTES
+    return copied_bytes + slot * SNAPSHOT_SLOT_BYTES
 
 
 def _aligned(nbytes: int, step: int) -> int:

@@ -20,8 +20,9 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.checkpoint.manifest import CheckpointError, root_cause
-from runtime.checkpoint.process import ALIVE_S, IGNORED, MEETING_FOLDER, PEER_LOST
+from runtime.checkpoint.format.manifest import CheckpointError, root_cause
+from runtime.checkpoint.writer_process import ALIVE_S, IGNORED, MEETING_FOLDER, PEER_LOST
+from runtime.plan.constants import SNAPSHOT_SLOTS
 from runtime.telemetry.orphan import die_with_parent
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def main() -> None:
 
 def _save(job: Job, source: _Source, peers: _Peers) -> tuple[str, list[str]]:
     """What went wrong: with the checkpoint, and afterwards."""
-    from runtime.checkpoint.writing import write
+    from runtime.checkpoint.commit import write
 
     try:
         return "", write(job, source.read, peers)
@@ -111,7 +112,7 @@ class _Link:
 
 
 class _Peers:
-    """The writers of all ranks, over Gloo, as runtime.checkpoint.writing wants them."""
+    """The writers of all ranks, over Gloo, as runtime.checkpoint.commit wants them."""
 
     def __init__(self, store: str, rank: int, world_size: int) -> None:
         import torch.distributed as dist
@@ -159,7 +160,7 @@ class _Source:
 
     def _slot(self, index: int) -> int:
         """Where a piece is that was asked for. The one before it has been written: its slot is free for the next."""
-        from runtime.checkpoint.snapshot import SLOTS, slot_at
+        from runtime.checkpoint.snapshot import slot_at
 
         turn = self._turn[index]
         self._ask_up_to(turn)
@@ -168,13 +169,11 @@ class _Source:
             assert message[0] == "fed"
             self._fed.add(message[1])
         self._ask_up_to(turn + 1)
-        return slot_at(self._copied_bytes, turn % SLOTS)
+        return slot_at(self._copied_bytes, turn % SNAPSHOT_SLOTS)
 
     def _ask_up_to(self, turn: int) -> None:
-        from runtime.checkpoint.snapshot import SLOTS
-
         while self._asked <= min(turn, len(self._order) - 1):
-            self._link.send(("feed", self._order[self._asked], self._asked % SLOTS))
+            self._link.send(("feed", self._order[self._asked], self._asked % SNAPSHOT_SLOTS))
             self._asked += 1
 
 

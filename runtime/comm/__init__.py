@@ -3,10 +3,12 @@
 join      the process group: NCCL for GPUs, Gloo for CPUs
 group     `Comm`, the collectives of one group
 pending   a collective under way, on the host or on a GPU's own stream
-(ranks of one host without GPUs exchange through memory that they share: runtime/comm/shared_memory.py)
+shared_memory   the same between ranks of one host without GPUs
+objects   small things between ranks, as signed JSON
+transfer  copies between a GPU and its host
 
 [Note: what a reduce-scatter leaves behind]
-`reduce_scatter(buffer)` is "in place and the rest is clobbered": afterwards the own range of the buffer holds the sum,
+`reduce_scatter(buffer)` is "in place and the rest is clobbered": afterwards the own shard of the buffer holds the sum,
 the other ranges hold nothing of use. `into(target, add)` instead of `wait()` leaves the sum in another tensor, which
 saves a pass over memory wherever the ranks' buffers can be read directly.
 
@@ -18,14 +20,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from runtime.comm.group import Comm
-from runtime.comm.join import join_world
+from runtime.comm.join import init_distributed, join_world
 from runtime.comm.pending import Done, Pending
-
-if TYPE_CHECKING:
-    from runtime.api import init_distributed
 
 __all__ = ["Comm", "Done", "Pending", "get_local_rank", "init_distributed", "join_world"]
 
@@ -71,8 +70,6 @@ def get_local_rank() -> int:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "init_distributed":
-        return importlib.import_module("runtime.api").init_distributed
     if name in _TORCH:
         return getattr(importlib.import_module("torch.distributed"), name)
     raise AttributeError(f"module 'runtime.comm' has no attribute {name!r}")

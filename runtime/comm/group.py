@@ -100,9 +100,9 @@ class Comm:
         return self._start("all_reduce", buffer, lambda a: dist.all_reduce(buffer, group=self.group, async_op=a))
 
     def reduce_scatter(self, buffer: torch.Tensor) -> Pending:
-        """Sum `buffer` (1-D, a multiple of the world size) over ranks into this rank's range of it; the other ranges
+        """Sum `buffer` (1-D, a multiple of the world size) over ranks into this rank's shard of it; the other ranges
         are clobbered."""
-        own = self.own_range(buffer)
+        own = self.own_shard(buffer)
         if self.world_size == 1:
             return Done(own)
         if buffer.dtype in DTYPES and (exchange := self._exchange_for(buffer)) is not None:
@@ -142,7 +142,7 @@ class Comm:
             self.broadcast(flat, source)
             tensor.detach().copy_(flat.view(tensor.dtype).view(tensor.shape))
 
-    def own_range(self, buffer: torch.Tensor) -> torch.Tensor:
+    def own_shard(self, buffer: torch.Tensor) -> torch.Tensor:
         numel = buffer.numel() // self.world_size
         return buffer[self.rank * numel : (self.rank + 1) * numel]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,3 +60,12 @@ def _store_file(run: str) -> str:
     attempt = os.environ.get(ATTEMPT_VARIABLE, "1")
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return str(Path(read_run(Path(run)).sockets) / f"group-{attempt}-{restart}")
+
+
+def init_distributed(dist_backend: str | None = None, **_deepspeed_only: Any) -> torch.device:
+    """Join the process group (NCCL on GPUs, else Gloo), as `torchrun` or `zerotop launch` set it up. Returns this
+    rank's device.
+
+    dist_backend: "gloo" keeps the ranks on CPUs. DeepSpeed's other arguments are accepted and not needed.
+    """
+    return join_world("cpu" if dist_backend == "gloo" else os.environ.get("ZEROTOP_DEVICE", "auto"))

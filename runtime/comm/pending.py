@@ -25,7 +25,7 @@ class Pending(Protocol):
         """Makes the result usable by the caller (on CUDA: by the current stream)."""
 
     def into(self, target: torch.Tensor, add: bool) -> None:
-        """Instead of `wait`, for a reduce-scatter: leave the own range's sum in `target` (its size), or add it
+        """Instead of `wait`, for a reduce-scatter: leave the own shard's sum in `target` (its size), or add it
         there."""
 
     def fence(self) -> None:

@@ -256,7 +256,7 @@ class Posted:
             self._copy_ranges()
 
     def into(self, target: torch.Tensor, add: bool) -> None:
-        """For a reduce-scatter: the own range's sum in `target` (fp32 or 16 bit; it may be that range), or added there.
+        """For a reduce-scatter: the own shard's sum in `target` (fp32 or 16 bit; it may be that range), or added there.
         The sum is taken in fp32 in the order of the ranks."""
         self._reduce(target, add)
 

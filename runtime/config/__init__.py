@@ -67,7 +67,7 @@ def __getattr__(name: str) -> Any:
     """DeepSpeed's names in its module `runtime.config`. The class asks torch for the number of ranks, so it is
     elsewhere, and loaded for who names it."""
     if name == "DeepSpeedConfig":
-        return importlib.import_module("runtime.utils.deepspeed_config").DeepSpeedConfig
+        return importlib.import_module("runtime.engine.deepspeed_config").DeepSpeedConfig
     if name == "DeepSpeedConfigError":
         return ConfigError
     raise AttributeError(f"module 'runtime.config' has no attribute {name!r}")

@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from runtime.plan import SNAPSHOT_SLOT_BYTES, Layout, find, stage_layout
+from runtime.plan import Layout, find, stage_layout
+from runtime.plan.constants import SNAPSHOT_SLOT_BYTES, SNAPSHOT_SLOTS
 from runtime.plan.workload import Workload
 from runtime.wire.sizes import format_size
 
@@ -44,7 +45,7 @@ def _snapshot(workload: Workload, layouts: Sequence[Layout], chosen: Layout | No
         each = f" ({ranks} ranks on one node, {format_size(nbytes / ranks)} each)" if ranks > 1 else ""
         what = "a copy of the states"
         if layout.offload:
-            slots = nbytes == ranks * SNAPSHOT_SLOT_BYTES
+            slots = nbytes == ranks * SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES
             what = "slots that offloaded states pass through" if slots else "a copy of the states that aren't offloaded"
         yield (
             f"Checkpoints are written beside training from {what}: at {layout.label} {format_size(nbytes)} of "
@@ -126,7 +127,7 @@ def _traffic(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
     if two.sent_bytes > one.sent_bytes:
         yield (
             f"With {steps} micro-steps stage 2 sends {format_size(two.sent_bytes)} per {rank} and step, stage 1 "
-            f"{format_size(one.sent_bytes)}: stage 2 reduces at every micro-step, because it keeps only its own range."
+            f"{format_size(one.sent_bytes)}: stage 2 reduces at every micro-step, because it keeps only its own shard."
         )
     yield (
         f"Stage 3 gathers every unit twice per micro-step: {format_size(three.sent_bytes)} sent per {rank} and step, "

@@ -13,10 +13,10 @@ import logging
 import re
 import traceback
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -29,10 +29,7 @@ from runtime.models.gpt import GPT
 from runtime.models.names import plain_name
 from runtime.plan.workload import Workload, workload_of
 from runtime.wire.sizes import format_size, parse_size
-
-if TYPE_CHECKING:
-    from runtime.engine.setup import Session
-    from runtime.zero.cut import Cut
+from runtime.zero.cut import Cut
 
 log = logging.getLogger("runtime.engine")
 
@@ -78,6 +75,17 @@ class Known:
     workload: Workload
 
 
+class RunPosition(Protocol):
+    """How far the run of this process is."""
+
+    recorder: Any
+    """Telemetry, which knows the phase."""
+
+    @property
+    def step(self) -> Callable[[], int]:
+        """Returns the finished steps."""
+
+
 @dataclass(frozen=True)
 class Explanation:
     lines: tuple[str, ...]
@@ -105,8 +113,9 @@ def remember(module: nn.Module, config: Resolved, device: torch.device, ledger: 
     _known.append(Known(weakref.ref(module), weakref.ref(ledger), config, device, workload))
 
 
-def explain(error: BaseException, session: Session | None) -> Explanation | None:
-    """None for an error that is something else, and where even this fails."""
+def explain(error: BaseException, session: RunPosition | None, keep: type) -> Explanation | None:
+    """What held the memory that ran out, and what to change. None for an error that is something else, and where even
+    this fails. keep: the class of engines, which must not be collected now."""
     try:
         failure, found = _first(error)
         if failure is None or found is None:
@@ -117,10 +126,10 @@ def explain(error: BaseException, session: Session | None) -> Explanation | None
         ledgers = [ledger for one in _known if (ledger := one.ledger()) is not None]
         held = read_held(ledgers, known.device if known else _device(failure))
         where = _where(found, known, session)
-        _let_go(error)
+        _let_go(error, keep)
         return _written(failure, held, known, where)
     except Exception as problem:  # the error itself is what must be seen
-        log.warning(f"memory ran out, and what held it can't be told: {type(problem).__name__}: {problem}")
+        log.warning(f"could not build the out-of-memory report: {type(problem).__name__}: {problem}")
         return None
 
 
@@ -178,7 +187,7 @@ def _device(failure: Failure) -> torch.device:
 
 
 # ---- where -----------------------------------------------------------------------------------------------------------
-def _where(error: BaseException, known: Known | None, session: Session | None) -> str:
+def _where(error: BaseException, known: Known | None, session: RunPosition | None) -> str:
     """Phase, step, micro-step, and the module or unit, as far as they can be told."""
     place = _position(session)
     module = known.module() if known is not None else None
@@ -186,7 +195,7 @@ def _where(error: BaseException, known: Known | None, session: Session | None) -
     return f"{place}, in {part}" if part else place
 
 
-def _position(session: Session | None) -> str:
+def _position(session: RunPosition | None) -> str:
     if session is None:
         return "before initialize()"
     recorder: Any = session.recorder
@@ -227,13 +236,11 @@ def _local(frame: FrameType, name: str) -> int | None:
 
 
 # ---- letting go ------------------------------------------------------------------------------------------------------
-def _let_go(error: BaseException) -> None:
+def _let_go(error: BaseException, keep: type) -> None:
     """Of the activations and whatever else the frames of the failed step hold; not of the engines."""
-    from runtime.engine import Engine  # it is made of the modules that import this one
-
     for one in _all(error):
         for frame in _frames(one):
-            _kept.extend(value for value in frame.f_locals.values() if isinstance(value, Engine))
+            _kept.extend(value for value in frame.f_locals.values() if isinstance(value, keep))
         traceback.clear_frames(one.__traceback__)
         for frame in _frames(one):
             len(frame.f_locals)  # until Python 3.12 what was read from a frame stays with it until it is read again
@@ -262,9 +269,9 @@ def _written(failure: Failure, held: Held, known: Known | None, where: str) -> E
     size = "memory" if failure.asked_bytes is None else format_size(failure.asked_bytes)
     kind = f"{failure.what} host memory".strip()
     if failure.place == "device":
-        asked = f"{size} asked for on {held.device}"
+        asked = f"tried to allocate {size} on {held.device}"
     else:
-        asked = f"{kind if failure.asked_bytes is None else f'{size} of {kind}'} asked for"
+        asked = f"tried to allocate {kind if failure.asked_bytes is None else f'{size} of {kind}'}"
     free, total = (
         (held.free_device_bytes, held.total_device_bytes)
         if failure.place == "device"
@@ -320,6 +327,6 @@ def _shared(failure: Failure, held: Held, where: str) -> Explanation:
     way = (
         "use fewer num_workers in the DataLoader, or give it more (docker run --shm-size=8g; mount -o remount,size=8G)"
     )
-    asked = f"{format_size(failure.asked_bytes)} asked for; " if failure.asked_bytes is not None else ""
+    asked = f"tried to allocate {format_size(failure.asked_bytes)}; " if failure.asked_bytes is not None else ""
     lines = (f"Out of shared memory: {asked}{where}", f"  {size}", f"What to change: {way}")
     return Explanation(lines, f"out of shared memory: {size} ({where}); {way}")

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from runtime.api import init_distributed, initialize
+from runtime.comm import init_distributed
 from runtime.config import Resolved
 from runtime.data.corpus import load_text
 from runtime.data.order import Batches, Order
-from runtime.engine import Engine
+from runtime.engine.engine import Engine
+from runtime.engine.initialize import initialize
+from runtime.engine.nonfinite import TrainingError
 from runtime.models.gpt import build_model
-from runtime.state.precision import TrainingError
 from runtime.zero.init import Init
 
 log = logging.getLogger("runtime.train")
@@ -60,8 +61,8 @@ def check(engine: Engine, step: int) -> None:
         return  # its loss scale answers; what it can't answer is the engine's error
     if norm is not None and not math.isfinite(norm):
         raise TrainingError(
-            f"the gradient norm is {norm} at step {step}{engine.steering.whose()}: lower optimizer.params.lr, set "
+            f"the gradient norm is {norm} at step {step}{engine.nonfinite.whose()}: lower optimizer.params.lr, set "
             "gradient_clipping, or look at the data; "
             "launch with --resume to continue from the newest checkpoint",
-            engine.steering.culprit,
+            engine.nonfinite.culprit,
         )

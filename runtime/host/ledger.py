@@ -23,7 +23,7 @@ class Ledger:
         self._bytes: dict[Category, int] = dict.fromkeys(get_args(Category), 0)
         self._peaks = dict(self._bytes)
         self._offloaded = dict(self._bytes)
-        self.parked: set[Category] = set()
+        self.on_host: set[Category] = set()
         """What is in host memory for a while: for the time of a pause everything."""
         self.pinned: Callable[[], tuple[int, int]] = lambda: (0, 0)
         """Page-locked bytes: asked for, and really taken."""
@@ -46,12 +46,12 @@ class Ledger:
 
     def totals(self) -> dict[Category, int]:
         """Bytes per category right now, where the parameters are."""
-        return {name: 0 if name in self.parked else held for name, held in self._bytes.items()}
+        return {name: 0 if name in self.on_host else held for name, held in self._bytes.items()}
 
     def offloaded(self) -> dict[Category, int]:
         """Bytes per category right now in host memory, to which the config or a pause moved them."""
         return {
-            name: held + (self._bytes[name] if name in self.parked else 0) for name, held in self._offloaded.items()
+            name: held + (self._bytes[name] if name in self.on_host else 0) for name, held in self._offloaded.items()
         }
 
     def peaks(self) -> dict[Category, int]:

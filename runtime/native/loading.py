@@ -10,6 +10,7 @@ import ctypes
 import functools
 import math
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,9 +57,7 @@ class RangeStruct(ctypes.Structure):
 
 def _load(name: str) -> ctypes.CDLL:
     """Load a library from the package's folders (an editable install has two: the source's and site-packages')."""
-    import runtime
-
-    tried = [Path(folder, name) for folder in runtime.__path__]
+    tried = [Path(folder, name) for folder in sys.modules[__name__.partition(".")[0]].__path__]
     path = next((p for p in tried if p.exists()), None)
     if path is None:
         raise ImportError(f"{name} is not in {' or '.join(str(p.parent) for p in tried)}: {_REBUILD}")

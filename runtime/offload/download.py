@@ -20,8 +20,6 @@ from runtime import native
 from runtime.comm.pending import combine
 from runtime.comm.transfer import Copy, Transfers
 
-SLOTS = 2
-
 
 @dataclass
 class _Slot:
@@ -30,7 +28,7 @@ class _Slot:
 
 
 @dataclass
-class Downlink:
+class GradOffload:
     """Shared by all flats whose states are in other memory than their parameters."""
 
     transfers: Transfers
@@ -39,7 +37,7 @@ class Downlink:
     threads: int
     """For adding up."""
     buffers: list[torch.Tensor]
-    """SLOTS page-locked byte buffers, each as large as the largest range that travels."""
+    """OFFLOAD_SLOTS page-locked byte buffers, each as large as the largest range that travels."""
     _slots: list[_Slot] = field(init=False)
     _sent: int = 0
 

@@ -20,14 +20,15 @@ from runtime.host import cores
 from runtime.host.ledger import Ledger, zeros
 from runtime.host.memory_limits import HostMemoryError, check_host_memory
 from runtime.host.pinned import Arena, page_rounded
-from runtime.offload.download import SLOTS, Downlink
+from runtime.offload.download import GradOffload
 from runtime.offload.split import SAMPLE, Rates, device_share, measure
 from runtime.offload.streamed import GpuStreamer, ring_bytes
-from runtime.offload.upload import HostSide, Streamer
+from runtime.offload.upload import ParamUpload, Streamer
+from runtime.plan.constants import OFFLOAD_SLOTS
 from runtime.plan.layout import kept_on_device, leaving_for_room, padded
-from runtime.zero.gradients import GradientNumbers
+from runtime.zero.gradients import GradientConfig
 from runtime.zero.stage import StagePolicy
-from runtime.zero.state_placement import Allocate, Home
+from runtime.zero.state_placement import Allocate, StatePlacement
 
 log = logging.getLogger("runtime.setup")
 
@@ -43,46 +44,46 @@ class Size:
 
 
 @dataclass
-class Placing:
+class Placement:
     """Where things go in one engine."""
 
-    device: Home
-    host: Home | None = None
+    device: StatePlacement
+    host: StatePlacement | None = None
     """Of offloaded states. None: nothing is offloaded."""
-    own_host: Home | None = None
+    shards_on_host: StatePlacement | None = None
     """Of offloaded parameters."""
     on_host: tuple[bool, ...] = ()
     """For each flat, in forward order: whether its states are offloaded."""
     transfers: Transfers | None = None
     """None: host and device are one memory."""
-    side: HostSide | None = None
+    upload: ParamUpload | None = None
     executor: Executor | None = None
     overlap: bool = True
 
     @property
-    def downlink(self) -> Downlink | None:
-        return self.side.downlink if self.side is not None else None
+    def grad_offload(self) -> GradOffload | None:
+        return self.upload.grad_offload if self.upload is not None else None
 
     @property
     def working_memory(self) -> list[torch.Tensor]:
         """On the device, between two steps, and of no flat."""
-        memory = getattr(self.side.streamer, "memory", None) if self.side is not None else None
+        memory = getattr(self.upload.streamer, "memory", None) if self.upload is not None else None
         return [memory] if memory is not None else []
 
-    def home(self, index: int) -> Home:
+    def of(self, index: int) -> StatePlacement:
         """Of the states of flat `index`."""
         return self.host if self.host is not None and self.on_host[index] else self.device
 
-    def rule_side(self, index: int) -> HostSide | None:
-        """What flat `index`'s rule needs for states that are elsewhere."""
-        return self.side if self.home(index).remote else None
+    def upload_of(self, index: int) -> ParamUpload | None:
+        """What flat `index`'s optimizer needs for states that are elsewhere."""
+        return self.upload if self.of(index).remote else None
 
 
 @dataclass(frozen=True)
 class _Plan:
     """Sizes in elements and bytes, before anything is taken."""
 
-    ranges: tuple[int, ...]  # elements of each flat's state range
+    ranges: tuple[int, ...]  # elements of each flat's state shard
     on_host: tuple[bool, ...]
     slots: tuple[int, ...]  # bytes
     blocks: tuple[int, ...]  # bytes of everything in host memory
@@ -93,44 +94,44 @@ def place(
     policy: StagePolicy,
     comm: Comm,
     ledger: Ledger,
-    numbers: GradientNumbers,
+    numbers: GradientConfig,
     sizes: Sequence[Size],
     adam: bool,
     transfers: Transfers | None,
-) -> Placing:
+) -> Placement:
     """Decide, and make what copies need. `sizes`: of all flats in forward order. adam: the optimizer is one that our
     kernels know. transfers: None where the device is the host. The same on every rank.
 
     Raises ConfigError on every rank where a host has too little memory.
     """
-    placing = Placing(Home.on(comm.device, ledger), on_host=(False,) * len(sizes))
+    placement = Placement(StatePlacement.on(comm.device, ledger), on_host=(False,) * len(sizes))
     optimizer, parameters = config.offload_optimizer, config.offload_param
     if optimizer is None and parameters is None:
-        return placing
-    placing.transfers = transfers
-    plan = _plan(config, policy, comm, numbers, sizes, remote=placing.transfers is not None)
+        return placement
+    placement.transfers = transfers
+    plan = _plan(config, policy, comm, numbers, sizes, remote=placement.transfers is not None)
     pins = [section is not None and section.pin_memory for section in (optimizer, parameters)]
     pin = any(pins) and comm.device.type == "cuda"
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     _check_memory(plan, pin, local_world, comm)
     share = _bound(local_world)
     for_optimizer, for_parameters = _host_memory(comm.device, pins, share, ledger)
-    remote = placing.transfers is not None
+    remote = placement.transfers is not None
     if parameters is not None:
-        placing.own_host = Home(ledger, for_parameters, offloaded=True, remote=remote)
+        placement.shards_on_host = StatePlacement(ledger, for_parameters, offloaded=True, remote=remote)
     if optimizer is None:
-        return placing
-    placing.host = Home(ledger, for_optimizer, offloaded=True, remote=remote)
-    placing.on_host, placing.overlap = plan.on_host, config.zerotop.offload.overlap
+        return placement
+    placement.host = StatePlacement(ledger, for_optimizer, offloaded=True, remote=remote)
+    placement.on_host, placement.overlap = plan.on_host, config.zerotop.offload.overlap
     threads = share.threads if share is not None and remote else torch.get_num_threads()
-    placing.executor = ThreadPoolExecutor(1, "offload", _enter, (threads, comm.device))
-    if placing.transfers is not None and any(plan.on_host):
-        slots = [placing.host.zeros("communication", size, torch.uint8) for size in plan.slots]
-        downlink = Downlink(placing.transfers, placing.executor, threads, slots[:SLOTS])
-        placing.side = HostSide(placing.transfers, downlink, slots[SLOTS:])
+    placement.executor = ThreadPoolExecutor(1, "offload", _enter, (threads, comm.device))
+    if placement.transfers is not None and any(plan.on_host):
+        slots = [placement.host.zeros("communication", size, torch.uint8) for size in plan.slots]
+        grad_offload = GradOffload(placement.transfers, placement.executor, threads, slots[:OFFLOAD_SLOTS])
+        placement.upload = ParamUpload(placement.transfers, grad_offload, slots[OFFLOAD_SLOTS:])
         if config.zerotop.offload.update != "cpu":
-            _share_with_device(config, placing, comm, numbers.accumulate, adam, threads)
-    return placing
+            _share_with_device(config, placement, comm, numbers.accumulate, adam, threads)
+    return placement
 
 
 def _enter(threads: int, device: torch.device) -> None:
@@ -141,7 +142,7 @@ def _enter(threads: int, device: torch.device) -> None:
 
 
 def _plan(
-    config: Resolved, policy: StagePolicy, comm: Comm, numbers: GradientNumbers, sizes: Sequence[Size], remote: bool
+    config: Resolved, policy: StagePolicy, comm: Comm, numbers: GradientConfig, sizes: Sequence[Size], remote: bool
 ) -> _Plan:
     ranges = tuple(_state_numel(size, policy, comm.world_size) for size in sizes)
     on_host = [False] * len(sizes)
@@ -156,8 +157,8 @@ def _plan(
     slots: list[int] = []
     if remote and moving:
         down = max(n * _travels(policy, numbers, dtype) for n, dtype in moving)
-        slots = [down] * SLOTS + [max(n * dtype.itemsize for n, dtype in moving)] * SLOTS
-    kept = numbers.accumulate.itemsize if policy.own_gradients else 0
+        slots = [down] * OFFLOAD_SLOTS + [max(n * dtype.itemsize for n, dtype in moving)] * OFFLOAD_SLOTS
+    kept = numbers.accumulate.itemsize if policy.shards_gradients else 0
     blocks = [*slots]
     for n, size, on in zip(ranges, sizes, on_host, strict=True):
         waits = size.sharded and config.offload_param is not None
@@ -169,10 +170,10 @@ def _plan(
     return _Plan(ranges, tuple(on_host), tuple(slots), tuple(blocks))
 
 
-def _travels(policy: StagePolicy, numbers: GradientNumbers, dtype: torch.dtype) -> int:
+def _travels(policy: StagePolicy, numbers: GradientConfig, dtype: torch.dtype) -> int:
     """Most bytes per element that gradients have on their way to the host: after no_sync they come as they
     accumulated."""
-    if not policy.own_gradients:
+    if not policy.shards_gradients:
         return numbers.accumulate.itemsize
     if numbers.communicate is not None:
         return numbers.communicate.itemsize
@@ -181,14 +182,14 @@ def _travels(policy: StagePolicy, numbers: GradientNumbers, dtype: torch.dtype) 
 
 def _state_numel(size: Size, policy: StagePolicy, world_size: int) -> int:
     whole = padded(size.numel, world_size)
-    return whole // world_size if policy.own_states else whole
+    return whole // world_size if policy.shards_states else whole
 
 
 def _room(
     config: Resolved,
     policy: StagePolicy,
     comm: Comm,
-    numbers: GradientNumbers,
+    numbers: GradientConfig,
     sizes: Sequence[Size],
     ranges: Sequence[int],
 ) -> int:
@@ -202,7 +203,7 @@ def _room(
         whole = padded(size.numel, comm.world_size)
         waits = size.sharded and config.offload_param is not None
         coming += 0 if waits else size.dtype.itemsize * (own if size.sharded else whole)
-        coming += numbers.accumulate.itemsize * (own if policy.own_gradients else whole) * size.trained
+        coming += numbers.accumulate.itemsize * (own if policy.shards_gradients else whole) * size.trained
     if config.zerotop.offload.update != "cpu":
         coming += ring_bytes(_chunk_bytes(config), numbers.accumulate, torch.float32)
     largest = sorted((padded(s.numel, comm.world_size) * s.dtype.itemsize for s in sizes), reverse=True)[:2]
@@ -275,11 +276,11 @@ def streamer_for(device: torch.device, chunk_bytes: int, gradient: torch.dtype, 
 
 
 def _share_with_device(
-    config: Resolved, placing: Placing, comm: Comm, accumulate: torch.dtype, adam: bool, threads: int
+    config: Resolved, placement: Placement, comm: Comm, accumulate: torch.dtype, adam: bool, threads: int
 ) -> None:
     """zerotop.offload.update: gpu gives the device all, auto what it was measured to be worth."""
-    side, section = placing.side, config.zerotop.offload
-    assert side is not None
+    upload, section = placement.upload, config.zerotop.offload
+    assert upload is not None
     if not adam:
         if section.update == "gpu":
             raise ConfigError('zerotop.offload.update: "gpu" is for AdamW and Adam; this optimizer needs "cpu"')
@@ -292,31 +293,31 @@ def _share_with_device(
                 "zero_optimization.offload_optimizer.pin_memory to true"
             )
         return
-    side.streamer = streamer_for(comm.device, _chunk_bytes(config), accumulate, torch.float32)
-    if side.streamer is None:
+    upload.streamer = streamer_for(comm.device, _chunk_bytes(config), accumulate, torch.float32)
+    if upload.streamer is None:
         if section.update == "gpu":
             raise ConfigError(
                 'zerotop.offload.update: "gpu" needs the CUDA kernels, which are not built here (`zerotop doctor` says '
                 'why); use "cpu"'
             )
         return
-    side.device_share = 1.0 if section.update == "gpu" else _measured_share(side, comm, threads)
-    if side.device_share == 0.0:
-        side.streamer = None  # and with it goes its memory
-    for memory in placing.working_memory:
-        placing.device.hold("communication", memory)
+    upload.device_share = 1.0 if section.update == "gpu" else _measured_share(upload, comm, threads)
+    if upload.device_share == 0.0:
+        upload.streamer = None  # and with it goes its memory
+    for memory in placement.working_memory:
+        placement.device.hold("communication", memory)
 
 
 def _chunk_bytes(config: Resolved) -> int:
     return int(config.zerotop.offload.chunk_mib * 2**20)
 
 
-def _measured_share(side: HostSide, comm: Comm, threads: int) -> float:
+def _measured_share(upload: ParamUpload, comm: Comm, threads: int) -> float:
     """All ranks of a host measure at once, for that is how they will update."""
-    assert side.streamer is not None
+    assert upload.streamer is not None
     with Arena(pin=True, device=comm.device.index) as arena:
         comm.gather_objects(None)
-        rates = _rates(side.streamer, side.transfers, arena.zeros, comm.device, threads)
+        rates = _rates(upload.streamer, upload.transfers, arena.zeros, comm.device, threads)
     share = device_share(rates)
     if comm.rank == 0:
         log.info(

@@ -9,10 +9,8 @@ import torch
 
 from runtime import native
 from runtime.comm.transfer import Copy, CudaCopy
+from runtime.plan.constants import STREAM_SLOTS
 from runtime.plan.layout import STATE_BYTES
-
-SLOTS = 3
-"""One is being loaded, one updated, one stored."""
 
 
 def _chunk(chunk_bytes: int) -> int:
@@ -22,21 +20,21 @@ def _chunk(chunk_bytes: int) -> int:
 
 def ring_bytes(chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> int:
     """What a streamer takes on the device."""
-    return SLOTS * _chunk(chunk_bytes) * (STATE_BYTES + gradient.itemsize + out.itemsize)
+    return STREAM_SLOTS * _chunk(chunk_bytes) * (STATE_BYTES + gradient.itemsize + out.itemsize)
 
 
 class GpuStreamer:
-    """`native.StreamedAdamW` as a HostSide uses it."""
+    """`native.StreamedAdamW` as a ParamUpload uses it."""
 
     def __init__(self, device: torch.device, chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> None:
         """chunk_bytes: of states in each slot. gradient, out: what pieces may have on the host."""
         self.device = device
         chunk = _chunk(chunk_bytes)
         sizes = {"grad_size": gradient.itemsize, "out_size": out.itemsize}
-        nbytes = native.StreamedAdamW.bytes_needed(chunk, SLOTS, **sizes)
+        nbytes = native.StreamedAdamW.bytes_needed(chunk, STREAM_SLOTS, **sizes)
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._idle = torch.cuda.Stream(device)
-        self._streamed = native.StreamedAdamW(self.memory, chunk=chunk, slots=SLOTS, **sizes)
+        self._streamed = native.StreamedAdamW(self.memory, chunk=chunk, slots=STREAM_SLOTS, **sizes)
 
     def update(
         self, pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float, after: torch.cuda.Event

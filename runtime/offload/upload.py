@@ -1,28 +1,26 @@
-"""The way between a flat's states in host memory and its parameters on a device: gradients come down, new parameters go
-up, and the device updates its share itself.
+"""Updates of states in host memory: new parameters go up to the device, and the device may update a part itself.
 
 flat     |<------- the CPU's share ------->|<------------ the GPU's share ------------>|
 thread   | update unit 0 -> slot A | update unit 1 -> slot B | update unit 2 -> slot A ...     page-locked: two
 up       |                         | A -> GPU                | B -> GPU
-through  | states of unit 0 | of unit 1 | of unit 2 ...        in chunks, down again when updated (optim/streamed.py)
+through  | states of unit 0 | of unit 1 | of unit 2 ...        in chunks, down again when updated (streamed.py)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from runtime import native
+from runtime.comm.profiling import profiler_range
 from runtime.comm.transfer import Copies, Copy, Transfers
-from runtime.offload.download import Downlink
+from runtime.offload.download import GradOffload
+from runtime.optim.shard_optimizer import OptimizerStep, ShardAdamW, update_pieces
 from runtime.plan.layout import ALIGNMENT
-from runtime.zero.flat import Flat
-
-if TYPE_CHECKING:
-    from runtime.optim.shard_optimizer import AdamRule
+from runtime.zero.flat import FlatParamGroup
 
 
 class Streamer(Protocol):
@@ -36,19 +34,17 @@ class Streamer(Protocol):
 
 
 @dataclass
-class HostSide:
-    """Shared by the rules of all flats whose states are in other memory than their parameters. Only the thread that
-    updates may use it."""
+class ParamUpload:
+    """Serves the optimizers of all shards whose states are in other memory than their parameters. For the updating
+    thread only."""
 
     transfers: Transfers
-    downlink: Downlink
+    grad_offload: GradOffload
     buffers: list[torch.Tensor]
-    """Page-locked byte buffers, each as large as the largest range of new parameters."""
+    """Page-locked byte buffers, each as large as the largest shard of new parameters."""
     streamer: Streamer | None = None
     device_share: float = 0.0
     """Part of every flat that the device updates, 0 to 1. The bits don't depend on it."""
-    after: Any = None
-    """The computing stream's point up to which the old parameters are read."""
     _copies: list[Copy | None] = field(init=False)
     _sent: int = 0
 
@@ -61,48 +57,47 @@ class HostSide:
             return numel
         return numel - min(numel, round(self.device_share * numel / ALIGNMENT) * ALIGNMENT)
 
-    def update(self, rule: AdamRule, hypers: Sequence[dict[str, Any]], scale: float) -> None:
-        """AdamW on one flat. `flat.arrival` is complete when its new parameters are where they are used."""
-        from runtime.optim.shard_optimizer import update_pieces
-
-        flat, numel = rule.flat, rule.flat.state_numel
+    def update(self, optimizer: ShardAdamW, hypers: Sequence[dict[str, Any]], step: OptimizerStep) -> Copy:
+        """AdamW on one shard. The copy is complete when the new parameters are where they are used."""
+        flat, numel = optimizer.flat, optimizer.flat.state_numel
         split = self.split(numel)
         done: list[Copy] = []
         if split < numel:
             assert self.streamer is not None
             # fp32 parameters that wait on the host are their own masters
-            out = None if flat.own_parameters is flat.masters else flat.own_parameters[split:]
-            pieces = rule.pieces(split, numel, flat.gradient[split:], out)
-            done.append(self.streamer.update(pieces, hypers, scale, self.after))
+            out = None if flat.own is flat.masters else flat.own[split:]
+            pieces = optimizer.pieces(split, numel, flat.gradient[split:], out)
+            done.append(self.streamer.update(pieces, hypers, step.scale, step.after))
         if split > 0:
-            gradient = self.gradient(flat, split)
-            out, send = self._outgoing(flat, split)
-            update_pieces(rule.pieces(0, split, gradient, out), hypers, scale)
+            gradient = self.gradient(flat, step, split)
+            out, send = self._outgoing(flat, split, step.after)
+            update_pieces(optimizer.pieces(0, split, gradient, out), hypers, step.scale)
             done += send()
-        flat.arrival = Copies(done)
+        return Copies(done)
 
-    def gradient(self, flat: Flat, end: int | None = None) -> torch.Tensor:
+    def gradient(self, flat: FlatParamGroup, step: OptimizerStep, end: int | None = None) -> torch.Tensor:
         """Elements [0, end) of the flat's gradient in host memory. Below stage 2 they come down only now, to memory
         that the next call takes."""
-        if flat.policy.own_gradients:
+        if flat.policy.shards_gradients:
             return flat.gradient[:end]
-        return self.downlink.fetch(flat.gradient[:end], self.after)
+        with profiler_range("download", flat.policy.stage, flat.name):
+            return self.grad_offload.fetch(flat.gradient[:end], step.after)
 
-    def deliver(self, flat: Flat) -> None:
-        """All of the flat's masters, rounded, go to its parameters."""
-        out, send = self._outgoing(flat, flat.state_numel)
+    def deliver(self, flat: FlatParamGroup, step: OptimizerStep) -> Copy:
+        """Send all masters of the shard, rounded, to its parameters."""
+        out, send = self._outgoing(flat, flat.state_numel, step.after)
         if out is not None:
             out.copy_(flat.masters)
-        flat.arrival = Copies(send())
+        return Copies(send())
 
-    def _outgoing(self, flat: Flat, end: int) -> tuple[torch.Tensor | None, Any]:
+    def _outgoing(self, flat: FlatParamGroup, end: int, after: Any) -> tuple[torch.Tensor | None, Any]:
         """Where to leave elements [0, end) of the new parameters (None: they are the masters), and a function that
         sends them on and returns the copies."""
-        own = flat.own_parameters[:end]
+        own = flat.own[:end]
         if not flat.apart:  # offloaded parameters wait where their masters are
-            return (None if flat.own_parameters is flat.masters else own), list
+            return (None if flat.own is flat.masters else own), list
         if own.dtype == flat.masters.dtype:
-            return None, lambda: [self.transfers.up(flat.masters[:end], own, self.after)]
+            return None, lambda: [self._up(flat, flat.masters[:end], own, after)]
         slot = self._sent % len(self.buffers)
         self._sent += 1
         if (last := self._copies[slot]) is not None:
@@ -110,7 +105,11 @@ class HostSide:
         out = self.buffers[slot][: own.numel() * own.element_size()].view(own.dtype)
 
         def send() -> list[Copy]:
-            copy = self._copies[slot] = self.transfers.up(out, own, self.after)
+            copy = self._copies[slot] = self._up(flat, out, own, after)
             return [copy]
 
         return out, send
+
+    def _up(self, flat: FlatParamGroup, source: torch.Tensor, target: torch.Tensor, after: Any) -> Copy:
+        with profiler_range("upload", flat.policy.stage, flat.name):
+            return self.transfers.up(source, target, after)

@@ -1,5 +1,5 @@
-"""The optimizer as scripts and schedulers see it, over the user's parameters; its numbers drive the rules of every
-flat."""
+"""The optimizer as scripts and schedulers see it, over the user's parameters: its parameter groups give the optimizers
+of all shards their numbers."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from runtime.config import ConfigError, OptimizerConfig
 from runtime.host.ledger import Ledger
-from runtime.offload.upload import HostSide
 from runtime.optim.foreign import check_elementwise, like, torchs_kind
-from runtime.optim.shard_optimizer import AdamRule, Rule, TorchRule
-from runtime.zero.flat import Flat
-
-if TYPE_CHECKING:
-    from runtime.engine import Engine
+from runtime.optim.shard_optimizer import OffloadedStates, ShardAdamW, ShardOptimizer, ShardTorchOptimizer
+from runtime.zero.flat import FlatParamGroup
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "Adagrad", "Adadelta", "ASGD")
 """Optimizers of torch.optim that treat every element by itself, and so work on flat ranges as they are."""
@@ -30,6 +26,21 @@ _LATE_GROUPS = (
     "the optimizer's parameter groups changed after initialize(): the engine trains the groups it was made with. Give "
     "all groups to initialize(); parameters that train later can be in it with lr 0 until then"
 )
+
+
+class OptimizerOwner(Protocol):
+    """The engine, as far as scripts ask for it through its optimizer."""
+
+    @property
+    def loss_scale(self) -> float: ...
+    def dynamic_loss_scale(self) -> bool: ...
+    def get_global_grad_norm(self) -> float | None: ...
+    def masters(self) -> list[torch.Tensor]: ...
+    def offload_states(self, *given: Any, **named: Any) -> None: ...
+    def reload_states(self, non_blocking: bool = False) -> None: ...
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+    def optimizer_state_dict(self) -> dict[str, Any]: ...
+    def load_optimizer_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class ZeroOptimizer(torch.optim.Optimizer):
@@ -57,25 +68,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.initial_groups = [plain_numbers(group) for group in self.param_groups]
         """As the script or the config made them, before a scheduler changes them."""
         self._sealed: list[int] | None = None
-        self.save_states: Callable[[], dict[str, Any]] | None = None
-        self.load_states: Callable[[dict[str, Any]], None] | None = None
-        """What the engine does for state_dict() and load_state_dict()."""
-        self.on_zero_grad: Callable[[], None] = lambda: None
-        """The engine's own zero_grad."""
-        self._engine: weakref.ref[Engine] | None = None
+        self._engine: weakref.ref[OptimizerOwner] | None = None
 
     @property
     def trains(self) -> bool:
         """False for the optimizer of an engine that was made without one."""
         return True
 
-    def seal(self, engine: Engine) -> None:
+    def bind(self, engine: OptimizerOwner) -> None:
         """An engine has taken the groups over: from now on their parameters stay what they are."""
         self._sealed = self._sizes()
         self._engine = weakref.ref(engine)
 
     # ---- what scripts ask it of its engine ---------------------------------------------------------------------------
-    def _asked(self) -> Engine:
+    def _asked(self) -> OptimizerOwner:
         engine = self._engine() if self._engine is not None else None
         if engine is None:
             raise AttributeError("this optimizer belongs to no engine, or its engine is gone")
@@ -112,10 +118,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def fp32_partitioned_groups_flat(self) -> list[torch.Tensor]:
-        """This rank's masters, (state range,) fp32 of every flat buffer in forward order; not copies."""
-        engine = self._asked()
-        engine.synchronize()
-        return [flat.masters for flat in engine.flats]
+        """This rank's masters, (state shard,) fp32 of every flat buffer in forward order; not copies."""
+        return self._asked().masters()
 
     def offload_states(self, *given: Any, **named: Any) -> None:
         """See Engine.offload_states."""
@@ -148,16 +152,18 @@ class ZeroOptimizer(torch.optim.Optimizer):
         plain = torch.optim.Optimizer.add_param_group
         getattr(plain, "__wrapped__", plain)(self, param_group)
 
-    def make_rule(self, flat: Flat, ledger: Ledger, host: HostSide | None = None) -> Rule:
+    def make_shard_optimizer(
+        self, flat: FlatParamGroup, ledger: Ledger, host: OffloadedStates | None = None
+    ) -> ShardOptimizer:
         """host: for a flat whose states are in other memory than its parameters."""
         if self.kind in ("Adam", "AdamW"):
-            return AdamRule(flat, self.decoupled, self.bias_correction, host)
+            return ShardAdamW(flat, self.decoupled, self.bias_correction, host)
         kind: Callable[..., torch.optim.Optimizer]
         if self.given is not None and torchs_kind(self.given) is None:
             kind = partial(like, self.given)
         else:
             kind = partial(getattr(torch.optim, self.kind), **self._constructor())
-        return TorchRule(flat, kind, self.numbers(1.0), ledger, host)
+        return ShardTorchOptimizer(flat, kind, self.numbers(1.0), ledger, host)
 
     def _constructor(self) -> dict[str, Any]:
         """Arguments that torch reads when it makes the optimizer, and not in a group."""
@@ -179,15 +185,19 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of masters and states, and the parameter groups; for the same rank, world size and stage.
         engine.save_checkpoint(folder) is what others can read."""
-        if self.save_states is None:
+        if self._engine is None:
             raise RuntimeError("optimizer.state_dict(): there is no engine yet, and so no states; call it afterwards")
-        return self.save_states()
+        if (engine := self._engine()) is None:
+            raise RuntimeError("optimizer.state_dict(): the engine that held the states is gone")
+        return engine.optimizer_state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What state_dict() of this rank gave. Every rank must call it. Raises ValueError for anything else."""
-        if self.load_states is None:
+        if self._engine is None:
             raise RuntimeError("optimizer.load_state_dict(): there is no engine yet to take states; call it afterwards")
-        self.load_states(state_dict)
+        if (engine := self._engine()) is None:
+            raise RuntimeError("optimizer.load_state_dict(): the engine that held the states is gone")
+        engine.load_optimizer_state_dict(state_dict)
 
     def mark_stepped(self) -> None:
         """torch's schedulers warn when they are advanced before the optimizer they watch has stepped."""
@@ -197,7 +207,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As engine.zero_grad()."""
-        self.on_zero_grad()
+        if self._engine is not None and (engine := self._engine()) is not None:
+            engine.zero_grad()
 
 
 class NoOptimizer(ZeroOptimizer):
@@ -206,8 +217,6 @@ class NoOptimizer(ZeroOptimizer):
     def __init__(self) -> None:  # torch's refuses an empty list of parameters
         self.kind, self.decoupled, self.bias_correction, self.given = "none", False, True, None
         self.param_groups, self.defaults, self.initial_groups = [], {}, []
-        self.save_states = self.load_states = None
-        self.on_zero_grad = lambda: None
         self.state = defaultdict(dict)
         self._sealed, self._engine = None, None
 

@@ -1,6 +1,7 @@
-"""How one flat's own range is updated: AdamW by our fused kernel, any other elementwise torch.optim by itself.
+"""How one shard of a flat parameter group is updated: AdamW by the fused kernel, other elementwise optimizers of
+torch.optim by themselves.
 
-Both have one interface, so that the engine, the checkpoint and later offload don't ask which optimizer it is.
+Both have one interface, so that engine, checkpoints and offload don't ask which optimizer it is.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from runtime import native
+from runtime.comm.transfer import Copy
 from runtime.host.ledger import Ledger
-from runtime.offload.upload import HostSide
 from runtime.optim.adamw import adamw_reference
-from runtime.zero.flat import Flat
+from runtime.zero.flat import FlatParamGroup
 
 Hyper = Mapping[str, Any]
 """One optimizer parameter group's numbers: lr, betas, eps, weight_decay, ..."""
@@ -25,19 +26,47 @@ Hyper = Mapping[str, Any]
 
 @dataclass
 class State:
-    """One tensor of optimizer state: `tensor` covers elements [start, start + numel) of the flat's state range."""
+    """One tensor of optimizer state: `tensor` covers elements [start, start + numel) of the flat's state shard."""
 
     name: str
     start: int
     tensor: torch.Tensor
 
 
-class Rule(Protocol):
-    flat: Flat
+class OptimizerStep(NamedTuple):
+    """The numbers of one optimizer step."""
 
-    def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
-        """Take optimizer step `step` (from 1) with gradient x `scale`, and leave the new values in masters and own
-        parameters. It may run on another thread than the training's where the flat's states are offloaded."""
+    groups: Sequence[Hyper]
+    step: int
+    """Adam's step count, from 1."""
+    scale: float
+    """Factor on the gradients."""
+    after: Any = None
+    """On a GPU, with offloaded states: the point of the computing stream up to which old parameters are read."""
+
+
+class OffloadedStates(Protocol):
+    """The way between states in host memory and parameters on the device (runtime/offload/upload.py)."""
+
+    def update(self, optimizer: ShardAdamW, hypers: Sequence[dict[str, Any]], step: OptimizerStep) -> Copy:
+        """AdamW on one shard, by the CPU, the device or both. The copy is complete when the new parameters are where
+        they are used."""
+
+    def gradient(self, flat: FlatParamGroup, step: OptimizerStep) -> torch.Tensor:
+        """(state shard,) the gradient in host memory, valid until the next call."""
+
+    def deliver(self, flat: FlatParamGroup, step: OptimizerStep) -> Copy:
+        """Send the masters, rounded to the parameters' dtype, to the parameters."""
+
+
+class ShardOptimizer(Protocol):
+    """Updates this rank's shard of one flat parameter group."""
+
+    flat: FlatParamGroup
+
+    def update(self, step: OptimizerStep) -> Copy | None:
+        """Leave the new values in masters and own parameters. Returns the copy that brings new parameters to the
+        device; None: they are there. Where states are offloaded it runs on another thread than the training's."""
 
     def states(self) -> Iterator[State]:
         """Every state tensor, to be written to or read from a checkpoint."""
@@ -55,34 +84,30 @@ class Rule(Protocol):
         those that it doesn't have are fresh."""
 
 
-class AdamRule:
-    """AdamW (arXiv 1711.05101) or Adam with L2, fp32 moments over the whole state range."""
+class ShardAdamW:
+    """AdamW (arXiv 1711.05101) or Adam with L2, fp32 moments over the whole state shard."""
 
-    def __init__(self, flat: Flat, decoupled: bool, bias_correction: bool, host: HostSide | None = None) -> None:
-        self.flat, self.decoupled, self.bias_correction, self.host = flat, decoupled, bias_correction, host
-        self.exp_avg = flat.home.zeros("optimizer", flat.state_numel)
-        self.exp_avg_sq = flat.home.zeros("optimizer", flat.state_numel)
-
-    def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
-        flat, host = self.flat, self.host
-        if host is not None:
-            hypers = [self.numbers(group, step) for group in groups]
-            host.update(self, hypers, scale)
-        elif flat.apart or flat.own_parameters is flat.masters:
-            self.step(flat.gradient, None, groups, step, scale)
-            flat.masters_to_parameters()
-        else:
-            self.step(flat.gradient, flat.own_parameters, groups, step, scale)
-
-    def step(
-        self, gradient: torch.Tensor, out: torch.Tensor | None, groups: Sequence[Hyper], step: int, scale: float
+    def __init__(
+        self, flat: FlatParamGroup, decoupled: bool, bias_correction: bool, host: OffloadedStates | None = None
     ) -> None:
-        """All of the state range where it lies; out (state range,): takes what the new masters round to."""
-        hypers = [self.numbers(group, step) for group in groups]
-        update_pieces(self.pieces(0, self.flat.state_numel, gradient, out), hypers, scale)
+        self.flat, self.decoupled, self.bias_correction, self.host = flat, decoupled, bias_correction, host
+        self.exp_avg = flat.placement.zeros("optimizer", flat.state_numel)
+        self.exp_avg_sq = flat.placement.zeros("optimizer", flat.state_numel)
+
+    def update(self, step: OptimizerStep) -> Copy | None:
+        flat, host = self.flat, self.host
+        hypers = [self.numbers(group, step.step) for group in step.groups]
+        if host is not None:
+            return host.update(self, hypers, step)
+        in_place = flat.apart or flat.own is flat.masters
+        pieces = self.pieces(0, flat.state_numel, flat.gradient, None if in_place else flat.own)
+        update_pieces(pieces, hypers, step.scale)
+        if in_place:
+            flat.masters_to_parameters()
+        return None
 
     def pieces(self, low: int, high: int, gradient: torch.Tensor, out: torch.Tensor | None) -> list[native.Range]:
-        """One for each parameter group's run in elements [low, high) of the state range. gradient and out begin at
+        """One for each parameter group's run in elements [low, high) of the state shard. gradient and out begin at
         `low`."""
         found = []
         for segment in self.flat.segments:
@@ -136,7 +161,7 @@ class AdamRule:
 def update_pieces(pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float) -> None:
     """AdamW where the pieces lie, all on one device: our fused kernels where they are built, else plain torch.
 
-    hypers: `AdamRule.numbers` of every parameter group. scale: factor on the gradients.
+    hypers: `ShardAdamW.numbers` of every parameter group. scale: factor on the gradients.
     """
     if not pieces:
         return
@@ -152,16 +177,16 @@ def update_pieces(pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any
         kernel(p, m, v, g, out, grad_scale=scale, **hypers[group])
 
 
-class TorchRule:
+class ShardTorchOptimizer:
     """Any elementwise optimizer of torch.optim, unchanged, over segments of the masters."""
 
     def __init__(
         self,
-        flat: Flat,
+        flat: FlatParamGroup,
         kind: Callable[..., torch.optim.Optimizer],
         groups: Sequence[Hyper],
         ledger: Ledger,
-        host: HostSide | None = None,
+        host: OffloadedStates | None = None,
     ) -> None:
         self.flat, self.ledger, self.host = flat, ledger, host
         self.parts = [nn.Parameter(flat.masters[s.start : s.end], requires_grad=True) for s in flat.segments]
@@ -181,19 +206,18 @@ class TorchRule:
             or [{"params": [nn.Parameter(torch.zeros(0))], **self._groups[0]}]
         )
 
-    def update(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
+    def update(self, step: OptimizerStep) -> Copy | None:
         flat, host = self.flat, self.host
         if host is None:
-            self.step(flat.gradient, groups, scale)
+            self.step(flat.gradient, step.groups, step.scale)
             flat.masters_to_parameters()
-            return
-
-        self.step(host.gradient(flat), groups, scale)
-        host.deliver(flat)
+            return None
+        self.step(host.gradient(flat, step), step.groups, step.scale)
+        return host.deliver(flat, step)
 
     @torch.no_grad()
     def step(self, gradient: torch.Tensor, groups: Sequence[Hyper], scale: float) -> None:
-        """New masters; `gradient` (state range,) is scaled in place."""
+        """New masters; `gradient` (state shard,) is scaled in place."""
         gradient.mul_(scale)
         for part, segment, own in zip(self.parts, self.flat.segments, self.optimizer.param_groups, strict=False):
             part.grad = gradient[segment.start : segment.end].to(torch.float32)
@@ -206,7 +230,7 @@ class TorchRule:
 
     def _account(self) -> None:
         held = sum(state.tensor.numel() * state.tensor.element_size() for state in self.states())
-        self.ledger.add("optimizer", held - self._held, offloaded=self.flat.home.offloaded)
+        self.ledger.add("optimizer", held - self._held, offloaded=self.flat.placement.offloaded)
         self._held = held
 
     def state_names(self, group: int) -> list[str]:

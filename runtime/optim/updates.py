@@ -15,7 +15,6 @@ does so later for the first time is an error, not a wrong result.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -25,10 +24,11 @@ import torch
 from torch import nn
 
 from runtime.comm import Done, Pending
-from runtime.offload.upload import HostSide
-from runtime.optim.shard_optimizer import Hyper, Rule
+from runtime.comm.profiling import profiler_range
+from runtime.comm.transfer import Copy
+from runtime.optim.shard_optimizer import Hyper, OptimizerStep, ShardOptimizer
 from runtime.telemetry import NullTelemetry, Telemetry
-from runtime.zero.flat import Flat
+from runtime.zero.flat import FlatParamGroup
 from runtime.zero.hooks import EngineHook
 from runtime.zero.unit import Unit
 from runtime.zero.unshard import owners
@@ -38,30 +38,36 @@ LEARNING_STEPS = 2
 
 
 class Updates:
-    """Drives the rules of one engine. `rules` are those of the units' trained flats, in forward order."""
+    """Drives the optimizers of one engine's shards, which come in forward order."""
 
     def __init__(
         self,
         module: nn.Module,
         units: Sequence[Unit],
-        rules: Sequence[Rule],
+        shard_optimizers: Sequence[ShardOptimizer],
         telemetry: Telemetry | NullTelemetry,
         executor: Executor | None = None,
-        host: HostSide | None = None,
+        mark: Callable[[], Any] = lambda: None,
         overlap: bool = True,
-        on_idle: Callable[[], None] = lambda: None,
-        before: Callable[[Flat], None] = lambda flat: None,
+        on_idle: Callable[[Updates], None] = lambda updates: None,
+        before: Callable[[FlatParamGroup], None] = lambda flat: None,
     ) -> None:
-        """executor: one thread, for flats whose states are offloaded; None: none are. host: what those rules use, where
-        they need it. overlap: whether the next forward runs meanwhile. on_idle: called when nothing is under way any
-        more. before: returns when a flat may change: a checkpoint may still read it."""
+        """executor: one thread, for shards whose states are offloaded; None: none are. mark: the point that the
+        computing stream has reached, for copies that come after it. overlap: whether the next forward runs meanwhile.
+        on_idle: called when nothing is under way any more. before: returns when a shard may change: a checkpoint may
+        still be reading it."""
         self._before = before
-        self.rules, self.telemetry, self.executor, self.host = list(rules), telemetry, executor, host
+        self.shard_optimizers = list(shard_optimizers)
+        self._positions = {id(optimizer.flat): position for position, optimizer in enumerate(self.shard_optimizers)}
+        self.telemetry, self.executor, self._mark = telemetry, executor, mark
         self.overlap, self.on_idle = overlap and executor is not None, on_idle
         self._stream: Any = None
         """Of the training thread on a GPU: whoever waits, it is the one that goes on with the parameters."""
         self.units = [unit for unit in units if unit.flats]
-        self._jobs: list[Future[None] | None] = []
+        self._jobs: list[Future[Copy | None] | None] = []
+        """Of each shard, the update on the other thread; None: the training thread updates it."""
+        self._copies: list[Copy | None] = []
+        """Of each shard that the training thread has updated, what brings its new parameters to the device."""
         self._unread: list[Pending] = []
         """Gathers that other ranks may still be reading from this rank."""
         self._writes: list[int] = []
@@ -84,24 +90,19 @@ class Updates:
     def _watch(self, module: nn.Module) -> None:
         whole = hasattr(module, "_orig_mod")  # compiled as one: hooks inside would cut it into pieces
         for unit in self.units:
-            everywhere = unit.stays or whole
+            everywhere = unit.keep_unsharded or whole
             self._early |= {id(unit)} if everywhere else set()
             for member in {module, *owners(module, unit.flats)} if everywhere else unit.modules:
                 before = EngineHook(self, Updates._before_forward, unit)
                 self._hooks.append(member.register_forward_pre_hook(before, prepend=True))
-            for flat in unit.flats:
-                flat.before_gather = self._waiter(flat)
         self._hooks.append(module.register_forward_pre_hook(EngineHook(self, Updates._before_model), prepend=True))
 
-    def _waiter(self, flat: Flat) -> Callable[[], None]:
-        weak, position = weakref.ref(self), [rule.flat for rule in self.rules].index(flat)
-
-        def wait() -> None:
-            updates = weak()
-            if updates is not None and position < len(updates._jobs):
-                updates._own_is_ready(position)
-
-        return wait
+    def wait_for_shard(self, flat: FlatParamGroup) -> None:
+        """Returns when this rank's shard of `flat` holds the last step's parameters. On a GPU: when work that the
+        current stream gets from now on does."""
+        position = self._positions.get(id(flat))
+        if position is not None and position < len(self._jobs):
+            self._shard_is_ready(position)
 
     def detach(self) -> None:
         """Another engine takes over, or none."""
@@ -116,53 +117,51 @@ class Updates:
     def launch(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
         """Optimizer step `step` with gradient x `scale`. What is left to do afterwards, `need` and `drain` wait for."""
         self.drain()
-        device = self.rules[0].flat.comm.device
+        device = self.shard_optimizers[0].flat.comm.device
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        if self.host is not None:
-            self.host.after = self.host.transfers.mark()
+        numbers = OptimizerStep(groups, step, scale, self._mark())
         self._called.clear()
         self._at = 0
-        self._writes = [rule.flat.writes() for rule in self.rules]
-        self._jobs = [self._submitted(rule, groups, step, scale) for rule in self.rules]
+        self._writes = [optimizer.flat.writes() for optimizer in self.shard_optimizers]
+        self._copies = [None] * len(self.shard_optimizers)
+        self._jobs = [self._submitted(optimizer, numbers) for optimizer in self.shard_optimizers]
         overlap = self.overlap and self._taken >= LEARNING_STEPS
         self._taken += 1
         if not overlap:
-            self._all_now(groups, step, scale)
+            self._all_now(numbers)
             return
-        for rule, job in zip(self.rules, self._jobs, strict=True):
+        for position, job in enumerate(self._jobs):
             if job is None:
-                self._update(rule, groups, step, scale)
+                self._copies[position] = self._update(self.shard_optimizers[position], numbers)
 
-    def _submitted(self, rule: Rule, groups: Sequence[Hyper], step: int, scale: float) -> Future[None] | None:
+    def _submitted(self, optimizer: ShardOptimizer, numbers: OptimizerStep) -> Future[Copy | None] | None:
         """None: the training thread updates it."""
-        if self.executor is None or not rule.flat.home.offloaded:
+        if self.executor is None or not optimizer.flat.placement.offloaded:
             return None
-        return self.executor.submit(self._update, rule, groups, step, scale)
+        return self.executor.submit(self._update, optimizer, numbers)
 
-    def _update(self, rule: Rule, groups: Sequence[Hyper], step: int, scale: float) -> None:
-        self._before(rule.flat)
-        rule.update(groups, step, scale)
+    def _update(self, optimizer: ShardOptimizer, numbers: OptimizerStep) -> Copy | None:
+        self._before(optimizer.flat)
+        with profiler_range("update", optimizer.flat.policy.stage, optimizer.flat.name):
+            return optimizer.update(numbers)
 
-    def _all_now(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
-        """Every unit in forward order; while one is gathered the next is updated already."""
+    def _all_now(self, numbers: OptimizerStep) -> None:
+        """Every unit in forward order; while one is all-gathered the next is updated already."""
         gathers = []
-        for position, rule in enumerate(self.rules):
+        for position, optimizer in enumerate(self.shard_optimizers):
             if self._jobs[position] is None:
-                self._update(rule, groups, step, scale)
-            self._own_is_ready(position)
-            gathers.append(self._gather(rule.flat))
+                self._copies[position] = self._update(optimizer, numbers)
+            self._shard_is_ready(position)
+            gathers.append(self._gather(optimizer.flat))
         with self.telemetry.span("gather"):
             for gather in gathers:
                 gather.wait()
         self._unread = gathers
         self._idle()
 
-    def _gather(self, flat: Flat) -> Pending:
-        if flat.arrival is not None:
-            flat.arrival.wait_device()
-            flat.arrival = None
+    def _gather(self, flat: FlatParamGroup) -> Pending:
         flat.note_values()
-        return Done() if flat.sharded else flat.gather_updated()
+        return Done() if flat.sharded else flat.all_gather_updated()
 
     @property
     def under_way(self) -> bool:
@@ -186,15 +185,15 @@ class Updates:
         for gather in self._unread:
             gather.fence()
         self._unread = []
-        self._jobs = []
+        self._jobs, self._copies = [], []
         self._at = 0
-        self.on_idle()
+        self.on_idle(self)
 
     def _finish(self, end: int) -> None:
         with self._on_training_stream():
             while self._at < end:
-                self._own_is_ready(self._at)
-                flat = self.rules[self._at].flat
+                self._shard_is_ready(self._at)
+                flat = self.shard_optimizers[self._at].flat
                 if flat.writes() != self._writes[self._at]:
                     raise RuntimeError(
                         f"parameters of {flat.name} were changed in place while their offloaded update was still "
@@ -218,15 +217,15 @@ class Updates:
         if current != self._stream:
             current.wait_stream(self._stream)
 
-    def _own_is_ready(self, position: int) -> None:
-        job, flat = self._jobs[position], self.rules[position].flat
+    def _shard_is_ready(self, position: int) -> None:
+        job, copy = self._jobs[position], self._copies[position]
         if job is not None and not job.done():
             with self.telemetry.span("offload"):
-                job.result()
+                copy = job.result()
         elif job is not None:
-            job.result()
-        if flat.arrival is not None:
-            flat.arrival.wait_device()
+            copy = job.result()
+        if copy is not None:
+            copy.wait_device()
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
     def _before_model(self, *_given: Any) -> None:

@@ -11,8 +11,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-REDUCTIONS_IN_FLIGHT = 1
-"""As runtime/zero/reduce.py has it; a test compares."""
+from runtime.plan.constants import REDUCTIONS_IN_FLIGHT
 
 EVERYWHERE = ("root", "small")
 BACKWARDS = 4

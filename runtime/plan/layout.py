@@ -2,9 +2,9 @@
 torch-free.
 
 flat buffer   | p0 ......... | p1 ... | p2 .................... | padding |      numel = multiple of world x ALIGNMENT
-ranges        |<----- rank 0 ----->|<----- rank 1 ----->|<----- rank 2 ----->|     all equal
-segments      maximal runs of one optimizer parameter group inside a range
-slices        the part of each parameter that lies inside a range
+shards        |<----- rank 0 ----->|<----- rank 1 ----->|<----- rank 2 ----->|     all equal
+segments      maximal runs of one optimizer parameter group inside a shard
+slices        the part of each parameter that lies inside a shard
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 ALIGNMENT = 64
-"""Elements: every range starts on a cache line in 8, 16 and 32 bit, which the SIMD kernels and the collectives like."""
+"""Elements: every shard starts on a cache line in 8, 16 and 32 bit, which the SIMD kernels and the collectives like."""
 
 STATE_BYTES = 12
 """Of each element: master and two moments in fp32."""
@@ -41,7 +41,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of one parameter group, relative to the start of the range it lies in."""
+    """A run of one parameter group, relative to the start of the shard it lies in."""
 
     group: int
     start: int
@@ -50,12 +50,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Slice:
-    """Elements [param_start, param_start + numel) of a parameter, lying at range_start of a rank's range."""
+    """Elements [param_start, param_start + numel) of a parameter, lying at shard_start of a rank's shard."""
 
     name: str
     param_numel: int
     param_start: int
-    range_start: int
+    shard_start: int
     numel: int
 
 
@@ -83,14 +83,14 @@ class Layout:
         return padded(self.used, self.world_size)
 
     @cached_property
-    def range_numel(self) -> int:
+    def shard_numel(self) -> int:
         return self.numel // self.world_size
 
-    def range(self, rank: int) -> tuple[int, int]:
-        """[start, end) of `rank`'s range, in elements of the flat buffer."""
+    def shard(self, rank: int) -> tuple[int, int]:
+        """[start, end) of `rank`'s shard, in elements of the flat buffer."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} of a world of {self.world_size}")
-        return rank * self.range_numel, (rank + 1) * self.range_numel
+        return rank * self.shard_numel, (rank + 1) * self.shard_numel
 
     def segments(self, start: int, end: int) -> list[Segment]:
         """The groups' runs inside elements [start, end), relative to start. Padding belongs to no group and is left
@@ -118,13 +118,13 @@ class Layout:
 
 
 def padded(numel: int, world_size: int) -> int:
-    """`numel` rounded up so that every rank's range is a whole number of ALIGNMENT elements."""
+    """`numel` rounded up so that every rank's shard is a whole number of ALIGNMENT elements."""
     step = world_size * ALIGNMENT
     return -(-numel // step) * step
 
 
 def kept_on_device(sizes: Sequence[int], ratio: float) -> list[bool]:
-    """Which ranges' states stay on the device when only `ratio` (0 to 1) of all elements is offloaded: the first ones,
+    """Which shards' states stay on the device when only `ratio` (0 to 1) of all elements is offloaded: the first ones,
     which the next forward needs first, as many as come nearest to the rest."""
     stays: list[bool] = []
     wanted, kept = (1 - ratio) * sum(sizes), 0
@@ -137,8 +137,8 @@ def kept_on_device(sizes: Sequence[int], ratio: float) -> list[bool]:
 
 
 def leaving_for_room(sizes: Sequence[int], stays: Sequence[bool], room_bytes: int) -> list[bool]:
-    """Which ranges' states go to the host when those that needn't stay may, as far as `room_bytes` hold the states of
-    all ranges up to theirs."""
+    """Which shards' states go to the host when those that needn't stay may, as far as `room_bytes` hold the states of
+    all shards up to theirs."""
     leaves = []
     for size, stay in zip(sizes, stays, strict=True):
         room_bytes -= STATE_BYTES * size

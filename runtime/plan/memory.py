@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from runtime.plan.constants import OFFLOAD_SLOTS, SNAPSHOT_SLOT_BYTES, SNAPSHOT_SLOTS, STREAM_SLOTS
 from runtime.plan.estimate import (
     activation_bytes,
     context_bytes,
@@ -27,12 +28,6 @@ from runtime.plan.layout import STATE_BYTES, kept_on_device, leaving_for_room, p
 from runtime.plan.workload import ELEMENT_BYTES, Workload
 
 STAGES = (0, 1, 2, 3)
-SLOTS = 2
-"""Buffers in each direction that copies between GPU and host pass through, as runtime/offload/download.py has them."""
-SNAPSHOT_SLOT_BYTES = 2 * (32 << 20)
-"""Of a rank whose states are offloaded, as runtime/checkpoint/snapshot.py has them; a test compares."""
-STREAM_SLOTS = 3
-"""Pieces of states on the GPU at a time, as runtime/offload/streamed.py has them; a test compares."""
 
 CATEGORIES = (
     "parameters", "gradients", "masters", "optimizer", "buffers", "activations", "logits", "temporary", "context",
@@ -142,26 +137,26 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False, paramete
     offload_parameters = stage == 3 and (offload and workload.offload_parameters if parameters is None else parameters)
     shards = stage == 3 and (world > 1 or (offload_parameters and remote))
     waiting = _gathered(workload) // world if shards and offload_parameters else 0
-    offloaded = offloaded_ranges(workload, stage, waiting > 0) if offload else {}
+    offloaded = offloaded_shards(workload, stage, waiting > 0) if offload else {}
     on_host = sum(offloaded.values())
     on_gpu = owned - on_host
-    own_gradients = workload.owns_gradients(stage)
+    shards_gradients = workload.owns_gradients(stage)
     masters = _masters(workload, on_gpu, offloaded, waiting > 0)
     moments = 4 * workload.moments
     accumulator = workload.accumulator_bytes
     streamed = _stream_bytes(workload) if offloaded else 0
     gpu = {
         "parameters": workload.element_bytes * (_kept_at_stage_3(workload) - waiting if stage == 3 else whole),
-        "gradients": accumulator * (on_gpu if own_gradients else whole),
+        "gradients": accumulator * (on_gpu if shards_gradients else whole),
         "masters": masters[0],
         "optimizer": moments * on_gpu,
         "buffers": _in_flight(workload, stage, shards) + streamed,
     }
     pinned, host = 0, dict[str, int]()
     if offload or waiting:
-        states = {"gradients": accumulator * on_host if own_gradients else 0, "masters": masters[1]}
+        states = {"gradients": accumulator * on_host if shards_gradients else 0, "masters": masters[1]}
         states |= {"optimizer": moments * on_host}
-        states |= {"staging": _staging(workload, own_gradients, max(offloaded.values(), default=0)) if remote else 0}
+        states |= {"staging": _staging(workload, shards_gradients, max(offloaded.values(), default=0)) if remote else 0}
         per_rank = states | {"parameters": workload.element_bytes * waiting}
         host = {category: size * world for category, size in per_rank.items()}
         if remote:
@@ -182,7 +177,7 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False, paramete
 
 
 def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
-    """Bytes on one node: every rank copies masters and optimizer states of its own range, at every stage. What offload
+    """Bytes on one node: every rank copies masters and optimizer states of its own shard, at every stage. What offload
     keeps on the host is read through slots instead. Buffers and frozen parameters are not in it.
     (runtime/checkpoint/snapshot.py)"""
     if not workload.checkpoints:
@@ -190,7 +185,7 @@ def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
     world = workload.world_size
     apart = sum(offloaded.values()) // (world if stage == 0 else 1)
     copied = (4 + 4 * workload.moments) * (workload.padded_parameters // world - apart)
-    return world * (copied + (SNAPSHOT_SLOT_BYTES if apart else 0))
+    return world * (copied + (SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES if apart else 0))
 
 
 def _unshared(workload: Workload) -> dict[str, int]:
@@ -221,7 +216,7 @@ def _inputs_on_host(workload: Workload) -> dict[str, int]:
     return {"activations": kept * workload.world_size}
 
 
-def offloaded_ranges(workload: Workload, stage: int, waits: bool = False) -> dict[str, int]:
+def offloaded_shards(workload: Workload, stage: int, waits: bool = False) -> dict[str, int]:
     """Elements of each unit's states that a rank keeps on the host; whole units, those that are needed last. `waits`:
     parameters that stage 3 gathers wait there, too."""
     sharers = 1 if stage == 0 else workload.world_size
@@ -274,7 +269,7 @@ def _gathered(workload: Workload) -> int:
 
 
 def _kept_at_stage_3(workload: Workload) -> int:
-    """Elements: the own ranges, and what is too small to gather."""
+    """Elements: the own shards, and what is too small to gather."""
     return _gathered(workload) // workload.world_size + workload.small_parameters
 
 
@@ -293,12 +288,12 @@ def _in_flight(workload: Workload, stage: int, shards: bool) -> int:
     return nbytes + (workload.element_bytes * gathered(units) if shards else 0)
 
 
-def _staging(workload: Workload, own_gradients: bool, largest: int) -> int:
+def _staging(workload: Workload, shards_gradients: bool, largest: int) -> int:
     """Host memory that copies pass through: slots for the gradients and for the new parameters of the largest range."""
     down = workload.accumulator_bytes
-    if own_gradients:  # after no_sync gradients travel as they accumulated, if nothing is said about it
+    if shards_gradients:  # after no_sync gradients travel as they accumulated, if nothing is said about it
         down = ELEMENT_BYTES[workload.reduce_dtype] if workload.reduce_dtype else max(down, workload.element_bytes)
-    return SLOTS * (down + workload.element_bytes) * largest
+    return OFFLOAD_SLOTS * (down + workload.element_bytes) * largest
 
 
 def _ring(size: int, world_size: int) -> int:
@@ -327,7 +322,7 @@ def _sent(workload: Workload, stage: int) -> int:
 
 
 def _pcie(workload: Workload, stage: int, on_host: int, waiting: int) -> int:
-    """Copied per rank and step: gradients down (at every micro-step where only own ranges accumulate), new parameters
+    """Copied per rank and step: gradients down (at every micro-step where only own shards accumulate), new parameters
     up. Parameters
     that wait on the host come up for every forward and backward instead."""
     down = workload.accumulator_bytes

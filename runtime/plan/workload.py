@@ -98,7 +98,7 @@ class Workload:
         return ELEMENT_BYTES[self.grad_accum_dtype]
 
     def owns_gradients(self, stage: int) -> bool:
-        """Whether a rank keeps only its own range of the accumulated gradients."""
+        """Whether a rank keeps only its own shard of the accumulated gradients."""
         return stage >= 2 and not self.accumulate_locally
 
     def reduced_bytes(self, stage: int) -> int:

@@ -13,24 +13,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from runtime.engine import Engine
-from runtime.engine.registry import engine_of
-from runtime.optim.shard_optimizer import Rule
+from runtime.checkpoint.snapshot import SnapshotGuard
+from runtime.engine.registry import owner_of
+from runtime.optim.shard_optimizer import ShardOptimizer
 from runtime.plan.layout import Slot
-from runtime.zero.flat import Flat
+from runtime.state.train_state import TrainState
+from runtime.zero.flat import FlatParamGroup
 
 
 @dataclass(frozen=True)
 class _Place:
     """Where a trained parameter is."""
 
-    engine: Engine
-    flat: Flat
+    state: TrainState
+    guard: SnapshotGuard
+    flat: FlatParamGroup
     slot: Slot
 
     @property
     def part(self) -> slice:
-        """Of the state range: the elements that are this parameter's."""
+        """Of the state shard: the elements that are this parameter's."""
         low, high = self.flat.own_part(self.slot)
         return slice(low, high)
 
@@ -42,15 +44,15 @@ class _Place:
         return slice(start, start + high - low)
 
     @property
-    def rule(self) -> Rule:
-        return next(rule for rule in self.engine.rules if rule.flat is self.flat)
+    def shard_optimizer(self) -> ShardOptimizer:
+        return next(optimizer for optimizer in self.state.shard_optimizers if optimizer.flat is self.flat)
 
     def assembled(self, part: torch.Tensor) -> torch.Tensor:
         """(shape,) fp32 on the device, from every rank's part."""
-        whole = torch.zeros(self.slot.numel, dtype=torch.float32, device=self.engine.device)
+        whole = torch.zeros(self.slot.numel, dtype=torch.float32, device=self.state.device)
         whole[self.of_parameter].copy_(part)
         if self.flat.state_numel < self.flat.layout.numel:
-            self.engine.comm.all_reduce(whole).wait()
+            self.state.comm.all_reduce(whole).wait()
         return whole.view(self.slot.shape)
 
     def own_of(self, value: torch.Tensor, what: str) -> torch.Tensor:
@@ -64,14 +66,14 @@ class _Place:
 
 
 def _find(parameter: nn.Parameter) -> _Place | None:
-    engine = engine_of(parameter)
-    if engine is None:
+    owner = owner_of(parameter)
+    if owner is None:
         return None
-    for flat in engine.flats:
+    for flat in owner.state.flats:
         for slot, member in zip(flat.layout.slots, flat.members, strict=True):
             if member is parameter:
-                engine.synchronize()
-                return _Place(engine, flat, slot)
+                owner.state.synchronize()
+                return _Place(owner.state, owner.guard, flat, slot)
     return None
 
 
@@ -84,12 +86,18 @@ def _expected(parameter: nn.Parameter, call: str) -> _Place:
 
 def _local(parameter: nn.Parameter, call: str) -> _Place:
     place = _expected(parameter, call)
-    if not place.engine.policy.own_parameters:
+    if not place.state.policy.shards_parameters:
         raise ValueError(
-            f"{call}: expected stage 3; at stage {place.engine.policy.stage} parameters are whole: call the "
+            f"{call}: expected stage 3; at stage {place.state.policy.stage} parameters are whole: call the "
             "function with full in its name"
         )
     return place
+
+
+def _have_arrived(state: TrainState) -> bool:
+    """Whether there are gradients: waits for those that are on their way to host memory."""
+    state.settle_gradients()
+    return state.accumulation.in_progress
 
 
 # ---- masters ---------------------------------------------------------------------------------------------------------
@@ -119,15 +127,15 @@ def safe_set_local_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:
 @torch.no_grad()
 def _set_master(place: _Place, value: torch.Tensor) -> None:
     """value: this rank's part."""
-    engine, flat = place.engine, place.flat
-    engine.saver.before_change()
+    state, flat = place.state, place.flat
+    place.guard.wait_for_all()
     flat.masters[place.part].copy_(value)
     if flat.masters is not flat.own:
         flat.own[place.part].copy_(value)
     if not flat.sharded:
-        flat.gather_updated().wait()
+        flat.all_gather_updated().wait()
         return
-    with engine.gathering.everything([unit for unit in engine.units if flat in unit.flats]):
+    with state.unsharder.unsharded([unit for unit in state.units if flat in unit.flats]):
         whole = place.assembled(flat.own[place.part]).to(flat.dtype)  # one that a script holds must show it, too
         flat.whole[place.slot.offset : place.slot.end].copy_(whole.view(-1))
 
@@ -141,7 +149,7 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: torch.Tensor, optim_state_key: str) -> None:
     place = _expected(param, "safe_set_full_optimizer_state")
-    place.engine.saver.before_change()
+    place.guard.wait_for_all()
     _state(place, optim_state_key).copy_(place.own_of(value, "safe_set_full_optimizer_state"))
 
 
@@ -152,21 +160,21 @@ def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) ->
 
 def safe_set_local_optimizer_state(param: nn.Parameter, value: torch.Tensor, optim_state_key: str) -> None:
     place = _local(param, "safe_set_local_optimizer_state")
-    place.engine.saver.before_change()
+    place.guard.wait_for_all()
     _state(place, optim_state_key).copy_(value.detach().reshape(-1))
 
 
 def _state(place: _Place, key: str) -> torch.Tensor:
     """This rank's part of it."""
-    states = [state for state in place.rule.states() if state.name == key]
+    states = [state for state in place.shard_optimizer.states() if state.name == key]
     low, high = place.part.start, place.part.stop
     for state in states:
         if state.start <= low and high <= state.start + state.tensor.numel():
             return state.tensor[low - state.start : high - state.start]
     if low == high and (states or not place.flat.segments):
         return torch.empty(0, dtype=torch.float32, device=place.flat.masters.device)
-    known = sorted({state.name for state in place.rule.states()})
-    kind = place.engine.optimizer.kind
+    known = sorted({state.name for state in place.shard_optimizer.states()})
+    kind = place.state.optimizer.kind
     what = f"expected one of {', '.join(known)}" if known else f"{kind} has no states before its first step"
     raise ValueError(f"optimizer state {key!r} of {place.slot.name}: {what}")
 
@@ -176,15 +184,15 @@ def safe_get_full_grad(param: nn.Parameter) -> torch.Tensor | None:
     """The mean gradient over ranks and micro-steps so far, before clipping, in fp32: between backward() and step().
     None where there is none."""
     place = _find(param)
-    if place is None or not place.engine.gradients_arrived:
+    if place is None or not _have_arrived(place.state):
         return None
     gradients = place.flat.gradients
     assert gradients is not None
-    divisor = place.engine.gradient_divisor
-    if place.engine.gradients_reduced:
+    divisor = place.state.gradient_divisor
+    if place.state.gradients_reduced:
         return place.assembled(gradients.reduced[place.part]) / divisor
     whole = gradients.unreduced(place.slot).to(torch.float32, copy=True)
-    place.engine.comm.all_reduce(whole).wait()
+    place.state.comm.all_reduce(whole).wait()
     return whole.view(place.slot.shape) / divisor
 
 
@@ -197,9 +205,9 @@ def safe_set_full_grad(param: nn.Parameter, value: torch.Tensor) -> None:
 def safe_get_local_grad(param: nn.Parameter) -> torch.Tensor | None:
     """The part in this rank's shard, a copy in fp32. None where there is none."""
     place = _local(param, "safe_get_local_grad")
-    if not place.engine.gradients_arrived or not place.engine.gradients_reduced:
+    if not _have_arrived(place.state) or not place.state.gradients_reduced:
         return None
-    return place.flat.gradient[place.part].to(torch.float32) / place.engine.gradient_divisor
+    return place.flat.gradient[place.part].to(torch.float32) / place.state.gradient_divisor
 
 
 def safe_set_local_grad(param: nn.Parameter, value: torch.Tensor) -> None:
@@ -208,7 +216,7 @@ def safe_set_local_grad(param: nn.Parameter, value: torch.Tensor) -> None:
 
 def _set_gradient(place: _Place, value: torch.Tensor, call: str) -> None:
     """value: this rank's part."""
-    if not place.engine.gradients_arrived or not place.engine.gradients_reduced:
+    if not _have_arrived(place.state) or not place.state.gradients_reduced:
         raise ValueError(
             f"{call}: there is no reduced gradient to change; call it between engine.backward(loss) at the boundary "
             "and engine.step()"
@@ -216,7 +224,7 @@ def _set_gradient(place: _Place, value: torch.Tensor, call: str) -> None:
     gradients = place.flat.gradients
     assert gradients is not None
     gradients.forget_squares()
-    place.flat.gradient[place.part].copy_(value.to(torch.float32) * place.engine.gradient_divisor)
+    place.flat.gradient[place.part].copy_(value.to(torch.float32) * place.state.gradient_divisor)
 
 
 def safe_update_full_grad_vectorized(

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from runtime import checkpoint
-from runtime.checkpoint.manifest import CheckpointError
-from runtime.checkpoint.reading import CheckpointReader, Stored
+from runtime.checkpoint.format.manifest import CheckpointError
+from runtime.checkpoint.format.reading import CheckpointReader, Stored
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

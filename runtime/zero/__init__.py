@@ -4,11 +4,11 @@ layout     which element of which parameter lies where, and who owns it (torch-f
 stage      what a ZeRO stage is: a policy of a few answers
 cut        a model's units
 weights, init, values   where initial values come from; zero.Init
-home       which memory states live in; downlink: how gradients get there
+home       which memory states live in; grad_offload: how gradients get there
 pool, gradients, flat   one flat buffer: parameters, masters, gradients
 unit       the flats that are gathered, reduced and updated together
 hooks      what modules hold for an engine
-schedule   when gradients are reduced; gathering: when parameters are there; clip: what ranks agree on at a boundary
+schedule   when gradients are reduced; unsharder: when parameters are there; clip: what ranks agree on at a boundary
 partition_parameters    what stage 3 hangs on parameters, with DeepSpeed's names
 whole      the whole model for those who ask; GatheredParameters
 external   calls that DeepSpeed needs and this engine does not

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import nn
 
 from runtime.zero.full import GatheredParameters
-
-if TYPE_CHECKING:
-    from runtime.engine import Engine
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
@@ -31,8 +28,12 @@ def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) ->
     register_external_parameter(module, parameter)
 
 
+class _Engine(Protocol):
+    module: nn.Module
+
+
 @contextmanager
-def unwrap_model_for_generation(model: Engine) -> Iterator[nn.Module]:
+def unwrap_model_for_generation(model: _Engine) -> Iterator[nn.Module]:
     """Inside, the engine's model with all parameters whole, for generate() without a gather for each token; every rank
     must enter. At stage 3 it must fit each device."""
     with GatheredParameters(model.module):

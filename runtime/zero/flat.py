@@ -1,15 +1,16 @@
-"""One flat buffer of a unit: its parameters of one dtype, who holds which part of them, and their gradients."""
+"""A flat parameter group: all parameters of a unit that have one dtype, their shards, and their gradients."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from runtime.comm import Comm, Done, Pending
-from runtime.comm.transfer import Copy, Transfers
+from runtime.comm.profiling import profiler_range
+from runtime.comm.transfer import Transfers
 from runtime.host.heap import mapped
 from runtime.host.ledger import Ledger, zeros
 from runtime.plan.layout import Layout, Slot
@@ -17,24 +18,24 @@ from runtime.zero.fingerprint import fingerprint
 from runtime.zero.gradients import Gradients
 from runtime.zero.parameter import reshard, unshard
 from runtime.zero.stage import StagePolicy
-from runtime.zero.state_placement import Home
+from runtime.zero.state_placement import StatePlacement
 from runtime.zero.values import Values, adopt
 
 Member = tuple[str, nn.Parameter, int]
 """Name, parameter, index of its optimizer parameter group."""
 
 
-class Flat:
+class FlatParamGroup:
     """Parameters of one dtype, ordered by optimizer parameter group.
 
     whole       (layout.numel,) in the compute dtype; every `param.data` is a view into it. While a sharded flat is
                 released it has no memory, and its parameters are of a class that can't be computed with (parameter.py)
-    own         (own range,) what this rank keeps and updates: its range of `whole`, or at stage 3 memory of its own,
+    own         (own shard,) what this rank keeps and updates: its shard of `whole`, or at stage 3 memory of its own,
                 which may be the host's (offload_param)
-    masters     (state range,) fp32, in `home`; for fp32 parameters there they are `own`, not a copy
+    masters     (state shard,) fp32, in `placement`; for fp32 parameters there they are `own`, not a copy
     gradients   None for parameters that are not trained (stage 3 shards those, too)
 
-    [Note: released parameters]
+    [Note: resharded parameters]
     A gather fills the same Storage again (`resize_`, as FSDP does): views that autograd saved in the forward are then
     valid in the backward. Outside a unit's use nobody may read that memory: see [Note: parameters change their class].
     """
@@ -49,27 +50,27 @@ class Flat:
         comm: Comm,
         ledger: Ledger,
         values: Values,
-        home: Home,
+        placement: StatePlacement,
         trainable: bool = True,
-        own_home: Home | None = None,
+        shard_placement: StatePlacement | None = None,
         transfers: Transfers | None = None,
     ) -> None:
-        """home: of masters and optimizer states. own_home: of the own range of a sharded flat, where that is not the
-        device; `transfers` bring it from there."""
-        self.home, self._own_home, self._transfers = home, own_home if sharded else None, transfers
-        self.arrival: Copy | None = None
-        """New parameters on their way from the host."""
-        self.before_gather: Callable[[], None] = lambda: None
-        """Returns when the own range is up to date; set by who updates it meanwhile."""
+        """placement: where masters and optimizer states live. shard_placement: where the own shard of a sharded group
+        does, if not on the device; `transfers` bring it from there."""
+        self.placement, self._shard_placement, self._transfers = (
+            placement,
+            shard_placement if sharded else None,
+            transfers,
+        )
         self.name, self.policy, self.comm, self.ledger = name, policy, comm, ledger
         self.dtype, self.sharded, self.trainable = dtype, sharded, trainable
         self.members = [parameter for _, parameter, _ in members]
         comm.know(name)
         self.layout = Layout.of([(n, p.shape, group) for n, p, group in members], comm.world_size)
-        self.start, self.end = policy.state_range(self.layout, comm.rank)
+        self.start, self.end = policy.state_shard(self.layout, comm.rank)
         self.segments = self.layout.segments(self.start, self.end)
         self.gradients: Gradients | None = None
-        self.gathered = not sharded
+        self.is_unsharded = not sharded
         self._pending: Pending | None = None
         self._noted: torch.Tensor | None = None
         self._adopt(values)
@@ -95,10 +96,10 @@ class Flat:
             self.masters = self.own
             if self.dtype != torch.float32 or self.apart:
                 part = exact if self.sharded else exact[self.start : self.end]
-                if part.numel() == exact.numel() and not self.home.remote:
-                    self.masters = self.home.hold("masters", part)
+                if part.numel() == exact.numel() and not self.placement.remote:
+                    self.masters = self.placement.hold("masters", part)
                 else:
-                    self.masters = self.home.zeros("masters", part.numel()).copy_(part)
+                    self.masters = self.placement.zeros("masters", part.numel()).copy_(part)
         for parameter, view, placeholder in zip(self.members, self._views, self._placeholders, strict=True):
             parameter.grad = None
             adopt(parameter, placeholder if self.sharded else view)
@@ -108,8 +109,8 @@ class Flat:
             self.whole.untyped_storage().resize_(0)
 
     def _own_memory(self, numel: int) -> torch.Tensor:
-        if self._own_home is not None:
-            return self._own_home.zeros("parameters", numel, self.dtype)
+        if self._shard_placement is not None:
+            return self._shard_placement.zeros("parameters", numel, self.dtype)
         return self.ledger.hold("parameters", self.comm.empty(numel, self.dtype))
 
     def _initial(self, values: Values, low: int, high: int) -> torch.Tensor:
@@ -134,12 +135,12 @@ class Flat:
         return zeros(part.numel(), part.dtype, part.device).copy_(part)
 
     @property
-    def arriving(self) -> bool:
-        """Whether a gather of it is under way."""
+    def is_unsharding(self) -> bool:
+        """Whether an all-gather of it is under way."""
         return self._pending is not None
 
     def own_part(self, slot: Slot) -> tuple[int, int]:
-        """The elements [low, high) of the state range that are those of one parameter; equal where there are none."""
+        """The elements [low, high) of the state shard that are those of one parameter; equal where there are none."""
         low, high = max(slot.offset, self.start), min(slot.end, self.end)
         return (low - self.start, high - self.start) if low < high else (0, 0)
 
@@ -148,14 +149,9 @@ class Flat:
         return self.end - self.start
 
     @property
-    def own_parameters(self) -> torch.Tensor:
-        """(state range,) the compute-dtype parameters that this rank updates."""
-        return self.own
-
-    @property
     def apart(self) -> bool:
         """Whether masters and own parameters are in different memories."""
-        return self.home.remote != (self._own_home is not None and self._own_home.remote)
+        return self.placement.remote != (self._shard_placement is not None and self._shard_placement.remote)
 
     # ---- changes from outside ----------------------------------------------------------------------------------------
     @property
@@ -198,56 +194,60 @@ class Flat:
         self.note_values()
 
     # ---- gathering ---------------------------------------------------------------------------------------------------
-    def gather_updated(self) -> Pending:
-        """After an update: fetch the ranges that other ranks updated, where parameters stay whole."""
-        return self.comm.all_gather(self.whole, self.own, self.name) if self.policy.own_states else Done()
+    def all_gather_updated(self) -> Pending:
+        """After an update: all-gather the shards that other ranks updated, where parameters stay whole."""
+        if not self.policy.shards_states:
+            return Done()
+        with profiler_range("all_gather", self.policy.stage, self.name):
+            return self.comm.all_gather(self.whole, self.own, self.name)
 
-    def issue_gather(self) -> bool:
-        """Start filling a released flat from all ranks' ranges. See [Note: released parameters]. False where there was
-        nothing to start."""
-        if self.gathered or self._pending is not None:
+    def issue_unshard(self) -> bool:
+        """Start the all-gather of a sharded group, whose own shard must be up to date. See [Note: resharded
+        parameters]. False where there was nothing to start."""
+        if self.is_unsharded or self._pending is not None:
             return False
-        self.before_gather()
         with mapped():
             self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
         self.ledger.hold("communication", self.whole)
-        if self._transfers is None or self._own_home is None:
-            self._pending = self.comm.all_gather(self.whole, self.own, self.name)
-            return True
-        place = self.comm.own_range(self.whole)  # offloaded parameters come to their place on the device first
-        copy = self._transfers.up(self.own, place, self._transfers.mark())
-        self._pending = self.comm.all_gather(self.whole, place, self.name, after=copy)
+        with profiler_range("all_gather", self.policy.stage, self.name):
+            if self._transfers is None or self._shard_placement is None:
+                self._pending = self.comm.all_gather(self.whole, self.own, self.name)
+                return True
+            place = self.comm.own_shard(self.whole)  # offloaded parameters come to their place on the device first
+            copy = self._transfers.up(self.own, place, self._transfers.mark())
+            self._pending = self.comm.all_gather(self.whole, place, self.name, after=copy)
         return True
 
-    def finish_gather(self) -> None:
-        """Wait for it and let the parameters show it."""
+    def wait_for_unshard(self) -> None:
+        """Wait for the all-gather; the parameters are views into its result afterwards."""
         if self._pending is None:
             return
-        self._pending.wait()
+        with profiler_range("all_gather_wait", self.policy.stage, self.name):
+            self._pending.wait()
         self._pending = None
-        self.gathered = True
+        self.is_unsharded = True
         for parameter, view in zip(self.members, self._views, strict=True):
             unshard(parameter, view)
 
-    def release(self) -> None:
-        """Free the gathered parameters of a sharded flat; the own range stays."""
+    def reshard(self) -> None:
+        """Free the parameters of a sharded group; the own shard stays."""
         if not self.sharded:
             return
         if self._pending is not None:  # fetched ahead, and not needed after all
             self._pending.wait()
             self._pending = None
-        elif not self.gathered:
+        elif not self.is_unsharded:
             return
-        self.gathered = False
+        self.is_unsharded = False
         for parameter, placeholder in zip(self.members, self._placeholders, strict=True):
             reshard(parameter, placeholder)
         self.ledger.release("communication", self.whole)
         self.whole.untyped_storage().resize_(0)
 
-    def lost(self) -> str | None:
+    def find_moved_param(self) -> str | None:
         """The first parameter that lies elsewhere than this left it: somebody set its `.data`, or converted or moved
         the module, and what it computes with is not what is trained."""
-        placed = self._views if self.gathered else self._placeholders
+        placed = self._views if self.is_unsharded else self._placeholders
         with torch._C.DisableTorchFunctionSubclass():
             for slot, parameter, place in zip(self.layout.slots, self.members, placed, strict=True):
                 data = parameter.data
@@ -258,7 +258,7 @@ class Flat:
     # ---- gradients, as the optimizer sees them -----------------------------------------------------------------------
     @property
     def gradient(self) -> torch.Tensor:
-        """(state range,) summed over ranks and micro-steps, in the accumulation dtype."""
+        """(state shard,) summed over ranks and micro-steps, in the accumulation dtype."""
         assert self.gradients is not None
         return self.gradients.reduced
 

@@ -1,4 +1,4 @@
-"""The whole model for those who ask: state_dict, load_state_dict and GatheredParameters, at every stage."""
+"""The full model at every stage: state_dict, load_state_dict and GatheredParameters."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.comm import Comm
-from runtime.zero.flat import Flat
+from runtime.zero.flat import FlatParamGroup
 from runtime.zero.hooks import EngineHook
-from runtime.zero.partition_parameters import mark, unmark
+from runtime.zero.places import mark, unmark
 from runtime.zero.unit import Unit
-from runtime.zero.unshard import Gathering, owners
+from runtime.zero.unshard import Unsharder, owners
 
-_homes: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameter -> (weak WholeModel, index of its unit there): what is strong here would keep the parameter and so all of
+_holders: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameter -> (weak FullModel, index of its unit there): what is strong here would keep the parameter and so all of
 its engine alive for ever. Not an attribute of the parameter, which must stay picklable."""
 
 
-class WholeModel:
+class FullModel:
     """Makes a model's own state_dict() and load_state_dict() right while an engine holds its parameters.
 
     At stage 3 both gather unit by unit, so every rank must call them; state_dict() then hands out copies in host
@@ -34,19 +34,20 @@ class WholeModel:
         self,
         module: nn.Module,
         units: Sequence[Unit],
-        gathering: Gathering,
+        unsharder: Unsharder,
         comm: Comm,
         settle: Callable[[], None] = lambda: None,
         before_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """settle: returns when no update is under way. before_change: when masters and own ranges may be written."""
-        self.units, self.gathering, self.comm, self.settle = list(units), gathering, comm, settle
+        """settle: returns when no update is under way. before_change: when masters and own shards may be written."""
+        self.module, self.units, self.unsharder = module, list(units), unsharder
+        self.comm, self.settle = comm, settle
         self._before_change = before_change
         for index, unit in enumerate(self.units):
             for flat in _flats(unit):
                 for slot, parameter in zip(flat.layout.slots, flat.members, strict=True):
-                    _homes[parameter] = (weakref.ref(self), index)
-                    if flat.policy.own_parameters:
+                    _holders[parameter] = (weakref.ref(self), index)
+                    if flat.policy.shards_parameters:
                         mark(parameter, flat, slot)
         self.keeps = True
         self._loads: list[Unit] = []
@@ -56,10 +57,10 @@ class WholeModel:
         self._hooks: list[Any] = []
         for member in {module, *(o for unit in self.units for o in owners(module, _flats(unit)))}:
             self._hooks += [
-                member.register_state_dict_pre_hook(EngineHook(self, WholeModel._before_state_dict)),
-                member.register_state_dict_post_hook(EngineHook(self, WholeModel._after_state_dict)),
-                member.register_load_state_dict_pre_hook(EngineHook(self, WholeModel._before_load)),
-                member.register_load_state_dict_post_hook(EngineHook(self, WholeModel._after_load)),
+                member.register_state_dict_pre_hook(EngineHook(self, FullModel._before_state_dict)),
+                member.register_state_dict_post_hook(EngineHook(self, FullModel._after_state_dict)),
+                member.register_load_state_dict_pre_hook(EngineHook(self, FullModel._before_load)),
+                member.register_load_state_dict_post_hook(EngineHook(self, FullModel._after_load)),
             ]
 
     def detach(self) -> None:
@@ -80,11 +81,11 @@ class WholeModel:
         names: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(prefix + name)
-        for unit in self.gathering.units:
+        for unit in self.unsharder.units:
             members = [p for flat in unit.sharded for p in flat.members if id(p) in names]
             if not members:
                 continue
-            with self.gathering.everything([unit]):
+            with self.unsharder.unsharded([unit]):
                 for parameter in members:
                     copy = parameter.detach().to("cpu", copy=True) if self.keeps else None
                     for name in names[id(parameter)]:
@@ -98,7 +99,7 @@ class WholeModel:
         self.settle()
         below = {id(parameter) for parameter in module.parameters()}
         self._loads = [unit for unit in self.units if below & {id(p) for flat in _flats(unit) for p in flat.members}]
-        self._loading.enter_context(self.gathering.everything(self._loads))
+        self._loading.enter_context(self.unsharder.unsharded(self._loads))
 
     def _after_load(self, *_given: Any) -> None:
         self._depth -= 1
@@ -126,7 +127,7 @@ class WholeModel:
     @contextmanager
     def gathered(self, units: list[Unit], modifier_rank: int | None) -> Iterator[None]:
         self.settle()
-        with self.gathering.everything(units):
+        with self.unsharder.unsharded(units):
             yield
             if modifier_rank is not None:
                 for flat in (flat for unit in units for flat in _flats(unit)):
@@ -134,20 +135,20 @@ class WholeModel:
                 self.take(units)
 
 
-def _flats(unit: Unit) -> list[Flat]:
+def _flats(unit: Unit) -> list[FlatParamGroup]:
     return [*unit.flats, *unit.frozen]
 
 
-def home_of(parameter: torch.Tensor | None) -> tuple[WholeModel, Unit] | None:
+def holder_of(parameter: torch.Tensor | None) -> tuple[FullModel, Unit] | None:
     """The model that holds `parameter`, and the unit in which it is; None where no engine does."""
-    weak, index = _homes.get(parameter, (lambda: None, 0)) if parameter is not None else (lambda: None, 0)
-    whole: WholeModel | None = weak()
+    weak, index = _holders.get(parameter, (lambda: None, 0)) if parameter is not None else (lambda: None, 0)
+    whole: FullModel | None = weak()
     return (whole, whole.units[index]) if whole is not None else None
 
 
 def take(parameter: nn.Parameter) -> None:
     """What `parameter` and its unit, being whole, hold is theirs from now on: every rank has changed them alike."""
-    if (home := home_of(parameter)) is not None:
+    if (home := holder_of(parameter)) is not None:
         whole, unit = home
         whole.take([unit])
 
@@ -168,13 +169,13 @@ def GatheredParameters(  # noqa: N802: DeepSpeed's name
     if isinstance(params, nn.Module):
         params = params.parameters()
     listed = [params] if isinstance(params, torch.Tensor) else list(params)
-    homes: dict[int, tuple[WholeModel, list[Unit]]] = {}
+    holders: dict[int, tuple[FullModel, list[Unit]]] = {}
     for parameter in listed if enabled else []:
-        if (home := home_of(parameter)) is not None:
+        if (home := holder_of(parameter)) is not None:
             whole, unit = home
-            units = homes.setdefault(id(whole), (whole, []))[1]
+            units = holders.setdefault(id(whole), (whole, []))[1]
             units += [unit] * (not any(unit is other for other in units))
     with ExitStack() as stack:
-        for whole, units in homes.values():
+        for whole, units in holders.values():
             stack.enter_context(whole.gathered(units, modifier_rank))
         yield

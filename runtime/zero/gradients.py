@@ -6,9 +6,9 @@ drops it, so no gradient exists twice for longer than one hook.
 - Whole gradients (stages 0 and 1, no_sync, zerotop.accumulate "local"): the flat buffer is the accumulator itself. It
   is reduced once, in the last micro-step's backward, in place; the optimizer reads it where it is.
 - Own ranges only (stages 2 and 3): the flat buffer is borrowed from a pool for one backward of this unit, reduced, its
-  own range added to the accumulator, and given back. Two units' buffers exist at any time, and the root unit's. It has
+  own shard added to the accumulator, and given back. Two units' buffers exist at any time, and the root unit's. It has
   the precision in which autograd makes gradients: what a wider one could hold is not in them. Where the accumulator is
-  in other memory than the device's, the range first travels there (downlink.py).
+  in other memory than the device's, the range first travels there (grad_offload.py).
 """
 
 from __future__ import annotations
@@ -16,19 +16,30 @@ from __future__ import annotations
 import enum
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from runtime.comm import Comm, Pending
 from runtime.comm.pending import accumulate
+from runtime.comm.profiling import profiler_range
 from runtime.comm.transfer import Copy
 from runtime.host.ledger import Ledger
-from runtime.offload.download import Downlink
 from runtime.plan.layout import Layout, Slot
 from runtime.zero.pool import BufferPool
 from runtime.zero.stage import StagePolicy
-from runtime.zero.state_placement import Home
+from runtime.zero.state_placement import StatePlacement
+
+
+class GradSink(Protocol):
+    """The way of reduced gradients to accumulators in other memory than the device's (offload/download.py)."""
+
+    def send(
+        self, source: torch.Tensor, target: torch.Tensor, add: bool, last: bool
+    ) -> tuple[Copy, Future[float | None]]:
+        """Bring `source` into `target`, or add it there. last: the step's last contribution; the future then has the
+        sum of squares of all of `target`."""
 
 
 class GradientState(enum.Enum):
@@ -40,7 +51,7 @@ class GradientState(enum.Enum):
 
 
 @dataclass(frozen=True)
-class GradientNumbers:
+class GradientConfig:
     """What the config says about gradients."""
 
     accumulate: torch.dtype
@@ -53,38 +64,39 @@ class GradientNumbers:
 
 
 class Gradients:
-    """One flat's gradients on this rank: [start, end) is the state range."""
+    """One flat's gradients on this rank: [start, end) is the state shard."""
 
     def __init__(
         self,
         layout: Layout,
         policy: StagePolicy,
         dtype: torch.dtype,
-        numbers: GradientNumbers,
+        numbers: GradientConfig,
         pool: BufferPool,
-        home: Home,
+        placement: StatePlacement,
         open_all_along: bool = False,
-        downlink: Downlink | None = None,
+        grad_offload: GradSink | None = None,
+        name: str = "",
     ) -> None:
-        """home: of accumulated own ranges. open_all_along: gradients arrive through the whole backward, not one after
-        the other. downlink: the way there, where it is other memory than the device's."""
-        self._open_all_along = open_all_along
-        self._home, self._downlink = home, downlink if policy.own_gradients else None
+        """placement: where accumulated shards live. open_all_along: gradients arrive through the whole backward, not
+        one after the other. grad_offload: the way to other memory than the device's. name: what profilers show."""
+        self.name, self._open_all_along = name, open_all_along
+        self._placement, self._grad_offload = placement, grad_offload if policy.shards_gradients else None
         self.layout, self.policy, self.dtype, self.numbers, self.pool = layout, policy, dtype, numbers, pool
         self.comm: Comm = pool.comm
         self.ledger: Ledger = pool.ledger
-        self.start, self.end = policy.state_range(layout, self.comm.rank)
+        self.start, self.end = policy.state_shard(layout, self.comm.rank)
         self.state = GradientState.WAITING
         self._kept: torch.Tensor | None = None
         """(layout.numel,) whole gradients over several backwards."""
         self._borrowed: torch.Tensor | None = None
         """(>= layout.numel,) whole gradients of one backward."""
         self._own: torch.Tensor | None = None
-        """(state range,) reduced gradients since the boundary; stages 2, 3 only."""
+        """(state shard,) reduced gradients since the boundary; stages 2, 3 only."""
         self._own_any = False
         self._squares: Future[float | None] | None = None
         self._last = True
-        if self._downlink is not None:
+        if self._grad_offload is not None:
             self._own = self._accumulator()  # page-locking takes its time: before the first step, not in it
         self._filled = [False] * len(layout.slots)
         self._arrived = [False] * len(layout.slots)
@@ -98,7 +110,7 @@ class Gradients:
         self._last_use: Pending | None = None  # of _kept
 
     def _accumulator(self) -> torch.Tensor:
-        return self._home.zeros("gradients", self.end - self.start, self.numbers.accumulate)
+        return self._placement.zeros("gradients", self.end - self.start, self.numbers.accumulate)
 
     def begin_backward(self, reduce: bool, last: bool = True, factor: float = 1.0) -> None:
         """`reduce`: this backward's gradients go out to the other ranks. `last`: no more come before the boundary.
@@ -118,7 +130,7 @@ class Gradients:
         """More gradients come after a reduction of whole ones: each rank goes on from its shard of that sum, and the
         next reduction adds up the shards and what has come since."""
         self._summed = False
-        low, high = self.layout.range(self.comm.rank)
+        low, high = self.layout.shard(self.comm.rank)
         whole = self._whole()
         whole[:low].zero_()
         whole[high:].zero_()
@@ -166,7 +178,7 @@ class Gradients:
         """The buffer that takes this backward's gradients: see the note."""
         if self._kept is None and self._borrowed is None:
             numel = self.layout.numel
-            if self.policy.own_gradients and self._reducing:
+            if self.policy.shards_gradients and self._reducing:
                 self._borrowed = self.pool.borrow(numel, self.numbers.communicate or self.dtype, self._open_all_along)
             else:
                 self._kept = self.ledger.hold("gradients", self.comm.empty(numel, self.numbers.accumulate))
@@ -192,7 +204,10 @@ class Gradients:
         if wanted != whole.dtype:
             self._sent = self.pool.borrow(self.layout.numel, wanted)
             whole = self._sent[: self.layout.numel].copy_(whole)
-        self._pending = self.comm.reduce_scatter(whole) if self.policy.own_states else self.comm.all_reduce(whole)
+        work = "reduce_scatter" if self.policy.shards_states else "all_reduce"
+        with profiler_range(work, self.policy.stage, self.name):
+            reduce = self.comm.reduce_scatter if self.policy.shards_states else self.comm.all_reduce
+            self._pending = reduce(whole)
         self.state = GradientState.REDUCING
 
     def finish_reduce(self) -> None:
@@ -200,14 +215,18 @@ class Gradients:
         pending = self._pending
         if pending is None:
             return
+        with profiler_range("reduce_wait", self.policy.stage, self.name):
+            self._finish(pending)
+
+    def _finish(self, pending: Pending) -> None:
         self._pending = None
         self.state = GradientState.WAITING
-        if self.policy.own_gradients:
+        if self.policy.shards_gradients:
             pending = self._take_own(pending)
             self._own_any = True
             self._filled = [False] * len(self.layout.slots)
             self._drop_whole(pending)
-        elif self.policy.own_states:
+        elif self.policy.shards_states:
             pending.into(self._used()[self.start : self.end], add=False)
             self._last_use, self._summed = pending, True
         else:
@@ -220,24 +239,24 @@ class Gradients:
             self._sent = None
 
     def _take_own(self, pending: Pending) -> Pending:
-        """The reduced own range goes to its accumulator. Returns whose end frees the whole buffer."""
+        """The reduced own shard goes to its accumulator. Returns whose end frees the whole buffer."""
         if self._own is None:
             self._own = self._accumulator()
-        if self._downlink is None:
+        if self._grad_offload is None:
             pending.into(self._own, add=self._own_any)
             return pending
         pending.wait()
         whole = self._used() if self._sent is None else self._sent[: self.layout.numel]
-        copy, self._squares = self._downlink.send(
-            self.comm.own_range(whole) if self.policy.own_states else whole, self._own, self._own_any, self._last
-        )
+        reduced = self.comm.own_shard(whole) if self.policy.shards_states else whole
+        with profiler_range("download", self.policy.stage, self.name):
+            copy, self._squares = self._grad_offload.send(reduced, self._own, self._own_any, self._last)
         return _Leaving(pending, copy)
 
     def _drop_whole(self, pending: Pending) -> None:
         if self._borrowed is not None:
             self.pool.give_back(self._borrowed, pending)
             self._borrowed = None
-        if self._kept is not None:  # after no_sync, at a stage that keeps own ranges
+        if self._kept is not None:  # after no_sync, at a stage that keeps own shards
             pending.fence()
             self.ledger.release("gradients", self._kept)
             self.comm.release(self._kept)
@@ -266,9 +285,9 @@ class Gradients:
 
     @property
     def reduced(self) -> torch.Tensor:
-        """(state range,) summed over ranks and micro-steps; the caller divides by the world size through its gradient
+        """(state shard,) summed over ranks and micro-steps; the caller divides by the world size through its gradient
         scale. Valid between the boundary's reduction and `clear()`."""
-        if self.policy.own_gradients:
+        if self.policy.shards_gradients:
             assert self._own is not None
             return self._own
         return self._used()[self.start : self.end]

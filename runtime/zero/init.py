@@ -14,42 +14,13 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from runtime.comm import objects
+from runtime.comm import init_distributed, objects
 from runtime.config import ConfigError
+from runtime.host import rng
 from runtime.models.weights import Weights
-from runtime.zero.partition_parameters import mark
-
-WEIGHTS_MARK = "_zerotop_weights"
-"""Attribute of modules whose meta parameters have their values in safetensors: the absolute path. Modules keep it where
-parameters lose theirs: in copy.deepcopy, in pickles, and when somebody gives them another parameter."""
-
-
-class Absent(nn.Parameter):
-    """A parameter on the meta device whose values rank 0 or a file has. It stays there until initialize() gives it
-    values, and is a plain Parameter from then on.
-
-    [Note: moving a model that is not there]
-    Scripts call model.to(device), .cuda() or .bfloat16() before initialize(), and meta tensors refuse to move. These
-    follow changes of dtype and ignore changes of device, so that all ranks can make the same calls; nn.Module does the
-    rest, and moves buffers, which are real.
-    """
-
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        _device, dtype, _non_blocking, _format = torch._C._nn._parse_to(*args, **kwargs)
-        return self if dtype in (None, self.dtype) else super().to(dtype)
-
-    def cuda(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        return self
-
-    def cpu(self, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        return self
-
-    def detach(self) -> torch.Tensor:
-        """Of this class: nn.Parameter(p) wants it so (nn.Embedding.from_pretrained)."""
-        return Absent(super().detach(), False)
-
-    def __reduce_ex__(self, _protocol: Any) -> Any:
-        return Absent, (self.data, self.requires_grad)
+from runtime.zero.absent import WEIGHTS_MARK, Absent
+from runtime.zero.partition_parameters import install_attributes
+from runtime.zero.places import mark
 
 
 class _MetaDrawsNothing(TorchFunctionMode):
@@ -109,8 +80,7 @@ class Init:
         self._contexts.append(stack)
         if not self.enabled:
             return self
-        from runtime.api import init_distributed
-
+        install_attributes()
         init_distributed()
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(_MetaDrawsNothing())
@@ -150,8 +120,6 @@ class Init:
 
 def _share_random_states() -> None:
     """Rank 0 drew the initial values, the others drew nothing: go on from the same numbers."""
-    from runtime.checkpoint import rng
-
     rng.set_state(_of_all_ranks(rng.get_state())[0])
 
 

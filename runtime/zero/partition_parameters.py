@@ -11,21 +11,18 @@ such attribute, as before.
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-if TYPE_CHECKING:
-    from runtime.plan.layout import Slot
-    from runtime.zero.flat import Flat
+from runtime.deepspeed_paths import attribute_of
+from runtime.zero.full import GatheredParameters, take
+from runtime.zero.places import Place, place_of
 
 
 class ZeroParamStatus(Enum):
@@ -37,40 +34,25 @@ class ZeroParamStatus(Enum):
     """It is being gathered."""
 
 
-@dataclass(frozen=True)
-class _Place:
-    number: int
-    weak_flat: weakref.ref[Flat] | None
-    """None: small and not trained, whole on every rank; or in no engine yet."""
-    slot: Slot | None
-
-    @property
-    def flat(self) -> Flat | None:
-        return self.weak_flat() if self.weak_flat is not None else None
-
-
-_places: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameter -> its place."""
 _gathered: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameter -> what keeps it whole between all_gather() and partition()."""
-_numbers = itertools.count()
 
 
-def _status(parameter: nn.Parameter, place: _Place) -> ZeroParamStatus:
+def _status(parameter: nn.Parameter, place: Place) -> ZeroParamStatus:
     flat = place.flat
     if flat is None:
         return ZeroParamStatus.NOT_AVAILABLE if parameter.is_meta else ZeroParamStatus.AVAILABLE
-    if flat.gathered:
+    if flat.is_unsharded:
         return ZeroParamStatus.AVAILABLE
-    return ZeroParamStatus.INFLIGHT if flat.arriving else ZeroParamStatus.NOT_AVAILABLE
+    return ZeroParamStatus.INFLIGHT if flat.is_unsharding else ZeroParamStatus.NOT_AVAILABLE
 
 
-def _persists(_parameter: nn.Parameter, place: _Place) -> bool:
+def _persists(_parameter: nn.Parameter, place: Place) -> bool:
     """Whether it is whole at all times: below stage3_param_persistence_threshold."""
     return place.flat is None or not place.flat.sharded
 
 
-def _tensor(parameter: nn.Parameter, place: _Place) -> torch.Tensor:
+def _tensor(parameter: nn.Parameter, place: Place) -> torch.Tensor:
     """(elements of it in this rank's shard,) in the precision it computes in; no element where the shard holds none of
     it, for shards are cut from whole units. All of a parameter that is whole."""
     if place.flat is None or place.slot is None or not place.flat.sharded:
@@ -79,12 +61,10 @@ def _tensor(parameter: nn.Parameter, place: _Place) -> torch.Tensor:
     return place.flat.own[low:high]
 
 
-def _all_gather(parameter: nn.Parameter, _place: _Place) -> Callable[..., None]:
+def _all_gather(parameter: nn.Parameter, _place: Place) -> Callable[..., None]:
     def all_gather(param_list: Sequence[nn.Parameter] | None = None, async_op: bool = False) -> None:
         """It (or `param_list`) is whole until `partition()`; every rank must call both. async_op: accepted; it is there
         on return."""
-        from runtime.zero.full import GatheredParameters
-
         for each in param_list or [parameter]:
             if each not in _gathered:
                 context: AbstractContextManager[None] = GatheredParameters(each)
@@ -94,13 +74,11 @@ def _all_gather(parameter: nn.Parameter, _place: _Place) -> Callable[..., None]:
     return all_gather
 
 
-def _partition(parameter: nn.Parameter, _place: _Place) -> Callable[..., None]:
+def _partition(parameter: nn.Parameter, _place: Place) -> Callable[..., None]:
     def partition(
         param_list: Sequence[nn.Parameter] | None = None, hierarchy: int = 0, has_been_updated: bool = False
     ) -> None:
         """The end of `all_gather()`. has_been_updated: every rank has changed it alike, and keeps its shard of that."""
-        from runtime.zero.full import take
-
         for each in param_list or [parameter]:
             if has_been_updated:
                 take(each)
@@ -111,7 +89,7 @@ def _partition(parameter: nn.Parameter, _place: _Place) -> Callable[..., None]:
     return partition
 
 
-_READ: dict[str, Callable[[nn.Parameter, _Place], Any]] = {
+_READ: dict[str, Callable[[nn.Parameter, Place], Any]] = {
     "ds_id": lambda _parameter, place: place.number,  # the same on all ranks
     "ds_shape": lambda parameter, _place: parameter.shape,
     "ds_numel": lambda parameter, _place: parameter.numel(),
@@ -132,30 +110,18 @@ class _Attribute:
     def __get__(self, parameter: nn.Parameter | None, kind: type[Any]) -> Any:
         if parameter is None:
             return self
-        place: _Place | None = _places.get(parameter)
+        place = place_of(parameter)
         if place is None:  # hasattr() must say that there is none
             raise AttributeError(f"this {kind.__name__} is in no engine at stage 3, so it has no {self._name}")
         return self._read(parameter, place)
 
 
-def mark(parameter: nn.Parameter, flat: Flat | None = None, slot: Slot | None = None) -> None:
-    """An engine at stage 3 holds `parameter`, or zero.Init has made it for one."""
-    if flat is None and parameter in _places:
-        return  # a second module takes it
+def install_attributes() -> None:
+    """From now on nn.Parameter has them. See [Note: attributes that can't go stale]."""
     for name in _READ:
         if name not in vars(nn.Parameter):
             setattr(nn.Parameter, name, _Attribute(name))
-    _places[parameter] = _Place(next(_numbers), weakref.ref(flat) if flat is not None else None, slot)
-
-
-def unmark(parameter: nn.Parameter) -> None:
-    """The engine lets go of it."""
-    _places.pop(parameter, None)
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("GatheredParameters", "Init"):
-        import runtime.zero
-
-        return getattr(runtime.zero, name)
-    raise AttributeError(f"module 'runtime.zero.partition_parameters' has no attribute {name!r}")
+    return attribute_of("runtime.zero", name, {"Init": "init"})

@@ -11,18 +11,15 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from runtime.comm import Comm
-from runtime.zero.flat import Flat
+from runtime.plan.constants import REDUCTIONS_IN_FLIGHT
+from runtime.zero.flat import FlatParamGroup
 from runtime.zero.gradients import Gradients
 from runtime.zero.parameter import mark_reduced, when_grad_is_read
 
 log = logging.getLogger("runtime.engine")
 
-IN_FLIGHT = 1
-"""Reductions under way at once, beside the unit whose gradients are arriving. One more would hold one more whole unit's
-buffer and overlap nothing more."""
 
-
-class Schedule:
+class GradReducer:
     """Drives the flats through a backward. `order`: the flats in the order in which their gradients are expected, equal
     on all ranks. After the first backward it is the order in which they came on rank 0; what did not come goes last, so
     that it holds up nobody.
@@ -33,7 +30,7 @@ class Schedule:
     reduces them a second time; from then on they are reduced once, when the backward is over.
     """
 
-    def __init__(self, order: Sequence[Flat], comm: Comm, script_begins: Callable[[], bool]) -> None:
+    def __init__(self, order: Sequence[FlatParamGroup], comm: Comm, script_begins: Callable[[], bool]) -> None:
         """script_begins: called for the first gradient of a backward that the engine did not start; whether it is one
         of this engine's."""
         self.order: list[Gradients] = [flat.gradients for flat in order if flat.gradients is not None]
@@ -66,13 +63,13 @@ class Schedule:
         weak = weakref.ref(self)
 
         def arrived(parameter: nn.Parameter) -> None:
-            schedule = weak()
-            if schedule is None:
+            reducer = weak()
+            if reducer is None:
                 return
-            if not schedule._inside and not schedule._script_begins():
-                schedule._drop(parameter)
+            if not reducer._inside and not reducer._script_begins():
+                reducer._drop(parameter)
                 return
-            schedule._arrive(position, index, parameter)
+            reducer._arrive(position, index, parameter)
 
         return arrived
 
@@ -145,7 +142,7 @@ class Schedule:
             self._issue(self.order[self._sequence[self._next]])
 
     def _issue(self, gradients: Gradients) -> None:
-        while len(self._flying) >= IN_FLIGHT:
+        while len(self._flying) >= REDUCTIONS_IN_FLIGHT:
             self._finish_oldest()
         gradients.issue_reduce()
         self._flying.append(gradients)

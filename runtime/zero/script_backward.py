@@ -47,12 +47,16 @@ class ScriptBackward:
     outermost backward: under re-entrant checkpointing parameters receive their gradients in one within. (A script that
     calls engine.module itself gets several backwards there, which add up.)"""
 
-    def __init__(self, backwards: Backwards) -> None:
-        self._backwards = weakref.ref(backwards)
+    def __init__(self) -> None:
+        self._backwards: Callable[[], Backwards | None] = lambda: None
         self._loss: torch.Tensor | None = None
         self._graph: int | None = None
         """Number of the backward whose end is asked for."""
         self._begun = False
+
+    def bind(self, backwards: Backwards) -> None:
+        """backwards: the engine. Held weakly, for torch keeps hooks where the garbage collector can't see them."""
+        self._backwards = weakref.ref(backwards)
 
     def begins(self) -> bool:
         """A gradient arrives that no engine.backward() of this engine has begun: whether it is the script's own

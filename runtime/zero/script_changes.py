@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from runtime.models.names import plain_name
-from runtime.zero.flat import Flat
+from runtime.zero.flat import FlatParamGroup
 
 log = logging.getLogger("runtime.engine")
 
@@ -22,8 +22,8 @@ class ScriptChanges:
     def __init__(
         self,
         module: nn.Module,
-        flats: Sequence[Flat],
-        frozen_flats: Sequence[Flat],
+        flats: Sequence[FlatParamGroup],
+        frozen_flats: Sequence[FlatParamGroup],
         frozen: Sequence[tuple[str, nn.Parameter]],
         before_change: Callable[[], None],
         tells: bool,
@@ -69,7 +69,7 @@ class ScriptChanges:
                 "Resize, replace and add modules before initialize(), or call initialize() again on the changed model"
             )
         for flat in self._all_flats:
-            if (name := flat.lost()) is not None:
+            if (name := flat.find_moved_param()) is not None:
                 raise RuntimeError(
                     f"parameter {name} is no longer where the engine trains it: its .data was set, or the module was "
                     "converted or moved (.float(), .to(...)) after initialize(). Do that before initialize(); to "
@@ -79,8 +79,7 @@ class ScriptChanges:
             if parameter.grad is not None:
                 raise RuntimeError(
                     f"parameter {name} was frozen, or in no optimizer group, at initialize() and has a gradient now: "
-                    "the engine would not train it. Unfreeze it before initialize(); an engine in which it is trained "
-                    "reads the checkpoints of this one"
+                    "the engine would not train it. Recreate the engine with it trainable; this run's checkpoints load"
                 )
 
 

@@ -15,7 +15,7 @@ Allocate = Callable[[int, torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Home:
+class StatePlacement:
     """One place for states. Everything in it is in the ledger."""
 
     ledger: Ledger
@@ -26,7 +26,7 @@ class Home:
     """In other memory than the parameters, so gradients and new parameters have to be copied."""
 
     @classmethod
-    def on(cls, device: torch.device, ledger: Ledger) -> Home:
+    def on(cls, device: torch.device, ledger: Ledger) -> StatePlacement:
         """With the parameters."""
         return cls(ledger, lambda numel, dtype: zeros(numel, dtype, device))
 

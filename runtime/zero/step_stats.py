@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from runtime import native
 from runtime.comm import Comm
-from runtime.zero.flat import Flat
+from runtime.zero.flat import FlatParamGroup
 
 
-@dataclass(frozen=True)
-class Boundary:
-    """What the ranks found out together at the end of an accumulation."""
+class StepStats(NamedTuple):
+    """What the ranks have agreed on at the end of an accumulation."""
 
     grad_norm: float
     """L2 norm of the mean gradient (before clipping); inf or nan when a gradient is."""
@@ -30,30 +29,31 @@ class Boundary:
     """On some rank the script has changed parameters since the last step."""
 
 
-def agree(
-    flats: Sequence[Flat],
+def sync_step_stats(
+    flats: Sequence[FlatParamGroup],
     comm: Comm,
     loss: torch.Tensor | float | None,
     divisor: float,
     command_waits: bool,
     stop_asked: bool,
-    way: int = 0,
+    execution_hash: int = 0,
     changed: torch.Tensor | bool = False,
-) -> Boundary:
+) -> StepStats:
     """One all-reduce of seven numbers in fp64, at every stage, clipping or not.
 
     `divisor` turns the summed gradient into the mean one (world size x loss scale). Each rank contributes the squares
-    of its own range only, also where it holds everything, so that no element counts twice. `way`: a number below 2**20
-    of the way through the model; raises RuntimeError on every rank when they took different ones.
+    of its own shard only, also where it holds everything, so that no element counts twice. execution_hash: a
+    number below 2**20 that ranks have in common if they used their units in the same order; raises RuntimeError on
+    every rank when they did not.
     """
     figures = torch.zeros(7, dtype=torch.float64, device=comm.device)
     figures[0] = _squares(flats, comm)
     figures[1] = 0.0 if loss is None else loss
-    figures[2:6] = torch.tensor([command_waits, stop_asked, way, way * way], dtype=torch.float64)
+    figures[2:6] = torch.tensor([command_waits, stop_asked, execution_hash, execution_hash**2], dtype=torch.float64)
     figures[6] = changed
     comm.all_reduce(figures).wait()
-    total, loss_sum, waits, stops, ways, squares, changes = figures.tolist()
-    if comm.world_size * squares != ways * ways:  # equal only where all are (Cauchy-Schwarz); whole numbers, exact
+    total, loss_sum, waits, stops, hashes, squares, changes = figures.tolist()
+    if comm.world_size * squares != hashes * hashes:  # equal only where all are (Cauchy-Schwarz); whole numbers, exact
         raise RuntimeError(
             "stage 3: the ranks ran modules in different orders in this step, so some gathered other parameters than "
             "they asked for. Modules that not every rank uses (experts) must be parts of one unit: name the module "
@@ -61,11 +61,11 @@ def agree(
         )
     norm = math.sqrt(total) / divisor if total >= 0 else math.nan
     mean = None if loss is None else loss_sum / comm.world_size
-    return Boundary(norm, mean, waits > 0, stops > 0, changes > 0)
+    return StepStats(norm, mean, waits > 0, stops > 0, changes > 0)
 
 
-def _squares(flats: Sequence[Flat], comm: Comm) -> torch.Tensor | float:
-    """Of all own ranges, flat by flat in fp64 and added up in their order, wherever each lies: so the same gradients
+def _squares(flats: Sequence[FlatParamGroup], comm: Comm) -> torch.Tensor | float:
+    """Of all own shards, flat by flat in fp64 and added up in their order, wherever each lies: so the same gradients
     give the same bits. Where all are on a GPU the sum stays there (a 0-dim tensor): reading it would make the host
     wait."""
     parts: list[torch.Tensor | float | None] = [
@@ -95,8 +95,8 @@ def _on_gpu(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     return sums
 
 
-def own_gradient(flat: Flat, comm: Comm) -> torch.Tensor:
-    low, high = flat.layout.range(comm.rank)
+def own_gradient(flat: FlatParamGroup, comm: Comm) -> torch.Tensor:
+    low, high = flat.layout.shard(comm.rank)
     return flat.gradient[low - flat.start : high - flat.start]
 
 

@@ -1,13 +1,13 @@
-"""Stage 3: when each unit's parameters are there. Hooks gather a unit just before it is used, fetch the one that is
-expected next meanwhile, and release the others.
+"""Stage 3: when each unit's parameters are unsharded. Hooks unshard a unit just before it is used, start the all-gather
+of the one that is expected next meanwhile, and reshard the others.
 
 forward    pre-forward hook of a unit's modules -> use(unit)
 backward   hook on the outputs of that forward, run before the first operation of the unit's backward -> use(unit)
-use(unit)  release whoever else is there | wait for its gather | start the gather of the unit expected next
+use(unit)  reshard the others | wait for its all-gather | start the all-gather of the unit expected next
 
-So two units are there at a time, and the root unit, which stays from the first forward to the update. The order of uses
-between two boundaries of backward is learned once and followed; a model that takes another way is gathered on demand,
-which is right and slower.
+So two units are unsharded at a time, and the root unit, which stays so from the first forward to the update. The order
+of uses between two boundaries of backward is learned once and followed; a model that takes another way is unsharded on
+demand, which is right and slower.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from runtime.telemetry import NullTelemetry, Telemetry
-from runtime.zero.flat import Flat
+from runtime.zero.flat import FlatParamGroup
 from runtime.zero.hooks import EngineHook
 from runtime.zero.parameter import may_be_resharded
 from runtime.zero.unit import Unit
@@ -33,7 +33,7 @@ from runtime.zero.unit import Unit
 log = logging.getLogger("runtime.engine")
 
 
-class Gathering:
+class Unsharder:
     """Drives the units of one model. Does nothing where no flat is sharded."""
 
     def __init__(
@@ -42,8 +42,11 @@ class Gathering:
         units: Sequence[Unit],
         telemetry: Telemetry | NullTelemetry,
         gather_objects: Callable[[Any], list[Any]],
+        before_unshard: Callable[[FlatParamGroup], None] = lambda flat: None,
     ) -> None:
-        """gather_objects: hands every rank's value to every rank."""
+        """gather_objects: hands every rank's value to every rank. before_unshard: returns when this rank's shard of a
+        parameter group is up to date."""
+        self._before_unshard = before_unshard
         self.units = [unit for unit in units if unit.sharded]
         self._gather_objects = gather_objects
         self.telemetry = telemetry
@@ -61,8 +64,9 @@ class Gathering:
         self._interrupted: tuple[list[Unit], bool] = ([], False)
         self._lost = False  # this pass does not follow the learned order
         self._warned = False
-        self.way = 0
-        """A number of what was gathered in which order since `take_way`; equal on ranks that went the same way."""
+        self.execution_hash = 0
+        """Of the units that were unsharded since `take_execution_hash`, in order: equal on ranks that ran the same
+        modules in the same order."""
         self._hooks: list[Any] = []
         self._elsewhere = [_Elsewhere(self, unit) for unit in self.units]
         for elsewhere, unit in zip(self._elsewhere, self.units, strict=True):
@@ -70,7 +74,7 @@ class Gathering:
                 for slot, parameter in zip(flat.layout.slots, flat.members, strict=True):
                     may_be_resharded(slot.name, parameter, elsewhere)
         for unit in self.units:
-            outer = [module] if unit.stays else unit.modules
+            outer = [module] if unit.keep_unsharded else unit.modules
             inner = [owner for owner in owners(module, unit.sharded) if not any(owner is other for other in outer)]
             for member in outer:
                 self._watch(unit, member, opaque=True)
@@ -78,25 +82,25 @@ class Gathering:
                 self._watch(unit, member, opaque=False)
         if self.units:
             self._hooks += [
-                module.register_forward_pre_hook(EngineHook(self, Gathering._entered_model), prepend=True),
-                module.register_forward_hook(EngineHook(self, Gathering._left_model), always_call=True),
+                module.register_forward_pre_hook(EngineHook(self, Unsharder._entered_model), prepend=True),
+                module.register_forward_hook(EngineHook(self, Unsharder._left_model), always_call=True),
             ]
 
     def detach(self) -> None:
         """Another engine takes over, or none: take the hooks off and leave the parameters whole."""
         for unit in self.units:
-            unit.gather()
-        self.take_hooks_off()
+            unit.unshard(self._before_unshard)
+        self.remove_hooks()
 
-    def take_hooks_off(self) -> None:
+    def remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     # ---- hooks -----------------------------------------------------------------------------------------------
     def _watch(self, unit: Unit, member: nn.Module, opaque: bool) -> None:
-        before = EngineHook(self, Gathering._before_forward, unit, opaque=opaque)
-        after = EngineHook(self, Gathering._after_forward, unit, opaque=opaque)
+        before = EngineHook(self, Unsharder._before_forward, unit, opaque=opaque)
+        after = EngineHook(self, Unsharder._after_forward, unit, opaque=opaque)
         self._hooks += [
             member.register_forward_pre_hook(before, prepend=True),
             member.register_forward_hook(after, always_call=True),
@@ -114,7 +118,7 @@ class Gathering:
         unit.running = max(0, unit.running - 1)
         if unit.running or not torch.is_grad_enabled():
             return
-        before = EngineHook(self, Gathering._before_backward, unit)
+        before = EngineHook(self, Unsharder._before_backward, unit)
         for tensor in results(output, module):
             tensor.register_hook(before)
 
@@ -127,8 +131,8 @@ class Gathering:
         here: see [Note: parameters change their class]."""
         if not self._open:
             return False
-        if not unit.stays and not unit.running:
-            unit.stays = True
+        if not unit.keep_unsharded and not unit.running:
+            unit.keep_unsharded = True
             self._orders = {kind: [used for used in order if used is not unit] for kind, order in self._orders.items()}
             self._uses = [used for used in self._uses if used is not unit]
             log.warning(
@@ -191,7 +195,7 @@ class Gathering:
     # ---- uses ------------------------------------------------------------------------------------------------
     def use(self, unit: Unit) -> None:
         """`unit` is about to compute, forward or backward."""
-        if unit.stays:
+        if unit.keep_unsharded:
             if not self._is_live(unit):
                 self._gather(unit)
             return
@@ -204,7 +208,7 @@ class Gathering:
         self._gather(unit)
         if expected is not None and expected is not unit:
             self._live += [expected] * (not self._is_live(expected))
-            self._note_issued(expected, expected.issue_gather())
+            self._note_issued(expected, expected.issue_unshard(self._before_unshard))
 
     def end_backward(self) -> None:
         """The pass is over: release all but the root unit, and remember the order."""
@@ -215,32 +219,32 @@ class Gathering:
         self._release_all(but_root=True)
         self._begin("train")
 
-    def take_way(self) -> int:
-        """`way` in 20 bits; it begins anew."""
-        way, self.way = self.way & 0xFFFFF, 0
-        return way
+    def take_execution_hash(self) -> int:
+        """`execution_hash` in 20 bits; it begins anew."""
+        found, self.execution_hash = self.execution_hash & 0xFFFFF, 0
+        return found
 
-    def stale(self) -> None:
+    def reshard_all(self) -> None:
         """Parameters were updated: what is gathered no longer holds."""
         self._open = self._training = False
         for unit in list(self._live):
             self._release(unit)
 
     @contextmanager
-    def everything(self, units: Sequence[Unit] | None = None) -> Iterator[None]:
+    def unsharded(self, units: Sequence[Unit] | None = None) -> Iterator[None]:
         """Inside, the parameters of `units` (default: all) are there; every rank must enter."""
         wanted = [unit for unit in (self.units if units is None else units) if unit.sharded]
         missing = [unit for unit in wanted if not self._is_live(unit)]
         for unit in wanted:  # also one that is only on its way
             self._gather(unit)
-            unit.asked_for += 1
+            unit.unshard_refs += 1
         try:
             yield
         finally:
             for unit in wanted:
-                unit.asked_for -= 1
+                unit.unshard_refs -= 1
             for unit in missing:
-                if not unit.asked_for:
+                if not unit.unshard_refs:
                     self._release(unit)
 
     def _expected(self) -> Unit | None:
@@ -262,7 +266,7 @@ class Gathering:
 
     def _holds(self, other: Unit, unit: Unit) -> bool:
         """Whether `other` has to stay while `unit` is used: its forward is still running around it."""
-        if other.stays or other.nested or other.asked_for:
+        if other.keep_unsharded or other.nested or other.unshard_refs:
             return True
         other.nested = other.running > 0 and not _in_backward()
         return other.nested
@@ -282,31 +286,31 @@ class Gathering:
         if not self._is_live(unit):
             self._live.append(unit)
         with self.telemetry.span("gather"):
-            self._note_issued(unit, unit.gather())
+            self._note_issued(unit, unit.unshard(self._before_unshard))
 
     def _note_issued(self, unit: Unit, issued: bool) -> None:
         if issued:
-            self.way = zlib.crc32(f"{self._kind}/{unit.name}".encode(), self.way)
+            self.execution_hash = zlib.crc32(f"{self._kind}/{unit.name}".encode(), self.execution_hash)
 
     def _release(self, unit: Unit) -> None:
         self._live = [live for live in self._live if live is not unit]
-        unit.release()
+        unit.reshard()
 
     def _release_all(self, but_root: bool) -> None:
         for unit in list(self._live):
-            if not (unit.asked_for or (but_root and unit.stays)):
+            if not (unit.unshard_refs or (but_root and unit.keep_unsharded)):
                 self._release(unit)
 
 
 class _Elsewhere:
     """What the parameters of `unit` ask when code computes with them while they are resharded."""
 
-    def __init__(self, gathering: Gathering, unit: Unit) -> None:
-        self._gathering, self._unit = weakref.ref(gathering), unit
+    def __init__(self, unsharder: Unsharder, unit: Unit) -> None:
+        self._unsharder, self._unit = weakref.ref(unsharder), unit
 
     def unshard_for_use(self) -> bool:
-        gathering = self._gathering()
-        return gathering is not None and gathering.used_elsewhere(self._unit)
+        unsharder = self._unsharder()
+        return unsharder is not None and unsharder.used_elsewhere(self._unit)
 
 
 def results(output: Any, module: nn.Module) -> Iterator[torch.Tensor]:
@@ -339,7 +343,7 @@ def _may_hold(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and any(isinstance(entry, torch.Tensor) for entry in value)
 
 
-def owners(module: nn.Module, flats: Sequence[Flat]) -> Iterator[nn.Module]:
+def owners(module: nn.Module, flats: Sequence[FlatParamGroup]) -> Iterator[nn.Module]:
     """The modules that have parameters of `flats` as their own: scripts may call one without the whole model."""
     members = {parameter for flat in flats for parameter in flat.members}
     for owner in module.modules():

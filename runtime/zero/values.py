@@ -10,7 +10,7 @@ from torch import nn
 from runtime.config import ConfigError
 from runtime.models.names import plain_name
 from runtime.models.weights import Weights
-from runtime.zero.init import WEIGHTS_MARK
+from runtime.zero.absent import WEIGHTS_MARK
 
 log = logging.getLogger("runtime.setup")
 
@@ -185,11 +185,11 @@ def _drawn(module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
     real = {parameter: nn.Parameter(torch.empty_like(parameter, device="cpu")) for _, _, parameter in places}
     try:
         for owner, name, parameter in places:
-            owner._parameters[name] = real[parameter]
+            owner.register_parameter(name, real[parameter])
         _reset(module)
     finally:
         for owner, name, parameter in places:
-            owner._parameters[name] = parameter
+            owner.register_parameter(name, parameter)
     return {parameter: drawn.detach() for parameter, drawn in real.items()}
 
 

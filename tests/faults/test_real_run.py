@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runtime.checkpoint.manifest import read_manifest
+from runtime.checkpoint.format.manifest import read_manifest
 from runtime.wire.messages import Hello, StepResult
 from runtime.wire.rundir import read_run, read_status
 from tests.harness.cpu import BF16_IF_QUICK

@@ -19,7 +19,7 @@ pytestmark = [
 
 PROGRAM = """
 import torch
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from tests.numerics.models import make
 from tests.numerics.training import HYPER, STEPS, config, micro_batch
 
@@ -48,8 +48,8 @@ for step in range(STEPS):
 if {precision!r} == "fp32":
     for (name, a), b in zip(engine.module.named_parameters(), plain.parameters(), strict=True):
         assert (a - b).abs().max().item() <= 1e-5, name
-assert engine.ledger.totals()["optimizer"] == 8 * sum(flat.state_numel for flat in engine.flats)
-assert torch.cuda.memory_allocated() >= engine.ledger.total_bytes()
+assert engine.state.ledger.totals()["optimizer"] == 8 * sum(flat.state_numel for flat in engine.state.flats)
+assert torch.cuda.memory_allocated() >= engine.state.ledger.total_bytes()
 print("equal")
 """
 

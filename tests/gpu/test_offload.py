@@ -20,7 +20,7 @@ pytestmark = [
 
 COMMON = """
 import torch
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.models.gpt import GPT
 from runtime.config.presets import GPTConfig
 
@@ -83,10 +83,10 @@ RELEASE = """
 def give_back(engine, step):
     if step in (3, 5):
         before = torch.cuda.memory_allocated()
-        freed = engine.parking.park()
+        freed = engine.memory.release()
         left = torch.cuda.memory_allocated()
         assert freed > 0 and left <= before - freed and left < before / 10 + (32 << 20), (before, freed, left)
-        engine.parking.unpark()
+        engine.memory.restore()
 
 for offload in (None, {{}}):
     same(train(start({stage}, offload=offload), after=give_back), train(start({stage}, offload=offload)))
@@ -96,11 +96,11 @@ print("good")
 PINNED = """
 engine = start(2, offload={}, update="cpu")
 train(engine, steps=2)
-requested, real = engine.ledger.pinned()
-offloaded = sum(engine.ledger.offloaded().values())
+requested, real = engine.state.ledger.pinned()
+offloaded = sum(engine.state.ledger.offloaded().values())
 assert requested == offloaded > 0, (requested, offloaded)
-assert offloaded <= real < offloaded + 4096 * 8 * len(engine.flats) + 8 * 4096, (offloaded, real)
-assert all(rule.exp_avg.is_pinned() and rule.flat.masters.is_pinned() for rule in engine.rules)
+assert offloaded <= real < offloaded + 4096 * 8 * len(engine.state.flats) + 8 * 4096, (offloaded, real)
+assert all(rule.exp_avg.is_pinned() and rule.flat.masters.is_pinned() for rule in engine.state.shard_optimizers)
 print("good")
 """
 

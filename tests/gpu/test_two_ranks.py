@@ -26,7 +26,7 @@ END_S = 100
 
 PARITY = """
 import torch, torch.distributed as dist
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from tests.numerics.models import make
 from tests.numerics.training import config, micro_batch, train_plainly
 engine = initialize(model=make("plain"), config=config({stage}, 2, clip=0.5))[0]
@@ -46,7 +46,7 @@ print("good")
 OVERLAP = """
 import torch, torch.distributed as dist
 from torch import nn
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.comm.pending import DevicePending
 model = nn.Sequential(); model.blocks = nn.ModuleList(nn.Linear(4096, 4096) for _ in range(6))
 def forward(x):
@@ -80,7 +80,7 @@ print("good")
 
 MEMORY = """
 import torch
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from runtime.models.gpt import GPT
 from runtime.config.presets import GPTConfig
 base = torch.cuda.memory_allocated()
@@ -92,7 +92,7 @@ tokens = torch.randint(1024, (1, 64), device="cuda")
 for _ in range(3):
     engine.backward(engine(tokens, tokens)); engine.step()
 torch.cuda.synchronize()
-held, counted = torch.cuda.memory_allocated() - base, engine.ledger.total_bytes()
+held, counted = torch.cuda.memory_allocated() - base, engine.state.ledger.total_bytes()
 assert counted <= held <= counted * 1.05 + (8 << 20), (counted, held)
 print("good")
 """

@@ -15,18 +15,18 @@ import torch
 import torch.distributed as dist
 
 import runtime.offload.placement
-from runtime.api import initialize
-from runtime.checkpoint.parts import blocks_of
+from runtime.checkpoint.capture import blocks_of
 from runtime.checkpoint.snapshot import Snapshot
 from runtime.config import load
 from runtime.config.presets import PRESETS, GPTConfig, unit_parameters
+from runtime.engine.initialize import initialize
 from runtime.host.pinned import page_rounded
 from runtime.models.gpt import GPT
 from runtime.offload.placement import Size, _plan
 from runtime.offload.streamed import ring_bytes
 from runtime.plan import Layout, stage_layout
 from runtime.plan.workload import Workload, workload_of
-from runtime.zero.gradients import GradientNumbers
+from runtime.zero.gradients import GradientConfig
 from runtime.zero.stage import policy_for
 from tests.harness.ranks import Ranks
 from tests.numerics.remote import remote_device
@@ -125,8 +125,8 @@ def _trained(case: Case) -> Counted:
         engine.backward(engine(tokens, tokens))
         engine.step()
     engine.synchronize()
-    ledger = engine.ledger
-    return Counted(ledger.peaks(), ledger.offloaded(), sum(asked), Snapshot(blocks_of(engine)).nbytes)  # type: ignore[arg-type]
+    ledger = engine.state.ledger
+    return Counted(ledger.peaks(), ledger.offloaded(), sum(asked), Snapshot(blocks_of(engine.state)).nbytes)  # type: ignore[arg-type]
 
 
 def differences(case: Case, counted: Counted, world_size: int) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def placed(config: dict[str, Any], units: list[tuple[str, int]], world_size: int
     sizes = [Size(numel, precision, trained=True, sharded=sharded and name != "small") for name, numel in units]
     comm: Any = SimpleNamespace(world_size=world_size, device=torch.device("cuda"), gather_objects=lambda one: [one])
     policy = policy_for(resolved.stage, resolved.zerotop.accumulate == "local")
-    return _plan(resolved, policy, comm, GradientNumbers(torch.float32), sizes, remote=remote)
+    return _plan(resolved, policy, comm, GradientConfig(torch.float32), sizes, remote=remote)
 
 
 def test_a_7b_offload_pins_what_the_plan_says() -> None:

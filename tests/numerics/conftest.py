@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from runtime.checkpoint import export
+from runtime.export import __main__ as export
 from tests.harness.ranks import Ranks
 from zerotop.commands import export as command
 
@@ -56,8 +56,7 @@ def export_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @contextlib.contextmanager
     def child(words: Sequence[str], environment: dict[str, str]) -> Iterator[_ExportHere]:
-        at = words.index("runtime.checkpoint.export")
-        yield _ExportHere(words[at + 1 :])
+        yield _ExportHere(words[words.index("-m") + 2 :])
 
     monkeypatch.setattr(command, "_child", child)
     monkeypatch.setattr(export, "_ENDS", ())

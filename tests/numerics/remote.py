@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-import runtime.engine.setup
+import runtime.engine.build
 import runtime.offload.placement
 from runtime import native
 from runtime.comm.transfer import Copy
@@ -134,11 +134,11 @@ KINDS = {"late": LateTransfers, "prompt": PromptTransfers}
 def remote_device(kind: str, share: float | None = None) -> Iterator[None]:
     """Engines made inside take the host's own memory for a device's. share: of every update, that is the device's."""
     before = (
-        runtime.engine.setup.transfers_for,
+        runtime.engine.build.transfers_for,
         runtime.offload.placement.streamer_for,
         runtime.offload.placement._measured_share,
     )
-    runtime.engine.setup.transfers_for = lambda _device: KINDS[kind]()
+    runtime.engine.build.transfers_for = lambda _device: KINDS[kind]()
     if share is not None:
         runtime.offload.placement.streamer_for = lambda *_given: LateStreamer()
         runtime.offload.placement._measured_share = lambda *_given: share
@@ -146,7 +146,7 @@ def remote_device(kind: str, share: float | None = None) -> Iterator[None]:
         yield
     finally:
         (
-            runtime.engine.setup.transfers_for,
+            runtime.engine.build.transfers_for,
             runtime.offload.placement.streamer_for,
             runtime.offload.placement._measured_share,
         ) = before

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from tests.harness.grids import pairwise
 from tests.numerics.models import make
 from tests.numerics.training import assert_equal, config, micro_batch, train_plainly, train_with_engine
@@ -62,7 +62,7 @@ def reductions(settings: dict[str, Any]) -> tuple[int, int, int]:
     for micro in range(3):
         engine.backward(engine(*micro_batch(0, micro, rank, world)))
         engine.step()
-    return count, engine.ledger.totals()["gradients"], 4 * sum(flat.layout.numel for flat in engine.flats)
+    return count, engine.state.ledger.totals()["gradients"], 4 * sum(flat.layout.numel for flat in engine.state.flats)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from tests.numerics.models import Uneven, batch, make
 from tests.numerics.test_fp16 import fp16
 from tests.numerics.training import HYPER, assert_equal, config, message_of, micro_batch

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import runtime as deepspeed
-from runtime.api import initialize
 from runtime.config import ConfigError
+from runtime.engine.initialize import initialize
+from runtime.models import weights as weights_of_zero
 from runtime.models.weights import Weights
-from runtime.zero import weights as weights_of_zero
 from tests.numerics.models import Uneven, make
 from tests.numerics.training import assert_equal, config, micro_batch, train_plainly, train_with_engine
 
@@ -154,7 +154,7 @@ def memory_of_a_start(path: str, numel: int) -> tuple[int, int]:
         model = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(numel // 2**20)])
         model.blocks = nn.ModuleList(model)
     engine = initialize(model=model, config={**config(3, 1, clip=0.0), "zerotop": {"units": ["[0-9]*"]}})[0]
-    held = engine.ledger.totals()["parameters"]
+    held = engine.state.ledger.totals()["parameters"]
     return status("VmHWM") - before, held
 
 

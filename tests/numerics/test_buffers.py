@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from tests.numerics.training import config
 
 

@@ -26,7 +26,7 @@ def settings(stage: int, lr: float = 0.1, **more: Any) -> dict[str, Any]:
 
 
 def engine_of(model: nn.Module, config: dict[str, Any], **given: Any) -> Any:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     return initialize(model=model, config=config, **given)[0]
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.engine.steer import Steering
+from runtime.engine import Engine
 from tests.numerics.training import config
 
 SAMPLES = 60
@@ -44,7 +44,7 @@ class Script:
     """A training script with a generator of each kind, seeded by rank where it augments."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        from runtime.api import initialize
+        from runtime.engine.initialize import initialize
 
         rank = dist.get_rank()
         torch.manual_seed(0)
@@ -130,20 +130,20 @@ def resumed(folder: str, settings: dict[str, Any], way: str) -> Any:
 
 @contextlib.contextmanager
 def under_resume(folder: str) -> Iterator[None]:
-    original = Steering.resume
+    original = Engine.resume
 
-    def resume(steering: Steering) -> Path | None:
-        steering.folder, steering.session.resume = Path(folder), True
+    def resume(engine: Engine) -> Path | None:
+        engine.autosave.folder, engine.session.resume = Path(folder), True
         try:
-            return original(steering)
+            return original(engine)
         finally:
-            steering.folder, steering.session.resume = None, False
+            engine.autosave.folder, engine.session.resume = None, False
 
-    Steering.resume = resume  # type: ignore[method-assign]
+    Engine.resume = resume  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Steering.resume = original  # type: ignore[method-assign]
+        Engine.resume = original  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("stage", "wait", "way"), [(0, True, "fresh"), (2, False, "later"), (3, True, "launch")])
@@ -236,8 +236,8 @@ def test_an_interrupted_accumulation_is_dropped(ranks, tmp_path):
 
 
 def refusals() -> list[str]:
-    from runtime.api import initialize
     from runtime.config import ConfigError
+    from runtime.engine.initialize import initialize
     from tests.numerics.training import message_of
 
     class Stream(torch.utils.data.IterableDataset):

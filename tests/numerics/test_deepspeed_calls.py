@@ -154,11 +154,11 @@ class Grown(Uneven):
 
 
 def states(engine) -> list[float]:
-    return [float(rule.exp_avg.abs().sum()) for rule in engine.rules]
+    return [float(rule.exp_avg.abs().sum()) for rule in engine.state.shard_optimizers]
 
 
 def load_parts(folder: str, stage: int) -> dict[str, Any]:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     settings = config(stage, 1, clip=0.0, **SCHEDULED)
     first = engine_for(settings)
@@ -172,7 +172,7 @@ def load_parts(folder: str, stage: int) -> dict[str, Any]:
         path, client_state = engine.load_checkpoint(folder, **arguments)
         assert path is not None and client_state == {"epoch": 3}
         same = all(torch.equal(value, saved[key]) for key, value in parameters(engine).items())
-        figures = (engine.global_steps, engine.optimizer_steps, engine.skipped_steps)
+        figures = (engine.global_steps, engine.state.counters.optimizer_steps, engine.skipped_steps)
         found[name] = (same, figures, states(engine) == states(first), engine.get_lr() == first.get_lr())
         assert engine.get_lr() == first.get_lr() or engine.get_lr() == lr
         return engine

@@ -190,7 +190,7 @@ def evaluate(stage: int, folder: str) -> dict[str, Any]:
     settings = config(stage, 1, clip=0.0)
     del settings["optimizer"]
     settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     model = make("frozen")
     flags = [p.requires_grad for p in model.parameters()]
@@ -199,7 +199,7 @@ def evaluate(stage: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "loss": engine(*batch).item(),
         "results": (optimizer, scheduler, engine.get_lr()),
-        "held": {name: held for name, held in engine.ledger.totals().items() if held},
+        "held": {name: held for name, held in engine.state.ledger.totals().items() if held},
         "step": message_of(RuntimeError, engine.step),
         "backward": message_of(RuntimeError, lambda: engine.backward(torch.ones((), requires_grad=True))),
         "save": message_of(CheckpointError, lambda: engine.save_checkpoint(folder)),
@@ -253,7 +253,7 @@ def call(stage: int, folder: str) -> dict[str, Any]:
     engine.offload_states(include=["optim_states"])
     engine.eval()(*micro_batch(0, 0, rank, world))  # needs the parameters alone
     engine.train()
-    found["ledger"] = (engine.ledger.totals()["optimizer"], engine.ledger.offloaded()["optimizer"] > 0)
+    found["ledger"] = (engine.state.ledger.totals()["optimizer"], engine.state.ledger.offloaded()["optimizer"] > 0)
     loss = engine(*micro_batch(0, 0, rank, world))
     found["parked"] = message_of(RuntimeError, lambda: engine.backward(loss))
     engine.reload_states()
@@ -271,7 +271,7 @@ def call(stage: int, folder: str) -> dict[str, Any]:
 
     found["nested"] = message_of(RuntimeError, nest)
     with engine.no_sync():
-        found["after it"] = not engine._syncing
+        found["after it"] = not engine.state.accumulation.syncs
     state = engine._zero3_consolidated_16bit_state_dict()
     found["state"] = None if state is None else {str(value.dtype) for value in state.values()}
     found["frozen left out"] = sorted(set(before) - set(engine.module_state_dict(exclude_frozen_parameters=True)))

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import native
-from runtime.api import initialize
 from runtime.comm.shared_memory import RING, Exchange, ExchangeError
+from runtime.engine.initialize import initialize
 from tests.harness.waiting import patient
 from tests.numerics.models import make
 from tests.numerics.training import config, micro_batch

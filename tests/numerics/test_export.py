@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("export_here")
 def trained(settings, model) -> object:
     import torch.distributed as dist
 
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     engine = initialize(model=model, config=settings)[0]
     for step in range(2):
@@ -180,8 +180,8 @@ def test_values_that_fp16_does_not_hold_are_an_error(ranks, tmp_path, capfd):
 # ---- what is known of the model --------------------------------------------------------------------------------------
 def save_gpt(folder: str, settings, tied: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens, the logits of the engine's module)."""
-    from runtime.api import initialize
     from runtime.config.presets import GPTConfig
+    from runtime.engine.initialize import initialize
     from runtime.models.gpt import GPT
 
     model = GPT(GPTConfig(layers=3, heads=2, dim=24, vocab_size=64, max_seq_len=16, tied=tied))
@@ -272,7 +272,7 @@ def test_a_hugging_face_config_comes_along_and_a_wrappers_prefix_goes(ranks, tmp
 # ---- memory ----------------------------------------------------------------------------------------------------------
 PEAK = """
 import sys
-from runtime.checkpoint.export import main
+from runtime.export.__main__ import main
 
 exit_code = main()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -290,7 +290,7 @@ class Heavy(nn.Module):
 
 
 def save_heavy(folder: str, layers: int) -> None:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     initialize(model=Heavy(layers), config=config(2, 1, 0.0))[0].save_checkpoint(folder, "heavy")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from runtime.checkpoint.manifest import read_manifest, record_of
+from runtime.checkpoint.format.manifest import read_manifest, record_of
 from runtime.wire.messages import RunStatus
 from tests.harness.fakerun import write_run
 from tests.harness.waiting import patient, until
@@ -158,8 +158,8 @@ def test_bad_values_are_usage_errors(checkpoint, tmp_path, capfd):
 
 
 def test_no_room_on_the_disk_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
-    from runtime.checkpoint import export as process
-    from runtime.checkpoint import target
+    from runtime.export import __main__ as process
+    from runtime.export import target
 
     monkeypatch.setattr(target.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
     words = SimpleNamespace(
@@ -180,8 +180,8 @@ def test_what_the_system_refuses_is_one_line_and_exit_code_1(checkpoint, tmp_pat
 SLOW = """
 import sys, time
 from safetensors.torch import save_file
-import runtime.checkpoint.huggingface as module
-from runtime.checkpoint.export import main
+import runtime.export.huggingface as module
+from runtime.export.__main__ import main
 
 def save_and_wait(content, path, metadata):
     save_file(content, path, metadata=metadata)
@@ -226,7 +226,7 @@ def test_what_a_killed_export_left_does_not_hinder_the_next_and_two_at_once_do(c
 
 LATE = """
 import sys, time
-if "runtime.checkpoint.export" in sys.orig_argv:
+if "runtime.export" in sys.orig_argv:
     time.sleep(600)
 """
 

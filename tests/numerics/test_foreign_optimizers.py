@@ -84,7 +84,7 @@ def train_plainly_with(name: str) -> dict[str, torch.Tensor]:
 def train_with(
     name: str, stage: int, folder: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     def engine():
         settings = config(stage, 1, clip=0.0)

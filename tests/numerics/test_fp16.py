@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.api import initialize
 from runtime.config import Fp16Config, Resolved, load
+from runtime.engine.initialize import initialize
 from tests.numerics.models import make
 from tests.numerics.training import config, micro_batch, train_plainly
 
@@ -29,20 +29,20 @@ def train(stage: int, folder: str | None = None) -> list[dict[str, Any]]:
     engine = initialize(model=make("plain"), config=fp16(stage))[0]
     seen = []
     for step in range(8):
-        before = [flat.masters.clone() for flat in engine.flats]
+        before = [flat.masters.clone() for flat in engine.state.flats]
         for micro in range(2):
             loss = engine(*micro_batch(step, micro, rank, world))
             planted = step in PLANTED and rank == 1 and micro == 0
             engine.backward(loss * 1e6 if planted else loss)
             engine.step()
-        changed = any(not torch.equal(old, flat.masters) for old, flat in zip(before, engine.flats, strict=True))
+        changed = any(not torch.equal(old, flat.masters) for old, flat in zip(before, engine.state.flats, strict=True))
         seen.append({"scale": engine.loss_scale, "changed": changed, "skipped": engine.skipped_steps})
         seen[-1]["loss"] = loss.item()
     if folder is not None:
         engine.save_checkpoint(folder, "fp16")
         other = initialize(model=make("plain"), config=fp16(stage))[0]
         other.load_checkpoint(folder, "fp16")
-        assert other.scaler.state_dict() == engine.scaler.state_dict()
+        assert other.state.scaler.state_dict() == engine.state.scaler.state_dict()
         assert (other.optimizer_steps, other.skipped_steps) == (5, 3)
     return seen
 

@@ -39,7 +39,7 @@ def sample(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 def train(stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
     import torch.distributed as dist
 
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     heard: list[str] = []
     handler = logging.Handler()
@@ -67,7 +67,7 @@ def train(stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor],
 def train_by_loss_backward(stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     import torch.distributed as dist
 
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     critic, generator = (initialize(model=m, config=config(stage, 1, clip=0.0))[0] for m in pair())
     for step in range(STEPS):

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime import zero
-from runtime.api import initialize
 from runtime.comm.group import SHARED_MEMORY_VARIABLE
+from runtime.engine.initialize import initialize
 from tests.numerics.models import Uneven, make
 from tests.numerics.training import assert_equal, config, micro_batch, train_plainly, train_with_engine
 
@@ -136,16 +136,25 @@ def held_while_used() -> None:
     live: list[int] = []
     for part in parts:
         part.register_forward_hook(
-            lambda *_: live.append(sum(unit.sharded[0].gathered for unit in engine.units if not unit.stays))
+            lambda *_: live.append(
+                sum(unit.sharded[0].is_unsharded for unit in engine.state.units if not unit.keep_unsharded)
+            )
         )
     for number in range(3):
         step(engine, number)
     assert max(live) <= 2, live
-    largest = sorted((flat.layout.numel for u in engine.units if not u.stays for flat in u.sharded), reverse=True)
-    root = sum(flat.layout.numel for unit in engine.units if unit.stays for flat in unit.sharded)
-    peak, bound = engine.ledger.peaks()["communication"], 4 * 2 * (sum(largest[:2]) + root)  # gathers, and reductions
+    largest = sorted(
+        (flat.layout.numel for u in engine.state.units if not u.keep_unsharded for flat in u.sharded), reverse=True
+    )
+    root = sum(flat.layout.numel for unit in engine.state.units if unit.keep_unsharded for flat in unit.sharded)
+    peak, bound = (
+        engine.state.ledger.peaks()["communication"],
+        4 * 2 * (sum(largest[:2]) + root),
+    )  # gathers, and reductions
     assert peak <= bound, (peak, bound, largest, root)
-    assert engine.ledger.totals()["parameters"] == sum(4 * f.own.numel() for u in engine.units for f in u.flats)
+    assert engine.state.ledger.totals()["parameters"] == sum(
+        4 * f.own.numel() for u in engine.state.units for f in u.flats
+    )
 
 
 def test_two_units_at_a_time(ranks):
@@ -170,11 +179,11 @@ def ask_and_change(stage: int, precision: str) -> None:
     # A master that 16 bits round to 0.25 already counts as unchanged, and keeps its digits.
     assert (masters_of(engine, "head.weight").to(weight.dtype) == 0.25).all()
     step(engine, 0)
-    before = [flat.masters.clone() for flat in engine.flats]
+    before = [flat.masters.clone() for flat in engine.state.flats]
     with zero.GatheredParameters(engine.module, modifier_rank=0):
         pass
     engine.module.load_state_dict(engine.module.state_dict())
-    for flat, masters in zip(engine.flats, before, strict=True):
+    for flat, masters in zip(engine.state.flats, before, strict=True):
         assert torch.equal(flat.masters, masters)  # nothing changed, nothing rounded
     changed = {name: torch.full_like(value, 0.5) for name, value in engine.module.state_dict().items()}
     engine.module.load_state_dict(changed)
@@ -184,10 +193,10 @@ def ask_and_change(stage: int, precision: str) -> None:
 
 
 def masters_of(engine: Any, name: str) -> torch.Tensor:
-    for flat in engine.flats:
+    for flat in engine.state.flats:
         for part in flat.layout.slices(flat.start, flat.end):
             if part.name == name:
-                return flat.masters[part.range_start : part.range_start + part.numel]
+                return flat.masters[part.shard_start : part.shard_start + part.numel]
     return torch.tensor([0.25 if name else 0.0])[:0]
 
 
@@ -228,7 +237,7 @@ def small_ones_stay() -> None:
     engine = initialize(model=Uneven(), config=settings)[0]
     resharded = {name for name, p in engine.module.named_parameters() if type(p) is not nn.Parameter}
     assert "norm.weight" not in resharded and "head.weight" in resharded  # 13 and 481 elements
-    assert next(unit.name for unit in engine.units) == "small"
+    assert next(unit.name for unit in engine.state.units) == "small"
 
 
 def test_small_parameters_stay_whole(ranks):
@@ -337,7 +346,7 @@ def unusual_model(kind: str, stage: int) -> tuple[list[float], list[str]]:
     engine = started(model=UNUSUAL[kind](), stage=stage)
     losses = [step(engine, number) for number in range(5)]
     assert engine.skipped_steps == 0
-    return losses, [unit.name for unit in engine.units if unit.stays]
+    return losses, [unit.name for unit in engine.state.units if unit.keep_unsharded]
 
 
 @pytest.mark.parametrize("kind", list(UNUSUAL))

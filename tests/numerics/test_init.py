@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import runtime as deepspeed
-from runtime.api import initialize
 from runtime.config import ConfigError
+from runtime.engine.initialize import initialize
 from runtime.zero.init import Absent
 from tests.harness.waiting import patient
 from tests.numerics.models import Block, Uneven, make

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.api import initialize
 from runtime.config.presets import GPTConfig
+from runtime.engine.initialize import initialize
 from runtime.models.gpt import GPT
 from tests.numerics.models import batch, make
 from tests.numerics.training import HYPER, STEPS, config, train_with_engine

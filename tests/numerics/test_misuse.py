@@ -47,7 +47,7 @@ def test_an_engine_does_not_go_on_after_a_failed_backward(ranks, stage, tmp_path
 def differ(what: str) -> str:
     import torch.distributed as dist
 
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     model, settings = make("plain"), config(2, 1, clip=0.0)
     odd, given = dist.get_rank() == 1, {}
@@ -98,7 +98,7 @@ class Counting(torch.nn.Module):
 
 
 def share_a_buffer() -> tuple[bool, list[float]]:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     engine = initialize(model=Counting(), config=config(2, 1, clip=0.0, precision="bf16"))[0]
     engine.backward(engine(torch.ones(2, 3, dtype=torch.bfloat16)))
@@ -111,7 +111,7 @@ def test_shared_buffers_stay_shared(ranks):
 
 
 def be_lazy() -> str:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LazyLinear(2))
     return message_of(ConfigError, lambda: initialize(model=model, config=config(2, 1, clip=0.0)))

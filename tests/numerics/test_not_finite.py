@@ -30,11 +30,11 @@ class Normed(nn.Module):
 
 
 def engine_saving_into(folder: str, stage: int = 2):
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     engine = initialize(model=Normed(), config=config(stage, 1, clip=0.0))[0]
-    engine.steering.folder = Path(folder)
-    engine.steering.knobs.update(checkpoint_interval=2, checkpoints_kept=1)
+    engine.autosave.folder = Path(folder)
+    engine.control.knobs.update(checkpoint_interval=2, checkpoints_kept=1)
     return engine
 
 
@@ -45,7 +45,7 @@ def take(engine, *factors: float) -> None:
 
 
 def names(engine, folder: str) -> list[str]:
-    engine.saver.settle()
+    engine.checkpointer.settle()
     return sorted(path.name for path in Path(folder).glob("step-*"))
 
 
@@ -55,7 +55,7 @@ def diverge(folder: str, stage: int) -> tuple[list[list[str]], str, int]:
     for factors in ((1, 1), (1, NAN), (1,), (NAN,) * 2):
         take(engine, *factors)
         seen.append(names(engine, folder))
-    engine.steering._save()  # as the keyboard asks for
+    engine.control._save()  # as the keyboard asks for
     seen.append(names(engine, folder))
     engine.finish()
     return seen, message_of(RuntimeError, lambda: take(engine, *(NAN,) * 20)), engine.global_steps
@@ -76,7 +76,7 @@ def test_good_checkpoints_stay_and_ten_in_a_row_are_the_end(ranks, tmp_path, sta
 def only_the_loss(folder: str) -> tuple[list[str], list[tuple], int, list[str]]:
     engine = engine_saving_into(folder)
     heard, events = [], []
-    engine.steering.link.event = lambda what, text, **more: events.append((what, more.get("step")))
+    engine.control.link.event = lambda what, text, **more: events.append((what, more.get("step")))
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("runtime.train").addHandler(handler)

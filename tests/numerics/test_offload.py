@@ -18,9 +18,9 @@ import torch.nn.functional as F
 
 import runtime.offload.placement
 from runtime import zero
-from runtime.api import initialize
 from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from runtime.config import ConfigError, load
+from runtime.engine.initialize import initialize
 from runtime.host.memory_limits import Limits, check_host_memory
 from tests.harness.grids import pairwise
 from tests.harness.waiting import patient
@@ -135,7 +135,7 @@ def read_in_between(stage: int, how: str) -> None:
     settings = config(stage, 1, clip=0.0)
     plain, ours = (initialize(model=make("plain"), config=c)[0] for c in (settings, offloaded(settings)))
     began = threading.Event()
-    for rule in ours.rules:
+    for rule in ours.state.shard_optimizers:
         rule.update = partial(_after, began, rule.update)
     for step in range(5):
         began.set()
@@ -148,7 +148,7 @@ def read_in_between(stage: int, how: str) -> None:
             began.set()  # these do not overlap
         ours.step()
         plain.step()
-        assert step < 2 or any(not job.done() for job in ours.updates._jobs if job is not None)
+        assert step < 2 or any(not job.done() for job in ours.state.updates._jobs if job is not None)
         began.set()
         expected = {name: value.clone() for name, value in plain.module.state_dict().items()}
         if how == "state_dict":
@@ -253,7 +253,7 @@ def failing_update() -> str:
 
     for step in range(3):
         if step == 2:
-            engine.rules[1].update = fail
+            engine.state.shard_optimizers[1].update = fail
         engine.backward(engine(*micro_batch(step, 0, dist.get_rank(), 1)))
         engine.step()
     with pytest.raises(MemoryError, match="for the update") as caught:
@@ -309,7 +309,7 @@ def dropped_meanwhile() -> None:
     settings = config(2, 1, clip=0.0)
     plain, ours = (initialize(model=make("plain"), config=c)[0] for c in (settings, offloaded(settings)))
     began = threading.Event()
-    for rule in ours.rules:
+    for rule in ours.state.shard_optimizers:
         rule.update = partial(_after, began, rule.update)
     for step in range(4):
         began.set()
@@ -339,7 +339,7 @@ def who_settles(folder: str) -> None:
     with remote_device("late", 0.5):
         engine = initialize(model=make("plain"), config=offloaded(config(2, 1, clip=0.0)))[0]
     settled: list[int] = []
-    engine._transfers.settle = lambda: settled.append(engine.global_steps)
+    engine.state.transfers.settle = lambda: settled.append(engine.global_steps)
     for step in range(3):
         engine.backward(engine(*micro_batch(step, 0, dist.get_rank(), 2)))
         engine.step()

@@ -28,7 +28,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
 def train(kind: str, stage: int, own: bool) -> dict[str, torch.Tensor]:
     import torch.distributed as dist
 
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     model, settings = make("plain"), config(stage, 1, clip=0.0)
     settings["optimizer"] = {"type": kind, "params": NUMBERS[kind]}
@@ -64,8 +64,8 @@ def test_equals_plain_torch(ranks, kind):
 
 
 def used_ones() -> list[str]:
-    from runtime.api import initialize
     from runtime.config import ConfigError
+    from runtime.engine.initialize import initialize
 
     found = []
     for kind in ("Adagrad", "SGD", "AdamW"):

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.api import initialize
 from runtime.comm.group import SHARED_MEMORY_VARIABLE
+from runtime.engine.initialize import initialize
 from runtime.wire.messages import Command
 from tests.numerics.models import make
 from tests.numerics.training import config, micro_batch
@@ -37,14 +37,14 @@ def train(kind: str, settings: dict[str, Any], park: bool) -> list[float]:
         engine.step()
         losses.append(loss.item())
         if park and step in (2, 4):
-            before = engine.ledger.totals()
-            storages = list(engine.parking._storages())
-            freed = engine.parking.park()
-            assert engine.parking.parked and freed >= sum(before.values()) - before["communication"] > 0
+            before = engine.state.ledger.totals()
+            storages = list(engine.memory._storages())
+            freed = engine.memory.release()
+            assert engine.memory.released and freed >= sum(before.values()) - before["communication"] > 0
             assert all(storage.nbytes() == 0 for storage in storages)
-            assert not any(engine.ledger.totals().values()) and sum(engine.ledger.offloaded().values()) > 0
-            engine.parking.unpark()
-            after = engine.ledger.totals()
+            assert not any(engine.state.ledger.totals().values()) and sum(engine.state.ledger.offloaded().values()) > 0
+            engine.memory.restore()
+            after = engine.state.ledger.totals()
             assert {**after, "communication": 0} == {**before, "communication": 0}
     return losses
 
@@ -61,21 +61,21 @@ def no_room_at_first() -> list[Any]:
     """Another program has the memory when the run shall go on; later it has not."""
     engine = started(config(2, 1, clip=0.5))
     answers: list[Any] = []
-    steering = engine.steering
-    steering._answer = lambda command, state, reason="", result=None: answers.append((state, reason))
-    engine.parking.park()
-    unpark, full = engine.parking.unpark, [True]
+    control = engine.control
+    control._answer = lambda command, state, reason="", result=None: answers.append((state, reason))
+    engine.memory.release()
+    restore, full = engine.memory.restore, [True]
 
     def fails_on_rank_1() -> None:
         if full[0] and dist.get_rank() == 1:
             raise torch.OutOfMemoryError("CUDA out of memory: tried to allocate 2 GiB\nand so on")
-        unpark()
+        restore()
 
-    engine.parking = SimpleNamespace(parked=True, unpark=fails_on_rank_1, park=engine.parking.park)
+    control._memory = SimpleNamespace(released=True, restore=fails_on_rank_1, release=engine.memory.release)
     resume = Command(id="a", name="resume", arguments={}, who="", wall_s=0.0)
-    assert not steering._resume(resume)
+    assert not control._resume(resume)
     full[0] = False
-    assert steering._resume(resume)
+    assert control._resume(resume)
     return answers
 
 
@@ -86,19 +86,18 @@ def test_a_resume_without_room_is_rejected_on_all_ranks(ranks):
 
 
 def lose_the_supervisor_while_released(folder: str, room: bool) -> tuple[str, str, int]:
-    from runtime.engine.steer import RunStopped
+    from runtime.engine.control import RunStopped
 
     engine = started(config(2, 1, clip=0.5))
-    steering, said = engine.steering, []
-    steering.folder = Path(folder)
-    steering.link.goodbye = lambda outcome, step, error: said.append((outcome, error))
-    engine.parking.park()
+    control, said = engine.control, []
+    engine.autosave.folder = Path(folder)
+    control._link.goodbye = lambda outcome, step, error: said.append((outcome, error))
+    engine.memory.release()
     if not room:
-        parking = engine.parking
-        parking.unpark = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
-    steering.link.inbox.mark_orphaned()
+        engine.memory.restore = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    control._link.inbox.mark_orphaned()
     with pytest.raises(RunStopped):
-        steering._next_while_paused()
+        control._next_while_paused()
     return *said[0], len(list(Path(folder).glob("step-*")))
 
 

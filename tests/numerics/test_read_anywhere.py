@@ -102,7 +102,7 @@ class Model(Uneven):
 
 class Run:
     def __init__(self, setup: Setup, optimizer: dict[str, Any] | None = None, frozen: bool = True) -> None:
-        from runtime.api import initialize
+        from runtime.engine.initialize import initialize
 
         torch.manual_seed(1)
         model = Model()
@@ -142,12 +142,12 @@ class Run:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Whole masters, optimizer states, frozen parameters and buffers by name."""
-        from runtime.checkpoint.parts import blocks_of
+        from runtime.checkpoint.capture import blocks_of
 
         self.engine.synchronize()
         mine = [
             (part.name, part.total, part.start, part.numel, str(part.dtype), block.view(at, part).clone())
-            for block in blocks_of(self.engine)
+            for block in blocks_of(self.engine.state)
             for at, part in block.parts
         ]
         whole: dict[str, torch.Tensor] = {}
@@ -160,11 +160,11 @@ class Run:
     def facts(self) -> dict[str, Any]:
         engine = self.engine
         return {
-            "steps": (engine.global_steps, engine.optimizer_steps, engine.skipped_steps),
+            "steps": (engine.global_steps, engine.state.counters.optimizer_steps, engine.skipped_steps),
             "rates": engine.get_lr(),
             "scheduler": self.scheduler.state_dict(),
             "data": self.loader.state_dict(),
-            "scale": engine.scaler.state_dict(),
+            "scale": engine.state.scaler.state_dict(),
         }
 
 
@@ -315,10 +315,10 @@ def scale_there_and_back(folder: str) -> Any:
         run = Run(Setup(1, 1, precision))
         if scales:
             run.engine.load_checkpoint(folder)
-        scales.append((run.engine.scaler.state_dict(), run.engine.loss_scale))
+        scales.append((run.engine.state.scaler.state_dict(), run.engine.loss_scale))
         run.train(2)
         if precision == "fp16":
-            scales.append((run.engine.scaler.state_dict(), run.engine.loss_scale))
+            scales.append((run.engine.state.scaler.state_dict(), run.engine.loss_scale))
         run.engine.save_checkpoint(folder)
     return scales
 

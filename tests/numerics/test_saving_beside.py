@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runtime.checkpoint.parts import blocks_of
+from runtime.checkpoint.capture import blocks_of
 from tests.numerics.test_offload import offloaded
 from tests.numerics.training import advance, config, engine_for, parameters
 
@@ -78,15 +78,15 @@ def train_through(settings: dict[str, Any], kind: str) -> dict[str, torch.Tensor
 
 
 def save_without_room(folder: str, settings: dict[str, Any], kind: str) -> tuple[bool, dict[str, torch.Tensor]]:
-    from runtime.checkpoint.background import Background
+    from runtime.checkpoint.checkpointer import Checkpointer
 
     engine = engine_for(settings, kind)
     advance(engine, 0, STEPS)
     engine.save_checkpoint(folder, "waited")
-    with patch.object(Background, "_has_room", lambda *_: False):
+    with patch.object(Checkpointer, "_has_room", lambda *_: False):
         engine.save_checkpoint(folder, "beside", wait=False)
-    held = sum(block.nbytes for block in blocks_of(engine))
-    taken = engine.saver._snapshot.copied_bytes
+    held = sum(block.nbytes for block in blocks_of(engine.state))
+    taken = engine.guard._snapshot.copied_bytes
     advance(engine, STEPS, 2 * STEPS)
     engine.wait_for_checkpoint()
     return taken < held / 10, parameters(engine)
@@ -116,8 +116,8 @@ class Wide(nn.Module):
 
 
 def save_wide(folder: str) -> int:
-    from runtime.api import initialize
-    from runtime.checkpoint.snapshot import SLOT_BYTES
+    from runtime.engine.initialize import initialize
+    from runtime.plan.constants import SNAPSHOT_SLOT_BYTES
 
     torch.manual_seed(0)
     engine = initialize(model=Wide(), config=offloaded(config(2, 1, clip=0.0)))[0]
@@ -128,7 +128,7 @@ def save_wide(folder: str) -> int:
         engine.backward(engine(torch.ones(1, 3000)))
         engine.step()
     engine.wait_for_checkpoint()
-    return SLOT_BYTES
+    return SNAPSHOT_SLOT_BYTES
 
 
 def test_large_states_go_through_the_slots_in_pieces(ranks, tmp_path):
@@ -140,9 +140,9 @@ def test_large_states_go_through_the_slots_in_pieces(ranks, tmp_path):
 
 def lose_a_writer(folder: str, number: int) -> list[str]:
     """Rank 1's writer is killed, or stopped, before it has written; then a save goes well, with new writers."""
-    from runtime.checkpoint import process
+    from runtime.checkpoint import writer_process
 
-    with patch.object(process, "PATIENCE_S", 2 * process.ALIVE_S):
+    with patch.object(writer_process, "PATIENCE_S", 2 * writer_process.ALIVE_S):
         return _lose_a_writer(folder, number)
 
 
@@ -154,7 +154,7 @@ def _lose_a_writer(folder: str, number: int) -> list[str]:
     engine.save_checkpoint(folder, "first", wait=False)
     engine.wait_for_checkpoint()
     engine.save_checkpoint(folder, "second", wait=False)
-    lost = engine.saver._writer
+    lost = engine.checkpointer._writer
     if dist.get_rank() == 1:
         os.kill(lost.pid, number)
     seen = []
@@ -170,7 +170,7 @@ def _lose_a_writer(folder: str, number: int) -> list[str]:
     advance(engine, 1, 2)
     engine.save_checkpoint(folder, "third", wait=False)
     engine.wait_for_checkpoint()
-    engine.saver.close()
+    engine.checkpointer.close()
     return seen
 
 
@@ -188,19 +188,19 @@ def test_a_lost_writer_loses_one_checkpoint_and_nothing_else(ranks, tmp_path, nu
 
 
 def refuse_at_first(folder: str) -> tuple[str, int, list[str]]:
-    from runtime.checkpoint import CheckpointError, background
+    from runtime.checkpoint import CheckpointError, checkpointer
 
     engine = engine_for(config(2, 1, clip=0.0))
     advance(engine, 0, 1)
-    real = background.folders.missing_space
-    background.folders.missing_space = lambda *given: f"it needs {given[1]} bytes"
+    real = checkpointer.folders.missing_space
+    checkpointer.folders.missing_space = lambda *given: f"it needs {given[1]} bytes"
     try:
         engine.save_checkpoint(folder, wait=False)
         problem = ""
     except CheckpointError as error:
         problem = str(error)
     finally:
-        background.folders.missing_space = real
+        checkpointer.folders.missing_space = real
     advance(engine, 1, 2)
     engine.save_checkpoint(folder, wait=False)
     engine.wait_for_checkpoint()
@@ -244,8 +244,8 @@ def resume_over_damage(folder: str, damaged: list[str]) -> tuple[list[str], str 
             errors.append("")
         except CheckpointError as error:
             errors.append(str(error))
-    engine.steering.folder, engine.steering.session.resume = Path(folder), True
-    path = engine.steering.resume()
+    engine.autosave.folder, engine.control.session.resume = Path(folder), True
+    path = engine.control.resume()
     by_script, _ = engine.load_checkpoint(folder)  # without a tag: the same
     assert by_script == str(path)
     return errors, path.name if path else None, engine.global_steps
@@ -284,12 +284,12 @@ def test_damaged_checkpoints_are_refused_and_the_one_before_is_taken(ranks, tmp_
 def by_the_clock(folder: str) -> tuple[list[str], list[str]]:
     """With an interval in minutes that is over at every step, and one that never is."""
     engine = engine_for(config(2, 1, clip=0.0))
-    engine.steering.folder = Path(folder)
+    engine.autosave.folder = Path(folder)
     seen = []
     for minutes in (1e5, 1e-7):
-        engine.steering.knobs.update(checkpoint_interval=0, checkpoint_minutes=minutes, checkpoints_kept=2)
+        engine.control.knobs.update(checkpoint_interval=0, checkpoint_minutes=minutes, checkpoints_kept=2)
         advance(engine, engine.global_steps, engine.global_steps + 3)
-        engine.saver.settle()
+        engine.checkpointer.settle()
         seen.append(sorted(path.name for path in Path(folder).glob("step-*")))
     return seen[0], seen[1]
 
@@ -301,26 +301,26 @@ def test_an_interval_in_minutes(ranks, tmp_path):
 
 def put_off(folder: str) -> tuple[list[str], int, list[str]]:
     """The disk does not keep up: rank 0's writer is stopped for a while."""
-    from runtime.engine import steer
+    from runtime.engine import autosave
 
     engine = engine_for(config(2, 1, clip=0.0))
-    engine.steering.folder = Path(folder)
-    engine.steering.knobs.update(checkpoint_interval=2, checkpoints_kept=5)
+    engine.autosave.folder = Path(folder)
+    engine.control.knobs.update(checkpoint_interval=2, checkpoints_kept=5)
     heard: list[str] = []
-    engine.steering.link.event = lambda what, text, **more: heard.append(text)
+    engine.autosave._link.event = lambda what, text, **more: heard.append(text)
     advance(engine, 0, 2)
-    engine.saver.settle()
-    writer = engine.saver._writer
+    engine.checkpointer.settle()
+    writer = engine.checkpointer._writer
     if dist.get_rank() == 0:
         os.kill(writer.pid, signal.SIGSTOP)
-    with patch.object(steer, "WAIT_S", 0.05):
+    with patch.object(autosave, "WAIT_S", 0.05):
         advance(engine, 2, 7)  # begun at step 4; due at step 6, when it is not done
     reached = engine.global_steps
     if dist.get_rank() == 0:
         os.kill(writer.pid, signal.SIGCONT)
-    engine.saver.settle()
+    engine.checkpointer.settle()
     advance(engine, 7, 9)  # the one that was put off comes first
-    engine.saver.settle()
+    engine.checkpointer.settle()
     return heard, reached, sorted(path.name for path in Path(folder).glob("step-*"))
 
 
@@ -358,9 +358,9 @@ def _fail_before_an_automatic_one(engine: Any, folder: Path, later: str) -> list
     folder.mkdir(exist_ok=True)
     Path(folder, "taken").write_text("")
     told: list[str] = []
-    engine.saver.begin(Path(folder, "taken", "deeper"), "theirs", {})
-    engine.saver.begin(folder, "ours", {}, on_done=lambda outcome: told.append(outcome.problem))
-    told.append(engine.saver.settle())  # that one's own
+    engine.checkpointer.begin(Path(folder, "taken", "deeper"), "theirs", {})
+    engine.checkpointer.begin(folder, "ours", {}, on_done=lambda outcome: told.append(outcome.problem))
+    told.append(engine.checkpointer.settle())  # that one's own
     try:
         if later == "wait_for_checkpoint":
             engine.wait_for_checkpoint()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from runtime import zero
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from tests.numerics.models import batch, make
 from tests.numerics.training import HYPER, config, message_of, micro_batch
 
@@ -99,9 +99,9 @@ def train(how: str, stage: int, folder: str | None, offload: bool) -> dict[str, 
     engine.step()  # takes the last change over, and changes nothing itself
     engine.synchronize()
     found: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for flat in engine.flats:
+    for flat in engine.state.flats:
         for part in flat.layout.slices(flat.start, flat.end):
-            piece = flat.masters[part.range_start : part.range_start + part.numel]
+            piece = flat.masters[part.shard_start : part.shard_start + part.numel]
             found.setdefault(part.name, []).append((part.param_start, piece.clone()))
     return found
 

@@ -34,7 +34,7 @@ def grouped(model: torch.nn.Module) -> list[dict]:
 def train_with_own_optimizer(stage: int):
     import torch.distributed as dist
 
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     model = make("plain")
     optimizer = torch.optim.AdamW(grouped(model), lr=1e-3, eps=1e-5)
@@ -57,7 +57,7 @@ def test_a_script_brings_its_optimizer_groups_and_scheduler(ranks, stage):
 
 
 def refuse_other_optimizers() -> list[str]:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     model, settings = make("plain"), config(1, 1, clip=0.0)
     stray = torch.nn.Parameter(torch.zeros(3))
@@ -80,7 +80,7 @@ def test_what_would_train_nothing_is_refused(ranks):
 
 
 def one_model_two_engines() -> float | None:
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     model = make("plain")
     for _ in range(2):
@@ -96,7 +96,7 @@ def test_the_newest_engine_on_a_model_trains_it(ranks):
 def disagree() -> str:
     import torch.distributed as dist
 
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     model = make("plain" if dist.get_rank() == 0 else "flatland")
     return message_of(ConfigError, lambda: initialize(model=model, config=config(1, 1, clip=0.0)))
@@ -139,7 +139,7 @@ def poison(folder: str):
     loss = engine(*micro_batch(2, 0, dist.get_rank(), dist.get_world_size()))
     engine.backward(loss * (torch.inf if dist.get_rank() == 1 else 1.0))
     engine.step()
-    after, steps = parameters(engine), (engine.global_steps, engine.optimizer_steps)
+    after, steps = parameters(engine), (engine.global_steps, engine.state.counters.optimizer_steps)
     engine.save_checkpoint(folder)
     advance(engine, 3, 4)
     return before, after, steps, parameters(engine)

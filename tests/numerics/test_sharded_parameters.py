@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime import zero
-from runtime.api import initialize
+from runtime.engine.initialize import initialize
 from tests.numerics.models import Uneven, make
 from tests.numerics.training import config, message_of, micro_batch
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runtime.checkpoint import CheckpointError, read_manifest
-from runtime.checkpoint.manifest import MANIFEST
+from runtime.checkpoint.format.manifest import MANIFEST
 from tests.numerics.models import Uneven
 from tests.numerics.training import config, message_of
 
@@ -41,7 +41,7 @@ class Variant(Uneven):
 
 class Run:
     def __init__(self, kind: str, stage: int) -> None:
-        from runtime.api import initialize
+        from runtime.engine.initialize import initialize
 
         torch.manual_seed(1)
         model = Variant(kind)
@@ -71,20 +71,25 @@ class Run:
                 if len(losses) == steps:
                     return losses
 
-    def everything(self) -> dict[str, Any]:
+    def unsharded(self) -> dict[str, Any]:
         """All that a load could change on this rank."""
-        from runtime.checkpoint.parts import pieces_of, whole_tensors
+        from runtime.checkpoint.capture import pieces_of, whole_tensors
 
         engine = self.engine
-        tensors = {name: piece.tensor.clone() for name, piece in pieces_of(engine).items()}
+        tensors = {name: piece.tensor.clone() for name, piece in pieces_of(engine.state).items()}
         tensors |= {name: tensor.clone() for name, tensor in whole_tensors(engine).items()}
         tensors |= {f"module {name}": value.clone() for name, value in engine.module.state_dict().items()}
         tensors["rng"] = torch.get_rng_state()
-        counts = (engine.global_steps, engine.optimizer_steps, engine.micro_steps, engine.lr_factor)
+        counts = (
+            engine.global_steps,
+            engine.state.counters.optimizer_steps,
+            engine.micro_steps,
+            engine.state.counters.lr_factor,
+        )
         return {
             **tensors,
             "rest": (counts, engine.get_lr(), self.scheduler.state_dict(), self.loader.state_dict()),
-            "client_state": dict(engine.client_state),
+            "client_state": dict(engine.script.client_state),
         }
 
 
@@ -105,18 +110,18 @@ def refused(folder: str, kinds: list[tuple[str, str, bool]], stage: int) -> list
     outcomes = []
     for of, kind, strict in kinds:
         undisturbed = Run(kind, stage)
-        unbroken, end = undisturbed.train(4), undisturbed.everything()
+        unbroken, end = undisturbed.train(4), undisturbed.unsharded()
         run = Run(kind, stage)
         losses = run.train(2)
-        before = run.everything()
+        before = run.unsharded()
         text = message_of(
             CheckpointError, partial(run.engine.load_checkpoint, f"{folder}/{of}", load_module_strict=strict)
         )
-        after = run.everything()
+        after = run.unsharded()
         changed = [name for name in before if not same(before[name], after[name])]
         assert before.keys() == after.keys()
         losses += run.train(2)
-        final = run.everything()
+        final = run.unsharded()
         outcomes.append((text, changed, losses == unbroken and all(same(end[name], final[name]) for name in end)))
     return outcomes
 
@@ -171,7 +176,7 @@ def accepted(folder: str, kinds: list[tuple[str, dict[str, bool]]]) -> list[dict
         run = Run(kind, 1)
         run.train(2)
         run.engine.load_checkpoint(f"{folder}/plain", **options)
-        assert run.engine.client_state == {"from": "plain"}
+        assert run.engine.script.client_state == {"from": "plain"}
         outcomes.append({name: value.clone() for name, value in run.engine.module.state_dict().items()})
         run.train(1)
     return outcomes

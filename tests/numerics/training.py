@@ -42,7 +42,7 @@ def micro_batch(step: int, micro: int, rank: int, world: int) -> tuple[torch.Ten
 
 # ---- with the engine -------------------------------------------------------------------------------------------------
 def engine_for(settings, kind="plain"):
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
     from tests.numerics.models import make
 
     return initialize(model=make(kind), config=settings)[0]
@@ -68,7 +68,7 @@ def train_with_engine(
     """Parameters by name, global losses and norms, as one rank of the current process group ends up with them."""
     import torch.distributed as dist
 
-    from runtime.api import initialize
+    from runtime.engine.initialize import initialize
 
     rank, world = dist.get_rank(), dist.get_world_size()
     engine, _, _, _ = initialize(model=make(kind), config=settings)

@@ -51,8 +51,8 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Raises CommandError for bad usage and for what the export itself says."""
-    from runtime.checkpoint.manifest import CheckpointError
-    from runtime.checkpoint.target import check_target
+    from runtime.checkpoint.format.manifest import CheckpointError
+    from runtime.export.target import check_target
     from runtime.wire.sizes import parse_size
     from zerotop.output import CommandError, print_json, show
     from zerotop.runs.checkpoints import find_checkpoint
@@ -91,7 +91,7 @@ def _in_child(words: Sequence[str]) -> dict[str, Any]:
     from zerotop.output import CommandError
     from zerotop.runs.torchrun import with_import_path
 
-    command = [sys.executable, "-P", "-m", "runtime.checkpoint.export", *words]
+    command = [sys.executable, "-P", "-m", "runtime.export", *words]
     with _child(command, with_import_path(dict(os.environ))) as child:
         output, _ = child.communicate()
     try:

@@ -6,8 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from runtime.checkpoint.folder import newest, step_tag
-from runtime.checkpoint.manifest import CheckpointError, read_manifest
+from runtime.checkpoint.format.folder import newest, step_tag
+from runtime.checkpoint.format.manifest import CheckpointError, read_manifest
 from zerotop.runs.directory import RunEntry, find_run, read_entry
 from zerotop.runs.paths import RunError, runs_home
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.checkpoint.folder import LATEST, complete
-from runtime.checkpoint.manifest import MANIFEST, CheckpointError, read_manifest, verify
+from runtime.checkpoint.format.folder import LATEST, complete
+from runtime.checkpoint.format.manifest import MANIFEST, CheckpointError, read_manifest, verify
 from tests.faults.chaos.run import Run
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import psutil
 
-from runtime.checkpoint.folder import complete
+from runtime.checkpoint.format.folder import complete
 from tests.faults.chaos.checks import Checkpoints
 from tests.faults.chaos.disk import Disk
 from tests.faults.chaos.run import Run, Screen, inside_a_write

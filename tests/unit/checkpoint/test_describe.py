@@ -17,10 +17,10 @@ from runtime.config.presets import GPTConfig
 from runtime.models.gpt import GPT
 
 
-def engine(module: Any, tokenizer: str = "bytes", run: Any = None) -> Any:
-    """As much of an engine as a description needs."""
+def given(module: Any, tokenizer: str = "bytes", run: Any = None) -> tuple[Any, Any, Any]:
+    """What a description is made of: model, config and run."""
     config = SimpleNamespace(zerotop=SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer)))
-    return SimpleNamespace(module=module, config=config, session=SimpleNamespace(run=run))
+    return module, config, run
 
 
 def linear(**attributes: Any) -> torch.nn.Module:
@@ -32,7 +32,7 @@ def linear(**attributes: Any) -> torch.nn.Module:
 
 def test_a_plain_module_has_nothing_to_say() -> None:
     for config in (None, {"dim": 3}, GPTConfig(1, 1, 2, 3, 4), SimpleNamespace(to_dict="no function")):
-        assert describe_model(engine(linear(config=config))) == {}
+        assert describe_model(*given(linear(config=config))) == {}
 
 
 def test_a_config_is_written_by_either_of_its_methods() -> None:
@@ -40,7 +40,7 @@ def test_a_config_is_written_by_either_of_its_methods() -> None:
         SimpleNamespace(to_json_string=lambda: '{"model_type": "x", "architectures": ["Linear"]}'),
         SimpleNamespace(to_dict=lambda: {"model_type": "x", "architectures": ["Linear"]}),
     ):
-        files = describe_model(engine(linear(config=config)))
+        files = describe_model(*given(linear(config=config)))
         assert json.loads(files["config.json"]) == {"model_type": "x", "architectures": ["Linear"]}
 
 
@@ -50,12 +50,12 @@ def test_a_config_whose_model_is_somewhere_inside_says_where_and_one_of_another_
     config = SimpleNamespace(to_dict=lambda: {"model_type": "x", "architectures": ["Linear"]})
     wrapper = torch.nn.Module()
     wrapper.config, wrapper.base = config, torch.nn.ModuleDict({"model": linear()})
-    files = describe_model(engine(wrapper))
+    files = describe_model(*given(wrapper))
     assert json.loads(files["config.json"])["zerotop_prefix"] == "base.model."
     stranger = torch.nn.Bilinear(2, 2, 2)
     stranger.config = config
     with caplog.at_level(logging.WARNING):
-        assert describe_model(engine(stranger)) == {}
+        assert describe_model(*given(stranger)) == {}
     assert "Bilinear.config is of a Linear, which is not in the model" in caplog.text
 
 
@@ -64,8 +64,8 @@ def test_a_config_that_fails_costs_no_checkpoint(caplog: pytest.LogCaptureFixtur
         raise RuntimeError("not today")
 
     with caplog.at_level(logging.WARNING):
-        assert describe_model(engine(linear(config=SimpleNamespace(to_json_string=fails)))) == {}
-        assert describe_model(engine(linear(config=SimpleNamespace(to_dict=lambda: {"dtype": torch.bfloat16})))) == {}
+        assert describe_model(*given(linear(config=SimpleNamespace(to_json_string=fails)))) == {}
+        assert describe_model(*given(linear(config=SimpleNamespace(to_dict=lambda: {"dtype": torch.bfloat16})))) == {}
     assert "Linear.config can't be written as JSON, so checkpoints lack it: not today" in caplog.text
     assert "not JSON serializable" in caplog.text
 
@@ -73,10 +73,10 @@ def test_a_config_that_fails_costs_no_checkpoint(caplog: pytest.LogCaptureFixtur
 def test_the_built_in_gpt_says_all_that_builds_it_and_what_its_tokens_are() -> None:
     shape = GPTConfig(layers=1, heads=2, dim=8, vocab_size=320, max_seq_len=4, tied=True)
     trainer, script = (SimpleNamespace(script=script, config_folder="/") for script in (None, ["train.py"]))
-    config = json.loads(describe_model(engine(GPT(shape, "meta"), run=trainer))["config.json"])
+    config = json.loads(describe_model(*given(GPT(shape, "meta"), run=trainer))["config.json"])
     assert config["model_type"] == "zerotop-gpt" and GPTConfig(**config["zerotop_gpt"]) == shape
     assert config["zerotop_tokenizer"].startswith("bytes:")
-    by_script = json.loads(describe_model(engine(GPT(shape, "meta"), run=script))["config.json"])
+    by_script = json.loads(describe_model(*given(GPT(shape, "meta"), run=script))["config.json"])
     assert "zerotop_tokenizer" not in by_script  # a script has its own text
 
 
@@ -85,9 +85,9 @@ def test_a_tokenizer_is_a_folder_or_a_file_relative_to_the_config(tmp_path: Path
         (tmp_path / name).write_text(name)
     (tmp_path / "mine.json").write_text("mine")
     run = SimpleNamespace(script=None, config_folder=str(tmp_path))
-    folder = describe_model(engine(linear(), ".", run))
+    folder = describe_model(*given(linear(), ".", run))
     assert folder == {n: n.encode() for n in ("tokenizer.json", "special_tokens_map.json", "merges.txt")}
-    file = describe_model(engine(linear(), "mine.json", run))
+    file = describe_model(*given(linear(), "mine.json", run))
     assert file == {"tokenizer.json": b"mine", "special_tokens_map.json": b"special_tokens_map.json"}
 
 
@@ -95,10 +95,10 @@ def test_a_tokenizer_that_is_gone_or_huge_is_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert describe_model(engine(linear(), str(tmp_path / "gone"))) == {}
+        assert describe_model(*given(linear(), str(tmp_path / "gone"))) == {}
     assert f"{tmp_path / 'gone'}: there is no tokenizer" in caplog.text
     monkeypatch.setattr(describe, "TOKENIZER_LIMIT_BYTES", 1 << 20)
     (tmp_path / "tokenizer.json").write_bytes(bytes(2 << 20))
     with caplog.at_level(logging.WARNING):
-        assert describe_model(engine(linear(), str(tmp_path))) == {}
+        assert describe_model(*given(linear(), str(tmp_path))) == {}
     assert "its files have 2 MiB; expected at most 1" in caplog.text

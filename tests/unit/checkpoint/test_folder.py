@@ -10,8 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from runtime.checkpoint import folder as folders
-from runtime.checkpoint.manifest import MANIFEST, CheckpointError, Damaged, Manifest, read_manifest, record_of, verify
+from runtime.checkpoint.format import folder as folders
+from runtime.checkpoint.format.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Damaged,
+    Manifest,
+    read_manifest,
+    record_of,
+    verify,
+)
 from runtime.wire.sizes import format_size
 
 
@@ -170,7 +178,7 @@ def test_what_a_killed_writer_left_is_swept(tmp_path):
 
 
 def test_what_another_process_writes_stays(tmp_path):
-    program = "import sys; from pathlib import Path; from runtime.checkpoint.folder import make_room; "
+    program = "import sys; from pathlib import Path; from runtime.checkpoint.format.folder import make_room; "
     program += "print(make_room(Path(sys.argv[1]), 'step-00000007'), flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

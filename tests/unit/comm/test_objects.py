@@ -20,9 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.checkpoint import rng
 from runtime.comm import objects
 from runtime.comm.objects import ObjectError, pack, unpack
+from runtime.host import rng
 from runtime.wire.rundir import GROUP_KEY_VARIABLE
 from tests.harness import ROOT
 from tests.harness.ranks import Ranks

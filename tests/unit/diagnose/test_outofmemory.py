@@ -20,6 +20,7 @@ from runtime.config.presets import GPTConfig
 from runtime.diagnose import outofmemory
 from runtime.diagnose.held import read_held
 from runtime.diagnose.outofmemory import Failure, explain, recognise, remember
+from runtime.engine import Engine
 from runtime.host.ledger import Ledger
 from runtime.host.memory_limits import HostMemoryError
 from runtime.host.pinned import Arena
@@ -143,7 +144,7 @@ def test_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch, nothing_known: None
 
     monkeypatch.setattr("torch.nn.functional.gelu", fail)
     error = raised(lambda: model(torch.zeros(1, 8, dtype=torch.long, device="meta")))
-    found = explain(error, position("forward", 12, 3))
+    found = explain(error, position("forward", 12, 3), keep=Engine)
     assert found is not None and asked == ["empty_cache"]
     lines = [line.strip() for line in found.lines]
     assert lines[0] == (
@@ -169,7 +170,7 @@ def test_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch, nothing_known: None
 def test_host_memory_on_a_cpu(nothing_known: None) -> None:
     _model, ledger = engine_of("cpu")
     ledger.add("gradients", 123 * 2**20)
-    found = explain(MemoryError("the exchange of 1,000 bytes has no 4,096 left"), position("init", 0, 0))
+    found = explain(MemoryError("the exchange of 1,000 bytes has no 4,096 left"), position("init", 0, 0), keep=Engine)
     assert found is not None
     assert (
         found.lines[0].startswith("Out of memory: 4.00 KiB of host memory asked for")
@@ -182,7 +183,7 @@ def test_host_memory_on_a_cpu(nothing_known: None) -> None:
 
 def test_more_than_there_is_in_all_is_no_matter_of_settings(nothing_known: None) -> None:
     _model, _ledger = engine_of("cpu")
-    found = explain(raised(lambda: torch.empty(1 << 50, dtype=torch.uint8)), None)
+    found = explain(raised(lambda: torch.empty(1 << 50, dtype=torch.uint8)), None, keep=Engine)
     assert found is not None and "no setting makes room for it" in found.reason
     assert not any(line.strip().startswith("1.") for line in found.lines)
 
@@ -192,12 +193,14 @@ def test_host_memory_beside_a_gpu_without_offload_points_at_the_script(
 ) -> None:
     play_gpu(monkeypatch)
     _model, _ledger = engine_of("cuda")
-    found = explain(MemoryError(), None)
+    found = explain(MemoryError(), None, keep=Engine)
     assert found is not None and "num_workers" in found.text and "try" not in found.reason
 
 
 def test_shared_memory_names_its_size(nothing_known: None) -> None:
-    found = explain(RuntimeError("unable to write to file </torch_1_2_0>: No space left on device (28)"), None)
+    found = explain(
+        RuntimeError("unable to write to file </torch_1_2_0>: No space left on device (28)"), None, keep=Engine
+    )
     assert found is not None and "/dev/shm has" in found.reason and "num_workers" in found.reason
 
 
@@ -225,7 +228,7 @@ def test_the_failed_step_is_let_go_of_before_anything_is_written(
     monkeypatch.setattr(outofmemory, "_written", note)
     error = raised(step)
     assert seen[0]() is not None
-    assert explain(error, None) is not None
+    assert explain(error, None, keep=Engine) is not None
     assert at_writing == [None]
 
 
@@ -236,8 +239,8 @@ def test_an_error_raised_from_one_about_memory_is_explained_and_others_are_not(n
         except MemoryError as error:
             raise RuntimeError("the loader broke") from error
 
-    assert explain(raised(wrapped), None) is not None
-    assert explain(ValueError("no"), None) is None
+    assert explain(raised(wrapped), None, keep=Engine) is not None
+    assert explain(ValueError("no"), None, keep=Engine) is None
 
 
 def test_a_failing_explanation_masks_nothing(

@@ -9,8 +9,9 @@ import pytest
 from runtime.config.presets import PRESETS, GPTConfig, parameters, unit_parameters
 from runtime.diagnose.advice import advise
 from runtime.plan import data_parallel, find, plan, stage_layout
+from runtime.plan.constants import REDUCTIONS_IN_FLIGHT
 from runtime.plan.estimate import guess_shape, guess_units
-from runtime.plan.inflight import REDUCTIONS_IN_FLIGHT, borrowed_for_backward
+from runtime.plan.inflight import borrowed_for_backward
 from runtime.plan.workload import Workload
 from runtime.wire.sizes import format_count, format_size, parse_count, parse_size
 
@@ -165,11 +166,6 @@ def test_pieces_that_stream_through_the_gpu_are_what_the_streamer_takes() -> Non
 
 
 # ---- what is in flight, and traffic ----------------------------------------------------------------------------------
-def test_the_pool_is_played_through_as_the_engine_does() -> None:
-    schedule = pytest.importorskip("runtime.zero.reduce")
-    assert schedule.IN_FLIGHT == REDUCTIONS_IN_FLIGHT
-
-
 @pytest.mark.parametrize(
     ("units", "expected"),
     [

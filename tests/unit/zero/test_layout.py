@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from runtime.engine.setup import TRAINABLE, Assembly, _dtypes, _specs
+from runtime.engine.build import _dtypes, _specs
+from runtime.engine.checks import TRAINABLE
 from runtime.plan.layout import ALIGNMENT, Layout
 from runtime.zero.cut import cut
-from runtime.zero.gradients import GradientNumbers
 from runtime.zero.stage import policy_for
 
 shapes = st.lists(st.lists(st.integers(0, 40), min_size=0, max_size=3), min_size=0, max_size=12)
@@ -26,10 +27,10 @@ def layout_of(sizes: list[list[int]], world: int) -> Layout:
 @given(shapes, st.integers(1, 9))
 def test_ranges_tile_the_buffer(sizes, world):
     layout = layout_of(sizes, world)
-    ends = [layout.range(rank) for rank in range(world)]
+    ends = [layout.shard(rank) for rank in range(world)]
     assert ends[0][0] == 0 and ends[-1][1] == layout.numel
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))
-    assert layout.range_numel % ALIGNMENT == 0
+    assert layout.shard_numel % ALIGNMENT == 0
     assert 0 <= layout.numel - layout.used < world * ALIGNMENT
 
 
@@ -38,9 +39,9 @@ def test_slices_cover_every_parameter_element_exactly_once(sizes, world):
     layout = layout_of(sizes, world)
     owned: dict[str, list[tuple[int, int]]] = {slot.name: [] for slot in layout.slots}
     for rank in range(world):
-        start, end = layout.range(rank)
+        start, end = layout.shard(rank)
         for part in layout.slices(start, end):
-            assert part.range_start >= 0 and part.range_start + part.numel <= layout.range_numel
+            assert part.shard_start >= 0 and part.shard_start + part.numel <= layout.shard_numel
             owned[part.name].append((part.param_start, part.param_start + part.numel))
     for slot in layout.slots:
         parts = sorted(owned[slot.name])
@@ -54,7 +55,7 @@ def test_segments_hold_one_group_each_and_no_padding(sizes, world):
     group_at = [slot.group for slot in layout.slots for _ in range(slot.numel)]
     covered = 0
     for rank in range(world):
-        start, end = layout.range(rank)
+        start, end = layout.shard(rank)
         for segment in layout.segments(start, end):
             assert segment.start < segment.end
             assert set(group_at[start + segment.start : start + segment.end]) == {segment.group}
@@ -105,7 +106,7 @@ def test_every_element_of_a_mixed_model_has_one_owner(model, stage, world, preci
     group_of = {p: data.draw(st.integers(0, 2)) for p in trained if data.draw(st.integers(0, 9))}  # some are left out
     frozen = {p for p in named.values() if p not in group_of}
     policy = policy_for(stage, False)
-    parts = Assembly(policy, GradientNumbers(FP32, None, 1.0))
+    parts = SimpleNamespace(policy=policy, units=[], frozen=[])
     specs = _specs(cut(model, None, small_below), parts, world > 1, group_of, frozen, _dtypes(model, precision))
 
     owners = {name: torch.zeros(p.numel(), dtype=torch.int64) for name, p in named.items()}
@@ -115,13 +116,13 @@ def test_every_element_of_a_mixed_model_has_one_owner(model, stage, world, preci
         assert groups == sorted(groups) == [group_of.get(p, 0) for _, p, _ in spec.members]
         layout = Layout.of([(name, p.shape, group) for name, p, group in spec.members], world)
         for rank in range(world):
-            ranges = policy.state_range(layout, rank) if spec.trained else layout.range(rank)
+            ranges = policy.state_shard(layout, rank) if spec.trained else layout.shard(rank)
             for part in layout.slices(*ranges):
                 owners[part.name][part.param_start : part.param_start + part.numel] += 1
     whole = {name for name, _ in parts.frozen}
     assert len(whole) == len(parts.frozen)
     for name, parameter in named.items():
-        everywhere = parameter in group_of and not policy.own_states  # stage 0: every rank updates everything
+        everywhere = parameter in group_of and not policy.shards_states  # stage 0: every rank updates everything
         expected = 0 if name in whole else world if everywhere else 1
         assert owners[name].eq(expected).all(), name
         assert name not in whole or parameter in frozen

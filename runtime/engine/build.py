@@ -1,0 +1,318 @@
+"""From a model, a config and a process group to the training state of an engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from runtime.checkpoint.snapshot import SnapshotGuard
+from runtime.comm import Comm
+from runtime.config import ConfigError, Resolved
+from runtime.diagnose import outofmemory
+from runtime.engine.checks import check_parameters, check_same_model
+from runtime.host.ledger import Ledger
+from runtime.offload.placement import Placement, Size, place, transfers_for
+from runtime.optim.optimizer import ZeroOptimizer
+from runtime.optim.updates import Updates
+from runtime.state.accumulation import Accumulation
+from runtime.state.loss_scale import scaler_for
+from runtime.state.precision import DTYPES
+from runtime.state.train_state import TrainState, forget_update
+from runtime.zero.cut import Cut, UnitError, cut, reduce_order
+from runtime.zero.flat import FlatParamGroup, Member
+from runtime.zero.full import FullModel
+from runtime.zero.gradients import GradientConfig, Gradients
+from runtime.zero.pool import BufferPool
+from runtime.zero.reduce import GradReducer
+from runtime.zero.script_changes import ScriptChanges
+from runtime.zero.stage import StagePolicy, policy_for
+from runtime.zero.state_placement import StatePlacement
+from runtime.zero.unit import Unit
+from runtime.zero.unshard import Unsharder
+from runtime.zero.values import Values, adopt
+
+log = logging.getLogger("runtime.setup")
+
+ARENA_SLACK = 1 << 28
+"""Bytes: shared memory is reserved, not used, and every buffer starts on a page."""
+
+
+@dataclass
+class _Parts:
+    """What is being put together."""
+
+    policy: StagePolicy
+    gradients: GradientConfig
+    comm: Comm
+    ledger: Ledger
+    pool: BufferPool
+    values: Values
+    units: list[Unit] = field(default_factory=list)
+    frozen: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+
+
+def build_state(
+    module: nn.Module,
+    config: Resolved,
+    optimizer: ZeroOptimizer,
+    comm: Comm,
+    guard: SnapshotGuard,
+    script_begins: Callable[[], bool],
+) -> TrainState:
+    """Make the training state of `module`: cut it into units, and move its parameters into flat buffers (rank 0's
+    values everywhere), one unit at a time, so that no device ever holds more than its shards and one unit.
+
+    guard: what updates wait for. script_begins: called for the first gradient of a backward that the engine did not
+    start; whether it is one of this engine's. Raises ConfigError for what the model or config can't have, on every rank
+    alike.
+    """
+    ledger = Ledger()
+    check_same_model(module, config, optimizer, comm)
+    check_parameters(module, config, optimizer)
+    values = _values(module, comm)
+    group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    frozen = _freeze(module, group_of, comm)
+    try:
+        patterns = list(config.zerotop.units) if config.zerotop.units else None
+        cuts = cut(module, patterns, config.persistence_threshold)
+    except UnitError as error:
+        raise ConfigError(str(error)) from None
+    outofmemory.remember(module, config, comm.device, ledger, cuts)
+    parts = _Parts(
+        policy_for(config.stage, config.zerotop.accumulate == "local"),
+        _gradient_config(config, comm.world_size),
+        comm,
+        ledger,
+        BufferPool(comm, ledger),
+        values,
+    )
+    if comm.world_size > 1:
+        comm.share_memory(16 * sum(p.numel() for p in module.parameters()) + ARENA_SLACK)
+    _place_buffers(module, DTYPES.get(config.zerotop.buffer_dtype or ""), comm, ledger, values)
+    dtypes = _dtypes(module, DTYPES[config.precision])
+    offloads = config.offload_optimizer is not None or config.offload_param is not None
+    transfers = transfers_for(comm.device) if offloads else None
+    # Alone, a rank has nobody to share parameters with; they can still be elsewhere.
+    shards = comm.world_size > 1 or (config.offload_param is not None and transfers is not None)
+    specs = _specs(cuts, parts, shards, group_of, frozen, dtypes)
+    sizes = [Size(sum(p.numel() for _, p, _ in s.members), s.dtype, s.trained, s.sharded) for s in specs]
+    adam = optimizer.kind in ("Adam", "AdamW")
+    placement = place(config, parts.policy, comm, ledger, parts.gradients, sizes, adam, transfers)
+    for index, spec in enumerate(specs):
+        _make_flat(spec, parts, placement, placement.of(index))
+    for name, parameter in parts.frozen:
+        _place_frozen(name, parameter, dtypes[parameter], comm, ledger, values)
+    flats = [flat for unit in parts.units for flat in unit.flats]
+    if optimizer.trains and not flats:
+        raise ConfigError("the model has no trainable parameter in the optimizer: nothing to train")
+    uploads = [placement.upload_of(index) for index, spec in enumerate(specs) if spec.trained]
+    shard_optimizers = [
+        optimizer.make_shard_optimizer(flat, ledger, upload) for flat, upload in zip(flats, uploads, strict=True)
+    ]
+    order = [flat for index in reduce_order(cuts) for flat in parts.units[index].flats]
+    reducer = GradReducer(order, comm, script_begins)
+    # Before `updates`, whose hooks must run first: the latest hook of a module is the first to run.
+    unsharder = Unsharder(
+        module, parts.units, comm.telemetry, comm.gather_objects, lambda flat: updates.wait_for_shard(flat)
+    )
+    updates = Updates(
+        module,
+        parts.units,
+        shard_optimizers,
+        comm.telemetry,
+        placement.executor,
+        placement.upload.transfers.mark if placement.upload is not None else lambda: None,
+        placement.overlap,
+        on_idle=forget_update,
+        before=guard.wait_for,
+    )
+    frozen_flats = [flat for unit in parts.units for flat in unit.frozen]
+    return TrainState(
+        module,
+        config,
+        comm,
+        ledger,
+        parts.policy,
+        parts.units,
+        parts.frozen,
+        optimizer,
+        shard_optimizers,
+        scaler_for(config),
+        Accumulation(optimizer.trains),
+        reducer,
+        unsharder,
+        updates,
+        FullModel(module, parts.units, unsharder, comm, updates.drain, guard.wait_for_all),
+        ScriptChanges(module, flats, frozen_flats, parts.frozen, guard.wait_for_all, comm.rank == 0),
+        parts.pool,
+        parts.gradients.scale,
+        placement.grad_offload,
+        placement.transfers,
+        placement.working_memory,
+    )
+
+
+@dataclass
+class _Spec:
+    """A flat to be."""
+
+    unit: Unit
+    members: list[Member]
+    dtype: torch.dtype
+    trained: bool
+    sharded: bool
+
+
+def _specs(
+    cuts: list[Cut],
+    parts: _Parts,
+    shards: bool,
+    group_of: dict[nn.Parameter, int],
+    frozen: set[nn.Parameter],
+    dtypes: dict[nn.Parameter, torch.dtype],
+) -> list[_Spec]:
+    """All flats in forward order; makes the units, and notes the frozen parameters that are in none. shards: whether
+    stage 3 has anything to do."""
+    specs = []
+    for unit_cut in cuts:
+        unit = Unit(unit_cut.name, unit_cut.modules, keep_unsharded=unit_cut.everywhere)
+        parts.units.append(unit)
+        sharded = parts.policy.shards_parameters and shards and unit_cut.name != "small"
+        for trained in (True, False):
+            for dtype, members in _by_dtype(unit_cut, group_of, frozen, dtypes, trained).items():
+                if trained or sharded:
+                    specs.append(_Spec(unit, members, dtype, trained, sharded))
+                else:
+                    parts.frozen += [(name, parameter) for name, parameter, _ in members]
+    return specs
+
+
+def _make_flat(spec: _Spec, parts: _Parts, placement: Placement, states: StatePlacement) -> None:
+    """states: where masters and optimizer states live."""
+    unit = spec.unit
+    name = f"{unit.name}/{str(spec.dtype).removeprefix('torch.')}{'' if spec.trained else '/frozen'}"
+    flat = FlatParamGroup(
+        name,
+        spec.members,
+        spec.dtype,
+        parts.policy,
+        spec.sharded,
+        parts.comm,
+        parts.ledger,
+        parts.values,
+        states,
+        spec.trained,
+        placement.shards_on_host,
+        placement.transfers,
+    )
+    if spec.trained:
+        flat.gradients = Gradients(
+            flat.layout,
+            parts.policy,
+            spec.dtype,
+            parts.gradients,
+            parts.pool,
+            states,
+            unit.keep_unsharded,
+            placement.grad_offload if states.remote else None,
+            name,
+        )
+    (unit.flats if spec.trained else unit.frozen).append(flat)
+
+
+def _values(module: nn.Module, comm: Comm) -> Values:
+    """What one rank lacks is every rank's error, or the others would wait for it."""
+    values, problem = None, ""
+    try:
+        values = Values.of(module, comm.rank)
+    except ConfigError as error:
+        problem = str(error)
+    problems = [found for found in comm.gather_objects(problem) if found]
+    if problems or values is None:
+        raise ConfigError(problems[0])
+    return values
+
+
+def _gradient_config(config: Resolved, world_size: int) -> GradientConfig:
+    communicate = config.communication_data_type
+    return GradientConfig(
+        DTYPES[config.grad_accum_dtype],
+        DTYPES[communicate] if communicate else None,
+        1 / world_size if config.prescale_gradients else 1 / config.gradient_predivide_factor,
+    )
+
+
+def _freeze(module: nn.Module, group_of: dict[nn.Parameter, int], comm: Comm) -> set[nn.Parameter]:
+    """The parameters that are not trained; from now on none of them requires a gradient."""
+    frozen = {p for p in module.parameters() if p not in group_of or not p.requires_grad}
+    left_out = sum(parameter.requires_grad for parameter in frozen)
+    if left_out and group_of and comm.rank == 0:
+        log.warning(f"{left_out} parameters require a gradient and are in no optimizer group: they stay as they are")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen
+
+
+def _by_dtype(
+    unit: Cut,
+    group_of: dict[nn.Parameter, int],
+    frozen: set[nn.Parameter],
+    dtypes: dict[nn.Parameter, torch.dtype],
+    trained: bool,
+) -> dict[torch.dtype, list[Member]]:
+    """A unit's trained (or frozen) parameters by the dtype they will compute in, ordered by optimizer group."""
+    members: dict[torch.dtype, list[Member]] = {}
+    for name, parameter in unit.parameters:
+        if (parameter not in frozen) == trained:
+            members.setdefault(dtypes[parameter], []).append((name, parameter, group_of.get(parameter, 0)))
+    return {dtype: sorted(found, key=lambda member: member[2]) for dtype, found in members.items()}
+
+
+def _dtypes(module: nn.Module, precision: torch.dtype) -> dict[nn.Parameter, torch.dtype]:
+    """What each parameter computes in. Under 16-bit precision that is 16 bit, as in DeepSpeed; but a norm with running
+    statistics wants weight and bias in the dtype of those, as under autocast. Under fp32 a model keeps the dtypes that
+    it came with."""
+    found = {
+        p: precision if precision != torch.float32 and p.dtype.is_floating_point else p.dtype
+        for p in module.parameters()
+    }
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._NormBase) and norm.running_mean is not None:
+            found |= dict.fromkeys(norm.parameters(recurse=False), norm.running_mean.dtype)
+    return found
+
+
+def _place_frozen(
+    name: str, parameter: nn.Parameter, dtype: torch.dtype, comm: Comm, ledger: Ledger, values: Values
+) -> None:
+    """A frozen parameter that every rank holds whole: to the device, rank 0's values."""
+    found = values.read(name, parameter, 0, parameter.numel())
+    # Its own memory: what a checkpoint changes later must not reach into a script's tensors.
+    data = torch.empty(parameter.shape, dtype=dtype, device=comm.device)
+    if found is not None:
+        data.view(-1).copy_(found)
+    if values.needs_broadcast(parameter):
+        comm.broadcast_bytes(data)
+    adopt(parameter, ledger.hold("parameters", data))
+
+
+def _place_buffers(module: nn.Module, dtype: torch.dtype | None, comm: Comm, ledger: Ledger, values: Values) -> None:
+    """To the device, rank 0's values. dtype: of floating-point ones; None: as they came. One that several modules share
+    stays one."""
+    placed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old one, so that its id is nobody else's
+    for path, owner in module.named_modules():
+        for name, buffer in list(owner._buffers.items()):
+            if buffer is None:
+                continue
+            if id(buffer) not in placed:
+                held = values.buffer(f"{path}.{name}" if path else name, buffer).to(comm.device)
+                if held.is_floating_point() and dtype is not None:
+                    held = held.to(dtype)
+                placed[id(buffer)] = buffer, held
+                comm.broadcast_bytes(held)
+                ledger.hold("buffers", held)
+            setattr(owner, name, placed[id(buffer)][1])

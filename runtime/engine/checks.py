@@ -1,0 +1,95 @@
+"""What a model, its config and its optimizer must fulfil before an engine is built: errors on every rank alike."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import nn
+
+from runtime.comm import Comm
+from runtime.config import ConfigError, Resolved
+from runtime.models.names import plain_name
+from runtime.optim.optimizer import ZeroOptimizer
+
+TRAINABLE = (torch.float32, torch.bfloat16)
+
+
+def check_complete(module: nn.Module) -> None:
+    """Raises ConfigError for lazy modules, whose parameters have no shape yet."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ConfigError(
+                f"{plain_name(name)} has no shape yet (a Lazy module of torch): run one forward of the model with real "
+                "inputs before initialize()"
+            )
+
+
+def check_parameters(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer) -> None:
+    """What would train nothing, or fail at the first step with torch's words instead of ours."""
+    names = {parameter: plain_name(name) for name, parameter in module.named_parameters()}
+    foreign = sum(p not in names for group in optimizer.param_groups for p in group["params"])
+    if foreign:
+        raise ConfigError(
+            f"{foreign} parameters of the optimizer are not in the model: make the optimizer from "
+            "model.parameters() after "
+            "the last change of the model, and give modules with parameters of their own to "
+            "initialize() inside the model"
+        )
+    for parameter, name in names.items():
+        if config.precision == "fp32" and parameter.requires_grad and parameter.dtype not in TRAINABLE:
+            raise ConfigError(
+                f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}: expected float32 "
+                "or bfloat16; call "
+                'model.float() before initialize(), or set "bf16": {"enabled": true}'
+            )
+
+
+def check_same_model(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm) -> None:
+    """Collectives over buffers of different sizes hang or corrupt, and other numbers train another model on each rank:
+    compare first, and name the first difference."""
+    group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    mine = [
+        (plain_name(name), tuple(p.shape), str(p.dtype), p.requires_grad, group_of.get(p))
+        for name, p in module.named_parameters()
+    ]
+    mine += [
+        (f"(buffer) {plain_name(name)}", tuple(b.shape), str(b.dtype), False, None)
+        for name, b in module.named_buffers()
+    ]
+    told = comm.gather_objects((config.to_json(), optimizer.described(), mine))
+    gathered = [(Resolved.from_json(text), described, parameters) for text, described, parameters in told]
+    first_config, first_optimizer, _ = gathered[0]
+    for rank, (other, described, _) in enumerate(gathered):
+        if (found := first_config.difference(other)) is not None:
+            key, zeroth, theirs = found
+            raise ConfigError(
+                f"the ranks disagree about the config: {key} is {json.dumps(zeroth)} on rank 0 and "
+                f"{json.dumps(theirs)} on rank {rank}"
+            )
+        for name in [*first_optimizer, *(name for name in described if name not in first_optimizer)]:
+            zeroth, theirs = first_optimizer.get(name, "not there"), described.get(name, "not there")
+            if zeroth != theirs:
+                raise ConfigError(
+                    f"the ranks disagree about the optimizer: {name} is {zeroth} on rank 0 and {theirs} on rank {rank}"
+                )
+    everyone = [parameters for _, _, parameters in gathered]
+    for rank, theirs in enumerate(everyone):
+        if theirs == everyone[0]:
+            continue
+        for first, other in zip(everyone[0], theirs, strict=False):
+            if first != other:
+                raise ConfigError(
+                    f"the ranks disagree about the model: rank 0 has parameter {_parameter(first)}, rank "
+                    f"{rank} has {_parameter(other)}"
+                )
+        raise ConfigError(
+            f"the ranks disagree about the model: rank 0 has {len(everyone[0])} parameters, rank {rank} has "
+            f"{len(theirs)}"
+        )
+
+
+def _parameter(entry: tuple[str, tuple[int, ...], str, bool, int | None]) -> str:
+    name, shape, dtype, trainable, group = entry
+    kind = "" if trainable else " (frozen)"
+    return f"{name} {list(shape)} {dtype.removeprefix('torch.')}{kind}{'' if group is None else f' in group {group}'}"

@@ -1,0 +1,254 @@
+"""The calls of a training script, with DeepSpeed's names and argument order."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from runtime.checkpoint.registered import DATA
+from runtime.comm import Comm, init_distributed
+from runtime.config import ConfigError, Resolved, load, refuse_unsupported
+from runtime.data.loader import ResumableLoader, ResumableSampler
+from runtime.engine.checks import check_complete
+from runtime.engine.deepspeed_config import DeepSpeedConfig
+from runtime.engine.engine import Engine
+from runtime.engine.session import Session
+from runtime.host.ledger import memory_message
+from runtime.optim.lr import schedule_from_config
+from runtime.optim.optimizer import NoOptimizer, ZeroOptimizer, optimizer_from_config, optimizer_from_torch
+from runtime.wire.rundir import RUN_VARIABLE
+
+log = logging.getLogger("runtime.engine")
+
+ModelParameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+
+
+def initialize(
+    args: argparse.Namespace | None = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
+    model_parameters: ModelParameters | None = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: Any = None,
+    distributed_port: int | None = None,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[Any], Any] | None = None,
+    config: str | Path | Mapping[str, Any] | DeepSpeedConfig | Resolved | None = None,
+    mesh_param: Sequence[int] | None = None,
+    config_params: str | Path | Mapping[str, Any] | None = None,
+) -> tuple[Engine, ZeroOptimizer | None, DataLoader[Any] | None, Any]:
+    """Make an engine of `model`; returns (engine, optimizer, training data loader or None, LR scheduler or None).
+
+    model_parameters: parameters or parameter groups for the config's optimizer; default: all that require a gradient.
+    optimizer: a fresh torch.optim optimizer (or a function of the parameters that makes one) instead of the config's.
+    With neither, the engine evaluates: it holds no masters, gradients or states, shards the parameters at stage 3, and
+    refuses backward() and step(); optimizer and scheduler are then None.
+    training_data: a data set with a length; the loader reads it in the order of torch's DistributedSampler, another one
+    each epoch, and after a resume goes on behind the last batch that was trained (see runtime/data/loader.py).
+    lr_scheduler: a scheduler, or a function of the optimizer, instead of the config's; the engine steps it after each
+    optimizer step. config: a DeepSpeed-style file (JSON or Hjson) or dictionary, base64 text, or a DeepSpeedConfig;
+    under `zerotop launch` it may be left out, and is then the launched one. config_params: an old name of it.
+    distributed_port and dist_init_required are accepted and not needed: the process group is joined unless the script
+    has done so. mpu and mesh_param may only say that the model is not split.
+
+    Under `zerotop launch` the engine publishes telemetry and obeys commands; under --resume it has loaded the newest
+    checkpoint on return. Of several engines in one process the first does; each later one has automatic checkpoints of
+    its own (checkpoints/engine-2/...), and resumes from them.
+    Raises ConfigError for a config, model or optimizer that can't be used, on every rank alike and before any training.
+    """
+    if model is None:
+        raise ConfigError("initialize(model=...): expected a torch.nn.Module, got None")
+    _refuse_model_parallelism(mpu, mesh_param)
+    check_complete(model)
+    _refuse_data(training_data)
+    device = init_distributed()
+    chosen = (
+        config
+        if config is not None
+        else config_params
+        if config_params is not None
+        else getattr(args, "deepspeed_config", None)
+    )
+    resolved = _resolve(chosen, device)
+    refuse_unsupported(resolved)
+    if optimizer is None and resolved.optimizer is None:
+        engine = _evaluating(model, resolved, device, model_parameters, lr_scheduler)
+        return engine, None, _make_loader(engine, training_data, collate_fn), None
+    session = Session.join(torch.distributed.get_rank(), resolved.zerotop.telemetry.enabled)
+    comm = Comm(device, session.recorder)
+    parameters = (
+        list(model_parameters) if model_parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    )
+    zero_optimizer = _make_optimizer(resolved, optimizer, parameters)
+    engine = Engine(model, resolved, zero_optimizer, comm, session)
+    engine.lr_scheduler = _make_scheduler(resolved, lr_scheduler, zero_optimizer)
+    resumed = engine.resume()
+    _announce(engine, resumed)
+    return engine, zero_optimizer, _make_loader(engine, training_data, collate_fn), engine.lr_scheduler
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add --deepspeed and --deepspeed_config, as DeepSpeed does.
+
+    args.local_rank is this rank's number on its host, from LOCAL_RANK: also where the script has a --local_rank of its
+    own, which DeepSpeed's launcher would pass.
+    """
+    group = parser.add_argument_group("ZeRO", "configuration of the training engine")
+    group.add_argument(
+        "--deepspeed", action="store_true", help="accepted for scripts written for DeepSpeed; initialize() decides"
+    )
+    group.add_argument("--deepspeed_config", default=None, metavar="FILE", help="the JSON config file")
+    parser.set_defaults(local_rank=int(os.environ.get("LOCAL_RANK", "-1")))
+    return parser
+
+
+def _refuse_model_parallelism(mpu: Any, mesh_param: Sequence[int] | None) -> None:
+    parts = int(mpu.get_model_parallel_world_size()) if hasattr(mpu, "get_model_parallel_world_size") else 1
+    if parts > 1:
+        raise ConfigError(
+            f"initialize(mpu=...): it splits the model over {parts} ranks; expected one, for zerotop shards "
+            "data-parallel training only"
+        )
+    if mesh_param is not None and any(size != 1 for size in list(mesh_param)[1:]):
+        raise ConfigError(
+            f"initialize(mesh_param={tuple(mesh_param)}): expected (ranks, 1), for zerotop has no sequence parallelism"
+        )
+
+
+def _resolve(config: Any, device: torch.device) -> Resolved:
+    if isinstance(config, Resolved):
+        return config
+    if isinstance(config, DeepSpeedConfig):
+        config = config._param_dict
+    world_size = torch.distributed.get_world_size()
+    if config is None:
+        folder = os.environ.get(RUN_VARIABLE)
+        if not folder:
+            raise ConfigError(
+                "initialize(config=...): expected a path or a dictionary, got None (it may only be left out "
+                "under `zerotop launch`)"
+            )
+        return Resolved.from_json((Path(folder) / "resolved.json").read_bytes())
+    return load(config).resolve(world_size, "cuda" if device.type == "cuda" else "cpu", script=True)
+
+
+def _evaluating(
+    model: nn.Module, config: Resolved, device: torch.device, model_parameters: Any, lr_scheduler: Any
+) -> Engine:
+    """An engine of a model that is not trained: a reference or reward model, a teacher."""
+    for name, given in (("model_parameters", model_parameters), ("lr_scheduler", lr_scheduler)):
+        if given is not None:
+            raise ConfigError(
+                f'initialize({name}=...): there is no optimizer for it: add an "optimizer" section to the config, or '
+                f"call initialize(optimizer=...). An engine that only evaluates takes no {name}"
+            )
+    session = Session.apart(torch.distributed.get_rank())
+    config = config.model_copy(update={"offload_optimizer": None, "scheduler": None})
+    engine = Engine(model, config, NoOptimizer(), Comm(device, session.recorder), session)
+    if session.rank == 0:
+        log.info(f"an engine without an optimizer: {type(model).__name__} is evaluated at stage {config.stage}")
+    return engine
+
+
+def _make_optimizer(config: Resolved, given: Any, parameters: list[Any]) -> ZeroOptimizer:
+    if given is None:
+        assert config.optimizer is not None
+        return optimizer_from_config(parameters, config.optimizer)
+    if not isinstance(given, torch.optim.Optimizer):
+        if not callable(given):
+            raise ConfigError(
+                f"initialize(optimizer=...): expected a torch optimizer or a function that makes one, got "
+                f"{type(given).__name__}"
+            )
+        given = given(parameters)
+    return optimizer_from_torch(given)
+
+
+def _make_scheduler(config: Resolved, given: Any, optimizer: ZeroOptimizer) -> Any:
+    if given is not None:
+        scheduler = given(optimizer) if callable(given) and not hasattr(given, "step") else given
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ConfigError(
+                "lr_scheduler: ReduceLROnPlateau needs a metric at each step, which engine.step() "
+                "does not have; leave it "
+                "out of initialize() and step it yourself"
+            )
+        bound = getattr(scheduler, "optimizer", None)
+        if bound is not None and bound is not optimizer and bound is not optimizer.given:
+            raise ConfigError(
+                "lr_scheduler: it changes another optimizer than the one that trains; build it on the "
+                "optimizer that you "
+                "give to initialize(), or give a function of the optimizer"
+            )
+        return scheduler
+    if config.scheduler is None:
+        return None
+    try:
+        return schedule_from_config(optimizer, config.scheduler)
+    except ValueError as error:
+        raise ConfigError(f"scheduler.params.{error}") from None
+
+
+def _refuse_data(data: Any) -> None:
+    if data is None:
+        return
+    if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+        raise ConfigError(
+            "initialize(training_data=...): expected a data set with a length (a torch.utils.data.Dataset), "
+            f"got {type(data).__name__}; make a DataLoader for it yourself, and leave training_data out"
+        )
+    if len(data) == 0:
+        raise ConfigError("initialize(training_data=...): expected at least one sample, the data set is empty")
+
+
+def _make_loader(engine: Engine, data: Any, collate_fn: Any) -> DataLoader[Any] | None:
+    if data is None:
+        return None
+    config, comm, accumulation = engine.config, engine.comm, engine.state.accumulation
+    sampler = ResumableSampler(
+        len(data),
+        comm.rank,
+        comm.world_size,
+        config.micro_batch,
+        config.zerotop.train.seed,
+        config.dataloader_drop_last,
+        micro_steps=lambda: accumulation.micro_steps,
+    )
+    loader = ResumableLoader(data, sampler, collate_fn=collate_fn, pin_memory=comm.device.type == "cuda")
+    engine.script.registered.add(DATA, loader)
+    engine.training_dataloader = loader
+    return loader
+
+
+def _announce(engine: Engine, resumed: Path | None) -> None:
+    """Say hello and what this run is, now that all of it is known."""
+    session, link = engine.session, engine.session.link
+    rank, ledger, device = engine.comm.rank, engine.state.ledger, engine.device  # the session outlives engines
+    link.memory_source = lambda: memory_message(rank, ledger, device)
+    session.begin(
+        session.hello(engine.config, engine.comm, engine.module, engine.global_steps, dict(engine.control.knobs))
+    )
+    if session.number == 1:
+        engine.control.apply_log_level()
+    if engine.comm.rank == 0:
+        units = len(engine.state.flats)
+        log.info(
+            f"stage {engine.config.stage}, {engine.config.precision}, {engine.comm.world_size} ranks over "
+            f"{engine.comm.backend}: "
+            f"{sum(p.numel() for p in engine.module.parameters()):,} parameters in {units} units"
+        )
+        if resumed is not None:
+            link.event(
+                "resumed", f"continuing from {resumed.name}", step=engine.global_steps, data={"path": str(resumed)}
+            )
+        elif session.resume and engine.autosave.folder is not None:
+            log.warning(f"--resume: no complete checkpoint in {engine.autosave.folder}; starting from step 0")

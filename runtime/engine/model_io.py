@@ -1,0 +1,57 @@
+"""A model's weights as files and dictionaries, for the engine's calls of DeepSpeed's names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.checkpoint import on_rank_0
+from runtime.checkpoint.format.reading import CheckpointReader
+from runtime.comm import Comm
+from runtime.config import ConfigError
+from runtime.engine.release import EVERYTHING
+from runtime.wire.messages import Category
+from runtime.zero.full import FullModel
+
+STATES: dict[str, Category] = {
+    "optim_states": "optimizer",
+    "hp_params": "masters",
+    "lp_params": "parameters",
+    "lp_grads": "gradients",
+    "contiguous_grad_buffer": "gradients",
+}
+"""DeepSpeed's names of what offload_states() can move, and ours."""
+
+
+def save(state_dict: dict[str, Any] | None, path: Path, comm: Comm) -> None:
+    """Rank 0 writes its `state_dict` to `path`; every rank must call it. Raises CheckpointError on every rank."""
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state_dict, path)
+
+    on_rank_0(comm, f"write {path}", write)
+
+
+def load_by(load: Callable[..., Any], path: Path, full: FullModel) -> None:
+    """load(src=, dst=) puts the checkpoint's parameters and buffers, by name, into the module; rank 0's result is
+    everybody's."""
+    reader = CheckpointReader(path)
+    source = {stored.name: reader.read(stored, stored.dtype) for stored in reader.tensors}
+    with full.gathered(full.units, modifier_rank=0):
+        load(src=source, dst=full.module)
+
+
+def categories(include: Iterable[Any] | None, device: Any) -> Collection[Category]:
+    """What offload_states(include=, device=) moves. Raises ConfigError for what it can't."""
+    if str(getattr(device, "value", device)) != "cpu":
+        raise ConfigError(f'engine.offload_states(device={device!r}): expected "cpu"')
+    if include is None:
+        return EVERYTHING
+    names = [str(getattr(state, "value", state)) for state in include]
+    if unknown := [name for name in names if name not in STATES]:
+        raise ConfigError(f"engine.offload_states(include={unknown}): expected some of {', '.join(STATES)}")
+    return {STATES[name] for name in names}

@@ -1,0 +1,65 @@
+"""What every optimizer step reports: its result to telemetry, and a progress line to the log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.state.train_state import TrainState
+from runtime.telemetry import NullTelemetry, Telemetry
+from runtime.wire.messages import StepResult
+from runtime.zero.step_stats import StepStats
+
+log = logging.getLogger("runtime.train")
+
+
+class Reporter:
+    """Of one engine."""
+
+    def __init__(self, state: TrainState, telemetry: Telemetry | NullTelemetry, knobs: Mapping[str, Any]) -> None:
+        """knobs: "log_interval" is read at each step."""
+        self._state, self._telemetry, self._knobs = state, telemetry, knobs
+        self._began_ns = time.monotonic_ns()
+
+    def begin_step(self) -> None:
+        """From here on the next step's time counts."""
+        self._began_ns = time.monotonic_ns()
+
+    def report(self, stats: StepStats, lr: float, skipped: bool) -> StepResult:
+        """At the boundary, when the step has been counted."""
+        state, now = self._state, time.monotonic_ns()
+        seconds, tokens = (now - self._began_ns) / 1e9, state.accumulation.tokens
+        config = state.config
+        result = StepResult(
+            rank=state.comm.rank,
+            step=state.counters.global_steps,
+            loss=stats.loss,
+            lr=lr,
+            grad_norm=stats.grad_norm,
+            step_ms=seconds * 1000,
+            tokens_per_s=tokens / seconds if tokens else None,
+            samples_per_s=config.micro_batch * config.accumulation / seconds,
+            skipped=skipped,
+            skipped_steps=state.counters.skipped_steps,
+            loss_scale=state.scaler.scale if config.precision == "fp16" else None,
+            end_ns=now,
+        )
+        self._telemetry.step(result)
+        self._log(result)
+        return result
+
+    def _log(self, result: StepResult) -> None:
+        """A line every log_interval steps, on rank 0."""
+        if result.rank != 0 or result.step % self._knobs["log_interval"]:
+            return
+        total = self._state.config.zerotop.train.steps
+        of = f"/{total}" if total else ""
+        world = self._state.comm.world_size
+        speed = f" · {result.tokens_per_s * world:,.0f} tokens/s" if result.tokens_per_s else ""
+        loss = "n/a" if result.loss is None else f"{result.loss:.4f}"
+        log.info(
+            f"step {result.step}{of} · loss {loss} · lr {result.lr:.3g} · norm "
+            f"{result.grad_norm:.3f} · {result.step_ms:.1f} ms{speed}"
+        )

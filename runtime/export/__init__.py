@@ -1,0 +1,1 @@
+"""`zerotop export`: a checkpoint's weights as Hugging Face safetensors, in a process of its own."""
