@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.harness.cpu import BF16_IF_QUICK
+from tests.harness.waiting import patient
 
 STEPS = 500
 """Of every run but references. A round whose run has finished goes on with a new one."""
@@ -20,10 +21,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"zero_optimization": {"stage": 2, "offload_optimizer": _CPU}, "gradient_accumulation_steps": 2},
 ]
 ENVIRONMENT = {
-    "ZEROTOP_HANG_S": "6",
-    "ZEROTOP_WRITER_PATIENCE_S": "6",
-    "ZEROTOP_STOP_DEADLINE_S": "60",
-    "ZEROTOP_ORPHAN_GRACE_S": "60",
+    "ZEROTOP_HANG_S": f"{patient(6):g}",
+    "ZEROTOP_WRITER_PATIENCE_S": f"{patient(6):g}",
+    "ZEROTOP_STOP_DEADLINE_S": f"{patient(60):g}",
+    "ZEROTOP_ORPHAN_GRACE_S": f"{patient(60):g}",
 }
 
 
