@@ -10,15 +10,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.deepspeed_tests.applicable import FILES, cause_of
 
 SHIM = Path(__file__).parent / "shim"
+COLLECTING_S = 60
+"""That pytest may take beside a test's own time: to import and collect, and to end a test's processes."""
 
 
 @dataclass
@@ -92,7 +94,7 @@ def _run_some(
     tests: Path, file: str, sample: int, only: str, done: int, limit_s: float, folder: Path
 ) -> tuple[list[Outcome], list[str]]:
     """As far as pytest came behind the first `done` tests, and the names of those that it was to run."""
-    report, names = folder / "report.xml", folder / "names"
+    report, names = folder / "report", folder / "names"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "zerotop_sampling", "-W", "ignore"]
     environment = {
         **os.environ,
@@ -102,12 +104,13 @@ def _run_some(
         "ZEROTOP_SAMPLE": str(sample),
         "ZEROTOP_DONE": str(done),
         "ZEROTOP_NAMES": str(names),
+        "ZEROTOP_REPORT": str(report),
         "LOCAL_SIZE": "4",  # DeepSpeed's tests take it for the number of devices
         "OMP_NUM_THREADS": "1",
         "DS_UNITTEST_TIMEOUT": str(int(limit_s)),
     }
     process = subprocess.Popen(
-        [*command, f"--junitxml={report}", f"unit/{file}"],
+        [*command, f"unit/{file}"],
         cwd=tests,
         env=environment,
         stdout=subprocess.DEVNULL,
@@ -115,12 +118,31 @@ def _run_some(
         start_new_session=True,
     )
     try:
-        process.wait()
+        _wait(process, report, limit_s + COLLECTING_S)
     finally:
         _end(process)
-    found = [_outcome(case, file) for case in ElementTree.parse(report).iter("testcase")] if report.is_file() else []
+    found = [_outcome(lines, file) for lines in _by_test(report)]
     listed = names.read_text().split("\n") if names.is_file() else []
     return found, [name for name in listed if name]
+
+
+def _wait(process: subprocess.Popen[bytes], report: Path, limit_s: float) -> None:
+    """Until pytest ends, or says nothing for so long: its own limit does not reach every way to hang."""
+    size, since = 0, time.monotonic()
+    while process.poll() is None and time.monotonic() - since < limit_s:
+        now = report.stat().st_size if report.is_file() else 0
+        if now != size:
+            size, since = now, time.monotonic()
+        time.sleep(0.2)
+
+
+def _by_test(report: Path) -> list[list[dict[str, Any]]]:
+    """The lines of each test that came to its end."""
+    tests: dict[str, list[dict[str, Any]]] = {}
+    for line in report.read_text().splitlines() if report.is_file() else []:
+        found = json.loads(line)
+        tests.setdefault(found["name"], []).append(found)
+    return [lines for lines in tests.values() if lines[-1]["when"] == "teardown"]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -134,14 +156,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _outcome(case: ElementTree.Element, file: str) -> Outcome:
-    name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
-    seconds = float(case.get("time", "0"))
-    for kind, result in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
-        if (found := case.find(kind)) is not None:
-            message = f"{found.get('message', '')}\n{(found.text or '')[-1500:]}"
-            cause = cause_of(message) if result == "failed" else ""
-            return Outcome(file, name, result, seconds, cause, message)
+def _outcome(lines: list[dict[str, Any]], file: str) -> Outcome:
+    name, seconds = lines[0]["name"], sum(line["seconds"] for line in lines)
+    for result in ("failed", "skipped"):
+        if (found := next((line for line in lines if line["result"] == result), None)) is not None:
+            cause = cause_of(found["message"]) if result == "failed" else ""
+            return Outcome(file, name, result, seconds, cause, found["message"])
     return Outcome(file, name, "passed", seconds)
 
 
