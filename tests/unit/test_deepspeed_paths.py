@@ -29,6 +29,7 @@ from runtime.deepspeedpaths import ABSENT, ELSEWHERE
         ("runtime.utils", "set_z3_leaf_modules"),
         ("runtime.utils.groups", "_get_data_parallel_world_size"),
         ("runtime.ops.adagrad", "DeepSpeedCPUAdagrad"),
+        ("runtime.ops.lion", "FusedLion"),
         *((f"runtime.{module}", name) for module, names in ELSEWHERE.items() for name in names),
     ],
 )
