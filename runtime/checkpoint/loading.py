@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -69,6 +69,13 @@ def load(engine: Engine, path: Path, wanted: Wanted = EVERYTHING) -> Loaded:
     engine.synchronize()
     engine.saver.before_change()
     manifest = together(engine.comm, lambda: read_manifest(path))
+    if manifest.weights_only:
+        if engine.optimizer.trains and engine.comm.rank == 0:
+            log.warning(
+                f"checkpoint {path} is of an engine without an optimizer: parameters and buffers are loaded, optimizer "
+                "and step counts stay as they are"
+            )
+        wanted = replace(wanted, optimizer=False, scheduler=False, progress=False)
     together(engine.comm, lambda: compare(engine, manifest, path, wanted))
     together(engine.comm, lambda: verify(path, manifest, engine.comm.rank, engine.comm.world_size))
     content = together(engine.comm, lambda: _read(engine, manifest, path))
