@@ -43,6 +43,8 @@ class _Place:
     weak_flat: weakref.ref[Flat] | None
     """None: small and not trained, whole on every rank; or in no engine yet."""
     slot: Slot | None
+    waiting: bool = False
+    """zero.Init has built it, and no engine has taken it yet."""
 
     @property
     def flat(self) -> Flat | None:
@@ -53,13 +55,17 @@ _places: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameter -> its place."""
 _gathered: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameter -> what keeps it whole between all_gather() and partition()."""
+_present: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Those that wait for an engine and are whole on every rank for now: see waiting.py."""
 _numbers = itertools.count()
 
 
 def _status(parameter: nn.Parameter, place: _Place) -> ZeroParamStatus:
     flat = place.flat
+    if place.waiting:  # the same answer on every rank, though rank 0 has the values
+        return ZeroParamStatus.AVAILABLE if parameter in _present else ZeroParamStatus.NOT_AVAILABLE
     if flat is None:
-        return ZeroParamStatus.NOT_AVAILABLE if parameter.is_meta else ZeroParamStatus.AVAILABLE
+        return ZeroParamStatus.AVAILABLE
     if flat.gathered:
         return ZeroParamStatus.AVAILABLE
     return ZeroParamStatus.INFLIGHT if flat.arriving else ZeroParamStatus.NOT_AVAILABLE
@@ -138,19 +144,43 @@ class _Attribute:
         return self._read(parameter, place)
 
 
-def mark(parameter: nn.Parameter, flat: Flat | None = None, slot: Slot | None = None) -> None:
-    """An engine at stage 3 holds `parameter`, or zero.Init has made it for one."""
+def mark(parameter: nn.Parameter, flat: Flat | None = None, slot: Slot | None = None, waiting: bool = False) -> None:
+    """An engine at stage 3 holds `parameter`, or zero.Init has made it for one, and it is waiting."""
     if flat is None and parameter in _places:
         return  # a second module takes it
     for name in _READ:
         if name not in vars(nn.Parameter):
             setattr(nn.Parameter, name, _Attribute(name))
-    _places[parameter] = _Place(next(_numbers), weakref.ref(flat) if flat is not None else None, slot)
+    _places[parameter] = _Place(next(_numbers), weakref.ref(flat) if flat is not None else None, slot, waiting)
 
 
 def unmark(parameter: nn.Parameter) -> None:
-    """The engine lets go of it."""
+    """The engine lets go of it, or takes one that was waiting."""
     _places.pop(parameter, None)
+
+
+def is_waiting(parameter: torch.Tensor) -> bool:
+    """Whether zero.Init has built it and no engine has taken it yet; the same on every rank."""
+    place: _Place | None = _places.get(parameter)
+    return place is not None and place.waiting
+
+
+def set_present(parameter: nn.Parameter, whole: bool) -> None:
+    """Of one that is waiting: whether every rank has its values now."""
+    if whole:
+        _present[parameter] = True
+    else:
+        _present.pop(parameter, None)
+
+
+def swap(parameter: nn.Parameter, other: nn.Parameter) -> None:
+    """All that two parameters are, but for which object is which; `parameter` keeps its place here. (torch swaps
+    nothing that is in a weak dictionary.) Raises RuntimeError while a graph refers to one of them."""
+    place = _places.pop(parameter)
+    try:
+        torch.utils.swap_tensors(parameter, other)
+    finally:
+        _places[parameter] = place
 
 
 def __getattr__(name: str) -> Any:

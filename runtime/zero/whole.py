@@ -15,7 +15,7 @@ from runtime.comm import Comm
 from runtime.zero.flat import Flat
 from runtime.zero.gathering import Gathering, owners
 from runtime.zero.hooks import EngineHook
-from runtime.zero.partition_parameters import mark, unmark
+from runtime.zero.partition_parameters import is_waiting, mark, unmark
 from runtime.zero.unit import Unit
 
 _homes: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -162,8 +162,9 @@ def GatheredParameters(  # noqa: N802: DeepSpeed's name
     """Inside, `params` are whole on every rank; every rank must enter. Other parameters of their units are, too.
 
     modifier_rank: what this rank changed in place inside is everybody's afterwards, masters included; without it,
-    changes at stage 3 are lost. fwd_module: accepted and not needed. Parameters that no engine holds are left alone,
-    and so are None (the bias of a layer without one) and tensors that are no parameters.
+    changes at stage 3 are lost. fwd_module: accepted and not needed. Of what zero.Init has built and no engine has
+    taken yet, every rank gets rank 0's values. Other parameters that no engine holds are left alone, and so are None
+    (the bias of a layer without one) and tensors that are no parameters.
     """
     if isinstance(params, nn.Module):
         params = params.parameters()
@@ -174,7 +175,12 @@ def GatheredParameters(  # noqa: N802: DeepSpeed's name
             whole, unit = home
             units = homes.setdefault(id(whole), (whole, []))[1]
             units += [unit] * (not any(unit is other for other in units))
+    waiting = [each for each in listed if enabled and isinstance(each, nn.Parameter) and is_waiting(each)]
     with ExitStack() as stack:
+        if waiting:
+            from runtime.zero.waiting import present
+
+            stack.enter_context(present(list(dict.fromkeys(waiting)), modifier_rank))
         for whole, units in homes.values():
             stack.enter_context(whole.gathered(units, modifier_rank))
         yield
