@@ -38,6 +38,13 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "fp16": {},
     "fp16.fused_optimizer": {"FP16_Optimizer": OPTIMIZER},
     "fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": OPTIMIZER},
+    "zero.config": {
+        "DeepSpeedZeroConfig": "runtime.config.deepspeed:ZeroSection",
+        "DeepSpeedZeroOffloadOptimizerConfig": "runtime.config.deepspeed:OffloadOptimizerSection",
+        "DeepSpeedZeroOffloadParamConfig": "runtime.config.deepspeed:OffloadParamSection",
+        "OffloadDeviceEnum": "runtime.zero.offload_config:OffloadDeviceEnum",
+        "ZeroStageEnum": "runtime.zero.offload_config:ZeroStageEnum",
+    },
     "zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": OPTIMIZER},
     "zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": OPTIMIZER},
     "utils.init_on_device": {"OnDevice": "runtime.utils.loading:OnDevice"},
