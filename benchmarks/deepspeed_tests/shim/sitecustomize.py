@@ -35,6 +35,7 @@ class Shim(MetaPathFinder):
             return ModuleSpec(fullname, _Lacking(), is_package=True)
         if stands_for == "runtime":
             importlib.import_module("runtime.engine").Engine._get_optimizer_ckpt_name = _no_file
+            _ddp_on_cpus()
         if stands_for == "runtime.ops":  # what DeepSpeed could build here: nothing has to be
             module.__compatible_ops__ = defaultdict(lambda: True)  # type: ignore[attr-defined]
         return same_module(fullname, stands_for)
@@ -77,12 +78,26 @@ def _as_list(groups: Any, *_sizes: Any) -> list[Any]:
     return [groups] if isinstance(groups, dict) else list(groups)
 
 
+def _ddp_on_cpus() -> None:
+    """What the tests compare with: they give it the rank's number as that of a GPU, which CPUs have none of."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    begin = DistributedDataParallel.__init__
+
+    def without_devices(self: Any, module: Any, device_ids: Any = None, output_device: Any = None, **more: Any) -> None:
+        begin(self, module, **more)
+
+    DistributedDataParallel.__init__ = without_devices  # type: ignore[method-assign]
+
+
 def _no_file(*_given: Any) -> str:
     """Watched by the tests of loading without optimizer states: that nobody asks for it."""
     raise NotImplementedError("zerotop has no file for a rank's optimizer states alone")
 
 
 HELPERS: dict[str, dict[str, Any]] = {
+    "deepspeed.git_version_info": {"torch_info": {"version": "0.0", "cuda_version": "0.0", "hip_version": "0.0"}},
+    "deepspeed.runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": 2**20},
     "deepspeed.utils.torch": {"required_torch_version": required_torch_version},
     # Of models without experts, which those of the tests are that run here.
     "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": _as_list},
