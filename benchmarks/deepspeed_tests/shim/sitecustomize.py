@@ -35,7 +35,7 @@ class Shim(MetaPathFinder):
             return ModuleSpec(fullname, _Lacking(), is_package=True)
         if stands_for == "runtime":
             importlib.import_module("runtime.engine").Engine._get_optimizer_ckpt_name = _no_file
-            _ddp_on_cpus()
+            _on_cpus()
         if stands_for == "runtime.ops":  # what DeepSpeed could build here: nothing has to be
             module.__compatible_ops__ = defaultdict(lambda: True)  # type: ignore[attr-defined]
         return same_module(fullname, stands_for)
@@ -78,8 +78,16 @@ def _as_list(groups: Any, *_sizes: Any) -> list[Any]:
     return [groups] if isinstance(groups, dict) else list(groups)
 
 
-def _ddp_on_cpus() -> None:
-    """What the tests compare with: they give it the rank's number as that of a GPU, which CPUs have none of."""
+def _on_cpus() -> None:
+    """The tests take a rank's number for a device that tensors can be on, and for DistributedDataParallel's, which they
+    compare with: on CPUs there is none of that number. They gather tensors without a dimension, which Gloo refuses."""
+    import torch.distributed as dist
+
+    def gather_into(target: Any, tensor: Any, *more: Any, **named: Any) -> Any:
+        return dist.all_gather_into_tensor(target, tensor.reshape(-1), *more, **named)
+
+    importlib.import_module("runtime.comm").all_gather_into_tensor = gather_into
+    importlib.import_module("runtime.accelerator").Accelerator.current_device = lambda _accelerator: "cpu"
     from torch.nn.parallel import DistributedDataParallel
 
     begin = DistributedDataParallel.__init__
@@ -96,7 +104,10 @@ def _no_file(*_given: Any) -> str:
 
 
 HELPERS: dict[str, dict[str, Any]] = {
-    "deepspeed.git_version_info": {"torch_info": {"version": "0.0", "cuda_version": "0.0", "hip_version": "0.0"}},
+    # Versions from which on they run bf16; CPUs compute in it, too.
+    "deepspeed.git_version_info": {
+        "torch_info": {"version": "2.0", "cuda_version": "12.0", "hip_version": "0.0", "nccl_version": "2.20"}
+    },
     "deepspeed.runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": 2**20},
     "deepspeed.utils.torch": {"required_torch_version": required_torch_version},
     # Of models without experts, which those of the tests are that run here.
