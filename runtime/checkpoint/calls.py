@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from runtime import checkpoint
+from runtime.checkpoint.manifest import Misnamed
 from runtime.checkpoint.registered import Registered, checked
 from runtime.checkpoint.saving import Options
 from runtime.comm import Comm
@@ -69,9 +70,9 @@ class CheckpointCalls:
         `wait_for_checkpoint()` waits for that, and so does the next save, which raises what went wrong with it. That of
         an engine without an optimizer holds parameters and buffers, and whoever loads it gets no more.
 
-        Raises CheckpointError on every rank if any could not write, in the middle of an accumulation, whose gradients
-        a checkpoint does not hold, or, with checkpoint.tag_validation "Fail", when the ranks say different tags;
-        otherwise rank 0's is taken.
+        Raises CheckpointError on every rank if any could not write (for what can't be a folder or a tag one that is a
+        ValueError, too), in the middle of an accumulation, whose gradients a checkpoint does not hold, or, with
+        checkpoint.tag_validation "Fail", when the ranks say different tags; otherwise rank 0's is taken.
         """
         if exclude_frozen_parameters and not self.optimizer.trains:
             raise checkpoint.CheckpointError(
@@ -105,15 +106,15 @@ class CheckpointCalls:
         tags where the config wants that (checkpoint.tag_validation)."""
         mine = checkpoint.script_tag(self.global_steps) if tag in (None, "") else str(tag)
         problem = ""
-        if not str(save_dir):
-            problem = "save_checkpoint(save_dir=''): expected a folder, got an empty string"
+        if save_dir is None or not str(save_dir):
+            problem = f"save_checkpoint(save_dir={save_dir!r}): expected a folder"
         elif mine.startswith(".") or "/" in mine or "\0" in mine:
             problem = (
                 f"save_checkpoint(tag={mine!r}): expected the name of a folder in {save_dir}, without / or a dot first"
             )
         told = self.comm.gather_objects([problem, mine])
         if problems := [found for found, _ in told if found]:
-            raise checkpoint.CheckpointError(problems[0])
+            raise Misnamed(problems[0])
         first = str(told[0][1])
         different = next((f"{other!r} on rank {rank}" for rank, (_, other) in enumerate(told) if other != first), "")
         validation = self.config.tag_validation

@@ -29,6 +29,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or does not fit; the message says which and why."""
 
 
+class Misnamed(CheckpointError, ValueError):
+    """Nothing can be written there. DeepSpeed raises ValueError for it."""
+
+
 class Damaged(CheckpointError):
     """A checkpoint is not what was written: cut short, changed, or a file is missing."""
 
