@@ -39,9 +39,6 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "fp16.fused_optimizer": {"FP16_Optimizer": OPTIMIZER},
     "fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": OPTIMIZER},
     "zero.config": {
-        "DeepSpeedZeroConfig": "runtime.config.deepspeed:ZeroSection",
-        "DeepSpeedZeroOffloadOptimizerConfig": "runtime.config.deepspeed:OffloadOptimizerSection",
-        "DeepSpeedZeroOffloadParamConfig": "runtime.config.deepspeed:OffloadParamSection",
         "OffloadDeviceEnum": "runtime.zero.offload_config:OffloadDeviceEnum",
         "ZeroStageEnum": "runtime.zero.offload_config:ZeroStageEnum",
     },
