@@ -26,15 +26,20 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("runtime/zero/test_zero_context_return.py", "test_ext_param_return"),
         ("runtime/zero/test_zero_grad_clip.py", ""),
+        ("runtime/zero/test_zero_hook_attribute_delegation.py", ""),
         ("runtime/zero/test_zero_late_module_attach.py", "TestEnsureZeroOrderedDict|test_idempotent"),
         ("runtime/zero/test_zero_leaf_module.py", "_config|_coercion"),
         ("runtime/zero/test_zero_offloadpp.py", "test_zero_partial_offload_config"),
         ("v1/half_precision/test_gradient_clipping_default.py", "TestGradientClippingConfig"),
         ("v1/half_precision/test_mixed_precision_dtype.py", "TestMixedPrecision(DtypeResolution|ConfigValidation)"),
-        ("v1/half_precision/test_mixed_precision_dtype.py", "TestModuleCast|test_config_defaults"),
+        ("v1/half_precision/test_mixed_precision_dtype.py", "TestCastModule|test_config_defaults"),
         ("v1/test_engine_log_level.py", "TestLogLevelConfig"),
         ("v1/zero/test_offload_states.py", ""),
         ("v1/zero/test_stage2_flatten_on_gpu.py", ""),
+        ("v1/zero/test_zero2_offload_multi_backward.py", "allocates_no_cpu_accumulator"),
+        ("v1/zero/test_zero_activation_checkpoint_lifecycle.py", "(?<!clean_retry)$"),
+        ("v1/zero/test_zero_cpu_offload_grad_accum.py", ""),
+        ("v1/zero/test_zero_functorch_linear.py", ""),
     ),
     "expert parallelism": (
         ("checkpoint/test_zero_optimizer.py", "moe"),
@@ -60,6 +65,9 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("runtime/test_ds_config_dict.py", "compression|quantized_eigenvalue"),
         ("v1/half_precision/test_bf16.py", "TestBF16MasterWeightsGradients|TestBF16OptimizerStates"),  # masters in bf16
         ("v1/zero/test_zero_user_backward.py", "TestUnmanagedGradientAccumulation"),
+    ),
+    "after an exception in a backward the engine goes no further, for the ranks may have parted": (
+        ("v1/zero/test_zero_activation_checkpoint_lifecycle.py", "clean_retry$"),
     ),
     "sparse gradients: they land in dense flat memory here": (("checkpoint/test_sparse.py", r"True-True"),),
     "an engine without an optimizer takes no model_parameters, so that none is forgotten": (
