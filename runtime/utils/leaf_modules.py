@@ -1,6 +1,6 @@
 """`deepspeed.utils.set_z3_leaf_modules` and its family. DeepSpeed gathers what is below a leaf module at once, because
-its hooks on single experts can't know which ones a rank uses. A unit is gathered whole here, and its experts with it:
-these functions only remember what they were told.
+its hooks on single experts can't know which ones a rank uses. A unit is gathered whole here, and its experts with it;
+what is below a leaf module is not cut into units, where that is said before the engine is made.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from runtime.checkpoint import CheckpointError
 from runtime.config import ConfigError
 from tests.numerics.models import make
 from tests.numerics.test_checkpoint import advance, engine_for, parameters
-from tests.numerics.test_parity import HYPER, config, micro_batch
+from tests.numerics.test_parity import HYPER, assert_equal, config, micro_batch
 from tests.numerics.test_scripts import message_of
 
 
@@ -180,6 +180,42 @@ def test_parameters_at_stage_3_have_deepspeeds_attributes(ranks):
         assert found["gathered"] and found["parted"]
         assert found["kept"] == [3.0] and found["set"] == [4.0]
         assert found["after destroy"] == (True, False, [4.0])
+
+
+# ---- leaf modules ----------------------------------------------------------------------------------------------------
+class ByRank(nn.Module):
+    """Which of its layers runs differs between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        import torch.distributed as dist
+
+        return self.layers[dist.get_rank() % 2](x).square().mean()
+
+
+def train_by_rank(stage: int) -> dict[str, torch.Tensor]:
+    from runtime.api import initialize
+    from runtime.utils import set_z3_leaf_modules
+
+    torch.manual_seed(0)
+    model = ByRank()
+    set_z3_leaf_modules(model, [ByRank])
+    settings = config(stage, 1, clip=0.0)
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine = initialize(model=model, config=settings)[0]
+    for step in range(3):
+        engine.backward(engine(torch.full((2, 8), 1.0 + step)))
+        engine.step()
+    return parameters(engine)
+
+
+def test_ranks_may_differ_below_a_leaf_module(ranks):
+    plain, sharded = ranks(2).run(train_by_rank, 0), ranks(2).run(train_by_rank, 3)
+    for one, other in zip(plain, sharded, strict=True):
+        assert_equal(other, one)
 
 
 # ---- without an optimizer --------------------------------------------------------------------------------------------
