@@ -36,6 +36,7 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("v1/test_engine_log_level.py", "TestLogLevelConfig"),
         ("v1/zero/test_offload_states.py", ""),
         ("v1/zero/test_stage2_flatten_on_gpu.py", ""),
+        ("v1/zero/test_zero.py", "test_zero_grad|TestZero3ParamPartitioningLargeParam|TestZeroAdamOptimizerStepCount"),
         ("v1/zero/test_zero2_offload_multi_backward.py", "allocates_no_cpu_accumulator"),
         ("v1/zero/test_zero_activation_checkpoint_lifecycle.py", "(?<!clean_retry)$"),
         ("v1/zero/test_zero_cpu_offload_grad_accum.py", ""),
@@ -80,7 +81,7 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
     "the root unit, all of so small a model, stays whole from a backward to the step": (
         ("v1/zero/test_zero_user_backward.py", "3-(fp32|bf16)-nopersist|-3-.*nopersist"),
     ),
-    "compared with Adam in bf16 without fp32 masters, which its own ones differ from": (
+    "compared with weights that began rounded to bf16; masters begin as the model was built, in fp32": (
         ("v1/zero/test_zero_user_backward.py", "test_checkpointed_multiple_backward"),
     ),
     "asks for a package named deepspeed": (("runtime/zero/test_zero_nesting_init.py", "test_nested_parallel_init"),),
