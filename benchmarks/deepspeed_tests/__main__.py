@@ -55,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in arguments.earlier:  # of a file that is in several, the last
         earlier |= _by_file([Outcome(**found) for found in json.loads(path.read_text())])
     outcomes: list[Outcome] = []
-    began = time.monotonic()
     for file in FILES:
         if not any(part in file for part in arguments.files):
             outcomes += earlier.get(file, [])
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
         counts = Counter(outcome.result for outcome in found)
         print(f"{file}: {', '.join(f'{n} {r}' for r, n in sorted(counts.items())) or 'nothing'}", flush=True)
-    text = _table(outcomes, time.monotonic() - began, sys.argv[1:] if argv is None else argv)
+    text = _table(outcomes, sys.argv[1:] if argv is None else argv)
     print(text)
     if arguments.markdown:
         arguments.markdown.write_text(text)
@@ -189,8 +188,9 @@ def _outcome(lines: list[dict[str, Any]], file: str) -> Outcome:
     return Outcome(file, name, "passed", seconds)
 
 
-def _table(outcomes: list[Outcome], seconds: float, argv: Sequence[str]) -> str:
+def _table(outcomes: list[Outcome], argv: Sequence[str]) -> str:
     shown = ["CHECKOUT" if Path(word).is_dir() else word for word in argv]
+    minutes = sum(outcome.seconds for outcome in outcomes) / 60
     explained = [outcome for outcome in outcomes if outcome.result == "failed" and outcome.reason]
     counts: dict[str, Counter[str]] = {}
     for outcome in outcomes:
@@ -201,7 +201,7 @@ def _table(outcomes: list[Outcome], seconds: float, argv: Sequence[str]) -> str:
         "# DeepSpeed's own tests, with `runtime` in the place of `deepspeed`",
         f"`python -m benchmarks.deepspeed_tests {' '.join(shown)}`",
         "",
-        f"Python {platform.python_version()}, {platform.machine()}, CPUs and Gloo, {seconds / 60:.0f} min. What "
+        f"Python {platform.python_version()}, {platform.machine()}, CPUs and Gloo, {minutes:.0f} min. What "
         "DeepSpeed's tests skip on CPUs by themselves counts as skipped.",
         "",
         "| file | passed | failed, with a reason below | failed otherwise | skipped |",
