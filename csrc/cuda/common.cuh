@@ -93,6 +93,7 @@ struct AdamCall {
   int grad_dtype, out_dtype;
   bool l2;
   const float* scale;                                   // null, or one float on the device that multiplies grad_scale
+  const uint8_t* changed;                               // null, or one byte on the device: masters follow outputs
   int device;
 };
 int launch_adam(const AdamCall& call, const ZtRange* ranges, int64_t n_ranges, cudaStream_t stream);

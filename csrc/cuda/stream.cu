@@ -101,7 +101,7 @@ API int zt_stream_adamw(uint64_t handle, const ZtRange* ranges, int64_t n_ranges
   cudaEvent_t done_event = (cudaEvent_t)signal_event;
   const zt::Order<Cuda> order = {wait_stream == NO_STREAM ? nullptr : &after, wait_event ? &after_event : nullptr,
                                  signal_stream == NO_STREAM ? nullptr : &before, signal_event ? &done_event : nullptr};
-  const zt::AdamCall call = {hypers, grad_dtype, out_dtype, l2 != 0, (const float*)scale, h->device};
+  const zt::AdamCall call = {hypers, grad_dtype, out_dtype, l2 != 0, (const float*)scale, nullptr, h->device};
   return h->streamer.run(ranges, n_ranges, grad_size, out_size, order,
                          [&](cudaStream_t stream, const ZtRange& piece) { return zt::launch_adam(call, &piece, 1, stream); });
 }

@@ -43,6 +43,8 @@ class Autosave:
         self._begun_step = -1
         """The step whose checkpoint was begun last: the same on all ranks."""
         self._due = False  # an automatic checkpoint is; rank 0 decides
+        self._due_step = 0
+        """At the end of which step, at the earliest."""
         self._deferred = False  # and the event that says so has been sent
         self._last_due_s = time.monotonic()
 
@@ -52,14 +54,15 @@ class Autosave:
         """Whether there are automatic checkpoints."""
         return self.folder is not None and bool(self._knobs["checkpoint_interval"] or self._knobs["checkpoint_minutes"])
 
-    def is_due(self) -> bool:
-        """Rank 0: at the step that is about to end. A checkpoint that is still being written is waited for, not long;
+    def is_due(self, step: int) -> bool:
+        """Rank 0: at the end of step `step`. A checkpoint that is still being written is waited for, not long;
         then the next is deferred until it is done."""
         if self.folder is None:
             return False
-        step, now = self._state.counters.global_steps + 1, time.monotonic()
+        now = time.monotonic()
         interval, minutes = self._knobs["checkpoint_interval"], self._knobs["checkpoint_minutes"]
         if (interval and step % interval == 0) or (minutes and now - self._last_due_s >= 60 * minutes):
+            self._due_step = step if not self._due else self._due_step
             self._due, self._last_due_s = True, now
         if not (interval or minutes):
             self._due = False
@@ -72,7 +75,8 @@ class Autosave:
 
     def can_begin(self) -> bool:
         """Rank 0, at the boundary: whether the checkpoint that is due can begin."""
-        return self._due and not self._checkpointer.busy
+        reached = self._state.counters.global_steps >= self._due_step
+        return self._due and reached and not self._checkpointer.busy
 
     def save_due(self, keeps_old: bool) -> None:
         """All ranks: rank 0 has said that it is due."""

@@ -72,24 +72,29 @@ class Control:
         self._state, self._link, self.knobs = state, session.link, knobs
         self._comm, self._telemetry = state.comm, state.comm.telemetry
         self._autosave, self._nonfinite, self._memory = autosave, nonfinite, memory
+        self._announced = False
+        """The ranks have heard that commands wait, and have not come to them yet."""
 
     # ---- the boundary ----------------------------------------------------------------------------------------------
-    def command_waits(self) -> bool:
-        """Rank 0: there are commands, or an automatic checkpoint is due. Once at each boundary."""
-        return self._comm.rank == 0 and (self._autosave.is_due() or self._link.inbox.waiting())
+    def command_waits(self, acts_at: int) -> bool:
+        """Rank 0: there are commands, or an automatic checkpoint is due at the end of step `acts_at`, when the ranks
+        will act upon it. Once at each boundary."""
+        if self._comm.rank != 0:
+            return False
+        waits, self._announced = self._link.inbox.waiting() and not self._announced, self._link.inbox.waiting()
+        return self._autosave.is_due(acts_at) or waits
 
     def stop_asked(self) -> bool:
         """This rank must stop: its supervisor is gone."""
         return self._link.inbox.orphaned
 
-    def at_boundary(self, stats: StepStats) -> None:
+    def at_boundary(self, stats: StepStats | None) -> None:
         """Automatic checkpoint (at the next finite step, if this one isn't), then commands, then a stop that some rank
-        needs.
-
-        Raises TrainingError on all ranks when too many steps in a row were not finite, RunStopped after a stop.
+        needs. stats: what the ranks have agreed on; None where nothing is known yet. Raises RunStopped after a stop.
         """
-        self._nonfinite.count(self._step, stats.grad_norm, stats.loss, self._autosave.newest)
-        if stats.command_waits:
+        if stats is not None and stats.command_waits:
+            self._state.synchronize()
+            self._announced = False
             rank_0 = self._comm.rank == 0
             due = self._nonfinite.last_is_finite and rank_0 and self._autosave.can_begin()
             taken = [command.model_dump() for command in self._link.inbox.take()] if rank_0 else []
@@ -97,7 +102,7 @@ class Control:
             if due:
                 self._autosave.save_due(self._keeps_old)
             self._apply_all(deque(Command.model_validate(command) for command in told))
-        if stats.stop_asked:
+        if stats is not None and stats.stop_asked:
             self._stop(ORPHANED)
         self._autosave.prepare()
 
@@ -126,7 +131,6 @@ class Control:
     # ---- commands: see [Note: how ranks agree] ---------------------------------------------------------------------
     def _apply_all(self, commands: deque[Command]) -> None:
         paused = False
-        self._state.synchronize()
         while commands or paused:
             command = commands.popleft() if commands else self._next_while_paused()
             if command is None:

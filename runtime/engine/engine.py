@@ -30,18 +30,17 @@ from runtime.engine import model_io, registry
 from runtime.engine.autosave import Autosave
 from runtime.engine.build import build_state
 from runtime.engine.control import Control, knobs_of
-from runtime.engine.nonfinite import NonFiniteSteps, TrainingError
+from runtime.engine.nonfinite import NonFiniteSteps
 from runtime.engine.queries import EngineQueries
 from runtime.engine.release import DeviceMemoryRelease
 from runtime.engine.report import Reporter
 from runtime.engine.session import Session
+from runtime.engine.step import OptimizerSteps
 from runtime.optim.optimizer import ZeroOptimizer
-from runtime.state.loss_scale import ScaleExhausted
 from runtime.state.precision import note_wide_buffers
 from runtime.zero.partition_parameters import install_attributes
 from runtime.zero.places import mark, unmark
 from runtime.zero.script_backward import ScriptBackward, engine_backward
-from runtime.zero.step_stats import clip_coefficient, sync_step_stats
 
 
 class Engine(EngineQueries):
@@ -71,9 +70,10 @@ class Engine(EngineQueries):
         self.memory = DeviceMemoryRelease(state, guard)
         knobs = knobs_of(state)
         self.autosave = Autosave(state, self.checkpointer, self.script, session, knobs)
-        self.nonfinite = NonFiniteSteps(comm, session.link, config.precision == "fp16")
+        self.nonfinite = NonFiniteSteps(comm, session.link, config.precision == "fp16", self.autosave.newest)
         self.control = Control(state, session, knobs, self.autosave, self.nonfinite, self.memory)
-        self._reporter = Reporter(state, session.recorder, knobs)
+        reporter = Reporter(state, session.recorder, knobs)
+        self.steps = OptimizerSteps(state, session.recorder, self.control, self.nonfinite, reporter)
         registry.hold(module, self)
         if state.policy.shards_parameters:
             install_attributes()
@@ -140,6 +140,7 @@ class Engine(EngineQueries):
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the loss scale, for scripts that call .backward() on it themselves."""
+        self.state.settle_step()
         self.state.accumulation.loss_is_scaled = True
         return loss * self.state.scaler.scale
 
@@ -147,6 +148,8 @@ class Engine(EngineQueries):
         """factor: on each gradient that arrives."""
         state, accumulation = self.state, self.state.accumulation
         self.telemetry.enter("backward", self.global_steps + 1, self._micro_step)
+        if self.config.precision == "fp16":
+            state.settle_step()  # the loss scale follows from the last step
         boundary = self.is_gradient_accumulation_boundary()
         reduce = accumulation.syncs and (boundary or state.policy.shards_gradients)
         state.updates.drain()
@@ -194,56 +197,11 @@ class Engine(EngineQueries):
         accumulation.check_not_failed(self.global_steps + 1)
         boundary = accumulation.check_step(self.gradient_accumulation_steps())
         accumulation.end_micro_step()
-        self._stepped = False
+        self._stepped = boundary
         if boundary:
-            self._optimizer_step(lr_kwargs or {})
+            self.steps.take(lr_kwargs or {})
         else:
             self.telemetry.enter("data", self.global_steps + 1, self._micro_step)
-
-    def _optimizer_step(self, lr_kwargs: Mapping[str, Any]) -> None:
-        """Agree (norm, loss, commands) -> clip -> update each unit and all-gather it -> report -> commands."""
-        state, optimizer = self.state, self.state.optimizer
-        optimizer.check_groups()
-        state.changes.check()
-        self.telemetry.enter("step", self.global_steps + 1, self.gradient_accumulation_steps())
-        state.settle_gradients()
-        divisor, loss = state.gradient_divisor, state.accumulation.loss
-        stats = sync_step_stats(
-            state.flats,
-            state.comm,
-            loss,
-            divisor,
-            command_waits=self.control.command_waits(),
-            stop_asked=self.control.stop_asked(),
-            execution_hash=state.unsharder.take_execution_hash(),
-            changed=state.changes.found(),
-        )
-        if stats.changed:
-            state.changes.take()
-        groups = optimizer.numbers(state.counters.lr_factor)
-        skipped = not math.isfinite(stats.grad_norm)
-        if not skipped:
-            state.update(groups, clip_coefficient(stats.grad_norm, self.config.gradient_clipping) / divisor)
-        state.reducer.clear()
-        state.counters.global_steps += 1
-        self._stepped, self._norm = not skipped, stats.grad_norm
-        result = self._reporter.report(stats, groups[0]["lr"], skipped)
-        self.nonfinite.report(result, loss)
-        self._rescale(skipped)
-        if state.lr_scheduler is not None and not skipped:
-            optimizer.mark_stepped()
-            state.lr_scheduler.step(**lr_kwargs)
-        state.accumulation.end_step()
-        self.control.at_boundary(stats)
-        self.telemetry.enter("data", self.global_steps + 1, 0)
-        self._reporter.begin_step()
-
-    def _rescale(self, overflow: bool) -> None:
-        """fp16: the next loss scale. Raises TrainingError when it can't be lowered any more."""
-        try:
-            self.state.scaler.update(overflow)
-        except ScaleExhausted as error:
-            raise TrainingError(f"step {self.global_steps}: {error}") from None
 
     def synchronize(self) -> None:
         """Returns when the last step's update is complete, for scripts that read parameters or states themselves: with
@@ -542,6 +500,7 @@ class Engine(EngineQueries):
     def finish(self) -> None:
         """The training is complete: last checkpoint, and the hub hears that this rank finished."""
         self.synchronize()
+        self.steps.finish()
         self.state.settle_changes()
         self.control.finish()
 

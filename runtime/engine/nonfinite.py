@@ -12,6 +12,7 @@ import torch
 from runtime.comm import Comm
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.wire.messages import StepResult
+from runtime.zero.step_stats import StepStats
 
 log = logging.getLogger("runtime.train")
 
@@ -31,9 +32,18 @@ class TrainingError(RuntimeError):
 class NonFiniteSteps:
     """Of one engine's steps. Every method is called on all ranks alike."""
 
-    def __init__(self, comm: Comm, link: Telemetry | NullTelemetry, scales_loss: bool) -> None:
+    def __init__(
+        self,
+        comm: Comm,
+        link: Telemetry | NullTelemetry,
+        scales_loss: bool,
+        newest_checkpoint: Callable[[], Path | None],
+    ) -> None:
         """scales_loss: fp16, whose loss scale answers gradients that overflow."""
         self._comm, self._link, self._scales_loss = comm, link, scales_loss
+        self._newest_checkpoint = newest_checkpoint
+        self.first_ends_run = False
+        """A gradient that is not finite ends the run at once: further steps would only hide where it began."""
         self.last_is_finite = True
         """Loss and gradient norm of the last step were finite. What a step that wasn't leaves (batch norm's averages)
         may be of no use, so its checkpoint takes no good one's place."""
@@ -86,17 +96,26 @@ class NonFiniteSteps:
         self._link.event(what, text, severity=severity, step=result.step, of_run=of_run)  # type: ignore[arg-type]
         log.log(logging.ERROR if severity == "error" else logging.WARNING, text)
 
-    def count(self, step: int, grad_norm: float, loss: float | None, newest: Callable[[], Path | None]) -> None:
-        """At a boundary. newest: finds the newest checkpoint. Raises TrainingError when the last MOST_NONFINITE_STEPS
-        steps were not finite, outside fp16."""
-        self.last_is_finite = is_finite(grad_norm) and is_finite(loss)
-        if self.last_is_finite or self._scales_loss:
+    def note(self, stats: StepStats) -> None:
+        """Of the last step."""
+        self.last_is_finite = is_finite(stats.grad_norm) and is_finite(stats.loss)
+
+    def count(self, step: int, stats: StepStats) -> None:
+        """At a boundary. Raises TrainingError outside fp16 when the last MOST_NONFINITE_STEPS steps were not finite, or
+        at the first one whose gradients are not where `first_ends_run`."""
+        if self._scales_loss or (is_finite(stats.grad_norm) and is_finite(stats.loss)):
             self._steps = []
             return
+        if self.first_ends_run and not is_finite(stats.grad_norm):
+            raise TrainingError(
+                f"the gradient norm is {stats.grad_norm} at step {step}{self.whose()}: lower optimizer.params.lr, set "
+                "gradient_clipping, or look at the data; launch with --resume to continue from the newest checkpoint",
+                self.culprit,
+            )
         self._steps.append(step)
         if len(self._steps) < MOST_NONFINITE_STEPS:
             return
-        found = newest()
+        found = self._newest_checkpoint()
         raise TrainingError(
             f"the loss or the gradient norm was not finite in {MOST_NONFINITE_STEPS} steps in a row, from step "
             f"{self._steps[0]} on: lower optimizer.params.lr, set gradient_clipping, or look at the data of that "

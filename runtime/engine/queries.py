@@ -13,6 +13,7 @@ from runtime.checkpoint.registered import ScriptState
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.engine.session import Session
+from runtime.engine.step import OptimizerSteps
 from runtime.models.names import plain_name, plain_names
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.state.precision import DTYPES
@@ -35,9 +36,9 @@ class EngineQueries(nn.Module):
         self.state, self.session, self.script = state, session, ScriptState()
         self.training_dataloader: Any = None
         """What initialize(training_data=...) returned."""
-        self._norm: float | None = None
+        self.steps: OptimizerSteps
         self._stepped = False
-        """Whether the last step() updated the parameters."""
+        """Whether the last step() was at a boundary."""
 
     # ---- its parts ---------------------------------------------------------------------------------------------------
     @property
@@ -76,6 +77,7 @@ class EngineQueries(nn.Module):
     @property
     def optimizer_steps(self) -> int:
         """Updates really taken: Adam's bias correction counts these."""
+        self.state.settle_step()
         return self.state.counters.optimizer_steps
 
     @property
@@ -168,10 +170,11 @@ class EngineQueries(nn.Module):
 
     def get_global_grad_norm(self) -> float | None:
         """L2 norm of the last step's mean gradient, before clipping; None before the first step."""
-        return self._norm
+        return self.steps.last.grad_norm if self.steps.last is not None else None
 
     def get_lr(self) -> list[float]:
         """The learning rate of each parameter group at the next step, the run's factor included."""
+        self.state.settle_step()
         return [group["lr"] for group in self.optimizer.numbers(self.state.counters.lr_factor)]
 
     def get_mom(self) -> list[Any]:
@@ -181,16 +184,18 @@ class EngineQueries(nn.Module):
     def was_step_applied(self) -> bool:
         """Whether the last step() changed the parameters: false between boundaries, and where it was skipped because a
         gradient was not finite."""
-        return self._stepped
+        return self._stepped and self.steps.last is not None and not self.steps.last.skipped
 
     @property
     def skipped_steps(self) -> int:
         """Optimizer steps that changed nothing, because a gradient was not finite."""
+        self.state.settle_step()
         return self.state.counters.skipped_steps
 
     @property
     def loss_scale(self) -> float:
         """Factor on the loss; 1 unless the precision is fp16."""
+        self.state.settle_step()
         return self.state.scaler.scale
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.state.train_state import TrainState
 from runtime.telemetry import NullTelemetry, Telemetry
@@ -13,6 +13,18 @@ from runtime.wire.messages import StepResult
 from runtime.zero.step_stats import StepStats
 
 log = logging.getLogger("runtime.train")
+
+
+class Measured(NamedTuple):
+    """What the host knows of a step by itself."""
+
+    step: int
+    seconds: float
+    tokens: int
+    """Of this rank's micro-batches; 0 where they can't be counted."""
+    loss_scale: float
+    end_ns: int
+    """CLOCK_MONOTONIC."""
 
 
 class Reporter:
@@ -27,24 +39,34 @@ class Reporter:
         """From here on the next step's time counts."""
         self._began_ns = time.monotonic_ns()
 
-    def report(self, stats: StepStats, lr: float, skipped: bool) -> StepResult:
-        """At the boundary, when the step has been counted."""
-        state, now = self._state, time.monotonic_ns()
-        seconds, tokens = (now - self._began_ns) / 1e9, state.accumulation.tokens
-        config = state.config
+    def measure(self) -> Measured:
+        """At the boundary: the step that ends now. Its tokens must still be counted."""
+        now, state = time.monotonic_ns(), self._state
+        return Measured(
+            state.counters.global_steps,
+            (now - self._began_ns) / 1e9,
+            state.accumulation.tokens,
+            state.scaler.scale,
+            now,
+        )
+
+    def report(self, stats: StepStats, lr: float, measured: Measured) -> StepResult:
+        """The step's result, when its statistics are known."""
+        state, config = self._state, self._state.config
+        step, seconds, tokens, loss_scale, end_ns = measured
         result = StepResult(
             rank=state.comm.rank,
-            step=state.counters.global_steps,
+            step=step,
             loss=stats.loss,
             lr=lr,
             grad_norm=stats.grad_norm,
             step_ms=seconds * 1000,
             tokens_per_s=tokens / seconds if tokens else None,
             samples_per_s=config.micro_batch * config.accumulation / seconds,
-            skipped=skipped,
+            skipped=stats.skipped,
             skipped_steps=state.counters.skipped_steps,
-            loss_scale=state.scaler.scale if config.precision == "fp16" else None,
-            end_ns=now,
+            loss_scale=loss_scale if config.precision == "fp16" else None,
+            end_ns=end_ns,
         )
         self._telemetry.step(result)
         self._log(result)

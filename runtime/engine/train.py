@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from runtime.data.corpus import load_text
 from runtime.data.order import Batches, Order
 from runtime.engine.engine import Engine
 from runtime.engine.initialize import initialize
-from runtime.engine.nonfinite import TrainingError
 from runtime.models.gpt import build_model
 from runtime.zero.init import Init
 
@@ -44,25 +42,10 @@ def run(engine: Engine, batches: Batches, steps: int | None) -> None:
     """Optimizer steps up to `steps`; after a resume it begins where the checkpoint ended."""
     assert steps is not None  # resolve() fills it in where there is no script
     engine.train()
+    engine.nonfinite.first_ends_run = True
     for step in range(engine.global_steps, steps):
         for batch in batches.micro_batches(step):
             tokens, targets = batch.to(engine.device)
             loss = engine(tokens, targets)
             engine.backward(loss)
             engine.step()
-        check(engine, step + 1)
-
-
-def check(engine: Engine, step: int) -> None:
-    """A gradient that is not finite has spoiled the parameters of this step: further steps would only hide where it
-    began."""
-    norm = engine.get_global_grad_norm()
-    if engine.config.precision == "fp16":
-        return  # its loss scale answers; what it can't answer is the engine's error
-    if norm is not None and not math.isfinite(norm):
-        raise TrainingError(
-            f"the gradient norm is {norm} at step {step}{engine.nonfinite.whose()}: lower optimizer.params.lr, set "
-            "gradient_clipping, or look at the data; "
-            "launch with --resume to continue from the newest checkpoint",
-            engine.nonfinite.culprit,
-        )

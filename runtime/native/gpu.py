@@ -91,13 +91,17 @@ def cuda_adamw_ranges(
     stream: int,
     adamw: bool = True,
     scale: torch.Tensor | None = None,
+    changed: torch.Tensor | None = None,
 ) -> None:
     """One step over many ranges of one GPU, in one launch for up to 56 ranges with 8 hypers, else in several.
 
     Args:
         ranges: all on one GPU, with gradients of one dtype and outputs of one dtype (or none).
         hypers: from `hyper(..., adamw=adamw)`; each range says which is its own.
-        scale: one fp32 on the GPU that multiplies every hyper's grad_scale.
+        scale: one fp32 on the GPU that multiplies every hyper's grad_scale; where it is not finite nothing is written,
+            so that a step can be skipped without the host knowing.
+        changed: one bool on the GPU; where it is true, masters take over outputs that they do not round to: those that
+            a script has changed since the last step.
 
     Raises:
         ValueError: as `adamw`; dtypes or devices that differ between ranges.
@@ -116,6 +120,7 @@ def cuda_adamw_ranges(
             *_dtypes(ranges),
             int(not adamw),
             _scale_address(scale, device),
+            _flag_address(changed, device),
             device.index,
             stream,
         )
@@ -344,3 +349,12 @@ def _scale_address(scale: torch.Tensor | None, device: torch.device) -> int:
     if scale.device != device:
         raise ValueError(f"scale must be on {device}, is on {scale.device}")
     return scale.data_ptr()
+
+
+def _flag_address(flag: torch.Tensor | None, device: torch.device) -> int:
+    if flag is None:
+        return 0
+    check("changed", flag.view(-1), 1, ("torch.bool",), "cuda")
+    if flag.device != device:
+        raise ValueError(f"changed must be on {device}, is on {flag.device}")
+    return flag.data_ptr()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ABI = {"libzt_cpu.so": 5, "libzt_cuda.so": 2, "libzt_term.so": 1}
+ABI = {"libzt_cpu.so": 5, "libzt_cuda.so": 3, "libzt_term.so": 1}
 SUM_BLOCK = 8192  # elements; ZT_BLOCK of csrc/formula.h
 DTYPES = {"torch.float32": 1, "torch.bfloat16": 2, "torch.float16": 3}  # enum Dtype of csrc/cpu/kernels.h
 _REBUILD = "build it with `make install` (it needs a C++ compiler)"
@@ -114,7 +114,7 @@ def cuda() -> ctypes.CDLL:
     lib = _load("libzt_cuda.so")
     lib.zt_error.argtypes, lib.zt_error.restype = [ctypes.c_int], ctypes.c_char_p
     ranges, hypers = ctypes.POINTER(RangeStruct), ctypes.POINTER(Hyper)
-    lib.zt_adamw.argtypes = [ranges, i64, hypers, i32, i32, i32, u64, i32, u64]
+    lib.zt_adamw.argtypes = [ranges, i64, hypers, i32, i32, i32, u64, u64, i32, u64]
     lib.zt_sums_of_squares.argtypes = [ctypes.POINTER(u64), ctypes.POINTER(i64), ctypes.POINTER(i32)]
     lib.zt_sums_of_squares.argtypes += [i64, u64, u64, i32, u64]
     lib.zt_stream_bytes.argtypes, lib.zt_stream_bytes.restype = [i64, i32, i32, i32], i64

@@ -67,11 +67,11 @@ class ParamUpload:
             # fp32 parameters that wait on the host are their own masters
             out = None if flat.own is flat.masters else flat.own[split:]
             pieces = optimizer.pieces(split, numel, flat.gradient[split:], out)
-            done.append(self.streamer.update(pieces, hypers, step.scale, step.after))
+            done.append(self.streamer.update(pieces, hypers, step.known_scale, step.after))
         if split > 0:
             gradient = self.gradient(flat, step, split)
             out, send = self._outgoing(flat, split, step.after)
-            update_pieces(optimizer.pieces(0, split, gradient, out), hypers, step.scale)
+            update_pieces(optimizer.pieces(0, split, gradient, out), hypers, step.known_scale)
             done += send()
         return Copies(done)
 

@@ -6,6 +6,7 @@ Both have one interface, so that engine, checkpoints and offload don't ask which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,10 +40,20 @@ class OptimizerStep(NamedTuple):
     groups: Sequence[Hyper]
     step: int
     """Adam's step count, from 1."""
-    scale: float
-    """Factor on the gradients."""
+    scale: float | torch.Tensor
+    """Factor on the gradients; () fp32 on the device where the host does not know it yet, NaN for a step that changes
+    nothing."""
     after: Any = None
     """On a GPU, with offloaded states: the point of the computing stream up to which old parameters are read."""
+    changed: torch.Tensor | None = None
+    """() bool on the device: whether the script has changed this rank's parameters since the last step, so that masters
+    follow them. None: the host has seen to it."""
+
+    @property
+    def known_scale(self) -> float:
+        """For those who need it on the host."""
+        assert not isinstance(self.scale, torch.Tensor)
+        return self.scale
 
 
 class OffloadedStates(Protocol):
@@ -101,7 +112,7 @@ class ShardAdamW:
             return host.update(self, hypers, step)
         in_place = flat.apart or flat.own is flat.masters
         pieces = self.pieces(0, flat.state_numel, flat.gradient, None if in_place else flat.own)
-        update_pieces(pieces, hypers, step.scale)
+        update_pieces(pieces, hypers, step.scale, step.changed)
         if in_place:
             flat.masters_to_parameters()
         return None
@@ -158,23 +169,50 @@ class ShardAdamW:
         self.exp_avg_sq.zero_()
 
 
-def update_pieces(pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float) -> None:
+def update_pieces(
+    pieces: Sequence[native.Range],
+    hypers: Sequence[dict[str, Any]],
+    scale: float | torch.Tensor,
+    changed: torch.Tensor | None = None,
+) -> None:
     """AdamW where the pieces lie, all on one device: our fused kernels where they are built, else plain torch.
 
-    hypers: `ShardAdamW.numbers` of every parameter group. scale: factor on the gradients.
+    hypers: `ShardAdamW.numbers` of every parameter group. scale and changed: see OptimizerStep.
     """
     if not pieces:
         return
     device = pieces[0].p.device
     if device.type == "cuda" and native.cuda_available():
         stream = torch.cuda.current_stream(device).cuda_stream
-        structs = [native.hyper(grad_scale=scale, **numbers) for numbers in hypers]
-        native.cuda_adamw_ranges(pieces, structs, stream=stream, adamw=hypers[0]["adamw"])
+        on_device = scale if isinstance(scale, torch.Tensor) else None
+        number = 1.0 if isinstance(scale, torch.Tensor) else scale
+        structs = [native.hyper(grad_scale=number, **numbers) for numbers in hypers]
+        native.cuda_adamw_ranges(
+            pieces, structs, stream=stream, adamw=hypers[0]["adamw"], scale=on_device, changed=changed
+        )
+        return
+    if isinstance(scale, torch.Tensor):
+        _update_as_the_device_would(pieces, hypers, scale, changed)
         return
     fused = device.type == "cpu" and native.available()
     kernel = partial(native.adamw, threads=torch.get_num_threads()) if fused else adamw_reference
     for p, m, v, g, out, group in pieces:
         kernel(p, m, v, g, out, grad_scale=scale, **hypers[group])
+
+
+def _update_as_the_device_would(
+    pieces: Sequence[native.Range],
+    hypers: Sequence[dict[str, Any]],
+    scale: torch.Tensor,
+    changed: torch.Tensor | None,
+) -> None:
+    """What the CUDA kernel does with a scale and a flag that only the device knows."""
+    for piece in pieces:
+        if changed is not None and bool(changed) and piece.out is not None:
+            same = piece.p.to(piece.out.dtype) == piece.out
+            piece.p.copy_(torch.where(same, piece.p, piece.out.to(piece.p.dtype)))
+    if math.isfinite(factor := float(scale)):
+        update_pieces(pieces, hypers, factor)
 
 
 class ShardTorchOptimizer:
@@ -209,10 +247,10 @@ class ShardTorchOptimizer:
     def update(self, step: OptimizerStep) -> Copy | None:
         flat, host = self.flat, self.host
         if host is None:
-            self.step(flat.gradient, step.groups, step.scale)
+            self.step(flat.gradient, step.groups, step.known_scale)
             flat.masters_to_parameters()
             return None
-        self.step(host.gradient(flat, step), step.groups, step.scale)
+        self.step(host.gradient(flat, step), step.groups, step.known_scale)
         return host.deliver(flat, step)
 
     @torch.no_grad()

@@ -114,12 +114,18 @@ class Updates:
             self._hooks.clear()
 
     # ---- the step --------------------------------------------------------------------------------------------------
-    def launch(self, groups: Sequence[Hyper], step: int, scale: float) -> None:
+    def launch(
+        self,
+        groups: Sequence[Hyper],
+        step: int,
+        scale: float | torch.Tensor,
+        changed: torch.Tensor | None = None,
+    ) -> None:
         """Optimizer step `step` with gradient x `scale`. What is left to do afterwards, `need` and `drain` wait for."""
         self.drain()
         device = self.shard_optimizers[0].flat.comm.device
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        numbers = OptimizerStep(groups, step, scale, self._mark())
+        numbers = OptimizerStep(groups, step, scale, self._mark(), changed)
         self._called.clear()
         self._at = 0
         self._writes = [optimizer.flat.writes() for optimizer in self.shard_optimizers]

@@ -3,7 +3,7 @@ take it as an argument."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -93,6 +93,8 @@ class TrainState:
     """Device memory that belongs to no parameter group."""
     counters: Counters = field(default_factory=Counters)
     lr_scheduler: Any = None
+    settle_step: Callable[[], None] = lambda: None
+    """Returns when the host knows whether the last step was taken: on a GPU it may run ahead of the device."""
 
     @property
     def device(self) -> torch.device:
@@ -122,16 +124,18 @@ class TrainState:
         if self.grad_offload is not None:
             self.grad_offload.drain()
 
-    def update(self, groups: Sequence[Hyper], scale: float) -> None:
-        """Take an optimizer step with gradient x `scale`; with offload it may still be running on return."""
+    def update(self, groups: Sequence[Hyper], scale: float | torch.Tensor, changed: torch.Tensor | None = None) -> None:
+        """Take an optimizer step with gradient x `scale`; with offload it may still be running on return. scale and
+        changed: see OptimizerStep."""
         self.counters.optimizer_steps += 1
         self.unsharder.reshard_all()
-        self.updates.launch(groups, self.counters.optimizer_steps, scale)
+        self.updates.launch(groups, self.counters.optimizer_steps, scale, changed)
         if self.updates.under_way:
             _under_way[self.updates] = self
 
     def synchronize(self) -> None:
         """Returns when the last step's update is complete: with offload it may still be running after step()."""
+        self.settle_step()
         self.updates.drain()
         if self.transfers is not None:
             self.transfers.settle()  # the device writes host memory, too, and all-gathers read it

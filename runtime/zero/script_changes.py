@@ -55,6 +55,10 @@ class ScriptChanges:
         for flat in self._flats:
             if not flat.sharded:
                 flat.parameters_to_own()
+        self.log_taken()
+
+    def log_taken(self) -> None:
+        """Say once that masters have followed the script's changes."""
         if self._tells:
             log.info("parameters that the script changed in place were taken over into the masters (logged once)")
         self._tells = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -22,11 +22,86 @@ class StepStats(NamedTuple):
     loss: float | None
     """Mean over micro-steps and ranks; None where the script ran loss.backward() itself on a loss nobody knows."""
     command_waits: bool
-    """Rank 0 has commands that all ranks must apply at this boundary."""
+    """Rank 0 has commands that all ranks must apply."""
     stop_asked: bool
     """Some rank must stop (its supervisor is gone)."""
     changed: bool = False
     """On some rank the script has changed parameters since the last step."""
+
+    @property
+    def skipped(self) -> bool:
+        """The step changes nothing, because a gradient is not finite."""
+        return not math.isfinite(self.grad_norm)
+
+
+class PendingStats:
+    """The sums over ranks of one boundary: on a GPU they are still being computed, and copied to page-locked memory
+    when they are, so that nobody has to wait for them in engine.step()."""
+
+    def __init__(self, figures: torch.Tensor, divisor: float, world_size: int, loss_is_known: bool) -> None:
+        """figures: (7,) fp64 of `sync_step_stats`."""
+        self._figures, self._divisor, self._world_size = figures, divisor, world_size
+        self._loss_is_known = loss_is_known
+        self._copy = copy_to_host(figures)
+
+    def grad_scale(self, limit: float) -> torch.Tensor:
+        """() fp32 on the device: the factor that unscales and clips the gradients; NaN where the step is skipped.
+        limit: see `clip_coefficient`, whose arithmetic this is."""
+        norm = torch.sqrt(self._figures[0]) / self._divisor
+        coefficient = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit > 0 else torch.ones_like(norm)
+        return torch.where(torch.isfinite(norm), coefficient / self._divisor, math.nan).to(torch.float32)
+
+    def read(self) -> StepStats:
+        """The statistics, on the host. Waits for them. Raises RuntimeError on every rank when the ranks ran modules in
+        different orders."""
+        total, loss_sum, waits, stops, hashes, squares, changes = self._copy.wait()
+        # Equal only where all are (Cauchy-Schwarz); whole numbers, so exact.
+        if self._world_size * squares != hashes * hashes:
+            raise RuntimeError(
+                "stage 3: the ranks ran modules in different orders in this step, so some gathered other parameters "
+                "than they asked for. Modules that not every rank uses (experts) must be parts of one unit: name the "
+                "module around them in zerotop.units, or use zero_optimization.stage 2"
+            )
+        norm = math.sqrt(total) / self._divisor if total >= 0 else math.nan
+        mean = loss_sum / self._world_size if self._loss_is_known else None
+        return StepStats(norm, mean, waits > 0, stops > 0, changes > 0)
+
+
+class HostCopy(Protocol):
+    """A few numbers on their way to the host."""
+
+    def wait(self) -> list[float]:
+        """Returns them when they have arrived."""
+
+
+class _OnHost:
+    def __init__(self, figures: torch.Tensor) -> None:
+        self._figures = figures
+
+    def wait(self) -> list[float]:
+        return self._figures.tolist()  # type: ignore[no-any-return]
+
+
+class _FromDevice:
+    def __init__(self, figures: torch.Tensor) -> None:
+        self._numbers = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+        self._numbers.copy_(figures, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(figures.device))
+
+    def wait(self) -> list[float]:
+        self._arrived.synchronize()
+        return self._numbers.tolist()  # type: ignore[no-any-return]
+
+
+def arrive_late(device: torch.device) -> bool:
+    """Whether statistics reach the host only when the device has come to them."""
+    return device.type == "cuda"
+
+
+def copy_to_host(figures: torch.Tensor) -> HostCopy:
+    """Begin to copy `figures` to the host, beside the computing where they are on a GPU."""
+    return _FromDevice(figures) if figures.device.type == "cuda" else _OnHost(figures)
 
 
 def sync_step_stats(
@@ -38,30 +113,24 @@ def sync_step_stats(
     stop_asked: bool,
     execution_hash: int = 0,
     changed: torch.Tensor | bool = False,
-) -> StepStats:
-    """One all-reduce of seven numbers in fp64, at every stage, clipping or not.
+) -> PendingStats:
+    """One all-reduce of seven numbers in fp64, at every stage, clipping or not. On a GPU nothing here waits for it.
 
     `divisor` turns the summed gradient into the mean one (world size x loss scale). Each rank contributes the squares
-    of its own shard only, also where it holds everything, so that no element counts twice. execution_hash: a
-    number below 2**20 that ranks have in common if they used their units in the same order; raises RuntimeError on
-    every rank when they did not.
+    of its own shard only, also where it holds everything, so that no element counts twice. execution_hash: a number
+    below 2**20 that ranks have in common if they used their units in the same order.
     """
     figures = torch.zeros(7, dtype=torch.float64, device=comm.device)
     figures[0] = _squares(flats, comm)
-    figures[1] = 0.0 if loss is None else loss
-    figures[2:6] = torch.tensor([command_waits, stop_asked, execution_hash, execution_hash**2], dtype=torch.float64)
-    figures[6] = changed
+    for index, number in enumerate((command_waits, stop_asked, execution_hash, execution_hash**2), 2):
+        figures[index].fill_(float(number))
+    for index, value in ((1, 0.0 if loss is None else loss), (6, changed)):
+        if isinstance(value, torch.Tensor):
+            figures[index].copy_(value)
+        else:
+            figures[index].fill_(float(value))
     comm.all_reduce(figures).wait()
-    total, loss_sum, waits, stops, hashes, squares, changes = figures.tolist()
-    if comm.world_size * squares != hashes * hashes:  # equal only where all are (Cauchy-Schwarz); whole numbers, exact
-        raise RuntimeError(
-            "stage 3: the ranks ran modules in different orders in this step, so some gathered other parameters than "
-            "they asked for. Modules that not every rank uses (experts) must be parts of one unit: name the module "
-            "around them in zerotop.units, or use zero_optimization.stage 2"
-        )
-    norm = math.sqrt(total) / divisor if total >= 0 else math.nan
-    mean = None if loss is None else loss_sum / comm.world_size
-    return StepStats(norm, mean, waits > 0, stops > 0, changes > 0)
+    return PendingStats(figures, divisor, comm.world_size, loss is not None)
 
 
 def _squares(flats: Sequence[FlatParamGroup], comm: Comm) -> torch.Tensor | float:
