@@ -33,7 +33,7 @@ from runtime.zero.stage import StagePolicy, policy_for
 from runtime.zero.state_placement import StatePlacement
 from runtime.zero.unit import Unit
 from runtime.zero.unshard import Unsharder
-from runtime.zero.values import Values, adopt
+from runtime.zero.values import Values, set_data
 
 log = logging.getLogger("runtime.setup")
 
@@ -179,7 +179,7 @@ def _specs(
     stage 3 has anything to do."""
     specs = []
     for unit_cut in cuts:
-        unit = Unit(unit_cut.name, unit_cut.modules, keep_unsharded=unit_cut.everywhere)
+        unit = Unit(unit_cut.name, unit_cut.modules, keep_unsharded=unit_cut.always_open)
         parts.units.append(unit)
         sharded = parts.policy.shards_parameters and shards and unit_cut.name != "small"
         for trained in (True, False):
@@ -297,7 +297,7 @@ def _place_frozen(
         data.view(-1).copy_(found)
     if values.needs_broadcast(parameter):
         comm.broadcast_bytes(data)
-    adopt(parameter, ledger.hold("parameters", data))
+    set_data(parameter, ledger.hold("parameters", data))
 
 
 def _place_buffers(module: nn.Module, dtype: torch.dtype | None, comm: Comm, ledger: Ledger, values: Values) -> None:

@@ -65,7 +65,7 @@ class ParamUpload:
         if split < numel:
             assert self.streamer is not None
             # fp32 parameters that wait on the host are their own masters
-            out = None if flat.own is flat.masters else flat.own[split:]
+            out = None if flat.param_shard is flat.masters else flat.param_shard[split:]
             pieces = optimizer.pieces(split, numel, flat.gradient[split:], out)
             done.append(self.streamer.update(pieces, hypers, step.scale, step.after))
         if split > 0:
@@ -93,9 +93,9 @@ class ParamUpload:
     def _outgoing(self, flat: FlatParamGroup, end: int, after: Any) -> tuple[torch.Tensor | None, Any]:
         """Where to leave elements [0, end) of the new parameters (None: they are the masters), and a function that
         sends them on and returns the copies."""
-        own = flat.own[:end]
-        if not flat.apart:  # offloaded parameters wait where their masters are
-            return (None if flat.own is flat.masters else own), list
+        own = flat.param_shard[:end]
+        if not flat.masters_in_other_memory:  # offloaded parameters wait where their masters are
+            return (None if flat.param_shard is flat.masters else own), list
         if own.dtype == flat.masters.dtype:
             return None, lambda: [self._up(flat, flat.masters[:end], own, after)]
         slot = self._sent % len(self.buffers)

@@ -99,8 +99,8 @@ class ShardAdamW:
         hypers = [self.numbers(group, step.step) for group in step.groups]
         if host is not None:
             return host.update(self, hypers, step)
-        in_place = flat.apart or flat.own is flat.masters
-        pieces = self.pieces(0, flat.state_numel, flat.gradient, None if in_place else flat.own)
+        in_place = flat.masters_in_other_memory or flat.param_shard is flat.masters
+        pieces = self.pieces(0, flat.state_numel, flat.gradient, None if in_place else flat.param_shard)
         update_pieces(pieces, hypers, step.scale)
         if in_place:
             flat.masters_to_parameters()

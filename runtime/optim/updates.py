@@ -122,7 +122,7 @@ class Updates:
         numbers = OptimizerStep(groups, step, scale, self._mark())
         self._called.clear()
         self._at = 0
-        self._writes = [optimizer.flat.writes() for optimizer in self.shard_optimizers]
+        self._writes = [optimizer.flat.in_place_writes() for optimizer in self.shard_optimizers]
         self._copies = [None] * len(self.shard_optimizers)
         self._jobs = [self._submitted(optimizer, numbers) for optimizer in self.shard_optimizers]
         overlap = self.overlap and self._taken >= LEARNING_STEPS
@@ -160,7 +160,7 @@ class Updates:
         self._idle()
 
     def _gather(self, flat: FlatParamGroup) -> Pending:
-        flat.note_values()
+        flat.record_fingerprint()
         return Done() if flat.sharded else flat.all_gather_updated()
 
     @property
@@ -194,7 +194,7 @@ class Updates:
             while self._at < end:
                 self._shard_is_ready(self._at)
                 flat = self.shard_optimizers[self._at].flat
-                if flat.writes() != self._writes[self._at]:
+                if flat.in_place_writes() != self._writes[self._at]:
                     raise RuntimeError(
                         f"parameters of {flat.name} were changed in place while their offloaded update was still "
                         "running, which would overwrite the change: call engine.synchronize() before it"

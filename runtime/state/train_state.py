@@ -139,8 +139,8 @@ class TrainState:
     def settle_changes(self) -> None:
         """Before masters are saved: take over what the script has changed since the last step."""
         self.updates.drain()
-        if self.changes.found():
-            self.changes.take()
+        if self.changes.detected():
+            self.changes.commit()
 
     def masters_to_parameters(self) -> None:
         """The masters were written from outside (a checkpoint): so are the parameters, on all ranks. Collective."""
