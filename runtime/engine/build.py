@@ -15,7 +15,7 @@ from runtime.config import ConfigError, Resolved
 from runtime.diagnose import outofmemory
 from runtime.engine.checks import check_parameters, check_same_model
 from runtime.host.ledger import Ledger
-from runtime.offload.placement import Placement, Size, place, transfers_for
+from runtime.offload.placement import FlatSize, Placement, choose_placement, transfers_for
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
 from runtime.state.accumulation import Accumulation
@@ -99,9 +99,9 @@ def build_state(
     # Alone, a rank has nobody to share parameters with; they can still be elsewhere.
     shards = comm.world_size > 1 or (config.offload_param is not None and transfers is not None)
     specs = _specs(cuts, parts, shards, group_of, frozen, dtypes)
-    sizes = [Size(sum(p.numel() for _, p, _ in s.members), s.dtype, s.trained, s.sharded) for s in specs]
+    sizes = [FlatSize(sum(p.numel() for _, p, _ in s.members), s.dtype, s.trained, s.sharded) for s in specs]
     adam = optimizer.kind in ("Adam", "AdamW")
-    placement = place(config, parts.policy, comm, ledger, parts.gradients, sizes, adam, transfers)
+    placement = choose_placement(config, parts.policy, comm, ledger, parts.gradients, sizes, adam, transfers)
     for index, spec in enumerate(specs):
         _make_flat(spec, parts, placement, placement.of(index))
     for name, parameter in parts.frozen:

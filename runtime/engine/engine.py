@@ -220,7 +220,7 @@ class Engine(EngineQueries):
         )
         if stats.changed:
             state.changes.commit()
-        groups = optimizer.numbers(state.counters.lr_factor)
+        groups = optimizer.hyperparameters(state.counters.lr_factor)
         skipped = not math.isfinite(stats.grad_norm)
         if not skipped:
             state.update(groups, clip_coefficient(stats.grad_norm, self.config.gradient_clipping) / divisor)
