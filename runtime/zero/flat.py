@@ -69,7 +69,7 @@ class FlatParamGroup:
         self.name, self.policy, self.comm, self.ledger = name, policy, comm, ledger
         self.dtype, self.sharded, self.trainable = dtype, sharded, trainable
         self.members = [parameter for _, parameter, _ in members]
-        comm.know(name)
+        comm.register_name(name)
         self.layout = Layout.of([(n, p.shape, group) for n, p, group in members], comm.world_size)
         self.start, self.end = policy.state_shard(self.layout, comm.rank)
         self.segments = self.layout.segments(self.start, self.end)
