@@ -25,7 +25,7 @@ from runtime.offload.split import SAMPLE, Rates, device_share, measure
 from runtime.offload.streamed import GpuStreamer, ring_bytes
 from runtime.offload.upload import ParamUpload, Streamer
 from runtime.plan.constants import OFFLOAD_SLOTS
-from runtime.plan.layout import kept_on_device, leaving_for_room, padded
+from runtime.plan.layout import keep_mask, offload_mask, padded
 from runtime.zero.gradients import GradientConfig
 from runtime.zero.stage import StagePolicy
 from runtime.zero.state_placement import Allocate, StatePlacement
@@ -156,10 +156,10 @@ def _plan(
     on_host = [False] * len(sizes)
     if config.offload_optimizer is not None:
         trained = [index for index, size in enumerate(sizes) if size.trained]
-        stays = kept_on_device([numels[index] for index in trained], config.offload_optimizer.ratio)
+        keep = keep_mask([numels[index] for index in trained], config.offload_optimizer.ratio)
         room = _vram_for_states(config, policy, comm, gradients, sizes, numels)
-        leaves = leaving_for_room([numels[index] for index in trained], stays, room)
-        for index, leave in zip(trained, leaves, strict=True):
+        offload_each = offload_mask([numels[index] for index in trained], keep, room)
+        for index, leave in zip(trained, offload_each, strict=True):
             on_host[index] = leave
     moving = [(n, size.dtype) for n, size, on in zip(numels, sizes, on_host, strict=True) if on]
     slots: list[int] = []
