@@ -27,7 +27,9 @@ class Trace:
         for rule in engine.state.shard_optimizers:
             rule.update = self._timed(rule.update, "update", rule.flat.name.partition("/")[0])
         updates = engine.state.updates
-        updates._shard_is_ready = self._timed(updates._shard_is_ready, "wait", lambda position: _unit(engine, position))
+        updates._wait_for_update = self._timed(
+            updates._wait_for_update, "wait", lambda position: _unit(engine, position)
+        )
         updates.launch = self._timed(updates.launch, "step", "")
         for unit in engine.state.units:
             for module in [] if unit.keep_unsharded else unit.modules:

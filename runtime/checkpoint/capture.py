@@ -93,7 +93,7 @@ def blocks_of(state: TrainState, owners: Owners | None = ALIKE, with_frozen: boo
                 found.append(Block(tensor[at - first : until - first], parts, flat, stays=flat.placement.offloaded))
     for flat in state.frozen_flats if with_frozen else ():
         start, end = flat.layout.shard(rank)
-        own = flat.own[start - flat.start : end - flat.start]
+        own = flat.param_shard[start - flat.start : end - flat.start]
         parts = [
             (s.shard_start, Part(f"param.{s.name}", s.param_start, s.numel, s.param_numel, own.dtype))
             for s in flat.layout.slices(start, end)
@@ -123,7 +123,7 @@ def pieces_of(state: TrainState) -> dict[str, Piece]:
                     pieces[f"state.{one.name}.{part.name}"] = Piece(held, part.param_start, part.param_numel)
     for flat in state.frozen_flats:
         for part in flat.layout.slices(flat.start, flat.end):
-            held = flat.own[part.shard_start : part.shard_start + part.numel]
+            held = flat.param_shard[part.shard_start : part.shard_start + part.numel]
             pieces[f"param.{part.name}"] = Piece(held, part.param_start, part.param_numel)
     return pieces
 

@@ -81,7 +81,7 @@ def _is_dict(value: Any) -> bool:
 def read_random(path: Path, rank: int) -> Mapping[str, Any]:
     """The random number states that rank `rank` saved. Raises CheckpointError for what is none."""
     state = load_file(path, rng_file(rank))
-    if wrong := rng.fault(state):
+    if wrong := rng.why_invalid(state):
         raise CheckpointError(
             f"checkpoint {path} cannot be read: {rng_file(rank)} is not what zerotop writes ({wrong})"
         )

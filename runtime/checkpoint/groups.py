@@ -15,7 +15,7 @@ import torch
 
 from runtime.checkpoint.format.manifest import CheckpointError
 from runtime.optim.lr import Schedule
-from runtime.optim.optimizer import plain_numbers
+from runtime.optim.optimizer import plain_hyperparameters
 from runtime.state.train_state import TrainState
 
 Groups = list[dict[str, Any]]
@@ -25,7 +25,7 @@ def saved_groups(state: TrainState) -> dict[str, Any]:
     """What common.pt has of them. "lr" and "initial_lrs" are what earlier versions read."""
     optimizer = state.optimizer
     return {
-        "groups": [plain_numbers(group) for group in optimizer.param_groups],
+        "groups": [plain_hyperparameters(group) for group in optimizer.param_groups],
         "initial_groups": optimizer.initial_groups,
         "lr": [float(group["lr"]) for group in optimizer.param_groups],
         "initial_lrs": [float(group["lr"]) for group in optimizer.initial_groups],
@@ -58,7 +58,7 @@ def load_groups(state: TrainState, common: Mapping[str, Any], with_scheduler: bo
     """The groups' values and, if wanted, the scheduler. See [Note: what was changed for the resume]. Raises
     CheckpointError for a scheduler's state that it does not take."""
     saved, initial = _of(common)
-    fresh = [plain_numbers(group) for group in state.optimizer.param_groups]
+    fresh = [plain_hyperparameters(group) for group in state.optimizer.param_groups]
     for group, values, began, begins in zip(
         state.optimizer.param_groups, saved, initial, state.optimizer.initial_groups, strict=True
     ):

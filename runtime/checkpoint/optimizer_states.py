@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.checkpoint.capture import pieces_of
 from runtime.checkpoint.snapshot import SnapshotGuard
-from runtime.optim.optimizer import plain_numbers
+from runtime.optim.optimizer import plain_hyperparameters
 from runtime.state.train_state import TrainState
 
 
@@ -21,7 +21,7 @@ def optimizer_state(state: TrainState) -> dict[str, Any]:
         "scalars": [optimizer.scalars() for optimizer in state.shard_optimizers],
         "state": {name: piece.tensor.detach().cpu().clone() for name, piece in _trained(state)},
         "param_groups": [
-            {**plain_numbers(group), "params": list(range(len(group["params"])))}
+            {**plain_hyperparameters(group), "params": list(range(len(group["params"])))}
             for group in state.optimizer.param_groups
         ],
     }

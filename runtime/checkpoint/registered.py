@@ -84,7 +84,7 @@ def _compare(name: str, generator: rng.Generator, state: Mapping[str, Any]) -> N
             f"register_state({name}=...): the checkpoint holds a {state['kind']}, this is a {kind}: make it as it was, "
             "or give it another name"
         )
-    if wrong := rng.refuses(generator, state):
+    if wrong := rng.why_rejected(generator, state):
         raise CheckpointError(f"register_state({name}=...): the checkpoint's state is none of a {kind} ({wrong})")
 
 

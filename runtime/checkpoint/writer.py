@@ -76,10 +76,10 @@ def _save(job: Job, source: _Source, peers: _Peers) -> tuple[str, list[str]]:
 
 
 def _in_words(error: Exception) -> str:
-    from runtime.comm.pending import GONE
+    from runtime.comm.pending import GLOO_DISCONNECTED
 
     text = root_cause(error)
-    if any(words in text.lower() for words in GONE):
+    if any(words in text.lower() for words in GLOO_DISCONNECTED):
         return PEER_LOST
     traceback.print_exception(error)
     return text

@@ -1,19 +1,19 @@
-"""Collectives: in place, in one order on every rank, each timed and counted.
+"""Collectives: in place, issued in the same order on every rank, timed and counted.
 
-join      the process group: NCCL for GPUs, Gloo for CPUs
+join      joins the process group: NCCL for GPUs, Gloo for CPUs
 group     `Comm`, the collectives of one group
-pending   a collective under way, on the host or on a GPU's own stream
-shared_memory   the same between ranks of one host without GPUs
-objects   small things between ranks, as signed JSON
+pending   collectives under way, on the host or on a GPU stream
+shared_memory   collectives between ranks of one host without GPUs
+objects   small values between ranks, as signed JSON
 transfer  copies between a GPU and its host
+profiling       ranges for profilers
 
 [Note: what a reduce-scatter leaves behind]
-`reduce_scatter(buffer)` is "in place and the rest is clobbered": afterwards the own shard of the buffer holds the sum,
-the other ranges hold nothing of use. `into(target, add)` instead of `wait()` leaves the sum in another tensor, which
-saves a pass over memory wherever the ranks' buffers can be read directly.
+After `reduce_scatter(buffer)` and `wait()` this rank's shard of the buffer has the sum, and the other shards are
+clobbered. `into(target, add)` instead of `wait()` leaves the sum in another tensor, which saves a pass over memory
+wherever the ranks' buffers can be read directly.
 
-Scripts written for DeepSpeed also find here what they call as deepspeed.comm.NAME: torch.distributed's own functions,
-on the world's group, and init_distributed.
+Scripts written for DeepSpeed also find deepspeed.comm's functions here: torch.distributed's own, and init_distributed.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ _TORCH = frozenset(
         "send",
     ]
 )
-"""Of deepspeed.comm, what torch.distributed has by the same name."""
+"""Names of deepspeed.comm that torch.distributed has, too."""
 
 
 def get_local_rank() -> int:
-    """This rank's number on its host."""
+    """This rank's number on its host, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 

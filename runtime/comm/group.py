@@ -1,4 +1,4 @@
-"""The collectives of one process group, for tensors on one device. See the package's note."""
+"""The collectives of one process group, for tensors on one device. See [Note: what a reduce-scatter leaves behind]."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from runtime.comm import objects
 from runtime.comm.pending import (
-    Arriving,
+    CopyPending,
     DeviceClock,
     DevicePending,
     Done,
@@ -31,15 +31,15 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 SHARED_MEMORY_VARIABLE = "ZEROTOP_SHARED_MEMORY"
-"""Set to 0, ranks of one host use Gloo, as ranks of several hosts do."""
+"""Environment variable; if 0, ranks of one host use Gloo instead of shared memory."""
 
 _shared: tuple[Any, dist.ProcessGroup] | None = None
-"""The world and its control group."""
+"""The world's process group and its control group."""
 
 
 def _leave_groups() -> None:
-    """Before the interpreter takes its modules apart: a Gloo group whose last reference its own thread drops aborts the
-    process. What the script has left already is left alone."""
+    """Destroy the process groups at exit, unless the script has: a Gloo group whose last reference is dropped by its
+    own thread aborts the process."""
     global _shared
     shared, _shared = _shared, None
     if shared is None or not dist.is_initialized() or dist.group.WORLD is not shared[0]:
@@ -66,27 +66,29 @@ class Comm:
 
     # ---- memory --------------------------------------------------------------------------------------------
     def share_memory(self, nbytes: int) -> None:
-        """Let ranks of one host read each other's buffers, up to `nbytes` a rank, where that can be. Collective."""
+        """Use shared memory for the collectives, up to `nbytes` per rank, if all ranks are on one host and on CPUs.
+        Collective."""
         if self.device.type == "cpu" and self.world_size > 1 and os.environ.get(SHARED_MEMORY_VARIABLE) != "0":
             self._exchange = Exchange.open(self.rank, self.world_size, nbytes, self.gather_objects)
 
     @property
     def shares_memory(self) -> bool:
+        """Whether collectives use shared memory."""
         return self._exchange is not None
 
     def empty(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
-        """(numel,) uninitialised, on the device, where collectives reach it best."""
+        """(numel,) uninitialised on the device; in shared memory if collectives use it."""
         if self._exchange is not None:
             return self._exchange.empty(numel, dtype)
         return torch.empty(numel, dtype=dtype, device=self.device)
 
-    def know(self, name: str) -> None:
-        """Things with this name may be gathered: for telling what another rank does."""
+    def register_name(self, name: str) -> None:
+        """Make the name of an all-gather known, so that errors can tell which one another rank has issued."""
         if self._exchange is not None:
-            self._exchange.know(name)
+            self._exchange.register_name(name)
 
     def release(self, buffer: torch.Tensor) -> None:
-        """Give memory from `empty` back before its tensor is collected; nobody may use it any more."""
+        """Free memory from `empty` before its tensor is collected. It must not be used any more."""
         if self._exchange is not None and self._exchange.holds(buffer):
             self._exchange.release(buffer)
 
@@ -100,7 +102,7 @@ class Comm:
         return self._start("all_reduce", buffer, lambda a: dist.all_reduce(buffer, group=self.group, async_op=a))
 
     def reduce_scatter(self, buffer: torch.Tensor) -> Pending:
-        """Sum `buffer` (1-D, a multiple of the world size) over ranks into this rank's shard of it; the other ranges
+        """Sum `buffer` (1-D, a multiple of the world size) over ranks into this rank's shard of it; the other shards
         are clobbered."""
         own = self.own_shard(buffer)
         if self.world_size == 1:
@@ -115,34 +117,36 @@ class Comm:
             "reduce_scatter", buffer, lambda a: _reduce_scatter(own, buffer, group=self.group, async_op=a), own
         )
 
-    def all_gather(self, whole: torch.Tensor, own: torch.Tensor, name: str = "", after: Copy | None = None) -> Pending:
-        """Fill `whole` (1-D, a multiple of the world size) from every rank's `own`, which may be its range of
-        `whole`. name: of what it is, for ranks that part ways. after: what brings `own` there; only the gather waits
-        for it, not the current stream."""
+    def all_gather(self, full: torch.Tensor, shard: torch.Tensor, name: str = "", after: Copy | None = None) -> Pending:
+        """All-gather every rank's `shard` into `full` (1-D, world size x shard), of which `shard` may be a view. name:
+        what is all-gathered, for errors. after: a copy that writes `shard`; the all-gather waits for it, but the
+        current stream does not."""
         if self.world_size == 1:
-            return Arriving(after) if after is not None else Done()
+            return CopyPending(after) if after is not None else Done()
         if after is not None and self._clock is None:
             after.wait_host()
-        if (exchange := self._exchange_for(own)) is not None:
-            return self._shared("all_gather", whole, lambda: exchange.all_gather(whole, own, name))
+        if (exchange := self._exchange_for(shard)) is not None:
+            return self._shared("all_gather", full, lambda: exchange.all_gather(full, shard, name))
         return self._start(
-            "all_gather", whole, lambda a: _all_gather(whole, own, group=self.group, async_op=a), after=after
+            "all_gather", full, lambda a: _all_gather(full, shard, group=self.group, async_op=a), after=after
         )
 
     def broadcast(self, buffer: torch.Tensor, source: int = 0) -> None:
+        """Copy `buffer` (any shape) from rank `source` to all ranks, and wait for it."""
         if self.world_size > 1:
             self._start(
                 "broadcast", buffer, lambda a: dist.broadcast(buffer, source, group=self.group, async_op=a)
             ).wait()
 
     def broadcast_bytes(self, tensor: torch.Tensor, source: int = 0) -> None:
-        """Broadcast a tensor of any dtype and layout, also those that the backend has no arithmetic for."""
+        """Broadcast a tensor of any dtype and layout, byte for byte."""
         if self.world_size > 1 and tensor.numel() > 0:
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
             self.broadcast(flat, source)
             tensor.detach().copy_(flat.view(tensor.dtype).view(tensor.shape))
 
     def own_shard(self, buffer: torch.Tensor) -> torch.Tensor:
+        """(numel / world size,) this rank's shard of `buffer`, as a view."""
         numel = buffer.numel() // self.world_size
         return buffer[self.rank * numel : (self.rank + 1) * numel]
 
@@ -160,16 +164,17 @@ class Comm:
         own: torch.Tensor | None = None,
         after: Copy | None = None,
     ) -> Pending:
-        """`start(async_op)` calls the backend. after: on a GPU, what its stream waits for first."""
+        """Issue a collective of the backend with `start(async_op)`. after: on a GPU, a copy that its stream waits
+        for."""
         if self._clock is not None:
             return DevicePending(self._clock, op, _nbytes(buffer), lambda: start(False), own, after)
         return HostPending(self.telemetry, op, _nbytes(buffer), lambda: start(True), own)
 
-    # ---- small things between ranks, on the host -----------------------------------------------------------
+    # ---- small values between ranks, on the host -----------------------------------------------------------
     @property
     def control_group(self) -> dist.ProcessGroup:
-        """A Gloo group over the same ranks. Every rank must ask for it first at the same point, for making a group is
-        collective. Engines of one process share it: torch never closes a group's sockets before the world ends."""
+        """A Gloo group over the same ranks. Making it is collective, so the first use must be at the same point on
+        every rank. Engines of one process share it, because torch closes a group's sockets only when the world ends."""
         global _shared
         world = dist.group.WORLD
         if _shared is None or _shared[0] is not world:
@@ -179,14 +184,14 @@ class Comm:
         return _shared[1]
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value` (of what objects.py knows) on every rank."""
+        """Rank 0's `value` (of a type that `objects.pack` supports) on every rank."""
         if self.world_size == 1:
             return value
         with waiting_for_ranks("broadcast_object"):
             return objects.broadcast(value, self.control_group)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's `value` (of what objects.py knows), in rank order, on every rank."""
+        """Every rank's `value` (of a type that `objects.pack` supports), in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
         with waiting_for_ranks("gather_objects"):

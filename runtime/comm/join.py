@@ -1,4 +1,4 @@
-"""Joining the process group that the launcher's environment describes."""
+"""Joins the process group that the launcher's environment describes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,21 @@ from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, read_run
 
 def join_world(device: str = "auto") -> torch.device:
     """Join the process group that the launcher's environment describes (or a world of one), unless the script has done
-    so already.
+    so already. Returns this rank's device.
 
-    device: "cpu", "cuda" or "auto" (CUDA when there is one). Returns this rank's device. NCCL serves GPUs and Gloo
-    CPUs.
+    device: "cpu" (Gloo), "cuda" (NCCL) or "auto": CUDA if there is a GPU.
     """
     raise_file_limit()
     want_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device("cuda", local_rank) if want_cuda else torch.device("cpu")
     if dist.is_initialized() and dist.get_backend() == "gloo":
-        return torch.device("cpu")  # the script has decided
+        return torch.device("cpu")  # the script has chosen Gloo
     if want_cuda:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"this is rank {local_rank} of its node, and the node has {torch.cuda.device_count()} "
-                "GPUs: start as many "
-                "ranks as there are GPUs, or keep them on the CPU (ZEROTOP_DEVICE=cpu)"
+                f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()} GPUs. Start as many "
+                "ranks per node as it has GPUs, or train on the CPU (ZEROTOP_DEVICE=cpu)"
             )
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
@@ -55,15 +53,15 @@ def join_world(device: str = "auto") -> torch.device:
 
 
 def _store_file(run: str) -> str:
-    """Where the ranks of a run meet. torch's usual TCP store listens on every interface and trusts whoever connects;
-    the run's private sockets folder serves one node as well."""
+    """File of the store through which the ranks of a run find each other. It is in the run's private sockets folder,
+    because torch's TCP store listens on every interface and trusts whoever connects."""
     attempt = os.environ.get(ATTEMPT_VARIABLE, "1")
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return str(Path(read_run(Path(run)).sockets) / f"group-{attempt}-{restart}")
 
 
 def init_distributed(dist_backend: str | None = None, **_deepspeed_only: Any) -> torch.device:
-    """Join the process group (NCCL on GPUs, else Gloo), as `torchrun` or `zerotop launch` set it up. Returns this
+    """Join the process group that `torchrun` or `zerotop launch` describes (NCCL on GPUs, else Gloo). Returns this
     rank's device.
 
     dist_backend: "gloo" keeps the ranks on CPUs. DeepSpeed's other arguments are accepted and not needed.

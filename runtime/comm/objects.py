@@ -1,14 +1,14 @@
 """Small values between ranks, as JSON: settings, problems, commands, random number states.
 
 torch's own object collectives (all_gather_object, broadcast_object_list, ...) load a pickle that another process has
-sent, and a pickle is a program: whoever gets into a rank's place in a Gloo group would run code as the run's owner.
-Nothing in runtime/ calls them. What arrives here is data at worst: plain values, and tensors of known dtypes.
+sent, and a pickle is a program: a process that takes a rank's place in a Gloo group would run code as the run's owner.
+Nothing in runtime/ calls them. Values that arrive here are only data: plain values, and tensors of known dtypes.
 
-[Note: who has said it]
-Gloo takes whoever connects to a rank's port first, and on one node every local user can. The ranks of a run share a
-secret that the supervisor has given them in their environment, which other users can't read, and every value is signed
-with it for one place in the conversation: group, number of the exchange, rank. What is not signed so was not sent by
-that rank. Without a supervisor (plain torchrun) there is no secret, and nothing is signed: SECURITY.md.
+[Note: signed values]
+Gloo accepts the first process that connects to a rank's port, and on one node every local user can connect. The ranks
+of a run share a secret that the supervisor has put in their environment, which other users can't read. Every value is
+signed with it, together with its group, the number of the exchange and the rank, so it can't be forged or replayed.
+Without a supervisor (plain torchrun) there is no secret, and nothing is signed: SECURITY.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from runtime.wire.rundir import GROUP_KEY_VARIABLE
 
 LARGEST_BYTES = 2**28
-"""Of one value. A size beyond that is not one of ours."""
+"""Largest value in bytes; a larger size was not sent by a rank."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -46,20 +46,21 @@ _DTYPES = {
 
 
 class ObjectError(RuntimeError):
-    """Another rank has sent something that is no value of ours."""
+    """A value from another rank is malformed or was not signed by it."""
 
 
 def pack(value: Any) -> bytes:
-    """None, bool, int, float, str, bytes, tensors, and lists, tuples and dicts of them. Raises TypeError for others."""
-    return json.dumps(_plain(value), separators=(",", ":")).encode()
+    """Encode None, bool, int, float, str, bytes, tensors, and lists, tuples and dicts of them. Raises TypeError for
+    other types."""
+    return json.dumps(_to_json(value), separators=(",", ":")).encode()
 
 
 def unpack(packed: bytes) -> Any:
-    """What `pack` was given; tensors on the CPU. Raises ObjectError."""
+    """Decode what `pack` encoded, with tensors on the CPU. Raises ObjectError if it is malformed."""
     try:
-        return _value(json.loads(packed))
+        return _from_json(json.loads(packed))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:  # torch's for a shape, Python's for the depth
-        raise ObjectError(f"a rank has sent what is no value: {type(error).__name__}") from None
+        raise ObjectError(f"a rank has sent a malformed value: {type(error).__name__}") from None
 
 
 def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
@@ -81,7 +82,7 @@ def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 
 def broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """Rank 0's `value` on every rank; what the others give is not looked at. `group` is a Gloo group of the world."""
+    """Rank 0's `value` on every rank; the values of other ranks are ignored. `group` is a Gloo group of the world."""
     first = dist.get_rank(group) == 0
     place = _next_place(group)
     content = _tensor(_signed(pack(value), place, 0)) if first else torch.empty(0, dtype=torch.uint8)
@@ -95,14 +96,14 @@ def broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
     return unpack(_checked(_bytes(content), place, 0))
 
 
-# ---- signatures: see the note ---------------------------------------------------------------------------------------
+# ---- signatures: see [Note: signed values] ---------------------------------------------------------------------------
 _SIGNATURE_BYTES = 32
 _exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
-"""How many values each group has exchanged."""
+"""Process group -> number of exchanges so far."""
 
 
 def _next_place(group: dist.ProcessGroup | None) -> str:
-    """The place of the next exchange, which all ranks name alike: they exchange in one order."""
+    """Name of the next exchange: the same on all ranks, because they exchange in one order."""
     world = group if group is not None else dist.group.WORLD
     assert world is not None
     number = _exchanges[world] = _exchanges.get(world, 0) + 1
@@ -115,15 +116,15 @@ def _signed(content: bytes, place: str, rank: int) -> bytes:
 
 
 def _checked(signed: bytes, place: str, rank: int) -> bytes:
-    """What `rank` has signed. Raises ObjectError for what it has not."""
+    """The content of `signed`. Raises ObjectError unless `rank` has signed it for `place`."""
     key = os.environ.get(GROUP_KEY_VARIABLE)
     if not key:
         return signed
     signature, content = signed[:_SIGNATURE_BYTES], signed[_SIGNATURE_BYTES:]
     if not hmac.compare_digest(signature, _signature(key, content, place, rank)):
         raise ObjectError(
-            f"what came in the place of rank {rank} was not sent by a rank of this run: another process has connected "
-            "to a rank's port (SECURITY.md)"
+            f"a value received as rank {rank}'s has a wrong signature: another process has connected to a rank's port "
+            "(SECURITY.md)"
         )
     return content
 
@@ -133,17 +134,17 @@ def _signature(key: str, content: bytes, place: str, rank: int) -> bytes:
 
 
 # ---- as JSON --------------------------------------------------------------------------------------------------------
-def _plain(value: Any) -> Any:
-    """As JSON has it: what JSON does not know is an object with one key, which says what it is."""
+def _to_json(value: Any) -> Any:
+    """`value` as JSON. A type that JSON lacks becomes an object with one key, the type's name."""
     match value:
         case None | bool() | int() | float() | str():
             return value
         case list():
-            return [_plain(item) for item in value]
+            return [_to_json(item) for item in value]
         case tuple():
-            return {"tuple": [_plain(item) for item in value]}
+            return {"tuple": [_to_json(item) for item in value]}
         case dict():
-            return {"dict": [[_plain(key), _plain(item)] for key, item in value.items()]}
+            return {"dict": [[_to_json(key), _to_json(item)] for key, item in value.items()]}
         case bytes():
             return {"bytes": base64.b64encode(value).decode()}
         case torch.Tensor():
@@ -155,16 +156,16 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} can't be sent to other ranks")
 
 
-def _value(plain: Any) -> Any:
+def _from_json(plain: Any) -> Any:
     if isinstance(plain, list):
-        return [_value(item) for item in plain]
+        return [_from_json(item) for item in plain]
     if not isinstance(plain, dict):
         return plain
     ((kind, content),) = plain.items()
     if kind == "tuple" and isinstance(content, list):
-        return tuple(_value(item) for item in content)
+        return tuple(_from_json(item) for item in content)
     if kind == "dict" and isinstance(content, list):
-        return {_value(key): _value(item) for key, item in content}
+        return {_from_json(key): _from_json(item) for key, item in content}
     if kind == "bytes":
         return base64.b64decode(content, validate=True)
     if kind == "tensor":

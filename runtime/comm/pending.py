@@ -1,4 +1,4 @@
-"""A collective under way: who waits for it how, and what telemetry hears of it."""
+"""Collectives under way: waiting for them, and reporting them to telemetry."""
 
 from __future__ import annotations
 
@@ -19,70 +19,78 @@ if TYPE_CHECKING:
 
 
 class Pending(Protocol):
-    """What every collective hands back."""
+    """A collective that has been issued."""
 
     def wait(self) -> None:
-        """Makes the result usable by the caller (on CUDA: by the current stream)."""
+        """Wait until the caller can use the result (on CUDA: make the current stream wait)."""
 
     def into(self, target: torch.Tensor, add: bool) -> None:
-        """Instead of `wait`, for a reduce-scatter: leave the own shard's sum in `target` (its size), or add it
+        """Instead of `wait`, for a reduce-scatter: copy the sum of this rank's shard to `target` (shard,), or add it
         there."""
 
     def fence(self) -> None:
-        """After `wait` or `into`: returns when this rank's buffer may be written again."""
+        """After `wait` or `into`: wait until this rank's buffer may be written again."""
 
 
 class Done:
-    """What a world of one gets back: nothing to wait for. `own` is the reduced range, which nothing was added to."""
+    """The result of a collective in a world of one. own: (shard,) the buffer of a reduce-scatter."""
 
     def __init__(self, own: torch.Tensor | None = None) -> None:
         self._own = own
 
     def wait(self) -> None:
-        return None
+        """Return at once."""
 
     def into(self, target: torch.Tensor, add: bool) -> None:
+        """See Pending."""
         assert self._own is not None
         combine(target, self._own, add)
 
     def fence(self) -> None:
-        return None
+        """Return at once."""
 
 
 class RankGone(RuntimeError):
-    """A collective can't end, because a rank of it has."""
+    """A collective can't complete, because another rank has ended."""
 
 
-GONE = ("connection reset by peer", "connection closed by peer", "connection refused", "broken pipe", "socket closed")
-"""What Gloo says then, depending on what it was doing."""
+GLOO_DISCONNECTED = (
+    "connection reset by peer",
+    "connection closed by peer",
+    "connection refused",
+    "broken pipe",
+    "socket closed",
+)
+"""Parts of Gloo's error messages when another rank has ended."""
 
 
 @contextmanager
 def waiting_for_ranks(op: str) -> Iterator[None]:
-    """Around a wait for Gloo: raises RankGone where the cause is another rank's end, which Gloo words as a matter of
-    sockets."""
+    """Around a wait for Gloo: raises RankGone instead of Gloo's socket errors, whose cause is that another rank has
+    ended."""
     try:
         yield
     except RuntimeError as error:
-        if any(words in str(error).lower() for words in GONE):
+        if any(words in str(error).lower() for words in GLOO_DISCONNECTED):
             text = str(error).splitlines()[0].rpartition("] ")[2]
             raise RankGone(f"another rank is gone ({text}); this rank was waiting for it in {op}") from error
         raise
 
 
-class Arriving(Done):
-    """In a world of one: something that is being copied to where it is gathered."""
+class CopyPending(Done):
+    """An all-gather in a world of one: only the copy of its shard is under way."""
 
     def __init__(self, copy: Copy) -> None:
         super().__init__()
         self._copy = copy
 
     def wait(self) -> None:
+        """Make the current stream wait for the copy."""
         self._copy.wait_device()
 
 
 class HostPending:
-    """A Gloo collective; its backend's thread notes the end, which `wait` could only guess later."""
+    """A Gloo collective. The backend's thread records the time of its end."""
 
     __slots__ = ("_ended_ns", "_issue_ns", "_nbytes", "_op", "_own", "_seq", "_telemetry", "_work")
 
@@ -104,6 +112,7 @@ class HostPending:
         self._work.get_future().add_done_callback(lambda _future: ended_ns.__setitem__(0, time.monotonic_ns()))
 
     def wait(self) -> None:
+        """Block the calling thread until the collective is complete, and report it."""
         before = time.monotonic_ns()
         with waiting_for_ranks(self._op):
             self._work.wait()
@@ -112,16 +121,17 @@ class HostPending:
         self._telemetry.completed(self._seq, self._op, self._nbytes, self._issue_ns, end, after - before)
 
     def into(self, target: torch.Tensor, add: bool) -> None:
+        """See Pending."""
         self.wait()
         assert self._own is not None
         combine(target, self._own, add)
 
     def fence(self) -> None:
-        """Nothing: the backend sent copies."""
+        """Return at once: the backend has sent copies."""
 
 
 class SharedPending:
-    """A collective through shared memory: published at once, the work is done by whoever waits."""
+    """A collective through shared memory: it is published when issued, and its work is done in `wait` or `into`."""
 
     __slots__ = ("_nbytes", "_op", "_posted", "_seq", "_telemetry")
 
@@ -131,14 +141,17 @@ class SharedPending:
         self._posted = start()
 
     def wait(self) -> None:
+        """See Pending."""
         self._posted.wait()
         self._report()
 
     def into(self, target: torch.Tensor, add: bool) -> None:
+        """See Pending."""
         self._posted.into(target, add)
         self._report()
 
     def fence(self) -> None:
+        """See Pending."""
         self._posted.fence()
 
     def _report(self) -> None:
@@ -146,11 +159,12 @@ class SharedPending:
         self._telemetry.completed(self._seq, self._op, self._nbytes, posted.issue_ns, posted.end_ns, posted.wait_ns)
 
 
-ZERO_HOLDS_NS = 10_000_000_000
+ZERO_INTERVAL_NS = 10_000_000_000
+"""After how long DeviceClock measures from a new reference event."""
 
 
 class DeviceClock:
-    """A GPU stream of our own for collectives, and its events as times of CLOCK_MONOTONIC."""
+    """The GPU stream of collectives, and the conversion of its events to CLOCK_MONOTONIC."""
 
     def __init__(self, device: torch.device, telemetry: Telemetry | NullTelemetry) -> None:
         self.stream = torch.cuda.Stream(device)
@@ -163,32 +177,34 @@ class DeviceClock:
         self._unreported: deque[DevicePending] = deque()
 
     def _move_zero(self) -> None:
-        """CUDA tells times between events as fp32 milliseconds: after an hour they are a quarter of one apart."""
+        """Move the reference event: CUDA measures in fp32 milliseconds, which after an hour are 0.25 ms apart."""
         if self._next_zero is not None and self._next_zero.query():
             self._zero_ns, self._zero, self._next_zero = self.ns(self._next_zero), self._next_zero, None
-        elif self._next_zero is None and time.monotonic_ns() - self._zeroed_ns > ZERO_HOLDS_NS:
+        elif self._next_zero is None and time.monotonic_ns() - self._zeroed_ns > ZERO_INTERVAL_NS:
             self._zeroed_ns = time.monotonic_ns()
             self._next_zero = torch.cuda.Event(enable_timing=True)
             self._next_zero.record(self.stream)
 
     def ns(self, event: torch.cuda.Event) -> int:
+        """Time of `event` on CLOCK_MONOTONIC, in nanoseconds."""
         return self._zero_ns + int(self._zero.elapsed_time(event) * 1e6)
 
     def watch(self, pending: DevicePending) -> None:
+        """Report `pending` to telemetry when it has ended."""
         self.report()
         self._move_zero()
         self._unreported.append(pending)
 
     def report(self) -> None:
-        """Tell telemetry of collectives that have ended meanwhile; never waits for the GPU."""
+        """Report collectives that have ended to telemetry, without waiting for the GPU."""
         while self._unreported and self._unreported[0].over():
             self._unreported.popleft().report()
 
 
 class DevicePending:
-    """An NCCL collective between two events on the stream that collectives have to themselves."""
+    """An NCCL collective on the stream of collectives, between two events."""
 
-    __slots__ = ("_clock", "_end", "_nbytes", "_op", "_own", "_reached", "_seq", "_start")
+    __slots__ = ("_clock", "_end", "_nbytes", "_op", "_own", "_seq", "_start", "_wait_begun")
 
     def __init__(
         self,
@@ -203,7 +219,7 @@ class DevicePending:
         self._clock, self._op, self._nbytes, self._own = clock, op, nbytes, own
         self._seq = clock.telemetry.issued(op, nbytes)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._reached: torch.cuda.Event | None = None
+        self._wait_begun: torch.cuda.Event | None = None
         clock.stream.wait_stream(torch.cuda.current_stream(clock.stream.device))
         with torch.cuda.stream(clock.stream):
             if after is not None:
@@ -214,35 +230,39 @@ class DevicePending:
         clock.watch(self)
 
     def wait(self) -> None:
+        """Make the current stream wait for the collective."""
         current = torch.cuda.current_stream(self._clock.stream.device)
-        self._reached = torch.cuda.Event(enable_timing=True)
-        self._reached.record(current)
+        self._wait_begun = torch.cuda.Event(enable_timing=True)
+        self._wait_begun.record(current)
         current.wait_event(self._end)
-        self._own = None  # waiting to be reported must not keep a buffer
+        self._own = None  # the unreported collective must not keep the buffer alive
 
     def into(self, target: torch.Tensor, add: bool) -> None:
+        """See Pending."""
         own = self._own
         self.wait()
         assert own is not None
         combine(target, own, add)
 
     def fence(self) -> None:
-        """Nothing: whoever writes next does so on the stream that `wait` has ordered."""
+        """Return at once: the next write is on the stream that `wait` has ordered after the collective."""
 
     def over(self) -> bool:
-        return self._reached is not None and self._end.query() and self._reached.query()
+        """Whether the collective has ended and the compute stream has reached the wait for it."""
+        return self._wait_begun is not None and self._end.query() and self._wait_begun.query()
 
     def report(self) -> None:
-        """The exposed wait is the time from when the computing stream reached the wait to the collective's end."""
-        assert self._reached is not None
+        """Report the collective to telemetry. Its exposed wait is the time from when the compute stream reached the
+        wait to the collective's end."""
+        assert self._wait_begun is not None
         clock = self._clock
-        start_ns, end_ns, reached_ns = clock.ns(self._start), clock.ns(self._end), clock.ns(self._reached)
+        start_ns, end_ns, reached_ns = clock.ns(self._start), clock.ns(self._end), clock.ns(self._wait_begun)
         clock.telemetry.completed(self._seq, self._op, self._nbytes, start_ns, end_ns, max(0, end_ns - reached_ns))
 
 
 def combine(target: torch.Tensor, source: torch.Tensor, add: bool, threads: int | None = None) -> None:
-    """target = source or target += source, 1-D tensors of one size, any dtypes; `source` may be `target` itself.
-    threads: of the CPU kernels; None: torch's number."""
+    """target = source or (add) target += source, for (numel,) tensors of any dtypes; `source` may be `target` itself.
+    threads: number of CPU threads; None: torch's."""
     if add:
         accumulate(target, source, threads)
     elif target.data_ptr() != source.data_ptr() or target.dtype != source.dtype:
@@ -250,8 +270,8 @@ def combine(target: torch.Tensor, source: torch.Tensor, add: bool, threads: int 
 
 
 def accumulate(target: torch.Tensor, grad: torch.Tensor, threads: int | None = None) -> None:
-    """target += grad, where torch is slow: a 16-bit gradient into an fp32 buffer on a CPU takes it five times as
-    long."""
+    """target += grad. Uses our kernel for a 16-bit gradient and an fp32 target on a CPU, where torch takes five times
+    as long."""
     mixed = target.dtype == torch.float32 and grad.dtype in (torch.bfloat16, torch.float16)
     if mixed and target.device.type == "cpu" and grad.is_contiguous() and native.available():
         native.accumulate(target, grad.view(-1), threads=threads or torch.get_num_threads())

@@ -15,7 +15,7 @@ from runtime.config import ConfigError, Resolved
 from runtime.diagnose import outofmemory
 from runtime.engine.checks import check_parameters, check_same_model
 from runtime.host.ledger import Ledger
-from runtime.offload.placement import Placement, Size, place, transfers_for
+from runtime.offload.placement import FlatSize, Placement, choose_placement, transfers_for
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.optim.updates import Updates
 from runtime.state.accumulation import Accumulation
@@ -33,7 +33,7 @@ from runtime.zero.stage import StagePolicy, policy_for
 from runtime.zero.state_placement import StatePlacement
 from runtime.zero.unit import Unit
 from runtime.zero.unshard import Unsharder
-from runtime.zero.values import Values, adopt
+from runtime.zero.values import Values, set_data
 
 log = logging.getLogger("runtime.setup")
 
@@ -99,9 +99,9 @@ def build_state(
     # Alone, a rank has nobody to share parameters with; they can still be elsewhere.
     shards = comm.world_size > 1 or (config.offload_param is not None and transfers is not None)
     specs = _specs(cuts, parts, shards, group_of, frozen, dtypes)
-    sizes = [Size(sum(p.numel() for _, p, _ in s.members), s.dtype, s.trained, s.sharded) for s in specs]
+    sizes = [FlatSize(sum(p.numel() for _, p, _ in s.members), s.dtype, s.trained, s.sharded) for s in specs]
     adam = optimizer.kind in ("Adam", "AdamW")
-    placement = place(config, parts.policy, comm, ledger, parts.gradients, sizes, adam, transfers)
+    placement = choose_placement(config, parts.policy, comm, ledger, parts.gradients, sizes, adam, transfers)
     for index, spec in enumerate(specs):
         _make_flat(spec, parts, placement, placement.of(index))
     for name, parameter in parts.frozen:
@@ -179,7 +179,7 @@ def _specs(
     stage 3 has anything to do."""
     specs = []
     for unit_cut in cuts:
-        unit = Unit(unit_cut.name, unit_cut.modules, keep_unsharded=unit_cut.everywhere)
+        unit = Unit(unit_cut.name, unit_cut.modules, keep_unsharded=unit_cut.always_open)
         parts.units.append(unit)
         sharded = parts.policy.shards_parameters and shards and unit_cut.name != "small"
         for trained in (True, False):
@@ -297,7 +297,7 @@ def _place_frozen(
         data.view(-1).copy_(found)
     if values.needs_broadcast(parameter):
         comm.broadcast_bytes(data)
-    adopt(parameter, ledger.hold("parameters", data))
+    set_data(parameter, ledger.hold("parameters", data))
 
 
 def _place_buffers(module: nn.Module, dtype: torch.dtype | None, comm: Comm, ledger: Ledger, values: Values) -> None:

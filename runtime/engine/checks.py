@@ -57,7 +57,7 @@ def check_same_model(module: nn.Module, config: Resolved, optimizer: ZeroOptimiz
         (f"(buffer) {plain_name(name)}", tuple(b.shape), str(b.dtype), False, None)
         for name, b in module.named_buffers()
     ]
-    told = comm.gather_objects((config.to_json(), optimizer.described(), mine))
+    told = comm.gather_objects((config.to_json(), optimizer.settings(), mine))
     gathered = [(Resolved.from_json(text), described, parameters) for text, described, parameters in told]
     first_config, first_optimizer, _ = gathered[0]
     for rank, (other, described, _) in enumerate(gathered):

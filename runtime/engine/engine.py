@@ -59,7 +59,7 @@ class Engine(EngineQueries):
             unmark(parameter)  # zero.Init marks what it builds; below stage 3 nothing is sharded
         script_backward = ScriptBackward()
         guard = SnapshotGuard()
-        state = build_state(module, config, optimizer, comm, guard, script_backward.begins)
+        state = build_state(module, config, optimizer, comm, guard, script_backward.begin)
         super().__init__(state, session)
         self.telemetry = session.recorder
         self._trained_before = trained_before
@@ -409,7 +409,7 @@ class Engine(EngineQueries):
         full = self.state.full
         with self.state.unsharder.unsharded():
             custom_load_fn(src=values, dst=self.module)
-            full.take(full.units)
+            full.commit_changes(full.units)
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
         """The model's state_dict on rank 0, None elsewhere; every rank must call it. (accelerate's get_state_dict)"""

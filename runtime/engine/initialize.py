@@ -183,7 +183,7 @@ def _make_scheduler(config: Resolved, given: Any, optimizer: ZeroOptimizer) -> A
                 "out of initialize() and step it yourself"
             )
         bound = getattr(scheduler, "optimizer", None)
-        if bound is not None and bound is not optimizer and bound is not optimizer.given:
+        if bound is not None and bound is not optimizer and bound is not optimizer.wrapped:
             raise ConfigError(
                 "lr_scheduler: it changes another optimizer than the one that trains; build it on the "
                 "optimizer that you "

@@ -41,7 +41,7 @@ def load_by(load: Callable[..., Any], path: Path, full: FullModel) -> None:
     everybody's."""
     reader = CheckpointReader(path)
     source = {stored.name: reader.read(stored, stored.dtype) for stored in reader.tensors}
-    with full.gathered(full.units, modifier_rank=0):
+    with full.unsharded(full.units, modifier_rank=0):
         load(src=source, dst=full.module)
 
 

@@ -175,7 +175,7 @@ class EngineQueries(nn.Module):
     def get_lr(self) -> list[float]:
         """The learning rate of each parameter group at the next step, the run's factor included."""
         self.state.settle_step()
-        return [group["lr"] for group in self.optimizer.numbers(self.state.counters.lr_factor)]
+        return [group["lr"] for group in self.optimizer.hyperparameters(self.state.counters.lr_factor)]
 
     def get_mom(self) -> list[Any]:
         """Each parameter group's betas, or its momentum."""

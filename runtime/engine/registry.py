@@ -10,7 +10,7 @@ from torch import nn
 
 from runtime.checkpoint.snapshot import SnapshotGuard
 from runtime.state.train_state import TrainState
-from runtime.zero.full import holder_of
+from runtime.zero.full import full_model_of
 
 
 class ModelOwner(Protocol):
@@ -41,7 +41,7 @@ def release(module: nn.Module) -> None:
 
 def owner_of(parameter: nn.Parameter) -> ModelOwner | None:
     """The engine that holds `parameter`."""
-    holder = holder_of(parameter)
+    holder = full_model_of(parameter)
     if holder is None:
         return None
     alive = [engine for weak in _owners.values() if (engine := weak()) is not None]

@@ -87,8 +87,8 @@ class DeviceMemoryRelease:
     def _tensors(self) -> Iterator[tuple[Category, torch.Tensor]]:
         state = self._state
         for flat in (*state.flats, *state.frozen_flats):
-            yield "parameters", flat.whole
-            yield "parameters", flat.own
+            yield "parameters", flat.full_param
+            yield "parameters", flat.param_shard
             if flat.trainable:
                 yield "masters", flat.masters
             if flat.gradients is not None:

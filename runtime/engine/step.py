@@ -87,7 +87,7 @@ class OptimizerSteps:
         state.changes.check()
         self._telemetry.enter("step", state.counters.global_steps + 1, state.config.accumulation)
         state.settle_gradients()
-        divisor, loss, changed = state.gradient_divisor, accumulation.loss, state.changes.found()
+        divisor, loss, changed = state.gradient_divisor, accumulation.loss, state.changes.detected()
         ahead = self._can_run_ahead()
         stats = sync_step_stats(
             state.flats,
@@ -99,12 +99,12 @@ class OptimizerSteps:
             execution_hash=state.unsharder.take_execution_hash(),
             changed=changed,
         )
-        groups = state.optimizer.numbers(state.counters.lr_factor)
+        groups = state.optimizer.hyperparameters(state.counters.lr_factor)
         if ahead:
             scale = stats.grad_scale(state.config.gradient_clipping)
             on_device = changed if isinstance(changed, torch.Tensor) else None
             if on_device is None and changed:
-                state.changes.take()
+                state.changes.commit()
             state.update(groups, scale, on_device)
             before = self._schedule()
             self._finish(taken=True, lr_kwargs=lr_kwargs)
@@ -112,7 +112,7 @@ class OptimizerSteps:
         else:
             known = stats.read()
             if known.changed:
-                state.changes.take()
+                state.changes.commit()
             if not known.skipped:
                 factor = clip_coefficient(known.grad_norm, state.config.gradient_clipping) / divisor
                 state.update(groups, factor)
@@ -139,7 +139,7 @@ class OptimizerSteps:
             state.counters.optimizer_steps -= 1
             self._undo_schedule(unsettled.schedule_before)
         if stats.changed:
-            state.changes.log_taken()
+            state.changes.log_commit()
         result = self._reporter.report(stats, unsettled.lr, unsettled.measured)
         self._settled = _Settled(stats, result, unsettled.loss)
         self._nonfinite.note(stats)

@@ -1,1 +1,1 @@
-"""Memory and cores of this host: the ledger that gives every persistent byte a category, page-locked memory, limits."""
+"""Memory and cores of this host: the ledger of the engine's memory, pinned memory, memory limits, CPU affinity."""

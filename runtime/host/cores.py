@@ -1,11 +1,10 @@
-"""Which CPU cores a rank uses: the ranks of a host share what it allows, none twice, near their memory and GPU.
+"""Which CPU cores a rank uses: the ranks of a host get separate cores, near their memory and GPU.
 
 Torch-free. `share` is pure arithmetic over a `Machine`; `read_machine` reads one from /sys, /proc and the cgroup.
 
-How threads get to the cores: `bind` sets the affinity of all threads that the process has; threads that are started
-later (OpenMP's of the kernels, torch's pool) inherit it. A rank whose cores lie on one NUMA node then has its threads,
-and pages that they touch first, on that node. Single threads are not tied to single cores: the pools of torch and of
-the kernels would be tied to the same ones.
+`bind` sets the affinity of all threads of the process; threads that are started later (OpenMP's in the kernels, torch's
+pool) inherit it. If a rank's cores are on one NUMA node, so are its threads and the pages that they touch first. Single
+threads are not bound to single cores, because the pools of torch and of the kernels would be bound to the same ones.
 """
 
 from __future__ import annotations
@@ -21,19 +20,21 @@ from runtime.process import cgroup
 
 
 class Core(NamedTuple):
-    """A physical core: the logical CPUs of it that this process may use (SMT siblings), lowest first."""
+    """A physical core: its logical CPUs (SMT siblings) that this process may use, lowest first."""
 
     node: int  # NUMA node
     cpus: tuple[int, ...]
 
 
 class Machine(NamedTuple):
+    """The CPUs that this process may use."""
+
     cores: tuple[Core, ...]
-    quota_cpus: float  # what a cgroup grants, in CPUs' worth of time; infinite where nothing limits it
+    quota_cpus: float  # CPU time that the cgroup grants, in CPUs; infinite without a limit
 
 
 class Share(NamedTuple):
-    """What one rank may use."""
+    """The CPUs of one rank."""
 
     cpus: tuple[int, ...]  # logical CPUs to bind to: one of each physical core, then their SMT siblings
     nodes: tuple[int, ...]  # the NUMA nodes these are on
@@ -43,18 +44,18 @@ class Share(NamedTuple):
 def share(
     local_rank: int, local_world: int, machine: Machine | None = None, *, gpu_nodes: Sequence[int | None] = ()
 ) -> Share:
-    """The part of rank `local_rank` of the `local_world` ranks on this host; every rank computes all parts alike.
+    """The CPUs of rank `local_rank` of the `local_world` ranks on this host. Every rank computes the same division.
 
-    Cores are lined up by NUMA node and cut into equal pieces, so that a piece lies on as few nodes as can be. A rank
-    takes a piece on its GPU's node while there is one; the others take what is left, in order. Ranks that outnumber the
-    physical cores get logical CPUs; ranks that outnumber those, too, take turns on them with one thread each.
+    Cores are ordered by NUMA node and cut into equal pieces, so that a piece is on as few nodes as possible. A rank
+    gets a piece on its GPU's node if one is left; the other ranks get the remaining pieces in order. With more ranks
+    than physical cores, ranks get logical CPUs; with more ranks than those, ranks share them, with one thread each.
 
     Args:
-        machine: as `read_machine` sees it, by default.
-        gpu_nodes: the NUMA node of each local rank's GPU (`gpu_node`), None where it has none; empty: nothing is known.
+        machine: by default what `read_machine` returns.
+        gpu_nodes: the NUMA node of each local rank's GPU (`gpu_node`), None if it has none; empty: not known.
 
     Raises:
-        ValueError: a rank that is not on this host.
+        ValueError: `local_rank` is not on this host.
     """
     if not 0 <= local_rank < local_world:
         raise ValueError(f"local rank {local_rank} of {local_world}")
@@ -79,26 +80,26 @@ def share(
 
 
 def bind(part: Share) -> int:
-    """Keep this process, with the threads it has and those it will start, on the CPUs of its part.
+    """Bind this process, with its threads and those that it will start, to the CPUs of `part`.
 
-    Call it before the first parallel operation and before memory is touched: what was touched stays where it is.
+    Call it before the first parallel operation, and before memory is touched, which stays on its NUMA node.
 
     Returns:
-        How many threads to compute with: for torch.set_num_threads and the kernels' `threads`.
+        The number of threads to compute with, for torch.set_num_threads and the kernels' `threads`.
 
     Raises:
-        OSError: a CPU that this process may not use.
+        OSError: `part` has a CPU that this process may not use.
     """
     for task in Path("/proc/self/task").iterdir():
         try:
             os.sched_setaffinity(int(task.name), part.cpus)
-        except ProcessLookupError:  # that thread has just ended
+        except ProcessLookupError:  # the thread has just ended
             continue
     return part.threads
 
 
 def read_machine(root: Path = Path("/"), allowed: set[int] | None = None) -> Machine:
-    """What this process may use.
+    """The CPUs that this process may use.
 
     Args:
         root: where /sys and /proc are, for tests.
@@ -121,7 +122,7 @@ def read_machine(root: Path = Path("/"), allowed: set[int] | None = None) -> Mac
 
 
 def gpu_node(pci_bus_id: str, root: Path = Path("/")) -> int | None:
-    """The NUMA node of the GPU at a PCI address such as "00000000:17:00.0"; None where the system doesn't say."""
+    """The NUMA node of the GPU at a PCI address such as "00000000:17:00.0"; None if it is not known."""
     domain, _, rest = pci_bus_id.lower().rpartition(":")[0].partition(":")
     address = f"{int(domain or '0', 16):04x}:{rest}:{pci_bus_id.lower().rpartition(':')[2]}"
     text = cgroup.read(root / "sys/bus/pci/devices" / address / "numa_node")
@@ -130,7 +131,7 @@ def gpu_node(pci_bus_id: str, root: Path = Path("/")) -> int | None:
 
 
 def _assign(pieces: list[list[Core]], gpu_nodes: Sequence[int | None]) -> list[int]:
-    """Which piece each rank takes."""
+    """Index of the piece that each rank gets."""
     free = list(range(len(pieces)))
     taken: dict[int, int] = {}
     for rank, node in enumerate(gpu_nodes):
@@ -147,7 +148,7 @@ def _assign(pieces: list[list[Core]], gpu_nodes: Sequence[int | None]) -> list[i
 
 
 def _quota(root: Path) -> float:
-    """CPUs' worth of time that the cgroups of this process grant: the tightest from its own up to the root."""
+    """CPU time that the cgroups of this process grant, in CPUs: the smallest quota from its own up to the root."""
     quotas = [math.inf]
     for folder in cgroup.folders("", root):
         quota, _, period = (cgroup.read(folder / "cpu.max") or "max").partition(" ")

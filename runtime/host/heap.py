@@ -1,10 +1,10 @@
-"""Which of a rank's host memory goes back to the system when it is freed. Torch-free.
+"""Makes malloc return the memory of freed units to the system. Torch-free.
 
-glibc maps large blocks by themselves, and gives them back when they are freed. But the first one that is freed raises
-the size from which it does so, up to 32 MiB. What is smaller then lives in its heap, which keeps the holes: on a CPU
-stage 3, which allocates and frees a unit's parameters all the time, took more than stage 2. Activations would be mapped
-as often and fill most of their memory anew, in page faults that cost more than their holes
-(benchmarks/results/heap.md). So only what is allocated inside `mapped()` is mapped.
+glibc allocates large blocks with mmap, and unmaps them when they are freed. But the first one that is freed raises the
+size from which it does so, up to 32 MiB. Smaller blocks then come from its heap, where freed ones leave holes: on a CPU
+stage 3, which allocates and frees a unit's parameters all the time, took more memory than stage 2. Mapping activations,
+too, would cost more in page faults than their holes do (benchmarks/results/heap.md). So only blocks that are allocated
+inside `mapped()` are mapped.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 MAPPED_FROM = 1 << 20
-"""Bytes, inside `mapped()`."""
+"""Size in bytes from which blocks are mapped inside `mapped()`."""
 KEPT_BELOW = 32 << 20
-"""Bytes, elsewhere: where glibc's own rule ends, too, after blocks of all sizes were freed."""
+"""Size in bytes from which blocks are mapped elsewhere: the largest that glibc itself adapts to."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
@@ -27,8 +27,8 @@ _USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_",
 
 @contextmanager
 def mapped() -> Iterator[None]:
-    """Large blocks that are allocated inside are mapped by themselves. What the user has set in the environment stays,
-    and other C libraries than glibc have no such setting."""
+    """Inside, large blocks are allocated with mmap. Does nothing if the user has tuned malloc in the environment, or
+    with another C library than glibc."""
     mallopt = _mallopt()
     if mallopt is None:
         yield
@@ -46,5 +46,5 @@ def _mallopt() -> Callable[[int, int], int] | None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if tuned or mallopt is None:
         return None
-    mallopt(_M_TRIM_THRESHOLD, 2 * KEPT_BELOW)  # of the heap's free end, as glibc sets it beside the other
+    mallopt(_M_TRIM_THRESHOLD, 2 * KEPT_BELOW)  # the same ratio as glibc's
     return mallopt  # type: ignore[no-any-return]

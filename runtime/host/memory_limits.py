@@ -1,4 +1,4 @@
-"""How much memory this host has left for a rank, and whether that is enough. Torch-free."""
+"""How much memory this host has left, and whether that is enough for its ranks. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _GIB = 1 << 30
 
 
 class HostMemoryError(MemoryError):
-    """The host doesn't have what a run would take."""
+    """The host has too little memory left for a run."""
 
 
 class Limits(NamedTuple):
-    """What is left, in bytes; infinite where nothing limits it."""
+    """Memory that is left, in bytes; infinite without a limit."""
 
-    available_bytes: float  # MemAvailable: free, or freed at need
+    available_bytes: float  # MemAvailable: free or reclaimable
     swap_bytes: float
-    group_limit_bytes: float  # of the control group that has the least left
-    group_left_bytes: float  # of that limit, page cache counted as free
+    group_limit_bytes: float  # limit of the control group that has least left
+    group_left_bytes: float  # what is left of that limit; page cache counts as free
     memlock_bytes: float  # ulimit -l
 
 
 def read_limits(root: Path = Path("/")) -> Limits:
-    """As they are now. root: where /proc and /sys are, for tests."""
+    """The current limits. root: where /proc and /sys are, for tests."""
     memory = {}
     for line in cgroup.read(root / "proc/meminfo").splitlines():
         key, _, value = line.partition(":")
@@ -56,27 +56,25 @@ def read_limits(root: Path = Path("/")) -> Limits:
 
 
 def check_host_memory(need_bytes: int, *, pin: bool, local_world: int = 1, limits: Limits | None = None) -> str | None:
-    """Refuse, before anything is allocated, what would end in the OOM killer's hands later.
+    """Raise an error before anything is allocated if the host has too little memory, instead of being killed later.
 
-    All ranks of a host call it before the first of them allocates: what one has taken is missing for the next.
+    All ranks of a host must call it before the first of them allocates.
 
     About `ulimit -l`: it doesn't bound cudaHostRegister. NVIDIA's kernel module pins user pages without charging them
     to the caller's locked memory (os_lock_user_pages in kernel-open/nvidia/os-mlock.c of
     NVIDIA/open-gpu-kernel-modules). mlock(2) is bounded, and so is what registers the same memory with an InfiniBand
-    card (ib_umem_get in Linux's drivers/infiniband/core/umem.c). So a small limit is worth a line in the log, and is no
-    reason to refuse.
+    card (ib_umem_get in Linux's drivers/infiniband/core/umem.c). So a small limit is only logged.
 
     Args:
-        need_bytes: what each of the ranks will take, in whole pages.
-        pin: page-locked memory can't be swapped out.
-        local_world: ranks on this host that take as much.
+        need_bytes: what each rank will allocate, in whole pages.
+        pin: whether it is page-locked, and so can't be swapped out.
+        local_world: number of ranks on this host.
 
     Returns:
-        A line for the log when `ulimit -l` is smaller than what a rank page-locks; else None.
+        A line for the log if `ulimit -l` is smaller than what a rank page-locks, else None.
 
     Raises:
-        HostMemoryError: the control group or the machine has less left. The message says what is needed, what there is,
-            and what can be done.
+        HostMemoryError: the control group or the machine has less left.
     """
     limits = limits or read_limits()
     total = need_bytes * local_world
@@ -96,11 +94,12 @@ def check_host_memory(need_bytes: int, *, pin: bool, local_world: int = 1, limit
         )
     if pin and need_bytes > limits.memlock_bytes:
         return (
-            f"ulimit -l is {gib_text(limits.memlock_bytes)}, each rank page-locks {gib_text(need_bytes)}: CUDA doesn't "
-            f"count it, but registering the same memory with InfiniBand would fail (ulimit -l unlimited)"
+            f"ulimit -l is {gib_text(limits.memlock_bytes)}, but each rank page-locks {gib_text(need_bytes)}: CUDA "
+            "ignores the limit, but registering the same memory with InfiniBand would fail; set ulimit -l unlimited"
         )
     return None
 
 
 def gib_text(nbytes: float) -> str:
+    """A byte count in GiB, or in MiB below one GiB."""
     return f"{nbytes / _GIB:.1f} GiB" if nbytes >= _GIB else f"{nbytes / (1 << 20):.1f} MiB"

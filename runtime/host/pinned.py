@@ -1,7 +1,7 @@
-"""Host memory of exact sizes, page-locked where a GPU copies from it.
+"""Pinned (page-locked) host memory in exact sizes.
 
-torch's own allocator of page-locked memory rounds every block up to a power of two: a block of 26 GiB takes 32. Here
-each tensor has pages of its own, as many as it needs.
+torch's allocator of pinned memory rounds every block up to a power of two: 26 GiB take 32. Here each tensor has pages
+of its own, as many as it needs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU
 
 
 class _Pages(mmap.mmap):
-    """A private mapping. It lives as long as a tensor on it does; page-locking ends before the mapping in any case."""
+    """A private mapping. It lives as long as a tensor in it; page-locking ends before the mapping does."""
 
     address = 0
     locked = False
@@ -45,10 +45,10 @@ class _Pages(mmap.mmap):
 
 
 class Arena:
-    """Gives out 1-D tensors of zeros in host memory.
+    """Allocates 1-D tensors of zeros in host memory.
 
-    `close`, or the end of the arena, waits for the GPU and ends page-locking. Tensors that somebody still holds stay
-    valid, as plain memory. In a forked process neither does anything: the memory is the parent's.
+    `close`, or the end of the arena, waits for the GPU and ends page-locking. Tensors that are still referenced stay
+    valid, in pageable memory. In a forked child both do nothing, because the memory is the parent's.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class Arena:
     ) -> None:
         """
         Args:
-            pin: page-lock the memory (cudaHostRegister); False gives plain pages, for `pin_memory: false` and no GPU.
-            device: the GPU of this rank, whose context is made if there is none yet.
+            pin: whether to page-lock the memory (cudaHostRegister).
+            device: the GPU of this rank, whose CUDA context is created if there is none yet.
             nodes: NUMA nodes to take the pages from: `runtime.host.cores.Share.nodes`.
-            threads: how many threads touch the pages first; None: OpenMP's default.
+            threads: number of threads that touch the pages first; None: OpenMP's default.
         """
         self._pin, self._device, self._nodes, self._threads = pin, device, tuple(nodes), threads
         self._owner = Owner()
@@ -68,20 +68,20 @@ class Arena:
 
     @property
     def requested_bytes(self) -> int:
-        """What the tensors given out hold."""
+        """Bytes of all tensors that were allocated."""
         return self._requested
 
     @property
     def real_bytes(self) -> int:
-        """What they take of the host's memory: whole pages."""
+        """Host memory that these tensors take, in whole pages."""
         return sum(map(len, self._pages))
 
     def zeros(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """(numel,) zeros on pages of their own, which are in memory when this returns.
 
         Raises:
-            MemoryError: the system gives no more address space.
-            RuntimeError: CUDA does not page-lock it. runtime/host/memory_limits.py asks about known limits beforehand.
+            MemoryError: the system has no more address space.
+            RuntimeError: CUDA refuses to page-lock it. runtime/host/memory_limits.py checks known limits beforehand.
         """
         import torch
 
@@ -93,9 +93,9 @@ class Arena:
         except OSError as error:
             raise MemoryError(f"no {gib_text(nbytes)} of address space for an offloaded state: {error}") from error
         if len(pages) >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-            _advise(pages, mmap.MADV_HUGEPAGE)  # fewer TLB misses; the part that fills no huge page stays small pages
+            _advise(pages, mmap.MADV_HUGEPAGE)  # fewer TLB misses
         if self._pin and hasattr(mmap, "MADV_DONTFORK"):
-            # A fork would copy page-locked pages at once (the driver pins them for long): no data loader needs that.
+            # A fork would copy pinned pages at once, and a data loader's workers don't need them.
             _advise(pages, mmap.MADV_DONTFORK)
         tensor = torch.frombuffer(pages, dtype=dtype, count=numel)
         pages.address = tensor.data_ptr()
@@ -110,7 +110,7 @@ class Arena:
         return tensor
 
     def close(self) -> None:
-        """End page-locking and give back the memory of all tensors that nobody holds. A second call does nothing."""
+        """End page-locking, and free the memory of tensors that are not referenced. A second call does nothing."""
         pages, self._pages, self._requested = self._pages, [], 0
         if self._pin and pages and self._owner.is_here:
             import torch
@@ -133,12 +133,12 @@ class Arena:
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 def page_rounded(sizes: Iterable[int], page: int = mmap.PAGESIZE) -> int:
-    """Bytes that blocks of these sizes take when each is rounded up to whole pages, as an `Arena` does."""
+    """Total bytes of blocks of these sizes when each is rounded up to whole pages, as in an `Arena`."""
     return sum(-(-size // page) * page for size in sizes)
 
 
 def power_of_two_rounded(sizes: Iterable[int]) -> int:
-    """Bytes that the same blocks take from torch's allocator of page-locked memory.
+    """Total bytes of blocks of these sizes in torch's allocator of pinned memory.
 
     Source: CachingHostAllocator, c10::llvm::PowerOf2Ceil(size) in aten/src/ATen/core/CachingHostAllocator.h.
     """
@@ -146,7 +146,7 @@ def power_of_two_rounded(sizes: Iterable[int]) -> int:
 
 
 def page_lock(address: int, nbytes: int, device: int) -> None:
-    """Page-lock memory for every GPU. Where the CUDA kernels are not built, torch makes the same call."""
+    """Page-lock memory for every GPU, through our CUDA library or, if it is not built, through torch."""
     if _has_kernels():
         native.pin(address, nbytes, device)
         return
@@ -157,6 +157,7 @@ def page_lock(address: int, nbytes: int, device: int) -> None:
 
 
 def page_unlock(address: int) -> None:
+    """Undo `page_lock`, by the same address."""
     if _has_kernels():
         native.unpin(address)
         return
@@ -167,7 +168,7 @@ def page_unlock(address: int) -> None:
 
 @functools.cache
 def _has_kernels() -> bool:
-    """Asked once: what was page-locked by the one is not unlocked by the other."""
+    """Whether our CUDA library is built. Cached, because memory must be unlocked by the library that locked it."""
     try:
         native.cuda()
     except ImportError:
@@ -178,5 +179,5 @@ def _has_kernels() -> bool:
 def _advise(pages: mmap.mmap, advice: int) -> None:
     try:
         pages.madvise(advice)
-    except OSError:  # a kernel built without it: everything works, only not as fast
+    except OSError:  # a Linux kernel built without it: only slower
         return

@@ -1,5 +1,5 @@
-"""The random number states of one process: torch's, Python's, numpy's, and its GPU's; and those of generators that a
-script makes and registers."""
+"""The random number states of one process: torch's, Python's, numpy's, its GPU's, and those of generators that a script
+has registered."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ Generator = torch.Generator | np.random.Generator | np.random.RandomState | rand
 
 
 def is_generator(item: Any) -> bool:
-    """Not the system's (random.SystemRandom), which has no state."""
+    """Whether `item` is a random generator with a state; random.SystemRandom has none."""
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
     return isinstance(item, kinds) and not isinstance(item, random.SystemRandom)
 
 
 def get_state(generators: Mapping[str, Generator] | None = None) -> dict[str, Any]:
-    """Plain data and tensors, as torch.load(weights_only=True) accepts. generators: those of the script, by name."""
+    """All states of this process as plain data and tensors, which torch.load(weights_only=True) accepts. generators:
+    those that the script has registered, by name."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
@@ -35,7 +36,7 @@ def get_state(generators: Mapping[str, Generator] | None = None) -> dict[str, An
 
 
 def set_state(state: Mapping[str, Any]) -> None:
-    """Not of the script's generators: those get theirs from `restore`."""
+    """Set the states of torch, Python, numpy and the GPU; `restore` sets those of the script's generators."""
     torch.set_rng_state(state["torch"])
     _set_python(random, state["python"])
     kind, keys, *rest = state["numpy"]
@@ -44,8 +45,8 @@ def set_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def fault(state: Mapping[str, Any]) -> str:
-    """What of a state that somebody else may have written could not be set; empty when nothing is. Nothing is set."""
+def why_invalid(state: Mapping[str, Any]) -> str:
+    """Why `state`, from an untrusted file, can't be set; "" if it can. Sets nothing."""
     try:
         torch.Generator().set_state(state["torch"])
         _set_python(random.Random(), state["python"])
@@ -54,18 +55,18 @@ def fault(state: Mapping[str, Any]) -> str:
         for name, one in state.get("generators", {}).items():
             if not isinstance(name, str) or one.keys() != {"kind", "state"}:
                 return f"generators: {name}"
-    except Exception as error:  # torch, Python and numpy each have their own for it
+    except Exception as error:  # torch, Python and numpy raise different ones
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return ""
 
 
 def state_of(generator: Generator) -> dict[str, Any]:
-    """Its state and what kind of generator it is."""
+    """The kind and the state of `generator`, as plain data and tensors."""
     return {"kind": kind_of(generator), "state": _packed(_state(generator))}
 
 
 def restore(generator: Generator, state: Mapping[str, Any]) -> None:
-    """Take what `state_of` gave for a generator of the same kind."""
+    """Set the state that `state_of` returned for a generator of the same kind."""
     value = _unpacked(state["state"])
     if isinstance(generator, torch.Generator):
         generator.set_state(value)
@@ -77,8 +78,8 @@ def restore(generator: Generator, state: Mapping[str, Any]) -> None:
         _set_python(generator, value)
 
 
-def refuses(generator: Generator, state: Mapping[str, Any]) -> str:
-    """Why `generator` could not take the state, whoever wrote it; empty when it could. It stays as it is."""
+def why_rejected(generator: Generator, state: Mapping[str, Any]) -> str:
+    """Why `state`, from an untrusted file, can't be set in `generator`; "" if it can. Sets nothing."""
     another = torch.Generator(generator.device) if isinstance(generator, torch.Generator) else copy.deepcopy(generator)
     try:
         restore(another, state)
@@ -88,6 +89,7 @@ def refuses(generator: Generator, state: Mapping[str, Any]) -> str:
 
 
 def kind_of(generator: Generator) -> str:
+    """The generator's kind, as checkpoints and messages name it."""
     if isinstance(generator, torch.Generator):
         return f"torch.Generator of a {generator.device.type} device"
     if isinstance(generator, np.random.Generator):
@@ -98,8 +100,8 @@ def kind_of(generator: Generator) -> str:
 
 
 def common_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of generators that all ranks of a checkpoint held alike, from `get_state` of each: they are one generator for
-    all, and a rank that is new takes part. Of one rank alone nobody can tell: none."""
+    """The states of registered generators that are equal in all `states` (one per rank, from `get_state`): ranks that
+    are new after a change of the world size get these. Empty for a single rank."""
     if len(states) < 2:
         return {}
     first, *others = [state.get("generators", {}) for state in states]
@@ -122,7 +124,7 @@ def _set_python(generator: Any, state: Any) -> None:
 
 
 def _packed(value: Any) -> Any:
-    """numpy's arrays and numbers, which torch.load(weights_only=True) refuses, as lists and Python's."""
+    """`value` with lists and Python numbers instead of numpy's, which torch.load(weights_only=True) refuses."""
     if isinstance(value, np.ndarray):
         return {"dtype": value.dtype.str, "array": value.tolist()}
     if isinstance(value, np.generic):

@@ -1,7 +1,7 @@
 """ctypes over the kernel libraries built from csrc/: libzt_cpu.so and libzt_cuda.so.
 
-The formulas and their order of operations stand in csrc/formula.h. `loading` finds the libraries, `host` calls the
-CPU's and `gpu` the CUDA one.
+The formulas and their order of operations are in csrc/formula.h. `loading` finds the libraries, `host` calls the CPU
+library and `gpu` the CUDA library.
 """
 
 from runtime.native.gpu import (

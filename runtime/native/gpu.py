@@ -12,7 +12,7 @@ from runtime.native.loading import (
     Hyper,
     RangeStruct,
     check,
-    check_apart,
+    check_overlap,
     cuda,
     hyper,
     i32,
@@ -32,7 +32,7 @@ _NO_STREAM = 2**64 - 1
 
 
 class Range(NamedTuple):
-    """What one update covers: tensors as `adamw` takes them, each (numel,), and which of the call's hypers applies."""
+    """Tensors of one AdamW update, each (numel,), as `adamw` takes them. hyper: index into the call's hypers."""
 
     p: torch.Tensor
     m: torch.Tensor
@@ -59,11 +59,11 @@ def cuda_adamw(
     grad_scale: float | torch.Tensor = 1.0,
     adamw: bool = True,
 ) -> None:
-    """`adamw` on GPU tensors: enqueued on a stream, same bits as on the CPU.
+    """Enqueue `adamw` on GPU tensors, with the same bits as on the CPU.
 
     Args:
         stream: `torch.cuda.current_stream(p.device).cuda_stream`.
-        grad_scale: a number, or one fp32 on the same GPU, so that a clip factor computed there never visits the host.
+        grad_scale: a number, or one fp32 element on the same GPU, so that the host needs not read a clip factor.
 
     Raises:
         ValueError: as `adamw`.
@@ -93,13 +93,13 @@ def cuda_adamw_ranges(
     scale: torch.Tensor | None = None,
     changed: torch.Tensor | None = None,
 ) -> None:
-    """One step over many ranges of one GPU, in one launch for up to 56 ranges with 8 hypers, else in several.
+    """Enqueue one step over many ranges on one GPU, in one launch per 56 ranges with 8 hypers.
 
     Args:
         ranges: all on one GPU, with gradients of one dtype and outputs of one dtype (or none).
-        hypers: from `hyper(..., adamw=adamw)`; each range says which is its own.
-        scale: one fp32 on the GPU that multiplies every hyper's grad_scale; where it is not finite nothing is written,
-            so that a step can be skipped without the host knowing.
+        hypers: from `hyper(..., adamw=adamw)`; each range has the index of its own.
+        scale: one fp32 element on the GPU that multiplies every hyper's grad_scale; where it is not finite nothing is
+            written, so that a step can be skipped without the host knowing.
         changed: one bool on the GPU; where it is true, masters take over outputs that they do not round to: those that
             a script has changed since the last step.
 
@@ -160,7 +160,7 @@ def cuda_sums_of_squares(xs: Sequence[torch.Tensor], work: torch.Tensor, result:
 
 
 def sums_work(xs: Sequence[torch.Tensor]) -> int:
-    """How many fp64 `cuda_sums_of_squares` needs to work with."""
+    """Number of fp64 elements that `cuda_sums_of_squares` needs as `work`."""
     return max(1, 2 * sum(-(-x.numel() // SUM_BLOCK) for x in xs))
 
 
@@ -179,8 +179,8 @@ class StreamedAdamW:
         Args:
             memory: (at least `bytes_needed(...)`,) uint8 on the GPU; kept until `close`.
             chunk: elements per slot, a multiple of 64. A few MiB (1 << 20 elements) keep the copy engines busy.
-            slots: 1 to 16. Three let loading, updating and storing overlap.
-            grad_size, out_size: bytes per element of gradients and outputs that lie on the host; 0: they never do.
+            slots: 1 to 16. With three, loading, updating and storing overlap.
+            grad_size, out_size: bytes per element of gradients and outputs that are on the host; 0: none are.
         """
         need = self.bytes_needed(chunk, slots, grad_size, out_size)
         check("memory", memory, memory.numel(), ("torch.uint8",), "cuda")
@@ -196,7 +196,7 @@ class StreamedAdamW:
         raise_for_cuda(cuda().zt_stream_new(device, self._address, *self._shape, handle))
 
     def _follow_memory(self) -> None:
-        """A storage can be given back and taken anew elsewhere (runtime/offload/parking.py), with nothing under way."""
+        """Open the stream again if the storage was freed and allocated elsewhere (runtime/engine/release.py)."""
         if self._memory.data_ptr() != self._address:
             handle, self._handle = self._handle, u64()
             raise_for_cuda(cuda().zt_stream_free(handle))
@@ -227,19 +227,19 @@ class StreamedAdamW:
         Args:
             ranges: p, m, v page-locked on the host; g and out each there or on the GPU.
             hypers, scale: as `cuda_adamw_ranges`.
-            wait_stream: nothing is read or written before what is enqueued on this CUDA stream now (an int; 0 is the
-                default stream); wait_event: nor before this CUDA event. At least one must cover whatever produces the
-                gradients, still reads the outputs, and uses the states.
-            signal_stream: what is enqueued on it from now on begins when all of this step is done, host memory
-                included.
-            signal_event: recorded when all is done. torch creates an event when it is first recorded: do that before.
+            wait_stream, wait_event: a CUDA stream (an int; 0 is the default stream) and a CUDA event. The step begins
+                after the work that is enqueued on the stream now, and after the event. One of them must cover the work
+                that makes the gradients, reads the outputs and uses the states.
+            signal_stream: a CUDA stream whose later work begins after the step, writes to host memory included.
+            signal_event: a CUDA event that is recorded after the step. It must have been recorded once before, because
+                torch creates an event only then.
 
         Raises:
             ValueError: as `adamw`; memory that is not page-locked; a host gradient or output without room in the slots.
             RuntimeError: CUDA refused.
         """
         if self._handle.value == 0:
-            raise RuntimeError("this StreamedAdamW is closed")
+            raise RuntimeError("StreamedAdamW.step() after close()")
         self._follow_memory()
         for event in (wait_event, signal_event):
             if event == 0:
@@ -267,7 +267,7 @@ class StreamedAdamW:
         )
 
     def close(self) -> None:
-        """Wait for what is under way and give the streams back. A second call does nothing."""
+        """Wait for all steps and free the streams. A second call does nothing."""
         if self._handle.value:
             handle, self._handle = self._handle, u64()
             raise_for_cuda(cuda().zt_stream_free(handle))
@@ -285,7 +285,7 @@ class StreamedAdamW:
 
 
 def pin(address: int, nbytes: int, device: int) -> None:
-    """Page-lock mapped memory for every GPU of this process; `device` is where a context is made if there is none yet.
+    """Page-lock memory for every GPU of this process. device: where a CUDA context is created if there is none yet.
 
     Raises:
         RuntimeError: CUDA refused; most often the host is out of memory, or the range is registered already.
@@ -307,12 +307,12 @@ def _check_range(r: Range, hypers: int, device: torch.device, *, states: str, gr
             kind = tensor.device.type
             check(name, tensor, n, tuple(DTYPES), kind if kind in gradient else gradient[-1])
     if r.out is not None:
-        check_apart(r.g, r.out)
+        check_overlap(r.g, r.out)
     for tensor in (r.p, r.m, r.v, r.g, r.out):
         if tensor is not None and tensor.device.type == "cuda" and tensor.device != device:
             raise ValueError(f"all ranges must be on {device}, one is on {tensor.device}")
     if not 0 <= r.hyper < hypers:
-        raise ValueError(f"a range asks for hyper {r.hyper} of {hypers}")
+        raise ValueError(f"a range has hyper index {r.hyper}, but there are {hypers} hypers")
 
 
 def _dtypes(ranges: Sequence[Range]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The CPU kernels: csrc/cpu. The plain torch reference is runtime/optim/adamw.py."""
+"""Calls of the CPU kernels in csrc/cpu. Their reference in plain torch is runtime/optim/adamw.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import mmap
 from typing import TYPE_CHECKING
 
-from runtime.native.loading import DTYPES, check, check_apart, cpu, hyper, raise_for, u64
+from runtime.native.loading import DTYPES, check, check_overlap, cpu, hyper, raise_for, u64
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ def adamw(
     check("g", g, n, tuple(DTYPES), "cpu")
     if out is not None:
         check("out", out, n, tuple(DTYPES), "cpu")
-        check_apart(g, out)
+        check_overlap(g, out)
     h = hyper(
         step=step,
         lr=lr,
@@ -110,7 +110,7 @@ def sum_of_squares(x: torch.Tensor, *, threads: int | None = None, isa: str = ""
 def accumulate(
     acc: torch.Tensor, g: torch.Tensor, *, scale: float = 1.0, threads: int | None = None, isa: str = ""
 ) -> None:
-    """acc += scale * g in one pass, rounded once. For 16-bit g several times as fast as torch's `acc.add_(g)`.
+    """acc += scale * g in one pass, rounded once; for 16-bit g several times as fast as torch's `acc.add_(g)`.
 
     Args:
         acc: (numel,) fp32 on the CPU. Updated.
@@ -159,11 +159,11 @@ def sum_into(
 
 
 def touch(address: int, nbytes: int, *, nodes: Sequence[int] = (), threads: int | None = None) -> None:
-    """Bring the zero pages of a fresh mapping into memory, from `threads` threads and so near them.
+    """Bring the zero pages of a new mapping into memory, on the NUMA nodes of the `threads` threads that touch them.
 
     Args:
-        nodes: NUMA nodes (below 64) to take the pages from: one is preferred, several take turns. Where the system
-            forbids to ask (containers do), pages lie near the threads, as without this.
+        nodes: NUMA nodes (below 64) to take the pages from instead: one is preferred, several are interleaved. Has no
+            effect where the system forbids it (in containers).
     """
     if nodes:
         cpu().zt_prefer_nodes(address, nbytes, sum(1 << node for node in set(nodes)))
@@ -171,11 +171,11 @@ def touch(address: int, nbytes: int, *, nodes: Sequence[int] = (), threads: int 
 
 
 def copy_past_cache(target: torch.Tensor, source: torch.Tensor, *, threads: int | None = None) -> None:
-    """target = source, bit for bit, without a place in the caches for what is written: for copies of many megabytes
-    that nobody reads soon.
+    """target = source, bit for bit, with stores that bypass the caches: for copies of many megabytes that are not read
+    soon.
 
     Args:
-        target, source: of one dtype and size, contiguous, on the CPU, in memory of their own.
+        target, source: (numel,) of one dtype, on the CPU, not overlapping.
         threads: CPU threads; None: OpenMP's default (OMP_NUM_THREADS, else all cores).
     """
     dtypes = (str(target.dtype),)
@@ -185,11 +185,12 @@ def copy_past_cache(target: torch.Tensor, source: torch.Tensor, *, threads: int 
 
 
 def post(address: int, number: int) -> None:
-    """Store a 32-bit `number` at `address` (shared memory) for those who `wait` for it; earlier writes are seen with
-    it."""
+    """Store a 32-bit `number` at `address` in shared memory and wake processes that `wait` for it. They see all earlier
+    writes, too."""
     cpu().zt_post(address, number & 0xFFFFFFFF)
 
 
 def wait(address: int, number: int, timeout_us: int) -> bool:
-    """Whether the 32-bit number at `address` reaches `number` (modulo 2**32) within the time. Drops the GIL."""
+    """Wait until the 32-bit number at `address` reaches `number` (modulo 2**32). Returns False after `timeout_us`
+    microseconds. Releases the GIL."""
     return bool(cpu().zt_wait(address, number & 0xFFFFFFFF, timeout_us))

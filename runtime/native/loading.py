@@ -1,6 +1,6 @@
-"""Finding, loading and describing the two libraries built from csrc/, and what all calls into them share.
+"""Finds, loads and describes the libraries built from csrc/, and checks arguments of calls into them.
 
-Functions of this package take torch tensors and hand raw addresses to C; none of it imports torch. A call drops the
+Functions of this package take torch tensors and pass raw addresses to C; none of it imports torch. A call releases the
 GIL.
 """
 
@@ -93,7 +93,7 @@ def cpu() -> ctypes.CDLL:
 
 @functools.cache
 def term() -> ctypes.CDLL:
-    """Signals in a rank: csrc/sigterm.cpp.
+    """The library that handles signals in a rank: csrc/sigterm.cpp.
 
     Raises:
         ImportError: not built, or built for another version.
@@ -106,7 +106,7 @@ def term() -> ctypes.CDLL:
 
 @functools.cache
 def cuda() -> ctypes.CDLL:
-    """The CUDA kernels. Loads on a machine without a driver too; only calls need a GPU.
+    """The CUDA kernels. The library loads without a driver, too; only calls need a GPU.
 
     Raises:
         ImportError: not built (no nvcc was found at install time), or built for another version.
@@ -148,17 +148,17 @@ def isa(force: str = "") -> str | None:
     """The instruction set that would run: avx512, avx2, sve or generic.
 
     Args:
-        force: ask for one by name; empty means ZEROTOP_ISA, and without that the best one of this CPU.
+        force: its name; "": the environment's ZEROTOP_ISA, else the best one of this CPU.
 
     Returns:
-        Its name, or None where the one asked for was not built or does not run here.
+        Its name, or None if it was not built or does not run on this CPU.
     """
     name: bytes | None = cpu().zt_isa(force.encode())
     return name.decode() if name else None
 
 
 def cpu_status() -> str:
-    """One line for people: which CPU kernels run, or why none do."""
+    """One line for the user: which CPU kernels run, or why none do."""
     try:
         chosen = isa()
     except ImportError as error:
@@ -169,7 +169,7 @@ def cpu_status() -> str:
 
 
 def cuda_status() -> str:
-    """One line for people: whether the CUDA kernels are built and how many GPUs they see."""
+    """One line for the user: whether the CUDA kernels are built, and how many GPUs they see."""
     try:
         count = cuda().zt_device_count()
     except ImportError as error:
@@ -180,7 +180,7 @@ def cuda_status() -> str:
 def hyper(
     *, step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, grad_scale: float, adamw: bool
 ) -> Hyper:
-    """The constants of one step as the kernels take them: computed in double, rounded to fp32 once."""
+    """The constants of one step for the kernels, computed in double and rounded to fp32 once."""
     if step < 1:
         raise ValueError(f"step counts from 1, got {step}")
     return Hyper(
@@ -197,6 +197,7 @@ def hyper(
 
 
 def check(name: str, t: torch.Tensor, n: int, dtypes: tuple[str, ...], device: str) -> None:
+    """Raises ValueError unless `t` is a contiguous (n,) tensor of one of `dtypes` on a device of type `device`."""
     if t.device.type != device:
         raise ValueError(f"{name} must be on {device}, is on {t.device}")
     if str(t.dtype) not in dtypes:
@@ -209,8 +210,8 @@ def check(name: str, t: torch.Tensor, n: int, dtypes: tuple[str, ...], device: s
         raise ValueError(f"{name} has {t.numel()} elements instead of {n}")
 
 
-def check_apart(g: torch.Tensor, out: torch.Tensor) -> None:
-    """Whether `out` is all of g's memory, element for element, or none of it."""
+def check_overlap(g: torch.Tensor, out: torch.Tensor) -> None:
+    """Raises ValueError if `out` overlaps `g`, except element for element."""
     size = g.element_size()
     if g.data_ptr() == out.data_ptr() and size == out.element_size():
         return
@@ -220,6 +221,7 @@ def check_apart(g: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def raise_for(code: int, force: str) -> None:
+    """Raise the error of a CPU kernel's return code. force: the instruction set of the call."""
     if code == -1:
         asked = f"isa={force!r}" if force else f"ZEROTOP_ISA={_env_isa()}"
         raise ValueError(f"{asked} was not built or does not run on this CPU; the best here is {_best_isa()}")
@@ -228,6 +230,7 @@ def raise_for(code: int, force: str) -> None:
 
 
 def raise_for_cuda(code: int) -> None:
+    """Raise RuntimeError for a CUDA error code."""
     if code:
         raise RuntimeError(f"CUDA: {cuda().zt_error(code).decode()} (error {code})")
 

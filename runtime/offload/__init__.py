@@ -1,1 +1,1 @@
-"""States in host memory: where they live, how gradients get there, how new parameters come back, who updates them."""
+"""Optimizer states and parameters in host memory: their placement, gradient downloads, updates, parameter uploads."""

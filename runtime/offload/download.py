@@ -1,11 +1,11 @@
-"""Reduced gradients on their way from a device to the accumulators in host memory.
+"""Downloads reduced gradients from the device to the accumulators in host memory.
 
 backward  | unit 6 computes | unit 5 computes | unit 4 computes |
 reduce    |                 | 6               | 5               |
 copy      |                                   | 6 -> slot A     | 5 -> slot B            page-locked, two of them
 thread                                                 | A added to 6's accumulator | B to 5's
 
-So the training thread never waits for a copy, unless copies are slower than backward; then it waits for a slot.
+So the training thread does not wait for copies, unless they are slower than backward; then it waits for a free slot.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from runtime.comm.transfer import Copy, Transfers
 
 @dataclass
 class _Slot:
-    buffer: torch.Tensor  # (bytes,) uint8, host
+    buffer: torch.Tensor  # (nbytes,) uint8 in pinned memory
     job: Future[float | None] | None = None
 
 
 @dataclass
 class GradOffload:
-    """Shared by all flats whose states are in other memory than their parameters."""
+    """Downloads the gradients of all groups whose states are in other memory than their parameters."""
 
     transfers: Transfers
     executor: Executor
-    """One thread."""
+    """One thread that adds gradients to the accumulators."""
     threads: int
-    """For adding up."""
+    """CPU threads of each addition."""
     buffers: list[torch.Tensor]
-    """OFFLOAD_SLOTS page-locked byte buffers, each as large as the largest range that travels."""
+    """OFFLOAD_SLOTS pinned uint8 buffers, each as large as the largest shard of gradients."""
     _slots: list[_Slot] = field(init=False)
     _sent: int = 0
 
@@ -47,10 +47,11 @@ class GradOffload:
     def send(
         self, source: torch.Tensor, target: torch.Tensor, add: bool, last: bool
     ) -> tuple[Copy, Future[float | None]]:
-        """Bring `source` (numel,) from the device, after the current stream's work, into `target` (numel,) on the host,
-        or add it there. last: the step's last contribution; the future then has the sum of squares of all of `target`.
+        """Copy `source` (numel,) on the device, after the current stream's work, to `target` (numel,) on the host, or
+        add it there. last: whether it is the optimizer step's last contribution; the future then holds the sum of
+        squares of `target`, else None.
 
-        `source` may be written again after the copy; `target` is complete when the future is done.
+        `source` may be overwritten when the copy is complete; `target` is complete when the future is.
         """
         slot = self._slots[self._sent % len(self._slots)]
         self._sent += 1
@@ -58,10 +59,12 @@ class GradOffload:
             slot.job.result()
         staged = slot.buffer[: source.numel() * source.element_size()].view(source.dtype)
         copy = self.transfers.down(source, staged, self.transfers.mark())
-        slot.job = self.executor.submit(self._take, copy, staged, target, add, last)
+        slot.job = self.executor.submit(self._accumulate, copy, staged, target, add, last)
         return copy, slot.job
 
-    def _take(self, copy: Copy, staged: torch.Tensor, target: torch.Tensor, add: bool, last: bool) -> float | None:
+    def _accumulate(
+        self, copy: Copy, staged: torch.Tensor, target: torch.Tensor, add: bool, last: bool
+    ) -> float | None:
         copy.wait_host()
         combine(target, staged, add, threads=self.threads)
         if not last or not native.available():
@@ -69,7 +72,7 @@ class GradOffload:
         return native.sum_of_squares(target, threads=self.threads)[0]
 
     def fetch(self, source: torch.Tensor, after: Any) -> torch.Tensor:
-        """`source` (numel,) from the device, in host memory that is good until the next call. For the thread of
+        """Copy `source` (numel,) on the device to host memory, which stays valid until the next call. For the thread of
         `executor`, between backwards."""
         slot = self._slots[0]
         staged = slot.buffer[: source.numel() * source.element_size()].view(source.dtype)
@@ -77,7 +80,7 @@ class GradOffload:
         return staged
 
     def drain(self) -> None:
-        """Returns when everything that was sent has arrived. Raises what went wrong on the way."""
+        """Wait until all gradients that were sent are accumulated. Raises the exceptions of failed downloads."""
         for slot in self._slots:
             if slot.job is not None:
                 slot.job.result()

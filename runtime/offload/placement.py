@@ -1,5 +1,5 @@
-"""Which flats' states live where: with the parameters, or in host memory (zero_optimization.offload_optimizer and
-offload_param), what moves between the two, and who updates what is there."""
+"""Decides which groups' states live on the device and which in host memory (zero_optimization.offload_optimizer and
+offload_param), and makes the buffers, streams and threads that offload needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from runtime.offload.split import SAMPLE, Rates, device_share, measure
 from runtime.offload.streamed import GpuStreamer, ring_bytes
 from runtime.offload.upload import ParamUpload, Streamer
 from runtime.plan.constants import OFFLOAD_SLOTS
-from runtime.plan.layout import kept_on_device, leaving_for_room, padded
+from runtime.plan.layout import keep_mask, offload_mask, padded
 from runtime.zero.gradients import GradientConfig
 from runtime.zero.stage import StagePolicy
 from runtime.zero.state_placement import Allocate, StatePlacement
@@ -34,8 +34,8 @@ log = logging.getLogger("runtime.setup")
 
 
 @dataclass(frozen=True)
-class Size:
-    """A flat to be: `numel` elements (not padded) of one dtype."""
+class FlatSize:
+    """Size of a flat parameter group before it is made: `numel` elements, without padding, of one dtype."""
 
     numel: int
     dtype: torch.dtype
@@ -45,76 +45,79 @@ class Size:
 
 @dataclass
 class Placement:
-    """Where things go in one engine."""
+    """Where one engine's states live, and what copies and updates those that are offloaded."""
 
     device: StatePlacement
     host: StatePlacement | None = None
-    """Of offloaded states. None: nothing is offloaded."""
+    """Memory of offloaded states; None: no states are offloaded."""
     shards_on_host: StatePlacement | None = None
-    """Of offloaded parameters."""
+    """Memory of offloaded parameters; None: none are."""
     on_host: tuple[bool, ...] = ()
-    """For each flat, in forward order: whether its states are offloaded."""
+    """For each group, in forward order: whether its states are offloaded."""
     transfers: Transfers | None = None
-    """None: host and device are one memory."""
+    """Copies between host and device; None if they are one memory."""
     upload: ParamUpload | None = None
     executor: Executor | None = None
     overlap: bool = True
 
     @property
     def grad_offload(self) -> GradOffload | None:
+        """Downloads gradients to the host; None: no states are in other memory than their parameters."""
         return self.upload.grad_offload if self.upload is not None else None
 
     @property
     def working_memory(self) -> list[torch.Tensor]:
-        """On the device, between two steps, and of no flat."""
+        """Device memory that is held between two steps and belongs to no parameter group."""
         memory = getattr(self.upload.streamer, "memory", None) if self.upload is not None else None
         return [memory] if memory is not None else []
 
     def of(self, index: int) -> StatePlacement:
-        """Of the states of flat `index`."""
+        """The placement of the states of group `index`, in forward order."""
         return self.host if self.host is not None and self.on_host[index] else self.device
 
     def upload_of(self, index: int) -> ParamUpload | None:
-        """What flat `index`'s optimizer needs for states that are elsewhere."""
+        """What updates the states of group `index` if they are in other memory than its parameters, else None."""
         return self.upload if self.of(index).remote else None
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Sizes in elements and bytes, before anything is taken."""
+    """Sizes, before anything is allocated."""
 
-    ranges: tuple[int, ...]  # elements of each flat's state shard
+    shard_numels: tuple[int, ...]  # elements of each group's state shard
     on_host: tuple[bool, ...]
-    slots: tuple[int, ...]  # bytes
-    blocks: tuple[int, ...]  # bytes of everything in host memory
+    slots: tuple[int, ...]  # bytes of each pinned buffer that copies pass through
+    blocks: tuple[int, ...]  # bytes of each allocation in host memory
 
 
-def place(
+def choose_placement(
     config: Resolved,
     policy: StagePolicy,
     comm: Comm,
     ledger: Ledger,
-    numbers: GradientConfig,
-    sizes: Sequence[Size],
+    gradients: GradientConfig,
+    sizes: Sequence[FlatSize],
     adam: bool,
     transfers: Transfers | None,
 ) -> Placement:
-    """Decide, and make what copies need. `sizes`: of all flats in forward order. adam: the optimizer is one that our
-    kernels know. transfers: None where the device is the host. The same on every rank.
+    """Decide which states are offloaded, the same on every rank, and make the buffers of their copies.
 
-    Raises ConfigError on every rank where a host has too little memory.
+    sizes: of all groups, in forward order. adam: whether the optimizer is Adam or AdamW, for which there are kernels.
+    transfers: copies between host and device; None if the device is the CPU.
+
+    Raises ConfigError on every rank if one of the hosts has too little memory.
     """
     placement = Placement(StatePlacement.on(comm.device, ledger), on_host=(False,) * len(sizes))
     optimizer, parameters = config.offload_optimizer, config.offload_param
     if optimizer is None and parameters is None:
         return placement
     placement.transfers = transfers
-    plan = _plan(config, policy, comm, numbers, sizes, remote=placement.transfers is not None)
+    plan = _plan(config, policy, comm, gradients, sizes, remote=placement.transfers is not None)
     pins = [section is not None and section.pin_memory for section in (optimizer, parameters)]
     pin = any(pins) and comm.device.type == "cuda"
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     _check_memory(plan, pin, local_world, comm)
-    share = _bound(local_world)
+    share = _bind_cores(local_world)
     for_optimizer, for_parameters = _host_memory(comm.device, pins, share, ledger)
     remote = placement.transfers is not None
     if parameters is not None:
@@ -124,88 +127,92 @@ def place(
     placement.host = StatePlacement(ledger, for_optimizer, offloaded=True, remote=remote)
     placement.on_host, placement.overlap = plan.on_host, config.zerotop.offload.overlap
     threads = share.threads if share is not None and remote else torch.get_num_threads()
-    placement.executor = ThreadPoolExecutor(1, "offload", _enter, (threads, comm.device))
+    placement.executor = ThreadPoolExecutor(1, "offload", _init_thread, (threads, comm.device))
     if placement.transfers is not None and any(plan.on_host):
         slots = [placement.host.zeros("communication", size, torch.uint8) for size in plan.slots]
         grad_offload = GradOffload(placement.transfers, placement.executor, threads, slots[:OFFLOAD_SLOTS])
         placement.upload = ParamUpload(placement.transfers, grad_offload, slots[OFFLOAD_SLOTS:])
         if config.zerotop.offload.update != "cpu":
-            _share_with_device(config, placement, comm, numbers.accumulate, adam, threads)
+            _set_device_share(config, placement, comm, gradients.accumulate, adam, threads)
     return placement
 
 
-def _enter(threads: int, device: torch.device) -> None:
-    """The updating thread begins."""
+def _init_thread(threads: int, device: torch.device) -> None:
+    """Initialise the thread that updates offloaded states."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # else its calls would make a context on the first GPU
+        torch.cuda.set_device(device)  # otherwise its calls would make a CUDA context on the first GPU
     torch.set_num_threads(threads)
 
 
 def _plan(
-    config: Resolved, policy: StagePolicy, comm: Comm, numbers: GradientConfig, sizes: Sequence[Size], remote: bool
+    config: Resolved,
+    policy: StagePolicy,
+    comm: Comm,
+    gradients: GradientConfig,
+    sizes: Sequence[FlatSize],
+    remote: bool,
 ) -> _Plan:
-    ranges = tuple(_state_numel(size, policy, comm.world_size) for size in sizes)
+    numels = tuple(_state_numel(size, policy, comm.world_size) for size in sizes)
     on_host = [False] * len(sizes)
     if config.offload_optimizer is not None:
         trained = [index for index, size in enumerate(sizes) if size.trained]
-        stays = kept_on_device([ranges[index] for index in trained], config.offload_optimizer.ratio)
-        room = _room(config, policy, comm, numbers, sizes, ranges)
-        leaves = leaving_for_room([ranges[index] for index in trained], stays, room)
-        for index, leave in zip(trained, leaves, strict=True):
+        keep = keep_mask([numels[index] for index in trained], config.offload_optimizer.ratio)
+        room = _vram_for_states(config, policy, comm, gradients, sizes, numels)
+        offload_each = offload_mask([numels[index] for index in trained], keep, room)
+        for index, leave in zip(trained, offload_each, strict=True):
             on_host[index] = leave
-    moving = [(n, size.dtype) for n, size, on in zip(ranges, sizes, on_host, strict=True) if on]
+    moving = [(n, size.dtype) for n, size, on in zip(numels, sizes, on_host, strict=True) if on]
     slots: list[int] = []
     if remote and moving:
-        down = max(n * _travels(policy, numbers, dtype) for n, dtype in moving)
+        down = max(n * _download_bytes(policy, gradients, dtype) for n, dtype in moving)
         slots = [down] * OFFLOAD_SLOTS + [max(n * dtype.itemsize for n, dtype in moving)] * OFFLOAD_SLOTS
-    kept = numbers.accumulate.itemsize if policy.shards_gradients else 0
+    kept = gradients.accumulate.itemsize if policy.shards_gradients else 0
     blocks = [*slots]
-    for n, size, on in zip(ranges, sizes, on_host, strict=True):
-        waits = size.sharded and config.offload_param is not None
+    for n, size, on in zip(numels, sizes, on_host, strict=True):
+        params_on_host = size.sharded and config.offload_param is not None
         if on:
-            own_masters = size.dtype == torch.float32 and (waits or not remote)
+            own_masters = size.dtype == torch.float32 and (params_on_host or not remote)
             blocks += [0 if own_masters else 4 * n, 4 * n, 4 * n, kept * n]
-        if waits:
+        if params_on_host:
             blocks.append(n * size.dtype.itemsize)
-    return _Plan(ranges, tuple(on_host), tuple(slots), tuple(blocks))
+    return _Plan(numels, tuple(on_host), tuple(slots), tuple(blocks))
 
 
-def _travels(policy: StagePolicy, numbers: GradientConfig, dtype: torch.dtype) -> int:
-    """Most bytes per element that gradients have on their way to the host: after no_sync they come as they
-    accumulated."""
+def _download_bytes(policy: StagePolicy, gradients: GradientConfig, dtype: torch.dtype) -> int:
+    """Most bytes per element of gradients that are downloaded: after no_sync they have the accumulation dtype."""
     if not policy.shards_gradients:
-        return numbers.accumulate.itemsize
-    if numbers.communicate is not None:
-        return numbers.communicate.itemsize
-    return max(dtype.itemsize, numbers.accumulate.itemsize)
+        return gradients.accumulate.itemsize
+    if gradients.communicate is not None:
+        return gradients.communicate.itemsize
+    return max(dtype.itemsize, gradients.accumulate.itemsize)
 
 
-def _state_numel(size: Size, policy: StagePolicy, world_size: int) -> int:
+def _state_numel(size: FlatSize, policy: StagePolicy, world_size: int) -> int:
     whole = padded(size.numel, world_size)
     return whole // world_size if policy.shards_states else whole
 
 
-def _room(
+def _vram_for_states(
     config: Resolved,
     policy: StagePolicy,
     comm: Comm,
-    numbers: GradientConfig,
-    sizes: Sequence[Size],
-    ranges: Sequence[int],
+    gradients: GradientConfig,
+    sizes: Sequence[FlatSize],
+    numels: Sequence[int],
 ) -> int:
-    """Bytes of VRAM for states that may stay, on the rank that has least: what is free now, less the parameters and
-    gradients to come and zerotop.offload.vram_reserve_gib."""
+    """Bytes of VRAM for states that may stay on the device, on the rank that has least: what is free now, less the
+    parameters and gradients that will be allocated and zerotop.offload.vram_reserve_gib."""
     reserve = config.zerotop.offload.vram_reserve_gib
     if reserve is None or comm.device.type != "cuda":
         return 0
     coming = 0
-    for size, own in zip(sizes, ranges, strict=True):
+    for size, own in zip(sizes, numels, strict=True):
         whole = padded(size.numel, comm.world_size)
-        waits = size.sharded and config.offload_param is not None
-        coming += 0 if waits else size.dtype.itemsize * (own if size.sharded else whole)
-        coming += numbers.accumulate.itemsize * (own if policy.shards_gradients else whole) * size.trained
+        params_on_host = size.sharded and config.offload_param is not None
+        coming += 0 if params_on_host else size.dtype.itemsize * (own if size.sharded else whole)
+        coming += gradients.accumulate.itemsize * (own if policy.shards_gradients else whole) * size.trained
     if config.zerotop.offload.update != "cpu":
-        coming += ring_bytes(_chunk_bytes(config), numbers.accumulate, torch.float32)
+        coming += ring_bytes(_chunk_bytes(config), gradients.accumulate, torch.float32)
     largest = sorted((padded(s.numel, comm.world_size) * s.dtype.itemsize for s in sizes), reverse=True)[:2]
     free = torch.cuda.mem_get_info(comm.device)[0]
     room = free - coming - 2 * sum(largest) - int(reserve * 2**30)
@@ -213,7 +220,7 @@ def _room(
 
 
 def _check_memory(plan: _Plan, pin: bool, local_world: int, comm: Comm) -> None:
-    """One rank's lack is every rank's error, before anything is allocated."""
+    """Raise ConfigError on every rank, before anything is allocated, if any rank's host has too little memory."""
     problem, note = "", None
     try:
         note = check_host_memory(page_rounded(plan.blocks), pin=pin, local_world=local_world)
@@ -227,11 +234,12 @@ def _check_memory(plan: _Plan, pin: bool, local_world: int, comm: Comm) -> None:
 
 
 _shares: dict[int, cores.Share] = {}
-"""This process's share of the cores, by ranks on this host: taken once, for afterwards it is all that can be seen."""
+"""Number of ranks on this host -> this process's share of the cores. Taken once, because a bound process sees only its
+share."""
 
 
-def _bound(local_world: int) -> cores.Share | None:
-    """Keep this rank on cores of its own. None: it is alone on its host, as far as it knows."""
+def _bind_cores(local_world: int) -> cores.Share | None:
+    """Bind this rank to its share of the cores. None: it is the only rank on its host."""
     if local_world < 2:
         return None
     if local_world not in _shares:
@@ -242,6 +250,7 @@ def _bound(local_world: int) -> cores.Share | None:
 
 
 def _gpu_nodes(local_world: int) -> list[int | None]:
+    """NUMA node of each local rank's GPU; empty if that can't be found out."""
     if not torch.cuda.is_available() or torch.cuda.device_count() < local_world:
         return []
     found: list[Any] = [torch.cuda.get_device_properties(index) for index in range(local_world)]
@@ -252,15 +261,15 @@ def _gpu_nodes(local_world: int) -> list[int | None]:
 
 
 def transfers_for(device: torch.device) -> Transfers | None:
-    """How copies between the host and `device` are made; None where it is the host."""
+    """Makes copies between the host and `device`; None if that is the CPU."""
     return CudaTransfers(device) if device.type == "cuda" else None
 
 
 def _host_memory(
     device: torch.device, pins: Sequence[bool], share: cores.Share | None, ledger: Ledger
 ) -> list[Allocate]:
-    """Where host memory comes from, page-locked or not. Beside a GPU all of it is there before training begins; on a
-    CPU it is memory like any other."""
+    """An allocator of host memory for each of `pins`, page-locked or not. With a GPU all pages are in memory before
+    training begins; on a CPU it is ordinary memory."""
     if device.type != "cuda":
         return [lambda numel, dtype: zeros(numel, dtype, torch.device("cpu")) for _ in pins]
     arenas = {pin: Arena(pin=pin, device=device.index, nodes=share.nodes if share else ()) for pin in set(pins)}
@@ -270,20 +279,22 @@ def _host_memory(
 
 
 def streamer_for(device: torch.device, chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> Streamer | None:
-    """Who updates states on the device; None where nobody can."""
+    """Makes what updates offloaded states on the device; None without a GPU or CUDA kernels."""
     usable = device.type == "cuda" and native.cuda_available()
     return GpuStreamer(device, chunk_bytes, gradient, out) if usable else None
 
 
-def _share_with_device(
+def _set_device_share(
     config: Resolved, placement: Placement, comm: Comm, accumulate: torch.dtype, adam: bool, threads: int
 ) -> None:
-    """zerotop.offload.update: gpu gives the device all, auto what it was measured to be worth."""
+    """Apply zerotop.offload.update: the device updates all offloaded states ("gpu") or a measured share ("auto")."""
     upload, section = placement.upload, config.zerotop.offload
     assert upload is not None
     if not adam:
         if section.update == "gpu":
-            raise ConfigError('zerotop.offload.update: "gpu" is for AdamW and Adam; this optimizer needs "cpu"')
+            raise ConfigError(
+                'zerotop.offload.update: "gpu" supports AdamW and Adam only; use "cpu" with this optimizer'
+            )
         return
     pinned = config.offload_optimizer is not None and config.offload_optimizer.pin_memory
     if not pinned:
@@ -303,7 +314,7 @@ def _share_with_device(
         return
     upload.device_share = 1.0 if section.update == "gpu" else _measured_share(upload, comm, threads)
     if upload.device_share == 0.0:
-        upload.streamer = None  # and with it goes its memory
+        upload.streamer = None  # frees its device memory
     for memory in placement.working_memory:
         placement.device.hold("communication", memory)
 
@@ -313,7 +324,7 @@ def _chunk_bytes(config: Resolved) -> int:
 
 
 def _measured_share(upload: ParamUpload, comm: Comm, threads: int) -> float:
-    """All ranks of a host measure at once, for that is how they will update."""
+    """Measure the device's best share on all ranks of a host at once, because that is how they will update."""
     assert upload.streamer is not None
     with Arena(pin=True, device=comm.device.index) as arena:
         comm.gather_objects(None)
@@ -321,9 +332,9 @@ def _measured_share(upload: ParamUpload, comm: Comm, threads: int) -> float:
     share = device_share(rates)
     if comm.rank == 0:
         log.info(
-            f"offload: the CPU updates {rates.cpu / 1e6:,.0f} million parameters a second, the GPU "
-            f"{rates.gpu / 1e6:,.0f}, both at once {rates.cpu_beside / 1e6:,.0f} and {rates.gpu_beside / 1e6:,.0f}: "
-            f"the GPU takes {share:.0%}"
+            f"offload: alone, the CPU updates {rates.cpu / 1e6:,.0f} million parameters/s and the GPU "
+            f"{rates.gpu / 1e6:,.0f}; at once {rates.cpu_beside / 1e6:,.0f} and {rates.gpu_beside / 1e6:,.0f}: "
+            f"the GPU updates {share:.0%}"
         )
     return share
 

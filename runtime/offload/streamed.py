@@ -1,4 +1,4 @@
-"""The GPU's part in updating offloaded states: they stream through it in chunks, beside the computing."""
+"""Updates offloaded states on the GPU, through which they stream in chunks, while it computes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from runtime.plan.layout import STATE_BYTES
 
 
 def _chunk(chunk_bytes: int) -> int:
-    """Elements."""
+    """Elements of a chunk whose states take `chunk_bytes`."""
     return max(64, chunk_bytes // STATE_BYTES // 64 * 64)
 
 
 def ring_bytes(chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> int:
-    """What a streamer takes on the device."""
+    """Device memory of a GpuStreamer, in bytes."""
     return STREAM_SLOTS * _chunk(chunk_bytes) * (STATE_BYTES + gradient.itemsize + out.itemsize)
 
 
 class GpuStreamer:
-    """`native.StreamedAdamW` as a ParamUpload uses it."""
+    """Adapts `native.StreamedAdamW` to ParamUpload's Streamer."""
 
     def __init__(self, device: torch.device, chunk_bytes: int, gradient: torch.dtype, out: torch.dtype) -> None:
-        """chunk_bytes: of states in each slot. gradient, out: what pieces may have on the host."""
+        """chunk_bytes: states per slot. gradient, out: dtypes of gradients and outputs that are on the host."""
         self.device = device
         chunk = _chunk(chunk_bytes)
         sizes = {"grad_size": gradient.itemsize, "out_size": out.itemsize}
@@ -39,6 +39,7 @@ class GpuStreamer:
     def update(
         self, pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float, after: torch.cuda.Event
     ) -> Copy:
+        """See upload.Streamer."""
         done = torch.cuda.Event()
         done.record(self._idle)  # torch makes an event's handle when it is first recorded
         self._streamed.step(

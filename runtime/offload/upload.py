@@ -1,4 +1,4 @@
-"""Updates of states in host memory: new parameters go up to the device, and the device may update a part itself.
+"""Updates states in host memory and uploads the new parameters to the device, which may update a share itself.
 
 flat     |<------- the CPU's share ------->|<------------ the GPU's share ------------>|
 thread   | update unit 0 -> slot A | update unit 1 -> slot B | update unit 2 -> slot A ...     page-locked: two
@@ -24,27 +24,27 @@ from runtime.zero.flat import FlatParamGroup
 
 
 class Streamer(Protocol):
-    """Updates on the device, with states that stay on the host."""
+    """Updates states in host memory on the device, through which they stream."""
 
     def update(
         self, pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float, after: Any
     ) -> Copy:
-        """pieces: states in host memory, gradients and outputs there or on the device. Nothing is touched before the
-        marked point `after`; when the copy is complete, all is done."""
+        """Start AdamW on `pieces`, whose states are in host memory, gradients and outputs there or on the device.
+        Nothing is read or written before the mark `after`; the update is done when the copy is complete."""
 
 
 @dataclass
 class ParamUpload:
-    """Serves the optimizers of all shards whose states are in other memory than their parameters. For the updating
+    """Updates all shards whose states are in other memory than their parameters (OffloadedStates). For the offload
     thread only."""
 
     transfers: Transfers
     grad_offload: GradOffload
     buffers: list[torch.Tensor]
-    """Page-locked byte buffers, each as large as the largest shard of new parameters."""
+    """Pinned uint8 buffers, each as large as the largest shard of new parameters."""
     streamer: Streamer | None = None
     device_share: float = 0.0
-    """Part of every flat that the device updates, 0 to 1. The bits don't depend on it."""
+    """Share of every group that the device updates, 0 to 1. Results are bit-identical for any share."""
     _copies: list[Copy | None] = field(init=False)
     _sent: int = 0
 
@@ -52,20 +52,20 @@ class ParamUpload:
         self._copies = [None] * len(self.buffers)
 
     def split(self, numel: int) -> int:
-        """Elements [0, split) are the CPU's, the rest is the device's."""
+        """How many of `numel` elements the CPU updates; the device updates those after them."""
         if self.streamer is None:
             return numel
         return numel - min(numel, round(self.device_share * numel / ALIGNMENT) * ALIGNMENT)
 
     def update(self, optimizer: ShardAdamW, hypers: Sequence[dict[str, Any]], step: OptimizerStep) -> Copy:
-        """AdamW on one shard. The copy is complete when the new parameters are where they are used."""
+        """See OffloadedStates."""
         flat, numel = optimizer.flat, optimizer.flat.state_numel
         split = self.split(numel)
         done: list[Copy] = []
         if split < numel:
             assert self.streamer is not None
-            # fp32 parameters that wait on the host are their own masters
-            out = None if flat.own is flat.masters else flat.own[split:]
+            # offloaded fp32 parameters are their own masters
+            out = None if flat.param_shard is flat.masters else flat.param_shard[split:]
             pieces = optimizer.pieces(split, numel, flat.gradient[split:], out)
             done.append(self.streamer.update(pieces, hypers, step.known_scale, step.after))
         if split > 0:
@@ -76,36 +76,36 @@ class ParamUpload:
         return Copies(done)
 
     def gradient(self, flat: FlatParamGroup, step: OptimizerStep, end: int | None = None) -> torch.Tensor:
-        """Elements [0, end) of the flat's gradient in host memory. Below stage 2 they come down only now, to memory
-        that the next call takes."""
+        """(end,) the first elements of the group's gradient in host memory. Unless gradients are sharded (stages 2, 3),
+        they are downloaded only now, to memory that the next call reuses."""
         if flat.policy.shards_gradients:
             return flat.gradient[:end]
         with profiler_range("download", flat.policy.stage, flat.name):
             return self.grad_offload.fetch(flat.gradient[:end], step.after)
 
     def deliver(self, flat: FlatParamGroup, step: OptimizerStep) -> Copy:
-        """Send all masters of the shard, rounded, to its parameters."""
+        """See OffloadedStates."""
         out, send = self._outgoing(flat, flat.state_numel, step.after)
         if out is not None:
             out.copy_(flat.masters)
         return Copies(send())
 
     def _outgoing(self, flat: FlatParamGroup, end: int, after: Any) -> tuple[torch.Tensor | None, Any]:
-        """Where to leave elements [0, end) of the new parameters (None: they are the masters), and a function that
-        sends them on and returns the copies."""
-        own = flat.own[:end]
-        if not flat.apart:  # offloaded parameters wait where their masters are
-            return (None if flat.own is flat.masters else own), list
-        if own.dtype == flat.masters.dtype:
-            return None, lambda: [self._up(flat, flat.masters[:end], own, after)]
+        """A tensor (end,) for the first elements of the new parameters (None: they are the masters), and a function
+        that uploads them and returns the copies."""
+        shard = flat.param_shard[:end]
+        if not flat.masters_in_other_memory:  # parameters are offloaded, too
+            return (None if flat.param_shard is flat.masters else shard), list
+        if shard.dtype == flat.masters.dtype:
+            return None, lambda: [self._up(flat, flat.masters[:end], shard, after)]
         slot = self._sent % len(self.buffers)
         self._sent += 1
         if (last := self._copies[slot]) is not None:
             last.wait_host()
-        out = self.buffers[slot][: own.numel() * own.element_size()].view(own.dtype)
+        out = self.buffers[slot][: shard.numel() * shard.element_size()].view(shard.dtype)
 
         def send() -> list[Copy]:
-            copy = self._copies[slot] = self._up(flat, out, own, after)
+            copy = self._copies[slot] = self._up(flat, out, shard, after)
             return [copy]
 
         return out, send

@@ -1,1 +1,1 @@
-"""Who updates the parameters: the plain reference, the fused kernels, the offloaded form."""
+"""Optimizers of shards: AdamW by fused kernels, other elementwise optimizers by torch, and the order of updates."""

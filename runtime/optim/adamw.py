@@ -1,4 +1,4 @@
-"""AdamW and Adam in plain torch: what the fused kernels must equal, and what runs where they are not built."""
+"""AdamW and Adam in plain torch: the reference of the fused kernels, and their fallback where they are not built."""
 
 from __future__ import annotations
 

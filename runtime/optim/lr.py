@@ -1,9 +1,9 @@
 """DeepSpeed's learning-rate schedules, step for step (deepspeed/runtime/lr_schedules.py, v0.19).
 
 Like DeepSpeed's they count iterations from -1, so the first optimizer step runs at the schedule's start, and a schedule
-is advanced after each optimizer step. They set every parameter group's learning rate from its own bounds, and are
-functions of the iteration alone: nothing but the iteration is saved, and a schedule whose numbers have changed goes on
-where it was with the new ones.
+is advanced after each optimizer step. They set every parameter group's learning rate from its own bounds. Each is a
+function of the iteration alone: only the iteration is saved, and a schedule whose settings have changed continues at
+the same iteration with the new ones.
 """
 
 from __future__ import annotations
@@ -18,42 +18,44 @@ from runtime.config import SchedulerConfig
 
 LOG, LINEAR = "log", "linear"
 SECOND_BETA = 0.99
-"""Of Adam's betas under OneCycle, as in DeepSpeed."""
+"""Adam's second beta under OneCycle, as in DeepSpeed."""
 Bound = float | Sequence[float]
 """A number for all parameter groups, or one for each."""
 
 
 class Schedule:
-    """Sets the learning rate of every parameter group; `step()` after each optimizer step."""
+    """Sets the learning rate of every parameter group. Call `step()` after each optimizer step."""
 
     def __init__(self, optimizer: Any, last_batch_iteration: int = -1) -> None:
         self.optimizer = _torch_optimizer(optimizer)
         self.last_batch_iteration = last_batch_iteration
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-        """The groups' own, before this schedule sets any."""
+        """The learning rate of each group before this schedule sets any."""
 
     def get_lr(self) -> list[float]:
         """The learning rate of each group at `last_batch_iteration`."""
         raise NotImplementedError
 
     def get_mom(self) -> list[tuple[float, float]] | None:
-        """Betas of each group, where the schedule moves them."""
+        """(beta1, beta2) of each group at `last_batch_iteration`; None if the schedule does not change them."""
         return None
 
     def get_last_lr(self) -> list[float]:
+        """The current learning rate of each group."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def step(self, last_batch_iteration: int | None = None) -> None:
-        """Go on by one iteration, or to `last_batch_iteration`."""
+        """Advance by one iteration, or to `last_batch_iteration`."""
         following = self.last_batch_iteration + 1
         self.last_batch_iteration = following if last_batch_iteration is None else last_batch_iteration
         self._set()
 
     def state_dict(self) -> dict[str, Any]:
+        """The iteration, for a checkpoint."""
         return {"last_batch_iteration": self.last_batch_iteration}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Also sets the learning rates of that iteration."""
+        """Continue at the iteration of `state`, and set its learning rates."""
         # Early versions of zerotop called it "iteration".
         self.last_batch_iteration = int(
             state["last_batch_iteration" if "last_batch_iteration" in state else "iteration"]
@@ -70,7 +72,7 @@ class Schedule:
             group["betas"] = betas
 
     def _each(self, bound: Bound, name: str) -> list[float]:
-        """One bound for each parameter group. Raises ValueError for a list of another length."""
+        """One bound for each parameter group. Raises ValueError if `bound` is a list of another length."""
         groups = len(self.optimizer.param_groups)
         if not isinstance(bound, Sequence):
             return [float(bound)] * groups
@@ -91,7 +93,7 @@ class _Warmup(Schedule):
         self.warmup_num_steps, self.warmup_type = max(2, warmup_num_steps), warmup_type
 
     def _warm(self) -> float:
-        """How far the warm-up is, from 0 to 1."""
+        """Progress of the warm-up, from 0 to 1."""
         iteration, steps = self.last_batch_iteration, self.warmup_num_steps
         if iteration >= steps:
             return 1.0
@@ -116,6 +118,7 @@ class WarmupLR(_Warmup):
         self._set()
 
     def get_lr(self) -> list[float]:
+        """The learning rate of each group at `last_batch_iteration`."""
         if self.last_batch_iteration < 0:
             return list(self.min_lrs)
         gamma = self._gamma()
@@ -151,7 +154,7 @@ class WarmupDecayLR(WarmupLR):
 
 
 class WarmupCosineLR(_Warmup):
-    """A ratio of each group's own lr: from warmup_min_ratio up to 1, then down a cosine to cos_min_ratio."""
+    """Scales each group's own lr: from warmup_min_ratio up to 1, then down a cosine to cos_min_ratio."""
 
     def __init__(
         self,
@@ -169,6 +172,7 @@ class WarmupCosineLR(_Warmup):
         self._set()
 
     def get_lr_ratio(self) -> float:
+        """The factor on each group's own lr at `last_batch_iteration`."""
         iteration, warmup = self.last_batch_iteration, self.warmup_num_steps
         if iteration < 0:
             return 0.0
@@ -179,12 +183,14 @@ class WarmupCosineLR(_Warmup):
         return max(0.0, self.cos_min_ratio + (1.0 - self.cos_min_ratio) * ratio)
 
     def get_lr(self) -> list[float]:
+        """The learning rate of each group at `last_batch_iteration`."""
         ratio = self.get_lr_ratio()
         return [base * ratio for base in self.base_lrs]
 
 
 class LRRangeTest(Schedule):
-    """Grows from lr_range_test_min_lr by its lr_range_test_step_rate-fold in every lr_range_test_step_size steps."""
+    """Starts at lr_range_test_min_lr and adds lr_range_test_step_rate times that every lr_range_test_step_size
+    steps."""
 
     def __init__(
         self,
@@ -204,6 +210,7 @@ class LRRangeTest(Schedule):
         self._set()
 
     def get_lr(self) -> list[float]:
+        """The learning rate of each group at `last_batch_iteration`."""
         intervals = (self.last_batch_iteration + 1) / self.step_size
         factor = 1 + self.step_rate * (math.floor(intervals) if self.staircase else intervals)
         return [low * factor for low in self.min_lr]
@@ -212,7 +219,7 @@ class LRRangeTest(Schedule):
 class OneCycle(Schedule):
     """The 1cycle policy (arXiv 1803.09820): up from cycle_min_lr to cycle_max_lr and down again, then a decay.
 
-    Momentum, the first of Adam's betas, goes the other way; other optimizers keep theirs.
+    Momentum, the first of Adam's betas, goes down and up instead; optimizers without betas keep theirs.
     """
 
     def __init__(
@@ -256,6 +263,7 @@ class OneCycle(Schedule):
         self._set()
 
     def get_lr(self) -> list[float]:
+        """The learning rate of each group at `last_batch_iteration`."""
         if self.last_batch_iteration < 0:
             return list(self.min_lrs)
         if self.last_batch_iteration < self.total_size:
@@ -265,6 +273,7 @@ class OneCycle(Schedule):
         return [low / factor for low in self.min_lrs]
 
     def get_mom(self) -> list[tuple[float, float]] | None:
+        """Betas of each group at `last_batch_iteration`; None if the schedule leaves them alone."""
         if not self.cycle_momentum:
             return None
         if self.last_batch_iteration < 0:  # DeepSpeed's first step has the lower bound
@@ -278,7 +287,7 @@ class OneCycle(Schedule):
         return [(mom, SECOND_BETA) for mom in moms]
 
     def _scale(self) -> float:
-        """How high on the cycle the next step is, from 0 to 1."""
+        """Height of the next step on the cycle: 0 at cycle_min_lr, 1 at cycle_max_lr."""
         iteration = self.last_batch_iteration + 1
         ratio = self.first_step_size / self.total_size
         within = 1.0 + iteration / self.total_size - math.floor(1 + iteration / self.total_size)
@@ -308,14 +317,14 @@ SCHEDULES: dict[str, type[Schedule]] = {
 
 
 def schedule_from_config(optimizer: torch.optim.Optimizer, config: SchedulerConfig) -> Schedule:
-    """The schedule of the config's `scheduler` section. Raises ValueError for numbers that don't fit the optimizer's
-    groups."""
+    """Make the schedule of the config's `scheduler` section. Raises ValueError if its settings don't fit the
+    optimizer's groups."""
     numbers = config.model_dump()
     return SCHEDULES[numbers.pop("type")](optimizer, **numbers)
 
 
 def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer, or the one that it wraps."""
+    """`optimizer` itself, or the torch optimizer that it wraps."""
     inner = getattr(optimizer, "optimizer", None)
     for candidate in (optimizer, inner):
         if isinstance(candidate, torch.optim.Optimizer):

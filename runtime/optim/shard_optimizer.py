@@ -1,7 +1,5 @@
-"""How one shard of a flat parameter group is updated: AdamW by the fused kernel, other elementwise optimizers of
-torch.optim by themselves.
-
-Both have one interface, so that engine, checkpoints and offload don't ask which optimizer it is.
+"""The optimizer of one rank's shard of a flat parameter group: AdamW with fused kernels, or any elementwise optimizer
+of torch.optim. Both have one interface for the engine, checkpoints and offload.
 """
 
 from __future__ import annotations
@@ -22,12 +20,12 @@ from runtime.optim.adamw import adamw_reference
 from runtime.zero.flat import FlatParamGroup
 
 Hyper = Mapping[str, Any]
-"""One optimizer parameter group's numbers: lr, betas, eps, weight_decay, ..."""
+"""Hyperparameters of one optimizer parameter group: lr, betas, eps, weight_decay, ..."""
 
 
 @dataclass
 class State:
-    """One tensor of optimizer state: `tensor` covers elements [start, start + numel) of the flat's state shard."""
+    """One tensor of optimizer state, for elements [start, start + numel) of the state shard."""
 
     name: str
     start: int
@@ -35,7 +33,7 @@ class State:
 
 
 class OptimizerStep(NamedTuple):
-    """The numbers of one optimizer step."""
+    """The inputs of one optimizer step."""
 
     groups: Sequence[Hyper]
     step: int
@@ -44,30 +42,31 @@ class OptimizerStep(NamedTuple):
     """Factor on the gradients; () fp32 on the device where the host does not know it yet, NaN for a step that changes
     nothing."""
     after: Any = None
-    """On a GPU, with offloaded states: the point of the computing stream up to which old parameters are read."""
+    """With states offloaded from a GPU: mark in the compute stream (Transfers.mark) after which parameters may be
+    overwritten."""
     changed: torch.Tensor | None = None
     """() bool on the device: whether the script has changed this rank's parameters since the last step, so that masters
     follow them. None: the host has seen to it."""
 
     @property
     def known_scale(self) -> float:
-        """For those who need it on the host."""
+        """`scale`, for updates that need it on the host."""
         assert not isinstance(self.scale, torch.Tensor)
         return self.scale
 
 
 class OffloadedStates(Protocol):
-    """The way between states in host memory and parameters on the device (runtime/offload/upload.py)."""
+    """Updates states in host memory and copies new parameters to the device (runtime/offload/upload.py)."""
 
     def update(self, optimizer: ShardAdamW, hypers: Sequence[dict[str, Any]], step: OptimizerStep) -> Copy:
-        """AdamW on one shard, by the CPU, the device or both. The copy is complete when the new parameters are where
-        they are used."""
+        """Run AdamW on one shard, on the CPU, the device or both. The copy returned is complete when the new parameters
+        are in `param_shard`."""
 
     def gradient(self, flat: FlatParamGroup, step: OptimizerStep) -> torch.Tensor:
         """(state shard,) the gradient in host memory, valid until the next call."""
 
     def deliver(self, flat: FlatParamGroup, step: OptimizerStep) -> Copy:
-        """Send the masters, rounded to the parameters' dtype, to the parameters."""
+        """Copy the masters, rounded to the parameters' dtype, to `param_shard`."""
 
 
 class ShardOptimizer(Protocol):
@@ -76,27 +75,29 @@ class ShardOptimizer(Protocol):
     flat: FlatParamGroup
 
     def update(self, step: OptimizerStep) -> Copy | None:
-        """Leave the new values in masters and own parameters. Returns the copy that brings new parameters to the
-        device; None: they are there. Where states are offloaded it runs on another thread than the training's."""
+        """Update masters and `param_shard`. Returns the copy that brings the new parameters to the device; None: there
+        is nothing to wait for. If states are offloaded it runs on the offload thread."""
 
     def states(self) -> Iterator[State]:
         """Every state tensor, to be written to or read from a checkpoint."""
 
     def scalars(self) -> dict[int, dict[str, Any]]:
-        """States that are not per element, by parameter group; a rank knows those of the groups in its range."""
+        """Optimizer parameter group -> its states that are not per element. A rank has those of the groups in its
+        shard."""
 
-    def load_scalars(self, scalars: dict[int, dict[str, Any]]) -> None: ...
+    def load_scalars(self, scalars: dict[int, dict[str, Any]]) -> None:
+        """Load what `scalars` returned."""
 
     def state_names(self, group: int) -> list[str]:
-        """Of the states that parameters of this group have after a step."""
+        """Names of the per-element states that parameters of this group have after a step."""
 
     def reset(self, to_read: bool) -> None:
-        """Back to before the first step. to_read: all states exist then, so that a checkpoint can be read into them;
-        those that it doesn't have are fresh."""
+        """Go back to before the first step. to_read: make all states, so that a checkpoint can be read into them; those
+        that it doesn't have stay fresh."""
 
 
 class ShardAdamW:
-    """AdamW (arXiv 1711.05101) or Adam with L2, fp32 moments over the whole state shard."""
+    """AdamW (arXiv 1711.05101) or Adam with L2, with fp32 moments of the state shard."""
 
     def __init__(
         self, flat: FlatParamGroup, decoupled: bool, bias_correction: bool, host: OffloadedStates | None = None
@@ -106,20 +107,21 @@ class ShardAdamW:
         self.exp_avg_sq = flat.placement.zeros("optimizer", flat.state_numel)
 
     def update(self, step: OptimizerStep) -> Copy | None:
+        """See ShardOptimizer."""
         flat, host = self.flat, self.host
-        hypers = [self.numbers(group, step.step) for group in step.groups]
+        hypers = [self.kernel_arguments(group, step.step) for group in step.groups]
         if host is not None:
             return host.update(self, hypers, step)
-        in_place = flat.apart or flat.own is flat.masters
-        pieces = self.pieces(0, flat.state_numel, flat.gradient, None if in_place else flat.own)
+        in_place = flat.masters_in_other_memory or flat.param_shard is flat.masters
+        pieces = self.pieces(0, flat.state_numel, flat.gradient, None if in_place else flat.param_shard)
         update_pieces(pieces, hypers, step.scale, step.changed)
         if in_place:
             flat.masters_to_parameters()
         return None
 
     def pieces(self, low: int, high: int, gradient: torch.Tensor, out: torch.Tensor | None) -> list[native.Range]:
-        """One for each parameter group's run in elements [low, high) of the state shard. gradient and out begin at
-        `low`."""
+        """The kernels' arguments for elements [low, high) of the state shard: one Range per run of an optimizer
+        parameter group. gradient, out: (high - low,) tensors for these elements."""
         found = []
         for segment in self.flat.segments:
             start, end = max(segment.start, low), min(segment.end, high)
@@ -137,8 +139,8 @@ class ShardAdamW:
                 )
         return found
 
-    def numbers(self, hyper: Hyper, step: int) -> dict[str, Any]:
-        """One group's arguments of the kernels."""
+    def kernel_arguments(self, hyper: Hyper, step: int) -> dict[str, Any]:
+        """Arguments of the kernels for one optimizer parameter group."""
         beta1, beta2 = hyper["betas"]
         return {
             # Without bias correction both terms are 1, which is what they tend to.
@@ -152,19 +154,23 @@ class ShardAdamW:
         }
 
     def states(self) -> Iterator[State]:
+        """See ShardOptimizer."""
         yield State("exp_avg", 0, self.exp_avg)
         yield State("exp_avg_sq", 0, self.exp_avg_sq)
 
     def scalars(self) -> dict[int, dict[str, Any]]:
+        """Empty: Adam's only scalar is the step count, which the engine keeps."""
         return {}
 
     def load_scalars(self, scalars: dict[int, dict[str, Any]]) -> None:
-        """Nothing to take: Adam's only scalar is the step count, which the engine keeps."""
+        """Do nothing: Adam's only scalar is the step count, which the engine keeps."""
 
     def state_names(self, group: int) -> list[str]:
+        """See ShardOptimizer."""
         return ["exp_avg", "exp_avg_sq"]
 
     def reset(self, to_read: bool) -> None:
+        """Set the moments to zero."""
         self.exp_avg.zero_()
         self.exp_avg_sq.zero_()
 
@@ -175,9 +181,9 @@ def update_pieces(
     scale: float | torch.Tensor,
     changed: torch.Tensor | None = None,
 ) -> None:
-    """AdamW where the pieces lie, all on one device: our fused kernels where they are built, else plain torch.
+    """Run AdamW on `pieces`, all on one device: with the fused kernels if they are built, else in plain torch.
 
-    hypers: `ShardAdamW.numbers` of every parameter group. scale and changed: see OptimizerStep.
+    hypers: `ShardAdamW.kernel_arguments` of every optimizer parameter group. scale and changed: see OptimizerStep.
     """
     if not pieces:
         return
@@ -216,7 +222,7 @@ def _update_as_the_device_would(
 
 
 class ShardTorchOptimizer:
-    """Any elementwise optimizer of torch.optim, unchanged, over segments of the masters."""
+    """Any elementwise optimizer of torch.optim, over the masters' segments of one parameter group each."""
 
     def __init__(
         self,
@@ -230,12 +236,12 @@ class ShardTorchOptimizer:
         self.parts = [nn.Parameter(flat.masters[s.start : s.end], requires_grad=True) for s in flat.segments]
         self._kind = kind
         self._groups = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        self._held = 0
-        self.optimizer = self._made()
-        self._account()  # some have states before the first step
+        self._held_bytes = 0
+        self.optimizer = self._create()
+        self._account()  # some optimizers have states before the first step
 
-    def _made(self) -> torch.optim.Optimizer:
-        """A fresh one."""
+    def _create(self) -> torch.optim.Optimizer:
+        """A new optimizer over `parts`."""
         return self._kind(
             [
                 {"params": [part], **self._groups[s.group]}
@@ -245,6 +251,7 @@ class ShardTorchOptimizer:
         )
 
     def update(self, step: OptimizerStep) -> Copy | None:
+        """See ShardOptimizer."""
         flat, host = self.flat, self.host
         if host is None:
             self.step(flat.gradient, step.groups, step.known_scale)
@@ -255,12 +262,12 @@ class ShardTorchOptimizer:
 
     @torch.no_grad()
     def step(self, gradient: torch.Tensor, groups: Sequence[Hyper], scale: float) -> None:
-        """New masters; `gradient` (state shard,) is scaled in place."""
+        """Update the masters. gradient: (state shard,), scaled in place."""
         gradient.mul_(scale)
         for part, segment, own in zip(self.parts, self.flat.segments, self.optimizer.param_groups, strict=False):
             part.grad = gradient[segment.start : segment.end].to(torch.float32)
             own.update({k: v for k, v in groups[segment.group].items() if k in own and k != "params"})
-        if self.parts:  # an optimizer of a script's own need not bear a parameter without a gradient
+        if self.parts:  # a script's own optimizer may fail on a parameter without a gradient
             self.optimizer.step()
         for part in self.parts:
             part.grad = None
@@ -268,31 +275,34 @@ class ShardTorchOptimizer:
 
     def _account(self) -> None:
         held = sum(state.tensor.numel() * state.tensor.element_size() for state in self.states())
-        self.ledger.add("optimizer", held - self._held, offloaded=self.flat.placement.offloaded)
-        self._held = held
+        self.ledger.add("optimizer", held - self._held_bytes, offloaded=self.flat.placement.offloaded)
+        self._held_bytes = held
 
     def state_names(self, group: int) -> list[str]:
+        """See ShardOptimizer."""
         part = nn.Parameter(torch.zeros(1))
         optimizer = self._kind([{"params": [part], **self._groups[group]}])
-        _take_empty_step(optimizer, [part])
+        _step_with_zero_gradients(optimizer, [part])
         return sorted(name for name, value in optimizer.state[part].items() if _per_element(value, part))
 
     def reset(self, to_read: bool) -> None:
-        """torch makes the states in the first step: one without a gradient leaves them as if there had been none."""
-        self.optimizer = self._made()
+        """See ShardOptimizer. torch makes states in the first step, so one with zero gradients is taken to get them."""
+        self.optimizer = self._create()
         if to_read:
             kept = self.flat.masters.clone()
-            _take_empty_step(self.optimizer, self.parts)
+            _step_with_zero_gradients(self.optimizer, self.parts)
             self.flat.masters.copy_(kept)
         self._account()
 
     def states(self) -> Iterator[State]:
+        """See ShardOptimizer."""
         for part, segment in zip(self.parts, self.flat.segments, strict=True):
             for name, value in sorted(self.optimizer.state.get(part, {}).items()):
                 if isinstance(value, torch.Tensor) and value.shape == part.shape and value.dim() > 0:
                     yield State(name, segment.start, value)
 
     def scalars(self) -> dict[int, dict[str, Any]]:
+        """See ShardOptimizer."""
         found: dict[int, dict[str, Any]] = {}
         for part, segment in zip(self.parts, self.flat.segments, strict=True):
             state = self.optimizer.state.get(part, {})
@@ -304,6 +314,7 @@ class ShardTorchOptimizer:
         return found
 
     def load_scalars(self, scalars: dict[int, dict[str, Any]]) -> None:
+        """See ShardOptimizer."""
         for part, segment in zip(self.parts, self.flat.segments, strict=True):
             state = self.optimizer.state[part]
             for name, value in scalars.get(segment.group, {}).items():
@@ -311,13 +322,13 @@ class ShardTorchOptimizer:
                 state[name] = torch.full_like(old, value) if isinstance(old, torch.Tensor) else value
 
 
-def _take_empty_step(optimizer: torch.optim.Optimizer, parts: Sequence[nn.Parameter]) -> None:
+def _step_with_zero_gradients(optimizer: torch.optim.Optimizer, parts: Sequence[nn.Parameter]) -> None:
     if not parts:
         return
     numbers = [dict(group) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         if "weight_decay" in group:
-            group["weight_decay"] = 0.0  # which would be a gradient
+            group["weight_decay"] = 0.0  # it may count as a gradient
     for part in parts:
         part.grad = torch.zeros_like(part)
     if parts:

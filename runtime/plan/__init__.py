@@ -1,11 +1,11 @@
-"""Memory and traffic of a run before it starts, in closed form. Torch-free.
+"""Memory and communication of a run before it starts, in closed form. Torch-free.
 
-constants  numbers that the engine shares
+constants  constants that the engine uses, too
 layout     shard arithmetic: which elements of a flat parameter group belong to which rank; the engine uses it, too
-workload   what is planned for, and the way there from a resolved config
-memory     bytes of every category at every stage, on the GPU and on the host; traffic per step
-inflight   what the engine holds beside the states: buffers that a backward borrows
-estimate   activations, logits and the device's context, which are estimates
+workload   the model and settings that are planned for, made from a resolved config
+memory     bytes of every category at every stage, on the GPU and on the host; bytes sent per step
+inflight   buffers that the engine holds beside the states
+estimate   estimates of activations, logits and the CUDA context
 """
 
 from runtime.plan.memory import (

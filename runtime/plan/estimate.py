@@ -1,4 +1,4 @@
-"""What a step takes beyond the states, estimated from a GPT's shape; and shapes guessed from a parameter count.
+"""Estimates of a step's memory beyond the states, from a GPT's shape; and shapes guessed from a parameter count.
 
 Torch-free. The figures are for the built-in GPT (no dropout, fused attention); other transformers of the same shape
 differ by some ten per cent.
@@ -41,14 +41,14 @@ def activation_bytes(
     segments: int | None = None,
     inputs_on_host: bool = False,
 ) -> int:
-    """What autograd keeps from forward to backward, without the logits, plus one layer's worth for what backward holds.
+    """Bytes that autograd keeps from forward to backward, without the logits, plus one layer's for backward itself.
 
     Per token and layer 16 * dim elements: 2 norm inputs, 2 norm outputs, q, k, v, attention's output, and 8 around the
     activation function (attention's output twice on a CPU, whose kernel leaves it in another order); and in fp32 two
     numbers per norm and one per head. A test compares this with what autograd really saves.
 
-    segments: with activation checkpointing, the groups of layers of which only the input is kept; backward computes the
-    layers of one group again. None: everything is kept. inputs_on_host: only the input of the group at hand is there.
+    segments: number of groups of layers with activation checkpointing, of which only the inputs are kept; backward
+    recomputes one group at a time. None: everything is kept. inputs_on_host: whether these inputs are offloaded.
     """
     tokens = micro_batch * seq_len
     layer = 16 * config.dim * element_bytes + 4 * (2 * 2 + config.heads)
@@ -63,22 +63,22 @@ def activation_bytes(
 
 
 def kept_input_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int, segments: int) -> int:
-    """The inputs of all groups of layers, under activation checkpointing."""
+    """Bytes of the inputs of all groups of layers, with activation checkpointing."""
     size = -(-config.layers // min(segments, config.layers))
     return micro_batch * seq_len * -(-config.layers // size) * config.dim * element_bytes
 
 
 def logits_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int) -> int:
-    """Logits in the model's precision, and in fp32 their log-softmax and its gradient: alive as backward starts."""
+    """Bytes held when backward starts: logits in the model's precision, their log-softmax and its gradient in fp32."""
     return micro_batch * seq_len * config.vocab_size * (element_bytes + 4 + 4)
 
 
 def fresh_gradient_bytes(config: GPTConfig, element_bytes: int, beside: int) -> int:
-    """Gradients as autograd makes them, each in memory of its own until the engine takes it over: what they add to the
-    `beside` bytes of activations and logits that are there as backward starts.
+    """Bytes of gradients in autograd's own memory, before the engine copies them: what they add to the `beside` bytes
+    of activations and logits that are held when backward starts.
 
-    One is there at a time. A tied table's is a sum: the head's part is made first and stays until the embedding's is
-    there, too, and autograd adds the two into a third of the same size, when all activations are gone.
+    Only one gradient exists at a time, except that of a tied embedding: the head's part stays until the embedding's is
+    made, and autograd adds both into a third tensor, when all activations are freed.
     """
     table = config.vocab_size * config.dim * element_bytes
     if not config.tied:
@@ -87,12 +87,12 @@ def fresh_gradient_bytes(config: GPTConfig, element_bytes: int, beside: int) -> 
 
 
 def context_bytes(world_size: int) -> int:
-    """CUDA context, and NCCL's channels when there is anyone to talk to."""
+    """Bytes of the CUDA context and, with several ranks, of NCCL's channels."""
     return CUDA_CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
 
 
 def guess_shape(parameters: int, vocab_size: int, seq_len: int) -> GPTConfig:
-    """A GPT of about this many parameters: width of the nearest published model, layers to make up the count."""
+    """A GPT of about this many parameters, with the width of the nearest published model."""
     _, dim = min(_SHAPES + _SHAPES_LARGE, key=lambda shape: abs(math.log(12 * shape[0] * shape[1] ** 2 / parameters)))
     left = max(1, parameters - 2 * vocab_size * dim)
     layers = max(1, round(left / (12 * dim**2)))
@@ -100,7 +100,7 @@ def guess_shape(parameters: int, vocab_size: int, seq_len: int) -> GPTConfig:
 
 
 def guess_units(parameters: int, config: GPTConfig) -> list[tuple[str, int]]:
-    """Units of exactly `parameters` parameters in all, in the proportions of `config`'s own units."""
+    """(name, parameters) of units in the proportions of `config`'s, with exactly `parameters` parameters in all."""
     units = unit_parameters(config)
     total = sum(numel for _, numel in units)
     edges = [parameters * seen // total for seen in itertools.accumulate((numel for _, numel in units), initial=0)]

@@ -1,5 +1,4 @@
-"""Shard arithmetic: which element of which parameter lies where in a flat buffer, and who owns it. Pure integers,
-torch-free.
+"""Shard arithmetic: where each parameter is in a flat buffer, and which rank has which elements. Torch-free.
 
 flat buffer   | p0 ......... | p1 ... | p2 .................... | padding |      numel = multiple of world x ALIGNMENT
 shards        |<----- rank 0 ----->|<----- rank 1 ----->|<----- rank 2 ----->|     all equal
@@ -15,10 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 ALIGNMENT = 64
-"""Elements: every shard starts on a cache line in 8, 16 and 32 bit, which the SIMD kernels and the collectives like."""
+"""Elements to which shards are aligned, so that they start on a cache line in 8, 16 and 32 bit."""
 
 STATE_BYTES = 12
-"""Of each element: master and two moments in fp32."""
+"""Bytes of states per element: master and two moments in fp32."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,18 @@ class Slot:
 
     @property
     def numel(self) -> int:
+        """Elements of the parameter."""
         return math.prod(self.shape)
 
     @property
     def end(self) -> int:
+        """Element of the flat buffer after the parameter."""
         return self.offset + self.numel
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of one parameter group, relative to the start of the shard it lies in."""
+    """Elements [start, end) of a shard that belong to one optimizer parameter group."""
 
     group: int
     start: int
@@ -50,7 +51,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Slice:
-    """Elements [param_start, param_start + numel) of a parameter, lying at shard_start of a rank's shard."""
+    """Elements [param_start, param_start + numel) of a parameter, which are at shard_start of a rank's shard."""
 
     name: str
     param_numel: int
@@ -61,12 +62,14 @@ class Slice:
 
 @dataclass(frozen=True)
 class Layout:
+    """The layout of one flat buffer: its parameters and its equal shards."""
+
     slots: tuple[Slot, ...]
     world_size: int
 
     @classmethod
     def of(cls, parameters: Sequence[tuple[str, Sequence[int], int]], world_size: int) -> Layout:
-        """`parameters`: (name, shape, optimizer group) each; the caller has ordered them by group."""
+        """Lay out `parameters`: (name, shape, index of the optimizer parameter group), in order of the groups."""
         slots, offset = [], 0
         for name, shape, group in parameters:
             slots.append(Slot(name, tuple(shape), group, offset))
@@ -80,10 +83,12 @@ class Layout:
 
     @cached_property
     def numel(self) -> int:
+        """Elements of the flat buffer, padding included."""
         return padded(self.used, self.world_size)
 
     @cached_property
     def shard_numel(self) -> int:
+        """Elements of each rank's shard."""
         return self.numel // self.world_size
 
     def shard(self, rank: int) -> tuple[int, int]:
@@ -93,8 +98,7 @@ class Layout:
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
 
     def segments(self, start: int, end: int) -> list[Segment]:
-        """The groups' runs inside elements [start, end), relative to start. Padding belongs to no group and is left
-        out."""
+        """The segments of elements [start, end), relative to start. Padding belongs to no group and is left out."""
         runs: list[Segment] = []
         for slot in self.slots:
             low, high = max(slot.offset, start), min(slot.end, end)
@@ -107,8 +111,7 @@ class Layout:
         return runs
 
     def slices(self, start: int, end: int) -> list[Slice]:
-        """The parts of parameters inside elements [start, end), relative to start; parameters without a part are left
-        out."""
+        """The slices of parameters in elements [start, end), relative to start."""
         parts = []
         for slot in self.slots:
             low, high = max(slot.offset, start), min(slot.end, end)
@@ -123,24 +126,24 @@ def padded(numel: int, world_size: int) -> int:
     return -(-numel // step) * step
 
 
-def kept_on_device(sizes: Sequence[int], ratio: float) -> list[bool]:
-    """Which shards' states stay on the device when only `ratio` (0 to 1) of all elements is offloaded: the first ones,
-    which the next forward needs first, as many as come nearest to the rest."""
-    stays: list[bool] = []
+def keep_mask(sizes: Sequence[int], ratio: float) -> list[bool]:
+    """For each shard of `sizes` elements, whether its states stay on the device when `ratio` (0 to 1) of all elements
+    is offloaded: the first ones, which the next forward needs first, as near to the ratio as whole shards come."""
+    keep: list[bool] = []
     wanted, kept = (1 - ratio) * sum(sizes), 0
     for size in sizes:
         nearer = abs(kept + size - wanted) < abs(kept - wanted) or size == 0
-        stay = nearer and all(stays)
-        stays.append(stay)
+        stay = nearer and all(keep)
+        keep.append(stay)
         kept += size * stay
-    return stays
+    return keep
 
 
-def leaving_for_room(sizes: Sequence[int], stays: Sequence[bool], room_bytes: int) -> list[bool]:
-    """Which shards' states go to the host when those that needn't stay may, as far as `room_bytes` hold the states of
-    all shards up to theirs."""
+def offload_mask(sizes: Sequence[int], keep: Sequence[bool], room_bytes: int) -> list[bool]:
+    """For each shard of `sizes` elements, whether its states are offloaded: those not in `keep` that don't fit, with
+    the states of all shards before them, in `room_bytes` of device memory."""
     leaves = []
-    for size, stay in zip(sizes, stays, strict=True):
+    for size, stay in zip(sizes, keep, strict=True):
         room_bytes -= STATE_BYTES * size
         leaves.append(not stay and room_bytes < 0)
     return leaves

@@ -1,12 +1,12 @@
-"""What a run will take: bytes per GPU and on the host, and bytes sent per step, for every ZeRO stage. Torch-free.
+"""Memory and communication of a run at every ZeRO stage: bytes per GPU, on the host, and sent per step. Torch-free.
 
 With Psi parameters on N ranks, Adam and 16-bit parameters with fp32 masters, ZeRO's own table (arXiv 1910.02054,
 section 5) counts 16 Psi bytes per GPU at stage 0, 4 Psi + 12 Psi / N at 1, 2 Psi + 14 Psi / N at 2 and 16 Psi / N at 3,
 with gradients in 16 bit. Gradients that accumulate in fp32, as here by default, take 4 bytes instead of 2.
 
 States (parameters, gradients, masters, optimizer) are exact for this engine's layout: every unit is padded to
-64 elements per rank. What the engine keeps in flight is a bound from the same layout. Activations, logits and context
-are estimates and marked so (runtime/plan/estimate.py).
+64 elements per rank. Buffers of the engine are an upper bound from the same layout. Activations, logits and context
+are estimates (runtime/plan/estimate.py).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from runtime.plan.estimate import (
     kept_input_bytes,
     logits_bytes,
 )
-from runtime.plan.inflight import borrowed_for_backward, copied_for_reduction, gathered
-from runtime.plan.layout import STATE_BYTES, kept_on_device, leaving_for_room, padded
+from runtime.plan.inflight import borrowed_for_backward, copied_for_reduction, unsharded_params
+from runtime.plan.layout import STATE_BYTES, keep_mask, offload_mask, padded
 from runtime.plan.workload import ELEMENT_BYTES, Workload
 
 STAGES = (0, 1, 2, 3)
@@ -32,10 +32,10 @@ STAGES = (0, 1, 2, 3)
 CATEGORIES = (
     "parameters", "gradients", "masters", "optimizer", "buffers", "activations", "logits", "temporary", "context",
 )  # fmt: skip
-"""buffers: what the engine holds beside the states, at its most. temporary: gradients between their birth in autograd
-and the engine's buffers, as far as they come on top of activations and logits."""
+"""buffers: the most that the engine holds beside the states. temporary: gradients in autograd's own memory, as far as
+they add to activations and logits."""
 EXACT = ("parameters", "gradients", "masters", "optimizer")
-"""Categories that follow from the layout alone; the others depend on what runs when, or are estimates."""
+"""Categories that are exact; the others are bounds or estimates."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,24 +43,25 @@ class Layout:
     """One way to run the workload. Bytes are per GPU (`gpu`) and for all ranks on one node (`host`), per category."""
 
     stage: int | None
-    """None: plain data parallelism (torch's DDP), the thing to compare with."""
+    """None: plain data parallelism (torch's DDP), for comparison."""
     offload: bool
     """Whether optimizer states are offloaded."""
     gpu: dict[str, int]
     host: dict[str, int]
     sent_bytes: int
-    """Sent by each rank per optimizer step, with ring collectives."""
+    """Bytes that each rank sends per optimizer step, with ring collectives."""
     pcie_bytes: int
-    """Copied between each GPU and its host per optimizer step, both directions together."""
+    """Bytes copied between each GPU and its host per optimizer step, in both directions together."""
     offload_parameters: bool = False
     pinned_bytes: int = 0
-    """Of `host`, page-locked."""
+    """The part of `host` that is page-locked."""
     snapshot_bytes: int = 0
-    """Page-locked host memory of all ranks on one node from which checkpoints are written beside training. Where the
-    host has less, they are written from the states themselves: so it is not part of `host`."""
+    """Pinned host memory of all ranks on one node from which checkpoints are written while training goes on. It is not
+    in `host`, because checkpoints are written from the states themselves if the host has less."""
 
     @property
     def label(self) -> str:
+        """The layout's name in tables."""
         if self.stage is None:
             return "data parallel"
         moved = " + offload" if self.offload else " + offload_param" if self.offload_parameters else ""
@@ -68,24 +69,26 @@ class Layout:
 
     @property
     def gpu_bytes(self) -> int:
+        """Bytes per GPU, all categories."""
         return sum(self.gpu.values())
 
     @property
     def host_bytes(self) -> int:
+        """Bytes of all ranks on the host, all categories."""
         return sum(self.host.values())
 
     @property
     def state_bytes(self) -> int:
-        """Parameters, gradients, masters and optimizer states on the GPU: the part that ZeRO shares out."""
+        """Bytes of parameters, gradients, masters and optimizer states on the GPU: what ZeRO shards."""
         return sum(self.gpu[category] for category in EXACT)
 
     @property
     def variable_bytes(self) -> int:
-        """States and what the engine keeps in flight: what differs between layouts."""
+        """Bytes of states and the engine's buffers on the GPU: what differs between layouts."""
         return self.state_bytes + self.gpu["buffers"]
 
     def document(self) -> dict[str, Any]:
-        """For JSON."""
+        """The layout as JSON."""
         return {
             "layout": self.label,
             "stage": self.stage,
@@ -103,8 +106,8 @@ class Layout:
 
 
 def plan(workload: Workload) -> list[Layout]:
-    """Plain data parallelism, then stages 0-3, then stages 0-3 with the optimizer offloaded to the host, then, where
-    the workload offloads parameters, stage 3 with the parameters alone offloaded."""
+    """Layouts of plain data parallelism, stages 0-3, stages 0-3 with offloaded optimizer and, if the workload offloads
+    parameters, stage 3 with only the parameters offloaded."""
     staged = [stage_layout(workload, stage, offload) for offload in (False, True) for stage in STAGES]
     if workload.offload_parameters:
         staged.append(stage_layout(workload, 3, offload=False, parameters=True))
@@ -123,12 +126,12 @@ def data_parallel(workload: Workload) -> Layout:
     states |= {"optimizer": 4 * workload.moments * count, "buffers": cast_copy}
     sent = _ring(2 * 4 * count, world)
     host = _inputs_on_host(workload)
-    return Layout(None, False, states | _unshared(workload), host, sent, 0, pinned_bytes=sum(host.values()))
+    return Layout(None, False, states | _stage_independent(workload), host, sent, 0, pinned_bytes=sum(host.values()))
 
 
 def stage_layout(workload: Workload, stage: int, offload: bool = False, parameters: bool | None = None) -> Layout:
-    """This engine at a ZeRO stage, with the masters and optimizer states on the training device or (offload) on the
-    host. parameters: whether they are offloaded, too, at stage 3; None: with the states, where the workload says so."""
+    """This engine's layout at a ZeRO stage. offload: whether masters and optimizer states are on the host. parameters:
+    whether parameters are offloaded at stage 3; None: with the states, if the workload says so."""
     if stage not in STAGES:
         raise ValueError(f"stage must be one of 0, 1, 2, 3, got {stage!r}")
     world, remote = workload.world_size, workload.device != "cpu"
@@ -136,11 +139,11 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False, paramete
     owned = whole if stage == 0 else whole // world
     offload_parameters = stage == 3 and (offload and workload.offload_parameters if parameters is None else parameters)
     shards = stage == 3 and (world > 1 or (offload_parameters and remote))
-    waiting = _gathered(workload) // world if shards and offload_parameters else 0
+    waiting = _shardable(workload) // world if shards and offload_parameters else 0
     offloaded = offloaded_shards(workload, stage, waiting > 0) if offload else {}
     on_host = sum(offloaded.values())
     on_gpu = owned - on_host
-    shards_gradients = workload.owns_gradients(stage)
+    shards_gradients = workload.shards_gradients(stage)
     masters = _masters(workload, on_gpu, offloaded, waiting > 0)
     moments = 4 * workload.moments
     accumulator = workload.accumulator_bytes
@@ -166,7 +169,7 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False, paramete
     return Layout(
         stage=stage,
         offload=offload,
-        gpu=gpu | _unshared(workload),
+        gpu=gpu | _stage_independent(workload),
         host=host,
         sent_bytes=_sent(workload, stage),
         pcie_bytes=_pcie(workload, stage, on_host, waiting) if remote else 0,
@@ -177,8 +180,8 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False, paramete
 
 
 def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
-    """Bytes on one node: every rank copies masters and optimizer states of its own shard, at every stage. What offload
-    keeps on the host is read through slots instead. Buffers and frozen parameters are not in it.
+    """Pinned bytes on one node for checkpoints: every rank copies the masters and optimizer states of its shard, at
+    every stage; offloaded ones are read through slots instead. Buffers and frozen parameters are not included.
     (runtime/checkpoint/snapshot.py)"""
     if not workload.checkpoints:
         return 0
@@ -188,13 +191,13 @@ def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
     return world * (copied + (SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES if apart else 0))
 
 
-def _unshared(workload: Workload) -> dict[str, int]:
-    """What no stage changes."""
+def _stage_independent(workload: Workload) -> dict[str, int]:
+    """Bytes of the categories that are the same at every stage."""
     element, shape, batch = ELEMENT_BYTES[workload.precision], workload.shape, workload.micro_batch
     activations = logits = temporary = 0
     if shape is not None:
         activations = activation_bytes(
-            shape, batch, workload.seq_len, element, workload.segments, _inputs_leave(workload)
+            shape, batch, workload.seq_len, element, workload.segments, _offloads_inputs(workload)
         )
         logits = logits_bytes(shape, batch, workload.seq_len, element)
         temporary = fresh_gradient_bytes(shape, element, beside=activations + logits)
@@ -202,96 +205,97 @@ def _unshared(workload: Workload) -> dict[str, int]:
     return {"activations": activations, "logits": logits, "temporary": temporary, "context": context}
 
 
-def _inputs_leave(workload: Workload) -> bool:
-    """On a CPU they are in host memory already."""
+def _offloads_inputs(workload: Workload) -> bool:
+    """Whether activation checkpoints are offloaded: not on a CPU, where they are in host memory already."""
     return workload.inputs_on_host and workload.segments is not None and workload.device != "cpu"
 
 
 def _inputs_on_host(workload: Workload) -> dict[str, int]:
-    """Of all ranks; page-locked."""
-    if workload.shape is None or workload.segments is None or not _inputs_leave(workload):
+    """Bytes of offloaded activation checkpoints of all ranks, which are page-locked."""
+    if workload.shape is None or workload.segments is None or not _offloads_inputs(workload):
         return {}
     element, batch = ELEMENT_BYTES[workload.precision], workload.micro_batch
     kept = kept_input_bytes(workload.shape, batch, workload.seq_len, element, workload.segments)
     return {"activations": kept * workload.world_size}
 
 
-def offloaded_shards(workload: Workload, stage: int, waits: bool = False) -> dict[str, int]:
-    """Elements of each unit's states that a rank keeps on the host; whole units, those that are needed last. `waits`:
-    parameters that stage 3 gathers wait there, too."""
+def offloaded_shards(workload: Workload, stage: int, params_on_host: bool = False) -> dict[str, int]:
+    """Elements of each offloaded unit's states on a rank: full units, those that the forward needs last.
+    params_on_host: whether stage 3's sharded parameters are offloaded, too."""
     sharers = 1 if stage == 0 else workload.world_size
-    ranges = {name: padded(numel, workload.world_size) // sharers for name, numel in workload.units if numel}
-    stays = kept_on_device(list(ranges.values()), workload.offload_ratio)
-    leaves = leaving_for_room(list(ranges.values()), stays, _room_for_states(workload, stage, waits))
-    return {name: numel for (name, numel), leave in zip(ranges.items(), leaves, strict=True) if leave}
+    numels = {name: padded(numel, workload.world_size) // sharers for name, numel in workload.units if numel}
+    keep = keep_mask(list(numels.values()), workload.offload_ratio)
+    offload_each = offload_mask(list(numels.values()), keep, _room_for_states(workload, stage, params_on_host))
+    return {name: numel for (name, numel), leave in zip(numels.items(), offload_each, strict=True) if leave}
 
 
-def _room_for_states(workload: Workload, stage: int, waits: bool) -> int:
-    """Bytes of VRAM that zerotop.offload.vram_reserve_gib leaves to states (counted alike in offload/placement.py)."""
+def _room_for_states(workload: Workload, stage: int, params_on_host: bool) -> int:
+    """Bytes of VRAM that zerotop.offload.vram_reserve_gib leaves to states (the same count as in
+    offload/placement.py)."""
     reserve, free, world = workload.vram_reserve_bytes, workload.free_vram_bytes, workload.world_size
     if reserve is None or free is None or workload.device == "cpu":
         return 0
-    whole, gathered_ = workload.padded_parameters, _gathered(workload)
+    whole, sharded = workload.padded_parameters, _shardable(workload)
     kept = whole
-    if stage == 3 and (world > 1 or waits):
-        kept = workload.small_parameters + (0 if waits else gathered_ // world)
+    if stage == 3 and (world > 1 or params_on_host):
+        kept = workload.small_parameters + (0 if params_on_host else sharded // world)
     coming = workload.element_bytes * kept
-    coming += workload.accumulator_bytes * (whole // world if workload.owns_gradients(stage) else whole)
+    coming += workload.accumulator_bytes * (whole // world if workload.shards_gradients(stage) else whole)
     largest = sorted((numel for _, numel in workload.padded_units), reverse=True)[:2]
     return max(0, free - coming - _stream_bytes(workload) - 2 * workload.element_bytes * sum(largest) - reserve)
 
 
 def _stream_bytes(workload: Workload) -> int:
-    """Of the GPU's memory through which offloaded states stream: masters and moments, gradients and new parameters."""
+    """Bytes of the GPU buffers through which offloaded states stream: masters, moments, gradients, new parameters."""
     if not workload.stream_chunk_bytes or workload.device == "cpu":
         return 0
     chunk = max(64, workload.stream_chunk_bytes // STATE_BYTES // 64 * 64)
     return STREAM_SLOTS * chunk * (STATE_BYTES + workload.accumulator_bytes + 4)
 
 
-def _masters(workload: Workload, on_gpu: int, offloaded: dict[str, int], waits: bool) -> tuple[int, int]:
-    """Bytes on the training device and on the host. fp32 parameters are their own masters unless parameters and states
-    are in different memories. on_gpu: elements of states there. `waits`: parameters that are gathered live on the
-    host."""
+def _masters(workload: Workload, on_gpu: int, offloaded: dict[str, int], params_on_host: bool) -> tuple[int, int]:
+    """Bytes of masters on the training device and on the host. fp32 parameters are their own masters unless parameters
+    and states are in different memories. on_gpu: elements of states on the GPU. params_on_host: whether stage 3's
+    sharded parameters are offloaded."""
     if workload.precision != "fp32":
         return 4 * on_gpu, 4 * sum(offloaded.values())
     if workload.device == "cpu":
         return 0, 0
-    ranges = {name: numel // workload.world_size for name, numel in workload.padded_units}
-    moved = {name for name in ranges if waits and name != "small"}
-    apart_on_gpu = sum(ranges[name] for name in moved if name not in offloaded)
+    numels = {name: numel // workload.world_size for name, numel in workload.padded_units}
+    moved = {name for name in numels if params_on_host and name != "small"}
+    apart_on_gpu = sum(numels[name] for name in moved if name not in offloaded)
     return 4 * apart_on_gpu, 4 * sum(numel for name, numel in offloaded.items() if name not in moved)
 
 
-def _gathered(workload: Workload) -> int:
-    """Padded elements that stage 3 gathers."""
+def _shardable(workload: Workload) -> int:
+    """Padded elements that stage 3 shards."""
     return workload.padded_parameters - workload.small_parameters
 
 
 def _kept_at_stage_3(workload: Workload) -> int:
-    """Elements: the own shards, and what is too small to gather."""
-    return _gathered(workload) // workload.world_size + workload.small_parameters
+    """Elements of parameters that a rank keeps at stage 3: its shards, and the small parameters."""
+    return _shardable(workload) // workload.world_size + workload.small_parameters
 
 
 def _in_flight(workload: Workload, stage: int, shards: bool) -> int:
-    """Most that the engine holds beside the states.
+    """Most bytes of buffers that the engine holds beside the states.
 
-    Whole accumulators are reduced in place, or through copies where gradients travel in another precision. Otherwise
-    whole gradients live in a pool, where ranges on their way to the host wait, too. Stage 3 also gathers parameters,
-    where it `shards` them.
+    Full accumulators are reduced in place, or through copies if the communication dtype is not theirs. Sharded
+    gradients are reduced in full buffers from a pool, in which those that are downloaded to the host stay, too. Stage 3
+    also unshards parameters, if it `shards` them.
     """
     units, reduced = workload.padded_units, workload.reduced_bytes(stage)
-    if workload.owns_gradients(stage):
+    if workload.shards_gradients(stage):
         nbytes = reduced * borrowed_for_backward(units, workload.arrivals)
     else:
         nbytes = 0 if reduced == workload.accumulator_bytes else reduced * copied_for_reduction(units)
-    return nbytes + (workload.element_bytes * gathered(units) if shards else 0)
+    return nbytes + (workload.element_bytes * unsharded_params(units) if shards else 0)
 
 
 def _staging(workload: Workload, shards_gradients: bool, largest: int) -> int:
-    """Host memory that copies pass through: slots for the gradients and for the new parameters of the largest range."""
+    """Bytes of pinned slots for copies of gradients and new parameters, each as large as the largest shard."""
     down = workload.accumulator_bytes
-    if shards_gradients:  # after no_sync gradients travel as they accumulated, if nothing is said about it
+    if shards_gradients:  # after no_sync gradients have the accumulation dtype, unless the config sets one
         down = ELEMENT_BYTES[workload.reduce_dtype] if workload.reduce_dtype else max(down, workload.element_bytes)
     return OFFLOAD_SLOTS * (down + workload.element_bytes) * largest
 
@@ -302,38 +306,40 @@ def _ring(size: int, world_size: int) -> int:
 
 
 def _sent(workload: Workload, stage: int) -> int:
-    """Sent per rank and optimizer step.
+    """Bytes that a rank sends per optimizer step.
 
-    Stage 0 all-reduces the gradients; 1 reduce-scatters them and gathers the new parameters; 2 reduce-scatters at every
-    micro-step, unless whole gradients accumulate; 3 also gathers at every forward and every backward, and so need not
-    at the end.
+    Stage 0 all-reduces the gradients; 1 reduce-scatters them and all-gathers the new parameters; 2 reduce-scatters at
+    every micro-step, unless full gradients accumulate; 3 also all-gathers at every forward and every backward instead
+    of after the update.
     """
     element, reduced = workload.element_bytes, workload.reduced_bytes(stage)
     small = workload.small_parameters
-    reductions = (workload.accumulation if workload.owns_gradients(stage) else 1) * reduced
+    reductions = (workload.accumulation if workload.shards_gradients(stage) else 1) * reduced
     per_element = {
         0: 2 * reduced,
         1: reduced + element,
         2: reductions + element,
         3: reductions + workload.accumulation * 2 * element,
     }[stage]
-    regathered = (2 * workload.accumulation - 1) * element * small if stage == 3 else 0  # of small ones: once a step
+    regathered = (
+        (2 * workload.accumulation - 1) * element * small if stage == 3 else 0
+    )  # small parameters: all-gathered once per step
     return _ring(per_element * workload.padded_parameters - regathered, workload.world_size)
 
 
 def _pcie(workload: Workload, stage: int, on_host: int, waiting: int) -> int:
-    """Copied per rank and step: gradients down (at every micro-step where only own shards accumulate), new parameters
-    up. Parameters
-    that wait on the host come up for every forward and backward instead."""
+    """Bytes copied between GPU and host per rank and optimizer step: gradients down (at every micro-step if gradients
+    are sharded), new parameters up. Offloaded parameters are copied up for every forward and backward instead."""
     down = workload.accumulator_bytes
-    if workload.owns_gradients(stage):
+    if workload.shards_gradients(stage):
         down = workload.accumulation * workload.reduced_bytes(stage)
     gathers = 2 * workload.accumulation * workload.element_bytes * waiting
     return (down + workload.element_bytes) * on_host - workload.element_bytes * min(waiting, on_host) + gathers
 
 
 def find(layouts: Sequence[Layout], stage: int | None, offload: bool = False, parameters: bool = False) -> Layout:
-    """The layout of that stage in what `plan` returned. parameters: the one with the parameters alone offloaded."""
+    """The layout of a stage among those that `plan` returned. parameters: the one with only the parameters
+    offloaded."""
     return next(
         layout
         for layout in layouts

@@ -1,4 +1,4 @@
-"""What runtime/plan.py plans for, and the way there from a resolved config. Torch-free."""
+"""The workload that runtime/plan plans for, and how it is made from a resolved config. Torch-free."""
 
 from __future__ import annotations
 
@@ -27,45 +27,47 @@ class Workload:
     name: str
     units: tuple[tuple[str, int], ...]
     shape: GPTConfig | None
-    """None: a model of the user's own, whose activations and logits are not known and count as nothing."""
+    """None: a model of the user's own, whose activations and logits are not known and count as 0."""
     world_size: int
     arrivals: tuple[str, ...] = ()
-    """The unit of each parameter in the order in which backward makes their gradients; empty: one unit after the other,
-    last to first."""
+    """The unit of each parameter, in the order in which backward makes their gradients; empty: one unit after the
+    other, last to first."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """Where the ranks train. On a CPU what is offloaded stays in the same memory."""
+    """Where the ranks train. On a CPU offloaded states stay in the same memory."""
     precision: str = "bf16"
     grad_accum_dtype: str = "fp32"
     reduce_dtype: str | None = None
-    """Precision in which gradients travel and wait to be reduced. None: that of the model from stage 2 on, else that in
-    which they accumulate."""
+    """Precision in which gradients are reduced. None: the model's if gradients are sharded, else that in which they
+    accumulate."""
     moments: int = 2
     """fp32 state tensors per parameter that the optimizer keeps: 2 for Adam."""
     micro_batch: int = 1
     accumulation: int = 1
     seq_len: int = 1024
     offload_ratio: float = 1.0
-    """Share of the states that offload moves to the host, as near as whole units come to it."""
+    """Share of the states that are offloaded, as near as whole units come to it."""
     offload_parameters: bool = False
-    """Whether at stage 3 offload moves the parameters, too."""
+    """Whether parameters are offloaded at stage 3."""
     vram_reserve_bytes: int | None = None
-    """States that offload would move stay on the GPU as far as this much of it stays free. None: none of them do."""
+    """VRAM that must stay free when states that would be offloaded stay on the GPU instead. None: all are offloaded."""
     free_vram_bytes: int | None = None
-    """Of a GPU before the model is there. None: not known, and vram_reserve_bytes keeps nothing on the GPU."""
+    """Free VRAM of a GPU before the model is built. None: not known, and vram_reserve_bytes has no effect."""
     stream_chunk_bytes: int = 0
-    """States per piece that streams through the GPU where it updates offloaded ones, if any are; 0: it doesn't."""
+    """Bytes of states per chunk if the GPU updates offloaded states, which stream through it; 0: it does not."""
     pin_memory: bool = True
+    """Whether offloaded states are page-locked."""
     pin_parameters: bool = True
     """Whether offloaded parameters are page-locked."""
     accumulate_locally: bool = False
-    """zerotop.accumulate "local": whole gradients until the boundary also at stages 2 and 3."""
+    """zerotop.accumulate "local": full gradients accumulate until the boundary also at stages 2 and 3."""
     segments: int | None = None
-    """Groups of layers whose activations backward computes again. None: all activations are kept."""
+    """Number of groups of layers whose activations backward recomputes. None: all activations are kept."""
     inputs_on_host: bool = False
-    """Whether the inputs of those groups wait in host memory."""
+    """Whether the inputs of those groups are offloaded to host memory."""
     shape_guessed: bool = False
+    """Whether `shape` is guessed from a parameter count."""
     checkpoints: bool = True
-    """Whether any are written beside training."""
+    """Whether checkpoints are written during training."""
 
     def __post_init__(self) -> None:
         for field in ("world_size", "micro_batch", "accumulation", "seq_len"):
@@ -83,36 +85,41 @@ class Workload:
 
     @property
     def parameters(self) -> int:
+        """Number of parameters."""
         return sum(numel for _, numel in self.units)
 
     @property
     def padded_parameters(self) -> int:
+        """Number of parameters, with every unit padded."""
         return sum(padded(numel, self.world_size) for _, numel in self.units)
 
     @property
     def element_bytes(self) -> int:
+        """Bytes of a parameter in the model's precision."""
         return ELEMENT_BYTES[self.precision]
 
     @property
     def accumulator_bytes(self) -> int:
+        """Bytes of an accumulated gradient element."""
         return ELEMENT_BYTES[self.grad_accum_dtype]
 
-    def owns_gradients(self, stage: int) -> bool:
-        """Whether a rank keeps only its own shard of the accumulated gradients."""
+    def shards_gradients(self, stage: int) -> bool:
+        """Whether a rank keeps only its shard of the accumulated gradients."""
         return stage >= 2 and not self.accumulate_locally
 
     def reduced_bytes(self, stage: int) -> int:
-        """Per element of a gradient that travels."""
-        own = self.owns_gradients(stage)
-        return ELEMENT_BYTES[self.reduce_dtype or (self.precision if own else self.grad_accum_dtype)]
+        """Bytes of a gradient element that is reduced."""
+        sharded = self.shards_gradients(stage)
+        return ELEMENT_BYTES[self.reduce_dtype or (self.precision if sharded else self.grad_accum_dtype)]
 
     @property
     def padded_units(self) -> list[tuple[str, int]]:
+        """(name, padded elements) of each unit, in forward order."""
         return [(name, padded(numel, self.world_size)) for name, numel in self.units]
 
     @property
     def small_parameters(self) -> int:
-        """Padded; whole on every rank also at stage 3."""
+        """Padded elements of the small parameters, which are not sharded at stage 3 either."""
         return sum(padded(numel, self.world_size) for name, numel in self.units if name == "small")
 
 
@@ -123,8 +130,8 @@ def workload_of(
     shape: GPTConfig | None,
     world_size: int | None = None,
 ) -> Workload:
-    """The workload of a config. units: (name, parameters) in forward order. shape: None where it isn't known.
-    world_size: instead of the config's."""
+    """Make the workload of a config. units: (name, parameters) in forward order. shape: None if it is not known.
+    world_size: overrides the config's."""
     offload, parameters, checkpointing = (
         resolved.offload_optimizer, resolved.offload_param, resolved.activation_checkpointing
     )  # fmt: skip
@@ -162,8 +169,8 @@ def workload_of(
 
 
 def built_in_workload(resolved: Resolved, folder: Path) -> Workload | None:
-    """Of the built-in trainer under this config, whose relative paths start in `folder`; None when its model or
-    tokenizer can't be read from here."""
+    """Make the workload of the built-in trainer with this config, whose relative paths start in `folder`; None if its
+    model or tokenizer can't be read."""
     section = resolved.zerotop.model
     try:
         tokens = count_tokens(resolved.zerotop.data.tokenizer, folder)
@@ -175,7 +182,7 @@ def built_in_workload(resolved: Resolved, folder: Path) -> Workload | None:
 
 
 def _arrivals(resolved: Resolved, units: Sequence[tuple[str, int]], shape: GPTConfig | None) -> tuple[str, ...]:
-    """Where `units` are what the shape is cut into."""
+    """`Workload.arrivals` of the model `shape`; empty if its units are not `units`."""
     if shape is None:
         return ()
     try:
@@ -203,7 +210,7 @@ def moments(resolved: Resolved) -> int:
 
 
 def workload_document(workload: Workload) -> dict[str, Any]:
-    """For JSON."""
+    """The workload as JSON."""
     document = dataclasses.asdict(workload)
     del document["arrivals"]
     document["units"] = [{"name": name, "parameters": numel} for name, numel in workload.units]

@@ -1,1 +1,1 @@
-"""This process and its system: forked children, open files, temporary folders, cgroup limits. Torch-free."""
+"""The process and its operating system: forked children, files, temporary folders, cgroup limits. Torch-free."""

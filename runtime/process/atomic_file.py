@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole. Torch-free."""
+"""Atomic replacement of files. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace `path` atomically (0600): a reader sees the old content or the new one, never half. The new content is on
-    disk first. Raises OSError, and leaves nothing else behind then."""
+    """Replace the content of `path` atomically, with mode 0600: readers see the old or the new content, also after a
+    crash. Raises OSError, and leaves no temporary file behind."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as out:

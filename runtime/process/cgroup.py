@@ -1,4 +1,4 @@
-"""Where the kernel writes down the limits of this process's control groups, version 1 or 2. Torch-free."""
+"""Folders of this process's control groups, version 1 or 2, in which the kernel keeps their limits. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def folders(controller: str, root: Path = Path("/")) -> list[Path]:
-    """The group of this process and those above it, whose limits hold as well.
+    """The folders of this process's control group and of its parents, whose limits apply, too.
 
     Args:
         controller: "cpu", "memory" ... of version 1; "" for version 2.
@@ -22,14 +22,14 @@ def folders(controller: str, root: Path = Path("/")) -> list[Path]:
 
 
 def _up(mount: Path, path: str) -> list[Path]:
-    """A container without a cgroup namespace sees a path that its mount, which shows the container's own group at the
-    top, doesn't have. Of such a path only the top is there, and what isn't there reads as ""."""
+    """The folder of `path` and its parents up to `mount`. In a container without a cgroup namespace only the mount,
+    which is the container's group, exists: files of the other folders read as ""."""
     folder = mount / path.lstrip("/")
     return [folder, *(parent for parent in folder.parents if parent == mount or mount in parent.parents)]
 
 
 def read(path: Path) -> str:
-    """What a small file of /sys or /proc says; "" where there is none."""
+    """The content of a small file in /sys or /proc; "" if it does not exist."""
     try:
         return path.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""The process's table of open files. Torch-free."""
+"""The limit on open files. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import resource
 def raise_file_limit() -> None:
     """Raise the soft limit on open files to the hard one.
 
-    The usual soft limit is 1,024, for programs that call select(). The sockets of a large run need more, and so do a
-    thousand connections that somebody else opens to a port of a rank; a process without descriptors ends.
+    The usual soft limit is 1,024, for programs that call select(). The sockets of a large run need more, and a rank
+    must survive a thousand connections that another user opens to its port.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

@@ -1,9 +1,8 @@
-"""What a process opened is not its forked children's to close. Torch-free.
+"""Keeps forked children from closing what their parent has opened. Torch-free.
 
-os.fork() in a script copies everything: handlers that run at exit, finalizers, and descriptors of what the parent still
-uses. A child that runs the former on the latter ends the parent's threads, connections and helpers. So whatever is
-closed at exit or by a finalizer remembers its process, and does nothing in another one; the kernel closes the child's
-copies of the descriptors when the child ends.
+os.fork() in a script copies exit handlers, finalizers and the descriptors that the parent still uses. A child that runs
+those handlers would end the parent's threads, connections and helpers. So exit handlers and finalizers remember their
+process and do nothing in another one; the kernel closes the child's copies of descriptors when the child ends.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 
 class Owner:
-    """The process in which this was made."""
+    """Remembers the process in which it was made."""
 
     __slots__ = ("pid",)
 
@@ -25,11 +24,13 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
+        """Whether this is the process in which it was made, and not a forked child."""
         return os.getpid() == self.pid
 
 
 def at_exit(work: Callable[[], Any]) -> Callable[[], Any]:
-    """atexit.register for this process alone. Returns what to give to atexit.unregister."""
+    """Run `work` at the exit of this process, but not of its forked children. Returns the argument of
+    atexit.unregister."""
     owner = Owner()
 
     @functools.wraps(work)

@@ -1,4 +1,4 @@
-"""Where multiprocessing puts its sockets. Torch-free."""
+"""The folder of multiprocessing's sockets. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _NAME = "/pymp-12345678/listener-12345678"
 
 
 def keep_socket_paths_short(folder: Path) -> None:
-    """Where TMPDIR is too long for a Unix socket's path, let this process and its children use `folder` (private, and
-    short) for them, and for nothing else: the queue of a DataLoader's worker fails there in a thread of its own, and
-    training would wait for its batches for ever."""
+    """If TMPDIR is too long for the path of a Unix socket, make multiprocessing use `folder` (private, short) in this
+    process and its children. Otherwise the queue of a DataLoader's worker fails in a thread of its own, and training
+    waits for its batches for ever."""
     if len(tempfile.gettempdir() + _NAME) <= _SOCKET_PATH_LIMIT:
         return
     # multiprocessing.util.get_temp_dir() keeps its folder here, and children inherit it.

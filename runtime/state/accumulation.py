@@ -1,4 +1,4 @@
-"""The gradient accumulation of one engine: where it stands, what it has summed up, and which calls are illegal now."""
+"""The gradient accumulation of one engine: its state, its sums of losses, and the calls that are illegal in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class AccumulationState(enum.Enum):
-    """Where an engine stands between two boundaries. (FSDP2's TrainingState plays the same role.)"""
+    """State of an engine between two boundaries. (FSDP2's TrainingState plays the same role.)"""
 
     BOUNDARY = "between two optimizer steps; no gradient is held"
     BACKWARD = "a backward is running"
@@ -20,7 +20,7 @@ class AccumulationState(enum.Enum):
 
 
 class Accumulation:
-    """Counts micro-steps and sums up their losses. The one place that refuses calls in the wrong order."""
+    """Counts micro-steps, sums up their losses, and refuses calls in the wrong order."""
 
     def __init__(self, trains: bool) -> None:
         """trains: False for an engine without an optimizer, which refuses backward() and step()."""
@@ -29,28 +29,29 @@ class Accumulation:
         self.micro_steps = 0
         """Micro-steps so far, over all accumulations."""
         self.start = 0
-        """The micro-step from which accumulations are counted: set_train_batch_size() changes how many make one."""
+        """Micro-step at which the current accumulation steps began to count: set_train_batch_size() changes their
+        number."""
         self.forced_boundary: bool | None = None
-        """What set_gradient_accumulation_boundary() said last; None: boundaries are counted."""
+        """Last value given to set_gradient_accumulation_boundary(); None: boundaries follow from counting."""
         self.syncs = True
-        """False inside no_sync(): gradients only accumulate on this rank."""
+        """Whether backwards may reduce gradients: False inside no_sync()."""
         self.script_ran_backward = False
-        """The last backward was the script's own loss.backward(), and step() has not taken it yet."""
+        """Whether the last backward was the script's own loss.backward() and step() has not followed yet."""
         self.loss_is_scaled = False
-        """scale() was called for the script's next loss.backward()."""
+        """Whether scale() was called for the script's next loss.backward()."""
         self.tokens = 0
         """Tokens of this rank's micro-batches since the last boundary."""
         self._backwards = 0
         """Backwards since the last boundary."""
         self._synced_backwards = 0
-        """Those of them since the last step() that were outside no_sync()."""
+        """Backwards outside no_sync() since the last step()."""
         self._reduced_for_boundary: bool | None = None
-        """Whether the last backward took its micro-step for the accumulation's last."""
+        """Whether the last backward treated its micro-step as the accumulation's last."""
         self._loss_sum: torch.Tensor | float = 0.0
         self._losses = 0
         self._failure = ""
 
-    # ---- where it stands -------------------------------------------------------------------------------------------
+    # ---- state -----------------------------------------------------------------------------------------------------
     def is_boundary(self, accumulation_steps: int) -> bool:
         """Whether the micro-step under way is the accumulation's last."""
         if self.forced_boundary is not None:
@@ -73,16 +74,17 @@ class Accumulation:
 
     @property
     def loss(self) -> torch.Tensor | float | None:
-        """Mean over this rank's backwards since the last boundary; None where the script ran them itself on a loss
-        that nobody knows."""
+        """() mean loss of this rank's backwards since the last boundary; None if the script ran them on losses that the
+        engine has not seen."""
         return self._loss_sum / self._losses if self._losses else None
 
-    # ---- what happens ----------------------------------------------------------------------------------------------
+    # ---- transitions -----------------------------------------------------------------------------------------------
     def begin_backward(self) -> None:
+        """A backward begins."""
         self.state = AccumulationState.BACKWARD
 
     def end_backward(self, loss: torch.Tensor | None, accumulation_steps: int, by_script: bool = False) -> None:
-        """loss: () the unscaled loss, if it is known."""
+        """A backward has ended. loss: () the unscaled loss, if it is known."""
         if loss is not None:
             self._loss_sum = self._loss_sum + loss.detach().double()
             self._losses += 1
@@ -93,28 +95,29 @@ class Accumulation:
         self.state = AccumulationState.BACKWARD_DONE
 
     def fail(self, what: str) -> None:
-        """A backward ended with an exception."""
+        """A backward has ended with an exception. what: the beginning of the error message of later calls."""
         self.state, self._failure = AccumulationState.FAILED, what
 
     def end_micro_step(self) -> None:
+        """step() ends a micro-step."""
         self.micro_steps += 1
         self._synced_backwards, self.script_ran_backward = 0, False
         self.state = AccumulationState.ACCUMULATING
 
     def end_step(self) -> None:
-        """The boundary's optimizer step is over."""
+        """The boundary's optimizer step has ended."""
         self._loss_sum, self._losses, self.tokens, self._backwards = 0.0, 0, 0, 0
         self.state = AccumulationState.BOUNDARY
 
     def restart(self) -> None:
-        """Forget what has been accumulated: checkpoints are of boundaries, so loading one begins an accumulation."""
+        """Discard what has been accumulated and begin an accumulation: checkpoints are taken at boundaries."""
         self._synced_backwards, self.script_ran_backward = 0, False
         self.start = self.micro_steps
         self.end_step()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, backwards accumulate on this rank and reduce nothing."""
+        """Inside, backwards only accumulate gradients on this rank."""
         if not self.syncs:
             raise RuntimeError(
                 "engine.no_sync() inside engine.no_sync(): the end of the inner one would end the outer one; enter it "
@@ -128,7 +131,7 @@ class Accumulation:
 
     # ---- calls in the wrong order ----------------------------------------------------------------------------------
     def check_can_train(self, call: str) -> None:
-        """Raises RuntimeError where the engine has no optimizer."""
+        """Raises RuntimeError if the engine has no optimizer. call: the method that needs one."""
         if not self.trains:
             raise RuntimeError(
                 f"engine.{call}: this engine was made without an optimizer, for evaluation; to train, add an "
@@ -136,8 +139,8 @@ class Accumulation:
             )
 
     def check_not_failed(self, step: int) -> None:
-        """Raises RuntimeError after a backward that ended with an exception. step: the one under way."""
-        if self.state is AccumulationState.BACKWARD:  # nobody has heard of its end
+        """Raises RuntimeError after a backward that ended with an exception. step: the current optimizer step."""
+        if self.state is AccumulationState.BACKWARD:  # a script's own backward that did not end
             self.fail(f"loss.backward() at step {step} ended with an exception")
         if self.state is AccumulationState.FAILED:
             raise RuntimeError(
@@ -146,7 +149,7 @@ class Accumulation:
             )
 
     def check_step(self, accumulation_steps: int) -> bool:
-        """Raises RuntimeError where engine.step() has nothing to do. Returns whether it ends the accumulation."""
+        """Raises RuntimeError if engine.step() is illegal now. Returns whether the step ends the accumulation."""
         if not self.syncs:
             raise RuntimeError(
                 "engine.step() inside engine.no_sync(): leave the context for the last backward, then step"
@@ -159,23 +162,23 @@ class Accumulation:
         boundary = self.is_boundary(accumulation_steps)
         if boundary != self._reduced_for_boundary:
             raise RuntimeError(
-                "set_gradient_accumulation_boundary() was called between engine.backward(loss) and engine.step(), "
-                "after backward had reduced the gradients, or not, by the old value; call it before backward"
+                "set_gradient_accumulation_boundary() changed the boundary flag between engine.backward(loss) and "
+                "engine.step(), but backward has used the old value; call it before backward"
             )
         return boundary
 
     def check_zero_grad(self) -> bool:
-        """Whether zero_grad() has gradients of a script's own backward to discard. Raises RuntimeError where they can't
-        be told from those of earlier micro-steps."""
+        """Whether zero_grad() has gradients of a script's own backward to discard. Raises RuntimeError if they are
+        added to those of earlier micro-steps."""
         if self.script_ran_backward and self._backwards > self._synced_backwards:
             raise RuntimeError(
-                "zero_grad() after loss.backward() in the middle of an accumulation: the gradients of its earlier "
-                "micro-steps can't be told from this one's. Call engine.backward(loss), or detach() what shall not "
-                "train this model"
+                "zero_grad() after loss.backward() in the middle of an accumulation: the gradients of earlier "
+                "micro-steps are already added to this one's. Call engine.backward(loss), or detach() tensors that "
+                "must not train this model"
             )
         return self.script_ran_backward
 
     def check_boundary(self, call: str, because: str) -> None:
-        """Raises RuntimeError where `call` comes in the middle of an accumulation."""
+        """Raises RuntimeError if `call` comes in the middle of an accumulation. because: the end of the message."""
         if self.in_progress:
             raise RuntimeError(f"{call} in the middle of an accumulation{because}")

@@ -1,8 +1,8 @@
 """Loss scaling for fp16: gradients below 2**-24 would vanish, so the loss is multiplied before backward and the
 gradients divided after it. (arXiv 1710.03740, section 3.2)
 
-The factor is as large as the gradients bear: it halves when one overflows and doubles after a while without. Keys and
-behaviour are DeepSpeed's (its `fp16` section).
+A dynamic scale halves when a gradient overflows and doubles after a number of updates without overflow. Keys and
+behaviour are those of DeepSpeed's `fp16` section.
 """
 
 from __future__ import annotations
@@ -12,46 +12,51 @@ from typing import Any, Protocol
 from runtime.config import Fp16Config, Resolved
 
 FACTOR = 2.0
-"""What a dynamic scale is multiplied or divided by."""
+"""Factor by which a dynamic scale changes."""
 
 
 class ScaleExhausted(OverflowError):
-    """Gradients overflow although the loss scale is as small as it may be."""
+    """Gradients overflow at the smallest loss scale that the config allows."""
 
 
 class Scaler(Protocol):
+    """The loss scale of one engine."""
+
     scale: float
 
     def update(self, overflow: bool) -> None:
-        """Once per boundary, after it is known whether a gradient was not finite."""
+        """Adapt the scale, once per boundary. overflow: whether a gradient was not finite."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The scaler's state, for a checkpoint."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; empty if the checkpoint was made in another precision."""
 
 
 class FixedScaler:
-    """A constant factor; 1 where the precision is not fp16."""
+    """A constant scale; 1 if the precision is not fp16."""
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
         self._dynamic: dict[str, Any] = {}
-        """What a checkpoint of a run with a dynamic scale held: its next one may have it again."""
+        """State of a dynamic scale that a checkpoint had: it is saved again, for a run that uses one."""
 
     def update(self, overflow: bool) -> None:
-        """Nothing: an overflow only skips the step."""
+        """Do nothing: an overflow only skips the step."""
 
     def state_dict(self) -> dict[str, Any]:
+        """See Scaler."""
         return dict(self._dynamic)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The factor stays the config's."""
+        """Keep `state` for the next checkpoint; the scale stays the config's."""
         self._dynamic = dict(state)
 
 
 class DynamicScaler:
-    """Starts at 2**initial_scale_power; `hysteresis` overflows halve it, `loss_scale_window` updates without one double
-    it. It never falls below `min_loss_scale`."""
+    """A scale that starts at 2**initial_scale_power, halves after `hysteresis` overflows, but not below
+    `min_loss_scale`, and doubles after `loss_scale_window` updates without one."""
 
     def __init__(self, config: Fp16Config) -> None:
         self.config = config
@@ -61,7 +66,7 @@ class DynamicScaler:
         self._last_overflow = -1
 
     def update(self, overflow: bool) -> None:
-        """Raises ScaleExhausted on an overflow that a smaller scale can't answer."""
+        """See Scaler. Raises ScaleExhausted if the scale would have to fall below `min_loss_scale`."""
         config = self.config
         if overflow:
             if config.hysteresis == 1 or self._tolerated == 1:
@@ -85,6 +90,7 @@ class DynamicScaler:
         self._updates += 1
 
     def state_dict(self) -> dict[str, Any]:
+        """See Scaler."""
         return {
             "scale": self.scale,
             "tolerated": self._tolerated,
@@ -93,13 +99,14 @@ class DynamicScaler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave; an empty one (made in another precision) leaves the fresh scale."""
+        """See Scaler. An empty state leaves the initial scale."""
         if state:
             self.scale, self._tolerated = float(state["scale"]), int(state["tolerated"])
             self._updates, self._last_overflow = int(state["updates"]), int(state["last_overflow"])
 
 
 def scaler_for(config: Resolved) -> Scaler:
+    """Make the scaler of a config."""
     if config.precision != "fp16":
         return FixedScaler()
     return DynamicScaler(config.fp16) if config.fp16.dynamic else FixedScaler(config.fp16.loss_scale)

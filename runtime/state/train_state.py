@@ -1,5 +1,5 @@
-"""`TrainState`: all that an optimizer step changes, in one place. Checkpoints, commands and the release of GPU memory
-take it as an argument."""
+"""`TrainState`: all state that an optimizer step changes. Checkpoints, commands and the release of GPU memory take it
+as an argument."""
 
 from __future__ import annotations
 
@@ -33,35 +33,36 @@ from runtime.zero.unshard import Unsharder
 
 @dataclass
 class Counters:
-    """How far a training is."""
+    """Progress of a training."""
 
     global_steps: int = 0
-    """Optimizer steps, skipped ones included: what progress and checkpoints count."""
+    """Optimizer steps, skipped ones included, as progress and checkpoints count them."""
     optimizer_steps: int = 0
-    """Updates really taken: Adam's bias correction counts these."""
+    """Optimizer steps that were not skipped, as Adam's bias correction counts them."""
     foreign_steps: int = 0
-    """Steps of a loaded checkpoint whose optimizer states were left behind."""
+    """Steps of a loaded checkpoint whose optimizer states were not loaded."""
     lr_factor: float = 1.0
     """The run's factor on every learning rate (`zerotop set lr_factor=...`)."""
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps that changed nothing, because a gradient was not finite."""
+        """Optimizer steps that were skipped because a gradient was not finite."""
         return self.global_steps - self.optimizer_steps - self.foreign_steps
 
 
 _under_way: dict[Updates, TrainState] = {}
-"""States of which an update is under way: a script that has only the module left must find it complete."""
+"""States with an update under way. It keeps them alive until the update is complete, also if the script keeps only the
+module."""
 
 
 def forget_update(updates: Updates) -> None:
-    """Its update is complete."""
+    """Stop keeping the state of `updates` alive: its update is complete."""
     _under_way.pop(updates, None)
 
 
 @dataclass(eq=False)
 class TrainState:
-    """One rank's part of a training."""
+    """The training state of one engine on this rank."""
 
     module: nn.Module
     config: Resolved
@@ -71,10 +72,10 @@ class TrainState:
     units: Sequence[Unit]
     """In forward order, the root unit and the small parameters first."""
     frozen: Sequence[tuple[str, nn.Parameter]]
-    """Parameters that are not trained and whole on every rank; at stage 3 large ones are in their units."""
+    """Frozen parameters that are not sharded, by name; at stage 3 large frozen parameters are in their units."""
     optimizer: ZeroOptimizer
     shard_optimizers: Sequence[ShardOptimizer]
-    """One for each of `flats`."""
+    """The optimizer of each of `flats`."""
     scaler: Scaler
     accumulation: Accumulation
     reducer: GradReducer
@@ -86,9 +87,9 @@ class TrainState:
     predivision: float
     """Factor on each gradient before it is reduced: see GradientConfig.scale."""
     grad_offload: GradOffload | None = None
-    """The gradients' way to states in other memory than the device's."""
+    """Downloads gradients of offloaded states to the host; None: there are none in other memory."""
     transfers: Transfers | None = None
-    """Copies between device and host; None where nothing is offloaded, or host and device are one memory."""
+    """Makes copies between device and host; None if nothing is offloaded, or host and device are one memory."""
     working_memory: Sequence[torch.Tensor] = ()
     """Device memory that belongs to no parameter group."""
     counters: Counters = field(default_factory=Counters)
@@ -98,6 +99,7 @@ class TrainState:
 
     @property
     def device(self) -> torch.device:
+        """The device on which this rank trains."""
         return self.comm.device
 
     @cached_property
@@ -107,26 +109,28 @@ class TrainState:
 
     @cached_property
     def frozen_flats(self) -> list[FlatParamGroup]:
+        """The groups of frozen parameters in forward order; stage 3 only."""
         return [flat for unit in self.units for flat in unit.frozen]
 
     @property
     def gradient_divisor(self) -> float:
-        """From the gradients that are held to the mean over ranks, without the loss scale."""
+        """Divisor that turns reduced gradients into their mean over ranks, without the loss scale."""
         return self.comm.world_size * self.predivision * self.scaler.scale
 
     @property
     def gradients_reduced(self) -> bool:
-        """Whether the gradients that have arrived are summed over the ranks, and not only accumulated on this one."""
+        """Whether the gradients since the last boundary are reduced over ranks, and not only accumulated on this
+        one."""
         return self.policy.shards_gradients or self.accumulation.reduced_at_boundary
 
     def settle_gradients(self) -> None:
-        """Returns when gradients that were on their way to host memory have arrived."""
+        """Wait until gradients that are being downloaded to host memory are accumulated there."""
         if self.grad_offload is not None:
             self.grad_offload.drain()
 
     def update(self, groups: Sequence[Hyper], scale: float | torch.Tensor, changed: torch.Tensor | None = None) -> None:
-        """Take an optimizer step with gradient x `scale`; with offload it may still be running on return. scale and
-        changed: see OptimizerStep."""
+        """Take an optimizer step with gradients multiplied by `scale`; with offload it may still be running on return.
+        scale and changed: see OptimizerStep."""
         self.counters.optimizer_steps += 1
         self.unsharder.reshard_all()
         self.updates.launch(groups, self.counters.optimizer_steps, scale, changed)
@@ -134,20 +138,20 @@ class TrainState:
             _under_way[self.updates] = self
 
     def synchronize(self) -> None:
-        """Returns when the last step's update is complete: with offload it may still be running after step()."""
+        """Wait until the last step's update is complete: with offload it may still be running after step()."""
         self.settle_step()
         self.updates.drain()
         if self.transfers is not None:
-            self.transfers.settle()  # the device writes host memory, too, and all-gathers read it
+            self.transfers.settle()  # the device may still be writing host memory, which all-gathers read
 
     def settle_changes(self) -> None:
-        """Before masters are saved: take over what the script has changed since the last step."""
+        """Before masters are saved: copy parameters that the script has changed since the last step to them."""
         self.updates.drain()
-        if self.changes.found():
-            self.changes.take()
+        if self.changes.detected():
+            self.changes.commit()
 
     def masters_to_parameters(self) -> None:
-        """The masters were written from outside (a checkpoint): so are the parameters, on all ranks. Collective."""
+        """Copy masters that were written from outside (a checkpoint) to the parameters on all ranks. Collective."""
         for flat in self.flats:
             flat.masters_to_parameters()
         self.unsharder.reshard_all()
@@ -155,7 +159,7 @@ class TrainState:
             pending.wait()
 
     def discard_accumulated(self) -> None:
-        """Forget the gradients and losses since the last boundary."""
+        """Discard the gradients and losses since the last boundary."""
         self.settle_gradients()
         self.reducer.clear()
         self.accumulation.restart()

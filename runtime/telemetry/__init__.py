@@ -1,4 +1,4 @@
-"""A rank's side of telemetry and commands. Torch-free: a rank, a test or another trainer can use it as it is."""
+"""A rank's side of telemetry and commands. Torch-free, so that tests and other trainers can use it."""
 
 from runtime.telemetry.handler import TelemetryHandler
 from runtime.telemetry.inbox import Inbox

@@ -1,17 +1,17 @@
-"""Texts that travel: an exception's message may hold a whole batch, and every screen, state.json and the recording
-would get it. The rank's log file has all of it."""
+"""Shortens texts that are sent to the hub: an exception's message may contain a whole batch, and every screen,
+state.json and the recording would get it. The rank's log file has the full text."""
 
 from __future__ import annotations
 
 LINE_KEPT = 1_000
-"""Characters of one line of an error."""
+"""Most characters of one line of an error."""
 ERROR_KEPT = 16_000
-"""Characters of an error, and of anything else that a rank says."""
+"""Most characters of an error, an event or a log record."""
 _END_SHARE = 0.25
 
 
 def shortened(text: str, limit: int) -> str:
-    """`text` with at most about `limit` characters: its start, which says what it is, and its end."""
+    """The beginning and the end of `text`, with at most about `limit` characters."""
     if len(text) <= limit:
         return text
     end = int(limit * _END_SHARE)
@@ -20,5 +20,5 @@ def shortened(text: str, limit: int) -> str:
 
 
 def shortened_error(text: str) -> str:
-    """Line by line, so that a long line takes no other's place; then as a whole."""
+    """`text` with each line shortened to LINE_KEPT and all of it to ERROR_KEPT."""
     return shortened("\n".join(shortened(line, LINE_KEPT) for line in text.splitlines()), ERROR_KEPT)

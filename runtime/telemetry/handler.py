@@ -1,4 +1,4 @@
-"""Python's logging, as messages to the hub."""
+"""Sends Python's log records to the hub."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Literal
 
 LevelName = Literal["debug", "info", "warning", "error", "critical"]
 TEXT_KEPT = 8000
-"""Characters of one record; the rank's log file has the rest."""
+"""Most characters of one record; the rank's log file has the rest."""
 
 
 def level_name(number: int) -> LevelName:
+    """The name of a numeric level of Python's logging."""
     if number >= logging.CRITICAL:
         return "critical"
     if number >= logging.ERROR:
@@ -22,7 +23,7 @@ def level_name(number: int) -> LevelName:
 
 
 class TelemetryHandler(logging.Handler):
-    """Hands every record, with its traceback, to `send(level, text, logger, wall_s)`. `setLevel` at any time."""
+    """Passes every record, with its traceback, to `send(level, text, logger, wall_s)`. setLevel works at any time."""
 
     def __init__(self, send: Callable[[LevelName, str, str, float], None], level: int = logging.INFO) -> None:
         super().__init__(level)
@@ -30,10 +31,11 @@ class TelemetryHandler(logging.Handler):
         self.setFormatter(logging.Formatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
         try:
             text = self.format(record)
             if len(text) > TEXT_KEPT:
                 text = f"{text[:TEXT_KEPT]}... ({len(text) - TEXT_KEPT} more characters)"
             self._send(level_name(record.levelno), text, record.name, record.created)
         except Exception:
-            self.handleError(record)  # a wrong format string in somebody's log call: logging's own way to say so
+            self.handleError(record)  # for example a wrong format string in a script's log call

@@ -1,4 +1,4 @@
-"""Commands from the hub, as the training thread finds them at a step boundary."""
+"""Commands from the hub, which the training thread takes at step boundaries."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ IDS_KEPT = 4096
 
 
 class Inbox:
-    """Filled by the publisher thread in the hub's numbering; read by the training thread.
+    """Commands that the publisher thread puts in and the training thread takes out.
 
-    Numbers only go up: what is not newer than the last number taken or marked applied is a repetition and is dropped,
-    as is an id seen before.
+    The hub numbers commands upwards. A command whose number is not above the last one taken or applied, or whose id was
+    seen before, is a repetition and is dropped.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class Inbox:
 
     # ---- the training thread ---------------------------------------------------------------------------------------
     def waiting(self) -> bool:
-        """Is there a command newer than what was taken? Two integer reads, no lock."""
+        """Whether there is a command that was not taken: two integer reads without a lock."""
         return self._newest > self._done
 
     def take(self) -> list[Command]:
-        """Everything that arrived and was not taken yet, in number order."""
+        """Take all commands, in the order of their numbers."""
         with self._condition:
             taken, self._waiting = self._waiting, []
             if taken:
@@ -41,9 +41,9 @@ class Inbox:
             return taken
 
     def next(self, timeout_s: float) -> Command | None:
-        """The oldest command not taken yet, sleeping up to timeout_s (seconds) for it.
+        """Take the oldest command, or wait up to timeout_s seconds for one.
 
-        None when the time is over, and at once when the supervisor is gone: ask `orphaned` before calling again.
+        Returns None after that time, and at once if the supervisor is gone: check `orphaned` before calling again.
         """
         deadline = time.monotonic() + timeout_s
         with self._condition:
@@ -57,19 +57,19 @@ class Inbox:
             return command
 
     def mark_applied(self, number: int) -> None:
-        """Commands up to `number` were applied (a broadcast said so): drop those waiting, and those still to arrive."""
+        """Drop commands up to `number`, also those that arrive later: a broadcast said that they were applied."""
         with self._condition:
             self._done = max(self._done, number)
             self._waiting = [command for command in self._waiting if command.number > number]
 
     @property
     def orphaned(self) -> bool:
-        """The supervisor is gone: checkpoint, stop at the next boundary and leave."""
+        """Whether the supervisor is gone: the rank must then save a checkpoint and stop at the next boundary."""
         return self._orphaned
 
     # ---- the publisher's threads -----------------------------------------------------------------------------------
     def put(self, command: Command) -> bool:
-        """False when the command is a repetition and was dropped."""
+        """Add a command. Returns False if it is a repetition and was dropped."""
         with self._condition:
             if command.number <= self._done or command.id in self._ids:
                 return False
@@ -86,6 +86,7 @@ class Inbox:
             return True
 
     def mark_orphaned(self) -> None:
+        """The supervisor is gone: wake `next`."""
         with self._condition:
             self._orphaned = True
             self._condition.notify_all()

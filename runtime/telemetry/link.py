@@ -1,4 +1,4 @@
-"""The two sockets between a rank and the hub, and the pair that wakes the thread which owns them."""
+"""The two sockets between a rank and the hub, and the socket pair that wakes the thread which owns them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from runtime.wire.messages import Command, Packet, Resend
 from runtime.wire.rundir import Sockets
 
 FRAME_BYTES = 2**20
-"""Of a command; a larger frame is not the hub's."""
+"""Most bytes of a command; a larger frame is not from the hub."""
 RECONNECT_MS = 100
 RECONNECT_MAX_MS = 2_000
 TELEMETRY_QUEUED = 100
-"""Packets: at the usual 10 Hz, ten seconds of a hub that does not read."""
+"""Most packets that are queued while the hub does not read: ten seconds at 10 Hz."""
 
 
 class Link:
-    """Sockets to the hub of one run. All but `wake` belongs to one thread.
+    """Sockets to the hub of one run. All methods but `wake` belong to one thread.
 
-    The hub need not be there yet, nor stay: connecting goes on in the background. `report` hears of frames that are not
-    ours. Raises ValueError for a socket path the kernel can't take.
+    The hub may start later or restart: the sockets reconnect in the background. report: called for malformed frames.
+    Raises ValueError if a socket's path is too long for the kernel.
     """
 
     def __init__(self, sockets: Sockets, rank: int, attempt: int, report: Callable[[str], None]) -> None:
@@ -75,14 +75,14 @@ class Link:
         return connected
 
     def wake(self) -> None:
-        """End `wait` from any thread, also from a signal handler."""
+        """Make `wait` return. For any thread, and signal handlers."""
         try:
             self._wake_write.send(b"\0")
         except OSError:
-            return  # full: that wakes just as well; closed: nobody sleeps any more
+            return  # full: `wait` wakes anyway; closed: no thread waits
 
     def wait(self, timeout_s: float) -> list[Command | Resend]:
-        """Sleep until something arrives, `wake`, or timeout_s; returns what arrived."""
+        """Wait until a message arrives, `wake`, or timeout_s seconds. Returns the messages that have arrived."""
         ready = dict(self._poller.poll(_ceil_ms(timeout_s)))
         if self._wake_fd in ready:
             self._wake_read.recv(4096)
@@ -91,7 +91,7 @@ class Link:
             self._monitor.recv_multipart()
             self._connections += 1
             if self._connections > 1:
-                # What was under way when the connection broke is lost; the hub drops what it has already.
+                # Packets that were being sent when the connection broke are lost; the hub drops those it has already.
                 self.outbox.rewind(1)
         while self._dealer in ready:
             try:
@@ -108,7 +108,7 @@ class Link:
         return arrived
 
     def publish(self, messages: list[Any]) -> None:
-        """One telemetry packet; lost, and seen as a gap in the numbers, when nobody takes it."""
+        """Send one telemetry packet. If the hub does not read it, it is lost, and a gap in the numbers shows it."""
         self._seq += 1
         packet = Packet.model_construct(
             source=self._source, attempt=self._attempt, seq=self._seq, sent_ns=monotonic_ns(), messages=messages
@@ -116,7 +116,7 @@ class Link:
         self._publisher.send(encode(packet), zmq.NOBLOCK)
 
     def send_events(self, messages: list[Any]) -> None:
-        """Queue `messages`, and send what the hub can take now; the rest goes with the next call."""
+        """Queue `messages` and send as many packets as the hub takes now; the rest is sent in the next call."""
         self.outbox.add(messages)
         while (frame := self.outbox.next_frame()) is not None:
             try:
@@ -126,7 +126,7 @@ class Link:
             self.outbox.sent()
 
     def close(self, timeout_s: float) -> None:
-        """Flush for at most timeout_s seconds, then let go of everything."""
+        """Flush for at most timeout_s seconds, then close the sockets."""
         deadline = time.monotonic() + timeout_s
         while self.outbox.next_frame() is not None:
             remaining = deadline - time.monotonic()
@@ -144,5 +144,5 @@ class Link:
 
 
 def _ceil_ms(seconds: float) -> int:
-    # Rounded up: rounded down, the last fraction of a millisecond before a tick would be spent spinning.
+    # Rounded up: otherwise the poll would spin in the last fraction of a millisecond before a tick.
     return math.ceil(seconds * 1000)

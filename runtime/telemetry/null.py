@@ -1,4 +1,4 @@
-"""Telemetry of a process that no run started: the same calls, no effect."""
+"""Telemetry of a process outside a run: the same methods, without effect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class NullTelemetry:
-    """What `Telemetry.from_environment` gives outside a run. Its inbox stays empty."""
+    """Has the methods of `Telemetry`, which do nothing. `Telemetry.from_environment` returns it outside a run."""
 
     memory_source: Callable[[], Memory] | None = None
     hz: float = 0.0
@@ -27,19 +27,25 @@ class NullTelemetry:
         self.inbox = Inbox()
         self.log_handler: logging.Handler = logging.NullHandler()
 
-    def start(self, hello: Hello) -> None: ...
+    def start(self, hello: Hello) -> None:
+        """Do nothing."""
 
-    def enter(self, phase: PhaseName, step: int | None = None, micro_step: int | None = None) -> None: ...
+    def enter(self, phase: PhaseName, step: int | None = None, micro_step: int | None = None) -> None:
+        """Do nothing."""
 
     def span(self, phase: PhaseName) -> AbstractContextManager[None]:
+        """A context that does nothing."""
         return _NOTHING
 
     def issued(self, op: str, nbytes: int) -> int:
+        """Do nothing, and return 0."""
         return 0
 
-    def completed(self, seq: int, op: str, nbytes: int, issue_ns: int, end_ns: int, wait_ns: int) -> None: ...
+    def completed(self, seq: int, op: str, nbytes: int, issue_ns: int, end_ns: int, wait_ns: int) -> None:
+        """Do nothing."""
 
-    def step(self, result: StepResult) -> None: ...
+    def step(self, result: StepResult) -> None:
+        """Do nothing."""
 
     def event(
         self,
@@ -50,18 +56,25 @@ class NullTelemetry:
         step: int | None = None,
         data: dict[str, Any] | None = None,
         of_run: bool = False,
-    ) -> None: ...
+    ) -> None:
+        """Do nothing."""
 
-    def checkpoint_saved(self, step: int, path: str, *, seconds: float, blocked_ms: float) -> None: ...
+    def checkpoint_saved(self, step: int, path: str, *, seconds: float, blocked_ms: float) -> None:
+        """Do nothing."""
 
-    def log(self, level: LevelName, text: str, logger: str = "runtime", wall_s: float | None = None) -> None: ...
+    def log(self, level: LevelName, text: str, logger: str = "runtime", wall_s: float | None = None) -> None:
+        """Do nothing."""
 
-    def ack(self, ack: Ack) -> None: ...
+    def ack(self, ack: Ack) -> None:
+        """Do nothing."""
 
-    def memory_changed(self) -> None: ...
+    def memory_changed(self) -> None:
+        """Do nothing."""
 
     def goodbye(
         self, outcome: Outcome, step: int, error: str = "", fatal: bool = False, culprit: int | None = None
-    ) -> None: ...
+    ) -> None:
+        """Do nothing."""
 
-    def close(self, timeout_s: float = 2.0) -> None: ...
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Do nothing."""

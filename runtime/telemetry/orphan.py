@@ -1,4 +1,4 @@
-"""Nothing of a run outlives its supervisor: how a rank notices that it is gone, and what happens then."""
+"""How a rank detects that its supervisor is gone, and ends: no process of a run outlives the supervisor."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(signal_number: int) -> bool:
-    """Have the kernel send this process `signal_number` when the thread that started it ends (prctl(2)).
+    """Make the kernel send this process `signal_number` when the thread that started it ends (prctl(2)).
 
-    Call it early, from the main thread. False, and nothing happens, where the kernel has no such thing (not Linux). A
-    parent that ends during the call would never trigger it, so then the signal is sent at once.
+    Call it early, from the main thread. Returns False, without effect, on other systems than Linux. If the parent ends
+    during the call, the signal is sent at once.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -38,7 +38,8 @@ def die_with_parent(signal_number: int) -> bool:
 
 
 def grace_s() -> float:
-    """Seconds an orphaned rank has to checkpoint and leave; ValueError when the variable is no number of seconds."""
+    """Seconds that an orphaned rank has to save a checkpoint and end. Raises ValueError if ZEROTOP_ORPHAN_GRACE_S is
+    not a number of seconds."""
     text = os.environ.get(GRACE_VARIABLE, "")
     if not text:
         return DEFAULT_GRACE_S
@@ -52,10 +53,10 @@ def grace_s() -> float:
 
 
 class SupervisorWatch:
-    """A sleeping thread that wakes when process `pid` ends, calls `on_gone` once, and past the grace ends this process.
+    """A thread that calls `on_gone` when process `pid` ends, and ends this process if it still runs after `grace_s`.
 
-    It is a thread of its own because it must work when everything else is stuck. It waits on a pidfd; where the kernel
-    refuses one, it looks at pid and start time once a second.
+    It is a thread of its own because it must work when all others hang. It waits on a pidfd; if the kernel refuses one,
+    it checks pid and start time once a second.
     """
 
     def __init__(self, pid: int, on_gone: Callable[[], None], grace_s: float) -> None:
@@ -81,11 +82,12 @@ class SupervisorWatch:
         self._thread = threading.Thread(target=self._run, name="zerotop-watch", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, and with it the grace timer. The pipe is shared with a forked child, which must not write to
-        it: the rank would take it for the supervisor's end."""
+        """End the thread, and with it the grace timer. Does nothing in a forked child, whose write to the shared pipe
+        would stop the parent's watch."""
         if self._stopped.is_set() or not self._owner.is_here:
             return
         self._stopped.set()
@@ -109,7 +111,7 @@ class SupervisorWatch:
         cause = f"the supervisor (pid {self.pid}) is gone"
         words = f"zerotop: {cause} and this rank did not stop within {self._grace_s:g} s: it ends now\n"
         try:
-            # Nobody may be reading a pipe's other end any more: a full one must not hold this up.
+            # stderr may be a full pipe that is no longer read: don't block on it.
             if select.select([], [2], [], 0)[1]:
                 os.write(2, words.encode())
         finally:
@@ -124,13 +126,13 @@ class SupervisorWatch:
             return
         assert self._process is not None
         while not poll.poll(FALLBACK_INTERVAL_S * 1000):
-            if not _lives(self._process):
+            if not _is_alive(self._process):
                 return
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
-        # is_running() compares start times. A zombie has ended: its parent has merely not looked yet.
+        # is_running() compares start times. A zombie has ended, too.
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -1,4 +1,4 @@
-"""Events on their way to the hub: numbered packets that can be sent again."""
+"""Event packets for the hub, numbered so that they can be sent again."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PACKETS_KEPT = 2000
 BYTES_KEPT = 16 * 2**20
 MESSAGES_PER_PACKET = 200
 PACKET_BYTES = 8 * 2**20
-"""The hub disconnects whoever sends a frame twice as large."""
+"""Most bytes of a packet; the hub disconnects a rank that sends twice as much."""
 
 
 class Outbox:
-    """Encoded event packets, numbered from 1, with a mark at the next one to send.
+    """Encoded event packets, numbered from 1, and the number of the next one to send. Used by one thread.
 
-    The newest PACKETS_KEPT packets (and at most BYTES_KEPT bytes) are kept for `rewind`, and the first one always: it
-    holds the hello. Used by one thread.
+    The newest PACKETS_KEPT packets (at most BYTES_KEPT bytes) are kept for `rewind`, and always the first one, because
+    it has the hello.
     """
 
     def __init__(self, rank: int, attempt: int) -> None:
@@ -33,8 +33,8 @@ class Outbox:
         self._next_seq = 1
 
     def add(self, messages: list[Any]) -> None:
-        """Make packets of `messages`; one that JSON can't carry, or that is too large, is replaced by a log record that
-        says so."""
+        """Make packets of `messages`. A message that can't be encoded as JSON, or is too large, is replaced by a log
+        record that says so."""
         for start in range(0, len(messages), MESSAGES_PER_PACKET):
             self._add_packet(messages[start : start + MESSAGES_PER_PACKET])
         while len(self._kept) > PACKETS_KEPT or (self._bytes > BYTES_KEPT and len(self._kept) > 1):
@@ -64,14 +64,15 @@ class Outbox:
         if self._next_seq == 1:
             return self._first
         oldest = self._kept[0][0]
-        self._next_seq = max(self._next_seq, oldest)  # what fell out is gone: the hub sees the gap in the numbers
+        self._next_seq = max(self._next_seq, oldest)  # dropped packets show as a gap in the numbers
         return self._kept[self._next_seq - oldest][1]
 
     def sent(self) -> None:
+        """The packet that `next_frame` returned was sent."""
         self._next_seq += 1
 
     def rewind(self, first_seq: int) -> None:
-        """Send everything from packet `first_seq` on again."""
+        """Send all packets from `first_seq` on again."""
         self._next_seq = min(self._next_seq, max(1, first_seq))
 
     def _encode(self, messages: list[Any]) -> bytes:

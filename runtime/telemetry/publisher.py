@@ -1,9 +1,9 @@
-"""Telemetry of one rank: the training thread appends, a thread of its own sends, and commands come back the same way.
+"""Telemetry of one rank: the training thread records, and the publisher thread sends and receives commands.
 
-The training thread never waits for the hub, nor touches a socket. The publisher thread owns both sockets:
+The training thread never waits for the hub and uses no socket. The publisher thread owns both sockets:
 
-- PUB, one packet per tick: phases, collectives, step results, memory, always a heartbeat. Dropped when nobody reads.
-- DEALER, events in numbered packets that the hub may ask for again; downwards, commands.
+- PUB, one packet per tick: phases, collectives, step results, memory, always a heartbeat. Dropped if not read.
+- DEALER, events in numbered packets that the hub may request again; in the other direction, commands.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIA
 SPANS_PER_PACKET = 500
 EVENTS_KEPT = 20_000
 LOGS_KEPT = 5_000
-"""Log records wait in line with the events; past this many they are dropped: a flood can't push events out."""
+"""Queue length beyond which log records are dropped, so that they can't displace events."""
 MEMORY_INTERVAL_S = 1.0
 MEMORY_INTERVAL_CHANGED_S = 0.1
 LONGEST_SLEEP_S = 0.25
-"""Log records don't wake the publisher; this bounds how long one waits at a low telemetry rate."""
+"""Longest sleep of the publisher, and so longest delay of a log record, which does not wake it."""
 
 
 class TelemetryError(Exception):
-    """The run's environment does not fit together; the message says what was expected and what came."""
+    """The environment of the run is inconsistent: a variable or the run directory is wrong."""
 
 
 class Telemetry(Recorder):
-    """One per rank and process. `enter`, `span`, `issued`, `completed`, `step`: see `Recorder`."""
+    """The telemetry of one rank; one per process. `Recorder` has the methods of the training thread."""
 
     def __init__(self, rank: int, attempt: int, sockets: Sockets, supervisor_pid: int | None = None) -> None:
         super().__init__()
@@ -86,11 +86,11 @@ class Telemetry(Recorder):
         self._owner = Owner()
         self._at_exit: Callable[[], Any] | None = None
         self._close_by: float | None = None
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     @classmethod
     def from_environment(cls, rank: int) -> Telemetry | NullTelemetry:
-        """Telemetry of the run that ZEROTOP_RUN names, or one that does nothing. Raises TelemetryError."""
+        """Telemetry of the run in ZEROTOP_RUN, or NullTelemetry outside a run. Raises TelemetryError."""
         folder = os.environ.get(RUN_VARIABLE, "")
         if not folder:
             return NullTelemetry()
@@ -106,12 +106,12 @@ class Telemetry(Recorder):
 
     # ---- life ------------------------------------------------------------------------------------------------------
     def start(self, hello: Hello) -> None:
-        """Open the sockets, start the threads, say hello, and send log records from here on. Raises TelemetryError."""
+        """Open the sockets, start the threads, send `hello` and, from now on, log records. Raises TelemetryError."""
         if self._link is not None:
             raise RuntimeError("telemetry was started already")
         try:
             seconds = grace_s()
-            self._link = Link(self._sockets, self.rank, self.attempt, self._tell_once)
+            self._link = Link(self._sockets, self.rank, self.attempt, self._report_once)
         except (ValueError, OSError) as error:
             raise TelemetryError(str(error)) from None
         self._hz = hello.telemetry_hz
@@ -133,11 +133,11 @@ class Telemetry(Recorder):
     def goodbye(
         self, outcome: Outcome, step: int, error: str = "", fatal: bool = False, culprit: int | None = None
     ) -> None:
-        """The last word, before `close`. Only the first one counts: what goes wrong on the way out is not the cause.
-        A forked child has none.
+        """Send how the rank ends, before `close`. Only the first call counts, because later errors are not the cause.
+        Does nothing in a forked child.
 
-        `fatal`: another attempt would end the same way, so the supervisor does not start one. `culprit`: the rank whose
-        doing it is, where that is known.
+        fatal: whether a restart would fail in the same way, so that the supervisor makes none. culprit: the rank that
+        has caused the failure, if known.
         """
         if self._said_goodbye or not self._owner.is_here:
             return
@@ -155,10 +155,10 @@ class Telemetry(Recorder):
         )
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Send what is left, for at most timeout_s seconds, and end the threads. Idempotent; also runs at exit. In a
-        forked child nothing happens: threads and sockets are the rank's.
+        """Send what is left, for at most timeout_s seconds, and end the threads. Idempotent; also runs at exit. Does
+        nothing in a forked child.
 
-        When the supervisor is gone the grace timer goes on: a process that hangs on leaving must not outlive the run.
+        If the supervisor is gone, the grace timer goes on, so that a process that hangs at exit is ended.
         """
         if self._link is None or self._close_by is not None or not self._owner.is_here:
             return
@@ -174,7 +174,7 @@ class Telemetry(Recorder):
 
     @property
     def hz(self) -> float:
-        """Telemetry packets per second; a change acts from the next tick on and is told to the hub as an event."""
+        """Telemetry packets per second. A change takes effect at the next tick and is sent as an event."""
         return self._hz
 
     @hz.setter
@@ -197,8 +197,8 @@ class Telemetry(Recorder):
         data: dict[str, Any] | None = None,
         of_run: bool = False,
     ) -> None:
-        """A line for the event pane; `what` is a stable word. `data` must be JSON. of_run: it is a matter of the whole
-        run, not of this rank."""
+        """Send an event. what: its kind, a stable identifier. data: JSON. of_run: whether it concerns the run and not
+        only this rank."""
         self._send_event(
             Event(
                 rank=None if of_run else self.rank,
@@ -225,7 +225,8 @@ class Telemetry(Recorder):
         )
 
     def log(self, level: LevelName, text: str, logger: str = "runtime", wall_s: float | None = None) -> None:
-        """One log record; `log_handler` calls this (on the root logger if that is set up, else on `runtime`)."""
+        """Send one log record. `log_handler` calls this; it is on the root logger if that has handlers, else on
+        `runtime`."""
         if len(self._events) >= LOGS_KEPT:
             self._logs_dropped += 1
             return
@@ -233,13 +234,13 @@ class Telemetry(Recorder):
         self._events.append(LogRecord(rank=self.rank, level=level, logger=logger, text=text, wall_s=wall_s))
 
     def ack(self, ack: Ack) -> None:
-        """The answer to a command; rank and wall_s are filled in."""
+        """Send the answer to a command, with rank and wall_s filled in."""
         reason = shortened(ack.reason, ERROR_KEPT)
         changes = {"rank": self.rank, "reason": reason, "wall_s": ack.wall_s or time.time()}
         self._send_event(ack.model_copy(update=changes))
 
     def memory_changed(self) -> None:
-        """Ask for a Memory message soon (within 0.1 s) instead of at the next full second."""
+        """Send a Memory message within 0.1 s instead of at the next full second."""
         if not self._memory_due:
             self._memory_due = True
             self._wake()
@@ -269,18 +270,18 @@ class Telemetry(Recorder):
                 self._send_events()
                 now = time.monotonic()
                 if now >= next_tick:
-                    # Late ticks are not made up for: a burst of packets says nothing that the newest does not.
+                    # Late ticks are skipped: a burst of packets would say no more than the newest one.
                     next_tick = max(next_tick + 1 / self._hz, now)
                     self._link.publish(self._tick(now))
             except Exception:
-                self._tell_once(f"telemetry failed: {traceback.format_exc()}")
+                self._report_once(f"telemetry failed: {traceback.format_exc()}")
                 time.sleep(1 / self._hz)
         self._finish()
 
     def _finish(self) -> None:
         assert self._link is not None and self._close_by is not None
         try:
-            # Without memory: its source may be half taken down by now.
+            # Without memory, whose source may be shutting down.
             self._link.publish(self._measured())
             self._send_events()
         except Exception:
@@ -298,12 +299,12 @@ class Telemetry(Recorder):
             try:
                 messages.append(self.memory_source())
             except Exception as error:
-                self._tell_once(f"memory can't be measured: {type(error).__name__}: {error}")
+                self._report_once(f"memory can't be measured: {type(error).__name__}: {error}")
         return messages
 
     def _measured(self) -> list[Any]:
-        """What the training thread recorded since the last tick, and a heartbeat."""
-        # model_construct: our own figures need no validation, and this runs ten times a second beside the training.
+        """Messages of what the training thread has recorded since the last tick, and a heartbeat."""
+        # model_construct: these figures need no validation, and this runs ten times a second during training.
         drained = self.drain()
         messages: list[Any] = []
         if drained.spans:
@@ -339,7 +340,7 @@ class Telemetry(Recorder):
         events = [self._events.popleft() for _ in range(len(self._events))]
         if self._logs_dropped and len(self._events) < LOGS_KEPT:
             dropped, self._logs_dropped = self._logs_dropped, 0
-            text = f"{dropped} log records came too fast and were not sent: see the rank's log file"
+            text = f"{dropped} log records were dropped (too many to send); the rank's log file has them"
             events.append(self._own_record("warning", text))
         if events or self._link.outbox.next_frame() is not None:
             self._link.send_events(events)
@@ -353,15 +354,15 @@ class Telemetry(Recorder):
 
     def _log_orphaned(self) -> None:
         text = f"the supervisor (pid {self._supervisor_pid}) is gone: this rank stops at the next step boundary"
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._reported:
+            self._reported.add(text)
             logging.getLogger("runtime.telemetry").error(text)
 
-    def _tell_once(self, text: str) -> None:
+    def _report_once(self, text: str) -> None:
         # A set of texts would grow with every new number in a message; the first lines of the first few are enough.
-        if text in self._told or len(self._told) >= 20:
+        if text in self._reported or len(self._reported) >= 20:
             return
-        self._told.add(text)
+        self._reported.add(text)
         self._events.append(self._own_record("error", text))
 
     def _own_record(self, level: LevelName, text: str) -> LogRecord:

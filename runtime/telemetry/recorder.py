@@ -1,8 +1,8 @@
-"""What the training thread leaves behind: phase intervals, collectives and step results, in rings that never block.
+"""Records phase intervals, collectives and step results of the training thread in ring buffers that never block.
 
-The training path calls these methods, so they do nothing but arithmetic and appends: no lock, no socket, no message
-objects. One thread at a time may call them (autograd's device thread counts as the training thread: the caller waits
-for it). `drain` and `position` belong to the publisher.
+The training thread calls these methods, so they do only arithmetic and appends: no lock, no socket, no message objects.
+One thread at a time may call them (autograd's device thread counts as the training thread, which waits for it).
+`drain` and `position` belong to the publisher.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPANS_KEPT = 4096
 COLLECTIVES_KEPT = 8192
 STEPS_KEPT = 1024
 STEP_MASK = 0xFFFF
-"""The step of the newest 65536 issued collectives is remembered until they complete."""
+"""Mask of collective numbers: the steps of the newest 65536 issued collectives are remembered."""
 
 
 class Drained(NamedTuple):
@@ -36,7 +36,7 @@ class Drained(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where the training thread is right now; the fields of a `Heartbeat`."""
+    """The current state of the training thread, as in a `Heartbeat`."""
 
     phase: PhaseName
     step: int
@@ -49,9 +49,9 @@ class Position(NamedTuple):
 
 
 class _Ring:
-    """The reader's side of a bounded deque: takes what is there and works out how much fell out in between.
+    """The reader's side of a bounded deque: takes all items and counts those that were overwritten in between.
 
-    The writer counts its appends after making them, so `appended` never runs ahead of the deque, and no loss is counted
+    The writer counts its appends after making them, so `appended` is never ahead of the deque, and no loss is counted
     that did not happen.
     """
 
@@ -69,7 +69,7 @@ class _Ring:
 
 
 class _SpanContext:
-    """Runs one phase inside another; then the outer one goes on as a new interval, at the step reached by then."""
+    """A phase inside another one, which then continues as a new interval, at the step reached by then."""
 
     __slots__ = ("_outer", "_phase", "_recorder")
 
@@ -101,7 +101,7 @@ class Recorder:
         self._spans = _Ring(SPANS_KEPT)
         self._collectives = _Ring(COLLECTIVES_KEPT)
         self._steps = _Ring(STEPS_KEPT)
-        # Bound once: an attribute look-up less per call.
+        # Bound once, to save an attribute look-up per call.
         self._append_span = self._spans.items.append
         self._append_collective = self._collectives.items.append
         self._spans_put = self._collectives_put = self._steps_put = 0
@@ -133,11 +133,12 @@ class Recorder:
         self._progress_ns = now
 
     def span(self, phase: PhaseName) -> _SpanContext:
-        """A phase inside a phase. The outer interval ends where the inner one begins, so no time is counted twice."""
+        """A context for a phase inside the current one, whose interval is interrupted so that no time counts twice."""
         return _SpanContext(self, phase)
 
     def issued(self, op: str, nbytes: int) -> int:
-        """Note a collective that is being issued; returns its number, from 1. Its bytes count for the current step."""
+        """Record a collective that is being issued. Returns its number, from 1. Its bytes count for the current
+        step."""
         seq = self._entered[0] + 1
         self._entered = (seq, op)
         self._issued_in_step[seq & STEP_MASK] = self._now[1]
@@ -146,10 +147,10 @@ class Recorder:
         return seq
 
     def completed(self, seq: int, op: str, nbytes: int, issue_ns: int, end_ns: int, wait_ns: int) -> None:
-        """Note a finished collective, in issue order; wait_ns is how long the training thread stood still for it.
+        """Record a completed collective, in the order of issue. wait_ns: how long the training thread has waited for
+        it.
 
-        The duration starts at the later of its issue and the previous completion: until then, the group was busy with
-        another one.
+        Its duration starts at the later of its issue and the previous completion, until which the group was busy.
         """
         previous = self._previous_end_ns
         duration_ns = end_ns - (issue_ns if issue_ns > previous else previous)
@@ -158,21 +159,19 @@ class Recorder:
         if seq > self._completed_seq:
             self._completed_seq = seq
         self._wait_ns += wait_ns
-        # End times come from callbacks of the transport and may cross by microseconds; a duration is never negative.
+        # End times come from callbacks of the backend and may be out of order by microseconds.
         record = (seq, op, nbytes, issue_ns, end_ns, duration_ns // 1000 if duration_ns > 0 else 0, wait_ns // 1000)
         self._append_collective((self._issued_in_step[seq & STEP_MASK], record))
         self._collectives_put += 1
         self._progress_ns = monotonic_ns()
 
     def step(self, result: StepResult) -> None:
-        """Publish an optimizer step.
-
-        Where `result` leaves phase_ms, wait_ms or comm_bytes at the default, what was seen since the last step goes in.
-        """
+        """Record an optimizer step. phase_ms, wait_ms and comm_bytes that `result` leaves at their default are filled
+        in with what was recorded since the last step."""
         now = monotonic_ns()
         phase, _, _, since = self._now
         sums, self._phase_ns = self._phase_ns, {}
-        sums.pop("init", None)  # what came before the first step is no part of it
+        sums.pop("init", None)  # time before the first step does not count
         sums[phase] = sums.get(phase, 0) + now - max(since, self._counted_to_ns)
         self._counted_to_ns = now
         self._steps.items.append((result, sums, self._wait_ns, self._comm_bytes))
@@ -182,13 +181,15 @@ class Recorder:
 
     # ---- the publisher ---------------------------------------------------------------------------------------------
     def drain(self) -> Drained:
+        """Take everything recorded since the last drain."""
         spans = self._spans.take(self._spans_put)
         collectives = self._collectives.take(self._collectives_put)
         steps = [_filled(*entry) for entry in self._steps.take(self._steps_put)]
         return Drained(spans, collectives, steps, self._spans.lost + self._collectives.lost + self._steps.lost)
 
     def position(self) -> Position:
-        # In this order: the other way round, a collective in between would show as completed but not entered.
+        """The current state of the training thread."""
+        # In this order: otherwise a collective issued in between would show as completed but not entered.
         completed_seq = self._completed_seq
         entered_seq, entered_op = self._entered
         phase, step, micro_step, since_ns = self._now

@@ -1,17 +1,17 @@
-"""SIGUSR1, SIGTERM and SIGHUP in a rank: a batch system's, a machine's or a person's word to the whole run.
+"""SIGUSR1, SIGTERM and SIGHUP in a rank, sent to the run by a batch system, a shutdown or a person.
 
-Slurm signals every process of a step, and a machine that is shut down every process there is, so ranks get them beside
-the supervisor. A rank hands SIGUSR1 and SIGTERM on to the supervisor, which stops the run after a checkpoint: one way,
-in which all ranks agree, with an event and a deadline, also in a run that is paused or hangs. The supervisor starts the
-ranks with these signals blocked: torchrun, which never unblocks them, would end the ranks for them, and what comes
-before a rank's handlers are there waits for them.
+Slurm signals every process of a step, and a shutdown every process of the machine, so the ranks get these signals
+beside the supervisor. A rank forwards SIGUSR1 and SIGTERM to the supervisor, which stops the run after a checkpoint on
+which all ranks agree, with an event and a deadline, also if the run is paused or hangs. The supervisor starts torchrun
+and the ranks with these signals blocked: torchrun never unblocks them, and would otherwise end the ranks; in a rank
+they stay pending until its handlers are set.
 
 [Note: whose SIGTERM]
-torchrun sends one to the ranks that are left when one has failed, and so does the supervisor when it ends a run: these
-mean now, for there is nobody to make a checkpoint with. Only the sender tells the one from the other, and Python's
-handlers aren't told: csrc/sigterm.cpp is. Without it (no compiler) SIGTERM ends a rank, whoever sent it. Helpers that a
-rank forks inherit the handler, and only the rank's SIGTERM ends them: it needs its DataLoader's workers to reach the
-next boundary. (Workers that are spawned or come from a fork server are new programs, with handlers of their own.)
+torchrun sends SIGTERM to the remaining ranks when one has failed, and so does the supervisor when it ends a run: these
+must end the rank at once, because a checkpoint is impossible. Only the sender's pid tells them apart, which Python's
+handlers don't get, but csrc/sigterm.cpp does. If that is not built, every SIGTERM ends a rank. Processes that a rank
+forks inherit the handler, and only SIGTERM from the rank ends them, because it needs its DataLoader's workers to reach
+the next boundary. (Workers that are spawned or come from a fork server are new programs with handlers of their own.)
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from typing import Any
 
 from runtime.wire.rundir import BLOCKED_SIGNALS, SUPERVISOR_VARIABLE
 
-_listens = False
-"""SIGTERM is handed on here."""
+_forwards_sigterm = False
+"""Whether this process forwards SIGTERM."""
 
 
 def listen() -> None:
-    """Take the signals from now on, unless somebody has a handler for them already. Call it in the main thread, before
-    a script runs: a handler that the script sets later replaces this one."""
-    global _listens
+    """Handle the signals, except those that have a handler already. Call it in the main thread before the script runs,
+    whose own handlers replace these."""
+    global _forwards_sigterm
     supervisor = int(os.environ.get(SUPERVISOR_VARIABLE, "0"))
     if supervisor and (descriptor := _descriptor_of(supervisor)) is not None:
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            _listens = _hand_on(signal.SIGTERM, descriptor, supervisor)
+            _forwards_sigterm = _forward_signal(signal.SIGTERM, descriptor, supervisor)
         ours = signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, signal.SIG_IGN)
-        if ours and not _hand_on(signal.SIGUSR1, descriptor, supervisor):
-            signal.signal(signal.SIGUSR1, _to(supervisor))
+        if ours and not _forward_signal(signal.SIGUSR1, descriptor, supervisor):
+            signal.signal(signal.SIGUSR1, _forwarding_handler(supervisor))
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # as the supervisor does: no terminal is ours
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)
 
 
 def spare_data_workers() -> None:
-    """Torch gives a DataLoader's workers a handler of their own, with which anybody's SIGTERM ends them: replace it in
-    those that are forked from now on. Call it after `listen`."""
-    if not _listens:
+    """Replace torch's handler in DataLoader workers that are forked from now on, with which any SIGTERM would end them.
+    Call it after `listen`."""
+    if not _forwards_sigterm:
         return
     from torch.utils.data._utils import signal_handling
 
@@ -63,9 +63,9 @@ def spare_data_workers() -> None:
 
 
 def supervisor_is_watched() -> None:
-    """From now on a rank without a supervisor saves and ends by itself: what asks it to needs no answer. Before that,
-    such a SIGTERM ends it."""
-    if _listens:
+    """A watch for the supervisor's end now stops this rank after a checkpoint, so a SIGTERM that can't be forwarded
+    because the supervisor is gone is ignored; before, it ends the rank."""
+    if _forwards_sigterm:
         from runtime.native.loading import term
 
         term().zt_supervisor_is_watched()
@@ -81,7 +81,7 @@ def _descriptor_of(pid: int) -> int | None:
         return -1
 
 
-def _hand_on(number: signal.Signals, descriptor: int, supervisor: int) -> bool:
+def _forward_signal(number: signal.Signals, descriptor: int, supervisor: int) -> bool:
     from runtime.native.loading import term
 
     try:
@@ -90,8 +90,8 @@ def _hand_on(number: signal.Signals, descriptor: int, supervisor: int) -> bool:
         return False
 
 
-def _to(supervisor: int) -> Any:
-    """What hands a signal on without csrc/sigterm.cpp: when the main thread comes to it."""
+def _forwarding_handler(supervisor: int) -> Any:
+    """A Python handler that forwards a signal, for when csrc/sigterm.cpp is not built."""
 
     def send(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -33,13 +33,13 @@ class _Place:
     @property
     def part(self) -> slice:
         """Of the state shard: the elements that are this parameter's."""
-        low, high = self.flat.own_part(self.slot)
+        low, high = self.flat.shard_bounds(self.slot)
         return slice(low, high)
 
     @property
     def of_parameter(self) -> slice:
         """The same elements, as they lie in the parameter."""
-        low, high = self.flat.own_part(self.slot)
+        low, high = self.flat.shard_bounds(self.slot)
         start = max(0, self.flat.start - self.slot.offset)
         return slice(start, start + high - low)
 
@@ -130,14 +130,16 @@ def _set_master(place: _Place, value: torch.Tensor) -> None:
     state, flat = place.state, place.flat
     place.guard.wait_for_all()
     flat.masters[place.part].copy_(value)
-    if flat.masters is not flat.own:
-        flat.own[place.part].copy_(value)
+    if flat.masters is not flat.param_shard:
+        flat.param_shard[place.part].copy_(value)
     if not flat.sharded:
         flat.all_gather_updated().wait()
         return
     with state.unsharder.unsharded([unit for unit in state.units if flat in unit.flats]):
-        whole = place.assembled(flat.own[place.part]).to(flat.dtype)  # one that a script holds must show it, too
-        flat.whole[place.slot.offset : place.slot.end].copy_(whole.view(-1))
+        whole = place.assembled(flat.param_shard[place.part]).to(
+            flat.dtype
+        )  # one that a script holds must show it, too
+        flat.full_param[place.slot.offset : place.slot.end].copy_(whole.view(-1))
 
 
 # ---- optimizer states ------------------------------------------------------------------------------------------------
@@ -223,7 +225,7 @@ def _set_gradient(place: _Place, value: torch.Tensor, call: str) -> None:
         )
     gradients = place.flat.gradients
     assert gradients is not None
-    gradients.forget_squares()
+    gradients.forget_sum_of_squares()
     place.flat.gradient[place.part].copy_(value.to(torch.float32) * place.state.gradient_divisor)
 
 

@@ -1,19 +1,24 @@
 """The ZeRO engine's parts, each knowing only those before it.
 
-layout     which element of which parameter lies where, and who owns it (torch-free)
-stage      what a ZeRO stage is: a policy of a few answers
-cut        a model's units
-weights, init, values   where initial values come from; zero.Init
-home       which memory states live in; grad_offload: how gradients get there
-pool, gradients, flat   one flat buffer: parameters, masters, gradients
-unit       the flats that are gathered, reduced and updated together
+stage      a ZeRO stage as a policy: which states, gradients and parameters are sharded
+cut        divides a model into units
+init, absent, values    zero.Init, and where a parameter's initial values come from
+state_placement         the memory in which masters, optimizer states and accumulated gradients live
+pool, gradients, flat   one flat parameter group: its parameters, shards, masters and gradients
+parameter  the classes that parameters have while they are resharded or their gradients are reduced
+unit       the flat parameter groups that are unsharded, reduced and updated together
+hooks      module hooks that do not keep their engine alive
+unshard    when each unit's parameters are unsharded (stage 3)
+reduce     when each unit's gradients are reduced
+script_backward, script_changes     a script's own loss.backward(), and its changes to the model
+step_stats, fingerprint             what all ranks agree on at a boundary
+places, partition_parameters        DeepSpeed's stage 3 attributes of parameters (ds_numel, ds_status, ...)
 waiting    GatheredParameters between zero.Init and the engine
-hooks      what modules hold for an engine
-schedule   when gradients are reduced; unsharder: when parameters are there; clip: what ranks agree on at a boundary
-partition_parameters    what stage 3 hangs on parameters, with DeepSpeed's names
-whole      the whole model for those who ask; GatheredParameters
-external   calls that DeepSpeed needs and this engine does not
-(who updates when: runtime/optim/updates.py)
+leaf_modules    modules below which the model is not cut into units
+full       state_dict(), load_state_dict() and GatheredParameters at every stage
+external   calls that DeepSpeed needs and this engine accepts
+
+Shard arithmetic is in runtime/plan/layout.py; when each unit is updated, in runtime/optim/updates.py.
 """
 
 from __future__ import annotations

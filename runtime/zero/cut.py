@@ -1,5 +1,5 @@
-"""Cut a model into units: the blocks of its repeated ModuleLists, the embedding, the head, and the rest (the root
-unit)."""
+"""Cuts a model into units: the blocks of its repeated ModuleLists, the embedding, the head, and the root unit, which
+has the rest."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from runtime.zero.leaf_modules import is_leaf_module
 
 @dataclass
 class Cut:
-    """One unit to be: a name and the parameters that only it uses."""
+    """One unit before its buffers are made: its modules, and the parameters that no other unit uses."""
 
     name: str
     modules: list[nn.Module]
     parameters: list[tuple[str, nn.Parameter]] = field(default_factory=list)
-    everywhere: bool = False
-    """The root unit and the small parameters: used, and open for gradients, all along."""
+    always_open: bool = False
+    """Whether its gradients may arrive at any time in a backward: true of the root unit and the small parameters."""
 
 
 class UnitError(ValueError):
-    """zerotop.units names modules that the model does not have."""
+    """The config's zerotop.units names modules that the model does not have."""
 
 
 def cut(model: nn.Module, patterns: list[str] | None = None, small_below: int = 0) -> list[Cut]:
-    """Units in forward order; every parameter of `model` is in exactly one of them, and units without parameters are
-    left out.
+    """Return the units in forward order. Every parameter of `model` is in exactly one; empty units are left out.
 
     `patterns` (the config's zerotop.units) are module paths, `*` allowed: each matching module becomes a unit. A
-    parameter that modules of several units use (tied weights), or that no module with a forward holds (of a
+    parameter that modules of several units use (tied weights), or that no module with a forward holds (one of a
     ParameterList), belongs to the root unit, which comes first.
-    Parameters of fewer than `small_below` elements (the config's stage3_param_persistence_threshold) are set apart,
-    second: stage 3 keeps them whole. They are at every stage, so that all stages add in the same order.
+    Parameters of fewer than `small_below` elements (the config's stage3_param_persistence_threshold) make the second
+    unit, "small", which stage 3 keeps unsharded. It exists at every stage, so that all stages add in the same order.
     """
     modules = dict(model.named_modules())
     if patterns:
@@ -52,9 +51,9 @@ def cut(model: nn.Module, patterns: list[str] | None = None, small_below: int = 
         cuts = [Cut(plain[name], [modules[name]]) for name in chosen]
     else:
         cuts = _default_cut(model, modules)
-    root = Cut("root", [model], everywhere=True)
-    _share_out(model, root, cuts)
-    small = Cut("small", [model], everywhere=True)
+    root = Cut("root", [model], always_open=True)
+    _assign_parameters(model, root, cuts)
+    small = Cut("small", [model], always_open=True)
     for unit in (root, *cuts):
         small.parameters += [(name, p) for name, p in unit.parameters if p.numel() < small_below]
         unit.parameters = [(name, p) for name, p in unit.parameters if p.numel() >= small_below]
@@ -62,8 +61,8 @@ def cut(model: nn.Module, patterns: list[str] | None = None, small_below: int = 
 
 
 STACK_SHARE = 0.1
-"""A second list of blocks is cut, too, if it has this part of the largest one's parameters (an encoder beside a
-decoder). A Sequential is a list of blocks where there is no ModuleList."""
+"""A second list of blocks (an encoder beside a decoder) is cut into units, too, if it has at least this share of the
+largest list's parameters. A Sequential counts as a list of blocks in models without a ModuleList."""
 
 
 def _default_cut(model: nn.Module, modules: dict[str, nn.Module]) -> list[Cut]:
@@ -82,9 +81,9 @@ def _default_cut(model: nn.Module, modules: dict[str, nn.Module]) -> list[Cut]:
 
 
 def _stacks(modules: dict[str, nn.Module], kind: type[nn.Module]) -> dict[str, nn.Module]:
-    """Lists of several blocks, by path, in the model's order; none is inside another. Experts are no blocks: which of
-    them run depends on the data, and differs between ranks, while all ranks must gather the same units. So does what
-    is below a leaf module (set_z3_leaf_modules)."""
+    """Lists of several blocks, by path, in the model's order; none is inside another. Experts are not blocks: which of
+    them run depends on the data and differs between ranks, while all ranks must unshard the same units. So does what is
+    below a leaf module (set_z3_leaf_modules)."""
     found: dict[str, nn.Module] = {}
     leaves = [name for name, module in modules.items() if is_leaf_module(module)]
     for name, module in modules.items():
@@ -103,7 +102,7 @@ def _numel(module: nn.Module) -> int:
 
 
 def _with_forward(module: nn.Module) -> Iterator[nn.Module]:
-    """`module`, or what it holds where it only holds (a ModuleDict)."""
+    """`module`, or the modules inside it if it has no forward of its own (a ModuleDict)."""
     if type(module).forward is not nn.Module.forward:
         yield module
     else:
@@ -112,8 +111,8 @@ def _with_forward(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _around(model: nn.Module, stacks: list[nn.Module], largest: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Everything but the stacks: what was registered before the largest one runs before it, as far as anyone can
-    tell."""
+    """The modules outside `stacks`, as (before, after). Modules that were registered before the largest stack are
+    assumed to run before it."""
     inside = {id(part) for stack in stacks for part in stack.modules()}
     above = {id(module) for module in model.modules() if any(part in stacks for part in module.modules())}
     before: list[nn.Module] = []
@@ -136,7 +135,7 @@ def _around(model: nn.Module, stacks: list[nn.Module], largest: nn.Module) -> tu
     return before, after
 
 
-def _share_out(model: nn.Module, root: Cut, cuts: list[Cut]) -> None:
+def _assign_parameters(model: nn.Module, root: Cut, cuts: list[Cut]) -> None:
     users: dict[nn.Parameter, set[int]] = {}
     for index, unit in enumerate(cuts):
         for module in unit.modules:
@@ -148,7 +147,7 @@ def _share_out(model: nn.Module, root: Cut, cuts: list[Cut]) -> None:
 
 
 def reduce_order(units: list[Cut]) -> Iterator[int]:
-    """Indices in the order in which gradients are expected to be complete: the head first, what is open all along
-    last."""
-    yield from (index for index in reversed(range(len(units))) if not units[index].everywhere)
-    yield from (index for index, unit in enumerate(units) if unit.everywhere)
+    """Indices of `units` in the order in which their gradients are expected to be complete: the head first, and last
+    the units whose gradients may arrive at any time."""
+    yield from (index for index in reversed(range(len(units))) if not units[index].always_open)
+    yield from (index for index, unit in enumerate(units) if unit.always_open)

@@ -1,4 +1,4 @@
-"""Calls of deepspeed.zero around modules that use parameters of others, and around generation."""
+"""DeepSpeed's calls for parameters that are used outside their module, and for generation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from runtime.zero.full import GatheredParameters
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
-    """Accepted and not needed: parameters that a module uses without owning them are noticed when they are read.
+    """Accepted and not needed: a parameter that another module uses is unsharded when it is read.
 
-    Raises RuntimeError for what is no parameter, as DeepSpeed does: it would be registered in vain there.
+    Raises RuntimeError, as DeepSpeed does, if `parameter` is not an nn.Parameter.
     """
     if not isinstance(parameter, nn.Parameter):
         raise RuntimeError(
@@ -24,7 +24,7 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
 
 
 def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
-    """See register_external_parameter."""
+    """Accepted and not needed, like register_external_parameter."""
     register_external_parameter(module, parameter)
 
 
@@ -34,7 +34,7 @@ class _Engine(Protocol):
 
 @contextmanager
 def unwrap_model_for_generation(model: _Engine) -> Iterator[nn.Module]:
-    """Inside, the engine's model with all parameters whole, for generate() without a gather for each token; every rank
-    must enter. At stage 3 it must fit each device."""
+    """Yield the engine's model with all parameters unsharded, so that generate() all-gathers nothing for each token.
+    Every rank must enter; at stage 3 the full model must fit on each device."""
     with GatheredParameters(model.module):
         yield model.module

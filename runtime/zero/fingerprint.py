@@ -1,4 +1,4 @@
-"""A number that tells whether memory was written, in one pass that reads it."""
+"""A checksum that tells whether a tensor has changed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from functools import cache
 import torch
 
 COLUMNS = 65_521
-"""Words of 8 bytes that a row has. Prime: two equal shifts in a weight matrix never fall on the same column, so swapped
-rows and heads are seen, too."""
+"""Row length in words of 8 bytes. It is prime, so that swapped rows and heads of a weight matrix fall on different
+columns and change the checksum."""
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """() int64 of the bytes of `tensor` (contiguous, a multiple of 8 bytes), on its device: the sums of all columns,
-    each times an odd number of its own, modulo 2**64. Every change of a single word changes it."""
+    """Checksum of `tensor` (contiguous, a multiple of 8 bytes): () int64 on its device, computed in one pass.
+
+    It is the sum modulo 2**64 of all column sums, each times an odd factor of its own. Every change of a single word
+    changes it."""
     words = tensor.view(-1).view(torch.int64)
     rows = words.numel() // COLUMNS
     rest = words[rows * COLUMNS :]

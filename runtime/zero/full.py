@@ -19,16 +19,16 @@ from runtime.zero.unit import Unit
 from runtime.zero.unshard import Unsharder, owners
 from runtime.zero.waiting import present
 
-_holders: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameter -> (weak FullModel, index of its unit there): what is strong here would keep the parameter and so all of
-its engine alive for ever. Not an attribute of the parameter, which must stay picklable."""
+_full_models: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameter -> (weak reference to its FullModel, index of its unit). A strong reference would keep the engine alive for
+ever; an attribute of the parameter would be pickled with it."""
 
 
 class FullModel:
-    """Makes a model's own state_dict() and load_state_dict() right while an engine holds its parameters.
+    """Makes state_dict() and load_state_dict() of a model and its modules work with full parameters at every stage.
 
-    At stage 3 both gather unit by unit, so every rank must call them; state_dict() then hands out copies in host
-    memory, for the whole model may not fit a device. Those of modules inside work the same way.
+    At stage 3 both unshard one unit after the other, so every rank must call them, and state_dict() returns copies in
+    host memory, because the full model may not fit on a device.
     """
 
     def __init__(
@@ -40,21 +40,21 @@ class FullModel:
         settle: Callable[[], None] = lambda: None,
         before_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """settle: returns when no update is under way. before_change: when masters and own shards may be written."""
+        """settle: waits until no update is under way. before_change: waits until masters and shards may be written."""
         self.module, self.units, self.unsharder = module, list(units), unsharder
         self.comm, self.settle = comm, settle
         self._before_change = before_change
         for index, unit in enumerate(self.units):
             for flat in _flats(unit):
                 for slot, parameter in zip(flat.layout.slots, flat.members, strict=True):
-                    _holders[parameter] = (weakref.ref(self), index)
+                    _full_models[parameter] = (weakref.ref(self), index)
                     if flat.policy.shards_parameters:
                         mark(parameter, flat, slot)
-        self.keeps = True
-        self._loads: list[Unit] = []
+        self._keeps_values = True
+        self._loading_units: list[Unit] = []
         self._loading = ExitStack()
         self._depth = 0
-        """state_dict() and load_state_dict() call the hooks of every module below the one that was asked."""
+        """How many calls of the hooks are nested: state_dict() and load_state_dict() call those of every submodule."""
         self._hooks: list[Any] = []
         for member in {module, *(o for unit in self.units for o in owners(module, _flats(unit)))}:
             self._hooks += [
@@ -65,6 +65,7 @@ class FullModel:
             ]
 
     def detach(self) -> None:
+        """Remove the hooks and the parameters' attributes: the engine gives the model up."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -88,7 +89,7 @@ class FullModel:
                 continue
             with self.unsharder.unsharded([unit]):
                 for parameter in members:
-                    copy = parameter.detach().to("cpu", copy=True) if self.keeps else None
+                    copy = parameter.detach().to("cpu", copy=True) if self._keeps_values else None
                     for name in names[id(parameter)]:
                         if name in state:
                             state[name] = copy
@@ -99,59 +100,64 @@ class FullModel:
             return
         self.settle()
         below = {id(parameter) for parameter in module.parameters()}
-        self._loads = [unit for unit in self.units if below & {id(p) for flat in _flats(unit) for p in flat.members}]
-        self._loading.enter_context(self.unsharder.unsharded(self._loads))
+        self._loading_units = [
+            unit for unit in self.units if below & {id(p) for flat in _flats(unit) for p in flat.members}
+        ]
+        self._loading.enter_context(self.unsharder.unsharded(self._loading_units))
 
     def _after_load(self, *_given: Any) -> None:
         self._depth -= 1
         if not self._depth:
-            self.take(self._loads)
+            self.commit_changes(self._loading_units)
             self._loading.close()
 
     @contextmanager
     def without_values(self, needed: bool) -> Iterator[None]:
-        """Inside, state_dict() takes part in gathering and keeps nothing of it, unless `needed`: for ranks that have no
-        use for the model, and no memory."""
-        self.keeps = needed
+        """Inside, state_dict() takes part in the all-gathers but, unless `needed`, returns no values: for ranks that
+        need no copy of the full model."""
+        self._keeps_values = needed
         try:
             yield
         finally:
-            self.keeps = True
+            self._keeps_values = True
 
-    def take(self, units: Iterable[Unit]) -> None:
-        """What the gathered parameters of `units` hold is theirs from now on, masters included."""
+    def commit_changes(self, units: Iterable[Unit]) -> None:
+        """Copy what was written into the unsharded parameters of `units` to their shards and masters."""
         self._before_change()
         for unit in units:
             for flat in (*unit.flats, *unit.frozen):
-                flat.parameters_to_own()
+                flat.parameters_to_masters()
 
     @contextmanager
-    def gathered(self, units: list[Unit], modifier_rank: int | None) -> Iterator[None]:
+    def unsharded(self, units: list[Unit], modifier_rank: int | None) -> Iterator[None]:
+        """Inside, `units` are unsharded. What `modifier_rank` changed in place is broadcast and kept on leaving; None:
+        changes are not kept."""
         self.settle()
         with self.unsharder.unsharded(units):
             yield
             if modifier_rank is not None:
                 for flat in (flat for unit in units for flat in _flats(unit)):
-                    self.comm.broadcast_bytes(flat.whole, modifier_rank)
-                self.take(units)
+                    self.comm.broadcast_bytes(flat.full_param, modifier_rank)
+                self.commit_changes(units)
 
 
 def _flats(unit: Unit) -> list[FlatParamGroup]:
     return [*unit.flats, *unit.frozen]
 
 
-def holder_of(parameter: torch.Tensor | None) -> tuple[FullModel, Unit] | None:
-    """The model that holds `parameter`, and the unit in which it is; None where no engine does."""
-    weak, index = _holders.get(parameter, (lambda: None, 0)) if parameter is not None else (lambda: None, 0)
-    whole: FullModel | None = weak()
-    return (whole, whole.units[index]) if whole is not None else None
+def full_model_of(parameter: torch.Tensor | None) -> tuple[FullModel, Unit] | None:
+    """The FullModel and the unit that have `parameter`; None if no engine has it."""
+    weak, index = _full_models.get(parameter, (lambda: None, 0)) if parameter is not None else (lambda: None, 0)
+    full: FullModel | None = weak()
+    return (full, full.units[index]) if full is not None else None
 
 
-def take(parameter: nn.Parameter) -> None:
-    """What `parameter` and its unit, being whole, hold is theirs from now on: every rank has changed them alike."""
-    if (home := holder_of(parameter)) is not None:
-        whole, unit = home
-        whole.take([unit])
+def commit_changes(parameter: nn.Parameter) -> None:
+    """Copy the unsharded values of `parameter` and its unit, which every rank has changed alike, to shards and
+    masters."""
+    if (found := full_model_of(parameter)) is not None:
+        full, unit = found
+        full.commit_changes([unit])
 
 
 @contextmanager
@@ -161,26 +167,26 @@ def GatheredParameters(  # noqa: N802: DeepSpeed's name
     fwd_module: nn.Module | None = None,
     enabled: bool = True,
 ) -> Iterator[None]:
-    """Inside, `params` are whole on every rank; every rank must enter. Other parameters of their units are, too.
+    """Inside, `params` are unsharded on every rank, with the other parameters of their units. Every rank must enter.
 
-    modifier_rank: what this rank changed in place inside is everybody's afterwards, masters included; without it,
-    changes at stage 3 are lost. fwd_module: accepted and not needed. Of what zero.Init has built and no engine has
-    taken yet, every rank gets rank 0's values. Other parameters that no engine holds are left alone, and so are None
-    (the bias of a layer without one) and tensors that are no parameters.
+    modifier_rank: the rank whose in-place changes all ranks keep afterwards, masters included; without it, changes at
+    stage 3 are lost. fwd_module: accepted and not needed. Of parameters that zero.Init has built and no engine has
+    taken yet, every rank gets rank 0's values. Other parameters of no engine, None (the bias of a layer without one)
+    and tensors that are not parameters are ignored.
     """
     if isinstance(params, nn.Module):
         params = params.parameters()
     listed = [params] if isinstance(params, torch.Tensor) else list(params)
     holders: dict[int, tuple[FullModel, list[Unit]]] = {}
     for parameter in listed if enabled else []:
-        if (home := holder_of(parameter)) is not None:
-            whole, unit = home
-            units = holders.setdefault(id(whole), (whole, []))[1]
+        if (found := full_model_of(parameter)) is not None:
+            full, unit = found
+            units = holders.setdefault(id(full), (full, []))[1]
             units += [unit] * (not any(unit is other for other in units))
     waiting = [each for each in listed if enabled and isinstance(each, nn.Parameter) and is_waiting(each)]
     with ExitStack() as stack:
         if waiting:
             stack.enter_context(present(list(dict.fromkeys(waiting)), modifier_rank))
-        for whole, units in holders.values():
-            stack.enter_context(whole.gathered(units, modifier_rank))
+        for full, units in holders.values():
+            stack.enter_context(full.unsharded(units, modifier_rank))
         yield

@@ -1,4 +1,4 @@
-"""Hooks that modules hold for an engine."""
+"""Module hooks that do not keep their engine alive."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 class EngineHook:
-    """act(owner, *bound, *given) for as long as `owner` lives: torch keeps hooks where the garbage collector can't see
-    that only they hold the engine.
+    """A hook that calls act(owner, *bound, *given) while `owner` lives. It refers to `owner` weakly, because torch
+    keeps hooks where the garbage collector can't see that only they refer to the engine.
 
-    Copies and pickles of the module that holds it (an averaged model, torch.save) get one that does nothing: they are
-    plain modules, no engine's.
+    Copies and pickles of the hooked module (an averaged model, torch.save) get a hook that does nothing, because they
+    belong to no engine.
 
-    opaque: torch.compile runs it between its graphs. Otherwise compiled code leaves it out, which is right for modules
-    inside a unit that has been taken care of when its own forward began.
+    opaque: torch.compile breaks its graph to run the hook. Otherwise compiled code leaves it out, which is right for
+    modules inside a unit whose own forward hook has run.
     """
 
     def __init__(self, owner: Any, act: Callable[..., Any], *bound: Any, opaque: bool = True) -> None:
@@ -37,7 +37,7 @@ class EngineHook:
 
 
 def _call(hook: EngineHook, given: tuple[Any, ...]) -> None:
-    # torch.compiler.disable imports the compiler, 100 MB, for those who don't use it: so only once it is there.
+    # torch.compiler.disable would import the compiler (100 MB): call it only when the script has imported that.
     global _uncompiled
     if _uncompiled is None and "torch._dynamo" in sys.modules:
         _uncompiled = torch.compiler.disable(_act)
@@ -55,7 +55,7 @@ def _act(hook: EngineHook, given: tuple[Any, ...]) -> None:
 
 
 def nothing(*_given: Any) -> None:
-    """What is left of a hook in a copy."""
+    """Replaces an EngineHook in copies and pickles of its module."""
 
 
 def _plain() -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""zero.Init: building a model that no rank could hold whole."""
+"""zero.Init: builds a model that is too large for each rank to build in full."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from runtime.comm import init_distributed, objects
 from runtime.config import ConfigError
 from runtime.host import rng
 from runtime.models.weights import Weights
-from runtime.zero.absent import WEIGHTS_MARK, Absent
+from runtime.zero.absent import WEIGHTS_MARK, AbsentParameter
 from runtime.zero.partition_parameters import install_attributes
 from runtime.zero.places import mark
 
 
 class _MetaDrawsNothing(TorchFunctionMode):
-    """Draws into meta tensors return at once. torch does the same after importing its compiler (normal_ does): 800
-    modules, 80 MB and seconds on every rank that has no values."""
+    """Makes in-place random draws into meta tensors return at once. torch does so too, but imports its compiler first
+    (for normal_): 800 modules, 80 MB and seconds on every rank without values."""
 
     def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in _DRAWS:
@@ -38,7 +38,7 @@ class _MetaDrawsNothing(TorchFunctionMode):
 _DRAWS = frozenset(
     getattr(owner, name)
     for owner, names in (
-        (nn.init, ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_")),  # those that torch asks modes about
+        (nn.init, ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_")),  # those that call function modes
         (torch.Tensor, ("normal_", "uniform_", "log_normal_", "cauchy_")),
         (torch.Tensor, ("exponential_", "geometric_", "random_", "bernoulli_")),
     )
@@ -47,17 +47,18 @@ _DRAWS = frozenset(
 
 
 class Init:
-    """Modules built inside take memory on one rank at most, or, with `weights`, on none.
+    """Context in which modules are built without memory for their parameters, except on rank 0.
 
-    weights   safetensors (a file, an index, a folder): parameters are made on the meta device, and initialize() reads
-              only each rank's ranges. What the files lack (a new head, adapters) is drawn by its module's
-              reset_parameters(), as long as they have most of the model's parameters
-    without   rank 0 builds in host memory, the others' parameters are on the meta device; initialize() hands out the
-              ranges. Afterwards all ranks have rank 0's random number states, as if all had built the model
-    dtype     default dtype inside. enabled: False does nothing.
+    weights   safetensors (a file, an index, a folder): parameters are made on the meta device on every rank, and
+              initialize() reads each rank's shards from the files. Parameters that the files lack (a new head,
+              adapters) are drawn by their module's reset_parameters(), as long as the files have most of the model
+    (none)    rank 0 builds the model in host memory, the other ranks on the meta device, and initialize() distributes
+              the shards. Afterwards all ranks have rank 0's random number states, as if each had built the model
+    dtype     default dtype inside
+    enabled   False does nothing
 
     DeepSpeed's other arguments (module, remote_device, pin_memory, config, mpu, ...) are accepted and not needed: the
-    config says where things live.
+    config of initialize() decides.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Init:
         self.weights = Weights.open(weights) if weights is not None and enabled else None
         self._contexts: list[ExitStack] = []
         self._replaced = WeakTensorKeyDictionary()
-        """Absent by the parameter in whose place it is, while that is around: it may be given to a second module."""
+        """Original parameter -> the AbsentParameter that replaces it, so that tied parameters stay tied."""
 
     def __enter__(self) -> Init:
         stack = ExitStack()
@@ -87,7 +88,7 @@ class Init:
         if self.dtype is not None:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(self.dtype)
-        hook: Callable[..., Any] = self._to_meta  # what it returns is registered instead; torch's annotation says None
+        hook: Callable[..., Any] = self._to_meta  # torch registers what it returns, although the annotation says None
         stack.callback(register_module_parameter_registration_hook(hook).remove)
         stack.callback(self._replaced.clear)
         return self
@@ -96,44 +97,47 @@ class Init:
         self._contexts.pop().close()
         if self.enabled and kind is None and dist.get_world_size() > 1:
             if self.weights is None:
-                _share_random_states()
+                _broadcast_rng_state()
             else:
-                _same_files_everywhere(self.weights)
+                _check_same_weights(self.weights)
 
     def _to_meta(self, module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        """Drop a parameter's memory as soon as a module takes it; what initialises it next then does nothing. Buffers
-        stay real: nobody else could compute them."""
+        """Move a parameter to the meta device when a module registers it, so that its initialisation does nothing.
+        Buffers stay real, because nothing could recompute them."""
         if parameter is None:
             return None
         if self.weights is not None:
             module.__dict__[WEIGHTS_MARK] = str(self.weights.path)
         kept = self.weights is None and dist.get_rank() == 0 and not parameter.is_meta
-        if kept or isinstance(parameter, Absent):
+        if kept or isinstance(parameter, AbsentParameter):
             mark(parameter, waiting=True)
             return parameter
         if parameter not in self._replaced:
-            there = torch.empty_like(parameter, device="meta")
-            self._replaced[parameter] = Absent(there, parameter.requires_grad)
+            meta = torch.empty_like(parameter, device="meta")
+            self._replaced[parameter] = AbsentParameter(meta, parameter.requires_grad)
             mark(self._replaced[parameter], waiting=True)
         return self._replaced[parameter]  # type: ignore[no-any-return]
 
 
-def _share_random_states() -> None:
-    """Rank 0 drew the initial values, the others drew nothing: go on from the same numbers."""
-    rng.set_state(_of_all_ranks(rng.get_state())[0])
+def _broadcast_rng_state() -> None:
+    """Give all ranks the random number states of rank 0, which alone has drawn initial values."""
+    rng.set_state(_gather_over_gloo(rng.get_state())[0])
 
 
-def _same_files_everywhere(weights: Weights) -> None:
-    """What one rank finds in its files and another one doesn't would leave them waiting for each other later."""
-    found = _of_all_ranks(weights.digest())
+def _check_same_weights(weights: Weights) -> None:
+    """Raise ConfigError on every rank unless all find the same tensors: otherwise they would hang in a broadcast."""
+    found = _gather_over_gloo(weights.digest())
     for rank, digest in enumerate(found):
         if digest != found[0]:
-            raise ConfigError(f"weights: rank {rank} finds other tensors in {weights.path} than rank 0")
+            raise ConfigError(
+                f"weights: the tensors that rank {rank} finds in {weights.path} differ from rank 0's; give all "
+                "nodes the same files"
+            )
 
 
-def _of_all_ranks(thing: Any) -> list[Any]:
-    """Over Gloo: the model may be built before anything is on a GPU."""
+def _gather_over_gloo(value: Any) -> list[Any]:
+    """Every rank's `value`, over Gloo, because the model may be built before anything is on a GPU."""
     group = dist.new_group(backend="gloo")
-    things = objects.gather(thing, group)
+    values = objects.gather(value, group)
     dist.destroy_process_group(group)
-    return things
+    return values

@@ -1,4 +1,4 @@
-"""DeepSpeed's names of stages, of where states can be, and of which states engine.offload_states() can move."""
+"""DeepSpeed's enums of stages, of offload devices and of the states that engine.offload_states() moves."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ class ZeroStageEnum(IntEnum):
 
 
 class OffloadDeviceEnum(StrEnum):
+    """Devices to which states are offloaded, by DeepSpeed's names."""
+
     none = "none"
     cpu = "cpu"
     nvme = "nvme"
-    """Known, and refused: nothing is offloaded to NVMe here."""
+    """Not supported: a config that names it is refused."""
 
 
 class OffloadStateTypeEnum(StrEnum):
+    """States that engine.offload_states() moves, by DeepSpeed's names."""
+
     optim_states = "optim_states"
     hp_params = "hp_params"
     lp_params = "lp_params"

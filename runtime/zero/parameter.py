@@ -1,15 +1,14 @@
-"""The classes that parameters have while they are not what they seem: resharded ones have no values, and after backward
-the gradients are in the engine's flat buffers, not in `.grad`.
+"""The classes of parameters that are resharded, or whose gradients are in the engine's buffers instead of `.grad`.
 
 [Note: parameters change their class]
 A script can reach a parameter in more ways than an engine can watch: as an attribute, in a closure, in another module's
-list, through torch.func.functional_call. Whatever the way, what computes with it calls a torch function on it. So a
-resharded parameter is a `ReshardedParameter`, whose __torch_function__ unshards it first, and an unsharded one is a
-plain nn.Parameter again, at no cost per call. torch changes the class of lazy parameters in the same way.
+list, through torch.func.functional_call. But to compute with it, it always calls a torch function on it. So a resharded
+parameter is a `ReshardedParameter`, whose __torch_function__ unshards it first, and an unsharded one is a plain
+nn.Parameter again, at no cost per call. torch changes the class of lazy parameters in the same way.
 
-Shapes, dtypes and hooks are answered at any time. Between two passes through the model nothing is unsharded, for
-perhaps only one rank is asking (to log a norm on rank 0): then computing is an error that names the parameter, and
-`.data` and `.detach()` are `ReshardedValues`, which have a shape and refuse to be computed with.
+Shapes, dtypes and hooks can be read at any time. Between two passes through the model nothing can be unsharded, because
+perhaps only one rank asks (rank 0, to log a norm): then computing is an error that names the parameter, and `.data` and
+`.detach()` return `ReshardedValues`, which have a shape and refuse to be computed with.
 """
 
 from __future__ import annotations
@@ -25,42 +24,44 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class Unsharder(Protocol):
+    """Unshards the unit of a parameter on demand."""
+
     def unshard_for_use(self) -> bool:
-        """Something is about to compute with the parameter: unshard it. False where that may not happen now."""
+        """Unshard the parameter, which is about to be computed with. Returns False if that is not allowed now."""
 
 
 @dataclass
 class _Sharded:
-    """What is known of a parameter that may be resharded."""
+    """A parameter that may be resharded."""
 
     name: str
-    kind: type[nn.Parameter]
-    """Its class while it is unsharded: some modules have classes of their own for parameters."""
+    unsharded_class: type[nn.Parameter]
+    """Its class while it is unsharded: some modules use parameter classes of their own."""
     unsharder: weakref.ref[Unsharder]
 
 
-# Weak throughout: what is strong here would keep the parameter, and so all of its engine, alive for ever. Not
-# attributes of the parameter, which must stay picklable.
+# Weak references, because strong ones would keep the engine alive for ever. Not attributes of the parameter, because
+# they would be pickled with it.
 _sharded: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameter -> _Sharded."""
 _on_grad_read: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameter -> weak method, called when a script reads a `.grad` that the engine keeps elsewhere."""
+"""Parameter -> weak method that is called when a script reads `.grad` while the gradient is in the flat buffer."""
 
 
-def may_be_resharded(name: str, parameter: nn.Parameter, unsharder: Unsharder) -> None:
-    """From now on `unsharder` answers for the parameter."""
-    _sharded[parameter] = _Sharded(name, _kind_of(parameter), weakref.ref(unsharder))
+def register_sharded(name: str, parameter: nn.Parameter, unsharder: Unsharder) -> None:
+    """Make `unsharder` unshard `parameter` whenever something computes with it."""
+    _sharded[parameter] = _Sharded(name, _unsharded_class(parameter), weakref.ref(unsharder))
 
 
-def when_grad_is_read(parameter: nn.Parameter, act: Callable[[], None]) -> None:
-    """`act`, a bound method, is called when a script reads `.grad` after a backward and finds None."""
+def on_grad_read(parameter: nn.Parameter, act: Callable[[], None]) -> None:
+    """Call `act`, a bound method, when a script reads `parameter.grad` after a backward and finds None."""
     _on_grad_read[parameter] = weakref.WeakMethod(act)
 
 
-def _kind_of(parameter: nn.Parameter) -> type[nn.Parameter]:
+def _unsharded_class(parameter: nn.Parameter) -> type[nn.Parameter]:
     if isinstance(parameter, ReshardedParameter):
         known = _sharded.get(parameter)
-        return known.kind if known is not None else nn.Parameter
+        return known.unsharded_class if known is not None else nn.Parameter
     return nn.Parameter if isinstance(parameter, ReducedParameter) else type(parameter)
 
 
@@ -82,14 +83,14 @@ _NO_VALUES = frozenset((
 """Functions that need a tensor's shape, dtype or place in the graph, not its values."""
 _VALUE_PROPERTIES = frozenset(("data", "T", "H", "mT", "mH", "real", "imag", "__cuda_array_interface__"))
 _ADDRESSES = frozenset(("data_ptr", "untyped_storage", "storage", "_typed_storage", "is_set_to"))
-"""What kernels need to compute, and scripts to find tied parameters."""
+"""Functions that kernels call to compute, and scripts to find tied parameters."""
 _HANDLES = frozenset(("data.__get__", "detach"))
 _CONVERSIONS = frozenset(("to", "float", "double", "half", "bfloat16", "cuda", "cpu", "type", "type_as"))
 
 
 def _name(func: Any) -> str:
     name = getattr(func, "__name__", "")
-    if name in ("__get__", "__set__", "__delete__"):  # of a property
+    if name in ("__get__", "__set__", "__delete__"):  # a property is read, set or deleted
         return f"{getattr(getattr(func, '__self__', None), '__name__', '')}.{name}"
     return str(name)
 
@@ -101,43 +102,44 @@ def _needs_values(name: str) -> bool:
     return name not in _NO_VALUES
 
 
-def _as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
+def _call_plain(func: Any, args: Any, kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
 
-def _inside(value: Any, kind: type) -> Iterator[Any]:
+def _instances_in(value: Any, kind: type) -> Iterator[Any]:
     if isinstance(value, kind):
         yield value
     elif isinstance(value, (list, tuple, set)):
         for entry in value:
-            yield from _inside(entry, kind)
+            yield from _instances_in(entry, kind)
     elif isinstance(value, dict):
-        yield from _inside(list(value.values()), kind)
+        yield from _instances_in(list(value.values()), kind)
 
 
-def _refuse(parameter: str, function: str) -> RuntimeError:
+def _refusal(parameter: str, function: str) -> RuntimeError:
     if function in _CONVERSIONS:
         return RuntimeError(
             f"stage 3: parameter {parameter} is sharded and can't be converted or moved by .{function}(): convert and "
             "move the model before initialize()"
         )
     return RuntimeError(
-        f"stage 3: parameter {parameter} is sharded, and its values are whole only from the beginning of a forward to "
-        f"the end of its backward; {function} was called on it at another time. Read it inside "
+        f"stage 3: parameter {parameter} is sharded and has values only from the beginning of a forward to the end of "
+        f"its backward; {function} was called on it at another time. Read it inside "
         "zero.GatheredParameters(parameters), or change it inside zero.GatheredParameters(parameters, modifier_rank=0) "
         "on every rank"
     )
 
 
 class ReshardedValues(torch.Tensor):
-    """The `.data` of a resharded parameter: has a shape, a dtype and a device, and refuses to be computed with."""
+    """The `.data` of a resharded parameter: it has a shape, a dtype and a device, and refuses to be computed with."""
 
     _zt_name = "?"
 
     @classmethod
     def of(cls, parameter: ReshardedParameter) -> ReshardedValues:
-        values = _as_it_is(torch.Tensor.detach, (parameter,), {}).as_subclass(cls)
+        """Return the `.data` of `parameter`."""
+        values = _call_plain(torch.Tensor.detach, (parameter,), {}).as_subclass(cls)
         values._zt_name = _name_of(parameter)
         return values  # type: ignore[no-any-return]
 
@@ -147,11 +149,11 @@ class ReshardedValues(torch.Tensor):
         if name in _HANDLES:
             return args[0]
         if _needs_values(name) and name not in _ADDRESSES:
-            for values in _inside([args, kwargs], ReshardedValues):
-                if name in _CONVERSIONS and _as_it_is(func, args, kwargs) is values:
+            for values in _instances_in([args, kwargs], ReshardedValues):
+                if name in _CONVERSIONS and _call_plain(func, args, kwargs) is values:
                     return values
-                raise _refuse(values._zt_name, name)
-        return _as_it_is(func, args, kwargs)
+                raise _refusal(values._zt_name, name)
+        return _call_plain(func, args, kwargs)
 
 
 def _unshard_for_use(parameter: nn.Parameter) -> bool:
@@ -160,27 +162,27 @@ def _unshard_for_use(parameter: nn.Parameter) -> bool:
     return unsharder is not None and unsharder.unshard_for_use()
 
 
-_unshard_for_use._torchdynamo_disable = True  # type: ignore[attr-defined]  # a collective is no part of a graph
+_unshard_for_use._torchdynamo_disable = True  # type: ignore[attr-defined]  # a compiled graph has no collectives
 
 
 class ReshardedParameter(nn.Parameter):
-    """A parameter of which this rank holds its shard only. See the module's note."""
+    """A parameter of which this rank has only its shard. See [Note: parameters change their class]."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = _name(func), kwargs or {}
         if name == "grad.__get__":
-            _tell_grad_is_read(args[0])
+            _notify_grad_read(args[0])
         elif _needs_values(name):
-            for parameter in _inside([args, kwargs], ReshardedParameter):
+            for parameter in _instances_in([args, kwargs], ReshardedParameter):
                 if _unshard_for_use(parameter) or name in _ADDRESSES:
                     continue
                 if name in _HANDLES:
                     return ReshardedValues.of(parameter)
-                if name in _CONVERSIONS and _as_it_is(func, args, kwargs) is parameter:
+                if name in _CONVERSIONS and _call_plain(func, args, kwargs) is parameter:
                     return parameter
-                raise _refuse(_name_of(parameter), name)
-        return _as_it_is(func, args, kwargs)
+                raise _refusal(_name_of(parameter), name)
+        return _call_plain(func, args, kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"resharded parameter {_name_of(self)}: {tuple(self.shape)}, {self.dtype}"
@@ -190,7 +192,7 @@ _GRAD: Any = torch.Tensor.grad  # the property itself
 
 
 class ReducedParameter(nn.Parameter):
-    """A parameter between the boundary's backward and the step: its gradient is reduced, and in a flat buffer."""
+    """A parameter between the boundary's backward and step(): its gradient is reduced and in the flat buffer."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -201,13 +203,13 @@ class ReducedParameter(nn.Parameter):
     def _read_grad(self) -> torch.Tensor | None:
         found: torch.Tensor | None = _GRAD.__get__(self)
         if found is None:
-            _tell_grad_is_read(self)
+            _notify_grad_read(self)
         return found
 
     grad = property(_read_grad, _GRAD.__set__, _GRAD.__delete__)  # type: ignore[assignment]
 
 
-def _tell_grad_is_read(parameter: nn.Parameter) -> None:
+def _notify_grad_read(parameter: nn.Parameter) -> None:
     weak = _on_grad_read.get(parameter)
     if weak is not None and (act := weak()) is not None:
         act()
@@ -215,20 +217,20 @@ def _tell_grad_is_read(parameter: nn.Parameter) -> None:
 
 # ---- for the engine ------------------------------------------------------------------------------------------------
 def reshard(parameter: nn.Parameter, placeholder: torch.Tensor) -> None:
-    """`placeholder` has its shape, and no memory."""
+    """Make `parameter` a ReshardedParameter. placeholder: a tensor of its shape that takes no memory."""
     with torch._C.DisableTorchFunctionSubclass():
         parameter.data = placeholder
     parameter.__class__ = ReshardedParameter
 
 
 def unshard(parameter: nn.Parameter, values: torch.Tensor) -> None:
-    parameter.__class__ = _kind_of(parameter)
+    """Make `parameter` an ordinary parameter with `values`."""
+    parameter.__class__ = _unsharded_class(parameter)
     parameter.data = values
 
 
 def mark_reduced(parameters: Iterable[nn.Parameter], reduced: bool) -> None:
-    """Whether the boundary's backward is over and the step is not: only then is it worth a word that `.grad` is
-    None."""
+    """Make `parameters` ReducedParameters, which report reads of `.grad`, or (reduced=False) plain ones again."""
     before, after = (nn.Parameter, ReducedParameter) if reduced else (ReducedParameter, nn.Parameter)
     for parameter in parameters:
         if type(parameter) is before:

@@ -1,12 +1,10 @@
-"""What stage 3 hangs on a model's parameters, with DeepSpeed's names: scripts count parameters by `ds_numel`, and ask
-`ds_status` whether one is whole. Those of an engine at stage 3 have these attributes, and those of a model that is
-built under zero.Init and waits for its engine.
+"""DeepSpeed's attributes of parameters at stage 3: scripts count parameters by `ds_numel` and read `ds_status` to see
+whether one is unsharded. Parameters of a stage 3 engine have them, and those of a model built under zero.Init.
 
 [Note: attributes that can't go stale]
-Nothing is stored on a parameter: it must stay picklable, and its copies are no engine's. Nor is it of a class of its
-own, for torch takes only plain parameters where it makes one from another. So nn.Parameter itself gets descriptors,
-when the first parameter is marked: they look at the engine's state, and for a parameter that is not marked there is no
-such attribute, as before.
+Nothing is stored on a parameter, because it must stay picklable and its copies belong to no engine. Nor can it be of a
+class of its own, because torch makes parameters only from plain ones. So nn.Parameter itself gets descriptors that read
+the engine's state. For parameters of no engine they raise AttributeError, as if they did not exist.
 """
 
 from __future__ import annotations
@@ -21,21 +19,23 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.deepspeed_paths import attribute_of
-from runtime.zero.full import GatheredParameters, take
+from runtime.zero.full import GatheredParameters, commit_changes
 from runtime.zero.places import Place, is_present, place_of
 
 
 class ZeroParamStatus(Enum):
+    """Whether a parameter is unsharded, as `ds_status` says it."""
+
     AVAILABLE = 1
-    """The parameter is whole on this rank."""
+    """The parameter is unsharded."""
     NOT_AVAILABLE = 2
-    """This rank holds its shard of it, or under zero.Init nothing."""
+    """This rank has only its shard of the parameter, or, under zero.Init, nothing."""
     INFLIGHT = 3
-    """It is being gathered."""
+    """The parameter's all-gather is under way."""
 
 
 _gathered: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameter -> what keeps it whole between all_gather() and partition()."""
+"""Parameter -> the context that keeps it unsharded between all_gather() and partition()."""
 
 
 def _status(parameter: nn.Parameter, place: Place) -> ZeroParamStatus:
@@ -50,23 +50,23 @@ def _status(parameter: nn.Parameter, place: Place) -> ZeroParamStatus:
 
 
 def _persists(_parameter: nn.Parameter, place: Place) -> bool:
-    """Whether it is whole at all times: below stage3_param_persistence_threshold."""
+    """Whether it is unsharded at all times: smaller than stage3_param_persistence_threshold."""
     return place.flat is None or not place.flat.sharded
 
 
 def _tensor(parameter: nn.Parameter, place: Place) -> torch.Tensor:
-    """(elements of it in this rank's shard,) in the precision it computes in; no element where the shard holds none of
-    it, for shards are cut from whole units. All of a parameter that is whole."""
+    """(elements,) this rank's shard of the parameter in the compute dtype. It may be empty, because it is the unit that
+    is sharded and not each parameter. All of a parameter that is never sharded."""
     if place.flat is None or place.slot is None or not place.flat.sharded:
         return parameter.detach().reshape(-1)
-    low, high = place.flat.own_part(place.slot)
-    return place.flat.own[low:high]
+    low, high = place.flat.shard_bounds(place.slot)
+    return place.flat.param_shard[low:high]
 
 
 def _all_gather(parameter: nn.Parameter, _place: Place) -> Callable[..., None]:
     def all_gather(param_list: Sequence[nn.Parameter] | None = None, async_op: bool = False) -> None:
-        """It (or `param_list`) is whole until `partition()`; every rank must call both. async_op: accepted; it is there
-        on return."""
+        """Unshard the parameter, or `param_list`, until `partition()`. Every rank must call both. async_op: accepted;
+        the all-gather is always complete on return."""
         for each in param_list or [parameter]:
             if each not in _gathered:
                 context: AbstractContextManager[None] = GatheredParameters(each)
@@ -80,10 +80,11 @@ def _partition(parameter: nn.Parameter, _place: Place) -> Callable[..., None]:
     def partition(
         param_list: Sequence[nn.Parameter] | None = None, hierarchy: int = 0, has_been_updated: bool = False
     ) -> None:
-        """The end of `all_gather()`. has_been_updated: every rank has changed it alike, and keeps its shard of that."""
+        """Reshard what `all_gather()` unsharded. has_been_updated: whether to keep changes, which every rank has made
+        alike."""
         for each in param_list or [parameter]:
             if has_been_updated:
-                take(each)
+                commit_changes(each)
             context: AbstractContextManager[None] | None = _gathered.pop(each, None)
             if context is not None:
                 context.__exit__(None, None, None)
@@ -104,7 +105,8 @@ _READ: dict[str, Callable[[nn.Parameter, Place], Any]] = {
 
 
 class _Attribute:
-    """See [Note: attributes that can't go stale]. What a script sets on a parameter itself comes first."""
+    """One of DeepSpeed's attributes: see [Note: attributes that can't go stale]. It has no __set__, so an attribute
+    that a script sets on a parameter takes precedence."""
 
     def __init__(self, name: str) -> None:
         self._name, self._read = name, _READ[name]
@@ -114,12 +116,12 @@ class _Attribute:
             return self
         place = place_of(parameter)
         if place is None:  # hasattr() must say that there is none
-            raise AttributeError(f"this {kind.__name__} is in no engine at stage 3, so it has no {self._name}")
+            raise AttributeError(f"{kind.__name__} has no {self._name}: it belongs to no stage 3 engine")
         return self._read(parameter, place)
 
 
 def install_attributes() -> None:
-    """From now on nn.Parameter has them. See [Note: attributes that can't go stale]."""
+    """Add DeepSpeed's attributes to nn.Parameter. See [Note: attributes that can't go stale]."""
     for name in _READ:
         if name not in vars(nn.Parameter):
             setattr(nn.Parameter, name, _Attribute(name))

@@ -1,4 +1,4 @@
-"""Which parameters stage 3 holds, and where each of them is. (What scripts see of it: partition_parameters.py)"""
+"""The parameters of stage 3 engines and the group and slot of each; partition_parameters.py shows them to scripts."""
 
 from __future__ import annotations
 
@@ -16,27 +16,31 @@ from runtime.zero.flat import FlatParamGroup
 
 @dataclass(frozen=True)
 class Place:
+    """Where a parameter is kept."""
+
     number: int
+    """DeepSpeed's `ds_id`: the same on all ranks."""
     weak_flat: weakref.ref[FlatParamGroup] | None
-    """None: small and not trained, whole on every rank; or in no engine yet."""
+    """None: the parameter is in no engine yet, or small and not trained, and so in no group."""
     slot: Slot | None
     waiting: bool = False
     """zero.Init has built it, and no engine has taken it yet."""
 
     @property
     def flat(self) -> FlatParamGroup | None:
+        """The flat parameter group that has the parameter."""
         return self.weak_flat() if self.weak_flat is not None else None
 
 
 _places: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameter -> its place."""
+"""Parameter -> its Place."""
 _present: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameters that wait for an engine and are whole on every rank for now: see waiting.py."""
+"""Parameters that wait for an engine and are on every rank for now: see waiting.py."""
 _numbers = itertools.count()
 
 
 def place_of(parameter: nn.Parameter) -> Place | None:
-    """None for a parameter that is not marked."""
+    """The place of `parameter`; None if no stage 3 engine has it."""
     found: Place | None = _places.get(parameter)
     return found
 
@@ -44,14 +48,15 @@ def place_of(parameter: nn.Parameter) -> Place | None:
 def mark(
     parameter: nn.Parameter, flat: FlatParamGroup | None = None, slot: Slot | None = None, waiting: bool = False
 ) -> None:
-    """An engine at stage 3 holds `parameter`, or zero.Init has made it for one, and it is waiting."""
+    """Record that a stage 3 engine has `parameter` in `slot` of `flat`, or that zero.Init has made it, so that it waits
+    for an engine."""
     if flat is None and parameter in _places:
-        return  # a second module takes it
+        return  # a second module registers it
     _places[parameter] = Place(next(_numbers), weakref.ref(flat) if flat is not None else None, slot, waiting)
 
 
 def unmark(parameter: nn.Parameter) -> None:
-    """The engine lets go of `parameter`, or takes one that was waiting."""
+    """Forget `parameter`: its engine gives it up, or takes one that was waiting."""
     _places.pop(parameter, None)
 
 

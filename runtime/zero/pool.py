@@ -1,4 +1,4 @@
-"""Whole-unit gradient buffers, lent out for the time of one backward."""
+"""A pool of full gradient buffers, each borrowed for one unit's backward."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from runtime.host.ledger import Ledger
 
 
 class BufferPool:
-    """Buffers are kept: faulting their pages in again would cost more than the reduction. Only one that is too small
-    makes room for the larger one that is needed instead, so that there are never more than are in use at a time."""
+    """Reuses 1-D buffers, because page faults of fresh ones would cost more than the reduction. A buffer that is too
+    small is freed for the larger one that is made instead, so there are never more than are in use at a time."""
 
     def __init__(self, comm: Comm, ledger: Ledger) -> None:
         self.comm, self.ledger = comm, ledger
         self._free: list[tuple[torch.Tensor, Pending]] = []
 
     def borrow(self, numel: int, dtype: torch.dtype, exact: bool = False) -> torch.Tensor:
-        """An uninitialised 1-D buffer of at least `numel` elements that nobody reads any more. exact: of just so many,
-        for who keeps it long."""
+        """(>= numel,) an uninitialised buffer that no collective reads any more. exact: (numel,) for a caller that
+        keeps it for the whole backward."""
         fitting = [entry for entry in self._free if entry[0].dtype == dtype and _fits(entry[0].numel(), numel, exact)]
         if not fitting:
             if not exact:
@@ -41,7 +41,7 @@ class BufferPool:
                 return
 
     def drop_free(self) -> None:
-        """Give all memory back that nobody borrows now."""
+        """Free all buffers that are not borrowed."""
         for buffer, last_use in self._free:
             last_use.fence()
             self.ledger.release("communication", buffer)
@@ -49,7 +49,7 @@ class BufferPool:
         self._free.clear()
 
     def give_back(self, buffer: torch.Tensor, last_use: Pending) -> None:
-        """`last_use`: the collective that read the buffer last."""
+        """Return a borrowed buffer. last_use: the last collective that reads it."""
         self._free.append((buffer, last_use))
 
 

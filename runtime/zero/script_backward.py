@@ -1,7 +1,7 @@
-"""What has to happen around every backward, whoever starts it.
+"""Detects the beginning and end of a backward that the script runs itself.
 
-engine.backward(loss)   begin | torch's backward of the loss, scaled | end
-loss.backward()         the first gradient that arrives begins it, torch's callback at the end of the graph ends it
+engine.backward(loss)   begin | torch's backward of the scaled loss | end
+loss.backward()         begins with the first gradient that arrives, ends with torch's callback at the end of the graph
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import nn
 from runtime.zero.hooks import EngineHook
 
 _engine_backwards = 0
-"""engine.backward() calls under way in this process: what else receives gradients in one is not that engine's."""
+"""engine.backward() calls under way in this process. In one, other engines' models may receive gradients, too."""
 
 
-class Backwards(Protocol):
-    """The engine, as far as a script's own loss.backward() concerns it."""
+class BackwardOwner(Protocol):
+    """The engine, as a script's own loss.backward() calls it."""
 
     def begin_script_backward(self) -> None:
-        """The first gradient has arrived. Raises RuntimeError where the script may not do that."""
+        """The first gradient has arrived. Raises RuntimeError if the script must not run a backward now."""
 
     def end_script_backward(self, loss: torch.Tensor | None) -> None:
-        """The last has. loss: what the last forward returned, where that was a loss."""
+        """The last gradient has arrived. loss: () what the last forward returned, if that was a loss."""
 
 
 @contextmanager
 def engine_backward() -> Iterator[None]:
-    """Around an engine's own backward."""
+    """Marks the time in which an engine runs a backward itself."""
     global _engine_backwards
     _engine_backwards += 1
     try:
@@ -42,36 +42,40 @@ def engine_backward() -> Iterator[None]:
 
 
 class ScriptBackward:
-    """Notices loss.backward() of the script's. torch has no hook at a backward's beginning, so the outputs of the
-    engine's forward have one each; and the end can be asked for from inside a backward only. Both must be of the
-    outermost backward: under re-entrant checkpointing parameters receive their gradients in one within. (A script that
-    calls engine.module itself gets several backwards there, which add up.)"""
+    """Detects a script's own loss.backward().
+
+    torch has no hook for the beginning of a backward, so each output of the engine's forward gets one, which requests a
+    callback at the end of the graph: that is possible only inside a backward. Both must concern the outermost backward,
+    because under re-entrant checkpointing parameters receive their gradients in an inner one. (A script that calls
+    engine.module itself gets several backwards there, which add up.)
+    """
 
     def __init__(self) -> None:
-        self._backwards: Callable[[], Backwards | None] = lambda: None
+        self._owner: Callable[[], BackwardOwner | None] = lambda: None
         self._loss: torch.Tensor | None = None
         self._graph: int | None = None
-        """Number of the backward whose end is asked for."""
+        """torch's id of the backward for whose end a callback is requested."""
         self._begun = False
 
-    def bind(self, backwards: Backwards) -> None:
-        """backwards: the engine. Held weakly, for torch keeps hooks where the garbage collector can't see them."""
-        self._backwards = weakref.ref(backwards)
+    def bind(self, owner: BackwardOwner) -> None:
+        """owner: the engine. The reference is weak, because torch keeps hooks where the garbage collector can't see
+        them."""
+        self._owner = weakref.ref(owner)
 
-    def begins(self) -> bool:
-        """A gradient arrives that no engine.backward() of this engine has begun: whether it is the script's own
-        backward. Begins it."""
-        backwards = self._backwards()
-        if _engine_backwards or backwards is None:
+    def begin(self) -> bool:
+        """Called for a gradient that arrives outside this engine's backward(). Returns whether it is from the script's
+        own backward, and begins that."""
+        owner = self._owner()
+        if _engine_backwards or owner is None:
             return False
-        backwards.begin_script_backward()
+        owner.begin_script_backward()
         self._begun = True
-        if self._graph is None:  # of a part of the model
-            self._ask_for_end()
+        if self._graph is None:  # only a part of the model was called
+            self._request_end_callback()
         return True
 
     def watch(self, output: Any) -> None:
-        """What a forward has returned."""
+        """Hook the tensors that a forward has returned, to detect a backward through them."""
         if not torch.is_grad_enabled():
             return
         self._loss = None
@@ -80,36 +84,36 @@ class ScriptBackward:
             loss = found[0] if len(found) == 1 else _loss_of(output)
             self._loss = loss.detach() if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
         for tensor in found:
-            tensor.register_hook(EngineHook(self, ScriptBackward._reached))
+            tensor.register_hook(EngineHook(self, ScriptBackward._reached_output))
 
-    def _reached(self, _gradient: torch.Tensor) -> None:
+    def _reached_output(self, _gradient: torch.Tensor) -> None:
         if not _engine_backwards and self._graph != _graph_under_way():
-            self._ask_for_end()
+            self._request_end_callback()
 
-    def _ask_for_end(self) -> None:
+    def _request_end_callback(self) -> None:
         self._graph = _graph_under_way()
-        torch.autograd.Variable._execution_engine.queue_callback(_when_alive(self))  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(_weak_end_callback(self))  # type: ignore[attr-defined]
 
-    def _ended(self) -> None:
+    def _on_end(self) -> None:
         self._graph = None
-        backwards = self._backwards()
-        if self._begun and backwards is not None:
+        owner = self._owner()
+        if self._begun and owner is not None:
             self._begun = False
-            backwards.end_script_backward(self._loss)
+            owner.end_script_backward(self._loss)
 
 
-def _when_alive(script: ScriptBackward) -> Callable[[], None]:
+def _weak_end_callback(script: ScriptBackward) -> Callable[[], None]:
     weak = weakref.ref(script)
 
     def call() -> None:
         if (alive := weak()) is not None:
-            alive._ended()
+            alive._on_end()
 
     return call
 
 
 def outputs(output: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a forward's result that a backward can come through."""
+    """The tensors in a forward's `output` through which a backward can enter."""
     if isinstance(output, torch.Tensor):
         if output.requires_grad and output.grad_fn is not None:
             yield output

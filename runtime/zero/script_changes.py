@@ -1,5 +1,5 @@
-"""What scripts do to a model between two steps. Parameters that they change are what is trained on from then on; what
-would train nothing is an error that names it: parameters that left their place, thawed, or came with a new module."""
+"""Changes that a script makes to the model between two steps. Changed values are copied to the masters. Changes after
+which a parameter would not be trained are errors: moved, unfrozen or new parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("runtime.engine")
 
 
 class ScriptChanges:
-    """Of one engine's model."""
+    """Detects changes to one engine's model."""
 
     def __init__(
         self,
@@ -26,11 +26,11 @@ class ScriptChanges:
         frozen_flats: Sequence[FlatParamGroup],
         frozen: Sequence[tuple[str, nn.Parameter]],
         before_change: Callable[[], None],
-        tells: bool,
+        logs: bool,
     ) -> None:
-        """flats: the trained ones. frozen: parameters in no flat. before_change: returns when masters may be written.
-        tells: this rank logs for all."""
-        self._flats, self._before_change, self._tells = flats, before_change, tells
+        """flats: groups of trained parameters. frozen: frozen parameters in no group. before_change: waits until
+        masters may be written. logs: whether this rank logs for all."""
+        self._flats, self._before_change, self._logs = flats, before_change, logs
         self._all_flats = [*flats, *frozen_flats]
         self._frozen = [*frozen]
         for flat in frozen_flats:
@@ -38,45 +38,45 @@ class ScriptChanges:
         held = [parameter for flat in flats for parameter in flat.members] + [
             parameter for _, parameter in self._frozen
         ]
-        self._structure = _Structure(module, {id(parameter) for parameter in held})
+        self._tables = _ModuleTables(module, {id(parameter) for parameter in held})
 
     # ---- values ------------------------------------------------------------------------------------------------------
-    def found(self) -> torch.Tensor | bool:
-        """Whether this rank's parameters are others than the last step left, where masters have to hear of it. () bool
-        on a GPU, so that nobody waits."""
+    def detected(self) -> torch.Tensor | bool:
+        """Whether this rank's parameters have changed since the last step while their masters have not. On a GPU a ()
+        bool tensor, so that the host does not wait."""
         changed: torch.Tensor | bool = False
         for flat in self._flats:
-            changed = changed | flat.changed()
+            changed = changed | flat.changed_by_script()
         return changed
 
-    def take(self) -> None:
-        """The script has changed parameters in place (clamped, averaged, swapped them): so do the masters."""
+    def commit(self) -> None:
+        """Copy parameters that the script has changed in place (clamped, averaged, swapped) to the masters."""
         self._before_change()
         for flat in self._flats:
             if not flat.sharded:
-                flat.parameters_to_own()
-        self.log_taken()
+                flat.parameters_to_masters()
+        self.log_commit()
 
-    def log_taken(self) -> None:
-        """Say once that masters have followed the script's changes."""
-        if self._tells:
-            log.info("parameters that the script changed in place were taken over into the masters (logged once)")
-        self._tells = False
+    def log_commit(self) -> None:
+        """Log once that the masters have followed the script's changes."""
+        if self._logs:
+            log.info("parameters changed in place by the script were copied to the fp32 masters (logged once)")
+        self._logs = False
 
     # ---- parameters --------------------------------------------------------------------------------------------------
     def check(self) -> None:
-        """Raises RuntimeError for what would train nothing."""
-        if new := self._structure.new_parameters():
+        """Raises RuntimeError if a parameter would not be trained: it is new, was moved, or was unfrozen."""
+        if new := self._tables.new_parameters():
             names = ", ".join(f"{name} {list(p.shape)}" for name, p in new[:5]) + (", ..." if len(new) > 5 else "")
             raise RuntimeError(
-                f"{len(new)} parameters came into the model after initialize() and would not be trained: {names}. "
+                f"{len(new)} parameters were added to the model after initialize() and would not be trained: {names}. "
                 "Resize, replace and add modules before initialize(), or call initialize() again on the changed model"
             )
         for flat in self._all_flats:
             if (name := flat.find_moved_param()) is not None:
                 raise RuntimeError(
-                    f"parameter {name} is no longer where the engine trains it: its .data was set, or the module was "
-                    "converted or moved (.float(), .to(...)) after initialize(). Do that before initialize(); to "
+                    f"parameter {name} is no longer a view into the engine's buffers: its .data was set, or the module "
+                    "was converted or moved (.float(), .to(...)) after initialize(). Do that before initialize(); to "
                     "change values, write them in place, or use load_state_dict() or zero.GatheredParameters"
                 )
         for name, parameter in self._frozen:
@@ -87,28 +87,28 @@ class ScriptChanges:
                 )
 
 
-class _Structure:
-    """Notices parameters that came into `module` after initialize(), at the cost of some comparisons."""
+class _ModuleTables:
+    """Finds parameters that were added to `module` after initialize(), by comparing its modules' tables."""
 
     def __init__(self, module: nn.Module, known: Collection[int]) -> None:
-        """known: the ids of all parameters that an engine holds; it keeps them alive."""
+        """known: the ids of all parameters of the engine, which keeps them alive."""
         self._module, self._known = module, known
         self._places: list[tuple[dict[str, Any], str, Any]] = []
         self._sizes: list[tuple[dict[str, Any], int]] = []
-        self._learn()
+        self._record()
 
-    def _learn(self) -> None:
+    def _record(self) -> None:
         tables = [table for owner in self._module.modules() for table in (owner._modules, owner._parameters)]
         self._places = [(table, name, entry) for table in tables for name, entry in table.items()]
         self._sizes = [(table, len(table)) for table in tables]
 
     def new_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Those that require a gradient and are in no engine, by name."""
+        """(name, parameter) of those that require a gradient and were not known at initialize()."""
         same = all(table.get(name) is entry for table, name, entry in self._places)
         if same and all(len(table) == size for table, size in self._sizes):
             return []
         named = self._module.named_parameters()
         found = [(plain_name(n), p) for n, p in named if p.requires_grad and id(p) not in self._known]
         if not found:
-            self._learn()
+            self._record()
         return found

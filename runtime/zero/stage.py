@@ -1,4 +1,4 @@
-"""What a ZeRO stage is: the answers to a few questions, asked by the one engine. (arXiv 1910.02054, section 5)"""
+"""A ZeRO stage as a policy: whether states, gradients and parameters are sharded. (arXiv 1910.02054, section 5)"""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from runtime.plan.layout import Layout
 
 @dataclass(frozen=True)
 class StagePolicy:
+    """What a rank keeps only its shard of."""
+
     stage: int
     shards_states: bool
-    """Masters and optimizer states exist for the rank's own shard only."""
+    """Whether a rank has masters and optimizer states for its shard only."""
     shards_gradients: bool
-    """Gradients are reduced as each unit's backward ends, and only the own shard is kept. Otherwise they stay whole
-    until the boundary."""
+    """Whether gradients are reduced when each unit's backward ends, and only the rank's shard is kept. Otherwise full
+    gradients accumulate until the boundary."""
     shards_parameters: bool
-    """Parameters, too, are kept as the own shard only, and gathered for the time of their use."""
+    """Whether a rank keeps only its shard of the parameters, which are unsharded for use."""
 
     def state_shard(self, layout: Layout, rank: int) -> tuple[int, int]:
-        """The elements [start, end) of a flat buffer whose states this rank holds and updates."""
+        """[start, end) the elements of a flat buffer whose masters and optimizer states `rank` has and updates."""
         return layout.shard(rank) if self.shards_states else (0, layout.numel)
 
 
@@ -32,5 +34,6 @@ STAGES = {
 
 
 def policy_for(stage: int, accumulate_locally: bool) -> StagePolicy:
-    """`accumulate_locally`: whole gradients until the boundary at every stage (zerotop.accumulate: "local")."""
+    """The policy of a ZeRO stage. accumulate_locally: whether full gradients accumulate until the boundary at every
+    stage (zerotop.accumulate "local")."""
     return replace(STAGES[stage], shards_gradients=False) if accumulate_locally else STAGES[stage]

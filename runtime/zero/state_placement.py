@@ -1,4 +1,4 @@
-"""Where the states of a flat live: masters, optimizer states, and from stage 2 on accumulated gradients."""
+"""The memory of a flat parameter group's masters, optimizer states and, from stage 2 on, accumulated gradients."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from runtime.host.ledger import Ledger, zeros
 from runtime.wire.messages import Category
 
 Allocate = Callable[[int, torch.dtype], torch.Tensor]
-"""(numel, dtype) -> (numel,) zeros."""
+"""Function of (numel, dtype) that returns (numel,) zeros."""
 
 
 @dataclass(frozen=True)
 class StatePlacement:
-    """One place for states. Everything in it is in the ledger."""
+    """One kind of memory for states. All that is allocated in it is counted in the ledger."""
 
     ledger: Ledger
     allocate: Allocate
     offloaded: bool = False
-    """In host memory because the config says so."""
+    """Whether it is the host memory to which the config offloads states."""
     remote: bool = False
-    """In other memory than the parameters, so gradients and new parameters have to be copied."""
+    """Whether it is other memory than the parameters', so that gradients and new parameters have to be copied."""
 
     @classmethod
     def on(cls, device: torch.device, ledger: Ledger) -> StatePlacement:
-        """With the parameters."""
+        """States in the same memory as the parameters, on `device`."""
         return cls(ledger, lambda numel, dtype: zeros(numel, dtype, device))
 
     def zeros(self, category: Category, numel: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """(numel,) zeros."""
+        """(numel,) zeros in this memory."""
         return self.hold(category, self.allocate(numel, dtype))
 
     def hold(self, category: Category, tensor: torch.Tensor) -> torch.Tensor:
-        """Count memory that is in this place already."""
+        """Count `tensor`, which is in this memory already, and return it."""
         return self.ledger.hold(category, tensor, offloaded=self.offloaded)

@@ -1,4 +1,4 @@
-"""The global gradient norm, and what else all ranks must agree on at a boundary, in one small all-reduce."""
+"""The global gradient norm and all that ranks must agree on at a boundary, in one small all-reduce."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from runtime.zero.flat import FlatParamGroup
 
 
 class StepStats(NamedTuple):
-    """What the ranks have agreed on at the end of an accumulation."""
+    """What all ranks agree on at a boundary."""
 
     grad_norm: float
     """L2 norm of the mean gradient (before clipping); inf or nan when a gradient is."""
     loss: float | None
-    """Mean over micro-steps and ranks; None where the script ran loss.backward() itself on a loss nobody knows."""
+    """Mean over micro-steps and ranks; None if the script ran loss.backward() itself on a loss that the engine has not
+    seen."""
     command_waits: bool
-    """Rank 0 has commands that all ranks must apply."""
+    """Whether rank 0 has commands that all ranks must apply."""
     stop_asked: bool
-    """Some rank must stop (its supervisor is gone)."""
+    """Whether some rank must stop (its supervisor is gone)."""
     changed: bool = False
-    """On some rank the script has changed parameters since the last step."""
+    """Whether on some rank the script has changed parameters since the last step."""
 
     @property
     def skipped(self) -> bool:
@@ -58,9 +59,9 @@ class PendingStats:
         # Equal only where all are (Cauchy-Schwarz); whole numbers, so exact.
         if self._world_size * squares != hashes * hashes:
             raise RuntimeError(
-                "stage 3: the ranks ran modules in different orders in this step, so some gathered other parameters "
-                "than they asked for. Modules that not every rank uses (experts) must be parts of one unit: name the "
-                "module around them in zerotop.units, or use zero_optimization.stage 2"
+                "stage 3: the ranks ran modules in different orders in this step, so all-gathers of "
+                "different units were mixed up. Modules that not every rank uses (experts) must be parts of one unit: "
+                "name the module around them in zerotop.units, or use zero_optimization.stage 2"
             )
         norm = math.sqrt(total) / self._divisor if total >= 0 else math.nan
         mean = loss_sum / self._world_size if self._loss_is_known else None
@@ -114,11 +115,12 @@ def sync_step_stats(
     execution_hash: int = 0,
     changed: torch.Tensor | bool = False,
 ) -> PendingStats:
-    """One all-reduce of seven numbers in fp64, at every stage, clipping or not. On a GPU nothing here waits for it.
+    """Begin one all-reduce of 7 fp64 numbers, the same at every stage and with or without clipping. On a GPU nothing
+    here waits for it.
 
-    `divisor` turns the summed gradient into the mean one (world size x loss scale). Each rank contributes the squares
-    of its own shard only, also where it holds everything, so that no element counts twice. execution_hash: a number
-    below 2**20 that ranks have in common if they used their units in the same order.
+    divisor: turns the summed gradient into the mean (world size x loss scale). Each rank contributes the squares of its
+    shard only, even if it has all gradients, so that no element counts twice. execution_hash: a number below 2**20 that
+    is equal on ranks that unsharded their units in the same order.
     """
     figures = torch.zeros(7, dtype=torch.float64, device=comm.device)
     figures[0] = _squares(flats, comm)
@@ -134,11 +136,10 @@ def sync_step_stats(
 
 
 def _squares(flats: Sequence[FlatParamGroup], comm: Comm) -> torch.Tensor | float:
-    """Of all own shards, flat by flat in fp64 and added up in their order, wherever each lies: so the same gradients
-    give the same bits. Where all are on a GPU the sum stays there (a 0-dim tensor): reading it would make the host
-    wait."""
+    """Sum of squares of this rank's shards, group by group in fp64 and added up in order, so that the same gradients
+    give the same bits. If all are on a GPU, a () tensor there, because reading it would make the host wait."""
     parts: list[torch.Tensor | float | None] = [
-        flat.gradients.squares() if flat.gradients is not None else None  # taken as they arrived
+        flat.gradients.sum_of_squares() if flat.gradients is not None else None  # taken as they arrived
         for flat in flats
     ]
     rest = [index for index, part in enumerate(parts) if part is None]
@@ -165,12 +166,13 @@ def _on_gpu(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def own_gradient(flat: FlatParamGroup, comm: Comm) -> torch.Tensor:
+    """(shard,) this rank's shard of the reduced gradient, also at stage 0, where the rank has all of it."""
     low, high = flat.layout.shard(comm.rank)
     return flat.gradient[low - flat.start : high - flat.start]
 
 
 def sum_of_squares(gradient: torch.Tensor) -> torch.Tensor | float:
-    """In fp64 and in a fixed order: the same bits at any number of threads."""
+    """Sum of squares in fp64, in a fixed order: the same bits at any number of threads."""
     if gradient.device.type == "cpu" and native.available():
         return native.sum_of_squares(gradient, threads=torch.get_num_threads())[0]
     total = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
@@ -178,5 +180,5 @@ def sum_of_squares(gradient: torch.Tensor) -> torch.Tensor | float:
 
 
 def clip_coefficient(grad_norm: float, limit: float) -> float:
-    """min(1, limit / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_; limit 0 means no clipping."""
+    """min(1, limit / (grad_norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_; limit 0 means no clipping."""
     return min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0

@@ -1,4 +1,4 @@
-"""A unit: the parameters that are gathered, reduced and updated together."""
+"""A unit: the parameters that are unsharded, reduced and updated together."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from runtime.zero.flat import FlatParamGroup
 
 @dataclass(eq=False)
 class Unit:
-    """One part of the model, as `cut` made it, and its flat buffers."""
+    """One part of the model, as `cut` divides it, and its flat parameter groups."""
 
     name: str
     modules: list[nn.Module]
-    """Whose forward uses the parameters."""
+    """The modules whose forward uses the parameters."""
     keep_unsharded: bool
-    """The root unit, whose parameters anything may use: gathered from the first forward to the next update."""
+    """Whether the unit stays unsharded from the first forward to the next update, because its parameters may be used at
+    any time: true of the root unit."""
     flats: list[FlatParamGroup] = field(default_factory=list)
-    """Trained parameters, one flat per dtype."""
+    """Groups of trained parameters, one per dtype."""
     frozen: list[FlatParamGroup] = field(default_factory=list)
-    """Parameters that are not trained; stage 3 only."""
+    """Groups of parameters that are not trained; stage 3 only."""
     running: int = 0
-    """Forwards of its modules that have begun and not ended."""
+    """Number of forwards of its modules that are running."""
     unshard_refs: int = 0
-    """Scripts that hold it whole: see GatheredParameters."""
+    """Number of contexts that keep the unit unsharded: see GatheredParameters."""
     nested: bool = False
-    """Another unit was used inside its forward, so it must not be released when that one begins its backward."""
+    """Whether another unit was used inside this one's forward, so this one must stay unsharded during the backward of
+    that one."""
 
     @property
     def sharded(self) -> list[FlatParamGroup]:
+        """The groups that are kept as shards, trained or not."""
         return [flat for flat in (*self.flats, *self.frozen) if flat.sharded]
 
     def issue_unshard(self, before: Callable[[FlatParamGroup], None] = lambda flat: None) -> bool:
-        """Start the all-gathers of its sharded parameter groups. before: returns when a group's own shard is up to
-        date. False where there was nothing to start."""
+        """Start the all-gathers of its sharded groups. before: waits until a group's shard is up to date. Returns
+        whether any all-gather was started."""
         issued = False
         for flat in self.sharded:
             if not (flat.is_unsharded or flat.is_unsharding):
@@ -52,6 +55,6 @@ class Unit:
         return issued
 
     def reshard(self) -> None:
-        """Free the parameters; this rank's shards stay."""
+        """Free the full parameters; this rank's shards stay."""
         for flat in self.sharded:
             flat.reshard()

@@ -1,4 +1,4 @@
-"""Where a model's initial values come from: its own memory, rank 0's, a file, or reset_parameters()."""
+"""Initial values of parameters: from the model itself, from rank 0, from a file, or from reset_parameters()."""
 
 from __future__ import annotations
 
@@ -16,45 +16,48 @@ log = logging.getLogger("runtime.setup")
 
 
 class Values:
-    """Initial values by parameter. Ranks other than 0 have them only where a file does."""
+    """Initial values of a model's parameters. Ranks other than 0 have only those that are in files."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self._stored: dict[nn.Parameter, tuple[Weights, str]] = {}
-        """Where a file has the values, and under which name."""
-        self._owners: dict[nn.Parameter, nn.Module] = {}
-        """Whose reset_parameters() draws the values; on rank 0."""
+        """Parameter -> the files that have its values, and its name there."""
+        self._resetting: dict[nn.Parameter, nn.Module] = {}
+        """Parameter -> the module whose reset_parameters() draws its values; on rank 0."""
         self._drawn: dict[nn.Parameter, torch.Tensor] = {}
-        """Of meta parameters, until they are read."""
+        """Meta parameter -> its values, until they are read."""
         self._random_state: torch.Tensor | None = None
 
     @classmethod
     def of(cls, module: nn.Module, rank: int) -> Values:
-        """Raises ConfigError where a parameter has no values at all, before anything is changed."""
+        """Find the values of all parameters of `module`. Raises ConfigError, before anything is changed, if a parameter
+        has none."""
         values = cls(rank)
-        for path, parameters in _under_weights(module).items():
-            values._find(module, Weights.open(path), parameters)
+        for path, parameters in _params_by_weights_file(module).items():
+            values._find_stored(module, Weights.open(path), parameters)
         if rank == 0:
             for path, owner in module.named_modules():
                 for name, parameter in owner._parameters.items():
                     if parameter is not None and parameter.is_meta and not values._has(parameter):
-                        values._owners[parameter] = _lora_layer(module, f"{path}.{name}") or _who_resets(
+                        values._resetting[parameter] = _lora_layer(module, f"{path}.{name}") or _resetting_module(
                             module, path, name
                         )
             for name, buffer in module.named_buffers():
                 if buffer.is_meta:
                     raise ConfigError(
-                        f"buffer {plain_name(name)} is on the meta device, so it has no values: build the model under "
+                        f"buffer {plain_name(name)} is on the meta device and has no values: build the model under "
                         "runtime.zero.Init(), or give the buffer its values first"
                     )
         return values
 
     def _has(self, parameter: nn.Parameter) -> bool:
-        return parameter in self._stored or parameter in self._owners
+        return parameter in self._stored or parameter in self._resetting
 
-    def _find(self, model: nn.Module, weights: Weights, parameters: dict[nn.Parameter, dict[str, nn.Module]]) -> None:
-        """Note where the files have them. Adapters and few that they lack are new, and drawn; many are another
-        model's."""
+    def _find_stored(
+        self, model: nn.Module, weights: Weights, parameters: dict[nn.Parameter, dict[str, nn.Module]]
+    ) -> None:
+        """Find `parameters` in the files. Those that the files lack are drawn if they are adapters or few; if they are
+        half or more, the files are another model's."""
         stored = weights.find({name: tuple(p.shape) for p, owners in parameters.items() for name in owners})
         new: dict[str, tuple[nn.Parameter, nn.Module | None]] = {}
         for parameter, owners in parameters.items():
@@ -63,7 +66,7 @@ class Values:
             if found is not None:
                 self._stored[parameter] = weights, found
             elif adapters is not None:
-                self._owners[parameter] = adapters
+                self._resetting[parameter] = adapters
             else:
                 new[next(iter(owners))] = parameter, next(filter(_resets, owners.values()), None)
         if new and len(new) >= sum(parameter in self._stored for parameter in parameters):
@@ -72,7 +75,7 @@ class Values:
             raise weights.lacking(
                 fixed, "give the weights of this model, or give modules with new parameters a reset_parameters()"
             )
-        self._owners |= {parameter: owner for parameter, owner in new.values() if owner is not None}
+        self._resetting |= {parameter: owner for parameter, owner in new.values() if owner is not None}
         if new and self.rank == 0:
             log.warning(
                 f"weights: {weights.path} lacks {len(new)} of the model's {len(parameters)} parameters; "
@@ -80,12 +83,12 @@ class Values:
             )
 
     def needs_broadcast(self, parameter: nn.Parameter) -> bool:
-        """Whether only rank 0 is sure to have the values."""
+        """Whether rank 0 has to send the values to the other ranks."""
         return parameter not in self._stored
 
     def read(self, name: str, parameter: nn.Parameter, start: int, stop: int) -> torch.Tensor | None:
-        """(stop - start,) elements [start, stop) of the flattened parameter, on whatever device they are; None on ranks
-        that don't have them."""
+        """(stop - start,) elements [start, stop) of the flattened parameter, on any device; None on ranks that don't
+        have them."""
         if parameter in self._stored:
             weights, stored = self._stored[parameter]
             return weights.read(stored, start, stop)
@@ -94,30 +97,30 @@ class Values:
         if self.rank != 0:
             return None
         if parameter not in self._drawn:
-            self._draw(self._owners[parameter])
+            self._draw(self._resetting[parameter])
         drawn = self._drawn[parameter]
         if stop == drawn.numel():
             del self._drawn[parameter]
         return drawn.reshape(-1)[start:stop]
 
     def _draw(self, owner: nn.Module) -> None:
-        """All that is `owner`'s to draw, from random numbers of their own: the other ranks draw nothing, and scripts
-        count on equal states."""
+        """Draw the values of all parameters that `owner` resets, with a random state of their own: the other ranks draw
+        nothing, and the random states of all ranks must stay equal."""
         outside = torch.get_rng_state()
         if self._random_state is not None:
             torch.set_rng_state(self._random_state)
-        self._drawn |= {p: drawn for p, drawn in _drawn(owner).items() if self._owners.get(p) is owner}
+        self._drawn |= {p: drawn for p, drawn in _drawn(owner).items() if self._resetting.get(p) is owner}
         self._random_state = torch.get_rng_state()
         torch.set_rng_state(outside)
 
     def buffer(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
-        """A real tensor for a buffer that may be on the meta device: its values are rank 0's to give."""
+        """`buffer`, or, if it is on the meta device, an uninitialised tensor that receives rank 0's values."""
         return torch.empty_like(buffer, device="cpu") if buffer.is_meta else buffer
 
 
-def _under_weights(model: nn.Module) -> dict[str, dict[nn.Parameter, dict[str, nn.Module]]]:
-    """Meta parameters by the files that they were built under (see WEIGHTS_MARK); of each its names (tied ones have
-    several), and the module of each name."""
+def _params_by_weights_file(model: nn.Module) -> dict[str, dict[nn.Parameter, dict[str, nn.Module]]]:
+    """Path of the weights -> meta parameter built under them (see WEIGHTS_MARK) -> its name (tied parameters have
+    several) -> the module that has it under that name."""
     marks: dict[nn.Parameter, str] = {}
     names: dict[nn.Parameter, dict[str, nn.Module]] = {}
     for path, owner in model.named_modules(remove_duplicate=False):
@@ -137,8 +140,8 @@ def _resets(module: nn.Module) -> bool:
 
 
 def _lora_layer(model: nn.Module, path: str) -> nn.Module | None:
-    """The layer of peft that draws the adapters at `path`; None where these are none. They are on the meta device where
-    the base model is, and their own modules would draw what must begin as zero."""
+    """The peft layer that initialises the adapter parameter at `path`; None if it is not one. The adapters' own modules
+    would draw values for those that must begin as zero."""
     parts = plain_name(path).split(".")
     at = next((index for index, part in enumerate(parts) if part.startswith("lora_")), None)
     if at is None:
@@ -151,7 +154,7 @@ def _lora_layer(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _reset(module: nn.Module) -> None:
-    """Draw its values, which are real for the time being."""
+    """Draw the values of `module`, whose parameters are not on the meta device meanwhile."""
     if not callable(getattr(module, "reset_lora_parameters", None)):
         module.reset_parameters()  # type: ignore[operator]
         return
@@ -160,8 +163,8 @@ def _reset(module: nn.Module) -> None:
             module.reset_lora_parameters(adapter, True)  # type: ignore[operator]
 
 
-def _who_resets(model: nn.Module, path: str, name: str) -> nn.Module:
-    """The innermost module around a meta parameter that has reset_parameters()."""
+def _resetting_module(model: nn.Module, path: str, name: str) -> nn.Module:
+    """The innermost module with reset_parameters() that contains the meta parameter `name` of the module at `path`."""
     parts = path.split(".") if path else []
     for length in range(len(parts), -1, -1):
         module = model.get_submodule(".".join(parts[:length]))
@@ -169,13 +172,13 @@ def _who_resets(model: nn.Module, path: str, name: str) -> nn.Module:
             return module
     raise ConfigError(
         f"parameter {plain_name('.'.join([*parts, name]))} is on the meta device and has no values: "
-        f"{type(model).__name__} has no reset_parameters() there. Build the model under "
+        f"no module of {type(model).__name__} around it has reset_parameters(). Build the model under "
         "runtime.zero.Init(), which draws them on rank 0, or under runtime.zero.Init(weights=FILE_OR_FOLDER)"
     )
 
 
 def _drawn(module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
-    """What reset_parameters() draws for the meta parameters of `module`, which stay as they are."""
+    """The values that reset_parameters() draws for the meta parameters of `module`, which stay on the meta device."""
     places = [
         (owner, name, parameter)
         for owner in module.modules()
@@ -193,9 +196,9 @@ def _drawn(module: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
     return {parameter: drawn.detach() for parameter, drawn in real.items()}
 
 
-def adopt(parameter: nn.Parameter, data: torch.Tensor) -> None:
-    """parameter.data = data, also where torch refuses it: from the meta device. The Parameter object stays the same,
-    for optimizers hold it."""
+def set_data(parameter: nn.Parameter, data: torch.Tensor) -> None:
+    """Set parameter.data = data, also from the meta device, which torch refuses. The Parameter object stays the same,
+    because optimizers refer to it."""
     if not parameter.is_meta:
         parameter.data = data
         return

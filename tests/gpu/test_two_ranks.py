@@ -62,7 +62,7 @@ spans = []
 report = DevicePending.report
 def keep(self):
     clock = self._clock
-    spans.append((self._op, clock.ns(self._start), clock.ns(self._end), clock.ns(self._reached)))
+    spans.append((self._op, clock.ns(self._start), clock.ns(self._end), clock.ns(self._wait_begun)))
     report(self)
 DevicePending.report = keep
 x = torch.randn(2048, 4096, device="cuda", dtype=torch.bfloat16)

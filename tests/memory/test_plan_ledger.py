@@ -22,7 +22,7 @@ from runtime.config.presets import PRESETS, GPTConfig, unit_parameters
 from runtime.engine.initialize import initialize
 from runtime.host.pinned import page_rounded
 from runtime.models.gpt import GPT
-from runtime.offload.placement import Size, _plan
+from runtime.offload.placement import FlatSize, _plan
 from runtime.offload.streamed import ring_bytes
 from runtime.plan import Layout, stage_layout
 from runtime.plan.workload import Workload, workload_of
@@ -165,7 +165,7 @@ def placed(config: dict[str, Any], units: list[tuple[str, int]], world_size: int
     resolved = load(config).resolve(world_size, "cuda")
     precision = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
     sharded = resolved.stage == 3 and world_size > 1
-    sizes = [Size(numel, precision, trained=True, sharded=sharded and name != "small") for name, numel in units]
+    sizes = [FlatSize(numel, precision, trained=True, sharded=sharded and name != "small") for name, numel in units]
     comm: Any = SimpleNamespace(world_size=world_size, device=torch.device("cuda"), gather_objects=lambda one: [one])
     policy = policy_for(resolved.stage, resolved.zerotop.accumulate == "local")
     return _plan(resolved, policy, comm, GradientConfig(torch.float32), sizes, remote=remote)
@@ -200,7 +200,7 @@ def test_a_reserve_of_vram_keeps_the_states_there_that_the_plan_says(
     units = unit_parameters(shape, resolved.persistence_threshold)
     workload = dataclasses.replace(workload_of(resolved, "7b", units, shape), free_vram_bytes=free_gib * 2**30)
     decided = placed(config, units, 2)
-    on_host = sum(numel for numel, leaves in zip(decided.ranges, decided.on_host, strict=True) if leaves)
+    on_host = sum(numel for numel, leaves in zip(decided.shard_numels, decided.on_host, strict=True) if leaves)
     layout = stage_layout(workload, stage, offload=True)
     assert layout.host["optimizer"] == 2 * 8 * on_host
     assert layout.host_bytes == 2 * sum(decided.blocks)

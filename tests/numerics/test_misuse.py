@@ -140,8 +140,8 @@ def lose(stage: int, how: str) -> str:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("float", "parameter scale is no longer where"),
-        ("data", "parameter blocks.2.down.weight is no longer where"),
+        ("float", "parameter scale is no longer a view into"),
+        ("data", "parameter blocks.2.down.weight is no longer a view into"),
         ("thaw", "parameter blocks.1.up.weight was frozen"),
     ],
 )

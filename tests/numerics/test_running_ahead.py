@@ -51,11 +51,11 @@ class LateCopy:
 @contextlib.contextmanager
 def played() -> Iterator[PlayedDevice]:
     """Engines made and trained inside run on a played device, which alone knows what scripts have changed, too."""
-    device, changed = PlayedDevice(), FlatParamGroup.changed
+    device, changed = PlayedDevice(), FlatParamGroup.changed_by_script
     with (
         patch.object(step_stats, "arrive_late", lambda _device: True),
         patch.object(step_stats, "copy_to_host", device.copy),
-        patch.object(FlatParamGroup, "changed", lambda flat: torch.as_tensor(changed(flat))),
+        patch.object(FlatParamGroup, "changed_by_script", lambda flat: torch.as_tensor(changed(flat))),
     ):
         yield device
 

@@ -146,7 +146,7 @@ def meet_a_pickle() -> str:
 
 
 def test_a_peer_that_sends_a_program_is_refused(ranks: Callable[[int], Ranks]) -> None:
-    assert ranks(2).run(meet_a_pickle)[0] == "a rank has sent what is no value: UnicodeDecodeError"
+    assert ranks(2).run(meet_a_pickle)[0] == "a rank has sent a malformed value: UnicodeDecodeError"
 
 
 def speak_without_the_key(number: int) -> str:
@@ -175,7 +175,7 @@ def test_what_no_rank_of_the_run_has_signed_is_refused(ranks: Callable[[int], Ra
     if number == 0:
         assert told == "['forged', 'forged']"
     else:
-        assert "what came in the place of rank 1 was not sent by a rank of this run" in told
+        assert "a value received as rank 1's has a wrong signature" in told
 
 
 def test_no_part_of_the_trainer_calls_a_collective_that_loads_pickles() -> None:

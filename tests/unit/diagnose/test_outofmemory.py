@@ -60,7 +60,7 @@ def test_real_failures_of_allocators_are_recognised() -> None:
         (RuntimeError("CUDA: out of memory (error 2)"), Failure("device")),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), Failure("device")),
         (RuntimeError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), Failure("device")),
-        (MemoryError("the exchange of 1,000 bytes has no 4,096 left"), Failure("host", 4096)),
+        (MemoryError("shared memory for collectives (1,000 bytes) has no 4,096 left"), Failure("host", 4096)),
         (HostMemoryError("offload needs 3 GiB"), Failure("host")),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), Failure("host")),
         (ImportError("libx.so: failed to map segment: Cannot allocate memory"), Failure("host")),
@@ -173,7 +173,11 @@ def test_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch, nothing_known: None
 def test_host_memory_on_a_cpu(nothing_known: None) -> None:
     _model, ledger = engine_of("cpu")
     ledger.add("gradients", 123 * 2**20)
-    found = explain(MemoryError("the exchange of 1,000 bytes has no 4,096 left"), position("init", 0, 0), keep=Engine)
+    found = explain(
+        MemoryError("shared memory for collectives (1,000 bytes) has no 4,096 left"),
+        position("init", 0, 0),
+        keep=Engine,
+    )
     assert found is not None
     assert (
         found.lines[0].startswith("Out of memory: tried to allocate 4.00 KiB of host memory")

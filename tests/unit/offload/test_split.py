@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from runtime.offload.split import Rates, device_share, measure
-from runtime.plan.layout import kept_on_device
+from runtime.plan.layout import keep_mask
 
 
 def seconds(rates: Rates, share: float) -> float:
@@ -37,7 +37,7 @@ def test_measuring_counts_what_is_done():
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=40), st.floats(0, 1))
 @example([0, 1], 0.0)
 def test_the_first_ranges_stay_as_near_to_the_ratio_as_can_be(sizes, ratio):
-    stays = kept_on_device(sizes, ratio)
+    stays = keep_mask(sizes, ratio)
     assert stays == sorted(stays, reverse=True)
     kept = sum(size for size, stay in zip(sizes, stays, strict=True) if stay)
     assert abs(kept - (1 - ratio) * sum(sizes)) <= max(sizes) / 2 + 1e-6 * sum(sizes)
@@ -45,4 +45,4 @@ def test_the_first_ranges_stay_as_near_to_the_ratio_as_can_be(sizes, ratio):
 
 @pytest.mark.parametrize(("ratio", "expected"), [(1.0, [False] * 3), (0.0, [True] * 3), (0.7, [True, False, False])])
 def test_ratios_as_users_write_them(ratio, expected):
-    assert kept_on_device([300, 300, 300], ratio) == expected
+    assert keep_mask([300, 300, 300], ratio) == expected
