@@ -112,21 +112,21 @@ class Autosave:
     def save(self, keeps_old: bool) -> bool:
         """Whether there is a complete checkpoint of this step: waits for the one that is being written, or makes
         one."""
-        if self._begun_step == self._state.counters.global_steps and not self._checkpointer.settle():
+        if self._begun_step == self._state.counters.global_steps and not self._checkpointer.wait_for_save():
             return True
         self._begun_step = -1
         if not self.begin(keeps_old):
             return False
-        self.problem = self._checkpointer.settle()
+        self.problem = self._checkpointer.wait_for_save()
         return not self.problem
 
     def has_this_step(self, keeps_old: bool) -> bool:
         """Whether a checkpoint of this step was begun before, and is complete now."""
         return self._begun_step == self._state.counters.global_steps and self.save(keeps_old)
 
-    def settle(self) -> None:
+    def wait_for_save(self) -> None:
         """Wait for what is being written."""
-        self._checkpointer.settle()
+        self._checkpointer.wait_for_save()
 
     def resume(self) -> Path | None:
         """Load the newest complete checkpoint of the run that is sound. Returns it."""

@@ -105,7 +105,7 @@ class Control:
         """The last step is done: save it if checkpoints are on (and it was finite), and say goodbye."""
         if self._nonfinite.last_is_finite and self._autosave.wanted:
             self._autosave.save(self._keeps_old)
-        self._autosave.settle()
+        self._autosave.wait_for_save()
         self._link.goodbye("finished", self._step)
 
     def forget_saved(self) -> None:

@@ -19,11 +19,11 @@ from torch import nn
 
 from runtime import checkpoint
 from runtime.checkpoint.checkpointer import Checkpointer
-from runtime.checkpoint.job import Options
+from runtime.checkpoint.job import SaveOptions
 from runtime.checkpoint.optimizer_states import load_optimizer_state, optimizer_state
-from runtime.checkpoint.registered import checked
+from runtime.checkpoint.registered import check_name
 from runtime.checkpoint.snapshot import SnapshotGuard
-from runtime.checkpoint.tag import agreed_tag
+from runtime.checkpoint.tag_validation import validate_tag
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.engine import model_io, registry
@@ -338,11 +338,11 @@ class Engine(EngineQueries):
         if client_state is not None:
             self.script.client_state = client_state
         with self.telemetry.span("checkpoint"):
-            tag = agreed_tag(self.comm, save_dir, tag, self.global_steps, self.config.tag_validation)
-            options = Options(latest=save_latest, with_frozen=not exclude_frozen_parameters)
+            tag = validate_tag(self.comm, save_dir, tag, self.global_steps, self.config.tag_validation)
+            options = SaveOptions(latest=save_latest, with_frozen=not exclude_frozen_parameters)
             folder, state = Path(save_dir), self.script.client_state
             if wait:
-                earlier = self.checkpointer.settle_unreported()
+                earlier = self.checkpointer.wait_for_unreported()
                 self.script.last_checkpoint = self.checkpointer.save(folder, tag, state, options)
                 if earlier:  # only now: this may be a script's last one
                     raise checkpoint.CheckpointError(f"{earlier} (and {self.script.last_checkpoint} is complete)")
@@ -353,7 +353,7 @@ class Engine(EngineQueries):
     def wait_for_checkpoint(self) -> None:
         """Returns when what `save_checkpoint(..., wait=False)` began is complete; every rank must call it. Raises
         CheckpointError on every rank if any could not write."""
-        if problem := self.checkpointer.settle_unreported():
+        if problem := self.checkpointer.wait_for_unreported():
             raise checkpoint.CheckpointError(problem)
 
     def load_checkpoint(
@@ -377,7 +377,7 @@ class Engine(EngineQueries):
         rank 0's result is everybody's, and masters become what it leaves in the module's precision.
         """
         load_module_only = load_module_only or not self.optimizer.trains
-        wanted = checkpoint.Wanted(
+        wanted = checkpoint.LoadOptions(
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
             scheduler=load_lr_scheduler_states and not load_module_only,
@@ -413,7 +413,7 @@ class Engine(EngineQueries):
         Where a checkpoint has been loaded that holds them (under --resume: by initialize()), they are restored here.
         The loader that initialize() returns needs no registering."""
         for name, item in items.items():
-            self.script.registered.add(checked(name), item)
+            self.script.registered.add(check_name(name), item)
 
     # ---- the model as a whole --------------------------------------------------------------------------------------
     def module_state_dict(

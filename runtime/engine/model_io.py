@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from runtime.checkpoint import on_rank_0
-from runtime.checkpoint.format.reading import CheckpointReader
+from runtime.checkpoint.format.reader import CheckpointReader
 from runtime.comm import Comm
 from runtime.config import ConfigError
 from runtime.engine.release import EVERYTHING

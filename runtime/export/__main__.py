@@ -60,7 +60,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises CheckpointError for a checkpoint or folder that is no good, OSError when it can't be written."""
     out = check_target(arguments.out, arguments.checkpoint, arguments.overwrite)
-    verify(arguments.checkpoint, read_manifest(arguments.checkpoint), before=_tell_large)
+    verify(arguments.checkpoint, read_manifest(arguments.checkpoint), on_file=_report_large_file)
     from runtime.export.huggingface import HuggingFaceExport
 
     planned = HuggingFaceExport(arguments.checkpoint, arguments.dtype, arguments.shard_bytes)
@@ -71,7 +71,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"out": str(out)} | document
 
 
-def _tell_large(name: str, record: FileRecord) -> None:
+def _report_large_file(name: str, record: FileRecord) -> None:
     """Reading it takes about a second or more."""
     if record.nbytes > 1 << 30:
         print(f"checking {name}, {format_size(record.nbytes)}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from runtime.checkpoint.describe import ADAPTER_CONFIG, ADAPTER_KEY
 from runtime.checkpoint.format.manifest import CheckpointError
-from runtime.checkpoint.format.reading import Stored
+from runtime.checkpoint.format.reader import CheckpointTensor
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _BASE = "base_model.model."
@@ -36,7 +36,9 @@ class Adapters:
     """Of the tensors that belong to them, by their names in the checkpoint."""
 
 
-def find_adapters(path: Any, config: bytes | None, tensors: Iterable[Stored], frozen: Iterable[str]) -> Adapters:
+def find_adapters(
+    path: Any, config: bytes | None, tensors: Iterable[CheckpointTensor], frozen: Iterable[str]
+) -> Adapters:
     """Raises CheckpointError, with the way out, for adapters that can't be written so that peft reads them."""
     example = next(stored.name for stored in tensors if has_adapters([stored.name]))
     refusal = f"checkpoint {path} is of a model with peft's adapters ({example})"

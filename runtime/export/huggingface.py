@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from runtime.checkpoint.describe import ADAPTER_CONFIG, KNOWN_FILES, PREFIX_KEY
 from runtime.checkpoint.format.manifest import MODEL_FILES, CheckpointError
-from runtime.checkpoint.format.reading import CheckpointReader, Stored
+from runtime.checkpoint.format.reader import CheckpointReader, CheckpointTensor
 from runtime.export.adapters import ADAPTER_FILE, find_adapters, has_adapters
 from runtime.models.weights import INDEX
 from runtime.state.precision import DTYPES
@@ -31,7 +31,7 @@ _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 @dataclass(frozen=True)
 class _Tensor:
     name: str
-    stored: Stored
+    stored: CheckpointTensor
     dtype: torch.dtype
 
     @property

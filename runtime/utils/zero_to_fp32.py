@@ -18,7 +18,7 @@ from torch import nn
 
 from runtime import checkpoint
 from runtime.checkpoint.format.manifest import CheckpointError
-from runtime.checkpoint.format.reading import CheckpointReader, Stored
+from runtime.checkpoint.format.reader import CheckpointReader, CheckpointTensor
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -30,7 +30,7 @@ class LazyTensor:
     """A tensor that is still in the checkpoint. `contiguous()` reads it."""
 
     reader: CheckpointReader
-    stored: Stored
+    stored: CheckpointTensor
 
     @property
     def shape(self) -> torch.Size:
