@@ -1,4 +1,4 @@
-"""What every optimizer step reports: its result to telemetry, and a progress line to the log."""
+"""Reports every optimizer step: its result to telemetry, and a progress line to the log."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ log = logging.getLogger("runtime.train")
 
 
 class Reporter:
-    """Of one engine."""
+    """Reports the optimizer steps of one engine."""
 
     def __init__(self, state: TrainState, telemetry: Telemetry | NullTelemetry, knobs: Mapping[str, Any]) -> None:
-        """knobs: "log_interval" is read at each step."""
+        """knobs: its "log_interval" is read at each step."""
         self._state, self._telemetry, self._knobs = state, telemetry, knobs
         self._began_ns = time.monotonic_ns()
 
     def begin_step(self) -> None:
-        """From here on the next step's time counts."""
+        """Start timing the next optimizer step."""
         self._began_ns = time.monotonic_ns()
 
     def report(self, stats: StepStats, lr: float, skipped: bool) -> StepResult:
-        """At the boundary, when the step has been counted."""
+        """Report the step that just ended. Call it at the boundary, after the step counter was advanced."""
         state, now = self._state, time.monotonic_ns()
         seconds, tokens = (now - self._began_ns) / 1e9, state.accumulation.tokens
         config = state.config
@@ -51,7 +51,7 @@ class Reporter:
         return result
 
     def _log(self, result: StepResult) -> None:
-        """A line every log_interval steps, on rank 0."""
+        """Log a progress line every log_interval steps, on rank 0."""
         if result.rank != 0 or result.step % self._knobs["log_interval"]:
             return
         total = self._state.config.zerotop.train.steps

@@ -1,4 +1,4 @@
-"""The built-in trainer: a model, a text, and the training loop."""
+"""The built-in trainer: builds model and data from the config and runs the training loop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger("runtime.train")
 
 
 def train(config: Resolved, folder: Path) -> None:
-    """Train what `config` describes; relative globs in it start in `folder`."""
+    """Train the model that `config` describes; relative globs in it start in `folder`."""
     init_distributed()
     section = config.zerotop
     torch.manual_seed(section.train.seed)
@@ -41,7 +41,7 @@ def train(config: Resolved, folder: Path) -> None:
 
 
 def run(engine: Engine, batches: Batches, steps: int | None) -> None:
-    """Optimizer steps up to `steps`; after a resume it begins where the checkpoint ended."""
+    """Run optimizer steps until `engine.global_steps` is `steps`; a resumed engine starts at its checkpoint's step."""
     assert steps is not None  # resolve() fills it in where there is no script
     engine.train()
     for step in range(engine.global_steps, steps):
@@ -54,15 +54,14 @@ def run(engine: Engine, batches: Batches, steps: int | None) -> None:
 
 
 def check(engine: Engine, step: int) -> None:
-    """A gradient that is not finite has spoiled the parameters of this step: further steps would only hide where it
-    began."""
+    """Raise TrainingError if the gradient norm of `step` is not finite, except under fp16: going on would only hide
+    where it began."""
     norm = engine.get_global_grad_norm()
     if engine.config.precision == "fp16":
-        return  # its loss scale answers; what it can't answer is the engine's error
+        return  # the loss scale handles overflows, and the engine raises when it cannot
     if norm is not None and not math.isfinite(norm):
         raise TrainingError(
-            f"the gradient norm is {norm} at step {step}{engine.nonfinite.whose()}: lower optimizer.params.lr, set "
-            "gradient_clipping, or look at the data; "
-            "launch with --resume to continue from the newest checkpoint",
+            f"the gradient norm is {norm} at step {step}{engine.nonfinite.describe_culprits()}: lower "
+            "optimizer.params.lr, set gradient_clipping, or look at the data; launch with --resume to continue from the newest checkpoint",
             engine.nonfinite.culprit,
         )
