@@ -81,7 +81,7 @@ def build_state(
         cuts = cut(module, patterns, config.persistence_threshold)
     except UnitError as error:
         raise ConfigError(str(error)) from None
-    outofmemory.remember(module, config, comm.device, ledger, cuts)
+    outofmemory.record_engine(module, config, comm.device, ledger, cuts)
     parts = _Parts(
         policy_for(config.stage, config.zerotop.accumulate == "local"),
         _gradient_config(config, comm.world_size),

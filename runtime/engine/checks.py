@@ -31,16 +31,15 @@ def check_parameters(module: nn.Module, config: Resolved, optimizer: ZeroOptimiz
     foreign = sum(p not in names for group in optimizer.param_groups for p in group["params"])
     if foreign:
         raise ConfigError(
-            f"{foreign} parameters of the optimizer are not in the model: make the optimizer from "
-            "model.parameters() after "
-            "the last change of the model, and give modules with parameters of their own to "
-            "initialize() inside the model"
+            f"{foreign} parameters of the optimizer are not in the model: create the optimizer from "
+            "model.parameters() after the last change to the model, and make modules with parameters of their own "
+            "part of the model that initialize() gets"
         )
     for parameter, name in names.items():
         if config.precision == "fp32" and parameter.requires_grad and parameter.dtype not in TRAINABLE:
             raise ConfigError(
-                f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}: expected float32 or bfloat16; call "
-                'model.float() before initialize(), or set "bf16": {"enabled": true}'
+                f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}: expected float32 or bfloat16; "
+                'call model.float() before initialize(), or set "bf16": {"enabled": true}'
             )
 
 

@@ -62,6 +62,7 @@ def check(engine: Engine, step: int) -> None:
     if norm is not None and not math.isfinite(norm):
         raise TrainingError(
             f"the gradient norm is {norm} at step {step}{engine.nonfinite.describe_culprits()}: lower "
-            "optimizer.params.lr, set gradient_clipping, or look at the data; launch with --resume to continue from the newest checkpoint",
+            "optimizer.params.lr, set gradient_clipping, or look at the data; "
+            "launch with --resume to continue from the newest checkpoint",
             engine.nonfinite.culprit,
         )

@@ -56,7 +56,7 @@ def test_a_config_whose_model_is_somewhere_inside_says_where_and_one_of_another_
     stranger.config = config
     with caplog.at_level(logging.WARNING):
         assert describe_model(*given(stranger)) == {}
-    assert "Bilinear.config is of a Linear, which is not in the model" in caplog.text
+    assert "Bilinear.config describes a Linear, which the model lacks" in caplog.text
 
 
 def test_a_config_that_fails_costs_no_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
