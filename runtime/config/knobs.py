@@ -31,9 +31,9 @@ class Knob:
     key: str | None
     """The config key that holds the first value, or None when there is none."""
     min: float | None = None
-    """Smallest allowed value, inclusive; None for a choice."""
+    """Smallest allowed value, inclusive; None if `choices` apply."""
     max: float | None = None
-    """Largest allowed value, inclusive; None for a choice."""
+    """Largest allowed value, inclusive; None if `choices` apply."""
     choices: tuple[str, ...] = ()
 
     @property

@@ -18,10 +18,12 @@ class Section(BaseModel):
 
 
 def wrong(expected: str, got: Any) -> PydanticCustomError:
+    """The validation error "expected ..., got ..."."""
     return PydanticCustomError("wrong_type", "{text}", {"text": f"expected {expected}, got {shown(got)}"})
 
 
 def integer(value: Any) -> int:
+    """A JSON number without fraction, within 64 bits."""
     # 5e8 is how people write five hundred million in JSON, and it parses as a float.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong("a whole number", value)
@@ -33,6 +35,7 @@ def integer(value: Any) -> int:
 
 
 def number(value: Any) -> float:
+    """A finite JSON number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong("a number", value)
     try:

@@ -1,4 +1,5 @@
-"""The `zerotop` section: what DeepSpeed's keys do not say. DeepSpeed ignores it, so that one file serves both."""
+"""The `zerotop` section, with settings that DeepSpeed has no keys for. DeepSpeed ignores it, so one file serves
+both."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long and from which seed the built-in trainer trains."""
+    """Number of steps and seed of the built-in trainer."""
 
     steps: Annotated[Int, Field(ge=1, le=MAX_STEPS)] | None = None
     """Optimizer steps. Unset: 200 in the built-in trainer, unknown with a script, which decides itself."""
@@ -72,7 +73,7 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are made and how many stay."""
+    """When checkpoints are made and how many are kept."""
 
     interval: Annotated[Int, Field(ge=KNOBS["checkpoint_interval"].min, le=KNOBS["checkpoint_interval"].max)] = 500
     """Optimizer steps between two automatic checkpoints; 0 makes none (the command `checkpoint` still does)."""
@@ -81,10 +82,10 @@ class CheckpointConfig(Section):
     """Minutes between two automatic checkpoints, beside `interval`: whichever comes first; 0 makes none by time."""
 
     keep: Annotated[Int, Field(ge=KNOBS["checkpoints_kept"].min, le=KNOBS["checkpoints_kept"].max)] = 2
-    """Newest complete checkpoints that stay on disk."""
+    """Number of newest complete checkpoints to keep on disk."""
 
     keep_every: Annotated[Int, Field(ge=0)] = 0
-    """Every so many-th checkpoint of the run stays for ever, beside the newest; 0: none does."""
+    """Keep every so many-th checkpoint of the run for good, in addition to the newest; 0: none."""
 
     folder: Text | None = None
     """Where checkpoints go, in a folder named like the run; relative to the folder of the config file. Unset: the run's
@@ -120,19 +121,20 @@ class OffloadConfig(Section):
     """How offloaded optimizer states are updated. It matters where zero_optimization.offload_optimizer is on."""
 
     update: Annotated[Literal["cpu", "gpu", "auto"], BeforeValidator(_lower)] = "auto"
-    """Who updates them. `cpu`: CPU threads. `gpu`: the GPU, through which they stream in chunks. `auto`: both, each so
-    much that they finish together, as measured at start; without a GPU the CPU."""
+    """What updates them. `cpu`: CPU threads. `gpu`: the GPU, through which they are streamed in chunks. `auto`: both,
+    with shares measured at the start so that they finish together; on a CPU the CPU."""
 
     overlap: Flag = True
-    """Whether the update goes on while the next forward runs, which waits only for the unit it needs. The results are
-    the same bits either way."""
+    """Whether the update overlaps the next forward, which waits only for the unit that it needs. The results are
+    bitwise the same either way."""
 
     vram_reserve_gib: Annotated[Num, Field(ge=0)] | None = None
-    """States stay on the GPU as far as so many GiB of it remain free after the model, its gradients and its largest
-    buffers are placed. Unset: none stay, beyond what zero_optimization.offload_optimizer.ratio leaves there."""
+    """GiB of VRAM to leave free after the model, its gradients and its largest buffers are placed; the rest is filled
+    with optimizer states. Unset: only zero_optimization.offload_optimizer.ratio decides which states remain on the
+    GPU."""
 
     chunk_mib: Annotated[Num, Field(gt=0, le=4096)] = 64
-    """MiB of states per piece that streams through the GPU."""
+    """MiB of states per chunk that is streamed through the GPU."""
 
 
 class LogConfig(Section):

@@ -11,7 +11,7 @@ from torch import nn
 
 _MARK = "_z3_leaf"
 
-Wanted = type[nn.Module] | str
+ModuleClass = type[nn.Module] | str
 
 
 def z3_leaf_module(model: nn.Module) -> bool:
@@ -33,7 +33,7 @@ def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
 
 
 def set_z3_leaf_modules(
-    model: nn.Module, leaf_module_classes: Sequence[Wanted], raise_if_not_found: bool = True
+    model: nn.Module, leaf_module_classes: Sequence[ModuleClass], raise_if_not_found: bool = True
 ) -> list[nn.Module]:
     """The modules of these classes (or class names), which count as leaf modules from now on. Raises ValueError where
     there are none, as DeepSpeed does."""
@@ -41,7 +41,7 @@ def set_z3_leaf_modules(
 
 
 def unset_z3_leaf_modules(
-    model: nn.Module, leaf_module_classes: Sequence[Wanted], raise_if_not_found: bool = True
+    model: nn.Module, leaf_module_classes: Sequence[ModuleClass], raise_if_not_found: bool = True
 ) -> list[nn.Module]:
     return _mark(model, lambda _name, module: _is_one(module, leaf_module_classes), False, raise_if_not_found)
 
@@ -68,10 +68,10 @@ def _ends(name: str, suffixes: Iterable[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
 
 
-def _is_one(module: nn.Module, wanted: Iterable[Wanted]) -> bool:
+def _is_one(module: nn.Module, classes: Iterable[ModuleClass]) -> bool:
     kind = type(module)
     names = {kind.__name__, f"{kind.__module__}.{kind.__qualname__}"}
-    return any(one in names if isinstance(one, str) else isinstance(module, one) for one in wanted)
+    return any(one in names if isinstance(one, str) else isinstance(module, one) for one in classes)
 
 
 def _mark(

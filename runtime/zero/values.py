@@ -55,7 +55,7 @@ class Values:
     def _find(self, model: nn.Module, weights: Weights, parameters: dict[nn.Parameter, dict[str, nn.Module]]) -> None:
         """Note where the files have them. Adapters and few that they lack are new, and drawn; many are another
         model's."""
-        stored = weights.find({name: tuple(p.shape) for p, owners in parameters.items() for name in owners})
+        stored = weights.match_names({name: tuple(p.shape) for p, owners in parameters.items() for name in owners})
         new: dict[str, tuple[nn.Parameter, nn.Module | None]] = {}
         for parameter, owners in parameters.items():
             found = next((stored[name] for name in owners if name in stored), None)
@@ -67,9 +67,9 @@ class Values:
             else:
                 new[next(iter(owners))] = parameter, next(filter(_resets, owners.values()), None)
         if new and len(new) >= sum(parameter in self._stored for parameter in parameters):
-            raise weights.lacking(list(new), "give the weights of this model")
+            raise weights.missing_error(list(new), "give the weights of this model")
         if fixed := [name for name, (_, owner) in new.items() if owner is None]:
-            raise weights.lacking(
+            raise weights.missing_error(
                 fixed, "give the weights of this model, or give modules with new parameters a reset_parameters()"
             )
         self._owners |= {parameter: owner for parameter, owner in new.values() if owner is not None}

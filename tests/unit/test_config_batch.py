@@ -43,7 +43,7 @@ def test_accumulation_alone_is_not_enough() -> None:
 
 def test_chosen_micro_batch_is_said() -> None:
     notes = load({}).resolve(1, "cpu").notes
-    assert f"{MICRO}: {DEFAULT_MICRO_BATCH}, our default" in notes
+    assert f"{MICRO}: {DEFAULT_MICRO_BATCH}, the default" in notes
 
 
 def ways_out(message: str) -> list[tuple[str, int]]:

@@ -276,7 +276,7 @@ def test_the_reason_is_the_last_line_of_the_goodbye_and_of_the_log(
     _, text, *_, more = said[0]
     assert more == {"fatal": True}
     last = text.splitlines()[-1]
-    assert last.startswith("error: out of host memory: 1.00 PiB") and log[-1] == last
+    assert last.startswith("error: out of host memory: tried to allocate 1.00 PiB") and log[-1] == last
     assert "DefaultCPUAllocator" in text  # the traceback's end stands in front
 
 

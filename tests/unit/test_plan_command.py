@@ -88,9 +88,9 @@ def document(zerotop_plan: Run, path: Path, config: dict[str, object], *words: s
 def test_what_the_config_leaves_open_is_said(zerotop_plan: Run, tmp_path: Path) -> None:
     config: dict[str, object] = {"train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"}}
     notes = document(zerotop_plan, tmp_path / "c.json", config)["notes"]
-    assert "train_micro_batch_size_per_gpu: 4, our default" in notes
+    assert "train_micro_batch_size_per_gpu: 4, the default" in notes
     assert "bf16.enabled: auto, bf16 on a GPU" in notes
-    assert any(note.startswith("zerotop.data.seq_len: 512 tokens, our default") for note in notes)
+    assert any(note.startswith("zerotop.data.seq_len: 512 tokens, the default") for note in notes)
     said = {"train_micro_batch_size_per_gpu": 2, "zerotop": {"data": {"seq_len": 512}}}
     assert not any("default" in note for note in document(zerotop_plan, tmp_path / "c.json", said)["notes"])
 
