@@ -41,6 +41,7 @@ class Parsed(NamedTuple):
     """The result of `parse`."""
 
     value: Any
+    """The parsed document."""
     lines: dict[Path, int]
     """Line number of every key, from 1."""
     problems: list[str]

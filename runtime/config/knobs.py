@@ -25,9 +25,13 @@ class Knob:
     """One setting that can change during a run."""
 
     name: str
+    """Name in `set NAME=VALUE`."""
     type: type[int] | type[float] | type[str]
+    """Type of its values."""
     description: str
+    """One line for help texts."""
     unit: str
+    """Unit of its values; empty without one."""
     key: str | None
     """The config key that holds the first value, or None when there is none."""
     min: float | None = None
@@ -35,6 +39,7 @@ class Knob:
     max: float | None = None
     """Largest allowed value, inclusive; None if `choices` apply."""
     choices: tuple[str, ...] = ()
+    """The allowed strings; empty for numbers."""
 
     @property
     def allowed(self) -> str:

@@ -22,14 +22,20 @@ class ModelError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GPTConfig:
-    """Shape of the built-in GPT. `vocab_size` counts rows of the embedding (padded), not the tokenizer's tokens."""
+    """Shape of the built-in GPT."""
 
     layers: int
+    """Number of blocks."""
     heads: int
+    """Attention heads per block."""
     dim: int
+    """Width of the residual stream."""
     vocab_size: int
+    """Rows of the embedding, padded beyond the tokenizer's tokens."""
     max_seq_len: int
+    """Longest sequence in tokens."""
     tied: bool = False
+    """Whether the head shares the embedding's weights."""
 
     def __post_init__(self) -> None:
         for field in ("layers", "heads", "dim", "vocab_size", "max_seq_len"):

@@ -73,7 +73,7 @@ def test_overwriting_replaces_an_exported_model_and_nothing_else(ranks, tmp_path
     (out / "thesis.tex").write_text("ten years of work")
     capfd.readouterr()
     assert main([*words, "--overwrite"]) == 2
-    assert "holds thesis.tex, which is no part of an exported model" in capfd.readouterr().err
+    assert "holds thesis.tex, which is not part of an exported model" in capfd.readouterr().err
     inside = str(tmp_path / "c" / "step-00000001" / "out")
     assert main(["export", str(tmp_path / "c"), inside]) == 2
     assert "inside the checkpoint" in capfd.readouterr().err
