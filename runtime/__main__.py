@@ -188,6 +188,6 @@ if __name__ == "__main__":
     atexit._run_exitfuncs()  # handlers of the script, such as its logger's
     sys.stdout.flush()
     sys.stderr.flush()
-    # Skip the interpreter's shutdown, where a process group's threads may abort, or hang when peers are gone. Everything is
-    # saved.
+    # Skip the interpreter's shutdown, where a process group's threads may abort, or hang when peers are gone.
+    # Everything is saved by now.
     os._exit(code)

@@ -24,7 +24,7 @@ class Piece:
     total: int
 
     @classmethod
-    def whole(cls, tensor: torch.Tensor) -> Piece:
+    def full(cls, tensor: torch.Tensor) -> Piece:
         """The piece that covers all of `tensor`, flattened (a copy if it is not contiguous)."""
         flat = tensor.detach().reshape(-1)
         return cls(flat, 0, flat.numel())

@@ -177,7 +177,7 @@ def _load_tensors(
         for name, buffer in buffers_of(state).items()
     }
     whole = {
-        name: (tensor, Piece.whole(tensor))
+        name: (tensor, Piece.full(tensor))
         for name, tensor in tensors_here.items()
         if options.module and name not in excluded
     }

@@ -37,7 +37,7 @@ ALIVE_S = 2.0
 PATIENCE_S = float(os.environ.get("ZEROTOP_WRITER_PATIENCE_S", "30"))
 """Seconds of silence after which a writer counts as hung: it is killed, and its checkpoint fails."""
 START_PATIENCE_S = 300.0
-"""The same limit while the writer starts, in seconds."""
+"""Seconds of silence that are allowed while the writer starts."""
 CLOSE_S = 2.0
 """Seconds that an idle writer gets to exit by itself."""
 MEETING_FOLDER = "zerotop-writers-"

@@ -175,7 +175,7 @@ PARAMS: dict[str, type[Section]] = {
 _SPELLINGS = {"fusedadam": "AdamW", "deepspeedcpuadam": "AdamW", "cpuadam": "AdamW", "adamw_torch": "AdamW"}
 
 IGNORED_PARAMS = ("foreach", "fused", "capturable", "differentiable")
-"""Params of torch.optim that choose an implementation, not a result."""
+"""Params of torch.optim that select an implementation and do not change results."""
 
 _ONE_BIT = "it compresses gradients to one bit with its own communication, which changes results; zerotop is exact"
 _MUP = "it needs parameters annotated by the mup package"
@@ -222,7 +222,7 @@ class OptimizerConfig(Section):
     adam_w_mode: bool = False
     """True exactly when type is AdamW."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Other types: the keyword arguments of torch.optim.<type> that the config gives, beside lr."""
+    """Other types: the keyword arguments of torch.optim.<type> that the config gives, except lr."""
 
     @property
     def is_adam(self) -> bool:

@@ -12,7 +12,7 @@ from .errors import shown
 
 
 class Section(BaseModel):
-    """One object of the config file: immutable, and no key beside its fields."""
+    """One object of the config file: immutable, without keys other than its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -79,7 +79,8 @@ class CheckpointConfig(Section):
     """Optimizer steps between two automatic checkpoints; 0 makes none (the command `checkpoint` still does)."""
 
     minutes: Annotated[Num, Field(ge=KNOBS["checkpoint_minutes"].min, le=KNOBS["checkpoint_minutes"].max)] = 0.0
-    """Minutes between two automatic checkpoints, beside `interval`: whichever comes first; 0 makes none by time."""
+    """Minutes between two automatic checkpoints, in addition to `interval`: whichever comes first; 0 makes none by
+    time."""
 
     keep: Annotated[Int, Field(ge=KNOBS["checkpoints_kept"].min, le=KNOBS["checkpoints_kept"].max)] = 2
     """Number of newest complete checkpoints to keep on disk."""
@@ -107,7 +108,7 @@ class RestartsConfig(Section):
 
 
 class TelemetryConfig(Section):
-    """What ranks send to the screen."""
+    """Telemetry that ranks send to the screen."""
 
     enabled: Flag = True
     """Whether ranks publish telemetry. Commands work either way."""
@@ -138,7 +139,7 @@ class OffloadConfig(Section):
 
 
 class LogConfig(Section):
-    """What is logged."""
+    """Logging."""
 
     level: Annotated[LogLevel, BeforeValidator(_lower)] = "info"
     """Lowest level of log records that ranks send and write."""
@@ -148,33 +149,33 @@ class LogConfig(Section):
 
 
 class ZerotopConfig(Section):
-    """The whole `zerotop` section."""
+    """The `zerotop` section."""
 
     model: ModelConfig = ModelConfig()
-    """What is trained."""
+    """The built-in trainer's model."""
     data: DataConfig = DataConfig()
-    """What it learns."""
+    """The built-in trainer's text and tokenizer."""
     train: TrainConfig = TrainConfig()
-    """How long."""
+    """Steps and seed of the built-in trainer."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When checkpoints are made."""
+    """When checkpoints are made and how many are kept."""
     restarts: RestartsConfig = RestartsConfig()
-    """What happens when a rank dies."""
+    """When failed runs are restarted."""
     telemetry: TelemetryConfig = TelemetryConfig()
-    """What ranks send."""
+    """Telemetry that ranks send."""
     log: LogConfig = LogConfig()
-    """What is logged."""
+    """Logging."""
     offload: OffloadConfig = OffloadConfig()
-    """How offloaded states are updated."""
+    """How offloaded optimizer states are updated."""
 
     accumulate: Literal["ranges", "local"] = "ranges"
-    """What stages 2 and 3 keep between micro-steps. `ranges`: each micro-step's gradients are reduced and the own range
-    is kept. `local`: whole gradients, reduced once at the boundary: less communication, more memory."""
+    """How stages 2 and 3 accumulate gradients. `ranges`: reduce-scatter at each micro-step and accumulate the shard.
+    `local`: accumulate unsharded gradients and reduce once at the boundary: less communication, more memory."""
 
     buffer_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Of the model's floating-point buffers. Unset: each keeps the dtype that it came with, whatever the precision of
-    the parameters (rotary tables and running statistics lose too much in 16 bits)."""
+    """Dtype of the model's floating-point buffers. Unset: each keeps its own, whatever the precision of the parameters
+    (rotary tables and running statistics lose too much in 16 bits)."""
 
     units: Texts | None = None
-    """Names of the modules to cut the model into, as `named_modules()` gives them; `*` matches anything
+    """Names of the modules that become units, as `named_modules()` gives them; `*` matches anything
     (`transformer.h.*`). Unset: the children of the largest repeated ModuleList."""

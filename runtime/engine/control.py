@@ -157,7 +157,7 @@ class Control:
             case "set":
                 self._set(command)
             case "stop":
-                self._stop(f"stop asked for by {command.who or 'the keyboard'}", command)
+                self._stop(f"stop requested by {command.who or 'the keyboard'}", command)
             case _:
                 self._answer(command, "rejected", f"{command.name} is not a command that ranks know")
 

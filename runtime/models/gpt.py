@@ -31,6 +31,7 @@ class Block(nn.Module):
         self.feed_out = nn.Linear(4 * dim, dim, bias=False, device=device)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [batch, seq_len, dim]; cos, sin: [seq_len, head_dim / 2]."""
         batch, seq_len, dim = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, seq_len, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)

@@ -49,12 +49,15 @@ RunStateName = Literal[
     "starting", "running", "paused", "restarting", "stopping", "stopped", "finished", "aborted", "failed"
 ]
 LIVE_STATES: frozenset[str] = frozenset({"starting", "running", "paused", "restarting", "stopping"})
+"""States of a run that has not ended."""
 Category = Literal["parameters", "gradients", "optimizer", "masters", "buffers", "communication", "snapshot"]
-"""What a persistent byte of a rank is used for. masters: fp32 copies of 16-bit parameters; communication: gather and
-reduce buffers; snapshot: the copy from which checkpoints are written."""
+"""Purpose of a rank's persistent memory. masters: fp32 master weights of 16-bit parameters; communication: buffers for
+all-gather and reduce-scatter; snapshot: the copy from which checkpoints are written."""
 
 
 class Message(BaseModel):
+    """The base of all messages: immutable, and tolerant of unknown fields."""
+
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 

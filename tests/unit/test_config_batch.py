@@ -37,7 +37,9 @@ def test_the_third_number(keys: dict[str, Any], ranks: int, expected: tuple[int,
 
 
 def test_accumulation_alone_is_not_enough() -> None:
-    with pytest.raises(ConfigError, match=f"{ACCUMULATION}: alone .* add {MICRO} or {TRAIN}"):
+    with pytest.raises(
+        ConfigError, match=f"{ACCUMULATION}: does not determine the batch size alone; add {MICRO} or {TRAIN}"
+    ):
         solved(1, **{ACCUMULATION: 4})
 
 
