@@ -117,7 +117,7 @@ KNOBS: Mapping[str, Knob] = MappingProxyType(
             Knob(
                 name="checkpoint_minutes",
                 type=float,
-                description="minutes between two automatic checkpoints, in addition to the interval in steps; 0 makes none",
+                description="minutes between two automatic checkpoints, besides the interval in steps; 0 makes none",
                 unit="minutes",
                 key="zerotop.checkpoint.minutes",
                 min=0.0,
