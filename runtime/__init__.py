@@ -1,10 +1,9 @@
-"""The ZeRO trainer, with DeepSpeed's calls: `import runtime as deepspeed` moves a script.
+"""The ZeRO trainer with DeepSpeed's API: `import runtime as deepspeed` ports a script.
 
-Nothing is imported until it is asked for: the monitor uses runtime.wire, runtime.config and runtime.plan without torch.
+Imports are lazy, because the monitor uses runtime.wire, runtime.config and runtime.plan without torch.
 
-`__version__` is the version of DeepSpeed whose names and calls this package follows, for scripts that compare it, with
-zerotop's own behind the plus sign (as DeepSpeed's builds from source have their commit there). `zerotop --version` is
-zerotop's alone.
+`__version__` is the DeepSpeed version whose API this package follows, for scripts that compare versions, with zerotop's
+own version after the plus sign. `zerotop --version` prints only zerotop's.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from runtime.utils.loading import OnDevice
 
 DEEPSPEED_VERSION = "0.19.6"
-"""See `__version__`: the DeepSpeed whose sources and tests this package was compared with."""
+"""The DeepSpeed version whose sources and tests this package was compared with."""
 
 _FROM = {
     "DeepSpeedConfig": "engine.deepspeed_config",
@@ -43,7 +42,7 @@ _FROM = {
     "log_dist": "utils",
     "logger": "utils",
 }
-"""Where each name is, and what it is called there if that is something else."""
+"""Name -> module that defines it, with ":NAME" if it has another name there."""
 
 __all__ = [
     "DeepSpeedConfig",

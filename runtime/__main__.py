@@ -1,7 +1,7 @@
 """One rank: `python -m runtime CONFIG.json` or `python -m runtime SCRIPT.py ARGS...`, started by torchrun.
 
-Under `zerotop launch` (ZEROTOP_RUN is set) config and script are the run's (run.json), and output goes to the run's log
-files. Without it, the arguments say it all and output stays on the terminal.
+Under `zerotop launch` (ZEROTOP_RUN is set) config and script come from the run's run.json, and output goes to the run's
+log files. Otherwise they come from the arguments, and output goes to the terminal.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from runtime.telemetry import die_with_parent, register_stacks, stopsignal
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE
 
 ERROR_LINES = 40
+"""Lines of an error to send in the goodbye."""
 TRACEBACK_LINES = 6
-"""Of a traceback, kept in front of an explanation however long that is."""
+"""Lines of the traceback to keep in front of an out-of-memory report, however long that is."""
 LAST_CHECKPOINT_S = 5.0
+"""Seconds to wait for a running save after a failure."""
 
 
 def main() -> int:
+    """Train as one rank; returns the exit code."""
     run = os.environ.get(RUN_VARIABLE)
     if run:
-        # torchrun gone (killed): nobody would end this rank.
+        # If torchrun is killed, nothing else would end this rank.
         die_with_parent(signal.SIGKILL)
         stopsignal.listen()
         rank = int(os.environ.get("RANK", "0"))
@@ -38,7 +41,7 @@ def main() -> int:
         logs.mkdir(parents=True, exist_ok=True)
         _redirect_output(logs, rank)
         register_stacks(logs, rank)
-    # Before what follows can crash: the Python stack of a SIGSEGV, SIGBUS, SIGABRT, SIGFPE or SIGILL goes to the log.
+    # Log the Python stacks on SIGSEGV, SIGBUS, SIGABRT, SIGFPE and SIGILL.
     faulthandler.enable(file=sys.stderr, all_threads=True)
     logging.basicConfig(
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stdout
@@ -81,8 +84,7 @@ def _train(run: Path | None, arguments: list[str]) -> None:
 
 
 def _run_script(arguments: list[str]) -> None:
-    """The user's script as `python SCRIPT.py ARGS...` would run it: its folder is where its imports are looked for
-    first."""
+    """Run the user's script as `python SCRIPT.py ARGS...` does, with its folder first in sys.path."""
     script = Path(arguments[0]).resolve()
     sys.argv = [str(script), *arguments[1:]]
     sys.path.insert(0, str(script.parent))
@@ -91,8 +93,8 @@ def _run_script(arguments: list[str]) -> None:
 
 
 def _redirect_output(logs: Path, rank: int) -> None:
-    """stdout and stderr of this rank, also those of C++ code, go to its log file; append mode, so that the supervisor
-    may truncate it."""
+    """Redirect stdout and stderr of this process, C++ code included, to the rank's log file; in append mode, so that
+    the supervisor may truncate it."""
     handle = os.open(logs / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -103,9 +105,9 @@ def _redirect_output(logs: Path, rank: int) -> None:
 
 
 def _exited(code: object) -> int:
-    """What `sys.exit(code)` in a script, or a run that was asked to stop, means to the process that waits for us."""
+    """Handle `sys.exit(code)` of a script or a stopped run; returns the exit code."""
     if code is None or code == 0:
-        _goodbye("finished", "SystemExit: 0")  # a stopped run has said so already, and the first word counts
+        _goodbye("finished", "SystemExit: 0")  # a stopped run has sent its goodbye already, and only the first counts
         return 0
     if not isinstance(code, int):
         print(code, file=sys.stderr)
@@ -114,6 +116,7 @@ def _exited(code: object) -> int:
 
 
 def _failed(error: BaseException) -> int:
+    """Print `error` and send it to the hub; returns the exit code."""
     from runtime.config import ConfigError
     from runtime.config.presets import ModelError
     from runtime.data import DataError
@@ -123,24 +126,23 @@ def _failed(error: BaseException) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _goodbye("failed", str(error), fatal=True)
         return 2
-    memory = _explained(error)  # first: it lets go of what the failed step holds, so that there is memory to go on with
+    memory = _explained(error)  # first, because it frees what the failed step holds
     traceback.print_exception(error)
     lines = "".join(traceback.format_exception(error)).splitlines()
     if memory is None:
         culprit = error.culprit if isinstance(error, TrainingError) else None
         _goodbye("failed", "\n".join(lines[-ERROR_LINES:]), isinstance(error, TrainingError), culprit)
         return 1
-    told, reason = memory
-    said = ["", *told, f"error: {reason}"]  # as a refused config is told: what reads the log's end finds the reason so
-    print(*said, sep="\n", file=sys.stderr, flush=True)
-    lines = [*lines[-max(TRACEBACK_LINES, ERROR_LINES - len(said)) :], *said]
+    report, reason = memory
+    printed = ["", *report, f"error: {reason}"]  # the last line has the same form as for a refused config
+    print(*printed, sep="\n", file=sys.stderr, flush=True)
+    lines = [*lines[-max(TRACEBACK_LINES, ERROR_LINES - len(printed)) :], *printed]
     _goodbye("failed", "\n".join(lines), fatal=True)
     return 1
 
 
 def _explained(error: BaseException) -> tuple[tuple[str, ...], str] | None:
-    """The report of runtime/diagnose/outofmemory.py on an error that is about memory: its lines, and the reason in
-    one line."""
+    """(lines, one-line reason) of the out-of-memory report on `error`; None for any other error."""
     if "torch" not in sys.modules:
         return None
     try:
@@ -149,15 +151,15 @@ def _explained(error: BaseException) -> tuple[tuple[str, ...], str] | None:
         from runtime.engine.session import current_session
 
         found = outofmemory.explain(error, current_session(), keep=Engine)
-    except Exception as problem:  # even the import can fail when nothing is left; the traceback matters more
+    except Exception as problem:  # even the import may run out of memory; the traceback matters more
         print(f"could not build the out-of-memory report: {type(problem).__name__}: {problem}", file=sys.stderr)
         return None
     return (found.lines, found.reason) if found is not None else None
 
 
 def _goodbye(outcome: str, error: str, fatal: bool = False, culprit: int | None = None) -> None:
-    """Tell the hub, if this rank got far enough to know it. fatal: another attempt would end the same way. culprit: the
-    rank whose doing it is, where that is known."""
+    """Send a goodbye to the hub, if this rank has connected to it. fatal: whether another attempt would fail the same
+    way. culprit: the rank that caused it, if known."""
     from runtime.engine.session import current_session
 
     session = current_session()
@@ -166,8 +168,8 @@ def _goodbye(outcome: str, error: str, fatal: bool = False, culprit: int | None 
 
 
 def _leave(code: int) -> None:
-    """Send what is left, and let the process group go without waiting for ranks that may be gone. A checkpoint that is
-    being written is waited for; after a failure not for long, for other ranks' writers may be gone too."""
+    """Wait for a running save and send pending messages. After a failure the wait is short, as other ranks' writers may
+    be gone."""
     from runtime.engine.session import current_session
 
     if (checkpointer := sys.modules.get("runtime.checkpoint.checkpointer")) is not None:
@@ -181,11 +183,11 @@ def _leave(code: int) -> None:
 if __name__ == "__main__":
     rank_process = Owner()
     code = main()
-    if rank_process.is_here:  # a child that the script forked comes by here too, and leaves alone
+    if rank_process.is_here:  # not in a child that the script has forked
         _leave(code)
-    atexit._run_exitfuncs()  # a script's own: its logger may have something left to send
+    atexit._run_exitfuncs()  # handlers of the script, such as its logger's
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not through the interpreter's end: a process group's threads may abort there, or hang when the peers are gone, and
-    # everything that must be saved is saved.
+    # Skip the interpreter's shutdown, where a process group's threads may abort, or hang when peers are gone.
+    # Everything is saved by now.
     os._exit(code)

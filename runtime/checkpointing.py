@@ -1,7 +1,8 @@
-"""Activation checkpointing with DeepSpeed's calls (`deepspeed.checkpointing`), on torch's own.
+"""Activation checkpointing with DeepSpeed's API (`deepspeed.checkpointing`), implemented by torch's.
 
-checkpoint(function, *args) runs `function` again in backward instead of keeping what it computed (arXiv 1604.06174). It
-is torch's non-reentrant form: it works at every stage, with frozen inputs and with arguments that are no tensors.
+checkpoint(function, *args) recomputes `function` in backward instead of keeping its activations (arXiv 1604.06174). It
+is torch's non-reentrant variant, which works at every stage, with frozen inputs and with arguments that are not
+tensors.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ def configure(
     synchronize: bool | None = None,
     profile: bool | None = None,
 ) -> None:
-    """checkpoint_in_cpu: what is kept for backward waits in host memory. deepspeed_config: a file or dictionary whose
-    activation_checkpointing.cpu_checkpointing says the same. The others concern model parallelism and DeepSpeed's own
-    buffers: accepted, and not needed."""
+    """Configure `checkpoint`. checkpoint_in_cpu: keep the inputs for recomputation in host memory. deepspeed_config: a
+    file or dictionary with activation_checkpointing.cpu_checkpointing as its default. Other arguments are ignored: they
+    concern model parallelism and DeepSpeed's buffers."""
     global _configured, _on_cpu
     if checkpoint_in_cpu is None and deepspeed_config is not None:
         from runtime.config import load
@@ -40,22 +41,23 @@ def configure(
 
 
 def is_configured() -> bool:
+    """Whether `configure` has been called."""
     return _configured
 
 
 def reset() -> None:
-    """Back to the state before `configure`."""
+    """Undo `configure`."""
     global _configured, _on_cpu
     _configured = _on_cpu = False
 
 
 def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), whose activations are computed again in backward."""
+    """Compute function(*args), recomputing its activations in backward."""
     return keep_inputs_only(function, *args, on_cpu=_on_cpu)
 
 
 def keep_inputs_only(function: Callable[..., Any], *args: Any, on_cpu: bool) -> Any:
-    """`checkpoint` without what `configure` said. on_cpu: GPU inputs are moved to pinned host memory meanwhile."""
+    """`checkpoint` independent of `configure`. on_cpu: keep GPU inputs in pinned host memory until backward."""
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
     moves = on_cpu and any(tensor.device.type != "cpu" for tensor in tensors)
     place: AbstractContextManager[Any] = torch.autograd.graph.save_on_cpu(pin_memory=True) if moves else nullcontext()

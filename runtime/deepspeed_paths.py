@@ -1,10 +1,10 @@
-"""DeepSpeed's module paths that are no files here: what stands for them, and which parts of DeepSpeed are missing.
+"""Import hooks for DeepSpeed's module paths that are not files here, and messages for the parts that are missing.
 
-`deepspeed.runtime.X` is `runtime.X`: what DeepSpeed keeps in its package `runtime`, this package has at its top. So
+`deepspeed.runtime.X` is `runtime.X`: the contents of DeepSpeed's package `runtime` are at the top of this one. So
 `import runtime as deepspeed` serves `deepspeed.runtime.zero.GatheredParameters`, and `from runtime.runtime.engine
 import DeepSpeedEngine` finds the same class as `from runtime.engine import ...`.
 
-One finder knows all of it. It is the first in sys.meta_path, for the one that looks for files would find those below
+One finder implements all of it. It is first in sys.meta_path, because the finder for files would import modules below
 runtime.runtime a second time.
 """
 
@@ -47,8 +47,8 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "utils.init_on_device": {"OnDevice": "runtime.utils.loading:OnDevice"},
     "utils.logging": {"logger": "runtime.utils:logger", "log_dist": "runtime.utils:log_dist"},
 }
-"""Module, below this package -> its names, and where they really are. The optimizer of every stage and precision is one
-class."""
+"""Module path below this package -> its names and where they are defined. One class is the optimizer of every stage and
+precision."""
 
 _DATA_PARALLEL = "zerotop shards data-parallel training and has no"
 
@@ -73,17 +73,17 @@ ABSENT: dict[str, str] = {
     "tp_model_init": f"{_DATA_PARALLEL} tensor parallelism",
     "set_autotp_mode": f"{_DATA_PARALLEL} tensor parallelism",
     "fp16.onebit": f"{_DATA_PARALLEL} 1-bit optimizers",
-    "ops.lamb": f"{_DATA_PARALLEL} LAMB, whose norms are of whole layers",
+    "ops.lamb": f"{_DATA_PARALLEL} LAMB, which needs the norms of full layers",
     "ops.op_builder": f"{_DATA_PARALLEL} operators that are built at run time; `zerotop doctor` says what is built",
     "ops.sparse_attention": f"{_DATA_PARALLEL} sparse attention layers",
     "ops.transformer": f"{_DATA_PARALLEL} transformer layers of its own",
     "compiler": f"{_DATA_PARALLEL} compiler passes; torch.compile works, and engine.compile() calls it",
 }
-"""What training scripts may name and is not here -> why. A name stands for everything below it."""
+"""DeepSpeed name that is not available -> reason. A name covers everything below it."""
 
 
 def why_absent(name: str) -> str | None:
-    """Of a dotted name below this package: why it is not here; None where nothing is known of it."""
+    """Why the dotted name `name` below this package is not available; None if it is unknown."""
     parts = name.removeprefix("runtime.").split(".")
     for length in range(1, len(parts) + 1):
         if (reason := ABSENT.get(".".join(parts[:length]))) is not None:
@@ -92,10 +92,10 @@ def why_absent(name: str) -> str | None:
 
 
 def attribute_of(package: str, name: str, names: Mapping[str, str] | None = None) -> Any:
-    """For a package's __getattr__: what it imports only when it is asked for. names: where such a name is, a module
-    below the package, with ":its name there" where that is another one. Other names are submodules.
+    """Lazy imports for a package's __getattr__. names: name -> module below the package, with ":NAME" if it has another
+    name there. Other names are submodules.
 
-    Raises AttributeError, with the reason where one is known.
+    Raises AttributeError, with the reason if the name is in `ABSENT`.
     """
     if names is not None and name in names:
         module, _, attribute = names[name].partition(":")
@@ -106,17 +106,19 @@ def attribute_of(package: str, name: str, names: Mapping[str, str] | None = None
         return importlib.import_module(f"{package}.{name}")
     except ModuleNotFoundError as error:
         if error.name != f"{package}.{name}":
-            raise  # it is there, and lacks something itself
+            raise  # the module exists, but one of its own imports is missing
         below = f"{package}.{name}".removeprefix("runtime.")
         raise AttributeError(why_absent(below) or f"module {package!r} has no attribute {name!r}") from None
 
 
 class DeepSpeedPaths(MetaPathFinder):
-    """Finds modules of `ELSEWHERE` and those below runtime.runtime; says why those of `ABSENT` are not here."""
+    """Finds the modules of `ELSEWHERE` and those below runtime.runtime; raises for those of `ABSENT` with the
+    reason."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """See MetaPathFinder."""
         top, _, name = fullname.partition(".")
         if top != "runtime" or not name:
             return None
@@ -131,7 +133,7 @@ class DeepSpeedPaths(MetaPathFinder):
 
 
 class _SameModule(Loader):
-    """The module of another path, not a second one."""
+    """Loads an existing module under another path, without a second copy."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -142,11 +144,11 @@ class _SameModule(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # which the import system has replaced
+        module.__spec__ = self._spec  # the import system has replaced it
 
 
 class _Names(Loader):
-    """A module of names that are elsewhere, looked up when they are asked for."""
+    """Loads a module whose names are defined elsewhere and imported on first use."""
 
     def __init__(self, names: dict[str, str]) -> None:
         self._names = names
@@ -169,10 +171,11 @@ class _Names(Loader):
 
 
 def same_module(fullname: str, stands_for: str) -> ModuleSpec:
-    """For a finder: what is imported as `fullname` is the module `stands_for`."""
+    """The spec with which `fullname` imports the module `stands_for`."""
     return ModuleSpec(fullname, _SameModule(stands_for), is_package=True)
 
 
 def install() -> None:
+    """Add the finder to sys.meta_path, once."""
     if not any(isinstance(finder, DeepSpeedPaths) for finder in sys.meta_path):
         sys.meta_path.insert(0, DeepSpeedPaths())

@@ -1,5 +1,5 @@
-"""DeepSpeed's learning-rate schedules by class, for scripts: `from runtime.lr_schedules import WarmupLR`; and its names
-of their types and parameters (WARMUP_LR, WARMUP_MAX_LR, ...)."""
+"""DeepSpeed's module of learning-rate schedules: the classes (`from runtime.lr_schedules import WarmupLR`), and
+constants with the names of types and parameters (WARMUP_LR, WARMUP_MAX_LR, ...)."""
 
 import inspect
 

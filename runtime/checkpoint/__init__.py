@@ -3,47 +3,55 @@
     FOLDER/TAG/                 complete as soon as it has this name: written as FOLDER/.TAG.partial and renamed
       __N_*.distcp              fp32 masters and optimizer states as 1-D slices of each parameter, in the file format of
                                 torch.distributed.checkpoint
-      tensors.json              where each of them is
+      tensors.json              file, offset and dtype of every slice
       .metadata                 the same for torch.distributed.checkpoint's tools; a pickle, which zerotop does not read
       common.pt                 scheduler, optimizer scalars, client_state, registered objects (rank 0's)
-      rng-N.pt                  random number states of rank N
-      model/                    config.json, tokenizer: what an export needs beside the weights
+      rng-N.pt                  random number generator states of rank N
+      model/                    config.json and tokenizer, which an export needs in addition to the weights
       manifest.json             step, world size, parameter shapes, ...; sizes and SHA-256 of all other files
-    FOLDER/latest               the newest one's TAG
+    FOLDER/latest               TAG of the newest complete checkpoint
 
-format/        these files, each read without trusting it
-capture        which tensors of the training state are written, in which pieces; buffers: whose buffers those are
-common         what is saved beside tensors; groups: parameter groups and schedules; describe: the files of model/;
-               registered: what scripts register
-checkpointer   saving and loading for one engine; snapshot: the copy that is written while training goes on
-writer         the process that writes it; writer_process: that process as its rank sees it; job: what it is told
-commit         writing together, and the rename
-load           reading into a training state; fit: whether it fits
-optimizer_states   optimizer.state_dict(), which is no checkpoint
+format/            reads and writes these files; readers validate everything, as a checkpoint may come from anybody
+capture            lists the tensor slices that each rank writes or reads; buffers: which rank writes which buffer
+common             common.pt and rng-N.pt; groups: parameter groups and LR schedulers; describe: the files of model/;
+                   registered: the objects of engine.register_state()
+checkpointer       saves and loads for one engine; snapshot: the copy that is written while training continues
+writer             the process that writes a snapshot; writer_process: its handle in the rank; job: its work order
+commit             all ranks write their slices, then rank 0 renames the folder
+load               reads a checkpoint into a training state; compatibility: the checks before that
+tag_validation     one tag for all ranks
+optimizer_states   optimizer.state_dict(), which covers this rank's shards only
 
-Every collective part runs on Gloo, on groups apart from training's.
+All collectives of this package run on Gloo groups of their own.
 
-Writing and reading are imported at their first use: torch.distributed.checkpoint takes 48 MB of memory.
+The code that writes and reads is imported at first use: torch.distributed.checkpoint takes 48 MB of memory.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.checkpoint.format.folder import complete, newest, prune, script_tag, step_tag
-from runtime.checkpoint.format.manifest import EVERYTHING, CheckpointError, Damaged, Manifest, Wanted, read_manifest
+from runtime.checkpoint.format.folder import complete_checkpoints, newest, prune, script_tag, step_tag
+from runtime.checkpoint.format.manifest import (
+    LOAD_EVERYTHING,
+    CheckpointError,
+    DamagedCheckpoint,
+    LoadOptions,
+    Manifest,
+    read_manifest,
+)
 from runtime.deepspeed_paths import attribute_of
 
 if TYPE_CHECKING:
     from runtime.checkpoint.job import on_rank_0
 
 __all__ = [
-    "EVERYTHING",
+    "LOAD_EVERYTHING",
     "CheckpointError",
-    "Damaged",
+    "DamagedCheckpoint",
+    "LoadOptions",
     "Manifest",
-    "Wanted",
-    "complete",
+    "complete_checkpoints",
     "newest",
     "on_rank_0",
     "prune",

@@ -1,9 +1,9 @@
-"""Persistent buffers in a checkpoint: what all ranks hold alike is written once, what differs by each rank that has
-something of its own.
+"""Persistent buffers in a checkpoint. Rank 0 writes all of its own; another rank writes those that differ from every
+lower rank's.
 
 [Note: whose buffers]
-At the world size that saved, every rank gets its own buffers back, bit for bit (the statistics of batch norm are each
-rank's). At another one, and in an export, they are rank 0's.
+At the world size that saved, every rank gets its own buffers back, bit for bit (batch norm statistics differ by rank).
+At another world size, and in an export, all buffers are rank 0's.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from runtime.checkpoint.format.manifest import Manifest
 from runtime.models.names import plain_name
 from runtime.state.train_state import TrainState
 
-Owners = dict[str, list[int]]
-"""Of buffers that differ between ranks: for each rank, the first one that holds the same."""
-ALIKE: Owners = {}
-"""All ranks hold all buffers alike."""
+BufferOwners = dict[str, list[int]]
+"""Name of a buffer that differs between ranks -> for each rank, the lowest rank that holds the same values."""
+REPLICATED: BufferOwners = {}
+"""No buffer differs between ranks."""
 
 
 def buffers_of(state: TrainState) -> dict[str, torch.Tensor]:
-    """Persistent buffers by name; one that several modules share has its first name only, as parameters do."""
+    """All persistent buffers by name; a buffer that several modules share appears once, under its first name."""
     found: dict[int, tuple[str, torch.Tensor]] = {}
     for path, module in state.module.named_modules():
         for name, buffer in module._buffers.items():
@@ -32,19 +32,19 @@ def buffers_of(state: TrainState) -> dict[str, torch.Tensor]:
     return dict(found.values())
 
 
-def key_of(name: str, owner: int = 0) -> str:
-    """What the buffer of rank `owner` is called in a checkpoint."""
+def buffer_key(name: str, owner: int = 0) -> str:
+    """Key in tensors.json of a buffer as rank `owner` wrote it."""
     return f"buffer.{name}" if owner == 0 else f"rank-{owner}.buffer.{name}"
 
 
-def key_for(name: str, manifest: Manifest, rank: int, world_size: int) -> str:
-    """Whose buffer a rank reads. See [Note: whose buffers]."""
+def buffer_key_for_rank(name: str, manifest: Manifest, rank: int, world_size: int) -> str:
+    """Key in tensors.json of the buffer that `rank` reads. See [Note: whose buffers]."""
     owners = manifest.buffer_owners.get(name)
-    return key_of(name, owners[rank] if owners is not None and world_size == manifest.world_size else 0)
+    return buffer_key(name, owners[rank] if owners is not None and world_size == manifest.world_size else 0)
 
 
-def owners_of(state: TrainState) -> Owners:
-    """Collective: which buffers differ between the ranks."""
+def find_buffer_owners(state: TrainState) -> BufferOwners:
+    """Find the buffers that differ between ranks, by digest. Collective."""
     comm, buffers = state.comm, buffers_of(state)
     if comm.world_size == 1 or not buffers:
         return {}
@@ -55,13 +55,14 @@ def owners_of(state: TrainState) -> Owners:
     return {name: found for name, found in owners.items() if any(found)}
 
 
-def own_buffers(state: TrainState, owners: Owners | None) -> dict[str, torch.Tensor]:
-    """What this rank writes beside rank 0, by key. owners None: all that it might have to."""
+def own_buffers(state: TrainState, owners: BufferOwners | None) -> dict[str, torch.Tensor]:
+    """Buffers that this rank writes itself, by key; none on rank 0, whose buffers are in `replicated_tensors`. owners
+    None: an upper bound, for sizing memory before it is known which buffers differ."""
     rank = state.comm.rank
     if rank == 0:
         return {}
     return {
-        key_of(name, rank): buffer
+        buffer_key(name, rank): buffer
         for name, buffer in buffers_of(state).items()
         if owners is None or (name in owners and owners[name][rank] == rank)
     }

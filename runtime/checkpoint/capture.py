@@ -1,5 +1,6 @@
-"""Tensors as a checkpoint holds them: each rank's slices of each parameter. (Without
-torch.distributed.checkpoint, which takes 48 MB: a rank whose writer process writes never imports it.)"""
+"""The slices of parameters, optimizer states and buffers that each rank writes and reads.
+
+Does not import torch.distributed.checkpoint (48 MB): a rank whose writer process does the writing never needs it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from runtime.checkpoint.buffers import ALIKE, Owners, buffers_of, key_of, own_buffers
+from runtime.checkpoint.buffers import REPLICATED, BufferOwners, buffer_key, buffers_of, own_buffers
 from runtime.models.names import plain_name
 from runtime.state.train_state import TrainState
 from runtime.zero.flat import FlatParamGroup
@@ -15,23 +16,23 @@ from runtime.zero.flat import FlatParamGroup
 
 @dataclass(frozen=True)
 class Piece:
-    """A rank's slice of one parameter-sized tensor: `tensor` (numel,) are elements [start, start + numel) of
-    `total`."""
+    """A slice to read into: `tensor` (numel,) holds elements [start, start + numel) of a flattened tensor of `total`
+    elements."""
 
     tensor: torch.Tensor
     start: int
     total: int
 
     @classmethod
-    def whole(cls, tensor: torch.Tensor) -> Piece:
-        """A tensor that one rank writes and every rank reads; flattened (a copy where it is not contiguous)."""
+    def full(cls, tensor: torch.Tensor) -> Piece:
+        """The piece that covers all of `tensor`, flattened (a copy if it is not contiguous)."""
         flat = tensor.detach().reshape(-1)
         return cls(flat, 0, flat.numel())
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is written as one piece: elements [start, start + numel) of the `total` that tensor `name` has."""
+    """A slice to write: elements [start, start + numel) of the flattened tensor `name`, which has `total` elements."""
 
     name: str
     start: int
@@ -41,10 +42,11 @@ class Part:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.numel * self.dtype.itemsize
 
     def split(self, most: int) -> list[Part]:
-        """In pieces of at most `most` elements."""
+        """Consecutive parts of at most `most` elements each."""
         return [
             replace(self, start=self.start + at, numel=min(most, self.numel - at)) for at in range(0, self.numel, most)
         ]
@@ -52,33 +54,36 @@ class Part:
 
 @dataclass
 class Block:
-    """Memory that a rank writes: `tensor` (1-D, contiguous) and the parts in it, each with its first element there."""
+    """Memory that a rank writes: a contiguous 1-D `tensor`, and its parts with the index of their first element."""
 
     tensor: torch.Tensor
     parts: list[tuple[int, Part]]
     flat: FlatParamGroup | None = None
-    """Whose update changes it; None: nothing that training does while a checkpoint is being written."""
-    stays: bool = False
-    """It is in host memory because the config says so, or nothing ever changes it: no copy of all of it is made."""
-    alike: bool = False
-    """All ranks hold the same, and rank 0 writes it."""
+    """The flat parameter group whose optimizer step changes this memory; None where no optimizer step does."""
+    streamed: bool = False
+    """Written piece by piece from where it is instead of being copied first: offloaded states, and frozen
+    parameters."""
+    replicated: bool = False
+    """Every rank holds the same values, and rank 0 writes them."""
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.tensor.numel() * self.tensor.element_size()
 
     def view(self, at: int, part: Part) -> torch.Tensor:
+        """(part.numel,): the elements of `part`, whose first one is `tensor[at]`."""
         return self.tensor[at : at + part.numel]
 
 
-def blocks_of(state: TrainState, owners: Owners | None = ALIKE, with_frozen: bool = True) -> list[Block]:
-    """What this rank writes, in the order of updates: masters ("param.NAME") and optimizer states
-    ("state.STATE.NAME") of its own shards, frozen parameters if wanted, on rank 0 what all ranks hold alike, and
-    buffers of its own. owners: see checkpoint/buffers.py; None: all that this rank might write."""
+def blocks_of(state: TrainState, owners: BufferOwners | None = REPLICATED, with_frozen: bool = True) -> list[Block]:
+    """Everything that this rank writes, in the order of the optimizer step: master weights ("param.NAME") and optimizer
+    states ("state.STATE.NAME") of its shards, frozen parameters if `with_frozen`, `replicated_tensors` on rank 0, and
+    buffers that differ on this rank (`owners`, see buffers.py; None: every buffer that might)."""
     rank, found = state.comm.rank, []
     for flat, optimizer in zip(state.flats, state.shard_optimizers, strict=True):
         start, end = flat.layout.shard(rank)
-        low, high = start - flat.start, end - flat.start  # in the flat's state shard
+        low, high = start - flat.start, end - flat.start  # relative to the group's state shard
         slices = flat.layout.slices(start, end)
         held = [("param", flat.masters, 0), *((f"state.{s.name}", s.tensor, s.start) for s in optimizer.states())]
         for kind, tensor, first in held:
@@ -90,7 +95,7 @@ def blocks_of(state: TrainState, owners: Owners | None = ALIKE, with_frozen: boo
                 if low + part.shard_start >= at and low + part.shard_start + part.numel <= until
             ]  # fmt: skip
             if parts:
-                found.append(Block(tensor[at - first : until - first], parts, flat, stays=flat.placement.offloaded))
+                found.append(Block(tensor[at - first : until - first], parts, flat, streamed=flat.placement.offloaded))
     for flat in state.frozen_flats if with_frozen else ():
         start, end = flat.layout.shard(rank)
         own = flat.param_shard[start - flat.start : end - flat.start]
@@ -99,22 +104,22 @@ def blocks_of(state: TrainState, owners: Owners | None = ALIKE, with_frozen: boo
             for s in flat.layout.slices(start, end)
         ]
         if parts:
-            found.append(Block(own, parts, stays=True))
-    alike = whole_tensors(state, with_frozen) if rank == 0 else {}
-    for name, tensor in {**alike, **own_buffers(state, owners)}.items():
+            found.append(Block(own, parts, streamed=True))
+    replicated = replicated_tensors(state, with_frozen) if rank == 0 else {}
+    for name, tensor in {**replicated, **own_buffers(state, owners)}.items():
         whole = tensor.detach().reshape(-1)
         part = Part(name, 0, whole.numel(), whole.numel(), whole.dtype)
-        found.append(Block(whole, [(0, part)], stays=name.startswith("param."), alike=rank == 0))
+        found.append(Block(whole, [(0, part)], streamed=name.startswith("param."), replicated=rank == 0))
     return found
 
 
 def pieces_of(state: TrainState) -> dict[str, Piece]:
-    """All that this rank holds of masters and optimizer states, for reading into."""
+    """The slices of master weights, optimizer states and sharded frozen parameters that this rank reads, by key."""
     pieces: dict[str, Piece] = {}
     for flat, optimizer in zip(state.flats, state.shard_optimizers, strict=True):
         states = list(optimizer.states())
         for part in flat.layout.slices(flat.start, flat.end):
-            at = part.shard_start  # in the flat's state shard
+            at = part.shard_start  # relative to the group's state shard
             pieces[f"param.{part.name}"] = Piece(flat.masters[at : at + part.numel], part.param_start, part.param_numel)
             for one in states:
                 low = at - one.start
@@ -128,15 +133,15 @@ def pieces_of(state: TrainState) -> dict[str, Piece]:
     return pieces
 
 
-def whole_tensors(state: TrainState, with_frozen: bool = True) -> dict[str, torch.Tensor]:
-    """What every rank has whole and rank 0 writes: persistent buffers and frozen parameters. A frozen parameter has the
-    same name as a trained one, so that it may be the other in the next attempt."""
-    buffers = {key_of(name): buffer for name, buffer in buffers_of(state).items()}
+def replicated_tensors(state: TrainState, with_frozen: bool = True) -> dict[str, torch.Tensor]:
+    """Tensors that every rank holds in full and rank 0 writes, by key: persistent buffers and unsharded frozen
+    parameters. Keys of frozen and trained parameters look alike, so a later run may freeze or unfreeze one."""
+    buffers = {buffer_key(name): buffer for name, buffer in buffers_of(state).items()}
     return buffers | {f"param.{name}": parameter.data for name, parameter in state.frozen if with_frozen}
 
 
 def shapes_of(state: TrainState) -> dict[str, list[int]]:
-    """The shape of every parameter by name."""
+    """The shape of every parameter, by name."""
     in_units = {
         slot.name: list(slot.shape) for flat in (*state.flats, *state.frozen_flats) for slot in flat.layout.slots
     }
@@ -144,13 +149,13 @@ def shapes_of(state: TrainState) -> dict[str, list[int]]:
 
 
 def frozen_names(state: TrainState) -> list[str]:
-    """Parameters that are not trained."""
+    """Names of the parameters that are not trained."""
     in_units = [slot.name for flat in state.frozen_flats for slot in flat.layout.slots]
     return [*(name for name, _ in state.frozen), *in_units]
 
 
 def tied_names(state: TrainState) -> dict[str, str]:
-    """Further names of parameters that several modules share, and the one that each has in a checkpoint."""
+    """Other names of parameters that several modules share -> the name that the checkpoint uses."""
     known = shapes_of(state)
     names: dict[int, list[str]] = {}
     for name, parameter in state.module.named_parameters(remove_duplicate=False):
@@ -165,6 +170,6 @@ def tied_names(state: TrainState) -> dict[str, str]:
 
 
 def dtypes_of(state: TrainState) -> dict[str, torch.dtype]:
-    """The dtype in which every parameter computes, by name."""
+    """The dtype in which each parameter computes, by name."""
     in_units = {slot.name: flat.dtype for flat in (*state.flats, *state.frozen_flats) for slot in flat.layout.slots}
     return in_units | {name: parameter.dtype for name, parameter in state.frozen}

@@ -1,8 +1,8 @@
 """`Checkpointer`: saves and loads the training state of one engine.
 
-save     training waits while the ranks write for themselves
-begin    training waits for a copy; a writer process per rank writes it, while training goes on
-load     continue from a checkpoint of any world size, stage and unit cut
+save     the ranks write the checkpoint themselves; training waits
+begin    the ranks copy their state; one writer process per rank writes the copy while training continues
+load     continue from a checkpoint of any world size, stage and division into units
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoint.buffers import Owners, owners_of
+from runtime.checkpoint.buffers import BufferOwners, find_buffer_owners
 from runtime.checkpoint.capture import Block, Part, blocks_of
-from runtime.checkpoint.common import Scalars, common_file, manifest_of, merged, own_files, own_scalars
+from runtime.checkpoint.common import Scalars, common_file, manifest_of, merge_scalars, own_files, own_scalars
 from runtime.checkpoint.describe import describe_model
 from runtime.checkpoint.format import folder as folders
-from runtime.checkpoint.format.manifest import EVERYTHING, MODEL_FILES, CheckpointError, Damaged, Wanted
-from runtime.checkpoint.job import DEFAULTS, Job, Options
+from runtime.checkpoint.format.manifest import (
+    LOAD_EVERYTHING,
+    MODEL_FILES,
+    CheckpointError,
+    DamagedCheckpoint,
+    LoadOptions,
+)
+from runtime.checkpoint.job import SAVE_DEFAULTS, Job, SaveOptions
 from runtime.checkpoint.registered import ScriptState
 from runtime.checkpoint.snapshot import SharedMemory, Snapshot, SnapshotGuard
 from runtime.checkpoint.writer_process import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
@@ -35,21 +41,21 @@ from runtime.wire.rundir import RunFile
 from runtime.wire.sizes import format_size
 
 LEAVE_S = 60.0
-"""How long a save may take that was begun by an engine that a script has dropped."""
+"""Seconds to wait for a running save when a script drops its engine."""
 log = logging.getLogger("runtime.checkpoint")
 
 _open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
-"""Those with a writer process."""
+"""Checkpointers with a writer process."""
 
 
 def leave_all(patience_s: float | None = None) -> None:
-    """This process ends: see `Checkpointer.leave`."""
+    """Finish running saves and end all writer processes before this process exits: see `Checkpointer.leave`."""
     for checkpointer in list(_open):
         checkpointer.leave(patience_s)
 
 
 class Checkpointer:
-    """Made at once; the writer process comes with `prepare` or the first `begin`."""
+    """Saves and loads the training state of one engine. `prepare` or the first `begin` starts the writer process."""
 
     def __init__(
         self,
@@ -60,8 +66,8 @@ class Checkpointer:
         attempt: int = 1,
         engine_number: int = 1,
     ) -> None:
-        """run: of which this process is a rank; None: of none. attempt and engine_number keep the writers of different
-        attempts and engines apart."""
+        """run: the run that this process belongs to, if any. attempt, engine_number: part of the name under which the
+        writers of all ranks find each other."""
         self._state, self._script, self._guard, self._run = state, script, guard, run
         self._meeting = f"writers-{attempt}-{engine_number}"
         self._process = Owner()
@@ -71,33 +77,33 @@ class Checkpointer:
         self._touching: threading.Thread | None = None
         self._prepared = False
         self._reports = False
-        """The last save has an on_done."""
+        """Whether the outcome of the last save goes to an on_done callback."""
         self._unreported = ""
-        """What went wrong with a save that has none, until it is raised."""
+        """Error of an earlier save without on_done, until it is raised."""
         self._bounded = False
-        """The host has no room for a copy of everything."""
+        """Whether states are streamed to the writer because the host has no memory for a full copy."""
         self._model_files: dict[str, bytes] | None = None
 
     @property
     def busy(self) -> bool:
-        """This rank's writer has something to write."""
+        """Whether this rank's writer process is writing a checkpoint."""
         return self._writer is not None and self._writer.busy
 
-    # ---- all ranks at the same step --------------------------------------------------------------------------------
-    def save(self, folder: Path, tag: str, client_state: dict[str, Any], options: Options = DEFAULTS) -> Path:
-        """Write FOLDER/TAG. Returns the complete checkpoint's path. Collective.
+    # ---- collective: called by all ranks at the same step ------------------------------------------------------------
+    def save(self, folder: Path, tag: str, client_state: dict[str, Any], options: SaveOptions = SAVE_DEFAULTS) -> Path:
+        """Write FOLDER/TAG and return its path. Collective.
 
-        Raises CheckpointError on every rank when any rank could not write; nothing of it remains then.
+        Raises CheckpointError on every rank if any rank fails to write; no partial checkpoint is left behind.
         """
         # torch.distributed.checkpoint takes 48 MiB: a rank whose writer process writes never imports it.
         from runtime.checkpoint.commit import write
 
         state = self._state
         state.synchronize()
-        owners = owners_of(state)
+        owners = find_buffer_owners(state)
         blocks = blocks_of(state, owners, options.with_frozen)
         views = [(part, block.view(at, part)) for block in blocks for at, part in block.parts]
-        scalars = merged(state.comm.gather_objects(own_scalars(state)))
+        scalars = merge_scalars(state.comm.gather_objects(own_scalars(state)))
         job = self._job(folder, tag, [part for part, _ in views], scalars, client_state, owners, options)
         write(job, lambda index: views[index][1], state.comm)
         return job.final
@@ -109,113 +115,114 @@ class Checkpointer:
         client_state: dict[str, Any],
         on_done: Callable[[Outcome], None] | None = None,
         *,
-        options: Options = DEFAULTS,
+        options: SaveOptions = SAVE_DEFAULTS,
         keep: int = 0,
         keep_every: int = 0,
     ) -> Path:
-        """Copy this moment and let the writers have it. Returns the path that the checkpoint will have. on_done is
-        called from another thread, on every rank. Collective.
+        """Copy the current state and start writing it to FOLDER/TAG; returns that path at once. Waits for an earlier
+        save first. on_done: called with the outcome from another thread, on every rank. Collective.
 
-        Raises CheckpointError on every rank when it can't begin on any; then nothing has been written. An earlier save
-        is waited for; without on_done, the failure of one that had none either is raised here.
+        Raises CheckpointError on every rank if any rank cannot begin, with nothing written. Without on_done it also
+        raises the failure of an earlier save that had no on_done.
         """
         state, began = self._state, time.monotonic()
         state.synchronize()
         failed = self._unreported_problem()
-        owners = owners_of(state)
+        owners = find_buffer_owners(state)
         blocks = blocks_of(state, owners, options.with_frozen)
-        problem = self._lacks_disk(folder, blocks)
-        snapshot, no_memory = self._make_ready(blocks)
+        problem = self._disk_problem(folder, blocks)
+        snapshot, no_memory = self._prepare_snapshot(blocks)
         problem = problem or no_memory
         alive = self._writer is not None and self._writer.alive
         scalars = own_scalars(state)
-        told = state.comm.gather_objects((problem, failed, alive, self._generation, scalars))
-        if on_done is None and (earlier := _cause(failed for _, failed, *_ in told)):
+        reports = state.comm.gather_objects((problem, failed, alive, self._generation, scalars))
+        if on_done is None and (earlier := _root_problem(failed for _, failed, *_ in reports)):
             raise CheckpointError(earlier)
-        self._unreported = failed  # for whoever can raise it
-        problems = [(rank, found) for rank, (found, *_) in enumerate(told) if found]
+        self._unreported = failed  # a later call without on_done raises it
+        problems = [(rank, found) for rank, (found, *_) in enumerate(reports) if found]
         if problems:
             raise CheckpointError(f"could not write {folder / tag}: rank {problems[0][0]}: {problems[0][1]}")
-        if not all(lives for _, _, lives, *_ in told):
-            self._start_anew(1 + max(generation for *_, generation, _ in told))
+        if not all(lives for _, _, lives, *_ in reports):
+            self._start_writer(1 + max(generation for *_, generation, _ in reports))
         assert self._memory is not None and self._writer is not None
         snapshot.copy(self._memory)
         parts = [place.part for place in snapshot.places]
-        all_scalars = merged([each for *_, each in told])
+        all_scalars = merge_scalars([each for *_, each in reports])
         job = self._job(
             folder, tag, parts, all_scalars, client_state, owners, options, keep=keep, keep_every=keep_every
         )
-        self._guard.hold(snapshot)
+        self._guard.protect(snapshot)
         self._reports = on_done is not None
         self._writer.save(job, snapshot, self._memory, on_done or (lambda outcome: None), time.monotonic() - began)
         return job.final
 
-    def settle(self) -> str:
-        """Wait for the last save. Returns what went wrong with it on any rank, once; empty when nothing did.
-        Collective."""
-        return _cause(self._state.comm.gather_objects(self._outcome_of_last()))
+    def wait_for_save(self) -> str:
+        """Wait for the last save. Returns its error on any rank, once; empty if it succeeded. Collective."""
+        return _root_problem(self._state.comm.gather_objects(self._outcome_of_last()))
 
-    def settle_unreported(self) -> str:
-        """Wait for the last save. Returns what went wrong, on any rank, with a save that has no on_done; once.
-        Collective."""
-        return _cause(self._state.comm.gather_objects(self._unreported_problem()))
+    def wait_for_unreported(self) -> str:
+        """Wait for the last save. Returns the error, on any rank, of a save without on_done, once; empty if there is
+        none. Collective."""
+        return _root_problem(self._state.comm.gather_objects(self._unreported_problem()))
 
-    def load(self, path: Path, wanted: Wanted = EVERYTHING) -> None:
-        """Continue from the checkpoint at `path`; objects that are registered later get their states then. Collective.
+    def load(self, path: Path, options: LoadOptions = LOAD_EVERYTHING) -> None:
+        """Load the checkpoint at `path`. Objects registered later receive their saved state on registration.
+        Collective.
 
-        Raises CheckpointError on every rank, before anything is changed, when it does not fit.
+        Raises CheckpointError on every rank, before anything is changed, if it does not fit the model.
         """
         from runtime.checkpoint.load import load
 
-        loaded = load(self._state, self._script.registered, self._guard, path, wanted)
+        loaded = load(self._state, self._script.registered, self._guard, path, options)
         self._script.client_state = loaded.client_state
         self._script.last_checkpoint = path
-        if wanted.progress:
+        if options.progress:
             self._state.discard_accumulated()
         self._script.registered.restore(loaded.registered, loaded.generators)
 
     def load_newest(
-        self, folder: Path, wanted: Wanted = EVERYTHING, tell: Callable[[str], None] = log.error
+        self, folder: Path, options: LoadOptions = LOAD_EVERYTHING, tell: Callable[[str], None] = log.error
     ) -> Path | None:
-        """Load the newest complete checkpoint in `folder` that is sound; None when there is none. tell: hears, on rank
-        0, which ones are damaged and passed over. Collective."""
+        """Load the newest complete, undamaged checkpoint in `folder` and return its path, or None. tell: called on rank
+        0 with a message for each damaged checkpoint that was skipped. Collective."""
         comm = self._state.comm
-        found = [entry.path.name for entry in folders.complete(folder) if entry.latest]
+        found = [entry.path.name for entry in folders.complete_checkpoints(folder) if entry.latest]
         for path in (folder / name for name in reversed(comm.broadcast_object(found))):
             try:
-                self.load(path, wanted)
-            except Damaged as error:
+                self.load(path, options)
+            except DamagedCheckpoint as error:
                 if comm.rank == 0:
-                    tell(f"{error}: the one before it is taken")
+                    tell(f"{error}: trying the previous checkpoint")
                 continue
             return path
         return None
 
-    # ---- this rank -------------------------------------------------------------------------------------------------
+    # ---- local to this rank ------------------------------------------------------------------------------------------
     def prepare(self) -> None:
-        """Start what the first `begin` needs, so that it is as fast as the later ones. No collective."""
+        """Allocate memory and start the writer process ahead of the first `begin`, so that it is as fast as later ones.
+        Not collective."""
         if self._prepared or self._run is None:
             return
         self._prepared, state = True, self._state
         if self._writer is not None:
             return
-        _, problem = self._make_ready(blocks_of(state, owners=None), ahead=True)
-        own_files(state.comm.rank, self._script.registered.generators)  # torch imports what it saves with at first
+        _, problem = self._prepare_snapshot(blocks_of(state, owners=None), ahead=True)
+        own_files(state.comm.rank, self._script.registered.generators)  # warms up torch.save's imports
         if state.comm.rank == 0:
-            self._described()
+            self._describe_model_files()
         if not problem:
-            self._start_anew(1)
+            self._start_writer(1)
 
     def wait_briefly(self, patience_s: float) -> bool:
-        """Wait at most so many seconds for what is being written. Returns whether it is done."""
+        """Wait for the running save for at most `patience_s` seconds. Returns whether it is done."""
         assert self._writer is not None
         with self._state.comm.telemetry.span("checkpoint"):
             self._writer.wait(patience_s)
         return not self.busy
 
     def leave(self, patience_s: float | None = None) -> None:
-        """This process ends: wait for what is being written (seconds; None: as long as it takes), then end the
-        writer. A forked child leaves them to the rank."""
+        """Wait for the running save (at most `patience_s` seconds; None: without limit), then end the writer process.
+        Does nothing in a forked child."""
         if not self._process.is_here:
             return
         if self._writer is not None:
@@ -223,18 +230,18 @@ class Checkpointer:
         self.close()
 
     def close(self) -> None:
-        """End the writer and give its memory back. A second call does nothing."""
+        """End the writer process and free its shared memory. A second call does nothing."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
-        self._guard.hold(None)
+        self._guard.protect(None)
         self._drop_memory()
 
     def __del__(self) -> None:
         if self._writer is not None or self._memory is not None:
             self.leave(LEAVE_S)
 
-    # ---- inside ----------------------------------------------------------------------------------------------------
+    # ---- helpers ----------------------------------------------------------------------------------------------------
     def _job(
         self,
         folder: Path,
@@ -242,12 +249,12 @@ class Checkpointer:
         parts: list[Part],
         scalars: Scalars,
         client_state: dict[str, Any],
-        owners: Owners,
-        options: Options,
+        owners: BufferOwners,
+        options: SaveOptions,
         **more: Any,
     ) -> Job:
-        """This rank's part of a checkpoint of this moment, without the tensors. What can't be saved is the job's
-        problem."""
+        """The work order of this rank's writer, without tensors. What cannot be serialized is reported in
+        `Job.problem`."""
         state, registered = self._state, self._script.registered
         files = own_files(state.comm.rank, registered.generators)
         if state.comm.rank != 0:
@@ -255,20 +262,20 @@ class Checkpointer:
         manifest = manifest_of(state, owners, options.with_frozen)
         manifest = manifest.model_copy(update={"saved_wall_s": time.time(), "latest": options.latest})
         try:
-            files |= common_file(state, scalars, registered, client_state) | self._described()
+            files |= common_file(state, scalars, registered, client_state) | self._describe_model_files()
         except CheckpointError as error:
             more["problem"] = str(error)
         return Job(folder, tag, parts, files, manifest, **more)
 
-    def _described(self) -> dict[str, bytes]:
-        """The files of model/, read once: a tokenizer may be large."""
+    def _describe_model_files(self) -> dict[str, bytes]:
+        """The files of model/ by name, cached: a tokenizer may be large."""
         if self._model_files is None:
             files = describe_model(self._state.module, self._state.config, self._run)
             self._model_files = {f"{MODEL_FILES}/{name}": content for name, content in files.items()}
         return self._model_files
 
     def _outcome_of_last(self) -> str:
-        """Wait for the last save. Returns what went wrong with it on this rank, once."""
+        """Wait for the last save. Returns its error on this rank, once."""
         if self._writer is None:
             return ""
         with self._state.comm.telemetry.span("checkpoint") if self._writer.busy else contextlib.nullcontext():
@@ -280,24 +287,24 @@ class Checkpointer:
         return problem
 
     def _unreported_problem(self) -> str:
-        """The same, of the last save that has no on_done, also when others followed."""
+        """The error on this rank of the last save without on_done, even if others followed; once."""
         self._outcome_of_last()
         problem, self._unreported = self._unreported, ""
         return problem
 
-    def _lacks_disk(self, folder: Path, blocks: list[Block]) -> str:
-        """Rank 0 looks. Returns what is in the way."""
+    def _disk_problem(self, folder: Path, blocks: list[Block]) -> str:
+        """Why the disk cannot take this checkpoint, checked on rank 0; empty if it can."""
         comm = self._state.comm
         if comm.rank != 0:
             return ""
-        folders.sweep(folder)  # what a killed run left there takes space
-        mine = sum(part.nbytes for block in blocks if not block.alike for _, part in block.parts)
-        alike = sum(part.nbytes for block in blocks if block.alike for _, part in block.parts)
-        return folders.missing_space(folder, mine * comm.world_size + alike)
+        folders.remove_leftovers(folder)  # partial checkpoints of killed runs take space
+        mine = sum(part.nbytes for block in blocks if not block.replicated for _, part in block.parts)
+        replicated = sum(part.nbytes for block in blocks if block.replicated for _, part in block.parts)
+        return folders.disk_space_problem(folder, mine * comm.world_size + replicated)
 
-    def _make_ready(self, blocks: list[Block], ahead: bool = False) -> tuple[Snapshot, str]:
-        """A snapshot to be taken, and memory for it. Also says what is in the way. ahead: the memory's pages are
-        taken meanwhile."""
+    def _prepare_snapshot(self, blocks: list[Block], ahead: bool = False) -> tuple[Snapshot, str]:
+        """Plan a snapshot and allocate its shared memory. Returns it and why there is no memory (empty if there is).
+        ahead: fault the pages in on another thread."""
         state = self._state
         if self._touching is not None:
             self._touching.join()
@@ -313,7 +320,10 @@ class Checkpointer:
         try:
             memory = SharedMemory(snapshot.nbytes, state.device if on_gpu else None)
         except (OSError, MemoryError, RuntimeError) as error:
-            return snapshot, f"no memory for a copy of {snapshot.nbytes:,} bytes: {error}"
+            return (
+                snapshot,
+                f"no {format_size(snapshot.nbytes)} of shared memory for the checkpoint copy: {error}",
+            )
         self._memory = memory
         state.ledger.add("snapshot", memory.nbytes, offloaded=True)
         if ahead:
@@ -322,15 +332,15 @@ class Checkpointer:
         return snapshot, ""
 
     def _has_room(self, nbytes: int, pin: bool) -> bool:
-        """Whether this host has memory for the copies of all its ranks. A copy that is too large would end in the OOM
-        killer's hands."""
+        """Whether this host has memory for the copies of all its ranks; the OOM killer would end a run that
+        overcommits."""
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         try:
             check_host_memory(nbytes, pin=pin, local_world=ranks)
         except HostMemoryError:
             log.warning(
-                f"this host has no room for {ranks} copies of {format_size(nbytes)}: checkpoints are read piece by "
-                "piece from where the states are, and the next step may wait for the disk"
+                f"this host has no memory for {ranks} checkpoint copies of {format_size(nbytes)}: checkpoints are "
+                "written piece by piece without a copy, so the step after one may wait for the disk"
             )
             return False
         return True
@@ -344,8 +354,8 @@ class Checkpointer:
             self._state.ledger.add("snapshot", -memory.nbytes, offloaded=True)
             memory.close()
 
-    def _start_anew(self, generation: int) -> None:
-        """A writer of the generation that the other ranks' belong to."""
+    def _start_writer(self, generation: int) -> None:
+        """Start a new writer process; all ranks use the same `generation`, by which their writers find each other."""
         comm = self._state.comm
         if self._writer is not None:
             self._writer.close()
@@ -361,6 +371,7 @@ class Checkpointer:
         self._writer = WriterProcess(str(store / f"{self._meeting}-{generation}"), comm.rank, comm.world_size)
 
 
-def _cause(problems: Iterable[str]) -> str:
-    """Of what the ranks say of one save, that which is not the others' consequence; empty when it went well."""
+def _root_problem(problems: Iterable[str]) -> str:
+    """The error that caused the others: one that is not just a lost peer, where there is one; empty if there is
+    none."""
     return min(filter(None, problems), key=lambda problem: problem.endswith(PEER_LOST), default="")

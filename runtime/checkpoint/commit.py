@@ -1,6 +1,6 @@
-"""Writing a checkpoint together: every rank its parts, rank 0 the rest, and a rename that makes it complete.
+"""Writing a checkpoint: every rank writes its slices, rank 0 the index and manifest, and a rename completes it.
 
-The ranks themselves do this for engine.save_checkpoint(), their writer processes for what is saved beside training.
+Called by the ranks themselves for engine.save_checkpoint(), and by their writer processes for asynchronous saves.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import torch
 from runtime.checkpoint.format import folder as folders
 from runtime.checkpoint.format.legacy import METADATA
 from runtime.checkpoint.format.manifest import MANIFEST, CheckpointError, FileRecord, record_of, root_cause
-from runtime.checkpoint.format.shards import write_parts, write_torch_metadata
+from runtime.checkpoint.format.shard_writer import write_parts, write_torch_metadata
 from runtime.checkpoint.format.tensors import INDEX, Row, index_of
 from runtime.checkpoint.job import Job, Peers, on_rank_0
 
 Records = dict[str, tuple[int, str]]
-"""Size in bytes and SHA-256 of files, by name: plain, for they go from rank to rank."""
+"""File name -> size in bytes and SHA-256; plain types, as ranks send them to each other."""
 
 
 def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers) -> list[str]:
-    """Write FOLDER/TAG; every rank calls this. read(index): the elements of a part, on the CPU or a device.
+    """Write FOLDER/TAG. read(index): returns the elements of `job.parts[index]`, on any device. Collective.
 
-    Returns what went wrong afterwards, with the checkpoint complete (an old one could not be deleted). Raises
-    CheckpointError on every rank when any rank could not write; nothing of it remains then.
+    Returns warnings about what failed after the checkpoint was complete (an old one could not be deleted). Raises
+    CheckpointError on every rank if any rank fails to write; no partial checkpoint is left behind.
     """
     _agree(peers, job.problem, job)
     partial = folders.partial_of(job.folder, job.tag)
-    on_rank_0(peers, f"create {partial}", lambda: folders.make_room(job.folder, job.tag))
+    on_rank_0(peers, f"create {partial}", lambda: folders.claim_partial(job.folder, job.tag))
     try:
         problem, rows, records = "", [], {}
         try:
@@ -47,34 +47,34 @@ def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers) -> list[s
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
-        folders.leave_room(partial)
+        folders.release_partial(partial)
     return _prune(job) if peers.rank == 0 else []
 
 
 def _agree(peers: Peers, problem: str, job: Job) -> None:
-    """A problem that any rank has is every rank's; so is another place than rank 0's, where half a checkpoint would
-    be."""
-    told = peers.gather_objects([problem, str(job.final.absolute())])
-    first = told[0][1]
-    for rank, (found, place) in enumerate(told):
+    """Raise CheckpointError on every rank if any rank reports a problem or would write to another folder than rank
+    0."""
+    reports = peers.gather_objects([problem, str(job.final.absolute())])
+    first = reports[0][1]
+    for rank, (found, place) in enumerate(reports):
         if found or place != first:
-            why = found or f"it would write to {place}; give all ranks one folder"
+            why = found or f"it would write to {place}; pass the same save_dir on every rank"
             raise CheckpointError(f"could not write {first}: rank {rank}: {why}")
 
 
 def _write_files(job: Job, partial: Path, rank: int) -> Records:
-    """This rank's small files; and all of its files to the disk. Returns what they are."""
+    """Write this rank's small files and fsync all of its files. Returns their sizes and digests."""
     for name, content in job.files.items():
         (partial / name).parent.mkdir(exist_ok=True, mode=0o700)
         (partial / name).write_bytes(content)
-    records = _settle(partial, [*job.files, *(path.name for path in partial.glob(f"__{rank}_*"))])
+    records = _sync_files(partial, [*job.files, *(path.name for path in partial.glob(f"__{rank}_*"))])
     for parent in {(partial / name).parent for name in job.files} - {partial}:
         folders.sync(parent)
     return records
 
 
-def _settle(partial: Path, names: Iterable[str]) -> Records:
-    """Files to the disk; what they are."""
+def _sync_files(partial: Path, names: Iterable[str]) -> Records:
+    """Fsync files; returns their sizes and digests."""
     records = {}
     for name in names:
         folders.sync(partial / name)
@@ -88,11 +88,13 @@ def _complete(job: Job, partial: Path, gathered: list[tuple[list[Row], Records]]
     for rank, (_, found) in enumerate(gathered):
         for name, (nbytes, _sha256) in found.items():
             if not (partial / name).exists() or (partial / name).stat().st_size != nbytes:
-                raise CheckpointError(f"{name} of rank {rank} is not there: save to a folder that all ranks share")
+                raise CheckpointError(
+                    f"rank 0 does not see {name} of rank {rank}: save to a file system that all ranks share"
+                )
     index = index_of(row for rows, _ in gathered for row in rows)
     (partial / INDEX).write_bytes(index.encoded())
     write_torch_metadata(partial, index.tensors)
-    records = _settle(partial, [INDEX, METADATA])
+    records = _sync_files(partial, [INDEX, METADATA])
     files = {
         name: FileRecord(nbytes=nbytes, sha256=sha256)
         for found in (*(theirs for _, theirs in gathered), records)

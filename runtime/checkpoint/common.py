@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside tensors of the model: the manifest, common.pt, and each rank's random numbers."""
+"""The files of a checkpoint that hold no model tensors: the manifest, common.pt, and each rank's RNG states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.checkpoint.buffers import Owners, buffers_of
+from runtime.checkpoint.buffers import BufferOwners, buffers_of
 from runtime.checkpoint.capture import dtypes_of, frozen_names, shapes_of, tied_names
 from runtime.checkpoint.format.manifest import CheckpointError, Manifest
 from runtime.checkpoint.format.plain import load_file, load_stream, to_bytes
@@ -24,23 +24,23 @@ from runtime.state.train_state import TrainState
 COMMON = "common.pt"
 
 Scalars = dict[int, dict[str, Any]]
-"""States of the optimizer that are not per element, by parameter group."""
+"""Parameter group index -> optimizer states that are one value per group (such as NAdam's mu_product)."""
 
 
 def rng_file(rank: int) -> str:
+    """Name of the file with the RNG states of `rank`."""
     return f"rng-{rank}.pt"
 
 
 def own_files(rank: int, generators: Mapping[str, rng.Generator]) -> dict[str, bytes]:
-    """What every rank writes of its own: its random number states. generators: those that the script registered."""
+    """Files that every rank writes for itself: its RNG states. generators: those that the script registered."""
     return {rng_file(rank): to_bytes(rng.get_state(generators))}
 
 
 def common_file(
     state: TrainState, scalars: Scalars, registered: Registered, client_state: dict[str, Any]
 ) -> dict[str, bytes]:
-    """common.pt, which rank 0 writes for all. Raises CheckpointError for what could not be read back: a checkpoint like
-    that is worse than an error now."""
+    """common.pt, which rank 0 writes. Raises CheckpointError if any part of it could not be read back later."""
     common = {
         "scalars": scalars,
         **saved_groups(state),
@@ -60,7 +60,7 @@ def common_file(
 
 
 def read_common(path: Path) -> dict[str, Any]:
-    """common.pt of the checkpoint at `path`. Raises CheckpointError for one that zerotop did not write."""
+    """The content of common.pt in the checkpoint at `path`. Raises CheckpointError if it is malformed."""
     common = load_file(path, COMMON)
     common.setdefault("loss_scale", {})  # early versions had none
     try:
@@ -70,7 +70,7 @@ def read_common(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError) as error:
         wrong = [str(error)]
     if wrong:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {COMMON} is not what zerotop writes ({wrong[0]})")
+        raise CheckpointError(f"checkpoint {path} cannot be read: {COMMON} was not written by zerotop ({wrong[0]})")
     return common
 
 
@@ -79,27 +79,27 @@ def _is_dict(value: Any) -> bool:
 
 
 def read_random(path: Path, rank: int) -> Mapping[str, Any]:
-    """The random number states that rank `rank` saved. Raises CheckpointError for what is none."""
+    """The RNG states that rank `rank` saved. Raises CheckpointError if the file is malformed."""
     state = load_file(path, rng_file(rank))
     if wrong := rng.why_invalid(state):
         raise CheckpointError(
-            f"checkpoint {path} cannot be read: {rng_file(rank)} is not what zerotop writes ({wrong})"
+            f"checkpoint {path} cannot be read: {rng_file(rank)} was not written by zerotop ({wrong})"
         )
     return state
 
 
 def own_scalars(state: TrainState) -> list[tuple[int, dict[str, Any]]]:
-    """Of the parameter groups in this rank's shards; plain, for they go from rank to rank."""
+    """(parameter group, scalars) of the groups in this rank's shards; plain types, as ranks send them to each other."""
     return [pair for optimizer in state.shard_optimizers for pair in optimizer.scalars().items()]
 
 
-def merged(by_rank: list[list[tuple[int, dict[str, Any]]]]) -> Scalars:
-    """Together the ranks know the scalars of all parameter groups."""
+def merge_scalars(by_rank: list[list[tuple[int, dict[str, Any]]]]) -> Scalars:
+    """The scalars of all parameter groups, from those that each rank knows."""
     return {group: scalars for pairs in by_rank for group, scalars in pairs}
 
 
-def manifest_of(state: TrainState, owners: Owners, with_frozen: bool = True) -> Manifest:
-    """Without what the writing itself adds."""
+def manifest_of(state: TrainState, owners: BufferOwners, with_frozen: bool = True) -> Manifest:
+    """The manifest of the current state, without the file records that the writing adds."""
     frozen = frozen_names(state)
     return Manifest(
         step=state.counters.global_steps,
@@ -127,7 +127,8 @@ def manifest_of(state: TrainState, owners: Owners, with_frozen: bool = True) -> 
 
 
 def _plain(value: Any) -> Any:
-    """numpy scalars as Python numbers: losses are often averaged with numpy, and its types are not read back."""
+    """Replace numpy scalars by Python numbers: losses are often averaged with numpy, and torch.load(weights_only=True)
+    refuses numpy's types."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
@@ -142,11 +143,11 @@ def _try_out(name: str, value: Any) -> None:
         load_stream(io.BytesIO(to_bytes(value)))
     except (pickle.PickleError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"{name} holds something that can't be read back ({_first_line(error)[:200]}); expected plain data "
+            f"{name} holds a value that could not be loaded again ({_first_line(error)[:200]}): use plain data "
             "(numbers, strings, lists, dictionaries) and tensors"
         ) from None
 
 
 def _first_line(error: BaseException) -> str:
-    """Without what colours a terminal: torch sends it wherever its message goes."""
+    """The first line of the message without terminal colours, which torch always writes."""
     return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()[0]

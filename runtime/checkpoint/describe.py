@@ -1,5 +1,5 @@
-"""What a checkpoint says of its model beside the tensors, as files: its config and its tokenizer. Never imports
-transformers: a Hugging Face model is known by how its config can be written."""
+"""The files in a checkpoint's model/ folder: the model's config and tokenizer. Never imports transformers: a Hugging
+Face model is recognised by its config's to_dict() or to_json_string()."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ log = logging.getLogger("runtime.checkpoint")
 GPT_TYPE = "zerotop-gpt"
 """`model_type` of the built-in GPT, which transformers does not know."""
 GPT_KEY = "zerotop_gpt"
-"""Its GPTConfig, in config.json."""
+"""Key in config.json: the GPTConfig of a built-in GPT."""
 PREFIX_KEY = "zerotop_prefix"
-"""In a checkpoint's config.json: what the names of the tensors begin with and those of the config's model don't."""
+"""Key in a checkpoint's config.json: prefix of the tensors' names that an export must strip."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_KEY = "zerotop_adapter"
-"""In a checkpoint's adapter_config.json: peft's name of the adapters, which is part of the names of their weights."""
+"""Key in a checkpoint's adapter_config.json: peft's adapter name, which is part of the weights' names."""
 TOKENIZER_LIMIT_BYTES = 64 << 20
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,29 +43,30 @@ _TOKENIZER_FILES = (
     "spiece.model",
 )
 KNOWN_FILES = frozenset({"config.json", "generation_config.json", ADAPTER_CONFIG, *_TOKENIZER_FILES})
-"""What model/ may hold. A checkpoint may come from anybody, and an export hands on nothing else."""
+"""File names allowed in model/. A checkpoint may come from anybody, and an export copies nothing else."""
 _BESIDE_A_FILE = _TOKENIZER_FILES[1:5]
-"""What belongs to a tokenizer.json that is named alone."""
+"""Files that are taken along when the config names a single tokenizer.json."""
 _BYTES_NOTE = "bytes: tokens 0 to 255 are the bytes of UTF-8 text, 256 ends a document, the rest is padding"
 
 
 def describe_model(model: nn.Module, config: Resolved, run: RunFile | None) -> dict[str, bytes]:
-    """Small files by name: config.json and generation_config.json where the module has Hugging Face's, or is the
-    built-in GPT, and the files of the tokenizer in zerotop.data.tokenizer.
+    """The files of model/ by name: config.json and generation_config.json of a Hugging Face model or the built-in GPT,
+    and the files of the tokenizer in zerotop.data.tokenizer.
 
-    Changes nothing, takes no part in any collective, and never fails: what can't be described is left out with a
-    warning, for a checkpoint without its config is worth more than none.
+    Not collective, and never fails: what cannot be described is left out with a warning, because a checkpoint without
+    its config is better than none.
     """
     files = _configs(model, config, run)
     try:
         files |= _tokenizer(config.zerotop.data.tokenizer, run)
     except OSError as error:
-        log.warning(f"zerotop.data.tokenizer: checkpoints go without it, for it can't be read: {error}")
+        log.warning(f"zerotop.data.tokenizer: checkpoints are saved without it, as it can't be read: {error}")
     return files
 
 
 def _configs(model: nn.Module, settings: Resolved, run: RunFile | None) -> dict[str, bytes]:
-    """Of the module, or of a module inside that is what its config says: then names lose the way to it at export."""
+    """config.json and its companions, of the module itself or of a submodule of the class that the config names (the
+    path to it is then the prefix that an export strips)."""
     outer = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     for module, prefix in _candidates(outer):
         if isinstance(module, GPT):
@@ -79,8 +80,8 @@ def _configs(model: nn.Module, settings: Resolved, run: RunFile | None) -> dict[
             owner = _owner(module, config["architectures"])
             if owner is None:
                 log.warning(
-                    f"{type(module).__name__}.config is of a {config['architectures'][0]}, which is not in the model: "
-                    "checkpoints lack it, for the names of the weights would not fit it"
+                    f"{type(module).__name__}.config describes a {config['architectures'][0]}, which the model lacks: "
+                    "checkpoints are saved without it, as the names of the weights would not match"
                 )
                 continue
             module, prefix = owner[0], prefix + owner[1]
@@ -95,7 +96,7 @@ def _configs(model: nn.Module, settings: Resolved, run: RunFile | None) -> dict[
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The module, and the one that it wraps as `.module`; with what that adds to the names of parameters."""
+    """(module, prefix of its parameters' names): the module itself, and the one that it wraps as `.module`."""
     yield module, ""
     inner = getattr(module, "module", None)
     if isinstance(inner, nn.Module):
@@ -103,8 +104,8 @@ def _candidates(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _owner(module: nn.Module, architectures: list[str]) -> tuple[nn.Module, str] | None:
-    """The module, or the first one inside, that is of a class that the config names, or one of transformers' own (whose
-    names fit each other); with the way to it. peft's models, for one, show the config of the model that they wrap."""
+    """The first module that is of a class named by the config, or a PreTrainedModel, and the prefix of its names.
+    (peft's models, for one, expose the config of the model that they wrap.)"""
     for path, inner in module.named_modules():
         kinds = {kind.__name__ for kind in type(inner).__mro__}
         if kinds & {*architectures, "PreTrainedModel"}:
@@ -113,7 +114,7 @@ def _owner(module: nn.Module, architectures: list[str]) -> tuple[nn.Module, str]
 
 
 def _adapter_config(module: nn.Module) -> dict[str, bytes]:
-    """peft's config of the adapters in the model, if it has one set of them."""
+    """adapter_config.json, if the model has exactly one set of peft adapters."""
     for inner in module.modules():
         configs = getattr(inner, "peft_config", None)
         if isinstance(configs, dict) and configs:
@@ -122,7 +123,7 @@ def _adapter_config(module: nn.Module) -> dict[str, bytes]:
         return {}
     if len(configs) > 1:
         log.warning(
-            f"the model has several sets of adapters ({', '.join(configs)}): checkpoints go without their configs"
+            f"the model has several sets of adapters ({', '.join(configs)}): checkpoints leave out their configs"
         )
         return {}
     ((name, config),) = configs.items()
@@ -131,19 +132,19 @@ def _adapter_config(module: nn.Module) -> dict[str, bytes]:
         written |= {"inference_mode": True, ADAPTER_KEY: name}  # as peft's save_pretrained() does
         return {ADAPTER_CONFIG: (json.dumps(written, indent=2, sort_keys=True, default=_value) + "\n").encode()}
     except Exception as error:  # another library's class, which may fail in any way
-        log.warning(f"peft's config can't be written as JSON, so checkpoints lack it: {error}")
+        log.warning(f"checkpoints are saved without peft's config, as it can't be written as JSON: {error}")
         return {}
 
 
 def _value(item: Any) -> Any:
-    """Enums are written as what they stand for."""
+    """json.dumps default: an enum becomes its value."""
     if isinstance(item, enum.Enum):
         return item.value
-    raise TypeError(f"{type(item).__name__} is no plain value")
+    raise TypeError(f"{type(item).__name__} is not JSON serializable")
 
 
 def _written(module: nn.Module, attribute: str) -> dict[str, Any] | None:
-    """The attribute's config in Hugging Face's way; None where there is none."""
+    """The Hugging Face config in `module.attribute` as a dictionary; None if there is none."""
     config = getattr(module, attribute, None)
     as_json, as_dict = getattr(config, "to_json_string", None), getattr(config, "to_dict", None)
     if isinstance(config, type) or not (callable(as_json) or callable(as_dict)):
@@ -151,7 +152,8 @@ def _written(module: nn.Module, attribute: str) -> dict[str, Any] | None:
     try:
         found = json.loads(as_json()) if callable(as_json) else json.loads(json.dumps(as_dict()))  # type: ignore[misc]
     except Exception as error:  # a script's own class, which may fail in any way
-        log.warning(f"{type(module).__name__}.{attribute} can't be written as JSON, so checkpoints lack it: {error}")
+        name = f"{type(module).__name__}.{attribute}"
+        log.warning(f"checkpoints are saved without {name}, as it can't be written as JSON: {error}")
         return None
     return found if isinstance(found, dict) else None
 
@@ -173,12 +175,12 @@ def _tokenizer(name: str, run: RunFile | None) -> dict[str, bytes]:
         paths = {"tokenizer.json": path} | {name: path.parent / name for name in _BESIDE_A_FILE}
     there = {name: found for name, found in paths.items() if found.is_file()}
     if not there:
-        raise FileNotFoundError(f"{path}: there is no tokenizer")
+        raise FileNotFoundError(f"no tokenizer at {path}")
     total_bytes = sum(found.stat().st_size for found in there.values())
     if total_bytes > TOKENIZER_LIMIT_BYTES:
         log.warning(
-            f"zerotop.data.tokenizer: checkpoints go without it, for its files have {total_bytes >> 20} MiB; expected "
-            f"at most {TOKENIZER_LIMIT_BYTES >> 20}"
+            f"zerotop.data.tokenizer: checkpoints are saved without it, as its files have {total_bytes >> 20} MiB, "
+            f"more than {TOKENIZER_LIMIT_BYTES >> 20}"
         )
         return {}
     return {name: found.read_bytes() for name, found in there.items()}

@@ -1,9 +1,9 @@
-"""Parameter groups and the scheduler that moves them: what a checkpoint keeps of both, and how they come back.
+"""Saving and restoring parameter groups and the LR scheduler.
 
 [Note: what was changed for the resume]
-Every value of a parameter group comes back as it was, unless the script or the config gives another one than when the
-checkpoint was made: then that one counts, from the first step on. A scheduler goes on at its step. When its base
-learning rates are other ones now, they stay, and the current rates follow from them.
+Every value of a parameter group is restored from the checkpoint, unless the script or config now gives another initial
+value than when the checkpoint was saved: then the new value holds from the first step on. A scheduler continues at its
+step; if its base learning rates have changed, the new ones hold and the current rates are computed from them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Groups = list[dict[str, Any]]
 
 
 def saved_groups(state: TrainState) -> dict[str, Any]:
-    """What common.pt has of them. "lr" and "initial_lrs" are what earlier versions read."""
+    """The entries of common.pt for groups and scheduler. "lr" and "initial_lrs" are for earlier versions' readers."""
     optimizer = state.optimizer
     return {
         "groups": [plain_hyperparameters(group) for group in optimizer.param_groups],
@@ -34,7 +34,7 @@ def saved_groups(state: TrainState) -> dict[str, Any]:
 
 
 def check_groups(common: Mapping[str, Any]) -> bool:
-    """Whether what `saved_groups` gave is that, whoever wrote it."""
+    """Whether the entries that `saved_groups` writes are well-formed."""
     groups, initial = _of(common)
     return (
         len(groups) == len(initial)
@@ -44,7 +44,7 @@ def check_groups(common: Mapping[str, Any]) -> bool:
 
 
 def _of(common: Mapping[str, Any]) -> tuple[Groups, Groups]:
-    """The groups as they were saved, and as they began."""
+    """(the groups as saved, the groups as initialized)."""
     if "groups" in common:
         return common["groups"], common["initial_groups"]
     return [{"lr": lr} for lr in common["lr"]], [{"lr": lr} for lr in common["initial_lrs"]]
@@ -55,8 +55,8 @@ def _is_number(value: Any) -> bool:
 
 
 def load_groups(state: TrainState, common: Mapping[str, Any], with_scheduler: bool) -> None:
-    """The groups' values and, if wanted, the scheduler. See [Note: what was changed for the resume]. Raises
-    CheckpointError for a scheduler's state that it does not take."""
+    """Restore the groups and, with `with_scheduler`, the scheduler. See [Note: what was changed for the resume]. Raises
+    CheckpointError if the scheduler refuses its state."""
     saved, initial = _of(common)
     fresh = [plain_hyperparameters(group) for group in state.optimizer.param_groups]
     for group, values, began, begins in zip(
@@ -73,12 +73,12 @@ def load_groups(state: TrainState, common: Mapping[str, Any], with_scheduler: bo
         _follow(state, saved, fresh, was, base)
         return
     for group, values in zip(state.optimizer.param_groups, saved, strict=True):
-        _set(group, "lr", values["lr"])  # also where the scheduler takes no notice of what the config says
+        _set(group, "lr", values["lr"])  # even where the scheduler ignores the config
 
 
 def load_scheduler(state: TrainState, common: Mapping[str, Any]) -> tuple[list[float], list[float]] | None:
-    """The scheduler's state alone. Returns its base learning rates, as they were and as they are; None where it has
-    none, or has set the groups' rates itself."""
+    """Restore the scheduler only. Returns (saved, current) base learning rates; None if it has none, or is one of
+    zerotop's schedules, which set the groups' rates themselves."""
     scheduler, state = state.lr_scheduler, common["scheduler"]
     if scheduler is None or state is None:
         return None
@@ -88,7 +88,7 @@ def load_scheduler(state: TrainState, common: Mapping[str, Any]) -> tuple[list[f
     except Exception as error:  # a script's own class may fail in any way
         raise CheckpointError(
             f"the state of the {type(scheduler).__name__} in the checkpoint can't be loaded into it "
-            f"({type(error).__name__}: {error}): make the scheduler as it was, or load with "
+            f"({type(error).__name__}: {error}): build the same scheduler, or load with "
             "load_lr_scheduler_states=False"
         ) from error
     if isinstance(scheduler, Schedule):
@@ -101,7 +101,7 @@ def load_scheduler(state: TrainState, common: Mapping[str, Any]) -> tuple[list[f
 
 
 def _follow(state: TrainState, saved: Groups, fresh: Groups, was: list[float], base: list[float]) -> None:
-    """Learning rates of the scheduler's step, from other base rates than those in the checkpoint."""
+    """Recompute the learning rates at the scheduler's step from base rates that differ from the checkpoint's."""
     scheduler, optimizer = state.lr_scheduler, state.optimizer
     if hasattr(scheduler, "_get_closed_form_lr"):
         rates = [float(rate) for rate in scheduler._get_closed_form_lr()]
@@ -111,14 +111,14 @@ def _follow(state: TrainState, saved: Groups, fresh: Groups, was: list[float], b
             for group, start, then, now in zip(saved, fresh, was, base, strict=True)
         ]
     for group, start, begins, rate in zip(optimizer.param_groups, fresh, optimizer.initial_groups, rates, strict=True):
-        for key in start.keys() - begins.keys():  # the scheduler's own: initial_lr, max_lr, ...
+        for key in start.keys() - begins.keys():  # set by the scheduler: initial_lr, max_lr, ...
             _set(group, key, start[key])
         _set(group, "lr", rate)
     scheduler._last_lr = rates
 
 
 def _nested(scheduler: Any) -> Iterator[Any]:
-    """The scheduler, and those that it is made of."""
+    """The scheduler and, recursively, the schedulers that it combines."""
     yield scheduler
     for part in getattr(scheduler, "_schedulers", ()):
         yield from _nested(part)

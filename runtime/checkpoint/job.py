@@ -1,5 +1,4 @@
-"""One rank's part of a checkpoint that is to be written, and what the ranks must agree on. (Without
-torch.distributed.checkpoint.)"""
+"""The work order for one rank's part of a checkpoint. Does not import torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -13,52 +12,59 @@ from runtime.checkpoint.format.manifest import CheckpointError, Manifest, root_c
 
 
 class Peers(Protocol):
-    """The processes that write one checkpoint."""
+    """The processes that write one checkpoint together: the ranks, or their writer processes."""
 
     rank: int
     world_size: int
 
-    def broadcast_object(self, value: Any) -> Any: ...
-    def gather_objects(self, value: Any) -> list[Any]: ...
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. Collective."""
+        ...
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank. Collective."""
+        ...
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a script may want of a checkpoint."""
+class SaveOptions:
+    """A script's choices for save_checkpoint()."""
 
     latest: bool = True
-    """A resume may begin from it, and FOLDER/latest names it."""
+    """Whether FOLDER/latest names it and a resume may start from it."""
     with_frozen: bool = True
-    """Parameters that are not trained are in it."""
+    """Whether it includes parameters that are not trained."""
 
 
-DEFAULTS = Options()
+SAVE_DEFAULTS = SaveOptions()
 
 
 @dataclass(frozen=True)
 class Job:
-    """One rank's part of a checkpoint."""
+    """One rank's part of the checkpoint FOLDER/TAG."""
 
     folder: Path
     tag: str
     parts: Sequence[Part]
     files: Mapping[str, bytes]
-    """Small files of this rank, by name; a name may have a folder in it."""
+    """Contents of this rank's small files by name, which may be a path such as model/config.json."""
     manifest: Manifest | None = None
-    """Rank 0's; its number and files are filled in."""
+    """On rank 0; the writing fills in its number and files."""
     keep: int = 0
-    """Afterwards, so many step checkpoints stay; 0: all."""
+    """Number of newest step checkpoints to keep afterwards; 0: all."""
     keep_every: int = 0
+    """Every so many-th checkpoint is kept for good; 0: none."""
     problem: str = field(default="")
-    """Why this rank can't take part: everyone's error then."""
+    """Why this rank cannot save, which becomes the error on every rank; empty if it can."""
 
     @property
     def final(self) -> Path:
+        """Path of the complete checkpoint."""
         return self.folder / self.tag
 
 
 def on_rank_0(peers: Peers, what: str, action: Callable[[], Any]) -> None:
-    """Run `action` on rank 0 only, and let its failure be everyone's, so that no rank waits for one that gave up."""
+    """Run `action` on rank 0. If it fails, raise CheckpointError("could not <what>: ...") on every rank. Collective."""
     problem = ""
     if peers.rank == 0:
         try:

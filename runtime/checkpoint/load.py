@@ -1,4 +1,4 @@
-"""Reading a checkpoint into a training state of any world size, stage and unit cut."""
+"""Reading a checkpoint into a training state of any world size, stage and division into units."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from runtime.checkpoint.buffers import buffers_of, key_for
+from runtime.checkpoint.buffers import buffer_key_for_rank, buffers_of
 from runtime.checkpoint.capture import Piece, pieces_of
 from runtime.checkpoint.common import read_common, read_random
-from runtime.checkpoint.fit import compare, compare_tensors, differences
+from runtime.checkpoint.compatibility import check_manifest, check_tensors, load_warnings
 from runtime.checkpoint.format.index import read_index
 from runtime.checkpoint.format.manifest import (
-    EVERYTHING,
+    LOAD_EVERYTHING,
     CheckpointError,
-    Damaged,
+    DamagedCheckpoint,
+    LoadOptions,
     Manifest,
-    Wanted,
     read_manifest,
     verify,
 )
-from runtime.checkpoint.format.stored import read_pieces
+from runtime.checkpoint.format.shard_reader import read_pieces
 from runtime.checkpoint.format.tensors import StoredTensor
 from runtime.checkpoint.groups import load_groups, load_scheduler
 from runtime.checkpoint.registered import Registered
@@ -37,123 +37,125 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What a checkpoint holds for the script."""
+class LoadedScriptState:
+    """The parts of a loaded checkpoint that belong to the script; `registered` and `generators` are empty if
+    `LoadOptions.progress` is off."""
 
     client_state: dict[str, Any]
     registered: dict[str, Any]
-    """Empty, as `generators` is, where progress was not wanted."""
+    """States of registered objects, by name."""
     generators: dict[str, Any]
-    """States of registered generators of random numbers, for this rank."""
+    """This rank's states of registered random number generators, by name."""
 
 
 @dataclass(frozen=True)
-class _Content:
-    """What is read before anything is changed."""
+class _CheckpointContent:
+    """Everything that is read and checked before the training state is changed."""
 
     common: dict[str, Any]
     random: Mapping[str, Any] | None
-    """This rank's random number states; None where fewer ranks saved."""
+    """This rank's RNG states; None if fewer ranks saved."""
     generators: dict[str, Any]
+    """This rank's states of registered random number generators, by name."""
     tensors: Mapping[str, StoredTensor]
-    """Where each tensor is, by name."""
+    """File locations of every tensor, by name."""
 
 
 def load(
-    state: TrainState, registered: Registered, guard: SnapshotGuard, path: Path, wanted: Wanted = EVERYTHING
-) -> Loaded:
-    """Continue from the checkpoint at `path`: masters, optimizer, scheduler, random numbers, counters, as far as
-    `wanted`.
+    state: TrainState, registered: Registered, guard: SnapshotGuard, path: Path, options: LoadOptions = LOAD_EVERYTHING
+) -> LoadedScriptState:
+    """Load master weights, optimizer states, scheduler, RNG states and counters from the checkpoint at `path`, as far
+    as `options` select them. Collective.
 
-    Learning rates are the checkpoint's where the configured ones are what they were when it was made, else the
-    config's.
-    Raises CheckpointError on every rank, before anything is changed, when the checkpoint does not fit.
+    Learning rates come from the checkpoint, or from the config where it has changed since the checkpoint was saved.
+    Raises CheckpointError on every rank, before anything is changed, if the checkpoint does not fit.
     """
     state.synchronize()
     guard.wait_for_all()
-    manifest = together(state.comm, lambda: read_manifest(path))
+    manifest = on_all_ranks(state.comm, lambda: read_manifest(path))
     if manifest.weights_only:
         if state.optimizer.trains and state.comm.rank == 0:
             log.warning(
                 f"checkpoint {path} is of an engine without an optimizer: parameters and buffers are loaded, optimizer "
                 "and step counts stay as they are"
             )
-        wanted = replace(wanted, optimizer=False, scheduler=False, progress=False)
-    together(state.comm, lambda: compare(state, manifest, path, wanted))
-    together(state.comm, lambda: verify(path, manifest, state.comm.rank, state.comm.world_size))
-    content = together(state.comm, lambda: _read(state, manifest, path))
-    together(state.comm, lambda: compare_tensors(state, manifest, content.tensors, path, wanted))
-    if wanted.progress:
-        together(state.comm, lambda: registered.compare(content.generators))
-    if state.comm.rank == 0 and wanted.module:
-        for text in differences(state, manifest, content.tensors, path):
+        options = replace(options, optimizer=False, scheduler=False, progress=False)
+    on_all_ranks(state.comm, lambda: check_manifest(state, manifest, path, options))
+    on_all_ranks(state.comm, lambda: verify(path, manifest, state.comm.rank, state.comm.world_size))
+    content = on_all_ranks(state.comm, lambda: _read(state, manifest, path))
+    on_all_ranks(state.comm, lambda: check_tensors(state, manifest, content.tensors, path, options))
+    if options.progress:
+        on_all_ranks(state.comm, lambda: registered.check(content.generators))
+    if state.comm.rank == 0 and options.module:
+        for text in load_warnings(state, manifest, content.tensors, path):
             log.warning(text)
-    _load_tensors(state, manifest, path, content.tensors, wanted)
+    _load_tensors(state, manifest, path, content.tensors, options)
     state.masters_to_parameters()
     try:
-        _load_rest(state, content.common, wanted)
+        _load_rest(state, content.common, options)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         text = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"checkpoint {path} holds states of the optimizer or loss scale that are none: {text}"
+            f"checkpoint {path} holds malformed optimizer scalars or loss scale state: {text}"
         ) from error
     common = content.common
-    if wanted.progress:
-        _load_progress(state, manifest, content, wanted)
-    if not wanted.progress:
-        return Loaded(dict(common["client_state"]), {}, {})
-    return Loaded(dict(common["client_state"]), dict(common["registered"]), content.generators)
+    if options.progress:
+        _load_progress(state, manifest, content, options)
+    if not options.progress:
+        return LoadedScriptState(dict(common["client_state"]), {}, {})
+    return LoadedScriptState(dict(common["client_state"]), dict(common["registered"]), content.generators)
 
 
-def together(comm: Comm, action: Callable[[], _T]) -> _T:
-    """Run `action` on every rank. One that raises CheckpointError makes all of them raise what the first such rank
-    did."""
+def on_all_ranks(comm: Comm, action: Callable[[], _T]) -> _T:
+    """Run `action` on every rank. If it raises CheckpointError on any, all ranks raise the lowest such rank's error.
+    Collective."""
     result: Any = None
     problem: CheckpointError | None = None
     try:
         result = action()
     except CheckpointError as error:
         problem = error
-    told = [found for found in comm.gather_objects(problem and (isinstance(problem, Damaged), str(problem))) if found]
-    if told:
-        damaged, text = told[0]
-        raise (Damaged if damaged else CheckpointError)(text) from problem
+    mine = problem and (isinstance(problem, DamagedCheckpoint), str(problem))
+    problems = [found for found in comm.gather_objects(mine) if found]
+    if problems:
+        damaged, text = problems[0]
+        raise (DamagedCheckpoint if damaged else CheckpointError)(text) from problem
     return cast(_T, result)
 
 
-def _read(state: TrainState, manifest: Manifest, path: Path) -> _Content:
+def _read(state: TrainState, manifest: Manifest, path: Path) -> _CheckpointContent:
     common = read_common(path)
     own, generators = _random_states(path, state.comm.rank, manifest.world_size)
-    return _Content(common, own, generators, read_index(path, manifest))
+    return _CheckpointContent(common, own, generators, read_index(path, manifest))
 
 
 def _random_states(path: Path, rank: int, saved: int) -> tuple[Mapping[str, Any] | None, dict[str, Any]]:
-    """This rank's, and those of registered generators. A rank that the world that saved did not have keeps its own; but
-    for generators that all ranks had alike, which must go on being alike."""
+    """This rank's RNG states and those of its registered generators. A rank beyond the saved world size gets no RNG
+    states, and only those generator states that were equal on all saved ranks and must stay equal."""
     if rank < saved:
         own = read_random(path, rank)
         return own, dict(own.get("generators", {}))
     return None, rng.common_states([read_random(path, number) for number in range(saved)])
 
 
-def _load_rest(state: TrainState, common: dict[str, Any], wanted: Wanted) -> None:
-    """What is no tensor of the model: scalars of the optimizer, parameter groups, scheduler, loss scale."""
-    if wanted.optimizer:
+def _load_rest(state: TrainState, common: dict[str, Any], options: LoadOptions) -> None:
+    """Restore optimizer scalars, parameter groups, scheduler and loss scale."""
+    if options.optimizer:
         for optimizer in state.shard_optimizers:
             optimizer.load_scalars(common["scalars"])
-        load_groups(state, common, wanted.scheduler)
-    elif wanted.scheduler:
+        load_groups(state, common, options.scheduler)
+    elif options.scheduler:
         load_scheduler(state, common)
-    if wanted.progress and common["loss_scale"]:
+    if options.progress and common["loss_scale"]:
         state.scaler.load_state_dict(common["loss_scale"])
 
 
-def _load_progress(state: TrainState, manifest: Manifest, content: _Content, wanted: Wanted) -> None:
+def _load_progress(state: TrainState, manifest: Manifest, content: _CheckpointContent, options: LoadOptions) -> None:
     state.counters.global_steps, state.counters.lr_factor = manifest.step, manifest.lr_factor
-    state.accumulation.micro_steps = manifest.step * state.config.accumulation  # which may be another one now
-    if wanted.optimizer:
+    state.accumulation.micro_steps = manifest.step * state.config.accumulation  # accumulation may have changed
+    if options.optimizer:
         state.counters.optimizer_steps, state.counters.foreign_steps = manifest.optimizer_step, manifest.foreign_steps
-    else:  # the states are as old as they were: so bias correction wants it
+    else:  # optimizer states were not loaded: bias correction must count their own updates only
         skipped = manifest.step - manifest.optimizer_step - manifest.foreign_steps
         state.counters.foreign_steps = manifest.step - skipped - state.counters.optimizer_steps
     if content.random is not None:
@@ -161,10 +163,10 @@ def _load_progress(state: TrainState, manifest: Manifest, content: _Content, wan
 
 
 def _load_tensors(
-    state: TrainState, manifest: Manifest, path: Path, tensors: Mapping[str, StoredTensor], wanted: Wanted
+    state: TrainState, manifest: Manifest, path: Path, tensors: Mapping[str, StoredTensor], options: LoadOptions
 ) -> None:
-    with_states = wanted.optimizer and manifest.optimizer_step > 0
-    if wanted.optimizer:
+    with_states = options.optimizer and manifest.optimizer_step > 0
+    if options.optimizer:
         for optimizer in state.shard_optimizers:
             optimizer.reset(to_read=with_states)
     frozen_then = set(manifest.frozen)
@@ -172,20 +174,21 @@ def _load_tensors(
 
     def is_read(name: str) -> bool:
         if name.startswith("param."):
-            return wanted.module and name not in excluded
+            return options.module and name not in excluded
         return with_states and name.split(".", 2)[2] not in frozen_then
 
     pieces = {name: piece for name, piece in pieces_of(state).items() if is_read(name)}
     tensors_here = {f"param.{name}": parameter.data for name, parameter in state.frozen}
     tensors_here |= {
-        key_for(name, manifest, comm.rank, comm.world_size): buffer for name, buffer in buffers_of(state).items()
+        buffer_key_for_rank(name, manifest, comm.rank, comm.world_size): buffer
+        for name, buffer in buffers_of(state).items()
     }
     whole = {
-        name: (tensor, Piece.whole(tensor))
+        name: (tensor, Piece.full(tensor))
         for name, tensor in tensors_here.items()
-        if wanted.module and name not in excluded
+        if options.module and name not in excluded
     }
     pieces |= {name: piece for name, (_, piece) in whole.items()}
-    together(state.comm, lambda: read_pieces(path, tensors, pieces))
+    on_all_ranks(state.comm, lambda: read_pieces(path, tensors, pieces))
     for tensor, piece in whole.values():
         tensor.copy_(piece.tensor.view(tensor.shape))

@@ -1,5 +1,5 @@
-"""What `optimizer.state_dict()` gives and `load_state_dict()` takes: this rank's own shards, as DeepSpeed's do. What
-another world size or stage can read is a checkpoint."""
+"""`optimizer.state_dict()` and `load_state_dict()`: this rank's shards only, as in DeepSpeed. Use checkpoints to change
+world size or stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runtime.state.train_state import TrainState
 
 
 def optimizer_state(state: TrainState) -> dict[str, Any]:
-    """Copies in host memory of this rank's masters and optimizer states, and the parameter groups."""
+    """Host copies of this rank's master weights and optimizer states, and the parameter groups."""
     state.synchronize()
     return {
         **_place(state),
@@ -32,14 +32,14 @@ def _place(state: TrainState) -> dict[str, int]:
 
 
 def _trained(state: TrainState) -> list[tuple[str, Any]]:
-    """Masters and states of this rank's shards."""
+    """(key, Piece) of the master weights and optimizer states in this rank's shards."""
     frozen = {f"param.{slot.name}" for flat in state.frozen_flats for slot in flat.layout.slots}
     return [(name, piece) for name, piece in pieces_of(state).items() if name not in frozen]
 
 
 def load_optimizer_state(state: TrainState, guard: SnapshotGuard, saved: Mapping[str, Any]) -> None:
-    """saved: what `optimizer_state` of this rank gave. Raises ValueError for what another rank, world size, stage or
-    model has given."""
+    """Load what `optimizer_state` returned on this rank. Raises ValueError if it is from another rank, world size,
+    stage or model."""
     state.synchronize()
     guard.wait_for_all()
     _check(state, saved)
@@ -48,7 +48,7 @@ def load_optimizer_state(state: TrainState, guard: SnapshotGuard, saved: Mapping
     pieces = dict(_trained(state))
     for name, tensor in saved["state"].items():
         if name not in pieces or pieces[name].tensor.shape != tensor.shape:
-            raise ValueError(f"optimizer.load_state_dict(): {name} of {list(tensor.shape)} is of another optimizer")
+            raise ValueError(f"optimizer.load_state_dict(): {name} of shape {list(tensor.shape)} does not belong to it")
         pieces[name].tensor.copy_(tensor)
     for optimizer, scalars in zip(state.shard_optimizers, saved["scalars"], strict=True):
         optimizer.load_scalars(scalars)
@@ -61,21 +61,21 @@ def load_optimizer_state(state: TrainState, guard: SnapshotGuard, saved: Mapping
 
 
 def _check(state: TrainState, saved: Mapping[str, Any]) -> None:
-    """Before anything is changed."""
+    """Raise ValueError if `saved` does not fit, before anything is changed."""
     expected = (*_place(state), "optimizer_steps", "scalars", "state", "param_groups")
     if missing := next((key for key in expected if key not in saved), ""):
         raise ValueError(
-            f"optimizer.load_state_dict(): expected what state_dict() of this optimizer gave; no {missing!r}"
+            f"optimizer.load_state_dict(): {missing!r} is missing: expected the result of this optimizer's state_dict()"
         )
     for key, mine in _place(state).items():
         if saved[key] != mine:
             raise ValueError(
-                f"optimizer.load_state_dict(): the states are of {key} {saved[key]}, this is {key} {mine}: each rank "
-                "takes its own; engine.load_checkpoint() reads those of any world size and stage"
+                f"optimizer.load_state_dict(): the states are from {key} {saved[key]}, this is {key} {mine}: load each "
+                "rank's own, or use engine.load_checkpoint(), which reads any world size and stage"
             )
     ours = [len(group["params"]) for group in state.optimizer.param_groups]
     if ours != [len(group["params"]) for group in saved["param_groups"]]:
-        raise ValueError("optimizer.load_state_dict(): the parameter groups are other ones: make them as they were")
+        raise ValueError("optimizer.load_state_dict(): the parameter groups differ: make the same parameter groups")
     masters = {name: piece.tensor.shape for name, piece in _trained(state) if name.startswith("param.")}
     if masters != {name: tensor.shape for name, tensor in saved["state"].items() if name.startswith("param.")}:
-        raise ValueError("optimizer.load_state_dict(): the states are of another model")
+        raise ValueError("optimizer.load_state_dict(): the states are from another model")

@@ -1,4 +1,4 @@
-"""What a script gives to `engine.register_state()`, and where a loaded checkpoint's states for it wait."""
+"""The objects of `engine.register_state()`, and the states of a loaded checkpoint for objects yet to be registered."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from runtime.checkpoint.format.manifest import CheckpointError
 from runtime.host import rng
 
 RESERVED = "zerotop:"
-"""Begins the names of what the engine registers itself."""
+"""Prefix of the names under which the engine registers its own objects."""
 DATA = RESERVED + "data"
-"""The loader that initialize() returns."""
+"""Name of the data loader that initialize() returns."""
 
 
 class Registered:
-    """Objects with a state_dict(), of which rank 0's state is saved; and random number generators, of which every
-    rank's is."""
+    """Objects with a state_dict(), whose state is saved from rank 0, and random number generators, whose state is saved
+    from every rank."""
 
     def __init__(self) -> None:
         self._objects: dict[str, Any] = {}
         self.generators: dict[str, rng.Generator] = {}
         self._states: dict[str, Any] = {}
         self._generator_states: dict[str, Any] = {}
-        """Of the loaded checkpoint, until the name is registered."""
+        """States of the loaded checkpoint whose name has not been registered yet."""
 
     def items(self) -> ItemsView[str, Any]:
-        """The objects."""
+        """(name, object) of every registered object, generators excluded."""
         return self._objects.items()
 
     def add(self, name: str, item: Any) -> None:
-        """Also restores it where a checkpoint waits with its state. Raises TypeError for what has no state that could
-        be saved, CheckpointError where a generator is of another kind than the checkpoint's."""
+        """Register `item`, and restore it if the loaded checkpoint has its state. Raises TypeError if it has no state
+        to save, CheckpointError if a generator is of another kind than the checkpoint's."""
         if rng.is_generator(item):
             self._objects.pop(name, None)
             self.generators[name] = item
@@ -47,14 +47,14 @@ class Registered:
             )
         self._restore(name)
 
-    def compare(self, generator_states: Mapping[str, Any]) -> None:
-        """Raises CheckpointError where a registered generator could not take its state."""
+    def check(self, generator_states: Mapping[str, Any]) -> None:
+        """Raise CheckpointError if a registered generator cannot take its saved state."""
         for name, generator in self.generators.items():
             if name in generator_states:
                 _compare(name, generator, generator_states[name])
 
     def restore(self, states: Mapping[str, Any], generator_states: Mapping[str, Any]) -> None:
-        """States of a checkpoint: for what is registered now, and for what will be."""
+        """Restore everything that is registered, and keep the other states for later registrations."""
         self._states, self._generator_states = dict(states), dict(generator_states)
         for name in (*self._objects, *self.generators):
             self._restore(name)
@@ -69,27 +69,27 @@ class Registered:
 
 @dataclass
 class ScriptState:
-    """What a script gave to be saved, and what the loaded checkpoint held for it."""
+    """Everything that checkpoints hold for the script."""
 
     registered: Registered = field(default_factory=Registered)
     client_state: dict[str, Any] = field(default_factory=dict)
-    """What save_checkpoint() was given last, or what the loaded checkpoint held: also keyboard checkpoints carry it."""
+    """The latest client_state, from save_checkpoint() or a loaded checkpoint; keyboard checkpoints include it, too."""
     last_checkpoint: Path | None = None
-    """What the script saved or loaded last."""
+    """The checkpoint that the script saved or loaded last."""
 
 
 def _compare(name: str, generator: rng.Generator, state: Mapping[str, Any]) -> None:
     if (kind := rng.kind_of(generator)) != state["kind"]:
         raise CheckpointError(
-            f"register_state({name}=...): the checkpoint holds a {state['kind']}, this is a {kind}: make it as it was, "
-            "or give it another name"
+            f"register_state({name}=...): the checkpoint holds a {state['kind']}, this is a {kind}: register the same "
+            "kind of generator, or use another name"
         )
     if wrong := rng.why_rejected(generator, state):
-        raise CheckpointError(f"register_state({name}=...): the checkpoint's state is none of a {kind} ({wrong})")
+        raise CheckpointError(f"register_state({name}=...): the checkpoint's state does not fit a {kind} ({wrong})")
 
 
-def checked(name: str) -> str:
-    """A name that a script chose. Raises ValueError for one that is the engine's."""
+def check_name(name: str) -> str:
+    """`name`, chosen by a script. Raises ValueError if it is reserved for the engine."""
     if name.startswith(RESERVED):
-        raise ValueError(f"register_state({name}=...): names that begin with {RESERVED!r} are the engine's own")
+        raise ValueError(f"register_state({name}=...): names that begin with {RESERVED!r} are reserved")
     return name

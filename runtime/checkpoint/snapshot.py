@@ -1,13 +1,12 @@
-"""What a checkpoint holds of one moment, for a writer process that reads it while training goes on.
+"""A consistent copy of the training state, which a writer process reads while training continues.
 
-shared memory   |<--- copies: every block that training changes --->|<- slot 0 ->|<- slot 1 ->|
-                 made at once, while training waits                   blocks that stay: read through the two slots
+shared memory   |<--- copies of the blocks that training changes --->|<- slot 0 ->|<- slot 1 ->|
+                 copied at once, while training waits                  streamed blocks pass through the two slots
 
-[Note: blocks that stay]
-States that live in host memory because the config says so are never copied as a whole: memory is what offload saves.
-Nor are any where the host has no room for a copy (`bounded`). The writer asks for one piece after the other; each is
-copied to a slot when it is asked for, and the next update of a flat waits until all of its pieces have been. So a
-checkpoint holds one moment without a second copy of the states.
+[Note: streamed blocks] Offloaded states are not copied as a whole, as that would double the host memory they take; nor
+are any states where the host has no memory for a copy (`bounded`). The writer requests them piece by piece, each piece
+is copied to a slot on request, and the next optimizer step of a flat parameter group waits until all of its pieces have
+been copied. So the checkpoint is consistent without a second copy of the states.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ _ALIGNMENT = 64
 
 
 class SharedMemory:
-    """Memory of this process that a child maps too, through its descriptor. Page-locked where `cuda` is given."""
+    """Anonymous shared memory, which a child process maps through `descriptor`. Pinned if `cuda` is given."""
 
     def __init__(self, nbytes: int, cuda: torch.device | None = None) -> None:
-        """Raises OSError where the system has not so much."""
+        """nbytes: rounded up to whole pages. Raises OSError if the system has too little memory."""
         self.nbytes = _aligned(nbytes, mmap.PAGESIZE)
         self.descriptor = os.memfd_create("zerotop-checkpoint", os.MFD_CLOEXEC)
         try:
@@ -48,17 +47,18 @@ class SharedMemory:
             page_lock(self.bytes.data_ptr(), self.nbytes, cuda.index or 0)
 
     def touch(self) -> None:
-        """Take the pages now, so that the first copy into them is as fast as the later ones."""
+        """Fault in all pages, so that the first copy into them is as fast as later ones."""
         if native.available():
             native.touch(self.bytes.data_ptr(), self.nbytes, nodes=(), threads=1)
         else:
             self.bytes.zero_()
 
     def view(self, at: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """(numel,): a tensor on the memory that starts at byte `at`."""
         return self.bytes[at : at + numel * dtype.itemsize].view(dtype)
 
     def close(self) -> None:
-        """The memory goes when the child has let go of it too, and no tensor is on it."""
+        """Unpin the memory and close its descriptor; it is freed once the child and all tensors on it are gone, too."""
         if self.descriptor < 0:
             return
         if self._cuda is not None:
@@ -69,79 +69,79 @@ class SharedMemory:
 
 
 def map_shared(descriptor: int, nbytes: int) -> mmap.mmap:
-    """The writer's side of a SharedMemory. Writable, because torch warns about tensors on other memory."""
+    """Map a SharedMemory in the writer process; writable, because torch warns about tensors on read-only memory."""
     return mmap.mmap(descriptor, nbytes)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the writer finds a part: `at` in shared memory; or it asks for it."""
+    """Where the writer finds a part: at byte `at` of the shared memory, or (None) in a slot, on request."""
 
     part: Part
     at: int | None
 
 
 class Snapshot:
-    """One moment of the blocks. `copy` makes it; `feed` hands on pieces of blocks that stay."""
+    """The state of the blocks at one step: `copy` copies most of them, `copy_piece` pieces of streamed blocks on
+    request."""
 
     def __init__(self, blocks: Sequence[Block], bounded: bool = False) -> None:
-        """bounded: only what a forward changes (buffers) is copied."""
+        """bounded: stream everything that an optimizer step changes, and copy only buffers."""
         self._copied: list[tuple[Block, int]] = []
-        self._fed: dict[int, tuple[torch.Tensor, FlatParamGroup | None]] = {}
+        self._streamed: dict[int, tuple[torch.Tensor, FlatParamGroup | None]] = {}
         self.places: list[Place] = []
-        """In the order in which they should be written."""
+        """All parts in the order in which the writer should read them."""
         at = 0
         for block in blocks:
-            if block.stays or (bounded and block.flat is not None):
-                self._add_fed(block)
+            if block.streamed or (bounded and block.flat is not None):
+                self._add_streamed(block)
             else:
                 self._copied.append((block, at))
                 self.places += [Place(part, at + first * part.dtype.itemsize) for first, part in block.parts]
                 at = _aligned(at + block.nbytes, _ALIGNMENT)
         self.copied_bytes = at
         self._left: dict[int, int] = {}
-        """Pieces still to be read of each flat, by its id."""
-        for _, flat in self._fed.values():
+        """id of a flat parameter group -> number of its pieces that have not been copied yet."""
+        for _, flat in self._streamed.values():
             if flat is not None:
                 self._left[id(flat)] = self._left.get(id(flat), 0) + 1
         self._changed = threading.Condition()
         self._event: torch.cuda.Event | None = None
 
-    def _add_fed(self, block: Block) -> None:
+    def _add_streamed(self, block: Block) -> None:
         for first, whole in block.parts:
             for part in whole.split(max(1, SNAPSHOT_SLOT_BYTES // whole.dtype.itemsize)):
                 piece = block.view(first + part.start - whole.start, part)
-                self._fed[len(self.places)] = (piece, block.flat)
+                self._streamed[len(self.places)] = (piece, block.flat)
                 self.places.append(Place(part, None))
 
     @property
     def nbytes(self) -> int:
-        """Of shared memory that it needs."""
-        return self.copied_bytes + (SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES if self._fed else 0)
+        """Size in bytes of the shared memory that the snapshot needs."""
+        return self.copied_bytes + (SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES if self._streamed else 0)
 
     def copy(self, memory: SharedMemory) -> None:
-        """Every block that training changes. On a GPU the copies are only begun: `copied` and `wait_device` say when
-        they are done."""
+        """Copy every block that is not streamed. On a GPU the copies are asynchronous: see `wait_copied`."""
         for block, at in self._copied:
             target = memory.view(at, block.tensor.numel(), block.tensor.dtype)
             if block.flat is not None and block.tensor.device.type == "cpu" and native.available():
                 native.copy_past_cache(target.view(torch.uint8), block.tensor.view(torch.uint8))
             else:
                 target.copy_(block.tensor, non_blocking=True)
-        sources = [*(block.tensor for block, _ in self._copied), *(piece for piece, _ in self._fed.values())]
+        sources = [*(block.tensor for block, _ in self._copied), *(piece for piece, _ in self._streamed.values())]
         cuda = next((source.device for source in sources if source.device.type == "cuda"), None)
-        if cuda is not None:  # pieces are read from another stream: when this one has come to here
+        if cuda is not None:  # another thread reads pieces on its own stream, after this point
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(cuda))
 
-    def copied(self) -> None:
-        """Returns when the copies are in host memory, and pieces may be read."""
+    def wait_copied(self) -> None:
+        """Wait until the copies are in host memory and pieces may be read."""
         if self._event is not None:
             self._event.synchronize()
 
-    def feed(self, index: int, memory: SharedMemory, slot: int) -> None:
-        """Copy the piece of `places[index]` to a slot."""
-        piece, flat = self._fed[index]
+    def copy_piece(self, index: int, memory: SharedMemory, slot: int) -> None:
+        """Copy the piece of `places[index]` to a slot, for the writer."""
+        piece, flat = self._streamed[index]
         target = memory.view(slot_at(self.copied_bytes, slot), piece.numel(), piece.dtype)
         target.copy_(piece)
         if flat is not None:
@@ -150,43 +150,45 @@ class Snapshot:
                 self._changed.notify_all()
 
     def wait_for(self, flat: FlatParamGroup) -> None:
-        """Returns when `flat` may change. See [Note: blocks that stay]."""
+        """Wait until the snapshot no longer needs the states of `flat`. See [Note: streamed blocks]."""
         with self._changed:
             self._changed.wait_for(lambda: self._left.get(id(flat), 0) <= 0)
 
     def wait_for_all(self) -> None:
-        """Returns when everything may change."""
+        """Wait until the snapshot no longer needs any state."""
         with self._changed:
             self._changed.wait_for(lambda: all(left <= 0 for left in self._left.values()))
 
-    def give_up(self) -> None:
-        """Nobody reads it any more: nothing waits for it."""
+    def abandon(self) -> None:
+        """The writer needs no more pieces: release everyone who waits."""
         with self._changed:
             self._left.clear()
             self._changed.notify_all()
 
 
 class SnapshotGuard:
-    """Lets updates wait for what a checkpoint still reads. Holds the snapshot that was taken last."""
+    """Delays optimizer steps that would change states which the latest snapshot still has to read."""
 
     def __init__(self) -> None:
         self._snapshot: Snapshot | None = None
 
-    def hold(self, snapshot: Snapshot | None) -> None:
+    def protect(self, snapshot: Snapshot | None) -> None:
+        """Guard `snapshot` from now on, instead of the previous one; None: nothing."""
         self._snapshot = snapshot
 
     def wait_for(self, flat: FlatParamGroup) -> None:
-        """Returns when the masters and states of `flat` may change."""
+        """Wait until the master weights and optimizer states of `flat` may change."""
         if self._snapshot is not None:
             self._snapshot.wait_for(flat)
 
     def wait_for_all(self) -> None:
-        """Returns when everything may change."""
+        """Wait until all states may change."""
         if self._snapshot is not None:
             self._snapshot.wait_for_all()
 
 
 def slot_at(copied_bytes: int, slot: int) -> int:
+    """Byte offset of a slot in the shared memory, after `copied_bytes` of copies."""
     return copied_bytes + slot * SNAPSHOT_SLOT_BYTES
 
 

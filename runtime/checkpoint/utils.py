@@ -1,4 +1,4 @@
-"""`deepspeed.checkpoint.utils`, as far as scripts name it."""
+"""`deepspeed.checkpoint.utils`: the part that training scripts use."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 
 def clone_tensors_for_torch_save(item: Any, device: torch.device | str = "cpu") -> Any:
-    """`item` with every tensor in it replaced by a copy on `device`: parameters are views into flat memory, and
-    torch.save would write all of that for each."""
+    """A copy of `item` with every tensor cloned to `device`. Parameters are views into flat buffers, and torch.save
+    would write the whole buffer for each."""
     if isinstance(item, torch.Tensor):
         return item.detach().to(device, copy=True)
     if isinstance(item, dict):

@@ -1,7 +1,8 @@
-"""A writer process: `python -m runtime.checkpoint.writer DESCRIPTOR STORE RANK WORLD`, started by a rank (process.py).
+"""A writer process: `python -m runtime.checkpoint.writer DESCRIPTOR STORE RANK WORLD`, started by a rank
+(writer_process.py).
 
-It runs at idle priority, so that training has the processor whenever it wants it; it is a process and not a thread, so
-that training never waits for Python's lock while the writer waits for the processor.
+It runs at idle priority, so that training gets the CPU first. It is a process rather than a thread, so that training
+never waits for the GIL while the writer waits for the CPU.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
     from runtime.checkpoint.snapshot import Place
 
 MEETING_S = 120.0
+"""Timeout for the writers of all ranks to find each other."""
 WRITING_S = 12 * 3600.0
-"""A rank's writer may wait so long for another's: disks can be slow."""
+"""Timeout of collectives among writers, which includes the time that the slowest disk takes."""
 
 
 def main() -> None:
+    """Serve the rank's jobs until it sends None or is gone."""
     descriptor, store, rank, world_size = sys.argv[1:]
     die_with_parent(signal.SIGKILL)
     for number in IGNORED:
@@ -45,7 +48,7 @@ def main() -> None:
     link = _Link(connections.Connection(int(descriptor)))
     peers = _Peers(store, int(rank), int(world_size))
     link.send(("ready",))
-    _be_idle()  # threads that start later are, too
+    _be_idle()  # inherited by threads that start later
     threading.Thread(target=link.beat, daemon=True).start()
     pages: mmap.mmap | None = None
     while (message := link.receive()) is not None:
@@ -59,12 +62,12 @@ def main() -> None:
             case ("save", job, places, copied_bytes):
                 assert pages is not None
                 link.send(("done", *_save(job, _Source(link, pages, places, copied_bytes), peers)))
-                _be_idle()  # the rank may have lent it the processor
-    os._exit(0)  # without the ends of groups and stores, which look for each other
+                _be_idle()  # undo WriterProcess._hurry
+    os._exit(0)  # skips the teardown of process groups and stores, which would wait for peers
 
 
 def _save(job: Job, source: _Source, peers: _Peers) -> tuple[str, list[str]]:
-    """What went wrong: with the checkpoint, and afterwards."""
+    """Write the checkpoint. Returns (error, empty if it is complete; warnings)."""
     from runtime.checkpoint.commit import write
 
     try:
@@ -72,10 +75,10 @@ def _save(job: Job, source: _Source, peers: _Peers) -> tuple[str, list[str]]:
     except CheckpointError as error:
         return str(error), []
     except Exception as error:
-        return f"could not write {job.final}: {_in_words(error)}", []
+        return f"could not write {job.final}: {_describe(error)}", []
 
 
-def _in_words(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     from runtime.comm.pending import GLOO_DISCONNECTED
 
     text = root_cause(error)
@@ -86,13 +89,14 @@ def _in_words(error: Exception) -> str:
 
 
 class _Link:
-    """The way to the rank. Without it there is nothing to do here."""
+    """The connection to the rank; the process exits when it breaks."""
 
     def __init__(self, connection: connections.Connection) -> None:
         self.connection = connection
         self._lock = threading.Lock()
 
     def send(self, message: Any) -> None:
+        """Send one message of the protocol in writer_process.py."""
         try:
             with self._lock:
                 self.connection.send(message)
@@ -100,19 +104,21 @@ class _Link:
             os._exit(1)
 
     def receive(self) -> Any:
+        """The next message; None when the rank closes the writer."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
             os._exit(1)
 
     def beat(self) -> None:
+        """Send ("alive",) every ALIVE_S seconds, for ever."""
         while True:
             self.send(("alive",))
             time.sleep(ALIVE_S)
 
 
 class _Peers:
-    """The writers of all ranks, over Gloo, as runtime.checkpoint.commit wants them."""
+    """The `Peers` of commit.py: the writers of all ranks, over Gloo."""
 
     def __init__(self, store: str, rank: int, world_size: int) -> None:
         import torch.distributed as dist
@@ -126,7 +132,7 @@ class _Peers:
             timeout=datetime.timedelta(seconds=MEETING_S),
         )
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=WRITING_S))
-        self.gather_objects(None)  # from here on nobody looks at the file
+        self.gather_objects(None)  # from here on no writer needs the file
         if rank == 0:
             _remove(Path(store))
 
@@ -142,16 +148,17 @@ class _Peers:
 
 
 class _Source:
-    """The elements of each part: in shared memory, or asked for, the next one always ahead."""
+    """Reads parts from shared memory; streamed pieces are requested from the rank, one ahead of use."""
 
     def __init__(self, link: _Link, pages: mmap.mmap, places: list[Place], copied_bytes: int) -> None:
         self._link, self._pages, self._places, self._copied_bytes = link, pages, places, copied_bytes
         self._order = [index for index, place in enumerate(places) if place.at is None]
         self._turn = {index: turn for turn, index in enumerate(self._order)}
-        self._asked = 0
-        self._fed: set[int] = set()
+        self._requested = 0
+        self._ready: set[int] = set()
 
     def read(self, index: int) -> torch.Tensor:
+        """(numel,): the elements of part `index`."""
         import torch
 
         place = self._places[index]
@@ -159,33 +166,34 @@ class _Source:
         return torch.frombuffer(self._pages, dtype=place.part.dtype, count=place.part.numel, offset=at)
 
     def _slot(self, index: int) -> int:
-        """Where a piece is that was asked for. The one before it has been written: its slot is free for the next."""
+        """Wait for a streamed piece and return its byte offset. The piece before it has been written, so its slot is
+        free and the next piece is requested into it."""
         from runtime.checkpoint.snapshot import slot_at
 
         turn = self._turn[index]
-        self._ask_up_to(turn)
-        while index not in self._fed:
+        self._request_up_to(turn)
+        while index not in self._ready:
             message = self._link.receive()
-            assert message[0] == "fed"
-            self._fed.add(message[1])
-        self._ask_up_to(turn + 1)
+            assert message[0] == "piece_ready"
+            self._ready.add(message[1])
+        self._request_up_to(turn + 1)
         return slot_at(self._copied_bytes, turn % SNAPSHOT_SLOTS)
 
-    def _ask_up_to(self, turn: int) -> None:
-        while self._asked <= min(turn, len(self._order) - 1):
-            self._link.send(("feed", self._order[self._asked], self._asked % SNAPSHOT_SLOTS))
-            self._asked += 1
+    def _request_up_to(self, turn: int) -> None:
+        while self._requested <= min(turn, len(self._order) - 1):
+            self._link.send(("copy_piece", self._order[self._requested], self._requested % SNAPSHOT_SLOTS))
+            self._requested += 1
 
 
 def _remove(store: Path) -> None:
-    """The file through which the writers have met, and its folder where it was made for that."""
+    """Delete the FileStore's file, and its folder if it was created for it."""
     store.unlink(missing_ok=True)
     if store.parent.name.startswith(MEETING_FOLDER):
         store.parent.rmdir()
 
 
 def _be_idle() -> None:
-    """Use only what training leaves, where the system has such a thing (Linux)."""
+    """Switch to idle CPU and I/O scheduling, where the system has it (Linux)."""
     import psutil
 
     with contextlib.suppress(OSError, AttributeError, psutil.Error):

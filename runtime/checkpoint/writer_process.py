@@ -1,11 +1,11 @@
-"""A writer process as its rank sees it: jobs go out, pieces of offloaded states are handed on, one word comes back.
+"""The rank's handle on its writer process: sends jobs and pieces of streamed blocks, receives the outcome.
 
 rank                                             writer (python -m runtime.checkpoint.writer)
-("memory", bytes) and a descriptor  ───────────▶  maps it
+("memory", nbytes) and a descriptor ───────────▶  maps the shared memory
 ("save", job, places, ...)          ───────────▶  writes, together with the other ranks' writers
-                                    ◀───────────  ("feed", index, slot)      the next piece of what stays
-("fed", index)                      ───────────▶
-                                    ◀───────────  ("alive",)                 every ALIVE_S
+                                    ◀───────────  ("copy_piece", index, slot)   requests a piece of a streamed block
+("piece_ready", index)              ───────────▶
+                                    ◀───────────  ("alive",)                    every ALIVE_S
                                     ◀───────────  ("done", problem, notes)
 """
 
@@ -33,22 +33,25 @@ from runtime.checkpoint.snapshot import SharedMemory, Snapshot
 log = logging.getLogger("runtime.checkpoint")
 
 ALIVE_S = 2.0
+"""Seconds between two heartbeats of a writer."""
 PATIENCE_S = float(os.environ.get("ZEROTOP_WRITER_PATIENCE_S", "30"))
-"""A writer that was silent for so long is stopped or stuck: it is ended, and its checkpoint given up."""
+"""Seconds of silence after which a writer counts as hung: it is killed, and its checkpoint fails."""
 START_PATIENCE_S = 300.0
+"""Seconds of silence that are allowed while the writer starts."""
 CLOSE_S = 2.0
+"""Seconds that an idle writer gets to exit by itself."""
 MEETING_FOLDER = "zerotop-writers-"
-"""What the name of a folder begins with in which writers meet, outside a run."""
+"""Prefix of the temporary folder for the writers' FileStore, outside a run."""
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""By a writer: its rank decides when it ends. Batch systems and terminals send these to every process of a job."""
+"""Signals that writers ignore: the rank ends its writer, while batch systems and terminals signal every process."""
 PEER_LOST = "another rank's writer process is gone"
-"""What the other ranks' writers say of it: not the cause."""
+"""Error of the other ranks' writers when one is gone: a consequence, not the cause."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended. problem: empty when the checkpoint is complete. seconds: from copy to rename. blocked_s:
-    for which training stood still."""
+    """How a save ended. problem: empty if the checkpoint is complete. notes: warnings. seconds: from copy to rename.
+    blocked_s: seconds for which training waited."""
 
     job: Job
     problem: str
@@ -68,15 +71,15 @@ class _Running:
 
 
 class WriterProcess:
-    """One rank's writer. `save` returns at once; `wait` returns the outcome of what was begun last."""
+    """One rank's writer process. `save` returns at once; `wait` returns the outcome of the last save."""
 
     def __init__(self, store: str, rank: int, world_size: int) -> None:
-        """store: a file through which the writers of all ranks find each other. Raises OSError when none can be
-        started."""
+        """store: path of the FileStore through which the writers of all ranks find each other. Raises OSError if the
+        process cannot be started."""
         ours, theirs = socket.socketpair()
         variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-m", "runtime.checkpoint.writer", str(theirs.fileno()), store]
-        # It ignores them as soon as it can, which is after its imports.
+        # Blocked until the writer, after its imports, can ignore them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
             self._process = subprocess.Popen(
@@ -98,17 +101,20 @@ class WriterProcess:
         self._outcome: Outcome | None = None
         self._memory: SharedMemory | None = None
         self.alive = True
-        """It can write. After a failure its peers may be gone: then all ranks start new ones."""
+        """Whether it can take another job. False after any failure, as its peers may be gone: all ranks then start
+        anew."""
         self._ready = False
         for work in (self._send_all, self._receive_all):
             threading.Thread(target=work, name="zerotop-checkpoint", daemon=True).start()
 
     @property
     def pid(self) -> int:
+        """Process id of the writer."""
         return self._process.pid
 
     @property
     def busy(self) -> bool:
+        """Whether a save is running."""
         return self._running is not None
 
     # ---- the training thread ---------------------------------------------------------------------------------------
@@ -120,20 +126,21 @@ class WriterProcess:
         on_done: Callable[[Outcome], None],
         blocked_s: float = 0.0,
     ) -> None:
-        """Begin to write. on_done is called from another thread."""
+        """Start writing `job` from `snapshot`. on_done: called with the outcome from another thread. blocked_s: seconds
+        that training has waited so far."""
         with self._changed:
             assert self._running is None
             self._outcome = None
             running = self._running = _Running(job, snapshot, memory, on_done, blocked_s)
             lost = not self.alive
         if lost:
-            self._end(_failed(job, "its writer process is gone"))
+            self._end(_failed(job, "the writer process is gone"))
         else:
             self._outgoing.put(running)
 
     def wait(self, patience_s: float | None = None) -> Outcome | None:
-        """The outcome of the last save, when it is known; None when there was none, or after patience_s (seconds). The
-        writer hurries meanwhile."""
+        """Wait for the last save and return its outcome; None if there was none, or after `patience_s` seconds. The
+        writer runs at normal priority meanwhile."""
         if self.busy:
             self._hurry()
         with self._changed:
@@ -141,12 +148,12 @@ class WriterProcess:
             return self._outcome
 
     def forget(self) -> None:
-        """Somebody knows the outcome."""
+        """Drop the outcome of the last save, once it has been reported."""
         with self._changed:
             self._outcome = None
 
     def close(self) -> None:
-        """End the process, whatever it is doing. A second call does nothing."""
+        """End the process, even in the middle of a save. A second call does nothing."""
         self._outgoing.put(None)
         with contextlib.suppress(subprocess.TimeoutExpired):
             if not self.busy:
@@ -158,12 +165,12 @@ class WriterProcess:
         self._process.wait()
 
     def _hurry(self) -> None:
-        """Somebody waits for it now: let it have the processor."""
-        with contextlib.suppress(OSError):  # it is gone, or the system forbids it: then it takes longer
+        """Raise the writer from idle to normal CPU priority, because training waits for it."""
+        with contextlib.suppress(OSError):  # gone, or not permitted: then it stays slow
             for task in os.listdir(f"/proc/{self.pid}/task"):
                 os.sched_setscheduler(int(task), os.SCHED_OTHER, os.sched_param(0))
 
-    # ---- two threads: neither may hold up the other ----------------------------------------------------------------
+    # ---- two threads, so that neither sending nor receiving blocks the other -----------------------------------------
     def _send_all(self) -> None:
         while (item := self._outgoing.get()) is not None:
             try:
@@ -172,8 +179,8 @@ class WriterProcess:
                 else:
                     self._connection.send(item)
             except (OSError, ValueError):
-                return  # it is gone: the other thread sees it too
-            except Exception as error:  # the job can't be sent
+                return  # the writer is gone; the receiving thread reports it
+            except Exception as error:  # the job can't be pickled
                 if (running := self._running) is not None:
                     self._end(_failed(running.job, f"{type(error).__name__}: {error}"))
         with contextlib.suppress(OSError):
@@ -185,19 +192,20 @@ class WriterProcess:
             self._connection.send(("memory", memory.nbytes))
             reduction.send_handle(self._connection, memory.descriptor, self.pid)  # type: ignore[arg-type]
             self._memory = memory
-        snapshot.copied()
+        snapshot.wait_copied()
         self._connection.send(("save", running.job, snapshot.places, snapshot.copied_bytes))
 
     def _receive_all(self) -> None:
-        reason = "its writer process ended"
+        reason = "the writer process exited"
         try:
             while True:
-                if not self._connection.poll(PATIENCE_S if self._ready else START_PATIENCE_S):
-                    reason = "its writer process does not answer"
+                patience_s = PATIENCE_S if self._ready else START_PATIENCE_S
+                if not self._connection.poll(patience_s):
+                    reason = f"the writer process did not respond for {patience_s:g} s"
                     break
                 self._received(self._connection.recv())
         except (EOFError, OSError):
-            pass  # said below
+            pass  # reported below
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         self._kill()
@@ -210,11 +218,11 @@ class WriterProcess:
         match message:
             case ("ready",):
                 self._ready = True
-            case ("feed", index, slot):
+            case ("copy_piece", index, slot):
                 running = self._running
                 assert running is not None
-                running.snapshot.feed(index, running.memory, slot)
-                self._outgoing.put(("fed", index))
+                running.snapshot.copy_piece(index, running.memory, slot)
+                self._outgoing.put(("piece_ready", index))
             case ("done", problem, notes):
                 self._end(problem, tuple(notes))
 
@@ -223,14 +231,14 @@ class WriterProcess:
             running = self._running
             if running is None:
                 return
-            running.snapshot.give_up()
+            running.snapshot.abandon()
             self.alive = self.alive and not problem
             outcome = Outcome(running.job, problem, notes, time.monotonic() - running.began_s, running.blocked_s)
         try:
             running.on_done(outcome)
         except Exception:
-            log.exception("after a checkpoint")
-        with self._changed:  # last: whoever waits finds everything said
+            log.exception("the on_done callback of a checkpoint failed")
+        with self._changed:  # last: `wait` returns after on_done
             self._outcome, self._running = outcome, None
             self._changed.notify_all()
 

@@ -1,11 +1,11 @@
-"""DeepSpeed-style JSON config -> validated, complete settings of a run. Torch-free.
+"""Reads a DeepSpeed-style JSON config and resolves it to the complete settings of a run. Torch-free.
 
     config = load("config.json", ["zerotop.train.steps=50"])   # ConfigError lists every mistake at once
     resolved = config.resolve(world_size=2, device="cpu")      # batch arithmetic, "auto", precision
 
-Files, in the order in which they use each other: errors · section · deepspeed, zerotop, optimizers, schedulers (the
-sections, one docstring per key) · known (DeepSpeed's other keys) · source (text, lines, --set) · sift (keys sorted) ·
-batch · resolved · config · load; supported (what the trainer can't do yet); files (globs) stands by itself.
+Files, in the order of their dependencies: errors · section · deepspeed, zerotop, optimizers, schedulers (the sections,
+one docstring per key) · deepspeed_keys (DeepSpeed's other keys) · source (text, lines, --set) · keys (selects them) ·
+batch · resolved · config · load; supported (settings that the trainer refuses); files (globs) stands by itself.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """DeepSpeed's names in its module `runtime.config`. The class asks torch for the number of ranks, so it is
-    elsewhere, and loaded for who names it."""
+    """Names of DeepSpeed's module `runtime.config`. DeepSpeedConfig needs torch and is imported on first use."""
     if name == "DeepSpeedConfig":
         return importlib.import_module("runtime.engine.deepspeed_config").DeepSpeedConfig
     if name == "DeepSpeedConfigError":

@@ -14,27 +14,30 @@ TRAIN, MICRO, ACCUMULATION = "train_batch_size", "train_micro_batch_size_per_gpu
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences per rank and micro-step, micro-steps per optimizer step, and sequences per optimizer step."""
+    """The three batch sizes of a run."""
 
     micro: int
+    """Samples per rank and micro-step."""
     accumulation: int
+    """Micro-steps per optimizer step."""
     total: int
+    """Samples per optimizer step, over all ranks."""
 
 
 def solve(
     total: int | None, micro: int | None, accumulation: int | None, ranks: int, auto: set[str], found: Findings,
     notes: list[str],
 ) -> Batch | None:  # fmt: skip
-    """The three numbers from those given (None: absent), as DeepSpeed completes them; None after recording a problem.
+    """Complete the given numbers (None: absent) as DeepSpeed does; None after recording a problem.
 
     Any two give the third; one size alone means no accumulation. `auto`: the keys that are "auto".
     """
     if total is None and micro is None:
         if accumulation is not None and not auto & {TRAIN, MICRO}:
-            found.problem((ACCUMULATION,), f": alone it does not say how much to train on; add {MICRO} or {TRAIN}")
+            found.problem((ACCUMULATION,), f": does not determine the batch size alone; add {MICRO} or {TRAIN}")
             return None
         micro = DEFAULT_MICRO_BATCH
-        notes.append(f"{MICRO}: {micro}, our default")
+        notes.append(f"{MICRO}: {micro}, the default")
     if total is None:
         steps = accumulation or 1
         return Batch(micro or 1, steps, (micro or 1) * steps * ranks)

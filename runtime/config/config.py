@@ -1,4 +1,4 @@
-"""The config as the file gives it, and the step from there to what a run trains with."""
+"""The checked config file, and its resolution into the complete settings of a run."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ BatchSize = Annotated[Int, Field(ge=1)]
 
 
 class Config(Section):
-    """A checked config file. `load` makes one; `resolve` completes it for a number of ranks and a device."""
+    """A checked config file, from `load`. `resolve` completes it for a number of ranks and a device."""
 
     train_batch_size: BatchSize | None = None
-    """Sequences per optimizer step, over all ranks."""
+    """Samples per optimizer step, over all ranks."""
     train_micro_batch_size_per_gpu: BatchSize | None = None
-    """Sequences per rank and micro-step."""
+    """Samples per rank and micro-step."""
     gradient_accumulation_steps: BatchSize | None = None
     """Micro-steps per optimizer step."""
     gradient_clipping: Annotated[Num, Field(ge=0)] = 1.0
@@ -50,31 +50,31 @@ class Config(Section):
     bf16: Bf16Section = Bf16Section()
     """bfloat16 with fp32 master weights."""
     zero_optimization: ZeroSection = ZeroSection()
-    """ZeRO."""
+    """ZeRO stage and offload."""
     data_types: DataTypesSection = DataTypesSection()
     """Precision of gradient accumulation."""
     communication_data_type: AnyDType | None = None
-    """Precision in which gradients are reduced. Unset: that of the model where they are reduced as each unit's backward
-    ends (stages 2 and 3), else that in which they accumulate."""
+    """Precision in which gradients are reduced. Unset: the model's at stages 2 and 3, where gradients are reduced as
+    each unit's backward ends, else the one in which they accumulate."""
     prescale_gradients: Flag = False
     """Whether gradients are divided by the number of ranks before they are reduced, and not after."""
     gradient_predivide_factor: Annotated[Num, Field(gt=0)] = 1.0
     """What gradients are divided by before they are reduced; the mean stays the same. Not with prescale_gradients."""
     activation_checkpointing: ActivationCheckpointingSection | None = None
-    """Activations are computed again in backward instead of being kept. Unset: off."""
+    """Recompute activations in backward instead of keeping them. Unset: off."""
     checkpoint: CheckpointSection = CheckpointSection()
-    """What DeepSpeed checks of a script's checkpoints."""
+    """DeepSpeed's checks of checkpoints that a script saves."""
     dataloader_drop_last: Flag = False
     """Whether a loader that initialize() builds leaves out an incomplete last batch."""
     zerotop: ZerotopConfig = ZerotopConfig()
-    """Our own settings."""
+    """zerotop's own settings."""
 
     _found: Findings = PrivateAttr(default_factory=Findings)
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property
     def raw(self) -> dict[str, Any]:
-        """The JSON object this was read from, overrides applied: loading it again gives the same settings."""
+        """The JSON object that was read, with overrides applied; loading it again gives the same settings."""
         return copy.deepcopy(self._raw)
 
     @property
@@ -84,7 +84,7 @@ class Config(Section):
 
     @property
     def folder(self) -> FilePath:
-        """Where relative paths in this config start: the folder of its file, or the current one for a dictionary."""
+        """Base of relative paths in this config: the folder of its file, or the current folder for a dictionary."""
         origin = self._found.origin
         return FilePath(origin.name).resolve().parent if origin.is_file else FilePath.cwd()
 
@@ -94,7 +94,7 @@ class Config(Section):
     def resolve(self, world_size: int, device: Device, *, script: bool = False) -> Resolved:
         """Complete this config for `world_size` ranks on `device`; raises ConfigError with every problem at once.
 
-        `script`: a script of the user's brings model, data and perhaps optimizer, so these are not filled in.
+        `script`: a user script provides model, data and perhaps the optimizer, so these get no defaults.
         """
         if world_size < 1:
             raise ValueError(f"world_size must be at least 1, got {world_size}")
@@ -141,7 +141,7 @@ class Config(Section):
         if device == "cpu" and zero.offload_optimizer is not None and zerotop.offload.update == "gpu":
             found.problem(
                 ("zerotop", "offload", "update"),
-                ': "gpu" needs one, and this run is on the CPU. Leave it out, or write "cpu"',
+                ': "gpu" needs a GPU, and this run is on the CPU. Leave it out, or write "cpu"',
             )
         if self.prescale_gradients and self.gradient_predivide_factor != 1.0:
             found.problem(
@@ -205,7 +205,7 @@ class Config(Section):
         params = self.optimizer.params
         resolved = self.optimizer.resolve(self._is_auto("optimizer", "params", "lr"))
         if "lr" not in params.model_fields_set:
-            notes.append(f"optimizer.params.lr: {resolved.lr:g}, our default")
+            notes.append(f"optimizer.params.lr: {resolved.lr:g}, the default")
         if isinstance(params, AdamParams) and self.optimizer.type == "Adam" and resolved.weight_decay > 0:
             how = "decays weights directly, as AdamW" if resolved.adam_w_mode else "decays weights through the gradient"
             if "adam_w_mode" not in params.model_fields_set:
@@ -213,7 +213,7 @@ class Config(Section):
         return resolved
 
     def _complete_zerotop(self, notes: list[str]) -> ZerotopConfig:
-        """Our section for the built-in trainer, which needs a model, a text and a number of steps."""
+        """The zerotop section with defaults for the built-in trainer: model, data and number of steps."""
         zerotop = self.zerotop
         if zerotop.model.preset is None and zerotop.model.path is None:
             notes.append(f"zerotop.model: the built-in {DEFAULT_PRESET}, as there is neither a model nor a script")
@@ -221,12 +221,12 @@ class Config(Section):
         if not zerotop.data.files:
             notes.append("zerotop.data.files: the source text of Python's standard library, as no files are given")
         if zerotop.train.steps is None:
-            notes.append(f"zerotop.train.steps: {DEFAULT_STEPS}, our default")
+            notes.append(f"zerotop.train.steps: {DEFAULT_STEPS}, the default")
             zerotop = zerotop.model_copy(update={"train": zerotop.train.model_copy(update={"steps": DEFAULT_STEPS})})
         return zerotop
 
     def _filled_autos(self, optimizer: OptimizerConfig | None) -> list[str]:
-        """One line for every key that is "auto" and takes its default; the others have their own notes."""
+        """A note for each "auto" key that takes its default and has no note of its own."""
         spoken: set[Path] = {
             (TRAIN,), (MICRO,), (ACCUMULATION,), ("fp16", "enabled"), ("bf16", "enabled"),
             ("optimizer", "params", "lr"),
@@ -241,7 +241,7 @@ class Config(Section):
                 value = getattr(value, key, None)
             if path == ("optimizer", "params", "weight_decay") and optimizer is not None and optimizer.is_adam:
                 value = optimizer.weight_decay  # its default depends on torch_adam
-            lines.append(f"{dotted(path)}: {_plain(value)}, our default")
+            lines.append(f"{dotted(path)}: {_plain(value)}, the default")
         return lines
 
 
@@ -254,6 +254,6 @@ def _plain(value: Any) -> str:
 
 
 def _cpu(section: Section | None) -> dict[str, Any] | None:
-    """The fields of an offload section that is on."""
+    """The fields of an offload section whose device is "cpu"; None for any other."""
     fields = section.model_dump() if section is not None else {"device": "none"}
     return fields if fields["device"] == "cpu" else None

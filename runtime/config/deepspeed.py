@@ -1,4 +1,4 @@
-"""DeepSpeed's own sections, as far as they mean something here. The others are in known.py."""
+"""The sections and keys of DeepSpeed that zerotop implements; deepspeed_keys.py lists the others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _dtype(value: Any) -> Any:
 
 Stage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(integer)]
 AnyDType = Annotated[DType, BeforeValidator(_dtype)]
-"""fp32, bf16 or fp16, also under torch's names."""
+"""fp32, bf16 or fp16; torch's names are accepted, too."""
 
 
 class Fp16Section(Section):
@@ -55,23 +55,23 @@ class Bf16Section(Section):
 
 
 class OffloadOptimizerSection(Section):
-    """`zero_optimization.offload_optimizer`: where optimizer states live and who updates them."""
+    """`zero_optimization.offload_optimizer`: where optimizer states live."""
 
     device: Literal["none", "cpu"] = "none"
     """`cpu` keeps states and fp32 master weights in host memory; `none` keeps them on the GPU."""
     pin_memory: Flag = False
-    """Whether that host memory is page-locked, which makes transfers faster."""
+    """Whether that host memory is pinned, which makes transfers faster."""
     ratio: Annotated[Num, Field(ge=0, le=1)] = 1.0
-    """Share of the states that goes to the host."""
+    """Share of the optimizer states to offload, 0 to 1."""
 
 
 class OffloadParamSection(Section):
-    """`zero_optimization.offload_param`: where parameters wait at stage 3."""
+    """`zero_optimization.offload_param`: where the parameters' shards live at stage 3."""
 
     device: Literal["none", "cpu"] = "none"
-    """`cpu` keeps each rank's range in host memory until it is gathered."""
+    """`cpu` keeps each rank's shards in host memory until they are unsharded."""
     pin_memory: Flag = False
-    """Whether that host memory is page-locked, which makes transfers faster."""
+    """Whether that host memory is pinned, which makes transfers faster."""
 
 
 class ZeroSection(Section):
@@ -84,7 +84,7 @@ class ZeroSection(Section):
     offload_param: OffloadParamSection | None = None
     """Parameters in host memory; only at stage 3."""
     stage3_param_persistence_threshold: Annotated[Int, Field(ge=0)] = 100_000
-    """Parameters of fewer elements stay whole at stage 3: gathering them costs more than holding them."""
+    """Parameters with fewer elements are not sharded at stage 3, as all-gathering them costs more than keeping them."""
 
 
 class ActivationCheckpointingSection(Section):
@@ -92,9 +92,9 @@ class ActivationCheckpointingSection(Section):
     runtime.checkpointing.checkpoint."""
 
     cpu_checkpointing: Flag = False
-    """Whether what is kept for backward waits in host memory."""
+    """Whether the inputs kept for recomputation are moved to host memory."""
     number_checkpoints: Annotated[Int, Field(ge=1)] | None = None
-    """Segments that the blocks of the built-in model are grouped into. Unset: every block is one."""
+    """Number of segments into which the built-in model's blocks are grouped. Unset: one per block."""
 
 
 def _lower(value: Any) -> Any:
@@ -102,10 +102,10 @@ def _lower(value: Any) -> Any:
 
 
 class CheckpointSection(Section):
-    """DeepSpeed's `checkpoint` section. Ours is zerotop.checkpoint."""
+    """DeepSpeed's `checkpoint` section; zerotop's own keys are in zerotop.checkpoint."""
 
     tag_validation: Annotated[Literal["ignore", "warn", "fail"], BeforeValidator(_lower)] = "warn"
-    """What save_checkpoint() does when the ranks give it different tags: take rank 0's, say so as well, or fail."""
+    """What save_checkpoint() does if ranks pass different tags: use rank 0's silently, with a warning, or fail."""
 
 
 class DataTypesSection(Section):

@@ -1,4 +1,4 @@
-"""What is said about a bad config: all problems at once, each with its key, what was expected, and the way out."""
+"""Errors of a config: all problems at once, each with its key, what was expected, and how to fix it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Path = tuple[str, ...]
-"""Where a value stands in the config, e.g. ("zero_optimization", "stage")."""
+"""The keys that lead to a value, e.g. ("zero_optimization", "stage")."""
 
 
 class ConfigError(Exception):
-    """A config that cannot be used. `str(error)` is the whole message, `problems` its parts, one per mistake."""
+    """A config that cannot be used. `str(error)` is the full message, `problems` its parts, one per mistake."""
 
     def __init__(self, problems: Sequence[str] | str, origin: str = "") -> None:
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
@@ -27,7 +27,7 @@ class ConfigError(Exception):
 
 
 def _printable(text: str) -> str:
-    """`text` with what would steer or break a terminal (keys may hold anything) written as escapes."""
+    """`text` with unprintable characters escaped, as keys may contain terminal control sequences."""
     return "".join(
         char if char == "\n" or char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
@@ -65,16 +65,16 @@ class Origin:
 
 @dataclass
 class Findings:
-    """What reading a config brings up: problems, notes, and the keys that were "auto"."""
+    """What was found while reading a config: problems, keys without effect, and keys that are "auto"."""
 
     origin: Origin = field(default_factory=Origin)
     problems: list[str] = field(default_factory=list)
     no_effect: dict[str, list[str]] = field(default_factory=dict)
-    """Reason -> keys that have no effect for this reason."""
+    """Reason -> keys without effect for this reason."""
     autos: set[Path] = field(default_factory=set)
     """Keys whose value is "auto" and that are therefore treated as absent."""
     vocabulary: Mapping[str, Path] = field(default_factory=dict)
-    """Name of every key of a config -> where it belongs, for suggestions."""
+    """Name of every key -> its path, for suggestions."""
 
     def problem(self, path: Path, text: str) -> None:
         """Record that the value at `path` is wrong; `text` continues after the key."""
@@ -86,15 +86,17 @@ class Findings:
         self.no_effect.setdefault(reason, []).append(dotted(path))
 
     def raise_if_any(self) -> None:
+        """Raise ConfigError if any problem was recorded."""
         if self.problems:
             raise ConfigError(self.problems, self.origin.name)
 
     def notes(self) -> list[str]:
-        """One line per reason: the keys without effect, and why."""
+        """One line per reason: the keys without effect and the reason."""
         return [f"{', '.join(keys)}: no effect here, because {reason}" for reason, keys in self.no_effect.items()]
 
 
 def dotted(path: Iterable[str]) -> str:
+    """The path as users write it: "zero_optimization.stage"."""
     return ".".join(path)
 
 

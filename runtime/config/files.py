@@ -1,4 +1,4 @@
-"""Which files a list of globs names. The command line asks before a run starts, the trainer when it reads them."""
+"""Expands the globs of zerotop.data.files, for the command line before a run starts and for the trainer."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .errors import Path, dotted
 
 MAX_DEPTH = 64
-"""Of objects and lists in each other."""
+"""Maximum nesting of objects and lists."""
 
 _SPACE = re.compile(r"(?:[ \t\r\n]+|#[^\n]*|//[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"')
@@ -30,7 +30,7 @@ _PUNCTUATION = re.compile(r"[{}\[\],:\"]")
 
 
 class HjsonError(ValueError):
-    """Not Hjson either; `position` is the offset of what is wrong."""
+    """Text that is not Hjson; `position` is the offset of the error."""
 
     def __init__(self, message: str, position: int) -> None:
         super().__init__(message)
@@ -38,16 +38,18 @@ class HjsonError(ValueError):
 
 
 class Parsed(NamedTuple):
+    """The result of `parse`."""
+
     value: Any
-    """What the text says."""
+    """The parsed document."""
     lines: dict[Path, int]
-    """Line of every key."""
+    """Line number of every key, from 1."""
     problems: list[str]
-    """Keys that are given twice."""
+    """One message per key that is given twice."""
 
 
 def parse(text: str) -> Parsed:
-    """Raises HjsonError."""
+    """Parse `text` as Hjson. Raises HjsonError."""
     reader = _Reader(text)
     return Parsed(reader.root(), reader.lines, reader.problems)
 
@@ -78,7 +80,7 @@ class _Reader:
         return self.text[self.at : self.at + 1]
 
     def _space(self) -> bool:
-        """Go past white space and comments. Whether a line ended there."""
+        """Skip white space and comments. Returns whether they contain a line end."""
         found = _SPACE.match(self.text, self.at)
         assert found is not None  # it matches nothing, too
         self.at = found.end()
@@ -182,7 +184,7 @@ class _Reader:
         self.lines.setdefault(path, line)
 
     def _between(self, end: str) -> None:
-        """After a member: a comma, a line end, or the end of what it is in."""
+        """Skip the separator after a member: a comma, a line end, or the end of its object or list."""
         new_line = self._space()
         if self._next() == ",":
             self.at += 1

@@ -25,16 +25,21 @@ class Knob:
     """One setting that can change during a run."""
 
     name: str
+    """Name in `set NAME=VALUE`."""
     type: type[int] | type[float] | type[str]
+    """Type of its values."""
     description: str
+    """One line for help texts."""
     unit: str
+    """Unit of its values; empty without one."""
     key: str | None
     """The config key that holds the first value, or None when there is none."""
     min: float | None = None
-    """Smallest allowed value, inclusive; None for a choice."""
+    """Smallest allowed value, inclusive; None if `choices` apply."""
     max: float | None = None
-    """Largest allowed value, inclusive; None for a choice."""
+    """Largest allowed value, inclusive; None if `choices` apply."""
     choices: tuple[str, ...] = ()
+    """The allowed strings; empty for numbers."""
 
     @property
     def allowed(self) -> str:
@@ -112,7 +117,7 @@ KNOBS: Mapping[str, Knob] = MappingProxyType(
             Knob(
                 name="checkpoint_minutes",
                 type=float,
-                description="minutes between two automatic checkpoints, beside the interval in steps; 0 makes none",
+                description="minutes between two automatic checkpoints, besides the interval in steps; 0 makes none",
                 unit="minutes",
                 key="zerotop.checkpoint.minutes",
                 min=0.0,

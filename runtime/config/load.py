@@ -1,4 +1,4 @@
-"""From a path or a dictionary to a checked Config: every problem is found before any is reported."""
+"""Reads and checks a config from a path or dictionary, and reports all problems at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from . import optimizers, schedulers
 from .config import Config
 from .errors import Findings, Path, clipped, nearest, shown
-from .sift import AUTO, check, paths, sift
+from .keys import AUTO, key_paths, select_keys, validate
 from .source import read
 
 
@@ -21,15 +21,15 @@ def load(source: str | FilePath | Mapping[str, Any], overrides: Sequence[str] = 
     """
     raw, origin = read(source, overrides)
     found = Findings(
-        origin=origin, vocabulary={path[-1]: path for path in reversed([*paths(Config, ()), *_PARAM_PATHS])}
+        origin=origin, vocabulary={path[-1]: path for path in reversed([*key_paths(Config, ()), *_PARAM_PATHS])}
     )
-    kept = sift(Config, _old_spellings(raw, found), (), found)
+    kept = select_keys(Config, _old_spellings(raw, found), (), found)
     if "optimizer" in kept:
         kept["optimizer"] = _optimizer(kept["optimizer"], found)
     if "scheduler" in kept:
         kept["scheduler"] = _scheduler(kept["scheduler"], found)
-    _contradictions(kept, found)
-    config = check(Config, kept, (), found)
+    _check_combinations(kept, found)
+    config = validate(Config, kept, (), found)
     found.raise_if_any()
     assert config is not None  # a config that fails its check leaves a problem
     config._found, config._raw = found, raw
@@ -43,7 +43,7 @@ _PARAM_PATHS: list[Path] = [
 
 
 def _old_spellings(raw: dict[str, Any], found: Findings) -> dict[str, Any]:
-    """The raw config with DeepSpeed's old spellings that need more than a new name replaced."""
+    """A copy of the raw config without old spellings of DeepSpeed that take more than a renamed key."""
     raw = dict(raw)
     if "bfloat16" in raw:
         raw.setdefault("bf16", raw["bfloat16"])
@@ -94,18 +94,18 @@ def _optimizer(kept: dict[str, Any], found: Findings) -> Any:
     if isinstance(raw, Mapping):
         raw = dict(raw)
         for key in [key for key in raw if key in optimizers.IGNORED_PARAMS]:
-            found.ignored((*where, key), "it chooses an implementation, not a result")
+            found.ignored((*where, key), "it selects an implementation and does not change results")
             del raw[key]
         if "max_grad_norm" in raw:
             found.problem(
-                (*where, "max_grad_norm"), ": clipping is not the optimizer's; write gradient_clipping at the top"
+                (*where, "max_grad_norm"), ": not an optimizer parameter here; write gradient_clipping at the top level"
             )
             del raw["max_grad_norm"]
         for key in ("amsgrad", "maximize"):
             if key in raw and canonical in ("Adam", "AdamW") and raw.pop(key):
                 found.problem((*where, key), f": {canonical} has no {key} here; leave it out")
     model = optimizers.PARAMS[canonical]
-    params = check(model, sift(model, raw, where, found), where, found)
+    params = validate(model, select_keys(model, raw, where, found), where, found)
     return None if params is None else {"type": canonical, "params": params}
 
 
@@ -129,12 +129,12 @@ def _scheduler(kept: dict[str, Any], found: Findings) -> Any:
         return None
     where = ("scheduler", "params")
     model = schedulers.PARAMS[name]
-    params = check(model, sift(model, kept.get("params", {}), where, found), where, found)
+    params = validate(model, select_keys(model, kept.get("params", {}), where, found), where, found)
     return None if params is None else {"type": name, "params": params}
 
 
-def _contradictions(kept: dict[str, Any], found: Findings) -> None:
-    """Keys that are fine one by one and not together."""
+def _check_combinations(kept: dict[str, Any], found: Findings) -> None:
+    """Record problems of keys that are valid alone but not together."""
     if kept.get("fp16", {}).get("enabled") is True and kept.get("bf16", {}).get("enabled") is True:
         found.problem(("fp16", "enabled"), ": fp16 and bf16 are both enabled; set one of them to false")
     for section in ("offload_optimizer", "offload_param"):

@@ -1,4 +1,4 @@
-"""The `optimizer` section. An optimizer fits ZeRO's flat ranges when it treats every element by itself."""
+"""The `optimizer` section. ZeRO's flat shards support any optimizer that updates each element independently."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AdamParams(Section):
     adam_w_mode: Flag = True
     """Whether weights decay directly (AdamW) or through the gradient (L2). Type AdamW always decays directly."""
     torch_adam: Flag = False
-    """Asks DeepSpeed for torch's implementation; here it only chooses torch's default weight_decay."""
+    """Selects torch's implementation in DeepSpeed; here it only selects torch's default weight_decay."""
 
 
 class _TorchParams(Section):
@@ -175,12 +175,12 @@ PARAMS: dict[str, type[Section]] = {
 _SPELLINGS = {"fusedadam": "AdamW", "deepspeedcpuadam": "AdamW", "cpuadam": "AdamW", "adamw_torch": "AdamW"}
 
 IGNORED_PARAMS = ("foreach", "fused", "capturable", "differentiable")
-"""Params of torch.optim that choose an implementation, not a result."""
+"""Params of torch.optim that select an implementation and do not change results."""
 
 _ONE_BIT = "it compresses gradients to one bit with its own communication, which changes results; zerotop is exact"
 _MUP = "it needs parameters annotated by the mup package"
-_WHOLE = "it needs whole matrices, and under ZeRO a rank holds only a flat range of each unit"
-_NORMS = "it scales by the norm of each whole parameter, and under ZeRO a rank holds only a flat range of each unit"
+_WHOLE = "it needs full matrices, and under ZeRO a rank holds only a flat shard of each unit"
+_NORMS = "it scales by the norm of each full parameter, and under ZeRO a rank holds only a flat shard of each unit"
 _LION = "torch.optim has no Lion; a script can give one to initialize(optimizer=...): runtime.ops.lion.FusedLion"
 REFUSED: dict[str, str] = {
     "onebitadam": _ONE_BIT,
@@ -196,7 +196,7 @@ REFUSED: dict[str, str] = {
     "adafactor": _WHOLE,
     "shampoo": _WHOLE,
     "lbfgs": "it needs a closure that recomputes the loss, and one history over all parameters",
-    "sparseadam": "it takes sparse gradients only, and gradients land in dense flat buffers here",
+    "sparseadam": "it takes sparse gradients only, and gradients are dense here",
     "muadam": _MUP,
     "muadamw": _MUP,
     "musgd": _MUP,
@@ -205,7 +205,7 @@ REFUSED: dict[str, str] = {
 
 
 class OptimizerConfig(Section):
-    """The optimizer, complete. `type` is the class in torch.optim whose results are reproduced."""
+    """The resolved optimizer. `type` is the class in torch.optim whose results it reproduces."""
 
     type: str
     """AdamW, Adam, SGD, Adamax, NAdam, RAdam, RMSprop, Rprop, Adagrad, Adadelta or ASGD. DeepSpeed's Adam without
@@ -223,14 +223,15 @@ class OptimizerConfig(Section):
     adam_w_mode: bool = False
     """True exactly when type is AdamW."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Other types: the keyword arguments of torch.optim.<type> that the config gives, beside lr."""
+    """Other types: the keyword arguments of torch.optim.<type> that the config gives, except lr."""
 
     @property
     def is_adam(self) -> bool:
+        """Whether `type` is Adam or AdamW."""
         return self.type in ("Adam", "AdamW")
 
     def torch_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments of `torch.optim.<type>`, which cannot express bias_correction false."""
+        """The keyword arguments of `torch.optim.<type>`, which has none for bias_correction."""
         if self.is_adam:
             return {"lr": self.lr, "betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
         return {"lr": self.lr, **self.extra}

@@ -13,22 +13,29 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 VOCAB_MULTIPLE = 64
+"""The embedding's rows are padded to a multiple of this."""
 
 
 class ModelError(ValueError):
-    """The model section cannot be built; the message names the key and the way out."""
+    """An invalid model section; the message names the key and how to fix it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GPTConfig:
-    """Shape of the built-in GPT. `vocab_size` counts rows of the embedding (padded), not the tokenizer's tokens."""
+    """Shape of the built-in GPT."""
 
     layers: int
+    """Number of blocks."""
     heads: int
+    """Attention heads per block."""
     dim: int
+    """Width of the residual stream."""
     vocab_size: int
+    """Rows of the embedding, padded beyond the tokenizer's tokens."""
     max_seq_len: int
+    """Longest sequence in tokens."""
     tied: bool = False
+    """Whether the head shares the embedding's weights."""
 
     def __post_init__(self) -> None:
         for field in ("layers", "heads", "dim", "vocab_size", "max_seq_len"):
@@ -101,11 +108,11 @@ def _preset_name(section: Any) -> str:
 def unit_parameters(
     config: GPTConfig, small_below: int = 0, patterns: Sequence[str] | None = None
 ) -> list[tuple[str, int]]:
-    """(unit, number of parameters) in forward order, cut as runtime/zero/cut.py cuts the model itself: the embedding,
-    each block, norm and head, or the modules that `patterns` (the config's zerotop.units) name.
+    """(unit, number of parameters) in forward order, divided as in runtime/zero/cut.py: the embedding, each block, norm
+    and head, or the modules that `patterns` (the config's zerotop.units) match.
 
     A parameter that several units use (a tied embedding), or none, belongs to the root unit, which comes first. Those
-    of fewer than `small_below` elements are set apart in the unit "small". Units without parameters are left out.
+    with fewer than `small_below` elements form the unit "small". Units without parameters are left out.
 
     Raises ModelError where no module has a name that a pattern matches.
     """
@@ -119,7 +126,7 @@ def unit_parameters(
 def gradient_arrivals(
     config: GPTConfig, small_below: int = 0, patterns: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """The unit of each parameter, cut as by `unit_parameters`, in the order in which backward makes their gradients."""
+    """The unit of each parameter (see `unit_parameters`) in the order in which backward produces the gradients."""
     forward = _units_of_parameters(config, small_below, _units(config, patterns))
     return tuple(reversed([unit for unit, _ in forward]))
 
@@ -131,7 +138,7 @@ def _units(config: GPTConfig, patterns: Sequence[str] | None) -> dict[str, tuple
 def _units_of_parameters(
     config: GPTConfig, small_below: int, units: dict[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, int]]:
-    """Each parameter's unit and number of elements, in forward order; a tied table where it is used first."""
+    """(unit, number of elements) of each parameter in forward order; a tied embedding counts where it is used first."""
     unit_of = {module: unit for unit, modules in units.items() for module in modules}
     for modules, numel in _modules_of_parameters(config):
         owners = {unit_of[outer] for module in modules for outer in _paths(module) if outer in unit_of}
@@ -140,7 +147,7 @@ def _units_of_parameters(
 
 
 def _modules_of_parameters(config: GPTConfig) -> Iterator[tuple[tuple[str, ...], int]]:
-    """For each parameter the modules that hold it, and its number of elements."""
+    """(modules that share it, number of elements) of each parameter."""
     dim, table = config.dim, config.vocab_size * config.dim
     yield ("embedding", "head") if config.tied else ("embedding",), table
     in_a_block = {"attention_norm": dim, "qkv": 3 * dim**2, "attention_out": dim**2}
@@ -153,7 +160,7 @@ def _modules_of_parameters(config: GPTConfig) -> Iterator[tuple[tuple[str, ...],
 
 
 def _default_units(config: GPTConfig) -> dict[str, tuple[str, ...]]:
-    """Each unit's modules. A single block is no list of blocks, and the model is then one unit."""
+    """The modules of each unit. With a single block there is no list of blocks, and the model is one unit."""
     if config.layers == 1:
         return {}
     blocks = {f"blocks.{index}": (f"blocks.{index}",) for index in range(config.layers)}
@@ -161,7 +168,7 @@ def _default_units(config: GPTConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _chosen(config: GPTConfig, patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The modules that patterns match, without those inside another one."""
+    """The modules that `patterns` match, except those inside another match."""
     untied = dataclasses.replace(config, tied=False)  # whose parameters are in the order of the model's modules
     names = dict.fromkeys(path for (module,), _ in _modules_of_parameters(untied) for path in _paths(module))
     missing = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
@@ -175,11 +182,11 @@ def _chosen(config: GPTConfig, patterns: Sequence[str]) -> dict[str, tuple[str, 
 
 
 def _paths(module: str) -> list[str]:
-    """Of the modules around it, outermost first, and its own."""
+    """Paths of the enclosing modules, outermost first, and of the module itself."""
     parts = module.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def parameters(config: GPTConfig) -> int:
-    """Number of parameters, a tied table counted once."""
+    """Number of parameters; a tied embedding counts once."""
     return sum(numel for _, numel in unit_parameters(config))

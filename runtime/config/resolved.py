@@ -1,4 +1,4 @@
-"""What a run is trained with: every default chosen, every "auto" filled. The engine and the trainer read this."""
+"""The complete settings of a run, with all defaults and "auto" values filled in, as engine and trainer use them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _IN_FILE: dict[str, str] = {
     "offload_optimizer": "zero_optimization.offload_optimizer",
     "offload_param": "zero_optimization.offload_param",
 }
-"""Where a setting of `Resolved` stands in the file, where that is elsewhere. Longer paths first."""
+"""Setting of `Resolved` -> its key in the config file, where they differ. Longer paths first."""
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Every value by its path."""
+    """Path -> value, for every value in nested dictionaries."""
     if not isinstance(value, dict):
         return {path: value}
     return {where: leaf for key, item in value.items() for where, leaf in _leaves(item, (*path, key)).items()}
@@ -67,6 +67,7 @@ class Fp16Config(Section):
 
     @property
     def dynamic(self) -> bool:
+        """Whether the loss scale is found while training."""
         return self.loss_scale == 0.0
 
 
@@ -94,15 +95,15 @@ class Resolved(Section):
     """A complete config for a given number of ranks and kind of device."""
 
     world_size: int
-    """Ranks."""
+    """Number of ranks."""
     device: Literal["cpu", "cuda"]
     """Kind of device that every rank trains on."""
     micro_batch: int
-    """Sequences per rank and micro-step."""
+    """Samples per rank and micro-step."""
     accumulation: int
     """Micro-steps per optimizer step."""
     global_batch: int
-    """Sequences per optimizer step: micro_batch x accumulation x world_size."""
+    """Samples per optimizer step: micro_batch x accumulation x world_size."""
     stage: Literal[0, 1, 2, 3]
     """ZeRO stage."""
     precision: DType
@@ -110,18 +111,18 @@ class Resolved(Section):
     grad_accum_dtype: DType
     """Precision in which gradients accumulate: fp32, or `precision` when the config says so."""
     communication_data_type: DType | None
-    """Precision in which gradients are reduced. None: the precision itself where they are reduced as each unit's
-    backward ends (stages 2 and 3), else that in which they accumulate."""
+    """Precision in which gradients are reduced. None: `precision` at stages 2 and 3, where gradients are reduced as
+    each unit's backward ends, else `grad_accum_dtype`."""
     prescale_gradients: bool
     """Whether gradients are divided by the number of ranks before they are reduced, and not after."""
     gradient_predivide_factor: float
-    """What gradients are divided by before they are reduced; the rest of the mean is taken after."""
+    """What gradients are divided by before they are reduced; the rest of the averaging follows after."""
     persistence_threshold: int
-    """Parameters of fewer elements are set apart, and stay whole at stage 3."""
+    """Parameters with fewer elements form a unit of their own, which is not sharded at stage 3."""
     activation_checkpointing: ActivationCheckpointingSection | None
     """None: the built-in model keeps its activations."""
     tag_validation: Literal["ignore", "warn", "fail"] = "warn"
-    """What save_checkpoint() does when the ranks give it different tags."""
+    """What save_checkpoint() does if ranks pass different tags."""
     gradient_clipping: float
     """Largest global gradient norm; 0 does not clip."""
     optimizer: OptimizerConfig | None
@@ -137,7 +138,7 @@ class Resolved(Section):
     dataloader_drop_last: bool
     """Whether a loader that initialize() builds from `training_data` leaves out an incomplete last batch."""
     zerotop: ZerotopConfig
-    """Our own section. Without a script, model.preset or model.path and train.steps are set."""
+    """zerotop's own section. Without a script, model.preset or model.path and train.steps are set."""
     notes: tuple[str, ...]
     """Keys without effect and why, and the defaults that were chosen: one line each, to be shown once at launch."""
 
@@ -151,8 +152,8 @@ class Resolved(Section):
         return cls.model_validate_json(text)
 
     def difference(self, other: Resolved) -> tuple[str, Any, Any] | None:
-        """The first setting in which `other` differs: its key as a config file spells it, our value and the other's.
-        Notes do not count."""
+        """The first setting in which `other` differs: (key in the config file, own value, other value). Ignores
+        notes."""
         mine, theirs = (_leaves(config.model_dump(mode="json", exclude={"notes"})) for config in (self, other))
         for path in [*mine, *(path for path in theirs if path not in mine)]:
             if mine.get(path) != theirs.get(path):

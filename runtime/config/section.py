@@ -12,16 +12,18 @@ from .errors import shown
 
 
 class Section(BaseModel):
-    """One object of the config file: immutable, and no key beside its fields."""
+    """One object of the config file: immutable, without keys other than its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 def wrong(expected: str, got: Any) -> PydanticCustomError:
+    """The validation error "expected ..., got ..."."""
     return PydanticCustomError("wrong_type", "{text}", {"text": f"expected {expected}, got {shown(got)}"})
 
 
 def integer(value: Any) -> int:
+    """A JSON number without fraction, within 64 bits."""
     # 5e8 is how people write five hundred million in JSON, and it parses as a float.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong("a whole number", value)
@@ -33,6 +35,7 @@ def integer(value: Any) -> int:
 
 
 def number(value: Any) -> float:
+    """A finite JSON number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong("a number", value)
     try:

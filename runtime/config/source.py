@@ -1,4 +1,4 @@
-"""Reading the text, JSON or Hjson: every mistake gets its line, every key remembers its own, --set changes keys."""
+"""Reads a config as JSON or Hjson with the line number of every key, and applies --set overrides."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read(source: str | FilePath | Mapping[str, Any], overrides: Sequence[str] = 
 
 
 def _from_base64(source: str | FilePath) -> str | None:
-    """The text of a config that came as base64, as accelerate hands one to its ranks; None for a path."""
+    """The text of a config in base64, as accelerate passes it to its ranks; None if `source` is a path."""
     if not isinstance(source, str) or not _BASE64.fullmatch(source):
         return None
     try:
@@ -91,7 +91,7 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], dict[Path, int]]:
 
 
 def _parse_hjson(text: str, name: str, error: json.JSONDecodeError) -> hjson.Parsed:
-    """What is not JSON may be Hjson. If it is neither, the parser that understood more of it complains."""
+    """Parse text that is not JSON as Hjson. If it is neither, report the error of the parser that got further."""
     try:
         return hjson.parse(text)
     except hjson.HjsonError as other:
@@ -102,7 +102,7 @@ def _parse_hjson(text: str, name: str, error: json.JSONDecodeError) -> hjson.Par
 
 
 def _not_json(text: str, position: int, message: str) -> str:
-    """The parser's complaint with the line it is about and a caret under the column."""
+    """The parser's message with the offending line and a caret under the column."""
     # What is missing at the end is missing after the last thing that is there, not in the empty line below it.
     at = min(position, len(text.rstrip()))
     line_number = text.count("\n", 0, at) + 1

@@ -1,4 +1,4 @@
-"""What a config may say and this version's trainer cannot do yet: better no run than another one than was asked for."""
+"""Refuses valid settings that this version does not implement yet, rather than train something else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .resolved import Resolved
 
 
 def refuse_unsupported(config: Resolved) -> None:
-    """Raise ConfigError with every such setting at once. Launch asks before it starts anything, initialize() again."""
+    """Raise ConfigError for all settings that are not implemented; called at launch and by initialize()."""
     problems = []
     if config.zerotop.model.path is not None:
         problems.append(

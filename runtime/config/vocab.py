@@ -1,4 +1,4 @@
-"""How many tokens a tokenizer has, without numpy, torch or the tokenizers library: for `zerotop plan`."""
+"""Counts a tokenizer's tokens without numpy, torch or the tokenizers library, for `zerotop plan`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 BYTE_TOKENS = 257
-"""256 bytes and the end of text."""
+"""Size of the byte tokenizer's vocabulary: 256 bytes and the end of text."""
 
 
 def count_tokens(name: str, folder: Path) -> int:

@@ -1,4 +1,5 @@
-"""The `zerotop` section: what DeepSpeed's keys do not say. DeepSpeed ignores it, so that one file serves both."""
+"""The `zerotop` section, with settings that DeepSpeed has no keys for. DeepSpeed ignores it, so one file serves
+both."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    """How long and from which seed the built-in trainer trains."""
+    """Number of steps and seed of the built-in trainer."""
 
     steps: Annotated[Int, Field(ge=1, le=MAX_STEPS)] | None = None
     """Optimizer steps. Unset: 200 in the built-in trainer, unknown with a script, which decides itself."""
@@ -72,19 +73,20 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are made and how many stay."""
+    """When checkpoints are made and how many are kept."""
 
     interval: Annotated[Int, Field(ge=KNOBS["checkpoint_interval"].min, le=KNOBS["checkpoint_interval"].max)] = 500
     """Optimizer steps between two automatic checkpoints; 0 makes none (the command `checkpoint` still does)."""
 
     minutes: Annotated[Num, Field(ge=KNOBS["checkpoint_minutes"].min, le=KNOBS["checkpoint_minutes"].max)] = 0.0
-    """Minutes between two automatic checkpoints, beside `interval`: whichever comes first; 0 makes none by time."""
+    """Minutes between two automatic checkpoints, in addition to `interval`: whichever comes first; 0 makes none by
+    time."""
 
     keep: Annotated[Int, Field(ge=KNOBS["checkpoints_kept"].min, le=KNOBS["checkpoints_kept"].max)] = 2
-    """Newest complete checkpoints that stay on disk."""
+    """Number of newest complete checkpoints to keep on disk."""
 
     keep_every: Annotated[Int, Field(ge=0)] = 0
-    """Every so many-th checkpoint of the run stays for ever, beside the newest; 0: none does."""
+    """Keep every so many-th checkpoint of the run for good, in addition to the newest; 0: none."""
 
     folder: Text | None = None
     """Where checkpoints go, in a folder named like the run; relative to the folder of the config file. Unset: the run's
@@ -106,7 +108,7 @@ class RestartsConfig(Section):
 
 
 class TelemetryConfig(Section):
-    """What ranks send to the screen."""
+    """Telemetry that ranks send to the screen."""
 
     enabled: Flag = True
     """Whether ranks publish telemetry. Commands work either way."""
@@ -120,23 +122,24 @@ class OffloadConfig(Section):
     """How offloaded optimizer states are updated. It matters where zero_optimization.offload_optimizer is on."""
 
     update: Annotated[Literal["cpu", "gpu", "auto"], BeforeValidator(_lower)] = "auto"
-    """Who updates them. `cpu`: CPU threads. `gpu`: the GPU, through which they stream in chunks. `auto`: both, each so
-    much that they finish together, as measured at start; without a GPU the CPU."""
+    """What updates them. `cpu`: CPU threads. `gpu`: the GPU, through which they are streamed in chunks. `auto`: both,
+    with shares measured at the start so that they finish together; on a CPU the CPU."""
 
     overlap: Flag = True
-    """Whether the update goes on while the next forward runs, which waits only for the unit it needs. The results are
-    the same bits either way."""
+    """Whether the update overlaps the next forward, which waits only for the unit that it needs. The results are
+    bitwise the same either way."""
 
     vram_reserve_gib: Annotated[Num, Field(ge=0)] | None = None
-    """States stay on the GPU as far as so many GiB of it remain free after the model, its gradients and its largest
-    buffers are placed. Unset: none stay, beyond what zero_optimization.offload_optimizer.ratio leaves there."""
+    """GiB of VRAM to leave free after the model, its gradients and its largest buffers are placed; the rest is filled
+    with optimizer states. Unset: only zero_optimization.offload_optimizer.ratio decides which states remain on the
+    GPU."""
 
     chunk_mib: Annotated[Num, Field(gt=0, le=4096)] = 64
-    """MiB of states per piece that streams through the GPU."""
+    """MiB of states per chunk that is streamed through the GPU."""
 
 
 class LogConfig(Section):
-    """What is logged."""
+    """Logging."""
 
     level: Annotated[LogLevel, BeforeValidator(_lower)] = "info"
     """Lowest level of log records that ranks send and write."""
@@ -146,33 +149,33 @@ class LogConfig(Section):
 
 
 class ZerotopConfig(Section):
-    """The whole `zerotop` section."""
+    """The `zerotop` section."""
 
     model: ModelConfig = ModelConfig()
-    """What is trained."""
+    """The built-in trainer's model."""
     data: DataConfig = DataConfig()
-    """What it learns."""
+    """The built-in trainer's text and tokenizer."""
     train: TrainConfig = TrainConfig()
-    """How long."""
+    """Steps and seed of the built-in trainer."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When checkpoints are made."""
+    """When checkpoints are made and how many are kept."""
     restarts: RestartsConfig = RestartsConfig()
-    """What happens when a rank dies."""
+    """When failed runs are restarted."""
     telemetry: TelemetryConfig = TelemetryConfig()
-    """What ranks send."""
+    """Telemetry that ranks send."""
     log: LogConfig = LogConfig()
-    """What is logged."""
+    """Logging."""
     offload: OffloadConfig = OffloadConfig()
-    """How offloaded states are updated."""
+    """How offloaded optimizer states are updated."""
 
     accumulate: Literal["ranges", "local"] = "ranges"
-    """What stages 2 and 3 keep between micro-steps. `ranges`: each micro-step's gradients are reduced and the own range
-    is kept. `local`: whole gradients, reduced once at the boundary: less communication, more memory."""
+    """How stages 2 and 3 accumulate gradients. `ranges`: reduce-scatter at each micro-step and accumulate the shard.
+    `local`: accumulate unsharded gradients and reduce once at the boundary: less communication, more memory."""
 
     buffer_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Of the model's floating-point buffers. Unset: each keeps the dtype that it came with, whatever the precision of
-    the parameters (rotary tables and running statistics lose too much in 16 bits)."""
+    """Dtype of the model's floating-point buffers. Unset: each keeps its own, whatever the precision of the parameters
+    (rotary tables and running statistics lose too much in 16 bits)."""
 
     units: Texts | None = None
-    """Names of the modules to cut the model into, as `named_modules()` gives them; `*` matches anything
+    """Names of the modules that become units, as `named_modules()` gives them; `*` matches anything
     (`transformer.h.*`). Unset: the children of the largest repeated ModuleList."""

@@ -1,5 +1,5 @@
-"""Text to token files to micro-batches, in an order that depends on the seed and the step number only."""
+"""Turns text into token files and micro-batches, in an order that depends only on the seed and the step number."""
 
 
 class DataError(ValueError):
-    """Training data that cannot be used; the message names the config key and the way out."""
+    """Training data that cannot be used; the message names the config key and how to fix it."""

@@ -1,4 +1,4 @@
-"""Which files a run trains on: the config's globs, or the Python standard library's own source."""
+"""The text that a run trains on: the files of zerotop.data.files, or the source of Python's standard library."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def default_files() -> list[Path]:
     files = sorted(path for path in found if path.is_file())
     if not files:
         raise DataError(
-            f"{KEY}: no text given, and the default text is not there (no *.py under {root}); "
+            f"{KEY}: no files given, and the default text is missing (no *.py under {root}); "
             'name files, for example ["data/**/*.txt"]'
         )
     return files
@@ -31,7 +31,7 @@ def default_files() -> list[Path]:
 def load_text(
     patterns: Sequence[str] | None, tokenizer: str, seq_len: int, folder: Path, log: Log
 ) -> tuple[Tokenizer, TokenDataset]:
-    """Tokenizer and windows for a `zerotop.data` section; without `patterns` the default text.
+    """The tokenizer and data set of a `zerotop.data` section; without `patterns` of the default text.
 
     Relative paths start at `folder`. `log` gets progress lines. Raises ConfigError for a glob that matches
     nothing, and DataError, naming the key, for anything else that cannot be used.

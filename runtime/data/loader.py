@@ -1,24 +1,25 @@
-"""The loader that `initialize(training_data=...)` returns. It knows which batches were trained, and a run that goes on
-from a checkpoint goes on behind them. A script does nothing for it.
+"""The loader that `initialize(training_data=...)` returns: a resumed run continues after the last trained batch,
+without any code in the script.
 
 [Note: the data position]
-An epoch is one order of all samples, the same on every rank: torch's DistributedSampler's for this seed and epoch. Rank
-r takes samples k * world + r of it, so what all ranks have taken together is always the beginning of that order, and a
-number of samples says where it ends, at any world size and micro-batch. (An incomplete last batch is the exception:
-ranks fill up an epoch that does not divide by their number with its first samples, as DistributedSampler does.)
+An epoch is a permutation of all samples, the same on every rank: torch's DistributedSampler's for this seed and epoch.
+Rank r takes samples k * world + r of it, so the samples that all ranks have taken together are always the beginning of
+the permutation, and their number is a position that holds at any world size and micro-batch. (An exception is an
+incomplete last batch: ranks fill up an epoch that does not divide by their number with its first samples, as
+DistributedSampler does.)
 
-What counts is training: the position moves behind a batch when the engine takes its micro-step, `engine.step()`. A
-batch that was fetched ahead or handed out without being trained comes again after a resume; one that a script skipped
-before it trained a later one does not.
+Only trained batches count: the position moves past a batch when the engine takes its micro-step, `engine.step()`. A
+batch that was prefetched or yielded without being trained is yielded again after a resume; one that a script skipped
+before it trained a later one is not.
 
-    for epoch in range(...):      each `for batch in loader` goes on behind the last batch that was trained, to the end
-        for batch in loader:      of the epoch; the next one is a whole epoch in an order of its own. After a resume the
-            ...                   first one is the rest of the epoch under way (after a `break`, too). len(loader) stays
-                                  that of a whole epoch; `loader.epoch` is the epoch under way, counted from 0.
+    for epoch in range(...):      each `for batch in loader` continues after the last trained batch, to the end of the
+        for batch in loader:      epoch; the next one is a full epoch with another permutation. After a resume (or a
+            ...                   `break`) the first one is the rest of the current epoch. len(loader) is always that of
+                                  a full epoch; `loader.epoch` is the current epoch, counted from 0.
 
-Who calls `loader.sampler.set_epoch(epoch)`, may: an epoch other than the one under way begins at its beginning. The
-first call after a resume names the epoch under way, whatever its number, and later ones count from there: a script that
-begins at 0 again gets the data that it would have got without the break.
+A script may call `loader.sampler.set_epoch(epoch)`: an epoch other than the current one starts at its beginning. The
+first call after a resume names the current epoch, whatever its number, and later ones count from there: a script that
+counts from 0 again gets the data that it would have got without the interruption.
 """
 
 from __future__ import annotations
@@ -38,17 +39,19 @@ log = logging.getLogger("runtime.data")
 
 @dataclass(frozen=True)
 class Position:
+    """A position in the training data. See [Note: the data position]."""
+
     epoch: int = 0
     consumed: int = 0
-    """Samples of the epoch's order that all ranks took together."""
+    """Samples of the epoch that all ranks have taken together."""
 
 
 class _Iteration:
-    """One `for batch in loader`; it lives as long as that does."""
+    """Identifies one `for batch in loader` by an object with the same lifetime."""
 
 
 class ResumableSampler(Sampler[int]):
-    """One rank's samples, from the position on to the end of the epoch. See [Note: the data position]."""
+    """Yields one rank's sample indices, from the position to the end of the epoch. See [Note: the data position]."""
 
     def __init__(
         self,
@@ -60,70 +63,71 @@ class ResumableSampler(Sampler[int]):
         drop_last: bool = False,
         micro_steps: Callable[[], int] = lambda: 0,
     ) -> None:
-        """samples: in the data set, at least one. micro_steps: how many the engine has taken."""
+        """samples: size of the data set, at least 1. micro_steps: returns the engine's number of micro-steps."""
         self.samples, self.rank, self.world_size, self.micro_batch = samples, rank, world_size, micro_batch
         self.seed, self.drop_last, self._micro_steps = seed, drop_last, micro_steps
         self.version = 0
-        """Changes when the position comes from a checkpoint."""
+        """Incremented when the position is loaded from a checkpoint."""
         self._position = Position()
         self._seen = micro_steps()
-        self._handed: tuple[Position, weakref.ref[_Iteration]] | None = None
-        """Behind the last batch that was handed out, while it is not known to be trained; and to whom."""
+        self._yielded: tuple[Position, weakref.ref[_Iteration]] | None = None
+        """(position after the last yielded batch, its iteration), while that batch is not known to be trained."""
         self._trained_by: weakref.ref[_Iteration] | None = None
         self._shift = 0  # from a script's epochs to ours
         self._restored = False
 
     # ---- the order -------------------------------------------------------------------------------------------------
     def order(self, epoch: int) -> Tensor:
-        """(samples,) int64: the epoch's order of all samples."""
+        """(samples,) int64: the permutation of all samples in this epoch."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
         return torch.randperm(self.samples, generator=generator)
 
     def __iter__(self) -> Iterator[int]:
         at = self.position
-        count = self.left(at)
+        count = self.samples_left(at)
         places = at.consumed + self.rank + self.world_size * torch.arange(count)
         yield from self.order(at.epoch)[places % self.samples].tolist()
 
     def __len__(self) -> int:
-        """Of a whole epoch."""
-        return self.left(Position())
+        """Samples per rank in a full epoch."""
+        return self.samples_left(Position())
 
-    def left(self, at: Position) -> int:
-        """Samples that every rank still takes in the epoch of `at`."""
+    def samples_left(self, at: Position) -> int:
+        """Samples that every rank still takes in the epoch, from position `at` on."""
         return max(0, -(-(self.samples - at.consumed) // self.world_size))
 
-    def behind_batch(self, at: Position) -> Position:
-        """The position when every rank has taken one batch more."""
-        return Position(at.epoch, at.consumed + min(self.micro_batch, self.left(at)) * self.world_size)
+    def after_batch(self, at: Position) -> Position:
+        """The position after every rank has taken one more batch."""
+        return Position(at.epoch, at.consumed + min(self.micro_batch, self.samples_left(at)) * self.world_size)
 
     # ---- the position ----------------------------------------------------------------------------------------------
     @property
     def position(self) -> Position:
-        """Where training goes on. The end of an epoch is the beginning of the next."""
-        self._settle()
+        """Where training continues. The end of an epoch counts as the beginning of the next."""
+        self._count_trained()
         at = self._position
         enough = self.micro_batch if self.drop_last else 1
-        return Position(at.epoch + 1) if at.consumed and self.left(at) < enough else at
+        return Position(at.epoch + 1) if at.consumed and self.samples_left(at) < enough else at
 
     @property
     def epoch(self) -> int:
+        """The current epoch, from 0."""
         return self.position.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is of this epoch: see [Note: the data position]."""
+        """Select the epoch of the next iteration. See [Note: the data position]."""
         current = self.position
         if self._restored:
             self._restored, self._shift = False, current.epoch - epoch
         if epoch + self._shift != current.epoch:
             self._move(Position(epoch + self._shift))
 
-    def hand_out(self, behind: Position, iteration: _Iteration) -> None:
-        """A batch leaves, `behind` which the iteration will be."""
-        self._settle()
-        self._handed = behind, weakref.ref(iteration)
+    def mark_yielded(self, position_after: Position, iteration: _Iteration) -> None:
+        """Record that `iteration` yields a batch; once it is trained, the position is `position_after`."""
+        self._count_trained()
+        self._yielded = position_after, weakref.ref(iteration)
 
-    def reach_end(self, start: Position, iteration: _Iteration) -> None:
+    def end_iteration(self, start: Position, iteration: _Iteration) -> None:
         """An iteration that began at `start` has no more batches, which ends its epoch; unless nothing of the epoch was
         trained, or only by another iteration that is still under way (an evaluation inside a training loop)."""
         current = self.position
@@ -131,24 +135,25 @@ class ResumableSampler(Sampler[int]):
         if current.epoch == start.epoch and current.consumed and (other is None or other is iteration):
             self._move(Position(start.epoch + 1))
 
-    def _settle(self) -> None:
-        """What was handed out before the engine's last micro-step is trained."""
+    def _count_trained(self) -> None:
+        """If the engine has taken a micro-step since the last call, count the batch yielded before it as trained."""
         if (steps := self._micro_steps()) == self._seen:
             return
         self._seen = steps
-        if self._handed is not None:
-            self._position, self._trained_by = self._handed
-            self._handed = None
+        if self._yielded is not None:
+            self._position, self._trained_by = self._yielded
+            self._yielded = None
 
     def _move(self, to: Position) -> None:
-        self._position, self._handed, self._trained_by, self._seen = to, None, None, self._micro_steps()
+        self._position, self._yielded, self._trained_by, self._seen = to, None, None, self._micro_steps()
 
     def state_dict(self) -> dict[str, int]:
+        """The position, and the size and seed of the data that it belongs to."""
         at = self.position
         return {"epoch": at.epoch, "consumed": at.consumed, "samples": self.samples, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Data of another size, or another seed, has another order: it begins at its beginning, with a warning."""
+        """Restore the position. With another data set size or seed it starts from the beginning, with a warning."""
         to = Position(state["epoch"], state["consumed"])
         for what, now in (("samples", self.samples), ("seed", self.seed)):
             if state[what] != now:
@@ -156,7 +161,7 @@ class ResumableSampler(Sampler[int]):
                 if self.rank == 0:
                     log.warning(
                         f"training_data: the checkpoint was made with {what} {state[what]}, now it is {now}: the data "
-                        "begins at its beginning"
+                        "starts from the beginning"
                     )
                 break
         self._move(to)
@@ -165,7 +170,7 @@ class ResumableSampler(Sampler[int]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader over a ResumableSampler. Other arguments are DataLoader's."""
+    """A DataLoader over a ResumableSampler; `options` are DataLoader's."""
 
     sampler: ResumableSampler
 
@@ -183,27 +188,29 @@ class ResumableLoader(DataLoader[Any]):
 
     @property
     def epoch(self) -> int:
-        """The epoch under way, from 0."""
+        """The current epoch, from 0."""
         return self.sampler.epoch
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Begins when the first batch is asked for; a checkpoint that is loaded later moves it, too."""
+        """Starts at the position when the first batch is requested, and again when a checkpoint is loaded later."""
         iteration, sampler, version = _Iteration(), self.sampler, None
         while version != sampler.version:
             version, start = sampler.version, sampler.position
             self.generator.manual_seed(hash((sampler.seed, sampler.rank, start.epoch, start.consumed)) & (2**63 - 1))
-            behind = start
+            position_after = start
             for batch in super().__iter__():
-                behind = sampler.behind_batch(behind)
-                sampler.hand_out(behind, iteration)
+                position_after = sampler.after_batch(position_after)
+                sampler.mark_yielded(position_after, iteration)
                 yield batch
                 if version != sampler.version:
                     break
             else:
-                sampler.reach_end(start, iteration)
+                sampler.end_iteration(start, iteration)
 
     def state_dict(self) -> dict[str, Any]:
+        """The sampler's state."""
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the sampler's state."""
         self.sampler.load_state_dict(state)

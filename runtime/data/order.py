@@ -1,4 +1,4 @@
-"""Which window of the text every rank sees, as a pure function of (seed, step): resuming needs the step number only.
+"""The windows of text of every rank and step, as a pure function of seed and step: resuming needs only the step.
 
 Sample j of the global batch of step s is number s * global_batch + j of an endless stream. The stream runs through all
 windows once an epoch, each epoch in an order of its own. Within a step, sample j is sample `j % micro_batch` of rank
@@ -82,13 +82,13 @@ class Batch(NamedTuple):
     targets: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """Copied to a device; returns itself where it already is."""
+        """The batch on `device`."""
         return Batch(
             self.tokens.to(device, non_blocking=non_blocking), self.targets.to(device, non_blocking=non_blocking)
         )
 
     def pin(self) -> Batch:
-        """Copied to page-locked memory, so that `to` does not wait."""
+        """A copy in pinned memory, so that `to` is asynchronous."""
         return Batch(self.tokens.pin_memory(), self.targets.pin_memory())
 
 

@@ -18,7 +18,8 @@ EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", 
 
 
 class Tokenizer(Protocol):
-    """What the token file builder needs. `digest` changes whenever the same text would give other tokens."""
+    """The interface of tokenizers. `eot`: the end-of-text token; `digest`: changes if the same text would give other
+    tokens."""
 
     name: str
     vocab_size: int
@@ -26,7 +27,8 @@ class Tokenizer(Protocol):
     digest: str
 
     def encode(self, pieces: Sequence[bytes]) -> tuple[list[np.ndarray], int]:
-        """Token ids of each piece (unsigned 1-D arrays), and how many characters were not UTF-8 and got replaced."""
+        """(token ids of each piece as unsigned 1-D arrays, number of characters replaced because they were not
+        UTF-8)."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -35,7 +37,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Tokens 0-255 are the bytes; 256 ends a document, so no byte is taken away from the text."""
+    """Tokens 0 to 255 are the bytes of the text, and 256 is the end of a document."""
 
     name = "bytes"
     vocab_size = BYTE_TOKENS

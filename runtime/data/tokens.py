@@ -1,7 +1,7 @@
-"""Token files: text tokenized once into a file in the cache, memory-mapped by every rank.
+"""Token files: text is tokenized once into a cached file, which every rank memory-maps.
 
 A token file is a 4096-byte header (a magic line, then JSON) and the tokens as uint16 or uint32, documents separated by
-the end-of-text token. It appears under its final name complete or not at all, and is named after what it was made from.
+the end-of-text token. It gets its final name when it is complete; the name is a digest of tokenizer and source files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TokenDataset:
         self.vocab_size: int = header["vocab_size"]
         self.eot: int | None = header["eot"]
         self.fingerprint: str = header["digest"]
-        """Digest of the tokens themselves: equal on every rank and after a resume, or the data is not the same."""
+        """Digest of the tokens, for comparing data between ranks and runs."""
         self.windows = max(0, (self.token_count - 1) // seq_len)
         if self.windows == 0:
             raise DataError(
@@ -56,7 +56,7 @@ class TokenDataset:
         return self.windows
 
     def rows(self, windows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """int64 [len(windows), seq_len + 1]. Raises IndexError for a window that is not there."""
+        """The tokens of windows, int64 [len(windows), seq_len + 1]. Raises IndexError for an unknown window."""
         rows = np.empty((len(windows), self.seq_len + 1), dtype=np.int64)
         for row, window in zip(rows, windows, strict=True):
             if not 0 <= window < self.windows:
@@ -86,10 +86,10 @@ def cache_folder() -> Path:
 
 
 def token_file(files: Sequence[Path], tokenizer: Tokenizer, log: Log, cache: Path | None = None) -> Path:
-    """Path of the token file of these documents, built now if nobody has built it yet.
+    """Path of the token file of these documents, which is built if it does not exist yet.
 
-    Of several processes that ask at once one builds and the others wait. `log` gets a line with a percentage about once
-    a second while building takes longer than that. Raises DataError for unreadable text or a cache that cannot be
+    If several processes call this at once, one builds and the others wait. `log` gets a line with a percentage about
+    once a second while building takes longer than that. Raises DataError for unreadable text or a cache that cannot be
     written.
     """
     cache = cache or cache_folder()
@@ -113,7 +113,7 @@ def token_file(files: Sequence[Path], tokenizer: Tokenizer, log: Log, cache: Pat
 
 
 def _digest(files: Sequence[Path], tokenizer: Tokenizer) -> str:
-    """Names the token file after its making: format, tokenizer, and path, size and time of every document, in order."""
+    """Digest of format, tokenizer, and path, size and modification time of every document, in order."""
     made_from = hashlib.blake2b(MAGIC + tokenizer.digest.encode(), digest_size=16)
     for file in files:
         try:
@@ -134,7 +134,8 @@ def _is_complete(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock(path: Path, log: Log) -> Iterator[bool]:
-    """Hold the file lock. Yields False where the file system has none: then all build, which is slow, not wrong."""
+    """Hold the file lock. Yields False if the file system has no locks: then every process builds, which is only
+    slow."""
     with path.open("a") as file:
         locked = True
         try:
@@ -224,7 +225,7 @@ def _pieces(source: BinaryIO) -> Iterator[tuple[bytes, bool]]:
 
 
 class _Progress:
-    """One line a second at most, and none at all for what takes less than a second."""
+    """Logs progress at most once a second, and nothing for builds that take less than a second."""
 
     def __init__(self, total_bytes: int, documents: int, log: Log) -> None:
         self._total, self._documents, self._log = total_bytes, documents, log

@@ -1,1 +1,1 @@
-"""Why memory ran out: what held it, and which changes of the config would make room."""
+"""Explains why memory ran out: what holds it, and which config changes would free enough."""

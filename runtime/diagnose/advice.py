@@ -1,4 +1,5 @@
-"""What a plan means, in plain words: where ZeRO costs memory, what fits, and the smallest change that makes it fit."""
+"""Explains a memory plan in sentences: where ZeRO costs memory, what fits, and the smallest change that makes it
+fit."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ from runtime.plan.workload import Workload
 from runtime.wire.sizes import format_size
 
 MOST_GPUS = 4096
+"""Largest number of GPUs that the advice suggests."""
 _NOTABLE = 0.01
-"""Differences below this share (padding, mostly) are not worth a sentence."""
+"""Relative differences below this (mostly padding) are not mentioned."""
 _LARGE_COPY = 1 << 30
-"""Smaller ones fit anywhere."""
+"""Checkpoint copies of fewer bytes are not mentioned."""
 _TIGHT = 0.92
-"""Above this share of the VRAM an estimate that is a little off decides whether it fits."""
+"""Share of the VRAM above which a layout is called tight, as a part of it is estimated."""
 
 
 def advise(
@@ -27,7 +29,7 @@ def advise(
     vram_bytes: int | None = None,
     host_ram_bytes: int | None = None,
 ) -> list[str]:
-    """Sentences about what `plan(workload)` returned; `chosen` is the layout that the user means to run."""
+    """Sentences about the layouts of `plan(workload)`; `chosen`: the layout that the user's config gives."""
     lines = [*_costs(workload, layouts), *_small_states(workload, layouts), *_traffic(workload, layouts)]
     of_the_host = _one_memory if workload.device == "cpu" else _offload
     lines += of_the_host(workload, layouts, chosen, host_ram_bytes)
@@ -38,7 +40,7 @@ def advise(
 
 
 def _snapshot(workload: Workload, layouts: Sequence[Layout], chosen: Layout | None) -> Iterator[str]:
-    """What checkpoints take beside training."""
+    """The host memory that asynchronous checkpoints take."""
     layout = chosen if chosen is not None and chosen.stage is not None else find(layouts, 2)
     ranks, nbytes = workload.world_size, layout.snapshot_bytes
     if nbytes >= _LARGE_COPY:
@@ -46,16 +48,17 @@ def _snapshot(workload: Workload, layouts: Sequence[Layout], chosen: Layout | No
         what = "a copy of the states"
         if layout.offload:
             slots = nbytes == ranks * SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES
-            what = "slots that offloaded states pass through" if slots else "a copy of the states that aren't offloaded"
+            what = "slots for streaming offloaded states" if slots else "a copy of the states that aren't offloaded"
+        memory = "host RAM" if workload.device == "cpu" else "pinned host RAM"
         yield (
-            f"Checkpoints are written beside training from {what}: at {layout.label} {format_size(nbytes)} of "
-            f"{'host RAM' if workload.device == 'cpu' else 'pinned host RAM'} more{each}. Where the host has not so "
-            "much, they are read piece by piece, and a step may wait."
+            f"Checkpoints are written while training continues, from {what}: at {layout.label} "
+            f"{format_size(nbytes)} of additional {memory}{each}. If the host has less, "
+            "they are streamed piece by piece, and a step may wait."
         )
 
 
 def _costs(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
-    """Stages that take more than plain data parallelism, or more than the stage below."""
+    """Names stages that take more memory than plain data parallelism, or more than the stage below."""
     plain, rank = find(layouts, None), _rank(workload)
     stages = [find(layouts, stage) for stage in range(4)]
     if workload.world_size == 1:
@@ -69,7 +72,7 @@ def _costs(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
             f"instead of {format_size(stages[0].gpu_bytes)}."
         )
         yield (
-            f"One {rank}: there is nobody to share with, so stages 1 to 3 save nothing ({extra} in flight)."
+            f"With one {rank} there is nothing to shard, so stages 1 to 3 save no memory ({extra} in buffers)."
             f"{offload if workload.device == 'cuda' else ''}"
         )
         return
@@ -98,7 +101,7 @@ def _reason(workload: Workload, layout: Layout) -> str:
     if padding > 0.05:
         return f"the units are so small that padding to 64 elements per rank adds {padding:.0%}"
     if layout.gpu["buffers"]:
-        return f"{format_size(layout.gpu['buffers'])} are in flight: whole units, in a model of few units"
+        return f"buffers take {format_size(layout.gpu['buffers'])}: they hold unsharded units, of which there are few"
     return "parameters in 16 bit, masters and gradients in fp32"
 
 
@@ -113,8 +116,8 @@ def _small_states(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str
         rest = ", ".join(f"{name} {format_size(whole.gpu[name])}" for name in names if whole.gpu[name])
         yield (
             f"The states are only {format_size(whole.state_bytes)} of about {format_size(whole.gpu_bytes)} per "
-            f"{rank} ({rest}), and only states can be shared out: no stage and no offload saves more than that. "
-            f"Stage 0 is the simplest choice.{smaller}"
+            f"{rank} ({rest}), and only states can be sharded or offloaded: no stage and no offload saves more than "
+            f"that. Stage 0 is the simplest choice.{smaller}"
         )
 
 
@@ -130,27 +133,27 @@ def _traffic(workload: Workload, layouts: Sequence[Layout]) -> Iterator[str]:
             f"{format_size(one.sent_bytes)}: stage 2 reduces at every micro-step, because it keeps only its own shard."
         )
     yield (
-        f"Stage 3 gathers every unit twice per micro-step: {format_size(three.sent_bytes)} sent per {rank} and step, "
-        f"{three.sent_bytes / two.sent_bytes:.1f} times stage 2."
+        f"Stage 3 all-gathers every unit twice per micro-step: {format_size(three.sent_bytes)} sent per {rank} and "
+        f"step, {three.sent_bytes / two.sent_bytes:.1f} times stage 2."
     )
 
 
 def _one_memory(
     workload: Workload, layouts: Sequence[Layout], chosen: Layout | None, host_ram_bytes: int | None
 ) -> Iterator[str]:
-    """On a CPU the host's memory is every rank's."""
+    """Advice for ranks on CPUs, which share the host's memory."""
     ranks = workload.world_size
     if chosen is not None and (chosen.offload or chosen.offload_parameters):
         yield (
-            f"Ranks on a CPU train in host memory, so offload moves nothing: {format_size(chosen.host_bytes / ranks)} "
-            "of what each rank holds counts as offloaded."
+            f"Ranks on a CPU train in host memory, so offload saves nothing: {format_size(chosen.host_bytes / ranks)} "
+            "per rank count as offloaded."
         )
     if host_ram_bytes is not None:
         shown = [one for one in layouts if one is chosen or not (one.offload or one.offload_parameters)]
         sizes = {one.label: ranks * one.gpu_bytes + one.host_bytes for one in shown}
         fitting = [f"{label} ({format_size(size)})" for label, size in sizes.items() if size <= host_ram_bytes]
         what_fits = f"{', '.join(fitting)} fit{'s' if len(fitting) == 1 else ''}" if fitting else "none of these fits"
-        yield f"In {format_size(host_ram_bytes)} of host RAM, beside the processes themselves: {what_fits}."
+        yield f"In {format_size(host_ram_bytes)} of host RAM, not counting the processes themselves: {what_fits}."
 
 
 def _offload(
@@ -163,10 +166,10 @@ def _offload(
     yield (
         f"{layout.label.capitalize()} keeps {format_size(layout.host_bytes)} in {kind}"
         f"{f' ({ranks} ranks on one node, {format_size(layout.host_bytes / ranks)} each)' if ranks > 1 else ''}, "
-        f"beside the processes themselves, and copies {format_size(layout.pcie_bytes)} per GPU and step."
+        f"not counting the processes themselves, and copies {format_size(layout.pcie_bytes)} per GPU and step."
     )
     if layout.stage == 0 and ranks > 1:
-        yield f"At stage 0 every rank offloads all of the states: {ranks} copies in one host. Stage 1 keeps one."
+        yield f"At stage 0 every rank offloads all states, {ranks} copies on one host; at stage 1 there is one copy."
     if host_ram_bytes is not None:
         offloads = [one for one in layouts if one.offload]
         too_much = [one for one in offloads if one.host_bytes > host_ram_bytes]
@@ -205,10 +208,10 @@ def _fits(
 
 
 def smallest_change(workload: Workload, wanted: Layout, fits: Callable[[Layout], bool]) -> str | None:
-    """The mildest way to make it fit, in words; None when nothing does.
+    """The least intrusive change that makes the layout fit, in words; None if nothing does.
 
-    Mildest first: a higher stage up to 2 (same results, hardly slower), a smaller micro-batch with more accumulation
-    (same global batch), stage 3, offload, both with the smallest micro-batch, twice the GPUs and so on.
+    Tried in this order: a higher stage up to 2 (same results, hardly slower), a smaller micro-batch with more
+    accumulation (same global batch), stage 3, offload, both with the smallest micro-batch, and doubling the GPUs.
     """
     stage = wanted.stage or 0
     higher = range(stage + 1, 3)
@@ -243,7 +246,7 @@ def smallest_change(workload: Workload, wanted: Layout, fits: Callable[[Layout],
 
 
 def smaller_micro_batches(workload: Workload) -> list[Workload]:
-    """The same global batch in smaller micro-batches, largest first."""
+    """Workloads with the same global batch in smaller micro-batches, largest micro-batch first."""
     product = workload.micro_batch * workload.accumulation
     sizes = [size for size in range(workload.micro_batch - 1, 0, -1) if product % size == 0]
     return [dataclasses.replace(workload, micro_batch=size, accumulation=product // size) for size in sizes]

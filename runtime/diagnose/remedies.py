@@ -1,4 +1,4 @@
-"""What to change in a config when memory ran out, with what each change saves by the plan's arithmetic. Torch-free."""
+"""Config changes that help when memory ran out, with the savings of each by the plan's arithmetic. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,53 +16,59 @@ if TYPE_CHECKING:
     from runtime.config import Resolved
 
 MOST = 4
+"""Number of remedies to suggest at most."""
 _NOTABLE = 0.01
-"""Of what is held; a change that saves less would not help."""
+"""Changes that save a smaller share of the memory in use are left out."""
 _NEAR = 0.9
-"""A lower stage that saves this part of what the best one saves is preferred: it sends less."""
+"""A lower stage that saves this share of the best stage's savings is preferred, as it communicates less."""
 OFFLOADED = {"device": "cpu", "pin_memory": True}
+"""The suggested value of an offload section."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """One change of the config."""
+    """One change to the config."""
 
     changes: dict[str, tuple[Any, Any]]
-    """Key of the config, dotted -> the value now (None: it isn't there) and the new one (None: take it out)."""
+    """Dotted config key -> (current value, None if unset; new value, None to remove the key)."""
     saves_bytes: int | None
-    """Per GPU, or on the host for all its ranks, whichever ran out. None: it depends on a model that isn't known."""
+    """Bytes saved per GPU, or on the host by all its ranks, whichever ran out; None: unknown for this model."""
     note: str = ""
+    """What else the change means, such as its cost."""
 
     @property
     def change(self) -> str:
-        """In the user's keys: `"zero_optimization.stage": 0 -> 2`."""
+        """The change in the user's keys: `"zero_optimization.stage": 0 -> 2`."""
         return ", ".join(_changed(key, old, new) for key, (old, new) in self.changes.items())
 
     def short(self, where: str = "") -> str:
+        """The change and what it saves, without the note. where: a suffix such as " per GPU"."""
         saves = "" if self.saves_bytes is None else f" (saves about {format_size(self.saves_bytes)}{where})"
         return f"{self.change}{saves}"
 
     def text(self, where: str = "") -> str:
+        """The change, what it saves, and the note. where: a suffix such as " per GPU"."""
         saves = "" if self.saves_bytes is None else f"saves about {format_size(self.saves_bytes)}{where}"
         return f"{self.change}: {', '.join(part for part in (saves, self.note) if part)}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shortage:
-    """Which memory ran out, and what is known about it. Bytes; None: not known."""
+    """Which memory ran out, with figures in bytes (None: unknown)."""
 
     place: Literal["device", "host"]
     need_bytes: int | None = None
-    """What was asked for and not there."""
+    """How much more the failed allocation needed than was free."""
     free_device_bytes: int | None = None
     free_host_bytes: int | None = None
     unexplained_bytes: int | None = None
-    """Held, and not by the engine: activations and temporary."""
+    """Memory in use that the engine's ledger does not explain: activations and temporary tensors."""
     units_known: bool = True
-    """False: only the number of parameters is known, so what is in flight counts as nothing."""
+    """False: only the number of parameters is known, so buffers of units count as zero."""
 
     @property
     def where(self) -> str:
+        """Suffix for savings: " per GPU" or " on this host"."""
         return " per GPU" if self.place == "device" else " on this host"
 
 
@@ -76,12 +82,12 @@ class _Option:
 
 
 def remedies(workload: Workload, config: Resolved, shortage: Shortage) -> list[Remedy]:
-    """Changes that keep the results and the global batch and save memory where it ran out, best first, at most four."""
+    """Up to MOST changes that save memory where it ran out without changing results or global batch, best first."""
     now = _Option({}, workload, config.stage, config.offload_optimizer is not None)
-    held = _held(now, config, shortage)
+    held = _held_bytes(now, config, shortage)
     found = []
     for option in _options(now, config, shortage):
-        saved = held - _held(option, config, shortage)
+        saved = held - _held_bytes(option, config, shortage)
         note = option.note
         if _offloads(option) != _offloads(now):
             note = _cost(option, now, shortage)
@@ -97,19 +103,19 @@ def remedies(workload: Workload, config: Resolved, shortage: Shortage) -> list[R
 
 
 def remedy_lines(found: Sequence[Remedy], shortage: Shortage) -> list[str]:
-    """Numbered, for people."""
+    """The remedies as numbered lines, and a warning if none of them alone is enough."""
     lines = [f"{number}. {remedy.text(shortage.where)}" for number, remedy in enumerate(found, start=1)]
     need, known = shortage.need_bytes, [remedy.saves_bytes for remedy in found]
     if need and found and all(saves is not None and saves < need for saves in known):
-        lines.append(f"None of these alone makes up for the {format_size(need)} that are missing.")
+        lines.append(f"None of these alone saves the {format_size(need)} that are missing.")
     return lines
 
 
-# ---- what could be changed -------------------------------------------------------------------------------------------
+# ---- possible changes ------------------------------------------------------------------------------------------------
 def _options(now: _Option, config: Resolved, shortage: Shortage) -> Iterator[_Option]:
     workload, on_gpu = now.workload, config.device == "cuda"
     if shortage.place == "host" and on_gpu and not now.offload and not workload.offload_parameters:
-        return  # the engine keeps nothing there
+        return  # the engine keeps nothing in host memory
     yield from _higher_stage(now, config, shortage)
     if shortage.place == "host" and on_gpu:
         yield from _less_offload(now, config)
@@ -122,7 +128,7 @@ def _options(now: _Option, config: Resolved, shortage: Shortage) -> Iterator[_Op
                 dataclasses.replace(workload, segments=workload.shape.layers),
                 now.stage,
                 now.offload,
-                "backward computes each block's forward again",
+                "backward recomputes each block's forward",
             )
     if on_gpu:
         yield from _more_offload(now)
@@ -133,11 +139,13 @@ def _higher_stage(now: _Option, config: Resolved, shortage: Shortage) -> Iterato
         dataclasses.replace(now, changes={"zero_optimization.stage": (now.stage, stage)}, stage=stage)
         for stage in range(now.stage + 1, 4)
     ]
-    held = {option.stage: _held(option, config, shortage) for option in options}
-    most = _held(now, config, shortage) - min(held.values(), default=0)
-    near = [one for one in options if _held(now, config, shortage) - held[one.stage] >= _NEAR * most]
+    held = {option.stage: _held_bytes(option, config, shortage) for option in options}
+    most = _held_bytes(now, config, shortage) - min(held.values(), default=0)
+    near = [one for one in options if _held_bytes(now, config, shortage) - held[one.stage] >= _NEAR * most]
     if near:
-        yield dataclasses.replace(near[0], note="gathers parameters twice per micro-step" if near[0].stage == 3 else "")
+        yield dataclasses.replace(
+            near[0], note="all-gathers parameters twice per micro-step" if near[0].stage == 3 else ""
+        )
 
 
 def _smaller_batch(now: _Option, config: Resolved, shortage: Shortage) -> Iterator[_Option]:
@@ -145,16 +153,18 @@ def _smaller_batch(now: _Option, config: Resolved, shortage: Shortage) -> Iterat
         _Option(_batch_changes(now.workload, one), one, now.stage, now.offload, "same global batch")
         for one in smaller_micro_batches(now.workload)
     ]
-    held = _held(now, config, shortage)
+    held = _held_bytes(now, config, shortage)
     enough = [
-        one for one in options if shortage.need_bytes and held - _held(one, config, shortage) > shortage.need_bytes
+        one
+        for one in options
+        if shortage.need_bytes and held - _held_bytes(one, config, shortage) > shortage.need_bytes
     ]
     halves = [one for one in options if 2 * one.workload.micro_batch <= now.workload.micro_batch]
     yield from (enough or halves)[:1]
 
 
 def _smaller_batch_of_unknown(workload: Workload, config: Resolved, shortage: Shortage) -> Remedy | None:
-    """For a script's model: what it keeps for backward isn't known, and shrinks with the micro-batch in any case."""
+    """A smaller micro-batch for a script's model, whose activations are unknown but shrink with it."""
     if workload.shape is not None or (config.device == "cuda" and shortage.place == "host"):
         return None
     halves = [one for one in smaller_micro_batches(workload) if 2 * one.micro_batch <= workload.micro_batch]
@@ -165,9 +175,7 @@ def _smaller_batch_of_unknown(workload: Workload, config: Resolved, shortage: Sh
         if workload.micro_batch % halves[0].micro_batch == 0
         else "less"
     )
-    return Remedy(
-        _batch_changes(workload, halves[0]), None, f"activations take {share} of what they do; same global batch"
-    )
+    return Remedy(_batch_changes(workload, halves[0]), None, f"activations shrink to {share}; same global batch")
 
 
 def _more_offload(now: _Option) -> Iterator[_Option]:
@@ -207,11 +215,11 @@ def _layout(option: _Option) -> Layout:
     return stage_layout(option.workload, option.stage, option.offload, option.workload.offload_parameters)
 
 
-def _held(option: _Option, config: Resolved, shortage: Shortage) -> int:
-    """Bytes of the memory that ran out."""
+def _held_bytes(option: _Option, config: Resolved, shortage: Shortage) -> int:
+    """Bytes that `option` takes of the memory that ran out."""
     layout = _layout(option)
     on_device, on_host = _device_bytes(layout, shortage), _host_bytes(layout, shortage)
-    if config.device == "cpu":  # host and device are one memory, of all ranks
+    if config.device == "cpu":  # all ranks share the host's memory
         return on_device * option.workload.world_size + on_host
     return on_device if shortage.place == "device" else on_host
 
@@ -234,7 +242,7 @@ def _both(option: _Option, shortage: Shortage) -> tuple[int, int]:
 
 
 def _cost(option: _Option, now: _Option, shortage: Shortage) -> str:
-    """What a move between device and host takes on the other side."""
+    """The memory that a move between device and host takes on the other side."""
     (device, host), (device_now, host_now) = _both(option, shortage), _both(now, shortage)
     if shortage.place == "device":
         return f"takes {format_size(host - host_now)} of host memory"
@@ -250,5 +258,5 @@ def _has_room(option: _Option, now: _Option, shortage: Shortage) -> bool:
 
 def _changed(key: str, old: Any, new: Any) -> str:
     if new is None:
-        return f'"{key}": take it out'
+        return f'"{key}": remove it'
     return f'"{key}": {json.dumps(new)}' if old is None else f'"{key}": {json.dumps(old)} -> {json.dumps(new)}'

@@ -1,4 +1,4 @@
-"""The engine: a model, its training state, and DeepSpeed's calls around them."""
+"""The engine: DeepSpeed's API around a model and its training state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the run itself: at intervals, on command, at the end."""
+"""Checkpoints that the run makes by itself: at intervals, on command, and at the end."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from runtime.engine.session import Session
 from runtime.state.train_state import TrainState
 
 WAIT_S = 10.0
-"""How long training waits at most for the checkpoint before, when the next one is due."""
+"""Seconds that training waits for the previous save when the next checkpoint is due."""
 
 Answer = Callable[[str, str, Mapping[str, Any], int], None]
-"""(state, reason, result, step): what a command for a checkpoint hears."""
+"""Callback (state, reason, result, step) that answers a `checkpoint` command."""
 
 
 class Autosave:
-    """Automatic and keyboard checkpoints of one engine. They need a run; a script without one saves by itself."""
+    """Automatic and keyboard checkpoints of one engine, under `zerotop launch`. Other scripts save by themselves."""
 
     def __init__(
         self,
@@ -35,28 +35,28 @@ class Autosave:
         self._state, self._checkpointer, self._script = state, checkpointer, script
         self._link, self._knobs = session.link, knobs
         self.folder = _folder(session, state.config.zerotop.checkpoint.folder)
-        """Where the checkpoints go; None without a run."""
+        """Folder of the checkpoints; None outside a run."""
         self.problem = ""
-        """Why the last one could not be made."""
+        """Why the last save failed."""
         self.path: Path | None = None
-        """Of the checkpoint that was begun last."""
+        """Path of the checkpoint whose save was started last."""
         self._begun_step = -1
-        """The step whose checkpoint was begun last: the same on all ranks."""
-        self._due = False  # an automatic checkpoint is; rank 0 decides
+        """Optimizer step of the checkpoint whose save was started last; the same on all ranks."""
+        self._due = False  # whether an automatic checkpoint is due; decided on rank 0
         self._due_step = 0
-        """At the end of which step, at the earliest."""
-        self._deferred = False  # and the event that says so has been sent
+        """The step at whose end it is due, at the earliest."""
+        self._deferred = False  # whether the event about its deferral has been sent
         self._last_due_s = time.monotonic()
 
-    # ---- automatic ones --------------------------------------------------------------------------------------------
+    # ---- automatic checkpoints ---------------------------------------------------------------------------------------
     @property
-    def wanted(self) -> bool:
-        """Whether there are automatic checkpoints."""
+    def enabled(self) -> bool:
+        """Whether automatic checkpoints are configured."""
         return self.folder is not None and bool(self._knobs["checkpoint_interval"] or self._knobs["checkpoint_minutes"])
 
     def is_due(self, step: int) -> bool:
-        """Rank 0: at the end of step `step`. A checkpoint that is still being written is waited for, not long;
-        then the next is deferred until it is done."""
+        """Rank 0, before a boundary: whether to save at the end of `step`. Waits WAIT_S seconds for a save that is
+        still running, then defers the next until it is done."""
         if self.folder is None:
             return False
         now = time.monotonic()
@@ -74,24 +74,24 @@ class Autosave:
         return self._due and not self._checkpointer.busy
 
     def can_begin(self) -> bool:
-        """Rank 0, at the boundary: whether the checkpoint that is due can begin."""
+        """Rank 0, at the boundary: whether a checkpoint is due and no save is running."""
         reached = self._state.counters.global_steps >= self._due_step
         return self._due and reached and not self._checkpointer.busy
 
     def save_due(self, keeps_old: bool) -> None:
-        """All ranks: rank 0 has said that it is due."""
+        """Start the checkpoint that rank 0 has found due. Collective."""
         self._due = self._deferred = False
         self.begin(keeps_old)
 
     def prepare(self) -> None:
-        """Start what the first automatic checkpoint needs."""
-        if self.wanted:
+        """Allocate memory and start the writer ahead of the first automatic checkpoint."""
+        if self.enabled:
             self._checkpointer.prepare()
 
-    # ---- all of them: every rank at the same step ------------------------------------------------------------------
+    # ---- collective: every rank at the same step ------------------------------------------------------------------
     def begin(self, keeps_old: bool, answer: Answer | None = None) -> bool:
-        """Begin to save this step; `answer` hears when it is complete. keeps_old: no older checkpoint is deleted for
-        it. Returns whether it has begun; a failure is an event, not the end: training goes on with the older ones."""
+        """Start saving this step; `answer` is called when it is complete. keeps_old: delete no older checkpoint for it.
+        Returns whether it has started; a failure is reported as an event, and training continues."""
         assert self.folder is not None
         state, step = self._state, self._state.counters.global_steps
         if answer is not None:
@@ -114,26 +114,25 @@ class Autosave:
         return True
 
     def save(self, keeps_old: bool) -> bool:
-        """Whether there is a complete checkpoint of this step: waits for the one that is being written, or makes
-        one."""
-        if self._begun_step == self._state.counters.global_steps and not self._checkpointer.settle():
+        """Save this step, or wait for its save if one has been started. Returns whether it is complete."""
+        if self._begun_step == self._state.counters.global_steps and not self._checkpointer.wait_for_save():
             return True
         self._begun_step = -1
         if not self.begin(keeps_old):
             return False
-        self.problem = self._checkpointer.settle()
+        self.problem = self._checkpointer.wait_for_save()
         return not self.problem
 
     def has_this_step(self, keeps_old: bool) -> bool:
-        """Whether a checkpoint of this step was begun before, and is complete now."""
+        """Whether a save of this step has been started before; waits until it is complete."""
         return self._begun_step == self._state.counters.global_steps and self.save(keeps_old)
 
-    def settle(self) -> None:
-        """Wait for what is being written."""
-        self._checkpointer.settle()
+    def wait_for_save(self) -> None:
+        """Wait for the running save."""
+        self._checkpointer.wait_for_save()
 
     def resume(self) -> Path | None:
-        """Load the newest complete checkpoint of the run that is sound. Returns it."""
+        """Load the newest complete, undamaged checkpoint of the run. Returns its path, or None."""
         if self.folder is None:
             return None
         path = self._checkpointer.load_newest(self.folder, tell=self._report_damaged)
@@ -142,17 +141,17 @@ class Autosave:
         return path
 
     def forget(self) -> None:
-        """The training state is no longer that of the newest checkpoint of this step."""
+        """Forget that this step was saved, because its training state has changed since."""
         self._begun_step, self.path, self._due = -1, None, False
 
     def newest(self) -> Path | None:
-        """The newest checkpoint of the run, else what the script saved or loaded last."""
+        """The newest checkpoint of the run, else the one that the script saved or loaded last."""
         found = checkpoint.newest(self.folder) if self.folder is not None else None
         return found or self._script.last_checkpoint
 
-    # ---- what is said of them --------------------------------------------------------------------------------------
+    # ---- reporting ------------------------------------------------------------------------------------------------
     def _reporter(self, step: int, answer: Answer | None) -> Callable[[Outcome], None]:
-        """What rank 0 says when a checkpoint is complete, or could not be written; on another thread."""
+        """The on_done callback, which reports the outcome on rank 0; it runs on another thread."""
 
         def report(outcome: Outcome) -> None:
             if self._state.comm.rank != 0:
@@ -173,14 +172,14 @@ class Autosave:
 
     def _report_failure(self, problem: str, step: int) -> None:
         if self._state.comm.rank == 0:
-            self._link.event("checkpoint", f"{problem}; training goes on", severity="warning", step=step)
+            self._link.event("checkpoint", f"{problem}; training continues", severity="warning", step=step)
 
     def _report_damaged(self, problem: str) -> None:
         self._link.event("checkpoint", problem, severity="error")
 
 
 def _folder(session: Session, chosen: str | None) -> Path | None:
-    """A later engine of the process has a folder inside the first one's."""
+    """The folder of this session's checkpoints: a subfolder of the first engine's for later engines of the process."""
     run = session.run
     if session.folder is None or run is None:
         return None

@@ -1,4 +1,4 @@
-"""From a model, a config and a process group to the training state of an engine."""
+"""Builds the training state of an engine from a model, a config and a process group."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from runtime.zero.values import Values, set_data
 log = logging.getLogger("runtime.setup")
 
 ARENA_SLACK = 1 << 28
-"""Bytes: shared memory is reserved, not used, and every buffer starts on a page."""
+"""Extra bytes of shared memory for page alignment of the buffers; reserved, not used."""
 
 
 @dataclass
 class _Parts:
-    """What is being put together."""
+    """The parts of the training state that is being built."""
 
     policy: StagePolicy
     gradients: GradientConfig
@@ -63,12 +63,12 @@ def build_state(
     guard: SnapshotGuard,
     script_begins: Callable[[], bool],
 ) -> TrainState:
-    """Make the training state of `module`: cut it into units, and move its parameters into flat buffers (rank 0's
-    values everywhere), one unit at a time, so that no device ever holds more than its shards and one unit.
+    """Divide `module` into units and move its parameters into flat parameter groups, with rank 0's values on all ranks.
+    Works unit by unit, so that no device ever holds more than its shards and one unit. Collective.
 
-    guard: what updates wait for. script_begins: called for the first gradient of a backward that the engine did not
-    start; whether it is one of this engine's. Raises ConfigError for what the model or config can't have, on every rank
-    alike.
+    guard: delays optimizer steps that a running save forbids. script_begins: called at the first gradient of a backward
+    that the engine did not start; returns whether the loss is this engine's. Raises ConfigError on every rank for an
+    unsupported model or config.
     """
     ledger = Ledger()
     check_same_model(module, config, optimizer, comm)
@@ -81,7 +81,7 @@ def build_state(
         cuts = cut(module, patterns, config.persistence_threshold)
     except UnitError as error:
         raise ConfigError(str(error)) from None
-    outofmemory.remember(module, config, comm.device, ledger, cuts)
+    outofmemory.record_engine(module, config, comm.device, ledger, cuts)
     parts = _Parts(
         policy_for(config.stage, config.zerotop.accumulate == "local"),
         _gradient_config(config, comm.world_size),
@@ -96,7 +96,7 @@ def build_state(
     dtypes = _dtypes(module, DTYPES[config.precision])
     offloads = config.offload_optimizer is not None or config.offload_param is not None
     transfers = transfers_for(comm.device) if offloads else None
-    # Alone, a rank has nobody to share parameters with; they can still be elsewhere.
+    # A single rank has nothing to shard, but its parameters can be offloaded.
     shards = comm.world_size > 1 or (config.offload_param is not None and transfers is not None)
     specs = _specs(cuts, parts, shards, group_of, frozen, dtypes)
     sizes = [FlatSize(sum(p.numel() for _, p, _ in s.members), s.dtype, s.trained, s.sharded) for s in specs]
@@ -108,7 +108,7 @@ def build_state(
         _place_frozen(name, parameter, dtypes[parameter], comm, ledger, values)
     flats = [flat for unit in parts.units for flat in unit.flats]
     if optimizer.trains and not flats:
-        raise ConfigError("the model has no trainable parameter in the optimizer: nothing to train")
+        raise ConfigError("the optimizer holds no trainable parameter of the model, so there is nothing to train")
     uploads = [placement.upload_of(index) for index, spec in enumerate(specs) if spec.trained]
     shard_optimizers = [
         optimizer.make_shard_optimizer(flat, ledger, upload) for flat, upload in zip(flats, uploads, strict=True)
@@ -158,7 +158,7 @@ def build_state(
 
 @dataclass
 class _Spec:
-    """A flat to be."""
+    """Describes a flat parameter group to be created."""
 
     unit: Unit
     members: list[Member]
@@ -175,8 +175,8 @@ def _specs(
     frozen: set[nn.Parameter],
     dtypes: dict[nn.Parameter, torch.dtype],
 ) -> list[_Spec]:
-    """All flats in forward order; makes the units, and notes the frozen parameters that are in none. shards: whether
-    stage 3 has anything to do."""
+    """Create the units and describe all flat parameter groups, in forward order; frozen parameters outside of them go
+    to `parts.frozen`. shards: whether stage 3 shards parameters here."""
     specs = []
     for unit_cut in cuts:
         unit = Unit(unit_cut.name, unit_cut.modules, keep_unsharded=unit_cut.always_open)
@@ -192,7 +192,7 @@ def _specs(
 
 
 def _make_flat(spec: _Spec, parts: _Parts, placement: Placement, states: StatePlacement) -> None:
-    """states: where masters and optimizer states live."""
+    """Create a flat parameter group and add it to its unit. states: where its master weights and states live."""
     unit = spec.unit
     name = f"{unit.name}/{str(spec.dtype).removeprefix('torch.')}{'' if spec.trained else '/frozen'}"
     flat = FlatParamGroup(
@@ -225,7 +225,7 @@ def _make_flat(spec: _Spec, parts: _Parts, placement: Placement, states: StatePl
 
 
 def _values(module: nn.Module, comm: Comm) -> Values:
-    """What one rank lacks is every rank's error, or the others would wait for it."""
+    """The values of the parameters to be. Raises ConfigError on every rank if any rank lacks some. Collective."""
     values, problem = None, ""
     try:
         values = Values.of(module, comm.rank)
@@ -247,11 +247,11 @@ def _gradient_config(config: Resolved, world_size: int) -> GradientConfig:
 
 
 def _freeze(module: nn.Module, group_of: dict[nn.Parameter, int], comm: Comm) -> set[nn.Parameter]:
-    """The parameters that are not trained; from now on none of them requires a gradient."""
+    """Set requires_grad=False on all parameters that are not trained, and return them."""
     frozen = {p for p in module.parameters() if p not in group_of or not p.requires_grad}
     left_out = sum(parameter.requires_grad for parameter in frozen)
     if left_out and group_of and comm.rank == 0:
-        log.warning(f"{left_out} parameters require a gradient and are in no optimizer group: they stay as they are")
+        log.warning(f"{left_out} parameters require a gradient but are in no optimizer group: they are frozen")
     for parameter in frozen:
         parameter.requires_grad_(False)
     return frozen
@@ -264,7 +264,7 @@ def _by_dtype(
     dtypes: dict[nn.Parameter, torch.dtype],
     trained: bool,
 ) -> dict[torch.dtype, list[Member]]:
-    """A unit's trained (or frozen) parameters by the dtype they will compute in, ordered by optimizer group."""
+    """A unit's trained (or frozen) parameters by compute dtype, sorted by optimizer group."""
     members: dict[torch.dtype, list[Member]] = {}
     for name, parameter in unit.parameters:
         if (parameter not in frozen) == trained:
@@ -273,9 +273,9 @@ def _by_dtype(
 
 
 def _dtypes(module: nn.Module, precision: torch.dtype) -> dict[nn.Parameter, torch.dtype]:
-    """What each parameter computes in. Under 16-bit precision that is 16 bit, as in DeepSpeed; but a norm with running
-    statistics wants weight and bias in the dtype of those, as under autocast. Under fp32 a model keeps the dtypes that
-    it came with."""
+    """The compute dtype of each parameter. With bf16 or fp16 that is the precision, as in DeepSpeed, except that norms
+    with running statistics keep weight and bias in the dtype of those, as under autocast. With fp32, parameters keep
+    their dtypes."""
     found = {
         p: precision if precision != torch.float32 and p.dtype.is_floating_point else p.dtype
         for p in module.parameters()
@@ -289,9 +289,9 @@ def _dtypes(module: nn.Module, precision: torch.dtype) -> dict[nn.Parameter, tor
 def _place_frozen(
     name: str, parameter: nn.Parameter, dtype: torch.dtype, comm: Comm, ledger: Ledger, values: Values
 ) -> None:
-    """A frozen parameter that every rank holds whole: to the device, rank 0's values."""
+    """Move an unsharded frozen parameter to the device, with rank 0's values."""
     found = values.read(name, parameter, 0, parameter.numel())
-    # Its own memory: what a checkpoint changes later must not reach into a script's tensors.
+    # New memory: loading a checkpoint must not change tensors that the script holds.
     data = torch.empty(parameter.shape, dtype=dtype, device=comm.device)
     if found is not None:
         data.view(-1).copy_(found)
@@ -301,9 +301,9 @@ def _place_frozen(
 
 
 def _place_buffers(module: nn.Module, dtype: torch.dtype | None, comm: Comm, ledger: Ledger, values: Values) -> None:
-    """To the device, rank 0's values. dtype: of floating-point ones; None: as they came. One that several modules share
-    stays one."""
-    placed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old one, so that its id is nobody else's
+    """Move buffers to the device, with rank 0's values; floating-point ones become `dtype` (None: keep theirs). Buffers
+    that several modules share remain shared."""
+    placed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # with the old buffer, so that its id is not reused
     for path, owner in module.named_modules():
         for name, buffer in list(owner._buffers.items()):
             if buffer is None:

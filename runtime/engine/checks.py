@@ -1,4 +1,4 @@
-"""What a model, its config and its optimizer must fulfil before an engine is built: errors on every rank alike."""
+"""Checks of model, config and optimizer before an engine is built; errors are raised on every rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAINABLE = (torch.float32, torch.bfloat16)
 
 
 def check_complete(module: nn.Module) -> None:
-    """Raises ConfigError for lazy modules, whose parameters have no shape yet."""
+    """Raise ConfigError for lazy modules, whose parameters have no shape yet."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise ConfigError(
@@ -26,28 +26,26 @@ def check_complete(module: nn.Module) -> None:
 
 
 def check_parameters(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer) -> None:
-    """What would train nothing, or fail at the first step with torch's words instead of ours."""
+    """Raise ConfigError for optimizer parameters outside the model, and for dtypes that cannot be trained."""
     names = {parameter: plain_name(name) for name, parameter in module.named_parameters()}
     foreign = sum(p not in names for group in optimizer.param_groups for p in group["params"])
     if foreign:
         raise ConfigError(
-            f"{foreign} parameters of the optimizer are not in the model: make the optimizer from "
-            "model.parameters() after "
-            "the last change of the model, and give modules with parameters of their own to "
-            "initialize() inside the model"
+            f"{foreign} parameters of the optimizer are not in the model: create the optimizer from "
+            "model.parameters() after the last change to the model, and make modules with parameters of their own "
+            "part of the model that initialize() gets"
         )
     for parameter, name in names.items():
         if config.precision == "fp32" and parameter.requires_grad and parameter.dtype not in TRAINABLE:
             raise ConfigError(
-                f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}: expected float32 "
-                "or bfloat16; call "
-                'model.float() before initialize(), or set "bf16": {"enabled": true}'
+                f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}: expected float32 or bfloat16; "
+                'call model.float() before initialize(), or set "bf16": {"enabled": true}'
             )
 
 
 def check_same_model(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm) -> None:
-    """Collectives over buffers of different sizes hang or corrupt, and other numbers train another model on each rank:
-    compare first, and name the first difference."""
+    """Raise ConfigError, naming the first difference, if ranks have different models, configs or optimizers, with which
+    collectives would hang or train different models. Collective."""
     group_of = {p: index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
     mine = [
         (plain_name(name), tuple(p.shape), str(p.dtype), p.requires_grad, group_of.get(p))
@@ -57,21 +55,21 @@ def check_same_model(module: nn.Module, config: Resolved, optimizer: ZeroOptimiz
         (f"(buffer) {plain_name(name)}", tuple(b.shape), str(b.dtype), False, None)
         for name, b in module.named_buffers()
     ]
-    told = comm.gather_objects((config.to_json(), optimizer.settings(), mine))
-    gathered = [(Resolved.from_json(text), described, parameters) for text, described, parameters in told]
+    replies = comm.gather_objects((config.to_json(), optimizer.settings(), mine))
+    gathered = [(Resolved.from_json(text), described, parameters) for text, described, parameters in replies]
     first_config, first_optimizer, _ = gathered[0]
     for rank, (other, described, _) in enumerate(gathered):
         if (found := first_config.difference(other)) is not None:
             key, zeroth, theirs = found
             raise ConfigError(
-                f"the ranks disagree about the config: {key} is {json.dumps(zeroth)} on rank 0 and "
+                f"ranks have different configs: {key} is {json.dumps(zeroth)} on rank 0 and "
                 f"{json.dumps(theirs)} on rank {rank}"
             )
         for name in [*first_optimizer, *(name for name in described if name not in first_optimizer)]:
-            zeroth, theirs = first_optimizer.get(name, "not there"), described.get(name, "not there")
+            zeroth, theirs = first_optimizer.get(name, "missing"), described.get(name, "missing")
             if zeroth != theirs:
                 raise ConfigError(
-                    f"the ranks disagree about the optimizer: {name} is {zeroth} on rank 0 and {theirs} on rank {rank}"
+                    f"ranks have different optimizers: {name} is {zeroth} on rank 0 and {theirs} on rank {rank}"
                 )
     everyone = [parameters for _, _, parameters in gathered]
     for rank, theirs in enumerate(everyone):
@@ -80,12 +78,11 @@ def check_same_model(module: nn.Module, config: Resolved, optimizer: ZeroOptimiz
         for first, other in zip(everyone[0], theirs, strict=False):
             if first != other:
                 raise ConfigError(
-                    f"the ranks disagree about the model: rank 0 has parameter {_parameter(first)}, rank "
+                    f"ranks have different models: rank 0 has parameter {_parameter(first)}, rank "
                     f"{rank} has {_parameter(other)}"
                 )
         raise ConfigError(
-            f"the ranks disagree about the model: rank 0 has {len(everyone[0])} parameters, rank {rank} has "
-            f"{len(theirs)}"
+            f"ranks have different models: rank 0 has {len(everyone[0])} parameters, rank {rank} has {len(theirs)}"
         )
 
 

@@ -1,10 +1,10 @@
-"""Commands at a step boundary: all ranks apply each one at the same optimizer step, and rank 0 answers with that step.
+"""Applies commands at the boundary: all ranks at the same optimizer step, which rank 0 reports back.
 
 [Note: how ranks agree]
-The hub numbers commands and sends each to every rank. While training, only rank 0 looks: the boundary's all-reduce
-carries "rank 0 has commands", and rank 0 broadcasts them. While paused no collective runs: each rank follows the hub's
-numbered log for itself, and since all paused at one step and read one log in one order, they do the same things. A
-`resume` ends that at the same number on all ranks.
+The hub numbers commands and sends each to every rank. While training, only rank 0 checks for them: a flag in the
+boundary's all-reduce says that it has commands, and rank 0 broadcasts them. While paused, no collective runs: each rank
+applies the hub's numbered log by itself, and since all ranks paused at the same step and read the same log, they do the
+same. A `resume` ends the pause at the same command number on all ranks.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from runtime.zero.step_stats import StepStats
 log = logging.getLogger("runtime.train")
 
 PAUSED_POLL_S = 5.0
-"""How long a paused rank sleeps at a time; a command or a dead supervisor wakes it at once."""
+"""Seconds that a paused rank sleeps at a time; a command or a dead supervisor wakes it at once."""
 ORPHANED = "the supervisor is gone"
 
 
 class RunStopped(SystemExit):
-    """Raised out of engine.step() when the run was asked to stop and its state is saved. Exit code 0."""
+    """Raised by engine.step() after a `stop` command, once the state is saved. Exit code 0."""
 
     def __init__(self) -> None:
         super().__init__(0)
 
 
 def knobs_of(state: TrainState) -> dict[str, Any]:
-    """What `set` can change, as the config has it."""
+    """The initial value of every knob, from the config."""
     section = state.config.zerotop
     knobs: dict[str, Any] = {
         "log_level": section.log.level,
@@ -57,7 +57,7 @@ def knobs_of(state: TrainState) -> dict[str, Any]:
 
 
 class Control:
-    """Obeys the commands of one run, on one rank."""
+    """Applies the commands of one run on one rank."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Control:
         nonfinite: NonFiniteSteps,
         memory: DeviceMemoryRelease,
     ) -> None:
-        """knobs: changed in place by `set`. memory: what `pause --release` moves out."""
+        """knobs: updated in place by `set`. memory: moves GPU memory to the host for `pause --release`."""
         self._state, self._link, self.knobs = state, session.link, knobs
         self._comm, self._telemetry = state.comm, state.comm.telemetry
         self._autosave, self._nonfinite, self._memory = autosave, nonfinite, memory
@@ -77,20 +77,21 @@ class Control:
 
     # ---- the boundary ----------------------------------------------------------------------------------------------
     def command_waits(self, acts_at: int) -> bool:
-        """Rank 0: there are commands, or an automatic checkpoint is due at the end of step `acts_at`, when the ranks
-        will act upon it. Once at each boundary."""
+        """Whether, on rank 0, commands wait, or an automatic checkpoint is due at the end of step `acts_at`, when the
+        ranks will act upon it. Call it once per step."""
         if self._comm.rank != 0:
             return False
         waits, self._announced = self._link.inbox.waiting() and not self._announced, self._link.inbox.waiting()
         return self._autosave.is_due(acts_at) or waits
 
     def stop_asked(self) -> bool:
-        """This rank must stop: its supervisor is gone."""
+        """Whether this rank must stop because its supervisor is gone."""
         return self._link.inbox.orphaned
 
     def at_boundary(self, stats: StepStats | None) -> None:
-        """Automatic checkpoint (at the next finite step, if this one isn't), then commands, then a stop that some rank
-        needs. stats: what the ranks have agreed on; None where nothing is known yet. Raises RunStopped after a stop.
+        """Start a checkpoint that is due (deferred while steps are not finite), apply commands, stop if any rank must.
+
+        stats: what the ranks have agreed on; None if nothing is known yet. Raises RunStopped after a stop.
         """
         if stats is not None and stats.command_waits:
             self._state.synchronize()
@@ -98,23 +99,23 @@ class Control:
             rank_0 = self._comm.rank == 0
             due = self._nonfinite.last_is_finite and rank_0 and self._autosave.can_begin()
             taken = [command.model_dump() for command in self._link.inbox.take()] if rank_0 else []
-            due, told = self._comm.broadcast_object((due, taken))
+            due, commands = self._comm.broadcast_object((due, taken))
             if due:
                 self._autosave.save_due(self._keeps_old)
-            self._apply_all(deque(Command.model_validate(command) for command in told))
+            self._apply_all(deque(Command.model_validate(command) for command in commands))
         if stats is not None and stats.stop_asked:
             self._stop(ORPHANED)
         self._autosave.prepare()
 
     def finish(self) -> None:
-        """The last step is done: save it if checkpoints are on (and it was finite), and say goodbye."""
-        if self._nonfinite.last_is_finite and self._autosave.wanted:
+        """After the last step: save it if automatic checkpoints are on and it was finite, and tell the hub."""
+        if self._nonfinite.last_is_finite and self._autosave.enabled:
             self._autosave.save(self._keeps_old)
-        self._autosave.settle()
+        self._autosave.wait_for_save()
         self._link.goodbye("finished", self._step)
 
     def forget_saved(self) -> None:
-        """Another training state has been loaded."""
+        """Reset what depends on the training state, after another one has been loaded."""
         self.knobs["lr_factor"] = self._state.counters.lr_factor
         self._autosave.forget()
         self._nonfinite.forget()
@@ -125,7 +126,7 @@ class Control:
 
     @property
     def _keeps_old(self) -> bool:
-        """What a step that is not finite leaves takes no good checkpoint's place."""
+        """Whether to delete no older checkpoint, as the last step was not finite and its state may be useless."""
         return not self._nonfinite.last_is_finite
 
     # ---- commands: see [Note: how ranks agree] ---------------------------------------------------------------------
@@ -162,12 +163,12 @@ class Control:
             case "set":
                 self._set(command)
             case "stop":
-                self._stop(f"stop asked for by {command.who or 'the keyboard'}", command)
+                self._stop(f"stop requested by {command.who or 'the keyboard'}", command)
             case _:
                 self._answer(command, "rejected", f"{command.name} is not a command that ranks know")
 
     def _pause(self, command: Command) -> bool:
-        """Whether the run is paused."""
+        """Pause, and with the argument `release` free GPU memory. Returns whether the run is paused."""
         result: dict[str, Any] = {}
         if command.arguments.get("release"):
             if self._state.device.type != "cuda":
@@ -179,7 +180,7 @@ class Control:
         return True
 
     def _resume(self, command: Command) -> bool:
-        """Whether the run goes on."""
+        """Restore GPU memory and resume. Returns whether the run continues."""
         if not self._restored(command):
             return False
         self._answer(command, "applied")
@@ -187,14 +188,14 @@ class Control:
         return True
 
     def _restored(self, command: Command) -> bool:
-        """After `pause --release`: everything to the GPUs again, on all ranks or on none."""
+        """Undo `pause --release` on all ranks or on none. Returns whether that succeeded; if not, rejects `command`."""
         problem = self._restore_memory()
         if problem:
             self._answer(command, "rejected", problem)
         return not problem
 
     def _restore_memory(self) -> str:
-        """Returns what is in the way, on any rank."""
+        """Undo `pause --release`. Returns why it failed on any rank; empty if it succeeded."""
         problem = ""
         if not self._memory.released:
             return ""
@@ -205,19 +206,19 @@ class Control:
         problems = [found for found in self._comm.gather_objects(problem) if found]
         if problems and not problem:
             self._memory.release()
-        return f"the GPU memory that was released is in use by others: {problems[0]}" if problems else ""
+        return f"other processes use the GPU memory that was released: {problems[0]}" if problems else ""
 
     def _checkpoint(self, command: Command) -> None:
         autosave = self._autosave
         if autosave.folder is None:
-            self._answer(command, "rejected", "there is no run directory to save into")
+            self._answer(command, "rejected", "this engine has no run directory to save into")
         elif autosave.has_this_step(self._keeps_old):
             self._answer(command, "applied", result={"path": str(autosave.path), "step": self._step})
         elif not autosave.begin(self._keeps_old, self._answerer(command)):
             self._answer(command, "rejected", autosave.problem)
 
     def _set(self, command: Command) -> None:
-        """All values of one `set` or none: checked first, then applied."""
+        """Check all values of a `set`, then apply all of them, or none."""
         try:
             values = {name: get_knob(name).check(value) for name, value in command.arguments.items()}
         except KnobError as error:
@@ -226,7 +227,7 @@ class Control:
         self.knobs.update(values)
         if "lr_factor" in values:
             self._state.counters.lr_factor = float(values["lr_factor"])
-            self._autosave.forget()  # a checkpoint holds the factor
+            self._autosave.forget()  # the factor is part of a checkpoint
         if "telemetry_hz" in values:
             self._link.hz = float(values["telemetry_hz"])
         if "log_level" in values:
@@ -234,12 +235,13 @@ class Control:
         self._answer(command, "applied", result=values)
 
     def apply_log_level(self) -> None:
+        """Set the loggers to the knob log_level."""
         level = str(self.knobs["log_level"]).upper()
         logging.getLogger("runtime").setLevel(level)
         self._link.log_handler.setLevel(level)
 
     def _stop(self, why: str, command: Command | None = None, cannot_save: str = "") -> None:
-        """Save (unless this step is saved), say goodbye, leave."""
+        """Save unless this step is saved, tell the hub, and raise RunStopped. cannot_save: why saving is impossible."""
         autosave, problem = self._autosave, cannot_save
         if command is not None and autosave.folder is not None and not cannot_save:
             self._answer(command, "accepted", f"the checkpoint of step {self._step} is being written")

@@ -1,4 +1,4 @@
-"""`deepspeed.DeepSpeedConfig`: a config that is checked and completed before initialize() takes it."""
+"""`deepspeed.DeepSpeedConfig`: a checked and completed config that initialize() accepts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from runtime.config import load
 
 
 class DeepSpeedConfig:
-    """Of a file, a dictionary or base64 text, for the ranks that there are (one without a process group).
+    """The config in a file, a dictionary or base64 text, resolved for the current world size (1 without a process
+    group).
 
-    Raises ConfigError for one that can't be used.
+    Raises ConfigError if it is invalid.
     """
 
     def __init__(self, config: str | Path | Mapping[str, Any], mpu: Any = None, mesh_device: Any = None) -> None:
-        """mpu, mesh_device: accepted and not needed; initialize() says so where they split the model."""
+        """mpu, mesh_device: ignored; initialize() refuses those that split the model."""
         found = load(config)
         self._param_dict = found.raw
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -42,4 +43,4 @@ class DeepSpeedConfig:
         self.optimizer_params = resolved.optimizer.torch_kwargs() if resolved.optimizer is not None else None
         self.scheduler_name = resolved.scheduler.type if resolved.scheduler is not None else None
         self.zero_config = found.zero_optimization
-        """With its keys as attributes."""
+        """The zero_optimization section, with its keys as attributes."""

@@ -1,9 +1,9 @@
-"""The engine: DeepSpeed's calls around a training state.
+"""The engine: DeepSpeed's API around a training state.
 
 engine, optimizer, loader, scheduler = initialize(model=model, config="config.json")
 loss = engine(inputs, targets)     forward
-engine.backward(loss)              gradients land in flat buffers; complete units are reduced meanwhile
-engine.step()                      at the end of an accumulation: agree on norm and commands, clip, update, all-gather
+engine.backward(loss)              accumulates gradients in flat buffers; complete units are reduced meanwhile
+engine.step()                      at the boundary: sync norm and commands, clip, update, all-gather
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import nn
 
 from runtime import checkpoint
 from runtime.checkpoint.checkpointer import Checkpointer
-from runtime.checkpoint.job import Options
+from runtime.checkpoint.job import SaveOptions
 from runtime.checkpoint.optimizer_states import load_optimizer_state, optimizer_state
-from runtime.checkpoint.registered import checked
+from runtime.checkpoint.registered import check_name
 from runtime.checkpoint.snapshot import SnapshotGuard
-from runtime.checkpoint.tag import agreed_tag
+from runtime.checkpoint.tag_validation import validate_tag
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.engine import model_io, registry
@@ -44,26 +44,24 @@ from runtime.zero.script_backward import ScriptBackward, engine_backward
 
 
 class Engine(EngineQueries):
-    """One rank's part of a training run. Made by `initialize`.
-
-    Hooks on it run around every forward. Names in its named_parameters() and state_dict() are the model's. Without an
-    optimizer it computes and does not train.
+    """One rank's part of a training run, created by `initialize`. A module around the model, whose names in
+    named_parameters() and state_dict() are the model's. Without an optimizer it evaluates but does not train.
     """
 
     def __init__(
         self, module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm, session: Session
     ) -> None:
-        registry.release(module)  # an earlier engine on the same model must not go on taking its gradients
+        registry.detach_owner(module)  # detach an earlier engine on the same model
         trained_before = [p for p in module.parameters() if p.requires_grad and not optimizer.trains]
         for parameter in module.parameters():
-            unmark(parameter)  # zero.Init marks what it builds; below stage 3 nothing is sharded
+            unmark(parameter)  # zero.Init marks parameters as sharded, which they are only at stage 3
         script_backward = ScriptBackward()
         guard = SnapshotGuard()
         state = build_state(module, config, optimizer, comm, guard, script_backward.begin)
         super().__init__(state, session)
         self.telemetry = session.recorder
         self._trained_before = trained_before
-        """An engine without an optimizer keeps no gradients: what it holds requires one again when it lets go."""
+        """Parameters whose requires_grad an evaluating engine has cleared, and restores when it detaches."""
         self.guard, self._script_backward = guard, script_backward
         script_backward.bind(self)
         self.checkpointer = Checkpointer(state, self.script, guard, session.run, session.attempt, session.number)
@@ -74,7 +72,7 @@ class Engine(EngineQueries):
         self.control = Control(state, session, knobs, self.autosave, self.nonfinite, self.memory)
         reporter = Reporter(state, session.recorder, knobs)
         self.steps = OptimizerSteps(state, session.recorder, self.control, self.nonfinite, reporter)
-        registry.hold(module, self)
+        registry.register(module, self)
         if state.policy.shards_parameters:
             install_attributes()
             for _, parameter in state.frozen:
@@ -85,7 +83,7 @@ class Engine(EngineQueries):
 
     # ---- forward, backward, step -----------------------------------------------------------------------------------
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """The model's forward. Its phase in telemetry lasts until backward() begins."""
+        """Run the model's forward. Telemetry counts everything until backward() as forward."""
         self.memory.check("forward()", ("parameters", "buffers"))
         if self.module.training and torch.is_grad_enabled():
             self.telemetry.enter("forward", self.global_steps + 1, self._micro_step)
@@ -101,12 +99,12 @@ class Engine(EngineQueries):
         return output
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
-        """Backward of one micro-step. `loss` is a scalar, the mean over this micro-batch; the engine averages
-        micro-steps and ranks. Several before one step() add up.
+        """Run the backward of one micro-step. `loss`: a scalar, the mean over this micro-batch; the engine averages
+        over micro-steps and ranks. Several calls before one step() add up.
 
-        scale_wrt_gas: divide the loss by gradient_accumulation_steps(); False where the script has done it. Returns
-        the loss so divided. Raises ValueError for anything that backward can't start from. After any other exception
-        in here this engine can't go on: what was under way on this rank is not on the others.
+        scale_wrt_gas: divide the loss by gradient_accumulation_steps(); pass False if the script has done so. Returns
+        the divided loss. Raises ValueError if `loss` is not a scalar that requires grad. After any other exception the
+        engine cannot continue, because collectives in flight on this rank no longer match the other ranks'.
         """
         state, accumulation = self.state, self.state.accumulation
         accumulation.check_can_train("backward(loss)")
@@ -127,25 +125,25 @@ class Engine(EngineQueries):
             accumulation.fail(
                 f"engine.backward(loss) at step {self.global_steps + 1} ended with {type(error).__name__}"
             )
-            if state.unsharder.units and "storage of size 0" in str(error):  # torch's words for memory that was freed
+            if state.unsharder.units and "storage of size 0" in str(error):  # torch's message for freed storage
                 raise RuntimeError(
-                    "stage 3: backward reached parameters of a unit that was resharded: its forward's results came "
-                    "back by a way that no hook sees (a backward through a backward, create_graph=True, does that). "
-                    "Use zero_optimization.stage 2 for this model, or hold the units in zero.GatheredParameters "
-                    "meanwhile"
+                    "stage 3: backward used parameters of a unit that had been resharded, because autograd reached the "
+                    "unit without passing its hooks (as a double backward with create_graph=True does). "
+                    "Use zero_optimization.stage 2 for this model, or run forward and backward inside "
+                    "zero.GatheredParameters"
                 ) from error
             raise
         accumulation.end_backward(loss, self.gradient_accumulation_steps())
         return loss / steps
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss times the loss scale, for scripts that call .backward() on it themselves."""
+        """Multiply the loss by the loss scale, for scripts that call .backward() on it themselves."""
         self.state.settle_step()
         self.state.accumulation.loss_is_scaled = True
         return loss * self.state.scaler.scale
 
     def _begin_backward(self, factor: float = 1.0) -> None:
-        """factor: on each gradient that arrives."""
+        """factor: multiplied into each gradient on arrival."""
         state, accumulation = self.state, self.state.accumulation
         self.telemetry.enter("backward", self.global_steps + 1, self._micro_step)
         if self.config.precision == "fp16":
@@ -162,34 +160,33 @@ class Engine(EngineQueries):
         self.state.unsharder.end_backward()
 
     def begin_script_backward(self) -> None:
-        """The script has called .backward() on its loss: see zero/script_backward.py."""
+        """Prepare for a backward that the script starts with loss.backward(): see zero/script_backward.py."""
         accumulation = self.state.accumulation
         accumulation.check_not_failed(self.global_steps + 1)
         if self.config.precision == "fp16" and not accumulation.loss_is_scaled:
             raise RuntimeError(
-                "loss.backward() under fp16 goes without the loss scale, so small gradients would become zero: call "
+                "loss.backward() under fp16 does not apply the loss scale, so small gradients would underflow: call "
                 "engine.backward(loss), or engine.scale(loss).backward()"
             )
         scale = 1.0 if accumulation.loss_is_scaled else self.state.scaler.scale
         self._begin_backward(scale / self.gradient_accumulation_steps())
 
     def end_script_backward(self, loss: torch.Tensor | None) -> None:
-        """The script's backward is over. loss: what the last forward returned, where that was a loss."""
+        """Finish a backward that the script started. loss: the output of the last forward, if that was a loss."""
         self._end_backward()
         self.state.accumulation.end_backward(loss, self.gradient_accumulation_steps(), by_script=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Discards the gradients of a loss.backward() that the script ran itself and no step() has taken (another
-        engine's loss that came through this model). Otherwise nothing, on purpose: a step() uses the gradients and
-        discards them, and scripts written for DeepSpeed call this between the micro-steps of one accumulation, where
-        clearing would lose gradients."""
+        """Discard gradients of a loss.backward() that the script ran itself and no step() has used (such as another
+        engine's loss that depends on this model). Otherwise does nothing, on purpose: step() clears the gradients, and
+        scripts written for DeepSpeed call this between micro-steps, where clearing would lose gradients."""
         if self.state.accumulation.check_zero_grad():
             self.state.discard_accumulated()
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
-        """End of a micro-step; at the boundary also the optimizer step, and commands that wait are applied.
+        """End a micro-step; at the boundary also run the optimizer step and apply pending commands.
 
-        lr_kwargs: keyword arguments for the scheduler's step(). Leaves with RunStopped (a SystemExit) after a `stop`
+        lr_kwargs: keyword arguments for the scheduler's step(). Raises RunStopped (a SystemExit) after a `stop`
         command, once its checkpoint is complete.
         """
         accumulation = self.state.accumulation
@@ -204,8 +201,8 @@ class Engine(EngineQueries):
             self.telemetry.enter("data", self.global_steps + 1, self._micro_step)
 
     def synchronize(self) -> None:
-        """Returns when the last step's update is complete, for scripts that read parameters or states themselves: with
-        offload it may still be under way after step()."""
+        """Wait for the last step's update, which with offload may still run after step(). For scripts that read
+        parameters or optimizer states themselves."""
         self.state.synchronize()
 
     # ---- accumulation ----------------------------------------------------------------------------------------------
@@ -214,39 +211,40 @@ class Engine(EngineQueries):
         return self.state.accumulation.micro_step(self.gradient_accumulation_steps())
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-step under way is the accumulation's last."""
+        """Whether the current micro-step is the last one of the accumulation."""
         return self.state.accumulation.is_boundary(self.gradient_accumulation_steps())
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        """From the next backward() on, until the next such call: whether the micro-step is the accumulation's last,
-        instead of counting. The loss is still divided by gradient_accumulation_steps()."""
+        """Override the counting of micro-steps from the next backward() on, until the next call: whether a micro-step
+        is the boundary. The loss is still divided by gradient_accumulation_steps()."""
         self.state.accumulation.forced_boundary = bool(is_boundary)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards inside only accumulate on this rank, in whole buffers at every stage; the next one outside reduces
-        them all."""
+        """Context in which backwards only accumulate locally, in unsharded buffers at every stage; the next backward
+        outside reduces everything."""
         with self.state.accumulation.no_sync():
             yield
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of every parameter group, until a scheduler changes it."""
+        """Set the learning rate of every parameter group, until a scheduler changes it."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Another number of micro-steps per step, from the next one on; the micro-batch stays what it is."""
+        """Change the number of micro-steps per optimizer step to reach this global batch; the micro-batch is
+        unchanged."""
         micro, world = self.config.micro_batch, self.comm.world_size
         if train_batch_size <= 0 or train_batch_size % (micro * world):
             raise ValueError(
-                f"engine.set_train_batch_size({train_batch_size}): expected a multiple of {micro * world}, which is "
-                f"{micro} in each micro-batch times {world} ranks"
+                f"engine.set_train_batch_size({train_batch_size}): expected a multiple of {micro * world}, "
+                f"train_micro_batch_size_per_gpu ({micro}) x ranks ({world})"
             )
         self._set_batch(micro, train_batch_size // (micro * world), "engine.set_train_batch_size()")
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """What the micro-batches of the script hold from now on; the number of micro-steps stays what it is. A loader
-        that initialize() made goes on with the size that it has."""
+        """Set the size of the script's micro-batches; the number of micro-steps is unchanged. A loader that
+        initialize() has returned keeps its batch size."""
         if micro_batch_size <= 0:
             raise ValueError(f"engine.set_train_micro_batch_size({micro_batch_size}): expected at least 1")
         self._set_batch(micro_batch_size, self.config.accumulation, "engine.set_train_micro_batch_size()")
@@ -260,7 +258,7 @@ class Engine(EngineQueries):
         self.state.accumulation.start = self.micro_steps
 
     def allreduce_gradients(self, bucket_size: int | None = None) -> None:
-        """Nothing to do: engine.backward(loss) has reduced them."""
+        """Does nothing, for compatibility: engine.backward(loss) has reduced the gradients."""
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
     def save_checkpoint(
@@ -272,16 +270,16 @@ class Engine(EngineQueries):
         exclude_frozen_parameters: bool = False,
         wait: bool = True,
     ) -> bool:
-        """Write SAVE_DIR/TAG (default tag: global_stepN); every rank must call it. client_state: plain data and
-        tensors. save_latest=False: neither SAVE_DIR/latest nor a load_checkpoint() without a tag takes it for the
-        newest. exclude_frozen_parameters: leave out what is not trained; who loads it needs a model with the same
-        base weights. wait=False: returns when a copy is made, and a process of low priority writes it;
-        `wait_for_checkpoint()` waits for that, and so does the next save, which raises what went wrong with it. That of
-        an engine without an optimizer holds parameters and buffers, and whoever loads it gets no more.
+        """Write SAVE_DIR/TAG (default tag: global_stepN). Collective. client_state: plain data and tensors.
+        save_latest=False: neither SAVE_DIR/latest nor a load_checkpoint() without a tag counts it as the newest.
+        exclude_frozen_parameters: leave out parameters that are not trained; loading then needs a model with the same
+        base weights. wait=False: return once a copy is made, which a low-priority process writes;
+        `wait_for_checkpoint()` and the next save wait for it and raise its failure. The checkpoint of an engine without
+        an optimizer holds parameters and buffers only.
 
-        Raises CheckpointError on every rank if any could not write (for what can't be a folder or a tag one that is a
-        ValueError, too), in the middle of an accumulation, whose gradients a checkpoint does not hold, or, with
-        checkpoint.tag_validation "Fail", when the ranks say different tags; otherwise rank 0's is taken.
+        Raises CheckpointError on every rank if any rank fails to write (also a ValueError for a folder or tag that
+        can't be one); in the middle of an accumulation, as checkpoints hold no gradients; and if ranks pass different
+        tags with checkpoint.tag_validation "Fail" (otherwise rank 0's is used).
         """
         if exclude_frozen_parameters and not self.optimizer.trains:
             raise checkpoint.CheckpointError(
@@ -297,22 +295,22 @@ class Engine(EngineQueries):
         if client_state is not None:
             self.script.client_state = client_state
         with self.telemetry.span("checkpoint"):
-            tag = agreed_tag(self.comm, save_dir, tag, self.global_steps, self.config.tag_validation)
-            options = Options(latest=save_latest, with_frozen=not exclude_frozen_parameters)
+            tag = validate_tag(self.comm, save_dir, tag, self.global_steps, self.config.tag_validation)
+            options = SaveOptions(latest=save_latest, with_frozen=not exclude_frozen_parameters)
             folder, state = Path(save_dir), self.script.client_state
             if wait:
-                earlier = self.checkpointer.settle_unreported()
+                earlier = self.checkpointer.wait_for_unreported()
                 self.script.last_checkpoint = self.checkpointer.save(folder, tag, state, options)
-                if earlier:  # only now: this may be a script's last one
+                if earlier:  # raised after this save: it may be the script's last
                     raise checkpoint.CheckpointError(f"{earlier} (and {self.script.last_checkpoint} is complete)")
             else:
                 self.script.last_checkpoint = self.checkpointer.begin(folder, tag, state, options=options)
         return True
 
     def wait_for_checkpoint(self) -> None:
-        """Returns when what `save_checkpoint(..., wait=False)` began is complete; every rank must call it. Raises
-        CheckpointError on every rank if any could not write."""
-        if problem := self.checkpointer.settle_unreported():
+        """Wait for a `save_checkpoint(..., wait=False)`. Collective. Raises CheckpointError on every rank if any rank
+        failed to write."""
+        if problem := self.checkpointer.wait_for_unreported():
             raise checkpoint.CheckpointError(problem)
 
     def load_checkpoint(
@@ -325,18 +323,18 @@ class Engine(EngineQueries):
         load_module_only: bool = False,
         custom_load_fn: Callable[..., Any] | None = None,
     ) -> tuple[str | None, dict[str, Any]]:
-        """Load LOAD_DIR/TAG, or the newest complete checkpoint in LOAD_DIR that is sound. Returns (its path,
-        client_state), or (None, {}) when there is none.
+        """Load LOAD_DIR/TAG, or the newest complete, undamaged checkpoint in LOAD_DIR. Returns (its path,
+        client_state), or (None, {}) if there is none. Collective.
 
-        load_module_strict=False: parameters and buffers that only the model or only the checkpoint has are left alone.
-        load_optimizer_states=False: the optimizer's states and learning rates stay as they are;
-        load_lr_scheduler_states=False: the scheduler does. load_module_only: parameters and buffers and nothing else,
-        no step counts either; an engine without an optimizer always loads so. custom_load_fn(src=, dst=): puts the
-        checkpoint's whole parameters and buffers (src, by name, in host memory) into the module (dst) in our stead;
-        rank 0's result is everybody's, and masters become what it leaves in the module's precision.
+        load_module_strict=False: ignore parameters and buffers that only the model or only the checkpoint has.
+        load_optimizer_states=False: keep the current optimizer states and learning rates.
+        load_lr_scheduler_states=False: keep the scheduler's state. load_module_only: load parameters and buffers only,
+        not even step counts; an engine without an optimizer always does. custom_load_fn(src=, dst=): copies the
+        checkpoint's unsharded parameters and buffers (src, by name, in host memory) into the module (dst) itself; rank
+        0's result is broadcast, and master weights are set from it in the module's precision.
         """
         load_module_only = load_module_only or not self.optimizer.trains
-        wanted = checkpoint.Wanted(
+        options = checkpoint.LoadOptions(
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
             scheduler=load_lr_scheduler_states and not load_module_only,
@@ -347,34 +345,34 @@ class Engine(EngineQueries):
         path: Path | None
         if tag is not None:
             path = Path(load_dir) / str(tag)
-            self.checkpointer.load(path, wanted)
+            self.checkpointer.load(path, options)
         else:
-            path = self.checkpointer.load_newest(Path(load_dir), wanted)
+            path = self.checkpointer.load_newest(Path(load_dir), options)
         if path is None:
             return None, {}
         self.control.forget_saved()
         if custom_load_fn is not None:
-            model_io.load_by(custom_load_fn, path, self.state.full)
+            model_io.load_with(custom_load_fn, path, self.state.full)
         return str(path), self.script.client_state
 
     def resume(self) -> Path | None:
-        """Under --resume: load the newest complete checkpoint of the run that is sound. Returns it."""
+        """Under --resume: load the newest complete, undamaged checkpoint of the run. Returns its path, or None."""
         path = self.autosave.resume() if self.session.resume else None
         self.control.knobs["lr_factor"] = self.state.counters.lr_factor
         return path
 
     def register_state(self, **items: Any) -> None:
-        """What checkpoints shall include, also keyboard ones: objects with state_dict() and load_state_dict() (a
-        sampler, a metric), which are taken for equal on all ranks; and generators of random numbers (torch.Generator,
-        numpy's Generator and RandomState, random.Random), of which each rank's is kept. In a larger world, a rank that
-        is new leaves a generator as it is, unless all ranks that saved (two or more) had it in the same state.
+        """Add objects to every checkpoint, keyboard ones included. Objects with state_dict() and load_state_dict() (a
+        sampler, a metric) are saved from rank 0; random number generators (torch.Generator, numpy's Generator and
+        RandomState, random.Random) from each rank. At a larger world size, an additional rank keeps its own generator
+        state, unless all saved ranks (two or more) had the same.
 
-        Where a checkpoint has been loaded that holds them (under --resume: by initialize()), they are restored here.
-        The loader that initialize() returns needs no registering."""
+        If the loaded checkpoint (under --resume: the one that initialize() loads) holds their states, they are restored
+        here. The loader that initialize() returns is registered already."""
         for name, item in items.items():
-            self.script.registered.add(checked(name), item)
+            self.script.registered.add(check_name(name), item)
 
-    # ---- the model as a whole --------------------------------------------------------------------------------------
+    # ---- the unsharded model ---------------------------------------------------------------------------------------
     def module_state_dict(
         self,
         destination: dict[str, Any] | None = None,
@@ -382,7 +380,7 @@ class Engine(EngineQueries):
         keep_vars: bool = False,
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Any]:
-        """The model's state_dict; at stage 3 copies in host memory, and every rank must call it."""
+        """The model's full state_dict; at stage 3 copies in host memory, and collective."""
         state: dict[str, Any] = self.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         if exclude_frozen_parameters:
             for name, parameter in self.named_parameters(prefix.removesuffix("."), remove_duplicate=False):
@@ -397,10 +395,10 @@ class Engine(EngineQueries):
         custom_load_fn: Callable[..., Any] | None = None,
         fetch_z3_params: bool = False,
     ) -> None:
-        """Load the model's weights, masters included; every rank must call it.
+        """Load the model's weights and update the master weights. Collective.
 
-        checkpoint: {"module": state_dict}, or the state_dict itself. custom_load_fn(src=state_dict, dst=model) loads it
-        in a way of its own, with the parameters whole. fetch_z3_params: accepted and not needed.
+        checkpoint: {"module": state_dict}, or the state_dict itself. custom_load_fn(src=state_dict, dst=model): loads
+        it instead, with unsharded parameters. fetch_z3_params: ignored.
         """
         values = checkpoint["module"] if isinstance(checkpoint.get("module"), Mapping) else checkpoint
         if custom_load_fn is None:
@@ -412,7 +410,7 @@ class Engine(EngineQueries):
             full.commit_changes(full.units)
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
-        """The model's state_dict on rank 0, None elsewhere; every rank must call it. (accelerate's get_state_dict)"""
+        """The model's full state_dict on rank 0, None elsewhere; accelerate's get_state_dict calls it. Collective."""
         with self.state.full.without_values(needed=self.comm.rank == 0):
             state = self.module_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
         return state if self.comm.rank == 0 else None
@@ -425,8 +423,8 @@ class Engine(EngineQueries):
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Rank 0 writes the module's state_dict, as it computes, to SAVE_DIR/SAVE_FILENAME; every rank must call it.
-        exclude_frozen_parameters: leave out what is not trained."""
+        """Write the model's full state_dict in its compute dtype to SAVE_DIR/SAVE_FILENAME, from rank 0. Collective.
+        exclude_frozen_parameters: leave out parameters that are not trained."""
         state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
         model_io.save(state, Path(save_dir) / save_filename, self.comm)
         return True
@@ -440,11 +438,11 @@ class Engine(EngineQueries):
         pin_memory: bool = True,
         non_blocking: bool = False,
     ) -> None:
-        """Move the engine's states to host memory until reload_states(): while something else needs the GPU's memory,
-        between two steps. Every rank must call it.
+        """Move the engine's states to host memory until reload_states(), so that something else can use the GPU's
+        memory between two optimizer steps. Call it on every rank.
 
-        include: some of optim_states, hp_params, lp_params, lp_grads, contiguous_grad_buffer; default: everything.
-        device: "cpu". pin_memory and non_blocking: accepted and not needed; it has moved on return.
+        include: some of optim_states, hp_params, lp_params, lp_grads, contiguous_grad_buffer; default: all. device:
+        "cpu". pin_memory and non_blocking: ignored; the copies are complete on return.
         """
         self.state.accumulation.check_boundary(
             "engine.offload_states()",
@@ -453,39 +451,40 @@ class Engine(EngineQueries):
         self.memory.release(model_io.categories(include, device))
 
     def reload_states(self, non_blocking: bool = False) -> None:
-        """Bring back what offload_states() moved. non_blocking: accepted; it is there on return."""
+        """Move back what offload_states() moved. non_blocking: ignored; the copies are complete on return."""
         self.memory.restore()
 
     def empty_partition_cache(self) -> None:
-        """Between two passes: free parameters of other ranks' shards that are still here (the root unit's)."""
+        """Reshard units that are still unsharded (the root unit). Call it between forward and backward passes."""
         self.state.unsharder.reshard_all()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def masters(self) -> list[torch.Tensor]:
-        """This rank's masters, (state shard,) fp32 of every trained parameter group in forward order; not copies."""
+        """This rank's master weights: for each trained flat parameter group in forward order, (numel of the state
+        shard,) fp32, not a copy."""
         self.synchronize()
         return [flat.masters for flat in self.state.flats]
 
     def optimizer_state_dict(self) -> dict[str, Any]:
-        """See ZeroOptimizer.state_dict."""
+        """The implementation of ZeroOptimizer.state_dict."""
         return optimizer_state(self.state)
 
     def load_optimizer_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See ZeroOptimizer.load_state_dict."""
+        """The implementation of ZeroOptimizer.load_state_dict."""
         load_optimizer_state(self.state, self.guard, state)
 
     # ---- compilation, and the end ----------------------------------------------------------------------------------
     def compile(self, backend: Any = "inductor", compile_kwargs: Mapping[str, Any] | None = None) -> None:
-        """The model's forward is compiled by torch when it runs next."""
+        """Let torch compile the model at its next forward."""
         self.module.compile(backend=backend, **(compile_kwargs or {}))
 
     def destroy(self) -> None:
-        """The engine lets go of its model, which is a plain one again, whole on every rank; every rank must call it."""
-        registry.release(self.module)
+        """Detach the engine from its model, which becomes an ordinary, unsharded module on every rank. Collective."""
+        registry.detach_owner(self.module)
 
     def detach(self) -> None:
-        """Another engine takes the model over, or none."""
+        """Remove all hooks and unshard the model; called by `destroy` and when another engine takes the model."""
         state = self.state
         self.checkpointer.leave()
         state.updates.detach()
@@ -498,16 +497,16 @@ class Engine(EngineQueries):
             parameter.requires_grad_(True)
 
     def finish(self) -> None:
-        """The training is complete: last checkpoint, and the hub hears that this rank finished."""
+        """End the training: make the last checkpoint and tell the hub that this rank has finished."""
         self.synchronize()
         self.steps.finish()
         self.state.settle_changes()
         self.control.finish()
 
-    if not TYPE_CHECKING:  # which would take every slip for an attribute of the module
+    if not TYPE_CHECKING:  # __getattr__ would hide misspelt attributes from type checkers
 
         def __getattr__(self, name: str) -> Any:
-            """What an engine does not have, its module may."""
+            """Fall back to attributes of the module."""
             if name.startswith("__") or "module" not in self.__dict__:
                 raise AttributeError(name)
             for own in ("_parameters", "_buffers", "_modules"):
@@ -522,12 +521,11 @@ class Engine(EngineQueries):
 
 
 DeepSpeedEngine = Engine
-"""DeepSpeed's name of it."""
+"""DeepSpeed's name for `Engine`."""
 
 
 def _tokens_in(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> int:
-    """Tokens of a micro-batch: elements of input_ids, else of the first integer tensor of two dimensions; 0 when there
-    is none."""
+    """Number of tokens in a micro-batch: elements of input_ids, else of the first 2-D integer tensor, else 0."""
     candidates: Iterable[Any] = [named["input_ids"]] if "input_ids" in named else [*inputs, *named.values()]
     for value in candidates:
         if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():

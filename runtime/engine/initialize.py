@@ -1,4 +1,4 @@
-"""The calls of a training script, with DeepSpeed's names and argument order."""
+"""`initialize` and `add_config_arguments`, with DeepSpeed's names and argument order."""
 
 from __future__ import annotations
 
@@ -46,24 +46,25 @@ def initialize(
     mesh_param: Sequence[int] | None = None,
     config_params: str | Path | Mapping[str, Any] | None = None,
 ) -> tuple[Engine, ZeroOptimizer | None, DataLoader[Any] | None, Any]:
-    """Make an engine of `model`; returns (engine, optimizer, training data loader or None, LR scheduler or None).
+    """Create an engine for `model`; returns (engine, optimizer, training data loader or None, LR scheduler or None).
+    Collective.
 
     model_parameters: parameters or parameter groups for the config's optimizer; default: all that require a gradient.
-    optimizer: a fresh torch.optim optimizer (or a function of the parameters that makes one) instead of the config's.
-    With neither, the engine evaluates: it holds no masters, gradients or states, shards the parameters at stage 3, and
-    refuses backward() and step(); optimizer and scheduler are then None.
-    training_data: a data set with a length; the loader reads it in the order of torch's DistributedSampler, another one
-    each epoch, and after a resume goes on behind the last batch that was trained (see runtime/data/loader.py).
-    lr_scheduler: a scheduler, or a function of the optimizer, instead of the config's; the engine steps it after each
-    optimizer step. config: a DeepSpeed-style file (JSON or Hjson) or dictionary, base64 text, or a DeepSpeedConfig;
-    under `zerotop launch` it may be left out, and is then the launched one. config_params: an old name of it.
-    distributed_port and dist_init_required are accepted and not needed: the process group is joined unless the script
-    has done so. mpu and mesh_param may only say that the model is not split.
+    optimizer: a new torch.optim optimizer (or a function of the parameters that returns one) instead of the config's.
+    With neither, the engine only evaluates: it has no master weights, gradients or optimizer states, shards parameters
+    at stage 3, and refuses backward() and step(); optimizer and scheduler are then None.
+    training_data: a map-style data set; the loader shuffles it like torch's DistributedSampler, differently each epoch,
+    and after a resume continues after the last trained batch (see runtime/data/loader.py).
+    lr_scheduler: a scheduler, or a function of the optimizer that returns one, instead of the config's; the engine
+    steps it after each optimizer step. config: a DeepSpeed-style file (JSON or Hjson) or dictionary, base64 text, or a
+    DeepSpeedConfig; under `zerotop launch` it defaults to the launched one. config_params: an old name of `config`.
+    distributed_port, dist_init_required: ignored; the process group is initialized unless the script has done so. mpu,
+    mesh_param: refused if they split the model.
 
-    Under `zerotop launch` the engine publishes telemetry and obeys commands; under --resume it has loaded the newest
-    checkpoint on return. Of several engines in one process the first does; each later one has automatic checkpoints of
-    its own (checkpoints/engine-2/...), and resumes from them.
-    Raises ConfigError for a config, model or optimizer that can't be used, on every rank alike and before any training.
+    Under `zerotop launch` the first engine of a process publishes telemetry and applies commands; later ones only have
+    automatic checkpoints of their own (checkpoints/engine-2/...). Under --resume every engine has loaded its newest
+    checkpoint on return.
+    Raises ConfigError on every rank, before any training, for an invalid config, model or optimizer.
     """
     if model is None:
         raise ConfigError("initialize(model=...): expected a torch.nn.Module, got None")
@@ -81,7 +82,7 @@ def initialize(
     resolved = _resolve(chosen, device)
     refuse_unsupported(resolved)
     if optimizer is None and resolved.optimizer is None:
-        engine = _evaluating(model, resolved, device, model_parameters, lr_scheduler)
+        engine = _evaluation_engine(model, resolved, device, model_parameters, lr_scheduler)
         return engine, None, _make_loader(engine, training_data, collate_fn), None
     session = Session.join(torch.distributed.get_rank(), resolved.zerotop.telemetry.enabled)
     comm = Comm(device, session.recorder)
@@ -99,8 +100,8 @@ def initialize(
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add --deepspeed and --deepspeed_config, as DeepSpeed does.
 
-    args.local_rank is this rank's number on its host, from LOCAL_RANK: also where the script has a --local_rank of its
-    own, which DeepSpeed's launcher would pass.
+    args.local_rank comes from LOCAL_RANK, even if the script declares a --local_rank of its own, which DeepSpeed's
+    launcher would pass.
     """
     group = parser.add_argument_group("ZeRO", "configuration of the training engine")
     group.add_argument(
@@ -115,12 +116,12 @@ def _refuse_model_parallelism(mpu: Any, mesh_param: Sequence[int] | None) -> Non
     parts = int(mpu.get_model_parallel_world_size()) if hasattr(mpu, "get_model_parallel_world_size") else 1
     if parts > 1:
         raise ConfigError(
-            f"initialize(mpu=...): it splits the model over {parts} ranks; expected one, for zerotop shards "
-            "data-parallel training only"
+            f"initialize(mpu=...): expected a model-parallel world size of 1, got {parts}; zerotop has "
+            "data parallelism only"
         )
     if mesh_param is not None and any(size != 1 for size in list(mesh_param)[1:]):
         raise ConfigError(
-            f"initialize(mesh_param={tuple(mesh_param)}): expected (ranks, 1), for zerotop has no sequence parallelism"
+            f"initialize(mesh_param={tuple(mesh_param)}): expected (ranks, 1); zerotop has no sequence parallelism"
         )
 
 
@@ -141,21 +142,21 @@ def _resolve(config: Any, device: torch.device) -> Resolved:
     return load(config).resolve(world_size, "cuda" if device.type == "cuda" else "cpu", script=True)
 
 
-def _evaluating(
+def _evaluation_engine(
     model: nn.Module, config: Resolved, device: torch.device, model_parameters: Any, lr_scheduler: Any
 ) -> Engine:
-    """An engine of a model that is not trained: a reference or reward model, a teacher."""
+    """An engine for a model that is not trained: a reference or reward model, a teacher."""
     for name, given in (("model_parameters", model_parameters), ("lr_scheduler", lr_scheduler)):
         if given is not None:
             raise ConfigError(
-                f'initialize({name}=...): there is no optimizer for it: add an "optimizer" section to the config, or '
-                f"call initialize(optimizer=...). An engine that only evaluates takes no {name}"
+                f'initialize({name}=...) needs an optimizer: add an "optimizer" section to the config or pass '
+                f"initialize(optimizer=...). An engine that only evaluates takes no {name}"
             )
-    session = Session.apart(torch.distributed.get_rank())
+    session = Session.unattached(torch.distributed.get_rank())
     config = config.model_copy(update={"offload_optimizer": None, "scheduler": None})
     engine = Engine(model, config, NoOptimizer(), Comm(device, session.recorder), session)
     if session.rank == 0:
-        log.info(f"an engine without an optimizer: {type(model).__name__} is evaluated at stage {config.stage}")
+        log.info(f"engine without an optimizer for {type(model).__name__} at stage {config.stage}: evaluation only")
     return engine
 
 
@@ -166,7 +167,7 @@ def _make_optimizer(config: Resolved, given: Any, parameters: list[Any]) -> Zero
     if not isinstance(given, torch.optim.Optimizer):
         if not callable(given):
             raise ConfigError(
-                f"initialize(optimizer=...): expected a torch optimizer or a function that makes one, got "
+                f"initialize(optimizer=...): expected a torch optimizer or a function that returns one, got "
                 f"{type(given).__name__}"
             )
         given = given(parameters)
@@ -179,15 +180,13 @@ def _make_scheduler(config: Resolved, given: Any, optimizer: ZeroOptimizer) -> A
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise ConfigError(
                 "lr_scheduler: ReduceLROnPlateau needs a metric at each step, which engine.step() "
-                "does not have; leave it "
-                "out of initialize() and step it yourself"
+                "does not have; leave it out of initialize() and step it yourself"
             )
         bound = getattr(scheduler, "optimizer", None)
         if bound is not None and bound is not optimizer and bound is not optimizer.wrapped:
             raise ConfigError(
-                "lr_scheduler: it changes another optimizer than the one that trains; build it on the "
-                "optimizer that you "
-                "give to initialize(), or give a function of the optimizer"
+                "lr_scheduler: it belongs to another optimizer than the one passed to initialize(); build it on "
+                "that one, or pass a function of the optimizer"
             )
         return scheduler
     if config.scheduler is None:
@@ -204,10 +203,10 @@ def _refuse_data(data: Any) -> None:
     if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
         raise ConfigError(
             "initialize(training_data=...): expected a data set with a length (a torch.utils.data.Dataset), "
-            f"got {type(data).__name__}; make a DataLoader for it yourself, and leave training_data out"
+            f"got {type(data).__name__}; create a DataLoader yourself, and leave training_data out"
         )
     if len(data) == 0:
-        raise ConfigError("initialize(training_data=...): expected at least one sample, the data set is empty")
+        raise ConfigError("initialize(training_data=...): expected at least one sample, got an empty data set")
 
 
 def _make_loader(engine: Engine, data: Any, collate_fn: Any) -> DataLoader[Any] | None:
@@ -230,9 +229,10 @@ def _make_loader(engine: Engine, data: Any, collate_fn: Any) -> DataLoader[Any] 
 
 
 def _announce(engine: Engine, resumed: Path | None) -> None:
-    """Say hello and what this run is, now that all of it is known."""
+    """Start the session: send its hello to the hub, and log what is being trained."""
     session, link = engine.session, engine.session.link
-    rank, ledger, device = engine.comm.rank, engine.state.ledger, engine.device  # the session outlives engines
+    # The session outlives the engine, so the callback must not reference it.
+    rank, ledger, device = engine.comm.rank, engine.state.ledger, engine.device
     link.memory_source = lambda: memory_message(rank, ledger, device)
     session.begin(
         session.hello(engine.config, engine.comm, engine.module, engine.global_steps, dict(engine.control.knobs))

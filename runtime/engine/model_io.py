@@ -1,4 +1,4 @@
-"""A model's weights as files and dictionaries, for the engine's calls of DeepSpeed's names."""
+"""Helpers of the engine's DeepSpeed methods that save, load and offload a model's weights and states."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from runtime.checkpoint import on_rank_0
-from runtime.checkpoint.format.reading import CheckpointReader
+from runtime.checkpoint.format.reader import CheckpointReader
 from runtime.comm import Comm
 from runtime.config import ConfigError
-from runtime.engine.release import EVERYTHING
+from runtime.engine.release import ALL_CATEGORIES
 from runtime.wire.messages import Category
 from runtime.zero.full import FullModel
 
@@ -23,11 +23,11 @@ STATES: dict[str, Category] = {
     "lp_grads": "gradients",
     "contiguous_grad_buffer": "gradients",
 }
-"""DeepSpeed's names of what offload_states() can move, and ours."""
+"""DeepSpeed's names for offload_states(include=...) -> our memory categories."""
 
 
 def save(state_dict: dict[str, Any] | None, path: Path, comm: Comm) -> None:
-    """Rank 0 writes its `state_dict` to `path`; every rank must call it. Raises CheckpointError on every rank."""
+    """Write rank 0's `state_dict` to `path`. Raises CheckpointError on every rank if that fails. Collective."""
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,9 +36,9 @@ def save(state_dict: dict[str, Any] | None, path: Path, comm: Comm) -> None:
     on_rank_0(comm, f"write {path}", write)
 
 
-def load_by(load: Callable[..., Any], path: Path, full: FullModel) -> None:
-    """load(src=, dst=) puts the checkpoint's parameters and buffers, by name, into the module; rank 0's result is
-    everybody's."""
+def load_with(load: Callable[..., Any], path: Path, full: FullModel) -> None:
+    """Call load(src=, dst=) with the checkpoint's parameters and buffers by name, and the unsharded module; rank 0's
+    result is broadcast. Collective."""
     reader = CheckpointReader(path)
     source = {stored.name: reader.read(stored, stored.dtype) for stored in reader.tensors}
     with full.unsharded(full.units, modifier_rank=0):
@@ -46,11 +46,11 @@ def load_by(load: Callable[..., Any], path: Path, full: FullModel) -> None:
 
 
 def categories(include: Iterable[Any] | None, device: Any) -> Collection[Category]:
-    """What offload_states(include=, device=) moves. Raises ConfigError for what it can't."""
+    """The categories that offload_states(include=, device=) moves. Raises ConfigError for unknown names or devices."""
     if str(getattr(device, "value", device)) != "cpu":
         raise ConfigError(f'engine.offload_states(device={device!r}): expected "cpu"')
     if include is None:
-        return EVERYTHING
+        return ALL_CATEGORIES
     names = [str(getattr(state, "value", state)) for state in include]
     if unknown := [name for name in names if name not in STATES]:
         raise ConfigError(f"engine.offload_states(include={unknown}): expected some of {', '.join(STATES)}")

@@ -1,4 +1,4 @@
-"""What training scripts ask an engine, with DeepSpeed's names: nothing here changes or computes anything."""
+"""The read-only part of the engine's DeepSpeed API: settings, counters and the wrapped module."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from runtime.state.train_state import TrainState
 
 
 class EngineQueries(nn.Module):
-    """The part of `Engine` that only looks at its state: a module around the model, as DeepSpeed's engine is.
+    """The base of `Engine`: a module around the model, as in DeepSpeed, with read-only queries.
 
-    What DeepSpeed chooses and zerotop does not (see the notes that initialize() gives about keys without effect) is
-    answered as it is here.
+    Queries about settings that have no effect in zerotop (see the notes at launch) return what zerotop does.
     """
 
     module: nn.Module
@@ -32,33 +31,38 @@ class EngineQueries(nn.Module):
     def __init__(self, state: TrainState, session: Session) -> None:
         super().__init__()
         self.module = state.module
-        self.__dict__["module"] = state.module  # found without going through nn.Module.__getattr__
+        self.__dict__["module"] = state.module  # bypasses nn.Module.__getattr__
         self.state, self.session, self.script = state, session, ScriptState()
         self.training_dataloader: Any = None
-        """What initialize(training_data=...) returned."""
+        """The loader that initialize(training_data=...) returned, if any."""
         self.steps: OptimizerSteps
         self._stepped = False
         """Whether the last step() was at a boundary."""
 
-    # ---- its parts ---------------------------------------------------------------------------------------------------
+    # ---- parts -------------------------------------------------------------------------------------------------------
     @property
     def config(self) -> Resolved:
+        """The resolved config."""
         return self.state.config
 
     @property
     def comm(self) -> Comm:
+        """The communicator of all ranks."""
         return self.state.comm
 
     @property
     def optimizer(self) -> ZeroOptimizer:
+        """The ZeRO optimizer; its parameter groups are the script's."""
         return self.state.optimizer
 
     @property
     def device(self) -> torch.device:
+        """The device that this rank computes on."""
         return self.state.device
 
     @property
     def lr_scheduler(self) -> Any:
+        """The scheduler that the engine steps; None without one."""
         return self.state.lr_scheduler
 
     @lr_scheduler.setter
@@ -67,7 +71,7 @@ class EngineQueries(nn.Module):
 
     @property
     def global_steps(self) -> int:
-        """Optimizer steps, skipped ones included: what progress and checkpoints count."""
+        """Optimizer steps taken, skipped ones included; progress and checkpoints count these."""
         return self.state.counters.global_steps
 
     @global_steps.setter
@@ -76,12 +80,13 @@ class EngineQueries(nn.Module):
 
     @property
     def optimizer_steps(self) -> int:
-        """Updates really taken: Adam's bias correction counts these."""
+        """Optimizer steps that updated parameters, which Adam's bias correction counts."""
         self.state.settle_step()
         return self.state.counters.optimizer_steps
 
     @property
     def micro_steps(self) -> int:
+        """Micro-steps taken in total."""
         return self.state.accumulation.micro_steps
 
     @micro_steps.setter
@@ -90,63 +95,72 @@ class EngineQueries(nn.Module):
 
     # ---- state -------------------------------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Self:
+        """Set the model to training mode."""
         self.module.train(mode)
         return self
 
     def eval(self) -> Self:
+        """Set the model to evaluation mode."""
         return self.train(False)
 
     @property
     def training(self) -> bool:
+        """Whether the model is in training mode."""
         return self.module.training
 
     @training.setter
     def training(self, mode: bool) -> None:
-        """torch sets this flag of each module by itself, in train() and at the start; the model's is the one that
-        counts."""
+        """Ignored: torch sets this flag on every module, but only the model's own counts."""
 
     @property
     def local_rank(self) -> int:
+        """Rank within this host."""
         return self.session.local_rank
 
     @property
     def global_rank(self) -> int:
+        """Rank among all ranks."""
         return self.comm.rank
 
     @property
     def world_size(self) -> int:
+        """Number of ranks."""
         return self.comm.world_size
 
     @property
     def global_samples(self) -> int:
+        """Samples trained over all ranks, at the current global batch size."""
         return self.global_steps * self.config.global_batch
 
     @property
     def dp_world_size(self) -> int:
-        """Ranks over which the data are split: all of them."""
+        """Number of data-parallel ranks: all ranks."""
         return self.comm.world_size
 
     @property
     def mp_world_size(self) -> int:
-        """Ranks over which the model is split: it is not."""
+        """Number of model-parallel ranks: always 1."""
         return 1
 
     @property
     def data_parallel_group(self) -> dist.ProcessGroup | None:
+        """The process group of all ranks."""
         return dist.group.WORLD
 
     seq_data_parallel_group = data_parallel_group
 
     def get_data_parallel_rank(self) -> int:
+        """Rank among the data-parallel ranks, which are all ranks."""
         return self.comm.rank
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The model's parameters."""
         return self.module.parameters(recurse)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's, by the names that it has when it is not compiled."""
+        """The model's parameters, by the names of the uncompiled model."""
         before = f"{prefix}." if prefix else ""
         named = self.module.named_parameters(recurse=recurse, remove_duplicate=remove_duplicate)
         return ((before + plain_name(name), parameter) for name, parameter in named)
@@ -154,15 +168,15 @@ class EngineQueries(nn.Module):
     def state_dict(  # type: ignore[override]
         self, *, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """The model's, by the names that it has when it is not compiled; at stage 3 copies in host memory, and every
-        rank must call it."""
+        """The model's full state_dict, by the names of the uncompiled model; at stage 3 copies in host memory, and
+        collective."""
         found = plain_names(self.module.state_dict(keep_vars=keep_vars))
         into: dict[str, Any] = {} if destination is None else destination
         into.update({prefix + name: value for name, value in found.items()})
         return into
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The model's, by the names of `state_dict()`; every rank must call it."""
+        """Load the model's state_dict, by the names of `state_dict()`. Collective."""
         parameters = self.module.named_parameters(remove_duplicate=False)
         names = {plain_name(n): n for n, _ in (*parameters, *self.module.named_buffers(remove_duplicate=False))}
         mine = {names.get(plain_name(name), name): value for name, value in state_dict.items()}
@@ -173,22 +187,22 @@ class EngineQueries(nn.Module):
         return self.steps.last.grad_norm if self.steps.last is not None else None
 
     def get_lr(self) -> list[float]:
-        """The learning rate of each parameter group at the next step, the run's factor included."""
+        """The learning rate of each parameter group at the next step, including the knob lr_factor."""
         self.state.settle_step()
         return [group["lr"] for group in self.optimizer.hyperparameters(self.state.counters.lr_factor)]
 
     def get_mom(self) -> list[Any]:
-        """Each parameter group's betas, or its momentum."""
+        """The betas or momentum of each parameter group."""
         return [group.get("betas", group.get("momentum")) for group in self.optimizer.param_groups]
 
     def was_step_applied(self) -> bool:
-        """Whether the last step() changed the parameters: false between boundaries, and where it was skipped because a
-        gradient was not finite."""
+        """Whether the last step() updated the parameters: False between boundaries, and for a step skipped because its
+        gradients were not finite."""
         return self._stepped and self.steps.last is not None and not self.steps.last.skipped
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps that changed nothing, because a gradient was not finite."""
+        """Optimizer steps skipped because their gradients were not finite."""
         self.state.settle_step()
         return self.state.counters.skipped_steps
 
@@ -200,22 +214,25 @@ class EngineQueries(nn.Module):
 
     @property
     def client_lr_scheduler(self) -> Any:
-        """The scheduler that the script gave to initialize(), if it did."""
+        """The scheduler that the script passed to initialize(), if any."""
         return self.lr_scheduler if self.config.scheduler is None else None
 
     @property
     def sparse_tensor_module_names(self) -> set[str]:
-        """None: gradients land in dense flat memory."""
+        """Always empty: gradients are dense."""
         return set()
 
     # ---- the batch ---------------------------------------------------------------------------------------------------
     def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per rank and micro-step."""
         return self.config.micro_batch
 
     def gradient_accumulation_steps(self) -> int:
+        """Micro-steps per optimizer step."""
         return self.config.accumulation
 
     def train_batch_size(self) -> int:
+        """Samples per optimizer step, over all ranks."""
         return self.config.global_batch
 
     def get_batch_info(self) -> tuple[int, int, int]:
@@ -228,12 +245,15 @@ class EngineQueries(nn.Module):
         return self.config.stage > 0
 
     def zero_optimization_stage(self) -> int:
+        """The ZeRO stage, 0 to 3."""
         return self.config.stage
 
     def zero_optimization_partition_gradients(self) -> bool:
+        """Whether gradients are sharded: stages 2 and 3."""
         return self.config.stage >= 2
 
     def zero_optimization_partition_weights(self) -> bool:
+        """Whether parameters are sharded: stage 3."""
         return self.config.stage >= 3
 
     def zero_cpu_offload(self) -> bool:
@@ -243,76 +263,86 @@ class EngineQueries(nn.Module):
     zero_use_cpu_optimizer = zero_cpu_offload
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """Always: save_16bit_model() gathers whatever the key says."""
+        """Always True: save_16bit_model() unshards the weights whatever the key says."""
         return True
 
     def zero_param_persistence_threshold(self) -> int:
+        """Parameters with fewer elements are never sharded."""
         return self.config.persistence_threshold
 
     # ---- numbers -----------------------------------------------------------------------------------------------------
     def gradient_clipping(self) -> float:
+        """The largest global gradient norm; 0: no clipping."""
         return self.config.gradient_clipping
 
     def fp16_enabled(self) -> bool:
+        """Whether the model computes in fp16."""
         return self.config.precision == "fp16"
 
     def bfloat16_enabled(self) -> bool:
+        """Whether the model computes in bf16."""
         return self.config.precision == "bf16"
 
     def amp_enabled(self) -> bool:
-        """Never: a config that asks for Apex is refused."""
+        """Always False: a config with Apex enabled is refused."""
         return False
 
     def torch_autocast_enabled(self) -> bool:
-        """Never: a config that asks for it is refused."""
+        """Always False: a config with torch_autocast enabled is refused."""
         return False
 
     def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale is found while training (fp16 with loss_scale 0)."""
         return self.config.precision == "fp16" and self.config.fp16.loss_scale == 0
 
     def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
-        """(dtype that the model computes in, dtype that gradients accumulate in)."""
+        """(compute dtype of the model, dtype of gradient accumulation)."""
         return DTYPES[self.config.precision], DTYPES[self.config.grad_accum_dtype]
 
     @property
     def communication_data_type(self) -> torch.dtype:
-        """In which gradients are reduced."""
+        """The dtype in which gradients are reduced."""
         if self.config.communication_data_type is not None:
             return DTYPES[self.config.communication_data_type]
         return DTYPES[self.config.precision if self.config.stage >= 2 else self.config.grad_accum_dtype]
 
     def postscale_gradients(self) -> bool:
+        """Whether gradients are averaged after the reduction (prescale_gradients is false)."""
         return not self.config.prescale_gradients
 
     def gradient_predivide_factor(self) -> float:
+        """Factor that gradients are divided by before the reduction."""
         return self.config.gradient_predivide_factor
 
     # ---- optimizer and schedule --------------------------------------------------------------------------------------
     def optimizer_name(self) -> str | None:
-        """Of the config's optimizer, in lower case as DeepSpeed has it; of the script's own, its class."""
+        """Name of the config's optimizer in lower case, as in DeepSpeed, or class name of the script's own."""
         if not self.optimizer.trains:
             return None
         return self.optimizer.kind if self.config.optimizer is None else self.config.optimizer.type.lower()
 
     def optimizer_params(self) -> dict[str, Any] | None:
+        """Parameters of the config's optimizer; None without one."""
         return self.config.optimizer.torch_kwargs() if self.config.optimizer is not None else None
 
     def scheduler_name(self) -> str | None:
-        """Of the config's scheduler; None where there is none, or the script brought one."""
+        """Name of the config's scheduler; None without one."""
         return self.config.scheduler.type if self.config.scheduler is not None else None
 
     def dataloader_drop_last(self) -> bool:
+        """Whether the loader of initialize() leaves out an incomplete last batch."""
         return self.config.dataloader_drop_last
 
-    # ---- what is printed ---------------------------------------------------------------------------------------------
+    # ---- reporting ---------------------------------------------------------------------------------------------------
     def steps_per_print(self) -> int:
-        """Steps between two progress lines: zerotop.log.interval."""
+        """Optimizer steps between two progress lines: zerotop.log.interval."""
         return self.config.zerotop.log.interval
 
     def wall_clock_breakdown(self) -> bool:
-        """Always: times are always measured, and the screen shows them."""
+        """Always True: times are always measured, and the screen shows them."""
         return True
 
     @property
     def is_compiled(self) -> bool:
+        """Whether the model is compiled by torch."""
         return hasattr(self.module, "_orig_mod") or self.module._compiled_call_impl is not None

@@ -1,4 +1,4 @@
-"""Which engine holds which model: finds a training state by its module or by a parameter."""
+"""Finds the engine that owns a module or a parameter."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from runtime.zero.full import full_model_of
 
 
 class ModelOwner(Protocol):
-    """An engine."""
+    """The part of an engine that the registry uses."""
 
     state: TrainState
     guard: SnapshotGuard
 
     def detach(self) -> None:
-        """Let go of the model."""
+        """Remove the engine's hooks and unshard the model."""
 
 
 _owners: WeakKeyDictionary[nn.Module, weakref.ref[ModelOwner]] = WeakKeyDictionary()
-"""The engine that holds each module's parameters."""
+"""Module -> the engine that owns its parameters."""
 
 
-def hold(module: nn.Module, engine: ModelOwner) -> None:
-    """`engine` has taken the parameters of `module` over."""
+def register(module: nn.Module, engine: ModelOwner) -> None:
+    """Register `engine` as the owner of the parameters of `module`."""
     _owners[module] = weakref.ref(engine)
 
 
-def release(module: nn.Module) -> None:
-    """The engine that holds `module`, if there is one, lets go of it."""
+def detach_owner(module: nn.Module) -> None:
+    """Detach the engine that owns `module`, if there is one."""
     engine = _owners.pop(module, lambda: None)()
     if engine is not None:
         engine.detach()
 
 
 def owner_of(parameter: nn.Parameter) -> ModelOwner | None:
-    """The engine that holds `parameter`."""
+    """The engine that owns `parameter`, if any."""
     holder = full_model_of(parameter)
     if holder is None:
         return None

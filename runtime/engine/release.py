@@ -1,5 +1,5 @@
-"""Releasing a GPU's memory: all that a training state has there (`pause --release`), or a part of it
-(`engine.offload_states()`), moves to host memory, and returns to the same places."""
+"""Frees GPU memory between steps: moves all tensors of a training state (`pause --release`), or some categories
+(`engine.offload_states()`), to host memory, and later back into the same storages."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from runtime.checkpoint.snapshot import SnapshotGuard
 from runtime.state.train_state import TrainState
 from runtime.wire.messages import Category
 
-EVERYTHING: frozenset[Category] = frozenset(get_args(Category))
+ALL_CATEGORIES: frozenset[Category] = frozenset(get_args(Category))
 
 
 class DeviceMemoryRelease:
-    """Of one training state. Only between two steps."""
+    """Moves one training state between GPU and host memory. Use it only between two optimizer steps."""
 
     def __init__(self, state: TrainState, guard: SnapshotGuard) -> None:
         self._state, self._guard = state, guard
-        self._moved: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []  # device's (empty), host's
+        self._moved: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []  # (emptied device storage, host copy)
 
     @property
     def released(self) -> bool:
+        """Whether anything is in host memory now."""
         return bool(self._moved)
 
-    def release(self, categories: Collection[Category] = EVERYTHING) -> int:
-        """Move out what is of these categories. fp32 parameters that are their own masters stay where parameters stay.
-        Returns the bytes that are free now."""
+    def release(self, categories: Collection[Category] = ALL_CATEGORIES) -> int:
+        """Move all tensors of `categories` to host memory; fp32 parameters that are also master weights only move if
+        both categories do. Returns the freed bytes."""
         state = self._state
         state.synchronize()
         self._guard.wait_for_all()
@@ -45,7 +46,7 @@ class DeviceMemoryRelease:
         return freed
 
     def restore(self) -> None:
-        """Bring everything back. Raises torch.OutOfMemoryError, and leaves it released, where there is no room."""
+        """Move everything back. Raises torch.OutOfMemoryError, with nothing moved, if the GPU lacks memory."""
         back = 0
         try:
             for storage, kept in self._moved:
@@ -62,23 +63,23 @@ class DeviceMemoryRelease:
         self._moved.clear()
         self._state.ledger.on_host = set()
 
-    def check(self, call: str, needs: Collection[Category] = EVERYTHING) -> None:
-        """Raises RuntimeError where `call` needs what is released."""
+    def check(self, call: str, needs: Collection[Category] = ALL_CATEGORIES) -> None:
+        """Raise RuntimeError if engine method `call` needs a category that is in host memory."""
         if self._moved and (missing := self._state.ledger.on_host & set(needs)):
             raise RuntimeError(
-                f"engine.{call}: offload_states() moved what it needs to host memory ({', '.join(sorted(missing))}); "
+                f"engine.{call}: offload_states() has moved {', '.join(sorted(missing))} to host memory; "
                 "call engine.reload_states() on every rank first"
             )
 
-    def _storages(self, categories: Collection[Category] = EVERYTHING) -> Iterator[torch.UntypedStorage]:
-        """Each once; those of placeholders and of host memory are left out, and of what belongs to two categories
-        (fp32 parameters are masters, too) those of which one stays."""
+    def _storages(self, categories: Collection[Category] = ALL_CATEGORIES) -> Iterator[torch.UntypedStorage]:
+        """The device storages of `categories`, each once; without empty placeholders, and without storages that also
+        belong to another category (fp32 parameters may be master weights, too)."""
         state, seen = self._state, set[int]()
         tensors = list(self._tensors())
-        stays = {tensor.untyped_storage().data_ptr() for category, tensor in tensors if category not in categories}
+        excluded = {tensor.untyped_storage().data_ptr() for category, tensor in tensors if category not in categories}
         for category, tensor in tensors:
             storage = tensor.untyped_storage()
-            if category not in categories or storage.data_ptr() in stays:
+            if category not in categories or storage.data_ptr() in excluded:
                 continue
             if tensor.device == state.device and storage.nbytes() and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())

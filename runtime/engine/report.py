@@ -1,4 +1,4 @@
-"""What every optimizer step reports: its result to telemetry, and a progress line to the log."""
+"""Reports every optimizer step: its result to telemetry, and a progress line to the log."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ class Measured(NamedTuple):
 
 
 class Reporter:
-    """Of one engine."""
+    """Reports the optimizer steps of one engine."""
 
     def __init__(self, state: TrainState, telemetry: Telemetry | NullTelemetry, knobs: Mapping[str, Any]) -> None:
-        """knobs: "log_interval" is read at each step."""
+        """knobs: its "log_interval" is read at each step."""
         self._state, self._telemetry, self._knobs = state, telemetry, knobs
         self._began_ns = time.monotonic_ns()
 
     def begin_step(self) -> None:
-        """From here on the next step's time counts."""
+        """Start timing the next optimizer step."""
         self._began_ns = time.monotonic_ns()
 
     def measure(self) -> Measured:
-        """At the boundary: the step that ends now. Its tokens must still be counted."""
+        """Measure the step that ends now. Call it at the boundary, after the step counter was advanced and before the
+        accumulation ends."""
         now, state = time.monotonic_ns(), self._state
         return Measured(
             state.counters.global_steps,
@@ -51,7 +52,7 @@ class Reporter:
         )
 
     def report(self, stats: StepStats, lr: float, measured: Measured) -> StepResult:
-        """The step's result, when its statistics are known."""
+        """Report a step when its statistics are known."""
         state, config = self._state, self._state.config
         step, seconds, tokens, loss_scale, end_ns = measured
         result = StepResult(
@@ -73,7 +74,7 @@ class Reporter:
         return result
 
     def _log(self, result: StepResult) -> None:
-        """A line every log_interval steps, on rank 0."""
+        """Log a progress line every log_interval steps, on rank 0."""
         if result.rank != 0 or result.step % self._knobs["log_interval"]:
             return
         total = self._state.config.zerotop.train.steps

@@ -1,4 +1,4 @@
-"""The run that this process is a rank of."""
+"""The connection of an engine to the run that this process belongs to."""
 
 from __future__ import annotations
 
@@ -22,27 +22,30 @@ from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE,
 
 @dataclass
 class Session:
-    """The run that this process is a rank of; without ZEROTOP_RUN there is none, and telemetry does nothing."""
+    """An engine's connection to the run; without ZEROTOP_RUN there is no run, and telemetry does nothing."""
 
     rank: int
     local_rank: int
     link: Telemetry | NullTelemetry
-    """Commands, events and the heartbeat."""
+    """Channel for commands, events and heartbeats."""
     recorder: Telemetry | NullTelemetry
-    """What the training thread writes to; does nothing under zerotop.telemetry.enabled = false."""
+    """Telemetry of the training thread; does nothing if zerotop.telemetry.enabled is false."""
     folder: Path | None = None
+    """The run directory."""
     run: RunFile | None = None
+    """The contents of run.json."""
     attempt: int = 1
     resume: bool = False
+    """Whether to continue from the newest checkpoint."""
     step: Callable[[], int] = lambda: 0
-    """The engine's finished steps, for a goodbye from outside the engine."""
+    """Returns the engine's finished optimizer steps, for a goodbye sent from outside the engine."""
     number: int = 1
-    """Counts the engines of this process in this run. The run watches and steers the first; later ones have telemetry
-    that does nothing, and checkpoints in a folder of their own."""
+    """Number of the engine in this process and run, from 1; 0: unattached. Only the first has telemetry and commands;
+    later ones save to folders of their own."""
 
     @classmethod
     def join(cls, rank: int, telemetry_enabled: bool = True) -> Session:
-        """The session of this process, which stays reachable through `current_session`; or that of a later engine."""
+        """Create the session of the next engine in this process; `current_session` returns the first one."""
         global _current
         number = 1 + _begun.get(os.environ.get(RUN_VARIABLE, ""), 0)
         link = Telemetry.from_environment(rank) if number == 1 else NullTelemetry()
@@ -60,18 +63,19 @@ class Session:
         return session
 
     @classmethod
-    def apart(cls, rank: int) -> Session:
-        """Of an engine that does not train: the run neither watches nor steers it, and it is none of its engines."""
+    def unattached(cls, rank: int) -> Session:
+        """Create a session without run, telemetry or commands, for an engine that only evaluates."""
         return cls(rank, int(os.environ.get("LOCAL_RANK", "0")), NullTelemetry(), NullTelemetry(), number=0)
 
     def begin(self, hello: Hello) -> None:
-        """The engine is complete: from now on it counts."""
+        """Count the engine, now that it is complete, and start telemetry with `hello`."""
         run = os.environ.get(RUN_VARIABLE, "")
         if run:
             _begun[run] = _begun.get(run, 0) + 1
         self.link.start(hello)
 
     def hello(self, config: Resolved, comm: Comm, module: nn.Module, start_step: int, knobs: dict[str, Any]) -> Hello:
+        """The message that introduces this rank to the hub."""
         device_name, device_uuid = platform.machine(), ""
         if comm.device.type == "cuda":
             properties = torch.cuda.get_device_properties(comm.device)
@@ -114,9 +118,10 @@ class Session:
 
 _current: Session | None = None
 _begun: dict[str, int] = {}
-"""Engines of this process, by run."""
+"""Run directory -> number of engines that this process has started in it."""
 
 
 def current_session() -> Session | None:
-    """The session that initialize() joined first, if any: how __main__ says goodbye for a script that failed."""
+    """The session of the first engine in this process, if any; __main__ sends the goodbye of a failed script with
+    it."""
     return _current

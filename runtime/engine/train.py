@@ -1,4 +1,4 @@
-"""The built-in trainer: a model, a text, and the training loop."""
+"""The built-in trainer: builds model and data from the config and runs the training loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("runtime.train")
 
 
 def train(config: Resolved, folder: Path) -> None:
-    """Train what `config` describes; relative globs in it start in `folder`."""
+    """Train the model that `config` describes; relative globs in it start in `folder`."""
     init_distributed()
     section = config.zerotop
     torch.manual_seed(section.train.seed)
@@ -39,7 +39,7 @@ def train(config: Resolved, folder: Path) -> None:
 
 
 def run(engine: Engine, batches: Batches, steps: int | None) -> None:
-    """Optimizer steps up to `steps`; after a resume it begins where the checkpoint ended."""
+    """Run optimizer steps until `engine.global_steps` is `steps`; a resumed engine starts at its checkpoint's step."""
     assert steps is not None  # resolve() fills it in where there is no script
     engine.train()
     engine.nonfinite.first_ends_run = True

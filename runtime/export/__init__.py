@@ -1,1 +1,1 @@
-"""`zerotop export`: a checkpoint's weights as Hugging Face safetensors, in a process of its own."""
+"""`zerotop export`: writes a checkpoint's weights as Hugging Face safetensors, in a process of its own."""

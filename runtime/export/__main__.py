@@ -1,7 +1,7 @@
 """python -P -m runtime.export.__main__: the process that `zerotop export` starts, because it needs torch.
 
-Progress goes to stderr, one JSON document to stdout: what was written, or {"error": ...}. Exit codes: 0 done; 1 it
-can't be written; 2 a checkpoint, folder or value that is no good; 130 ended by a signal, or by its parent's end.
+Progress goes to stderr, one JSON document to stdout: what was written, or {"error": ...}. Exit codes: 0 success; 1
+write error; 2 unusable checkpoint, folder or argument; 130 ended by a signal or by the end of its parent.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from types import FrameType
 from typing import Any
 
 from runtime.checkpoint.format.manifest import CheckpointError, FileRecord, read_manifest, verify
-from runtime.export.target import appearing, check_space, check_target
+from runtime.export.target import atomic_folder, check_space, check_target
 from runtime.telemetry.orphan import die_with_parent
 from runtime.wire.sizes import format_size
 
-# torch is imported when the signals are in place: it takes seconds, and whoever ends us meanwhile wants no traceback.
+# torch is imported after the signal handlers are installed: it takes seconds, and a signal must not give a traceback.
 
 _M_MMAP_THRESHOLD = -3
 _OWN_MAPPING_BYTES = 1 << 20
@@ -29,6 +29,7 @@ _ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Export and print the result; returns the exit code."""
     for number in _ENDS:
         signal.signal(number, _end)
     try:
@@ -56,37 +57,37 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Look at everything -> write under a hidden name -> rename. Returns what was written.
+    """Check everything -> write under a hidden name -> rename. Returns a summary of what was written.
 
-    Raises CheckpointError for a checkpoint or folder that is no good, OSError when it can't be written."""
+    Raises CheckpointError for an unusable checkpoint or folder, OSError if it cannot be written."""
     out = check_target(arguments.out, arguments.checkpoint, arguments.overwrite)
-    verify(arguments.checkpoint, read_manifest(arguments.checkpoint), before=_tell_large)
+    verify(arguments.checkpoint, read_manifest(arguments.checkpoint), on_file=_report_large_file)
     from runtime.export.huggingface import HuggingFaceExport
 
     planned = HuggingFaceExport(arguments.checkpoint, arguments.dtype, arguments.shard_bytes)
     check_space(out, planned.needed_bytes)
-    with appearing(out) as folder:
+    with atomic_folder(out) as folder:
         document = planned.write(folder, lambda line: print(line, file=sys.stderr, flush=True))
-        check_target(out, arguments.checkpoint, arguments.overwrite)  # what came there meanwhile is not ours
+        check_target(out, arguments.checkpoint, arguments.overwrite)  # it may have changed meanwhile
     return {"out": str(out)} | document
 
 
-def _tell_large(name: str, record: FileRecord) -> None:
-    """Reading it takes about a second or more."""
+def _report_large_file(name: str, record: FileRecord) -> None:
+    """Report a file that takes a second or more to read."""
     if record.nbytes > 1 << 30:
         print(f"checking {name}, {format_size(record.nbytes)}", file=sys.stderr, flush=True)
 
 
 def _give_memory_back() -> None:
-    """glibc's heap keeps what was freed between blocks that weren't, and puts ever larger tensors there: 240 MiB more
-    than a shard of 256, measured. In mappings of their own they are gone when they are freed."""
+    """Make malloc use mappings of their own for tensors, which are returned to the system when freed; glibc's heap
+    would keep up to 240 MiB in addition to a shard of 256 MiB (measured)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # mallopt(3); other C libraries need none
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES)
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:
-    for number in _ENDS:  # clearing up is not to be interrupted
+    for number in _ENDS:  # cleaning up must not be interrupted
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -1,7 +1,6 @@
-"""A checkpoint as a folder that Hugging Face's libraries read: safetensors in shards, an index, and what is known of
-the model and its tokenizer.
+"""Writes a checkpoint as a folder for Hugging Face's libraries: safetensors files, an index, config and tokenizer.
 
-Tensors are read, converted and written shard by shard, so that memory holds one shard and a rank's slice of one tensor.
+Tensors are read, converted and written file by file, so that memory holds one file and a rank's slice of one tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 
 from runtime.checkpoint.describe import ADAPTER_CONFIG, KNOWN_FILES, PREFIX_KEY
 from runtime.checkpoint.format.manifest import MODEL_FILES, CheckpointError
-from runtime.checkpoint.format.reading import CheckpointReader, Stored
+from runtime.checkpoint.format.reader import CheckpointReader, CheckpointTensor
 from runtime.export.adapters import ADAPTER_FILE, find_adapters, has_adapters
 from runtime.models.weights import INDEX
 from runtime.state.precision import DTYPES
@@ -31,7 +30,7 @@ _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 @dataclass(frozen=True)
 class _Tensor:
     name: str
-    stored: Stored
+    stored: CheckpointTensor
     dtype: torch.dtype
 
     @property
@@ -40,10 +39,10 @@ class _Tensor:
 
 
 class HuggingFaceExport:
-    """What an export of the checkpoint at `path` will write; `write` writes it.
+    """Plans the export of the checkpoint at `path`; `write` writes it.
 
-    dtype: "fp32", "bf16" or "fp16" for every floating tensor; "auto": parameters as the run computed with them, buffers
-    as they are. A shard has at most `shard_bytes` of tensors, or one tensor that is larger. Raises CheckpointError for
+    dtype: "fp32", "bf16" or "fp16" for all floating-point tensors; "auto": parameters in the run's compute dtype,
+    buffers in their own. A file has at most `shard_bytes` of tensors, or one larger tensor. Raises CheckpointError for
     a checkpoint that can't be exported.
     """
 
@@ -58,7 +57,7 @@ class HuggingFaceExport:
         self.shards = [tensors] if self.adapters else _cut(tensors, shard_bytes)  # peft reads one file
 
     def _known_files(self) -> dict[str, bytes]:
-        """Of model/: what this version writes there and the manifest vouches for."""
+        """The files of model/ that this version knows and the manifest lists."""
         path, manifest = self.reader.path, self.reader.manifest
         names = [
             name for name in sorted(KNOWN_FILES) if not manifest.files or f"{MODEL_FILES}/{name}" in manifest.files
@@ -70,12 +69,12 @@ class HuggingFaceExport:
             raise CheckpointError(f"{path / MODEL_FILES} can't be read: {error}") from None
 
     def _model(self) -> dict[str, str] | None:
-        """Makes config.json fit what is written. All tensors are, without the config's prefix."""
+        """Adapt config.json to the exported dtype and prefix. Returns None: all tensors are exported."""
         path, manifest = self.reader.path, self.reader.manifest
         if manifest.excluded:
             raise CheckpointError(
                 f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True), "
-                f"{manifest.excluded[0]} for one: export one that holds all of them"
+                f"such as {manifest.excluded[0]}: export a checkpoint that holds all parameters"
             )
         try:
             config = json.loads(self.extra.get("config.json", b"{}"))
@@ -83,7 +82,7 @@ class HuggingFaceExport:
         except (ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path / MODEL_FILES} can't be read: {error}") from None
         if "model_type" in config:
-            # What the run began with may have been another precision. Newer transformers say "dtype", and read both.
+            # The config's dtype may differ from the exported one. Newer transformers say "dtype", and read both.
             key = "dtype" if "dtype" in config else "torch_dtype"
             config[key] = str(DTYPES[self.dtype]).removeprefix("torch.")
         self.extra.pop(ADAPTER_CONFIG, None)
@@ -92,17 +91,17 @@ class HuggingFaceExport:
         return None
 
     def _adapters(self) -> dict[str, str]:
-        """Leaves adapter_config.json and the tokenizer to be written; the names of the tensors that are."""
+        """Keep adapter_config.json and the tokenizer as extra files. Returns the names of the tensors to export."""
         found = find_adapters(
             self.reader.path, self.extra.get(ADAPTER_CONFIG), self.reader.tensors, self.reader.manifest.frozen
         )
-        for name in ("config.json", "generation_config.json"):  # the base model's, which peft reads where that is
+        for name in ("config.json", "generation_config.json"):  # the base model has its own
             self.extra.pop(name, None)
         self.extra[ADAPTER_CONFIG] = found.config
         return found.names
 
     def _tensors(self, dtype: str, names: dict[str, str] | None) -> list[_Tensor]:
-        """names: of those that are written; None: all, by their own."""
+        """The tensors to write. names: checkpoint name -> exported name; None: all tensors, without the prefix."""
         tensors: dict[str, _Tensor] = {}
         for stored in self.reader.tensors:
             if names is not None and stored.name not in names:
@@ -119,17 +118,18 @@ class HuggingFaceExport:
 
     @property
     def tensor_bytes(self) -> int:
+        """Size of all exported tensors in bytes."""
         return sum(tensor.size_bytes for shard in self.shards for tensor in shard)
 
     @property
     def needed_bytes(self) -> int:
-        """Disk space, with room for headers and the index."""
+        """Required disk space, including headers and index."""
         count = sum(len(shard) for shard in self.shards)
         return self.tensor_bytes + sum(map(len, self.extra.values())) + 512 * count + (1 << 20)
 
     def write(self, folder: Path, tell: Callable[[str], None]) -> dict[str, Any]:
-        """Fill `folder`; a line per shard goes to `tell`. Returns what was written. Raises OSError when it can't be
-        written, CheckpointError when a tensor can't be read or does not fit the dtype."""
+        """Write all files to `folder`, with a line per file to `tell`. Returns a summary. Raises OSError if writing
+        fails, CheckpointError if a tensor cannot be read or does not fit the dtype."""
         began = time.monotonic()
         files = [ADAPTER_FILE if self.adapters else "model.safetensors"]
         if len(self.shards) > 1:
@@ -168,21 +168,21 @@ class HuggingFaceExport:
             save_file(content, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{path.name} can't be written: {error}") from None
-        path.chmod(path.parent.stat().st_mode & 0o666)  # as the umask has it; safetensors makes it our own alone
+        path.chmod(path.parent.stat().st_mode & 0o666)  # as the umask says; safetensors creates files with mode 0600
 
     def _read(self, tensor: _Tensor) -> torch.Tensor:
         whole = self.reader.read(tensor.stored, tensor.dtype)
-        # Masks in buffers may well be infinite; parameters never are, so these were too large.
+        # Buffers may hold infinite masks; infinite parameters mean overflow.
         if tensor.dtype == torch.float16 != tensor.stored.dtype and tensor.stored.is_parameter and whole.isinf().any():
             raise CheckpointError(
-                f"{tensor.name} has values beyond 65,504, the largest of fp16: export with --dtype "
+                f"{tensor.name} has values beyond 65,504, fp16's largest: export with --dtype "
                 f"{_WORDS.get(tensor.stored.dtype, 'fp32')}"
             )
         return whole
 
 
 def _cut(tensors: list[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:
-    """In order, each shard as full as it may be; one empty shard where there is nothing."""
+    """Split tensors, in order, into files as large as allowed; at least one file."""
     shards: list[list[_Tensor]] = [[]]
     size = 0
     for tensor in tensors:

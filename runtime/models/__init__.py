@@ -1,1 +1,1 @@
-"""Models that the trainer builds itself. `presets` is torch-free; `gpt` and `exported` (an exported GPT) are torch."""
+"""The built-in GPT, loading it from an export, and reading weights and names of any model."""

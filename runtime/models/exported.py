@@ -1,4 +1,4 @@
-"""The built-in GPT from a folder that `zerotop export` wrote."""
+"""Loads a built-in GPT from a folder that `zerotop export` wrote."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.models.weights import INDEX
 
 
 def load_exported(folder: str | Path, device: torch.device | str = "cpu") -> GPT:
-    """The model in the precision that it was exported in, in eval mode. Raises ModelError when `folder` holds none."""
+    """The exported model in its exported precision, in eval mode. Raises ModelError if `folder` holds none."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_bytes())
@@ -24,7 +24,7 @@ def load_exported(folder: str | Path, device: torch.device | str = "cpu") -> GPT
         if (folder / INDEX).is_file():
             files = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder} is no exported GPT of zerotop: {type(error).__name__}: {error}") from None
+        raise ModelError(f"{folder} is not an exported GPT of zerotop: {type(error).__name__}: {error}") from None
     model = GPT(shape, device="meta")  # no memory, no random numbers: all values are in the files
     lacking = {name for name, _ in model.named_parameters()}
     for file in files:
@@ -34,10 +34,10 @@ def load_exported(folder: str | Path, device: torch.device | str = "cpu") -> GPT
         except RuntimeError as error:
             raise ModelError(f"{folder / file} does not fit its config.json: {error}") from None
         if unexpected:
-            raise ModelError(f"{folder / file} holds {unexpected[0]}, which the model of its config.json has not")
+            raise ModelError(f"{folder / file} holds {unexpected[0]}, which the model of its config.json lacks")
         lacking -= values.keys()
     if lacking:
         raise ModelError(f"{folder} lacks {min(lacking)}" + (f" and {len(lacking) - 1} more" * (len(lacking) > 1)))
     if shape.tied:
-        model.head.weight = model.embedding.weight  # once in the files, and `assign` has parted them
+        model.head.weight = model.embedding.weight  # stored once, and `assign` has untied them
     return model.requires_grad_(False).eval()

@@ -13,6 +13,7 @@ from runtime.checkpointing import keep_inputs_only
 from runtime.config.presets import GPTConfig, ModelError, load_model_config
 
 IGNORED_TARGET = -100
+"""Target of tokens that do not count in the loss."""
 
 
 class Block(nn.Module):
@@ -30,6 +31,7 @@ class Block(nn.Module):
         self.feed_out = nn.Linear(4 * dim, dim, bias=False, device=device)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: [batch, seq_len, dim]; cos, sin: [seq_len, head_dim / 2]."""
         batch, seq_len, dim = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, seq_len, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -59,8 +61,8 @@ class GPT(nn.Module):
         self.reset_parameters()
 
     def checkpoint_activations(self, segments: int | None = None, on_cpu: bool = False) -> None:
-        """From now on the blocks compute their activations again in backward, in `segments` groups (default: each block
-        by itself). on_cpu: a group's input waits in host memory."""
+        """Recompute the blocks' activations in backward, in `segments` groups of blocks (default: one per block).
+        on_cpu: keep the groups' inputs in host memory."""
         blocks: list[Block] = list(self.blocks)  # type: ignore[arg-type]
         size = -(-len(blocks) // min(segments or len(blocks), len(blocks)))
         self._segments = [blocks[start : start + size] for start in range(0, len(blocks), size)]
@@ -80,7 +82,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in fp32 over targets that are not -100; without targets the logits.
 
-        `tokens` and `targets` are int64 [batch, seq_len]. With no counted target the loss is 0, with zero
+        `tokens` and `targets` are int64 [batch, seq_len]. If no target counts, the loss is 0, with zero
         gradients.
         """
         if tokens.shape[1] > self.config.max_seq_len:
@@ -123,7 +125,7 @@ def rotary_tables(seq_len: int, head_dim: int, device: torch.device | str) -> tu
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + head_dim/2]) of [batch, heads, seq_len, head_dim] by their position's angles."""
+    """Rotate the pairs (x[i], x[i + head_dim/2]) of [batch, heads, seq_len, head_dim] by their position's angles."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Names of parameters, buffers and modules, as a model that is not compiled has them.   (torch-free)"""
+"""Names of parameters, buffers and modules without the prefixes of torch.compile.   (torch-free)"""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 _WRAPPER = "_orig_mod"
-"""What torch.compile puts into paths, for the module that it wraps."""
+"""The component of a name that torch.compile's wrapper adds."""
 
 
 def plain_name(name: str) -> str:
-    """`name` without the wrappers of torch.compile: compiled or not, a model has the same names."""
+    """`name` without torch.compile's wrappers, so that a model has the same names compiled or not."""
     return ".".join(part for part in name.split(".") if part != _WRAPPER) if _WRAPPER in name else name
 
 
 def plain_names(named: Mapping[str, _T]) -> dict[str, _T]:
-    """The same by plain names. A model may really have two names that differ in that alone: then all stay."""
+    """`named` with plain names as keys, or unchanged if two names would become equal."""
     plain = {plain_name(name): value for name, value in named.items()}
     return plain if len(plain) == len(named) else dict(named)

@@ -1,4 +1,4 @@
-"""Parameters in safetensors files, read range by range: nobody ever holds a whole model."""
+"""Reads slices of parameters from safetensors files, so that no process ever holds a full model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ log = logging.getLogger("runtime.engine")
 INDEX = "model.safetensors.index.json"
 
 _PEFT = "base_model.model."
-"""What peft's wrapper puts before the names of the model that it wraps."""
+"""Prefix that peft's wrapper adds to the names of the wrapped model."""
 REOPEN_BYTES = 32 << 20
-"""Read from a mapped file before it is opened anew: pages that were read count as this process's memory until then."""
+"""Bytes to read from a mapped file before reopening it, as its pages count as this process's memory until then."""
 
 
 class Weights:
@@ -36,8 +36,7 @@ class Weights:
 
     @classmethod
     def open(cls, path: str | Path) -> Weights:
-        """`path`: a .safetensors file, an index, or a folder with either. Raises ConfigError when it is none of
-        them."""
+        """Open a .safetensors file, an index, or a folder with either. Raises ConfigError for anything else."""
         path = Path(path).expanduser().absolute()
         if path.is_dir():
             found = sorted(path.glob("*.safetensors"))
@@ -59,7 +58,7 @@ class Weights:
         except FileNotFoundError:
             raise ConfigError(f"weights: there is no file {path}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-            raise ConfigError(f"weights: {path} is no safetensors file or index: {error}") from None
+            raise ConfigError(f"weights: {path} is not a safetensors file or index: {error}") from None
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:
@@ -68,10 +67,11 @@ class Weights:
 
     @property
     def names(self) -> list[str]:
+        """Names of all tensors in the files."""
         return list(self._file_of)
 
     def digest(self) -> str:
-        """The same where the tensors' names are the same."""
+        """A digest of the tensors' names."""
         return hashlib.sha256("\n".join(sorted(self.names)).encode()).hexdigest()
 
     def _slice(self, stored: str) -> Any:
@@ -80,15 +80,15 @@ class Weights:
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"weights: tensor {stored} of {self._file_of[stored]} can't be read: {error}") from None
 
-    def find(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """The files' names of those of the model's names (with their shapes) that they have. A prefix that one side
-        has and the other hasn't ("model.") is found and taken off: the one with which most names are there.
+    def match_names(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Model name -> file name, for the parameters (with their shapes) that the files have. A prefix such as
+        "model." that only one side has is ignored; the prefix that matches most names is chosen.
 
         Raises ConfigError, naming the first tensor that has another shape."""
         candidates = (self._stored(shapes, *prefixes) for prefixes in _prefixes(shapes))
         found = max(candidates, key=len)  # the first of the longest
         if renamed := next(((name, stored) for name, stored in found.items() if name != stored), None):
-            log.info(f"weights: names in {self.path} are others: {renamed[1]} for the model's {renamed[0]}")
+            log.info(f"weights: {self.path} has other names: {renamed[1]} for the model's {renamed[0]}")
         for name, stored in found.items():
             shape = tuple(self._slice(stored).get_shape())
             if shape != tuple(shapes[name]):
@@ -106,8 +106,8 @@ class Weights:
                     found[name] = stored
         return found
 
-    def lacking(self, missing: Sequence[str], way_out: str) -> ConfigError:
-        """The error for parameters that the files lack."""
+    def missing_error(self, missing: Sequence[str], way_out: str) -> ConfigError:
+        """The ConfigError for parameters that the files lack."""
         return ConfigError(
             f"weights: {self.path} lacks {missing[0]}"
             + (f" and {len(missing) - 1} more of the model's parameters" if len(missing) > 1 else "")
@@ -115,8 +115,8 @@ class Weights:
         )
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """(stop - start,) elements [start, stop) of the flattened tensor of the files' name, as stored; only their rows
-        are read. Copy it and let it go: it may hold the file's mapping."""
+        """(stop - start,): elements [start, stop) of the flattened tensor `name` (a name in the files), in its stored
+        dtype. Reads only the rows needed. Copy the result and drop it: it may keep the file mapped."""
         stored = self._slice(name)
         shape = tuple(stored.get_shape())
         if not shape:
@@ -132,7 +132,7 @@ class Weights:
 
 
 def _prefixes(shapes: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What may be at the front of names: on the model's side, on the files' side."""
+    """Candidate prefixes of names: (in the model, in the files)."""
     heads = dict.fromkeys(name.split(".", 1)[0] + "." for name in shapes if "." in name)
     known = ("model.", "transformer.", "module.", "base_model.")
     pairs = [("", ""), *((head, "") for head in heads), *(("", head) for head in known)]
@@ -148,7 +148,7 @@ def without_adapters(name: str) -> str:
     kept = []
     for part in parts:
         if part == "modules_to_save":
-            next(parts, None)  # the adapters' own name
+            next(parts, None)  # the adapter's name
         elif part not in ("base_layer", "original_module"):
             kept.append(part)
     return ".".join(kept)

@@ -1,4 +1,4 @@
-"""DeepSpeed's Adagrad by name. Signature: deepspeed/ops/adagrad/cpu_adagrad.py."""
+"""DeepSpeedCPUAdagrad. Signature: deepspeed/ops/adagrad/cpu_adagrad.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 
 class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
-    """It does not choose where the states are: zero_optimization.offload_optimizer does. They are always fp32."""
+    """Adagrad with DeepSpeed's signature. States are on the CPU only if zero_optimization.offload_optimizer says so,
+    and always fp32."""
 
     def __init__(
         self,
@@ -19,7 +20,7 @@ class DeepSpeedCPUAdagrad(torch.optim.Adagrad):
         amsgrad: bool = False,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        """amsgrad: accepted and not read, as in DeepSpeed."""
+        """amsgrad: ignored, as in DeepSpeed."""
         if not fp32_optimizer_states:
             raise ValueError("DeepSpeedCPUAdagrad(fp32_optimizer_states=False): optimizer states are always fp32 here")
         super().__init__(model_params, lr=lr, eps=eps, weight_decay=weight_decay)

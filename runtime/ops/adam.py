@@ -1,5 +1,5 @@
-"""DeepSpeed's Adams by name, for initialize(optimizer=...). The engine does the update with its own fused kernels on
-the device where the states are, so the two are the same here: torch's AdamW (or Adam, with L2 decay).
+"""DeepSpeed's Adam classes, for initialize(optimizer=...). Both are the same here, torch's AdamW (or Adam, with L2
+decay): the engine runs the update with its own fused kernels on the device that holds the states.
 
 Signatures: deepspeed/ops/adam/fused_adam.py and cpu_adam.py.
 """
@@ -21,7 +21,7 @@ class _Adam(torch.optim.AdamW):
 
 
 class FusedAdam(_Adam):
-    """set_grad_none: accepted and not needed, for the engine drops gradients itself."""
+    """Adam with DeepSpeed's signature. set_grad_none: ignored, as the engine clears gradients itself."""
 
     def __init__(
         self,
@@ -41,7 +41,8 @@ class FusedAdam(_Adam):
 
 
 class DeepSpeedCPUAdam(_Adam):
-    """It does not choose where the states are: zero_optimization.offload_optimizer does. They are always fp32."""
+    """Adam with DeepSpeed's signature. States are on the CPU only if zero_optimization.offload_optimizer says so, and
+    always fp32."""
 
     def __init__(
         self,

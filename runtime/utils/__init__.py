@@ -1,5 +1,5 @@
-"""`deepspeed.utils`, as far as training scripts name it: a logger, whose records the screen shows, and log_dist here;
-the rest in this package's files."""
+"""`deepspeed.utils`: the part that training scripts use. `logger` and `log_dist` are here (the screen shows their
+records), the rest is in the modules of this package."""
 
 from __future__ import annotations
 
@@ -50,11 +50,12 @@ _FROM = {
         "tensor_fragment",
     ),
 }
-"""Name -> the file that has it."""
+"""Name -> module of this package that defines it."""
 
 
 def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logging.INFO) -> None:
-    """Log on the given ranks only; ranks=[-1]: on all. Without ranks, as in DeepSpeed, only outside a process group."""
+    """Log on the given ranks only; ranks=[-1]: on all. Without `ranks`, only outside a process group, as in
+    DeepSpeed."""
     rank = dist.get_rank() if dist.is_initialized() else -1
     chosen = list(ranks or [])
     if rank == -1 or (chosen and (chosen[0] == -1 or rank in chosen)):
@@ -62,7 +63,7 @@ def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logg
 
 
 def set_log_level_from_string(log_level_str: str, custom_logger: logging.Logger | None = None) -> None:
-    """log_level_str: debug, info, warning, error or critical."""
+    """Set the level of a logger (default: `logger`) to debug, info, warning, error or critical."""
     level = logging.getLevelNamesMapping().get(log_level_str.upper())
     if level is None:
         raise ValueError(f"log level {log_level_str!r}: expected debug, info, warning, error or critical")

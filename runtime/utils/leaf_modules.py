@@ -1,6 +1,6 @@
-"""`deepspeed.utils.set_z3_leaf_modules` and its family. DeepSpeed gathers what is below a leaf module at once, because
-its hooks on single experts can't know which ones a rank uses. A unit is gathered whole here, and its experts with it;
-what is below a leaf module is not cut into units, where that is said before the engine is made.
+"""`deepspeed.utils.set_z3_leaf_modules` and its family. In DeepSpeed, all parameters below a leaf module are
+all-gathered at once, because hooks on single experts cannot know which ones other ranks use. zerotop always unshards
+full units, experts included; a model is not cut into units below a leaf module that is marked before initialize().
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import nn
 
 from runtime.zero.leaf_modules import is_leaf_module, mark_leaf_module
 
-Wanted = type[nn.Module] | str
+ModuleClass = type[nn.Module] | str
 
 
 def z3_leaf_module(model: nn.Module) -> bool:
@@ -20,45 +20,48 @@ def z3_leaf_module(model: nn.Module) -> bool:
 
 
 def z3_leaf_parameter(parameter: nn.Parameter) -> bool:
-    """Whether it belongs to a leaf module: never, for units are gathered whole."""
+    """Always False: zerotop unshards full units and treats no parameter differently."""
     return False
 
 
 def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that are marked as leaf modules."""
     return [module for module in model.modules() if z3_leaf_module(module)]
 
 
 def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
+    """Mark a module as a leaf module, or not."""
     mark_leaf_module(model, flag)
 
 
 def set_z3_leaf_modules(
-    model: nn.Module, leaf_module_classes: Sequence[Wanted], raise_if_not_found: bool = True
+    model: nn.Module, leaf_module_classes: Sequence[ModuleClass], raise_if_not_found: bool = True
 ) -> list[nn.Module]:
-    """The modules of these classes (or class names), which count as leaf modules from now on. Raises ValueError where
-    there are none, as DeepSpeed does."""
+    """Mark all modules of these classes (or class names) as leaf modules and return them. Raises ValueError if there
+    are none, as DeepSpeed does."""
     return _mark(model, lambda _name, module: _is_one(module, leaf_module_classes), True, raise_if_not_found)
 
 
 def unset_z3_leaf_modules(
-    model: nn.Module, leaf_module_classes: Sequence[Wanted], raise_if_not_found: bool = True
+    model: nn.Module, leaf_module_classes: Sequence[ModuleClass], raise_if_not_found: bool = True
 ) -> list[nn.Module]:
+    """Unmark all modules of these classes (or class names) and return them. Raises ValueError if there are none."""
     return _mark(model, lambda _name, module: _is_one(module, leaf_module_classes), False, raise_if_not_found)
 
 
 def set_z3_leaf_modules_by_name(
     model: nn.Module, module_names: Sequence[str], raise_if_not_found: bool = True
 ) -> tuple[list[nn.Module], list[str]]:
-    """By their names in the model. Returns the modules, and the names that it does not have."""
+    """Mark modules by name. Returns (the modules, names that the model does not have)."""
     found = _mark(model, lambda name, _module: name in module_names, True, raise_if_not_found)
-    there = {name for name, _ in model.named_modules()}
-    return found, [name for name in module_names if name not in there]
+    existing = {name for name, _ in model.named_modules()}
+    return found, [name for name in module_names if name not in existing]
 
 
 def set_z3_leaf_modules_by_suffix(
     model: nn.Module, module_name_suffixes: Sequence[str], raise_if_not_found: bool = True
 ) -> tuple[list[nn.Module], list[str]]:
-    """By the ends of their names. Returns the modules, and the suffixes that no name has."""
+    """Mark modules by the end of their names. Returns (the modules, suffixes that match no name)."""
     names = [name for name, _ in model.named_modules()]
     found = _mark(model, lambda name, _module: _ends(name, module_name_suffixes), True, raise_if_not_found)
     return found, [suffix for suffix in module_name_suffixes if not any(_ends(name, [suffix]) for name in names)]
@@ -68,10 +71,10 @@ def _ends(name: str, suffixes: Iterable[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
 
 
-def _is_one(module: nn.Module, wanted: Iterable[Wanted]) -> bool:
+def _is_one(module: nn.Module, classes: Iterable[ModuleClass]) -> bool:
     kind = type(module)
     names = {kind.__name__, f"{kind.__module__}.{kind.__qualname__}"}
-    return any(one in names if isinstance(one, str) else isinstance(module, one) for one in wanted)
+    return any(one in names if isinstance(one, str) else isinstance(module, one) for one in classes)
 
 
 def _mark(
@@ -79,7 +82,7 @@ def _mark(
 ) -> list[nn.Module]:
     found = [module for name, module in model.named_modules() if fits(name, module)]
     if not found and raise_if_not_found:
-        raise ValueError(f"no module of {type(model).__name__} is one of the leaf modules that were named")
+        raise ValueError(f"no module of {type(model).__name__} matches the given leaf modules")
     for module in found:
         set_z3_leaf_module(module, flag)
     return found

@@ -1,4 +1,4 @@
-"""Small things that scripts build loops and models with."""
+"""Helpers for building training loops and models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class RepeatingLoader:
-    """A loader that begins anew when it ends: `next()` for as long as training takes."""
+    """An endless iterator over a loader, which it restarts whenever it ends."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
@@ -20,7 +20,7 @@ class RepeatingLoader:
         return self
 
     def __next__(self) -> Any:
-        """Raises StopIteration only where the loader has nothing at all."""
+        """The next batch. Raises StopIteration only if the loader is empty."""
         try:
             return next(self.data_iter)
         except StopIteration:
@@ -29,8 +29,8 @@ class RepeatingLoader:
 
 
 class OnDevice:
-    """Inside, floating tensors are made on `device` (default: meta, without memory) and in `dtype`. To train a model
-    that no rank can hold whole, build it under zero.Init() instead."""
+    """Context in which new floating-point tensors are on `device` (default: meta, without memory) and of `dtype`. To
+    train a model that does not fit in one rank's memory, build it under zero.Init() instead."""
 
     def __init__(self, dtype: torch.dtype, device: str | torch.device = "meta", enabled: bool = True) -> None:
         self.dtype, self.device, self.enabled = dtype, device, enabled
@@ -47,8 +47,8 @@ class OnDevice:
 
 
 def move_to_device(item: Any, device: Any, criterion_func: Callable[[Any], bool] | None = None) -> Any:
-    """`item` with its tensors on `device`, in lists, tuples and dictionaries too; where criterion_func is given, only
-    those for which it is true."""
+    """`item` with its tensors moved to `device`, inside lists, tuples and dictionaries, too. criterion_func: selects
+    the tensors to move."""
     if isinstance(item, torch.Tensor):
         return item.to(device) if criterion_func is None or criterion_func(item) else item
     if isinstance(item, dict):

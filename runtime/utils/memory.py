@@ -1,4 +1,4 @@
-"""One line about memory, where a script asks for it. The screen shows it all the time, by what it is used for."""
+"""`see_memory_usage`, which logs the memory in use; the screen shows it all the time, by category."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from runtime.wire.sizes import format_size
 
 
 def see_memory_usage(message: str, force: bool = False) -> None:
-    """Log what this process holds, on rank 0, with `force` only, as in DeepSpeed."""
+    """Log the memory in use on rank 0; only if `force` is set, as in DeepSpeed."""
     if not force or (dist.is_initialized() and dist.get_rank() != 0):
         return
     parts = []

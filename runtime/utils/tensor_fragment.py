@@ -1,7 +1,7 @@
-"""`deepspeed.utils.safe_get_...` and `safe_set_...`: masters, gradients and optimizer states of one parameter, whole or
-this rank's part, at every stage. What is whole every rank must ask for, and in the same order.
+"""`deepspeed.utils.safe_get_...` and `safe_set_...`: read and write master weights, gradients and optimizer states of
+one parameter, in full or this rank's shard, at every stage. The `full` functions are collective.
 
-Whole tensors are put together by one sum over ranks, to which each contributes its shard. Getters return None for a
+Full tensors are assembled by an all-reduce to which each rank contributes its shard. Getters return None for a
 parameter that no engine trains.
 """
 
@@ -23,7 +23,7 @@ from runtime.zero.flat import FlatParamGroup
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a trained parameter is."""
+    """The location of a trained parameter in its engine."""
 
     state: TrainState
     guard: SnapshotGuard
@@ -32,23 +32,24 @@ class _Place:
 
     @property
     def part(self) -> slice:
-        """Of the state shard: the elements that are this parameter's."""
+        """This parameter's elements within this rank's state shard."""
         low, high = self.flat.shard_bounds(self.slot)
         return slice(low, high)
 
     @property
     def of_parameter(self) -> slice:
-        """The same elements, as they lie in the parameter."""
+        """The same elements within the flattened parameter."""
         low, high = self.flat.shard_bounds(self.slot)
         start = max(0, self.flat.start - self.slot.offset)
         return slice(start, start + high - low)
 
     @property
     def shard_optimizer(self) -> ShardOptimizer:
+        """The optimizer of the flat parameter group."""
         return next(optimizer for optimizer in self.state.shard_optimizers if optimizer.flat is self.flat)
 
     def assembled(self, part: torch.Tensor) -> torch.Tensor:
-        """(shape,) fp32 on the device, from every rank's part."""
+        """(shape,) fp32 on the device: the full tensor, from every rank's part. Collective."""
         whole = torch.zeros(self.slot.numel, dtype=torch.float32, device=self.state.device)
         whole[self.of_parameter].copy_(part)
         if self.flat.state_numel < self.flat.layout.numel:
@@ -56,7 +57,7 @@ class _Place:
         return whole.view(self.slot.shape)
 
     def own_of(self, value: torch.Tensor, what: str) -> torch.Tensor:
-        """This rank's part of a whole value."""
+        """This rank's part of a full value."""
         if value.numel() != self.slot.numel:
             raise ValueError(
                 f"{what}: expected a tensor of shape {list(self.slot.shape)} for {self.slot.name}, got "
@@ -88,45 +89,45 @@ def _local(parameter: nn.Parameter, call: str) -> _Place:
     place = _expected(parameter, call)
     if not place.state.policy.shards_parameters:
         raise ValueError(
-            f"{call}: expected stage 3; at stage {place.state.policy.stage} parameters are whole: call the "
+            f"{call}: expected stage 3; parameters are not sharded at stage {place.state.policy.stage}: call the "
             "function with full in its name"
         )
     return place
 
 
-def _have_arrived(state: TrainState) -> bool:
-    """Whether there are gradients: waits for those that are on their way to host memory."""
+def _has_gradients(state: TrainState) -> bool:
+    """Whether there are gradients; waits for copies to host memory."""
     state.settle_gradients()
     return state.accumulation.in_progress
 
 
 # ---- masters ---------------------------------------------------------------------------------------------------------
 def safe_get_full_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
-    """The fp32 master of a parameter, a copy."""
+    """A copy of the full fp32 master weights of a parameter. Collective."""
     place = _find(param)
     return None if place is None else place.assembled(place.flat.masters[place.part])
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:
-    """Master and parameter become `value`, which must be the same on every rank."""
+    """Set master weights and parameter to `value`, which must be the same on every rank. Collective."""
     place = _expected(param, "safe_set_full_fp32_param")
     _set_master(place, place.own_of(value, "safe_set_full_fp32_param"))
 
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> torch.Tensor | None:
-    """(elements of it in this rank's shard,): the part of the master that this rank holds, not a copy."""
+    """(elements in this rank's shard,) fp32: this rank's part of the master weights, not a copy."""
     place = _local(param, "safe_get_local_fp32_param")
     return place.flat.masters[place.part]
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: torch.Tensor) -> None:
-    """The part of this rank; every rank must call it."""
+    """Set this rank's part of master weights and parameter. Collective."""
     _set_master(_local(param, "safe_set_local_fp32_param"), value.detach().reshape(-1))
 
 
 @torch.no_grad()
 def _set_master(place: _Place, value: torch.Tensor) -> None:
-    """value: this rank's part."""
+    """Set master weights and parameter from `value`, this rank's part. Collective."""
     state, flat = place.state, place.flat
     place.guard.wait_for_all()
     flat.masters[place.part].copy_(value)
@@ -136,38 +137,39 @@ def _set_master(place: _Place, value: torch.Tensor) -> None:
         flat.all_gather_updated().wait()
         return
     with state.unsharder.unsharded([unit for unit in state.units if flat in unit.flats]):
-        whole = place.assembled(flat.param_shard[place.part]).to(
-            flat.dtype
-        )  # one that a script holds must show it, too
-        flat.full_param[place.slot.offset : place.slot.end].copy_(whole.view(-1))
+        part = flat.param_shard[place.part]
+        full = place.assembled(part).to(flat.dtype)  # the script may hold the unit unsharded
+        flat.full_param[place.slot.offset : place.slot.end].copy_(full.view(-1))
 
 
 # ---- optimizer states ------------------------------------------------------------------------------------------------
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
-    """One state of the optimizer, such as "exp_avg", a copy in fp32. Raises ValueError where it has no such state."""
+    """An fp32 copy of a full optimizer state such as "exp_avg". Raises ValueError if there is none. Collective."""
     place = _find(param)
     return None if place is None else place.assembled(_state(place, optim_state_key))
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: torch.Tensor, optim_state_key: str) -> None:
+    """Set an optimizer state to `value`, which must be the same on every rank."""
     place = _expected(param, "safe_set_full_optimizer_state")
     place.guard.wait_for_all()
     _state(place, optim_state_key).copy_(place.own_of(value, "safe_set_full_optimizer_state"))
 
 
 def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> torch.Tensor | None:
-    """The part that this rank holds, not a copy."""
+    """(elements in this rank's shard,): this rank's part of an optimizer state, not a copy."""
     return _state(_local(param, "safe_get_local_optimizer_state"), optim_state_key)
 
 
 def safe_set_local_optimizer_state(param: nn.Parameter, value: torch.Tensor, optim_state_key: str) -> None:
+    """Set this rank's part of an optimizer state."""
     place = _local(param, "safe_set_local_optimizer_state")
     place.guard.wait_for_all()
     _state(place, optim_state_key).copy_(value.detach().reshape(-1))
 
 
 def _state(place: _Place, key: str) -> torch.Tensor:
-    """This rank's part of it."""
+    """This rank's part of an optimizer state. Raises ValueError if there is none."""
     states = [state for state in place.shard_optimizer.states() if state.name == key]
     low, high = place.part.start, place.part.stop
     for state in states:
@@ -183,10 +185,10 @@ def _state(place: _Place, key: str) -> torch.Tensor:
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
 def safe_get_full_grad(param: nn.Parameter) -> torch.Tensor | None:
-    """The mean gradient over ranks and micro-steps so far, before clipping, in fp32: between backward() and step().
-    None where there is none."""
+    """The full mean gradient over ranks and micro-steps so far, in fp32 and before clipping. Call it between backward()
+    and step(); None if there is no gradient. Collective."""
     place = _find(param)
-    if place is None or not _have_arrived(place.state):
+    if place is None or not _has_gradients(place.state):
         return None
     gradients = place.flat.gradients
     assert gradients is not None
@@ -199,26 +201,28 @@ def safe_get_full_grad(param: nn.Parameter) -> torch.Tensor | None:
 
 
 def safe_set_full_grad(param: nn.Parameter, value: torch.Tensor) -> None:
-    """step() will use `value`, which must be the same on every rank: after backward() at the boundary."""
+    """Replace the gradient that step() uses by `value`, which must be the same on every rank. Call it after backward()
+    at the boundary."""
     place = _expected(param, "safe_set_full_grad")
     _set_gradient(place, place.own_of(value, "safe_set_full_grad"), "safe_set_full_grad")
 
 
 def safe_get_local_grad(param: nn.Parameter) -> torch.Tensor | None:
-    """The part in this rank's shard, a copy in fp32. None where there is none."""
+    """(elements in this rank's shard,) fp32: a copy of this rank's part of the gradient; None if there is none."""
     place = _local(param, "safe_get_local_grad")
-    if not _have_arrived(place.state) or not place.state.gradients_reduced:
+    if not _has_gradients(place.state) or not place.state.gradients_reduced:
         return None
     return place.flat.gradient[place.part].to(torch.float32) / place.state.gradient_divisor
 
 
 def safe_set_local_grad(param: nn.Parameter, value: torch.Tensor) -> None:
+    """Replace this rank's part of the gradient that step() uses."""
     _set_gradient(_local(param, "safe_set_local_grad"), value.detach().reshape(-1), "safe_set_local_grad")
 
 
 def _set_gradient(place: _Place, value: torch.Tensor, call: str) -> None:
-    """value: this rank's part."""
-    if not _have_arrived(place.state) or not place.state.gradients_reduced:
+    """Set the gradient from `value`, this rank's part."""
+    if not _has_gradients(place.state) or not place.state.gradients_reduced:
         raise ValueError(
             f"{call}: there is no reduced gradient to change; call it between engine.backward(loss) at the boundary "
             "and engine.step()"
@@ -232,7 +236,7 @@ def _set_gradient(place: _Place, value: torch.Tensor, call: str) -> None:
 def safe_update_full_grad_vectorized(
     param_list: Iterable[nn.Parameter], update_func: Callable[[torch.Tensor, nn.Parameter], torch.Tensor]
 ) -> None:
-    """gradient = update_func(gradient, parameter) for each."""
+    """Set the gradient of each parameter to update_func(gradient, parameter). Collective."""
     for param in param_list:
         gradient = safe_get_full_grad(param)
         if gradient is not None:

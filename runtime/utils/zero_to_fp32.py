@@ -1,7 +1,7 @@
-"""`deepspeed.utils.zero_to_fp32`: the fp32 weights of a checkpoint as one state_dict, in one process, with no engine.
-`zerotop export` writes folders for Hugging Face's libraries.
+"""`deepspeed.utils.zero_to_fp32`: the fp32 weights of a checkpoint as one state_dict, in one process without an engine.
+(`zerotop export` writes folders for Hugging Face's libraries.)
 
-Tied parameters are in a checkpoint once; here they have all of their names again.
+A checkpoint stores tied parameters once; here they appear under all of their names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from runtime import checkpoint
 from runtime.checkpoint.format.manifest import CheckpointError
-from runtime.checkpoint.format.reading import CheckpointReader, Stored
+from runtime.checkpoint.format.reader import CheckpointReader, CheckpointTensor
 from runtime.utils.deepspeed_files import get_model_state_file, get_model_state_files, get_optim_files
 
 __all__ = [
@@ -38,35 +38,38 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is still in the checkpoint. `contiguous()` reads it."""
+    """A tensor in a checkpoint that is read only by `contiguous()`."""
 
     reader: CheckpointReader
-    stored: Stored
+    stored: CheckpointTensor
 
     @property
     def shape(self) -> torch.Size:
+        """Shape of the tensor."""
         return torch.Size(self.stored.shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        """fp32 for every floating tensor."""
+        """fp32 for every floating-point tensor, else the stored dtype."""
         return torch.float32 if self.stored.dtype.is_floating_point else self.stored.dtype
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes, in `dtype`."""
         return self.stored.numel * self.dtype.itemsize
 
     def contiguous(self) -> torch.Tensor:
+        """Read the tensor."""
         return self.reader.read(self.stored, self.dtype)
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
     checkpoint_dir: str | Path, tag: str | None = None, exclude_frozen_parameters: bool = False, lazy_mode: bool = False
 ) -> dict[str, Any]:
-    """Parameters and persistent buffers of CHECKPOINT_DIR/TAG (default: the newest complete one) in host memory, the
-    parameters in fp32 from their masters.
+    """Parameters and persistent buffers of CHECKPOINT_DIR/TAG (default: the newest complete one) in host memory, with
+    parameters from their fp32 master weights.
 
-    lazy_mode: values are `LazyTensor`. Raises CheckpointError where there is no checkpoint, or a damaged one.
+    lazy_mode: values are `LazyTensor`. Raises CheckpointError if there is no checkpoint, or it is damaged.
     """
     reader = CheckpointReader(_checkpoint(Path(checkpoint_dir), tag))
     frozen = set(reader.manifest.frozen) if exclude_frozen_parameters else set()
@@ -83,8 +86,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
 ) -> None:
-    """The same, as files in OUTPUT_DIR: pytorch_model.bin, or model.safetensors with safe_serialization; in numbered
-    files with an index where one would be larger than max_shard_size. Memory holds one file at a time."""
+    """Write that state_dict to OUTPUT_DIR as pytorch_model.bin, or model.safetensors with safe_serialization; as
+    numbered files with an index if one would exceed max_shard_size. Memory holds one file at a time."""
     state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag, exclude_frozen_parameters, lazy_mode=True)
     files = list(_cut(state, _bytes_of(max_shard_size)))
     folder = Path(output_dir)
@@ -101,7 +104,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 
 def load_state_dict_from_zero_checkpoint(model: M, checkpoint_dir: str | Path, tag: str | None = None) -> M:
-    """`model`, moved to the CPU, with the checkpoint's weights. For a model that no engine holds."""
+    """Move `model` to the CPU, load the checkpoint's weights and return it. Not for a model that an engine owns."""
     state = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
     model = model.cpu()
     model.load_state_dict(state, strict=False)
@@ -109,20 +112,19 @@ def load_state_dict_from_zero_checkpoint(model: M, checkpoint_dir: str | Path, t
 
 
 def _checkpoint(folder: Path, tag: str | None) -> Path:
-    """Also for who names the checkpoint itself."""
+    """The path of the checkpoint; `folder` may also be the checkpoint itself."""
     if tag is not None:
         return folder / str(tag)
     newest = checkpoint.newest(folder)
     if newest is None and not (folder / "manifest.json").is_file():
         raise CheckpointError(
-            f"{folder}: expected a folder that engine.save_checkpoint() has written to; there is no complete "
-            "checkpoint in it"
+            f"{folder} holds no complete checkpoint: expected a folder that engine.save_checkpoint() has written to"
         )
     return newest or folder
 
 
 def _read(lazy: Mapping[str, LazyTensor]) -> dict[str, torch.Tensor]:
-    """What is one tensor under two names stays one."""
+    """Read all tensors; one that has several names is read once."""
     tensors: dict[int, torch.Tensor] = {}
     for tensor in lazy.values():
         if id(tensor) not in tensors:
@@ -140,7 +142,7 @@ def _bytes_of(size: str | int | None) -> int | None:
 
 
 def _cut(state: Mapping[str, LazyTensor], limit: int | None) -> Iterator[list[str]]:
-    """Names for each file, in order; a tensor that is larger than the limit has one for itself."""
+    """The names of each file's tensors, in order; a tensor larger than `limit` gets its own file."""
     names: list[str] = []
     held = 0
     for name, tensor in state.items():

@@ -1,2 +1,2 @@
-"""What the processes of a run say to each other: messages, their codec, the sockets, and the run directory's files.
+"""The protocol between the processes of a run: messages, their codec, sockets, and the run directory's files.
 Torch-free."""

@@ -1,7 +1,7 @@
-"""The types of the messages' fields: what a reader may rely on, whoever has sent a message.
+"""The types of message fields, with bounds that readers may rely on whoever sent the message.
 
-Numbers fit in 64 bits, times can be shown, texts have an end, and free-form data is flat enough to be encoded again.
-What is out of bounds is one malformed message: its reader skips it, says so, and reads on (codec.py).
+Numbers fit in 64 bits, times can be displayed, texts are limited in length, and free-form data in depth and size. A
+message out of bounds is malformed: the reader skips it, reports it, and continues (codec.py).
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ MAX_RANKS = 2**17
 MAX_STEPS = 10**12
 MAX_MICRO_STEPS = 10**6
 TEXT_KEPT = 32_768
-"""Characters of one text. The whole of it is in the log file of whoever wrote it."""
+"""Characters kept of a text; the sender's log file has all of it."""
 NAME_KEPT = 1_000
+"""Characters kept of a name."""
 DEPTH_KEPT = 16
-"""Lists and objects inside each other in free-form data."""
+"""Maximum nesting of free-form data."""
 ITEMS_KEPT = 10_000
+"""Maximum number of values in free-form data."""
 
 _INT64 = 2**63
 
 
 def clip(text: str, kept: int = TEXT_KEPT) -> str:
-    """`text` with its middle cut out where it is longer than `kept` characters: what was said, and how it ended."""
+    """`text`, shortened in the middle if it is longer than `kept` characters."""
     if len(text) <= kept:
         return text
     mark = f" [... {len(text) - kept:,} characters left out ...] "
@@ -37,14 +39,14 @@ def _clip_name(text: str) -> str:
 
 
 def _without_surrogates(value: Any) -> Any:
-    """A text that UTF-8 can't carry (a file name that isn't UTF-8) is shown with question marks, and not refused."""
+    """Replace surrogates, as in file names that are not UTF-8, by question marks."""
     if isinstance(value, str) and not value.isascii():
         return value.encode("utf-8", "replace").decode()
     return value
 
 
 def _check_data(data: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for what could not be encoded, shown or computed with."""
+    """Raise ValueError for free-form data beyond the bounds."""
     level: list[Any] = [data]
     count = 0
     for _ in range(DEPTH_KEPT):
@@ -80,7 +82,7 @@ WallSeconds = Annotated[float, Field(ge=0, lt=2**37, allow_inf_nan=False)]
 Text = Annotated[str, BeforeValidator(_without_surrogates), AfterValidator(clip)]
 Name = Annotated[str, BeforeValidator(_without_surrogates), AfterValidator(_clip_name)]
 Word = Annotated[str, Field(max_length=200)]
-"""A collective, a phase: short, and many in one message, so that checking one must cost next to nothing."""
+"""The name of a collective or phase: short and frequent, so its check must be cheap."""
 Identity = Annotated[str, Field(max_length=200)]
-"""What an answer is found by: never shortened."""
+"""An identifier that matches answers to commands; never shortened."""
 Data = Annotated[dict[str, Any], AfterValidator(_check_data)]

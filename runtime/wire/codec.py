@@ -1,10 +1,9 @@
-"""JSON on the wire: encode a packet, decode it again, and skip what a newer sender says in words we don't know.
+"""Encodes and decodes messages as JSON, skipping message kinds of newer senders.
 
-[Note: what a reader takes]
-A frame is UTF-8 and nests at most 200 deep (jiter's limit, well below Python's own, so that whatever was decoded can be
-encoded again). A frame that is not ours raises ProtocolError. Inside a packet of our protocol version every message
-stands alone: an unknown kind is a newer sender's and is skipped silently, a malformed one (bounds.py) is skipped and
-told.
+[Note: what a reader accepts]
+A frame is UTF-8 and nested at most 200 deep (jiter's limit, well below Python's own, so that everything decoded can be
+encoded again). A frame of another protocol raises ProtocolError. Messages in a packet are decoded independently: an
+unknown kind comes from a newer sender and is skipped silently, a malformed message (bounds.py) is skipped and reported.
 """
 
 from __future__ import annotations
@@ -25,39 +24,40 @@ _RANK = re.compile(r"rank/(0|[1-9][0-9]{0,8})")
 
 
 class ProtocolError(Exception):
-    """The other side speaks another protocol version, or something that is not ours at all."""
+    """A frame of another protocol version, or not of this protocol at all."""
 
 
 @dataclass(frozen=True)
 class Decoded(Generic[_Shell]):
-    """A packet or snapshot, with the messages that could be read."""
+    """A decoded packet or snapshot."""
 
     shell: _Shell
+    """The packet or snapshot, with the messages that could be decoded."""
     data: dict[str, Any]
-    """The frame's JSON as it came."""
+    """The JSON of the frame as received."""
     items: list[Any]
-    """Of `data`: the messages that were read, in order, and those of kinds that we don't know."""
+    """JSON of the messages in order, including unknown kinds but not malformed messages."""
     known: list[int]
-    """Which of `items` the shell's messages are."""
+    """Indices in `items` of the messages in `shell`."""
     malformed: list[str] = field(default_factory=list)
-    """One line for each message that was skipped because it could not be read."""
+    """A line for each malformed message."""
 
 
 def encode(message: BaseModel) -> bytes:
-    """One message as compact UTF-8 JSON; defaults are left out, so that a frame stays small."""
+    """One message as compact UTF-8 JSON; unset fields are left out to keep frames small."""
     # json walks lists and dicts in C and asks only for what it does not know: four times as quick as walking here.
     text = json.dumps(message, separators=(",", ":"), allow_nan=True, ensure_ascii=False, default=_set_fields)
     return text.encode("utf-8", "replace")  # a file name that isn't UTF-8 is shown with question marks
 
 
 def encode_data(data: dict[str, Any]) -> bytes:
-    """The JSON of a frame that was decoded, again."""
+    """Encode the JSON of a decoded frame again."""
     return json.dumps(data, separators=(",", ":"), allow_nan=True, ensure_ascii=False).encode()
 
 
 def _set_fields(value: Any) -> dict[str, Any]:
     if not isinstance(value, BaseModel):
-        raise TypeError(f"a {type(value).__name__} has no place in a message")
+        raise TypeError(f"{type(value).__name__} cannot be encoded in a message")
     fields = {name: getattr(value, name) for name in value.model_fields_set}
     # `kind` is a default as well and must stay: the tag is what a reader goes by.
     kind = getattr(value, "kind", None)
@@ -65,22 +65,22 @@ def _set_fields(value: Any) -> dict[str, Any]:
 
 
 def decode_packet(frame: bytes) -> Packet:
-    """Raises ProtocolError for anything that is not a packet of our protocol version."""
+    """Decode a packet. Raises ProtocolError for anything that is not a packet of this protocol version."""
     return read_packet(load(frame)).shell
 
 
 def decode_snapshot(frame: bytes) -> Snapshot:
-    """Raises ProtocolError for anything that is not a snapshot of our protocol version."""
+    """Decode a snapshot. Raises ProtocolError for anything that is not a snapshot of this protocol version."""
     return read_snapshot(load(frame)).shell
 
 
 def read_packet(data: dict[str, Any]) -> Decoded[Packet]:
-    """As `decode_packet`, for a frame that was loaded, and with what was skipped."""
+    """`decode_packet` for a frame that `load` has parsed, with details about skipped messages."""
     return _read(data, Packet)
 
 
 def read_snapshot(data: dict[str, Any]) -> Decoded[Snapshot]:
-    """As `decode_snapshot`, for a frame that was loaded, and with what was skipped."""
+    """`decode_snapshot` for a frame that `load` has parsed, with details about skipped messages."""
     return _read(data, Snapshot)
 
 
@@ -117,12 +117,12 @@ def _read(data: dict[str, Any], model: type[_Shell]) -> Decoded[_Shell]:
 
 
 def decode_down(frame: bytes) -> Any:
-    """A `Command` or `Resend`; None for a kind we don't know."""
+    """Decode a `Command` or `Resend`; None for an unknown kind."""
     return _read_one(load(frame), down_adapter)
 
 
 def decode_up(frame: bytes) -> Any:
-    """One bare message (a stored row of the recording); None for a kind we don't know."""
+    """Decode a message outside a packet (a row of the recording); None for an unknown kind."""
     return _read_one(load(frame), up_adapter)
 
 
@@ -136,7 +136,7 @@ def _read_one(data: dict[str, Any], adapter: Any) -> Any:
 
 
 def load(frame: bytes) -> dict[str, Any]:
-    """The JSON object in a frame. Raises ProtocolError. See the note."""
+    """Parse the JSON object in a frame. Raises ProtocolError. See [Note: what a reader accepts]."""
     try:
         data = from_json(frame, allow_inf_nan=True)
     except ValueError:
@@ -147,7 +147,7 @@ def load(frame: bytes) -> dict[str, Any]:
 
 
 def rank_of(source: str) -> int | None:
-    """The rank that a packet's `source` names, None for everything else that can speak."""
+    """The rank in a packet's `source`; None if the source is not a rank."""
     match = _RANK.fullmatch(source)
     return int(match[1]) if match and int(match[1]) < MAX_RANKS else None
 
@@ -157,7 +157,7 @@ def _unknown_kind(error: ValidationError) -> bool:
 
 
 def _problem(error: ValidationError) -> str:
-    """The first thing that is wrong, where it is, and never the value itself: it may be of any size."""
+    """The first validation error and its location, without the value, which may be of any size."""
     first = error.errors(include_input=False, include_url=False)[0]
     where = ".".join(str(part)[:40] for part in first["loc"][:6])
     return f"{where}: {first['msg'][:200]}" if where else first["msg"][:200]

@@ -1,18 +1,18 @@
 """Every message of the protocol, as one tagged union on `kind`.
 
-Three channels carry them, and each says what it may lose:
+Three channels carry them, with different guarantees:
 
-- telemetry (a rank's PUB to the hub): `Phases`, `StepResult`, `Memory`, `Collectives`, `Heartbeat`. May be dropped; a
-  gap is counted by `Packet.seq`.
+- telemetry (a rank's PUB to the hub): `Phases`, `StepResult`, `Memory`, `Collectives`, `Heartbeat`. May be
+  dropped; gaps show in `Packet.seq`.
 - events (a rank's DEALER to the hub's ROUTER): `Hello`, `LogRecord`, `Event`, `CheckpointSaved`, `Ack`, `Goodbye`.
-  Numbered by `Packet.seq`, asked for again with `Resend`; never lost while both ends live. Downwards the same pair
-  carries `Command`, in the hub's numbering.
-- screens (the hub's XPUB): all of the above as they arrive, except `Ack`, and the hub's own `RunStatus`, `NodeStats`,
-  `CommandRecord`; first a `Snapshot`.
+  Numbered by `Packet.seq`, asked for again with `Resend`; never lost while both ends live. In the other direction the
+  same pair carries `Command`, numbered by the hub.
+- screens (the hub's XPUB): first a `Snapshot`, then all of the above as they arrive, except `Ack`, and the hub's own
+  `RunStatus`, `NodeStats` and `CommandRecord`.
 - commands (a screen's DEALER to the hub's ROUTER): `Command`, in this direction only. The answer is the
   `CommandRecord` with the command's id on the screens channel. A command without one is sent again.
 
-Units stand in the field names. `*_ns` are CLOCK_MONOTONIC nanoseconds of the sender's node (comparable on one node
+Field names have units. `*_ns` are CLOCK_MONOTONIC nanoseconds of the sender's node (comparable on one node
 only); `*_wall_s` are Unix seconds. Older readers ignore unknown fields, and skip messages of an unknown kind or with
 values out of bounds (bounds.py, codec.py).
 """
@@ -41,8 +41,7 @@ from runtime.wire.bounds import (
 )
 
 PROTOCOL = 1
-"""Raised when an old reader would misread a message; a hello with another number is refused with a message that says
-so."""
+"""Version of the protocol, incremented when an old reader would misread a message; other versions are refused."""
 
 PhaseName = Literal[
     "idle", "data", "forward", "backward", "reduce", "gather", "offload", "step", "checkpoint", "paused", "eval", "init"
@@ -52,17 +51,20 @@ RunStateName = Literal[
     "starting", "running", "paused", "restarting", "stopping", "stopped", "finished", "aborted", "failed"
 ]
 LIVE_STATES: frozenset[str] = frozenset({"starting", "running", "paused", "restarting", "stopping"})
+"""States of a run that has not ended."""
 Category = Literal["parameters", "gradients", "optimizer", "masters", "buffers", "communication", "snapshot"]
-"""What a persistent byte of a rank is used for. masters: fp32 copies of 16-bit parameters; communication: gather and
-reduce buffers; snapshot: the copy from which checkpoints are written."""
+"""Purpose of a rank's persistent memory. masters: fp32 master weights of 16-bit parameters; communication: buffers for
+all-gather and reduce-scatter; snapshot: the copy from which checkpoints are written."""
 
 
 class Message(BaseModel):
+    """The base of all messages: immutable, and tolerant of unknown fields."""
+
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Hello(Message):
-    """A rank introduces itself, once per attempt, and again when the hub asks."""
+    """A rank's introduction, sent once per attempt, and again on the hub's request."""
 
     kind: Literal["hello"] = "hello"
     protocol: int = PROTOCOL
@@ -97,7 +99,7 @@ class Hello(Message):
 
 
 class Phases(Message):
-    """Finished intervals since the last packet: (phase, step, micro_step (1-based, 0 outside accumulation), start_ns,
+    """Phases finished since the last packet: (phase, step, micro_step (1-based, 0 outside accumulation), start_ns,
     end_ns)."""
 
     kind: Literal["phases"] = "phases"
@@ -126,13 +128,13 @@ class StepResult(Message):
     loss_scale: Finite | None = None
     """Factor on the loss in this step; None unless the precision is fp16."""
     skipped_steps: Step = 0
-    """Steps of the whole training, this one included, that changed nothing."""
+    """Optimizer steps skipped so far in the training, including this one."""
     end_ns: Int64
 
 
 class Memory(Message):
-    """Where a rank's memory is. `ledger` is exact (what the engine holds with the parameters), and `offloaded` (what it
-    holds in host memory because the config says so); the device figures are the allocator's and the driver's."""
+    """A rank's memory. `ledger` (what the engine holds on its device) and `offloaded` (what it holds in host memory
+    because of offload) are exact; the device figures come from the allocator and the driver."""
 
     kind: Literal["memory"] = "memory"
     rank: RankNumber
@@ -154,7 +156,7 @@ class Collectives(Message):
 
     seq counts a rank's collectives from 1; all ranks issue in one order, so equal seq means the same collective.
     duration runs from the later of its issue and the previous completion, to its completion; wait is the part for which
-    the training thread stood still.
+    the training thread was blocked.
     """
 
     kind: Literal["collectives"] = "collectives"
@@ -164,7 +166,7 @@ class Collectives(Message):
 
 
 class Heartbeat(Message):
-    """Where a rank is right now; sent by a thread of its own, so it goes on when the training thread hangs."""
+    """A rank's current position, sent by a separate thread, which continues when the training thread hangs."""
 
     kind: Literal["heartbeat"] = "heartbeat"
     rank: RankNumber
@@ -182,6 +184,8 @@ class Heartbeat(Message):
 
 
 class LogRecord(Message):
+    """A log record of a rank or the supervisor."""
+
     kind: Literal["log"] = "log"
     rank: RankNumber | None  # None: the supervisor
     level: Literal["debug", "info", "warning", "error", "critical"]
@@ -191,7 +195,7 @@ class LogRecord(Message):
 
 
 class Event(Message):
-    """Something worth a line in the event pane. `what` is a stable word, such as "resumed", "overflow" or "exit"."""
+    """An entry of the event pane. `what` is a stable keyword ("resumed", "overflow", "not finite", "exit", ...)."""
 
     kind: Literal["event"] = "event"
     rank: RankNumber | None
@@ -216,8 +220,8 @@ class CheckpointSaved(Message):
 
 
 class Command(Message):
-    """A request to the run. `id` is the sender's: the same id twice acts once. `number` is the hub's, 0 until it has
-    accepted the command."""
+    """A command to the run. `id`: chosen by the sender; a repeated id has no effect. `number`: assigned by the hub, 0
+    until it is accepted."""
 
     kind: Literal["command"] = "command"
     id: Identity
@@ -229,9 +233,9 @@ class Command(Message):
 
 
 class Ack(Message):
-    """The state of a command: accepted by the hub, then either applied at `step` or rejected for `reason`. `result` is
-    what it came to, such as a checkpoint's path. From rank 0 it goes to the hub and no further; `accepted` then means
-    that rank 0 works on the command, and `reason` says what it does."""
+    """The state of a command: accepted (by the hub), then applied at `step` or rejected with a `reason` (by rank 0).
+    `result`: e.g. the checkpoint's path. From rank 0 it goes to the hub and no further, and accepted then says as
+    `reason` what rank 0 is doing."""
 
     kind: Literal["ack"] = "ack"
     id: Identity
@@ -245,7 +249,7 @@ class Ack(Message):
 
 
 class CommandRecord(Message):
-    """A command and its newest state. The hub publishes one at every change: the only answer to a command."""
+    """A command and its latest state. The hub publishes one at every change: the only answer to a command."""
 
     kind: Literal["command_record"] = "command_record"
     command: Command
@@ -253,7 +257,7 @@ class CommandRecord(Message):
 
 
 class Goodbye(Message):
-    """A rank's last word: why it leaves. error holds the traceback's last lines when it leaves on an exception."""
+    """A rank's last message: why it exits. error: the traceback's last lines if it exits on an exception."""
 
     kind: Literal["goodbye"] = "goodbye"
     rank: RankNumber
@@ -261,14 +265,14 @@ class Goodbye(Message):
     step: Step
     error: Text = ""
     fatal: bool = False
-    """Another attempt would end the same way: the config, the data or the training itself is at fault."""
+    """Whether another attempt would fail the same way, because of config, data or the training itself."""
     culprit: RankNumber | None = None
-    """The rank whose doing it is, where this one knows that it is another's, or its own alone."""
+    """The rank that caused the failure, if this rank knows."""
     wall_s: WallSeconds
 
 
 class RunStatus(Message):
-    """The supervisor's word on the run as a whole; also the content of state.json in the run directory."""
+    """The supervisor's report on the run as a whole; also the content of state.json in the run directory."""
 
     kind: Literal["status"] = "status"
     name: Name
@@ -281,21 +285,21 @@ class RunStatus(Message):
     error: Text = ""  # last lines of the failing rank's traceback
     last_checkpoint_step: Step | None = None
     restarts: Count = 0
-    """Attempts that the supervisor started by itself since the launch."""
+    """Automatic restarts since the launch."""
     restart_reason: Text = ""
-    """Why the last one was needed: one line for people."""
+    """Reason of the last restart, one line of text."""
     lost_steps: Step = 0
-    """Steps that the last restart takes again: those after the checkpoint that it went on from."""
+    """Optimizer steps that the last restart replays: those after the checkpoint that it resumed from."""
     laggard_rank: RankNumber | None = None
-    """The rank that the others lose time to, step after step."""
+    """The rank that the other ranks keep waiting for."""
     laggard: Text = ""
-    """The same as one line for people."""
+    """A line of text about it."""
     started_wall_s: WallSeconds | None = None
     ended_wall_s: WallSeconds | None = None
 
 
 class GpuStats(Message):
-    """One device as NVML sees it. None: the driver answers NotSupported."""
+    """One GPU as reported by NVML. None: not supported by the driver."""
 
     index: Count
     uuid: Name
@@ -311,8 +315,7 @@ class GpuStats(Message):
 
 
 class NodeStats(Message):
-    """One node, sampled by its probe once a second. `gpus` is None when NVML is not there (then `gpu_note` says
-    why)."""
+    """One node, sampled by its probe once a second. `gpus` is None without NVML (`gpu_note` says why)."""
 
     kind: Literal["node"] = "node"
     host: Name
@@ -332,7 +335,7 @@ class NodeStats(Message):
 
 
 class Resend(Message):
-    """The hub asks a rank for its events again, from packet number `first_seq` on."""
+    """The hub's request that a rank resend its events from packet number `first_seq` on."""
 
     kind: Literal["resend"] = "resend"
     first_seq: Count
@@ -355,13 +358,13 @@ Up = Annotated[
     | CommandRecord,
     Field(discriminator="kind"),
 ]
-"""Everything that flows towards screens."""
+"""Messages that flow towards screens."""
 Down = Annotated[Command | Resend, Field(discriminator="kind")]
-"""Everything that flows towards ranks."""
+"""Messages that flow towards ranks."""
 
 
 class Packet(Message):
-    """One frame on a socket: the messages that a source had ready. seq counts a source's packets per channel, from 1.
+    """One frame on a socket, with one or more messages of a source. seq counts a source's packets per channel, from 1.
 
     source: "rank/3", "probe/HOST", "supervisor". The hub adds arrival_ns; hub_seq numbers what it sends to screens.
     """
@@ -378,7 +381,7 @@ class Packet(Message):
 
 
 class Snapshot(Message):
-    """The whole state at once for a late screen: apply `messages` in order, then packets with hub_seq > `hub_seq`."""
+    """The full state for a new screen: apply `messages` in order, then packets with hub_seq > `hub_seq`."""
 
     kind: Literal["snapshot"] = "snapshot"
     protocol: int = PROTOCOL

@@ -1,4 +1,4 @@
-"""The run directory: which files it holds, and the two small JSON files that say what a run is and how it is.
+"""The run directory: its files, and the contents of run.json and state.json.
 
 RUN/run.json                what was launched; written once per attempt, before anything starts
 RUN/lock                    held while a process of the run may write here
@@ -7,8 +7,8 @@ RUN/config.json             the config as the user wrote it, with --set applied
 RUN/resolved.json           every value that the run uses
 RUN/recording.sqlite        what the hub heard
 RUN/logs/<attempt>/         rank-N.log, torchrun.log, supervisor.log (in the first one of each launch);
-                            stacks-rank-N.txt (what a rank writes when it is asked where it stands), stacks-1.txt, ...
-                            (all ranks at one moment)
+                            stacks-rank-N.txt (stack dumps of a rank), stacks-1.txt, ... (dumps of all ranks at one
+                            moment)
 RUN/checkpoints/step-N/     unless zerotop.checkpoint.folder says otherwise
 SOCKETS/                    /tmp/zerotop-UID/<8 characters>/: telemetry, ranks, screens, commands
 """
@@ -25,29 +25,31 @@ from runtime.process.atomic_file import replace_text
 from runtime.wire.messages import RunStatus
 
 RUN_VARIABLE = "ZEROTOP_RUN"
-"""Environment of every rank: the run directory's path. Its presence is what makes initialize() start telemetry and
+"""Environment variable of every rank: path of the run directory. If it is set, initialize() starts telemetry and
 control."""
 ATTEMPT_VARIABLE = "ZEROTOP_ATTEMPT"
+"""Number of the attempt, from 1."""
 SUPERVISOR_VARIABLE = "ZEROTOP_SUPERVISOR_PID"
+"""Process id of the supervisor."""
 GROUP_KEY_VARIABLE = "ZEROTOP_GROUP_KEY"
-"""A secret of the attempt's ranks: what they tell each other is signed with it (runtime/comm/objects.py)."""
+"""Secret key with which the ranks of an attempt sign what they send each other (runtime/comm/objects.py)."""
 RESUME_VARIABLE = "ZEROTOP_RESUME"
 """"1": continue from the newest complete checkpoint."""
 
 
 BLOCKED_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
-"""With which torchrun and the ranks are started: runtime/telemetry/stopsignal.py."""
+"""Signals that are blocked when torchrun and the ranks start: see runtime/telemetry/stopsignal.py."""
 STACKS_SIGNAL = signal.SIGUSR2
-"""Asks a rank for the stacks of its threads. A process that has no handler for it would end."""
+"""Signal that makes a rank dump the stacks of its threads; it kills a process without a handler."""
 
 
 def rank_stacks(logs: Path, rank: int) -> Path:
-    """Where a rank appends its stacks; `logs` is the attempt's folder."""
+    """The file to which a rank appends its stack dumps; `logs`: the attempt's folder."""
     return logs / f"stacks-rank-{rank}.txt"
 
 
 class RunFile(BaseModel):
-    """run.json."""
+    """The contents of run.json."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -57,7 +59,7 @@ class RunFile(BaseModel):
     host: str
     boot_id: str
     supervisor_pid: int = 0
-    supervisor_start: float = 0.0  # psutil's create_time(): with the pid and boot id it names one process for ever
+    supervisor_start: float = 0.0  # psutil's create_time(): with the pid and boot id it identifies one process for good
     nproc: int
     device: str  # "cpu" | "cuda"
     config_path: str  # where the user's file lay, for messages
@@ -83,34 +85,39 @@ class Sockets:
         self.folder = Path(folder)
 
     def path(self, name: str) -> Path:
+        """Path of the socket `name`."""
         assert name in self.names
         return self.folder / name
 
     def endpoint(self, name: str) -> str:
+        """ZeroMQ endpoint of the socket `name`."""
         return f"ipc://{self.path(name)}"
 
 
 LIVE_TOPIC = b"live"
-"""Screens subscribe to this for packets, and to SNAPSHOT_TOPIC + anything unique for one snapshot of their own."""
+"""Topic of packets to screens. A screen gets a snapshot of its own by subscribing to SNAPSHOT_TOPIC + a unique
+suffix."""
 SNAPSHOT_TOPIC = b"snapshot/"
 
 
 def read_run(run: Path) -> RunFile:
+    """Read run.json of a run directory."""
     return RunFile.model_validate_json((run / "run.json").read_bytes())
 
 
 def read_status(run: Path) -> RunStatus:
+    """Read state.json of a run directory."""
     return RunStatus.model_validate_json((run / "state.json").read_bytes())
 
 
 def write_json(path: Path, data: BaseModel | dict) -> None:  # type: ignore[type-arg]
-    """Replace `path` atomically (0600): a reader sees the old content or the new one, never half."""
+    """Write JSON to `path` atomically, with mode 0600."""
     text = data.model_dump_json(indent=1) if isinstance(data, BaseModel) else json.dumps(data, indent=1)
     replace_text(path, text + "\n")
 
 
 def boot_id() -> str:
-    """This boot's identity; empty where the kernel does not tell (not Linux)."""
+    """The kernel's boot id; empty if there is none (not Linux)."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

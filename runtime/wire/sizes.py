@@ -1,4 +1,4 @@
-"""Sizes and counts as people write and read them. Torch-free."""
+"""Parses and formats byte sizes and counts. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from decimal import Decimal
 _BINARY = ("", "K", "M", "G", "T", "P")
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 SMALLEST_BARE_COUNT = 1000
+"""Smallest count that `parse_count` accepts without a unit."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `80GiB`, `80GB` (10^9), `24G` (as GPUs are sold: 2^30) or `512B`; ValueError else.
+    """The bytes in `80GiB`, `80GB` (10^9), `24G` (as GPUs are sold: 2^30) or `512B`. Raises ValueError for anything
+    else.
 
-    A bare number is refused: whoever writes 80 hardly means bytes.
+    A number without a unit is refused, as 80 hardly means bytes.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?)(B?)\s*", text, re.IGNORECASE)
     if match is None or (match[3] and not match[2]):
@@ -29,10 +31,9 @@ def parse_size(text: str) -> int:
 
 
 def parse_count(text: str) -> int | None:
-    """Parameters of `7B`, `124M`, `1.3b`, `7e9` or `3,311,872`; None when it is not a count at all.
+    """The number in `7B`, `124M`, `1.3b`, `7e9` or `3,311,872`; None if `text` is not a count.
 
-    0 is not one, nor is a fraction of a parameter, nor a bare number below SMALLEST_BARE_COUNT: whoever writes 7 or 7.5
-    means billions.
+    0, fractions, and numbers below SMALLEST_BARE_COUNT without a unit are not counts: 7 or 7.5 means billions.
     """
     match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?)(?:(e\+?\d{1,2})|\s*([KMBGT]?))\s*", text, re.IGNORECASE)
     if match is None:
@@ -45,7 +46,7 @@ def parse_count(text: str) -> int | None:
 
 
 def format_size(size_bytes: float) -> str:
-    """In 2^10 steps with three digits: `512 B`, `39.5 GiB`, `1.21 TiB`."""
+    """A size in binary units with three digits: `512 B`, `39.5 GiB`, `1.21 TiB`."""
     size, power = float(size_bytes), 0
     while abs(size) >= 999.5 and power < len(_BINARY) - 1:
         size, power = size / 1024, power + 1
@@ -56,7 +57,7 @@ def format_size(size_bytes: float) -> str:
 
 
 def format_count(count: int) -> str:
-    """With three digits: `3.31M`, `6.85B`."""
+    """A count with three digits: `3.31M`, `6.85B`."""
     for name in ("T", "B", "M", "K"):
         if count >= 0.9995 * _COUNTS[name]:
             number = count / _COUNTS[name]

@@ -58,7 +58,7 @@ class Values:
     ) -> None:
         """Find `parameters` in the files. Those that the files lack are drawn if they are adapters or few; if they are
         half or more, the files are another model's."""
-        stored = weights.find({name: tuple(p.shape) for p, owners in parameters.items() for name in owners})
+        stored = weights.match_names({name: tuple(p.shape) for p, owners in parameters.items() for name in owners})
         new: dict[str, tuple[nn.Parameter, nn.Module | None]] = {}
         for parameter, owners in parameters.items():
             found = next((stored[name] for name in owners if name in stored), None)
@@ -70,9 +70,9 @@ class Values:
             else:
                 new[next(iter(owners))] = parameter, next(filter(_resets, owners.values()), None)
         if new and len(new) >= sum(parameter in self._stored for parameter in parameters):
-            raise weights.lacking(list(new), "give the weights of this model")
+            raise weights.missing_error(list(new), "give the weights of this model")
         if fixed := [name for name, (_, owner) in new.items() if owner is None]:
-            raise weights.lacking(
+            raise weights.missing_error(
                 fixed, "give the weights of this model, or give modules with new parameters a reset_parameters()"
             )
         self._resetting |= {parameter: owner for parameter, owner in new.values() if owner is not None}

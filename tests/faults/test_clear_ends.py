@@ -130,16 +130,16 @@ def test_a_tensor_of_a_tebibyte(launch):
         "rank 0 failed after step 2: out of host memory: tried to allocate 1.00 TiB of host memory"
     )
     assert "forward of step 3, micro-step 1 of 2" in status.reason
-    assert "no setting makes room for it" in status.reason
+    assert "no setting helps" in status.reason
     assert (status.failed_rank, status.exit_code, status.restarts) == (0, 1, 0)  # another attempt ends the same way
     assert goodbyes(run)[0].fatal
     lines = status.error.splitlines()
     assert any(line.startswith("RuntimeError: ") and "DefaultCPUAllocator" in line for line in lines)
-    at = next(number for number, line in enumerate(lines) if line.startswith("Held by this rank (RSS "))
+    at = next(number for number, line in enumerate(lines) if line.startswith("In use by this rank (RSS "))
     assert any(line.endswith("  parameters") for line in lines[at:])
     log = (run.path / "logs" / "1" / "rank-0.log").read_text()
-    assert "Held by this rank" in log and log.index("Traceback") < log.index("Held by this rank")
-    assert "(exit 1)" in shown(run) and "Held by this rank" in shown(run)
+    assert "In use by this rank" in log and log.index("Traceback") < log.index("In use by this rank")
+    assert "(exit 1)" in shown(run) and "In use by this rank" in shown(run)
 
 
 def test_a_limit_that_a_forward_reaches(launch):
@@ -156,7 +156,7 @@ def test_a_model_that_initialize_has_no_room_for(launch):
     assert status.reason.startswith("rank 0 failed before its first step: out of host memory")
     assert "initialize()" in status.reason
     assert "Traceback" in status.error or "Error" in status.error
-    assert "Held by this rank" in status.error
+    assert "In use by this rank" in status.error
 
 
 def test_a_crash_in_native_code_leaves_the_python_stack(launch):

@@ -226,7 +226,7 @@ def test_launch_detach_json(
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     assert document["name"] == "q7" and document["state"] in ("starting", "running")
-    assert "q7: 2 ranks on the CPU" in captured.err and "zerotop.train.steps: 200, our default" in captured.err
+    assert "q7: 2 ranks on the CPU" in captured.err and "zerotop.train.steps: 200, the default" in captured.err
     started[0].see_state("finished")
 
 

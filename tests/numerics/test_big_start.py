@@ -123,7 +123,7 @@ def test_wrong_weights_are_named(ranks, tmp_path: Path):
     for text in ranks(2).run(wrong_weights, str(tmp_path / "other.safetensors")):
         assert "norm.weight has shape [12]" in text and "[13] in the model" in text
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
-    for path, words in (("absent", "there is no file"), ("broken.safetensors", "no safetensors"), ("", "found 3")):
+    for path, words in (("absent", "there is no file"), ("broken.safetensors", "not a safetensors"), ("", "found 3")):
         with pytest.raises(ConfigError, match=words):
             Weights.open(tmp_path / path)
 

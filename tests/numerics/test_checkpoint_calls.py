@@ -90,7 +90,7 @@ def test_names_tags_and_latest(ranks, tmp_path):
         assert found["taken"] == (str(tmp_path / "global_step1"), 1), "save_latest=False is not what a load begins from"
         assert found["by tag"] == 2
         empty, slash, hidden, elsewhere = found["refused"]
-        assert "expected a folder" in empty and "without / or a dot" in slash and "'.hidden'" in hidden
+        assert "expected a folder" in empty and "without slashes or a leading dot" in slash and "'.hidden'" in hidden
         assert "rank 1: it would write to" in elsewhere
         assert all("expected a folder" in text for text in found["value"])
         assert found["warned"] == str(tmp_path / "warned" / "of-0")
@@ -418,4 +418,4 @@ def by_state_dict(stage: int, kind: str) -> tuple[bool, float, list[str]]:
 def test_the_optimizers_state_dict_is_this_ranks_and_brings_everything_back(ranks, stage, kind):
     for goes_on, lr, (nothing, other, strange) in ranks(2).run(by_state_dict, stage, kind):
         assert goes_on and lr == 0.1
-        assert "no 'rank'" in nothing and "the states are of rank" in other and "another model" in strange
+        assert "'rank' is missing" in nothing and "the states are from rank" in other and "another model" in strange

@@ -229,7 +229,7 @@ def test_a_folder_that_holds_no_gpt_is_refused(tmp_path):
     from runtime.models.exported import load_exported
 
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ModelError, match="no exported GPT"):
+    with pytest.raises(ModelError, match="not an exported GPT"):
         load_exported(tmp_path)
 
 

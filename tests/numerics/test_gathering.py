@@ -475,7 +475,7 @@ def gradient_penalty(stage: int, hold: bool) -> float:
 
 
 def refused_penalty() -> str:
-    with pytest.raises(RuntimeError, match="stage 3: backward reached parameters of a unit") as caught:
+    with pytest.raises(RuntimeError, match="stage 3: backward used parameters of a unit") as caught:
         gradient_penalty(3, hold=False)
     return str(caught.value)
 

@@ -70,15 +70,15 @@ def differ(what: str) -> str:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("lr", "the optimizer: lr of group 1 is 0.0001 on rank 0 and 0.01 on rank 1"),
-        ("kind", "the optimizer: its type is AdamW on rank 0 and SGD on rank 1"),
-        ("zero_optimization.stage", "the config: zero_optimization.stage is 2 on rank 0 and 3 on rank 1"),
-        ("optimizer.params.betas", "the config: optimizer.params.betas is [0.9, 0.95] on rank 0 and [0.8, 0.95] on"),
-        ("train_micro_batch_size_per_gpu", "the config: train_micro_batch_size_per_gpu is 2 on rank 0 and 3 on rank 1"),
+        ("lr", "optimizers: lr of group 1 is 0.0001 on rank 0 and 0.01 on rank 1"),
+        ("kind", "optimizers: its type is AdamW on rank 0 and SGD on rank 1"),
+        ("zero_optimization.stage", "configs: zero_optimization.stage is 2 on rank 0 and 3 on rank 1"),
+        ("optimizer.params.betas", "configs: optimizer.params.betas is [0.9, 0.95] on rank 0 and [0.8, 0.95] on"),
+        ("train_micro_batch_size_per_gpu", "configs: train_micro_batch_size_per_gpu is 2 on rank 0 and 3 on rank 1"),
     ],
 )
 def test_ranks_that_differ_say_in_what(ranks, what, words):
-    assert all(f"the ranks disagree about {words}" in message for message in ranks(2).run(differ, what))
+    assert all(f"ranks have different {words}" in message for message in ranks(2).run(differ, what))
 
 
 # ---- parts of a model ------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def take(engine, *factors: float) -> None:
 
 
 def names(engine, folder: str) -> list[str]:
-    engine.checkpointer.settle()
+    engine.checkpointer.wait_for_save()
     return sorted(path.name for path in Path(folder).glob("step-*"))
 
 

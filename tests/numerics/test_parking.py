@@ -82,7 +82,7 @@ def no_room_at_first() -> list[Any]:
 def test_a_resume_without_room_is_rejected_on_all_ranks(ranks):
     for (first, reason), (second, _) in ranks(2).run(no_room_at_first):
         assert (first, second) == ("rejected", "applied")
-        assert "in use by others: rank 1: CUDA out of memory" in reason and "and so on" not in reason
+        assert "memory that was released: rank 1: CUDA out of memory" in reason and "and so on" not in reason
 
 
 def lose_the_supervisor_while_released(folder: str, room: bool) -> tuple[str, str, int]:
@@ -105,4 +105,4 @@ def lose_the_supervisor_while_released(folder: str, room: bool) -> tuple[str, st
 def test_without_its_supervisor_a_released_run_saves_what_it_brings_back(ranks, tmp_path, room):
     for outcome, error, checkpoints in ranks(2).run(lose_the_supervisor_while_released, str(tmp_path), room):
         assert (outcome, checkpoints) == ("stopped", int(room))
-        assert error == "" if room else "in use by others: rank 0: CUDA out of memory" in error
+        assert error == "" if room else "memory that was released: rank 0: CUDA out of memory" in error

@@ -180,7 +180,7 @@ def test_a_lost_writer_loses_one_checkpoint_and_nothing_else(ranks, tmp_path, nu
         if seen[0] == "first":  # it was faster than the signal
             assert seen == ["first", "latest", "second"]
             continue
-        words = "does not answer" if number == signal.SIGSTOP else "its writer process ended"
+        words = "did not respond for" if number == signal.SIGSTOP else "the writer process exited"
         assert words in seen[0] and [name for name in seen[1:] if not name.startswith(".")] == ["first", "latest"]
     assert sorted(contents(tmp_path / "third")) == sorted(contents(tmp_path / "first"))
     assert (tmp_path / "latest").read_text() == "third\n"
@@ -192,15 +192,15 @@ def refuse_at_first(folder: str) -> tuple[str, int, list[str]]:
 
     engine = engine_for(config(2, 1, clip=0.0))
     advance(engine, 0, 1)
-    real = checkpointer.folders.missing_space
-    checkpointer.folders.missing_space = lambda *given: f"it needs {given[1]} bytes"
+    real = checkpointer.folders.disk_space_problem
+    checkpointer.folders.disk_space_problem = lambda *given: f"it needs {given[1]} bytes"
     try:
         engine.save_checkpoint(folder, wait=False)
         problem = ""
     except CheckpointError as error:
         problem = str(error)
     finally:
-        checkpointer.folders.missing_space = real
+        checkpointer.folders.disk_space_problem = real
     advance(engine, 1, 2)
     engine.save_checkpoint(folder, wait=False)
     engine.wait_for_checkpoint()
@@ -228,7 +228,7 @@ def unsavable(folder: str) -> str:
 
 def test_what_cannot_be_read_back_is_every_ranks_error(ranks, tmp_path):
     for message in ranks(2).run(unsavable, str(tmp_path)):
-        assert "client_state holds something that can't be read back" in message
+        assert "client_state holds a value that could not be loaded again" in message
     assert not [path for path in tmp_path.iterdir() if path.name != "latest"]
 
 
@@ -273,8 +273,8 @@ def test_damaged_checkpoints_are_refused_and_the_one_before_is_taken(ranks, tmp_
     flip(tmp_path / "global_step3" / "manifest.json")
     flip(tmp_path / "global_step2" / "common.pt")
     tags = [f"global_step{step}" for step in (6, 5, 4, 3, 2)]
-    words = ["__1_0.distcp is not what was written", "__0_0.distcp has", "rng-1.pt is missing", "manifest.json",
-             "common.pt is not what was written"]  # fmt: skip
+    words = ["__1_0.distcp was changed", "__0_0.distcp has", "rng-1.pt is missing", "manifest.json",
+             "common.pt was changed"]  # fmt: skip
     for errors, taken, step in ranks(2).run(resume_over_damage, str(tmp_path), tags):
         for error, expected in zip(errors, words, strict=True):
             assert expected in error
@@ -289,7 +289,7 @@ def by_the_clock(folder: str) -> tuple[list[str], list[str]]:
     for minutes in (1e5, 1e-7):
         engine.control.knobs.update(checkpoint_interval=0, checkpoint_minutes=minutes, checkpoints_kept=2)
         advance(engine, engine.global_steps, engine.global_steps + 3)
-        engine.checkpointer.settle()
+        engine.checkpointer.wait_for_save()
         seen.append(sorted(path.name for path in Path(folder).glob("step-*")))
     return seen[0], seen[1]
 
@@ -309,7 +309,7 @@ def defer(folder: str) -> tuple[list[str], int, list[str]]:
     heard: list[str] = []
     engine.session.link.event = lambda what, text, **more: heard.append(text)
     advance(engine, 0, 2)
-    engine.checkpointer.settle()
+    engine.checkpointer.wait_for_save()
     writer = engine.checkpointer._writer
     if dist.get_rank() == 0:
         os.kill(writer.pid, signal.SIGSTOP)
@@ -318,9 +318,9 @@ def defer(folder: str) -> tuple[list[str], int, list[str]]:
     reached = engine.global_steps
     if dist.get_rank() == 0:
         os.kill(writer.pid, signal.SIGCONT)
-    engine.checkpointer.settle()
+    engine.checkpointer.wait_for_save()
     advance(engine, 7, 9)  # the deferred one comes first
-    engine.checkpointer.settle()
+    engine.checkpointer.wait_for_save()
     return heard, reached, sorted(path.name for path in Path(folder).glob("step-*"))
 
 
@@ -360,7 +360,7 @@ def _fail_before_an_automatic_one(engine: Any, folder: Path, later: str) -> list
     told: list[str] = []
     engine.checkpointer.begin(Path(folder, "taken", "deeper"), "theirs", {})
     engine.checkpointer.begin(folder, "ours", {}, on_done=lambda outcome: told.append(outcome.problem))
-    told.append(engine.checkpointer.settle())  # that one's own
+    told.append(engine.checkpointer.wait_for_save())  # that one's own
     try:
         if later == "wait_for_checkpoint":
             engine.wait_for_checkpoint()

@@ -205,7 +205,7 @@ def bring_back(folder: str):
 
 def test_a_checkpoint_brings_back_what_the_script_gave_it(ranks, tmp_path):
     for bad, client_state, registered, steps, micro_steps in ranks(2).run(bring_back, str(tmp_path)):
-        assert "client_state holds something that can't be read back" in bad and "\x1b" not in bad
+        assert "client_state holds a value that could not be loaded again" in bad and "\x1b" not in bad
         assert client_state == {"best": 0.5, "names": ["a"]} and registered == 7
         assert (steps, micro_steps) == (5, 20)
 

@@ -73,11 +73,11 @@ class Run:
 
     def unsharded(self) -> dict[str, Any]:
         """All that a load could change on this rank."""
-        from runtime.checkpoint.capture import pieces_of, whole_tensors
+        from runtime.checkpoint.capture import pieces_of, replicated_tensors
 
         engine = self.engine
         tensors = {name: piece.tensor.clone() for name, piece in pieces_of(engine.state).items()}
-        tensors |= {name: tensor.clone() for name, tensor in whole_tensors(engine.state).items()}
+        tensors |= {name: tensor.clone() for name, tensor in replicated_tensors(engine.state).items()}
         tensors |= {f"module {name}": value.clone() for name, value in engine.module.state_dict().items()}
         tensors["rng"] = torch.get_rng_state()
         counts = (
@@ -126,7 +126,7 @@ def refused(folder: str, kinds: list[tuple[str, str, bool]], stage: int) -> list
     return outcomes
 
 
-LEAVES = "(load_module_strict=False leaves what only one of them has as it is)"
+LEAVES = "(load_module_strict=False ignores names that only one of them has)"
 CASES = {
     ("plain", "shape", True): "parameter blocks.2.down.weight has shape [13, 29] in the checkpoint and has shape "
     "[13, 31] in the model",
@@ -145,10 +145,10 @@ CASES = {
     ("early", "buffer larger", True): "buffer offset has 6 elements in the checkpoint and has shape [2, 4] in the",
     ("early", "buffer more", True): f"buffer more does not exist in the checkpoint and has shape [4] in the model "
     f"{LEAVES}",
-    ("plain", "optimizer", True): "was made with optimizer AdamW, the config says RMSprop: set optimizer.type to AdamW",
-    ("plain", "groups", True): "has 1 parameter groups, the optimizer has 2: make the groups as they were",
-    ("sgd", "momentum", True): "has no optimizer state momentum_buffer of scale, which SGD has with optimizer.params "
-    "as they are now",
+    ("plain", "optimizer", True): "was saved with optimizer AdamW, the config has RMSprop: set optimizer.type to AdamW",
+    ("plain", "groups", True): "has 1 parameter groups, the optimizer has 2: make the same parameter groups",
+    ("sgd", "momentum", True): "has no optimizer state momentum_buffer of scale, which SGD needs with the "
+    "current optimizer.params",
 }  # fmt: skip
 
 

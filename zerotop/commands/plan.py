@@ -166,7 +166,7 @@ def _defaults(resolved: Resolved) -> list[str]:
     data = resolved.zerotop.data
     if "seq_len" not in data.model_fields_set:
         notes.append(
-            f"zerotop.data.seq_len: {data.seq_len} tokens, our default; --set zerotop.data.seq_len=N plans for another."
+            f"zerotop.data.seq_len: {data.seq_len} tokens, the default; --set zerotop.data.seq_len=N plans for another."
         )
     return notes
 

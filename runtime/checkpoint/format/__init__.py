@@ -1,9 +1,9 @@
-"""The files of a checkpoint: reading them believes nothing, writing them is atomic.
+"""The files of a checkpoint. Readers validate everything, as a checkpoint may come from anybody; writing is atomic.
 
-folder     which checkpoints there are, the rename that completes one, and which old ones go
-manifest   what a checkpoint says of itself; sizes and SHA-256 of its files
-tensors    the contents of tensors.json; index: reading it; legacy: the pickle that earlier versions had instead
-shards     data files as they are written; stored: as they are read
-plain      small files that hold plain data and tensors
-reading    whole tensors in one process, for exports
+folder         lists, completes (by a rename) and deletes the checkpoints of a folder
+manifest       manifest.json: step, shapes, and size and SHA-256 of every file
+tensors        the schema of tensors.json; index: reads it; legacy: reads the pickle that earlier versions had instead
+shard_writer   writes the *.distcp data files; shard_reader: reads them
+plain          small files of plain data and tensors
+reader         reads full tensors in one process, for exports
 """

@@ -1,11 +1,10 @@
-"""A folder of checkpoints: which are complete, which is the newest, what stays, and the rename that completes one.
-(torch-free)
+"""A folder of checkpoints: lists the complete ones, completes one by a rename, deletes old ones. (torch-free)
 
-    FOLDER/TAG/             complete
-    FOLDER/.TAG.partial/    being written, or left behind by a process that was killed
-    FOLDER/.TAG.pruned/     being deleted
-    FOLDER/.TAG.replaced/   where a file system can't exchange two names: the old one, until the new one has its name
-    FOLDER/latest           the tag of the newest complete checkpoint, for people and scripts
+FOLDER/TAG/             complete
+FOLDER/.TAG.partial/    being written, or left behind by a process that was killed
+FOLDER/.TAG.pruned/     being deleted
+FOLDER/.TAG.replaced/   the old one while it is replaced, on file systems without an atomic exchange of two names
+FOLDER/latest           the tag of the newest complete checkpoint, for people and scripts
 """
 
 from __future__ import annotations
@@ -26,42 +25,43 @@ from runtime.wire.sizes import format_size
 
 LATEST = "latest"
 SPARE_BYTES = 16 << 20
-"""Left free on the disk, beyond what a checkpoint needs."""
+"""Disk space in bytes to leave free beyond what a checkpoint needs."""
 _LEFT_BEHIND = (".partial", ".pruned", ".replaced")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _AUTOMATIC = "step-"
 
 
 @dataclass(frozen=True, order=True)
-class Complete:
-    """A complete checkpoint; later ones are greater."""
+class CompleteCheckpoint:
+    """A complete checkpoint; later ones compare greater."""
 
     number: int
+    """Counts the checkpoints of a folder in order of completion."""
     step: int
     path: Path
     latest: bool = True
-    """A resume may begin from it."""
+    """Whether a resume may start from it (save_latest)."""
 
 
 def step_tag(step: int) -> str:
-    """The name of a step's checkpoint; names sort as steps do."""
+    """The tag of an automatic checkpoint; tags sort in the order of steps."""
     return f"{_AUTOMATIC}{step:08d}"
 
 
 def script_tag(step: int) -> str:
-    """The name of a checkpoint that a script saves without giving one, which is DeepSpeed's: its users look for it."""
+    """The tag of a checkpoint that a script saves without one, the same as DeepSpeed's."""
     return f"global_step{step}"
 
 
-def complete(folder: Path) -> list[Complete]:
-    """Complete checkpoints with a readable manifest, the oldest first. Their files are not looked into."""
+def complete_checkpoints(folder: Path) -> list[CompleteCheckpoint]:
+    """The complete checkpoints of `folder` with a readable manifest, oldest first. Other files are not checked."""
     found = []
     for path in _folders(folder):
         try:
             manifest = read_manifest(path)
         except CheckpointError:
             continue
-        found.append(Complete(manifest.number, manifest.step, path, manifest.latest))
+        found.append(CompleteCheckpoint(manifest.number, manifest.step, path, manifest.latest))
     return sorted(found)
 
 
@@ -76,35 +76,36 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint in `folder` that was completed last; one being written, or without a readable manifest, does not
-    count. One that a script keeps aside (save_latest=False) does only where there is no other."""
-    found = complete(folder)
+    """The complete checkpoint in `folder` that was finished last; one saved with save_latest=False counts only if there
+    is no other."""
+    found = complete_checkpoints(folder)
     found = [entry for entry in found if entry.latest] or found
     return found[-1].path if found else None
 
 
 def next_number(folder: Path) -> int:
-    return 1 + max((found.number for found in complete(folder)), default=0)
+    """The number of the next checkpoint to be completed in `folder`."""
+    return 1 + max((found.number for found in complete_checkpoints(folder)), default=0)
 
 
-def missing_space(folder: Path, nbytes: int) -> str:
-    """Why `nbytes` more don't fit where `folder` is (or will be), in words; empty when they do."""
-    there = folder
-    while not there.exists() and there != there.parent:
-        there = there.parent
+def disk_space_problem(folder: Path, nbytes: int) -> str:
+    """Why `nbytes` more do not fit on the disk of `folder`, which need not exist yet; empty if they do."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
     try:
-        disk = os.statvfs(there)
+        disk = os.statvfs(existing)
     except OSError as error:
-        return f"{there}: {error.strerror or error}"
+        return f"{existing}: {error.strerror or error}"
     free = disk.f_bavail * disk.f_frsize
     if free >= nbytes + SPARE_BYTES:
         return ""
     return f"it needs {format_size(nbytes)} and {folder} has {format_size(free)} free"
 
 
-def sweep(folder: Path) -> None:
-    """What killed processes left behind goes, and a checkpoint that was being replaced comes back. What a living
-    process writes stays: it holds a lock."""
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left behind, and restore a checkpoint that was being replaced. Folders that a live
+    process has locked are left alone."""
     for path in folder.glob(".*"):
         if path.suffix not in _LEFT_BEHIND or (path.suffix == ".partial" and _is_locked(path)):
             continue
@@ -115,35 +116,35 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def make_room(folder: Path, tag: str) -> Path:
-    """An empty FOLDER/.TAG.partial to write into, the folder swept. It is this process's until `leave_room`, or until
-    the process ends.
+def claim_partial(folder: Path, tag: str) -> Path:
+    """Remove leftovers, then create and lock an empty FOLDER/.TAG.partial. The lock lasts until `release_partial` or
+    the end of the process.
 
-    Raises CheckpointError where another process writes a checkpoint of that name there.
+    Raises CheckpointError if another process is writing FOLDER/TAG.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    sweep(folder)
+    remove_leftovers(folder)
     partial = partial_of(folder, tag)
     try:
         partial.mkdir(mode=0o700)
     except FileExistsError:
         raise CheckpointError("another process is writing it") from None
     handle = os.open(partial, os.O_RDONLY)
-    _rooms[partial] = handle
-    with contextlib.suppress(OSError):  # a file system without locks: then nobody can tell
+    _partial_locks[partial] = handle
+    with contextlib.suppress(OSError):  # a file system without locks: leftovers look the same as live writes
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return partial
 
 
-def leave_room(partial: Path) -> None:
-    """What `make_room` gave is complete, or given up."""
-    handle = _rooms.pop(partial, None)
+def release_partial(partial: Path) -> None:
+    """Unlock a folder from `claim_partial`, once it is complete or abandoned."""
+    handle = _partial_locks.pop(partial, None)
     if handle is not None:
         os.close(handle)
 
 
-_rooms: dict[Path, int] = {}
-"""Descriptors that hold the locks."""
+_partial_locks: dict[Path, int] = {}
+"""Partial folder -> the file descriptor that holds its lock."""
 
 
 def _is_locked(path: Path) -> bool:
@@ -163,14 +164,15 @@ def _is_locked(path: Path) -> bool:
 
 
 def partial_of(folder: Path, tag: str) -> Path:
+    """The folder into which FOLDER/TAG is written before it is complete."""
     return folder / f".{tag}.partial"
 
 
 def finish(folder: Path, tag: str, latest: bool = True) -> None:
-    """FOLDER/.TAG.partial, whose files are on disk, becomes FOLDER/TAG, and `latest` says so if it is wanted.
+    """Rename FOLDER/.TAG.partial, whose files are synced, to FOLDER/TAG, and with `latest` update FOLDER/latest.
 
-    One with that name already is exchanged in one step: at no time is there none. `latest` is written afterwards: what
-    it names is complete at all times.
+    An existing FOLDER/TAG is exchanged atomically, so that one always exists. FOLDER/latest is written last, so that
+    it always names a complete checkpoint.
     """
     partial, final = partial_of(folder, tag), folder / tag
     sync(partial)
@@ -180,7 +182,7 @@ def finish(folder: Path, tag: str, latest: bool = True) -> None:
         sync(folder)
         shutil.rmtree(partial, ignore_errors=True)
     else:
-        # Killed between the two renames, make_room() brings the old one back.
+        # If killed between the two renames, remove_leftovers() restores the old one.
         aside = folder / f".{tag}.replaced"
         shutil.rmtree(aside, ignore_errors=True)
         final.rename(aside)
@@ -194,7 +196,7 @@ def finish(folder: Path, tag: str, latest: bool = True) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step (renameat2(2)). False where the file system or the system can't."""
+    """Swap two names atomically (renameat2(2)). Returns False where kernel or file system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
@@ -208,8 +210,9 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def prune(folder: Path, keep: int, keep_every: int = 0) -> list[Path]:
-    """Delete a run's step checkpoints but the `keep` newest and every `keep_every`-th one; returns what went."""
-    steps = [found for found in complete(folder) if found.path.name.startswith(_AUTOMATIC)]
+    """Delete automatic checkpoints except the `keep` newest and every `keep_every`-th one. Returns the deleted
+    paths."""
+    steps = [found for found in complete_checkpoints(folder) if found.path.name.startswith(_AUTOMATIC)]
     gone = [
         found.path
         for found in steps[: max(0, len(steps) - keep)]
@@ -217,13 +220,13 @@ def prune(folder: Path, keep: int, keep_every: int = 0) -> list[Path]:
     ]
     for path in gone:
         doomed = path.with_name(f".{path.name}.pruned")
-        path.rename(doomed)  # from now on no reader takes it for complete
+        path.rename(doomed)  # from here on readers ignore it
         shutil.rmtree(doomed)
     return gone
 
 
 def sync(path: Path) -> None:
-    """To the disk: a file's content, or a folder's names."""
+    """Fsync a file or folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

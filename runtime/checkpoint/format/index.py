@@ -1,8 +1,7 @@
-"""Where a checkpoint's tensors are: tensors.json.   (torch-free)
+"""Reading tensors.json, the index of a checkpoint's tensors.   (torch-free)
 
-A checkpoint may come from anybody, so nothing of this file is believed: `read_index` checks names, sizes and places
-against the files that are there before anything is allocated or opened. Checkpoints of earlier versions have only
-torch's own description of them, a pickle: see legacy.py.
+A checkpoint may come from anybody, so `read_index` checks names, sizes and offsets against the actual files before
+anything is allocated or opened. Checkpoints of earlier versions have only torch's own index, a pickle: see legacy.py.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ _DATA_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp")
 
 
 def read_index(path: Path, manifest: Manifest) -> dict[str, StoredTensor]:
-    """The tensors of the checkpoint at `path`, by name. Raises CheckpointError where its description is missing, is
-    none, or does not fit the files."""
+    """The tensors of the checkpoint at `path`, by key. Raises CheckpointError if the index is missing, malformed, or
+    does not fit the files."""
     try:
         return _read_index(path, manifest)
     except FileNotFoundError as error:
@@ -49,11 +48,11 @@ def _read_index(path: Path, manifest: Manifest) -> dict[str, StoredTensor]:
 
 
 def _check(path: Path, manifest: Manifest, tensors: Mapping[str, StoredTensor]) -> None:
-    """Every part is a place of its own in a data file that is long enough for it; together they are the tensor."""
+    """Check that parts lie within their data files without overlap, and that the parts of a tensor cover it exactly."""
     places: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
     for name, tensor in tensors.items():
         if tensor.dtype not in ITEM_BYTES:
-            raise _broken(path, f"{name} is of dtype {tensor.dtype!r}")
+            raise _broken(path, f"{name} has the unknown dtype {tensor.dtype!r}")
         end = 0
         for part in tensor.parts:
             if part.start != end:
@@ -63,14 +62,14 @@ def _check(path: Path, manifest: Manifest, tensors: Mapping[str, StoredTensor]) 
                 raise _broken(path, f"{name}: {part.nbytes:,} bytes are too few for {part.numel:,} elements")
             places[part.file].append((part.offset, part.offset + part.nbytes, name))
         if end != tensor.numel or (tensor.parts and tensor.parts[-1].start + tensor.parts[-1].numel != end):
-            raise _broken(path, f"it lacks parts of {name}, or has some twice")
+            raise _broken(path, f"the parts of {name} have gaps or overlap")
     for file, spans in sorted(places.items()):
         if not _DATA_FILE.fullmatch(file) or (manifest.files and file not in manifest.files):
-            raise _broken(path, f"{file!r} is none of its data files")
+            raise _broken(path, f"{file!r} is not one of its data files")
         size, taken = regular_size(path, file), 0
         for start, end, name in sorted(spans):
             if start < taken:
-                raise _broken(path, f"{name} is at a place of {file} that another tensor has")
+                raise _broken(path, f"{name} overlaps another tensor in {file}")
             taken = end
         if taken > size:
             raise _broken(path, f"{file} has {size:,} bytes, expected {taken:,}")

@@ -1,7 +1,7 @@
-"""The description of tensors in checkpoints of earlier versions: .metadata, torch's pickle of it.
+"""Reading .metadata, torch's pickled index, which checkpoints of earlier versions have instead of tensors.json.
 
-It is never unpickled with what it names: the few classes of torch.distributed.checkpoint that it is made of are read as
-plain records, anything else is refused, and what comes out is checked as tensors.json is.
+Unpickling runs no code: the few classes of torch.distributed.checkpoint that the index consists of become plain
+records, any other class is refused, and the result is checked like tensors.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DCP = "torch.distributed.checkpoint."
 
 
 class _Record:
-    """Stands for an object of a known class: what it was made with and its attributes, and no behaviour."""
+    """Stands for an object of a known class: its constructor arguments and attributes, without behaviour."""
 
     arguments: tuple[Any, ...] = ()
     attributes: Mapping[str, Any] = {}
@@ -38,11 +38,12 @@ class _Record:
             self.attributes = dict(state)
 
     def get(self, name: str) -> Any:
+        """The attribute `name`."""
         return self.attributes[name]
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of a torch.Size."""
+        """The sizes of a record that stands for a torch.Size."""
         return tuple(self.arguments[0])
 
 
@@ -72,11 +73,11 @@ class _Unpickler(pickle.Unpickler):
             return _Record
         if module == "torch" and name in ITEM_BYTES:
             return _Dtype(name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint of zerotop does")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not part of a checkpoint")
 
 
 def read_pickled_index(path: Path) -> TensorIndex:
-    """Raises CheckpointError where there is none, or it is not such a description."""
+    """The index in .metadata of the checkpoint at `path`. Raises CheckpointError if it is missing or malformed."""
     regular_size(path, METADATA)
     try:
         content = (path / METADATA).read_bytes()
@@ -98,10 +99,10 @@ def read_pickled_index(path: Path) -> TensorIndex:
 
 
 def _check_memo(content: bytes) -> None:
-    """Python makes room for the highest memo entry that a pickle names, however many there are."""
+    """Refuse huge memo indices, for which the unpickler would allocate memory however small the file is."""
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name in ("PUT", "LONG_BINPUT") and (not isinstance(argument, int) or argument > len(content)):
-            raise pickle.UnpicklingError("it names more objects than it has bytes")
+            raise pickle.UnpicklingError("it has a memo index beyond its own length")
 
 
 def _tensor(name: str, tensor: _Record, places: Mapping[tuple[Any, Any], Mapping[str, Any]]) -> StoredTensor:
@@ -111,7 +112,7 @@ def _tensor(name: str, tensor: _Record, places: Mapping[tuple[Any, Any], Mapping
         (start,), (count,) = chunk.get("offsets").sizes, chunk.get("sizes").sizes
         place = places[name, start]
         if place.get("transform_descriptors"):
-            raise pickle.UnpicklingError(f"{name} is compressed or encrypted, which no checkpoint of zerotop is")
+            raise pickle.UnpicklingError(f"{name} is compressed or encrypted, which zerotop never writes")
         parts.append(StoredPart(start, count, place["relative_path"], place["offset"], place["length"]))
     dtype = tensor.get("properties").arguments[0]
     return StoredTensor(dtype=str(dtype), numel=numel, parts=sorted(parts))

@@ -1,6 +1,6 @@
-"""What a checkpoint says of itself before its tensors are opened: manifest.json.   (torch-free)
+"""manifest.json: step, shapes and origin of a checkpoint.   (torch-free)
 
-It also tells a sound checkpoint from a damaged one: it holds the size and SHA-256 of every other file, and its own.
+It detects damage: it holds the size and SHA-256 of every other file, and a digest of itself.
 """
 
 from __future__ import annotations
@@ -20,42 +20,44 @@ from runtime.models.names import plain_name, plain_names
 
 MANIFEST = "manifest.json"
 MODEL_FILES = "model"
-"""Folder in a checkpoint: what is known of the model beside its tensors (config.json, the tokenizer)."""
+"""Folder in a checkpoint with config.json and the tokenizer."""
 FORMAT = 1
 _DIGEST = "digest"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or does not fit; the message says which and why."""
+    """A checkpoint could not be written or read, or does not fit the model; the message says which and why."""
 
 
 class Misnamed(CheckpointError, ValueError):
-    """Nothing can be written there. DeepSpeed raises ValueError for it."""
+    """A folder or tag that can't be written to. DeepSpeed raises ValueError for it."""
 
 
-class Damaged(CheckpointError):
-    """A checkpoint is not what was written: cut short, changed, or a file is missing."""
+class DamagedCheckpoint(CheckpointError):
+    """A file of a checkpoint is missing, truncated or changed."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to load of a checkpoint."""
+class LoadOptions:
+    """Which parts of a checkpoint to load."""
 
     strict: bool = True
-    """The model and the checkpoint must have the same parameters and buffers."""
+    """Whether model and checkpoint must have the same parameters and buffers."""
     module: bool = True
     """Parameters and buffers."""
     optimizer: bool = True
+    """Optimizer states and parameter groups."""
     scheduler: bool = True
+    """The state of the LR scheduler."""
     progress: bool = True
-    """Step counts, loss scale, random numbers."""
+    """Step counts, loss scale, RNG states and registered objects."""
 
 
-EVERYTHING = Wanted()
+LOAD_EVERYTHING = LoadOptions()
 
 
 def _inside(name: str) -> str:
-    """A checkpoint may come from anybody: its files are in its own folder, or one below."""
+    """Refuse file names that lead out of the checkpoint's folder: a checkpoint may come from anybody."""
     if not re.fullmatch(r"(model/)?[A-Za-z0-9_.-]+", name) or name.rpartition("/")[2] in (".", ".."):
         raise ValueError(f"{name!r} is not the name of a file in a checkpoint")
     return name
@@ -66,7 +68,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class FileRecord(BaseModel):
-    """One file of a checkpoint as it was written."""
+    """Size and SHA-256 of one file of a checkpoint, as written."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -75,7 +77,7 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """manifest.json."""
+    """The contents of manifest.json."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -83,7 +85,7 @@ class Manifest(BaseModel):
     step: Count
     """Optimizer steps taken, skipped ones included."""
     optimizer_step: Count
-    """Updates taken: Adam's bias correction counts these. 0: there are no optimizer states yet."""
+    """Optimizer updates applied, which Adam's bias correction counts. 0: there are no optimizer states yet."""
     foreign_steps: int = 0
     """Steps of an earlier checkpoint that was loaded without its optimizer states."""
     world_size: Annotated[int, Field(ge=1)]
@@ -96,32 +98,32 @@ class Manifest(BaseModel):
     lr_factor: float = 1.0
     config_digest: str
     shapes: dict[str, list[Count]]
-    """Of every parameter, trained or frozen."""
+    """Shape of every parameter, trained or frozen, by name."""
     dtypes: dict[str, str] = {}
-    """Of the parameters that compute in another dtype than `precision`: torch's name of it."""
+    """Compute dtype (torch's name) of each parameter whose dtype is not `precision`."""
     buffers: dict[str, list[Count]] | None = None
-    """Shape of every persistent buffer; None in those of early versions."""
+    """Shape of every persistent buffer, by name; None in checkpoints of early versions."""
     buffer_owners: dict[str, list[Count]] = {}
-    """Of buffers that the ranks held differently: for each rank, the one that has written what it held."""
+    """Buffers that differed between ranks: for each rank, the rank that wrote its values."""
     tied: dict[str, str] = {}
-    """Other names of parameters that have several -> the name that they have here."""
+    """Other names of tied parameters -> the name under which they are stored."""
     frozen: list[str]
     """Parameters without optimizer states."""
     excluded: list[str] = []
-    """Parameters of the model that the checkpoint does not hold: frozen ones, where the script wanted it so."""
+    """Frozen parameters left out of the checkpoint (exclude_frozen_parameters=True)."""
     latest: bool = True
-    """False: a script keeps it beside those that a resume begins from (save_latest=False)."""
+    """Whether a resume may start from it; False with save_latest=False."""
     number: int = 0
-    """Counts the checkpoints of a folder as they were completed: the highest is the newest, whatever its step is."""
+    """Counts the checkpoints of a folder in order of completion: the highest is the newest, whatever its step."""
     saved_wall_s: float = 0.0
     files: dict[FileName, FileRecord] = {}
-    """Every other file of the checkpoint, by name; empty in those of early versions."""
+    """Every other file of the checkpoint, by name; empty in checkpoints of early versions."""
 
     @model_validator(mode="after")
     def _check_owners(self) -> Self:
         for name, owners in self.buffer_owners.items():
             if len(owners) != self.world_size or owners[0] != 0 or max(owners) >= self.world_size:
-                raise ValueError(f"buffer_owners.{name} are not of {self.world_size} ranks")
+                raise ValueError(f"buffer_owners.{name} does not fit {self.world_size} ranks")
         return self
 
     @property
@@ -130,7 +132,7 @@ class Manifest(BaseModel):
         return self.optimizer == "none"
 
     def with_plain_names(self) -> Self:
-        """With the names that the model has when it is not compiled. (Early versions wrote those of compiled ones.)"""
+        """A copy with the names of the uncompiled model; early versions wrote names with torch.compile's prefix."""
         return self.model_copy(
             update={
                 "shapes": plain_names(self.shapes),
@@ -143,7 +145,7 @@ class Manifest(BaseModel):
         )
 
     def sealed(self) -> bytes:
-        """The file's content, its own digest in it."""
+        """The content of manifest.json, including its own digest."""
         body = self.model_dump(mode="json")
         return json.dumps({**body, _DIGEST: _digest(body)}, indent=1).encode() + b"\n"
 
@@ -153,32 +155,33 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises CheckpointError where there is none that this version can read, Damaged where it was changed."""
+    """The manifest of the checkpoint at `path`. Raises CheckpointError if there is none that this version reads,
+    DamagedCheckpoint if it was changed."""
     try:
         regular_size(path, MANIFEST)
         body = json.loads((path / MANIFEST).read_bytes())
         digest = body.pop(_DIGEST, None)
         manifest = Manifest.model_validate(body)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST}") from None
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(key) for key in first["loc"])
-        raise Damaged(f"{path / MANIFEST} is damaged: {where}: {first['msg']}") from None
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged: {where}: {first['msg']}") from None
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise Damaged(f"{path / MANIFEST} is damaged: {str(error).splitlines()[0]}") from None
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read: {error.strerror or error}") from None
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {manifest.format}, this version reads {FORMAT}")
     if (digest is None and manifest.files) or (digest is not None and digest != _digest(body)):
-        raise Damaged(f"{path / MANIFEST} is damaged: its digest is not that of its content")
+        raise DamagedCheckpoint(f"{path / MANIFEST} is damaged: its digest is not that of its content")
     return manifest.with_plain_names()
 
 
 def regular_size(path: Path, name: str) -> int:
-    """The size in bytes of a file of the checkpoint at `path`. Raises FileNotFoundError, or CheckpointError where it is
-    something else, such as a pipe, which reading would wait for."""
+    """Size in bytes of a regular file of the checkpoint at `path`. Raises FileNotFoundError, or CheckpointError for
+    anything else, such as a pipe, on which a read would block."""
     found = (path / name).stat()
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"checkpoint {path} is damaged or was changed: {name} is not a regular file")
@@ -186,21 +189,21 @@ def regular_size(path: Path, name: str) -> int:
 
 
 def record_of(path: Path) -> FileRecord:
-    """Size (bytes) and SHA-256 of a file, read from the disk or its cache."""
+    """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(nbytes=file.tell(), sha256=digest)
 
 
-def difference(path: Path, name: str, written: FileRecord) -> str:
-    """What is wrong with one file of the checkpoint at `path`, in words; empty when nothing is."""
+def file_problem(path: Path, name: str, written: FileRecord) -> str:
+    """How a file of the checkpoint at `path` differs from its record; empty if it does not."""
     file = path / name
     try:
         nbytes = regular_size(path, name)
         if nbytes != written.nbytes:
-            return f"{name} has {nbytes:,} bytes, {written.nbytes:,} were written"
+            return f"{name} has {nbytes:,} bytes, expected {written.nbytes:,}"
         if record_of(file).sha256 != written.sha256:
-            return f"{name} is not what was written (its SHA-256 differs)"
+            return f"{name} was changed (its SHA-256 differs)"
     except FileNotFoundError:
         return f"{name} is missing"
     except CheckpointError:
@@ -215,12 +218,12 @@ def verify(
     manifest: Manifest,
     part: int = 0,
     parts: int = 1,
-    before: Callable[[str, FileRecord], None] = lambda name, record: None,
+    on_file: Callable[[str, FileRecord], None] = lambda name, record: None,
 ) -> None:
-    """Compare files with what was written: all of them, or the `part`-th of `parts` ranks' share, split by size.
-    before(name, record): called with each file.
+    """Check files against their records: all of them, or share number `part` of `parts`, split by size. on_file(name,
+    record): called before each file is read.
 
-    Raises Damaged, naming the first file that differs.
+    Raises DamagedCheckpoint, naming the first file that differs.
     """
     loads = [0] * parts
     for name, written in sorted(manifest.files.items(), key=lambda item: (-item[1].nbytes, item[0])):
@@ -228,13 +231,13 @@ def verify(
         loads[owner] += written.nbytes
         if owner != part:
             continue
-        before(name, written)
-        if wrong := difference(path, name, written):
-            raise Damaged(f"checkpoint {path} is damaged: {wrong}")
+        on_file(name, written)
+        if wrong := file_problem(path, name, written):
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {wrong}")
 
 
 def root_cause(error: BaseException) -> str:
-    """torch wraps a rank's error in a CheckpointException with every rank's traceback; people need its last line."""
+    """The first line of the original error, unwrapped from torch's CheckpointException of all ranks' tracebacks."""
     failures = getattr(error, "failures", None)
     if failures:
         first = next(iter(failures.values()))

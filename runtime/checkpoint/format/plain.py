@@ -1,4 +1,4 @@
-"""Plain data and tensors as files: torch.save's format, read without trusting who wrote it."""
+"""Files of plain data and tensors in torch.save's format, read without running any code from them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from runtime.checkpoint.format.manifest import CheckpointError, regular_size, ro
 
 
 def to_bytes(value: Any) -> bytes:
+    """`value` in torch.save's format."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def load_stream(stream: IO[bytes]) -> Any:
-    """What torch.save wrote: plain data and tensors. Nothing in it is run, and it takes no more memory than the stream
-    has bytes: torch's reader would unpack what is packed. Raises whatever damaged bytes make it."""
+    """Load plain data and tensors that torch.save wrote. No code is run, and compressed content is refused, so that
+    memory is bounded by the stream's size. Damaged bytes raise any exception."""
     with zipfile.ZipFile(stream) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("its content is compressed, which torch.save never does")
+            raise ValueError("its content is compressed, which torch.save never writes")
     stream.seek(0)
     return torch.load(stream, map_location="cpu", weights_only=True)
 
 
 def load_file(path: Path, name: str) -> dict[str, Any]:
-    """The dictionary in a small file of the checkpoint at `path`. Raises CheckpointError where it is none."""
+    """The dictionary in a small file of the checkpoint at `path`. Raises CheckpointError if it holds anything else."""
     try:
         regular_size(path, name)
         with (path / name).open("rb") as stream:
@@ -42,6 +43,6 @@ def load_file(path: Path, name: str) -> dict[str, Any]:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read: {name} is not what zerotop writes ({root_cause(error)[:300]})"
+            f"checkpoint {path} cannot be read: {name} was not written by zerotop ({root_cause(error)[:300]})"
         ) from None
     return found

@@ -1,4 +1,4 @@
-"""What tensors.json says of a checkpoint's tensors, and the dtypes that they may have.   (torch-free)"""
+"""The schema of tensors.json, a checkpoint's index of tensors, and the dtypes it may name.   (torch-free)"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Count = Annotated[int, Field(ge=0, strict=True)]
 
 
 class StoredPart(NamedTuple):
-    """Elements [start, start + numel) of a tensor: `nbytes` bytes of `file` from `offset` on."""
+    """Elements [start, start + numel) of a flattened tensor, stored in `nbytes` bytes of `file` from `offset` on."""
 
     start: _Count
     numel: _Count
@@ -29,7 +29,7 @@ class StoredPart(NamedTuple):
 
 
 class StoredTensor(BaseModel):
-    """One tensor, flattened; its parts in order."""
+    """One flattened tensor; its parts are sorted by `start`."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -47,15 +47,16 @@ class TensorIndex(BaseModel):
     tensors: dict[str, StoredTensor]
 
     def encoded(self) -> bytes:
+        """The content of tensors.json."""
         return self.model_dump_json().encode() + b"\n"
 
 
 Row = tuple[str, str, int, int, int, str, int, int]
-"""What a rank says of a part that it has written: name, dtype, numel of the whole tensor, and a StoredPart's fields."""
+"""A part that a rank has written: tensor name, dtype, numel of the full tensor, and a StoredPart's fields."""
 
 
 def index_of(rows: Iterable[Row]) -> TensorIndex:
-    """The index of what all ranks have written."""
+    """The index of the parts that all ranks have written."""
     parts: dict[str, list[StoredPart]] = defaultdict(list)
     kinds: dict[str, tuple[str, int]] = {}
     for name, dtype, total, start, numel, file, offset, nbytes in rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.checkpoint.format.folder import LATEST, complete
+from runtime.checkpoint.format.folder import LATEST, complete_checkpoints
 from runtime.checkpoint.format.manifest import MANIFEST, CheckpointError, read_manifest, verify
 from tests.faults.chaos.run import Run
 
@@ -29,7 +29,9 @@ class Checkpoints:
 
     def newest_sound(self) -> tuple[int, int]:
         """(number, step) of the newest that was not damaged on purpose; (0, 0) where there is none."""
-        sound = [(found.number, found.step) for found in complete(self.folder) if not self.is_damaged(found.path)]
+        sound = [
+            (found.number, found.step) for found in complete_checkpoints(self.folder) if not self.is_damaged(found.path)
+        ]
         return max(sound, default=(0, 0))
 
     def problems(self) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import psutil
 
-from runtime.checkpoint.format.folder import complete
+from runtime.checkpoint.format.folder import complete_checkpoints
 from tests.faults.chaos.checks import Checkpoints
 from tests.faults.chaos.disk import Disk
 from tests.faults.chaos.run import Run, Screen, inside_a_write
@@ -119,7 +119,7 @@ def read_only(scene: Scene) -> Struck:
 
 def damage(scene: Scene) -> Struck:
     """The newest checkpoint is cut short or changed, then a rank is killed: it must not be read."""
-    newest = complete(scene.checkpoints.folder)[-1].path
+    newest = complete_checkpoints(scene.checkpoints.folder)[-1].path
     file = scene.chance.choice(sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size))
     cut = scene.chance.random() < 0.5
     scene.checkpoints.damage(newest)

@@ -14,7 +14,7 @@ from runtime.checkpoint.format import folder as folders
 from runtime.checkpoint.format.manifest import (
     MANIFEST,
     CheckpointError,
-    Damaged,
+    DamagedCheckpoint,
     Manifest,
     read_manifest,
     record_of,
@@ -34,13 +34,13 @@ def put(folder: Path, step: int, text: str = "data", tag: str = "") -> Path:
     """A checkpoint as the writers complete it."""
     tag = tag or folders.step_tag(step)
     try:
-        partial = folders.make_room(folder, tag)
+        partial = folders.claim_partial(folder, tag)
         (partial / "data").write_text(text)
         files = {"data": record_of(partial / "data")}
         (partial / MANIFEST).write_bytes(manifest(step, folders.next_number(folder), files=files).sealed())
         folders.finish(folder, tag)
     finally:
-        folders.leave_room(folders.partial_of(folder, tag))
+        folders.release_partial(folders.partial_of(folder, tag))
     return folder / tag
 
 
@@ -49,7 +49,7 @@ def test_the_newest_is_what_was_completed_last_and_latest_says_so(tmp_path):
     older = put(tmp_path, 100)  # somebody went back and trained another way
     assert folders.newest(tmp_path) == older
     assert (tmp_path / "latest").read_text() == "step-00000100\n"
-    assert [found.step for found in folders.complete(tmp_path)] == [200, 100]
+    assert [found.step for found in folders.complete_checkpoints(tmp_path)] == [200, 100]
     assert [path.name for path in folders.prune(tmp_path, 1)] == ["step-00000200"]
 
 
@@ -57,7 +57,7 @@ def test_every_nth_stays_for_ever(tmp_path):
     for step in range(1, 10):
         put(tmp_path, step)
         folders.prune(tmp_path, 2, keep_every=4)
-    assert [found.step for found in folders.complete(tmp_path)] == [4, 8, 9]
+    assert [found.step for found in folders.complete_checkpoints(tmp_path)] == [4, 8, 9]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -114,8 +114,8 @@ def test_killed_anywhere_while_it_is_replaced_one_remains(tmp_path, monkeypatch,
         except Killed:
             killed = True
     assert killed == (calls > stop_at)
-    folders.make_room(tmp_path, "next").rmdir()  # what the next save does first
-    (found,) = folders.complete(tmp_path)
+    folders.claim_partial(tmp_path, "next").rmdir()  # what the next save does first
+    (found,) = folders.complete_checkpoints(tmp_path)
     assert (found.path / "data").read_text() in ("old", "new")
     assert (tmp_path / "latest").read_text().strip() == found.path.name
     verify(found.path, read_manifest(found.path))
@@ -133,7 +133,7 @@ def test_a_manifest_that_was_changed_is_damaged(tmp_path):
         with pytest.raises(CheckpointError):
             read_manifest(path)
     (path / MANIFEST).write_bytes(content[: len(content) // 2])
-    with pytest.raises(Damaged, match="is damaged"):
+    with pytest.raises(DamagedCheckpoint, match="is damaged"):
         read_manifest(path)
     assert folders.newest(tmp_path) is None
 
@@ -162,24 +162,24 @@ def test_ranks_share_the_verifying(tmp_path):
     for part in range(3):
         try:
             verify(path, written, part, 3)
-        except Damaged as error:
+        except DamagedCheckpoint as error:
             wrong.append(str(error))
-    assert len(wrong) == 1 and "data is not what was written" in wrong[0]
+    assert len(wrong) == 1 and "data was changed" in wrong[0]
 
 
 def test_what_a_killed_writer_left_is_swept(tmp_path):
     put(tmp_path, 1)
-    left = folders.make_room(tmp_path, "step-00000002")
+    left = folders.claim_partial(tmp_path, "step-00000002")
     (left / "data").write_text("half")
-    folders.leave_room(left)  # as its end does
+    folders.release_partial(left)  # as its end does
     (tmp_path / ".mine").mkdir()
-    folders.sweep(tmp_path)
+    folders.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "latest", "step-00000001"]
 
 
 def test_what_another_process_writes_stays(tmp_path):
-    program = "import sys; from pathlib import Path; from runtime.checkpoint.format.folder import make_room; "
-    program += "print(make_room(Path(sys.argv[1]), 'step-00000007'), flush=True); sys.stdin.read()"
+    program = "import sys; from pathlib import Path; from runtime.checkpoint.format.folder import claim_partial; "
+    program += "print(claim_partial(Path(sys.argv[1]), 'step-00000007'), flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline().strip().endswith(".step-00000007.partial")
@@ -194,6 +194,6 @@ def test_what_another_process_writes_stays(tmp_path):
 
 def test_the_space_a_checkpoint_needs(tmp_path):
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
-    assert folders.missing_space(tmp_path / "not" / "yet", 1 << 10) == ""
-    problem = folders.missing_space(tmp_path, 2 * free)
+    assert folders.disk_space_problem(tmp_path / "not" / "yet", 1 << 10) == ""
+    problem = folders.disk_space_problem(tmp_path, 2 * free)
     assert f"needs {format_size(2 * free)}" in problem and "free" in problem

@@ -18,7 +18,7 @@ from runtime.checkpoint.capture import Part
 from runtime.checkpoint.common import read_common, read_random
 from runtime.checkpoint.format.manifest import CheckpointError, Manifest, read_manifest, record_of, verify
 from runtime.checkpoint.format.plain import to_bytes
-from runtime.checkpoint.format.reading import CheckpointReader
+from runtime.checkpoint.format.reader import CheckpointReader
 from runtime.checkpoint.job import Job
 
 WEIGHT, BUFFER = torch.arange(6.0), torch.tensor([True, False])
@@ -144,18 +144,18 @@ def a_tensor(name: str, **changes: Any) -> Any:
 
 
 LIES = {
-    "a file elsewhere": (a_part(file="../c/__0_0.distcp"), "none of its data files"),
-    "a file of another kind": (a_part(file="common.pt"), "none of its data files"),
+    "a file elsewhere": (a_part(file="../c/__0_0.distcp"), "not one of its data files"),
+    "a file of another kind": (a_part(file="common.pt"), "not one of its data files"),
     "a place beyond the end": (a_part(offset=10**9), "expected 1,000,"),
-    "a place that another has": (a_part(offset=1500), "another tensor has"),
+    "a place that another has": (a_part(offset=1500), "overlaps another tensor"),
     "more elements than bytes": (a_part(numel=10**15), "too few"),
     "a negative size": (a_part(numel=-4), "greater than or equal to 0"),
     "no number": (a_part(offset="0"), "valid integer"),
-    "a gap": (a_part(start=1), "lacks parts of param.w"),
-    "a huge tensor": (a_tensor("param.w", numel=10**15), "lacks parts of param.w"),
+    "a gap": (a_part(start=1), "the parts of param.w have gaps or overlap"),
+    "a huge tensor": (a_tensor("param.w", numel=10**15), "the parts of param.w have gaps or overlap"),
     "no such dtype": (a_tensor("param.w", dtype="system"), "dtype 'system'"),
     "another dtype": (a_tensor("param.w", dtype="int32"), "expected 4 elements of int32"),
-    "another shape": (lambda tensors: tensors.update({"param.w": tensors["buffer.mask"]}), "another tensor has"),
+    "another shape": (lambda tensors: tensors.update({"param.w": tensors["buffer.mask"]}), "overlaps another tensor"),
     "a parameter less": (lambda tensors: tensors.pop("param.w"), "lacks param.w"),
 }
 
@@ -218,7 +218,7 @@ def test_packed_content_is_not_unpacked(checkpoint):
 def test_plain_data_of_another_shape_is_refused(checkpoint, value):
     (checkpoint / "common.pt").write_bytes(to_bytes(value))
     reseal(checkpoint)
-    with pytest.raises(CheckpointError, match=r"common\.pt is not what zerotop writes"):
+    with pytest.raises(CheckpointError, match=r"common\.pt was not written by zerotop"):
         read_all(checkpoint)
 
 
@@ -227,7 +227,7 @@ def test_a_pickle_that_asks_for_memory_is_refused(checkpoint):
     (checkpoint / "tensors.json").unlink()
     (checkpoint / ".metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\x7f.")
     reseal(checkpoint)
-    with pytest.raises(CheckpointError, match="more objects than it has bytes"):
+    with pytest.raises(CheckpointError, match="a memo index beyond its own length"):
         read_all(checkpoint)
 
 
@@ -245,13 +245,13 @@ def test_random_states_of_another_shape_are_refused_before_any_is_set(checkpoint
                 {"generators": {"mine": 3}}):  # fmt: skip
         (checkpoint / "rng-0.pt").write_bytes(to_bytes({**good, **bad}))
         reseal(checkpoint)
-        with pytest.raises(CheckpointError, match=r"rng-0\.pt is not what zerotop writes"):
+        with pytest.raises(CheckpointError, match=r"rng-0\.pt was not written by zerotop"):
             read_all(checkpoint)
     registered = Registered()
     registered.add("mine", np.random.default_rng(2))
     state = good["generators"]["mine"]
-    registered.compare({"mine": state})
+    registered.check({"mine": state})
     for wrong in ({}, {**state["state"], "state": {"state": "x", "inc": 1}}, None):
-        with pytest.raises(CheckpointError, match="the checkpoint's state is none of a numpy"):
-            registered.compare({"mine": {"kind": state["kind"], "state": wrong}})
+        with pytest.raises(CheckpointError, match="the checkpoint's state does not fit a numpy"):
+            registered.check({"mine": {"kind": state["kind"], "state": wrong}})
     assert torch.equal(rng.get_state()["torch"], before["torch"]) and random.getstate() == before["python"]

@@ -89,9 +89,9 @@ def document(zerotop_plan: Run, path: Path, config: dict[str, object], *words: s
 def test_what_the_config_leaves_open_is_said(zerotop_plan: Run, tmp_path: Path) -> None:
     config: dict[str, object] = {"train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"}}
     notes = document(zerotop_plan, tmp_path / "c.json", config)["notes"]
-    assert "train_micro_batch_size_per_gpu: 4, our default" in notes
+    assert "train_micro_batch_size_per_gpu: 4, the default" in notes
     assert "bf16.enabled: auto, bf16 on a GPU" in notes
-    assert any(note.startswith("zerotop.data.seq_len: 512 tokens, our default") for note in notes)
+    assert any(note.startswith("zerotop.data.seq_len: 512 tokens, the default") for note in notes)
     said = {"train_micro_batch_size_per_gpu": 2, "zerotop": {"data": {"seq_len": 512}}}
     assert not any("default" in note for note in document(zerotop_plan, tmp_path / "c.json", said)["notes"])
 
@@ -129,13 +129,13 @@ def test_ranks_on_a_cpu(zerotop_plan: Run, tmp_path: Path) -> None:
     assert code == 0
     assert "2 ranks on the CPU" in out and "Memory per rank" in out
     assert "GPU" not in out and "offload" not in out
-    assert "In 1.00 GiB of host RAM, beside the processes themselves:" in out
+    assert "In 1.00 GiB of host RAM, not counting the processes themselves:" in out
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     found = document(zerotop_plan, tmp_path / "c.json", config, "--device", "cpu", "--gpus", "2")
     assert found["chosen"] == "stage 2 + offload"
     assert [one["layout"] for one in found["layouts"]][-2:] == ["stage 3", "stage 2 + offload"]
-    assert any("offload moves nothing" in line for line in found["advice"])
+    assert any("offload saves nothing" in line for line in found["advice"])
 
 
 def test_a_config_that_offloads_parameters_alone_is_planned_so(zerotop_plan: Run, tmp_path: Path) -> None:

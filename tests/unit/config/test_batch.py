@@ -37,13 +37,15 @@ def test_the_third_number(keys: dict[str, Any], ranks: int, expected: tuple[int,
 
 
 def test_accumulation_alone_is_not_enough() -> None:
-    with pytest.raises(ConfigError, match=f"{ACCUMULATION}: alone .* add {MICRO} or {TRAIN}"):
+    with pytest.raises(
+        ConfigError, match=f"{ACCUMULATION}: does not determine the batch size alone; add {MICRO} or {TRAIN}"
+    ):
         solved(1, **{ACCUMULATION: 4})
 
 
 def test_chosen_micro_batch_is_said() -> None:
     notes = load({}).resolve(1, "cpu").notes
-    assert f"{MICRO}: {DEFAULT_MICRO_BATCH}, our default" in notes
+    assert f"{MICRO}: {DEFAULT_MICRO_BATCH}, the default" in notes
 
 
 def ways_out(message: str) -> list[tuple[str, int]]:

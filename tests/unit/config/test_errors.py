@@ -300,14 +300,14 @@ def test_overrides() -> None:
 
 def every_key() -> list[str]:
     from runtime.config import Config
-    from runtime.config.known import NO_EFFECT, REFUSED, SPELLINGS
+    from runtime.config.deepspeed_keys import NO_EFFECT, REFUSED, SPELLINGS
+    from runtime.config.keys import key_paths
     from runtime.config.optimizers import PARAMS
     from runtime.config.schedulers import PARAMS as SCHEDULES
-    from runtime.config.sift import paths
 
     params = [f"optimizer.params.{name}" for model in PARAMS.values() for name in model.model_fields]
     params += [f"scheduler.params.{name}" for model in SCHEDULES.values() for name in model.model_fields]
-    ours = [".".join(path) for path in paths(Config, ())]
+    ours = [".".join(path) for path in key_paths(Config, ())]
     old = ["zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param", "allgather_size", "compile.passes"]
     return sorted({*ours, *params, *NO_EFFECT, *REFUSED, *SPELLINGS, *old})
 

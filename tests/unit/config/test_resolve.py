@@ -164,8 +164,8 @@ def test_auto_lr_is_ours_and_is_said() -> None:
     resolved = resolve({"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}})
     assert resolved.optimizer is not None
     assert (resolved.optimizer.lr, resolved.optimizer.betas) == (3e-4, (0.9, 0.999))
-    assert "optimizer.params.lr: 0.0003, our default" in resolved.notes
-    assert "optimizer.params.betas: [0.9, 0.999], our default" in resolved.notes
+    assert "optimizer.params.lr: 0.0003, the default" in resolved.notes
+    assert "optimizer.params.betas: [0.9, 0.999], the default" in resolved.notes
 
 
 def test_bias_correction_is_kept() -> None:
@@ -336,5 +336,5 @@ def test_a_gpu_that_is_not_there_cannot_update() -> None:
         "zerotop": {"offload": {"update": "GPU"}},
     }
     assert load(settings).resolve(1, "cuda").zerotop.offload.update == "gpu"
-    with pytest.raises(ConfigError, match=r'zerotop\.offload\.update: "gpu" needs one, and this run is on the CPU'):
+    with pytest.raises(ConfigError, match=r'zerotop\.offload\.update: "gpu" needs a GPU, and this run is on the CPU'):
         load(settings).resolve(1, "cpu")

@@ -18,8 +18,8 @@ from runtime import __main__ as rank_main
 from runtime.config import load
 from runtime.config.presets import GPTConfig
 from runtime.diagnose import outofmemory
-from runtime.diagnose.held import read_held
-from runtime.diagnose.outofmemory import Failure, explain, recognise, remember
+from runtime.diagnose.memory_report import take_memory_report
+from runtime.diagnose.outofmemory import FailedAllocation, explain, recognise, record_engine
 from runtime.engine import Engine
 from runtime.host.ledger import Ledger
 from runtime.host.memory_limits import HostMemoryError
@@ -44,42 +44,45 @@ def raised(act: Any) -> BaseException:
 
 def test_real_failures_of_allocators_are_recognised() -> None:
     torch_cpu = raised(lambda: torch.empty(1 << 50, dtype=torch.uint8))
-    assert recognise(torch_cpu) == Failure("host", 1 << 50)
-    assert recognise(raised(lambda: np.empty(1 << 50, np.uint8))) == Failure("host", 1 << 50)
+    assert recognise(torch_cpu) == FailedAllocation("host", 1 << 50)
+    assert recognise(raised(lambda: np.empty(1 << 50, np.uint8))) == FailedAllocation("host", 1 << 50)
     arena = recognise(raised(lambda: Arena(pin=False).zeros(1 << 50, torch.uint8)))
-    assert arena == Failure("host", 1 << 50)
-    assert recognise(raised(lambda: bytearray(1 << 60))) == Failure("host")
+    assert arena == FailedAllocation("host", 1 << 50)
+    assert recognise(raised(lambda: bytearray(1 << 60))) == FailedAllocation("host")
 
 
 @pytest.mark.parametrize(
     ("error", "failure"),
     [
-        (torch.OutOfMemoryError(CUDA_WORDS), Failure("device", 2 * GIB, 1)),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512 bytes."), Failure("device", 512)),
-        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be..."), Failure("device")),
-        (RuntimeError("CUDA: out of memory (error 2)"), Failure("device")),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), Failure("device")),
-        (RuntimeError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), Failure("device")),
-        (MemoryError("shared memory for collectives (1,000 bytes) has no 4,096 left"), Failure("host", 4096)),
-        (HostMemoryError("offload needs 3 GiB"), Failure("host")),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), Failure("host")),
-        (ImportError("libx.so: failed to map segment: Cannot allocate memory"), Failure("host")),
+        (torch.OutOfMemoryError(CUDA_WORDS), FailedAllocation("device", 2 * GIB, 1)),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512 bytes."), FailedAllocation("device", 512)),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be..."), FailedAllocation("device")),
+        (RuntimeError("CUDA: out of memory (error 2)"), FailedAllocation("device")),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            FailedAllocation("device"),
+        ),
+        (RuntimeError("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'"), FailedAllocation("device")),
+        (MemoryError("shared memory for collectives (1,000 bytes) has no 4,096 left"), FailedAllocation("host", 4096)),
+        (HostMemoryError("offload needs 3 GiB"), FailedAllocation("host")),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), FailedAllocation("host")),
+        (ImportError("libx.so: failed to map segment: Cannot allocate memory"), FailedAllocation("host")),
         (
             RuntimeError("unable to write to file </torch_12_34_0>: No space left on device (28)"),
-            Failure("shared"),
+            FailedAllocation("shared"),
         ),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible..."),
-            Failure("shared"),
+            FailedAllocation("shared"),
         ),
-        (OSError(errno.ENOSPC, "No space left on device", "/dev/shm/x"), Failure("shared")),
+        (OSError(errno.ENOSPC, "No space left on device", "/dev/shm/x"), FailedAllocation("shared")),
         (OSError(errno.ENOSPC, "No space left on device", "/home/me/x"), None),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
         (ValueError("memory"), None),
         (KeyboardInterrupt(), None),
     ],
 )
-def test_recognised_by_words(error: BaseException, failure: Failure | None) -> None:
+def test_recognised_by_words(error: BaseException, failure: FailedAllocation | None) -> None:
     assert recognise(error) == failure
 
 
@@ -89,13 +92,13 @@ def test_cudas_word_for_memory_that_it_cannot_page_lock_is_host_memory(monkeypat
 
     monkeypatch.setattr("runtime.host.pinned.page_lock", refuse)
     error = raised(lambda: Arena(pin=True).zeros(1000, torch.float32))
-    assert recognise(error) == Failure("host", 4000, what="page-locked")
+    assert recognise(error) == FailedAllocation("host", 4000, what="pinned")
 
 
 # ---- explained -------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(outofmemory, "_known", [])
+    monkeypatch.setattr(outofmemory, "_engine_records", [])
     monkeypatch.setattr(outofmemory, "_kept", [])
     yield
 
@@ -117,7 +120,7 @@ def engine_of(device: str, **zero: Any) -> tuple[GPT, Ledger]:
     resolved = load(config).resolve(4, device, script=True)  # type: ignore[arg-type]
     model, ledger = GPT(GPTConfig(4, 8, 1024, 50304, 64), "meta"), Ledger()
     where = torch.device("cuda", 1) if device == "cuda" else torch.device("cpu")
-    remember(model, resolved, where, ledger, cut(model, None, 0))
+    record_engine(model, resolved, where, ledger, cut(model, None, 0))
     return model, ledger
 
 
@@ -151,16 +154,16 @@ def test_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch, nothing_known: None
         "Out of memory: tried to allocate 2.00 GiB on cuda:1, 256 MiB free; forward of step 12, micro-step 3 of 4, "
         "in blocks.0"
     )
-    at = lines.index("Held on cuda:1 (80.0 GiB):")
+    at = lines.index("In use on cuda:1 (80.0 GiB):")
     assert lines[at + 1 : at + 6] == [
         "40.0 GiB  activations and temporary",
         "20.0 GiB  optimizer",
         "10.0 GiB  parameters",
-        "5.00 GiB  reserved by torch's allocator, in no tensor",
+        "5.00 GiB  cached by torch's allocator, in no tensor",
         "4.75 GiB  CUDA context, NCCL, and other processes on this GPU",
     ]
     assert "3.00 GiB  offloaded optimizer" in lines
-    assert "What to change (the global batch of 64 stays):" in lines
+    assert "What to change (the global batch of 64 is unchanged):" in lines
     assert any(line.startswith("1. ") and "saves about" in line and "per GPU" in line for line in lines)
     assert any("expandable_segments" in line for line in lines)  # 5 GiB are there, in pieces
     assert found.reason.startswith(
@@ -191,7 +194,7 @@ def test_host_memory_on_a_cpu(nothing_known: None) -> None:
 def test_more_than_there_is_in_all_is_no_matter_of_settings(nothing_known: None) -> None:
     _model, _ledger = engine_of("cpu")
     found = explain(raised(lambda: torch.empty(1 << 50, dtype=torch.uint8)), None, keep=Engine)
-    assert found is not None and "no setting makes room for it" in found.reason
+    assert found is not None and "no setting helps" in found.reason
     assert not any(line.strip().startswith("1.") for line in found.lines)
 
 
@@ -224,7 +227,7 @@ def test_the_failed_step_is_let_go_of_before_anything_is_written(
         seen.append(weakref.ref(activations))
         raise MemoryError
 
-    written = outofmemory._written
+    written = outofmemory._compose
     at_writing: list[object] = []
 
     def note(*arguments: Any) -> Any:
@@ -232,7 +235,7 @@ def test_the_failed_step_is_let_go_of_before_anything_is_written(
         at_writing.append(seen[0]())
         return written(*arguments)
 
-    monkeypatch.setattr(outofmemory, "_written", note)
+    monkeypatch.setattr(outofmemory, "_compose", note)
     error = raised(step)
     assert seen[0]() is not None
     assert explain(error, None, keep=Engine) is not None
@@ -257,7 +260,7 @@ def test_a_failing_explanation_masks_nothing(
         raise MemoryError("again")
 
     said: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(outofmemory, "read_held", broken)
+    monkeypatch.setattr(outofmemory, "take_memory_report", broken)
     monkeypatch.setattr(rank_main, "_goodbye", lambda *arguments, **more: said.append((*arguments, more)))
     code = rank_main._failed(raised(lambda: bytearray(1 << 60)))
     assert code == 1
@@ -282,7 +285,7 @@ def test_the_reason_is_the_last_line_of_the_goodbye_and_of_the_log(
 
 
 def test_held_is_read_without_a_gpu() -> None:
-    held = read_held([], torch.device("cpu"))
+    held = take_memory_report([], torch.device("cpu"))
     assert held.rss_bytes > 10 * 2**20 and held.activations_bytes == held.rss_bytes
     if sys.platform == "linux":
         assert held.free_host_bytes is not None and held.free_host_bytes < held.host_total_bytes

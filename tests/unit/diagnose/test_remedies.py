@@ -165,7 +165,7 @@ def test_of_an_unknown_model_only_states_have_figures() -> None:
     found = remedies(scripted, config, shortage)
     assert set(keys(found)) == {"train_micro_batch_size_per_gpu", "stage", "offload_optimizer"}
     unknown = next(one for one in found if one.saves_bytes is None)
-    assert "activations take 1/2" in unknown.text() and "saves" not in unknown.text()
+    assert "activations shrink to 1/2" in unknown.text() and "saves" not in unknown.text()
     stage = next(one for one in found if "zero_optimization.stage" in one.changes)
     new = stage.changes["zero_optimization.stage"][1]
     states = {n: find(plan(dataclasses.replace(scripted, units=(("x", 10**9),))), n).state_bytes for n in (0, new)}

@@ -330,7 +330,7 @@ def said(work: Workload, **limits: object) -> str:
 
 def test_one_gpu_is_told_that_zero_saves_nothing() -> None:
     text = said(workload(world_size=1))
-    assert "stages 1 to 3 save nothing" in text
+    assert "stages 1 to 3 save no memory" in text
     assert "Only offload lowers VRAM" in text
     assert "save nothing" not in said(workload(world_size=2))
 
@@ -361,7 +361,7 @@ def test_accumulation_is_told_that_stage_2_sends_more_than_stage_1() -> None:
 def test_the_copy_for_checkpoints_is_named_unless_it_is_small_or_not_made() -> None:
     work = workload("gpt-7b")
     copied = format_size(12 * work.padded_parameters)
-    assert f"from a copy of the states: at stage 2 {copied} of pinned host RAM more" in said(work)
+    assert f"from a copy of the states: at stage 2 {copied} of additional pinned host RAM" in said(work)
     assert {layout.snapshot_bytes for layout in plan(work) if not layout.offload and layout.stage is not None} == {
         12 * work.padded_parameters
     }

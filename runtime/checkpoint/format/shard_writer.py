@@ -1,5 +1,4 @@
-"""Writing the tensors of a checkpoint with torch.distributed.checkpoint's file writer, as 1-D slices of each parameter.
-The ranks agree on nothing in here: each writes its own slices and says where they are."""
+"""Writing the slices of one rank with torch.distributed.checkpoint's file writer. Not collective."""
 
 from __future__ import annotations
 
@@ -27,8 +26,8 @@ from runtime.checkpoint.format.tensors import Row, StoredTensor
 
 
 class _Planner(DefaultSavePlanner):
-    """torch's planner asks tensors for their shards, which only its own distributed tensors can say; this one has the
-    parts, and asks `read(index)` for a part's elements when it is written."""
+    """A planner that gets its write items from `parts`, where torch's asks distributed tensors for their shards, and
+    calls `read(index)` for a part's elements when it is written."""
 
     def __init__(self, parts: Sequence[Part], read: Callable[[int], torch.Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -50,13 +49,13 @@ def _item(part: Part) -> WriteItem:
 
 
 def write_parts(folder: Path, rank: int, parts: Sequence[Part], read: Callable[[int], torch.Tensor]) -> list[Row]:
-    """Write this rank's parts to FOLDER/__RANK_N.distcp. read(index): the elements of a part, asked for when it is
-    written. Returns where each is."""
+    """Write this rank's parts to FOLDER/__RANK_N.distcp. read(index): the elements of `parts[index]`, called when it is
+    written. Returns the file location of each part."""
     planner = _Planner(parts, read)
     writer = FileSystemWriter(folder, sync_files=False)
     writer.set_up_storage_writer(is_coordinator=rank == 0)
     plan = writer.prepare_local_plan(planner.create_local_plan())
-    plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[rank]  # which knows the rank by its place
+    plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[rank]  # the rank is the index in this list
     with _no_checksums():
         results = writer.write_data(plan, planner).wait()
     kinds = {(part.name, part.start): part for part in parts}
@@ -72,8 +71,7 @@ def write_parts(folder: Path, rank: int, parts: Sequence[Part], read: Callable[[
 
 
 def write_torch_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """.metadata: where the tensors are in the words of torch.distributed.checkpoint, for its tools. It is a pickle;
-    zerotop reads tensors.json."""
+    """Write .metadata, the pickled index that torch.distributed.checkpoint's tools read; zerotop reads tensors.json."""
     described: dict[str, Any] = {}
     results = []
     for name, tensor in tensors.items():
@@ -91,7 +89,7 @@ def write_torch_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> N
 
 @contextmanager
 def _no_checksums() -> Iterator[None]:
-    """The manifest's digests say more, and CRC-32 costs as much again."""
+    """Skip CRC-32 checksums, which would double the cost; the manifest has SHA-256 digests."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:

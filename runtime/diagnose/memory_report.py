@@ -1,4 +1,4 @@
-"""What holds memory right now, as one rank sees it: the engine's ledger, torch's allocator, the process, the host."""
+"""A rank's memory at one moment: the engine's ledger, torch's allocator, the process and the host."""
 
 from __future__ import annotations
 
@@ -18,30 +18,34 @@ from runtime.wire.sizes import format_size
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes; None: not known, or not there."""
+class MemoryReport:
+    """One rank's memory in bytes; None: unknown or not applicable."""
 
     device: torch.device
     ledger: Mapping[str, int]
-    """What the engines hold where the parameters are, by category."""
+    """Bytes that the engines hold on `device`, by category."""
     offloaded: Mapping[str, int]
+    """Bytes that the engines hold in host memory because of offload, by category."""
     pinned_bytes: int
     rss_bytes: int
+    """Resident memory of the process."""
     limits: Limits
+    """Available memory of the host and the control group."""
     host_total_bytes: int
     address_space: tuple[int, int] | None = None
-    """Taken, and the limit (ulimit -v)."""
+    """(used, limit) of the address space, if limited (ulimit -v)."""
     allocated_bytes: int | None = None
-    """By torch on the GPU."""
+    """In torch's tensors on the GPU."""
     reserved_bytes: int | None = None
+    """Taken from the GPU by torch's allocator, in tensors or cached."""
     free_device_bytes: int | None = None
     total_device_bytes: int | None = None
     shared_bytes: tuple[int, int] | None = None
-    """Size of /dev/shm, and what is free there."""
+    """(size, free) of /dev/shm."""
 
     @property
     def activations_bytes(self) -> int:
-        """Held, and not by the engines."""
+        """Memory in use that the engines' ledgers do not explain: activations and temporary tensors."""
         mine = sum(self.ledger.values())
         if self.device.type != "cpu":
             return max(0, (self.allocated_bytes or 0) - mine)
@@ -49,21 +53,22 @@ class Held:
 
     @property
     def cached_bytes(self) -> int | None:
-        """Reserved by torch's allocator and in no tensor."""
+        """Reserved by torch's allocator but in no tensor."""
         if self.allocated_bytes is None or self.reserved_bytes is None:
             return None
         return self.reserved_bytes - self.allocated_bytes
 
     @property
     def free_host_bytes(self) -> int | None:
+        """Host memory that this rank can still allocate, under all limits."""
         free = min(self.limits.available_bytes, self.limits.group_left_bytes)
         if self.address_space is not None:
             free = min(free, self.address_space[1] - self.address_space[0])
         return None if math.isinf(free) else max(0, int(free))
 
 
-def read_held(ledgers: Sequence[Ledger], device: torch.device) -> Held:
-    """As it is now. Takes next to no memory itself."""
+def take_memory_report(ledgers: Sequence[Ledger], device: torch.device) -> MemoryReport:
+    """The current report; allocates next to nothing itself."""
     memory = psutil.Process(os.getpid()).memory_info()
     bound = resource.getrlimit(resource.RLIMIT_AS)[0]
     allocated = reserved = free = total = None
@@ -71,9 +76,9 @@ def read_held(ledgers: Sequence[Ledger], device: torch.device) -> Held:
         allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         try:
             free, total = torch.cuda.mem_get_info(device)
-        except RuntimeError:  # after some errors CUDA answers nothing any more
+        except RuntimeError:  # after some errors every CUDA call fails
             free = total = None
-    return Held(
+    return MemoryReport(
         device=device,
         ledger=_sum(ledger.totals() for ledger in ledgers),
         offloaded=_sum(ledger.offloaded() for ledger in ledgers),
@@ -91,7 +96,7 @@ def read_held(ledgers: Sequence[Ledger], device: torch.device) -> Held:
 
 
 def shared_memory() -> tuple[int, int] | None:
-    """Size and free bytes of /dev/shm; None where there is none."""
+    """(size, free) of /dev/shm in bytes; None if there is none."""
     try:
         found = os.statvfs("/dev/shm")
     except OSError:
@@ -107,9 +112,9 @@ def _sum(parts: Iterable[Mapping[Category, int]]) -> dict[str, int]:
     return total
 
 
-# ---- in words --------------------------------------------------------------------------------------------------------
-def held_lines(held: Held, place: str) -> Iterator[str]:
-    """A few lines for people; `place`: "device" or "host", the one that ran out, comes first."""
+# ---- formatting ------------------------------------------------------------------------------------------------------
+def report_lines(held: MemoryReport, place: str) -> Iterator[str]:
+    """The report as lines of text; the memory that ran out (`place`: "device" or "host") comes first."""
     if held.device.type == "cpu":
         yield from _host_only(held)
         return
@@ -117,36 +122,36 @@ def held_lines(held: Held, place: str) -> Iterator[str]:
     yield from (on_device + on_host) if place == "device" else (on_host + on_device)
 
 
-def _device_lines(held: Held) -> Iterator[str]:
+def _device_lines(held: MemoryReport) -> Iterator[str]:
     of = f" ({format_size(held.total_device_bytes)})" if held.total_device_bytes else ""
-    yield f"Held on {held.device}{of}:"
+    yield f"In use on {held.device}{of}:"
     yield from _table(dict(held.ledger) | {"activations and temporary": held.activations_bytes})
     if held.cached_bytes:
-        yield _line(held.cached_bytes, "reserved by torch's allocator, in no tensor")
+        yield _line(held.cached_bytes, "cached by torch's allocator, in no tensor")
     if held.total_device_bytes is not None and held.free_device_bytes is not None:
         others = held.total_device_bytes - held.free_device_bytes - (held.reserved_bytes or 0)
         if others > 0:
             yield _line(others, "CUDA context, NCCL, and other processes on this GPU")
 
 
-def _host_lines(held: Held) -> Iterator[str]:
-    yield f"Held in host memory by this rank (RSS {format_size(held.rss_bytes)}; {_free(held)}):"
+def _host_lines(held: MemoryReport) -> Iterator[str]:
+    yield f"In use in host memory by this rank (RSS {format_size(held.rss_bytes)}; {_free(held)}):"
     offloaded = {f"offloaded {name}": size for name, size in held.offloaded.items()}
     others = held.rss_bytes - sum(held.offloaded.values())
     yield from _table(offloaded | {"the process itself, its data and its libraries": max(0, others)})
     if held.pinned_bytes:
-        yield f"  {format_size(held.pinned_bytes)} of it are page-locked"
+        yield f"  {format_size(held.pinned_bytes)} of it are pinned"
 
 
-def _host_only(held: Held) -> Iterator[str]:
-    yield f"Held by this rank (RSS {format_size(held.rss_bytes)}; {_free(held)}):"
+def _host_only(held: MemoryReport) -> Iterator[str]:
+    yield f"In use by this rank (RSS {format_size(held.rss_bytes)}; {_free(held)}):"
     parts = dict(held.ledger)
     for name, size in held.offloaded.items():
         parts[name] = parts.get(name, 0) + size
     yield from _table(parts | {"activations and temporary, and the process itself": held.activations_bytes})
 
 
-def _free(held: Held) -> str:
+def _free(held: MemoryReport) -> str:
     limits, parts = held.limits, []
     if not math.isinf(limits.available_bytes):
         parts.append(f"{format_size(limits.available_bytes)} of {format_size(held.host_total_bytes)} free on this host")
@@ -156,11 +161,11 @@ def _free(held: Held) -> str:
     if held.address_space is not None:
         taken, bound = held.address_space
         parts.append(f"address space {format_size(taken)} of {format_size(bound)} (ulimit -v)")
-    return ", ".join(parts) or "what is free is not known"
+    return ", ".join(parts) or "free memory unknown"
 
 
 def _table(parts: Mapping[str, int]) -> Iterator[str]:
-    """Largest first."""
+    """One line per non-empty part, largest first."""
     for name, size in sorted(parts.items(), key=lambda part: (-part[1], part[0])):
         if size:
             yield _line(size, name)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits an state: the first difference, in one sentence, before anything is changed."""
+"""Checks that a checkpoint fits a training state, before anything is changed; errors name the first difference."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from runtime.checkpoint.buffers import buffers_of, key_for, key_of
+from runtime.checkpoint.buffers import buffer_key, buffer_key_for_rank, buffers_of
 from runtime.checkpoint.capture import frozen_names, shapes_of
-from runtime.checkpoint.format.manifest import CheckpointError, Manifest, Wanted
+from runtime.checkpoint.format.manifest import CheckpointError, LoadOptions, Manifest
 from runtime.checkpoint.format.tensors import StoredTensor
 from runtime.state.train_state import TrainState
 
 Shapes = Mapping[str, list[int]]
-STRICT = "load_module_strict=False leaves what only one of them has as it is"
+STRICT = "load_module_strict=False ignores names that only one of them has"
 
 
-def compare(state: TrainState, manifest: Manifest, path: Path, wanted: Wanted) -> None:
-    """What the manifest says: parameters and buffers with their shapes (dtypes may differ), the optimizer's type and
-    groups. Raises CheckpointError."""
-    if wanted.module:
-        _compare_shapes("parameter", shapes_of(state), manifest.shapes, path, wanted.strict)
-    if wanted.module and manifest.buffers is not None:
+def check_manifest(state: TrainState, manifest: Manifest, path: Path, options: LoadOptions) -> None:
+    """Compare the manifest with the model: names and shapes of parameters and buffers (dtypes may differ), optimizer
+    type and number of groups. Raises CheckpointError."""
+    if options.module:
+        _compare_shapes("parameter", shapes_of(state), manifest.shapes, path, options.strict)
+    if options.module and manifest.buffers is not None:
         ours = {name: list(buffer.shape) for name, buffer in buffers_of(state).items()}
-        _compare_shapes("buffer", ours, manifest.buffers, path, wanted.strict)
-    if wanted.module and wanted.strict and manifest.excluded:
-        there = {*frozen_names(state)}
-        if trained := next((name for name in manifest.excluded if name not in there), None):
+        _compare_shapes("buffer", ours, manifest.buffers, path, options.strict)
+    if options.module and options.strict and manifest.excluded:
+        frozen = {*frozen_names(state)}
+        if trained := next((name for name in manifest.excluded if name not in frozen), None):
             raise CheckpointError(
-                f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True), and "
-                f"{trained}, one of them, is trained in this model: freeze it before initialize(), or load one that "
-                "holds all of them"
+                f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True), and this "
+                f"model trains one of them, {trained}: freeze it before initialize(), or load a checkpoint that "
+                "holds all parameters"
             )
-    if not wanted.optimizer:
+    if not options.optimizer:
         return
     if manifest.optimizer != state.optimizer.kind:
         raise CheckpointError(
-            f"checkpoint {path} was made with optimizer {manifest.optimizer}, the config says {state.optimizer.kind}: "
+            f"checkpoint {path} was saved with optimizer {manifest.optimizer}, the config has {state.optimizer.kind}: "
             f"set optimizer.type to {manifest.optimizer}"
         )
     if manifest.groups != len(state.optimizer.param_groups):
         raise CheckpointError(
             f"checkpoint {path} has {manifest.groups} parameter groups, the optimizer has "
-            f"{len(state.optimizer.param_groups)}: make the groups as they were"
+            f"{len(state.optimizer.param_groups)}: make the same parameter groups"
         )
 
 
@@ -59,32 +59,32 @@ def _compare_shapes(what: str, ours: Shapes, theirs: Shapes, path: Path, strict:
         )
 
 
-def compare_tensors(
-    state: TrainState, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path, wanted: Wanted
+def check_tensors(
+    state: TrainState, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path, options: LoadOptions
 ) -> None:
-    """What is really there: each parameter and buffer with as many elements, each optimizer state that this engine's
-    optimizer has. Raises CheckpointError."""
+    """Check that the stored tensors include every parameter and buffer in full, and every state that the optimizer
+    needs. Raises CheckpointError."""
     excluded = set(manifest.excluded)
     for name, shape in manifest.shapes.items():
         if name in excluded:
             continue
         found = tensors.get(f"param.{name}")
         if (found.numel if found is not None else 0) != math.prod(shape):
-            there = "is not there" if found is None else f"has {found.numel:,} elements"
+            stored = "is missing" if found is None else f"has {found.numel:,} elements"
             raise CheckpointError(
-                f"checkpoint {path} is damaged or was changed: parameter {name} {there}, its manifest says {shape}"
+                f"checkpoint {path} is damaged or was changed: parameter {name} {stored}, its manifest says {shape}"
             )
-    for name, buffer in buffers_of(state).items() if wanted.module else ():
-        found = tensors.get(key_for(name, manifest, state.comm.rank, state.comm.world_size))
-        if found is None and not wanted.strict:
+    for name, buffer in buffers_of(state).items() if options.module else ():
+        found = tensors.get(buffer_key_for_rank(name, manifest, state.comm.rank, state.comm.world_size))
+        if found is None and not options.strict:
             continue
         if found is None or found.numel != buffer.numel():
-            there = "does not exist" if found is None else f"has {found.numel} elements"
+            stored = "does not exist" if found is None else f"has {found.numel} elements"
             raise CheckpointError(
-                f"checkpoint {path} does not fit the model: buffer {name} {there} in the checkpoint and has shape "
+                f"checkpoint {path} does not fit the model: buffer {name} {stored} in the checkpoint and has shape "
                 f"{list(buffer.shape)} in the model" + (f" ({STRICT})" if found is None else "")
             )
-    if not wanted.optimizer or manifest.optimizer_step == 0:
+    if not options.optimizer or manifest.optimizer_step == 0:
         return
     frozen_then = set(manifest.frozen)
     for optimizer in state.shard_optimizers:
@@ -102,31 +102,31 @@ def compare_tensors(
                 if found is None:
                     raise CheckpointError(
                         f"checkpoint {path} has no optimizer state {kept} of {slot.name}, which {manifest.optimizer} "
-                        "has with optimizer.params as they are now: set them as they were, or load with "
+                        "needs with the current optimizer.params: restore the old optimizer.params, or load with "
                         "load_optimizer_states=False"
                     )
 
 
-def differences(
+def load_warnings(
     state: TrainState, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path
 ) -> Iterator[str]:
-    """What fits and is still to be said: values that are not there, or were rounded."""
+    """Warnings about a checkpoint that fits: parameters that it leaves out, and buffers that saving has rounded."""
     if absent := [name for name in frozen_names(state) if name in set(manifest.excluded)]:
         yield (
             f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True): "
-            f"{_several(absent)} keep the values that the model was built with, which must be those of its base model"
+            f"{_several(absent)} keep their current values, which must be those of the base model"
         )
     rounded = [
         f"{name} ({found.dtype}, here {ours})"
         for name, buffer in buffers_of(state).items()
-        if (found := tensors.get(key_of(name))) is not None
+        if (found := tensors.get(buffer_key(name))) is not None
         and buffer.is_floating_point()
         and found.dtype != (ours := str(buffer.dtype).removeprefix("torch."))
     ]
     if rounded:
         yield (
-            f"checkpoint {path} holds buffers in another dtype than the model's: {_several(rounded)}. What was rounded "
-            "when it was saved stays rounded; give such a buffer its exact values anew after loading"
+            f"checkpoint {path} holds buffers in another dtype than the model's: {_several(rounded)}. Values rounded "
+            "on saving stay rounded; assign a buffer's exact values after loading where they matter"
         )
 
 

@@ -1,7 +1,7 @@
-"""DeepSpeed keys that are not ours: which have no effect here and why, and which are refused and why.
+"""DeepSpeed keys that zerotop does not implement: those without effect, and those that are refused, with reasons.
 
-The rule: a key may be ignored when the trained parameters come out the same without it, up to rounding. Then it gets a
-note. A key whose neglect would train something else, or that makes the file no training config, is refused.
+A key is ignored, with a note, if the trained parameters are the same without it, up to rounding. A key is refused if
+ignoring it would change the results, or if it makes the file something other than a training config.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 from .errors import Path, dotted
 
 _UNITS = (
-    "zerotop communicates unit by unit (a unit is one block of the model), straight from flat memory, so there are "
-    "no buckets or copies to choose"
+    "zerotop communicates unit by unit (a unit is one block of the model), directly from flat buffers, so there are "
+    "no buckets or copies to configure"
 )
-_GATHER = "a stage 3 unit is gathered just before its use, one unit ahead, and freed after, whatever its size"
+_GATHER = "a stage 3 unit is unsharded one unit ahead of its use and resharded after it, whatever its size"
 _MEASURED = "time, memory and communication are always measured; the screen shows them"
-_SEGMENTS = "the allocator takes memory back and hands it out again; there is no buffer to place activations in"
-_RECORDED = "every run is recorded in its run directory; `zerotop replay` shows it again"
+_SEGMENTS = "torch's allocator reuses memory; there is no separate buffer for activations"
+_RECORDED = "every run is recorded in its run directory"
 _NVME = "it only concerns offload to NVMe"
 _ANY_OPTIMIZER = "every supported optimizer runs at every stage, on the kernel that fits where its states live"
 _CHECKPOINT = "checkpoints are written atomically by every rank and readable at any world size and stage"
@@ -34,7 +34,7 @@ NO_EFFECT: dict[str, str] = {
     "memory_breakdown": _MEASURED,
     "timers": _MEASURED,
     "dump_state": "launch writes the resolved config into the run directory",
-    "sparse_gradients": "gradients land in dense flat memory; an embedding's gradient comes out the same",
+    "sparse_gradients": "gradients are dense; an embedding's gradient is the same",
     "disable_allgather": _NOT_USED_SINCE,
     "allgather_size": _UNITS,
     "zero_allow_untested_optimizer": _ANY_OPTIMIZER,
@@ -50,14 +50,14 @@ NO_EFFECT: dict[str, str] = {
     "activation_checkpointing.synchronize_checkpoint_boundary": "nothing here needs the GPU to wait at a boundary",
     "activation_checkpointing.profile": _MEASURED,
     "checkpoint.load_universal": _CHECKPOINT,
-    "checkpoint.use_node_local_storage": "all ranks write into one folder, which they must share",
+    "checkpoint.use_node_local_storage": "all ranks write to one shared folder",
     "checkpoint.parallel_write": _CHECKPOINT,
     "checkpoint.writer": _CHECKPOINT,
     "checkpoint.checkpoint_serialization": _CHECKPOINT,
     "nebula": _CHECKPOINT,
     "datastates": _CHECKPOINT,
     "aio": _NVME,
-    "compression_training": "everything in it is switched off",
+    "compression_training": "everything in it is disabled",
     "comms_logger": _MEASURED,
     "flops_profiler": _MEASURED,
     "tensorboard": _RECORDED,
@@ -82,13 +82,13 @@ NO_EFFECT: dict[str, str] = {
     "zero_optimization.round_robin_gradients": _UNITS,
     "zero_optimization.sub_group_size": _UNITS,
     "zero_optimization.overlap_comm": _UNITS,
-    "zero_optimization.zero_hpz_partition_size": "there is one group of ranks, and no second copy per node",
-    "zero_optimization.mics_hierarchical_params_gather": "there is one group of ranks",
+    "zero_optimization.zero_hpz_partition_size": "parameters are sharded over all ranks, with no second copy per node",
+    "zero_optimization.mics_hierarchical_params_gather": "parameters are sharded over all ranks",
     "zero_optimization.zeropp_loco_param": "it only concerns quantized gradients",
     "zero_optimization.load_from_fp32_weights": _CHECKPOINT,
     "zero_optimization.elastic_checkpoint": _CHECKPOINT,
     "zero_optimization.pipeline_loading_checkpoint": _CHECKPOINT,
-    "zero_optimization.gather_16bit_weights_on_model_save": "save_16bit_model always gathers",
+    "zero_optimization.gather_16bit_weights_on_model_save": "save_16bit_model always unshards the weights",
     "zero_optimization.ignore_unused_parameters": "a parameter that a step does not use gets a zero gradient",
     "zero_optimization.legacy_stage1": _NOT_USED_SINCE,
     "zero_optimization.memory_efficient_linear": "modules are used as they are",
@@ -121,33 +121,33 @@ NO_EFFECT: dict[str, str] = {
     "zero_optimization.offload_param.buffer_size": _NVME,
     "zero_optimization.offload_param.max_in_cpu": _NVME,
 }
-"""Key -> why it has no effect. A section stands for everything in it."""
+"""Key -> why it has no effect. A section covers all keys in it."""
 
 STAGE3_PREFIX = "stage3_"
-"""DeepSpeed writes some keys of zero_optimization with this prefix, and takes them without."""
+"""Prefix of some zero_optimization keys, which DeepSpeed also accepts without it."""
 
 SPELLINGS: dict[str, str] = {
     "bfloat16": "bf16",
     "zero_optimization.gather_fp16_weights_on_model_save": "zero_optimization.gather_16bit_weights_on_model_save",
     "zero_optimization.cpu_offload_params": "zero_optimization.cpu_offload_param",
 }
-"""Old spellings and today's."""
+"""Old spelling -> current one."""
 
 Test = Callable[[Any], bool]
 
 
 def _on(value: Any) -> bool:
-    """A flag that is on."""
+    """Whether a flag is set."""
     return value is not None and value is not False and value != "auto"
 
 
 def _enabled(section: Any) -> bool:
-    """A section with `enabled` on; a section without the key counts as off, as in DeepSpeed."""
+    """Whether a section is enabled; without the key `enabled` it is not, as in DeepSpeed."""
     return _on(section.get("enabled")) if isinstance(section, dict) else _on(section)
 
 
 def _enabled_inside(section: Any) -> bool:
-    """A section with `enabled` on anywhere inside."""
+    """Whether any `enabled` inside a section is set."""
     if not isinstance(section, dict):
         return _on(section)
     return any(_on(value) if key == "enabled" else isinstance(value, dict) and _enabled_inside(value)
@@ -155,7 +155,7 @@ def _enabled_inside(section: Any) -> bool:
 
 
 def _many(value: Any) -> bool:
-    """A number of ranks (or a section that holds one) above 1."""
+    """Whether a number of ranks, or a section with one, is above 1."""
     if isinstance(value, dict):
         return any(_many(value.get(key)) for key in ("autotp_size", "tp_size", "autoep_size")) or _enabled(value)
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 1
@@ -173,7 +173,7 @@ def _sequence_passes(value: Any) -> bool:
     return isinstance(value, list | tuple) and "autosp" in value
 
 
-_EXACT = "it rounds what is communicated, and zerotop keeps results exact"
+_EXACT = "it quantizes communication, and zerotop keeps results exact"
 
 REFUSED: dict[str, tuple[Test, str]] = {
     "autotuning": (_enabled, "a file for DeepSpeed's autotuner is not a training config; set enabled to false, or see "
@@ -207,11 +207,11 @@ REFUSED: dict[str, tuple[Test, str]] = {
         "leave it out: zerotop shards over all ranks, never over subgroups"),
     "zero_optimization.zenflow": (_on, "it updates most parameters late, which changes results"),
 }  # fmt: skip
-"""Key -> (when it is refused, why). Otherwise it is off and passes silently."""
+"""Key -> (test whether a value is refused, reason). Other values mean that the feature is off, and pass silently."""
 
 
-def known_keys(section: Path) -> Iterator[str]:
-    """The keys of one section that are known without being ours, for suggestions."""
+def deepspeed_key_names(section: Path) -> Iterator[str]:
+    """The keys of `section` that zerotop knows but does not implement, for suggestions."""
     prefix = dotted(section) + "." if section else ""
     for key in (*NO_EFFECT, *REFUSED, *SPELLINGS):
         if key.startswith(prefix) and "." not in key[len(prefix) :]:

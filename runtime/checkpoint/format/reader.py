@@ -1,4 +1,4 @@
-"""Whole tensors of a checkpoint, one at a time, in one process: without a process group, and without the model."""
+"""Reading full tensors of a checkpoint one at a time, in one process, without a process group or the model."""
 
 from __future__ import annotations
 
@@ -11,35 +11,37 @@ import torch
 from runtime.checkpoint.capture import Piece
 from runtime.checkpoint.format.index import read_index
 from runtime.checkpoint.format.manifest import CheckpointError, Manifest, read_manifest
-from runtime.checkpoint.format.stored import read_pieces
+from runtime.checkpoint.format.shard_reader import read_pieces
 from runtime.checkpoint.format.tensors import StoredTensor
 from runtime.state.precision import DTYPES
 
 
 @dataclass(frozen=True)
-class Stored:
+class CheckpointTensor:
     """A parameter or a persistent buffer in a checkpoint."""
 
     key: str
-    """In tensors.json: "param.NAME" or "buffer.NAME"."""
+    """Key in tensors.json: "param.NAME" or "buffer.NAME"."""
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    """In which the run computed with it; a parameter's master is stored in fp32."""
+    """The dtype in which the run computed; a parameter's master weights are stored in fp32."""
 
     @property
     def is_parameter(self) -> bool:
+        """Whether it is a parameter and not a buffer."""
         return self.key.startswith("param.")
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 class CheckpointReader:
-    """The parameters and buffers of the checkpoint at `path`; optimizer states are not looked at.
+    """Reads the parameters and buffers of the checkpoint at `path`, but no optimizer states.
 
-    Raises CheckpointError where it is none, or where files are missing or shorter than what they are to hold.
+    Raises CheckpointError if it is not a checkpoint, or files are missing or too short.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,14 +52,14 @@ class CheckpointReader:
 
     def _broken(self, why: str) -> CheckpointError:
         return CheckpointError(
-            f"checkpoint {self.path} is damaged or incomplete ({why}): take another one; a run that goes on deletes "
-            "its old ones (zerotop.checkpoint.keep)"
+            f"checkpoint {self.path} is damaged or incomplete ({why}): use another one; a run in progress deletes "
+            "its old checkpoints (zerotop.checkpoint.keep)"
         )
 
-    def _parameters(self, manifest: Manifest) -> list[Stored]:
+    def _parameters(self, manifest: Manifest) -> list[CheckpointTensor]:
         excluded = set(manifest.excluded)
         return [
-            Stored(f"param.{name}", name, tuple(shape), self._computed_in(name, manifest))
+            CheckpointTensor(f"param.{name}", name, tuple(shape), self._computed_in(name, manifest))
             for name, shape in manifest.shapes.items()
             if name not in excluded
         ]
@@ -66,21 +68,21 @@ class CheckpointReader:
         if name in manifest.dtypes:
             named = getattr(torch, manifest.dtypes[name], None)
             if not isinstance(named, torch.dtype):
-                raise self._broken(f"its manifest says that {name} is of dtype {manifest.dtypes[name]!r}")
+                raise self._broken(f"its manifest has the unknown dtype {manifest.dtypes[name]!r} for {name}")
             return named
         if manifest.precision not in DTYPES:
-            raise self._broken(f"its manifest has precision {manifest.precision!r}")
+            raise self._broken(f"its manifest has the unknown precision {manifest.precision!r}")
         return DTYPES[manifest.precision]
 
-    def _buffers(self, manifest: Manifest) -> list[Stored]:
+    def _buffers(self, manifest: Manifest) -> list[CheckpointTensor]:
         stored = [key for key in self._index if key.startswith("buffer.")]
         if manifest.buffers is None and stored:
             raise CheckpointError(
-                f"checkpoint {self.path} was written by an earlier version, which did not keep the shapes of buffers: "
-                "load it and save it again"
+                f"checkpoint {self.path} was written by an earlier version, which did not store the shapes of buffers: "
+                "load it into a run and save it again"
             )
         return [
-            Stored(f"buffer.{name}", name, tuple(shape), getattr(torch, self._tensor(f"buffer.{name}").dtype))
+            CheckpointTensor(f"buffer.{name}", name, tuple(shape), getattr(torch, self._tensor(f"buffer.{name}").dtype))
             for name, shape in (manifest.buffers or {}).items()
         ]
 
@@ -89,9 +91,8 @@ class CheckpointReader:
             raise self._broken(f"it lacks {key}")
         return self._index[key]
 
-    def read(self, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
-        """The whole tensor in `dtype`, rounded to nearest as torch does. Beside it, memory holds one rank's slice of it
-        as stored."""
+    def read(self, stored: CheckpointTensor, dtype: torch.dtype) -> torch.Tensor:
+        """(shape,): the full tensor, converted to `dtype`. Needs additional memory for one rank's slice as stored."""
         if (found := self._tensor(stored.key).numel) != stored.numel:
             raise self._broken(f"{stored.key} has {found:,} elements, not {stored.numel:,}")
         whole = torch.empty(stored.numel, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Reading the tensors of a checkpoint: each rank fills its own pieces, and asks the others nothing."""
+"""Reading tensors of a checkpoint: each rank fills its own pieces. Not collective."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from runtime.checkpoint.format.tensors import StoredPart, StoredTensor
 
 
 def read_pieces(path: Path, tensors: Mapping[str, StoredTensor], pieces: Mapping[str, Piece]) -> None:
-    """Fill the pieces from the checkpoint at `path`; those of tensors that it lacks stay as they are. Raises
-    CheckpointError where the data is not what `tensors`, checked by read_index, says."""
+    """Fill `pieces`, by key, from the checkpoint at `path`; pieces of tensors that it lacks are left unchanged.
+    `tensors`: the index from read_index. Raises CheckpointError where the data does not match the index."""
     wanted: dict[str, list[tuple[StoredPart, str]]] = defaultdict(list)
     for name, piece in pieces.items():
         if name not in tensors:
@@ -38,9 +38,9 @@ def read_pieces(path: Path, tensors: Mapping[str, StoredTensor], pieces: Mapping
         with opened:
             for part, name in sorted(reads, key=lambda read: read[0].offset):
                 try:
-                    found = load_stream(Slice(opened, part.offset, part.nbytes))  # type: ignore[arg-type]
+                    found = load_stream(FileSlice(opened, part.offset, part.nbytes))  # type: ignore[arg-type]
                     _check(found, part, tensors[name])
-                except Exception as error:  # damaged bytes raise whatever they say
+                except Exception as error:  # damaged bytes raise any exception
                     raise CheckpointError(
                         f"checkpoint {path} cannot be read: {name} in {file}: {root_cause(error)[:300]}"
                     ) from error
@@ -58,8 +58,8 @@ def _check(found: Any, part: StoredPart, tensor: StoredTensor) -> None:
         raise ValueError(f"expected {expected}, found shape {list(found.shape)} of {found.dtype}")
 
 
-class Slice(io.RawIOBase):
-    """`length` bytes of an open file from `offset` on, as a file of their own."""
+class FileSlice(io.RawIOBase):
+    """A read-only file over `length` bytes of an open file, from `offset` on."""
 
     def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._at = file, offset, length, 0

@@ -1,4 +1,4 @@
-"""Sorting raw keys: ours are kept, known ones noted or refused, unknown ones reported with a suggestion."""
+"""Selects the keys that zerotop implements; notes or refuses DeepSpeed's other keys, and reports unknown ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from .deepspeed_keys import NO_EFFECT, REFUSED, SPELLINGS, STAGE3_PREFIX, deepspeed_key_names
 from .errors import Findings, Path, dotted, nearest, shown
-from .known import NO_EFFECT, REFUSED, SPELLINGS, STAGE3_PREFIX, known_keys
 from .section import Section
 
 AUTO = "auto"
@@ -18,8 +18,9 @@ AUTO = "auto"
 S = TypeVar("S", bound=Section)
 
 
-def sift(model: type[Section], raw: Any, path: Path, found: Findings) -> dict[str, Any]:
-    """The keys of `raw` that are fields of `model`, without those that are null or "auto"; sections recursively."""
+def select_keys(model: type[Section], raw: Any, path: Path, found: Findings) -> dict[str, Any]:
+    """The keys of `raw` that are fields of `model`, recursively, without values that are null or "auto"; all others are
+    recorded in `found`."""
     if not isinstance(raw, Mapping):
         found.problem(path, f": expected an object, got {shown(raw)}")
         return {}
@@ -29,11 +30,11 @@ def sift(model: type[Section], raw: Any, path: Path, found: Findings) -> dict[st
         if path == ("zero_optimization",) and STAGE3_PREFIX + str(key) in model.model_fields:
             key = STAGE3_PREFIX + str(key)
         if str(key) not in model.model_fields:
-            _other(model, here, value, found)
+            _handle_foreign_key(model, here, value, found)
         elif value is None:
             continue
         elif (section := section_of(model, str(key))) is not None:
-            kept[str(key)] = sift(section, value, here, found)
+            kept[str(key)] = select_keys(section, value, here, found)
         elif value == AUTO:
             found.autos.add(here)
         else:
@@ -41,14 +42,14 @@ def sift(model: type[Section], raw: Any, path: Path, found: Findings) -> dict[st
     return kept
 
 
-def check(model: type[S], kept: Mapping[str, Any], path: Path, found: Findings) -> S | None:
+def validate(model: type[S], kept: Mapping[str, Any], path: Path, found: Findings) -> S | None:
     """An instance of `model`, or None after every wrong value was recorded as a problem."""
     try:
         return model.model_validate(kept)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
             where = (*path, *(str(part) for part in detail["loc"]))
-            found.problem(where, f": {_say(detail)}")
+            found.problem(where, f": {_describe_error(detail)}")
         return None
 
 
@@ -60,8 +61,8 @@ def section_of(model: type[Section], key: str) -> type[Section] | None:
     return sections[0] if len(sections) == 1 else None
 
 
-def _other(model: type[Section], here: Path, value: Any, found: Findings) -> None:
-    """A key that is no field of its section."""
+def _handle_foreign_key(model: type[Section], here: Path, value: Any, found: Findings) -> None:
+    """Record a key that is not a field of its section: refused, without effect, or unknown."""
     key = dotted(here)
     if here[0] == "zero_optimization":
         key = key.replace(STAGE3_PREFIX, "")
@@ -80,39 +81,39 @@ def _other(model: type[Section], here: Path, value: Any, found: Findings) -> Non
         _unknown(model, here, found)
 
 
-_PASSED_OVER = ("fp16", "bf16", "activation_checkpointing", "data_types", "optimizer", "scheduler")
-"""Sections of which DeepSpeed's versions take the keys that they know and pass over the rest."""
+_LENIENT_SECTIONS = ("fp16", "bf16", "activation_checkpointing", "data_types", "optimizer", "scheduler")
+"""Sections in which DeepSpeed ignores keys that it does not know."""
 
 
 def _unknown(model: type[Section], here: Path, found: Findings) -> None:
-    """A key that nobody knows. One that is like another is a slip, whose neglect would train something else; one that
-    is like none, in a section where DeepSpeed passes it over, comes from another version or tool, and gets a note."""
+    """Record an unknown key. One that resembles a known key is a typing mistake, which must not be ignored; any other,
+    in a section where DeepSpeed ignores it, comes from another version or tool and gets a note."""
     section, name = here[:-1], here[-1]
     fields = f"{' of ' + dotted(section) if section else ''}: {', '.join(model.model_fields)}"
-    if near := nearest(name, {*model.model_fields, *known_keys(section)}):
+    if near := nearest(name, {*model.model_fields, *deepspeed_key_names(section)}):
         found.problem(here, f": unknown key. Did you mean {dotted((*section, near))}?")
     elif near := nearest(name, found.vocabulary):
         found.problem(here, f": unknown key. Did you mean {dotted(found.vocabulary[near])}?")
-    elif len(section) == 1 and section[0] in _PASSED_OVER and not found.origin.place(here).startswith("--set"):
+    elif len(section) == 1 and section[0] in _LENIENT_SECTIONS and not found.origin.place(here).startswith("--set"):
         found.ignored(here, f"it is an unknown key. Known keys{fields}")
     else:
         found.problem(here, f": unknown key. Known keys{fields}")
 
 
-def paths(model: type[Section], section: Path) -> typing.Iterator[Path]:
+def key_paths(model: type[Section], section: Path) -> typing.Iterator[Path]:
     """The path of every field, outer ones first."""
     for name in model.model_fields:
         yield (*section, name)
     for name in model.model_fields:
         if inner := section_of(model, name):
-            yield from paths(inner, (*section, name))
+            yield from key_paths(inner, (*section, name))
 
 
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
-def _say(detail: Mapping[str, Any]) -> str:
-    """What pydantic found, as `expected ..., got ...`."""
+def _describe_error(detail: Mapping[str, Any]) -> str:
+    """pydantic's finding as "expected ..., got ..."."""
     context = detail.get("ctx", {})
     got = shown(detail["input"])
     for name, words in _BOUNDS.items():
