@@ -14,7 +14,7 @@ _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 def profiler_range(work: str, stage: int, name: str) -> AbstractContextManager[Any]:
-    """Shown as "zero2.reduce_scatter: blocks.3". Costs a look at a flag where no profiler listens.
+    """Shown as "zero2.reduce_scatter: blocks.3/bfloat16". Costs a look at a flag where no profiler listens.
 
     Updates and downloads of offloaded states run on a thread of their own, which torch.profiler shows when it is told
     to look at all threads (_ExperimentalConfig(profile_all_threads=True)).

@@ -1,0 +1,94 @@
+"""What the documents name exists: files, functions, tests, and the layers in their order."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"], key=lambda path: path.name
+)
+HISTORY = {"CHANGELOG.md"}
+"""Names of its time are right there."""
+TOPS = "runtime|zerotop|tests|docs|benchmarks|csrc|examples|themes|tools"
+PATH = re.compile(rf"(?<![\w./-])(?<!--markdown )(?:{TOPS})/[\w./*-]*[\w/*]")
+FUNCTION = re.compile(r"([\w/]+\.py):([A-Za-z_][\w.]*\w)")
+TEST = re.compile(r"(test_\w+)\.py(?:::(test_\w+))?|`(test_\w+)`")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+@cache
+def names_in(path: Path) -> frozenset[str]:
+    """`function`, `Class` and `Class.method` of a source file, nested functions included."""
+
+    def walk(node: ast.AST, inside: str) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield inside + child.name
+                yield from walk(child, f"{inside}{child.name}." if isinstance(child, ast.ClassDef) else inside)
+
+    return frozenset(walk(ast.parse(path.read_text(encoding="utf-8")), ""))
+
+
+def in_class(path: Path, name: str) -> bool:
+    """Whether `name` is in the file; a method may come from a base class there."""
+    kind, _, method = name.rpartition(".")
+    known = names_in(path)
+    return name in known or (kind in known and any(other.endswith(f".{method}") for other in known))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_and_link_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    missing = [link for link in LINK.findall(text) if not (document.parent / link).exists()]
+    if document.name not in HISTORY:
+        missing += [path for path in PATH.findall(text) if not any(ROOT.glob(path.rstrip("/")))]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_function_is_where_the_document_says(document: Path) -> None:
+    found = FUNCTION.findall(document.read_text(encoding="utf-8"))
+    wrong = [f"{path}:{name}" for path, name in found if not (ROOT / path).exists() or not in_class(ROOT / path, name)]
+    assert not wrong
+    assert found or document.name != "architecture.md"
+
+
+@cache
+def known_tests() -> dict[str, set[str]]:
+    """The tests of every test file, by its name without folder."""
+    tests: dict[str, set[str]] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tests.setdefault(path.stem, set()).update(re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8")))
+    return tests
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_test_that_a_promise_names_exists(document: Path) -> None:
+    tests, wrong = known_tests(), []
+    for file, test, alone in TEST.findall(document.read_text(encoding="utf-8")):
+        if file and (file not in tests or (test and test not in tests[file])):
+            wrong.append(f"{file}.py::{test}")
+        if alone and not any(alone in found for found in tests.values()):
+            wrong.append(alone)
+    assert not wrong or document.name in HISTORY
+
+
+def test_the_architecture_lists_the_layers_of_the_contracts() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    shown = [
+        name for line in text.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    ]
+    wanted = []
+    for package in ("runtime", "zerotop"):
+        (layers,) = (contract["layers"] for contract in contracts if contract.get("containers") == [package])
+        wanted += [name.strip() for layer in layers for name in layer.split("|")]
+    assert shown == wanted
