@@ -3,16 +3,21 @@
 #   VENV=.venv            where the environment goes
 #   TORCH=auto            auto: the torch PYTHON has, else the pinned one; or a pip requirement
 #   NET=1                 0: download nothing, say what is missing
+#   WORKERS=3             processes that run tests; 3 keep two cores busy, for many tests wait
+#   ZEROTOP_TEST_PATIENCE=2  all deadlines of tests, times this
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= auto
 NET    ?= 1
 ARGS   ?=
+WORKERS ?= 3
 N      ?= 20
 SEED   ?= 0
 FIRST  ?= 1
 RECORD ?=
 export NET
+# Deadlines of tests are for an idle machine; the workers share this one.
+export ZEROTOP_TEST_PATIENCE ?= 2
 
 bin    := $(VENV)/bin
 setup  := bash tools/setup.sh "$(PYTHON)" "$(VENV)" "$(TORCH)"
@@ -20,8 +25,10 @@ setup  := bash tools/setup.sh "$(PYTHON)" "$(VENV)" "$(TORCH)"
 modules := build/modules.txt
 inputs := $(modules) pyproject.toml CMakeLists.txt tools/setup.sh $(wildcard csrc/* csrc/*/* themes/* examples/*)
 
+spread := -n $(WORKERS) --dist worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help demo install test chaos gpu-check lint clean FORCE
+.PHONY: help demo install test test-all chaos gpu-check lint clean FORCE
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -30,9 +37,12 @@ demo: $(VENV)/.ok-train  ## start a two-rank ZeRO-2 run on real text and open th
 	@$(bin)/zerotop launch examples/quickstart.json $(ARGS)
 install: $(VENV)/.ok-train  ## set up the environment and install zerotop into it
 	@echo "installed: $(bin)/zerotop (or: source $(bin)/activate)"
-test: $(VENV)/.ok-dev  ## run the tests (ARGS="-k name" passes on to pytest)
-	@$(bin)/python -m pytest -q $(ARGS)
-chaos: $(VENV)/.ok-dev  ## strike a training run N times at random, and count what is resumed and lost (N=20, SEED=0, FIRST=1, RECORD=file)
+test: $(VENV)/.ok-dev  ## run the tests but those marked slow; or with ARGS="-k name" what pytest makes of that, in one process
+	@$(bin)/python -m pytest -q $(or $(ARGS),-m "not slow" $(spread))
+test-all: $(VENV)/.ok-dev  ## run every test, and 20 faults into training runs
+	@$(bin)/python -m pytest -q $(spread) $(ARGS)
+	@$(MAKE) --no-print-directory chaos
+chaos: $(VENV)/.ok-dev  ## strike a training run N times at random, or N=each: once in every way; count what is resumed and lost (N=20, SEED=0, FIRST=1, RECORD=file)
 	@$(bin)/python -m tests.faults.chaos $(N) --seed $(SEED) --first $(FIRST) $(if $(RECORD),--record $(RECORD))
 gpu-check: $(VENV)/.ok-dev  ## run the tests that need an NVIDIA GPU
 	@$(bin)/python -m pytest -q -rs tests/gpu $(ARGS)

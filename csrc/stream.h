@@ -15,7 +15,8 @@
 // Two calls on the same range need an order between them that the caller gives: START of the one after DONE of the other.
 // Calls on different ranges may overlap freely: the ring goes on where the last call left it.
 //
-// Device is a policy: CUDA's (cuda/stream.cu), or a mock that runs streams in hostile orders (tests/unit/stream_mock.cpp).
+// Device is a policy: CUDA's (cuda/stream.cu), or a mock that runs streams in hostile orders
+// (tests/unit/native/stream_mock.cpp).
 //   Stream, Event                      handles
 //   int record(Event&, Stream)         all of these enqueue and return 0, or an error code
 //   int wait(Stream, const Event&)     for the record that came last before this call; none: no wait

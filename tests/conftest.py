@@ -1,5 +1,5 @@
-"""For every test: one thread per torch operation, unless the environment says otherwise; and shared process groups of
-real ranks.
+"""For every test: one thread per torch operation, unless the environment says otherwise; shared process groups of real
+ranks; and pytest's timeouts, multiplied by ZEROTOP_TEST_PATIENCE as all deadlines are.
 
 Two spinning threads on a busy two-core machine make small operations 30 times slower; ranks get their own setting.
 """
@@ -7,13 +7,31 @@ Two spinning threads on a busy two-core machine make small operations 30 times s
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.ranks import Ranks
+from tests.harness.ranks import Ranks
+from tests.harness.waiting import patient
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    usual = float(config.getini("timeout"))
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        seconds = float(mark.args[0]) if mark else usual
+        item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for sockets: the path of a Unix socket has at most 107 characters, and tmp_path is long."""
+    with tempfile.TemporaryDirectory(prefix="zt-", dir="/tmp") as name:
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +44,7 @@ def _rank_groups() -> Iterator[dict[int, Ranks]]:
 
 @pytest.fixture
 def ranks(_rank_groups: dict[int, Ranks]) -> Callable[[int], Ranks]:
-    """`ranks(n)`: n processes in one Gloo group, shared by all tests of this world size (see tests/ranks.py)."""
+    """`ranks(n)`: n processes in one Gloo group, shared by all tests of this world size (see harness/ranks.py)."""
 
     def of(world_size: int) -> Ranks:
         group = _rank_groups.get(world_size)

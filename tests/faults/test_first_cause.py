@@ -9,7 +9,8 @@ import pytest
 
 from runtime.wire.messages import Event
 from runtime.wire.rundir import read_status
-from tests.faults.conftest import FakeRun, until
+from tests.harness.runs import StartedRun
+from tests.harness.waiting import until
 from zerotop.hub.recorder import read_messages
 
 pytestmark = pytest.mark.timeout(240)
@@ -50,7 +51,7 @@ for step, batch in enumerate(torch.utils.data.DataLoader(data, batch_size=4, num
 
 
 def test_forked_children_are_not_noticed_and_a_rank_with_less_data_is_the_cause(
-    launch_real: Callable[..., FakeRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launch_real: Callable[..., StartedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = tmp_path / ("a folder whose name leaves a socket no room " * 3)
     long.mkdir()
@@ -58,7 +59,7 @@ def test_forked_children_are_not_noticed_and_a_rank_with_less_data_is_the_cause(
     script = tmp_path / "mine.py"
     script.write_text(SCRIPT)
     run = launch_real(CONFIG, script=[str(script)])
-    until(lambda: read_status(run.path).state == "failed", "its end", DEADLINE_S)
+    run.see_end("failed", DEADLINE_S)
     until(run.all_gone, "every process gone")
     status = read_status(run.path)
     assert status.reason == (

@@ -16,30 +16,32 @@ import pytest
 
 from runtime.wire.messages import Event
 from runtime.wire.rundir import read_run, read_status
-from tests.faults.conftest import FakeRun, until
+from tests.harness.runs import StartedRun
+from tests.harness.waiting import patient, until
 from zerotop import cli
 from zerotop.diagnose.hang import JUMP_S
 
-Start = Callable[..., FakeRun]
-HANG_S = 2
+Start = Callable[..., StartedRun]
+HANG_S = patient(2)
+"""Soon, but longer than a busy machine takes for a step."""
 
 
 @pytest.fixture
-def meet(start: Start, tmp_path: Path) -> Callable[..., FakeRun]:
+def meet(start: Start, tmp_path: Path) -> Callable[..., StartedRun]:
     """`meet(overrides=[...], FAKE_...)`: two fake ranks that wait for each other at every step, and hang early."""
 
-    def begin(overrides: tuple[str, ...] = (), **environment: object) -> FakeRun:
+    def begin(overrides: tuple[str, ...] = (), **environment: object) -> StartedRun:
         (tmp_path / "meet").mkdir(exist_ok=True)
         return start({"overrides": list(overrides)}, FAKE_MEET=tmp_path / "meet", ZEROTOP_HANG_S=HANG_S, **environment)
 
     return begin
 
 
-def events(run: FakeRun, what: str) -> list[Event]:
+def events(run: StartedRun, what: str) -> list[Event]:
     return [event for event in run.source.state.events if isinstance(event, Event) and event.what == what]
 
 
-def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(meet: Callable[..., FakeRun]) -> None:
+def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(meet: Callable[..., StartedRun]) -> None:
     run = meet()
     run.see_step(3)
     pid = run.pid_of_rank(1)
@@ -73,28 +75,30 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(meet: Callable[...,
     assert read_run(run.path).attempt == 1
 
 
-def test_on_hang_ends_the_attempt_with_the_reason(meet: Callable[..., FakeRun]) -> None:
+def test_on_hang_ends_the_attempt_with_the_reason(meet: Callable[..., StartedRun]) -> None:
     run = meet(("zerotop.restarts.on_hang=true", "zerotop.restarts.limit=0"))
     run.see_step(3)
     os.kill(run.pid_of_rank(0), signal.SIGSTOP)
     run.see_state("failed")
     until(run.all_gone, "every process gone")
     status = read_status(run.path)
-    assert f"no progress for {HANG_S} s: rank 0 (stopped by a signal, pid " in status.reason
+    assert f"no progress for {HANG_S:.0f} s: rank 0 (stopped by a signal, pid " in status.reason
     assert status.reason.partition("; stacks: ")[2].startswith("logs/1/stacks-1.txt")
     assert (run.path / "logs" / "1" / "stacks-1.txt").exists()
 
 
-def test_on_hang_restarts_the_ranks_and_the_new_attempt_is_watched_too(meet: Callable[..., FakeRun]) -> None:
+def test_on_hang_restarts_the_ranks_and_the_new_attempt_is_watched_too(meet: Callable[..., StartedRun]) -> None:
     run = meet(("zerotop.restarts.on_hang=true",))
+    reached = 2
     for attempt in (1, 2):
-        run.see_step(3)
+        run.see_step(reached + 1, attempt)  # a hang at the same step again would be the end
         os.kill(run.pid_of_rank(1), signal.SIGSTOP)
         run.see(lambda source, n=attempt: source.state.status.attempt == n + 1, f"attempt {attempt + 1}")  # type: ignore[misc]
         assert (run.path / "logs" / str(attempt) / "stacks-1.txt").exists()
         status = run.source.state.status
         assert status is not None and status.restarts == attempt
-        assert f"no progress for {HANG_S} s: rank 1 (stopped by a signal, pid " in status.restart_reason
+        reached = status.lost_steps  # there is no checkpoint
+        assert f"no progress for {HANG_S:.0f} s: rank 1 (stopped by a signal, pid " in status.restart_reason
         run.see_state("running")
     run.see_step(3)
     assert [event.severity for event in events(run, "hang")] == ["error", "error"]
@@ -116,7 +120,7 @@ def test_a_paused_run_does_not_hang_and_gives_its_stacks(start: Start, capsys: p
     assert printed.err == "saved in the run directory: logs/1/stacks-1.txt\n"
 
 
-def test_a_supervisor_that_was_stopped_itself_reports_no_hang(meet: Callable[..., FakeRun]) -> None:
+def test_a_supervisor_that_was_stopped_itself_reports_no_hang(meet: Callable[..., StartedRun]) -> None:
     run = meet()
     run.see_step(3)
     supervisor = psutil.Process(read_run(run.path).supervisor_pid)
@@ -161,19 +165,19 @@ for step in range(100_000):
 
 
 @pytest.fixture
-def launch(launch_real: Callable[..., FakeRun], monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeRun]:
+def launch(launch_real: Callable[..., StartedRun], monkeypatch: pytest.MonkeyPatch) -> Callable[..., StartedRun]:
     """`launch(...)`: start_run() with a small real config on two CPU ranks, in which hangs are seen soon."""
     monkeypatch.setenv("ZEROTOP_HANG_S", str(HANG_S))
     return partial(launch_real, CONFIG)
 
 
-def see_step(run: FakeRun, step: int) -> None:
-    until(lambda: run.source.poll() is not None and run.source.state.step >= step, f"step {step}", 90)
+def see_step(run: StartedRun, step: int) -> None:
+    run.see(lambda source: source.state.step >= step, f"step {step}", deadline_s=90)
 
 
 @pytest.mark.timeout(240)
 def test_stacks_of_a_real_run_show_the_training_loop(
-    launch: Callable[..., FakeRun], capsys: pytest.CaptureFixture[str]
+    launch: Callable[..., StartedRun], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = launch(name="real")
     see_step(run, 3)
@@ -181,7 +185,7 @@ def test_stacks_of_a_real_run_show_the_training_loop(
     document = json.loads(capsys.readouterr().out)
     assert (document["command"], document["state"]) == ("stacks", "applied")
     text = document["result"]["text"]
-    assert "/runtime/train.py" in text and text == (run.path / document["result"]["path"]).read_text()
+    assert "/runtime/engine/train.py" in text and text == (run.path / document["result"]["path"]).read_text()
     assert "rank 1: pid " in text
     step = run.source.state.step
     see_step(run, step + 3)
@@ -196,12 +200,12 @@ def test_stacks_of_a_real_run_show_the_training_loop(
 
 @pytest.mark.timeout(240)
 def test_a_rank_that_hangs_in_native_code_is_found_with_its_line(
-    launch: Callable[..., FakeRun], tmp_path: Path
+    launch: Callable[..., StartedRun], tmp_path: Path
 ) -> None:
     script = tmp_path / "hangs.py"
     script.write_text(HANGS)
     run = launch(name="native", script=[str(script)])
-    until(lambda: run.source.poll() is not None and bool(events(run, "hang")), "the hang", 90)
+    run.see(lambda _: events(run, "hang"), "the hang", deadline_s=90)
     text = events(run, "hang")[0].text
     assert text.startswith("rank 1 (in ") and "; rank 0 waits for it; stacks: logs/1/stacks-1.txt" in text
     stacks = (run.path / "logs" / "1" / "stacks-1.txt").read_text()

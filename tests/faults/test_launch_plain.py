@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from runtime.wire.rundir import read_status
-from tests.faults.conftest import FakeRun, until
+from tests.harness.runs import StartedRun
+from tests.harness.waiting import until
 from zerotop import cli
 from zerotop.commands import progress
 from zerotop.commands.progress import follow
@@ -20,7 +21,7 @@ from zerotop.launch import start as launching
 from zerotop.source.asking import asker
 from zerotop.source.opening import open_source
 
-Start = Callable[..., FakeRun]
+Start = Callable[..., StartedRun]
 
 
 def interrupt_when(*conditions: Callable[[], bool]) -> threading.Thread:
@@ -213,7 +214,7 @@ def test_a_killed_supervisor_ends_the_lines_with_the_truth(start: Start, capsys:
 def test_launch_detach_json(
     start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[FakeRun] = []
+    started: list[StartedRun] = []
 
     def fake_start(config_path: str, **options: object) -> object:
         started.append(start({"config_path": config_path, **options}, FAKE_STEPS=5))

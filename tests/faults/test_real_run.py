@@ -16,14 +16,15 @@ import pytest
 from runtime.checkpoint.format.manifest import read_manifest
 from runtime.wire.messages import Hello, StepResult
 from runtime.wire.rundir import read_run, read_status
-from tests.cpu import BF16_IF_QUICK
-from tests.faults.conftest import FakeRun, until
+from tests.harness.cpu import BF16_IF_QUICK
+from tests.harness.runs import StartedRun
+from tests.harness.waiting import until
 from zerotop.hub.recorder import read_messages
 from zerotop.rundir.directory import read_entry
 from zerotop.supervise.restarts import AGAIN_THE_SAME
 
 pytestmark = pytest.mark.timeout(240)
-STEPS = 24
+STEPS = 160
 START_DEADLINE_S = 60.0
 
 CONFIG = {
@@ -41,14 +42,14 @@ CONFIG = {
 }
 
 SCRIPT = """
-import sys, torch
+import os, sys, torch
 import runtime as deepspeed
 
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
 engine, optimizer, _, _ = deepspeed.initialize(model=net, model_parameters=net.parameters())
 for step in range(int(sys.argv[1])):
-    if step == 5 and "crash" in sys.argv:
+    if step == 5 and "crash" in sys.argv and os.environ["RANK"] == "1":
         raise ValueError("the script's own mistake")
     loss = engine(torch.randn(4, 8, dtype=net[0].weight.dtype)).square().mean()
     engine.backward(loss)
@@ -69,37 +70,26 @@ for batch in torch.utils.data.DataLoader(torch.randn(400_000, 8), batch_size=4, 
 
 
 @pytest.fixture
-def launch(launch_real: Callable[..., FakeRun]) -> Callable[..., FakeRun]:
+def launch(launch_real: Callable[..., StartedRun]) -> Callable[..., StartedRun]:
     """`launch(name=..., ...)`: start_run() with a small real config, watched by a screen's source."""
     return partial(launch_real, CONFIG)
 
 
-def descendants(run: FakeRun) -> list[psutil.Process]:
+def descendants(run: StartedRun) -> list[psutil.Process]:
     return psutil.Process(read_run(run.path).supervisor_pid).children(recursive=True)
 
 
-def see_training(run: FakeRun, step: int = 2, attempt: int = 1) -> None:
-    def there(source: object) -> bool:
-        state = run.source.state
-        ranks = [rank for rank in state.ranks.values() if rank.hello and rank.hello.attempt == attempt]
-        done = [rank.step.step for rank in ranks if rank.step]
-        assert state.state_name not in ("failed", "finished"), state.status
-        return len(done) == 2 and min(done) >= step
-
-    deadline = time.monotonic() + START_DEADLINE_S
-    while not (run.source.poll() is not None and there(run.source)):
-        assert time.monotonic() < deadline, run.source.state.status
-        time.sleep(0.05)
+def see_training(run: StartedRun, step: int = 2, attempt: int = 1) -> None:
+    run.see_step(step, attempt, START_DEADLINE_S)
 
 
-def trains_again(run: FakeRun, restarts: int) -> bool:
+def trains_again(run: StartedRun, restarts: int) -> bool:
     status = read_status(run.path)
     return status.restarts == restarts and status.state in ("running", "finished")
 
 
-def see_end(run: FakeRun, name: str) -> None:
-    until(lambda: read_status(run.path).state == name, f"state {name}", START_DEADLINE_S)
-    until(run.all_gone, "every process gone")
+def see_end(run: StartedRun, name: str) -> None:
+    run.see_end(name, START_DEADLINE_S)
 
 
 def losses(path: Path) -> dict[int, float | None]:
@@ -107,7 +97,9 @@ def losses(path: Path) -> dict[int, float | None]:
     return {m.step: m.loss for m in read_messages(path) if isinstance(m, StepResult) and m.rank == 0}
 
 
-def test_commands_land_at_one_step_and_a_resumed_run_repeats_itself_bit_for_bit(launch):
+def test_a_run_that_is_steered_killed_stopped_and_resumed_repeats_itself_bit_for_bit(launch):
+    """Commands land at one step of all ranks; kill -9 of a rank, and of the torchrun of the attempt that follows, lose
+    no step for good; a stop is resumed."""
     whole = launch(name="whole")
     run = launch(name="broken", overrides=["zerotop.log.interval=3"])
     see_training(run)
@@ -123,8 +115,18 @@ def test_commands_land_at_one_step_and_a_resumed_run_repeats_itself_bit_for_bit(
     used = max(sum(p.cpu_times()[:2]) - b for p, b in zip(ranks, before, strict=True))
     assert used < 1.0, "a paused rank spins"  # telemetry is in it; a spinning rank takes all of 2 s
     assert run.command("resume").ack.step == paused.step
+
+    starts = [0, kill_9(run, 1, run.pid_of_rank(1), "rank 1 was killed by SIGKILL", saved.step)]
+    see_training(run, starts[1] + 1, 2)
+    assert run.command("pause").ack.state == "applied"
+    starts.append(run.command("checkpoint").ack.step)
+    assert run.command("resume").ack.state == "applied"
+    torchrun = psutil.Process(run.pid_of_rank(1)).ppid()
+    kill_9(run, 2, torchrun, "torchrun was killed by SIGKILL", starts[2])
+
+    see_training(run, starts[2] + 1, 3)
     stopped = run.command("stop").ack
-    assert stopped.state == "applied" and stopped.step >= paused.step
+    assert stopped.state == "applied" and stopped.step > starts[2]
     see_end(run, "stopped")
     again = launch(name="broken", resume=True, overrides=["zerotop.log.interval=3"])
     see_end(again, "finished")
@@ -132,10 +134,26 @@ def test_commands_land_at_one_step_and_a_resumed_run_repeats_itself_bit_for_bit(
     assert losses(run.path) == losses(whole.path)
     assert sorted(losses(run.path)) == list(range(1, STEPS + 1))
     final = read_status(run.path)
-    assert (final.step, final.attempt, final.last_checkpoint_step) == (STEPS, 2, stopped.step)
+    assert (final.step, final.attempt, final.last_checkpoint_step) == (STEPS, 4, stopped.step)
+    hellos = [message for message in read_messages(run.path) if isinstance(message, Hello)]
+    assert {(hello.attempt, hello.start_step) for hello in hellos} == set(enumerate([*starts, stopped.step], start=1))
 
 
-@pytest.mark.parametrize("victim", ["rank", "torchrun", "supervisor"])
+def kill_9(run: StartedRun, attempt: int, pid: int, reason: str, saved: int) -> int:
+    """Two steps after what was saved; returns the step that the next attempt must go on from."""
+    see_training(run, saved + 2, attempt)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: trains_again(run, attempt), f"restart {attempt}", START_DEADLINE_S)
+    status = read_status(run.path)
+    assert status.restart_reason.startswith(reason) and status.lost_steps >= 2
+    return saved
+
+
+# Of a rank and of torchrun also above and, with fake ranks, in test_supervisor.py.
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param("rank", marks=pytest.mark.slow), pytest.param("torchrun", marks=pytest.mark.slow), "supervisor"],
+)
 def test_kill_9_of_any_process_ends_the_whole_run(launch, victim):
     run = launch(overrides=["zerotop.train.steps=100000", "zerotop.restarts.limit=0"])
     see_training(run)
@@ -163,33 +181,14 @@ def test_kill_9_of_any_process_ends_the_whole_run(launch, victim):
         assert saved == [f"step-{status.last_checkpoint_step:08d}"] and status.step == status.last_checkpoint_step
 
 
-def test_kill_9_of_a_rank_or_of_torchrun_changes_no_loss(launch):
-    """First a rank, then the torchrun of the attempt that follows."""
-    steps = 200
-    overrides = [f"zerotop.train.steps={steps}"]
-    whole, run = launch(name="whole", overrides=overrides), launch(name="broken", overrides=overrides)
-    saved = []
-    for attempt, reason in ((1, "rank 1 was killed by SIGKILL"), (2, "torchrun was killed by SIGKILL")):
-        see_training(run, 2, attempt)
-        assert run.command("pause").ack.state == "applied"
-        saved.append(run.command("checkpoint").ack.step)
-        assert run.command("resume").ack.state == "applied"
-        see_training(run, saved[-1] + 2, attempt)
-        rank = run.pid_of_rank(1)
-        os.kill(rank if attempt == 1 else psutil.Process(rank).ppid(), signal.SIGKILL)
-        until(lambda n=attempt: trains_again(run, n), f"restart {attempt}", START_DEADLINE_S)
-        status = read_status(run.path)
-        assert status.restart_reason.startswith(reason) and status.lost_steps >= 2
-    see_end(run, "finished")
-    see_end(whole, "finished")
-    assert (read_status(run.path).attempt, read_status(run.path).step) == (3, steps)
-    assert losses(run.path) == losses(whole.path) and len(losses(run.path)) == steps
-    hellos = [message for message in read_messages(run.path) if isinstance(message, Hello)]
-    assert {(hello.attempt, hello.start_step) for hello in hellos} == {(1, 0), (2, saved[0]), (3, saved[1])}
-
-
+# One rank alone is signalled in test_restart.py too, a fake one.
 @pytest.mark.parametrize(
-    ("number", "whom"), [(signal.SIGUSR1, "descendants"), (signal.SIGTERM, "all"), (signal.SIGTERM, "a rank")]
+    ("number", "whom"),
+    [
+        (signal.SIGUSR1, "descendants"),
+        (signal.SIGTERM, "all"),
+        pytest.param(signal.SIGTERM, "a rank", marks=pytest.mark.slow),
+    ],
 )
 def test_every_process_of_a_step_is_signalled(launch, tmp_path, number, whom):
     """As Slurm does, or a machine that is shut down: torchrun, the writers and a DataLoader's workers live on, and the
@@ -264,7 +263,7 @@ def test_a_scripts_own_error_is_shown(launch, tmp_path):
     status = read_status(run.path)
     assert status.reason.endswith("; the same failure at the same step twice in a row: " + AGAIN_THE_SAME)
     assert "ValueError: the script's own mistake" in status.error
-    assert status.failed_rank in (0, 1)
+    assert status.failed_rank == 1
 
 
 def test_a_script_may_leave_by_sys_exit(launch, tmp_path):

@@ -11,13 +11,14 @@ import psutil
 import pytest
 
 from runtime.wire.rundir import read_run, read_status
-from tests.faults.conftest import FakeRun, lives, until
+from tests.harness.runs import StartedRun, lives
+from tests.harness.waiting import until
 from zerotop.rundir import lock as module
 from zerotop.rundir.directory import read_entry
 from zerotop.rundir.lock import holders, take
 from zerotop.rundir.paths import RunError
 
-Start = Callable[..., FakeRun]
+Start = Callable[..., StartedRun]
 AGAIN = {"name": "q1", "resume": True}
 HOLD = """
 import fcntl, sys
@@ -28,7 +29,7 @@ sys.stdin.read()
 """
 
 
-def finished(start: Start) -> FakeRun:
+def finished(start: Start) -> StartedRun:
     run = start({"name": "q1"}, FAKE_STEPS=3)
     run.see_state("finished")
     until(run.all_gone, "every process gone")
@@ -49,7 +50,7 @@ def test_the_supervisor_and_its_launcher_hold_the_lock_while_the_run_lives(start
 def test_of_two_launches_at_once_one_is_refused(start: Start) -> None:
     finished(start)
     begun = threading.Barrier(2)
-    runs: list[FakeRun] = []
+    runs: list[StartedRun] = []
     refusals: list[str] = []
 
     def resume() -> None:

@@ -17,7 +17,8 @@ import pytest
 
 from runtime.wire.messages import CheckpointSaved
 from runtime.wire.rundir import LIVE_TOPIC, read_run, read_status
-from tests.faults.conftest import FakeRun, until
+from tests.harness.runs import StartedRun
+from tests.harness.waiting import until
 from zerotop.hub.recorder import read_messages
 from zerotop.rundir.directory import find_run, list_runs, read_entry
 from zerotop.rundir.paths import RunError, lock_sockets, make_sockets_folder, runs_home
@@ -25,7 +26,7 @@ from zerotop.source.opening import open_source
 from zerotop.state.events import record_text
 from zerotop.state.run import RunState
 
-Start = Callable[..., FakeRun]
+Start = Callable[..., StartedRun]
 NEVER_RESTARTED = {"overrides": ["zerotop.restarts.limit=0"]}
 
 
@@ -164,7 +165,7 @@ def test_commands_open_at_the_end_are_answered(start: Start) -> None:
     assert answers["checkpoint"].reason == "the run ended before it could be applied"
 
 
-def _send(run: FakeRun, name: str) -> None:
+def _send(run: StartedRun, name: str) -> None:
     from runtime.wire.messages import Command
 
     run.source.send(Command.model_validate({"id": name, "name": name}))
@@ -264,7 +265,7 @@ def test_sigterm_stops_the_run(start: Start) -> None:
 
 def test_sigusr1_aborts_a_run_that_does_not_stop(start: Start) -> None:
     run = start(FAKE_HANG="0:3", ZEROTOP_STOP_DEADLINE_S="0.5")
-    run.see(lambda source: source.state.ranks.get(0) and source.state.ranks[0].step is not None, "rank 0 at work")
+    run.see(lambda source: source.state.rank(1).step and source.state.rank(1).step.step > 6, "rank 0 was left behind")
     os.kill(read_run(run.path).supervisor_pid, signal.SIGUSR1)
     run.see_state("aborted")
     until(run.all_gone, "every process gone")
@@ -288,7 +289,7 @@ def test_a_removed_run_directory_is_made_again_and_the_run_stops(start: Start) -
 def test_what_can_not_start_leaves_nothing(start: Start) -> None:
     with pytest.raises(RunError, match="can't start the ranks: /no/such/program"):
         start({"command": ["/no/such/program"], "name": "never"})
-    assert not (runs_home() / "never").exists()
+    until(lambda: not (runs_home() / "never").exists(), "its directory is gone")
 
 
 def test_a_name_is_taken_once(start: Start) -> None:
@@ -361,7 +362,7 @@ def test_foreign_frames_do_not_hurt_the_hub(start: Start) -> None:
     assert any("protocol 99" in record_text(event) for event in run.source.state.events)
 
 
-def _complained(run: FakeRun) -> bool:
+def _complained(run: StartedRun) -> bool:
     run.source.poll()
     return any("not JSON" in record_text(event) for event in run.source.state.events)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from tests.harness import ROOT
+from tests.harness.waiting import patient
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +21,7 @@ PROGRAM = """
 import torch
 from runtime.engine.initialize import initialize
 from tests.numerics.models import make
-from tests.numerics.test_parity import HYPER, STEPS, config, micro_batch
+from tests.numerics.training import HYPER, STEPS, config, micro_batch
 
 stage = {stage}
 engine, _, _, _ = initialize(model=make("plain"), config=config(stage, 2, clip=0.5, precision={precision!r}))
@@ -56,9 +58,9 @@ print("equal")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_one_gpu_equals_plain_torch(stage: int, precision: str, tolerance: float) -> None:
     program = PROGRAM.format(stage=stage, precision=precision, tolerance=tolerance)
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, timeout=110
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, timeout=patient(110)
     )
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-2000:]

@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from tests.harness import ROOT
+from tests.harness.waiting import patient
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,11 +109,11 @@ def run(program: str, layers: int = 3, dim: int = 64) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, "-c", COMMON.format(layers=layers, dim=dim) + program],
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=patient(110),
     )
     assert done.returncode == 0 and "good" in done.stdout, done.stderr[-3000:]
 

@@ -7,10 +7,11 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from tests.harness import ROOT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +28,7 @@ PARITY = """
 import torch, torch.distributed as dist
 from runtime.engine.initialize import initialize
 from tests.numerics.models import make
-from tests.numerics.test_parity import config, micro_batch, train_plainly
+from tests.numerics.training import config, micro_batch, train_plainly
 engine = initialize(model=make("plain"), config=config({stage}, 2, clip=0.5))[0]
 assert engine.comm.backend == "nccl" and engine.world_size == 2
 for step in range(20):
@@ -101,7 +102,7 @@ def run_two(program: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT
     shared = {**os.environ, **ONE_GPU, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(

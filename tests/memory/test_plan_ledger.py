@@ -28,8 +28,8 @@ from runtime.plan import Layout, stage_layout
 from runtime.plan.workload import Workload, workload_of
 from runtime.zero.gradients import GradientConfig
 from runtime.zero.stage import policy_for
+from tests.harness.ranks import Ranks
 from tests.numerics.remote import remote_device
-from tests.ranks import Ranks
 
 SMALL = 500  # elements; norms are 36
 STATES = ("parameters", "gradients", "masters", "optimizer")
@@ -65,16 +65,18 @@ class Case:
         return stage_layout(workload, resolved.stage, offload, parameters)
 
 
-def cases(stage: int, remote: bool) -> Iterator[Case]:
-    """Every way to offload and accumulate in every precision; the rest takes turns."""
+def cases(stage: int, remote: bool, rounds: int) -> Iterator[Case]:
+    """Every way to offload and accumulate in every precision, so many times; the rest takes turns."""
+    units_there_and_back = UNITS + UNITS[-2::-1]  # of odd lengths: no turn keeps step with the precisions
+    vocabularies = [VOCABULARIES[index] for index in (0, 1, 1, 0, 1)]
     turns = [
         itertools.cycle(values)
-        for values in (UNITS, (False, True, True), VOCABULARIES, (1, 2, 2), (None, None, "bf16"))
+        for values in (units_there_and_back, (False, True, True), vocabularies, (1, 2, 2), (None, None, "bf16"))
     ]
     for offload, accumulate, precision in itertools.product(OFFLOADS, ("ranges", "local"), ("fp32", "bf16")):
         if stage < 3 and "offload_param" in offload:
             continue
-        for _ in range(2):
+        for _ in range(rounds):
             units, tied, vocabulary, micro_steps, travels = (next(turn) for turn in turns)
             config: dict[str, Any] = {
                 "train_micro_batch_size_per_gpu": 1,
@@ -139,13 +141,14 @@ def differences(case: Case, counted: Counted, world_size: int) -> dict[str, Any]
     return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
 
 
+@pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("remote", [False, True], ids=["cpu", "device"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_category_of_the_plan_is_the_ledgers(
-    ranks: Callable[[int], Ranks], world_size: int, stage: int, remote: bool
+    ranks: Callable[[int], Ranks], world_size: int, stage: int, remote: bool, rounds: int
 ) -> None:
-    several = list(cases(stage, remote))
+    several = list(cases(stage, remote, rounds))
     of_ranks = ranks(world_size).run(train, several)
     wrong = [
         (case.config, case.shape, found)

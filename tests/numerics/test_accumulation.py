@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from runtime.engine.initialize import initialize
+from tests.harness.grids import pairwise
 from tests.numerics.models import make
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
+from tests.numerics.training import assert_equal, config, micro_batch, train_plainly, train_with_engine
 
 STEPS = 8
 
@@ -85,28 +86,28 @@ def test_local_accumulation_reduces_once_and_keeps_whole_gradients(ranks, stage)
     ids=str,
 )
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_dividing_before_or_after_is_the_same_mean(ranks, stage, extra):
+def test_dividing_before_or_after_is_the_same_mean(ranks, reference, stage, extra):
     plain = train_plainly("plain", 2, 3, clip=0.5)
     outcomes = ranks(2).run(train_with_engine, "plain", config(stage, 3, clip=0.5, **extra))
     for ours, _, _ in outcomes:
         assert_equal(ours, plain)
     norms = outcomes[0][2]
-    reference = ranks(2).run(train_with_engine, "plain", config(stage, 3, clip=0.5))[0][2]
-    assert norms == pytest.approx(reference, rel=1e-5)
+    usual = reference(2, train_with_engine, "plain", config(stage, 3, clip=0.5))[0][2]
+    assert norms == pytest.approx(usual, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("communicate", ["fp32", "bf16"])
-@pytest.mark.parametrize("accumulate", ["fp32", "bf16"])
-def test_precisions_of_accumulation_and_communication(ranks, stage, communicate, accumulate):
+@pytest.mark.parametrize(
+    ("stage", "communicate", "accumulate"), pairwise([0, 1, 2, 3], ["fp32", "bf16"], ["fp32", "bf16"])
+)
+def test_precisions_of_accumulation_and_communication(ranks, reference, stage, communicate, accumulate):
     settings = config(
         stage, 2, clip=0.5, precision="bf16",
         communication_data_type=communicate, data_types={"grad_accum_dtype": accumulate},
     )  # fmt: skip
-    reference = ranks(2).run(train_with_engine, "plain", config(stage, 2, clip=0.5, precision="bf16"))[0]
+    usual = reference(2, train_with_engine, "plain", config(stage, 2, clip=0.5, precision="bf16"))[0]
     found = ranks(2).run(train_with_engine, "plain", settings)
     assert found[0][2] == found[1][2]
-    assert found[0][1] == pytest.approx(reference[1], abs=2e-3)
+    assert found[0][1] == pytest.approx(usual[1], abs=2e-3)
 
 
 def used_types(settings: dict[str, Any]) -> set[str]:

@@ -97,7 +97,7 @@ def save_adapters(folder: str) -> dict[str, torch.Tensor]:
     return engine.state_dict()
 
 
-def test_an_export_is_what_peft_reads_or_is_refused(ranks, tmp_path, capfd):
+def test_an_export_is_what_peft_reads_or_is_refused(ranks, tmp_path, capfd, export_here):
     state = ranks(2).run(save_adapters, str(tmp_path))[0]
     inner = "base_model.model."
     expected = {

@@ -14,10 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from runtime.engine.initialize import initialize
-from tests.numerics.models import Uneven, make
+from tests.numerics.models import Uneven, batch, make
 from tests.numerics.test_fp16 import fp16
-from tests.numerics.test_parity import HYPER, assert_equal, batch, config, micro_batch
-from tests.numerics.test_scripts import message_of
+from tests.numerics.training import HYPER, assert_equal, config, message_of, micro_batch
 
 STEPS = 4
 

@@ -20,7 +20,7 @@ from runtime.engine.initialize import initialize
 from runtime.models import weights as weights_of_zero
 from runtime.models.weights import Weights
 from tests.numerics.models import Uneven, make
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
+from tests.numerics.training import assert_equal, config, micro_batch, train_plainly, train_with_engine
 
 STAGES = [0, 2, 3]
 

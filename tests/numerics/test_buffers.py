@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from runtime.engine.initialize import initialize
-from tests.numerics.test_parity import config
+from tests.numerics.training import config
 
 
 class Rotary(nn.Module):

@@ -5,30 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
+from tests.numerics.training import (
+    advance,
+    assert_equal,
+    config,
+    engine_for,
+    micro_batch,
+    parameters,
+    train_plainly,
+    train_with_engine,
+)
 
 HALF = 4
-
-
-def engine_for(settings, kind="plain"):
-    from runtime.engine.initialize import initialize
-    from tests.numerics.models import make
-
-    return initialize(model=make(kind), config=settings)[0]
-
-
-def advance(engine, start: int, end: int) -> None:
-    import torch.distributed as dist
-
-    for step in range(start, end):
-        for micro in range(engine.gradient_accumulation_steps()):
-            engine.backward(engine(*micro_batch(step, micro, dist.get_rank(), dist.get_world_size())))
-            engine.step()
-
-
-def parameters(engine) -> dict[str, torch.Tensor]:
-    whole = engine.module.state_dict()
-    return {name: whole[name].detach().clone() for name, _ in engine.module.named_parameters()}
 
 
 def save_halfway(folder: str, settings, kind="plain") -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
 from runtime.checkpoint import CheckpointError, read_manifest
-from tests.numerics.test_scripts import message_of
+from tests.numerics.training import message_of
 
 
 def settings(stage: int, lr: float = 0.1, **more: Any) -> dict[str, Any]:

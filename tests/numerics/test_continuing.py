@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime.engine import Engine
-from tests.numerics.test_parity import config
+from tests.numerics.training import config
 
 SAMPLES = 60
 HALF = 4
@@ -179,7 +179,7 @@ def test_ranks_that_are_new_keep_their_own_generators_but_join_shared_ones(ranks
 
 def misfits(folder: str) -> list[str]:
     from runtime.checkpoint import CheckpointError
-    from tests.numerics.test_scripts import message_of
+    from tests.numerics.training import message_of
 
     script = Script(config(1, 1, clip=0.0))
     script.engine.save_checkpoint(folder)
@@ -238,7 +238,7 @@ def test_an_interrupted_accumulation_is_dropped(ranks, tmp_path):
 def refusals() -> list[str]:
     from runtime.config import ConfigError
     from runtime.engine.initialize import initialize
-    from tests.numerics.test_scripts import message_of
+    from tests.numerics.training import message_of
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self) -> Any:

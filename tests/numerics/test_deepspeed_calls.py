@@ -12,9 +12,16 @@ from torch import nn
 from runtime.checkpoint import CheckpointError
 from runtime.config import ConfigError
 from tests.numerics.models import Uneven, make
-from tests.numerics.test_checkpoint import advance, engine_for, parameters
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly
-from tests.numerics.test_scripts import message_of
+from tests.numerics.training import (
+    advance,
+    assert_equal,
+    config,
+    engine_for,
+    message_of,
+    micro_batch,
+    parameters,
+    train_plainly,
+)
 
 SCHEDULED = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_type": "linear"}}}
 

@@ -12,9 +12,7 @@ from torch import nn
 from runtime.checkpoint import CheckpointError
 from runtime.config import ConfigError
 from tests.numerics.models import make
-from tests.numerics.test_checkpoint import advance, engine_for, parameters
-from tests.numerics.test_parity import HYPER, config, micro_batch
-from tests.numerics.test_scripts import message_of
+from tests.numerics.training import HYPER, advance, config, engine_for, message_of, micro_batch, parameters
 
 
 # ---- a module --------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from runtime import native
 from runtime.comm.shared_memory import RING, Exchange, ExchangeError
 from runtime.engine.initialize import initialize
+from tests.harness.waiting import patient
 from tests.numerics.models import make
-from tests.numerics.test_parity import config, micro_batch
+from tests.numerics.training import config, micro_batch
 
 
 def opened(nbytes: int = 1 << 24, timeout_s: float = 60) -> Exchange:
@@ -195,7 +196,7 @@ def test_a_killed_rank_is_an_error_on_the_others(ranks):
     os.kill(int(pid), signal.SIGKILL)
     try:
         for rank in (0, 2):
-            assert group._pipes[rank].poll(30)
+            assert group._pipes[rank].poll(patient(30))
             assert group._pipes[rank].recv() == (
                 True, f"rank 1 (pid {pid}) is gone; this rank was waiting for it"
             )  # fmt: skip

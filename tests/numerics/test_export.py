@@ -13,11 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from torch import nn
 
+from tests.harness.waiting import patient
 from tests.numerics.models import make
-from tests.numerics.test_parity import config, micro_batch
+from tests.numerics.training import config, micro_batch
 from zerotop.cli import main
 
 INDEX = "model.safetensors.index.json"
+pytestmark = pytest.mark.usefixtures("export_here")
 
 
 def trained(settings, model) -> object:
@@ -44,7 +46,7 @@ def save(folder: str, settings, kind: str) -> dict[str, torch.Tensor]:
 
 
 def export(*words: object) -> Path:
-    """`zerotop export WORDS...`, in this process but for its child; OUT."""
+    """`zerotop export WORDS...`; OUT."""
     assert main(["export", *map(str, words)]) == 0
     return Path(str(words[1]))
 
@@ -300,7 +302,7 @@ def test_memory_is_one_shard_and_one_tensor(ranks, tmp_path):
         ranks(2).run(save_heavy, str(folder), layers)
         words = [str(folder / "heavy"), str(folder / "out"), "--shard-bytes", str(32 << 20)]
         done = subprocess.run(
-            [sys.executable, "-P", "-c", PEAK, *words], capture_output=True, text=True, check=True, timeout=90
+            [sys.executable, "-P", "-c", PEAK, *words], capture_output=True, text=True, check=True, timeout=patient(90)
         )
         return int(done.stdout.splitlines()[-1])
 

@@ -15,11 +15,11 @@ import pytest
 
 from runtime.checkpoint.format.manifest import read_manifest, record_of
 from runtime.wire.messages import RunStatus
-from tests.faults.conftest import until
+from tests.harness.fakerun import write_run
+from tests.harness.waiting import patient, until
 from tests.numerics.models import make
 from tests.numerics.test_export import export, save, trained
-from tests.numerics.test_parity import config
-from tests.unit.fakerun import write_run
+from tests.numerics.training import config
 from zerotop.cli import main
 
 
@@ -38,7 +38,7 @@ def home(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
-def test_a_run_is_found_by_name_and_step(ranks, tmp_path, home, capfd):
+def test_a_run_is_found_by_name_and_step(ranks, tmp_path, home, capfd, export_here):
     run = write_run(home, "q1", Path("/nowhere"), RunStatus(name="q1", state="finished"))
     ranks(1).run(save_steps, str(run / "checkpoints"), [20, 100])
     elsewhere = write_run(home, "q2", Path("/nowhere"), RunStatus(name="q2", state="finished"))
@@ -60,7 +60,7 @@ def test_a_run_is_found_by_name_and_step(ranks, tmp_path, home, capfd):
     assert not (tmp_path / "new").exists()
 
 
-def test_overwriting_replaces_an_exported_model_and_nothing_else(ranks, tmp_path, capfd, monkeypatch):
+def test_overwriting_replaces_an_exported_model_and_nothing_else(ranks, tmp_path, capfd, monkeypatch, export_here):
     ranks(1).run(save_steps, str(tmp_path / "c"), [1])
     out = export(tmp_path / "c", tmp_path / "out", "--shard-size", "512B")
     before = sorted(path.name for path in out.iterdir())
@@ -106,7 +106,7 @@ def _truncate(path: Path) -> None:
         (lambda path: (path / "__0_0.distcp").write_bytes(bytes(2**20)), "is damaged"),
     ],
 )
-def test_a_damaged_checkpoint_is_one_clear_error(checkpoint, tmp_path, capfd, damage, message):
+def test_a_damaged_checkpoint_is_one_clear_error(checkpoint, tmp_path, capfd, export_here, damage, message):
     damage(checkpoint)
     assert main(["export", str(checkpoint), str(tmp_path / "out"), "--json"]) == 2
     captured = capfd.readouterr()
@@ -123,7 +123,7 @@ def rewrite(checkpoint: Path, index: dict[str, Any]) -> None:
     (checkpoint / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).sealed())
 
 
-def test_a_parameter_that_the_description_lacks_is_an_error(checkpoint, tmp_path, capfd):
+def test_a_parameter_that_the_description_lacks_is_an_error(checkpoint, tmp_path, capfd, export_here):
     index = json.loads((checkpoint / "tensors.json").read_bytes())
     weight = index["tensors"].pop("param.norm.weight")
     rewrite(checkpoint, index)
@@ -141,7 +141,9 @@ def test_a_parameter_that_the_description_lacks_is_an_error(checkpoint, tmp_path
 def test_the_command_itself_loads_no_torch(checkpoint, tmp_path):
     program = "import sys; from zerotop.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     words = ["export", str(checkpoint), str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-P", "-c", program, *words], capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, *words], capture_output=True, text=True, timeout=patient(90)
+    )
     assert done.stdout.splitlines()[-1] == "0 False", done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -201,7 +203,7 @@ def test_an_interrupted_export_leaves_nothing(checkpoint, tmp_path, number):
         assert child.stderr.readline() == "written\n"
         assert (tmp_path / ".out.partial").is_dir()
         child.send_signal(number)
-        output, rest = child.communicate(timeout=60)
+        output, rest = child.communicate(timeout=patient(60))
     assert (child.returncode, output, rest) == (130, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
@@ -222,19 +224,32 @@ def test_what_a_killed_export_left_does_not_hinder_the_next_and_two_at_once_do(c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "out"]
 
 
-def test_ctrl_c_ends_the_command_and_its_process(checkpoint, tmp_path):
-    """As from a terminal, the command alone gets it. Its child is still importing torch."""
+LATE = """
+import sys, time
+if "runtime.export" in sys.orig_argv:
+    time.sleep(600)
+"""
+
+
+def test_ctrl_c_ends_the_command_and_its_process(checkpoint, tmp_path, tmp_path_factory):
+    """As from a terminal, the command alone gets it. Its child is still starting."""
     import psutil
 
+    late = tmp_path_factory.mktemp("late")
+    (late / "sitecustomize.py").write_text(LATE)
     words = ["export", str(checkpoint), str(tmp_path / "out")]
     with subprocess.Popen(
-        [sys.executable, "-m", "zerotop", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "zerotop", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(late)},
     ) as command:
         watched = psutil.Process(command.pid)
         until(lambda: bool(watched.children()), "the export's process")
         child = watched.children()[0]
         command.send_signal(signal.SIGINT)
-        output, errors = command.communicate(timeout=60)
+        output, errors = command.communicate(timeout=patient(60))
     assert not child.is_running()
     assert (command.returncode, output, errors) == (130, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]

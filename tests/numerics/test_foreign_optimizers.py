@@ -9,9 +9,7 @@ import torch
 
 from runtime.config import ConfigError
 from tests.numerics.models import make
-from tests.numerics.test_checkpoint import advance, parameters
-from tests.numerics.test_parity import assert_equal, config, micro_batch
-from tests.numerics.test_scripts import message_of
+from tests.numerics.training import advance, assert_equal, config, message_of, micro_batch, parameters
 
 
 class Averaged(torch.optim.Optimizer):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from runtime.config import Fp16Config, Resolved, load
 from runtime.engine.initialize import initialize
 from tests.numerics.models import make
-from tests.numerics.test_parity import config, micro_batch, train_plainly
+from tests.numerics.training import config, micro_batch, train_plainly
 
 PLANTED = (2, 3, 6)
 """Steps at which rank 1's gradient overflows."""

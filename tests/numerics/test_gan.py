@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.numerics.test_checkpoint import parameters
-from tests.numerics.test_parity import HYPER, assert_equal, config
+from tests.numerics.training import HYPER, assert_equal, config, parameters
 
 STEPS = 4
 

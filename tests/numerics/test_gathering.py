@@ -21,7 +21,7 @@ from runtime import zero
 from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from runtime.engine.initialize import initialize
 from tests.numerics.models import Uneven, make
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
+from tests.numerics.training import assert_equal, config, micro_batch, train_plainly, train_with_engine
 
 
 def started(kind: str = "plain", stage: int = 3, precision: str = "fp32", model: nn.Module | None = None) -> Any:

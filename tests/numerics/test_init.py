@@ -21,8 +21,9 @@ import runtime as deepspeed
 from runtime.config import ConfigError
 from runtime.engine.initialize import initialize
 from runtime.zero.init import Absent
+from tests.harness.waiting import patient
 from tests.numerics.models import Block, Uneven, make
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly
+from tests.numerics.training import assert_equal, config, micro_batch, train_plainly
 
 STAGES = [0, 3]
 
@@ -381,5 +382,5 @@ def test_building_without_values_does_not_import_a_compiler(tmp_path: Path):
     """torch imports one to draw on the meta device: 800 modules on every rank but the first."""
     save_file({"embedding.weight": torch.zeros(1)}, tmp_path / "m.safetensors")
     command = [sys.executable, "-c", BUILD, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(100), check=False)
     assert (done.returncode, done.stdout) == (0, "[] False\n"), done.stderr

@@ -13,7 +13,7 @@ from runtime.config.presets import GPTConfig
 from runtime.engine.initialize import initialize
 from runtime.models.gpt import GPT
 from tests.numerics.models import batch, make
-from tests.numerics.test_parity import HYPER, STEPS, config, train_with_engine
+from tests.numerics.training import HYPER, STEPS, config, train_with_engine
 
 SHAPE = GPTConfig(layers=3, heads=4, dim=64, vocab_size=320, max_seq_len=32)
 BF16_STEPS, ACCUMULATION, MICRO, CLIP = 15, 4, 2, 0.5

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.waiting import patient
+
 PROGRAM = """
 import os, sys
 import torch, torch.distributed as dist
@@ -43,6 +45,6 @@ def test_gloos_words_are_put_into_ours(tmp_path: Path, op: str) -> None:
         )
         for r in (0, 1)
     ]
-    said = [process.communicate(timeout=60)[0] for process in ranks]
+    said = [process.communicate(timeout=patient(60))[0] for process in ranks]
     assert said[0].startswith("RankGone another rank is gone ("), said
     assert f"this rank was waiting for it in {op} |" in said[0]

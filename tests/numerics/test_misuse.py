@@ -7,9 +7,7 @@ import torch
 
 from runtime.config import ConfigError
 from tests.numerics.models import make
-from tests.numerics.test_checkpoint import advance, engine_for
-from tests.numerics.test_parity import config, micro_batch
-from tests.numerics.test_scripts import message_of
+from tests.numerics.training import advance, config, engine_for, message_of, micro_batch
 
 
 class Boom(Exception):

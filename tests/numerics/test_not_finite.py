@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from runtime.checkpoint import read_manifest
-from tests.numerics.test_parity import config
-from tests.numerics.test_scripts import message_of
+from tests.numerics.training import config, message_of
 
 NAN = float("nan")
 

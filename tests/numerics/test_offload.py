@@ -22,9 +22,11 @@ from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from runtime.config import ConfigError, load
 from runtime.engine.initialize import initialize
 from runtime.host.memory_limits import Limits, check_host_memory
+from tests.harness.grids import pairwise
+from tests.harness.waiting import patient
 from tests.numerics.models import Uneven, make
 from tests.numerics.remote import remote_device
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly, train_with_engine
+from tests.numerics.training import assert_equal, config, micro_batch, train_plainly, train_with_engine
 
 STEPS = 6
 
@@ -50,20 +52,19 @@ def assert_same_bits(ours: Any, theirs: Any) -> None:
             assert torch.equal(mine[name], value), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("world", [1, 2])
-def test_the_same_bits_as_without_offload(ranks, world, stage, precision):
+@pytest.mark.parametrize(
+    ("world", "stage", "precision", "overlap"), pairwise([1, 2], [0, 1, 2, 3], ["fp32", "bf16"], [True, False])
+)
+def test_the_same_bits_as_without_offload(ranks, reference, world, stage, precision, overlap):
     settings = config(stage, 2, clip=0.5, precision=precision)
-    resident = ranks(world).run(train, "plain", settings)
-    for overlap in (True, False):
-        assert_same_bits(ranks(world).run(train, "plain", offloaded(settings, overlap)), resident)
+    resident = reference(world, train, "plain", settings)
+    assert_same_bits(ranks(world).run(train, "plain", offloaded(settings, overlap)), resident)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.4, 0.8])
-def test_whatever_stays_on_the_device(ranks, ratio):
+def test_whatever_stays_on_the_device(ranks, reference, ratio):
     settings = config(2, 1, clip=0.5, precision="bf16")
-    resident = ranks(2).run(train, "plain", settings)
+    resident = reference(2, train, "plain", settings)
     assert_same_bits(ranks(2).run(train, "plain", offloaded(settings, ratio=ratio)), resident)
 
 
@@ -104,16 +105,14 @@ def train_over_gloo(kind: str, settings: dict[str, Any]) -> tuple[dict[str, torc
         del os.environ[SHARED_MEMORY_VARIABLE]
 
 
-@pytest.mark.parametrize("copies", ["late", "prompt"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("world", [1, 2])
-def test_copies_are_waited_for(ranks, world, stage, precision, copies):
+@pytest.mark.parametrize(
+    ("world", "stage", "precision", "copies", "overlap"),
+    pairwise([1, 2], [0, 1, 2, 3], ["fp32", "bf16"], ["late", "prompt"], [True, False]),
+)
+def test_copies_are_waited_for(ranks, reference, world, stage, precision, copies, overlap):
     settings = config(stage, 2, clip=0.5, precision=precision)
-    resident = ranks(world).run(train_over_gloo, "plain", settings)
-    for overlap in (True, False):
-        ours = ranks(world).run(train_remotely, copies, "plain", offloaded(settings, overlap))
-        assert_same_bits(ours, resident)
+    resident = reference(world, train_over_gloo, "plain", settings)
+    assert_same_bits(ranks(world).run(train_remotely, copies, "plain", offloaded(settings, overlap)), resident)
 
 
 @pytest.mark.parametrize("kind", ["tied", "unused", "winding", "checkpointed", "mixed"])
@@ -123,12 +122,10 @@ def test_awkward_models_on_a_device(ranks, kind):
     assert_same_bits(ranks(2).run(train_remotely, "late", kind, offloaded(settings, ratio=0.5)), resident)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_any_split_between_cpu_and_device_gives_the_same_bits(ranks, stage, precision, share):
+@pytest.mark.parametrize(("stage", "precision", "share"), pairwise([1, 2, 3], ["fp32", "bf16"], [0.0, 0.3, 1.0]))
+def test_any_split_between_cpu_and_device_gives_the_same_bits(ranks, reference, stage, precision, share):
     settings = config(stage, 2, clip=0.5, precision=precision)
-    resident = ranks(2).run(train_over_gloo, "plain", settings)
+    resident = reference(2, train_over_gloo, "plain", settings)
     assert_same_bits(ranks(2).run(train_remotely, "late", "plain", offloaded(settings), share), resident)
 
 
@@ -172,7 +169,7 @@ def read_in_between(stage: int, how: str) -> None:
 
 
 def _after(began: threading.Event, update: Any, *arguments: Any) -> None:
-    assert began.wait(60)
+    assert began.wait(patient(60))
     update(*arguments)
 
 

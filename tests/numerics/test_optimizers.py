@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.numerics.models import batch, make
-from tests.numerics.test_checkpoint import parameters
-from tests.numerics.test_parity import assert_equal, config, micro_batch
+from tests.numerics.training import assert_equal, config, micro_batch, parameters
 
 STEPS = 8
 NUMBERS: dict[str, dict[str, Any]] = {

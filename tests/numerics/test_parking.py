@@ -16,7 +16,7 @@ from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from runtime.engine.initialize import initialize
 from runtime.wire.messages import Command
 from tests.numerics.models import make
-from tests.numerics.test_parity import config, micro_batch
+from tests.numerics.training import config, micro_batch
 
 
 def started(settings: dict[str, Any], kind: str = "plain") -> Any:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from runtime.engine.initialize import initialize
 from tests.numerics.models import make
 from tests.numerics.remote import remote_device
-from tests.numerics.test_parity import config, micro_batch
+from tests.numerics.training import config, micro_batch
 
 
 def ranges(stage: int, offload: bool) -> set[str]:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.config import Fp16Config, Resolved, load
+from tests.harness.grids import covering
 from tests.numerics.models import Uneven
 from tests.numerics.remote import remote_device
 
@@ -68,30 +69,23 @@ def _values(setups: tuple[Setup, ...]) -> list[Any]:
     return [value for s in setups for value in (s.world, s.stage, s.precision, s.offload)]
 
 
-def covering(candidates: Iterable[tuple[Setup, ...]]) -> list[tuple[Setup, ...]]:
-    """A few of the candidates in which every two values that occur together in any of them do."""
-    left = [(c, set(itertools.combinations(enumerate(_values(c)), 2))) for c in candidates]
-    missing = set().union(*(pairs for _, pairs in left))
-    chosen = []
-    while missing:
-        best, pairs = max(left, key=lambda item: len(item[1] & missing))
-        chosen.append(best)
-        missing -= pairs
-    return chosen
-
-
 def differ(one: Setup, other: Setup) -> int:
     return sum(a != b for a, b in zip(_values((one,)), _values((other,)), strict=True))
 
 
-SELECTED = covering((writer, reader) for writer in SETUPS for reader in SETUPS if differ(writer, reader) == 4)
-ACROSS = covering(
-    (writer, reader)
-    for writer in SETUPS
-    for reader in SETUPS
-    if writer.precision == reader.precision == "fp32" and differ(writer, reader) == 3
+SELECTED = covering(
+    ((writer, reader) for writer in SETUPS for reader in SETUPS if differ(writer, reader) == 4), _values
 )
-ALIKE = [setup for (setup,) in covering((setup,) for setup in SETUPS)]
+ACROSS = covering(
+    (
+        (writer, reader)
+        for writer in SETUPS
+        for reader in SETUPS
+        if writer.precision == reader.precision == "fp32" and differ(writer, reader) == 3
+    ),
+    _values,
+)
+ALIKE = [setup for (setup,) in covering(((setup,) for setup in SETUPS), _values)]
 
 
 # ---- on ranks --------------------------------------------------------------------------------------------------------

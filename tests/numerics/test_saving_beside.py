@@ -16,9 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from runtime.checkpoint.capture import blocks_of
-from tests.numerics.test_checkpoint import advance, engine_for, parameters
 from tests.numerics.test_offload import offloaded
-from tests.numerics.test_parity import config
+from tests.numerics.training import advance, config, engine_for, parameters
 
 STEPS = 3
 
@@ -49,19 +48,19 @@ def save_both_ways(folder: str, settings: dict[str, Any], kind: str) -> tuple[di
 
 CASES = [
     (1, config(0, 1, clip=0.0), "plain"),
-    (2, config(1, 1, clip=0.0, optimizer="RMSprop"), "frozen"),
+    pytest.param(2, config(1, 1, clip=0.0, optimizer="RMSprop"), "frozen", marks=pytest.mark.slow),
     (2, config(2, 2, clip=0.5, precision="bf16"), "tied"),
-    (2, config(3, 1, clip=0.0), "plain"),
-    (1, offloaded(config(0, 1, clip=0.0)), "plain"),
-    (2, offloaded(config(2, 1, clip=0.5, precision="bf16")), "plain"),
+    pytest.param(2, config(3, 1, clip=0.0), "plain", marks=pytest.mark.slow),
+    pytest.param(1, offloaded(config(0, 1, clip=0.0)), "plain", marks=pytest.mark.slow),
+    pytest.param(2, offloaded(config(2, 1, clip=0.5, precision="bf16")), "plain", marks=pytest.mark.slow),
     (2, offloaded(config(3, 2, clip=0.0)), "frozen"),
 ]
 
 
 @pytest.mark.parametrize(("world", "settings", "kind"), CASES)
-def test_a_checkpoint_holds_the_moment_at_which_it_was_begun(ranks, tmp_path, world, settings, kind):
+def test_a_checkpoint_holds_the_moment_at_which_it_was_begun(ranks, reference, tmp_path, world, settings, kind):
     saved = ranks(world).run(save_both_ways, str(tmp_path), settings, kind)
-    whole = ranks(world).run(train_through, settings, kind)
+    whole = reference(world, train_through, settings, kind)
     for (ours, names), unbroken in zip(saved, whole, strict=True):
         assert names == ["beside", "latest", "waited"]
         assert all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
@@ -94,10 +93,10 @@ def save_without_room(folder: str, settings: dict[str, Any], kind: str) -> tuple
 
 
 @pytest.mark.parametrize(("stage", "optimizer"), [(0, "AdamW"), (2, "RMSprop"), (3, "AdamW")])
-def test_without_room_for_a_copy_the_next_update_waits_for_the_writer(ranks, tmp_path, stage, optimizer):
+def test_without_room_for_a_copy_the_next_update_waits_for_the_writer(ranks, reference, tmp_path, stage, optimizer):
     settings = config(stage, 1, clip=0.0, optimizer=optimizer)
     saved = ranks(2).run(save_without_room, str(tmp_path), settings, "plain")
-    whole = ranks(2).run(train_through, settings, "plain")
+    whole = reference(2, train_through, settings, "plain")
     for (small, ours), unbroken in zip(saved, whole, strict=True):
         assert small and all(torch.equal(ours[name], unbroken[name]) for name in unbroken)
     waited, beside = contents(tmp_path / "waited"), contents(tmp_path / "beside")
@@ -346,31 +345,39 @@ def test_a_buffer_with_a_stride(ranks, tmp_path):
     assert torch.equal(contents(tmp_path / "beside")["buffer.every_other"], kept)
 
 
-def fail_before_an_automatic_one(folder: str, later: str) -> list[str]:
+def fail_before_automatic_ones(folder: str) -> list[list[str]]:
+    engine = engine_for(config(2, 1, clip=0.0))
+    advance(engine, 0, 1)
+    return [_fail_before_an_automatic_one(engine, Path(folder, later), later) for later in LATER]
+
+
+def _fail_before_an_automatic_one(engine: Any, folder: Path, later: str) -> list[str]:
     """A script's save fails, then the run's own begins."""
     from runtime.checkpoint import CheckpointError
 
-    engine = engine_for(config(2, 1, clip=0.0))
-    advance(engine, 0, 1)
+    folder.mkdir(exist_ok=True)
     Path(folder, "taken").write_text("")
     told: list[str] = []
     engine.checkpointer.begin(Path(folder, "taken", "deeper"), "theirs", {})
-    engine.checkpointer.begin(Path(folder), "ours", {}, on_done=lambda outcome: told.append(outcome.problem))
+    engine.checkpointer.begin(folder, "ours", {}, on_done=lambda outcome: told.append(outcome.problem))
     told.append(engine.checkpointer.settle())  # that one's own
     try:
         if later == "wait_for_checkpoint":
             engine.wait_for_checkpoint()
         else:
-            engine.save_checkpoint(folder, "again", wait=later == "save and wait")
+            engine.save_checkpoint(str(folder), "again", wait=later == "save and wait")
     except CheckpointError as error:
         told.append(str(error))
     engine.wait_for_checkpoint()  # once is enough
     return told
 
 
-@pytest.mark.parametrize("later", ["wait_for_checkpoint", "save", "save and wait"])
-def test_a_scripts_failed_save_is_told_though_another_followed(ranks, tmp_path, later):
-    for ours, settled, theirs in ranks(2).run(fail_before_an_automatic_one, str(tmp_path), later):
-        assert ours == settled == "" and "taken/deeper/.theirs.partial: Not a directory" in theirs
-    newest = "again" if later == "save and wait" else "ours"
-    assert (tmp_path / "latest").read_text() == f"{newest}\n"
+LATER = ["wait_for_checkpoint", "save", "save and wait"]
+
+
+def test_a_scripts_failed_save_is_told_though_another_followed(ranks, tmp_path):
+    for outcomes in ranks(2).run(fail_before_automatic_ones, str(tmp_path)):
+        for ours, settled, theirs in outcomes:
+            assert ours == settled == "" and "taken/deeper/.theirs.partial: Not a directory" in theirs
+    newest = [(tmp_path / later / "latest").read_text() for later in LATER]
+    assert newest == ["ours\n", "ours\n", "again\n"]

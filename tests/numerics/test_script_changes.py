@@ -14,9 +14,8 @@ from torch import nn
 
 from runtime import zero
 from runtime.engine.initialize import initialize
-from tests.numerics.models import make
-from tests.numerics.test_parity import HYPER, batch, config, micro_batch
-from tests.numerics.test_scripts import message_of
+from tests.numerics.models import batch, make
+from tests.numerics.training import HYPER, config, message_of, micro_batch
 
 LIMIT = 0.25  # exact in 16 bits, as the clamped reference needs
 

@@ -12,17 +12,16 @@ import torch
 from runtime.checkpoint import CheckpointError, newest
 from runtime.config import ConfigError
 from tests.numerics.models import make
-from tests.numerics.test_checkpoint import advance, engine_for, parameters
-from tests.numerics.test_parity import assert_equal, config, micro_batch, train_plainly_grouped
-
-
-def message_of(error: type[BaseException], call) -> str:
-    """The message with which `call` fails; functions that run on ranks can't use pytest.raises across processes."""
-    try:
-        call()
-    except error as caught:
-        return str(caught)
-    raise AssertionError(f"no {error.__name__}")
+from tests.numerics.training import (
+    advance,
+    assert_equal,
+    config,
+    engine_for,
+    message_of,
+    micro_batch,
+    parameters,
+    train_plainly_grouped,
+)
 
 
 # ---- the script's own optimizer and scheduler ------------------------------------------------------------------------

@@ -17,8 +17,7 @@ from torch import nn
 from runtime import zero
 from runtime.engine.initialize import initialize
 from tests.numerics.models import Uneven, make
-from tests.numerics.test_parity import config, micro_batch
-from tests.numerics.test_scripts import message_of
+from tests.numerics.training import config, message_of, micro_batch
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,7 @@ import torch
 from runtime.checkpoint import CheckpointError, read_manifest
 from runtime.checkpoint.format.manifest import MANIFEST
 from tests.numerics.models import Uneven
-from tests.numerics.test_parity import config
-from tests.numerics.test_scripts import message_of
+from tests.numerics.training import config, message_of
 
 SGD = {"type": "SGD", "params": {"lr": 1e-3}}
 

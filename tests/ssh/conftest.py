@@ -10,18 +10,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from runtime.wire.messages import RunStatus
-from tests.unit.fakehub import FakeHub
-from tests.unit.fakerun import write_run
+from tests.harness import ROOT
+from tests.harness.fakehub import FakeHub
+from tests.harness.fakerun import write_run
+from tests.harness.waiting import patient, until
 
 SSHD = "/usr/sbin/sshd"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass
@@ -38,45 +38,45 @@ class Box:
 
 
 @pytest.fixture(scope="session")
-def short_folder() -> Iterator[Path]:
+def box_folder() -> Iterator[Path]:
     # Not tmp_path: a Unix socket's path holds 107 characters.
     with tempfile.TemporaryDirectory(prefix="zt-ssh-", dir="/tmp") as name:
         yield Path(name)
 
 
 @pytest.fixture(scope="session")
-def sshd(short_folder: Path) -> Iterator[Box]:
+def sshd(box_folder: Path) -> Iterator[Box]:
     if not Path(SSHD).exists():
         pytest.skip(f"no {SSHD}: install openssh-server to test attaching over SSH")
     if shutil.which("ssh") is None or shutil.which("ssh-keygen") is None:
         pytest.skip("no ssh or ssh-keygen: install openssh-client to test attaching over SSH")
     for name in ("host", "user"):
         subprocess.run(
-            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(short_folder / f"key-{name}")], check=True
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(box_folder / f"key-{name}")], check=True
         )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    state_home = short_folder / "state"
+    state_home = box_folder / "state"
     state_home.mkdir()
     paths = f'XDG_STATE_HOME={state_home} "PYTHONPATH={ROOT}" PYTHONDONTWRITEBYTECODE=1'
-    server = short_folder / "sshd_config"
+    server = box_folder / "sshd_config"
     server.write_text(
-        f"ListenAddress 127.0.0.1:{port}\nHostKey {short_folder}/key-host\n"
-        f"AuthorizedKeysFile {short_folder}/key-user.pub\nStrictModes no\nUsePAM no\nPidFile none\n"
+        f"ListenAddress 127.0.0.1:{port}\nHostKey {box_folder}/key-host\n"
+        f"AuthorizedKeysFile {box_folder}/key-user.pub\nStrictModes no\nUsePAM no\nPidFile none\n"
         "PermitRootLogin prohibit-password\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
         # What talkative start-up files do to every answer.
         'ForceCommand echo "Welcome to the box!"; eval "$SSH_ORIGINAL_COMMAND"\n'
         f"SetEnv {paths}\n"
     )
-    host_key = (short_folder / "key-host.pub").read_text().split()[:2]
-    (short_folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {' '.join(host_key)}\n")
+    host_key = (box_folder / "key-host.pub").read_text().split()[:2]
+    (box_folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {' '.join(host_key)}\n")
     user = getpass.getuser()
-    (short_folder / "ssh_config").write_text(
-        f"Host box\n HostName 127.0.0.1\n Port {port}\n IdentityFile {short_folder}/key-user\n"
-        f" IdentitiesOnly yes\n UserKnownHostsFile {short_folder}/known_hosts\n GlobalKnownHostsFile none\n"
+    (box_folder / "ssh_config").write_text(
+        f"Host box\n HostName 127.0.0.1\n Port {port}\n IdentityFile {box_folder}/key-user\n"
+        f" IdentitiesOnly yes\n UserKnownHostsFile {box_folder}/known_hosts\n GlobalKnownHostsFile none\n"
         " IdentityAgent none\n"
-        f"Host strange\n HostName 127.0.0.1\n Port {port}\n IdentityFile {short_folder}/key-user\n"
+        f"Host strange\n HostName 127.0.0.1\n Port {port}\n IdentityFile {box_folder}/key-user\n"
         f" IdentitiesOnly yes\n UserKnownHostsFile none\n GlobalKnownHostsFile none\n BatchMode yes\n"
         "Host nobody\n HostName 127.0.0.1\n Port 1\n"
     )
@@ -86,21 +86,21 @@ def sshd(short_folder: Path) -> Iterator[Box]:
     made = os.getuid() == 0 and not separation.exists()
     if made:
         separation.mkdir(mode=0o755)
-    log = short_folder / "sshd.log"
+    log = box_folder / "sshd.log"
     process = subprocess.Popen([SSHD, "-D", "-f", str(server), "-E", str(log)])
     try:
-        deadline = time.monotonic() + 10
-        while not _listens(port):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.02)
-        config = short_folder / "ssh_config"
-        tried = subprocess.run(["ssh", "-F", str(config), "box", "true"], capture_output=True, text=True, timeout=20)
+        until(lambda: process.poll() is not None or _listens(port), log.read_text)
+        assert process.poll() is None, log.read_text()
+        config = box_folder / "ssh_config"
+        tried = subprocess.run(
+            ["ssh", "-F", str(config), "box", "true"], capture_output=True, text=True, timeout=patient(20)
+        )
         if tried.returncode:
             pytest.skip(f"sshd does not let {user} in: {tried.stderr.strip()}; {log.read_text()[-300:]}")
-        yield Box(f"{user}@box", state_home, short_folder)
+        yield Box(f"{user}@box", state_home, box_folder)
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(patient(10))
         if made:
             separation.rmdir()
 

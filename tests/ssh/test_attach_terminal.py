@@ -6,9 +6,10 @@ import sys
 
 import psutil
 
+from tests.harness.fakehub import FakeHub, step_result
+from tests.harness.terminal import Terminal
+from tests.harness.waiting import patient
 from tests.ssh.conftest import Box
-from tests.terminal import Terminal
-from tests.unit.fakehub import FakeHub, step_result
 from zerotop.rundir.paths import sockets_home
 
 
@@ -26,7 +27,7 @@ def test_the_screen_over_ssh(box: Box, hub: FakeHub) -> None:
         terminal.read_until(lambda: terminal.process.poll() is not None)
         assert terminal.process.returncode == 0
         assert f"zerotop attach {box.target}:q1 opens it again" in terminal.shown
-        psutil.wait_procs(children, timeout=10)
+        psutil.wait_procs(children, timeout=patient(10))
         assert not [child for child in children if child.is_running()]
     finally:
         terminal.close()

@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,20 +14,14 @@ import pytest
 
 from runtime.wire.messages import Command, RunStatus
 from runtime.wire.rundir import write_json
+from tests.harness.fakehub import FakeHub, hello, step_result
+from tests.harness.waiting import until
 from tests.ssh.conftest import ROOT, Box
-from tests.unit.fakehub import FakeHub, hello, step_result
 from zerotop.cli import main
 from zerotop.hub.recorder import Recorder
 from zerotop.output import CommandError
 from zerotop.rundir.paths import sockets_home
 from zerotop.source.remote import RemoteSource, open_remote
-
-
-def until(condition: Callable[[], bool], within_s: float = 20.0, what: str = "") -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, what or "not in time"
-        time.sleep(0.02)
 
 
 def polled(source: RemoteSource, condition: Callable[[], bool]) -> Callable[[], bool]:

@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from screen_reading import OpenApp, settle
-from scripted_run import ScriptedRun
 from textual.pilot import Pilot
 
+from tests.tui.screen_reading import OpenApp, settle
+from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.app import Outcome, ZerotopApp
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
-from scripted_run import ScriptedRun
 from textual.pilot import Pilot
 
+from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.app import Outcome, ZerotopApp
 
 OpenApp = Callable[..., AbstractAsyncContextManager[tuple[ZerotopApp, Pilot[Outcome], ScriptedRun]]]

@@ -7,12 +7,13 @@ import random
 from pathlib import Path
 
 import pytest
-from screen_reading import OpenApp, screen_text, settle
-from scripted_run import ScriptedRun
 from textual import events
 from textual.keys import _character_to_key
 
 from runtime.wire.messages import Ack, CommandRecord
+from tests.harness import ROOT
+from tests.tui.screen_reading import OpenApp, screen_text, settle
+from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.app import ZerotopApp
 from zerotop.tui.panels.events import EventPanel
 from zerotop.tui.screens.confirm import ConfirmScreen
@@ -21,7 +22,7 @@ from zerotop.tui.screens.main import FilterField, MainScreen
 from zerotop.tui.screens.palette import ActionPalette
 from zerotop.tui.screens.rank import RankScreen
 
-TUI = Path(__file__).parents[2] / "zerotop" / "tui"
+TUI = ROOT / "zerotop" / "tui"
 MARKUP = ("[/", "[a=b", "[@click=app.abort]r[/] \\[b] [[")
 STEERING = "\x1b]0;owned\x07\x1b[31m\x9b2J\u202eevil\u200b\x00\ud800"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from rich.cells import cell_len
-from screen_reading import OpenApp, screen_text, settle
-from scripted_run import ScriptedRun
 
+from tests.tui.screen_reading import OpenApp, screen_text, settle
+from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.panels.events import EventPanel
 from zerotop.tui.panels.memory import MemoryPanel
 from zerotop.tui.panels.ranks import RankTable

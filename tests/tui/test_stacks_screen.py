@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from screen_reading import OpenApp, screen_text, settle
-from scripted_run import ScriptedRun
 from textual.containers import VerticalScroll
 
 from runtime.wire.messages import Ack, CommandRecord
+from tests.tui.screen_reading import OpenApp, screen_text, settle
+from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.screens.stacks import StacksScreen
 
 REPORT = """q1, attempt 1, 2026-11-25 11:35:54 +0000

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from screen_reading import OpenApp, screen_text, settle
-from scripted_run import ScriptedRun
 from textual.widgets import Input, Static
 
 from runtime.wire.messages import Ack, Command, CommandRecord
+from tests.tui.screen_reading import OpenApp, screen_text, settle
+from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.panels.strip import CommandStrip
 from zerotop.tui.screens.confirm import ConfirmScreen
 from zerotop.tui.screens.knobs import KnobScreen

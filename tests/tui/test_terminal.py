@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from runtime.wire.messages import RunStatus
-from tests.terminal import Terminal
-from tests.unit.fakehub import FakeHub, hello, step_result
-from tests.unit.fakerun import write_run
+from tests.harness.fakehub import FakeHub, hello, step_result
+from tests.harness.fakerun import write_run
+from tests.harness.terminal import Terminal
+from tests.harness.waiting import patient
 from zerotop.hub.recorder import Recorder
 
 ATTACH = [sys.executable, "-m", "zerotop", "attach"]
@@ -59,7 +60,7 @@ def test_a_terminal_that_is_closed_ends_the_screen_and_nothing_else(hub: FakeHub
         terminal.read_until(lambda: "step 77 of 200" in terminal.shown)
         terminal.hang_up()
         terminal.process.send_signal(signal.SIGHUP)  # what a shell's session gets; ours has no controlling terminal
-        assert terminal.process.wait(30) == 128 + signal.SIGHUP
+        assert terminal.process.wait(patient(30)) == 128 + signal.SIGHUP
         assert hub.commands == []
     finally:
         terminal.close()

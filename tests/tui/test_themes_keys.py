@@ -6,13 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from screen_reading import OpenApp, screen_text, settle
-from scripted_run import ScriptedRun
 from textual.binding import Binding
 from textual.color import Color
 from textual.command import CommandList, CommandPalette
 
 import zerotop.tui
+from tests.tui.screen_reading import OpenApp, screen_text, settle
+from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.app import ZerotopApp
 from zerotop.tui.keys import FIXED_KEYS, KEYS, key_named, read_keymap
 from zerotop.tui.panels.ranks import RankTable

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.wire.messages import RunStatus
-from tests.unit.fakerun import write_run
+from tests.harness import ROOT
+from tests.harness.fakerun import write_run
 from zerotop.clean import clean, clean_line
 from zerotop.cli import main
 
-ZEROTOP = Path(__file__).parents[2] / "zerotop"
+ZEROTOP = ROOT / "zerotop"
 STEERING = "\x1b]52;c;b3du\x07\x1bPq\x1b\\\x1b[2Jbad\x9b31m \u202eevil\u200b \x85\x08\x00end"
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from runtime.wire.messages import RunStatus
-from tests.unit.fakerun import write_run
+from tests.harness import ROOT
+from tests.harness.fakerun import write_run
+from tests.harness.waiting import patient
 from zerotop.cli import COMMANDS, main
 
-ROOT = Path(__file__).resolve().parents[2]
 FOR_PEOPLE = [name for name, (_, line) in COMMANDS.items() if line]
 
 
@@ -31,7 +32,9 @@ def loaded_by(*words: str) -> set[str]:
         "import sys\nfrom zerotop.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
         "print('loaded:', *sys.modules, file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, timeout=patient(60)
+    )
     return set(done.stderr.rsplit("loaded: ", 1)[1].split())
 
 
@@ -48,7 +51,7 @@ def test_no_command_loads_torch_and_none_but_attach_the_screen(words: list[str],
 def test_help_is_quick() -> None:
     def timed_s(*words: str) -> float:
         start = time.perf_counter()
-        subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, check=True, timeout=60)
+        subprocess.run([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL, check=True, timeout=patient(60))
         return time.perf_counter() - start
 
     # Against a bare interpreter's start on the same busy machine, the best of some.
@@ -161,5 +164,7 @@ def test_a_reader_that_has_enough_is_no_error(home: Path) -> None:
     (run / "logs" / "1" / "rank-0.log").write_text("line\n" * 200_000)
     command = f"{sys.executable} -m zerotop logs q1 | head -1"
     environment = {**os.environ, "XDG_STATE_HOME": str(home)}
-    done = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patient(60)
+    )
     assert (done.stdout, done.stderr) == ("line\n", "")

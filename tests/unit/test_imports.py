@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import ROOT
+from tests.harness.waiting import patient
+
 TRAINER_ONLY = {"torch", "numpy", "safetensors", "tokenizers", "transformers", "deepspeed"}
 MONITOR_ONLY = {"zerotop", "textual", "textual_plotext", "plotext"}
 
@@ -31,7 +34,11 @@ print(json.dumps({"imported": names, "loaded": sorted({name.partition(".")[0] fo
 def import_all(tmp_path: Path, *roots: str) -> tuple[set[str], set[str]]:
     """Import the roots and every module below them in a fresh process; (modules imported, top-level names loaded)."""
     done = subprocess.run(
-        [sys.executable, "-P", "-c", IMPORT_ALL, *roots], cwd=tmp_path, capture_output=True, text=True, timeout=90
+        [sys.executable, "-P", "-c", IMPORT_ALL, *roots],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=patient(90),
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -83,5 +90,5 @@ def test_data_files_are_found_where_the_package_is_installed(tmp_path: Path, fol
     code = f"from importlib.resources import files; print((files('zerotop') / '{folder}' / '{name}').read_text())"
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stderr}\nafter adding a file to {folder}/, run `make install`"
-    source = Path(__file__).parents[2] / folder / name
+    source = ROOT / folder / name
     assert done.stdout.rstrip("\n") == source.read_text().rstrip("\n"), "an old copy is installed: run `make install`"

@@ -1,4 +1,5 @@
-"""python -m tests.faults.chaos N [--seed S] [--first K]: N faults, and the count of what was resumed and lost.
+"""python -m tests.faults.chaos N [--seed S] [--first K]: N faults, and the count of what was resumed and lost. N may be
+`each`: every kind of fault once, in the order and with the settings that S gives.
 
 Interrupted, it says at which fault it would go on; --record FILE keeps what was seen.
 """
@@ -13,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.faults.chaos import faults
@@ -25,13 +27,17 @@ from zerotop.rundir.paths import remove_sockets
 
 ROUND = 10
 """Faults into one run."""
+EACH = 0
+"""Instead of a number of faults: every kind once."""
+Kind = Callable[[faults.Scene], faults.Struck]
 
 
 class Chaos:
     """All rounds of one call. What goes wrong is collected in `lost` and `orphans`, and said when it is seen."""
 
-    def __init__(self, seed: int, folder: Path, report: Report) -> None:
-        self.seed, self.folder, self.report = seed, folder, report
+    def __init__(self, seed: int, folder: Path, report: Report, kinds: Sequence[Kind] = ()) -> None:
+        """kinds: of fault, one after the other; without them each fault draws its own."""
+        self.seed, self.folder, self.report, self.kinds = seed, folder, report, kinds
         self.disk = Disk(folder / "checkpoints")
         self.runs: list[Run] = []
         """Of this round."""
@@ -45,10 +51,11 @@ class Chaos:
         self.seconds: list[float] = []
         """From a fault to training again, of those that ended it."""
 
-    def reference(self, variant: int) -> dict[int, float | None]:
-        if variant not in self.references:
-            self.report.say(f"an undisturbed run of {STEPS} steps with settings {variant}")
-            run = Run(f"reference-{variant}", write_config(self.folder, variant, None), None)
+    def reference(self, variant: int, steps: int) -> dict[int, float | None]:
+        """The losses of so many undisturbed steps, or more."""
+        if len(self.references.get(variant, {})) < steps:
+            self.report.say(f"an undisturbed run of {steps} steps with settings {variant}")
+            run = Run(f"reference-{variant}-{steps}", write_config(self.folder, variant, None, steps), None)
             try:
                 run.until(lambda: not run.live, "the reference's end", 600)
                 assert run.status.state == "finished", run.status
@@ -60,8 +67,7 @@ class Chaos:
 
     def round(self, first: int, last: int) -> None:
         """Faults first .. last into one run, or more where one finishes."""
-        variant = (first - 1) // ROUND % len(VARIANTS)
-        self.reference(variant)
+        variant = (self.seed if self.kinds else (first - 1) // ROUND) % len(VARIANTS)
         config = write_config(self.folder, variant, self.disk.folder)
         run, count = None, 0
         for number in range(first, last + 1):
@@ -96,7 +102,8 @@ class Chaos:
             attempt, step = run.attempt, run.step()
             before = checkpoints.newest_sound()
             began = time.monotonic()
-            struck = faults.strike(faults.Scene(run, checkpoints, self.disk, chance))
+            strike = self.kinds[(number - 1) % len(self.kinds)] if self.kinds else faults.any_of_them
+            struck = strike(faults.Scene(run, checkpoints, self.disk, chance))
             words = struck.what
             self.report.kinds[struck.kind] += 1
             if struck.damages:
@@ -168,7 +175,7 @@ class Chaos:
                 run.supervisor().terminate()
             run.until(lambda: not run.live, "the run's end", 300)
             self.wait_for_orphans(run)
-            wrong = different_losses(run, self.reference(variant))
+            wrong = different_losses(run, self.reference(variant, max((step for step, _ in run.losses()), default=1)))
             self.gather(0, [f"{run.name}: {text}" for text in wrong])
             steps = len(run.losses())
             self.report.say(f"{run.name} ended: {run.status.state} at step {run.status.step}; {steps} losses compared")
@@ -185,9 +192,13 @@ class Chaos:
             self.report.say(f"LOST {problem}")
 
 
+def _count(text: str) -> int:
+    return EACH if text == "each" else int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
-    parser.add_argument("faults", type=int, help="how many")
+    parser.add_argument("faults", type=_count, metavar="N", help="how many, or `each`: every kind once")
     parser.add_argument(
         "--seed", type=int, default=0, help="of what happens and when (not of how fast this machine is)"
     )
@@ -200,9 +211,10 @@ def main() -> int:
         folder = Path(name)
         os.environ |= {**ENVIRONMENT, "XDG_STATE_HOME": str(folder / "state"), "XDG_CACHE_HOME": str(folder / "cache")}
         report = Report()
-        chaos = Chaos(options.seed, folder, report)
+        kinds = faults.each(options.seed) if options.faults == EACH else ()
+        chaos = Chaos(options.seed, folder, report, kinds)
         try:
-            at, end = options.first, options.first + options.faults - 1
+            at, end = options.first, options.first + (len(kinds) or options.faults) - 1
             while at <= end:
                 last = min(end, (at - 1) // ROUND * ROUND + ROUND)
                 chaos.round(at, last)

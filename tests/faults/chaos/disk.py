@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import time
 from pathlib import Path
+
+from tests.harness.waiting import until
 
 SIZE_MIB = 320
 BALLAST = "ballast"
@@ -42,11 +43,8 @@ class Disk:
         if not self.mounted:
             self._set_mode(0o500)
             return
-        deadline = time.monotonic() + 30
-        while subprocess.run(["mount", "-o", "remount,ro", str(self.folder)], capture_output=True).returncode:
-            if time.monotonic() > deadline:
-                raise OSError(f"{self.folder} does not become read-only")
-            time.sleep(0.02)
+        remount = ["mount", "-o", "remount,ro", str(self.folder)]
+        until(lambda: subprocess.run(remount, capture_output=True).returncode == 0, f"{self.folder} read-only", 30)
 
     def allow(self) -> None:
         if not self.mounted:

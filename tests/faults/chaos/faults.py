@@ -140,7 +140,12 @@ FAULTS: list[tuple[int, Callable[[Scene], Struck]]] = [
 """With their weights."""
 
 
-def strike(scene: Scene) -> Struck:
+def each(seed: int) -> list[Callable[[Scene], Struck]]:
+    """All of them once, in an order of the seed's."""
+    return random.Random(seed).sample([fault for _, fault in FAULTS], len(FAULTS))
+
+
+def any_of_them(scene: Scene) -> Struck:
     (act,) = scene.chance.choices([fault for _, fault in FAULTS], [weight for weight, _ in FAULTS])
     return act(scene)
 

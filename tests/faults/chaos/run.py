@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 
 from runtime.wire.messages import LIVE_STATES, RunStatus, StepResult
+from tests.harness.runs import lives
+from tests.harness.waiting import patient, until
 from zerotop.hub.recorder import read_messages
 from zerotop.launch.start import start_run
 from zerotop.rundir.directory import read_entry
@@ -75,15 +77,12 @@ class Run:
         return hello.start_step if hello else 0
 
     def until(self, condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
-        deadline = time.monotonic() + deadline_s
-        while True:
+        def look() -> bool:
             self.source.poll()
             self.processes()
-            if condition():
-                return
-            if time.monotonic() > deadline:
-                raise NotSeen(f"not within {deadline_s:g} s: {what}; {self.status}")
-            self.source.wait(0.02)
+            return condition()
+
+        until(look, lambda: f"{what}; {self.status}", deadline_s, pause=self.source.wait, error=NotSeen)
 
     def train(self, steps: int, attempt: int | None = None) -> None:
         """Until so many more steps are done, or those left of the run; in `attempt` or a later one."""
@@ -134,7 +133,7 @@ class Run:
         self.source.close()
         for process in self.processes():
             process.kill()
-        psutil.wait_procs(list(self.seen.values()), timeout=5)
+        psutil.wait_procs(list(self.seen.values()), timeout=patient(5))
 
     def losses(self) -> list[tuple[int, float | None]]:
         """(step, loss) of every step of every attempt, as recorded."""
@@ -169,13 +168,6 @@ class Screen:
         self.process.kill()
         self.process.wait()
         os.close(self._terminal)
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def command_of(process: psutil.Process) -> list[str]:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.cpu import BF16_IF_QUICK
+from tests.harness.cpu import BF16_IF_QUICK
+from tests.harness.waiting import patient
 
 STEPS = 500
-"""Of every run. A round whose run has finished goes on with a new one."""
+"""Of every run but references. A round whose run has finished goes on with a new one."""
 INTERVAL = 5
 KEPT = 3
 _CPU = {"device": "cpu", "pin_memory": False}
@@ -20,15 +21,16 @@ VARIANTS: list[dict[str, Any]] = [
     {"zero_optimization": {"stage": 2, "offload_optimizer": _CPU}, "gradient_accumulation_steps": 2},
 ]
 ENVIRONMENT = {
-    "ZEROTOP_HANG_S": "6",
-    "ZEROTOP_WRITER_PATIENCE_S": "6",
-    "ZEROTOP_STOP_DEADLINE_S": "60",
-    "ZEROTOP_ORPHAN_GRACE_S": "60",
+    "ZEROTOP_HANG_S": f"{patient(6):g}",
+    "ZEROTOP_WRITER_PATIENCE_S": f"{patient(6):g}",
+    "ZEROTOP_STOP_DEADLINE_S": f"{patient(60):g}",
+    "ZEROTOP_ORPHAN_GRACE_S": f"{patient(60):g}",
 }
 
 
-def write_config(folder: Path, variant: int, checkpoints: Path | None) -> Path:
-    """The config of a variant; without `checkpoints` that of its reference, which makes none."""
+def write_config(folder: Path, variant: int, checkpoints: Path | None, steps: int = STEPS) -> Path:
+    """The config of a variant; without `checkpoints` that of its reference, which makes none. No loss depends on how
+    many steps there are."""
     text = folder / "text.txt"
     if not text.exists():
         text.write_text("What is written down is kept, and what is kept can be read again. " * 400)
@@ -42,7 +44,7 @@ def write_config(folder: Path, variant: int, checkpoints: Path | None) -> Path:
         "zerotop": {
             "model": {"preset": "gpt-tiny"},
             "data": {"seq_len": 64, "files": ["text.txt"]},
-            "train": {"steps": STEPS, "seed": variant},
+            "train": {"steps": steps, "seed": variant},
             "checkpoint": saving,
             "restarts": {"limit": 1000, "window_minutes": 1.0, "on_hang": True},
         },

@@ -18,6 +18,7 @@ import zmq
 
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
 from tests.faults.fuzz.frames import Frames
+from tests.harness.waiting import patient, until
 from zerotop.source.live import LiveSource
 
 GROWTH_BYTES = 64 * 2**20
@@ -62,7 +63,7 @@ def attack_hub(frames: int, seed: int) -> Report:
             _until_answered(Sockets(name))
             growth = process.memory_info().rss - before
             seconds = time.monotonic() - began
-            answer, _ = hub.communicate(timeout=LATE_S)
+            answer, _ = hub.communicate(timeout=patient(LATE_S))
         finally:
             hub.kill()
             hub.wait()
@@ -89,7 +90,7 @@ def _send(sockets: Sockets, count: int, seed: int) -> None:
             if number % 100 == 99:
                 time.sleep(0.01)  # a queue that only grows would test the sender
         for socket in opened:
-            socket.close(linger=int(LATE_S * 1000))
+            socket.close(linger=int(patient(LATE_S) * 1000))
 
 
 def _connect(
@@ -113,11 +114,12 @@ def _until_answered(sockets: Sockets) -> None:
     source = LiveSource(sockets)
     source.start()
     try:
-        deadline = time.monotonic() + LATE_S
-        while source.connection != "live":
+
+        def answered() -> bool:
             source.poll()
-            assert time.monotonic() < deadline, f"no answer from the hub: {source.connection}"
-            source.wait(0.05)
+            return source.connection == "live"
+
+        until(answered, lambda: f"an answer from the hub: {source.connection}", LATE_S, pause=source.wait)
         told = [event.text for event in source.state.events if "can't read" in getattr(event, "text", "")]
         assert not told, f"the hub has sent on what can't be read: {told}"
     finally:
@@ -136,7 +138,7 @@ def attack_screen(frames: int, seed: int) -> LiveSource:
         source = LiveSource(sockets)
         source.start()
         try:
-            assert screens.poll(int(LATE_S * 1000))
+            assert screens.poll(int(patient(LATE_S) * 1000))
             for number in range(frames):
                 while screens.poll(0):
                     topic = screens.recv()[1:]

@@ -1,0 +1,76 @@
+"""A program in a pseudo-terminal: what it shows there, and what is typed into it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import termios
+from collections.abc import Callable
+from typing import Any
+
+from tests.harness import ROOT
+from tests.harness.waiting import patient, until
+
+ALTERNATE_SCREEN = (b"\x1b[?1049h", b"\x1b[?1049l")  # on, off
+
+
+class Terminal:
+    """`shown` is all that the program has written, without escape sequences; `raw` is all of it."""
+
+    def __init__(self, words: list[str], size: tuple[int, int] = (120, 36), **streams: Any) -> None:
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+        environment = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, **streams}
+        self.process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **streams)
+        os.close(theirs)
+        self.raw = b""
+
+    @property
+    def shown(self) -> str:
+        text = self.raw.decode(errors="replace")
+        return re.sub(r"\x1b\[[0-9;?<>=]*[A-Za-z]|\x1b[()=>].?", "", text)
+
+    @property
+    def in_alternate_screen(self) -> bool:
+        on, off = (self.raw.rfind(code) for code in ALTERNATE_SCREEN)
+        return on > off
+
+    def read_until(self, condition: Callable[[], bool], within_s: float = 60.0) -> None:
+        until(condition, lambda: self.shown[-3000:], within_s, pause=self._read)
+
+    def _read(self, wait_s: float) -> None:
+        if select.select([self._ours], [], [], wait_s)[0]:
+            try:
+                self.raw += os.read(self._ours, 65536)
+            except OSError:  # EIO: the program has left its terminal
+                self.process.wait(patient(20))
+
+    def read_to_the_end(self) -> int:
+        self.read_until(lambda: self.process.poll() is not None)
+        while select.select([self._ours], [], [], 0)[0]:
+            try:
+                self.raw += os.read(self._ours, 65536)
+            except OSError:
+                break
+        return self.process.wait(patient(20))
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def hang_up(self) -> None:
+        os.close(self._ours)
+        self._ours = -1
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(patient(10))
+        if self._ours >= 0:
+            os.close(self._ours)

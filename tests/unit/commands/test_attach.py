@@ -1,0 +1,76 @@
+"""What attach and launch say, and how they exit: without a screen, and once the user has left it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime.wire.messages import LogRecord, RunStateName, RunStatus
+from tests.harness.fakerun import write_run
+from zerotop.commands.attach import show
+from zerotop.commands.progress import follow
+from zerotop.hub.recorder import Recorder
+from zerotop.rundir.directory import find_run
+from zerotop.source.base import Source
+from zerotop.source.recorded import RecordedSource
+
+
+class LeftAtOnce:
+    """In the place of the screen: the user presses q as soon as it is there."""
+
+    def __init__(self, source: Source, read_only: bool = False) -> None:
+        self.source = source
+        self.left_by = None
+
+    def run(self) -> None:
+        self.source.poll()
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "exit_code", "line"),
+    [
+        ("failed", "rank 1 was killed by SIGKILL", 1, "q1: failed, rank 1 was killed by SIGKILL"),
+        ("aborted", "aborted by me@box:7", 1, "q1: aborted, aborted by me@box:7"),
+        ("finished", "all ranks finished", 0, "q1: finished, all ranks finished"),
+        ("stopped", "stopped on request", 0, "q1: stopped, stopped on request"),
+        ("running", "", 0, "q1 continues (running): zerotop attach q1 opens it again"),
+    ],
+)
+def test_the_exit_code_is_the_runs(
+    state: RunStateName,
+    reason: str,
+    exit_code: int,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("zerotop.tui.app.ZerotopApp", LeftAtOnce)
+    source = RecordedSource(tmp_path, RunStatus(name="q1", state=state, reason=reason))
+    source.start()
+    assert show(source) == exit_code
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_lines_tell_what_ranks_warn_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    run = write_run(tmp_path, "q1", Path("/nowhere"), RunStatus(name="q1", state="finished", started_wall_s=10.0))
+    recorder = Recorder(run / "recording.sqlite", attempt=1)
+    for level, text, wall_s in (
+        ("warning", "starting from step 0", 11.0),
+        ("error", "a bad batch", 12.0),
+        ("info", "step 5", 13.0),
+        ("warning", "of an attempt before", 9.0),
+    ):
+        said = {"rank": 1, "level": level, "logger": "runtime.engine", "text": text, "wall_s": wall_s}
+        recorder.add("rank/1", LogRecord.model_validate(said))
+    recorder.close()
+    entry = find_run("q1")
+    source = RecordedSource(entry.path, entry.status)
+    source.start()
+    assert follow(source, entry) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["rank 1: starting from step 0", "rank 1: a bad batch", "q1: finished at step 0"]
