@@ -20,7 +20,7 @@ HISTORY = {"CHANGELOG.md"}
 TOPS = "runtime|zerotop|tests|docs|benchmarks|csrc|examples|themes|tools"
 PATH = re.compile(rf"(?<![\w./-])(?<!--markdown )(?:{TOPS})/[\w./*-]*[\w/*]")
 FUNCTION = re.compile(r"([\w/]+\.py):([A-Za-z_][\w.]*\w)")
-TEST = re.compile(r"(test_\w+)\.py(?:::(test_\w+))?|`(test_\w+)`")
+TEST = re.compile(r"([\w/]*\btest_\w+\.py)(?:::(test_\w+))?|`(test_\w+)`")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -62,30 +62,33 @@ def test_every_function_is_where_the_document_says(document: Path) -> None:
 
 
 @cache
-def known_tests() -> dict[str, set[str]]:
-    """The tests of every test file, by its name without folder."""
-    tests: dict[str, set[str]] = {}
-    for path in (ROOT / "tests").rglob("test_*.py"):
-        tests.setdefault(path.stem, set()).update(re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8")))
-    return tests
+def _tests_of(path: Path) -> frozenset[str]:
+    return frozenset(re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_test_that_a_promise_names_exists(document: Path) -> None:
-    tests, wrong = known_tests(), []
+    everywhere = sorted((ROOT / "tests").rglob("test_*.py"))
+    wrong = []
     for file, test, alone in TEST.findall(document.read_text(encoding="utf-8")):
-        if file and (file not in tests or (test and test not in tests[file])):
-            wrong.append(f"{file}.py::{test}")
-        if alone and not any(alone in found for found in tests.values()):
+        path = ROOT / "tests" / file.removeprefix("tests/")
+        if file and not (path.exists() and (not test or test in _tests_of(path))):
+            wrong.append(f"{file}::{test}")
+        if alone and not any(alone in _tests_of(path) for path in everywhere):
             wrong.append(alone)
     assert not wrong or document.name in HISTORY
 
 
 def test_the_architecture_lists_the_layers_of_the_contracts() -> None:
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     shown = [
-        name for line in text.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])
+        name
+        for line in text.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
     ]
     wanted = []
     for package in ("runtime", "zerotop"):
