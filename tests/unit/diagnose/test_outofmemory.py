@@ -148,7 +148,8 @@ def test_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch, nothing_known: None
     assert found is not None and asked == ["empty_cache"]
     lines = [line.strip() for line in found.lines]
     assert lines[0] == (
-        "Out of memory: tried to allocate 2.00 GiB on cuda:1, 256 MiB free; forward of step 12, micro-step 3 of 4, in blocks.0"
+        "Out of memory: tried to allocate 2.00 GiB on cuda:1, 256 MiB free; forward of step 12, micro-step 3 of 4, "
+        "in blocks.0"
     )
     at = lines.index("Held on cuda:1 (80.0 GiB):")
     assert lines[at + 1 : at + 6] == [
