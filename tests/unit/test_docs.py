@@ -21,7 +21,7 @@ TOPS = "runtime|zerotop|tests|docs|benchmarks|csrc|examples|themes|tools"
 PATH = re.compile(rf"(?<![\w./-])(?<!--markdown )(?:{TOPS})/[\w./*-]*[\w/*]")
 FUNCTION = re.compile(r"([\w/]+\.py):([A-Za-z_][\w.]*\w)")
 TEST = re.compile(r"([\w/]*\btest_\w+\.py)(?:::(test_\w+))?|`(test_\w+)`")
-LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
 
 
 @cache
@@ -44,10 +44,20 @@ def in_class(path: Path, name: str) -> bool:
     return name in known or (kind in known and any(other.endswith(f".{method}") for other in known))
 
 
+def anchors(document: Path) -> set[str]:
+    """GitHub's names of the headings."""
+    found = re.findall(r"(?m)^#+ (.+)$", document.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_and_link_exists(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    missing = [link for link in LINK.findall(text) if not (document.parent / link).exists()]
+    missing = []
+    for link, heading in LINK.findall(text):
+        target = document.parent / link if link else document
+        if not target.exists() or (heading and heading not in anchors(target)):
+            missing.append(f"{link}#{heading}")
     if document.name not in HISTORY:
         missing += [path for path in PATH.findall(text) if not any(ROOT.glob(path.rstrip("/")))]
     assert not missing
