@@ -48,7 +48,7 @@ What to change: all ranks must take the same number of steps, because every step
   - initialize(training_data=...) gives every rank as many batches
   - a DataLoader of your own: DistributedSampler pads or drops samples until the ranks have equally many; drop_last=True
   - other data: before the loop, all-reduce the minimum number of batches and stop after that many
-README.md, "When ranks have different amounts of data", has the code."""
+docs/faults.md, "Ranks with different amounts of data", has the code."""
 _NOT_INITIALIZED = "the script never called runtime.initialize(): nothing was trained or watched"
 
 
