@@ -1,8 +1,8 @@
-"""Text from ranks, logs, configs, peers and exceptions, made safe to print.
+"""Makes text from ranks, logs, configs, peers and exceptions safe to print.
 
 A terminal obeys what it is sent: escape sequences move the cursor, set the title or fill the clipboard, and characters
-that direct text (U+202E) or take no room make a line say something else than it seems to. Nothing that zerotop did not
-write itself reaches a terminal without passing through `clean`.
+that change the direction of text (U+202E) or have no width make a line look different from what it is. Nothing that
+zerotop did not write itself reaches a terminal without passing through `clean`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _NO_CHARACTER = re.compile(r"[\ud800-\udfff\ue000-\uf8ff\ufdd0-\ufdef\ufffe\ufff
 def clean(text: str) -> str:
     """`text` with only line ends and printable characters: without escape sequences, control and format characters.
 
-    A carriage return starts its line anew, as a progress bar means it. What stands for no character (a lone surrogate
-    of a file name that is not UTF-8, private use) becomes U+FFFD.
+    A carriage return restarts its line, as in a progress bar. What is not a character (a lone surrogate of a file name
+    that is not UTF-8, private use) becomes U+FFFD.
     """
     if text.isprintable():
         return text

@@ -13,28 +13,29 @@ from typing import NoReturn
 
 COMMANDS = {
     "launch": ("launch", "start a run and open the live screen on it"),
-    "attach": ("attach", "open the screen on a run, here or on another box over SSH"),
+    "attach": ("attach", "open the screen on a run, here or on another machine over SSH"),
     "ls": ("ls", "list runs"),
     "status": ("status", "show where a run is: step, loss, and every rank"),
     "logs": ("logs", "print what the ranks wrote"),
-    "pause": ("control", "hold the run at the next step boundary"),
-    "resume": ("control", "let a paused run go on"),
+    "pause": ("control", "pause the run at the next step boundary"),
+    "resume": ("control", "resume a paused run"),
     "checkpoint": ("control", "write a checkpoint at the next step boundary"),
     "set": ("control", "change a setting of the running run"),
     "stop": ("control", "write a checkpoint, then end the run"),
     "abort": ("control", "end the run at once, without a checkpoint"),
-    "stacks": ("control", "show where every rank stands, also in a run that is stuck"),
-    "plan": ("plan", "say what each ZeRO stage would cost in memory and traffic"),
+    "stacks": ("control", "dump the stacks of all ranks, also of a run that is stuck"),
+    "plan": ("plan", "estimate memory and traffic of each ZeRO stage"),
     "export": ("export", "write a checkpoint as Hugging Face safetensors"),
-    "doctor": ("doctor", "check this machine and say how to mend what is missing"),
+    "doctor": ("doctor", "check this machine and suggest fixes"),
     "resolve": ("resolve", ""),
 }
-"""Command -> (module of zerotop.commands, its line in the help; empty: not for people)."""
+"""Command -> (module of zerotop.commands, its line in the help; empty: not in the help)."""
 _UTF8 = "PYTHONUTF8"
 EXITS = "Exit codes: 0 done; 1 the run failed or the command was rejected; 2 bad usage, an unknown run or a bad value."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
     if argv is None:
         _speak_utf8()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -58,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _speak_utf8() -> None:
-    """Start again in Python's UTF-8 mode where the locale has another encoding: run.json, logs and the ranks' names are
-    UTF-8, and under an ASCII locale no other name could even be passed on."""
+    """Start again in Python's UTF-8 mode if the locale has another encoding: run.json, logs and messages of the
+    ranks are UTF-8, and under an ASCII locale no other name could even be passed on."""
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get(_UTF8) != "1" and sys.executable:
         os.environ[_UTF8] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -130,13 +131,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _exit_code(error: Exception) -> int | None:
-    """The exit code of an error that is meant for people; None for a fault of ours, which deserves its traceback."""
+    """The exit code of an error that is meant for the user; None for a bug, which deserves its traceback."""
     # Imported here, because a good call needs none of them.
     from runtime.config import ConfigError
     from runtime.config.knobs import KnobError
     from runtime.wire.codec import ProtocolError
     from zerotop.output import CommandError
-    from zerotop.runs.paths import RunError
+    from zerotop.rundir.paths import RunError
     from zerotop.source.base import SourceError
 
     if isinstance(error, CommandError):
@@ -145,7 +146,7 @@ def _exit_code(error: Exception) -> int | None:
 
 
 def _report(message: str, words: list[str]) -> None:
-    """To people on stderr; a program that asked for JSON gets its one document as well."""
+    """Print an error to stderr; with --json also as one document to stdout."""
     from zerotop.output import say
 
     say(f"zerotop: {message}")

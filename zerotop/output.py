@@ -1,6 +1,6 @@
-"""What commands print: JSON documents, aligned tables, figures with units, and errors for people.
+"""What commands print: JSON documents, aligned tables, and errors.
 
-Whatever a command says goes through `show`, `say` or `print_json`, which let nothing steer the terminal.
+All output goes through `show`, `say` or `print_json`, which keep it from controlling the terminal.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ import json
 import math
 import re
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from zerotop.clean import clean
 
 INSTALL_TRAINING = "pip install '.[train]' in zerotop's source folder"
-"""The way out where torch is missing."""
+"""What to do where torch is missing."""
 
 
 class CommandError(Exception):
-    """One clear message for people: what was expected, what came, the way out. Ends the program with `exit_code`.
+    """One clear message for the user: what was expected, what came, what to do. Ends the program with `exit_code`.
 
     2: bad usage, an unknown run, a bad value; nothing was done. 1: a command was rejected or could not be carried out.
     """
@@ -31,9 +30,8 @@ class CommandError(Exception):
 
 
 def print_json(document: Any) -> None:
-    """One JSON document to stdout. NaN and infinities, which JSON does not have, become null; characters that would
-    steer a terminal are escaped.
-    """
+    """One JSON document to stdout. NaN and infinities become null; characters that would control a terminal are
+    escaped."""
     text = json.dumps(finite(document), indent=1, allow_nan=False, ensure_ascii=False)
     print(text if text.isascii() else _UNPRINTABLE.sub(_escaped, text), flush=True)
 
@@ -57,7 +55,8 @@ def finite(value: Any) -> Any:
 
 
 def show(text: str, *, to_stderr: bool = False, coloured: bool = False) -> None:
-    """Lines for people, cleaned of what would steer their terminal. `coloured`: colours in it are our own, and stay."""
+    """Lines for the user, cleaned of what would control the terminal. `coloured`: colour sequences in it are ours,
+    and stay."""
     parts = _COLOUR.split(text) if coloured else [text]
     shown = "".join(part if index % 2 else clean(part) for index, part in enumerate(parts))
     print(shown, file=sys.stderr if to_stderr else sys.stdout, flush=True)
@@ -67,12 +66,12 @@ _COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 def say(text: str) -> None:
-    """A diagnostic or progress line: stderr, so that stdout holds answers only."""
+    """A diagnostic or progress line to stderr; stdout has only answers."""
     show(text, to_stderr=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns aligned by padding; those whose index is in `right` are aligned to the right."""
+    """Columns aligned by padding; those whose index is in `right` are right-aligned."""
     widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -85,62 +84,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
     return "\n".join(line(row) for row in [header, *rows])
 
 
-def as_float(value: float | None) -> float | None:
-    """`value` as a finite float; None for what is no figure: not a number, infinite, or beyond a float's range."""
-    try:
-        number = math.nan if value is None else float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def bytes_text(count: float | None) -> str:
-    """1.5 GiB; a dash when there is no figure."""
-    number = as_float(count)
-    if number is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(number) < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB" if abs(number) < 1e6 else f"{number:.1e} TiB"
-
-
-def duration_text(seconds: float | None) -> str:
-    """42s, 3m 05s, 2h 07m, 3d 4h; a dash when there is no figure."""
-    number = as_float(seconds)
-    if number is None:
-        return "-"
-    if number < 0:
-        return f"-{duration_text(-number)}"
-    whole = int(number)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600}h" if whole < 1e10 else f"{number / 86400:.1e}d"
-
-
-def number_text(value: float | None, form: str = ".4g") -> str:
-    number = as_float(value)
-    return "-" if number is None else format(number, form)
-
-
-def time_text(wall_s: float | None) -> str:
-    """ISO 8601 in local time with its offset, to the second; empty when there is none."""
-    if wall_s is None:
-        return ""
-    try:
-        text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(wall_s))
-    except (ValueError, OverflowError, OSError):  # no date: not a number, or beyond the calendar
-        return ""
-    return f"{text[:-2]}:{text[-2:]}"
-
-
 def with_exit_code(reason: str, code: int | None) -> str:
-    """Why something failed, with its exit code unless the reason names that, or the signal, already."""
+    """The reason of a failure with its exit code, unless the reason already names that or the signal."""
     if code is None or code == 0 or re.search(rf"\bSIG[A-Z]+|\bsignal \d+|\bexit\D*{code}\b", reason):
         return reason
     return f"{reason} (exit {code})"

@@ -1,4 +1,4 @@
-"""A run's state as the documents and the text that `status` and `ls` print."""
+"""The state of a run as the documents and texts that `status` and `ls` print."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from runtime.wire.messages import LIVE_STATES, CommandRecord, StepResult
-from zerotop.output import bytes_text, duration_text, number_text, table, time_text, with_exit_code
+from zerotop.format import MISSING, bytes_text, count_text, duration_text, figure_text, ms_text, rate_text, time_text
+from zerotop.output import table, with_exit_code
 from zerotop.state.condition import Condition, condition_of
 from zerotop.state.memory import memory_use
 from zerotop.state.progress import progress
 from zerotop.state.run import RankState, RunState, waits_for
 
 if TYPE_CHECKING:
-    from zerotop.runs.directory import RunEntry
+    from zerotop.rundir.directory import RunEntry
 
 
 # ---- status ----------------------------------------------------------------------------------------------------
 def status_document(state: RunState, entry: RunEntry | None = None, *, connection: str = "live") -> dict[str, Any]:
-    """What `status --json` prints. `entry` adds where the run lies, and speaks for a hub that has said nothing yet;
-    `connection` is the source's."""
+    """The output of `status --json`. `entry` adds where the run is, and stands in for a hub that has not answered;
+    `connection` is that of the source."""
     status = state.status or (entry.status if entry else None)
     hello = state.hello
     newest = _newest_step(state)
@@ -74,7 +75,7 @@ def _newest_step(state: RunState) -> StepResult | None:
 
 def _rank_document(state: RunState, rank: RankState) -> dict[str, Any]:
     heartbeat, step, memory, hello = rank.heartbeat, rank.step, rank.memory, rank.hello
-    # A rank that was killed said no goodbye, and its last heartbeat stands for ever.
+    # A rank that was killed sent no goodbye, and its last heartbeat would stay for ever.
     over = rank.goodbye is not None or state.state_name not in LIVE_STATES
     ended = over and rank.goodbye is None
     figures: dict[str, Any] = {}
@@ -111,7 +112,7 @@ def _rank_document(state: RunState, rank: RankState) -> dict[str, Any]:
 
 
 def command_document(record: CommandRecord) -> dict[str, Any]:
-    """What a control command prints with --json."""
+    """The output of a control command with --json."""
     command, ack = record.command, record.ack
     return {
         "command": command.name,
@@ -128,19 +129,15 @@ def command_document(record: CommandRecord) -> dict[str, Any]:
 
 
 def status_text(document: dict[str, Any]) -> str:
-    """A status document for people."""
+    """A status document as text."""
     lines = [_headline(document)]
     if document["loss"] is not None:
-        figures = (
-            ("loss", document["loss"], ".4f"),
-            ("lr", document["lr"], ".3g"),
-            ("norm", document["grad_norm"], ".3g"),
-        )
-        parts = [f"{name} {number_text(value, form)}" for name, value, form in figures]
+        figures = (("loss", document["loss"]), ("lr", document["lr"]), ("norm", document["grad_norm"]))
+        parts = [f"{name} {figure_text(value)}" for name, value in figures]
         if document["tokens_per_s"] is not None:
-            parts.append(f"{number_text(document['tokens_per_s'], ',.0f')} tokens/s")
+            parts.append(rate_text(document["tokens_per_s"]))
         if document["loss_step"] < document["step"]:  # the recording ends before the run did
-            parts.append(f"(of step {document['loss_step']}, the last that was recorded)")
+            parts.append(f"(of step {document['loss_step']}, the last one recorded)")
         lines.append("  ".join(parts))
     if document["last_checkpoint_step"] is not None:
         lines.append(f"newest checkpoint: step {document['last_checkpoint_step']}")
@@ -176,7 +173,7 @@ def _headline(document: dict[str, Any]) -> str:
 def _restarts_text(document: dict[str, Any]) -> str:
     times = "once" if document["restarts"] == 1 else f"{document['restarts']} times, last"
     lost = document["lost_steps"]
-    again = f"; {lost} step{'s' * (lost > 1)} taken again" if lost else ""
+    again = f"; {lost} step{'s' * (lost > 1)} replayed" if lost else ""
     return f"restarted {times} because {document['restart_reason']}{again}"
 
 
@@ -189,23 +186,23 @@ def _ranks_text(ranks: Sequence[dict[str, Any]]) -> str:
         rows.append(
             (
                 str(rank["rank"]),
-                rank["host"] or "-",
-                rank["device"] or "-",
+                rank["host"] or MISSING,
+                rank["device"] or MISSING,
                 f"{rank['phase']}{micro}",
-                "-" if rank["step"] is None else str(rank["step"]),
+                MISSING if rank["step"] is None else str(rank["step"]),
                 bytes_text(used),
                 bytes_text(memory.get("rss_bytes")),
-                number_text(rank["wait_ms"], ".1f"),
-                number_text(rank["tokens_per_s"], ",.0f"),
+                ms_text(rank["wait_ms"]),
+                count_text(rank["tokens_per_s"]),
             )
         )
-    header = ("RANK", "HOST", "DEVICE", "PHASE", "STEP", "VRAM", "RSS", "WAIT ms", "TOKENS/s")
+    header = ("RANK", "HOST", "DEVICE", "PHASE", "STEP", "VRAM", "RSS", "WAIT", "TOKENS/s")
     return table(header, rows, right=(0, 4, 5, 6, 7, 8))
 
 
 # ---- ls --------------------------------------------------------------------------------------------------------
 def list_document(entries: Sequence[RunEntry]) -> list[dict[str, Any]]:
-    """What `ls --json` prints, from the run directories alone: the step is as new as state.json is."""
+    """The output of `ls --json`, from the run directories alone: the step is as recent as state.json."""
     return [
         {
             "name": entry.name,
@@ -230,6 +227,7 @@ def list_document(entries: Sequence[RunEntry]) -> list[dict[str, Any]]:
 
 
 def list_text(document: Sequence[dict[str, Any]]) -> str:
+    """A list document as text."""
     rows = [
         (
             run["name"],
@@ -246,7 +244,7 @@ def list_text(document: Sequence[dict[str, Any]]) -> str:
 
 
 def _why(run: dict[str, Any]) -> str:
-    """Why it is in its state; a run that goes on after a restart says so."""
+    """Why the run is in its state; a run that continues after a restart says so."""
     count = run["restarts"]
     restarts = f"{count} restart{'s' * (count > 1)}" if count else ""
     if not run["reason"]:
@@ -260,7 +258,7 @@ def _started(entry: RunEntry) -> float:
 
 
 def planned_steps(entry: RunEntry | None) -> int | None:
-    """Optimizer steps the run was launched for, as its resolved config says; None when a script decides."""
+    """Optimizer steps of the run according to its resolved config; None if a script decides."""
     if entry is None or entry.run.script is not None:
         return None
     try:

@@ -161,12 +161,7 @@ class Autosave:
             for note in outcome.notes:
                 self._link.event("checkpoint", note, severity="warning")
             path, blocked_ms = str(outcome.job.final), 1000 * outcome.blocked_s
-            self._link.event(
-                "checkpoint",
-                f"checkpoint at step {step} saved in {outcome.seconds:.1f} s (training waited {blocked_ms:.0f} ms)",
-                step=step,
-                data={"path": path, "seconds": round(outcome.seconds, 3), "blocked_ms": round(blocked_ms, 1)},
-            )
+            self._link.checkpoint_saved(step, path, seconds=outcome.seconds, blocked_ms=blocked_ms)
             if answer is not None:
                 answer("applied", "", {"path": path, "step": step}, step)
 

@@ -32,6 +32,7 @@ from runtime.telemetry.orphan import SupervisorWatch, grace_s
 from runtime.telemetry.recorder import Recorder
 from runtime.wire.messages import (
     Ack,
+    CheckpointSaved,
     Collectives,
     Command,
     Event,
@@ -206,6 +207,19 @@ class Telemetry(Recorder):
                 severity=severity,
                 step=step,
                 data=data or {},
+                wall_s=time.time(),
+            )
+        )
+
+    def checkpoint_saved(self, step: int, path: str, *, seconds: float, blocked_ms: float) -> None:
+        """A checkpoint is complete on disk, `seconds` after it was begun; training waited for `blocked_ms` of them."""
+        self._send_event(
+            CheckpointSaved(
+                rank=self.rank,
+                step=step,
+                path=path,
+                seconds=round(seconds, 3),
+                blocked_ms=round(blocked_ms, 1),
                 wall_s=time.time(),
             )
         )

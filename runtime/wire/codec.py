@@ -122,7 +122,7 @@ def decode_down(frame: bytes) -> Any:
 
 
 def decode_up(frame: bytes) -> Any:
-    """One bare message (an `Ack` to a screen, a stored row of the recording); None for a kind we don't know."""
+    """One bare message (a stored row of the recording); None for a kind we don't know."""
     return _read_one(load(frame), up_adapter)
 
 

@@ -4,11 +4,13 @@ Three channels carry them, and each says what it may lose:
 
 - telemetry (a rank's PUB to the hub): `Phases`, `StepResult`, `Memory`, `Collectives`, `Heartbeat`. May be dropped; a
   gap is counted by `Packet.seq`.
-- events (a rank's DEALER to the hub's ROUTER): `Hello`, `LogRecord`, `Event`, `Ack`, `Goodbye`. Numbered by
-  `Packet.seq`, asked for again with `Resend`; never lost while both ends live. Downwards the same pair carries
-  `Command`, in the hub's numbering.
-- screens (the hub's XPUB): all of the above as they arrive, and the hub's own `RunStatus`, `NodeStats`,
+- events (a rank's DEALER to the hub's ROUTER): `Hello`, `LogRecord`, `Event`, `CheckpointSaved`, `Ack`, `Goodbye`.
+  Numbered by `Packet.seq`, asked for again with `Resend`; never lost while both ends live. Downwards the same pair
+  carries `Command`, in the hub's numbering.
+- screens (the hub's XPUB): all of the above as they arrive, except `Ack`, and the hub's own `RunStatus`, `NodeStats`,
   `CommandRecord`; first a `Snapshot`.
+- commands (a screen's DEALER to the hub's ROUTER): `Command`, in this direction only. The answer is the
+  `CommandRecord` with the command's id on the screens channel. A command without one is sent again.
 
 Units stand in the field names. `*_ns` are CLOCK_MONOTONIC nanoseconds of the sender's node (comparable on one node
 only); `*_wall_s` are Unix seconds. Older readers ignore unknown fields, and skip messages of an unknown kind or with
@@ -189,8 +191,7 @@ class LogRecord(Message):
 
 
 class Event(Message):
-    """Something worth a line in the event pane: what is a stable word ("checkpoint", "resumed", "overflow",
-    "not finite", "exit", ...)."""
+    """Something worth a line in the event pane. `what` is a stable word, such as "resumed", "overflow" or "exit"."""
 
     kind: Literal["event"] = "event"
     rank: RankNumber | None
@@ -202,12 +203,25 @@ class Event(Message):
     wall_s: WallSeconds
 
 
+class CheckpointSaved(Message):
+    """A checkpoint is complete on disk. Rank 0 sends it."""
+
+    kind: Literal["checkpoint_saved"] = "checkpoint_saved"
+    rank: RankNumber
+    step: Step
+    path: Text
+    seconds: Finite  # from the copy of the first state to the rename
+    blocked_ms: Finite  # the part of it for which training waited
+    wall_s: WallSeconds
+
+
 class Command(Message):
-    """`id` is the sender's (the same id twice acts once); `number` is the hub's, 0 until it has been accepted."""
+    """A request to the run. `id` is the sender's: the same id twice acts once. `number` is the hub's, 0 until it has
+    accepted the command."""
 
     kind: Literal["command"] = "command"
     id: Identity
-    name: CommandName
+    name: Word  # a `CommandName`; the hub rejects others, which a newer screen may know
     arguments: Data = Field(default_factory=dict)
     who: Name = ""
     number: Count = 0
@@ -215,8 +229,9 @@ class Command(Message):
 
 
 class Ack(Message):
-    """accepted (by the hub) -> applied at `step` (by rank 0) | rejected: `reason`; `result` e.g. the checkpoint's
-    path. Rank 0 may say accepted again, with what it does about the command as `reason`."""
+    """The state of a command: accepted by the hub, then either applied at `step` or rejected for `reason`. `result` is
+    what it came to, such as a checkpoint's path. From rank 0 it goes to the hub and no further; `accepted` then means
+    that rank 0 works on the command, and `reason` says what it does."""
 
     kind: Literal["ack"] = "ack"
     id: Identity
@@ -230,7 +245,7 @@ class Ack(Message):
 
 
 class CommandRecord(Message):
-    """A command and the newest answer to it, as the hub keeps it."""
+    """A command and its newest state. The hub publishes one at every change: the only answer to a command."""
 
     kind: Literal["command_record"] = "command_record"
     command: Command
@@ -332,6 +347,7 @@ Up = Annotated[
     | Heartbeat
     | LogRecord
     | Event
+    | CheckpointSaved
     | Ack
     | Goodbye
     | RunStatus

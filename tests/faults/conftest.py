@@ -12,9 +12,9 @@ import pytest
 
 from tests.harness import ROOT
 from tests.harness.runs import StartedRun
-from zerotop.runs.directory import read_entry
-from zerotop.runs.launching import start_run
-from zerotop.runs.paths import remove_sockets
+from zerotop.launch.start import start_run
+from zerotop.rundir.directory import read_entry
+from zerotop.rundir.paths import remove_sockets
 
 FAKE_RANK = ROOT / "tests" / "harness" / "fake_rank.py"
 

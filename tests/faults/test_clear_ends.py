@@ -12,7 +12,7 @@ from runtime.wire.messages import Goodbye, RunStatus
 from tests.harness.runs import StartedRun
 from zerotop.hub.recorder import read_messages
 from zerotop.report import status_document, status_text
-from zerotop.runs.directory import read_entry
+from zerotop.rundir.directory import read_entry
 
 pytestmark = pytest.mark.timeout(240)
 DEADLINE_S = 90.0

@@ -19,7 +19,7 @@ from runtime.wire.rundir import read_run, read_status
 from tests.harness.runs import StartedRun
 from tests.harness.waiting import patient, until
 from zerotop import cli
-from zerotop.runs.hang import JUMP_S
+from zerotop.diagnose.hang import JUMP_S
 
 Start = Callable[..., StartedRun]
 HANG_S = patient(2)
@@ -69,7 +69,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_with_it(meet: Callable[...,
 
     os.kill(pid, signal.SIGCONT)
     run.see(lambda _: len(events(run, "hang")) == 2, "the end of the hang")
-    assert events(run, "hang")[1].severity == "info" and "goes on" in events(run, "hang")[1].text
+    assert events(run, "hang")[1].severity == "info" and "progress resumed" in events(run, "hang")[1].text
     run.see(lambda source: source.state.status.reason == "", "no reason any more")
     run.see_step(run.source.state.step + 3)
     assert read_run(run.path).attempt == 1

@@ -17,7 +17,7 @@ from tests.harness.waiting import until
 from zerotop import cli
 from zerotop.commands import progress
 from zerotop.commands.progress import follow
-from zerotop.runs import launching
+from zerotop.launch import start as launching
 from zerotop.source.asking import asker
 from zerotop.source.opening import open_source
 
@@ -106,7 +106,7 @@ def test_a_batch_systems_signal_stops_the_run_and_its_end_is_awaited(
     thread.join()
     assert signal.getsignal(number) is usual
     captured = capsys.readouterr()
-    assert f"{number.name}: stopping after a checkpoint, or aborting in 60 s" in captured.err
+    assert f"{number.name}: stopping after a checkpoint, or aborting in 1m 00s" in captured.err
     assert captured.out.splitlines()[-1].startswith(f"{run.path.name}: stopped at step ")
     run.see_state("stopped")
     assert [record.command.who for record in run.source.state.commands.values()] == [number.name]
@@ -144,7 +144,7 @@ def test_a_supervisor_that_does_not_answer_does_not_hold_the_launch(
     monkeypatch.setattr(progress, "OVERDUE_S", 0.5)
     run = start()
     run.see_step(2)
-    supervisor = next(process for process in run.processes() if "zerotop.runs.supervisor" in process.cmdline())
+    supervisor = next(process for process in run.processes() if "zerotop.supervise" in process.cmdline())
     usual = signal.getsignal(signal.SIGTERM)
 
     def send() -> None:
@@ -181,7 +181,7 @@ def test_a_restart_is_told_and_its_steps_are_printed_again(start: Start, capsys:
     assert any(line.startswith("attempt 1 failed: rank 1 was killed by SIGKILL") for line in lines)
     told = next(index for index, line in enumerate(lines) if line.startswith("restart 1 of 3: rank 1 was killed"))
     steps = [int(line.split()[1].split("/")[0]) for line in lines[told:] if line.startswith("step ")]
-    start_step = int(lines[told].split("going on from step ")[1].split(",")[0])
+    start_step = int(lines[told].split("continues from step ")[1].split(",")[0])
     assert steps == list(range(start_step + 1, 121)) and start_step >= 20 and start_step % 20 == 0
 
 
@@ -197,7 +197,7 @@ def test_a_failure_shows_the_last_error_once_and_exits_1(start: Start, capsys: p
 
 def test_a_killed_supervisor_ends_the_lines_with_the_truth(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     run = start()
-    supervisor = next(process for process in run.processes() if "zerotop.runs.supervisor" in process.cmdline())
+    supervisor = next(process for process in run.processes() if "zerotop.supervise" in process.cmdline())
 
     def kill() -> None:
         until(lambda: read_status(run.path).step >= 2, "step 2")

@@ -20,8 +20,8 @@ from tests.harness.cpu import BF16_IF_QUICK
 from tests.harness.runs import StartedRun
 from tests.harness.waiting import until
 from zerotop.hub.recorder import read_messages
-from zerotop.runs.directory import read_entry
-from zerotop.runs.restarts import AGAIN_THE_SAME
+from zerotop.rundir.directory import read_entry
+from zerotop.supervise.restarts import AGAIN_THE_SAME
 
 pytestmark = pytest.mark.timeout(240)
 STEPS = 160

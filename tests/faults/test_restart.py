@@ -17,7 +17,7 @@ from runtime.wire.rundir import read_run, read_status
 from tests.harness.runs import StartedRun
 from tests.harness.waiting import patient, until
 from zerotop.hub.recorder import read_recording
-from zerotop.runs.restarts import AGAIN_THE_SAME
+from zerotop.supervise.restarts import AGAIN_THE_SAME
 
 Start = Callable[..., StartedRun]
 
@@ -52,11 +52,11 @@ def test_a_killed_rank_is_followed_by_the_next_attempt(start: Start) -> None:
     status = run.source.state.status
     assert status is not None
     assert (status.attempt, status.restarts, status.failed_rank) == (2, 1, None)
-    assert status.restart_reason.startswith("rank 1 was killed by SIGKILL, ")
+    assert status.restart_reason.startswith("rank 1 was killed by SIGKILL (")
     (told,) = texts(run, "restart")
     found = re.fullmatch(
-        r"restart 1 of 3: rank 1 was killed by SIGKILL, [^;]+; going on from step (\d+), "
-        r"(?:(\d+) steps? (?:are|is) taken again|no step is lost)",
+        r"restart 1 of 3: rank 1 was killed by SIGKILL \([^;]+; continues from step (\d+), "
+        r"(?:(\d+) steps? replayed|no step lost)",
         told,
     )
     assert found is not None, told
@@ -90,7 +90,7 @@ def test_without_a_checkpoint_it_starts_from_step_0(start: Start) -> None:
     run.see_step(3)
     kill_rank(run, 0)
     see_attempt(run, 2, 1)
-    assert "starting again from step 0, " in texts(run, "restart")[0]
+    assert "starts again from step 0, " in texts(run, "restart")[0]
     assert read_status(run.path).lost_steps >= 3
 
 
@@ -160,8 +160,8 @@ def test_the_limit_is_kept(start: Start) -> None:
     see_attempt(run, 2, 12)
     kill_rank(run, 0)
     status = ended(run)
-    assert status.reason.startswith("rank 0 was killed by SIGKILL, ")
-    assert status.reason.endswith("; 1 restart within 60 min was used up")
+    assert status.reason.startswith("rank 0 was killed by SIGKILL (")
+    assert status.reason.endswith("; not restarted: the limit of 1 restart within 1h 00m is reached")
     assert (status.attempt, status.restarts, status.failed_rank) == (2, 1, 0)
 
 
@@ -197,7 +197,7 @@ def test_a_stop_that_is_open_ends_the_run(start: Start, name: str) -> None:
         run.see_state("stopping")
     os.kill(run.pid_of_rank(0), signal.SIGKILL)
     status = ended(run)
-    assert status.reason.endswith("; not restarted, because its end was asked for") and status.attempt == 1
+    assert status.reason.endswith("; not restarted, because a stop was requested") and status.attempt == 1
 
 
 def restarting(start: Start) -> StartedRun:
@@ -244,4 +244,4 @@ def test_a_signal_to_one_rank_of_a_paused_run_stops_it(start: Start, number: sig
     process = psutil.Process(run.pid_of_rank(1))
     process.send_signal(number)
     assert ended(run, "stopped").attempt == 1
-    assert [event.text.split(":")[0] for event in run.source.state.events if event.what == "signal"] == [number.name]
+    assert [text.split(":")[0] for text in texts(run, "signal")] == [number.name]

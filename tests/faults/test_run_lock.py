@@ -13,10 +13,10 @@ import pytest
 from runtime.wire.rundir import read_run, read_status
 from tests.harness.runs import StartedRun, lives
 from tests.harness.waiting import until
-from zerotop.runs import lock as module
-from zerotop.runs.directory import read_entry
-from zerotop.runs.lock import holders, take
-from zerotop.runs.paths import RunError
+from zerotop.rundir import lock as module
+from zerotop.rundir.directory import read_entry
+from zerotop.rundir.lock import holders, take
+from zerotop.rundir.paths import RunError
 
 Start = Callable[..., StartedRun]
 AGAIN = {"name": "q1", "resume": True}

@@ -101,7 +101,7 @@ class FakeRank:
         result = {"path": f"checkpoints/step-{self.step}", "step": self.step}
         if self.rank == 0:
             (self.folder / f"step-{self.step}").mkdir(parents=True, exist_ok=True)
-            self.telemetry.event("checkpoint", f"checkpoint at step {self.step}", step=self.step, data=result)
+            self.telemetry.checkpoint_saved(self.step, str(result["path"]), seconds=0.1, blocked_ms=0.0)
         return result
 
     def hello(self) -> Hello:

@@ -12,7 +12,7 @@ from typing import Any
 import zmq
 
 from runtime.wire.codec import decode_down, encode
-from runtime.wire.messages import Ack, Command, Hello, Packet, RunStatus, Snapshot, StepResult
+from runtime.wire.messages import Ack, Command, CommandRecord, Hello, Packet, RunStatus, Snapshot, StepResult
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
 from tests.harness.waiting import patient
 
@@ -137,10 +137,11 @@ class FakeHub:
             self.snapshots_sent += 1
 
     def _command(self, commands: zmq.Socket[bytes]) -> None:
-        asker, frame = commands.recv_multipart()
+        frame = commands.recv_multipart()[-1]
         command = decode_down(frame)
         assert isinstance(command, Command), json.loads(frame)
         if all(command.id != known.id for known in self.commands):
             self.commands.append(command)
         for ack in self.answer(command):
-            commands.send_multipart([asker, encode(ack)])
+            numbered = command.model_copy(update={"number": ack.number})
+            self.publish(CommandRecord(command=numbered, ack=ack), source="supervisor")

@@ -11,7 +11,7 @@ import psutil
 from runtime.wire.messages import Command, CommandRecord, RunStatus
 from runtime.wire.rundir import read_status
 from tests.harness.waiting import DEADLINE_S, until
-from zerotop.runs.directory import RunEntry, read_entry
+from zerotop.rundir.directory import RunEntry, read_entry
 from zerotop.source.live import LiveSource
 
 

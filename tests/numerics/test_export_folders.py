@@ -51,7 +51,7 @@ def test_a_run_is_found_by_name_and_step(ranks, tmp_path, home, capfd, export_he
         assert json.loads(capfd.readouterr().out)["step"] == step, words
     for words, message in [
         (["q1/step-21"], "run q1 has no checkpoint step-21"),
-        (["q3"], "q3 is no folder, and there is no run called 'q3'. Runs: q"),
+        (["q3"], "q3 is not a folder, and there is no run called 'q3'. Runs: q"),
         ([str(tmp_path)], "no complete checkpoint"),
         ([str(run / "run.json")], "is a file"),
     ]:

@@ -55,7 +55,7 @@ def diverge(folder: str, stage: int) -> tuple[list[list[str]], str, int]:
     for factors in ((1, 1), (1, NAN), (1,), (NAN,) * 2):
         take(engine, *factors)
         seen.append(names(engine, folder))
-    engine.control._save()  # as the keyboard asks for
+    engine.autosave.begin(not engine.nonfinite.last_is_finite)  # as the keyboard asks for
     seen.append(names(engine, folder))
     engine.finish()
     return seen, message_of(RuntimeError, lambda: take(engine, *(NAN,) * 20)), engine.global_steps
@@ -76,7 +76,7 @@ def test_good_checkpoints_stay_and_ten_in_a_row_are_the_end(ranks, tmp_path, sta
 def only_the_loss(folder: str) -> tuple[list[str], list[tuple], int, list[str]]:
     engine = engine_saving_into(folder)
     heard, events = [], []
-    engine.control.link.event = lambda what, text, **more: events.append((what, more.get("step")))
+    engine.session.link.event = lambda what, text, **more: events.append((what, more.get("step")))
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("runtime.train").addHandler(handler)
@@ -94,6 +94,6 @@ def only_the_loss(folder: str) -> tuple[list[str], list[tuple], int, list[str]]:
 def test_a_loss_that_is_not_finite_is_reported_although_its_gradients_are(ranks, tmp_path):
     (heard, events, skipped, saved), *_ = ranks(2).run(only_the_loss, str(tmp_path))
     assert any(text.startswith("step 2: the loss is nan; its gradients are finite") for text in heard)
-    assert any(text.startswith("step 3 changed nothing: the gradient norm is nan and the loss nan") for text in heard)
+    assert any(text.startswith("step 3 skipped: the gradient norm is nan and the loss nan") for text in heard)
     assert events == [("not finite", 2), ("not finite", 3)]
     assert skipped == 1 and saved == []

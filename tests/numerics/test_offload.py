@@ -319,7 +319,7 @@ def dropped_meanwhile() -> None:
             began.clear()
         ours.step()
         plain.step()
-    module, gone = ours.module, weakref.ref(ours)
+    module, gone = ours.module, weakref.ref(ours.state)
     del engine, ours, rule
     gc.collect()
     assert gone() is not None

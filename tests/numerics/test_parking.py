@@ -91,11 +91,11 @@ def lose_the_supervisor_while_released(folder: str, room: bool) -> tuple[str, st
     engine = started(config(2, 1, clip=0.5))
     control, said = engine.control, []
     engine.autosave.folder = Path(folder)
-    control._link.goodbye = lambda outcome, step, error: said.append((outcome, error))
+    engine.session.link.goodbye = lambda outcome, step, error: said.append((outcome, error))
     engine.memory.release()
     if not room:
         engine.memory.restore = lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
-    control._link.inbox.mark_orphaned()
+    engine.session.link.inbox.mark_orphaned()
     with pytest.raises(RunStopped):
         control._next_while_paused()
     return *said[0], len(list(Path(folder).glob("step-*")))

@@ -244,8 +244,8 @@ def resume_over_damage(folder: str, damaged: list[str]) -> tuple[list[str], str 
             errors.append("")
         except CheckpointError as error:
             errors.append(str(error))
-    engine.autosave.folder, engine.control.session.resume = Path(folder), True
-    path = engine.control.resume()
+    engine.autosave.folder, engine.session.resume = Path(folder), True
+    path = engine.resume()
     by_script, _ = engine.load_checkpoint(folder)  # without a tag: the same
     assert by_script == str(path)
     return errors, path.name if path else None, engine.global_steps
@@ -299,7 +299,7 @@ def test_an_interval_in_minutes(ranks, tmp_path):
         assert never == [] and always == ["step-00000005", "step-00000006"]
 
 
-def put_off(folder: str) -> tuple[list[str], int, list[str]]:
+def defer(folder: str) -> tuple[list[str], int, list[str]]:
     """The disk does not keep up: rank 0's writer is stopped for a while."""
     from runtime.engine import autosave
 
@@ -307,7 +307,7 @@ def put_off(folder: str) -> tuple[list[str], int, list[str]]:
     engine.autosave.folder = Path(folder)
     engine.control.knobs.update(checkpoint_interval=2, checkpoints_kept=5)
     heard: list[str] = []
-    engine.autosave._link.event = lambda what, text, **more: heard.append(text)
+    engine.session.link.event = lambda what, text, **more: heard.append(text)
     advance(engine, 0, 2)
     engine.checkpointer.settle()
     writer = engine.checkpointer._writer
@@ -319,15 +319,15 @@ def put_off(folder: str) -> tuple[list[str], int, list[str]]:
     if dist.get_rank() == 0:
         os.kill(writer.pid, signal.SIGCONT)
     engine.checkpointer.settle()
-    advance(engine, 7, 9)  # the one that was put off comes first
+    advance(engine, 7, 9)  # the deferred one comes first
     engine.checkpointer.settle()
     return heard, reached, sorted(path.name for path in Path(folder).glob("step-*"))
 
 
-def test_a_slow_disk_puts_checkpoints_off_and_training_goes_on(ranks, tmp_path):
-    (heard, reached, names), _ = ranks(2).run(put_off, str(tmp_path))
+def test_a_slow_disk_defers_checkpoints_and_training_goes_on(ranks, tmp_path):
+    (heard, reached, names), _ = ranks(2).run(defer, str(tmp_path))
     assert reached == 7
-    assert sum("the checkpoint of step 6 is put off" in text for text in heard) == 1
+    assert sum("the checkpoint of step 6 is deferred" in text for text in heard) == 1
     assert names == ["step-00000002", "step-00000004", "step-00000008"]
 
 

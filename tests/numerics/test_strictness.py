@@ -77,7 +77,7 @@ class Run:
 
         engine = self.engine
         tensors = {name: piece.tensor.clone() for name, piece in pieces_of(engine.state).items()}
-        tensors |= {name: tensor.clone() for name, tensor in whole_tensors(engine).items()}
+        tensors |= {name: tensor.clone() for name, tensor in whole_tensors(engine.state).items()}
         tensors |= {f"module {name}": value.clone() for name, value in engine.module.state_dict().items()}
         tensors["rng"] = torch.get_rng_state()
         counts = (

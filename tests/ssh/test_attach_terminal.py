@@ -10,7 +10,7 @@ from tests.harness.fakehub import FakeHub, step_result
 from tests.harness.terminal import Terminal
 from tests.harness.waiting import patient
 from tests.ssh.conftest import Box
-from zerotop.runs.paths import sockets_home
+from zerotop.rundir.paths import sockets_home
 
 
 def test_the_screen_over_ssh(box: Box, hub: FakeHub) -> None:

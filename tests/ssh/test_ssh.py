@@ -20,7 +20,7 @@ from tests.ssh.conftest import ROOT, Box
 from zerotop.cli import main
 from zerotop.hub.recorder import Recorder
 from zerotop.output import CommandError
-from zerotop.runs.paths import sockets_home
+from zerotop.rundir.paths import sockets_home
 from zerotop.source.remote import RemoteSource, open_remote
 
 

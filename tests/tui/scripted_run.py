@@ -12,6 +12,7 @@ import time
 
 from runtime.wire.messages import (
     Ack,
+    CheckpointSaved,
     Collectives,
     Command,
     CommandRecord,
@@ -302,7 +303,8 @@ class ScriptedRun:
         if self.step % 10 == 0:
             self.log(f"step {self.step}/{self.total} loss {loss:.3f} {step_ms:.0f} ms")
         if self.step % 50 == 0:
-            self.event("checkpoint", f"checkpoints/step-{self.step}", step=self.step)
+            saved = {"step": self.step, "path": f"checkpoints/step-{self.step}", "seconds": 0.4, "blocked_ms": 12.0}
+            self.say(CheckpointSaved(rank=0, wall_s=self.wall_s, **saved))
             self.status("running", last_checkpoint_step=self.step)
 
     def silence(self, seconds: float) -> None:
@@ -319,14 +321,14 @@ class ScriptedRun:
 
     def apply_command(self, command: Command) -> None:
         result = {"path": f"checkpoints/step-{self.step}"} if command.name == "checkpoint" else {}
-        self.say(
-            Ack(id=command.id, number=self.number, state="applied", wall_s=self.wall_s, step=self.step, result=result)
-        )
+        ack = Ack(id=command.id, number=self.number, state="applied", wall_s=self.wall_s, step=self.step, result=result)
+        self.say(CommandRecord(command=command.model_copy(update={"number": self.number}), ack=ack))
         if command.name in {"pause", "resume", "stop"}:
             self.status({"pause": "paused", "resume": "running", "stop": "stopped"}[command.name])
 
     def reject(self, command: Command, reason: str) -> None:
-        self.say(Ack(id=command.id, number=self.number, state="rejected", reason=reason))
+        ack = Ack(id=command.id, number=self.number, state="rejected", reason=reason)
+        self.say(CommandRecord(command=command, ack=ack))
 
     def fail(self, rank: int, error: str) -> None:
         self.say(Goodbye(rank=rank, outcome="failed", step=self.step, error=error, wall_s=self.wall_s))

@@ -202,7 +202,7 @@ async def test_an_empty_run_draws_and_says_what_it_waits_for(open_app: OpenApp) 
     run.connection, run.age = "connecting", None
     async with open_app(run, size=(80, 24)) as (app, _, _):
         text = "\n".join(screen_text(app))
-        assert "◌ connecting" in text and "waiting for the first word of a rank" in text and "no data yet" in text
+        assert "◌ connecting" in text and "waiting for ranks to connect" in text and "no data yet" in text
 
 
 async def test_the_program_saves_its_own_picture(open_app: OpenApp, tmp_path: Path) -> None:
@@ -251,12 +251,12 @@ async def test_the_table_and_the_banner_tell_the_same_waiting(open_app: OpenApp)
     async with open_app(run) as (app, _, _):
         text = screen_text(app)
         banner = next(line for line in text if "came last" in line)
-        told = re.search(r"rank 1 came last in 100% .* others wait (\d+) ms a step \((\d+)%\)", banner)
+        told = re.search(r"rank 1 came last in 100% .* others wait ([\d.]+) ms a step \((\d+)%\)", banner)
         rows = [line for line in text if "cpu" in line]
-        assert told is not None and f"{float(told[1]):.0f}" == told[1]
+        assert told is not None
         shown = [re.search(r"([\d.]+) ms +(\d+)%", row) for row in rows]
         assert shown[0] is not None and shown[1] is not None
-        assert round(float(shown[0][1])) == int(told[1]) and shown[0][2] == told[2]
+        assert shown[0][1] == told[1] and shown[0][2] == told[2]
         assert float(shown[1][1]) == 0.0
         assert any("waits: last 20 steps" in line for line in text)
 
@@ -310,7 +310,7 @@ async def test_the_header_says_what_is_true_now(open_app: OpenApp) -> None:
         for rank in range(2):
             run.beat(rank, "backward", 2, idle_ms=111_000)
         text = await top()
-        assert "▲ stalled" in text and "no progress for 111 s" in text and "running" not in text and "ETA" not in text
+        assert "▲ stalled" in text and "no progress for 1m 51s" in text and "running" not in text and "ETA" not in text
         for rank in range(2):
             run.beat(rank, "backward", 3)
         assert "▶ running" in await top()
@@ -370,4 +370,4 @@ async def test_a_restart_is_followed_without_a_new_connection(open_app: OpenApp,
         head = "\n".join(screen_text(app)[:2])
         assert "running" in head and "step 15 of 200" in head
         if size[0] == 200:
-            assert "restarts 1, 5 steps again" in head and "restarted: rank 1 was killed by SIGKILL" in head
+            assert "restarts 1, 5 steps replayed" in head and "restarted: rank 1 was killed by SIGKILL" in head

@@ -37,7 +37,7 @@ async def test_t_asks_and_shows_the_answer(open_app: OpenApp, size: tuple[int, i
         await pilot.press("T")
         await settle(app, pilot)
         assert [c.name for c in run.sent] == ["stacks"] and isinstance(app.screen, StacksScreen)
-        assert "asking the ranks" in "\n".join(screen_text(app))
+        assert "waiting for the ranks" in "\n".join(screen_text(app))
         answer(run, path="logs/1/stacks-1.txt", text=REPORT + TAIL)
         app.screen.look()
         await settle(app, pilot)

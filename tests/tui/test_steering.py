@@ -40,7 +40,7 @@ async def test_a_second_p_while_the_first_waits_is_not_turned_round(open_app: Op
         await settle(app, pilot)
         await pilot.press("P")
         assert [c.name for c in run.sent] == ["pause"]
-        assert any("still waits for a step boundary" in str(n.message) for n in app._notifications)
+        assert any("is still waiting for a step boundary" in str(n.message) for n in app._notifications)
 
 
 async def test_a_command_shows_its_life_from_key_to_step(open_app: OpenApp) -> None:

@@ -50,7 +50,7 @@ def test_the_screen_draws_on_its_terminal_and_leaves_it_tidy_on_a_signal(
         finally:
             terminal.close()
     said = (tmp_path / "log").read_text()
-    assert said == ("q1 goes on (running): zerotop attach q1 opens it again\n" if number == signal.SIGTERM else "")
+    assert said == ("q1 continues (running): zerotop attach q1 opens it again\n" if number == signal.SIGTERM else "")
     assert hub.commands == []
 
 
@@ -78,7 +78,7 @@ def test_a_run_that_has_ended_opens_with_its_summary(hub: FakeHub, tmp_path: Pat
     recorder.close()
     terminal = Terminal([*ATTACH, "old"])
     try:
-        terminal.read_until(lambda: "ended after 11:40" in terminal.shown)
+        terminal.read_until(lambda: "ended after 11m 40s" in terminal.shown)
         assert "the run failed: rank 1 was killed" in terminal.shown and "step 41 of 200" in terminal.shown
         terminal.type("PSAyq")
         assert terminal.read_to_the_end() == 0  # it failed in the past: looking at it did not

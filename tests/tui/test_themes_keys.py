@@ -169,7 +169,7 @@ def test_every_key_of_panels_and_screens_is_kept_from_the_key_file() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("nonsense [", "the usual keys stay"),
+        ("nonsense [", "the default keys are used"),
         ('chekpoint = "K"', "unknown key 'chekpoint'"),
         ("checkpoint = 3", "checkpoint must be a key"),
         ('checkpoint = "P"', "'P' is both pause and checkpoint"),

@@ -10,20 +10,22 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.style import Style
 
-from zerotop import output
 from zerotop.clean import clean
-from zerotop.output import as_float
-from zerotop.tui.text import (
+from zerotop.format import (
+    as_float,
     bytes_text,
     clock_text,
     count_text,
-    dots,
     duration_text,
     figure_text,
     ms_text,
+    rate_text,
     share_text,
+    short_bytes_text,
+    time_text,
     used_of,
 )
+from zerotop.tui.text import dots
 from zerotop.tui.theme import load_palettes
 from zerotop.tui.widgets.bar import meter, split_cells, stacked_bar, thin_bar
 from zerotop.tui.widgets.lines import Row, fit
@@ -122,25 +124,38 @@ def test_a_timeline_draws_the_newest_steps_on_one_scale() -> None:
     ("text", "expected"),
     [
         (bytes_text(0), "0 B"),
-        (bytes_text(1023), "1.0 KiB"),
-        (bytes_text(1536 * 2**20), "1.5 GiB"),
-        (bytes_text(3 * 2**40), "3.0 TiB"),
+        (bytes_text(1023), "1.00 KiB"),
+        (bytes_text(1536 * 2**20), "1.50 GiB"),
+        (bytes_text(3 * 2**40), "3.00 TiB"),
+        (bytes_text(None), "n/a"),
+        (short_bytes_text(40 * 2**30), "40.0G"),
+        (short_bytes_text(0), "0"),
         (used_of(38 * 2**30, 140 * 2**30), "38.0/140 GiB"),
+        (used_of(3 * 2**30, 24 * 2**30), "3.00/24.0 GiB"),
         (used_of(442 * 2**20, 24 * 2**30), "442 MiB/24.0 GiB"),
         (count_text(999), "999"),
-        (count_text(12_340), "12.3k"),
+        (count_text(12_340), "12.3K"),
         (count_text(1_310_000_000), "1.31B"),
         (count_text(999_999), "1.00M"),
         (count_text(None), "n/a"),
+        (rate_text(12_340), "12.3K tokens/s"),
+        (rate_text(None), "n/a tokens/s"),
+        (duration_text(0.5), "0.5 s"),
         (duration_text(59.4), "59 s"),
-        (duration_text(60), "1:00"),
-        (duration_text(3725), "1:02:05"),
-        (duration_text(90_000), "1 d 01 h"),
+        (duration_text(59.6), "1m 00s"),
+        (duration_text(60), "1m 00s"),
+        (duration_text(3725), "1h 02m"),
+        (duration_text(90_000), "1d 1h"),
         (duration_text(math.inf), "n/a"),
         (ms_text(0.04), "0.0 ms"),
         (ms_text(99.96), "100 ms"),
+        (ms_text(999.4), "999 ms"),
+        (ms_text(1250), "1.25 s"),
         (ms_text(12_000), "12.0 s"),
-        (figure_text(2.34567), "2.346"),
+        (ms_text(185_000), "3m 05s"),
+        (figure_text(2.34567), "2.3457"),
+        (figure_text(12.34567), "12.35"),
+        (figure_text(None), "n/a"),
         (figure_text(0.0003), "3.00e-4"),
         (figure_text(math.nan), "NaN"),
         (figure_text(-math.inf), "-inf"),
@@ -166,10 +181,8 @@ ANY_NUMBER = st.one_of(st.integers(-(10**400), 10**400), st.floats(), st.integer
 def test_every_number_can_be_written(number: float, other: float) -> None:
     for write in (bytes_text, count_text, duration_text, ms_text, figure_text):
         assert 0 < len(write(number)) <= 12, write
-    for write in (output.bytes_text, output.duration_text, output.number_text):
-        assert 0 < len(write(number)) <= 14, write
-    assert len(share_text(number, other)) <= 8 and len(clock_text(number)) == 8 and len(used_of(number, other)) <= 20  # type: ignore[arg-type]
-    assert output.time_text(number) == "" or len(output.time_text(number)) >= 25
+    assert len(share_text(number, other)) <= 8 and len(clock_text(number)) <= 8 and len(used_of(number, other)) <= 24  # type: ignore[arg-type]
+    assert time_text(number) == "" or len(time_text(number)) >= 24
     assert len(dots(int(as_float(number) or 0), int(as_float(other) or 0))) <= 8
     assert sum(split_cells([number, other], number, 20)) <= 20
     for bar in (meter, thin_bar):

@@ -112,7 +112,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["ls", "--", "-oProxyCommand=x"], "'-oProxyCommand=x' is not a host"),
         (["status", "-oProxyCommand=x@host"], None),
         (["logs", "done"], "done (finished) has no logs"),
-        (["export", "nope", "out"], "nope is no folder, and there is no run called 'nope'"),
+        (["export", "nope", "out"], "nope is not a folder, and there is no run called 'nope'"),
         (["export", "done", "out"], "run done has no complete checkpoint in "),
         (["export", "done/step-3", "out"], "run done has no checkpoint step-3 in "),
         (["export", "done", "out", "--shard-size", "big"], "--shard-size: 'big' is not a size"),

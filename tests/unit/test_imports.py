@@ -47,7 +47,7 @@ def import_all(tmp_path: Path, *roots: str) -> tuple[set[str], set[str]]:
 
 def test_no_module_of_the_monitor_loads_torch(tmp_path: Path) -> None:
     imported, loaded = import_all(tmp_path, "zerotop")
-    assert {"zerotop.cli", "zerotop.hub", "zerotop.tui", "zerotop.runs"} <= imported
+    assert {"zerotop.cli", "zerotop.hub", "zerotop.tui", "zerotop.supervise.supervisor"} <= imported
     assert not loaded & TRAINER_ONLY
 
 

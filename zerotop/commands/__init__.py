@@ -1,4 +1,4 @@
-"""One module per subcommand: `register(subparsers)` adds its arguments, `run(arguments)` gives the exit code.
+"""One module per subcommand: `register(subparsers)` adds its arguments, `run(arguments)` returns the exit code.
 
-The modules import what they need inside their functions, so that asking for help loads nothing.
+The modules import what they need inside their functions, so that --help loads nothing.
 """

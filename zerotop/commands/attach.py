@@ -1,4 +1,4 @@
-"""zerotop attach: the screen on a run that goes on whether anybody looks or not."""
+"""zerotop attach: open the screen on a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 
 def register(subparsers: Any) -> None:
+    """Add `attach` to the command line."""
     parser = subparsers.add_parser(
         "attach",
         help="open the screen on a run",
-        description="Open the screen on a run, here or on another box over SSH. Leaving it (q) never touches the run. "
-        "A run that has ended opens as its recording left it.",
+        description="Open the screen on a run, here or on another machine over SSH. Leaving it (q) never touches "
+        "the run. A run that has ended opens as its recording left it.",
     )
     parser.add_argument(
         "target",
@@ -28,13 +29,14 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Open the screen."""
     from zerotop.output import CommandError
-    from zerotop.runs.directory import find_any_run
+    from zerotop.rundir.directory import find_any_run
     from zerotop.source.opening import open_source
     from zerotop.source.target import parse_target
 
     target = parse_target(arguments.target)
-    # Whether there is such a run is the first thing to say, and only a look at our own directories.
+    # First, because it is cheap: report a run that does not exist before a missing terminal.
     entry = None if target.host else find_any_run(target.run)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise CommandError("attach draws a screen and needs a terminal; without one: zerotop status, zerotop logs -f")
@@ -52,10 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show(source: Source, *, read_only: bool = False, host: str | None = None) -> int:
-    """The screen on a started source until the user leaves it; closes the source. `host`: the box it runs on.
+    """The screen on a started source until the user leaves it; closes the source. `host` is the machine of the run.
 
-    Returns 1 when the run was seen to fail or to be aborted, 128 and the signal's number when one ended the screen,
-    else 0.
+    Returns 1 if the run failed or was aborted meanwhile, 128 plus the number of a signal that ended the screen, else 0.
     """
     from runtime.wire.messages import LIVE_STATES
     from zerotop.output import say
@@ -73,7 +74,7 @@ def show(source: Source, *, read_only: bool = False, host: str | None = None) ->
         return 0
     there = f"{host}:" if host else ""
     if status.state in LIVE_STATES:
-        say(f"{status.name} goes on ({status.state}): zerotop attach {there}{status.name} opens it again")
+        say(f"{status.name} continues ({status.state}): zerotop attach {there}{status.name} opens it again")
     else:
         say(f"{status.name}: {status.state}" + (f", {status.reason}" if status.reason else ""))
     if app.left_by is not None:

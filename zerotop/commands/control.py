@@ -1,4 +1,4 @@
-"""zerotop pause, resume, checkpoint, set, stop, abort, stacks: send one command to a run's hub, wait for its
+"""zerotop pause, resume, checkpoint, set, stop, abort, stacks: send one command to a run's hub and wait for its
 answer."""
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 NAMES = ("pause", "resume", "checkpoint", "set", "stop", "abort", "stacks")
 DEFAULT_TIMEOUT_S = 60.0
 _DOES = {
-    "pause": "Hold the run at the next step boundary, on all ranks at once. A paused run still checkpoints and stops.",
-    "resume": "Let a paused run go on.",
+    "pause": "Pause the run at the next step boundary, on all ranks at once. Checkpoint and stop still work.",
+    "resume": "Resume a paused run.",
     "checkpoint": "Write a checkpoint at the next step boundary.",
     "set": "Change a setting of the running run at the next step boundary.",
     "stop": "End the run after the current step and a last checkpoint; launch --resume continues it.",
     "abort": "End the run at once, without a checkpoint: steps since the last checkpoint are lost.",
-    "stacks": "Show where every thread of every rank stands now, also in a run that is stuck or paused, and what the "
-    "hub makes of it. The run goes on undisturbed.",
+    "stacks": "Dump the Python stacks of all ranks, also of a run that is stuck or paused, with a verdict on what they "
+    "wait for. The run is not disturbed.",
 }
 _SAYS = {
     "stop": "{name} finishes its current step, writes a checkpoint and ends; launch --resume continues it",
@@ -31,6 +31,7 @@ _SAYS = {
 
 
 def register(subparsers: Any) -> None:
+    """Add the seven commands to the command line."""
     for name in NAMES:
         parser = subparsers.add_parser(name, help=_DOES[name], description=_DOES[name])
         if name == "set":
@@ -82,6 +83,7 @@ def _seconds(text: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Send the command; the exit code is 1 if it was rejected or not applied in time."""
     from zerotop.output import CommandError, say
     from zerotop.source.target import parse_target
 
@@ -92,11 +94,11 @@ def run(arguments: argparse.Namespace) -> int:
         _check_abort(target, arguments.yes)
     if target.host:
         if name == "abort" and not arguments.yes and not _confirmed(f"{target.host}:{target.run}"):
-            say("zerotop: nothing was sent")
+            say("zerotop: not sent")
             return 1
         return _run_there(target.host, target, arguments, settings)
 
-    from zerotop.runs.directory import find_run
+    from zerotop.rundir.directory import find_run
     from zerotop.source.opening import open_source
 
     entry = find_run(target.run)
@@ -107,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
 
     if name == "abort" and not arguments.yes and not _confirmed(entry.name):
-        say("zerotop: nothing was sent")
+        say("zerotop: not sent")
         return 1
 
     from zerotop.source.asking import ask, new_command, refused
@@ -153,7 +155,7 @@ def _split_words(words: list[str]) -> tuple[str | None, dict[str, str]]:
 
 
 def _check(settings: dict[str, str]) -> str:
-    """Why the settings are not allowed; empty when they are. The hub and the ranks check again."""
+    """Why the settings are not allowed; empty if they are. The hub and the ranks check again."""
     from runtime.config.knobs import KnobError
 
     try:
@@ -170,7 +172,7 @@ def _values(settings: dict[str, str]) -> dict[str, Any]:
 
 
 def _as_typed(settings: dict[str, str]) -> dict[str, Any]:
-    """Refused settings for the record: numbers where they parse, as those of an accepted command are."""
+    """Rejected settings for the record: numbers where they parse, like those of an accepted command."""
     return {key: _number(value) for key, value in settings.items()}
 
 
@@ -192,7 +194,7 @@ def _confirmed(name: str) -> bool:
 
 
 def _check_abort(target: Target, yes: bool) -> None:
-    """Raises CommandError unless it is plain which run is meant, and that it is meant."""
+    """Raises CommandError unless it is clear which run is meant, and that an abort is meant."""
     from zerotop.output import CommandError
 
     if target.host and not target.run:

@@ -1,4 +1,4 @@
-"""zerotop doctor: what this machine has and lacks, and the way out of each lack."""
+"""zerotop doctor: what this machine has and lacks, and how to fix it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from zerotop.diagnose.oomkill import SHARED_ENOUGH_BYTES
+from zerotop.format import bytes_text
 from zerotop.output import INSTALL_TRAINING
-from zerotop.runs.oomkill import SHARED_ENOUGH_BYTES
 
-MIB = 2**20
 GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """`level`: ok; warn: something is missing or slow; fail: zerotop can't work here. `fix`: empty when all is well."""
+    """`level` is ok; warn: something is missing or slow; fail: zerotop cannot work here. `fix` is empty if all is
+    well."""
 
     name: str
     level: str
@@ -26,15 +27,17 @@ class Finding(NamedTuple):
 
 
 def register(subparsers: Any) -> None:
+    """Add `doctor` to the command line."""
     parser = subparsers.add_parser(
         "doctor",
         help="check this machine",
-        description="Check this machine: each line is ok, warn or fail, with the way out. Exit code 1 when one fails.",
+        description="Check this machine: each line is ok, warn or fail, with a fix. Exit code 1 if one fails.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print all findings; the exit code is 1 if one of them is fail."""
     from zerotop.output import print_json, show
 
     findings = [check() for check in CHECKS]
@@ -125,7 +128,7 @@ def _ssh() -> Finding:
     try:
         words = ssh_words()
     except SshError as error:
-        return Finding("ssh", "warn", str(error), "only needed to attach to runs on other boxes")
+        return Finding("ssh", "warn", str(error), "only needed to attach to runs on other machines")
     return Finding("ssh", "ok", " ".join([shutil.which(words[0]) or words[0], *words[1:]]))
 
 
@@ -141,12 +144,12 @@ def _terminal() -> Finding:
 
 
 def _host_memory() -> Finding:
-    from runtime.host.memory_limits import gib_text, read_limits
+    from runtime.host.memory_limits import read_limits
 
     limits = read_limits()
-    text = f"{gib_text(limits.available_bytes)} available"
+    text = f"{bytes_text(limits.available_bytes)} available"
     if limits.group_left_bytes < limits.available_bytes:
-        left, limit = gib_text(limits.group_left_bytes), gib_text(limits.group_limit_bytes)
+        left, limit = bytes_text(limits.group_left_bytes), bytes_text(limits.group_limit_bytes)
         return Finding("host memory", "ok", f"{left} left of this control group's {limit}: what offload can take")
     return Finding("host memory", "ok", f"{text}: what offload can take")
 
@@ -169,7 +172,7 @@ def _locked_memory() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return Finding("ulimit -l", "ok", "unlimited")
-    text = f"{soft / MIB:.0f} MiB of memory may be locked"
+    text = f"{bytes_text(soft)} of memory may be locked"
     if shutil.which("nvidia-smi"):
         return Finding("ulimit -l", "warn", text, "for InfiniBand set memlock unlimited in /etc/security/limits.conf")
     return Finding("ulimit -l", "ok", f"{text} (matters with InfiniBand only)")
@@ -180,14 +183,14 @@ def _shared_memory() -> Finding:
         size = shutil.disk_usage("/dev/shm")
     except OSError as error:
         return Finding("/dev/shm", "warn", f"{error.strerror}", "ranks of one box exchange data through it")
-    text = f"{size.total / GIB:.1f} GiB, {size.free / GIB:.1f} GiB free"
+    text = f"{bytes_text(size.total)}, {bytes_text(size.free)} free"
     if size.total < SHARED_ENOUGH_BYTES:
         return Finding("/dev/shm", "warn", text, "NCCL may fail: start the container with --shm-size=8g or --ipc=host")
     return Finding("/dev/shm", "ok", text)
 
 
 def _state_home() -> Finding:
-    from zerotop.runs.paths import RunError, make_private_folder, runs_home, sockets_home
+    from zerotop.rundir.paths import RunError, make_private_folder, runs_home, sockets_home
 
     try:
         home = make_private_folder(runs_home())
@@ -201,8 +204,8 @@ def _state_home() -> Finding:
         return Finding("state home", "fail", str(error), "sockets of runs lie there")
     free = shutil.disk_usage(home).free
     if free < GIB:
-        return Finding("state home", "warn", f"{home}, {free / MIB:.0f} MiB free", "checkpoints go there: make room")
-    return Finding("state home", "ok", f"{home}, {free / GIB:.0f} GiB free")
+        return Finding("state home", "warn", f"{home}, {bytes_text(free)} free", "checkpoints go there: make room")
+    return Finding("state home", "ok", f"{home}, {bytes_text(free)} free")
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (

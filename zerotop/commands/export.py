@@ -1,4 +1,4 @@
-"""zerotop export: a checkpoint as Hugging Face safetensors. A process of its own does it, for it needs torch."""
+"""zerotop export: a checkpoint as Hugging Face safetensors. Needs torch, so a process of its own does it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ examples:
 
 
 def register(subparsers: Any) -> None:
+    """Add `export` to the command line."""
     parser = subparsers.add_parser(
         "export",
         help="write a checkpoint as Hugging Face safetensors",
@@ -50,12 +51,12 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Raises CommandError for bad usage and for what the export itself says."""
+    """Export the checkpoint. Raises CommandError for bad usage and for errors of the export."""
     from runtime.checkpoint.format.manifest import CheckpointError
     from runtime.export.target import check_target
     from runtime.wire.sizes import parse_size
     from zerotop.output import CommandError, print_json, show
-    from zerotop.runs.checkpoints import find_checkpoint
+    from zerotop.rundir.checkpoints import find_checkpoint
 
     try:
         shard_bytes = parse_size(arguments.shard_size)
@@ -88,8 +89,8 @@ def _check_installed() -> None:
 
 def _in_child(words: Sequence[str]) -> dict[str, Any]:
     """Run the export, whose progress lines go to our stderr; its document. Raises CommandError with its error."""
+    from zerotop.launch.torchrun import with_import_path
     from zerotop.output import CommandError
-    from zerotop.runs.torchrun import with_import_path
 
     command = [sys.executable, "-P", "-m", "runtime.export", *words]
     with _child(command, with_import_path(dict(os.environ))) as child:
@@ -101,9 +102,9 @@ def _in_child(words: Sequence[str]) -> dict[str, Any]:
             name = signal.Signals(-child.returncode).name
             why = f"it was killed by {name}" + (" (out of memory? try a smaller --shard-size)" * (name == "SIGKILL"))
         elif child.returncode == 130:
-            why = "it was told to end"
+            why = "it was interrupted"
         else:
-            why = f"its error stands above (exit code {child.returncode})"
+            why = f"see its error above (exit code {child.returncode})"
         raise CommandError(f"nothing was exported: {why}", exit_code=1) from None
     if child.returncode != 0:
         raise CommandError(document["error"], exit_code=child.returncode)
@@ -132,14 +133,14 @@ def _child(command: Sequence[str], environment: dict[str, str]) -> Iterator[subp
 
 
 def _text(document: dict[str, Any]) -> str:
-    from runtime.wire.sizes import format_count, format_size
+    from zerotop.format import bytes_text, count_text
 
     files = document["files"]
     weights = [name for name in files if name.endswith(".safetensors")]
     others = [name for name in files if name not in weights and not name.endswith(".index.json")]
     lines = [
-        f"{document['out']}: {format_count(document['parameters'])} parameters in {document['dtype']}, "
-        f"{format_size(document['tensor_bytes'])} in {len(weights)} file{'s' * (len(weights) > 1)}"
+        f"{document['out']}: {count_text(document['parameters'])} parameters in {document['dtype']}, "
+        f"{bytes_text(document['tensor_bytes'])} in {len(weights)} file{'s' * (len(weights) > 1)}"
         f"{''.join(f', {name}' for name in others)}; step {document['step']} of {document['checkpoint']}"
     ]
     if document["adapters"]:

@@ -1,4 +1,4 @@
-"""zerotop launch: start a run, then the screen on it, or plain progress lines, or nothing more."""
+"""zerotop launch: start a run, then open the screen on it, or print progress lines, or return."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zerotop.runs.directory import RunEntry
+    from zerotop.rundir.directory import RunEntry
 
 _DESCRIPTION = """\
 Start a run of a DeepSpeed-style JSON config and open the live screen on it. The run is detached from this terminal from
@@ -20,6 +20,7 @@ and SIGUSR1, as a batch system sends them before it ends a job, ask for the same
 
 
 def register(subparsers: Any) -> None:
+    """Add `launch` to the command line."""
     parser = subparsers.add_parser(
         "launch",
         help="start a run",
@@ -52,8 +53,9 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Start the run and follow it as asked."""
+    from zerotop.launch.start import start_run
     from zerotop.output import CommandError, say
-    from zerotop.runs.launching import start_run
     from zerotop.source.opening import open_source
 
     if arguments.script == []:
@@ -83,11 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _detached(entry: RunEntry, as_json: bool) -> int:
-    """Return when the ranks train, or with their error when they never got there. Ctrl-C leaves the run alone, too."""
+    """Return when the ranks train, or with their error if they never did. Ctrl-C leaves the run alone, too."""
     from runtime.wire.messages import LIVE_STATES
     from zerotop.output import print_json, say
     from zerotop.report import status_document
-    from zerotop.runs.directory import read_entry
+    from zerotop.rundir.directory import read_entry
     from zerotop.source.opening import open_source
 
     source = open_source(entry)
@@ -100,7 +102,7 @@ def _detached(entry: RunEntry, as_json: bool) -> int:
                 say(f"{entry.name} is starting...")
                 said = True
     except KeyboardInterrupt:
-        say(f"{entry.name} goes on starting")
+        say(f"{entry.name} continues to start")
     finally:
         state = source.state
         source.close()
@@ -115,8 +117,8 @@ def _detached(entry: RunEntry, as_json: bool) -> int:
 
 
 def _first_words(entry: RunEntry) -> str:
-    """What was started, and what there is to know about its config."""
-    from zerotop.runs.launching import read_notes
+    """What was started, and the notes on its config."""
+    from zerotop.launch.start import read_notes
 
     run = entry.run
     ranks = f"{run.nproc} rank{'s' * (run.nproc > 1)} on {'the CPU' if run.device == 'cpu' else run.device}"

@@ -1,4 +1,4 @@
-"""zerotop logs: what the ranks wrote, from the run directory; -f goes on until the run ends."""
+"""zerotop logs: what the ranks wrote, from the run directory; -f continues until the run ends."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from zerotop.clean import clean
 from zerotop.output import say
-from zerotop.runs.logs import LogTail
+from zerotop.rundir.logs import LogTail
 
 if TYPE_CHECKING:
-    from zerotop.runs.directory import RunEntry
+    from zerotop.rundir.directory import RunEntry
 
 POLL_S = 0.25
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?!\d)")
@@ -24,6 +24,7 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?!\d)")
 
 
 def register(subparsers: Any) -> None:
+    """Add `logs` to the command line."""
     parser = subparsers.add_parser(
         "logs",
         help="print what the ranks wrote",
@@ -50,8 +51,9 @@ def _count(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the logs."""
     from zerotop.output import CommandError, print_json
-    from zerotop.runs.directory import find_any_run
+    from zerotop.rundir.directory import find_any_run
     from zerotop.source.target import parse_target
 
     if arguments.follow and arguments.json:
@@ -103,13 +105,13 @@ def _tails(entry: RunEntry, rank: int | None, attempt: int | None) -> list[LogTa
 
 
 def _newest_attempt(entry: RunEntry) -> Path:
-    """A supervisor that starts the ranks again after a failure counts attempts on its own."""
+    """The log folder of the newest attempt: a supervisor that restarts the ranks counts attempts on its own."""
     numbers = [int(folder.name) for folder in (entry.path / "logs").glob("*") if folder.name.isdecimal()]
     return entry.logs(max(numbers)) if numbers else entry.logs()
 
 
 def _first_lines(tail: LogTail, count: int | None, *, at_end: bool) -> Iterator[tuple[str, int, str]]:
-    """(time, rank, line) of what there is, or of its last `count` lines."""
+    """(time, rank, line) of all lines, or of the last `count`."""
     if count is None:
         timed: Iterable[tuple[str, str]] = _timed(tail.all_lines(at_end=at_end))
     else:  # with what was read before them, whose times may be theirs
@@ -119,9 +121,9 @@ def _first_lines(tail: LogTail, count: int | None, *, at_end: bool) -> Iterator[
 
 
 def _timed(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Each line with the time that it, or the last line before it that has one, begins with; "" before the first.
+    """Each line with the time at the start of it, or of the last line before it that has one; "" before the first.
 
-    A rank's own order wins over a clock that was set back.
+    The order of lines within a rank takes precedence over a clock that was set back.
     """
     newest = ""
     for line in lines:
@@ -131,7 +133,7 @@ def _timed(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _print(lines: Iterable[tuple[int, str]], labelled: bool) -> None:
-    """A pipe gets what the ranks wrote, colours and all; a terminal gets it without what would steer it."""
+    """To a pipe what the ranks wrote, unchanged; to a terminal without what would control it."""
     tidy = clean if sys.stdout.isatty() else str
     for rank, line in lines:
         print(tidy(f"[{rank}] {line}" if labelled else line))
@@ -139,7 +141,7 @@ def _print(lines: Iterable[tuple[int, str]], labelled: bool) -> None:
 
 
 def _follow(entry: RunEntry, rank: int | None, tails: list[LogTail]) -> None:
-    from zerotop.runs.directory import read_entry
+    from zerotop.rundir.directory import read_entry
 
     for live in _ticks(entry):
         folder = _newest_attempt(entry)
@@ -152,8 +154,8 @@ def _follow(entry: RunEntry, rank: int | None, tails: list[LogTail]) -> None:
 
 
 def _ticks(entry: RunEntry) -> Iterator[bool]:
-    """Whether the run is live, every POLL_S, until it is not or nobody reads our output any more."""
-    from zerotop.runs.directory import read_entry
+    """Whether the run is live, every POLL_S, until it is not or our output is closed."""
+    from zerotop.rundir.directory import read_entry
 
     gone = select.poll()
     gone.register(sys.stdout.fileno(), 0)  # errors and hang-ups are always reported

@@ -1,4 +1,4 @@
-"""zerotop ls: every run of this user, here or on another box."""
+"""zerotop ls: the runs of this user, here or on another machine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 
 
 def register(subparsers: Any) -> None:
+    """Add `ls` to the command line."""
     parser = subparsers.add_parser("ls", help="list runs", description="List runs, newest first.")
-    parser.add_argument("host", nargs="?", metavar="HOST", help="another box, as user@host; default: this one")
+    parser.add_argument("host", nargs="?", metavar="HOST", help="another machine, as user@host; default: this one")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the list."""
     from zerotop.output import print_json, say, show
 
     if arguments.host:
@@ -23,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         return run_there(host, ["ls", *(["--json"] if arguments.json else [])])
 
     from zerotop.report import list_document, list_text
-    from zerotop.runs.directory import list_runs, runs_home
+    from zerotop.rundir.directory import list_runs, runs_home
 
     document = list_document(list_runs())
     if arguments.json:

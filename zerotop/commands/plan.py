@@ -13,8 +13,9 @@ from runtime.diagnose.advice import advise
 from runtime.plan import Layout, find, plan
 from runtime.plan.estimate import context_bytes, guess_shape, guess_units
 from runtime.plan.workload import Workload, workload_document, workload_of
-from runtime.wire.sizes import format_count, parse_count, parse_size
+from runtime.wire.sizes import parse_count, parse_size
 from zerotop.commands import plan_text
+from zerotop.format import count_text
 from zerotop.output import CommandError, print_json, show
 
 if TYPE_CHECKING:
@@ -204,10 +205,10 @@ def _model(
         vocab = COUNT_VOCAB if count > 10 * COUNT_VOCAB * 128 else 320
         shape = guess_shape(count, vocab, seq_len)
         notes = [
-            f"The shape behind {format_count(count)} parameters is a guess: {shape.layers} layers of width "
+            f"The shape behind {count_text(count)} parameters is a guess: {shape.layers} layers of width "
             f"{shape.dim}, {shape.vocab_size:,} tokens. States do not depend on it; activations, logits and buffers do."
         ]
-        return shape, guess_units(count, shape), format_count(count), notes
+        return shape, guess_units(count, shape), count_text(count), notes
     if named is not None:
         try:
             shape = dataclasses.replace(preset(named.lower()), max_seq_len=seq_len)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from runtime.plan import CATEGORIES, EXACT, Layout
 from runtime.plan.workload import Workload
-from runtime.wire.sizes import format_count, format_size
+from zerotop.format import bytes_text, count_text, short_bytes_text
 from zerotop.output import table
 
 ESTIMATED = tuple(category for category in CATEGORIES if category not in (*EXACT, "buffers"))
@@ -68,7 +68,7 @@ def _heading(workload: Workload) -> str:
     if workload.device == "cpu":
         gpus += " on the CPU"
     batch = f"micro-batch {workload.micro_batch} x {workload.seq_len} tokens, {workload.accumulation} micro-step"
-    count = format_count(workload.parameters)
+    count = count_text(workload.parameters)
     if workload.shape_guessed:
         what = f"A model of {count} parameters"
     else:
@@ -113,9 +113,9 @@ def _bars(layouts: Sequence[Layout], chosen: Layout | None, vram_bytes: int | No
     lines = []
     for name, layout in zip(names, layouts, strict=True):
         bar = _bar(layout, scale, room, limit, paint)
-        lines.append(f"{name:<{name_width}} {format_size(layout.gpu_bytes):>9}  {bar}".rstrip())
+        lines.append(f"{name:<{name_width}} {bytes_text(layout.gpu_bytes):>9}  {bar}".rstrip())
     if vram_bytes is not None and limit is not None:
-        size = f"VRAM {format_size(vram_bytes)}"
+        size = f"VRAM {bytes_text(vram_bytes)}"
         mark = f"{size} {paint.limit}".rjust(limit + 1) if limit > len(size) else " " * limit + f"{paint.limit} {size}"
         lines.append(" " * (name_width + 12) + mark)
     return "\n".join(lines)
@@ -173,8 +173,8 @@ def _figures(layouts: Sequence[Layout], width: int) -> str:
 
 
 def _cell(size_bytes: int) -> str:
-    """`38.3G`, to keep eight columns in 80: the heading says that these are bytes, 2^30 to the G."""
-    return "-" if size_bytes == 0 else format_size(size_bytes).replace("iB", "").replace(" ", "")
+    """Short, to keep eight columns in a terminal of 80."""
+    return short_bytes_text(size_bytes)
 
 
 def _assumptions(workload: Workload) -> list[str]:

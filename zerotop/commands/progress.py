@@ -1,4 +1,5 @@
-"""A run as plain lines, for pipes, logs and batch systems; Ctrl-C and a batch system's signals steer it."""
+"""A run as plain progress lines, for pipes, logs and batch systems. Ctrl-C and the signals of a batch system stop
+it."""
 
 from __future__ import annotations
 
@@ -11,30 +12,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from runtime.wire.messages import Event, LogRecord, RunStatus, StepResult
-from zerotop.output import duration_text, number_text, print_json, say, show, with_exit_code
+from runtime.wire.messages import CheckpointSaved, LogRecord, RunStatus, StepResult
+from zerotop.format import duration_text, figure_text, rate_text
+from zerotop.output import print_json, say, show, with_exit_code
 from zerotop.report import status_document
-from zerotop.runs.batchsignal import stop_by_signal
-from zerotop.runs.directory import RunEntry
+from zerotop.rundir.directory import RunEntry
 from zerotop.source.asking import new_command
 from zerotop.source.base import Source
+from zerotop.state.events import Record, record_text
 from zerotop.state.progress import progress
 from zerotop.state.run import RunState
+from zerotop.supervise.batchsignal import stop_by_signal
 
 POLL_S = 0.25
 OVERDUE_S = 30.0
-"""Ending the ranks takes some seconds; a supervisor that has not done so by then is stopped, or stuck itself."""
+"""Ending the ranks takes some seconds; a supervisor that needs longer is stopped or hangs itself."""
 _LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal", "hang", "laggard"})
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""A batch system's: the job is about to end."""
+"""Sent by a batch system before it ends the job."""
 
 
 def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
-    """Print lines until the run ends; the exit code is 0 when it finished or stopped, 1 when it failed or was aborted.
+    """Print lines until the run ends; the exit code is 0 if it finished or stopped, 1 if it failed or was aborted.
 
     The first Ctrl-C sends stop, the second abort. SIGTERM and SIGUSR1 send stop: a batch system that ends the job kills
-    everything in it once this process has gone, so it stays until the run has ended. With `as_json` the lines go to
-    stderr, and at the end the run's state goes to stdout. Closes the source.
+    everything in it once this process has exited, so it stays until the run has ended. With `as_json` the lines go to
+    stderr, and at the end the state of the run goes to stdout. Closes the source.
     """
     lines = _Lines(entry, to_stderr=as_json)
     try:
@@ -57,11 +60,11 @@ def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
                     told = True
                     command = stop_by_signal(come[0].name)
                     limit_s = command.arguments["deadline_s"]
-                    say(f"{command.who}: stopping after a checkpoint, or aborting in {limit_s:g} s")
+                    say(f"{command.who}: stopping after a checkpoint, or aborting in {duration_text(limit_s)}")
                     source.send(command)
                     leave_s = time.monotonic() + limit_s + OVERDUE_S
                 if time.monotonic() > leave_s:
-                    say(f"the supervisor has not ended the run {OVERDUE_S:g} s after its deadline: it does not answer")
+                    say(f"the supervisor still does not answer {duration_text(OVERDUE_S)} after the deadline")
                     break
     finally:
         source.close()
@@ -74,7 +77,7 @@ def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
 
 @contextmanager
 def _signals() -> Iterator[Counter[int]]:
-    """Count Ctrl-C and the batch system's signals instead of dying of them."""
+    """Count Ctrl-C and the signals of a batch system instead of exiting."""
     count: Counter[int] = Counter()
 
     def note(number: int, _: Any) -> None:
@@ -95,12 +98,12 @@ def _ask(source: Source, name: str, words: str, by: str) -> None:
 
 
 class _Lines:
-    """Remembers what was printed already: the state is polled, and starts anew after a reconnect."""
+    """Remembers what was already printed: the state is polled, and starts again after a reconnect."""
 
     def __init__(self, entry: RunEntry, *, to_stderr: bool) -> None:
         self._to_stderr = to_stderr
         self._interval = _log_interval(entry)
-        # A resumed run's screen knows the steps of the attempts before; they are no news here.
+        # A resumed run has the steps of previous attempts; they are not printed again.
         self._printed_step = entry.status.step if entry.run.attempt > 1 else 0
         self._attempt = entry.run.attempt
         self._told: set[tuple[float, str]] = set()
@@ -109,12 +112,12 @@ class _Lines:
     def tell(self, state: RunState) -> None:
         self._tell_events(state)
         self._interval = _changed_interval(state) or self._interval
-        if state.hello and state.hello.attempt > self._attempt:  # the ranks were started again: steps come again
+        if state.hello and state.hello.attempt > self._attempt:  # the ranks were restarted: steps are replayed
             self._attempt = state.hello.attempt
             self._printed_step = min(self._printed_step, state.hello.start_step)
         new = [point for point in state.series if point.step > self._printed_step]
         due = [point for point in new if point.step % self._interval == 0]
-        # The series thins long runs, so the newest step stands in for a multiple that it no longer has.
+        # The series is thinned in long runs: print the newest step in place of a multiple that was dropped.
         if not due and new and new[-1].step // self._interval > self._printed_step // self._interval:
             due = new[-1:]
         for point in due:
@@ -123,12 +126,13 @@ class _Lines:
 
     def _tell_events(self, state: RunState) -> None:
         for event in state.events:
-            key = (event.wall_s, event.text)
+            text = record_text(event)
+            key = (event.wall_s, text)
             if key in self._told or event.wall_s < self._start_wall_s:
                 continue
             self._told.add(key)
             if _is_loud(event):
-                self._print(event.text if isinstance(event, Event) else f"rank {event.rank}: {event.text}")
+                self._print(f"rank {event.rank}: {text}" if isinstance(event, LogRecord) else text)
 
     def end(self, status: RunStatus) -> None:
         if status.error:
@@ -147,14 +151,14 @@ class _Lines:
 
 
 def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str:
-    """step 40/200  loss 2.3456  lr 0.0003  norm 1.2  12,345 tokens/s  ETA 1m 05s"""
+    """step 40/200  loss 2.3456  lr 3.00e-4  norm 1.2346  12.3K tokens/s  ETA 1m 05s"""
     how_far = progress(state)
     of = f"/{how_far.steps}" if how_far.steps else ""
-    parts = [f"step {point.step}{of}", f"loss {number_text(point.loss, '.4f')}", f"lr {number_text(point.lr, '.3g')}"]
+    parts = [f"step {point.step}{of}", f"loss {figure_text(point.loss)}", f"lr {figure_text(point.lr)}"]
     if point.grad_norm is not None:
-        parts.append(f"norm {number_text(point.grad_norm, '.3g')}")
+        parts.append(f"norm {figure_text(point.grad_norm)}")
     if newest and how_far.tokens_per_s is not None:
-        parts.append(f"{number_text(how_far.tokens_per_s, ',.0f')} tokens/s")
+        parts.append(rate_text(how_far.tokens_per_s))
     if newest and how_far.eta_s is not None:
         parts.append(f"ETA {duration_text(how_far.eta_s)}")
     if point.loss_scale is not None:
@@ -164,7 +168,10 @@ def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str
     return "  ".join(parts)
 
 
-def _is_loud(event: Event | LogRecord) -> bool:
+def _is_loud(event: Record) -> bool:
+    """Whether the event is printed among the progress lines."""
+    if isinstance(event, CheckpointSaved):
+        return True
     if isinstance(event, LogRecord):
         return not event.logger.startswith("zerotop.") and event.level in ("warning", "error", "critical")
     return event.what != "exit" and (event.severity != "info" or event.what in _LOUD_EVENTS)

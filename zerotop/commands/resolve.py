@@ -1,4 +1,4 @@
-"""zerotop resolve: what a zerotop on another box needs to attach to a run here; not for people."""
+"""zerotop resolve: what a zerotop on another machine needs to attach to a run here. Not meant for users."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zerotop.runs.directory import RunEntry
+    from zerotop.rundir.directory import RunEntry
 
 
 def register(subparsers: Any) -> None:
+    """Add `resolve` to the command line."""
     parser = subparsers.add_parser("resolve", description="Say where a run's sockets are (what attach asks over SSH).")
     parser.add_argument("run", nargs="?", metavar="RUN")
     parser.add_argument("--recorded", action="store_true", help="also what the recording of an ended run comes to")
@@ -17,12 +18,11 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints {name, live, here, host, path, sockets, protocol, status}; status is a `RunStatus`. With --recorded also
-    `recorded`: a `Snapshot`, encoded, because numbers in it may be what JSON has no word for.
-    """
+    """Print {name, live, here, host, path, sockets, protocol, status}; status is a `RunStatus`. With --recorded also
+    `recorded`: an encoded `Snapshot`, because its numbers may be NaN, which JSON does not have."""
     from runtime.wire.messages import PROTOCOL
     from zerotop.output import print_json
-    from zerotop.runs.directory import find_any_run
+    from zerotop.rundir.directory import find_any_run
 
     entry = find_any_run(arguments.run)
     print_json(

@@ -1,4 +1,4 @@
-"""zerotop status: where one run is, from its hub while it lives and from its recording afterwards."""
+"""zerotop status: the state of one run, from its hub while it is live and from its recording afterwards."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ HUB_ANSWERS_WITHIN_S = 5.0
 
 
 def register(subparsers: Any) -> None:
+    """Add `status` to the command line."""
     parser = subparsers.add_parser(
         "status", help="show where a run is", description="Show where a run is: step, loss, and every rank."
     )
@@ -26,9 +27,10 @@ def register(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the state."""
     from zerotop.output import print_json, say, show
     from zerotop.report import status_document, status_text
-    from zerotop.runs.directory import find_any_run
+    from zerotop.rundir.directory import find_any_run
     from zerotop.source.opening import open_source
     from zerotop.source.target import parse_target
 
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not entry.live or entry.sockets.path("screens").exists():  # else it is only just starting
             _listen(source)
         if source.connection not in ("live", "ended"):
-            say(f"zerotop: the hub of {entry.name} does not answer ({source.connection}): its directory says:")
+            say(f"zerotop: the hub of {entry.name} does not answer ({source.connection}); state from its directory:")
         document = status_document(source.state, entry, connection=source.connection)
     finally:
         source.close()
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _listen(source: Source) -> None:
-    """Until the hub has told the whole state, or for as long as a hub may take."""
+    """Wait for the whole state from the hub, for a limited time."""
     deadline = time.monotonic() + HUB_ANSWERS_WITHIN_S
     while time.monotonic() < deadline:
         source.poll()

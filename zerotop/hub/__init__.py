@@ -1,1 +1,2 @@
-"""One hub per run: it gathers what ranks say, keeps and records it, tells every screen, and routes commands."""
+"""One hub per run: it collects the messages of the ranks, keeps the newest state, records, publishes to the screens
+and routes commands."""

@@ -1,7 +1,8 @@
-"""What may come in from the ranks: their own messages, of the kinds that ranks send, and no more than screens can use.
+"""Checks what comes in from the ranks: only their own messages, of the kinds that ranks send, and no more than screens
+can use.
 
-Everything that can write to the run's sockets is the user's own, but it need not be in order: a rank of another
-attempt, a script with a fault, an older version. So nothing that comes in is folded, recorded or sent on unread.
+Everything that can write to the run's sockets belongs to the user, but it may be out of order: a rank of another
+attempt, a script with a bug, an older version. So nothing is folded, recorded or passed on unchecked.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from runtime.wire.codec import Decoded, ProtocolError, encode_data, load, rank_of, read_packet
 from runtime.wire.messages import (
     Ack,
+    CheckpointSaved,
     Collectives,
     Event,
     Goodbye,
@@ -27,23 +29,25 @@ from runtime.wire.messages import (
 from zerotop.hub.limits import TokenBucket
 
 TELEMETRY = (Phases, StepResult, Memory, Collectives, Heartbeat)
-EVENTS = (Hello, LogRecord, Event, Ack, Goodbye)
+EVENTS = (Hello, LogRecord, Event, CheckpointSaved, Ack, Goodbye)
 LOGS_PER_S, LOGS_AT_ONCE = 50.0, 1000.0
-"""Log records of one rank. All of them are in the rank's log file."""
+"""Limits on the log records of one rank. All of them are in its log file."""
 EVENTS_PER_S, EVENTS_AT_ONCE = 200.0, 2000.0
 
 
 @dataclass(frozen=True)
 class Admitted:
+    """A packet that passed the checks."""
+
     rank: int
     packet: Packet
     frame: bytes
-    """The packet's JSON, without what was refused."""
+    """The JSON of the packet without the rejected messages."""
     decoded: Decoded[Packet]
 
 
 class Door:
-    """`report(text)` hears of everything that is refused."""
+    """The checks of one hub. `report(text)` is called for everything that is rejected."""
 
     def __init__(self, world_size: int, report: Callable[[str], object]) -> None:
         self._world_size = world_size
@@ -51,7 +55,8 @@ class Door:
         self._buckets: dict[tuple[int, type[Message]], TokenBucket] = {}
 
     def admit(self, frame: bytes, attempt: int, kinds: tuple[type[Message], ...]) -> Admitted | None:
-        """A rank's packet with what it may say; None for one of another attempt. Raises ProtocolError."""
+        """A rank's packet, without the messages that it may not send; None for a packet of another attempt. Raises
+        ProtocolError."""
         decoded = read_packet(load(frame))
         packet = decoded.shell
         rank = rank_of(packet.source)
@@ -64,18 +69,29 @@ class Door:
         admitted = Admitted(rank, packet, frame, decoded)
         return self._sift(admitted, lambda message: _foreign(rank, message, kinds), again=bool(decoded.malformed))
 
+    def take_acks(self, admitted: Admitted) -> tuple[Admitted, list[Ack]]:
+        """The packet without its acks, and the acks: they are for the hub alone."""
+        acks = [message for message in admitted.packet.messages if isinstance(message, Ack)]
+        if not acks:
+            return admitted, acks
+        return self._sift(admitted, lambda message: "an ack" if isinstance(message, Ack) else "", silently=True), acks
+
     def thin(self, admitted: Admitted) -> Admitted:
-        """Without the log records and events that one rank sends faster than anybody could read them."""
+        """The packet without the log records and events that the rank sends faster than anybody could read."""
         return self._sift(admitted, lambda message: self._too_fast(admitted.rank, message))
 
-    def _sift(self, admitted: Admitted, refusal: Callable[[Message], str], again: bool = False) -> Admitted:
-        """again: the frame holds what `decoded` has not."""
+    def _sift(
+        self, admitted: Admitted, refusal: Callable[[Message], str], again: bool = False, silently: bool = False
+    ) -> Admitted:
+        """The packet without the messages for which `refusal` returns a reason. `again`: the frame holds messages
+        that could not be decoded, so it must be encoded again."""
         packet, decoded = admitted.packet, admitted.decoded
         kept, known, refused = [], [], set()
         for message, at in zip(packet.messages, decoded.known, strict=True):
             if why := refusal(message):
-                self._report(f"{packet.source}: {why}")
                 refused.add(at)
+                if not silently:
+                    self._report(f"{packet.source}: {why}")
             else:
                 kept.append(message)
                 known.append(at)

@@ -1,4 +1,4 @@
-"""The hub: ranks speak to it, screens listen to it, and it never waits for either."""
+"""The hub: ranks send to it, screens listen to it, and it never waits for either."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any, Literal
 import zmq
 import zmq.asyncio
 
-from runtime.wire.codec import ProtocolError, decode_down, encode, load
+from runtime.wire.codec import ProtocolError, decode_down, encode
 from runtime.wire.messages import (
     LIVE_STATES,
     PROTOCOL,
     Ack,
+    CheckpointSaved,
     Command,
     Event,
     Hello,
@@ -38,30 +39,31 @@ from zerotop.state.run import RunState
 _YIELD_EVERY = 64
 _RESEND_S = 0.5
 _RESENDS = 4
-"""Asked so often in vain, the missing event packets are given up and counted as lost."""
+"""After so many requests the missing event packets are given up and counted as lost."""
 _SUBSCRIBE = b"\x01"
 _SNAPSHOTS = (20.0, 40.0)
-"""Per second and at once: a screen asks for one, and again after two seconds."""
+"""Limit per second, and burst. A screen asks for one, and again after two seconds."""
 _COMMANDS_EACH, _COMMANDS_TOGETHER = (20.0, 50.0), (50.0, 200.0)
-"""Per second and at once, from one screen and from all: no person is that quick."""
+"""Limits per second, and bursts, from one screen and from all of them."""
 _BEHIND_S = 5.0
-"""Telemetry that has been so long under way, for so long, is skipped: the hub does not keep up, and what it takes must
-be new. (Ranks are on the hub's node: one clock.)"""
+"""When telemetry has arrived this late for this long, the hub does not keep up, and skips it. (The ranks are on the
+hub's node and share its clock.)"""
 _QUEUED = 200
-"""Telemetry packets of one rank that may wait here: at the usual 10 Hz, 20 s of a hub that does not read."""
+"""Telemetry packets of one rank that may be queued: 20 s at the usual 10 Hz."""
 _LARGEST = {"telemetry": 8 * 2**20, "ranks": 16 * 2**20, "screens": 2**12, "commands": 2**18}
-"""Bytes of one frame. Whoever sends a larger one is disconnected."""
+"""Size limit of a frame in bytes. The sender of a larger one is disconnected."""
 RESTART = "the restart"
-"""Who asks new ranks for what their predecessors had been told."""
+"""Sender of the commands that bring new ranks to the settings of their predecessors."""
 
 
 class Hub:
-    """Gathers, folds, records and republishes a run, attempt by attempt. Lives in the supervisor's event loop.
+    """Collects, folds, records and publishes the messages of a run, attempt by attempt. Lives in the supervisor's event
+    loop.
 
-    `abort(command)` and `stacks(command)` are called for accepted commands of these names, which ranks never see;
-    `on_stop(command)` for an accepted `stop`, which they are also told; `on_status(status)` whenever the run's status
-    changes; `on_hello(hello)` when a rank has introduced itself.
-    `earlier` are steps of attempts under earlier supervisors, so that a resumed run's curves are whole.
+    `abort(command)` and `stacks(command)` carry out these commands, which the ranks never get; `on_stop(command)` is
+    called for an accepted `stop`, which the ranks get too; `on_status(status)` for every change of the run's status;
+    `on_hello(hello)` when a rank has introduced itself. `earlier` are steps of attempts under earlier supervisors, so
+    that the curves of a resumed run are complete.
     """
 
     def __init__(
@@ -103,7 +105,6 @@ class Hub:
         self._behind_since: float | None = None
         self.router = CommandRouter(
             self.state,
-            answer=self._answer,
             forward=self._forward,
             publish=lambda record: self.say(record),
             abort=abort,
@@ -117,12 +118,12 @@ class Hub:
 
     # ---- life ------------------------------------------------------------------------------------------------------
     def start(self) -> None:
-        """Bind the four sockets (the caller holds the folder's lock) and begin to listen."""
+        """Bind the four sockets and begin to listen. The caller holds the folder's lock."""
         self._telemetry.subscribe(b"")
         self._telemetry.rcvhwm = _QUEUED
         self._ranks.router_handover = 1
         self._screens.xpub_verbose = 1  # a frame for every subscription: late screens ask for a snapshot so
-        # No ZeroMQ heartbeats (rundir.py has the reason).
+        # No ZeroMQ heartbeats: runtime/wire/rundir.py, class Sockets.
         for name, socket in self._named_sockets():
             socket.maxmsgsize = _LARGEST[name]
             socket.bind(self._sockets.endpoint(name))
@@ -137,7 +138,7 @@ class Hub:
         self.set_status()
 
     async def close(self, linger_ms: int = 1000) -> None:
-        """Stop listening; what is queued for screens still goes out, for at most `linger_ms`."""
+        """Stop listening. Messages queued for screens are still sent, for at most `linger_ms`."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -179,7 +180,7 @@ class Hub:
 
     # ---- what the supervisor and the probe say ---------------------------------------------------------------------
     def say(self, *messages: Message, source: str = "supervisor") -> None:
-        """Fold, record and publish messages of our own."""
+        """Fold, record and publish messages of the supervisor or the probe."""
         self._own_seq[source] = self._own_seq.get(source, 0) + 1
         packet = Packet(
             source=source,
@@ -191,10 +192,10 @@ class Hub:
         self._take(packet, encode(packet))
 
     def begin_attempt(self, run: RunFile, **changes: Any) -> None:
-        """All ranks are gone and others will speak as `run.attempt`; `changes` go into the status.
+        """All ranks are gone and new ones will report as `run.attempt`; `changes` are of the status.
 
-        Packets of the old ones that are still on their way are ignored from here on. What was asked of them: see
-        `CommandRouter.ranks_restart`; what they had been told (settings, a pause) the new ones are told again.
+        Packets of the old ranks that still arrive are ignored. Open commands: see `CommandRouter.ranks_restart`.
+        Settings and a pause that the old ranks had applied are sent to the new ones.
         """
         paused = self._is_held()
         settings = self.router.settings_in_force()
@@ -209,8 +210,8 @@ class Hub:
             self.command(paused.model_copy(update={"id": uuid.uuid4().hex, "who": RESTART, "number": 0}))
 
     def _is_held(self) -> Command | None:
-        """The pause that holds the run, unless it is about to go on; also one that ranks died before they took it up
-        again."""
+        """The pause that holds the run, unless it is about to resume; also one that was sent again after a restart
+        and not applied yet."""
         pause = self.router.newest("pause")
         if pause is None or self.router.is_open("resume"):
             return None
@@ -218,12 +219,13 @@ class Hub:
         return pause if again or self.status.state == "paused" else None
 
     def set_status(self, **changes: Any) -> None:
-        """Change the run's status and tell everyone."""
+        """Change the run's status and publish it."""
         self.status = self.status.model_copy(update=changes)
         self.say(self.status)
         self._on_status(self.status)
 
     def event(self, what: str, text: str, severity: str = "info", **data: Any) -> None:
+        """Publish an event of the run."""
         fields = {
             "rank": None,
             "what": what,
@@ -235,7 +237,8 @@ class Hub:
         self.say(Event.model_validate(fields | ({"data": data} if data else {})))
 
     def complain(self, text: str) -> bool:
-        """A warning about what came in. The same one is said once (True), and from then on counted."""
+        """Publish a warning about something that came in. The same text is published once (returns True) and then
+        counted."""
         told = self._losses.note(text)
         if told:
             self._warn(told)
@@ -243,7 +246,7 @@ class Hub:
 
     @property
     def refused(self) -> int:
-        """How many messages and frames were refused or dropped so far."""
+        """How many messages and frames were rejected or dropped."""
         return self._losses.total
 
     def _warn(self, text: str) -> None:
@@ -251,7 +254,7 @@ class Hub:
 
     # ---- what comes in ---------------------------------------------------------------------------------------------
     def _take(self, packet: Packet, frame: bytes) -> None:
-        """Fold, record and republish one packet. The hub's stamps go in at the end of `frame`, its JSON."""
+        """Fold, record and publish one packet. The hub's stamps are spliced into the end of `frame`, its JSON."""
         self._hub_seq += 1
         stamped = packet.model_copy(update={"arrival_ns": time.monotonic_ns(), "hub_seq": self._hub_seq})
         self.state.apply_packet(stamped)
@@ -267,7 +270,7 @@ class Hub:
             self._look_for_start()
 
     def _is_late(self, packet: Packet) -> bool:
-        """Whether to skip telemetry because the hub does not keep up. Screens see the gap in the packets' numbers."""
+        """Whether to skip telemetry because the hub does not keep up. Screens see the gap in the packet numbers."""
         now = time.monotonic()
         if not packet.sent_ns or now - packet.sent_ns / 1e9 < _BEHIND_S:
             self._behind_since = None
@@ -302,20 +305,16 @@ class Hub:
             case "gap":
                 self.complain(f"rank {rank} lost its event packets {channel.last_seq + 1} to {packet.seq - 1}")
         channel.take(packet.seq)
-        admitted = self._door.thin(admitted)
+        admitted, acks = self._door.take_acks(self._door.thin(admitted))
         self._take(admitted.packet, admitted.frame)
         for message in admitted.packet.messages:
             if isinstance(message, Hello):
                 self._on_hello(message)
-            elif isinstance(message, Ack) and rank == 0:
-                self._acknowledged(message)
-            elif (
-                isinstance(message, Event)
-                and message.what == "checkpoint"
-                and message.step
-                and message.severity == "info"
-            ):
+            elif isinstance(message, CheckpointSaved):
                 self.set_status(last_checkpoint_step=message.step)
+        for ack in acks:
+            if rank == 0:
+                self._acknowledged(ack)
         self._look_for_start()
 
     def _ask_again(self, rank: int, channel: _EventChannel) -> None:
@@ -333,8 +332,6 @@ class Hub:
             self.set_status(state="paused", reason=f"paused at step {ack.step}")
         elif command.name == "resume" and self.status.state == "paused":
             self.set_status(state="running", reason="")
-        elif command.name == "checkpoint" and ack.step:
-            self.set_status(last_checkpoint_step=ack.step)
 
     def _look_for_start(self) -> None:
         if self.status.state != "starting" or len(self.state.ranks) < self._run.nproc:
@@ -354,9 +351,11 @@ class Hub:
             self.complain("screens ask for the whole state too often and have to wait")
 
     def encoded_snapshot(self) -> bytes:
+        """The snapshot as a frame."""
         return encode(self.snapshot())
 
     def snapshot(self) -> Snapshot:
+        """The whole state, for a screen that connects late."""
         return Snapshot(
             hub_seq=self._hub_seq,
             now_ns=time.monotonic_ns(),
@@ -370,44 +369,22 @@ class Hub:
         try:
             command = decode_down(frame)
         except ProtocolError as error:
-            self._refuse(asker, frame, str(error))
-            return
+            raise ProtocolError(f"a screen sent something unreadable: {error}") from None
         if not isinstance(command, Command):
             return
         if self._command_rate.take(asker):
-            self.command(command, asker)
-            return
-        # Answered, so that nobody waits for it; neither recorded nor published, or a flood would reach every screen.
-        self.complain("commands came too fast and were refused")
-        reason = f"too many commands: more than {_COMMANDS_EACH[0]:g} a second"
-        self._answer(asker, Ack(id=command.id, state="rejected", reason=reason, wall_s=time.time()))
+            self.command(command)
+        else:  # a rejection would be published: a flood would reach every screen. Who waits for an answer asks again.
+            self.complain("commands came too fast and were dropped")
 
-    def command(self, command: Command, asker: bytes = b"") -> None:
-        """Take a command from a screen, or from the supervisor itself."""
-        accepted = self.router.submit(command, asker)
+    def command(self, command: Command) -> None:
+        """Take a command from a screen, or from the supervisor itself. What becomes of it is published."""
+        accepted = self.router.submit(command)
         if command.name == "stop" and accepted and self.status.state in LIVE_STATES:
             self.set_status(state="stopping", reason=f"stop asked by {command.who}" if command.who else "stop asked")
             self._on_stop(command)
 
-    def _refuse(self, asker: bytes, frame: bytes, reason: str) -> None:
-        """Answer a command that can't be read, if it can be told whose it is."""
-        try:
-            data = load(frame)
-            name = data.get("name")
-            known = f"{name[:40]!r} is no command" if isinstance(name, str) else "it is no command"
-            ack = Ack.model_validate(
-                {"id": data.get("id"), "state": "rejected", "reason": f"{known} that this run knows: {reason}"}
-            )
-        except (ProtocolError, ValueError):
-            self.complain(f"a screen sent something unreadable: {reason}")
-            return
-        self._answer(asker, ack.model_copy(update={"wall_s": time.time()}))
-
     # ---- sending: queued or dropped, never waited for --------------------------------------------------------------
-    def _answer(self, asker: bytes, ack: Ack) -> None:
-        if asker:
-            self._send(self._commands, [asker, encode(ack)])
-
     def _forward(self, command: Command) -> None:
         for channel in self._heard.values():
             self._send(self._ranks, [channel.identity, encode(command)])
@@ -422,7 +399,7 @@ class Hub:
 
 
 class _EventChannel:
-    """What the hub knows of one rank's event packets."""
+    """The event packets of one rank: which have arrived, and which are missing."""
 
     def __init__(self, identity: bytes) -> None:
         self.identity = identity
@@ -431,11 +408,11 @@ class _EventChannel:
         self.asked = 0
         self.asked_s = 0.0
         self._given_up_at: int | None = None
-        """The number before packets that were given up. Should they come after all, then the number that they were
-        given up for was wrong, and numbering goes on from here."""
+        """The number before packets that were given up. If they arrive after all, the number for which they were given
+        up was wrong, and numbering continues from here."""
 
     def place(self, seq: int) -> Literal["next", "known", "gap"]:
-        """Where the packet `seq` stands in the order of the rank's packets."""
+        """Where the packet `seq` is in the order of the rank's packets."""
         if self._given_up_at is not None and seq == self._given_up_at + 1:
             self.last_seq = self._given_up_at
         if seq <= self.last_seq:
@@ -444,7 +421,7 @@ class _EventChannel:
         return "gap" if self.missing else "next"
 
     def take(self, seq: int) -> None:
-        """The packet `seq` is here, and what is missing before it is given up."""
+        """The packet `seq` has arrived; packets missing before it are given up."""
         self._given_up_at = self.last_seq if self.missing else None
         self.last_seq, self.missing, self.asked = seq, False, 0
 

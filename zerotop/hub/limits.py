@@ -1,4 +1,4 @@
-"""How much of anything the hub takes in a second, and the account of what it did not take."""
+"""Rate limits of the hub, and the count of what it did not take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OTHERS = "messages that could not be read"
 
 
 class TokenBucket:
-    """`burst` at once, and `per_s` a second from then on."""
+    """A rate limit: `burst` at once, then `per_s` per second."""
 
     def __init__(self, per_s: float, burst: float) -> None:
         self._per_s, self._burst = per_s, burst
@@ -20,7 +20,7 @@ class TokenBucket:
         self._at = time.monotonic()
 
     def take(self) -> bool:
-        """Whether there is room for one more now."""
+        """Whether one more is within the limit now."""
         now = time.monotonic()
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_s)
         self._at = now
@@ -31,15 +31,16 @@ class TokenBucket:
 
 
 class Limiter:
-    """A bucket for each peer, and one for all of them: a peer that comes back under another name gains nothing."""
+    """A limit for each peer and one for all of them, so that a peer gains nothing by reconnecting."""
 
     def __init__(self, each: tuple[float, float], together: tuple[float, float]) -> None:
-        """each, together: (per second, burst)."""
+        """`each` and `together` are (per second, burst)."""
         self._each = each
         self._together = TokenBucket(*together)
         self._buckets: dict[Hashable, TokenBucket] = {}
 
     def take(self, peer: Hashable) -> bool:
+        """Whether one more from `peer` is within the limits now."""
         bucket = self._buckets.pop(peer, None) or TokenBucket(*self._each)
         self._buckets[peer] = bucket  # the newest last
         while len(self._buckets) > BUCKETS_KEPT:
@@ -48,7 +49,8 @@ class Limiter:
 
 
 class Losses:
-    """What was refused or dropped: the first of a kind is told at once, then their number every TOLD_EVERY_S."""
+    """Counts what was rejected or dropped. The first of a kind is reported at once, then their number every
+    TOLD_EVERY_S."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
@@ -57,10 +59,11 @@ class Losses:
 
     @property
     def total(self) -> int:
+        """How many so far."""
         return self._total
 
     def note(self, text: str) -> str | None:
-        """Count one. Returns what is to be told now, if anything."""
+        """Count one. Returns the text to report now, if any."""
         self._total += 1
         if text not in self._told_at and len(self._told_at) >= TEXTS_KEPT:
             text = _OTHERS
@@ -71,7 +74,7 @@ class Losses:
         return text
 
     def due(self) -> list[str]:
-        """What is to be told by now of what has happened again."""
+        """The texts to report now about repeated losses."""
         now = time.monotonic()
         texts = []
         for text, count in list(self._counts.items()):

@@ -1,4 +1,4 @@
-"""The recording: what the hub heard, in RUN/recording.sqlite. A thread of its own writes."""
+"""The recording: what the hub received, in RUN/recording.sqlite. A thread of its own writes it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from zerotop.hub.thinning import LIMIT_BYTES, thin, used_bytes
 
 COMMIT_S = 1.0
 DENSE_S = 3600.0
-"""Sampled kinds are kept once a second for so long, later once per elapsed/DENSE_S seconds: a week costs six times an
+"""Sampled kinds are kept once a second for this time, later once per elapsed/DENSE_S seconds: a week costs six times an
 hour."""
 DENSE_STEPS = 10_000
-"""So many steps of rank 0, whose figures are the run's, are kept one by one before they are sampled, too."""
+"""The first steps of rank 0, which reports the figures of the run, are all kept; later ones are sampled too."""
 ROWS_KEPT = 20_000
 BYTES_KEPT = 32 * 2**20
-"""What waits for a disk that is full; of more, the oldest is dropped and counted."""
+"""Rows kept in memory while the disk is full; beyond that the oldest are dropped and counted."""
 _SAMPLED = (StepResult, Memory, Heartbeat, NodeStats, Collectives, Phases, RunStatus)
 _NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb2 smb3 smbfs lustre gpfs beegfs beegfs_nodev ceph fuse.ceph fuse.sshfs "  # noqa: SIM905
@@ -55,7 +55,7 @@ _Row = tuple[int, float, str, str, bytes]
 
 
 class Recorded(NamedTuple):
-    """One row of a recording; `wall_s` is when the hub heard it."""
+    """One row of a recording. `wall_s` is the time at which the hub received it."""
 
     attempt: int
     wall_s: float
@@ -64,10 +64,8 @@ class Recorded(NamedTuple):
 
 
 class Recorder:
-    """Writes until `close`. The run goes on whatever happens here: a disk that is full or gone is tried again and
-    again, and the gap is told and recorded; a damaged file ends the recording (`error`). `news` has what people should
-    know.
-    """
+    """Records until `close`. The run continues whatever happens here: a disk that is full or gone is retried, and
+    the gap is reported and recorded; a damaged file ends the recording (`error`). `news` returns what to report."""
 
     def __init__(self, path: Path, attempt: int) -> None:
         self.error: str = ""
@@ -92,12 +90,13 @@ class Recorder:
 
     # ---- the hub's thread ------------------------------------------------------------------------------------------
     def add(self, source: str, message: Message) -> None:
-        """Keep `message`, unless it is of a sampled kind and one like it was just kept. Never blocks on the disk."""
+        """Record `message`, unless it is of a sampled kind and one like it was just recorded. Never blocks on the
+        disk."""
         if not self.error and self._wanted(source, message):
             self._append(source, message)
 
     def news(self) -> list[str]:
-        """What has happened to the recording since the last call, for people."""
+        """What has happened to the recording since the last call, as text."""
         return [self._news.popleft() for _ in range(len(self._news))]
 
     def _append(self, source: str, message: Message) -> None:
@@ -110,15 +109,15 @@ class Recorder:
                 self._dropped += 1
 
     def begin_attempt(self, attempt: int) -> None:
-        """Rows from here on are of `attempt`; the one before ends with the newest of each sampled kind."""
+        """Rows from here on belong to `attempt`; the previous one ends with the newest message of each sampled kind."""
         self._let_go()
         self._last.clear()
         self._attempt = attempt
 
     def close(self) -> None:
-        """Write what is left, and the newest of each sampled kind, so that the recording ends where the run did.
+        """Write what is left and the newest message of each sampled kind, so that the recording ends where the run did.
 
-        Bounded: a disk that doesn't answer is left alone after some seconds.
+        Bounded: gives up after some seconds on a disk that does not respond.
         """
         self._let_go()
         self._closing.set()
@@ -148,7 +147,7 @@ class Recorder:
         return True
 
     def _is_change(self, status: RunStatus) -> bool:
-        """Whether it says more than that the run has come a step further."""
+        """Whether the status changed in more than its step."""
         before, self._status = self._status, status
         return before is None or before.model_copy(update={"step": status.step}) != status
 
@@ -187,7 +186,7 @@ class Recorder:
         return database
 
     def _flush(self, database: sqlite3.Connection) -> None:
-        """Write what waits. On an error all of it goes on waiting, and the error is the caller's."""
+        """Write the waiting rows. On an error all of them stay queued, and the error is raised."""
         with self._lock:
             rows, self._rows = self._rows, deque()
             self._bytes = 0
@@ -203,12 +202,12 @@ class Recorder:
             raise
         if self._standing_since is not None:
             self._standing_since = None
-            self._news.append("the recording goes on" + (f"; {_missing(dropped)}" if dropped else ""))
+            self._news.append("recording continues" + (f"; {_missing(dropped)}" if dropped else ""))
         if rows and used_bytes(database) > LIMIT_BYTES:
             thin(database, LIMIT_BYTES)
 
     def _gap(self, dropped: int) -> list[_Row]:
-        """The row that says what is not there."""
+        """The row that reports the dropped rows."""
         if not dropped or self._standing_since is None:
             return []
         began = time.strftime("%H:%M:%S", time.localtime(self._standing_since))
@@ -219,10 +218,10 @@ class Recorder:
     def _stand_still(self, error: sqlite3.Error) -> None:
         if self._standing_since is None:
             self._standing_since = time.time()
-            self._news.append(f"the recording stands still until it can be written again: {error}")
+            self._news.append(f"recording paused until the disk can be written again: {error}")
 
     def _end(self, error: sqlite3.Error) -> None:
-        self.error = f"the recording ends here: {error}"
+        self.error = f"recording ended: {error}"
         self._news.append(self.error)
         with self._lock:
             self._rows.clear()
@@ -233,10 +232,10 @@ def _missing(count: int) -> str:
 
 
 def read_recording(run: Path) -> Iterator[Recorded]:
-    """Rows of RUN/recording.sqlite, oldest first, of all attempts. Nothing for a run without a recording.
+    """Rows of RUN/recording.sqlite of all attempts, oldest first; none for a run without a recording.
 
-    Works while the run is being recorded. Kinds and values that this version doesn't know are skipped. Raises
-    sqlite3.Error for a damaged file.
+    Works while the run is being recorded. Kinds and values unknown to this version are skipped. Raises sqlite3.Error
+    for a damaged file.
     """
     path = run / "recording.sqlite"
     if not path.exists():
@@ -257,16 +256,15 @@ def read_recording(run: Path) -> Iterator[Recorded]:
 
 
 def read_messages(run: Path) -> Iterator[Message]:
-    """What a RunState folds to be where the recording ends."""
+    """The recorded messages; folded into a RunState they give the state at the end of the recording."""
     for row in read_recording(run):
         yield row.message
 
 
 def earlier_steps(run: Path, attempt: int, limit: int = 1000) -> list[StepResult]:
-    """Rank 0's steps of the attempts before `attempt`, evenly thinned to at most about `limit`: a resumed run's
-    history.
+    """Rank 0's steps of the attempts before `attempt`, evenly thinned to about `limit`: the history of a resumed run.
 
-    Empty when there is none, or the recording is damaged.
+    Empty if there is none, or if the recording is damaged.
     """
     path = run / "recording.sqlite"
     if attempt <= 1 or not path.exists():
@@ -286,8 +284,8 @@ def earlier_steps(run: Path, attempt: int, limit: int = 1000) -> list[StepResult
 
 
 def on_network_file_system(path: Path) -> bool:
-    """Whether SQLite's shared-memory log (WAL) can't be used where `path` lies. False where the system does not tell
-    (not Linux)."""
+    """Whether `path` is on a file system where SQLite cannot use its shared-memory log (WAL). False if the system
+    does not tell (not Linux)."""
     try:
         lines = Path("/proc/self/mounts").read_text().splitlines()
     except OSError:

@@ -1,95 +1,88 @@
-"""Commands: checked, numbered, recorded, forwarded to the ranks, and answered. Holds no socket; the hub gives it ways
-to speak."""
+"""Commands: checked, numbered, forwarded to the ranks, and every change of their state published. Holds no socket: the
+hub passes functions that send."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from runtime.config.knobs import KnobError, get_knob, parse_knob
-from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandRecord, RunStateName
+from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandName, CommandRecord, RunStateName
 from zerotop.state.run import RunState
 
 REMEMBERED = 1000
-"""Commands whose answers are kept, so that a repeated id is answered again and not acted on again."""
+"""Commands whose state is kept, so that a repeated id is answered again and not carried out again."""
 IDS_REMEMBERED = 20_000
-"""Of older commands at least the ids: one that comes again is refused. (More than a rank's inbox remembers: it would
-neither act on such a command nor answer it.)"""
+"""Of older commands only the ids are kept: one that comes again is rejected. (More than a rank's inbox remembers, which
+would neither act on such a command nor answer it.)"""
 OPEN_AT_MOST = 64
-"""Commands that wait for a step boundary."""
-ASKERS_KEPT = 16
-
+"""Limit on commands that wait for a step boundary."""
 LONGEST_DEADLINE_S = 7 * 86400
 
 _OUTLIVE_RANKS = frozenset({"checkpoint", "set", "stop", "abort"})
 
-Asker = bytes
-"""A screen's ZeroMQ identity; b"" for the supervisor itself."""
-
 
 @dataclass
 class _Case:
+    """A command and its newest state."""
+
     command: Command
-    acks: list[Ack] = field(default_factory=list)
-    askers: set[Asker] = field(default_factory=set)
+    ack: Ack | None = None
 
     @property
     def open(self) -> bool:
-        return not any(ack.state in ("applied", "rejected") for ack in self.acks)
+        return self.ack is None or self.ack.state == "accepted"
 
     @property
     def applied(self) -> bool:
-        return any(ack.state == "applied" for ack in self.acks)
+        return self.ack is not None and self.ack.state == "applied"
 
 
 class CommandRouter:
     """Every command ends in exactly one of applied and rejected, also when the run ends first.
 
-    `answer(asker, ack)` tells one screen; `forward(command)` tells all ranks; `publish(record)` tells everyone and the
-    recording;
-    `abort(command)` ends the run without its ranks' help; the supervisor then calls `finish`. `stacks(command)` looks
-    at the ranks from outside, for they may be stuck; the supervisor then calls `complete`.
+    `forward(command)` sends to all ranks; `publish(record)` to every screen and the recording, which is the only way in
+    which a command is answered. `abort(command)` ends the run without the help of its ranks; the supervisor then calls
+    `finish`. `stacks(command)` looks at the ranks from outside, because they may be stuck; the supervisor then calls
+    `complete`.
     """
 
     def __init__(
         self,
         state: RunState,
         *,
-        answer: Callable[[Asker, Ack], None],
         forward: Callable[[Command], None],
         publish: Callable[[CommandRecord], None],
         abort: Callable[[Command], None],
         stacks: Callable[[Command], None],
     ) -> None:
         self._state = state
-        self._answer = answer
         self._forward = forward
         self._publish = publish
-        # What does not wait for a step boundary, and never reaches the ranks.
+        # Commands that do not wait for a step boundary and are never sent to the ranks.
         self._outside = {"abort": abort, "stacks": stacks}
         self._cases: dict[str, _Case] = {}
         self._open: dict[str, _Case] = {}
-        """Of `_cases`, in the same order, those without a final answer."""
+        """Those of `_cases`, in the same order, that are neither applied nor rejected."""
         self._forgotten: dict[str, None] = {}
         self._number = 0
         self._before_ranks = 0
-        """The newest number when the ranks that run now were started."""
+        """The newest number at the time when the current ranks were started."""
 
     # ---- from screens ----------------------------------------------------------------------------------------------
-    def submit(self, command: Command, asker: Asker = b"") -> bool:
-        """Accept (True) or reject `command`. The same id again gets the same answers again, and acts once."""
+    def submit(self, command: Command) -> bool:
+        """Accept (True) or reject `command`. The same id again is answered again and carried out once."""
         known = self._cases.get(command.id)
         if known is not None:
-            if len(known.askers) < ASKERS_KEPT:
-                known.askers.add(asker)
-            for ack in known.acks:
-                self._answer(asker, ack)
+            if known.ack is not None:
+                self._publish(CommandRecord(command=known.command, ack=known.ack))
             return False
         if command.id in self._forgotten:
-            reason = "this command was given before; its answer is not kept any more"
-            self._answer(asker, Ack(id=command.id, state="rejected", reason=reason, wall_s=time.time()))
+            reason = "this command was given before, and its answer is no longer kept"
+            ack = Ack(id=command.id, state="rejected", reason=reason, wall_s=time.time())
+            self._publish(CommandRecord(command=command, ack=ack))
             return False
         arguments, refusal = self._check(command)
         if not refusal:
@@ -101,7 +94,7 @@ class CommandRouter:
                 "wall_s": command.wall_s or time.time(),
             }
         )
-        case = self._cases[command.id] = self._open[command.id] = _Case(numbered, askers={asker})
+        case = self._cases[command.id] = self._open[command.id] = _Case(numbered)
         self._forget()
         if refusal:
             self._tell(case, "rejected", reason=refusal)
@@ -111,8 +104,10 @@ class CommandRouter:
         return True
 
     def _check(self, command: Command) -> tuple[dict[str, Any], str]:
-        """The arguments in the ranks' own types, and why the command can't be accepted ("": it can)."""
+        """The arguments in the ranks' types, and why the command is rejected (empty: it is accepted)."""
         state = self._state.state_name
+        if command.name not in get_args(CommandName):
+            return command.arguments, f"{command.name[:40]!r} is not a command that this run knows"
         if state not in LIVE_STATES:
             return command.arguments, f"the run is over ({state})"
         if command.name == "stacks":
@@ -126,7 +121,7 @@ class CommandRouter:
         if ("stop" in waiting or state == "stopping") and not hastens:
             return command.arguments, "the run is stopping already (abort ends it at once)"
         if len(self._open) >= OPEN_AT_MOST and command.name != "stop":
-            return command.arguments, f"{len(self._open)} commands wait for a step boundary already"
+            return command.arguments, f"{len(self._open)} commands are waiting for a step boundary already"
         match command.name:
             case "pause" if "pause" in waiting:
                 return command.arguments, "a pause is waiting for a step boundary already"
@@ -135,7 +130,7 @@ class CommandRouter:
             case "resume" if state != "paused" and "pause" not in waiting:
                 return command.arguments, f"the run is not paused ({state})"
             case "resume" if "resume" in waiting:
-                return command.arguments, "a resume is on its way already"
+                return command.arguments, "a resume is waiting for the ranks already"
             case "set":
                 return _knobs(command.arguments)
             case "stop" if command.arguments.keys() == {"deadline_s"}:
@@ -145,13 +140,13 @@ class CommandRouter:
         return _without_arguments(command)
 
     def _has_deadline(self) -> bool:
-        """Whether a stop is open that must end within some time; a second one adds nothing."""
+        """Whether a stop with a deadline is open; a second one would change nothing."""
         return any(c.open and c.command.name == "stop" and c.command.arguments for c in self._cases.values())
 
     # ---- from ranks and the supervisor -----------------------------------------------------------------------------
     def hear(self, ack: Ack) -> Command | None:
-        """Rank 0's word on a command; relayed to whoever asked. Returns the command, None for one that nobody here
-        knows. `accepted` comes from a rank that has taken the command up, and says what it does about it."""
+        """Publish the state that rank 0 reports of a command. Returns the command, or None if it is not an open one.
+        `accepted` comes from a rank that has begun with the command, and says what it does."""
         case = self._cases.get(ack.id)
         if case is None or not case.open:
             return None
@@ -159,8 +154,8 @@ class CommandRouter:
         return case.command
 
     def complete(self, identity: str, *, result: dict[str, Any] | None = None, reason: str = "") -> None:
-        """The supervisor's word on a command that it carried out itself: applied with `result`, or rejected for
-        `reason`. Does nothing when the run has ended meanwhile, and the command with it."""
+        """The supervisor has carried out a command itself: applied with `result`, or rejected for `reason`. Does
+        nothing if the run has ended meanwhile."""
         case = self._cases.get(identity)
         if case is None or not case.open:
             return
@@ -170,7 +165,7 @@ class CommandRouter:
             self._tell(case, "applied", step=self._state.step, result=result or {})
 
     def finish(self, state: RunStateName, step: int) -> None:
-        """The run is over: answer what is still open."""
+        """The run has ended: give every open command its final state."""
         for case in list(self._open.values()):
             name = case.command.name
             if (name, state) in (("stop", "stopped"), ("abort", "aborted")):
@@ -181,20 +176,20 @@ class CommandRouter:
                 self._tell(case, "rejected", reason="the run ended before it could be applied")
 
     def ranks_restart(self) -> None:
-        """The ranks that were given commands are gone. What still makes sense goes to the next ones, which the hub
-        tells when they speak; the rest is answered. A stop or an abort ends the run instead, and is left to `finish`.
-        """
+        """The ranks that had received commands are gone. Commands that still make sense go to the next ranks when
+        these connect; the others are rejected. A stop or an abort ends the run, so it is left to `finish`."""
         self._before_ranks = self._number
         for case in list(self._open.values()):
             if case.command.name not in _OUTLIVE_RANKS:
                 self._tell(case, "rejected", reason="the ranks restarted")
 
     def is_open(self, *names: str) -> bool:
-        """Whether a command of one of these names was accepted and has no final answer yet."""
+        """Whether a command of one of these names is accepted and not applied yet."""
         return any(case.command.name in names for case in self._open.values())
 
     def settings_in_force(self) -> dict[str, Any]:
-        """What was `set` and applied, less what an open `set` will change: new ranks start with the config's values."""
+        """Settings that were applied, except those that an open `set` will change: new ranks start with the values
+        of the config."""
         values: dict[str, Any] = {}
         changing: set[str] = set()
         for case in self._cases.values():
@@ -205,12 +200,12 @@ class CommandRouter:
         return {name: value for name, value in values.items() if name not in changing}
 
     def newest(self, name: str) -> Command | None:
-        """The newest command of this name that was applied, or is open still."""
+        """The newest command of this name that is open or applied."""
         found = (case for case in reversed(self._cases.values()) if case.command.name == name)
         return next((case.command for case in found if case.open or case.applied), None)
 
     def open_commands(self, above: int = 0) -> list[Command]:
-        """Accepted commands for ranks that have a number above `above` and no final answer yet, in order."""
+        """Accepted commands for ranks, with numbers above `above`, that are not applied yet, in order."""
         return [
             case.command
             for case in self._open.values()
@@ -218,8 +213,8 @@ class CommandRouter:
         ]
 
     def commands_for_new_rank(self) -> list[Command]:
-        """What a rank that speaks for the first time must be told, in order: what is open, and what other ranks were
-        quicker to answer. It knows by the numbers what it has already heard from them."""
+        """The commands to send to a rank that connects: the open ones, and those that other ranks have already
+        answered. By their numbers it knows which of them it has."""
         return [
             case.command
             for case in self._cases.values()
@@ -249,11 +244,9 @@ class CommandRouter:
         self._keep(case, Ack.model_validate({key: value for key, value in fields.items() if value is not None}))
 
     def _keep(self, case: _Case, ack: Ack) -> None:
-        case.acks = [known for known in case.acks if known.state != ack.state] + [ack]
+        case.ack = ack
         if not case.open:
             self._open.pop(ack.id, None)
-        for asker in case.askers:
-            self._answer(asker, ack)
         self._publish(CommandRecord(command=case.command, ack=ack))
 
     def _forget(self) -> None:

@@ -1,4 +1,4 @@
-"""The bound on a recording's size: when it is reached, what is oldest and what a screen needs least goes first."""
+"""The size limit of a recording: at the limit, the oldest rows that a screen needs least are deleted first."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sqlite3
 
 LIMIT_BYTES = 256 * 2**20
 ROOM = 0.75
-"""A recording that is thinned is brought down to this share of its limit."""
+"""Thinning brings the recording down to this share of its limit."""
 ROUNDS = 8
 
 _SAMPLED = ("step", "memory", "heartbeat", "node", "collectives", "phases", "status")
-_RARE = ("event", "command_record", "goodbye")
+_RARE = ("event", "checkpoint_saved", "command_record", "goodbye")
 _OLDER_HALF = """
 id <= (SELECT id FROM messages WHERE kind IN ({kinds}) ORDER BY id
        LIMIT 1 OFFSET (SELECT count(*) / 2 FROM messages WHERE kind IN ({kinds})))
@@ -25,7 +25,7 @@ _DELETE = "DELETE FROM messages WHERE kind IN ({kinds}) AND {older}"
 
 
 def used_bytes(database: sqlite3.Connection) -> int:
-    """Of the file, what holds rows; the rest is reused before the file grows."""
+    """The part of the file that holds rows; the rest is reused before the file grows."""
     (page,) = database.execute("PRAGMA page_size").fetchone()
     (count,) = database.execute("PRAGMA page_count").fetchone()
     (free,) = database.execute("PRAGMA freelist_count").fetchone()
@@ -33,10 +33,9 @@ def used_bytes(database: sqlite3.Connection) -> int:
 
 
 def thin(database: sqlite3.Connection, limit_bytes: int) -> None:
-    """Bring the recording down to ROOM of its limit: first the older half of the log records (the log files have them),
-    then every second sample of the older half, and only where that is not enough the older half of events and answers.
-    What ranks said of themselves at the start (hello) stays.
-    """
+    """Bring the recording down to ROOM of its limit. First the older half of the log records goes (the log files
+    have them), then every second sample of the older half, and only if that is not enough the older half of events
+    and command records. The hellos stay."""
     wanted = ROOM * limit_bytes
     for _ in range(ROUNDS):
         for statement, kinds in ((_DELETE, ("log",)), (_HALVE, _SAMPLED)):
@@ -48,7 +47,7 @@ def thin(database: sqlite3.Connection, limit_bytes: int) -> None:
 
 
 def _run(database: sqlite3.Connection, statement: str, kinds: tuple[str, ...]) -> int:
-    """Returns how many rows are gone."""
+    """Returns how many rows were deleted."""
     names = ", ".join(f"'{kind}'" for kind in kinds)
     with database:
         return database.execute(statement.format(kinds=names, older=_OLDER_HALF.format(kinds=names))).rowcount

@@ -1,1 +1,1 @@
-"""What one node is doing, sampled from outside the ranks: GPUs through NVML, the host through psutil."""
+"""Samples of one node, taken from outside the ranks: GPUs through NVML, the host through psutil."""

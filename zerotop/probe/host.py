@@ -1,4 +1,4 @@
-"""The host: CPU, memory, and what the run's own processes take of them."""
+"""The host: CPU, memory, and the part of them that the run's processes use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 class HostProbe:
-    """Call `sample` about once a second, always from one thread: CPU figures are the share since the call before."""
+    """Call `sample` about once a second from one thread: CPU figures are the share since the previous call."""
 
     def __init__(self) -> None:
         self._processes: dict[int, psutil.Process] = {}
@@ -25,7 +25,8 @@ class HostProbe:
         psutil.cpu_percent()
 
     def sample(self, rank_pids: Mapping[int, int], gpus: list[GpuStats] | None, gpu_note: str) -> NodeStats:
-        """One NodeStats of this node. `rank_pids` is rank -> pid of the ranks on it; one that has ended is left out."""
+        """The NodeStats of this node. `rank_pids` is rank -> process id of its ranks; one that has ended is left
+        out."""
         memory = psutil.virtual_memory()
         used, total = _container_memory(memory.total - memory.available, memory.total)
         rss, cpu = self._ranks(rank_pids)
@@ -80,7 +81,7 @@ def _swap_used() -> int:
 
 
 def _container_memory(used: int, total: int) -> tuple[int, int]:
-    """Host figures, or the cgroup's where it allows less than the host has: that is where the OOM killer strikes."""
+    """Figures of the host, or of the cgroup if its limit is lower: that is the limit at which the OOM killer acts."""
     try:
         group = _CGROUP / _OWN_CGROUP.read_text().split("::", 1)[1].strip().lstrip("/")
         limit = (group / "memory.max").read_text().strip()

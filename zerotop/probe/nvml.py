@@ -1,4 +1,5 @@
-"""GPUs as the driver sees them. Every field may be missing: MIG, unified memory and old drivers answer NotSupported."""
+"""GPUs as the driver reports them. Every field may be missing: MIG, unified memory and old drivers answer
+NotSupported."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from typing import Any
 import pynvml
 
 from runtime.wire.messages import GpuStats
+from zerotop.format import duration_text
 from zerotop.probe.xid import Xid, XidWatch
 
 STALE_S = 5.0
-"""A driver that has not answered for so long is said to be silent."""
+"""A driver that takes longer to answer is reported as not responding."""
 _CLOCK_REASONS = {
     "nvmlClocksEventReasonSwPowerCap": "power cap",
     "nvmlClocksThrottleReasonHwSlowdown": "hardware slowdown",
@@ -32,7 +34,7 @@ class GpuProbe:
         self._interval_s = interval_s
         self._lock = threading.Lock()
         self._gpus: list[GpuStats] | None = None
-        self._note = "asking the driver"
+        self._note = "waiting for the driver"
         self._asked_at = time.monotonic()
         self._answered = False
         self._closing = threading.Event()
@@ -40,6 +42,7 @@ class GpuProbe:
         self._xids = XidWatch(nvml)
 
     def start(self) -> None:
+        """Start sampling."""
         self._thread.start()
         self._xids.start()
 
@@ -51,15 +54,15 @@ class GpuProbe:
         self._xids.close()
 
     def take_xids(self) -> list[Xid]:
-        """Errors that the driver has reported since the last call."""
+        """XID errors that the driver has reported since the last call."""
         return self._xids.take()
 
     def latest(self) -> tuple[list[GpuStats] | None, str]:
-        """The newest sample, or None and why there is none."""
+        """The newest sample, or None and the reason."""
         with self._lock:
             silent_s = time.monotonic() - self._asked_at
             if not self._answered and silent_s > STALE_S:
-                return None, f"the NVIDIA driver has not answered for {silent_s:.0f} s"
+                return None, f"the NVIDIA driver has not answered for {duration_text(silent_s)}"
             return self._gpus, self._note
 
     def _run(self) -> None:
@@ -86,14 +89,14 @@ class GpuProbe:
 
 
 def no_gpu_note(error: Exception, nvml: Any = pynvml) -> str:
-    """In words, why NVML can't be used."""
+    """Why NVML cannot be used."""
     if isinstance(error, nvml.NVMLError_LibraryNotFound | nvml.NVMLError_DriverNotLoaded):
         return "no NVIDIA driver"
     return f"NVML: {error}"
 
 
 def sample(nvml: Any = pynvml) -> list[GpuStats]:
-    """One GpuStats per device; needs nvmlInit. Raises NVMLError only when not even the devices can be counted."""
+    """One GpuStats per device; needs nvmlInit. Raises NVMLError only if the devices cannot be counted."""
     return [_device(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
 
 
@@ -140,7 +143,7 @@ def _text(value: str | bytes | None) -> str:
 
 
 def count_devices(nvml: Any = pynvml) -> tuple[int, str]:
-    """How many GPUs the driver has, and why none when there are none. For the command line; may take as long as the
+    """How many GPUs the driver has, and the reason if there are none. For the command line; may take as long as the
     driver does."""
     counted: list[tuple[int, str]] = []
 
@@ -153,7 +156,7 @@ def count_devices(nvml: Any = pynvml) -> tuple[int, str]:
             counted.append((0, no_gpu_note(error, nvml)))
 
     _bounded(count, STALE_S)
-    return counted[0] if counted else (0, f"the NVIDIA driver has not answered for {STALE_S:.0f} s")
+    return counted[0] if counted else (0, f"the NVIDIA driver has not answered for {duration_text(STALE_S)}")
 
 
 def _bounded(function: Callable[[], None], timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""XIDs: the error numbers in which NVIDIA's driver reports that something went wrong on a GPU, heard through NVML.
+"""XID errors: the numbers by which the NVIDIA driver reports a problem of a GPU, received through NVML.
 
 The numbers and their meaning: https://docs.nvidia.com/deploy/xid-errors/
 """
@@ -20,11 +20,11 @@ _KEPT = 100
 # Number -> (what happened, what to do).
 _WORDS: dict[int, tuple[str, str]] = {
     13: (
-        "a kernel of the program failed, mostly by an index out of bounds",
+        "a kernel of the program failed, usually because of an index out of bounds",
         "run it under compute-sanitizer, or with CUDA_LAUNCH_BLOCKING=1",
     ),
     31: (
-        "the program used a GPU address that is not its own",
+        "the program accessed an invalid GPU address",
         "run it under compute-sanitizer, or with CUDA_LAUNCH_BLOCKING=1",
     ),
     32: ("the GPU got commands that it can't read", "if it comes again: check the PCIe link and the driver"),
@@ -45,7 +45,7 @@ _WORDS: dict[int, tuple[str, str]] = {
         "GPU memory lost data of this program only (a contained ECC error)",
         "start the run again; reset the GPU when it is free",
     ),
-    95: ("GPU memory lost data, whosever it was (an uncontained ECC error)", "reset the GPU before it is used again"),
+    95: ("GPU memory lost data of any program (an uncontained ECC error)", "reset the GPU before it is used again"),
     109: ("the GPU took too long to change between programs", "update the driver; if it comes again: reset the GPU"),
     119: ("the GPU's system processor (GSP) does not answer the driver", "reset the GPU, or reboot; update the driver"),
     120: ("the GPU's system processor (GSP) failed", "reset the GPU, or reboot; update the driver"),
@@ -58,30 +58,31 @@ _WORDS: dict[int, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Xid:
-    """One report."""
+    """One XID error."""
 
     number: int
     gpu: int | None
-    """Its index; None when it can't even be asked for that any more."""
+    """The index of the GPU; None if it does not even answer that."""
     uuid: str
     wall_s: float
 
     @property
     def name(self) -> str:
-        """GPU 0: XID 79: the GPU has fallen off the bus"""
+        """Such as "GPU 0: XID 79: the GPU has fallen off the bus"."""
         where = "a GPU" if self.gpu is None else f"GPU {self.gpu}"
         what = _WORDS.get(self.number)
         return f"{where}: XID {self.number}" + (f": {what[0]}" if what else "")
 
     @property
     def text(self) -> str:
-        """With what to do about it."""
+        """The name, and what to do about it."""
         way_out = _WORDS.get(self.number, ("", "see NVIDIA's list of XID errors and the kernel's log (dmesg)"))[1]
         return f"{self.name}; {way_out}"
 
 
 class XidWatch:
-    """Listens in a thread of its own, as NVML waits in C. Where NVML or a GPU knows no such events it hears nothing."""
+    """Listens in a thread of its own, because NVML waits in C. Where NVML or a GPU does not support such events,
+    there are none."""
 
     def __init__(self, nvml: Any = pynvml) -> None:
         self._nvml = nvml
@@ -90,6 +91,7 @@ class XidWatch:
         self._thread = threading.Thread(target=self._run, name="xid", daemon=True)
 
     def start(self) -> None:
+        """Start listening."""
         self._thread.start()
 
     def close(self) -> None:
@@ -99,7 +101,7 @@ class XidWatch:
             self._thread.join(timeout=2 * _WAIT_MS / 1000)
 
     def take(self) -> list[Xid]:
-        """What was heard since the last call, oldest first. Never waits."""
+        """The errors since the last call, oldest first. Never waits."""
         heard = []
         while self._heard:
             heard.append(self._heard.popleft())
@@ -140,14 +142,14 @@ class XidWatch:
             except nvml.NVMLError_GpuIsLost:  # its XID has come, or comes: the others go on
                 self._closing.wait(_WAIT_MS / 1000)
                 continue
-            # Asked for beforehand: a GPU that has fallen off the bus answers nothing any more.
+            # Looked up beforehand: a GPU that has fallen off the bus does not answer.
             known = gpus.get(_key(event.device))
             gpu, uuid = known if known is not None else (None, "")
             self._heard.append(Xid(int(event.eventData), gpu, uuid, time.time()))
 
 
 def _key(handle: Any) -> Any:
-    """The address that an NVML handle stands for: each call makes another object of it."""
+    """The address in an NVML handle: each call returns another object for it."""
     return ctypes.cast(handle, ctypes.c_void_p).value if isinstance(handle, ctypes._Pointer) else handle
 
 

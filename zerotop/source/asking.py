@@ -1,4 +1,4 @@
-"""Ask a run's hub to do something and wait for its answer: what a command line does that has no screen."""
+"""Send a command to a run's hub and wait for its answer, without a screen."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import uuid
 from typing import Any, Literal, cast
 
 from runtime.wire.messages import Ack, Command, CommandName, CommandRecord
+from zerotop.format import duration_text
 from zerotop.output import CommandError, say
 from zerotop.source.base import Source
 from zerotop.state.run import waits_for
@@ -19,7 +20,7 @@ SAY_SO_AFTER_S = 1.0
 
 
 def asker() -> str:
-    """user@host:pid, for the run's record of who asked for what."""
+    """user@host:pid, the sender of a command in the run's records."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container whose uid has no name
@@ -28,30 +29,31 @@ def asker() -> str:
 
 
 def new_command(name: str, arguments: dict[str, Any] | None = None) -> Command:
-    """A command with an id of its own and the asker's name."""
+    """A command with a new id and the sender."""
     return Command(
         id=uuid.uuid4().hex, name=cast(CommandName, name), arguments=arguments or {}, who=asker(), wall_s=time.time()
     )
 
 
 def refused(command: Command, reason: str) -> CommandRecord:
-    """A command that was rejected before it was sent."""
+    """The record of a command that was rejected before it was sent."""
     return CommandRecord(command=command, ack=Ack(id=command.id, state="rejected", reason=reason, wall_s=time.time()))
 
 
 def ask(
     source: Source, command: Command, *, until: Literal["accepted", "applied"], timeout_s: float | None
 ) -> CommandRecord:
-    """Send `command` and return its newest answer: rejected, `until`, or `accepted` after `timeout_s` (with a reason).
+    """Send `command` and return its record once it is rejected, once it has reached `until`, or as accepted after
+    `timeout_s`, with a reason.
 
-    Says on stderr what it waits for after a second. Raises CommandError when no hub takes it.
+    After a second, what it waits for is printed to stderr. Raises CommandError if no hub answers.
     """
     try:
         return _ask(source, command, until, timeout_s)
     except KeyboardInterrupt:
         record = source.state.commands.get(command.id)
         if record is not None and record.ack.state == "accepted":
-            say(f"#{record.ack.number} {command.name} was accepted and stays in force")
+            say(f"#{record.ack.number} {command.name} was accepted and is still pending")
         raise
 
 
@@ -69,7 +71,7 @@ def _ask(source: Source, command: Command, until: str, timeout_s: float | None) 
             if source.connection == "ended":
                 return _at_the_end(source, record)
             if timeout_s is not None and waited_s > timeout_s:
-                return _with(record, reason=f"not applied yet after {timeout_s:g} s; it stays in force")
+                return _with(record, reason=f"not applied yet after {duration_text(timeout_s)}; still pending")
             if not said and waited_s > SAY_SO_AFTER_S:
                 said = True
                 say(f"accepted as #{record.ack.number}, {waits_for(record)}...")
@@ -80,15 +82,15 @@ def _ask(source: Source, command: Command, until: str, timeout_s: float | None) 
             if waited_s > limit_s:
                 name = source.state.status.name if source.state.status else "the run"
                 raise CommandError(
-                    f"the hub of {name} has not answered within {limit_s:g} s ({source.connection}); nothing is known "
-                    f"to have happened: zerotop status {name} shows how it is",
+                    f"the hub of {name} did not answer within {duration_text(limit_s)} ({source.connection}); "
+                    f"the command may or may not have been applied: check with zerotop status {name}",
                     exit_code=1,
                 )
         source.wait(0.05)
 
 
 def _at_the_end(source: Source, record: CommandRecord) -> CommandRecord:
-    """The run ended with the command still open: for stop and abort that is the answer, for others a refusal."""
+    """The run ended with the command still open: for stop and abort that means applied, for others rejected."""
     status = source.state.status
     assert status is not None
     done = {"stop": ("stopped", "finished"), "abort": ("aborted",)}.get(record.command.name, ())

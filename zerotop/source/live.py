@@ -4,6 +4,9 @@ The SUB socket first subscribes to the live packets, then to a snapshot topic of
 whole state. Packets that overtake the snapshot are held back. Both subscriptions stay: after a broken connection ZeroMQ
 renews them by itself and the hub answers with a new snapshot, which replaces the state. A hole in the hub's numbering
 (a screen that was suspended for long) is healed the same way.
+
+A command goes out on the DEALER socket; its answers are the CommandRecords with its id that the hub publishes. One of
+which nothing is heard is sent again: the same id acts once.
 """
 
 from __future__ import annotations
@@ -15,24 +18,26 @@ from pathlib import Path
 
 import zmq
 
-from runtime.wire.codec import ProtocolError, decode_up, encode, load, read_packet, read_snapshot
+from runtime.wire.codec import ProtocolError, encode, load, read_packet, read_snapshot
 from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandRecord, LogRecord, Packet, RunStatus
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
+from zerotop.format import duration_text
 from zerotop.state.run import RunState
 
 FRAMES_PER_POLL = 5000
 HELD_BACK = 10_000
 FRAME_BYTES = 2**28
-"""Of what a hub sends: far more than the whole state of a large run, and an end."""
+"""Size limit of a frame: far more than the whole state of a large run."""
 SILENCE_S = 3.0
-"""The hub's probe speaks once a second: after this long without a word, look whether the run still lives."""
+"""The hub's probe sends once a second: after this long without a message, check whether the run is still live."""
 LOST_S = 6.0
 ASK_AGAIN_S = 2.0
-"""A snapshot that has not come, or a command without an answer, is asked for again after this long."""
+"""After this time a missing snapshot is requested again, and a command without an answer is sent again."""
 
 
 class LiveSource:
-    """Reads a running hub; `read_status` says, in times of silence, how the run is as far as its directory knows."""
+    """Reads a running hub. When the hub is silent, `read_status` returns the state of the run as its directory has
+    it."""
 
     def __init__(
         self, sockets: Sockets, run_path: Path | None = None, read_status: Callable[[], RunStatus | None] | None = None
@@ -51,13 +56,14 @@ class LiveSource:
         self._heard_at: float | None = None
         self._looked_at = 0.0
         self._broken = ""
-        self._sent: dict[str, tuple[Command, float]] = {}  # without any answer yet: command, when it was sent
-        self._mine: dict[str, CommandRecord] = {}  # own commands and their newest answers
+        self._sent: dict[str, tuple[Command, float]] = {}
+        """Own commands without a final answer, by id, and when each was sent last."""
         self._connection_before = ""
         self._told_skipped = False
 
     # ---- life ------------------------------------------------------------------------------------------------------
     def start(self) -> None:
+        """Connect to the hub. Returns at once."""
         self._context = zmq.Context()
         screens = self._screens = self._context.socket(zmq.SUB)
         commands = self._commands = self._context.socket(zmq.DEALER)
@@ -90,7 +96,7 @@ class LiveSource:
         if self._heard_at is None or not self._have_snapshot:
             return "connecting"
         age_s = self.age_s() or 0.0
-        return "live" if age_s < LOST_S else f"lost: nothing heard for {age_s:.0f} s"
+        return "live" if age_s < LOST_S else f"lost: nothing heard for {duration_text(age_s)}"
 
     @property
     def can_control(self) -> bool:
@@ -98,7 +104,7 @@ class LiveSource:
 
     @property
     def broken(self) -> str:
-        """Why this source can never work (the other side speaks another protocol); empty when nothing is wrong."""
+        """Why this source can never work (the hub uses another protocol version); empty if all is well."""
         return self._broken
 
     def age_s(self) -> float | None:
@@ -106,27 +112,19 @@ class LiveSource:
 
     def wait(self, timeout_s: float) -> None:
         poller = zmq.Poller()
-        for socket in (self._screens, self._commands):
-            if socket is not None:
-                poller.register(socket, zmq.POLLIN)
+        if self._screens is not None:
+            poller.register(self._screens, zmq.POLLIN)
         poller.poll(int(timeout_s * 1000))
 
     def poll(self) -> bool:
-        if self._screens is None or self._commands is None:
+        if self._screens is None:
             return False
         changed = False
         try:
             for frames in _drain(self._screens):
                 changed = self._screen_frames(frames) or changed
-            for frames in _drain(self._commands):
-                answer = decode_up(frames[-1])
-                if isinstance(answer, Ack):
-                    self._heard()
-                    self._answer(answer)
-                    changed = True
         except ProtocolError as error:
             self._broken = str(error)
-        self._keep_own_answers()
         changed = self._look_after() or changed
         connection = self.connection.split(" for ")[0]  # a growing age alone is no change
         changed = changed or connection != self._connection_before
@@ -164,10 +162,10 @@ class LiveSource:
         return changed
 
     def _tell_skipped(self, malformed: list[str]) -> None:
-        """Of the run's messages that this zerotop can't read, the first one is told; the screen goes on without."""
+        """Report the first message of the run that this version cannot read; the screen continues without it."""
         if malformed and not self._told_skipped:
             self._told_skipped = True
-            text = f"messages of the run are skipped, because this zerotop can't read them: {malformed[0]}"
+            text = f"skipping messages of the run that this version of zerotop can't read: {malformed[0]}"
             self.state.apply(LogRecord(rank=None, level="warning", logger="zerotop", text=text, wall_s=time.time()))
 
     def _heard(self) -> None:
@@ -195,21 +193,26 @@ class LiveSource:
             if status is not None and (status.state not in LIVE_STATES or self.state.status is None):
                 self.state.apply(status)
                 return True
-        return self._send_again(now)
-
-    def _send_again(self, now: float) -> bool:
-        # The same id acts once, so repeating is safe: the first may have gone down with a broken tunnel.
-        for identity, (command, sent_at) in list(self._sent.items()):
-            if now - sent_at > ASK_AGAIN_S and self._push(command):
-                self._sent[identity] = (command, now)
+        self._send_again(now)
         return False
 
+    def _send_again(self, now: float) -> None:
+        """Commands of which the hub has said nothing: the first try may have gone down with a broken tunnel."""
+        for identity, (command, sent_at) in list(self._sent.items()):
+            record = self.state.commands.get(identity)
+            if record is not None and record.ack.state != "accepted":
+                del self._sent[identity]
+            elif record is None and now - sent_at > ASK_AGAIN_S and self._push(command):
+                self._sent[identity] = (command, now)
+
     def _refuse_unanswered(self) -> bool:
-        """The run has ended: whatever nobody answered never will be."""
-        waiting = [command for command, _ in self._sent.values()]
-        for command in waiting:
-            self._answer(Ack(id=command.id, state="rejected", reason=self._ended_reason(), wall_s=time.time()))
-        return bool(waiting)
+        """The run has ended: a command that was not answered never will be."""
+        unanswered = [command for command, _ in self._sent.values() if command.id not in self.state.commands]
+        self._sent.clear()
+        for command in unanswered:
+            ack = Ack(id=command.id, state="rejected", reason=self._ended_reason(), wall_s=time.time())
+            self.state.apply(CommandRecord(command=command, ack=ack))
+        return bool(unanswered)
 
     def _ended_reason(self) -> str:
         status = self.state.status
@@ -232,26 +235,6 @@ class LiveSource:
         except zmq.Again:  # the queue is full or nobody is connected: _send_again comes back to it
             return False
         return True
-
-    def _answer(self, ack: Ack) -> None:
-        sent = self._sent.pop(ack.id, None)
-        known = self._mine.get(ack.id)
-        command = sent[0] if sent else known.command if known else None
-        if command is None or (known is not None and known.ack.state != "accepted"):
-            return  # not ours, or answered for good already
-        self._mine[ack.id] = CommandRecord(command=command.model_copy(update={"number": ack.number}), ack=ack)
-        self._keep_own_answers()
-
-    def _keep_own_answers(self) -> None:
-        """The hub tells everybody too, and in an order of its own: a final answer must not fall back to `accepted`."""
-        for identity, record in self._mine.items():
-            shown = self.state.commands.get(identity)
-            if shown is None or (shown.ack.state == "accepted" and record.ack.state != "accepted"):
-                self.state.apply(record)
-        for identity in list(self._sent):
-            shown = self.state.commands.get(identity)
-            if shown is not None:
-                self._answer(shown.ack)
 
 
 def _drain(socket: zmq.Socket[bytes]) -> list[list[bytes]]:

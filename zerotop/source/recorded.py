@@ -1,4 +1,4 @@
-"""A run that has ended as a source: nothing arrives any more, and nobody answers commands."""
+"""A run that has ended as a source: nothing arrives any more, and commands are rejected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zerotop.state.run import RunState
 
 
 class EndedSource:
-    """The last state of a run, folded already. `status` is the run directory's word and wins over what was folded."""
+    """The last state of a run. `status` is the one in the run directory, which takes precedence."""
 
     connection = "ended"
     can_control = False
@@ -47,7 +47,7 @@ class EndedSource:
 
 
 class RecordedSource(EndedSource):
-    """The same from the recording in the run directory."""
+    """The last state of a run, read from the recording in its directory."""
 
     def __init__(self, run_path: Path, status: RunStatus) -> None:
         super().__init__(RunState(), status)
@@ -63,5 +63,5 @@ class RecordedSource(EndedSource):
         super().start()
 
     def snapshot(self) -> Snapshot:
-        """The whole state for a screen on another machine."""
+        """The whole state, for a screen on another machine."""
         return Snapshot(hub_seq=0, now_ns=0, wall_s=time.time(), messages=self.state.snapshot_messages())

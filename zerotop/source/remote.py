@@ -1,4 +1,5 @@
-"""A run on another box as a source: its hub's sockets come through an SshLink, renewed whenever it breaks."""
+"""A run on another machine as a source: its hub's sockets are forwarded by an SshLink, which reconnects when it
+breaks."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any
 from runtime.wire.codec import decode_snapshot
 from runtime.wire.messages import LIVE_STATES, RunStatus
 from runtime.wire.rundir import Sockets
+from zerotop.format import duration_text
 from zerotop.output import CommandError
 from zerotop.source.base import Source
 from zerotop.source.live import LiveSource
@@ -20,8 +22,8 @@ LONGEST_PAUSE_S = 30.0
 
 
 def open_remote(host: str, run: str | None) -> Source:
-    """A started source on `run` (None: the newest live one, else the newest) of `host`; of a run that has ended, what
-    its recording there comes to. ssh may ask on the terminal. Raises SshError."""
+    """A started source on `run` of `host` (None: the newest live run, else the newest). A run that has ended is read
+    from its recording there. ssh may prompt on the terminal. Raises SshError."""
     link = SshLink(host)
     try:
         link.open()
@@ -52,19 +54,20 @@ def _ended(found: dict[str, Any]) -> EndedSource:
 def _resolve(link: SshLink, run: str | None, *flags: str) -> dict[str, Any]:
     answer = link.ask(["resolve", *([run] if run else []), *flags, "--json"])
     if not isinstance(answer, dict) or not {"name", "live", "here", "sockets", "status"} <= answer.keys():
-        raise CommandError(f"the zerotop on {link.host} answers in another way: install the same version on both sides")
+        raise CommandError(f"the zerotop on {link.host} has another version: install the same one on both sides")
     return answer
 
 
 class RemoteSource(LiveSource):
-    """A LiveSource on forwarded sockets. A thread keeps the link up and asks how the run is when the hub is silent."""
+    """A LiveSource on forwarded sockets. A thread keeps the link up and asks for the status of the run when the hub
+    is silent."""
 
     def __init__(self, link: SshLink, run: str) -> None:
-        super().__init__(link.sockets, None, self._word_from_there)
+        super().__init__(link.sockets, None, self._remote_status)
         self.link = link
         self.run = run
         self._trouble = ""
-        self._word: RunStatus | None = None
+        self._status_there: RunStatus | None = None
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="ssh keeper", daemon=True)
@@ -87,17 +90,19 @@ class RemoteSource(LiveSource):
             self._keeper.join(10.0)
         self.link.close()
 
-    def _word_from_there(self) -> RunStatus | None:
-        """What the other box last said about the run; asks it again, in the keeper's thread."""
+    def _remote_status(self) -> RunStatus | None:
+        """The newest status from the other machine; the keeper's thread asks for it again."""
         self._wake.set()
-        return self._word
+        return self._status_there
 
     def _keep(self) -> None:
         pause_s = FIRST_PAUSE_S
         while not self._closing.is_set():
             asked = self._wake.wait(0.5)
             self._wake.clear()
-            if self._closing.is_set() or (self._word is not None and self._word.state not in LIVE_STATES):
+            if self._closing.is_set() or (
+                self._status_there is not None and self._status_there.state not in LIVE_STATES
+            ):
                 continue
             try:
                 if not self.link.alive:
@@ -110,7 +115,7 @@ class RemoteSource(LiveSource):
                 pause_s = FIRST_PAUSE_S
             except (CommandError, OSError) as error:
                 if not self._closing.is_set():
-                    self._trouble = f"{error}; trying again in {pause_s:.0f} s"
+                    self._trouble = f"{error}; trying again in {duration_text(pause_s)}"
                     self._closing.wait(pause_s)
                     pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
@@ -118,4 +123,4 @@ class RemoteSource(LiveSource):
         found = _resolve(self.link, self.run)
         if forward and found["live"]:
             self.link.forward(Sockets(found["sockets"]))
-        self._word = RunStatus.model_validate(found["status"])
+        self._status_there = RunStatus.model_validate(found["status"])

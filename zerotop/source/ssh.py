@@ -1,9 +1,9 @@
-"""Other boxes, over the user's own OpenSSH: ask the zerotop there, and forward a hub's Unix sockets to here.
+"""Other machines, through the user's OpenSSH: ask the zerotop there, and forward a hub's Unix sockets to here.
 
-Everything in ~/.ssh/config counts (keys, agents, jump hosts, host-key checks); ZEROTOP_SSH replaces the `ssh` that is
-called. An attach keeps one connection: a master that holds a session open, through which questions and forwardings go,
-so a password is asked for once. The session reads its stdin until that closes, so the connection ends with this
-process, however this process ends. Nothing listens on TCP.
+Everything in ~/.ssh/config applies (keys, agents, jump hosts, host-key checks); ZEROTOP_SSH replaces the `ssh` that is
+called. An attach keeps one connection: a master that holds a session open and carries questions and forwardings, so a
+password is asked for once. The session reads its stdin until that closes, so the connection ends with this process,
+however it ends. Nothing listens on TCP.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import psutil
 
 from runtime.wire.rundir import Sockets
 from zerotop.clean import clean
+from zerotop.format import duration_text
 from zerotop.output import CommandError, say
-from zerotop.runs.executable import MARK, shell_command
-from zerotop.runs.paths import make_private_folder, sockets_home
+from zerotop.rundir.executable import MARK, shell_command
+from zerotop.rundir.paths import make_private_folder, sockets_home
 
 SSH_VARIABLE = "ZEROTOP_SSH"
 RECONNECT_WITHIN_S = 40.0
@@ -40,11 +41,11 @@ _HOLD = f"exec sh -c 'echo {MARK}; exec cat >/dev/null'"
 
 
 class SshError(CommandError):
-    """The other box can't be reached, or what it says is no answer."""
+    """The other machine cannot be reached, or its output is not an answer."""
 
 
 def ssh_words() -> list[str]:
-    """The ssh command to call, from ZEROTOP_SSH. Raises SshError when there is none."""
+    """The ssh command to call, from ZEROTOP_SSH. Raises SshError if it does not exist."""
     text = os.environ.get(SSH_VARIABLE) or "ssh"
     try:
         words = shlex.split(text)
@@ -56,9 +57,10 @@ def ssh_words() -> list[str]:
 
 
 def run_there(host: str, words: list[str]) -> int:
-    """Run `zerotop WORDS...` on `host`, its output as ours; returns its exit code. Raises SshError when ssh fails.
+    """Run `zerotop WORDS...` on `host` with its output as ours; returns its exit code. Raises SshError if ssh fails.
 
-    The other zerotop writes into a pipe, where `logs` leaves everything as it is: it is cleaned before a terminal here.
+    The other zerotop writes to a pipe, where `logs` passes everything through, so the output is cleaned here before it
+    reaches a terminal.
     """
     command = [*ssh_words(), *_COMMON, "--", host, shell_command(words)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
@@ -87,7 +89,7 @@ def run_there(host: str, words: list[str]) -> int:
 
 
 class SshLink:
-    """One connection to `host`, with questions and socket forwardings going through it."""
+    """One connection to `host` that carries questions and socket forwardings."""
 
     def __init__(self, host: str) -> None:
         self.host = host
@@ -104,15 +106,16 @@ class SshLink:
 
     @property
     def alive(self) -> bool:
+        """Whether the connection is up."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def last_words(self) -> str:
-        """What ssh said last: its reason when the connection broke."""
+        """The last line that ssh printed: its reason if the connection broke."""
         return self._said[-1] if self._said else "the connection was closed"
 
     def open(self, *, quiet: bool = False) -> None:
-        """Connect. ssh may ask on the terminal unless `quiet` (a screen is in the way). Raises SshError."""
+        """Connect. ssh may prompt on the terminal unless `quiet` (a screen is drawn on it). Raises SshError."""
         self._end_process()
         self._said.clear()
         self._control.unlink(missing_ok=True)
@@ -139,7 +142,7 @@ class SshLink:
             raise SshError(f"ssh to {self.host} failed: {self.last_words}")
 
     def ask(self, words: list[str]) -> Any:
-        """The JSON that `zerotop WORDS...` prints there. Raises SshError with its message when it prints an error."""
+        """The JSON that `zerotop WORDS...` prints there. Raises SshError with its message if it prints an error."""
         done = self._through_master([], ["--", self.host, shell_command(words)])
         _, mark, answer = done.stdout.partition(MARK + "\n")
         try:
@@ -155,7 +158,8 @@ class SshLink:
         return document
 
     def forward(self, there: Sockets) -> None:
-        """Make `there`'s screens and commands reachable as `self.sockets`. Raises SshError when ssh refuses."""
+        """Make the screens and commands sockets of `there` reachable as `self.sockets`. Raises SshError if ssh
+        refuses."""
         for name in FORWARDED:
             self.sockets.path(name).unlink(missing_ok=True)
             pair = f"{self.sockets.path(name)}:{there.path(name)}"
@@ -164,19 +168,20 @@ class SshLink:
                 raise SshError(f"ssh to {self.host} can't forward {there.path(name)}: {_last_line(done.stderr)}")
 
     def stop(self) -> None:
-        """End the connection for good; whoever waits for it in another thread gets an SshError. `close` tidies up."""
+        """End the connection for good; a thread that waits for it gets an SshError. `close` cleans up."""
         with self._lock:
             self._closing = True
             if self._process is not None:
                 self._process.terminate()
 
     def close(self) -> None:
+        """End the connection and remove its folder."""
         self.stop()
         self._end_process()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _through_master(self, options: list[str], rest: list[str]) -> subprocess.CompletedProcess[str]:
-        # These only talk to the master. Were it gone, ssh would connect anew without the user's config: prevent that.
+        # These must only use the master. If it is gone, ssh would open a new connection without the user's config.
         own = ["-F", "none", "-S", str(self._control), "-o", "ProxyCommand=exit 1"]
         try:
             return subprocess.run(
@@ -188,7 +193,7 @@ class SshLink:
                 timeout=ASK_WITHIN_S,
             )
         except subprocess.TimeoutExpired:
-            raise SshError(f"{self.host} has not answered within {ASK_WITHIN_S:g} s") from None
+            raise SshError(f"{self.host} has not answered within {duration_text(ASK_WITHIN_S)}") from None
 
     def _await_mark(self, process: subprocess.Popen[bytes], within_s: float | None) -> bool:
         assert process.stdout is not None
@@ -199,7 +204,7 @@ class SshLink:
             while MARK.encode() not in heard:
                 left_s = None if deadline is None else deadline - time.monotonic()
                 if (left_s is not None and left_s <= 0) or not selector.select(left_s):
-                    self._said.append(f"no connection within {within_s:g} s")
+                    self._said.append(f"no connection within {duration_text(within_s)}")
                     return False
                 piece = os.read(process.stdout.fileno(), 4096)
                 if not piece:
@@ -233,7 +238,7 @@ class SshLink:
 
 
 def _sweep(home: Path) -> None:
-    """Remove what screens left that were killed: folders are called ssh-PID-..."""
+    """Remove the folders of screens that were killed: ssh-PID-..."""
     for folder in home.glob("ssh-*-*"):
         pid = folder.name.split("-")[1]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):

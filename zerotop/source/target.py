@@ -12,14 +12,14 @@ _REMOTE = re.compile(r"(?P<host>(?:[^@:/\s]+@)?(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^
 
 @dataclass(frozen=True)
 class Target:
-    """`host` is None for this box; `run` is None for the newest live run."""
+    """`host` is None for this machine; `run` is None for the newest live run."""
 
     host: str | None
     run: str | None
 
 
 def parse_target(text: str | None) -> Target:
-    """An @ or a colon makes it another box; raises CommandError when it is neither that nor a plain name."""
+    """An @ or a colon means another machine. Raises CommandError for what is neither that nor a plain name."""
     if not text:
         return Target(None, None)
     if "@" not in text and ":" not in text:
@@ -31,7 +31,7 @@ def parse_target(text: str | None) -> Target:
 
 
 def checked_host(host: str) -> str:
-    """`host` unless ssh would take it for an option."""
+    """`host`. Raises CommandError if ssh would take it for an option."""
     if host.startswith("-") or not host.strip():
         raise CommandError(f"{host!r} is not a host: expected host or user@host")
     return host

@@ -1,1 +1,1 @@
-"""What is known of a run, folded from its messages. Pure: no sockets, no clock, no screen."""
+"""The state of a run, folded from its messages. Pure: no sockets, no clock, no screen."""

@@ -1,4 +1,4 @@
-"""A still picture of a run, for a view that must not move while the run goes on."""
+"""A copy of the state that does not change, for a frozen view."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from zerotop.state.run import RunState
 
 
 def freeze(state: RunState) -> RunState:
-    """A copy that later messages don't touch. Messages are immutable, so only the containers are copied."""
+    """A copy that later messages do not change. Messages are immutable, so only the containers are copied."""
     still = copy.copy(state)
     still.ranks = {number: copy.copy(rank) for number, rank in state.ranks.items()}
     for rank in still.ranks.values():

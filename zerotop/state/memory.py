@@ -1,4 +1,4 @@
-"""Where a rank's memory is: the ledger's exact categories, and what can be derived beyond them."""
+"""Where the memory of a rank is: the exact categories of the ledger, and what can be derived beyond them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from zerotop.state.run import RankState, RunState
 
 LEDGER_CATEGORIES: tuple[str, ...] = get_args(Category)
 DERIVED_CATEGORIES = ("activations", "cache", "other")
-"""Not counted but computed: activations = allocated - ledger; cache = reserved - allocated; other = what the driver
-(CPU: the kernel) sees beyond."""
+"""Computed, not counted: activations = allocated - ledger; cache = reserved - allocated; other = what the driver (on a
+CPU: the kernel) reports beyond that."""
 CATEGORIES = LEDGER_CATEGORIES + DERIVED_CATEGORIES
+_LABELS = {"snapshot": "checkpoint copy"}
+
+
+def category_label(name: str) -> str:
+    """The name of a category on the screen."""
+    return _LABELS.get(name, name)
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """One rank's memory in bytes. `parts` holds the categories that are not empty, in CATEGORIES order."""
+    """The memory of one rank in bytes. `parts` holds the categories that are not empty, in the order of CATEGORIES."""
 
     parts: tuple[tuple[str, int], ...]
     used_bytes: int
@@ -25,15 +31,17 @@ class MemoryUse:
     on_gpu: bool
     pinned_bytes: int = 0
     offloaded: tuple[tuple[str, int], ...] = ()
-    """On a GPU: what the config moved to host memory, by category; not in `parts`."""
+    """On a GPU: what the config keeps in host memory, by category; not part of `parts`."""
 
     @property
     def offloaded_bytes(self) -> int:
+        """The sum of `offloaded`."""
         return sum(count for _, count in self.offloaded)
 
 
 def memory_use(memory: Memory) -> MemoryUse:
-    """On a GPU the device's memory, as the allocator and the driver see it; on a CPU the process's resident set."""
+    """On a GPU the device's memory, as the allocator and the driver report it; on a CPU the resident set of the
+    process."""
     parts: dict[str, int] = {name: memory.ledger.get(name, 0) for name in LEDGER_CATEGORIES}  # type: ignore[call-overload]
     offloaded = {str(name): count for name, count in memory.offloaded.items() if count}
     if memory.allocated_bytes is None:
@@ -64,7 +72,8 @@ def _in_order(parts: dict[str, int]) -> tuple[tuple[str, int], ...]:
 
 
 def gpu_of(state: RunState, rank: RankState) -> GpuStats | None:
-    """The probe's word on this rank's device, joined on its UUID (never on a PID: NVML gives the host's)."""
+    """The probe's sample of this rank's device, found by its UUID (never by process id: NVML reports those of the
+    host)."""
     hello = rank.hello
     node = state.nodes.get(hello.host) if hello else None
     if hello is None or node is None or not node.gpus or not hello.device_uuid:

@@ -1,4 +1,4 @@
-"""How far a run is and when it will be done."""
+"""How far a run is, and when it will be done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from zerotop.state.run import RunState
 
 @dataclass(frozen=True)
 class Progress:
-    """step of `steps` (None: a script decides); `eta_s` None while no step time is known, or no steps are taken."""
+    """Step `step` of `steps` (None: a script decides). `eta_s` is None while no step time is known, or no steps are
+    taken."""
 
     step: int
     steps: int | None
@@ -21,11 +22,12 @@ class Progress:
 
     @property
     def share(self) -> float | None:
+        """0..1 of all steps; None if a script decides."""
         return min(1.0, self.step / self.steps) if self.steps else None
 
 
 def progress(state: RunState, connection: str = "live") -> Progress:
-    """The median of recent steps carries the ETA: one slow step (a checkpoint, a hiccup) must not move it."""
+    """The ETA uses the median of recent steps, so that one slow step (a checkpoint, a hiccup) does not move it."""
     hello = state.hello
     steps = hello.steps if hello else None
     recent = state.series.recent_step_ms(20)
@@ -36,14 +38,14 @@ def progress(state: RunState, connection: str = "live") -> Progress:
         if steps and step_ms is not None and condition_of(state, connection).moving
         else None
     )
-    # Of the first step some ranks report before others: a part of them would be told as the whole run's speed.
+    # Ranks report their first step one after the other: the sum over some of them is not the speed of the run.
     whole = state.series.ranks_reporting >= state.world_size
     return Progress(done, steps, step_ms, eta_s, state.series.tokens_per_s if whole else None)
 
 
 def steps_at_risk(state: RunState) -> int:
-    """Optimizer steps that would be lost if the run died now: those since the newest checkpoint, or since this
-    attempt's start."""
+    """Optimizer steps that would be lost if the run failed now: those since the newest checkpoint, or since the
+    start of this attempt."""
     start = state.hello.start_step if state.hello else 0
     saved = state.status.last_checkpoint_step if state.status else None
     return max(0, state.step - max(start, saved or 0))

@@ -1,6 +1,7 @@
-"""RunState: every message of a run goes in through `apply`, and whoever shows or reports the run reads the fields.
+"""RunState: every message of a run is folded in by `apply`, and everything that shows or reports the run reads its
+fields.
 
-The hub, the screen, `zerotop status` and a replay all fold the same messages in here, so they can't disagree.
+The hub, the screen and `zerotop status` fold the same messages, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from runtime.wire.codec import rank_of
 from runtime.wire.messages import (
-    Ack,
+    CheckpointSaved,
     Collectives,
     Command,
     CommandRecord,
@@ -30,6 +31,7 @@ from runtime.wire.messages import (
     Snapshot,
     StepResult,
 )
+from zerotop.state.events import Record
 from zerotop.state.series import Series
 from zerotop.state.waits import Waits
 
@@ -38,12 +40,12 @@ _WAITS_FOR = {"abort": "ending the ranks", "stacks": "the ranks are being asked"
 """What happens to an accepted command that does not wait for a step boundary."""
 COMMANDS_KEPT = 100
 GAP_COUNTED = 10**6
-"""Packets: a larger gap is no loss but another numbering."""
+"""A larger gap in packet numbers is not a loss but another numbering."""
 
 
 @dataclass
 class RankState:
-    """The newest word of one rank on everything."""
+    """The newest message of each kind from one rank."""
 
     rank: int
     hello: Hello | None = None
@@ -54,13 +56,13 @@ class RankState:
     spans: deque[tuple[str, int, int, int, int]] = field(default_factory=lambda: deque(maxlen=256))
     """Newest phase intervals: (phase, step, micro_step, start_ns, end_ns)."""
     heard_ns: int = 0
-    """Arrival at the hub (the hub node's monotonic clock) of the newest packet: the data's age is the hub's now minus
-    this."""
+    """When the newest packet arrived at the hub, on its monotonic clock."""
     packets_lost: int = 0
     last_seq: dict[str, int] = field(default_factory=dict)
 
     @property
     def phase(self) -> str:
+        """The current phase; once the rank has left, how it left."""
         if self.goodbye is not None:
             return self.goodbye.outcome
         return self.heartbeat.phase if self.heartbeat else "init"
@@ -75,25 +77,28 @@ class RankState:
 
 @dataclass
 class RunState:
+    """The state of a run."""
+
     status: RunStatus | None = None
     ranks: dict[int, RankState] = field(default_factory=dict)
     nodes: dict[str, NodeStats] = field(default_factory=dict)
-    events: deque[Event | LogRecord] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
+    events: deque[Record] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
     commands: dict[str, CommandRecord] = field(default_factory=dict)  # by command id, oldest first
     series: Series = field(default_factory=Series)
     waits: Waits = field(default_factory=Waits)
     answered_ns: dict[str, int] = field(default_factory=dict)
-    """Command id -> arrival at the hub of its final answer; an answer older than our snapshot has none."""
+    """Command id -> arrival at the hub of its final state; one that is older than our snapshot has none."""
     hub_seq: int = 0
     hub_now_ns: int = 0
-    """The newest arrival stamp seen: the hub's clock as far as we know."""
+    """The newest arrival stamp: the hub's clock as far as we know it."""
     restarted: bool = False
-    """A new attempt has begun, and none of its ranks has said yet which step it goes on from."""
+    """A new attempt has begun, and none of its ranks has reported yet from which step it continues."""
     _lowest: int | None = None
-    """The lowest rank that has said hello."""
+    """The lowest rank that has sent a hello."""
 
     # ---- input -----------------------------------------------------------------------------------------------------
     def apply_snapshot(self, snapshot: Snapshot) -> None:
+        """Fold the whole state, as a late screen gets it."""
         self.hub_seq = snapshot.hub_seq
         self.hub_now_ns = snapshot.now_ns
         self.apply_all(snapshot.messages, 0)
@@ -105,7 +110,7 @@ class RunState:
             self.rank(rank).heard_ns = heard_ns
 
     def apply_packet(self, packet: Packet) -> bool:
-        """False (and nothing happens) when the snapshot already held this packet."""
+        """Fold one packet. False, and nothing happens, if the snapshot already contained it."""
         if packet.hub_seq and packet.hub_seq <= self.hub_seq:
             return False
         self.hub_seq = max(self.hub_seq, packet.hub_seq)
@@ -122,18 +127,20 @@ class RunState:
         return True
 
     def apply_all(self, messages: Iterable[Message], arrival_ns: int) -> None:
+        """Fold messages that arrived at the hub at `arrival_ns`."""
         for message in messages:
             self.apply(message, arrival_ns)
 
     def apply(self, message: Message, arrival_ns: int = 0) -> None:
+        """Fold one message. Kinds without a meaning for the state are ignored."""
         rank = getattr(message, "rank", None)
-        if isinstance(rank, int) and not isinstance(message, Ack):
+        if isinstance(rank, int):
             self.rank(rank).heard_ns = max(self.rank(rank).heard_ns, arrival_ns)
         match message:
             case Hello():
                 fresh = self.rank(message.rank)
                 if fresh.hello is not None and fresh.hello.attempt != message.attempt:
-                    # A new attempt of the rank: nothing of the dead process may shine through.
+                    # A new process: nothing of the old one may remain.
                     self.ranks[message.rank] = fresh = RankState(message.rank, heard_ns=fresh.heard_ns)
                     self.waits.restart()
                 if self.restarted:
@@ -147,7 +154,7 @@ class RunState:
             case Phases():
                 self.rank(message.rank).spans.extend(message.spans)
             case StepResult():
-                self.restarted = False  # the series sees by itself that steps are taken again
+                self.restarted = False  # the series notices replayed steps by itself
                 self.rank(message.rank).step = message
                 self.series.add(message)
                 self.waits.step_took(message.step, message.step_ms)
@@ -159,21 +166,17 @@ class RunState:
                 self.rank(message.rank).goodbye = message
             case NodeStats():
                 self.nodes[message.host] = message
-            case Event() | LogRecord():
+            case Event() | LogRecord() | CheckpointSaved():
                 self.events.append(message)
             case CommandRecord():
                 self._record(message, arrival_ns)
-            case Ack():
-                known = self.commands.get(message.id)
-                if known is not None:
-                    self._record(CommandRecord(command=known.command, ack=message), arrival_ns)
             case RunStatus():
                 if self.status and 0 < self.status.attempt < message.attempt:
                     self._begin_attempt()
                 self.status = message
 
     def _begin_attempt(self) -> None:
-        """All ranks are new processes: nothing of the dead ones may shine through."""
+        """All ranks are new processes: nothing of the old ones may remain."""
         self.ranks.clear()
         self.waits.restart()
         self.series.begin_attempt()
@@ -191,7 +194,7 @@ class RunState:
             self.answered_ns.pop(oldest, None)
 
     def _forget_stacks(self) -> None:
-        """Only the newest stacks are kept here: a text of many lines each, and a late screen is sent all of it."""
+        """Only the newest stacks are kept: each is a long text, and a late screen is sent all of them."""
         for identity, old in self.commands.items():
             if old.command.name == "stacks" and "text" in old.ack.result:
                 rest = {key: value for key, value in old.ack.result.items() if key != "text"}
@@ -199,14 +202,15 @@ class RunState:
 
     # ---- reading ---------------------------------------------------------------------------------------------------
     def rank(self, number: int) -> RankState:
+        """The state of one rank, created if it is new."""
         if number not in self.ranks:
             self.ranks[number] = RankState(number)
         return self.ranks[number]
 
     @property
     def hello(self) -> Hello | None:
-        """The lowest rank's hello: what is the same on all ranks (stage, precision, steps...) is read here."""
-        # Remembered, not looked for: this is asked for at every message of every rank.
+        """The lowest rank's hello: values that are equal on all ranks (stage, precision, steps...) are read here."""
+        # Cached, because it is read at every message of every rank.
         lowest = self.ranks.get(self._lowest) if self._lowest is not None else None
         if lowest is None or lowest.hello is None:
             known = [number for number, state in self.ranks.items() if state.hello]
@@ -216,11 +220,12 @@ class RunState:
 
     @property
     def world_size(self) -> int:
+        """The number of ranks; 0 before the first hello."""
         return self.hello.world_size if self.hello else 0
 
     @property
     def step(self) -> int:
-        """The last finished optimizer step that every reporting rank has reached."""
+        """The last optimizer step that every reporting rank has finished."""
         done = [state.step.step for state in self.ranks.values() if state.step]
         if done:
             return min(done)
@@ -228,19 +233,21 @@ class RunState:
 
     @property
     def loss(self) -> float | None:
+        """The loss of the newest step; None before the first."""
         newest = max((s.step for s in self.ranks.values() if s.step), key=lambda r: r.step, default=None)
         return newest.loss if newest else None
 
     @property
     def state_name(self) -> str:
+        """The state of the status; "starting" before there is one."""
         return self.status.state if self.status else "starting"
 
     def open_commands(self) -> list[Command]:
-        """Accepted, and neither applied nor rejected yet."""
+        """Commands that are accepted and neither applied nor rejected yet."""
         return [record.command for record in self.commands.values() if record.ack.state == "accepted"]
 
     def pending_text(self) -> str:
-        """Open commands for ranks, and what each one waits for."""
+        """Open commands for ranks, and what each of them waits for."""
         names: dict[str, list[str]] = {}
         for record in self.commands.values():
             if record.ack.state == "accepted" and record.command.name not in ("abort", "stacks"):
@@ -248,7 +255,7 @@ class RunState:
         return "; ".join(f"{', '.join(those)}: {what}" for what, those in names.items())
 
     def snapshot_messages(self) -> list[Any]:
-        """What a late screen must be told to be where this state is, in an order that `apply` understands."""
+        """The messages that give a late screen this state, in an order that `apply` understands."""
         messages: list[Any] = []
         if self.status:
             messages.append(self.status)
@@ -269,10 +276,12 @@ class RunState:
 
 
 def waits_for(record: CommandRecord) -> str:
-    """What an accepted command waits for: the ranks' own word once they have taken it up (a checkpoint is being
+    """What an accepted command waits for: what the ranks report once they have begun with it (a checkpoint is being
     written), before that a step boundary."""
     return record.ack.reason or _WAITS_FOR.get(record.command.name, "waiting for a step boundary")
 
 
 def _is_event_packet(packet: Packet) -> bool:
-    return any(isinstance(m, Hello | LogRecord | Event | Ack | Goodbye) for m in packet.messages)
+    """A packet whose acks were all that it held is empty; telemetry always holds a heartbeat."""
+    events = Hello | LogRecord | Event | CheckpointSaved | Goodbye
+    return not packet.messages or any(isinstance(message, events) for message in packet.messages)

@@ -1,4 +1,4 @@
-"""Figures over steps, thinned so that a run of a million steps costs a screen the same memory as one of a thousand."""
+"""Figures over steps, thinned so that a million steps take no more memory than a thousand."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ POINTS_KEPT = 1024
 
 
 class Series:
-    """Global figures per optimizer step (from the lowest rank that reports), at most POINTS_KEPT points.
+    """The global figures of the optimizer steps, from the lowest rank that reports, at most POINTS_KEPT points.
 
-    When full, every second point goes and from then on only every 2^k-th step is kept, so the whole run stays in sight.
-    The newest step is always there.
+    When full, every second point is dropped, and from then on only every 2^k-th step is kept: the whole run stays
+    visible. The newest step is always there.
     """
 
     def __init__(self) -> None:
@@ -23,6 +23,7 @@ class Series:
         self._tokens: dict[int, float] = {}
 
     def add(self, result: StepResult) -> None:
+        """Take the result of one step of one rank."""
         if result.tokens_per_s is not None:
             self._tokens[result.rank] = result.tokens_per_s
         lowest = self._newest.rank if self._newest else result.rank
@@ -38,13 +39,13 @@ class Series:
             self._points = [point for point in self._points if point.step % self.stride == 0]
 
     def cut(self, step: int) -> None:
-        """Forget what came after `step`: a new attempt goes on from there, and later steps never happened."""
+        """Drop the steps after `step`: a new attempt continues from there."""
         self._points = [point for point in self._points if point.step <= step]
         if self._newest is not None and self._newest.step > step:
             self._newest = self._points[-1] if self._points else None
 
     def copy(self) -> Series:
-        """An independent copy: what is added to one is not seen by the other."""
+        """An independent copy."""
         other = Series()
         other.stride, other._points, other._newest, other._tokens = (
             self.stride,
@@ -63,6 +64,7 @@ class Series:
         return sum(1 for _ in self)
 
     def messages(self) -> list[StepResult]:
+        """The points as a list."""
         return list(self)
 
     @property
@@ -76,8 +78,9 @@ class Series:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """The sum of every reporting rank's newest figure."""
+        """The sum of the newest figures of all reporting ranks."""
         return sum(self._tokens.values()) if self._tokens else None
 
     def recent_step_ms(self, count: int = 20) -> list[float]:
+        """Times of the newest `count` points."""
         return [point.step_ms for point in list(self)[-count:]]

@@ -1,7 +1,7 @@
-"""Verdicts on a run that stands still, and on the rank that the others wait for.
+"""Verdicts: why a run makes no progress, and for which rank the others wait.
 
-Nothing here compares clocks of two nodes. A rank's idle time is measured by its own heartbeat (its now minus its last
-progress, one clock), plus how long ago that heartbeat reached the hub (the hub's clock alone).
+Clocks of two nodes are never compared. A rank's idle time is measured by its own heartbeat (its now minus its last
+progress, one clock) plus the time since that heartbeat reached the hub (the hub's clock alone).
 """
 
 from __future__ import annotations
@@ -11,35 +11,36 @@ import statistics
 from dataclasses import dataclass
 
 from runtime.wire.messages import Heartbeat
+from zerotop.format import duration_text, ms_text
 from zerotop.state.run import RankState, RunState
 
 STALL_MIN_S = 10.0
 STALL_STEPS = 5
-"""A run stalls when nothing has moved for max(STALL_MIN_S, STALL_STEPS x the p99 step time)."""
+"""A run is stalled after max(STALL_MIN_S, STALL_STEPS x the p99 step time) without progress."""
 FIRST_STEPS = 3
 """The first steps of an attempt compile, warm up and allocate: no verdict yet."""
 QUIET_PHASES = frozenset({"checkpoint", "paused", "eval", "init"})
 """While any rank is in one of these, the others may rightly stand still."""
 LAGGARD_STEPS = 8
-"""Fewer say nothing."""
+"""Fewer steps give no verdict."""
 LATEST_STEPS = 10
-"""In which the cost must still be there."""
+"""The newest steps, in which the cost must still be there."""
 LAGGARD_WAIT_SHARE = 0.05
-"""A rank is named when it costs each other rank more than this part of the step, net of what they cost it."""
+"""A rank is named if it costs each other rank more than this share of the step, net of what they cost it..."""
 LAGGARD_CERTAINTY = 5.0
-"""...and the mean of that is so many times its standard error: where ranks take turns nobody is named, however much
-their waiting adds up to, nor is a rank for one long pause."""
+"""...and the mean of that is this many times its standard error: where ranks take turns none is named, however much
+they wait in total, nor is a rank for one long pause."""
 PAIR_CERTAINTY = 6.0
-"""Of two ranks one always waits for the other, and the machine's noise falls on one of them for longer at a time."""
+"""Of two ranks one always waits for the other, and noise of the machine affects one of them for longer."""
 KEPT_WAIT_SHARE = 0.025
 KEPT_CERTAINTY = 2.0
-"""Both for the rank that is named already: a verdict must not come and go at every step."""
+"""Limits for the rank that is already named: a verdict must not come and go at every step."""
 
 
 @dataclass(frozen=True)
 class Stall:
-    """A run without progress. `missing` have not entered collective `seq`, `waiting` are in it; both empty when no
-    collective is to blame. `ended` have left the run while the others wait in one: it can't go on."""
+    """A run without progress. `missing` have not entered collective `seq`, `waiting` are in it; both are empty if no
+    collective is to blame. `ended` have left the run while the others wait in one, which cannot complete."""
 
     idle_s: float
     cause: str
@@ -52,12 +53,13 @@ class Stall:
 
     @property
     def text(self) -> str:
-        return f"no progress for {self.idle_s:.0f} s: {self.cause}"
+        """The verdict in one line."""
+        return f"no progress for {duration_text(self.idle_s)}: {self.cause}"
 
 
 @dataclass(frozen=True)
 class Laggard:
-    """The rank that the others lose time to, step after step."""
+    """The rank for which the others wait, step after step."""
 
     rank: int
     share: float  # 0..1, of the collectives whose skew matters: those in which it came last
@@ -75,14 +77,14 @@ def idle_s(rank: RankState, hub_now_ns: int) -> float:
 
 
 def threshold_s(state: RunState) -> float:
-    """Seconds without progress from which a run counts as stalled."""
+    """Seconds without progress after which a run counts as stalled."""
     recent = sorted(state.series.recent_step_ms(100))
     p99_ms = recent[min(len(recent) - 1, int(len(recent) * 0.99))] if recent else 0.0
     return max(STALL_MIN_S, STALL_STEPS * p99_ms / 1000)
 
 
 def find_stall(state: RunState) -> Stall | None:
-    """The verdict at `state.hub_now_ns`, or None when the run moves or has a good reason not to."""
+    """The verdict at `state.hub_now_ns`; None if the run makes progress or may rightly stand still."""
     ranks = [rank for _, rank in sorted(state.ranks.items()) if rank.heartbeat is not None and rank.goodbye is None]
     if state.state_name not in {"running", "stopping"} or not ranks:
         return None
@@ -92,7 +94,7 @@ def find_stall(state: RunState) -> Stall | None:
     if state.step - start < FIRST_STEPS:
         return None
     limit = threshold_s(state)
-    # The liveliest rank decides: one that still moves (reading data, say) is slow, not stuck.
+    # The most recent progress decides: if one rank still moves (reading data, say), the run is slow, not stuck.
     idle = min(idle_s(rank, state.hub_now_ns) for rank in ranks)
     if idle < limit:
         return None
@@ -100,14 +102,14 @@ def find_stall(state: RunState) -> Stall | None:
 
 
 def explain(state: RunState, idle: float, limit: float) -> Stall | None:
-    """The verdict on a run that somebody else found standing still for `idle` s; a rank not heard from for `limit` s is
-    silent. None when no rank that is still there has said where it is."""
+    """The verdict on a run that was found without progress for `idle` seconds; a rank silent for `limit` seconds is
+    named as such. None if no remaining rank has reported its position."""
     ranks = [rank for _, rank in sorted(state.ranks.items()) if rank.heartbeat is not None and rank.goodbye is None]
     return _blame(ranks, _finished(state), idle, state.hub_now_ns, limit) if ranks else None
 
 
 def _finished(state: RunState) -> dict[int, int]:
-    """Rank -> its last step, of those that have left because all was done for them."""
+    """Rank -> its last step, of those that have finished."""
     words = {number: rank.goodbye for number, rank in sorted(state.ranks.items()) if rank.goodbye is not None}
     return {number: word.step for number, word in words.items() if word.outcome == "finished"}
 
@@ -116,15 +118,14 @@ def _blame(ranks: list[RankState], finished: dict[int, int], idle: float, hub_no
     beats = {rank.rank: rank.heartbeat for rank in ranks if rank.heartbeat is not None}
     silent = tuple(rank.rank for rank in ranks if rank.heard_ns and (hub_now_ns - rank.heard_ns) / 1e9 >= limit)
     tail = f"; nothing heard from {ranks_text(silent)}" if silent else ""
-    # What one rank has completed, all have entered: the last word of a rank that fell silent may be older than that.
+    # What one rank has completed, all have entered: the last heartbeat of a silent rank may be older than that.
     completed = max(beat.completed_seq for beat in beats.values())
     lowest = max(completed, min(beat.entered_seq for beat in beats.values()))
     seq = lowest + 1
     waiting = tuple(number for number, beat in beats.items() if beat.entered_seq >= seq)
     missing = tuple(number for number in beats if number not in waiting)
     if waiting:
-        # Only a rank whose newest collective is this very one tells its name; those further ahead (asynchronous) have
-        # moved on.
+        # Only a rank whose newest collective is this one knows its name; others (asynchronous) are further ahead.
         op = next((beat.entered_op for beat in beats.values() if beat.entered_seq == seq and beat.entered_op), "")
         text = f"{ranks_text(missing)} {_has(missing)} not entered collective {_name(seq, op)}, "
         text += f"{ranks_text(waiting)} {'waits' if len(waiting) == 1 else 'wait'} in it; "
@@ -148,11 +149,11 @@ def _blame(ranks: list[RankState], finished: dict[int, int], idle: float, hub_no
 
 
 def find_laggard(state: RunState, named: int | None = None) -> Laggard | None:
-    """The rank that the others lose time to in the recent steps; None when that goes round or costs little.
+    """The rank for which the others wait in the recent steps; None if ranks take turns or the cost is small.
 
-    `named`: the rank that the verdict before this one named, which goes only well below the thresholds. What counts is
-    time, not the number of collectives in which a rank came last: a small skew at a step's end counts as often as the
-    long wait before it. The figures are those of the table of ranks.
+    `named` is the rank of the previous verdict, which is dropped only well below the limits. What counts is time, not
+    the number of collectives in which a rank came last: a small skew at the end of a step counts as often as the long
+    wait before it. The figures are those of the table of ranks.
     """
     window = state.waits.window()
     costs = state.waits.net_cost_ms()
@@ -168,13 +169,13 @@ def find_laggard(state: RunState, named: int | None = None) -> Laggard | None:
     share, wait_ms = window.came_last_share.get(rank, 0.0), window.caused_ms.get(rank, 0.0)
     text = (
         f"rank {rank} came last in {share:.0%} of collectives; "
-        f"others wait {wait_ms:.0f} ms a step ({wait_ms / window.step_ms:.0%})"
+        f"others wait {ms_text(wait_ms)} a step ({wait_ms / window.step_ms:.0%})"
     )
     return Laggard(rank, share, wait_ms, text)
 
 
 def _costs_time(cost_ms: list[float], step_ms: float, wait_share: float, certainty: float) -> bool:
-    """Whether these costs, one a step, are neither small nor chance, and still there in the newest steps."""
+    """Whether these costs, one per step, are neither small nor chance, and still there in the newest steps."""
     if len(cost_ms) < LAGGARD_STEPS:
         return False
     mean = statistics.fmean(cost_ms)

@@ -1,8 +1,8 @@
-"""Who waits for whom, without comparing clocks.
+"""Which rank waits for which, without comparing clocks.
 
-In one collective every rank is held until the last one arrives, so the rank with the shortest duration came last, its
-duration is the transfer, and what any other rank's duration has beyond that is waiting. Only durations are compared,
-never times of two nodes.
+In a collective every rank is held until the last one arrives. So the rank with the shortest duration came last, its
+duration is the transfer, and the rest of any other rank's duration is waiting. Only durations are compared, never times
+of two nodes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from runtime.wire.messages import Collectives
 OPEN_KEPT = 512
 VERDICTS_KEPT = 1024
 MIN_SKEW_US = 200
-"""Below this, who came last is noise."""
+"""Below this, which rank came last is noise."""
 WINDOW_STEPS = 20
-"""Every figure on waiting that a person reads (table, banner, one rank's page) is over this many finished steps."""
+"""All figures on waiting (table, banner, page of a rank) are over this many finished steps."""
 STEPS_KEPT = 2 * WINDOW_STEPS
 
 
@@ -35,6 +35,7 @@ class Meeting:
 
     @property
     def skew_us(self) -> int:
+        """The longest wait of a rank."""
         return max(self.waited_us.values(), default=0)
 
 
@@ -70,6 +71,8 @@ class WaitWindow:
 
 
 class Waits:
+    """Collects the collectives of all ranks and sums up who waited for whom in each step."""
+
     def __init__(self) -> None:
         self.meetings: deque[Meeting] = deque(maxlen=VERDICTS_KEPT)
         self._open: dict[
@@ -79,11 +82,11 @@ class Waits:
         self._steps: dict[int, _Step] = {}
 
     def restart(self) -> None:
-        """A new attempt numbers its collectives from 1 again."""
+        """Forget everything: a new attempt numbers its collectives from 1."""
         self.__init__()  # type: ignore[misc]
 
     def copy(self) -> Waits:
-        """An independent copy: what is added to one is not seen by the other."""
+        """An independent copy."""
         other = Waits()
         other.meetings = self.meetings.copy()
         other._open = {seq: dict(by_rank) for seq, by_rank in self._open.items()}
@@ -92,6 +95,7 @@ class Waits:
         return other
 
     def add(self, message: Collectives, world_size: int) -> None:
+        """Take the finished collectives of one rank."""
         self._recent[message.rank] = message
         for seq, op, nbytes, _issue_ns, _end_ns, duration_us, _wait_us in message.records:
             by_rank = self._open.setdefault(seq, {})
@@ -123,17 +127,17 @@ class Waits:
         return sums
 
     def step_took(self, step: int, step_ms: float) -> None:
-        """A rank's time for `step`: what shares of waiting are relative to."""
+        """A rank's time for `step`: shares of waiting are relative to it."""
         sums = self._sums(step)
         sums.step_ms = max(sums.step_ms, step_ms)
 
     def messages(self) -> list[Collectives]:
+        """The newest message of each rank."""
         return list(self._recent.values())
 
     def window(self, steps: int = WINDOW_STEPS) -> WaitWindow:
         """The newest `steps` steps with collectives, without the very newest: it is still being reported, and half
-        its collectives would look like half the waiting.
-        """
+        of its collectives would look like half of the waiting."""
         met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
         chosen = [self._steps[step] for step in met]
         waited_us: dict[int, int] = {}
@@ -158,9 +162,9 @@ class Waits:
         )
 
     def net_cost_ms(self, steps: int = STEPS_KEPT) -> dict[int, list[float]]:
-        """Rank -> for each of the newest `steps` steps, oldest first and without the very newest: what each other rank
-        waited for this one, on average, less what was waited for one of the others. Where the last place goes round
-        this is about zero, whatever the waiting costs."""
+        """Rank -> for each of the newest `steps` steps, oldest first, without the very newest: what each other rank
+        waited for this one on average, minus what was waited for the others. If ranks take turns this is about zero,
+        however long they wait."""
         met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
         ranks = {rank for step in met for rank in self._steps[step].waited_us}
         others = max(1, len(ranks) - 1)
@@ -174,7 +178,7 @@ class Waits:
         return costs
 
     def waited_ms(self, step: int) -> dict[int, float]:
-        """Rank -> milliseconds it waited for others in the collectives of `step`."""
+        """Rank -> milliseconds that it waited for others in the collectives of `step`."""
         totals: dict[int, float] = {}
         for meeting in self.meetings:
             if meeting.step == step:

@@ -46,10 +46,10 @@ Outcome = Literal["detached", "ended"]
 
 
 class ZerotopApp(KeyFlow[Outcome]):
-    """Shows a started `source` until the user leaves. `run()` returns "detached" while the run goes on, "ended" after
-    it has.
+    """Shows a started `source` until the user leaves. `run()` returns "detached" if the run is still live then, else
+    "ended".
 
-    Closing the source stays with whoever opened it. The app reads the source in one thread, its own.
+    Whoever opened the source closes it. The app reads the source in one thread, its own.
     """
 
     TITLE = "zerotop"
@@ -98,7 +98,7 @@ class ZerotopApp(KeyFlow[Outcome]):
         self.call_after_refresh(self.tick)
 
     def _leave(self, number: int) -> None:
-        """A signal asks the screen to go. The run goes on, as with `q`."""
+        """A signal ends the screen. As with `q`, the run continues."""
         self.left_by = number
         self.action_detach()
 
@@ -119,19 +119,21 @@ class ZerotopApp(KeyFlow[Outcome]):
 
     @property
     def palette(self) -> Palette:
+        """The colours of the current theme."""
         return self.palettes.get(self.theme, self.palettes[DEFAULT])
 
     @property
     def shown_state(self) -> RunState:
-        """What panels show: the live state, or the still picture of a frozen view."""
+        """What panels show: the live state, or the copy of a frozen view."""
         return self.frozen if self.frozen is not None else self.source.state
 
     @property
     def rank_count(self) -> int:
+        """The number of ranks."""
         return max(max(self.shown_state.ranks, default=-1) + 1, self.shown_state.world_size)
 
     def tick(self) -> None:
-        """Drain the source; draw only when something that is shown changed."""
+        """Poll the source; draw only if something that is shown has changed."""
         changed = self.source.poll()
         age_s = self.source.age_s() or 0.0
         # The age is shown in whole seconds from two on; a command waits in tenths of a second only as long as it is
@@ -149,6 +151,7 @@ class ZerotopApp(KeyFlow[Outcome]):
         self.update_view()
 
     def update_view(self) -> None:
+        """Draw the current view."""
         screen = next((s for s in reversed(self.screen_stack) if isinstance(s, LiveScreen)), None)
         if screen is not None:
             screen.show_view(self.make_view())
@@ -157,6 +160,7 @@ class ZerotopApp(KeyFlow[Outcome]):
                 bar.relabel({"pause_resume": "Resume"} if paused else {})
 
     def make_view(self) -> View:
+        """Everything that panels may show at this tick."""
         age_s = self.source.age_s() or 0.0
         view = build_view(
             self.shown_state,
@@ -183,13 +187,15 @@ class ZerotopApp(KeyFlow[Outcome]):
     # ---- what may be done now --------------------------------------------------------------------------------------
     @property
     def can_steer(self) -> bool:
+        """Whether the keys that act on the run work."""
         return not self.why_not_steer
 
     @property
     def why_not_steer(self) -> str:
+        """Why the keys that act on the run do not work; empty if they do."""
         state = self.source.state.state_name
         if self.read_only:
-            return "this screen only watches (--read-only)"
+            return "this screen is read-only (--read-only)"
         if state not in LIVE_STATES:
             return f"the run has ended ({state})"
         return "" if self.source.can_control else "this source can't reach the run"
@@ -199,7 +205,7 @@ class ZerotopApp(KeyFlow[Outcome]):
         return self._may(action, name, self.screen) and not (action == "filter" and isinstance(self.focused, Input))
 
     def _may(self, action: str, panel: str, screen: Screen[Any]) -> bool:
-        """Whether `action` (on `panel`, where it is one on panels) makes sense while `screen` is on top."""
+        """Whether `action` (on `panel`, for one on panels) makes sense while `screen` is on top."""
         if action in STEERING and not self.can_steer:
             return False
         if action == "panel":
@@ -209,11 +215,12 @@ class ZerotopApp(KeyFlow[Outcome]):
 
     # ---- steering --------------------------------------------------------------------------------------------------
     def send(self, name: CommandName, arguments: dict[str, Any] | None = None) -> None:
-        """Hand one command to the run; its life shows in the command strip from now on."""
+        """Send one command to the run; the command strip shows its state from now on."""
         self.source.send(self.desk.make(name, arguments))
         self.update_view()
 
     def action_pause_resume(self) -> None:
+        """P: pause the run, or resume a paused one."""
         name, problem = steering.pause_or_resume(self.source.state, self.desk.waiting(self.source.state))
         if problem:
             self.notify(problem, severity="warning")
@@ -221,15 +228,20 @@ class ZerotopApp(KeyFlow[Outcome]):
             self.send(name)
 
     def action_checkpoint(self) -> None:
+        """C: write a checkpoint."""
         self.send("checkpoint")
 
     def action_stop(self) -> None:
+        """S: stop after a checkpoint, once confirmed."""
         self.push_screen(steering.stop_question(self.source.state), lambda yes: self.send("stop") if yes else None)
 
     def action_abort(self) -> None:
+        """A: abort, once confirmed."""
         self.push_screen(steering.abort_question(self.source.state), lambda yes: self.send("abort") if yes else None)
 
     def action_set_knob(self) -> None:
+        """E: change a setting."""
+
         def send(setting: Setting | None) -> None:
             if setting is not None:
                 self.send("set", {setting[0]: setting[1]})
@@ -237,6 +249,7 @@ class ZerotopApp(KeyFlow[Outcome]):
         self.push_screen(KnobScreen(known_values(self.source.state)), send)
 
     def action_stacks(self) -> None:
+        """T: dump the stacks of all ranks."""
         command = self.desk.make("stacks")
         self.source.send(command)
         name = steering.run_name(self.source.state)
@@ -245,44 +258,53 @@ class ZerotopApp(KeyFlow[Outcome]):
 
     # ---- the view --------------------------------------------------------------------------------------------------
     def action_detach(self) -> None:
+        """q: leave the screen."""
         self.exit("detached" if self.source.state.state_name in LIVE_STATES else "ended")
 
     def action_help_quit(self) -> None:
+        """Ctrl+C: explain how to leave and how to stop."""
         self.notify(
-            "q leaves the screen and the run goes on; S stops the run after a checkpoint", title="the run goes on"
+            "q leaves the screen, and the run continues; S stops the run after a checkpoint", title="the run continues"
         )
 
     def action_freeze(self) -> None:
+        """f: freeze the view, or follow again."""
         self.frozen = freeze(self.source.state) if self.frozen is None else None
         for screen in self.screen_stack:
             screen.set_class(self.frozen is not None, "-frozen")
         self.update_view()
 
     def action_next_theme(self) -> None:
+        """t: the next theme."""
         names = list(self.palettes)
         self.theme = names[(names.index(self.theme) + 1) % len(names)] if self.theme in names else DEFAULT
         for bar in self.screen.query(KeyBar):
             bar.note(f"theme: {self.palette.label}")
 
     def action_next_figure(self) -> None:
+        """g: the next figure in a plot."""
         focused = self.focused
         panel = focused if isinstance(focused, PlotPanel) else self.screen.query_one("#learning", PlotPanel)
         panel.next_figure()
 
     def action_panel(self, name: str) -> None:
+        """1 to 6: focus a panel."""
         if isinstance(self.screen, LiveScreen):
             self.screen.focus_panel(name)
 
     def action_filter(self) -> None:
+        """/: filter the events."""
         if isinstance(self.screen, MainScreen):
             self.screen.open_filter()
 
     def action_zoom(self) -> None:
+        """z: the focused panel takes the whole screen, or gives it back."""
         screen = self.screen
         if isinstance(screen, LiveScreen) and not screen.unzoom() and self.focused is not None:
             screen.zoom(self.focused)
 
     async def action_back(self) -> None:
+        """Esc: back from a zoomed panel, a filter or a screen."""
         screen = self.screen
         if isinstance(screen, LiveScreen) and screen.unzoom():
             return
@@ -293,6 +315,7 @@ class ZerotopApp(KeyFlow[Outcome]):
             self.call_after_refresh(self.update_view)
 
     def action_help(self) -> None:
+        """?: the help."""
         keys = {key.id: self._keys_text(self._keymap_given.get(key.id, key.keys)) for key in KEYS}
         self.push_screen(HelpScreen(self.palette, keys, self.can_steer, self.why_not_steer))
 
@@ -300,7 +323,7 @@ class ZerotopApp(KeyFlow[Outcome]):
         return " ".join(self.get_key_display(Binding(key, "")) for key in keys.split(","))
 
     def get_key_display(self, binding: Binding) -> str:
-        """One style everywhere: `Ctrl+S`, as the help and the documents write it."""
+        """`Ctrl+S`, as in the help and the documentation."""
         *modifiers, key = binding.key.split("+")
         if not modifiers or binding.key_display:
             return super().get_key_display(binding)
@@ -308,6 +331,7 @@ class ZerotopApp(KeyFlow[Outcome]):
         return "+".join([*(modifier.capitalize() for modifier in modifiers), shown])
 
     def action_save_screenshot(self) -> None:
+        """Ctrl+S: save a picture of the screen."""
         target = screenshot_path(steering.run_name(self.source.state))
         try:
             self.save_svg(target)
@@ -328,11 +352,12 @@ class ZerotopApp(KeyFlow[Outcome]):
         self.call_after_refresh(self.update_view)
 
     def action_command_palette(self) -> None:
+        """Ctrl+P: all actions and themes by name."""
         if not isinstance(self.screen, ActionPalette):
             self.push_screen(ActionPalette())
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
-        """The palette offers what the keys do, and only what may be done now."""
+        """The palette: what the keys do, as far as it is possible now."""
         for key in KEYS:
             name, _, rest = key.action.partition("(")
             argument = literal_eval(rest[:-1]) if rest else ""

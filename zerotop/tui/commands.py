@@ -1,4 +1,4 @@
-"""Commands on their way: sent by this screen, or seen in the run's record, each with its life in one line."""
+"""Commands and their state in one line each: those sent by this screen, and those of others in the run's records."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from runtime.wire.messages import Command, CommandName, CommandRecord
+from zerotop.format import ms_text
 from zerotop.source.asking import asker
 from zerotop.state.run import RunState, waits_for
 
 SENT_KEPT = 100
 ANSWER_BRIGHT_S = 7.0
 ANSWER_SHOWN_S = 10.0
-"""A final answer stands in full colour, then dim, then goes."""
+"""A final answer is shown in full colour, then dimmed, then removed."""
 
 
 @dataclass(frozen=True)
 class CommandLife:
-    """One command: `state` is sent | accepted | applied | rejected; `waited_s` since it was sent, None for somebody
-    else's; `answered_s` since its final answer on the hub's clock, None while it is open, infinite when that was before
-    this screen.
-    """
+    """One command. `state` is sent | accepted | applied | rejected. `waited_s` is the time since it was sent, None
+    for somebody else's. `answered_s` is the time since its final answer on the hub's clock: None while it is open,
+    infinite if that was before this screen opened."""
 
     id: str
     label: str
@@ -36,15 +36,17 @@ class CommandLife:
 
     @property
     def open(self) -> bool:
+        """Whether it has no final answer yet."""
         return self.state in {"sent", "accepted"}
 
     @property
     def fresh(self) -> bool:
-        """Still to be shown: open, or answered not long ago."""
+        """Whether it is still shown: open, or answered not long ago."""
         return self.answered_s is None or self.answered_s < ANSWER_SHOWN_S
 
     @property
     def fading(self) -> bool:
+        """Whether it is shown dimmed."""
         return self.answered_s is not None and self.answered_s >= ANSWER_BRIGHT_S
 
 
@@ -57,10 +59,9 @@ class _Sent:
 
 
 class CommandDesk:
-    """Makes commands with an id of their own, and tells what became of them.
+    """Makes commands, and reports what became of them.
 
-    Times are of this screen's own clock, from the keystroke to the answer: the hub's wall clock may be another
-    machine's.
+    Times are measured on this screen's own clock, from the key to the answer: the hub may be on another machine.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
@@ -69,6 +70,7 @@ class CommandDesk:
         self._who = asker()
 
     def make(self, name: CommandName, arguments: dict[str, Any] | None = None) -> Command:
+        """A new command; the caller sends it."""
         command = Command(id=uuid.uuid4().hex, name=name, arguments=arguments or {}, who=self._who, wall_s=time.time())
         self._sent[command.id] = _Sent(command, self._now())
         while len(self._sent) > SENT_KEPT:
@@ -76,12 +78,13 @@ class CommandDesk:
         return command
 
     def waiting(self, state: RunState) -> list[Command]:
-        """Commands not answered to the end yet: those the hub keeps, and those of ours it has not seen."""
+        """Commands without a final answer: those that the hub lists, and those of ours that it does not list yet."""
         unseen = [sent.command for key, sent in self._sent.items() if key not in state.commands]
         return state.open_commands() + unseen
 
     def lives(self, state: RunState, age_s: float = 0.0) -> tuple[CommandLife, ...]:
-        """Every known command, oldest first; `age_s`: since the hub was heard, which its clock has moved on by."""
+        """All known commands, oldest first. `age_s` is the time since the hub was heard, by which its clock has
+        moved on."""
         now_ns = state.hub_now_ns + int(age_s * 1e9)
         known = [self._life(record, state, now_ns) for record in state.commands.values()]
         for key, sent in self._sent.items():
@@ -97,7 +100,7 @@ class CommandDesk:
             sent.done_s, sent.done_ns = self._now(), now_ns
         waited_s = None if sent is None else (sent.done_s or self._now()) - sent.at_s
         label = _label(command, ack.number or command.number)
-        took = f" ({waited_s:.1f} s)" if waited_s is not None else ""
+        took = f" ({ms_text(1000 * waited_s)})" if waited_s is not None else ""
         if ack.state == "accepted":
             text = f"{label}: accepted … {waits_for(record)}"
         elif ack.state == "applied":

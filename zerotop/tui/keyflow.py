@@ -23,16 +23,16 @@ from zerotop.clean import clean
 
 ReturnType = TypeVar("ReturnType")
 LOOK_AGAIN_S, LONGEST_WAIT_S = 0.5, 30.0
-"""A key whose widget was removed under it is never finished: so often it is asked whether the widget is still there. A
-busy machine is no reason to send the next key early; one that hangs is, at last.
+"""A key whose widget was removed is never reported as handled: at this interval we check whether the widget is still
+there. A slow machine is no reason to send the next key early; after LONGEST_WAIT_S it is sent anyway.
 """
 ROUNDS, MOST_ROUNDS = 2, 10
-"""What a key sets in motion may itself be a message, a selected option say: the second round waits for that. Each
-change of screen or focus in a round is given another one."""
+"""A key may cause another message, such as a selected option: the second round waits for that. Each change of screen
+or focus adds a round."""
 
 
 class _DealtWith(Message, bubble=True, verbose=True):
-    """Follows a key on its way from widget to widget; where it comes out, everything of the key is done."""
+    """Follows a key from widget to widget; where it comes out, the key has been handled."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _DealtWith(Message, bubble=True, verbose=True):
 
 
 class KeyFlow(App[ReturnType]):
-    """An App that takes keys and pasted text one after the other."""
+    """An App that handles keys and pasted text one after the other."""
 
     _busy = False
     _number = 0
@@ -61,7 +61,7 @@ class KeyFlow(App[ReturnType]):
             await super().on_event(event)
 
     def takes(self, event: events.Key | events.Paste) -> bool:
-        """Whether what was typed may go to the screen that is there now."""
+        """Whether typed input may go to the current screen."""
         return True
 
     async def _next_key(self) -> None:

@@ -1,4 +1,4 @@
-"""The keys: one table that bindings, footer, help and the user's own key map are made from."""
+"""The keys: one table from which bindings, footer, help and the user's key map are made."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from textual.binding import Binding
 from textual.keys import KEY_NAME_REPLACEMENTS, Keys, key_to_character
 
-from zerotop.tui.theme import config_folder
+from zerotop.rundir.paths import config_home
 
 
 @dataclass(frozen=True)
 class Key:
-    """`id` is the name in keys.toml; `steers`: acts on the run, so it goes when the screen may only watch."""
+    """`id` is its name in keys.toml. `steers`: it acts on the run, so it is disabled when the screen is read-only."""
 
     id: str
     keys: str
@@ -30,25 +30,26 @@ class Key:
         return f"Panel: {self.label}" if self.id.startswith("panel.") else self.label
 
     def binding(self) -> Binding:
+        """The binding for Textual."""
         return Binding(self.keys, self.action, self.label, show=self.show, id=self.id)
 
 
 KEYS: tuple[Key, ...] = (
-    Key("help", "question_mark", "help", "Help", "this page: every key, and what the signs mean", show=True),
+    Key("help", "question_mark", "help", "Help", "this page: all keys, columns and signs", show=True),
     Key(
         "detach",
         "q",
         "detach",
         "Leave",
-        "leave the screen; the run goes on, `zerotop attach` opens it again",
+        "leave the screen; the run continues, `zerotop attach` opens it again",
         show=True,
     ),
-    Key("pause", "P", "pause_resume", "Pause", "pause at the next step boundary, or go on", True, True),
+    Key("pause", "P", "pause_resume", "Pause", "pause at the next step boundary, or resume", True, True),
     Key("checkpoint", "C", "checkpoint", "Checkpoint", "write a checkpoint at the next step boundary", True, True),
-    Key("set", "E,colon", "set_knob", "Set", "change a setting while the run goes on", True, True),
+    Key("set", "E,colon", "set_knob", "Set", "change a setting of the running run", True, True),
     Key("stop", "S", "stop", "Stop", "checkpoint at the next step boundary, then end the run (asks first)", True, True),
     Key("abort", "A", "abort", "Abort", "end the run now, without a checkpoint (asks first)", True, True),
-    Key("stacks", "T", "stacks", "Stacks", "where every rank stands now, also when the run is stuck", steers=True),
+    Key("stacks", "T", "stacks", "Stacks", "dump the stacks of all ranks, also when the run is stuck", steers=True),
     Key("freeze", "f", "freeze", "Freeze", "freeze the view, not the run; once more follows again", show=True),
     Key("zoom", "z", "zoom", "Zoom", "the focused panel takes the whole screen, and gives it back", show=True),
     Key(
@@ -72,13 +73,13 @@ KEYS: tuple[Key, ...] = (
 STEERING = frozenset(key.action for key in KEYS if key.steers)
 OTHER_HELP = (
     ("Tab, Shift+Tab", "the next panel, the one before"),
-    ("Esc", "back: out of a rank, a dialog, a zoomed panel, a filter"),
-    ("Ctrl+P", "every command and theme by name"),
+    ("Esc", "back from a rank, a dialog, a zoomed panel, a filter"),
+    ("Ctrl+P", "all commands and themes by name"),
 )
 FIXED_KEYS = frozenset(
     ("escape", "tab", "shift+tab", "enter", "up", "down", "pageup", "pagedown", "home", "end", "j", "k", "[", "]")
 ) | {"ctrl+p", "ctrl+q", "ctrl+c"}
-"""What panels, screens and Textual itself bind: the same everywhere, so keys.toml can't give them away."""
+"""Keys bound by panels, screens and Textual itself; keys.toml cannot change them."""
 _MODIFIERS = frozenset({"ctrl", "shift", "alt", "super", "meta", "hyper"})
 _NAMED_KEYS = frozenset(key.value for key in Keys if "+" not in key.value and "<" not in key.value)
 _UNICODE_NAMES = {short: name for name, short in KEY_NAME_REPLACEMENTS.items()}
@@ -94,18 +95,19 @@ _OTHER_NAMES = {
 
 
 def load_keymap() -> tuple[dict[str, str], list[str]]:
-    """The user's own keys from keys.toml (`id = "key"`), and a line for each entry that can't be used."""
-    path = config_folder() / "keys.toml"
+    """The user's keys from keys.toml (`id = "key"`), and a line for each entry that cannot be used."""
+    path = config_home() / "keys.toml"
     if not path.exists():
         return {}, []
     return read_keymap(path)
 
 
 def read_keymap(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The keys in the file `path`, and a line for each entry that cannot be used."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        return {}, [f"keys {path}: {error}; the usual keys stay"]
+        return {}, [f"keys {path}: {error}; the default keys are used"]
     known = {key.id: key for key in KEYS}
     keymap: dict[str, str] = {}
     problems: list[str] = []
@@ -128,14 +130,14 @@ def read_keymap(path: Path) -> tuple[dict[str, str], list[str]]:
         for word in keymap.get(key_.id, key_.keys).split(","):
             one = key_named(word) or word
             if one in taken:
-                problems.append(f"keys {path}: {one!r} is both {taken[one]} and {key_.id}; the usual keys stay")
+                problems.append(f"keys {path}: {one!r} is both {taken[one]} and {key_.id}; the default keys are used")
                 return {}, problems
             taken[one] = key_.id
     return keymap, problems
 
 
 def key_named(text: str) -> str | None:
-    """The key that a person calls `text`: "Ctrl+Z" is ctrl+z, "question_mark" is ?. None when there is none."""
+    """The key that a user calls `text`: "Ctrl+Z" is ctrl+z, "question_mark" is ?. None if there is none."""
     *modifiers, key = ["+"] if text == "+" else text.removesuffix("++").split("+") + ["+"] * text.endswith("++")
     modifiers = [_OTHER_NAMES.get(modifier.lower(), modifier.lower()) for modifier in modifiers]
     if len(key) == 1:
@@ -152,7 +154,7 @@ def key_named(text: str) -> str | None:
 
 
 def _flat(data: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """TOML reads `panel.ranks = "x"` as a table: put the dotted names together again."""
+    """TOML reads `panel.ranks = "x"` as a table: join the dotted names again."""
     flat: dict[str, object] = {}
     for name, value in data.items():
         if isinstance(value, dict):

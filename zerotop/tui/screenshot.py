@@ -7,20 +7,19 @@ import re
 from datetime import datetime
 from pathlib import Path
 
+from zerotop.rundir.paths import picture_folders
+
 
 def screenshot_path(run: str) -> Path:
-    """A new file in the first folder that exists of $XDG_PICTURES_DIR, ~/Pictures and ~/Downloads; else in the current
-    folder, or at home where that can't be written to.
-    """
+    """A new file in the user's folder for pictures or, if that does not exist, for downloads; else in the current
+    folder, or in the home directory if that is not writable."""
     stamp = datetime.now().strftime("%Y-%m-%d-%H%M%S")
     return _folder() / f"zerotop-{re.sub(r'[^A-Za-z0-9._-]+', '_', run)}-{stamp}.svg"
 
 
 def _folder() -> Path:
-    home = Path.home()
-    given = os.environ.get("XDG_PICTURES_DIR")
-    for folder in ((Path(given).expanduser(),) if given else ()) + (home / "Pictures", home / "Downloads"):
+    for folder in picture_folders():
         if folder.is_dir():
             return folder.absolute()
     here = Path.cwd()
-    return here if os.access(here, os.W_OK) else home
+    return here if os.access(here, os.W_OK) else Path.home()

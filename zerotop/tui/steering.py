@@ -5,31 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runtime.wire.messages import Command, CommandName
+from zerotop.format import duration_text
 from zerotop.state.progress import progress, steps_at_risk
 from zerotop.state.run import RunState
 from zerotop.tui.screens.confirm import ConfirmScreen
-from zerotop.tui.text import duration_text
 
 
 def pause_or_resume(state: RunState, waiting: Sequence[Command]) -> tuple[CommandName, str]:
-    """(what P means now, why it can't be sent). A second P while the first still waits must not turn it round."""
+    """(what P means now, why it cannot be sent). A second P while the first is still waiting must not reverse it."""
     for command in waiting:
         if command.name in {"pause", "resume"}:
-            return "pause", f"{command.name} still waits for a step boundary"
+            return "pause", f"{command.name} is still waiting for a step boundary"
     return ("resume" if state.state_name == "paused" else "pause"), ""
 
 
 def run_name(state: RunState) -> str:
+    """The name of the run, as far as it is known."""
     return state.status.name if state.status else state.hello.run if state.hello else "the run"
 
 
 def stop_question(state: RunState) -> ConfirmScreen:
-    """Where it will stop, that nothing is lost, and how to go on."""
+    """Where the run will stop, that nothing is lost, and how to continue it."""
     name = run_name(state)
     where = "where it is paused" if state.state_name == "paused" else "at the next step boundary"
     lines = (
         f"It writes a checkpoint {where}, then the run ends. Nothing is lost.",
-        f"To go on later: zerotop launch --resume --name {name}",
+        f"To continue it later: zerotop launch --resume --name {name}",
     )
     return ConfirmScreen(f"stop {name}?", lines, "checkpoint, then stop", dangerous=False)
 

@@ -17,7 +17,7 @@ LEAVING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class TerminalDriver(LinuxDriver):
-    """Draws on stdout, which is the terminal: Textual draws on stderr, and `2>log` would get the screen."""
+    """Draws on stdout, which is the terminal. Textual draws on stderr, so `2>log` would get the screen."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -25,7 +25,7 @@ class TerminalDriver(LinuxDriver):
 
 
 class _Terminal(TextIOWrapper):
-    """A file descriptor to write to. When the terminal has gone, nobody sees what is written, and nothing may hang."""
+    """A file descriptor to write to. Once the terminal has gone, writes are dropped, and nothing may hang."""
 
     def __init__(self, descriptor: int) -> None:
         encoding = sys.__stdout__.encoding if sys.__stdout__ else "utf-8"

@@ -1,13 +1,11 @@
 """Palettes: the themes of the package, and the user's own beside them.
 
 A palette is a TOML file of colours. A user's file may give only what it changes; the rest comes from the built-in
-palette of
-the same brightness. A file that can't be used is reported and skipped: a colour must never keep a run from being seen.
+palette of the same brightness. A file that can't be used is reported and skipped: a colour must never hide a run.
 """
 
 from __future__ import annotations
 
-import os
 import tomllib
 from dataclasses import dataclass
 from functools import cache
@@ -20,12 +18,14 @@ from rich.style import Style
 from textual.color import Color, ColorParseError
 from textual.theme import Theme
 
+from zerotop.rundir.paths import config_home
+
 DEFAULT = "dark"
 SECTIONS = ("ui", "categories", "phases", "plots")
 
 
 class ThemeError(ValueError):
-    """A palette file that can't be used; the message names the file, what is wrong and what is expected."""
+    """A palette file that cannot be used; the message names the file, the problem and what is expected."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Palette:
     plots: dict[str, str]
 
     def theme(self) -> Theme:
+        """The theme for Textual."""
         ui = self.ui
         return Theme(
             name=self.name,
@@ -63,13 +64,15 @@ class Palette:
         return _style(self.ui[role], None if not reverse else self.ui["background"], bold, reverse)
 
     def category(self, name: str) -> Style:
+        """A filled cell of a memory category."""
         return _block(self.categories.get(name, self.categories["other"]))
 
     def phase(self, name: str) -> Style:
+        """A filled cell of a phase."""
         return _block(self.phases.get(name, self.phases["idle"]))
 
     def phase_text(self, name: str) -> Style:
-        """The phase's colour as text: only hue, its word always stands beside it. Fills of quiet phases are too dim."""
+        """The colour of a phase as text. Its name is always beside it. Fills of quiet phases are too dim for text."""
         if name in {"paused", "init", "idle"}:
             return self.style("warning" if name == "paused" else "muted")
         return _style(
@@ -77,6 +80,7 @@ class Palette:
         )
 
     def plot(self, name: str) -> Style:
+        """The line of a plot."""
         return _style(self.plots.get(name, self.ui["primary"]), None, False, False)
 
 
@@ -87,13 +91,13 @@ def _style(color: str, other: str | None, bold: bool, reverse: bool) -> Style:
 
 @cache
 def _block(color: str) -> Style:
-    """A filled cell with a letter that can be read on it, black or white by the fill's brightness."""
+    """A filled cell whose letter is black or white, whichever is readable on it."""
     ink = Color.parse(color).get_contrast_text(1.0)
     return Style(color=ink.rich_color, bgcolor=color)
 
 
 def load_palettes() -> tuple[dict[str, Palette], list[str]]:
-    """All palettes by name, built-in first, and one line for each user file that had to be skipped."""
+    """All palettes by name, built-in ones first, and one line for each user file that was skipped."""
     palettes: dict[str, Palette] = {}
     order = {f"{DEFAULT}.toml": 0, "light.toml": 1}
     for item in sorted(_builtin_files(), key=lambda item: (order.get(item.name, 2), item.name)):
@@ -109,12 +113,9 @@ def load_palettes() -> tuple[dict[str, Palette], list[str]]:
     return palettes, problems
 
 
-def config_folder() -> Path:
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "zerotop"
-
-
 def user_folder() -> Path:
-    return config_folder() / "themes"
+    """The folder of the user's palettes."""
+    return config_home() / "themes"
 
 
 def _builtin_files() -> list[Traversable]:
@@ -125,7 +126,7 @@ def _builtin_files() -> list[Traversable]:
 
 
 def read_palette(path: Path | Traversable, bases: dict[bool, Palette] | None) -> Palette:
-    """The palette in `path`; keys it leaves out come from `bases[dark]`. Raises ThemeError."""
+    """The palette in `path`; keys that it leaves out come from `bases[dark]`. Raises ThemeError."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -1,4 +1,4 @@
-"""What panels are given at a tick: one object with everything they may show."""
+"""Everything that panels may show at a tick, in one object."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TICK_S = 0.25
 
 @dataclass(frozen=True)
 class View:
-    """`state`: what panels show, a still picture in a frozen view; `condition` and `commands` (newest last) are live in
-    that one, too; `age_s`: since anything was heard."""
+    """`state` is what panels show, in a frozen view a copy; `condition` and `commands` (newest last) are live in
+    that too. `age_s` is the time since the hub was heard."""
 
     state: RunState
     palette: Palette
@@ -34,6 +34,7 @@ class View:
 
     @property
     def ended(self) -> bool:
+        """Whether the run has ended."""
         return self.state.state_name in {"stopped", "finished", "aborted", "failed"}
 
 
@@ -49,9 +50,8 @@ def build_view(
     laggard_before: int | None = None,
     live: RunState | None = None,
 ) -> View:
-    """`live`: the run as it is now, where `state` is a still picture of it. `laggard_before`: the rank that the view
-    before this one named; a verdict in doubt stays with it.
-    """
+    """`live` is the current state if `state` is a copy. `laggard_before` is the rank that the previous view named;
+    in doubt the verdict stays with it."""
     ended = state.state_name in {"stopped", "finished", "aborted", "failed"}
     stale = not ended and (age_s > stale_after_s(state) or connection not in {"live", "ended"})
     return View(
@@ -71,8 +71,7 @@ def build_view(
 
 
 def stale_after_s(state: RunState) -> float:
-    """Data older than three missed ticks is grey: a tick is what the slower side promises, the ranks' telemetry or
-    the probe's second.
-    """
+    """Data older than three missed ticks is drawn grey. A tick is that of the slower side, the ranks' telemetry or
+    the probe's second."""
     hz = state.hello.telemetry_hz if state.hello else 1.0
     return 3 * max(1.0, 1 / hz if hz > 0 else 1.0)

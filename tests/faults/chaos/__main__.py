@@ -23,7 +23,7 @@ from tests.faults.chaos.disk import Disk
 from tests.faults.chaos.report import Report
 from tests.faults.chaos.run import NotSeen, Run
 from tests.faults.chaos.settings import ENVIRONMENT, INTERVAL, STEPS, VARIANTS, write_config
-from zerotop.runs.paths import remove_sockets
+from zerotop.rundir.paths import remove_sockets
 
 ROUND = 10
 """Faults into one run."""

@@ -16,8 +16,8 @@ from runtime.wire.messages import LIVE_STATES, RunStatus, StepResult
 from tests.harness.runs import lives
 from tests.harness.waiting import patient, until
 from zerotop.hub.recorder import read_messages
-from zerotop.runs.directory import read_entry
-from zerotop.runs.launching import start_run
+from zerotop.launch.start import start_run
+from zerotop.rundir.directory import read_entry
 from zerotop.source.live import LiveSource
 
 WRITER = "runtime.checkpoint.writer"

@@ -120,7 +120,7 @@ def _until_answered(sockets: Sockets) -> None:
             return source.connection == "live"
 
         until(answered, lambda: f"an answer from the hub: {source.connection}", LATE_S, pause=source.wait)
-        told = [event.text for event in source.state.events if "can't read them" in getattr(event, "text", "")]
+        told = [event.text for event in source.state.events if "can't read" in getattr(event, "text", "")]
         assert not told, f"the hub has sent on what can't be read: {told}"
     finally:
         source.close()

@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "log": {"rank": 0, "level": "info", "logger": "l", "text": "hello", "wall_s": _WALL},
     "event": {"rank": 0, "what": "note", "text": "t", "step": 5, "data": {"a": 1}, "wall_s": _WALL},
+    "checkpoint_saved": {"rank": 0, "step": 5, "path": "/c", "seconds": 1.0, "blocked_ms": 1.0, "wall_s": _WALL},
     "ack": {"id": "nobody's", "number": 1, "state": "applied", "step": 5, "rank": 0, "wall_s": _WALL},
     "goodbye": {"rank": 0, "outcome": "finished", "step": 5, "wall_s": _WALL},
     "status": {"name": "q1", "state": "failed", "attempt": 1, "step": 5},

@@ -11,7 +11,7 @@ from tests.harness.fakerun import write_run
 from zerotop.commands.attach import show
 from zerotop.commands.progress import follow
 from zerotop.hub.recorder import Recorder
-from zerotop.runs.directory import find_run
+from zerotop.rundir.directory import find_run
 from zerotop.source.base import Source
 from zerotop.source.recorded import RecordedSource
 
@@ -34,7 +34,7 @@ class LeftAtOnce:
         ("aborted", "aborted by me@box:7", 1, "q1: aborted, aborted by me@box:7"),
         ("finished", "all ranks finished", 0, "q1: finished, all ranks finished"),
         ("stopped", "stopped on request", 0, "q1: stopped, stopped on request"),
-        ("running", "", 0, "q1 goes on (running): zerotop attach q1 opens it again"),
+        ("running", "", 0, "q1 continues (running): zerotop attach q1 opens it again"),
     ],
 )
 def test_the_exit_code_is_the_runs(

@@ -140,7 +140,7 @@ def test_a_run_that_has_ended(words: list[str], home: Path, capsys: pytest.Captu
 def test_a_hub_that_does_not_answer(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(home, "q1", Path("/tmp/zt-nowhere"), RunStatus(name="q1", state="running"))
     assert main(["pause", "q1", "--timeout", str(ACCEPTED_ONLY)]) == 1
-    assert "the hub of q1 has not answered within 0.3 s" in capsys.readouterr().err
+    assert "the hub of q1 did not answer within 0.3 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("state", "exit_code"), [("stopped", 0), ("failed", 1)])

@@ -22,7 +22,7 @@ from tests.harness.waiting import patient, until
 from zerotop.cli import main
 from zerotop.commands import doctor
 from zerotop.hub.recorder import Recorder
-from zerotop.runs.logs import LogTail, cap_logs
+from zerotop.rundir.logs import LogTail, cap_logs
 
 ONE_GIB = 2**30
 
@@ -243,7 +243,7 @@ def test_logs_go_on_with_what_was_rolled_out_of_a_full_log(logged: Path, capsys:
 def test_the_last_lines_are_read_from_the_end(
     logged: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr("zerotop.runs.logs.BLOCK_BYTES", 64)
+    monkeypatch.setattr("zerotop.rundir.logs.BLOCK_BYTES", 64)
     log = logged / "logs" / "2" / "rank-0.log"
     lines = [f"2026-11-23 10:00:{number:02} {'x' * (number * 7)}" for number in range(60)]
     log.write_text("\n".join(lines) + "\n")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from runtime.wire.messages import Event, Goodbye, Heartbeat, Hello, RunStatus, StepResult
-from zerotop.runs.hang import HANG_S, HANG_VARIABLE, JUMP_S, HangWatch, Stillness, limit_s, should_move
-from zerotop.runs.stacks import RankStacks, ThreadStack
-from zerotop.runs.stacks_report import Report
+from zerotop.diagnose.hang import HANG_S, HANG_VARIABLE, JUMP_S, HangWatch, Stillness, limit_s, should_move
+from zerotop.diagnose.stacks import RankStacks, ThreadStack
+from zerotop.diagnose.stacks_report import Report
 from zerotop.state.run import RunState
 
 WORLD = 3
@@ -192,7 +192,7 @@ class Play:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, run: RunState) -> None:
         self.now_s = 0.0
-        monkeypatch.setattr("zerotop.runs.hang.time.monotonic", lambda: self.now_s)
+        monkeypatch.setattr("zerotop.diagnose.hang.time.monotonic", lambda: self.now_s)
         self.run, self.hub, self.taker, self.ended = run, PlayedHub(run), PlayedTaker(), list[str]()
         self.watch = HangWatch(self.hub, self.taker, self.ended.append)  # type: ignore[arg-type]
 
@@ -222,10 +222,10 @@ def test_a_hang_is_told_once_and_cleared_when_it_moves(monkeypatch: pytest.Monke
     )
     assert play.hub.events[0].text == line
     assert play.hub.status.reason == f"hang: {line}"
-    assert play.ended == [f"no progress for 60 s: {line}"]
+    assert play.ended == [f"no progress for 1m 00s: {line}"]
     beat(play.run, 1, entered=8)
     assert play.go(1) == [("hang", "info")] and play.hub.status.reason == ""
-    assert play.hub.events[1].text == "the run goes on at step 11, after 120 s without progress"
+    assert play.hub.events[1].text == "progress resumed at step 11, after 2m 00s without progress"
     assert play.go(59) == [] and play.go(2) == [("hang", "error")]  # the next one counts from its own beginning
 
 
@@ -247,7 +247,7 @@ def test_compiling_is_no_hang_and_is_said_once(monkeypatch: pytest.MonkeyPatch) 
     play = Play(monkeypatch, stuck_on_rank_1())
     play.taker.found[1] = RankStacks(1, 101, "running", stack("torch/_inductor/compile_fx.py"))
     assert play.go(65) == [("compiling", "info")]
-    assert play.hub.events[0].text == "no progress for 60 s, and no hang: rank 1 compiles"
+    assert play.hub.events[0].text == "no progress for 1m 00s, but not a hang: rank 1 compiles"
     assert play.go(65) == [] and play.taker.looks == 2
     assert play.hub.status.reason == "" and play.taker.reports == [] and play.ended == []
     play.taker.found[1] = RankStacks(1, 101, "sleeping", stack("train.py"))

@@ -11,8 +11,8 @@ import pytest
 from runtime.wire.messages import Collectives, StepResult
 from tests.unit.diagnose.test_hang import PlayedHub
 from tests.unit.state.test_stall import a_run
+from zerotop.diagnose.laggards import LaggardWatch
 from zerotop.report import status_document, status_text
-from zerotop.runs.laggards import LaggardWatch
 from zerotop.state.stall import Laggard, find_laggard
 
 MICRO_STEPS = 2
@@ -99,7 +99,7 @@ def test_the_verdict_follows_a_rank_that_becomes_slow_and_recovers() -> None:
 
 def test_the_run_tells_a_slow_rank_once_and_when_it_is_no_longer_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Laggard | None] = [None]
-    monkeypatch.setattr("zerotop.runs.laggards.find_laggard", lambda state, before: found[0])
+    monkeypatch.setattr("zerotop.diagnose.laggards.find_laggard", lambda state, before: found[0])
     hub = PlayedHub(a_run())
     watch = LaggardWatch(hub)  # type: ignore[arg-type]
 

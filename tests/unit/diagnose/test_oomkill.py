@@ -16,9 +16,9 @@ from runtime.plan.workload import built_in_workload
 from runtime.wire.messages import GpuStats, Hello, Memory, NodeStats
 from runtime.wire.rundir import RunFile
 from runtime.wire.sizes import format_size
+from zerotop.diagnose.evidence import EvidenceCollector
+from zerotop.diagnose.oomkill import MemoryWatch
 from zerotop.probe.xid import Xid
-from zerotop.runs.oomkill import MemoryWatch
-from zerotop.runs.witness import Witness
 from zerotop.state.run import RunState
 
 GIB = 2**30
@@ -179,14 +179,14 @@ def state_of(*hellos: Hello) -> RunState:
 def test_after_a_kill_the_plan_says_what_to_change(tmp_path: Path) -> None:
     root = play(tmp_path / "root", v2=0)
     run = launched(tmp_path)
-    witness = Witness(run, tmp_path, root)
+    collector = EvidenceCollector(run, tmp_path, root)
     state = state_of(hello(0, tmp_path), hello(1, tmp_path))
-    assert witness.account(state).changes.lines == ()  # nothing happened
+    assert collector.collect(state).remedies.lines == ()  # nothing happened
     play(root, v2=1)
-    account = witness.account(state)
+    account = collector.collect(state)
     assert account.memory.held == ""  # the probe never looked: of how much is not known
-    batch = next(line for line in account.changes.lines if '"train_micro_batch_size_per_gpu": 4 -> 2' in line)
-    assert account.changes.first.startswith(account.changes.lines[0].removeprefix("1. ").partition(": saves")[0])
+    batch = next(line for line in account.remedies.lines if '"train_micro_batch_size_per_gpu": 4 -> 2' in line)
+    assert account.remedies.first.startswith(account.remedies.lines[0].removeprefix("1. ").partition(": saves")[0])
     # As planned: half of what both ranks' activations and logits take.
     config = load(CONFIG).resolve(2, "cpu")
     workload = built_in_workload(config, tmp_path)
@@ -197,27 +197,27 @@ def test_after_a_kill_the_plan_says_what_to_change(tmp_path: Path) -> None:
 
 def test_a_scripts_model_has_figures_for_its_states_alone(tmp_path: Path) -> None:
     root = play(tmp_path / "root", v2=0)
-    witness = Witness(launched(tmp_path, script=["mine.py"]), tmp_path, root)
+    collector = EvidenceCollector(launched(tmp_path, script=["mine.py"]), tmp_path, root)
     play(root, v2=1)
     state = state_of(hello(0, tmp_path), hello(1, tmp_path))
-    lines = witness.account(state).changes.lines
+    lines = collector.collect(state).remedies.lines
     assert any("zero_optimization.stage" in line and "saves about" in line for line in lines)
     assert any("train_micro_batch_size_per_gpu" in line and "saves" not in line for line in lines)
     other = state_of(hello(0, tmp_path, config_digest="another"))  # it trained with a config of its own
-    assert witness.account(other).changes.lines == ()
-    witness.note(node(run_rss_bytes=2 * GIB))
-    assert witness.account(state).memory.held == "ranks held 6.00 GiB of 12.0 GiB"
+    assert collector.collect(other).remedies.lines == ()
+    collector.note(node(run_rss_bytes=2 * GIB))
+    assert collector.collect(state).memory.held == "ranks held 6.00 GiB of 12.0 GiB"
     half = state_of(hello(0, tmp_path))
-    assert witness.account(half).memory.held == "the run held 2.00 GiB of 12.0 GiB"
+    assert collector.collect(half).memory.held == "the run held 2.00 GiB of 12.0 GiB"
 
 
 def test_an_xid_counts_for_the_rank_on_that_gpu_and_for_a_minute(tmp_path: Path) -> None:
-    witness = Witness(launched(tmp_path), tmp_path, play(tmp_path / "root"))
+    collector = EvidenceCollector(launched(tmp_path), tmp_path, play(tmp_path / "root"))
     state = state_of(hello(0, tmp_path, device_uuid="GPU-a"), hello(1, tmp_path, device_uuid="GPU-b"))
     now = time.time()
     for xid in (Xid(31, 1, "GPU-b", now - 300), Xid(79, 1, "GPU-b", now - 2), Xid(45, 1, "GPU-b", now - 1)):
-        witness.hear(xid)
-    found = witness.account(state).xids
+        collector.hear(xid)
+    found = collector.collect(state).xids
     assert set(found) == {1} and found[1].startswith("GPU 1: XID 79: the GPU has fallen off the bus; reboot")
 
 
@@ -226,18 +226,18 @@ def test_a_small_shared_memory_is_told_at_the_start_where_gpus_are(
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda path: statvfs(16384, 16000))
     root = play(tmp_path / "root")
-    told = Witness(launched(tmp_path, "cuda"), tmp_path, root).warning()
+    told = EvidenceCollector(launched(tmp_path, "cuda"), tmp_path, root).warning()
     assert "/dev/shm has only 64.0 MiB" in told and "--shm-size" in told
-    assert Witness(launched(tmp_path, "cpu"), tmp_path, root).warning() == ""
+    assert EvidenceCollector(launched(tmp_path, "cpu"), tmp_path, root).warning() == ""
 
 
 def test_offload_is_advised_against_where_it_is_what_fills_the_host(tmp_path: Path) -> None:
     root = play(tmp_path / "root", v2=0)
     offload = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
-    witness = Witness(launched(tmp_path, "cuda", zero_optimization=offload), tmp_path, root)
+    collector = EvidenceCollector(launched(tmp_path, "cuda", zero_optimization=offload), tmp_path, root)
     gpu = GpuStats(index=0, uuid="GPU-a", name="x", used_bytes=2 * GIB, total_bytes=80 * GIB)
-    witness.note(node(gpus=[gpu]))
+    collector.note(node(gpus=[gpu]))
     play(root, v2=1)
-    lines = witness.account(state_of(hello(0, tmp_path), hello(1, tmp_path))).changes.lines
+    lines = collector.collect(state_of(hello(0, tmp_path), hello(1, tmp_path))).remedies.lines
     assert any("offload_optimizer.ratio" in line and "on each GPU" in line for line in lines)
     json.dumps(lines)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from runtime.wire.messages import Goodbye
-from zerotop.runs.oomkill import CGROUP, MACHINE, Count, HostMemory
-from zerotop.runs.outcome import Evidence, Outcome, decide
-from zerotop.runs.witness import Account, Changes
+from zerotop.diagnose.evidence import FailureEvidence, MemoryRemedies, SystemEvidence
+from zerotop.diagnose.oomkill import CGROUP, MACHINE, Count, HostMemory
+from zerotop.diagnose.outcome import Outcome, decide
 
 TORCHRUN = """\
 E1123 09:25:29.894000 12324 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: {code}) \
@@ -39,7 +39,7 @@ def goodbye(rank: int, outcome: str, step: int = 10, error: str = "", wall_s: fl
 def end(tmp_path: Path, launcher_exit: int | None, *goodbyes: Goodbye, log: str = "", **changes: object) -> Outcome:
     (tmp_path / "torchrun.log").write_text(log)
     said = {word.rank: word for word in goodbyes}
-    return decide(Evidence(2, launcher_exit, tmp_path, goodbyes=said, **changes))  # type: ignore[arg-type]
+    return decide(FailureEvidence(2, launcher_exit, tmp_path, goodbyes=said, **changes))  # type: ignore[arg-type]
 
 
 def test_good_ends(tmp_path: Path) -> None:
@@ -54,8 +54,9 @@ def test_a_stop_gives_its_reason(tmp_path: Path) -> None:
     assert end(tmp_path, 0, goodbye(0, "stopped", error="the supervisor is gone")).reason == "the supervisor is gone"
 
 
-def seen(**memory: object) -> Account:
-    return Account(HostMemory(**memory), changes=Changes(("1. do this", "2. or that"), "this (saves about 1 GiB)"))  # type: ignore[arg-type]
+def seen(**memory: object) -> SystemEvidence:
+    remedies = MemoryRemedies(("1. do this", "2. or that"), "this (saves about 1 GiB)")
+    return SystemEvidence(HostMemory(**memory), remedies=remedies)  # type: ignore[arg-type]
 
 
 CALM = seen(counts=(Count(CGROUP, 3, 3),), shared_bytes=(64 << 20, 0))
@@ -64,12 +65,12 @@ CALM = seen(counts=(Count(CGROUP, 3, 3),), shared_bytes=(64 << 20, 0))
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (-9, "SIGKILL, by somebody: no out-of-memory kill was recorded"),
-        (-11, "SIGSEGV (a crash in native code: it used memory that is not its own)"),
-        (-7, "SIGBUS (memory that a file backs was not there); /dev/shm has 64.0 MiB, 0 B free"),
-        (-6, "SIGABRT (native code gave up)"),
-        (-4, "SIGILL (an instruction that this CPU does not have: something was built for another one)"),
-        (-8, "SIGFPE (a division by zero in native code)"),
+        (-9, "SIGKILL (not by the kernel's OOM killer)"),
+        (-11, "SIGSEGV (segmentation fault in native code)"),
+        (-7, "SIGBUS (bus error: memory-mapped data is missing, or /dev/shm is full); /dev/shm has 64.0 MiB, 0 B free"),
+        (-6, "SIGABRT (native code aborted)"),
+        (-4, "SIGILL (illegal instruction: native code built for another CPU)"),
+        (-8, "SIGFPE (integer division by zero in native code)"),
         (-1, "SIGHUP (its terminal was closed)"),
         (-35, "signal 35"),
     ],
@@ -77,21 +78,21 @@ CALM = seen(counts=(Count(CGROUP, 3, 3),), shared_bytes=(64 << 20, 0))
 def test_a_killed_rank_is_the_cause_and_not_the_peers_that_lost_it(tmp_path: Path, code: int, words: str) -> None:
     complaint = goodbye(0, "failed", error="RuntimeError: Connection closed by peer", wall_s=0.5)
     (tmp_path / "rank-1.log").write_text("its last line\n")
-    found = end(tmp_path, 1, complaint, log=TORCHRUN.format(code=code, rank=1), account=CALM)
+    found = end(tmp_path, 1, complaint, log=TORCHRUN.format(code=code, rank=1), system=CALM)
     assert (found.reason, found.failed_rank, found.exit_code) == (f"rank 1 was killed by {words}", 1, code)
     assert found.error == "its last line"
 
 
 def test_a_rank_that_ended_by_sigterm_where_nobody_else_failed(tmp_path: Path) -> None:
     found = end(tmp_path, 1, exit_codes={1: -15})
-    assert found.reason == "rank 1 was killed by SIGTERM (somebody asked it to end: a batch system, or kill)"
+    assert found.reason == "rank 1 was killed by SIGTERM (from a batch system or kill)"
 
 
 def test_a_kill_for_lack_of_memory_is_told_with_the_evidence_and_what_to_change(tmp_path: Path) -> None:
     log = TORCHRUN.format(code=-9, rank=1)
     (tmp_path / "rank-1.log").write_text("".join(f"line {number}\n" for number in range(100)))
     held = {"rank_rss_bytes": {0: 5 << 30, 1: 6 << 30}, "total_bytes": 12 << 30}
-    found = end(tmp_path, 1, log=log, account=seen(counts=(Count(CGROUP, 0, 1),), **held))
+    found = end(tmp_path, 1, log=log, system=seen(counts=(Count(CGROUP, 0, 1),), **held))
     assert found.reason == (
         "rank 1 was killed by SIGKILL: the kernel ran out of memory (oom_kill of the cgroup 0 -> 1); "
         "ranks held 11.0 GiB of 12.0 GiB; try this (saves about 1 GiB)"
@@ -99,41 +100,41 @@ def test_a_kill_for_lack_of_memory_is_told_with_the_evidence_and_what_to_change(
     assert found.cause == "rank 1 was killed by SIGKILL"  # equal each time, for restarts
     lines = found.error.splitlines()
     assert len(lines) == 30 and lines[-2:] == ["  1. do this", "  2. or that"] and "line 99" in lines
-    elsewhere = end(tmp_path, 1, log=log, account=seen(counts=(Count(MACHINE, 0, 1),)))
+    elsewhere = end(tmp_path, 1, log=log, system=seen(counts=(Count(MACHINE, 0, 1),)))
     assert "the kernel killed a process for lack of memory (oom_kill of this machine 0 -> 1)" in elsewhere.reason
-    named = end(tmp_path, 1, log=log, account=seen(named={1: "the kernel's log: killed process 7"}))
+    named = end(tmp_path, 1, log=log, system=seen(named={1: "the kernel's log: killed process 7"}))
     assert "SIGKILL: the kernel ran out of memory (the kernel's log: killed process 7)" in named.reason
 
 
 def test_where_the_kernel_says_nothing_nothing_is_claimed(tmp_path: Path) -> None:
-    for account in (None, Account()):
-        found = end(tmp_path, 1, log=TORCHRUN.format(code=-9, rank=1), account=account)
-        assert found.reason.endswith("SIGKILL, perhaps because memory ran out: whether it did can't be seen here")
+    for account in (None, SystemEvidence()):
+        found = end(tmp_path, 1, log=TORCHRUN.format(code=-9, rank=1), system=account)
+        assert found.reason.endswith("SIGKILL (perhaps by the kernel's OOM killer: its records can't be read here)")
 
 
 def test_a_killed_process_of_a_data_loader_is_told_with_the_evidence(tmp_path: Path) -> None:
     error = "Traceback\nRuntimeError: DataLoader worker (pid 7) is killed by signal: Killed. "
     log = TORCHRUN.format(code=1, rank=1)
-    calm = end(tmp_path, 1, goodbye(1, "failed", error=error), log=log, account=CALM)
+    calm = end(tmp_path, 1, goodbye(1, "failed", error=error), log=log, system=CALM)
     assert calm.reason.endswith("is killed by signal: Killed.")
-    found = end(tmp_path, 1, goodbye(1, "failed", error=error), log=log, account=seen(counts=(Count(CGROUP, 0, 1),)))
+    found = end(tmp_path, 1, goodbye(1, "failed", error=error), log=log, system=seen(counts=(Count(CGROUP, 0, 1),)))
     assert "Killed.: the kernel ran out of memory (oom_kill of the cgroup 0 -> 1)" in found.reason
 
 
 def test_a_killed_torchrun_is_told_with_the_evidence(tmp_path: Path) -> None:
-    found = end(tmp_path, -9, account=seen(counts=(Count(CGROUP, 0, 1),)))
+    found = end(tmp_path, -9, system=seen(counts=(Count(CGROUP, 0, 1),)))
     assert found.reason.startswith("torchrun was killed by SIGKILL; the kernel ran out of memory")
 
 
 def test_a_gpus_error_shortly_before_is_mentioned(tmp_path: Path) -> None:
     error = "Traceback\nRuntimeError: CUDA error: unspecified launch failure"
-    account = Account(xids={1: "GPU 1: XID 79: the GPU has fallen off the bus; reboot"})
-    found = end(tmp_path, 1, goodbye(1, "failed", error=error), account=account)
+    account = SystemEvidence(xids={1: "GPU 1: XID 79: the GPU has fallen off the bus; reboot"})
+    found = end(tmp_path, 1, goodbye(1, "failed", error=error), system=account)
     assert found.reason == (
         "rank 1 failed after step 10: RuntimeError: CUDA error: unspecified launch failure; "
         "GPU 1: XID 79: the GPU has fallen off the bus; reboot"
     )
-    assert "XID" not in end(tmp_path, 1, goodbye(0, "failed", error=error), account=account).reason
+    assert "XID" not in end(tmp_path, 1, goodbye(0, "failed", error=error), system=account).reason
 
 
 CRASH = """\

@@ -15,8 +15,8 @@ import pytest
 
 from runtime.wire.messages import Command, Heartbeat, RunStatus
 from tests.harness.waiting import until
-from zerotop.runs.stacks import ANSWER_S, RankStacks, ThreadStack, ask, find_ranks, parse
-from zerotop.runs.stacks_report import ANSWER_BYTES, StackTaker, _save, _text
+from zerotop.diagnose.stacks import ANSWER_S, RankStacks, ThreadStack, ask, find_ranks, parse
+from zerotop.diagnose.stacks_report import ANSWER_BYTES, StackTaker, _save, _text
 from zerotop.state.run import RunState
 
 DUMP = """Thread 0x00007f078ffff6c0 (most recent call first):
@@ -95,7 +95,7 @@ def test_a_stopped_process_is_told_apart_and_not_asked(child: Callable[..., psut
 def test_a_process_without_a_handler_is_not_killed(child: Callable[..., psutil.Process], tmp_path: Path) -> None:
     process = child(0, SLEEPS, registers=False)
     answer = ask({0: process}, {}, tmp_path)[0]
-    assert answer.trouble == "it has no handler for SIGUSR2 (yet)" and answer.threads == ()
+    assert answer.trouble == "it has not installed its handler for SIGUSR2 yet" and answer.threads == ()
     assert process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
@@ -190,7 +190,7 @@ def test_equal_stacks_stand_once_under_their_ranks() -> None:
     assert "ranks 0, 2-7, another thread" in text
     place = "step 11, backward, micro-step 3/4, last collective 811 (all_reduce), completed"
     assert f"rank 1: pid 101, sleeping, {place}\n" in text
-    assert "rank 0: pid 100, sleeping, not heard from yet\n" in text
+    assert "rank 0: pid 100, sleeping, nothing heard yet\n" in text
 
 
 def test_files_are_numbered_and_private(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ async def test_the_command_is_answered_with_a_path_and_a_bounded_text(tmp_path: 
     taker._nproc = 2000
     await taker.answer(Command(id="c2", name="stacks"))
     text = hub.completed[1][1]["text"]
-    assert len(text) < ANSWER_BYTES + 100 and text.endswith("\n... the rest stands in logs/3/stacks-2.txt\n")
+    assert len(text) < ANSWER_BYTES + 100 and text.endswith("\n... the rest is in logs/3/stacks-2.txt\n")
 
 
 async def test_a_text_that_can_not_be_saved_is_given_all_the_same(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import pytest_asyncio
 import zmq
 
 from runtime.wire.codec import decode_down, decode_packet, decode_snapshot
-from runtime.wire.messages import Ack, Command, Event, Packet, Resend
+from runtime.wire.messages import Ack, CheckpointSaved, Command, CommandRecord, Event, Message, Packet, Resend
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC
 from tests.harness.hubbench import Bench, beat, heard, packet
 from tests.harness.waiting import until_async
+from zerotop.state.events import record_text
 
 
 @pytest_asyncio.fixture
@@ -157,6 +158,35 @@ async def test_new_ranks_are_told_what_the_old_ones_had_been_told(bench: Bench) 
         bench.hub.begin_attempt(bench.run.model_copy(update={"attempt": attempt}), state="restarting")
         waiting = [(command.name, command.arguments) for command in bench.hub.router.open_commands()]
         assert waiting == [("set", {"log_interval": 2}), ("pause", {"release": True})]
+
+
+async def test_an_answer_is_published_as_the_commands_record_and_in_no_other_way(bench: Bench) -> None:
+    rank = bench.connect(zmq.DEALER, "ranks", b"rank/0/1")
+    await rank.send(packet(1))
+    await until_async(lambda: bool(bench.event_texts()))
+    screen = bench.connect(zmq.SUB, "screens")
+    screen.subscribe(LIVE_TOPIC)
+    screen.subscribe(SNAPSHOT_TOPIC + b"me")
+    await heard(screen)  # the subscription is there
+    bench.hub.command(Command(id="c1", name="checkpoint"))
+    note = Event(rank=0, what="x", text="beside the ack", wall_s=0)
+    await rank.send(packet(2, Ack(id="c1", state="applied", step=5, rank=0)))
+    await rank.send(packet(3, Ack(id="unknown", state="applied", step=5, rank=0), note))
+    shown: list[Message] = []
+    while note not in shown:
+        shown += decode_packet((await heard(screen))[1]).messages
+    states = [message.ack.state for message in shown if isinstance(message, CommandRecord)]
+    assert states == ["accepted", "applied"] and not any(isinstance(message, Ack) for message in shown)
+    assert bench.hub.state.ranks[0].packets_lost == 0  # an empty packet is a packet
+
+
+async def test_a_saved_checkpoint_is_in_the_status_and_among_the_events(bench: Bench) -> None:
+    rank = bench.connect(zmq.DEALER, "ranks", b"rank/0/1")
+    saved = CheckpointSaved(rank=0, step=40, path="/x/step-40", seconds=1.25, blocked_ms=12.0, wall_s=0)
+    await rank.send(packet(1, saved))
+    await until_async(lambda: bench.hub.status.last_checkpoint_step == 40)
+    assert list(bench.hub.state.events) == [saved]
+    assert record_text(saved) == "checkpoint at step 40 saved in 1.25 s (training waited 12.0 ms)"
 
 
 async def test_a_stop_that_is_rejected_leaves_the_run_paused(bench: Bench) -> None:

@@ -98,7 +98,7 @@ def test_a_file_that_is_no_database_ends_the_recording_and_says_so(tmp_path: Pat
     until(lambda: bool(broken.error))
     broken.add("rank/0", step(0, 1))
     broken.close()
-    assert "the recording ends here" in broken.error and not broken._rows
+    assert "recording ended" in broken.error and not broken._rows
 
 
 def test_sampled_kinds_thin_out_as_the_run_grows_old(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,11 +185,11 @@ def test_a_disk_that_was_full_for_a_while_leaves_no_gap(tmp_path: Path, monkeypa
         until(lambda: len(list(read_messages(tmp_path))) == 1)
         disk.full = True
         recorder.add("rank/0", step(0, 2))
-        until(lambda: tells("stands still until it can be written again: database or disk is full"))
+        until(lambda: tells("recording paused until the disk can be written again: database or disk is full"))
         recorder.add("rank/0", step(0, 3))
         assert recorder.error == ""
         disk.full = False
-        until(lambda: tells("the recording goes on"))
+        until(lambda: tells("recording continues"))
         assert [message.step for message in read_messages(tmp_path)] == [1, 2, 3]  # type: ignore[attr-defined]
         assert len(told) == 2
     finally:
@@ -228,7 +228,7 @@ def test_a_disk_that_stays_full_ends_the_recording_with_the_run(
     recorder = Recorder(tmp_path / "recording.sqlite", 1)
     recorder.add("rank/0", step(0, 1))
     recorder.close()
-    assert not recorder._thread.is_alive() and "the recording ends here" in recorder.error
+    assert not recorder._thread.is_alive() and "recording ended" in recorder.error
 
 
 def test_a_recording_has_a_size_and_keeps_what_a_screen_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

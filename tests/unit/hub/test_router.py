@@ -16,7 +16,6 @@ class Desk:
     """A router with its outlets written down."""
 
     state: RunState = field(default_factory=RunState)
-    answers: list[tuple[bytes, str, str]] = field(default_factory=list)
     forwarded: list[Command] = field(default_factory=list)
     published: list[CommandRecord] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -26,7 +25,6 @@ class Desk:
         self.set("running")
         self.router = CommandRouter(
             self.state,
-            answer=lambda asker, ack: self.answers.append((asker, ack.state, ack.reason)),
             forward=self.forwarded.append,
             publish=self.published.append,
             abort=lambda command: self.aborted.append(command.id),
@@ -36,13 +34,17 @@ class Desk:
     def set(self, state: str) -> None:
         self.state.apply(RunStatus.model_validate({"name": "q1", "state": state}))
 
-    def ask(self, name: str, identity: str = "", asker: bytes = b"a", **arguments: object) -> tuple[str, str]:
+    def ask(self, name: str, identity: str = "", **arguments: object) -> tuple[str, str]:
         """The newest answer: (state, reason)."""
         command = Command.model_validate(
-            {"id": identity or f"{name}{len(self.answers)}", "name": name, "arguments": arguments}
+            {"id": identity or f"{name}{len(self.published)}", "name": name, "arguments": arguments}
         )
-        self.router.submit(command, asker)
-        return self.answers[-1][1:]
+        self.router.submit(command)
+        return self.answer
+
+    @property
+    def answer(self) -> tuple[str, str]:
+        return self.published[-1].ack.state, self.published[-1].ack.reason
 
     def applied(self, number: int, step: int = 5) -> Command | None:
         command = next(command for command in self.forwarded if command.number == number)
@@ -62,30 +64,27 @@ def test_accepted_commands_are_numbered_from_one_without_holes(desk: Desk) -> No
     assert [record.ack.state for record in desk.published] == ["accepted", "rejected", "accepted"]
 
 
-def test_an_applied_command_is_told_to_its_asker_and_everyone(desk: Desk) -> None:
-    desk.ask("checkpoint", asker=b"me")
+def test_an_applied_command_is_published(desk: Desk) -> None:
+    desk.ask("checkpoint")
     command = desk.applied(1, step=17)
     assert command is not None and command.name == "checkpoint"
-    assert desk.answers[-1] == (b"me", "applied", "")
+    assert desk.answer == ("applied", "")
     assert desk.published[-1].ack.step == 17 and desk.published[-1].ack.number == 1
     assert desk.router.open_commands() == []
 
 
 def test_the_same_id_acts_once_and_is_answered_every_time(desk: Desk) -> None:
-    desk.ask("checkpoint", identity="x", asker=b"one")
-    desk.ask("checkpoint", identity="x", asker=b"two")
+    assert desk.ask("checkpoint", identity="x") == desk.ask("checkpoint", identity="x") == ("accepted", "")
     assert len(desk.forwarded) == 1
     desk.applied(1)
-    told = [(asker, state) for asker, state, _ in desk.answers]
-    assert sorted(told[2:]) == [(b"one", "applied"), (b"two", "applied")]
-    desk.ask("checkpoint", identity="x", asker=b"three")
-    assert [answer[:2] for answer in desk.answers[-2:]] == [(b"three", "accepted"), (b"three", "applied")]
-    assert len(desk.forwarded) == 1
+    assert desk.ask("checkpoint", identity="x") == ("applied", "")
+    assert len(desk.forwarded) == 1 and {record.command.number for record in desk.published} == {1}
 
 
 @pytest.mark.parametrize(
     ("state", "name", "arguments", "reason"),
     [
+        ("running", "dance", {}, "'dance' is not a command that this run knows"),
         ("finished", "pause", {}, "the run is over (finished)"),
         ("failed", "abort", {}, "the run is over (failed)"),
         ("failed", "stacks", {}, "the run is over (failed)"),
@@ -116,7 +115,7 @@ def test_what_waits_counts_as_done_for_what_comes_next(desk: Desk) -> None:
     desk.ask("pause")
     assert desk.ask("pause")[1] == "a pause is waiting for a step boundary already"
     assert desk.ask("resume")[0] == "accepted"  # it will be paused by then
-    assert desk.ask("resume")[1] == "a resume is on its way already"
+    assert desk.ask("resume")[1] == "a resume is waiting for the ranks already"
     desk.set("paused")
     assert desk.ask("stop")[0] == "accepted"
     assert desk.ask("checkpoint")[1] == "the run is stopping already (abort ends it at once)"
@@ -137,14 +136,14 @@ def test_a_batch_systems_signal_gives_a_stop_that_waits_a_deadline_once(desk: De
 
 
 def test_a_rank_says_what_it_does_about_a_command_before_it_is_done(desk: Desk) -> None:
-    desk.ask("checkpoint", asker=b"me")
+    desk.ask("checkpoint")
     writing = Ack(id=desk.forwarded[0].id, state="accepted", reason="the checkpoint of step 5 is being written", rank=0)
     desk.router.hear(writing)
-    assert desk.answers[-1] == (b"me", "accepted", "the checkpoint of step 5 is being written")
+    assert desk.answer == ("accepted", "the checkpoint of step 5 is being written")
     assert desk.router.is_open("checkpoint")
     desk.applied(1)
-    assert desk.answers[-1] == (b"me", "applied", "") and desk.router.hear(writing.model_copy()) is None
-    assert desk.answers[-1][1] == "applied"
+    assert desk.answer == ("applied", "") and desk.router.hear(writing.model_copy()) is None
+    assert desk.answer[0] == "applied"
 
 
 def test_a_paused_run_with_a_resume_on_its_way_can_be_paused_again(desk: Desk) -> None:
@@ -164,11 +163,11 @@ def test_stacks_are_taken_in_every_live_state_and_without_the_ranks(desk: Desk, 
     assert desk.ask("stacks", identity="s") == ("accepted", "")
     assert desk.stacks == ["s"] and desk.forwarded == [] and desk.router.open_commands() == []
     desk.router.complete("s", result={"path": "logs/1/stacks-1.txt"})
-    assert desk.answers[-1][1] == "applied"
+    assert desk.answer[0] == "applied"
     assert desk.published[-1].ack.result == {"path": "logs/1/stacks-1.txt"}
-    count = len(desk.answers)
+    count = len(desk.published)
     desk.router.complete("s", reason="twice")
-    assert len(desk.answers) == count
+    assert len(desk.published) == count
 
 
 def test_ranks_that_come_late_are_not_told_of_stacks(desk: Desk) -> None:
@@ -185,7 +184,7 @@ def test_stacks_while_a_stop_or_an_abort_waits_and_why_they_may_fail(desk: Desk)
     desk.ask("abort")
     assert desk.ask("stacks", identity="s")[0] == "accepted"
     desk.router.complete("s", reason="no such process")
-    assert desk.answers[-1][1:] == ("rejected", "no such process")
+    assert desk.answer == ("rejected", "no such process")
     assert desk.ask("stacks", rank=1) == ("rejected", "stacks takes no arguments, got rank")
 
 
@@ -204,11 +203,11 @@ def test_stacks_while_a_stop_or_an_abort_waits_and_why_they_may_fail(desk: Desk)
 def test_the_end_answers_everything(desk: Desk, end: str, name: str, verdict: str) -> None:
     desk.ask(name)
     desk.router.finish(end, step=9)  # type: ignore[arg-type]
-    assert desk.answers[-1][1] == verdict
-    assert bool(desk.answers[-1][2]) == (verdict == "rejected")
-    count = len(desk.answers)
+    assert desk.answer[0] == verdict
+    assert bool(desk.answer[1]) == (verdict == "rejected")
+    count = len(desk.published)
     desk.router.finish(end, step=9)  # type: ignore[arg-type]
-    assert len(desk.answers) == count
+    assert len(desk.published) == count
 
 
 def test_late_ranks_are_given_what_is_open_in_order(desk: Desk) -> None:
@@ -221,7 +220,7 @@ def test_late_ranks_are_given_what_is_open_in_order(desk: Desk) -> None:
 
 def test_an_answer_to_nothing_we_know_is_ignored(desk: Desk) -> None:
     assert desk.router.hear(Ack(id="stranger", state="applied", step=1)) is None
-    assert desk.answers == [] and desk.published == []
+    assert desk.published == []
 
 
 def test_a_million_commands_do_not_pile_up(desk: Desk) -> None:
@@ -237,11 +236,11 @@ def test_ranks_that_restart_leave_no_command_without_an_answer(desk: Desk) -> No
     for name in ("pause", "checkpoint", "stop"):
         assert desk.ask(name, identity=name)[0] == "accepted"
     desk.router.ranks_restart()
-    assert desk.answers[-1] == (b"a", "rejected", "the ranks restarted")
+    assert desk.answer == ("rejected", "the ranks restarted")
     assert [command.name for command in desk.router.open_commands()] == ["checkpoint", "stop"]
     assert desk.router.is_open("stop", "abort") and not desk.router.is_open("pause")
     desk.router.ranks_restart()
-    assert len([answer for answer in desk.answers if answer[1] == "rejected"]) == 1
+    assert len([record for record in desk.published if record.ack.state == "rejected"]) == 1
 
 
 def test_settings_in_force_are_the_newest_that_no_open_one_changes(desk: Desk) -> None:
@@ -274,7 +273,7 @@ def test_an_id_whose_answer_was_forgotten_is_refused_and_acts_no_more(desk: Desk
         desk.applied(number + 1)
     assert desk.ask("set", "s0", log_interval=1) == (
         "rejected",
-        "this command was given before; its answer is not kept any more",
+        "this command was given before, and its answer is no longer kept",
     )
     assert len(desk.forwarded) == REMEMBERED + 1
     assert desk.ask("pause") == ("accepted", "")
@@ -283,7 +282,7 @@ def test_an_id_whose_answer_was_forgotten_is_refused_and_acts_no_more(desk: Desk
 def test_commands_that_wait_have_a_number_and_a_stop_is_always_taken(desk: Desk) -> None:
     for number in range(OPEN_AT_MOST):
         assert desk.ask("set", f"s{number}", log_interval=1) == ("accepted", "")
-    assert desk.ask("checkpoint") == ("rejected", "64 commands wait for a step boundary already")
+    assert desk.ask("checkpoint") == ("rejected", "64 commands are waiting for a step boundary already")
     assert desk.ask("stop") == ("accepted", "")
     assert desk.ask("abort") == ("accepted", "")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from runtime.config import ConfigError
-from zerotop.runs import launching
-from zerotop.runs.paths import RunError, runs_home
+from zerotop.launch import start as launching
+from zerotop.rundir.paths import RunError, runs_home
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,10 @@ from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, read_status
 from tests.harness.waiting import patient
 from zerotop import cli
-from zerotop.runs import executable, launching, paths, statusfile, torchrun
-from zerotop.runs.paths import make_sockets_folder, remove_sockets
+from zerotop.launch import start as launching
+from zerotop.launch import torchrun
+from zerotop.rundir import executable, paths, statusfile
+from zerotop.rundir.paths import make_sockets_folder, remove_sockets
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -13,12 +13,13 @@ import pytest
 
 from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
-from zerotop.runs import devices, paths, torchrun
-from zerotop.runs.directory import effective_status, find_run, list_runs, make_run_folder
-from zerotop.runs.launching import start_run
-from zerotop.runs.logs import cap_logs
-from zerotop.runs.names import check_name, generate_name
-from zerotop.runs.paths import RunError, lock_sockets, make_private_folder, make_sockets_folder, remove_sockets
+from zerotop.launch import devices, torchrun
+from zerotop.launch.start import start_run
+from zerotop.rundir import paths
+from zerotop.rundir.directory import effective_status, find_run, list_runs, make_run_folder
+from zerotop.rundir.logs import cap_logs
+from zerotop.rundir.names import check_name, generate_name
+from zerotop.rundir.paths import RunError, lock_sockets, make_private_folder, make_sockets_folder, remove_sockets
 
 
 @pytest.fixture(autouse=True)

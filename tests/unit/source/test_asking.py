@@ -37,10 +37,10 @@ class Interrupted:
         raise AssertionError("the opener closes")
 
 
-def test_ctrl_c_says_what_stays_in_force(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_says_what_is_still_pending(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt):
         ask(Interrupted(), new_command("pause"), until="applied", timeout_s=None)
-    assert "#5 pause was accepted and stays in force" in capsys.readouterr().err
+    assert "#5 pause was accepted and is still pending" in capsys.readouterr().err
 
 
 def test_commands_have_ids_of_their_own_and_name_the_asker() -> None:

@@ -158,15 +158,6 @@ def test_command_accepted_then_applied(hub: FakeHub, source: LiveSource) -> None
     assert [command.id for command in hub.commands] == ["c1"]
 
 
-def test_a_late_accepted_does_not_undo_applied(hub: FakeHub, source: LiveSource) -> None:
-    see(source, lambda: source.connection == "live")
-    source.send(Command(id="c1", name="pause"))
-    see(source, lambda: "c1" in source.state.commands and source.state.commands["c1"].ack.state == "applied")
-    hub.publish(Ack(id="c1", number=1, state="accepted"), step_result(0, 2), step_result(1, 2), source="hub")
-    see(source, lambda: source.state.step == 2)
-    assert source.state.commands["c1"].ack.state == "applied"
-
-
 def test_an_unanswered_command_is_sent_again_with_its_id(hub: FakeHub, source: LiveSource) -> None:
     see(source, lambda: source.connection == "live")
     heard: list[str] = []

@@ -39,10 +39,10 @@ def test_a_stopped_rank_is_told_and_there_is_no_eta() -> None:
         beat(run, rank, 10, 9, 0.1)
     condition = condition_of(run)
     assert (condition.name, condition.moving) == ("stalled", False)
-    assert condition.text == "nothing heard from rank 1 for 111 s"
+    assert condition.text == "nothing heard from rank 1 for 1m 51s"
     document = status_document(run)
     assert (document["state"], document["condition"], document["eta_s"]) == ("running", "stalled", None)
-    assert "q1: running (stalled: nothing heard from rank 1 for 111 s), step 10" in status_text(document)
+    assert "q1: running (stalled: nothing heard from rank 1 for 1m 51s), step 10" in status_text(document)
     run.apply(Goodbye(rank=1, outcome="finished", step=10, wall_s=0))
     assert condition_of(run).name == "running"  # it left, and nobody expects a word of it
 
@@ -94,8 +94,9 @@ def test_a_command_says_what_it_waits_for_once_the_ranks_have_taken_it_up() -> N
     command = Command(id="c", name="checkpoint", number=1)
     run.apply(CommandRecord(command=command, ack=Ack(id="c", number=1, state="accepted")))
     assert run.pending_text() == "checkpoint: waiting for a step boundary"
-    run.apply(Ack(id="c", number=1, state="accepted", step=10, reason="the checkpoint of step 10 is being written"))
+    writing = Ack(id="c", number=1, state="accepted", step=10, reason="the checkpoint of step 10 is being written")
+    run.apply(CommandRecord(command=command, ack=writing))
     assert run.pending_text() == "checkpoint: the checkpoint of step 10 is being written"
     assert "#1 checkpoint: the checkpoint of step 10 is being written" in status_text(status_document(run))
-    run.apply(Ack(id="c", number=1, state="applied", step=10))
+    run.apply(CommandRecord(command=command, ack=Ack(id="c", number=1, state="applied", step=10)))
     assert run.pending_text() == ""

@@ -226,7 +226,7 @@ def test_the_rank_with_the_shortest_collectives_came_last() -> None:
     laggard = find_laggard(run)
     assert laggard is not None and laggard.rank == 1 and laggard.share == 1.0
     assert laggard.others_wait_ms == pytest.approx(4 * 20.25)
-    assert laggard.text == "rank 1 came last in 100% of collectives; others wait 81 ms a step (20%)"
+    assert laggard.text == "rank 1 came last in 100% of collectives; others wait 81.0 ms a step (20%)"
     window = run.waits.window()
     assert window.steps == 9 and window.step_ms == 400  # the newest is still being reported
     assert window.came_last_share == {1: 1.0}

@@ -8,8 +8,9 @@ import pytest
 
 from runtime.config.zerotop import RestartsConfig
 from runtime.wire.messages import Goodbye
-from zerotop.runs.outcome import Evidence, decide
-from zerotop.runs.restarts import AGAIN_THE_SAME, Failure, Restarts
+from zerotop.diagnose.evidence import FailureEvidence
+from zerotop.diagnose.outcome import decide
+from zerotop.supervise.restarts import AGAIN_THE_SAME, Failure, Restarts
 
 
 class Clock:
@@ -31,7 +32,7 @@ def test_the_limit_counts_within_its_window() -> None:
         assert restarts.refusal(failure(step=number)) is None
         assert restarts.count() == f"restart {number} of 2"
     clock.s += 599
-    assert restarts.refusal(failure(step=3)) == "2 restarts within 10 min were used up"
+    assert restarts.refusal(failure(step=3)) == "not restarted: the limit of 2 restarts within 10m 00s is reached"
     clock.s += 2
     assert restarts.refusal(failure(step=4)) is None
     assert restarts.count() == "restart 1 of 2" and restarts.total == 3
@@ -44,7 +45,7 @@ def test_without_restarts_there_is_nothing_to_explain() -> None:
 @pytest.mark.parametrize(
     ("broken", "circumstances", "why"),
     [
-        (failure(), {"stop_asked": True}, "not restarted, because its end was asked for"),
+        (failure(), {"stop_asked": True}, "not restarted, because a stop was requested"),
         (failure(), {"stuck": 2}, "not restarted, because 2 of its processes can't be killed"),
         (failure(fatal=True), {}, AGAIN_THE_SAME),
         (failure(exit_code=2, raised=True), {}, AGAIN_THE_SAME),
@@ -85,7 +86,7 @@ def test_the_same_failure_twice_in_a_row_is_no_chance(first: Failure, second: Fa
 
 
 def judged(tmp_path: Path, **evidence: object) -> Failure:
-    seen = Evidence(2, 1, tmp_path, spoke=True, start_step=20, **evidence)  # type: ignore[arg-type]
+    seen = FailureEvidence(2, 1, tmp_path, spoke=True, start_step=20, **evidence)  # type: ignore[arg-type]
     return Failure.of(decide(seen), seen)
 
 
@@ -102,7 +103,7 @@ def test_a_failure_is_read_from_the_evidence(tmp_path: Path) -> None:
 
 
 def test_a_launcher_that_can_not_even_start_ranks_is_not_tried_again(tmp_path: Path) -> None:
-    seen = Evidence(2, 1, tmp_path)
+    seen = FailureEvidence(2, 1, tmp_path)
     assert Failure.of(decide(seen), seen).raised
-    killed = Evidence(2, -9, tmp_path)
+    killed = FailureEvidence(2, -9, tmp_path)
     assert not Failure.of(decide(killed), killed).raised

@@ -11,9 +11,9 @@ from runtime.wire.messages import Command, Goodbye
 from tests.harness.waiting import until_async
 from tests.unit.diagnose.test_hang import PlayedHub, PlayedTaker
 from tests.unit.state.test_stall import S, a_run, beat, stuck
-from zerotop.runs.stacks import RankStacks
-from zerotop.runs.stopping import StopWatch, hindrance
+from zerotop.diagnose.stacks import RankStacks
 from zerotop.state.run import RunState
+from zerotop.supervise.stopping import StopWatch, hindrance
 
 IN_THE_WAY = "rank 1 (in backward 3/4) has not entered reduce 1532; ranks 0, 2 wait for it"
 
@@ -53,7 +53,7 @@ def gone(run: RunState) -> None:
         (saving, "rank 2 still writes the checkpoint"),
         (slow, "no step boundary was reached; rank 0 is in backward 3/4 of step 11"),
         (gone, "the ranks have ended their training"),
-        (lambda run: None, "no rank has said where it is"),
+        (lambda run: None, "no rank has reported its position"),
     ],
     ids=["stuck", "silent", "saving", "slow", "gone", "nothing known"],
 )
@@ -67,7 +67,7 @@ def test_the_trouble_of_the_process_is_part_of_it() -> None:
 
 
 def test_a_stop_without_a_deadline_says_after_a_while_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zerotop.runs.stopping.SLOW_S", 0.01)
+    monkeypatch.setattr("zerotop.supervise.stopping.SLOW_S", 0.01)
     hub, aborted = PlayedHub(stopping(stuck)), list[str]()
     hub.set_status(state="stopping", reason="stop asked by me")
 

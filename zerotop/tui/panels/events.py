@@ -1,4 +1,4 @@
-"""Events and log records, newest at the bottom; follows them unless scrolled up; `/` filters."""
+"""Events and log records, newest at the bottom. Follows them unless scrolled up; `/` filters."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 from textual.geometry import Size
 
-from runtime.wire.messages import Event, LogRecord
+from runtime.wire.messages import Event
 from zerotop.clean import clean
-from zerotop.tui.text import SEVERITIES, clock_text, plain
+from zerotop.format import clock_text
+from zerotop.state.events import Record, record_severity, record_text
+from zerotop.tui.text import SEVERITIES, plain
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
 
 PREFIX = 24
 """Cells before the text: time, glyph, word, rank."""
 MOST_CHARACTERS = 4000
-"""Of one record; the log has the rest."""
+"""Limit for one record; the log has the rest."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +27,21 @@ class _Line:
 
     text: str
     severity: str
-    record: Event | LogRecord | None
+    record: Record | None
 
 
 class EventPanel(ScrollPanel):
+    """The events of the run, or of one rank."""
+
     def __init__(self, *, id: str, title: str = "6 events", rank: int | None = None) -> None:
         super().__init__(id=id)
         self.rank = rank
-        """Only this rank's records; None: everything."""
+        """Show only the records of this rank; None: all."""
         self.filter = ""
         self._heading = title
         self._lines: list[_Line] = []
-        self._wrapped: dict[int, tuple[Event | LogRecord, list[_Line]]] = {}
-        """By the record's identity, for this filter and width: a new record must not have all others wrapped anew."""
+        self._wrapped: dict[int, tuple[Record, list[_Line]]] = {}
+        """id(record) -> its lines for this filter and width, so that a new record does not wrap all others again."""
         self._key: tuple[object, ...] = ()
         self._follow = True
 
@@ -45,7 +49,7 @@ class EventPanel(ScrollPanel):
         super().accept(view)
         width = self.scrollable_content_region.width or 80
         events = view.state.events
-        # The deque is full after a while, so its length says nothing: the newest record tells whether any came.
+        # The deque is full after a while, so its length no longer changes: compare the newest record.
         key = (id(events[-1]) if events else 0, len(events), self.filter, width)
         if key == self._key:
             return
@@ -73,27 +77,28 @@ class EventPanel(ScrollPanel):
             self.scroll_end(animate=False, immediate=True, force=True)
 
     def set_filter(self, text: str) -> None:
+        """Show only lines that contain `text`."""
         self.filter = text.strip()
         self._follow = True
         self.redraw()
 
     def forget(self) -> None:
-        """Make the lines anew at the next view: another rank, another text."""
+        """Make the lines again at the next view, for another rank."""
         self._key = ()
         self._wrapped = {}
         self._follow = True
 
     def _wrap(self, view: View, width: int) -> list[_Line]:
-        wrapped: dict[int, tuple[Event | LogRecord, list[_Line]]] = {}
+        wrapped: dict[int, tuple[Record, list[_Line]]] = {}
         for record in view.state.events:
             if self.rank is None or record.rank == self.rank:
                 wrapped[id(record)] = self._wrapped.get(id(record)) or (record, self._wrap_record(record, width))
         self._wrapped = wrapped
         return [line for _, lines in wrapped.values() for line in lines]
 
-    def _wrap_record(self, record: Event | LogRecord, width: int) -> list[_Line]:
+    def _wrap_record(self, record: Record, width: int) -> list[_Line]:
         """No lines when the filter leaves the record out."""
-        severity = record.severity if isinstance(record, Event) else record.level
+        severity = record_severity(record)
         whole = _text(record)
         text = clean(whole[:MOST_CHARACTERS])
         if self.filter and self.filter.lower() not in f"{SEVERITIES[severity][1]} {_who(record)} {text}".lower():
@@ -108,7 +113,7 @@ class EventPanel(ScrollPanel):
         palette = view.palette
         muted = palette.style("muted")
         if not self._lines:
-            return [Row().add(" nothing matches the filter" if self.filter else " nothing to report yet", muted)]
+            return [Row().add(" no match" if self.filter else " no events yet", muted)]
         first = self.scroll_offset.y
         rows: list[Row] = []
         for line in self._lines[first : first + height]:
@@ -116,19 +121,19 @@ class EventPanel(ScrollPanel):
             style = palette.style(colour) if colour != "muted" else PLAIN
             row = Row()
             if line.record is not None:
-                row.add(f"{clock_text(line.record.wall_s)} ", muted)
+                row.add(f"{clock_text(line.record.wall_s):<8} ", muted)
                 row.add(f"{glyph} {word:<5} ", palette.style(colour)).cell(_who(line.record), 6, muted)
             rows.append(row.to(PREFIX).add(line.text, style))
         return rows
 
 
-def _who(record: Event | LogRecord) -> str:
+def _who(record: Record) -> str:
     return "run" if record.rank is None else f"rank {record.rank}"
 
 
-def _text(record: Event | LogRecord) -> str:
-    if isinstance(record, LogRecord):
-        return record.text
+def _text(record: Record) -> str:
+    if not isinstance(record, Event):
+        return record_text(record)
     step = f" (step {record.step})" if record.step is not None and f"step {record.step}" not in record.text else ""
     if not record.text or record.text.lower().startswith((f"{record.what} ".lower(), f"{record.what}:".lower())):
         return f"{record.text or record.what}{step}"

@@ -1,18 +1,19 @@
-"""Two lines on the run as a whole: what it is, how it is, how far it is."""
+"""Two lines on the run as a whole: what it is, its state and its progress."""
 
 from __future__ import annotations
 
 from rich.style import Style
 
 from runtime.wire.messages import LIVE_STATES
-from zerotop.tui.text import STATES, count_text, duration_text, figure_text, ms_text
+from zerotop.format import count_text, duration_text, figure_text, ms_text
+from zerotop.tui.text import STATES
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import thin_bar
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row
 
 
 class Header(Panel):
-    """Pieces are ordered by worth: what does not fit is left out from the end of its line."""
+    """Parts are ordered by importance: what does not fit is left out from the end of its line."""
 
     can_focus = False
     ALLOW_MAXIMIZE = False
@@ -35,7 +36,7 @@ class Header(Panel):
         row.add(name, palette.style("primary", bold=True)).gap(2)
         row.add(f"{glyph} {now}", palette.style(colour, bold=True))
         if view.frozen:
-            badge = f" ❄ VIEW FROZEN at step {view.progress.step} · f goes on "
+            badge = f" ❄ VIEW FROZEN at step {view.progress.step} · f follows again "
             row.gap(2).add(badge, palette.style("accent", bold=True, reverse=True))
         facts = _facts(view)
         if facts and _why(view) and 20 <= room - row.width - 3 < len(facts[0]):
@@ -109,7 +110,7 @@ def _facts(view: View) -> list[str]:
 
 
 def _why(view: View) -> str:
-    """Why the run is in its state, where the verdict's line does not say so."""
+    """The reason of the run's state, where the verdict line does not give it."""
     status = view.state.status
     told = {"running", "failed", "aborted"}
     return status.reason if status is not None and not view.frozen and status.state not in told else ""
@@ -122,10 +123,10 @@ def _figures(view: View) -> list[tuple[str, str]]:
         figures.append(("ETA", duration_text(done.eta_s)))
     newest = list(state.series)[-1:]
     figures.append(("loss", figure_text(state.loss)))
-    figures.append(("tok/s", count_text(done.tokens_per_s)))
+    figures.append(("tokens/s", count_text(done.tokens_per_s)))
     attempt = status.attempt if status else 0
     if status and status.restarts:
-        lost = f", {status.lost_steps} steps again" if status.lost_steps else ""
+        lost = f", {status.lost_steps} steps replayed" if status.lost_steps else ""
         figures.append(("restarts", f"{status.restarts}{lost}"))
     elif attempt > 1:
         figures.append(("attempt", str(attempt)))

@@ -1,9 +1,9 @@
-"""The node under the ranks: RAM, what the ranks hold of it, pinned memory, CPU."""
+"""The node of the ranks: RAM, the part of it that the ranks hold, pinned memory, CPU."""
 
 from __future__ import annotations
 
 from runtime.wire.messages import NodeStats
-from zerotop.tui.text import bytes_text, used_of
+from zerotop.format import MISSING, bytes_text, used_of
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import meter
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row
@@ -13,7 +13,7 @@ ROWS_LEAST = 4
 
 
 class HostPanel(Panel, can_focus=True):
-    """Several nodes: one block each, as many as fit. In one line when there is no more room than that."""
+    """One block per node, as many as fit; one line per node where there is no room for blocks."""
 
     def accept(self, view: View) -> None:
         super().accept(view)
@@ -29,7 +29,7 @@ class HostPanel(Panel, can_focus=True):
         if not nodes:
             return [
                 Row().add(
-                    "no word of the probe yet" if height > 1 else " host: no word of the probe yet",
+                    "waiting for the probe" if height > 1 else " host: waiting for the probe",
                     view.palette.style("muted"),
                 )
             ]
@@ -59,7 +59,7 @@ def _gpu_note(view: View, node: NodeStats) -> str:
     hello = view.state.hello
     if hello is not None and hello.device == "cpu":
         return "no GPU: CPU run"
-    return f"n/a{': ' + node.gpu_note if node.gpu_note else ''}"
+    return f"{MISSING}{': ' + node.gpu_note if node.gpu_note else ''}"
 
 
 def _line(view: View, node: NodeStats, width: int) -> Row:

@@ -1,15 +1,17 @@
-"""The selected rank's memory by category, in figures: also the legend of the bars in the rank table."""
+"""The selected rank's memory by category, which is also the legend of the bars in the rank table."""
 
 from __future__ import annotations
 
-from zerotop.state.memory import DERIVED_CATEGORIES, memory_use
-from zerotop.tui.text import bytes_text, share_text, used_of
+from zerotop.format import bytes_text, share_text, used_of
+from zerotop.state.memory import DERIVED_CATEGORIES, category_label, memory_use
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import category_letter
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row
 
 
 class MemoryPanel(Panel, can_focus=True):
+    """The memory of one rank by category, in figures."""
+
     rank = 0
     parts_shown = 0
 
@@ -39,14 +41,14 @@ class MemoryPanel(Panel, can_focus=True):
         muted = palette.style("muted")
         state = view.state.ranks.get(self.rank)
         if state is None or state.memory is None:
-            return [Row().add("no figures yet", muted)]
+            return [Row().add("no data yet", muted)]
         use = memory_use(state.memory)
         text = palette.style("muted") if view.stale else PLAIN
         rows: list[Row] = []
 
         def line(name: str, count: int, of: int) -> None:
-            word = name + (" ~" if name in DERIVED_CATEGORIES else "")
-            row = Row().add(f" {category_letter(name)} ", palette.category(name)).gap().cell(word, 14, text)
+            word = category_label(name) + (" ~" if name in DERIVED_CATEGORIES else "")
+            row = Row().add(f" {category_letter(name)} ", palette.category(name)).gap().cell(word, 15, text)
             row.cell(bytes_text(count), 10, text, right=True)
             rows.append(row.cell(share_text(count, of), 6, muted, right=True))
 
@@ -67,13 +69,13 @@ SHORT = {
     "gradients": "grads",
     "optimizer": "optim",
     "communication": "comm",
-    "snapshot": "snap",
+    "snapshot": "ckpt",
     "activations": "activ",
 }
 
 
 class Legend(Panel):
-    """The bars' letters and words in one line, for screens too small for the memory panel."""
+    """The letters and names of the bars in one line, for screens too small for the memory panel."""
 
     ALLOW_MAXIMIZE = False
 
@@ -84,9 +86,9 @@ class Legend(Panel):
                 if name not in names:
                     names.append(name)
         row = Row().gap()
-        spelled = sum(len(name) + 3 for name in names) + 1 <= width
+        spelled = sum(len(category_label(name)) + 3 for name in names) + 1 <= width
         for name in names:
-            word = name if spelled else SHORT.get(name, name)
+            word = category_label(name) if spelled else SHORT.get(name, name)
             if row.width + len(word) + 3 > width:
                 break
             row.add(category_letter(name), view.palette.category(name)).gap().add(

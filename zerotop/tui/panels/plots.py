@@ -1,4 +1,4 @@
-"""Figures over steps: the loss (or the gradient norm, the learning rate), and the throughput (or the step time)."""
+"""Figures over steps: loss, gradient norm or learning rate; throughput or step time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.wire.messages import StepResult
-from zerotop.tui.text import count_text, figure_text, ms_text
+from zerotop.format import count_text, figure_text, ms_text
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Panel, Row
 from zerotop.tui.widgets.plot import plot_rows
@@ -14,7 +14,7 @@ from zerotop.tui.widgets.plot import plot_rows
 
 @dataclass(frozen=True)
 class Figure:
-    """`value(point, world_size)`: None where the step has no such figure."""
+    """`value(point, world_size)` is None where the step has no such figure."""
 
     title: str
     color: str  # of [plots]
@@ -40,7 +40,7 @@ SPEED = (
 
 
 class PlotPanel(Panel, can_focus=True):
-    """One of `figures` at a time; `g` goes to the next."""
+    """Plots one of `figures` at a time; `g` switches to the next."""
 
     def __init__(self, number: int, figures: tuple[Figure, ...], *, id: str) -> None:
         super().__init__(id=id)
@@ -52,9 +52,11 @@ class PlotPanel(Panel, can_focus=True):
 
     @property
     def figure(self) -> Figure:
+        """The one that is shown."""
         return self.figures[self.chosen]
 
     def next_figure(self) -> None:
+        """Switch to the next one."""
         self.chosen = (self.chosen + 1) % len(self.figures)
         self.redraw()
 

@@ -1,4 +1,4 @@
-"""The rank table: one line per rank, drawn on the line API so that 256 of them cost next to nothing."""
+"""The rank table: one line per rank, drawn line by line so that 256 of them cost next to nothing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from textual.geometry import Size
 from textual.message import Message
 
 from runtime.wire.messages import GpuStats
+from zerotop.format import MISSING, bytes_text, count_text, ms_text, used_of
 from zerotop.state.memory import MemoryUse, gpu_of, memory_use
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS, WaitWindow
-from zerotop.tui.text import bytes_text, count_text, dots, ms_text, used_of
+from zerotop.tui.text import dots
 from zerotop.tui.view import View, stale_after_s
 from zerotop.tui.widgets.bar import stacked_bar
 from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
@@ -29,7 +30,7 @@ OUTCOMES = {
     "failed": ("✖", "error"),
 }
 ROOMY = 110
-"""From so many cells on, bars and dots are given more than they can just be read in."""
+"""From this width on, bars and dots get more than the minimum."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,6 @@ class _Context:
     view: View
     largest_bytes: int
     waits: WaitWindow
-    came_last: dict[int, float]
     stale_s: float
 
 
@@ -47,15 +47,17 @@ class _Context:
 class _Column:
     title: str
     width: int
-    """Cells; for the bar, the least it needs (it takes what is left over)."""
+    """In cells; for the bar the minimum (it takes what is left)."""
     worth: int
-    """Columns of the lowest worth go first when the line is too short."""
+    """Columns of the lowest worth are left out first when the line is too short."""
     draw: Callable[[Row, _Context, RankState, GpuStats | None, int], None]
     right: bool = False
     gpu: bool = False
 
 
 class RankTable(ScrollPanel):
+    """The ranks, one per line. Enter opens the selected one."""
+
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "select(-1)", "Previous rank", show=False, id="rank.up"),
         Binding("down", "select(1)", "Next rank", show=False, id="rank.down"),
@@ -76,7 +78,7 @@ class RankTable(ScrollPanel):
             super().__init__()
 
     class Opened(Message):
-        """The user wants to see one rank in full."""
+        """The user opened a rank."""
 
         def __init__(self, rank: int) -> None:
             self.rank = rank
@@ -89,7 +91,7 @@ class RankTable(ScrollPanel):
 
     @property
     def rows_wanted(self) -> int:
-        """Lines for every rank, the column titles and the borders."""
+        """Lines for all ranks, the column titles and the borders."""
         return max(1, self._count) + 1 + self.gutter.height
 
     def accept(self, view: View) -> None:
@@ -106,14 +108,13 @@ class RankTable(ScrollPanel):
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         muted = view.palette.style("muted")
         if not view.state.ranks:
-            return [Row().add("waiting for the first word of a rank".center(width), muted)]
+            return [Row().add("waiting for ranks to connect".center(width), muted)]
         uses = [memory_use(rank.memory) for rank in view.state.ranks.values() if rank.memory]
         waits = view.state.waits.window()
         context = _Context(
             view,
             max((use.used_bytes for use in uses), default=0),
             waits,
-            waits.came_last_share,
             stale_after_s(view.state),
         )
         columns = _choose(view, width)
@@ -145,14 +146,17 @@ class RankTable(ScrollPanel):
 
     # ---- keys and mouse --------------------------------------------------------------------------------------------
     def action_select(self, by: int) -> None:
+        """Move the selection."""
         if not self._count:
             return
         self.select_rank(min(self._count - 1, max(0, self.selected + by)))
 
     def action_open(self) -> None:
+        """Open the selected rank."""
         self.post_message(self.Opened(self.selected))
 
     def select_rank(self, number: int) -> None:
+        """Select a rank and scroll it into view."""
         self.selected = number
         visible = self.scrollable_content_region.height - 1
         top = self.scroll_offset.y
@@ -181,7 +185,7 @@ class RankTable(ScrollPanel):
 
 # ---- columns -------------------------------------------------------------------------------------------------------
 def _dim(context: _Context, rank: RankState) -> Style | None:
-    """Grey for a rank that has not been heard of for three ticks."""
+    """Grey for a rank that has sent nothing for three ticks."""
     view = context.view
     old = rank.heard_ns and (view.state.hub_now_ns - rank.heard_ns) / 1e9 > context.stale_s
     return view.palette.style("muted") if (view.stale or old) and not view.ended else None
@@ -202,7 +206,7 @@ def _host(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, si
 def _memory(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
     palette = context.view.palette
     if rank.memory is None:
-        row.cell("no figures yet", size, palette.style("muted"))
+        row.cell("no data yet", size, palette.style("muted"))
         return
     use = memory_use(rank.memory)
     total = use.total_bytes if use.on_gpu and use.total_bytes else context.largest_bytes
@@ -247,11 +251,10 @@ def _phase(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, s
 def _wait(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
     wait_ms, step_ms = context.waits.waited_ms.get(rank.rank), context.waits.step_ms
     if wait_ms is None:
-        row.cell("–", size, context.view.palette.style("muted"), right=True)
+        row.cell(MISSING, size, context.view.palette.style("muted"), right=True)
         return
-    share = wait_ms / step_ms if step_ms else 0.0
-    text = f"{ms_text(wait_ms)} {min(share, 1.0):>4.0%}"
-    high = share >= 0.25
+    text = _per_step(wait_ms, step_ms)
+    high = wait_ms >= 0.25 * step_ms > 0
     row.cell(text, size, _dim(context, rank) or (context.view.palette.style("warning") if high else PLAIN), right=True)
 
 
@@ -260,13 +263,19 @@ def _tokens(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, 
     row.cell(text, size, _dim(context, rank) or PLAIN, right=True)
 
 
-def _last(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
-    share = context.came_last.get(rank.rank, 0.0)
+def _per_step(time_ms: float, step_ms: float) -> str:
+    share = time_ms / step_ms if step_ms else 0.0
+    return f"{ms_text(time_ms)} {min(share, 1.0):>4.0%}"
+
+
+def _cost(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
+    waits = context.waits
     laggard = context.view.laggard
     blamed = laggard is not None and laggard.rank == rank.rank
     palette = context.view.palette
     style = palette.style("warning", bold=True) if blamed else _dim(context, rank) or palette.style("muted")
-    row.cell(("▲ " if blamed else "") + (f"{share:.0%}" if context.came_last else "–"), size, style, right=True)
+    text = _per_step(waits.caused_ms.get(rank.rank, 0.0), waits.step_ms) if waits.waited_ms else MISSING
+    row.cell(("▲ " if blamed else "") + text, size, style, right=True)
 
 
 def _step(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
@@ -276,7 +285,7 @@ def _step(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, si
 
 def _pinned(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
     count = rank.memory.pinned_bytes if rank.memory else 0
-    row.cell(bytes_text(count) if count else "–", size, _dim(context, rank) or PLAIN, right=True)
+    row.cell(bytes_text(count), size, _dim(context, rank) or PLAIN, right=True)
 
 
 def _rss(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
@@ -289,7 +298,7 @@ def _gpu_cell(
     def draw(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
         shown = text(gpu) if gpu is not None else None
         style = _dim(context, rank) or (PLAIN if shown else context.view.palette.style("muted"))
-        row.cell(shown or "n/a", size, style, right=True)
+        row.cell(shown or MISSING, size, style, right=True)
 
     return draw
 
@@ -312,9 +321,9 @@ COLUMNS = (
     _Column("RSS", 9, 20, _rss, right=True, gpu=True),
     _Column("pinned", 9, 25, _pinned, right=True),
     _Column("phase", 19, 95, _phase),
-    _Column("wait/step", 13, 70, _wait, right=True),
-    _Column("last in", 7, 35, _last, right=True),
-    _Column("tok/s", 6, 60, _tokens, right=True),
+    _Column("wait per step", 13, 70, _wait, right=True),
+    _Column("cost to others", 15, 35, _cost, right=True),
+    _Column("tokens/s", 8, 60, _tokens, right=True),
     _Column("step", 7, 15, _step, right=True),
     _Column("util", 5, 32, _gpu_cell(lambda gpu: _rounded(gpu.utilization_percent, "%")), right=True, gpu=True),
     _Column("power", 9, 31, _gpu_cell(_power), right=True, gpu=True),
@@ -325,7 +334,8 @@ COLUMNS = (
 
 
 def _choose(view: View, width: int) -> list[_Column]:
-    """The columns that fit, in their order: the least worthy go first. Widths follow what this run can show at all."""
+    """The columns that fit, in their order; the least important ones are left out first. Widths depend on what this
+    run can show at all."""
     ranks = view.state.ranks.values()
     on_gpu = any(rank.memory is not None and rank.memory.allocated_bytes is not None for rank in ranks)
     many_micro = any(rank.heartbeat is not None and rank.heartbeat.micro_steps > 4 for rank in ranks)

@@ -1,7 +1,8 @@
-"""The life of the newest commands: sent, accepted, waiting for a boundary, applied at step S or rejected, and why."""
+"""The state of the newest commands: sent, accepted, applied at step S, or rejected with the reason."""
 
 from __future__ import annotations
 
+from zerotop.format import duration_text
 from zerotop.tui.commands import CommandLife
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Band, Row
@@ -11,7 +12,7 @@ MOST_LINES = 3
 
 
 class CommandStrip(Band):
-    """Every open command has its line (up to three); else the newest answer has one until it has been read."""
+    """Every open command has its line (up to three); otherwise the newest answer has one for some seconds."""
 
     shown: tuple[CommandLife, ...] = ()
 
@@ -29,9 +30,8 @@ class CommandStrip(Band):
             glyph, colour = LOOKS[life.state]
             if life.fading:
                 colour = "muted"
-            waited = (
-                f"  {life.waited_s:.0f} s" if life.open and life.waited_s is not None and life.waited_s >= 2 else ""
-            )
+            waited_s = life.waited_s if life.open else None
+            waited = f"  {duration_text(waited_s)}" if waited_s is not None and waited_s >= 2 else ""
             rows.append(
                 Row()
                 .gap()

@@ -1,6 +1,5 @@
-"""What is wrong, in one place: why the run ended badly, why it stands still, whom the others wait for. Takes no room
-otherwise.
-"""
+"""What is wrong: why the run failed, why it makes no progress, for which rank the others wait. Takes no room
+otherwise."""
 
 from __future__ import annotations
 
@@ -10,17 +9,20 @@ import textwrap
 
 from runtime.wire.messages import RunStatus
 from zerotop.clean import clean
+from zerotop.format import duration_text, figure_text, rate_text
 from zerotop.output import with_exit_code
-from zerotop.tui.text import STATES, count_text, duration_text, figure_text
+from zerotop.tui.text import STATES
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Band, Row
 
 ERROR_LINES, ERROR_CHARACTERS = 6, 4000
 ERROR_FROM = 22
-"""A screen must be higher than this to show any line of the error itself: the panels come first."""
+"""A screen must be higher than this to show lines of the error: the panels come first."""
 
 
 class VerdictLine(Band):
+    """The verdicts, and the last lines of an error."""
+
     lines: tuple[tuple[str, str], ...] = ()
 
     def accept(self, view: View) -> None:
@@ -63,7 +65,7 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
 
 
 def summary(view: View) -> str:
-    """What a run that has ended came to, as far as it is known."""
+    """The result of a run that has ended, as far as it is known."""
     state, status = view.state, view.state.status
     points = list(state.series)
     facts: list[str] = []
@@ -76,11 +78,11 @@ def summary(view: View) -> str:
     timed = [point for point in points if point.tokens_per_s is not None]
     if took_ms := sum(point.step_ms for point in timed):
         tokens_ms = sum((point.tokens_per_s or 0.0) * point.step_ms for point in timed)
-        facts.append(f"{count_text(tokens_ms / took_ms * max(1, state.world_size))} tok/s on average")
+        facts.append(f"{rate_text(tokens_ms / took_ms * max(1, state.world_size))} on average")
     saved = status.last_checkpoint_step if status else None
     facts.append(f"newest checkpoint: step {saved}" if saved is not None else "no checkpoint")
     if status is not None and status.state != "finished" and saved is not None:
-        facts.append(f"go on: zerotop launch --resume --name {status.name}")
+        facts.append(f"continue with: zerotop launch --resume --name {status.name}")
     return " · ".join(facts)
 
 

@@ -1,1 +1,1 @@
-"""Full screens and dialogs: the run, one rank, help, and what asks before it acts."""
+"""Full screens and dialogs: the run, one rank, help, and questions before an action."""

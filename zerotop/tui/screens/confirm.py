@@ -1,4 +1,4 @@
-"""A question before something that can't be taken back: what will happen, what is lost, and one key that does it."""
+"""A question before something that cannot be undone: what will happen, what is lost, and the one key that does it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from zerotop.tui.text import plain
 
 
 class ConfirmScreen(ModalScreen[bool]):
-    """True only for `y`: Enter, Space or a slip of the finger do nothing, Esc and `n` go back.
+    """True only for `y`. Enter, Space or other keys do nothing; Esc and `n` go back.
 
-    A key typed before the question was there is no answer to it: the app asks `takes` and drops it.
+    A key typed before the question was shown is not an answer to it: the app asks `takes` and drops it.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -39,6 +39,7 @@ class ConfirmScreen(ModalScreen[bool]):
         self._there_s = event.time
 
     def takes(self, event: events.Event) -> bool:
+        """Whether the key was typed after the question was shown."""
         return event.time >= self._there_s
 
     def compose(self) -> ComposeResult:
@@ -52,4 +53,5 @@ class ConfirmScreen(ModalScreen[bool]):
             )
 
     def action_answer(self, answer: bool) -> None:
+        """Close with this answer."""
         self.dismiss(answer)

@@ -1,4 +1,4 @@
-"""Every key and what it does, and what the glyphs mean."""
+"""All keys and what they do, the columns of the rank table, and the glyphs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from zerotop.rundir.paths import config_home
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.keys import KEYS, OTHER_HELP
 from zerotop.tui.text import STATES, plain
-from zerotop.tui.theme import Palette, config_folder
+from zerotop.tui.theme import Palette
 
 
 class HelpScreen(ModalScreen[None]):
+    """The help. `why_not` says why the keys that act on the run do not work now."""
+
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "leave", "Back")]
 
     def __init__(self, palette: Palette, keys: dict[str, str], can_steer: bool, why_not: str) -> None:
         super().__init__()
         self.palette = palette
         self.keys = keys
-        """Key id -> the key as this user has it."""
+        """Key id -> the key that this user has set."""
         self.can_steer = can_steer
         self.why_not = why_not
 
@@ -61,25 +64,27 @@ class HelpScreen(ModalScreen[None]):
             table.add_row(Text(name, accent), Text(text))
         head("one rank")
         table.add_row(Text("[ ]", accent), Text("the rank before, the next one"))
-        head("signs")
+        head("columns and signs")
         table.add_row(Text("run"), Text("  ".join(f"{glyph} {name}" for name, (glyph, _) in STATES.items())))
         table.add_row(Text("micro-steps"), Text("● done  ◐ current  ○ to come"))
         table.add_row(
-            Text("wait/step"),
-            Text(f"time a rank waited for others, per step and as a share of it, over the last {WINDOW_STEPS} steps"),
+            Text("wait per step"),
+            Text(f"time for which the rank waited for others in collectives; mean of the last {WINDOW_STEPS} steps"),
         )
         table.add_row(
-            Text("last in"),
-            Text(f"share of the same {WINDOW_STEPS} steps' collectives in which the others waited for this rank"),
+            Text("cost to others"),
+            Text("time for which each other rank, on average, waited for this one, over the same steps"),
         )
-        table.add_row(Text(""), Text("the line above the ranks that names a rank is from the same steps", muted))
+        table.add_row(
+            Text(""),
+            Text("both also as a share of the step; the line that names a slow rank uses these steps", muted),
+        )
         head("your own")
-        table.add_row(Text("themes"), Text(f"{config_folder() / 'themes'}/NAME.toml: a palette; see themes/dark.toml"))
-        table.add_row(
-            Text("keys"), Text(f'{config_folder() / "keys.toml"}: lines like  freeze = "F"  with these names:')
-        )
+        table.add_row(Text("themes"), Text(f"{config_home() / 'themes'}/NAME.toml: a palette; see themes/dark.toml"))
+        table.add_row(Text("keys"), Text(f'{config_home() / "keys.toml"}: lines like  freeze = "F"  with these names:'))
         table.add_row("", Text(", ".join(key.id for key in KEYS), muted))
         return table
 
     def action_leave(self) -> None:
+        """Go back."""
         self.dismiss(None)

@@ -1,4 +1,4 @@
-"""Change a setting of the running run: pick one, type a value, see at once whether it is allowed."""
+"""Change a setting of the running run: pick one, type a value, and see at once whether it is allowed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Setting = tuple[str, KnobValue]
 
 
 def known_values(state: RunState) -> dict[str, KnobValue]:
-    """Every knob's value: what the attempt started with, and each `set` that was applied since."""
+    """The value of each knob: that of the start of the attempt, or of the newest `set` that was applied since."""
     hello = state.hello
     values: dict[str, KnobValue] = dict(hello.knobs) if hello else {}
     since = hello.wall_s if hello else 0.0
@@ -35,16 +35,21 @@ def known_values(state: RunState) -> dict[str, KnobValue]:
 
 
 class KnobList(OptionList):
+    """The settings and their values."""
+
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("pageup", "turn_page(-1)", show=False),
         Binding("pagedown", "turn_page(1)", show=False),
     ]
 
     def action_turn_page(self, pages: int) -> None:
+        """Move the highlight by whole pages."""
         turn_page(self, pages)
 
 
 class KnobScreen(ModalScreen[Setting | None]):
+    """Returns the setting to send, or None."""
+
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Back")]
 
     def __init__(self, values: Mapping[str, KnobValue]) -> None:
@@ -94,7 +99,7 @@ class KnobScreen(ModalScreen[Setting | None]):
         self._judge(message.value)
 
     def _judge(self, text: str) -> KnobValue | None:
-        """Say at once whether the value would be taken."""
+        """Say at once whether the value is allowed."""
         verdict = self.query_one("#verdict-value", Static)
         verdict.remove_class("good", "bad")
         if not text.strip():
@@ -117,6 +122,7 @@ class KnobScreen(ModalScreen[Setting | None]):
             self.dismiss((self.chosen.name, value))
 
     def action_leave(self) -> None:
+        """Back to the list, or out of the dialog."""
         if self.query_one(Input).has_focus:
             self.query_one(OptionList).focus()
         else:

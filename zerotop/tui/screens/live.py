@@ -1,4 +1,4 @@
-"""What the screens with live panels share: every tick's view goes to each of their panels."""
+"""The base of screens with live panels: each of their panels gets every tick's view."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
 
 class LiveScreen(Screen[None]):
+    """A screen whose panels show the run."""
+
     ALLOW_IN_MAXIMIZED_VIEW = "Header,KeyBar,FilterField,.-textual-system"
     PANELS: ClassVar[dict[str, str]] = {}
     """The name of a panel key (`panel.NAME` in keys.py) -> the id of what it goes to here."""
     view: View | None = None
 
     def focus_panel(self, name: str) -> None:
-        """Focus a panel; one that this size has no room for is shown alone."""
+        """Focus a panel; one for which this size has no room is shown alone."""
         panel = self.query_one(f"#{self.PANELS[name]}")
         if self.maximized is not None and self.maximized is not panel:
             self.unzoom()
@@ -27,7 +29,7 @@ class LiveScreen(Screen[None]):
         self.set_focus(panel)
 
     def show_view(self, view: View) -> None:
-        """One batch of repaints for all panels; a screen that is not on top is not given anything."""
+        """One batch of repaints for all panels. Only the topmost screen gets views."""
         self.view = view
         with self.app.batch_update():
             for panel in self.query(Panel):
@@ -36,15 +38,18 @@ class LiveScreen(Screen[None]):
                 scroller.show(view)
 
     def refresh_panels(self) -> None:
+        """Draw the last view again."""
         if self.view is not None:
             self.show_view(self.view)
 
     def zoom(self, panel: object) -> None:
+        """Give the whole screen to a panel."""
         if isinstance(panel, Panel | ScrollPanel) and panel.allow_maximize:
             self.maximize(panel)
             self.call_after_refresh(self.refresh_panels)
 
     def unzoom(self) -> bool:
+        """Undo a zoom; False if there was none."""
         if self.maximized is None:
             return False
         self.minimize()

@@ -27,15 +27,15 @@ from zerotop.tui.view import View
 from zerotop.tui.widgets.keybar import KeyBar
 
 ROOMY = 32
-"""From so many lines on, the verdict and the commands have a line each that nothing else takes."""
+"""From this height on, one line each is reserved for the verdict and the commands."""
 EVENTS_LEAST = 6
 RANKS_FIRST = 8
-"""So many ranks are in sight before plots and events get more than the least they can be read in."""
+"""This many ranks are visible before plots and events get more than their minimum."""
 
 
 @dataclass(frozen=True)
 class Heights:
-    """Lines of each part between header and footer; 0: not shown. Together they are what there is, never more."""
+    """Lines of each part between header and footer; 0: not shown. Together they are never more than there are."""
 
     table: int
     legend: int
@@ -46,10 +46,9 @@ class Heights:
 
 
 def share_out(room: int, narrow: bool, wanted: int, title_lines: int, side: int) -> Heights:
-    """How `room` lines are shared. The rank table is as high as its ranks (`wanted`), as long as the rest keeps room to
-    be read; then the memory panel is as high as its categories, and the host has what is left of the `side`, at least
-    its first lines. `title_lines`: those of the table that show no rank.
-    """
+    """How `room` lines are shared. The rank table is as high as its ranks (`wanted`) while the rest stays readable;
+    then the memory panel is as high as its categories, and the host gets what is left of the `side`, at least its
+    first lines. `title_lines` are those of the table that show no rank."""
     if narrow:
         extra = 1 if room >= 14 else 0  # the legend and the host, a line each
         table = max(min(room, 4), min(wanted, room - 2 * extra - 8))
@@ -69,6 +68,8 @@ def share_out(room: int, narrow: bool, wanted: int, title_lines: int, side: int)
 
 
 class FilterField(Input):
+    """The input for the filter of the events."""
+
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "submit", "Keep this filter", show=True),
         Binding("escape", "app.back", "Clear it", show=True),
@@ -76,6 +77,8 @@ class FilterField(Input):
 
 
 class MainScreen(LiveScreen):
+    """The run on one screen."""
+
     PANELS: ClassVar[dict[str, str]] = {
         name: name for name in ("ranks", "learning", "speed", "memory", "host", "events")
     }
@@ -116,7 +119,7 @@ class MainScreen(LiveScreen):
         self.fit_panels()
 
     def fit_panels(self) -> None:
-        """Give each part its lines. A zoomed panel has none of its own: that would hold it down."""
+        """Give each part its height. A zoomed panel has none of its own: that would limit it."""
         try:
             table, middle = self.query_one(RankTable), self.query_one("#middle")
             events, memory = self.query_one(EventPanel), self.query_one(MemoryPanel)
@@ -150,6 +153,7 @@ class MainScreen(LiveScreen):
 
     # ---- the filter of the events ----------------------------------------------------------------------------------
     def open_filter(self) -> None:
+        """Show the filter field."""
         field = self.query_one(FilterField)
         if self.maximized is not None and not isinstance(self.maximized, EventPanel):
             self.unzoom()  # what is being filtered should be in sight
@@ -158,7 +162,7 @@ class MainScreen(LiveScreen):
         self.fit_panels()
 
     def close_filter(self) -> bool:
-        """Esc: True when there was a filter or its field to take away."""
+        """Esc: True if there was a filter or its field to remove."""
         field, panel = self.query_one(FilterField), self.query_one(EventPanel)
         if not field.display and not panel.filter:
             return False

@@ -1,4 +1,4 @@
-"""Ctrl+P: every action and theme by name."""
+"""Ctrl+P: all actions and themes by name."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PAGE = 10
 def turn_page(options: OptionList, pages: int) -> None:
     """Move the highlight by whole pages.
 
-    OptionList's own action reads where each option was drawn, which fails while a list has just been filled and not
-    been drawn yet.
+    OptionList's own action reads where each option was drawn, which fails while a list was just filled and not drawn
+    yet.
     """
     if options.option_count:
         options.highlighted = min(options.option_count - 1, max(0, (options.highlighted or 0) + pages * PAGE))
 
 
 class ActionProvider(Provider):
-    """The app's system commands. Titles are shown as they are: a user's theme may be called anything."""
+    """The app's system commands. Titles are shown as they are: a user's theme may have any name."""
 
     async def discover(self) -> Hits:
         for title, help_text, act, _ in sorted(
@@ -45,6 +45,8 @@ class ActionProvider(Provider):
 
 
 class ActionPalette(CommandPalette):
+    """The palette of all actions."""
+
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("pageup", "turn_page(-1)", "Previous page", show=False),
         Binding("pagedown", "turn_page(1)", "Next page", show=False),
@@ -54,10 +56,11 @@ class ActionPalette(CommandPalette):
         super().__init__([ActionProvider], id="--command-palette")
 
     def dismiss(self, result: None = None) -> AwaitComplete:
-        # Textual lets these run on. They look for the list, which may be gone already when they end.
+        # Textual does not stop these timers. They query the list, which may be gone by the time they fire.
         self._stop_no_matches_countdown()
         self._stop_busy_countdown()
         return super().dismiss(result)
 
     def action_turn_page(self, pages: int) -> None:
+        """Move the highlight by whole pages."""
         turn_page(self.query_one(CommandList), pages)

@@ -1,4 +1,4 @@
-"""One rank in full: where its time went in the last steps, its collectives, its memory, its log."""
+"""One rank in full: its phases in the last steps, its collectives, its memory and its log."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 
+from zerotop.format import bytes_text, count_text, ms_text
 from zerotop.state.memory import gpu_of
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
@@ -16,7 +17,6 @@ from zerotop.tui.panels.header import Header
 from zerotop.tui.panels.memory import MemoryPanel
 from zerotop.tui.panels.verdict import VerdictLine
 from zerotop.tui.screens.live import LiveScreen
-from zerotop.tui.text import bytes_text, count_text, ms_text
 from zerotop.tui.theme import Palette
 from zerotop.tui.view import View
 from zerotop.tui.widgets.keybar import KeyBar
@@ -25,7 +25,7 @@ from zerotop.tui.widgets.timeline import timeline_rows
 
 
 class RankFacts(Panel):
-    """Who the rank is and how it does, in two lines."""
+    """What the rank is and what it does, in two lines."""
 
     ALLOW_MAXIMIZE = False
 
@@ -46,23 +46,22 @@ class RankFacts(Panel):
             now.add("ended", muted)
         elif beat is not None:
             where = f"{beat.phase} {beat.micro_step}/{beat.micro_steps}" if beat.micro_step else beat.phase
-            now.add("in ", muted).add(where, view.palette.phase_text(beat.phase)).add(f" of step {beat.step}", muted)
+            now.add(where, view.palette.phase_text(beat.phase)).add(f", step {beat.step}", muted)
         if step is not None:
             waits = view.state.waits.window()
-            share = waits.came_last_share.get(self.rank, 0.0)
-            waited = waits.waited_ms.get(self.rank)
+            waited, cost = waits.waited_ms.get(self.rank), waits.caused_ms.get(self.rank, 0.0)
             for label, value in (
                 ("step", ms_text(step.step_ms)),
-                ("stood still for communication", ms_text(step.wait_ms)),
-                (f"over {WINDOW_STEPS} steps: waited for others", ms_text(waited)),
-                ("came last in", f"{share:.0%}"),
-                ("tok/s", count_text(step.tokens_per_s)),
+                ("exposed communication", ms_text(step.wait_ms)),
+                (f"mean of {WINDOW_STEPS} steps: wait", ms_text(waited)),
+                ("cost to others", ms_text(cost if waited is not None else None)),
+                ("tokens/s", count_text(step.tokens_per_s)),
             ):
                 if now.width + len(label) + len(value) + 3 <= width:
                     now.add(f"  {label} ", muted).add(value)
         gpu = gpu_of(view.state, state)
         if gpu is not None and gpu.clock_reasons:
-            now.add("  clocks held by ", muted).add(", ".join(gpu.clock_reasons), view.palette.style("warning"))
+            now.add("  clocks limited by ", muted).add(", ".join(gpu.clock_reasons), view.palette.style("warning"))
         if state.packets_lost or (beat is not None and beat.dropped):
             lost = state.packets_lost + (beat.dropped if beat else 0)
             now.add(f"  {lost} messages lost", view.palette.style("warning"))
@@ -73,6 +72,8 @@ class RankFacts(Panel):
 
 
 class Timeline(Panel, can_focus=True):
+    """The phases of the last steps."""
+
     def __init__(self, rank: int) -> None:
         super().__init__(id="timeline")
         self.rank = rank
@@ -84,7 +85,7 @@ class Timeline(Panel, can_focus=True):
 
 
 class CollectiveTable(Panel, can_focus=True):
-    """The newest collectives that all ranks have reported: how long the transfer took, and who waited for whom."""
+    """The newest collectives that all ranks have reported: the transfer time, and which rank waited for which."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(id="collectives")
@@ -119,6 +120,8 @@ class CollectiveTable(Panel, can_focus=True):
 
 
 class RankScreen(LiveScreen):
+    """The page of one rank."""
+
     PANELS: ClassVar[dict[str, str]] = {
         "ranks": "timeline",
         "learning": "collectives",
@@ -150,6 +153,7 @@ class RankScreen(LiveScreen):
         yield KeyBar(self.palette)
 
     def action_other(self, by: int) -> None:
+        """Switch to another rank."""
         count = max(1, self.app.rank_count)  # type: ignore[attr-defined]
         self.rank = (self.rank + by) % count
         for kind in (RankFacts, Timeline, CollectiveTable, MemoryPanel, EventPanel):

@@ -1,4 +1,4 @@
-"""Where every rank stands: asks once, and shows the answer when it comes."""
+"""The stacks of all ranks: asks once, and shows the answer when it arrives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HEADING = re.compile(r"^ranks? [\d, -]+, .* thread \(")
 
 
 class StacksScreen(ModalScreen[None]):
-    """`answer` gives what the hub has said so far; None: nothing yet."""
+    """`answer` returns the record of the command; None if the hub has not reported one yet."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q", "leave", "Back"),
@@ -45,14 +45,14 @@ class StacksScreen(ModalScreen[None]):
         with VerticalScroll(classes="dialog stacks") as dialog:
             dialog.border_title = plain(f"stacks of {self.run_name}")
             dialog.border_subtitle = plain(BACK)
-            yield Static(plain("asking the ranks; it takes some seconds when one of them is stuck"))
+            yield Static(plain("waiting for the ranks; this takes some seconds if one of them is stuck"))
 
     def on_mount(self) -> None:
         self.set_interval(TICK_S, self.look)
         self.look()
 
     def look(self) -> None:
-        """Show the answer, once it is there."""
+        """Show the answer once it is there."""
         record = self.answer()
         if self._shown or record is None or record.ack.state == "accepted":
             return
@@ -67,18 +67,21 @@ class StacksScreen(ModalScreen[None]):
         self.query_one(Static).update(text)
 
     def action_to_top(self) -> None:
+        """Home: to the top."""
         self.query_one(VerticalScroll).scroll_home(animate=False)
 
     def action_to_end(self) -> None:
+        """End: to the bottom."""
         self.query_one(VerticalScroll).scroll_end(animate=False)
 
     def action_leave(self) -> None:
+        """Go back."""
         self.dismiss(None)
 
 
 def stacks_text(text: str, palette: Palette) -> Text:
     """The report in colours, each frame short enough for a narrow terminal: the function, then its place without the
-    folder that all libraries lie in. The file has the whole paths."""
+    folder that contains all libraries. The file has the whole paths."""
     muted, heading = palette.style("muted"), palette.style("primary", bold=True)
     shown = Text()
     for number, line in enumerate(clean(text).splitlines()):

@@ -1,4 +1,4 @@
-"""Bars in character cells: one figure of a total, or a whole split by category."""
+"""Bars in character cells: one share, or a whole split by category."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.segment import Segment
 from rich.style import Style
 
-from zerotop.output import as_float
-from zerotop.state.memory import DERIVED_CATEGORIES
+from zerotop.format import as_float
+from zerotop.state.memory import DERIVED_CATEGORIES, category_label
 
 KEPT = 0.75
 """The share of its length that the largest part of a bar keeps when it makes room for small ones."""
@@ -17,10 +17,11 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def split_cells(values: Sequence[float], total: float, width: int) -> list[int]:
-    """Cells for each value on a bar of `width` cells standing for `total`, by largest remainders.
+    """Cells for each value on a bar of `width` cells that stands for `total`, by largest remainders.
 
-    The cells never exceed `width`, and the filled part is true to scale. What is small but there gets a cell where the
-    largest part can spare one: it keeps twice as many and most of its own. A part of 1% must not look like one of 33%.
+    The cells never exceed `width`, and the filled part is to scale. A small but non-zero value gets a cell if the
+    largest part can spare one: that keeps twice as many and most of its own, because a part of 1% must not look like
+    one of 33%.
     """
     total = max(as_float(total) or 0.0, 0.0)
     known = [max(0.0, as_float(value) or 0.0) for value in values]
@@ -44,9 +45,8 @@ def split_cells(values: Sequence[float], total: float, width: int) -> list[int]:
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, Style]], total: float, width: int, empty: Style) -> list[Segment]:
-    """A bar of labelled blocks: each part says its word where it fits and its first letter where not, so colour is
-    not needed to read it.
-    """
+    """A bar of labelled blocks: each part has its name where it fits, else its letter, so it can be read without
+    colour."""
     cells = split_cells([value for _, value, _ in parts], total, width)
     segments = [
         Segment(block_label(name, size), style) for (name, _, style), size in zip(parts, cells, strict=True) if size
@@ -56,16 +56,20 @@ def stacked_bar(parts: Sequence[tuple[str, float, Style]], total: float, width: 
 
 
 def block_label(name: str, size: int) -> str:
-    return name.center(size) if size >= len(name) + 2 else category_letter(name).center(size)
+    """The name of a category where it fits, else its letter."""
+    label = category_label(name)
+    return label.center(size) if size >= len(label) + 2 else category_letter(name).center(size)
 
 
 def category_letter(name: str) -> str:
-    """One letter for each category: small for the derived ones, so that cache is not communication."""
+    """One letter for each category, small for the derived ones. K is the checkpoint copy: C is communication."""
+    if name == "snapshot":
+        return "K"
     return name[:1] if name in DERIVED_CATEGORIES else name[:1].upper()
 
 
 def meter(share: float, width: int, fill: Style, empty: Style) -> list[Segment]:
-    """One share (0..1) with eighth-cell precision."""
+    """A share (0..1) with a precision of an eighth of a cell."""
     share = min(1.0, max(0.0, as_float(share) or 0.0))
     eighths = round(share * width * 8)
     full, part = divmod(eighths, 8)
@@ -74,7 +78,7 @@ def meter(share: float, width: int, fill: Style, empty: Style) -> list[Segment]:
 
 
 def thin_bar(share: float, width: int, fill: Style, empty: Style) -> list[Segment]:
-    """A progress line with half-cell precision."""
+    """A progress line with a precision of half a cell."""
     share = min(1.0, max(0.0, as_float(share) or 0.0))
     halves = round(share * width * 2)
     full, half = divmod(halves, 2)

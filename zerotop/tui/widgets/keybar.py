@@ -1,4 +1,4 @@
-"""The footer: which keys do what just now, the most important first; what does not fit is left to `?`."""
+"""The footer: the keys that work now, the most important first; `?` shows those that do not fit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from zerotop.tui.widgets.lines import PLAIN, Row
 
 
 class KeyBar(Widget):
-    """Shows the active bindings that have `show=True`, in order; each can be clicked. Follows remapped keys by
-    itself.
-    """
+    """Shows the active bindings with `show=True`, in order; each can be clicked. Follows remapped keys by itself."""
 
     DEFAULT_CSS = "KeyBar { dock: bottom; height: 1; }"
 
@@ -27,13 +25,13 @@ class KeyBar(Widget):
         self._note_timer: Timer | None = None
 
     def relabel(self, labels: dict[str, str]) -> None:
-        """Action -> what its key does just now, where that is not what its binding says."""
+        """Action -> what its key does now, where that differs from the binding's description."""
         if labels != self._labels:
             self._labels = labels
             self.refresh()
 
     def note(self, text: str, seconds: float = 2.0) -> None:
-        """Say something short at the right end, where it covers nothing but keys, and for a moment only."""
+        """Show a short text at the right end for a moment."""
         if self._note_timer is not None:
             self._note_timer.stop()
         self._note = text

@@ -1,9 +1,7 @@
 """Line-by-line drawing: a row builder, and a widget that repaints only the lines that changed.
 
-Over SSH every repainted cell costs, and most of what a run shows stays the same from one tick to the next. So a panel
-makes
-all its visible lines (cheap), compares them with the last ones (cheaper), and asks for a repaint of the differing
-lines only.
+Over SSH every repainted cell costs, and most of a screen stays the same from one tick to the next. So a panel makes all
+its visible lines (cheap), compares them with the previous ones (cheaper), and repaints only those that differ.
 """
 
 from __future__ import annotations
@@ -37,6 +35,7 @@ class Row:
         self.width = 0
 
     def add(self, text: str, style: Style = PLAIN) -> Row:
+        """Append text."""
         if text:
             text = clean_line(text)  # nothing that a rank says may reach the terminal as a command
             self.segments.append(Segment(text, style))
@@ -44,28 +43,31 @@ class Row:
         return self
 
     def extend(self, segments: Iterable[Segment]) -> Row:
+        """Append segments."""
         for segment in segments:
             self.add(segment.text, segment.style or PLAIN)
         return self
 
     def cell(self, text: str, width: int, style: Style = PLAIN, *, right: bool = False) -> Row:
-        """`text` in exactly `width` cells: padded, or cut with an ellipsis."""
+        """Append `text` in exactly `width` cells: padded, or cut with an ellipsis."""
         return self.add(fit(text, width, right=right), style)
 
     def gap(self, width: int = 1) -> Row:
+        """Append blanks."""
         return self.add(" " * width)
 
     def to(self, column: int) -> Row:
-        """Blanks up to `column` (nothing when the row is already there)."""
+        """Append blanks up to `column`."""
         return self.gap(max(0, column - self.width))
 
     def strip(self, width: int, style: Style = PLAIN) -> Strip:
-        """Exactly `width` cells; `style` lies under everything."""
+        """The line in exactly `width` cells, with `style` under everything."""
         line = Strip(self.segments, self.width).adjust_cell_length(width)
         return line.apply_style(style) if style else line
 
 
 def fit(text: str, width: int, *, right: bool = False) -> str:
+    """`text` in exactly `width` cells: padded, or cut with an ellipsis."""
     size = cell_len(text)
     if width <= 0:
         return ""
@@ -75,22 +77,21 @@ def fit(text: str, width: int, *, right: bool = False) -> str:
 
 
 class _Drawn(Widget):
-    """What fixed and scrolling panels share: the view they show, and the lines they showed last."""
+    """Common to fixed and scrolling panels: the view they show, and the lines they showed last."""
 
     view: View | None = None
     _shown: list[Strip] | None = None
     _title = ""
 
     def entitle(self, title: str) -> None:
-        """Make `title` the border's title: as it is, whatever it quotes."""
+        """Set the title of the border, without markup."""
         if title != self._title:
             self._title = title
             self.border_title = plain(title)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
-        """The visible lines, at most `height` of them, each at most `width` cells. Must not keep anything of the
-        view.
-        """
+        """The visible lines, at most `height` of them, each at most `width` cells. Must not keep a reference to the
+        view."""
         raise NotImplementedError
 
     def accept(self, view: View) -> None:
@@ -98,7 +99,7 @@ class _Drawn(Widget):
         self.view = view
 
     def show(self, view: View) -> None:
-        """Draw `view` and repaint what differs from the lines on screen. Hidden panels only remember it."""
+        """Draw `view` and repaint the lines that differ from those on screen. Hidden panels only keep the view."""
         self.accept(view)
         before = self._shown
         if not self.display or not self.size.width or not self.size.height:
@@ -114,7 +115,7 @@ class _Drawn(Widget):
                     self.refresh(Region(0, y, width, 1))
 
     def redraw(self) -> None:
-        """Show the same view again: something of our own changed (selection, scrolling, size)."""
+        """Draw the same view again: selection, scrolling or size has changed."""
         if self.view is not None:
             self.show(self.view)
 
@@ -146,12 +147,12 @@ class Panel(_Drawn):
         return self.natural_height(width)
 
     def natural_height(self, width: int) -> int:
-        """Lines wanted when the style says `height: auto`."""
+        """The height for the style `height: auto`."""
         return 1
 
 
 class Band(Panel):
-    """Lines that come and go. Where there is room one of them is kept free, so that what lies below stays in place."""
+    """Lines that come and go. Where there is room one is reserved, so that what is below stays in place."""
 
     ALLOW_MAXIMIZE = False
     lines_wanted = 0
@@ -159,15 +160,17 @@ class Band(Panel):
 
     @property
     def lines_taken(self) -> int:
+        """The height of the band."""
         return max(self.lines_wanted, int(self.reserved))
 
     def reserve(self, on: bool) -> None:
+        """Keep one line free even if there is nothing to show, or not."""
         if on != self.reserved:
             self.reserved = on
             self.take(self.lines_wanted)
 
     def take(self, lines: int) -> None:
-        """Ask for so many lines."""
+        """Set the number of lines."""
         self.lines_wanted = lines
         self._shown = None
         taken = self.lines_taken
@@ -181,7 +184,7 @@ class Band(Panel):
 
 
 class ScrollPanel(ScrollView, _Drawn, can_focus=True):  # the first base gives the default styles
-    """A panel whose lines scroll. `draw` still makes the visible lines only, from `self.scroll_offset.y` on."""
+    """A panel whose lines scroll. `draw` makes only the visible lines, from `self.scroll_offset.y` on."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "by(-1)", "Up", show=False),

@@ -24,9 +24,8 @@ def plot_rows(
     line: Style,
     faint: Style,
 ) -> list[Row]:
-    """`height` rows of `width` cells: y labels on the left, x range in the last row. Says so when there is nothing to
-    draw.
-    """
+    """`height` rows of `width` cells: y labels on the left, the range of x in the last row. Says so if there is
+    nothing to draw."""
     points = [(x, y if y is not None and abs(y) < BEYOND else None) for x, y in points if abs(x) < BEYOND]
     finite = [(x, y) for x, y in points if y is not None]
     if height < 2 or width < 12 or not finite:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from zerotop.tui.text import ms_text
+from zerotop.format import ms_text
 from zerotop.tui.theme import Palette
 from zerotop.tui.widgets.lines import PLAIN, Row
 
@@ -14,7 +14,7 @@ TIME = 9
 
 
 def timeline_rows(spans: Iterable[Span], palette: Palette, width: int, height: int) -> list[Row]:
-    """The newest steps, oldest first, at most `height` lines; each as long as its share of the longest."""
+    """The newest steps, oldest first, at most `height` lines; the length of each is to scale with the longest."""
     by_step: dict[int, list[Span]] = {}
     for span in spans:
         by_step.setdefault(span[1], []).append(span)
@@ -36,9 +36,8 @@ def timeline_rows(spans: Iterable[Span], palette: Palette, width: int, height: i
 
 
 def phase_cells(spans: Sequence[Span], start_ns: int, scale_ns: int, width: int) -> list[str]:
-    """For each of `width` cells the phase that fills most of it; "" where none does. The strip ends where the spans
-    end.
-    """
+    """For each of `width` cells the phase that fills most of it; "" where there is none. The strip ends where the
+    spans end."""
     cell_ns = scale_ns / width
     weights: list[dict[str, float]] = [{} for _ in range(width)]
     for phase, _step, _micro, begin, end in spans:
@@ -63,5 +62,5 @@ def _runs(cells: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def _label(phase: str, size: int) -> str:
-    """The word where it fits, its first letter where not."""
+    """The name of the phase where it fits, else its first letter."""
     return phase.center(size) if phase and size >= len(phase) + 2 else phase[:1].upper().center(size)

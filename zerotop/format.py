@@ -1,0 +1,136 @@
+"""How figures are written: the only place that turns durations, bytes, rates and counts into text.
+
+The screen, the command line and the messages of the supervisor all use these, so that one figure reads the same
+everywhere. A missing figure is always `n/a`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+from runtime.wire.sizes import format_count, format_size
+
+MISSING = "n/a"
+
+
+def as_float(value: float | None) -> float | None:
+    """`value` as a finite float; None for NaN, for infinities and for integers beyond a float's range."""
+    try:
+        number = math.nan if value is None else float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+# ---- times -----------------------------------------------------------------------------------------------------------
+def duration_text(seconds: float | None) -> str:
+    """An age, a limit or a time to go: 0.5 s, 42 s, 3m 05s, 2h 07m, 3d 4h."""
+    number = as_float(seconds)
+    if number is None:
+        return MISSING
+    if number < 0:
+        return f"-{duration_text(-number)}"
+    if 0 < number < 0.95:
+        return f"{number:.1f} s"
+    whole = round(number)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600}h" if whole < 1e10 else f"{number / 86400:.0e} d"
+
+
+def ms_text(milliseconds: float | None) -> str:
+    """A measured time: 0.4 ms, 132 ms, 1.25 s, 12.5 s, 3m 05s."""
+    number = as_float(milliseconds)
+    if number is None:
+        return MISSING
+    if abs(number) >= 59_950:
+        return duration_text(number / 1000)
+    if abs(number) >= 999.5:
+        return f"{number / 1000:.{1 if abs(number) >= 9995 else 2}f} s"
+    return f"{number:.1f} ms" if abs(number) < 99.95 else f"{number:.0f} ms"
+
+
+def clock_text(wall_s: float) -> str:
+    """The local time of day: 14:03:59."""
+    try:
+        return time.strftime("%H:%M:%S", time.localtime(wall_s))
+    except (ValueError, OverflowError, OSError):  # not a number, or beyond the calendar
+        return MISSING
+
+
+def time_text(wall_s: float | None) -> str:
+    """ISO 8601 in local time with its offset, to the second; empty when there is none."""
+    if wall_s is None:
+        return ""
+    try:
+        text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(wall_s))
+    except (ValueError, OverflowError, OSError):  # not a number, or beyond the calendar
+        return ""
+    return f"{text[:-2]}:{text[-2:]}"
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+def bytes_text(count: float | None) -> str:
+    """Binary units, three digits, at most eight characters: 512 B, 1.40 GiB, 39.5 GiB."""
+    number = as_float(count)
+    if number is None:
+        return MISSING
+    return format_size(number) if abs(number) < 2**60 else f"{number / 2**50:.0e} PiB"
+
+
+def short_bytes_text(count: int) -> str:
+    """For tables whose heading says that they are bytes, with 2^30 to the G: 39.5G."""
+    return bytes_text(count).replace("iB", "").replace(" B", "").replace(" ", "")
+
+
+def used_of(used: int, total: int) -> str:
+    """Both in the unit of the total, 6.20/24.0 GiB; 442 MiB/24.0 GiB where that would round the figure away."""
+    whole, part = bytes_text(total), bytes_text(used)
+    if as_float(total) is None or total < 1 or as_float(used) is None:
+        return part
+    number, unit = whole.split()
+    scale = total / float(number)
+    scaled = used / scale
+    if not 1 <= scaled < 1000 or unit == part.split()[1]:
+        return f"{part.removesuffix(f' {unit}')}/{whole}"
+    return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f}/{whole}"
+
+
+# ---- rates, counts, shares and other figures -------------------------------------------------------------------------
+def count_text(value: float | None) -> str:
+    """Decimal units, three digits: 950, 12.3K, 1.31B."""
+    number = as_float(value)
+    if number is None:
+        return MISSING
+    if abs(number) >= 1e15:
+        return f"{number:.0e}"
+    sign = "-" if number < 0 else ""
+    return sign + format_count(round(abs(number)))
+
+
+def rate_text(tokens_per_s: float | None) -> str:
+    """12.3K tokens/s."""
+    return f"{count_text(tokens_per_s)} tokens/s"
+
+
+def figure_text(value: float | None) -> str:
+    """A loss, a norm, a learning rate: four decimals below 10, four digits from there, powers of ten for the rest."""
+    if value is None:
+        return MISSING
+    if as_float(value) is None:
+        return "NaN" if value != value else "+inf" if value > 0 else "-inf"
+    if value and (abs(value) < 1e-2 or abs(value) >= 1e6):
+        return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.4g}" if abs(value) >= 9.99995 else f"{value:.4f}"
+
+
+def share_text(part: float, whole: float) -> str:
+    """33%."""
+    part_, whole_ = as_float(part), as_float(whole)
+    share = as_float(part_ / whole_) if part_ is not None and whole_ else None
+    return MISSING if share is None else f"{share:.0%}" if abs(share) < 100 else f"{share:.0e}"

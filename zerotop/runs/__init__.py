@@ -1,1 +1,0 @@
-"""Runs as directories: where they lie, who supervises them, and how they ended."""

@@ -1,0 +1,1 @@
+"""The detached supervisor: starts and restarts the ranks, stops them, and records how the run ended."""
