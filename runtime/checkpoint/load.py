@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -72,6 +72,13 @@ def load(
     state.synchronize()
     guard.wait_for_all()
     manifest = together(state.comm, lambda: read_manifest(path))
+    if manifest.weights_only:
+        if state.optimizer.trains and state.comm.rank == 0:
+            log.warning(
+                f"checkpoint {path} is of an engine without an optimizer: parameters and buffers are loaded, optimizer "
+                "and step counts stay as they are"
+            )
+        wanted = replace(wanted, optimizer=False, scheduler=False, progress=False)
     together(state.comm, lambda: compare(state, manifest, path, wanted))
     together(state.comm, lambda: verify(path, manifest, state.comm.rank, state.comm.world_size))
     content = together(state.comm, lambda: _read(state, manifest, path))

@@ -125,6 +125,12 @@ class Config(Section):
                 ("data_types", "grad_accum_dtype"),
                 f": expected {allowed} when training in {precision}, got {accumulate}",
             )
+        if (computes := self.data_types.param_dtype) not in (None, precision):
+            found.problem(
+                ("data_types", "param_dtype"), f": expected {precision}, which fp16 and bf16 ask for, got {computes}"
+            )
+        if self.data_types.buffer_dtype is not None and zerotop.buffer_dtype is None:
+            zerotop = zerotop.model_copy(update={"buffer_dtype": self.data_types.buffer_dtype})
         offload_param = _cpu(zero.offload_param)
         if offload_param is not None and zero.stage < 3:
             notes.append(

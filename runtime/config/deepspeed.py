@@ -113,3 +113,7 @@ class DataTypesSection(Section):
 
     grad_accum_dtype: AnyDType | None = None
     """Precision in which gradients accumulate. Unset: fp32."""
+    param_dtype: AnyDType | None = None
+    """Precision in which the model computes; only what fp16 and bf16 say."""
+    buffer_dtype: AnyDType | None = None
+    """DeepSpeed's name of zerotop.buffer_dtype."""

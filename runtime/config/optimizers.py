@@ -181,6 +181,7 @@ _ONE_BIT = "it compresses gradients to one bit with its own communication, which
 _MUP = "it needs parameters annotated by the mup package"
 _WHOLE = "it needs whole matrices, and under ZeRO a rank holds only a flat range of each unit"
 _NORMS = "it scales by the norm of each whole parameter, and under ZeRO a rank holds only a flat range of each unit"
+_LION = "torch.optim has no Lion; a script can give one to initialize(optimizer=...): runtime.ops.lion.FusedLion"
 REFUSED: dict[str, str] = {
     "onebitadam": _ONE_BIT,
     "zerooneadam": _ONE_BIT,
@@ -188,9 +189,9 @@ REFUSED: dict[str, str] = {
     "lamb": _NORMS,
     "fusedlamb": _NORMS,
     "lars": _NORMS,
-    "lion": "torch.optim has no Lion",
-    "fusedlion": "torch.optim has no Lion",
-    "deepspeedcpulion": "torch.optim has no Lion",
+    "lion": _LION,
+    "fusedlion": _LION,
+    "deepspeedcpulion": _LION,
     "muon": _WHOLE,
     "adafactor": _WHOLE,
     "shampoo": _WHOLE,

@@ -318,16 +318,17 @@ class Engine(EngineQueries):
         tensors. save_latest=False: neither SAVE_DIR/latest nor a load_checkpoint() without a tag takes it for the
         newest. exclude_frozen_parameters: leave out what is not trained; who loads it needs a model with the same
         base weights. wait=False: returns when a copy is made, and a process of low priority writes it;
-        `wait_for_checkpoint()` waits for that, and so does the next save, which raises what went wrong with it.
+        `wait_for_checkpoint()` waits for that, and so does the next save, which raises what went wrong with it. That of
+        an engine without an optimizer holds parameters and buffers, and whoever loads it gets no more.
 
-        Raises CheckpointError on every rank if any could not write, in the middle of an accumulation, whose gradients
-        a checkpoint does not hold, or, with checkpoint.tag_validation "Fail", when the ranks say different tags;
-        otherwise rank 0's is taken.
+        Raises CheckpointError on every rank if any could not write (for what can't be a folder or a tag one that is a
+        ValueError, too), in the middle of an accumulation, whose gradients a checkpoint does not hold, or, with
+        checkpoint.tag_validation "Fail", when the ranks say different tags; otherwise rank 0's is taken.
         """
-        if not self.optimizer.trains:
+        if exclude_frozen_parameters and not self.optimizer.trains:
             raise checkpoint.CheckpointError(
-                "save_checkpoint(): this engine has no optimizer, so there is nothing to continue from; "
-                "save_16bit_model() writes its weights"
+                "save_checkpoint(exclude_frozen_parameters=True): this engine has no optimizer and trains no "
+                "parameter, so none would be saved"
             )
         if self.state.accumulation.in_progress:
             raise checkpoint.CheckpointError(

@@ -1,4 +1,5 @@
-"""`deepspeed.ops`, as far as training scripts name it: the optimizers in ops/adam.py and ops/adagrad.py."""
+"""`deepspeed.ops`, as far as training scripts name it: the optimizers in ops/adam.py, ops/adagrad.py and
+ops/lion.py."""
 
 from __future__ import annotations
 

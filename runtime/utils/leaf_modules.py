@@ -1,6 +1,6 @@
 """`deepspeed.utils.set_z3_leaf_modules` and its family. DeepSpeed gathers what is below a leaf module at once, because
-its hooks on single experts can't know which ones a rank uses. A unit is gathered whole here, and its experts with it:
-these functions only remember what they were told.
+its hooks on single experts can't know which ones a rank uses. A unit is gathered whole here, and its experts with it;
+what is below a leaf module is not cut into units, where that is said before the engine is made.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-_MARK = "_z3_leaf"
+from runtime.zero.leaf_modules import is_leaf_module, mark_leaf_module
 
 Wanted = type[nn.Module] | str
 
 
 def z3_leaf_module(model: nn.Module) -> bool:
     """Whether set_z3_leaf_modules() named this module."""
-    return bool(getattr(model, _MARK, False))
+    return is_leaf_module(model)
 
 
 def z3_leaf_parameter(parameter: nn.Parameter) -> bool:
@@ -29,7 +29,7 @@ def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
-    setattr(model, _MARK, flag)
+    mark_leaf_module(model, flag)
 
 
 def set_z3_leaf_modules(

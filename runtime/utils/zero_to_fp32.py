@@ -19,6 +19,17 @@ from torch import nn
 from runtime import checkpoint
 from runtime.checkpoint.format.manifest import CheckpointError
 from runtime.checkpoint.format.reading import CheckpointReader, Stored
+from runtime.utils.deepspeed_files import get_model_state_file, get_model_state_files, get_optim_files
+
+__all__ = [
+    "LazyTensor",
+    "convert_zero_checkpoint_to_fp32_state_dict",
+    "get_fp32_state_dict_from_zero_checkpoint",
+    "get_model_state_file",
+    "get_model_state_files",
+    "get_optim_files",
+    "load_state_dict_from_zero_checkpoint",
+]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

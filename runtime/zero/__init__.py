@@ -7,6 +7,7 @@ weights, init, values   where initial values come from; zero.Init
 home       which memory states live in; grad_offload: how gradients get there
 pool, gradients, flat   one flat buffer: parameters, masters, gradients
 unit       the flats that are gathered, reduced and updated together
+waiting    GatheredParameters between zero.Init and the engine
 hooks      what modules hold for an engine
 schedule   when gradients are reduced; unsharder: when parameters are there; clip: what ranks agree on at a boundary
 partition_parameters    what stage 3 hangs on parameters, with DeepSpeed's names

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from runtime.models.names import plain_name
+from runtime.zero.leaf_modules import is_leaf_module
 
 
 @dataclass
@@ -82,10 +83,14 @@ def _default_cut(model: nn.Module, modules: dict[str, nn.Module]) -> list[Cut]:
 
 def _stacks(modules: dict[str, nn.Module], kind: type[nn.Module]) -> dict[str, nn.Module]:
     """Lists of several blocks, by path, in the model's order; none is inside another. Experts are no blocks: which of
-    them run depends on the data, and differs between ranks, while all ranks must gather the same units."""
+    them run depends on the data, and differs between ranks, while all ranks must gather the same units. So does what
+    is below a leaf module (set_z3_leaf_modules)."""
     found: dict[str, nn.Module] = {}
+    leaves = [name for name, module in modules.items() if is_leaf_module(module)]
     for name, module in modules.items():
         if "expert" in name.rpartition(".")[2].lower():
+            continue
+        if any(leaf in ("", name) or name.startswith(leaf + ".") for leaf in leaves):
             continue
         several = isinstance(module, kind) and len(list(module.children())) > 1 and _numel(module) > 0
         if several and not any(outer == "" or name.startswith(outer + ".") for outer in found):

@@ -14,9 +14,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from runtime.comm import Comm
 from runtime.zero.flat import FlatParamGroup
 from runtime.zero.hooks import EngineHook
-from runtime.zero.places import mark, unmark
+from runtime.zero.places import is_waiting, mark, unmark
 from runtime.zero.unit import Unit
 from runtime.zero.unshard import Unsharder, owners
+from runtime.zero.waiting import present
 
 _holders: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameter -> (weak FullModel, index of its unit there): what is strong here would keep the parameter and so all of
@@ -163,8 +164,9 @@ def GatheredParameters(  # noqa: N802: DeepSpeed's name
     """Inside, `params` are whole on every rank; every rank must enter. Other parameters of their units are, too.
 
     modifier_rank: what this rank changed in place inside is everybody's afterwards, masters included; without it,
-    changes at stage 3 are lost. fwd_module: accepted and not needed. Parameters that no engine holds are left alone,
-    and so are None (the bias of a layer without one) and tensors that are no parameters.
+    changes at stage 3 are lost. fwd_module: accepted and not needed. Of what zero.Init has built and no engine has
+    taken yet, every rank gets rank 0's values. Other parameters that no engine holds are left alone, and so are None
+    (the bias of a layer without one) and tensors that are no parameters.
     """
     if isinstance(params, nn.Module):
         params = params.parameters()
@@ -175,7 +177,10 @@ def GatheredParameters(  # noqa: N802: DeepSpeed's name
             whole, unit = home
             units = holders.setdefault(id(whole), (whole, []))[1]
             units += [unit] * (not any(unit is other for other in units))
+    waiting = [each for each in listed if enabled and isinstance(each, nn.Parameter) and is_waiting(each)]
     with ExitStack() as stack:
+        if waiting:
+            stack.enter_context(present(list(dict.fromkeys(waiting)), modifier_rank))
         for whole, units in holders.values():
             stack.enter_context(whole.gathered(units, modifier_rank))
         yield

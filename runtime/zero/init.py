@@ -109,12 +109,12 @@ class Init:
             module.__dict__[WEIGHTS_MARK] = str(self.weights.path)
         kept = self.weights is None and dist.get_rank() == 0 and not parameter.is_meta
         if kept or isinstance(parameter, Absent):
-            mark(parameter)
+            mark(parameter, waiting=True)
             return parameter
         if parameter not in self._replaced:
             there = torch.empty_like(parameter, device="meta")
             self._replaced[parameter] = Absent(there, parameter.requires_grad)
-            mark(self._replaced[parameter])
+            mark(self._replaced[parameter], waiting=True)
         return self._replaced[parameter]  # type: ignore[no-any-return]
 
 

@@ -1,8 +1,16 @@
-"""DeepSpeed's names of where states can be, and of which states engine.offload_states() can move."""
+"""DeepSpeed's names of stages, of where states can be, and of which states engine.offload_states() can move."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
+
+
+class ZeroStageEnum(IntEnum):
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = 3
+    max_stage = 3
 
 
 class OffloadDeviceEnum(StrEnum):

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.deepspeed_paths import attribute_of
 from runtime.zero.full import GatheredParameters, take
-from runtime.zero.places import Place, place_of
+from runtime.zero.places import Place, is_present, place_of
 
 
 class ZeroParamStatus(Enum):
@@ -40,8 +40,10 @@ _gathered: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _status(parameter: nn.Parameter, place: Place) -> ZeroParamStatus:
     flat = place.flat
+    if place.waiting:  # the same answer on every rank, though rank 0 has the values
+        return ZeroParamStatus.AVAILABLE if is_present(parameter) else ZeroParamStatus.NOT_AVAILABLE
     if flat is None:
-        return ZeroParamStatus.NOT_AVAILABLE if parameter.is_meta else ZeroParamStatus.AVAILABLE
+        return ZeroParamStatus.AVAILABLE
     if flat.is_unsharded:
         return ZeroParamStatus.AVAILABLE
     return ZeroParamStatus.INFLIGHT if flat.is_unsharding else ZeroParamStatus.NOT_AVAILABLE

@@ -76,6 +76,7 @@ def names_and_tags(folder: str) -> dict[str, Any]:
         message_of(CheckpointError, lambda bad=bad: fresh.save_checkpoint(*bad))
         for bad in (("",), (folder, "a/b"), (folder, ".hidden"), (f"{folder}/of-{rank}",))
     ]
+    found["value"] = [message_of(ValueError, lambda bad=bad: fresh.save_checkpoint(bad)) for bad in ("", None)]
     fresh.save_checkpoint(f"{folder}/warned", tag=f"of-{rank}")
     found["warned"] = fresh.load_checkpoint(f"{folder}/warned")[0]
     strict = engine_of(blocks(), settings(2, checkpoint={"tag_validation": "FAIL"}))
@@ -91,6 +92,7 @@ def test_names_tags_and_latest(ranks, tmp_path):
         empty, slash, hidden, elsewhere = found["refused"]
         assert "expected a folder" in empty and "without / or a dot" in slash and "'.hidden'" in hidden
         assert "rank 1: it would write to" in elsewhere
+        assert all("expected a folder" in text for text in found["value"])
         assert found["warned"] == str(tmp_path / "warned" / "of-0")
         assert "'of-0' on rank 0 and 'of-1' on rank 1" in found["failed"]
     assert (tmp_path / "latest").read_text() == "global_step1\n"

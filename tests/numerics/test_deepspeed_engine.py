@@ -12,7 +12,16 @@ from torch import nn
 from runtime.checkpoint import CheckpointError
 from runtime.config import ConfigError
 from tests.numerics.models import make
-from tests.numerics.training import HYPER, advance, config, engine_for, message_of, micro_batch, parameters
+from tests.numerics.training import (
+    HYPER,
+    advance,
+    assert_equal,
+    config,
+    engine_for,
+    message_of,
+    micro_batch,
+    parameters,
+)
 
 
 # ---- a module --------------------------------------------------------------------------------------------------------
@@ -180,6 +189,42 @@ def test_parameters_at_stage_3_have_deepspeeds_attributes(ranks):
         assert found["after destroy"] == (True, False, [4.0])
 
 
+# ---- leaf modules ----------------------------------------------------------------------------------------------------
+class ByRank(nn.Module):
+    """Which of its layers runs differs between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        import torch.distributed as dist
+
+        return self.layers[dist.get_rank() % 2](x).square().mean()
+
+
+def train_by_rank(stage: int) -> dict[str, torch.Tensor]:
+    from runtime.engine.initialize import initialize
+    from runtime.utils import set_z3_leaf_modules
+
+    torch.manual_seed(0)
+    model = ByRank()
+    set_z3_leaf_modules(model, [ByRank])
+    settings = config(stage, 1, clip=0.0)
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine = initialize(model=model, config=settings)[0]
+    for step in range(3):
+        engine.backward(engine(torch.full((2, 8), 1.0 + step)))
+        engine.step()
+    return parameters(engine)
+
+
+def test_ranks_may_differ_below_a_leaf_module(ranks):
+    plain, sharded = ranks(2).run(train_by_rank, 0), ranks(2).run(train_by_rank, 3)
+    for one, other in zip(plain, sharded, strict=True):
+        assert_equal(other, one)
+
+
 # ---- without an optimizer --------------------------------------------------------------------------------------------
 def evaluate(stage: int, folder: str) -> dict[str, Any]:
     import torch.distributed as dist
@@ -202,7 +247,7 @@ def evaluate(stage: int, folder: str) -> dict[str, Any]:
         "held": {name: held for name, held in engine.state.ledger.totals().items() if held},
         "step": message_of(RuntimeError, engine.step),
         "backward": message_of(RuntimeError, lambda: engine.backward(torch.ones((), requires_grad=True))),
-        "save": message_of(CheckpointError, lambda: engine.save_checkpoint(folder)),
+        "exclude": message_of(CheckpointError, lambda: engine.save_checkpoint(folder, exclude_frozen_parameters=True)),
         "requires grad": any(p.requires_grad for p in model.parameters()),
         "session": engine.session.number,
     }
@@ -230,12 +275,47 @@ def test_an_engine_without_an_optimizer_evaluates(ranks, stage, tmp_path):
         assert held["parameters"] <= (4 * numel if stage == 0 else 2 * numel + 4 * 64 * 8)
         for call in ("step", "backward"):
             assert "made without an optimizer" in found[call] and 'add an "optimizer" section' in found[call]
-        assert "save_16bit_model()" in found["save"]
+        assert "none would be saved" in found["exclude"]
         assert not found["requires grad"] and found["flags"]
         assert found["session"] == 0  # the run watches and steers the engine that trains
         assert "model_parameters" in found["forgotten"] and 'add an "optimizer" section' in found["forgotten"]
         for name, value in found["trained"].items():
             assert torch.equal(found["loaded"][name], value), name
+
+
+def save_without_an_optimizer(stage: int, precision: str, folder: str) -> dict[str, Any]:
+    from runtime.engine.initialize import initialize
+    from runtime.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    settings = config(stage, 1, clip=0.0, precision=precision)
+    del settings["optimizer"]
+    made = {name: initialize(model=make("frozen"), config=settings)[0] for name in ("saved", "loaded")}
+    trained = engine_for(config(2, 1, clip=0.0), "frozen")
+    advance(trained, 0, 1)
+    with torch.no_grad():
+        made["saved"].module.load_state_dict(trained.module.state_dict())
+    made["saved"].save_checkpoint(folder, client_state={"epoch": 3}, wait=stage != 3)
+    made["saved"].wait_for_checkpoint()
+    states = {name: value.clone() for name, value in trained.optimizer.state_dict()["state"].items()}
+    advance(trained, 1, 2)
+    found: dict[str, Any] = {"client": [one.load_checkpoint(folder)[1] for one in (made["loaded"], trained)]}
+    after = trained.optimizer.state_dict()["state"]
+    changed = {n: not torch.equal(value, states[n]) for n, value in after.items() if not n.startswith("param.")}
+    found["goes on"] = (trained.global_steps, any(changed.values()))
+    advance(trained, 2, 3)
+    saved = {name: value.float() for name, value in parameters(made["saved"]).items()}
+    found["same"] = all(torch.equal(value.float(), saved[n]) for n, value in parameters(made["loaded"]).items())
+    fp32 = get_fp32_state_dict_from_zero_checkpoint(folder)
+    found["read"] = all(torch.equal(fp32[name], value) for name, value in saved.items())
+    return found
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (3, "bf16")])
+def test_an_engine_without_an_optimizer_saves_its_weights(ranks, stage, precision, tmp_path):
+    for found in ranks(2).run(save_without_an_optimizer, stage, precision, str(tmp_path)):
+        assert found["client"] == [{"epoch": 3}] * 2
+        assert found["goes on"] == (2, True)  # neither steps nor states are the checkpoint's
+        assert found["same"] and found["read"]
 
 
 # ---- calls ----------------------------------------------------------------------------------------------------------

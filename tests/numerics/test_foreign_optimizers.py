@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from runtime.config import ConfigError
+from runtime.ops.lion import DeepSpeedCPULion
 from tests.numerics.models import make
 from tests.numerics.training import advance, assert_equal, config, message_of, micro_batch, parameters
 
@@ -67,6 +68,7 @@ MAKERS = {
     "own": lambda parameters: Averaged(parameters, 1e-2, decay=0.1),
     "subclass": lambda parameters: Halved(parameters, lr=1e-3, eps=1e-5),
     "plain subclass": lambda parameters: Plain(parameters, lr=1e-2, momentum=0.9),
+    "lion": lambda parameters: DeepSpeedCPULion(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1),
 }
 
 
@@ -103,7 +105,7 @@ def train_with(
     return parameters(whole), parameters(resumed), [message_of(ConfigError, maker) for maker in makers]
 
 
-@pytest.mark.parametrize(("name", "stage"), [("own", 1), ("subclass", 3), ("plain subclass", 2)])
+@pytest.mark.parametrize(("name", "stage"), [("own", 1), ("subclass", 3), ("plain subclass", 2), ("lion", 3)])
 def test_an_optimizer_of_single_elements_trains_as_in_plain_torch(ranks, name, stage, tmp_path):
     plain = train_plainly_with(name)
     for whole, resumed, refusals in ranks(2).run(train_with, name, stage, str(tmp_path)):
@@ -111,3 +113,14 @@ def test_an_optimizer_of_single_elements_trains_as_in_plain_torch(ranks, name, s
         assert_equal(resumed, whole, tolerance=0)
         assert "needs whole parameters" in refusals[0]
         assert "can't be tried on shards (TypeError" in refusals[1]
+
+
+def test_lion_steps_by_the_sign_of_its_average():
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    optimizer = DeepSpeedCPULion([parameter], lr=0.5, betas=(0.5, 0.75), weight_decay=0.1)
+    for gradient, expected in (([4.0, -8.0, 0.0], [0.45, -1.4, 2.85]), ([-0.5, 4.0, 0.0], [-0.0725, -1.83, 2.7075])):
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+        assert torch.allclose(parameter, torch.tensor(expected))
+    with pytest.raises(ValueError, match="always fp32"):
+        DeepSpeedCPULion([parameter], fp32_optimizer_states=False)

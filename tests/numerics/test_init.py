@@ -384,3 +384,49 @@ def test_building_without_values_does_not_import_a_compiler(tmp_path: Path):
     command = [sys.executable, "-c", BUILD, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=patient(100), check=False)
     assert (done.returncode, done.stdout) == (0, "[] False\n"), done.stderr
+
+
+# ---- before the engine -----------------------------------------------------------------------------------------------
+def gather_before_the_engine() -> dict[str, Any]:
+    import torch.distributed as dist
+
+    from runtime.zero import ZeroParamStatus
+
+    rank = dist.get_rank()
+    with deepspeed.zero.Init():
+        layer = nn.Linear(3, 2)
+        with deepspeed.zero.GatheredParameters(layer.weight):
+            inside = layer.weight.detach().clone()
+    same, status = layer.weight, [layer.weight.ds_status]
+    with deepspeed.zero.GatheredParameters([layer.weight, None, layer.bias], modifier_rank=1), torch.no_grad():
+        status.append(layer.weight.ds_status)
+        read = layer.weight.detach().clone()
+        if rank == 1:
+            layer.weight.fill_(7)
+    status.append(layer.weight.ds_status)
+    with deepspeed.zero.GatheredParameters(layer.parameters(), modifier_rank=0):
+        changed = layer.weight.detach().clone()
+        graph = layer.bias.sum()  # refers to a parameter beyond the context
+        if rank == 0:
+            layer.bias.data.fill_(5)
+    absent = (layer.weight.is_meta, same is layer.weight, graph.requires_grad)
+    engine = initialize(model=layer, config=config(3, 1, clip=0.0))[0]
+    return {
+        "read": (inside, read),
+        "status": [one is ZeroParamStatus.AVAILABLE for one in status],
+        "changed": changed,
+        "absent": absent,
+        "trained": {name: value.clone() for name, value in engine.state_dict().items()},
+    }
+
+
+def test_what_zero_init_built_can_be_gathered_before_the_engine(ranks):
+    results = ranks(2).run(gather_before_the_engine)
+    for rank, found in enumerate(results):
+        for values in found["read"]:
+            assert torch.equal(values, results[0]["read"][0]) and values.abs().sum() > 0
+        assert found["status"] == [False, True, False]
+        assert torch.equal(found["changed"], torch.full((2, 3), 7.0))
+        assert found["absent"] == (rank != 0, True, True)
+        assert torch.equal(found["trained"]["weight"], torch.full((2, 3), 7.0))
+        assert torch.equal(found["trained"]["bias"], torch.full((2,), 5.0))

@@ -14,6 +14,7 @@ from torch import nn
 
 import runtime as deepspeed
 from runtime.deepspeed_paths import ABSENT, ELSEWHERE
+from runtime.zero.cut import cut
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,7 @@ from runtime.deepspeed_paths import ABSENT, ELSEWHERE
         ("runtime.utils", "set_z3_leaf_modules"),
         ("runtime.utils.groups", "_get_data_parallel_world_size"),
         ("runtime.ops.adagrad", "DeepSpeedCPUAdagrad"),
+        ("runtime.ops.lion", "FusedLion"),
         *((f"runtime.{module}", name) for module, names in ELSEWHERE.items() for name in names),
     ],
 )
@@ -107,6 +109,10 @@ def test_leaf_modules_are_remembered() -> None:
     assert set_z3_leaf_modules(model, [nn.Linear]) == [model[0]] == get_z3_leaf_modules(model)
     assert z3_leaf_module(model[0]) and not z3_leaf_module(model[1])
     assert unset_z3_leaf_modules(model, ["Linear"]) == [model[0]] and get_z3_leaf_modules(model) == []
+    layers = nn.ModuleDict({"a": nn.ModuleList(nn.Linear(2, 2) for _ in range(2)), "b": nn.Linear(2, 2)})
+    assert [unit.name for unit in cut(layers)] == ["a.0", "a.1", "head"]
+    set_z3_leaf_modules(layers, [nn.ModuleList])
+    assert [unit.name for unit in cut(layers)] == ["root"]
     with pytest.raises(ValueError, match="leaf modules"):
         set_z3_leaf_modules(model, [nn.Conv2d])
 

@@ -6,7 +6,10 @@ is there as a name, and using it raises NotImplementedError.
 
 from __future__ import annotations
 
+import builtins
 import importlib
+import itertools
+import multiprocessing.pool
 import re
 import sys
 from collections import defaultdict
@@ -30,9 +33,9 @@ class Shim(MetaPathFinder):
             module = importlib.import_module(stands_for)
         except ModuleNotFoundError:
             return ModuleSpec(fullname, _Lacking(), is_package=True)
-        for name in IMPORTED.get(fullname, ()):
-            if not hasattr(module, name):
-                setattr(module, name, type(name, (Lacking,), {"path": f"{fullname}.{name}"}))
+        if stands_for == "runtime":
+            importlib.import_module("runtime.engine").Engine._get_optimizer_ckpt_name = _no_file
+            _on_cpus()
         if stands_for == "runtime.ops":  # what DeepSpeed could build here: nothing has to be
             module.__compatible_ops__ = defaultdict(lambda: True)  # type: ignore[attr-defined]
         return same_module(fullname, stands_for)
@@ -75,14 +78,74 @@ def _as_list(groups: Any, *_sizes: Any) -> list[Any]:
     return [groups] if isinstance(groups, dict) else list(groups)
 
 
-IMPORTED = {"deepspeed.checkpoint.utils": ("get_model_ckpt_name_for_rank",)}
-"""Names that modules of ours lack and whole test files import for one of their tests: of DeepSpeed's own files."""
+def _on_cpus() -> None:
+    """The tests take a rank's number for a device that tensors can be on, and for DistributedDataParallel's, which they
+    compare with: on CPUs there is none of that number. They gather tensors without a dimension, which Gloo refuses."""
+    import torch.distributed as dist
+
+    def gather_into(target: Any, tensor: Any, *more: Any, **named: Any) -> Any:
+        return dist.all_gather_into_tensor(target, tensor.reshape(-1), *more, **named)
+
+    importlib.import_module("runtime.comm").all_gather_into_tensor = gather_into
+    importlib.import_module("runtime.accelerator").Accelerator.current_device = lambda _accelerator: "cpu"
+    from torch.nn.parallel import DistributedDataParallel
+
+    begin = DistributedDataParallel.__init__
+
+    def without_devices(self: Any, module: Any, device_ids: Any = None, output_device: Any = None, **more: Any) -> None:
+        begin(self, module, **more)
+
+    DistributedDataParallel.__init__ = without_devices  # type: ignore[method-assign]
+
+
+def _no_file(*_given: Any) -> str:
+    """Watched by the tests of loading without optimizer states: that nobody asks for it."""
+    raise NotImplementedError("zerotop has no file for a rank's optimizer states alone")
+
 
 HELPERS: dict[str, dict[str, Any]] = {
+    # Versions from which on they run bf16; CPUs compute in it, too.
+    "deepspeed.git_version_info": {
+        "torch_info": {"version": "2.0", "cuda_version": "12.0", "hip_version": "0.0", "nccl_version": "2.20"}
+    },
+    "deepspeed.runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": 2**20},
     "deepspeed.utils.torch": {"required_torch_version": required_torch_version},
     # Of models without experts, which those of the tests are that run here.
     "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": _as_list},
 }
 """What the tests themselves are made with."""
 
+_import = builtins.__import__
+
+
+def _import_what_is_there(
+    name: str,
+    globals: dict[str, Any] | None = None,
+    locals: dict[str, Any] | None = None,
+    fromlist: Sequence[str] | None = (),
+    level: int = 0,
+) -> Any:
+    """`from deepspeed.X import a, b` at the top of a test file: what X has no name for stands for itself."""
+    module = _import(name, globals, locals, fromlist, level)
+    at_top = globals is not None and locals is globals and "/tests/unit/" in str(globals.get("__file__"))
+    if at_top and fromlist and name.partition(".")[0] == "deepspeed":
+        for lacking in (wanted for wanted in fromlist if not hasattr(module, wanted)):
+            setattr(module, lacking, type(lacking, (Lacking,), {"path": f"{name}.{lacking}"}))
+    return module
+
+
+def starmapstar(calls: Any) -> list[Any]:
+    """multiprocessing's own, for workers of a pool: what is no Exception (pytest's failures are not) would end the
+    worker, and whoever waits for its answer would wait for ever."""
+    try:
+        return list(itertools.starmap(calls[0], calls[1]))
+    except Exception:
+        raise
+    except BaseException as error:
+        raise AssertionError(f"{type(error).__name__}: {error}") from error
+
+
+starmapstar.__module__ = "multiprocessing.pool"
+multiprocessing.pool.starmapstar = starmapstar  # type: ignore[attr-defined]
 sys.meta_path.insert(0, Shim())
+builtins.__import__ = _import_what_is_there

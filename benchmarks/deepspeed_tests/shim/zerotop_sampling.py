@@ -1,7 +1,9 @@
-"""A plugin of pytest's: which of a file's tests run, by the environment that the benchmark sets."""
+"""A plugin of pytest's: which of a file's tests run, by the environment that the benchmark sets; and what came of each,
+one line at a time, so that a test that hangs takes no other's result with it."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -15,4 +17,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if 0 < sample < len(chosen):
         chosen = [chosen[at * len(chosen) // sample] for at in range(sample)]
     items[:] = chosen[done:]
-    Path(os.environ["ZEROTOP_NAMES"]).write_text("\n".join(item.name for item in items))
+    Path(os.environ["ZEROTOP_NAMES"]).write_text("\n".join(_name(item.nodeid) for item in items))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = f"{crash.message[-1500:] if crash is not None else ''}\n{report.longreprtext[-1500:]}".strip()
+    if report.skipped and isinstance(report.longrepr, tuple):
+        text = report.longrepr[2]
+    line = {"name": _name(report.nodeid), "when": report.when, "result": report.outcome, "seconds": report.duration}
+    with Path(os.environ["ZEROTOP_REPORT"]).open("a") as file:
+        file.write(json.dumps({**line, "message": text}) + "\n")
+
+
+def _name(nodeid: str) -> str:
+    """Class and test."""
+    return nodeid.partition("::")[2]

@@ -29,6 +29,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or does not fit; the message says which and why."""
 
 
+class Misnamed(CheckpointError, ValueError):
+    """Nothing can be written there. DeepSpeed raises ValueError for it."""
+
+
 class Damaged(CheckpointError):
     """A checkpoint is not what was written: cut short, changed, or a file is missing."""
 
@@ -86,6 +90,7 @@ class Manifest(BaseModel):
     stage: int
     precision: str
     optimizer: str
+    """Its type; "none": the engine had none."""
     groups: int
     """Parameter groups of the optimizer."""
     lr_factor: float = 1.0
@@ -118,6 +123,11 @@ class Manifest(BaseModel):
             if len(owners) != self.world_size or owners[0] != 0 or max(owners) >= self.world_size:
                 raise ValueError(f"buffer_owners.{name} are not of {self.world_size} ranks")
         return self
+
+    @property
+    def weights_only(self) -> bool:
+        """Saved by an engine that only evaluates: there is no training to go on with."""
+        return self.optimizer == "none"
 
     def with_plain_names(self) -> Self:
         """With the names that the model has when it is not compiled. (Early versions wrote those of compiled ones.)"""

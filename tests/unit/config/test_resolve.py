@@ -103,6 +103,16 @@ def test_gradients_accumulate_in_fp32_or_the_precision_of_the_model() -> None:
     assert "expected fp32 when training in fp32" in refusal({"data_types": {"grad_accum_dtype": "bf16"}})
 
 
+def test_deepspeeds_names_of_the_dtypes_of_parameters_and_buffers() -> None:
+    bf16 = {"bf16": {"enabled": True}}
+    assert resolve(bf16 | {"data_types": {"buffer_dtype": "bfloat16"}}).zerotop.buffer_dtype == "bf16"
+    both = {"data_types": {"buffer_dtype": "bf16", "param_dtype": "bf16"}, "zerotop": {"buffer_dtype": "fp32"}}
+    assert resolve(bf16 | both).zerotop.buffer_dtype == "fp32"
+    assert "param_dtype: expected bf16, which fp16 and bf16 ask for, got fp16" in refusal(
+        bf16 | {"data_types": {"param_dtype": "fp16"}}
+    )
+
+
 def test_communication_type_takes_deepspeeds_spellings() -> None:
     assert resolve({}).communication_data_type is None
     assert resolve({"communication_data_type": "bfp16"}).communication_data_type == "bf16"

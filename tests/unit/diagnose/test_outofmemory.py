@@ -148,7 +148,8 @@ def test_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch, nothing_known: None
     assert found is not None and asked == ["empty_cache"]
     lines = [line.strip() for line in found.lines]
     assert lines[0] == (
-        "Out of memory: 2.00 GiB asked for on cuda:1, 256 MiB free; forward of step 12, micro-step 3 of 4, in blocks.0"
+        "Out of memory: tried to allocate 2.00 GiB on cuda:1, 256 MiB free; forward of step 12, micro-step 3 of 4, "
+        "in blocks.0"
     )
     at = lines.index("Held on cuda:1 (80.0 GiB):")
     assert lines[at + 1 : at + 6] == [
@@ -162,7 +163,9 @@ def test_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch, nothing_known: None
     assert "What to change (the global batch of 64 stays):" in lines
     assert any(line.startswith("1. ") and "saves about" in line and "per GPU" in line for line in lines)
     assert any("expandable_segments" in line for line in lines)  # 5 GiB are there, in pieces
-    assert found.reason.startswith("out of GPU memory: 2.00 GiB asked for on cuda:1, 256 MiB free (forward of step 12")
+    assert found.reason.startswith(
+        "out of GPU memory: tried to allocate 2.00 GiB on cuda:1, 256 MiB free (forward of step 12"
+    )
     assert '; try "' in found.reason and "\n" not in found.reason
     assert found.text.splitlines()[-1] == found.reason
 
@@ -173,7 +176,7 @@ def test_host_memory_on_a_cpu(nothing_known: None) -> None:
     found = explain(MemoryError("the exchange of 1,000 bytes has no 4,096 left"), position("init", 0, 0), keep=Engine)
     assert found is not None
     assert (
-        found.lines[0].startswith("Out of memory: 4.00 KiB of host memory asked for")
+        found.lines[0].startswith("Out of memory: tried to allocate 4.00 KiB of host memory")
         and "initialize()" in found.lines[0]
     )
     assert any("123 MiB  gradients" in line for line in found.lines)
@@ -270,7 +273,7 @@ def test_the_reason_is_the_last_line_of_the_goodbye_and_of_the_log(
     _, text, *_, more = said[0]
     assert more == {"fatal": True}
     last = text.splitlines()[-1]
-    assert last.startswith("error: out of host memory: 1.00 PiB") and log[-1] == last
+    assert last.startswith("error: out of host memory: tried to allocate 1.00 PiB") and log[-1] == last
     assert "DefaultCPUAllocator" in text  # the traceback's end stands in front
 
 

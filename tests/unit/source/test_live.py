@@ -84,7 +84,7 @@ def test_what_a_screen_cannot_read_is_skipped_and_told_once(hub: FakeHub, source
         hub.publish_raw(json.dumps({**shell, "messages": messages}).encode())
     see(source, lambda: source.state.step == 3)
     see(source, lambda: source.connection == "live")
-    told = [event.text for event in source.state.events if "can't read them" in event.text]
+    told = [event.text for event in source.state.events if "can't read" in event.text]
     assert len(told) == 1 and "step.step: Input should be less than or equal to" in told[0]
 
 
