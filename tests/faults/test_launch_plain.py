@@ -45,7 +45,7 @@ def test_lines_per_interval_and_exit_code_0(start: Start, capsys: pytest.Capture
     lines = capsys.readouterr().out.splitlines()
     steps = [line.split()[1] for line in lines if line.startswith("step ")]
     assert steps == ["5/20", "10/20", "15/20", "20/20"]
-    assert lines[0].startswith("step 5/20  loss 1.0000  lr 1.00e-3  norm 1.0000  ")
+    assert lines[0].startswith("step 5/20  loss 1.0000  lr 1.00e-3  norm 1.0000")
     assert lines[-1] == f"{run.path.name}: finished at step 20, all ranks finished"
 
 
