@@ -161,7 +161,7 @@ def test_a_model_that_initialize_has_no_room_for(launch):
 
 def test_a_crash_in_native_code_leaves_the_python_stack(launch):
     _, status = launch(SEGV, restarts=0)
-    assert status.reason.startswith("rank 1 was killed by SIGSEGV (a crash in native code")
+    assert status.reason.startswith("rank 1 was killed by SIGSEGV (segmentation fault in native code")
     assert (status.failed_rank, status.exit_code) == (1, -signal.SIGSEGV)
     lines = status.error.splitlines()
     assert lines[0] == "Fatal Python error: Segmentation fault"

@@ -91,7 +91,7 @@ def test_without_a_checkpoint_it_starts_from_step_0(start: Start) -> None:
     kill_rank(run, 0)
     see_attempt(run, 2, 1)
     assert "starts again from step 0, " in texts(run, "restart")[0]
-    assert read_status(run.path).lost_steps >= 3
+    until(lambda: read_status(run.path).lost_steps >= 3, "the lost steps in state.json")
 
 
 def test_survivors_that_do_not_leave_are_not_waited_for(start: Start) -> None:
@@ -143,7 +143,7 @@ def test_open_commands_are_answered_or_reach_the_new_ranks(start: Start) -> None
     kill_rank(run)
     run.see(lambda source: source.state.commands["checkpoint"].ack.state == "applied", "the checkpoint")
     assert run.source.state.commands["pause"].ack.reason == "the ranks restarted"
-    assert read_status(run.path).attempt == 2
+    until(lambda: read_status(run.path).attempt == 2, "the second attempt in state.json")
 
 
 # ---- no next attempt -------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_a_signal_to_every_process_stops_the_run_even_before_they_listen(start: 
         if process.pid != supervisor:
             process.send_signal(number)
     status = ended(run, "stopped")
-    assert (status.attempt, status.step) == (1, 1)
+    assert status.attempt == 1 and 1 <= status.step < 5
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

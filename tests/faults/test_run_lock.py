@@ -81,7 +81,7 @@ def test_a_resume_waits_for_ranks_that_still_save(start: Start, capsys: pytest.C
     second = start(AGAIN, FAKE_STEPS=5)
     assert not any(lives(process) for process in left)
     second.see_state("finished")
-    told = [line for line in capsys.readouterr().err.splitlines() if "still save their work" in line]
+    told = [line for line in capsys.readouterr().err.splitlines() if "are still saving" in line]
     assert len(told) == 1 and told[0].startswith("q1: ")
 
 
@@ -91,7 +91,9 @@ def test_what_holds_the_lock_for_too_long_is_named(start: Start, monkeypatch: py
     command = [sys.executable, "-c", HOLD, str(run.path / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        with pytest.raises(RunError, match=rf"q1 can't go on yet: .*lock is held by process {holder.pid} \(.*python"):
+        with pytest.raises(
+            RunError, match=rf"q1 can't be resumed yet: .*lock is held by process {holder.pid} \(.*python"
+        ):
             start(AGAIN, ZEROTOP_ORPHAN_GRACE_S="0")
         holder.stdin.close()  # type: ignore[union-attr]
     assert read_status(run.path).state == "finished" and read_run(run.path).attempt == 1
