@@ -7,7 +7,6 @@ the end-of-text token. It gets its final name when it is complete; the name is a
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -17,9 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from platformdirs.unix import Unix
 
 from runtime.data import DataError
 from runtime.data.tokenizer import Tokenizer
+from runtime.wire.filelock import try_lock, wait_lock
 
 MAGIC = b"zerotop tokens 1\n"
 HEADER_BYTES = 4096
@@ -81,8 +82,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 def cache_folder() -> Path:
     """Where token files are kept: $XDG_CACHE_HOME/zerotop/tokens, by default under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "zerotop" / "tokens"
+    return Unix("zerotop", appauthor=False).user_cache_path / "tokens"
 
 
 def token_file(files: Sequence[Path], tokenizer: Tokenizer, log: Log, cache: Path | None = None) -> Path:
@@ -137,15 +137,11 @@ def _lock(path: Path, log: Log) -> Iterator[bool]:
     """Hold the file lock. Yields False if the file system has no locks: then every process builds, which is only
     slow."""
     with path.open("a") as file:
-        locked = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        locked = try_lock(file.fileno())
+        if locked is False:
             log("waiting for the token file that another process is building")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            locked = False
-        yield locked
+            wait_lock(file.fileno())
+        yield locked is not None
 
 
 def _build(path: Path, files: Sequence[Path], tokenizer: Tokenizer, log: Log) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from runtime.checkpoint.format.folder import sync
 from runtime.checkpoint.format.manifest import CheckpointError
+from runtime.wire.filelock import try_lock
 from runtime.wire.sizes import format_size
 
 _OF_A_MODEL = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
@@ -77,6 +77,14 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         os.close(handle)
 
 
+def _is_still(handle: int, path: Path) -> bool:
+    """Whether `path` is the folder that `handle` has open."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
+
+
 def _claim(partial: Path) -> int:
     """Create the folder, or empty one that a killed export left. Returns the descriptor that holds its lock."""
     busy = f"{partial} is being written by another export; if none is running, remove it"
@@ -86,12 +94,9 @@ def _claim(partial: Path) -> int:
     except FileExistsError:
         fresh = False
     handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its owner may have renamed it before the lock was acquired.
-        ours = os.path.samestat(os.fstat(handle), os.stat(partial))
-    except OSError as error:
-        ours = fresh and not isinstance(error, BlockingIOError)  # NFS has no folder locks: then creating it decides
+    locked = try_lock(handle)
+    # NFS has no folder locks: then creating it decides. Its owner may have renamed it before the lock was acquired.
+    ours = fresh if locked is None else locked and _is_still(handle, partial)
     if not ours:
         os.close(handle)
         raise CheckpointError(busy)

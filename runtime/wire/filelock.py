@@ -6,6 +6,11 @@ from __future__ import annotations
 import fcntl
 
 
+def wait_lock(descriptor: int) -> None:
+    """Lock an open file, when the process that has the lock lets go of it."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
 def try_lock(descriptor: int) -> bool | None:
     """Lock an open file or folder without waiting. True: it is ours now; False: another process has the lock; None: the
     file system has no locks."""

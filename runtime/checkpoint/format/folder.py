@@ -9,10 +9,8 @@ FOLDER/latest           the tag of the newest complete checkpoint, for people an
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from pathlib import Path
 
 from runtime.checkpoint.format.manifest import MANIFEST, CheckpointError, read_manifest
 from runtime.process.atomic_file import replace_text
+from runtime.wire.filelock import try_lock
 from runtime.wire.sizes import format_size
 
 LATEST = "latest"
@@ -131,8 +130,7 @@ def claim_partial(folder: Path, tag: str) -> Path:
         raise CheckpointError("another process is writing it") from None
     handle = os.open(partial, os.O_RDONLY)
     _partial_locks[partial] = handle
-    with contextlib.suppress(OSError):  # a file system without locks: leftovers look the same as live writes
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try_lock(handle)  # a file system without locks: leftovers look the same as live writes
     return partial
 
 
@@ -153,14 +151,9 @@ def _is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+        return try_lock(handle) is False
     finally:
         os.close(handle)
-    return False
 
 
 def partial_of(folder: Path, tag: str) -> Path:
