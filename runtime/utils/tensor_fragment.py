@@ -130,6 +130,7 @@ def _set_master(place: _Place, value: torch.Tensor) -> None:
     """Set master weights and parameter from `value`, this rank's part. Collective."""
     state, flat = place.state, place.flat
     place.guard.wait_for_all()
+    flat.wait_for_readers()
     flat.masters[place.part].copy_(value)
     if flat.masters is not flat.param_shard:
         flat.param_shard[place.part].copy_(value)

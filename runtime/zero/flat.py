@@ -76,6 +76,8 @@ class FlatParamGroup:
         self.gradients: Gradients | None = None
         self.is_unsharded = not sharded
         self._pending: Pending | None = None
+        self._last_gather: Pending | None = None
+        """The last all-gather, from which other ranks may still be reading this rank's shard."""
         self._fingerprint: torch.Tensor | None = None
         self._adopt(values)
         self.record_fingerprint()
@@ -229,10 +231,17 @@ class FlatParamGroup:
             return
         with profiler_range("all_gather_wait", self.policy.stage, self.name):
             self._pending.wait()
-        self._pending = None
+        self._last_gather, self._pending = self._pending, None
         self.is_unsharded = True
         for parameter, view in zip(self.members, self._views, strict=True):
             unshard(parameter, view)
+
+    def wait_for_readers(self) -> None:
+        """Wait until no rank reads this rank's shard any more, so that it may be written between two steps."""
+        self.wait_for_unshard()
+        gather, self._last_gather = self._last_gather, None
+        if gather is not None:
+            gather.fence()
 
     def reshard(self) -> None:
         """Free the full parameters of a sharded group; this rank's shard stays."""
@@ -240,7 +249,7 @@ class FlatParamGroup:
             return
         if self._pending is not None:  # fetched ahead, and not needed after all
             self._pending.wait()
-            self._pending = None
+            self._last_gather, self._pending = self._pending, None
         elif not self.is_unsharded:
             return
         self.is_unsharded = False

@@ -124,7 +124,10 @@ def _is_same(before: Failure, failure: Failure) -> bool:
     outside. Nor does a hang in which no rank keeps the others waiting: a disk or a busy machine may be the cause."""
     if failure.hung and not _RANK.search(failure.text):
         return False
-    if (before.rank, before.step, _outline(before.text)) != (failure.rank, failure.step, _outline(failure.text)):
+    if (before.step, _outline(before.text)) != (failure.step, _outline(failure.text)):
+        return False
+    # An exception that all ranks raise is reported of whichever was first.
+    if before.rank != failure.rank and not (before.raised and failure.raised):
         return False
     return not (failure.by_signal and failure.step is None)
 

@@ -75,6 +75,7 @@ def test_what_is_tried_again(broken: Failure, circumstances: dict[str, object], 
         (failure("all ranks are in offload", hung=True), failure("all ranks are in offload", hung=True), False),
         (failure("no block 0x7f12 of 3.5 GiB, pid 41"), failure("no block 0x9a of 12 GiB, pid 7"), True),
         (failure("its error", rank=0), failure("its error", rank=1), False),
+        (failure("no rank 7", rank=0, raised=True), failure("no rank 7", rank=1, raised=True), True),
     ],
 )
 def test_the_same_failure_twice_in_a_row_is_no_chance(first: Failure, second: Failure, same: bool) -> None:
