@@ -164,3 +164,30 @@ def test_a_tensor_elsewhere_is_named() -> None:
             torch.zeros(2, dtype=torch.float64, device="cuda"),
         )
         native.cuda_sums_of_squares([x], short, result, stream=stream())
+
+
+@pytest.mark.parametrize("n", [64, 4099])
+def test_a_factor_that_is_not_finite_skips_and_changed_outputs_become_masters(n: int) -> None:
+    gen = torch.Generator().manual_seed(n)
+    p, m, v = (torch.randn(n, generator=gen).abs().cuda() for _ in range(3))
+    g, out = torch.randn(n, generator=gen).cuda(), p.to(torch.bfloat16)
+    out[::3] = 0.5
+    followed = torch.where(p.to(torch.bfloat16) == out, p, out.float())
+    flags = {flag: torch.tensor(flag, device="cuda") for flag in (False, True)}
+    factors = {name: torch.tensor(value, device="cuda") for name, value in (("skip", float("nan")), ("take", 0.25))}
+
+    def after(factor: str, changed: bool) -> list[torch.Tensor]:
+        states = [t.clone() for t in (p, m, v, out)]
+        one = native.Range(*states[:3], g, states[3])
+        hyper = native.hyper(step=2, grad_scale=1.0, adamw=True, **HYPER)
+        native.cuda_adamw_ranges([one], [hyper], stream=stream(), scale=factors[factor], changed=flags[changed])
+        return states
+
+    for name, before, found in zip(("p", "m", "v", "out"), (p, m, v, out), after("skip", False), strict=True):
+        assert torch.equal(bits(before), bits(found)), name
+    for name, before, found in zip(("p", "m", "v", "out"), (followed, m, v, out), after("skip", True), strict=True):
+        assert torch.equal(bits(before), bits(found)), name
+    expected = [t.clone() for t in (followed, m, v, out)]
+    native.cuda_adamw(*expected[:3], g, expected[3], grad_scale=0.25, stream=stream(), step=2, adamw=True, **HYPER)
+    for name, before, found in zip(("p", "m", "v", "out"), expected, after("take", True), strict=True):
+        assert torch.equal(bits(before), bits(found)), name

@@ -64,3 +64,35 @@ def test_one_gpu_equals_plain_torch(stage: int, precision: str, tolerance: float
         [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, timeout=patient(110)
     )
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-2000:]
+
+
+NO_WAIT = """
+import torch
+from runtime.engine.initialize import initialize
+from tests.numerics.models import make
+from tests.numerics.training import config, micro_batch
+
+precision, scheduler = {precision!r}, {{"type": "WarmupLR", "params": {{"warmup_num_steps": 5}}}}
+engine = initialize(model=make("plain"), config=config({stage}, 2, clip=0.5, precision=precision, scheduler=scheduler))[0]
+for step in range(8):
+    for micro in range(2):
+        tokens, targets = (t.cuda() for t in micro_batch(step, micro, 0, 1))
+        loss = engine(tokens, targets)
+        engine.backward(loss * float("inf") if step == 5 else loss)
+        torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+        engine.step()
+        torch.cuda.set_sync_debug_mode("default")
+assert engine.skipped_steps >= 1 and engine.optimizer_steps + engine.skipped_steps == 8
+print("no wait")
+"""
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_step_does_not_wait_for_the_gpu(stage: int, precision: str) -> None:
+    program = NO_WAIT.format(stage=stage, precision=precision)
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patient(110)
+    )
+    assert done.returncode == 0 and "no wait" in done.stdout, done.stderr
