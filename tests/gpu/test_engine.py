@@ -73,7 +73,8 @@ from tests.numerics.models import make
 from tests.numerics.training import config, micro_batch
 
 precision, scheduler = {precision!r}, {{"type": "WarmupLR", "params": {{"warmup_num_steps": 5}}}}
-engine = initialize(model=make("plain"), config=config({stage}, 2, clip=0.5, precision=precision, scheduler=scheduler))[0]
+settings = config({stage}, 2, clip=0.5, precision=precision, scheduler=scheduler)
+engine = initialize(model=make("plain"), config=settings)[0]
 for step in range(8):
     for micro in range(2):
         tokens, targets = (t.cuda() for t in micro_batch(step, micro, 0, 1))
