@@ -16,7 +16,7 @@ capture            lists the tensor slices that each rank writes or reads; buffe
 common             common.pt and rng-N.pt; groups: parameter groups and LR schedulers; describe: the files of model/;
                    registered: the objects of engine.register_state()
 checkpointer       saves and loads for one engine; snapshot: the copy that is written while training continues
-writer             the process that writes a snapshot; writer_process: its handle in the rank; job: its work order
+writer             the process that writes a snapshot; writer_handle: its handle in the rank; job: its work order
 commit             all ranks write their slices, then rank 0 renames the folder
 load               reads a checkpoint into a training state; compatibility: the checks before that
 tag_validation     one tag for all ranks
@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.checkpoint.format.folder import complete_checkpoints, newest, prune, script_tag, step_tag
+from runtime.checkpoint.format.folder import complete_checkpoints, newest, script_tag, step_tag
 from runtime.checkpoint.format.manifest import (
     LOAD_EVERYTHING,
     CheckpointError,
@@ -40,6 +40,7 @@ from runtime.checkpoint.format.manifest import (
     Manifest,
     read_manifest,
 )
+from runtime.checkpoint.format.retention import prune
 from runtime.deepspeed_paths import attribute_of
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from typing import Any
 
 from runtime.checkpoint.buffers import BufferOwners, find_buffer_owners
 from runtime.checkpoint.capture import Block, Part, blocks_of
-from runtime.checkpoint.common import Scalars, common_file, manifest_of, merge_scalars, own_files, own_scalars
 from runtime.checkpoint.describe import describe_model
 from runtime.checkpoint.format import folder as folders
 from runtime.checkpoint.format.manifest import (
@@ -32,8 +31,9 @@ from runtime.checkpoint.format.manifest import (
 )
 from runtime.checkpoint.job import SAVE_DEFAULTS, Job, SaveOptions
 from runtime.checkpoint.registered import ScriptState
+from runtime.checkpoint.small_files import Scalars, common_file, manifest_of, merge_scalars, own_files, own_scalars
 from runtime.checkpoint.snapshot import SharedMemory, Snapshot, SnapshotGuard
-from runtime.checkpoint.writer_process import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
+from runtime.checkpoint.writer_handle import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
 from runtime.host.memory_limits import HostMemoryError, check_host_memory
 from runtime.process.forked import Owner, at_exit
 from runtime.state.train_state import TrainState

@@ -15,6 +15,7 @@ import torch
 from runtime.checkpoint.format import folder as folders
 from runtime.checkpoint.format.legacy import METADATA
 from runtime.checkpoint.format.manifest import MANIFEST, CheckpointError, FileRecord, record_of, root_cause
+from runtime.checkpoint.format.retention import prune
 from runtime.checkpoint.format.shard_writer import write_parts, write_torch_metadata
 from runtime.checkpoint.format.tensors import INDEX, Row, index_of
 from runtime.checkpoint.job import Job, Peers, on_rank_0
@@ -112,7 +113,7 @@ def _prune(job: Job) -> list[str]:
     if not job.keep:
         return []
     try:
-        folders.prune(job.folder, job.keep, job.keep_every)
+        prune(job.folder, job.keep, job.keep_every)
     except (OSError, shutil.Error) as error:
         return [f"an old checkpoint could not be deleted: {error}"]
     return []

@@ -10,7 +10,6 @@ from typing import Any, TypeVar, cast
 
 from runtime.checkpoint.buffers import buffer_key_for_rank, buffers_of
 from runtime.checkpoint.capture import Piece, pieces_of
-from runtime.checkpoint.common import read_common, read_random
 from runtime.checkpoint.compatibility import check_manifest, check_tensors, load_warnings
 from runtime.checkpoint.format.index import read_index
 from runtime.checkpoint.format.manifest import (
@@ -26,6 +25,7 @@ from runtime.checkpoint.format.shard_reader import read_pieces
 from runtime.checkpoint.format.tensors import StoredTensor
 from runtime.checkpoint.groups import load_groups, load_scheduler
 from runtime.checkpoint.registered import Registered
+from runtime.checkpoint.small_files import read_common, read_random
 from runtime.checkpoint.snapshot import SnapshotGuard
 from runtime.comm import Comm
 from runtime.host import rng

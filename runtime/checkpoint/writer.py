@@ -1,5 +1,5 @@
 """A writer process: `python -m runtime.checkpoint.writer DESCRIPTOR STORE RANK WORLD`, started by a rank
-(writer_process.py).
+(writer_handle.py).
 
 It runs at idle priority, so that training gets the CPU first. It is a process rather than a thread, so that training
 never waits for the GIL while the writer waits for the CPU.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.format.manifest import CheckpointError, root_cause
-from runtime.checkpoint.writer_process import ALIVE_S, IGNORED, MEETING_FOLDER, PEER_LOST
+from runtime.checkpoint.writer_handle import ALIVE_S, IGNORED, MEETING_FOLDER, PEER_LOST
 from runtime.plan.constants import SNAPSHOT_SLOTS
 from runtime.telemetry.orphan import die_with_parent
 
@@ -96,7 +96,7 @@ class _Link:
         self._lock = threading.Lock()
 
     def send(self, message: Any) -> None:
-        """Send one message of the protocol in writer_process.py."""
+        """Send one message of the protocol in writer_handle.py."""
         try:
             with self._lock:
                 self.connection.send(message)

@@ -10,7 +10,7 @@ from typing import Any
 from runtime import checkpoint
 from runtime.checkpoint.checkpointer import Checkpointer
 from runtime.checkpoint.registered import ScriptState
-from runtime.checkpoint.writer_process import Outcome
+from runtime.checkpoint.writer_handle import Outcome
 from runtime.engine.session import Session
 from runtime.state.train_state import TrainState
 

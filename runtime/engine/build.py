@@ -13,7 +13,7 @@ from runtime.checkpoint.snapshot import SnapshotGuard
 from runtime.comm import Comm
 from runtime.config import ConfigError, Resolved
 from runtime.diagnose import outofmemory
-from runtime.engine.checks import check_parameters, check_same_model
+from runtime.engine.model_checks import check_parameters, check_same_model
 from runtime.host.ledger import Ledger
 from runtime.offload.placement import FlatSize, Placement, choose_placement, transfers_for
 from runtime.optim.optimizer import ZeroOptimizer
@@ -26,6 +26,7 @@ from runtime.zero.cut import Cut, UnitError, cut, reduce_order
 from runtime.zero.flat import FlatParamGroup, Member
 from runtime.zero.full import FullModel
 from runtime.zero.gradients import GradientConfig, Gradients
+from runtime.zero.initial_values import Values, set_data
 from runtime.zero.pool import BufferPool
 from runtime.zero.reduce import GradReducer
 from runtime.zero.script_changes import ScriptChanges
@@ -33,7 +34,6 @@ from runtime.zero.stage import StagePolicy, policy_for
 from runtime.zero.state_placement import StatePlacement
 from runtime.zero.unit import Unit
 from runtime.zero.unshard import Unsharder
-from runtime.zero.values import Values, set_data
 
 log = logging.getLogger("runtime.setup")
 

@@ -38,8 +38,8 @@ from runtime.engine.session import Session
 from runtime.engine.step import OptimizerSteps
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.state.precision import note_wide_buffers
+from runtime.zero.param_places import mark, unmark
 from runtime.zero.partition_parameters import install_attributes
-from runtime.zero.places import mark, unmark
 from runtime.zero.script_backward import ScriptBackward, engine_backward
 
 

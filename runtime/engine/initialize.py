@@ -17,9 +17,9 @@ from runtime.checkpoint.registered import DATA
 from runtime.comm import Comm, init_distributed
 from runtime.config import ConfigError, Resolved, load, refuse_unsupported
 from runtime.data.loader import ResumableLoader, ResumableSampler
-from runtime.engine.checks import check_complete
 from runtime.engine.deepspeed_config import DeepSpeedConfig
 from runtime.engine.engine import Engine
+from runtime.engine.model_checks import check_complete
 from runtime.engine.session import Session
 from runtime.host.ledger import memory_message
 from runtime.optim.lr import schedule_from_config

@@ -16,10 +16,10 @@ from runtime.host.ledger import Ledger, zeros
 from runtime.plan.layout import Layout, Slot
 from runtime.zero.fingerprint import fingerprint
 from runtime.zero.gradients import Gradients
+from runtime.zero.initial_values import Values, set_data
 from runtime.zero.parameter import reshard, unshard
 from runtime.zero.stage import StagePolicy
 from runtime.zero.state_placement import StatePlacement
-from runtime.zero.values import Values, set_data
 
 Member = tuple[str, nn.Parameter, int]
 """(name, parameter, index of its optimizer parameter group)"""

@@ -14,10 +14,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from runtime.comm import Comm
 from runtime.zero.flat import FlatParamGroup
 from runtime.zero.hooks import EngineHook
-from runtime.zero.places import is_waiting, mark, unmark
+from runtime.zero.init_gather import present
+from runtime.zero.param_places import is_waiting, mark, unmark
 from runtime.zero.unit import Unit
 from runtime.zero.unshard import Unsharder, owners
-from runtime.zero.waiting import present
 
 _full_models: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameter -> (weak reference to its FullModel, index of its unit). A strong reference would keep the engine alive for
@@ -161,7 +161,7 @@ def commit_changes(parameter: nn.Parameter) -> None:
 
 
 @contextmanager
-def GatheredParameters(  # noqa: N802: DeepSpeed's name
+def GatheredParameters(
     params: nn.Parameter | Iterable[nn.Parameter | None] | nn.Module,
     modifier_rank: int | None = None,
     fwd_module: nn.Module | None = None,

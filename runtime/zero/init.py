@@ -19,8 +19,8 @@ from runtime.config import ConfigError
 from runtime.host import rng
 from runtime.models.weights import Weights
 from runtime.zero.absent import WEIGHTS_MARK, AbsentParameter
+from runtime.zero.param_places import mark
 from runtime.zero.partition_parameters import install_attributes
-from runtime.zero.places import mark
 
 
 class _MetaDrawsNothing(TorchFunctionMode):

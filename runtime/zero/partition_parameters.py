@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.deepspeed_paths import attribute_of
 from runtime.zero.full import GatheredParameters, commit_changes
-from runtime.zero.places import Place, is_present, place_of
+from runtime.zero.param_places import Place, is_present, place_of
 
 
 class ZeroParamStatus(Enum):

@@ -18,7 +18,7 @@ from zerotop import cli
 from zerotop.commands import progress
 from zerotop.commands.progress import follow
 from zerotop.launch import start as launching
-from zerotop.source.asking import asker
+from zerotop.source.command_answers import asker
 from zerotop.source.opening import open_source
 
 Start = Callable[..., StartedRun]

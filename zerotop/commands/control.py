@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         say("zerotop: not sent")
         return 1
 
-    from zerotop.source.asking import ask, new_command, refused
+    from zerotop.source.command_answers import ask, new_command, refused
 
     released = {"release": True} if getattr(arguments, "release", False) else {}
     command = new_command(name, released or settings)

@@ -17,8 +17,8 @@ from zerotop.format import duration_text, figure_text, rate_text
 from zerotop.output import print_json, say, show, with_exit_code
 from zerotop.report import status_document
 from zerotop.rundir.directory import RunEntry
-from zerotop.source.asking import new_command
 from zerotop.source.base import Source
+from zerotop.source.command_answers import new_command
 from zerotop.state.events import Record, record_text
 from zerotop.state.progress import progress
 from zerotop.state.run import RunState

@@ -30,7 +30,7 @@ from runtime.wire.messages import (
     StepResult,
 )
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, RunFile, Sockets
-from zerotop.hub.door import EVENTS, TELEMETRY, Door
+from zerotop.hub.admission import EVENTS, TELEMETRY, Door
 from zerotop.hub.limits import Limiter, Losses, TokenBucket
 from zerotop.hub.recorder import Recorder
 from zerotop.hub.router import CommandRouter

@@ -19,7 +19,7 @@ from textual.widgets import Input
 from runtime.wire.messages import LIVE_STATES, CommandName
 from zerotop.clean import clean
 from zerotop.source.base import Source
-from zerotop.state.freeze import freeze
+from zerotop.state.frozen_view import freeze
 from zerotop.state.run import RunState
 from zerotop.tui import steering
 from zerotop.tui.commands import CommandDesk

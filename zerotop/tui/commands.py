@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime.wire.messages import Command, CommandName, CommandRecord
 from zerotop.format import ms_text
-from zerotop.source.asking import asker
+from zerotop.source.command_answers import asker
 from zerotop.state.run import RunState, waits_for
 
 SENT_KEPT = 100

@@ -1,6 +1,7 @@
 """The files of a checkpoint. Readers validate everything, as a checkpoint may come from anybody; writing is atomic.
 
-folder         lists, completes (by a rename) and deletes the checkpoints of a folder
+folder         lists the checkpoints of a folder and completes one by a rename
+retention      deletes old ones
 manifest       manifest.json: step, shapes, and size and SHA-256 of every file
 tensors        the schema of tensors.json; index: reads it; legacy: reads the pickle that earlier versions had instead
 shard_writer   writes the *.distcp data files; shard_reader: reads them

@@ -27,7 +27,7 @@ SPARE_BYTES = 16 << 20
 """Disk space in bytes to leave free beyond what a checkpoint needs."""
 _LEFT_BEHIND = (".partial", ".pruned", ".replaced")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_AUTOMATIC = "step-"
+AUTOMATIC_PREFIX = "step-"
 
 
 @dataclass(frozen=True, order=True)
@@ -44,7 +44,7 @@ class CompleteCheckpoint:
 
 def step_tag(step: int) -> str:
     """The tag of an automatic checkpoint; tags sort in the order of steps."""
-    return f"{_AUTOMATIC}{step:08d}"
+    return f"{AUTOMATIC_PREFIX}{step:08d}"
 
 
 def script_tag(step: int) -> str:
@@ -200,22 +200,6 @@ def _exchange(first: Path, second: Path) -> bool:
     if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
     raise OSError(number, os.strerror(number), str(second))
-
-
-def prune(folder: Path, keep: int, keep_every: int = 0) -> list[Path]:
-    """Delete automatic checkpoints except the `keep` newest and every `keep_every`-th one. Returns the deleted
-    paths."""
-    steps = [found for found in complete_checkpoints(folder) if found.path.name.startswith(_AUTOMATIC)]
-    gone = [
-        found.path
-        for found in steps[: max(0, len(steps) - keep)]
-        if not (keep_every and found.number and found.number % keep_every == 0)
-    ]
-    for path in gone:
-        doomed = path.with_name(f".{path.name}.pruned")
-        path.rename(doomed)  # from here on readers ignore it
-        shutil.rmtree(doomed)
-    return gone
 
 
 def sync(path: Path) -> None:

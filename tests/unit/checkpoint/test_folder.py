@@ -20,6 +20,7 @@ from runtime.checkpoint.format.manifest import (
     record_of,
     verify,
 )
+from runtime.checkpoint.format.retention import prune
 from runtime.wire.sizes import format_size
 
 
@@ -50,13 +51,13 @@ def test_the_newest_is_what_was_completed_last_and_latest_says_so(tmp_path):
     assert folders.newest(tmp_path) == older
     assert (tmp_path / "latest").read_text() == "step-00000100\n"
     assert [found.step for found in folders.complete_checkpoints(tmp_path)] == [200, 100]
-    assert [path.name for path in folders.prune(tmp_path, 1)] == ["step-00000200"]
+    assert [path.name for path in prune(tmp_path, 1)] == ["step-00000200"]
 
 
 def test_every_nth_stays_for_ever(tmp_path):
     for step in range(1, 10):
         put(tmp_path, step)
-        folders.prune(tmp_path, 2, keep_every=4)
+        prune(tmp_path, 2, keep_every=4)
     assert [found.step for found in folders.complete_checkpoints(tmp_path)] == [4, 8, 9]
     assert not list(tmp_path.glob(".*"))
 
@@ -65,7 +66,7 @@ def test_pruning_leaves_other_names_alone(tmp_path):
     put(tmp_path, 1, tag="mine")
     for step in (2, 3):
         put(tmp_path, step)
-    folders.prune(tmp_path, 1)
+    prune(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["latest", "mine", "step-00000003"]
 
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from runtime.checkpoint.capture import Part
-from runtime.checkpoint.common import read_common, read_random
 from runtime.checkpoint.format.manifest import CheckpointError, Manifest, read_manifest, record_of, verify
 from runtime.checkpoint.format.plain import to_bytes
 from runtime.checkpoint.format.reader import CheckpointReader
 from runtime.checkpoint.job import Job
+from runtime.checkpoint.small_files import read_common, read_random
 
 WEIGHT, BUFFER = torch.arange(6.0), torch.tensor([True, False])
 

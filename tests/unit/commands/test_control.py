@@ -15,7 +15,7 @@ from runtime.wire.rundir import write_json
 from tests.harness.fakehub import FakeHub
 from tests.harness.fakerun import write_run
 from zerotop.cli import main
-from zerotop.source import asking
+from zerotop.source import command_answers as asking
 
 ACCEPTED_ONLY = 0.3  # seconds that a command waits in vain in these tests
 

@@ -20,7 +20,7 @@ from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
 from tests.harness.hubbench import Bench, beat, heard, packet
 from tests.harness.waiting import until_async
 from zerotop.hub import hub as module
-from zerotop.hub.door import LOGS_AT_ONCE
+from zerotop.hub.admission import LOGS_AT_ONCE
 from zerotop.hub.router import OPEN_AT_MOST
 from zerotop.source.live import LiveSource
 

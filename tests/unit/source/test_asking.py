@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runtime.wire.messages import Ack, Command, CommandRecord
-from zerotop.source.asking import ask, asker, new_command, refused
+from zerotop.source.command_answers import ask, asker, new_command, refused
 from zerotop.state.run import RunState
 
 

@@ -26,7 +26,7 @@ from runtime.wire.messages import (
     Snapshot,
     StepResult,
 )
-from zerotop.state.freeze import freeze
+from zerotop.state.frozen_view import freeze
 from zerotop.state.memory import gpu_of, memory_use
 from zerotop.state.progress import progress, steps_at_risk
 from zerotop.state.run import COMMANDS_KEPT, EVENTS_KEPT, RunState

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from runtime.engine.build import _dtypes, _specs
-from runtime.engine.checks import TRAINABLE
+from runtime.engine.model_checks import TRAINABLE
 from runtime.plan.layout import ALIGNMENT, Layout
 from runtime.zero.cut import cut
 from runtime.zero.stage import policy_for

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from runtime.comm import objects
-from runtime.zero.places import set_present, swap
+from runtime.zero.param_places import set_present, swap
 
 log = logging.getLogger("runtime.setup")
 

@@ -35,7 +35,7 @@ class Place:
 _places: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameter -> its Place."""
 _present: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameters that wait for an engine and are on every rank for now: see waiting.py."""
+"""Parameters that wait for an engine and are on every rank for now: see init_gather.py."""
 _numbers = itertools.count()
 
 
