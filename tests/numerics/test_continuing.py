@@ -256,4 +256,4 @@ def refusals() -> list[str]:
 
 def test_data_without_a_length_or_without_samples_is_refused(ranks):
     for stream, iterator, empty in ranks(1).run(refusals):
-        assert "got Stream" in stream and "with a length" in iterator and "is empty" in empty
+        assert "got Stream" in stream and "with a length" in iterator and "got an empty data set" in empty

@@ -59,7 +59,7 @@ def test_initialize_takes_deepspeeds_arguments(ranks):
     ((steps, samples, same, missing, mpu, mesh),) = ranks(1).run(initialize_as_deepspeed)
     assert (steps, samples, same) == (1, 2, True)
     assert "neither the engine nor its module (Uneven)" in missing
-    assert "over 2 ranks" in mpu and "sequence parallelism" in mesh
+    assert "expected a model-parallel world size of 1, got 2" in mpu and "sequence parallelism" in mesh
 
 
 def use_names() -> tuple[list[str], int, float]:

@@ -367,7 +367,7 @@ def test_calls_of_the_engine(ranks, stage, tmp_path):
     for found in (first, second):
         assert found["applied"] == [False, True]
         assert found["ledger"] == (0, True) and found["same"] and found["zeroed"] and found["after it"]
-        assert found["parked"].endswith("(optimizer); call engine.reload_states() on every rank first")
+        assert found["parked"].endswith("; call engine.reload_states() on every rank first")
         assert "expected some of optim_states" in found["unknown"]
         assert found["batch"] == ((4, 2, 1), 3, [0.25], 1.0)
         assert "a multiple of 4" in found["no multiple"] and "no_sync() inside" in found["nested"]

@@ -275,7 +275,7 @@ def refused(optimizer: str, update: str, pin: bool) -> str:
 @pytest.mark.parametrize(
     ("optimizer", "pin", "message"),
     [
-        ("Adagrad", True, '"gpu" is for AdamW and Adam'),
+        ("Adagrad", True, '"gpu" supports AdamW and Adam only'),
         ("AdamW", False, "offload_optimizer.pin_memory to true"),
         ("AdamW", True, "needs the CUDA kernels"),
     ],

@@ -240,7 +240,7 @@ def test_a_machine_refuses() -> None:
 def test_a_small_memlock_limit_is_told_and_no_refusal() -> None:
     small = limits(memlock_bytes=8 << 20)
     note = check_host_memory(GIB, pin=True, limits=small)
-    assert note is not None and "ulimit -l is 8.0 MiB, each rank page-locks 1.0 GiB" in note
+    assert note is not None and "ulimit -l is 8.0 MiB, but each rank page-locks 1.0 GiB" in note
     assert check_host_memory(GIB, pin=False, limits=small) is None
 
 
