@@ -30,6 +30,7 @@ class FusedLion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; returns what `closure` returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -6,6 +6,8 @@ from enum import IntEnum, StrEnum
 
 
 class ZeroStageEnum(IntEnum):
+    """DeepSpeed's names of the ZeRO stages."""
+
     disabled = 0
     optimizer_states = 1
     gradients = 2
