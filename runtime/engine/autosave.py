@@ -94,8 +94,6 @@ class Autosave:
         Returns whether it has started; a failure is reported as an event, and training continues."""
         assert self.folder is not None
         state, step = self._state, self._state.counters.global_steps
-        if answer is not None:
-            answer("accepted", f"the checkpoint of step {step} is being written", {}, step)
         try:
             with state.comm.telemetry.span("checkpoint"):
                 path = self._checkpointer.begin(

@@ -10,7 +10,6 @@ same. A `resume` ends the pause at the same command number on all ranks.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -214,8 +213,10 @@ class Control:
             self._answer(command, "rejected", "this engine has no run directory to save into")
         elif autosave.has_this_step(self._keeps_old):
             self._answer(command, "applied", result={"path": str(autosave.path), "step": self._step})
-        elif not autosave.begin(self._keeps_old, self._answerer(command)):
-            self._answer(command, "rejected", autosave.problem)
+        else:
+            self._answer(command, "accepted", f"the checkpoint of step {self._step} is being written")
+            if not autosave.begin(self._keeps_old, self._answerer(command)):
+                self._answer(command, "rejected", autosave.problem)
 
     def _set(self, command: Command) -> None:
         """Check all values of a `set`, then apply all of them, or none."""
@@ -276,7 +277,5 @@ class Control:
                 step=self._step if step is None else step,
                 reason=reason,
                 result=dict(result or {}),
-                rank=0,
-                wall_s=time.time(),
             )
         )
