@@ -41,7 +41,7 @@ _DRAWS = frozenset(
         (nn.init, ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_")),  # those that call function modes
         (torch.Tensor, ("normal_", "uniform_", "log_normal_", "cauchy_")),
         (torch.Tensor, ("exponential_", "geometric_", "random_", "bernoulli_")),
-        (torch.Tensor, ("erfinv_",)),  # of trunc_normal_, in torch 2.11
+        (torch.Tensor, ("erfinv_", "clamp_")),  # of trunc_normal_, in torch 2.11
     )
     for name in names
 )
