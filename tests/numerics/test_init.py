@@ -360,6 +360,7 @@ def test_parameters_stay_shared_on_every_rank(ranks):
 # ---- what building costs a rank that has no values -------------------------------------------------------------------
 BUILD = """
 import sys
+import torch
 from torch import nn
 import runtime as deepspeed
 from runtime.models.gpt import GPT
@@ -371,7 +372,8 @@ with deepspeed.zero.Init(weights=sys.argv[1]):
     other = nn.TransformerEncoderLayer(16, 2, 32)
     other.linear1.weight.data.normal_(std=0.02)
     nn.init.trunc_normal_(other.linear2.weight)
-    nn.init.orthogonal_(nn.Linear(4, 4).weight)
+    if torch.__version__ >= "2.13":  # before, torch asks its compiler about the shape of a matrix
+        nn.init.orthogonal_(nn.Linear(4, 4).weight)
 assert all(parameter.is_meta for parameter in model.parameters())
 grown = {name.split(".")[0] for name in set(sys.modules) - before}
 print(sorted({"sympy", "networkx"} & grown), "torch._dynamo" in sys.modules)
