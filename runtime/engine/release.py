@@ -72,14 +72,17 @@ class DeviceMemoryRelease:
             )
 
     def _storages(self, categories: Collection[Category] = ALL_CATEGORIES) -> Iterator[torch.UntypedStorage]:
-        """The device storages of `categories`, each once; without empty placeholders, and without storages that also
-        belong to another category (fp32 parameters may be master weights, too)."""
+        """The device storages of `categories`, each once; without empty placeholders, storages that also belong to
+        another category (fp32 parameters may be master weights, too), and storages that cannot be resized: shared
+        memory of ranks on CPUs, and memory that a NumPy array has been made of."""
         state, seen = self._state, set[int]()
         tensors = list(self._tensors())
         excluded = {tensor.untyped_storage().data_ptr() for category, tensor in tensors if category not in categories}
         for category, tensor in tensors:
             storage = tensor.untyped_storage()
             if category not in categories or storage.data_ptr() in excluded:
+                continue
+            if not storage.resizable():
                 continue
             if tensor.device == state.device and storage.nbytes() and storage.data_ptr() not in seen:
                 seen.add(storage.data_ptr())

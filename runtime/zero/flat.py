@@ -91,11 +91,11 @@ class FlatParamGroup:
         if self.sharded:
             self.param_shard = self._allocate_shard(high - low)
             self.param_shard.copy_(exact)
-            self.full_param = torch.empty(self.layout.numel, dtype=self.dtype, device=self.comm.device)
+            self._allocate_full_param()
         else:
             self.full_param = self.ledger.hold("parameters", self.comm.empty(high, self.dtype)).copy_(exact)
             self.param_shard = self.full_param[self.start : self.end]
-        self._views = [self.full_param[slot.offset : slot.end].view(slot.shape) for slot in self.layout.slots]
+            self._make_views()
         self._placeholders = [_placeholder(slot.shape, self.dtype, self.comm.device) for slot in self.layout.slots]
         if self.trainable:
             self.masters = self.param_shard
@@ -112,6 +112,14 @@ class FlatParamGroup:
                 reshard(parameter, placeholder)
         if self.sharded:
             self.full_param.untyped_storage().resize_(0)
+
+    def _allocate_full_param(self) -> None:
+        """Set `full_param` to new memory on the device, and the views with it."""
+        self.full_param = torch.empty(self.layout.numel, dtype=self.dtype, device=self.comm.device)
+        self._make_views()
+
+    def _make_views(self) -> None:
+        self._views = [self.full_param[slot.offset : slot.end].view(slot.shape) for slot in self.layout.slots]
 
     def _allocate_shard(self, numel: int) -> torch.Tensor:
         if self._shard_placement is not None:
@@ -256,6 +264,9 @@ class FlatParamGroup:
         for parameter, placeholder in zip(self.members, self._placeholders, strict=True):
             reshard(parameter, placeholder)
         self.ledger.release("communication", self.full_param)
+        if not self.full_param.untyped_storage().resizable():
+            # A script has called `.numpy()` on a parameter. The array, if it still lives, must keep its memory.
+            self._allocate_full_param()
         self.full_param.untyped_storage().resize_(0)
 
     def find_moved_param(self) -> str | None:

@@ -57,6 +57,21 @@ def test_the_same_bits_after_the_memory_was_given_back(ranks, stage, optimizer):
         assert ranks(2).run(train, kind, settings, True) == ranks(2).run(train, kind, settings, False)
 
 
+def release_beside_an_array() -> bool:
+    engine = started(config(0, 1, clip=0.5))
+    weight = engine.module.head.weight
+    array = weight.detach().numpy()
+    copied = array.copy()
+    freed = engine.memory.release()
+    kept = bool((array == copied).all())
+    engine.memory.restore()
+    return freed > 0 and kept and bool((weight.detach().numpy() == copied).all())
+
+
+def test_memory_that_a_numpy_array_shares_stays(ranks):
+    assert ranks(2).run(release_beside_an_array) == [True, True]
+
+
 def no_room_at_first() -> list[Any]:
     """Another program has the memory when the run shall go on; later it has not."""
     engine = started(config(2, 1, clip=0.5))

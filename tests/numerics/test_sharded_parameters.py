@@ -212,3 +212,28 @@ def test_ranks_that_evaluate_different_numbers_of_batches_are_told_at_once(ranks
 
 def test_inside_gathered_parameters_they_may(ranks):
     assert all(float(text) > 0 for text in ranks(2).run(evaluate_unevenly, True))
+
+
+# ---- NumPy arrays of parameters --------------------------------------------------------------------------------------
+def losses_with_arrays(stage: int) -> tuple[list[float], bool]:
+    """Losses of a script that takes arrays of a weight inside GatheredParameters and in a forward hook, and whether
+    the arrays still have the values they were taken with."""
+    engine = initialize(model=make("plain"), config=config(stage, 1, clip=0.0))[0]
+    losses = [step(engine, 0)]
+    weight, arrays = engine.module.head.weight, []
+
+    def take(*_: Any) -> None:
+        array = weight.detach().numpy()
+        arrays.append((array, array.copy()))
+
+    with zero.GatheredParameters(weight):
+        take()
+    losses.append(step(engine, 1))
+    engine.module.head.register_forward_hook(take)
+    losses += [step(engine, number) for number in (2, 3)]
+    return losses, stage != 3 or all((array == copied).all() for array, copied in arrays)
+
+
+def test_numpy_arrays_of_parameters_keep_their_memory_and_training_goes_on(ranks):
+    second, third = (ranks(2).run(losses_with_arrays, stage) for stage in (2, 3))
+    assert second == third and all(kept for _, kept in third)
