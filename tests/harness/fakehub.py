@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,13 @@ def step_result(rank: int = 0, step: int = 1, **changes: Any) -> StepResult:
 
 
 class FakeHub:
-    """Binds `screens` and `commands` in `folder`. `answer(command)` gives the acks that a command gets; maybe none."""
+    """Binds `screens` and `commands` in `folder`. `answer(command)` gives the acks that a command gets, one by one."""
 
-    def __init__(self, folder: Path, answer: Callable[[Command], list[Ack]] | None = None) -> None:
+    def __init__(self, folder: Path, answer: Callable[[Command], Iterable[Ack]] | None = None) -> None:
         self.sockets = Sockets(folder)
         self.messages: list[Any] = [RunStatus(name="r1", state="running", attempt=1), hello(0), hello(1)]
         self.commands: list[Command] = []
-        self.answer = answer or self._apply_everything
+        self.answer: Callable[[Command], Iterable[Ack]] = answer or self._apply_everything
         self.answers_snapshots = True
         self.snapshots_sent = 0
         self.hub_seq = 0

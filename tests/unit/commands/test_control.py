@@ -147,9 +147,9 @@ def test_a_hub_that_does_not_answer(home: Path, capsys: pytest.CaptureFixture[st
 def test_a_run_that_ends_while_stop_waits(
     state: str, exit_code: int, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def accept_and_end(command: Command) -> list[Ack]:
+    def accept_and_end(command: Command) -> Iterator[Ack]:
+        yield from accepts_only(command)
         hub.publish(RunStatus.model_validate({"name": "q1", "state": state, "step": 9}), source="supervisor")
-        return accepts_only(command)
 
     hub.answer = accept_and_end
     assert main(["stop", "q1", "--json"]) == exit_code
