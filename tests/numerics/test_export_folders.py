@@ -21,6 +21,7 @@ from tests.numerics.models import make
 from tests.numerics.test_export import export, save, trained
 from tests.numerics.training import config
 from zerotop.cli import main
+from zerotop.commands.export import _child as export_child
 
 
 def save_steps(folder: str, steps: list[int]) -> None:
@@ -253,3 +254,19 @@ def test_ctrl_c_ends_the_command_and_its_process(checkpoint, tmp_path, tmp_path_
     assert not child.is_running()
     assert (command.returncode, output, errors) == (130, "", "")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_ctrl_c_while_its_process_is_started_ends_that_too(monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("zerotop.commands.export.subprocess.Popen", Interrupted)
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with pytest.raises(KeyboardInterrupt), export_child(command, dict(os.environ)):
+        pass
+    assert [process.returncode for process in started] == [-signal.SIGTERM]

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,21 +116,40 @@ def _in_child(words: Sequence[str]) -> dict[str, Any]:
 def _child(command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """The process; left by an error (Ctrl-C) it has ended, too, and cleared up. A second Ctrl-C does not wait for
     that."""
-    # In a process group of its own, so that the terminal's Ctrl-C comes once, through us, also while it starts.
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, process_group=0)
+    child: subprocess.Popen[bytes] | None = None
     try:
+        with _interrupts_held():
+            # In a process group of its own, so that the terminal's Ctrl-C comes once, through us, also while it starts.
+            child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, process_group=0)
         yield child
     except BaseException:
-        child.terminate()
-        try:
-            child.wait()
-        finally:
-            child.kill()
-            child.wait()
+        if child is not None:
+            child.terminate()
+            try:
+                child.wait()
+            finally:
+                child.kill()
+                child.wait()
         raise
     finally:
-        if child.stdout is not None:
+        if child is not None and child.stdout is not None:
             child.stdout.close()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Raise the KeyboardInterrupt of a Ctrl-C only at the end: inside Popen it would leave a process nobody knows."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def _text(document: dict[str, Any]) -> str:
