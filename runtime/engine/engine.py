@@ -8,11 +8,10 @@ engine.step()                      at the boundary: sync norm and commands, clip
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +27,7 @@ from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.engine import model_io, registry
 from runtime.engine.autosave import Autosave
+from runtime.engine.batch import count_tokens, describe
 from runtime.engine.build import build_state
 from runtime.engine.control import Control, knobs_of
 from runtime.engine.nonfinite import NonFiniteSteps
@@ -87,7 +87,7 @@ class Engine(EngineQueries):
         self.memory.check("forward()", ("parameters", "buffers"))
         if self.module.training and torch.is_grad_enabled():
             self.telemetry.enter("forward", self.global_steps + 1, self._micro_step)
-            self.state.accumulation.tokens += _tokens_in(inputs, named)
+            self.state.accumulation.tokens += count_tokens(inputs, named)
         else:
             self.telemetry.enter("eval", self.global_steps + 1, 0)
         try:
@@ -111,7 +111,7 @@ class Engine(EngineQueries):
         self.memory.check("backward(loss)")
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError(
-                f"engine.backward(loss): expected a scalar tensor that requires grad, got {_describe(loss)}"
+                f"engine.backward(loss): expected a scalar tensor that requires grad, got {describe(loss)}"
             )
         accumulation.check_not_failed(self.global_steps + 1)
         steps = self.gradient_accumulation_steps() if scale_wrt_gas else 1
@@ -200,20 +200,7 @@ class Engine(EngineQueries):
         else:
             self.telemetry.enter("data", self.global_steps + 1, self._micro_step)
 
-    def synchronize(self) -> None:
-        """Wait for the last step's update, which with offload may still run after step(). For scripts that read
-        parameters or optimizer states themselves."""
-        self.state.synchronize()
-
     # ---- accumulation ----------------------------------------------------------------------------------------------
-    @property
-    def _micro_step(self) -> int:
-        return self.state.accumulation.micro_step(self.gradient_accumulation_steps())
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the current micro-step is the last one of the accumulation."""
-        return self.state.accumulation.is_boundary(self.gradient_accumulation_steps())
-
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Override the counting of micro-steps from the next backward() on, until the next call: whether a micro-step
         is the boundary. The loss is still divided by gradient_accumulation_steps()."""
@@ -460,12 +447,6 @@ class Engine(EngineQueries):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def masters(self) -> list[torch.Tensor]:
-        """This rank's master weights: for each trained flat parameter group in forward order, (numel of the state
-        shard,) fp32, not a copy."""
-        self.synchronize()
-        return [flat.masters for flat in self.state.flats]
-
     def optimizer_state_dict(self) -> dict[str, Any]:
         """The implementation of ZeroOptimizer.state_dict."""
         return optimizer_state(self.state)
@@ -503,37 +484,6 @@ class Engine(EngineQueries):
         self.state.settle_changes()
         self.control.finish()
 
-    if not TYPE_CHECKING:  # __getattr__ would hide misspelt attributes from type checkers
-
-        def __getattr__(self, name: str) -> Any:
-            """Fall back to attributes of the module."""
-            if name.startswith("__") or "module" not in self.__dict__:
-                raise AttributeError(name)
-            for own in ("_parameters", "_buffers", "_modules"):
-                if name in self.__dict__[own]:
-                    return self.__dict__[own][name]
-            try:
-                return getattr(self.__dict__["module"], name)
-            except AttributeError:
-                raise AttributeError(
-                    f"neither the engine nor its module ({type(self.module).__name__}) has an attribute {name!r}"
-                ) from None
-
 
 DeepSpeedEngine = Engine
 """DeepSpeed's name for `Engine`."""
-
-
-def _tokens_in(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> int:
-    """Number of tokens in a micro-batch: elements of input_ids, else of the first 2-D integer tensor, else 0."""
-    candidates: Iterable[Any] = [named["input_ids"]] if "input_ids" in named else [*inputs, *named.values()]
-    for value in candidates:
-        if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
-            return math.prod(value.shape)
-    return 0
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
-    return type(value).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
@@ -346,3 +346,40 @@ class EngineQueries(nn.Module):
     def is_compiled(self) -> bool:
         """Whether the model is compiled by torch."""
         return hasattr(self.module, "_orig_mod") or self.module._compiled_call_impl is not None
+
+    # ---- accumulation and states -------------------------------------------------------------------------------------
+    @property
+    def _micro_step(self) -> int:
+        return self.state.accumulation.micro_step(self.gradient_accumulation_steps())
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the current micro-step is the last one of the accumulation."""
+        return self.state.accumulation.is_boundary(self.gradient_accumulation_steps())
+
+    def synchronize(self) -> None:
+        """Wait for the last step's update, which with offload may still run after step(). For scripts that read
+        parameters or optimizer states themselves."""
+        self.state.synchronize()
+
+    def masters(self) -> list[torch.Tensor]:
+        """This rank's master weights: for each trained flat parameter group in forward order, (numel of the state
+        shard,) fp32, not a copy."""
+        self.synchronize()
+        return [flat.masters for flat in self.state.flats]
+
+    # ---- the module's attributes -------------------------------------------------------------------------------------
+    if not TYPE_CHECKING:  # __getattr__ would hide misspelt attributes from type checkers
+
+        def __getattr__(self, name: str) -> Any:
+            """Fall back to attributes of the module."""
+            if name.startswith("__") or "module" not in self.__dict__:
+                raise AttributeError(name)
+            for own in ("_parameters", "_buffers", "_modules"):
+                if name in self.__dict__[own]:
+                    return self.__dict__[own][name]
+            try:
+                return getattr(self.__dict__["module"], name)
+            except AttributeError:
+                raise AttributeError(
+                    f"neither the engine nor its module ({type(self.module).__name__}) has an attribute {name!r}"
+                ) from None
