@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,23 +16,6 @@ from zerotop.cli import main
 from zerotop.source import command_answers as asking
 
 ACCEPTED_ONLY = 0.3  # seconds that a command waits in vain in these tests
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
-def hub(home: Path) -> Iterator[FakeHub]:
-    """The hub of the live run q1."""
-    folder = Path(tempfile.mkdtemp(prefix="zt-", dir="/tmp"))
-    hub = FakeHub(folder)
-    write_run(home, "q1", folder, RunStatus(name="q1", state="running", attempt=1))
-    yield hub
-    hub.close()
-    shutil.rmtree(folder)
 
 
 def accepts_only(command: Command) -> list[Ack]:

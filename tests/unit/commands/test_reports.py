@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +22,6 @@ from zerotop.hub.recorder import Recorder
 from zerotop.rundir.logs import LogTail, cap_logs
 
 ONE_GIB = 2**30
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
-def hub(home: Path) -> Iterator[FakeHub]:
-    folder = Path(tempfile.mkdtemp(prefix="zt-", dir="/tmp"))
-    hub = FakeHub(folder)
-    run = write_run(home, "q1", folder, RunStatus(name="q1", state="running", attempt=1))
-    write_json(run / "resolved.json", {"zerotop": {"train": {"steps": 200}}})
-    yield hub
-    hub.close()
-    shutil.rmtree(folder)
 
 
 def heartbeat(rank: int) -> Heartbeat:
