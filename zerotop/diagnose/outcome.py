@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.telemetry.bounds import shortened, shortened_error
 from runtime.wire.messages import Goodbye, RunStateName
@@ -103,14 +104,26 @@ def _goodbye_reason(seen: FailureEvidence) -> str:
 
 
 def _exit_codes(seen: FailureEvidence) -> dict[int, int]:
-    """Rank -> exit code of the ranks that failed. On one node the local rank is the rank."""
+    """Rank -> exit code of the ranks that failed, those that we read ourselves first."""
     codes = {rank: code for rank, code in seen.exit_codes.items() if code != 0}
-    text = tail(seen.logs / "torchrun.log", _LOG_LINES)
+    for rank, code in reported_exit_codes(seen.logs).items():
+        codes.setdefault(rank, code)
+    return {rank: code for rank, code in codes.items() if code > 0 or rank not in seen.ended_by_us}
+
+
+def reported_exit_codes(logs: Path) -> dict[int, int]:
+    """Rank -> exit code of the failed ranks that torchrun has named in its log so far, in the order it named them.
+
+    It names the first one as soon as it has noticed, and the others once all have ended. On one node the local rank
+    is the rank.
+    """
+    text = tail(logs / "torchrun.log", _LOG_LINES)
+    codes: dict[int, int] = {}
     for code, rank in _FIRST.findall(text):
         codes.setdefault(int(rank), int(code))
     for rank, code in _BLOCK.findall(text):
         codes.setdefault(int(rank), int(code))
-    return {rank: code for rank, code in codes.items() if code > 0 or rank not in seen.ended_by_us}
+    return codes
 
 
 def _first_to_fail(seen: FailureEvidence, codes: Mapping[int, int]) -> int | None:

@@ -13,8 +13,13 @@ import psutil
 
 from runtime.wire.rundir import BLOCKED_SIGNALS, RunFile
 from zerotop.diagnose.evidence import EvidenceCollector
+from zerotop.diagnose.outcome import reported_exit_codes
 from zerotop.launch import torchrun
 from zerotop.rundir.paths import RunError
+
+REPORT_PATIENCE_S = 5.0
+"""How long torchrun may take from reaping a failed rank to naming it in its log."""
+REPORT_INTERVAL_S = 0.1
 
 
 class Attempt:
@@ -22,7 +27,8 @@ class Attempt:
 
     After the death of a rank torchrun waits up to 30 s for the others and reports nothing meanwhile. So each rank is
     watched here too, from its hello on: its pidfd becomes readable at once, and until torchrun reaps the process the
-    kernel tells its exit code. If that comes too late, or there are no pidfds (not Linux), torchrun's report is used.
+    kernel tells its exit code. If torchrun was quicker, its log names the exit code a moment later. Without pidfds (not
+    Linux) only the end of torchrun tells.
     """
 
     def __init__(self, run: RunFile, path: Path) -> None:
@@ -50,6 +56,7 @@ class Attempt:
         self._ranks: dict[int, int] = {}  # pid -> rank
         self._codes: dict[int, int] = {}  # pid -> exit code of children and adopted orphans
         self._pidfds: dict[int, int] = {}  # pid -> descriptor
+        self._reports: dict[int, asyncio.TimerHandle] = {}  # rank -> the next look into torchrun's log
 
     def start(self, *, resume: bool, keep: tuple[int, ...]) -> None:
         """Start the launcher. Raises RunError if that fails.
@@ -105,10 +112,25 @@ class Attempt:
     def _has_ended(self, rank: int, pid: int) -> None:
         self._forget(pid)
         code = _exit_code_of_zombie(pid)
-        if code is not None:
-            self.rank_codes.setdefault(rank, code)
+        if code is None:
+            deadline = asyncio.get_running_loop().time() + REPORT_PATIENCE_S
+            self._read_report(rank, deadline)
+        else:
+            self._note_end(rank, code)
+
+    def _note_end(self, rank: int, code: int) -> None:
+        self.rank_codes.setdefault(rank, code)
         if code:
             self.rank_died.set()
+
+    def _read_report(self, rank: int, deadline: float) -> None:
+        """Look for the exit code of a rank that torchrun has reaped in torchrun's log, until the deadline (in the
+        event loop's time): it logs failures only."""
+        loop = asyncio.get_running_loop()
+        if (code := reported_exit_codes(self.logs).get(rank)) is not None:
+            self._note_end(rank, code)
+        elif not self.ended.is_set() and loop.time() < deadline:
+            self._reports[rank] = loop.call_later(REPORT_INTERVAL_S, self._read_report, rank, deadline)
 
     def _forget(self, pid: int) -> None:
         descriptor = self._pidfds.pop(pid)
@@ -119,6 +141,8 @@ class Attempt:
         """Stop watching: from here on we end the processes ourselves, and their exit codes say nothing about the
         cause."""
         self.killed = self.exit_code is not None and self.exit_code < 0
+        for timer in self._reports.values():
+            timer.cancel()
         for pid in list(self._pidfds):
             rank, code = self._ranks[pid], _exit_code_of_zombie(pid)
             if code is not None:  # a moment ago
