@@ -35,8 +35,10 @@ help:                ## this list
 demo: $(VENV)/.ok-train  ## start a two-rank ZeRO-2 run on real text and open the screen on it (q leaves the run running)
 	@echo "zerotop launch examples/quickstart.json"
 	@$(bin)/zerotop launch examples/quickstart.json $(ARGS)
-install: $(VENV)/.ok-train  ## set up the environment and install zerotop into it
+install: $(VENV)/.ok-finetune  ## set up the environment and install zerotop into it, with the trainer and the packages for Hugging Face models
 	@echo "installed: $(bin)/zerotop (or: source $(bin)/activate)"
+	@echo "  train      the ZeRO trainer (torch, safetensors, tokenizers)"
+	@echo "  finetune   Hugging Face models, data sets and LoRA (transformers, datasets, peft)"
 test: $(VENV)/.ok-dev  ## run the tests but those marked slow; or with ARGS="-k name" what pytest makes of that, in one process
 	@$(bin)/python -m pytest -q $(or $(ARGS),-m "not slow" $(spread))
 test-all: $(VENV)/.ok-dev  ## run every test, and 20 faults into training runs
@@ -60,6 +62,10 @@ FORCE:
 $(VENV)/.ok-train: $(inputs)
 	@$(setup) train
 	@touch $@
-$(VENV)/.ok-dev: $(inputs)
-	@$(setup) train,dev
+$(VENV)/.ok-finetune: $(inputs)
+	@$(setup) train,finetune
 	@touch $@ $(VENV)/.ok-train
+$(VENV)/.ok-dev: $(inputs) tests/material.txt
+	@$(setup) train,finetune,dev
+	@$(bin)/python -m pip install -q --disable-pip-version-check --no-deps -r tests/material.txt
+	@touch $@ $(VENV)/.ok-train $(VENV)/.ok-finetune

@@ -69,7 +69,7 @@ def _train(run: Path | None, arguments: list[str]) -> None:
         _run_script(arguments)
         return
     from runtime.comm import join_world
-    from runtime.engine.train import train
+    from runtime.trainer.train import train
 
     if run is not None and launched is not None:
         train(Resolved.from_json((run / "resolved.json").read_bytes()), Path(launched.config_folder))

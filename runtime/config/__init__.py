@@ -3,9 +3,9 @@
     config = load("config.json", ["zerotop.train.steps=50"])   # ConfigError lists every mistake at once
     resolved = config.resolve(world_size=2, device="cpu")      # batch arithmetic, "auto", precision
 
-Files, in the order of their dependencies: errors · section · deepspeed, zerotop, optimizers, schedulers (the sections,
-one docstring per key) · deepspeed_keys (DeepSpeed's other keys) · source (text, lines, --set) · keys (selects them) ·
-batch · resolved · config · load; supported (settings that the trainer refuses); files (globs) stands by itself.
+Files, in the order of their dependencies: errors · section · deepspeed, finetune, zerotop, optimizers, schedulers (the
+sections, one docstring per key) · deepspeed_keys (DeepSpeed's other keys) · source (text, lines, --set) · keys (selects
+them) · batch · resolved · config · load; supported (settings that the trainer refuses); files (globs) stands by itself.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .config import Config, Device
 from .deepspeed import DType
 from .errors import ConfigError
 from .files import expand_files
+from .finetune import DataConfig, EvaluationConfig, LoraConfig, ModelConfig
 from .load import load
 from .optimizers import OptimizerConfig
 from .resolved import Fp16Config, OffloadOptimizerConfig, OffloadParamConfig, Resolved
@@ -25,9 +26,7 @@ from .schedulers import LRRangeTest, OneCycle, SchedulerConfig, WarmupCosineLR, 
 from .supported import refuse_unsupported
 from .zerotop import (
     CheckpointConfig,
-    DataConfig,
     LogConfig,
-    ModelConfig,
     TelemetryConfig,
     TrainConfig,
     ZerotopConfig,
@@ -41,9 +40,11 @@ __all__ = [
     "DType",
     "DataConfig",
     "Device",
+    "EvaluationConfig",
     "Fp16Config",
     "LRRangeTest",
     "LogConfig",
+    "LoraConfig",
     "ModelConfig",
     "OffloadOptimizerConfig",
     "OffloadParamConfig",

@@ -20,6 +20,7 @@ from .deepspeed import (
     ZeroSection,
 )
 from .errors import Findings, Path, dotted
+from .finetune import DEFAULT_FINETUNE_SEQ_LEN, HUB_DATA, ModelConfig
 from .optimizers import DEFAULT_ADAM_LR, AdamParams, OptimizerConfig, OptimizerSection
 from .resolved import Fp16Config, OffloadOptimizerConfig, OffloadParamConfig, Resolved
 from .schedulers import SchedulerSection
@@ -107,7 +108,7 @@ class Config(Section):
         )  # fmt: skip
         precision = self._precision(device, found, notes)
         zero = self.zero_optimization
-        zerotop = self.zerotop if script else self._complete_zerotop(notes)
+        zerotop = self.zerotop if script else self._complete_zerotop(found, notes)
         optimizer = self._optimizer(script, notes)
         scheduler = None
         if self.scheduler is not None:
@@ -212,18 +213,51 @@ class Config(Section):
                 notes.append(f"optimizer.type: Adam {how} does and DeepSpeed too; adam_w_mode false means L2 instead")
         return resolved
 
-    def _complete_zerotop(self, notes: list[str]) -> ZerotopConfig:
+    def _complete_zerotop(self, found: Findings, notes: list[str]) -> ZerotopConfig:
         """The zerotop section with defaults for the built-in trainer: model, data and number of steps."""
         zerotop = self.zerotop
-        if zerotop.model.preset is None and zerotop.model.path is None:
+        if zerotop.model.path is not None:
+            zerotop = self._complete_finetuning(found, notes)
+        else:
+            self._refuse_without_path(found)
+        if zerotop.model.path is None and zerotop.model.preset is None:
             notes.append(f"zerotop.model: the built-in {DEFAULT_PRESET}, as there is neither a model nor a script")
             zerotop = zerotop.model_copy(update={"model": zerotop.model.model_copy(update={"preset": DEFAULT_PRESET})})
-        if not zerotop.data.files:
+        if not zerotop.data.files and zerotop.model.path is None:
             notes.append("zerotop.data.files: the source text of Python's standard library, as no files are given")
         if zerotop.train.steps is None:
             notes.append(f"zerotop.train.steps: {DEFAULT_STEPS}, the default")
             zerotop = zerotop.model_copy(update={"train": zerotop.train.model_copy(update={"steps": DEFAULT_STEPS})})
         return zerotop
+
+    def _refuse_without_path(self, found: Findings) -> None:
+        """Record settings that the built-in GPT does not have."""
+        zerotop = self.zerotop
+        keys: list[Path] = [
+            ("zerotop", "model", name) for name in ModelConfig.model_fields if name in zerotop.model.model_fields_set
+        ]
+        keys += [("zerotop", name) for name in ("lora", "evaluation") if getattr(zerotop, name) is not None]
+        for key in keys:
+            if key[-1] not in ("preset", "path"):
+                found.problem(key, ": it needs zerotop.model.path, a Hugging Face model")
+
+    def _complete_finetuning(self, found: Findings, notes: list[str]) -> ZerotopConfig:
+        """The zerotop section with defaults for a Hugging Face model: its own tokenizer, and longer sequences."""
+        zerotop = self.zerotop
+        data, given = zerotop.data, zerotop.data.model_fields_set
+        if not data.files:
+            found.problem(
+                ("zerotop", "data", "files"),
+                ': expected files to train on, such as ["chats.jsonl"], or a data set on the hub, '
+                f'such as ["{HUB_DATA}OWNER/NAME"]',
+            )
+        changes: dict[str, Any] = {}
+        if "tokenizer" not in given:
+            changes["tokenizer"] = zerotop.model.path
+        if "seq_len" not in given:
+            changes["seq_len"] = DEFAULT_FINETUNE_SEQ_LEN
+            notes.append(f"zerotop.data.seq_len: {DEFAULT_FINETUNE_SEQ_LEN} tokens, the default for fine-tuning")
+        return zerotop.model_copy(update={"data": data.model_copy(update=changes)})
 
     def _filled_autos(self, optimizer: OptimizerConfig | None) -> list[str]:
         """A note for each "auto" key that takes its default and has no note of its own."""

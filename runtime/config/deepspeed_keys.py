@@ -175,7 +175,19 @@ def _sequence_passes(value: Any) -> bool:
 
 _EXACT = "it quantizes communication, and zerotop keeps results exact"
 
+_NO_QUANTIZATION = (
+    "zerotop trains adapters on 16-bit or fp32 weights; 4-bit and 8-bit base weights (QLoRA) cannot be sharded. Leave "
+    "it out: at zero_optimization.stage 3 the frozen weights are sharded over the ranks, and "
+    "zero_optimization.offload_param keeps them in host memory"
+)
+_QUANTIZING = ("load_in_4bit", "load_in_8bit", "quantization", "quantization_config", "quantize", "qlora", "bits")
+
 REFUSED: dict[str, tuple[Test, str]] = {
+    **{
+        f"zerotop.{section}.{key}": (_on, _NO_QUANTIZATION)
+        for section in ("model", "lora")
+        for key in _QUANTIZING
+    },
     "autotuning": (_enabled, "a file for DeepSpeed's autotuner is not a training config; set enabled to false, or see "
                              "`zerotop plan`"),
     "compression_training": (_enabled_inside, "it quantizes or prunes the model, which zerotop does not do"),

@@ -148,3 +148,23 @@ def _check_combinations(kept: dict[str, Any], found: Findings) -> None:
     model = kept.get("zerotop", {}).get("model", {})
     if model.get("preset") is not None and model.get("path") is not None:
         found.problem(("zerotop", "model"), ": preset and path are both given; keep one")
+    _check_finetuning(kept.get("zerotop", {}), found)
+
+
+def _check_finetuning(section: dict[str, Any], found: Findings) -> None:
+    """Record problems of settings for Hugging Face models that cannot be used together."""
+    data, evaluation = (section.get(key, {}) for key in ("data", "evaluation"))
+    files, weights = data.get("files", ()), data.get("weights", ())
+    count = 1 if isinstance(files, str) else len(files) if isinstance(files, list | tuple) else 0
+    if isinstance(weights, list | tuple) and weights and len(weights) != count:
+        found.problem(
+            ("zerotop", "data", "weights"),
+            f": expected one number per entry of zerotop.data.files ({count}), got {len(weights)}",
+        )
+    if evaluation.get("files") and evaluation.get("split") is not None:
+        found.problem(("zerotop", "evaluation"), ": files and split are both given; keep one")
+    elif evaluation and not (evaluation.get("files") or evaluation.get("split") or evaluation.get("prompts")):
+        found.problem(
+            ("zerotop", "evaluation"),
+            ': expected held-out data, such as "split": 0.02 or "files": ["held-out.jsonl"], or prompts',
+        )

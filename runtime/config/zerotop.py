@@ -6,12 +6,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
 
 from ..wire.bounds import MAX_STEPS
-from .errors import nearest, shown
+from .finetune import DataConfig, EvaluationConfig, LoraConfig, ModelConfig
 from .knobs import KNOBS
-from .presets import PRESETS
 from .section import Flag, Int, Num, Section, Text, Texts
 
 DEFAULT_PRESET = "gpt-small"
@@ -22,44 +20,6 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
-
-
-def _preset(value: object) -> str:
-    name = value.lower() if isinstance(value, str) else value
-    if isinstance(name, str) and name in PRESETS:
-        return name
-    near = nearest(name, PRESETS) if isinstance(name, str) else None
-    hint = f". Did you mean {near}?" if near else ""
-    raise PydanticCustomError(
-        "wrong_preset", "{text}", {"text": f"expected one of {', '.join(PRESETS)}, got {shown(value)}{hint}"}
-    )
-
-
-Preset = Annotated[str, BeforeValidator(_preset)]
-
-
-class ModelConfig(Section):
-    """What is trained when no script is given. Give `preset` or `path`, not both."""
-
-    preset: Preset | None = None
-    """A built-in GPT, newly initialised. With neither preset nor path: gpt-small."""
-
-    path: Text | None = None
-    """A Hugging Face model: a directory, or an id on the hub."""
-
-
-class DataConfig(Section):
-    """The text that the built-in trainer learns."""
-
-    files: Texts = ()
-    """Globs of text files (`**` crosses folders, `~` is the home folder), relative to the folder of the
-    config file. Empty: the source text of Python's own standard library."""
-
-    tokenizer: Text = "bytes"
-    """`bytes` (one token per UTF-8 byte), or a Hugging Face tokenizer: a directory, or an id on the hub."""
-
-    seq_len: Annotated[Int, Field(ge=1, le=2**24)] = 512
-    """Tokens per sequence."""
 
 
 class TrainConfig(Section):
@@ -153,8 +113,12 @@ class ZerotopConfig(Section):
 
     model: ModelConfig = ModelConfig()
     """The built-in trainer's model."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the model's own weights. Unset: the whole model is trained."""
     data: DataConfig = DataConfig()
-    """The built-in trainer's text and tokenizer."""
+    """The built-in trainer's data and tokenizer."""
+    evaluation: EvaluationConfig | None = None
+    """Evaluation on held-out data, and samples of what the model writes. Unset: none."""
     train: TrainConfig = TrainConfig()
     """Steps and seed of the built-in trainer."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -175,6 +139,10 @@ class ZerotopConfig(Section):
     buffer_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Dtype of the model's floating-point buffers. Unset: each keeps its own, whatever the precision of the parameters
     (rotary tables and running statistics lose too much in 16 bits)."""
+
+    optimizer_state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of AdamW's moments. `bf16` rounds them stochastically and halves their memory; the results then differ
+    from fp32's by that rounding."""
 
     units: Texts | None = None
     """Names of the modules that become units, as `named_modules()` gives them; `*` matches anything

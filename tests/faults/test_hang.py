@@ -186,7 +186,7 @@ def test_stacks_of_a_real_run_show_the_training_loop(
     document = json.loads(capsys.readouterr().out)
     assert (document["command"], document["state"]) == ("stacks", "applied")
     text = document["result"]["text"]
-    assert "/runtime/engine/train.py" in text and text == (run.path / document["result"]["path"]).read_text()
+    assert "/runtime/trainer/train.py" in text and text == (run.path / document["result"]["path"]).read_text()
     assert "rank 1: pid " in text
     step = run.source.state.step
     see_step(run, step + 3)

@@ -63,7 +63,7 @@ def test_what_both_sides_share_loads_neither_torch_nor_textual(tmp_path: Path, r
 def test_no_module_of_the_trainer_loads_the_monitor(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     imported, loaded = import_all(tmp_path, "runtime")
-    assert {"runtime.engine", "runtime.engine.train", "runtime.zero"} <= imported
+    assert {"runtime.engine", "runtime.trainer.train", "runtime.zero"} <= imported
     assert "torch" in loaded
     assert not loaded & MONITOR_ONLY
 

@@ -320,7 +320,8 @@ STRANGE: list[Any] = [
 
 
 def around(key: str) -> dict[str, Any]:
-    """A config in which `key` is known: params belong to one optimizer or schedule."""
+    """A config in which `key` is known: params belong to one optimizer or schedule, and others to a Hugging Face
+    model."""
     from runtime.config.optimizers import PARAMS
     from runtime.config.schedulers import PARAMS as SCHEDULES
 
@@ -330,6 +331,8 @@ def around(key: str) -> dict[str, Any]:
         takers = [taker for taker, model in table.items() if not name or section != kind or name in model.model_fields]
         fields = table[takers[0]].model_fields
         tree[kind] = {"type": takers[0], "params": {name: 0.1 for name, field in fields.items() if field.is_required()}}
+    if key.startswith(("zerotop.lora", "zerotop.evaluation", "zerotop.model.")) and key != "zerotop.model.preset":
+        tree["zerotop"] = {"model": {"path": "model"}, "data": {"files": ["chats.jsonl"]}}
     return tree
 
 

@@ -1,0 +1,1 @@
+"""The built-in trainer: what `zerotop launch CONFIG` runs on every rank, without a script."""
