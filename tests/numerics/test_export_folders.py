@@ -21,7 +21,7 @@ from tests.numerics.models import make
 from tests.numerics.test_export import export, save, trained
 from tests.numerics.training import config
 from zerotop.cli import main
-from zerotop.commands.export import _child as export_child
+from zerotop.launch.child import child_process
 
 
 def save_steps(folder: str, steps: list[int]) -> None:
@@ -265,8 +265,8 @@ def test_ctrl_c_while_its_process_is_started_ends_that_too(monkeypatch):
             started.append(self)
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("zerotop.commands.export.subprocess.Popen", Interrupted)
+    monkeypatch.setattr("zerotop.launch.child.subprocess.Popen", Interrupted)
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    with pytest.raises(KeyboardInterrupt), export_child(command, dict(os.environ)):
+    with pytest.raises(KeyboardInterrupt), child_process(command, dict(os.environ)):
         pass
     assert [process.returncode for process in started] == [-signal.SIGTERM]

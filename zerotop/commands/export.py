@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +87,12 @@ def _check_installed() -> None:
 
 def _in_child(words: Sequence[str]) -> dict[str, Any]:
     """Run the export, whose progress lines go to our stderr; its document. Raises CommandError with its error."""
+    from zerotop.launch.child import child_process
     from zerotop.launch.torchrun import with_import_path
     from zerotop.output import CommandError
 
     command = [sys.executable, "-P", "-m", "runtime.export", *words]
-    with _child(command, with_import_path(dict(os.environ))) as child:
+    with child_process(command, with_import_path(dict(os.environ))) as child:
         output, _ = child.communicate()
     try:
         document: dict[str, Any] = json.loads(output.splitlines()[-1])
@@ -110,46 +108,6 @@ def _in_child(words: Sequence[str]) -> dict[str, Any]:
     if child.returncode != 0:
         raise CommandError(document["error"], exit_code=child.returncode)
     return document
-
-
-@contextlib.contextmanager
-def _child(command: Sequence[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """The process; left by an error (Ctrl-C) it has ended, too, and cleared up. A second Ctrl-C does not wait for
-    that."""
-    child: subprocess.Popen[bytes] | None = None
-    try:
-        with _interrupts_held():
-            # In a process group of its own, so that the terminal's Ctrl-C comes once, through us, also while it starts.
-            child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, process_group=0)
-        yield child
-    except BaseException:
-        if child is not None:
-            child.terminate()
-            try:
-                child.wait()
-            finally:
-                child.kill()
-                child.wait()
-        raise
-    finally:
-        if child is not None and child.stdout is not None:
-            child.stdout.close()
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Raise the KeyboardInterrupt of a Ctrl-C only at the end: inside Popen it would leave a process nobody knows."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is interrupted
-        return
-    interrupted = threading.Event()
-    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if interrupted.is_set():
-        raise KeyboardInterrupt
 
 
 def _text(document: dict[str, Any]) -> str:
