@@ -12,7 +12,7 @@ import pytest
 
 from runtime.export import __main__ as export
 from tests.harness.ranks import Ranks
-from zerotop.commands import export as command
+from zerotop.launch import child as child_processes
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +58,7 @@ def export_here(monkeypatch: pytest.MonkeyPatch) -> None:
     def child(words: Sequence[str], environment: dict[str, str]) -> Iterator[_ExportHere]:
         yield _ExportHere(words[words.index("-m") + 2 :])
 
-    monkeypatch.setattr(command, "_child", child)
+    monkeypatch.setattr(child_processes, "child_process", child)
     monkeypatch.setattr(export, "_ENDS", ())
     monkeypatch.setattr(export, "die_with_parent", lambda number: None)
     monkeypatch.setattr(export, "_give_memory_back", lambda: None)

@@ -23,7 +23,12 @@ VARIANTS: list[dict[str, Any]] = [{}, {"scale": 0.25}, {"softcap": 5.0}, {"scale
 
 
 def whole(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, scale: float = 1.0, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     logits = F.linear(hidden, weight, bias)
     logits = (logits if logits.dtype == torch.float64 else logits.float()) * scale
@@ -58,7 +63,9 @@ def test_fp32_equals_whole_logits(variant: dict[str, Any], chunk_tokens: int | N
     ours = chunked_cross_entropy(hidden, weight, targets, bias=of_bias, chunk_tokens=chunk_tokens, **variant)
     assert ours.dtype == torch.float32 and ours.shape == ()
     assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
-    for mine, theirs in zip(gradients(ours, hidden, weight, of_bias), gradients(plain, hidden, weight, of_bias), strict=True):
+    for mine, theirs in zip(
+        gradients(ours, hidden, weight, of_bias), gradients(plain, hidden, weight, of_bias), strict=True
+    ):
         assert distance(mine, theirs) < 1e-6
 
 

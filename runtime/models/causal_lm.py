@@ -1,0 +1,124 @@
+"""CausalLM: a Hugging Face causal language model that returns a loss, without ever holding all logits.
+
+The decoder runs as the library wrote it; only its head and the cross-entropy are ours (see cross_entropy.py). Models
+differ in what they do to the logits: a factor (Cohere, Granite), a soft cap (Gemma 2), a bias. What is known from the
+config is done here; `whole` computes the logits by the model's own forward instead, and the trainer compares both once
+before it trains.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from runtime.models.cross_entropy import chunked_cross_entropy
+
+IGNORED = -100
+"""Target of tokens that the loss does not count."""
+
+Method = Literal["chunked", "liger", "whole"]
+
+
+class _Head(NamedTuple):
+    """What turns the decoder's output into logits: softcap(scale * (hidden @ weight.T + bias))."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+
+class CausalLM(nn.Module):
+    """`model` (also in peft's wrapper) with cross-entropy as its output.
+
+    method: how the loss is computed (the config's zerotop.model.cross_entropy, with "auto" decided).
+    """
+
+    def __init__(self, model: nn.Module, method: Method) -> None:
+        super().__init__()
+        self.model = model
+        self.method = method
+
+    @property
+    def config(self) -> Any:
+        """The model's transformers config."""
+        return self.base.config
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, without peft's wrapper."""
+        unwrap = getattr(self.model, "get_base_model", None)
+        return unwrap() if unwrap is not None else self.model
+
+    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor, denominator: float = 1.0) -> Tensor:
+        """The sum of the cross-entropies of all targets that are not -100, divided by `denominator`: an fp32 scalar.
+
+        tokens, targets, positions: int64 [rows, length]. Positions that start again at 0 begin a new document, which
+        sees nothing of those before it. A mixture of experts whose config asks for `output_router_logits` adds its
+        auxiliary loss, which is not divided.
+        """
+        router = bool(getattr(self.config.get_text_config(), "output_router_logits", False))
+        if self.method == "whole":
+            output = self.base(input_ids=tokens, position_ids=positions, use_cache=False)
+            logits = output.logits.float().flatten(0, 1)
+            total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        else:
+            output = self.base.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False)
+            total = self._cross_entropy(output.last_hidden_state.flatten(0, 1), targets.flatten())
+        loss = total / denominator
+        if router and output.router_logits is not None and self.training:
+            loss = loss + self._router_loss(output.router_logits)
+        return loss
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        head = self._head()
+        if head is None:  # adapters on the head, or a head that is no linear layer
+            logits = self.base.get_output_embeddings()(hidden).float()
+            return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        if self.method == "liger":
+            from runtime.models.cross_entropy import liger_cross_entropy
+
+            return liger_cross_entropy(
+                hidden, head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap
+            )
+        return chunked_cross_entropy(
+            hidden, head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap
+        )
+
+    def _head(self) -> _Head | None:
+        head = self.base.get_output_embeddings()
+        trained = getattr(head, "modules_to_save", None)
+        if trained is not None and len(trained):  # peft's wrapper around a head that is trained as a whole
+            head = trained[head.active_adapter if isinstance(head.active_adapter, str) else head.active_adapters[0]]
+        if type(head) is not nn.Linear:
+            return None
+        text = self.config.get_text_config()
+        scale = 1.0
+        if (factor := getattr(text, "logit_scale", None)) is not None:
+            scale = float(factor)
+        elif (divisor := getattr(text, "logits_scaling", None)) is not None:
+            scale = 1.0 / float(divisor)
+        cap = getattr(text, "final_logit_softcapping", None)
+        return _Head(head.weight, head.bias, scale, None if cap is None else float(cap))
+
+    def _router_loss(self, router_logits: Any) -> Tensor:
+        """coefficient * the load-balancing loss that the model's own file defines, over this micro-batch."""
+        text = self.config.get_text_config()
+        function = sys.modules[type(self.base).__module__].load_balancing_loss_func  # type: ignore[attr-defined]
+        experts = getattr(text, "num_local_experts", None) or text.num_experts
+        balance = function(router_logits, experts, text.num_experts_per_tok)
+        return float(text.router_aux_loss_coef) * balance
+
+    @torch.no_grad()
+    def agrees(self, tokens: Tensor, targets: Tensor, positions: Tensor) -> bool:
+        """Whether the loss of this batch is that of the model's own logits, to rounding. Collective at stage 3."""
+        method = self.method
+        losses = []
+        for self.method in ("whole", method):
+            losses.append(self(tokens, targets, positions).double())
+        exact = next(self.model.parameters()).dtype == torch.float32
+        return bool((losses[0] - losses[1]).abs() <= (1e-4 if exact else 2e-2) * losses[0].abs() + 1e-6)

@@ -1,0 +1,160 @@
+"""Hugging Face models in the built-in trainer's wrapper train as plain torch does: same losses, same parameters.
+
+The reference sees every document alone, without packing, on one process; its loss is the mean over all trained tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.numerics.training import HYPER, config
+
+VOCAB, LENGTH, STEPS, WORLD, ACCUMULATION = 96, 24, 4, 2, 2
+_SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _SMALL),
+    "gemma2": ("gemma2", _SMALL | {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 3.0}),
+    "gemma3": ("gemma3_text", _SMALL | {"head_dim": 8, "sliding_window": 8}),
+    "granite": ("granite", _SMALL | {"logits_scaling": 4.0}),
+    "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64,
+                      "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+}  # fmt: skip
+"""Untied; tied with a soft cap and sliding windows; tied; with scaled logits; without rotary positions."""
+
+
+@functools.cache
+def saved(kind: str) -> Path:
+    """A folder with the model, which lives as long as this process."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name, sizes = MODELS[kind]
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes), attn_implementation="eager")
+    folder = tempfile.TemporaryDirectory(prefix="zerotop-model-")
+    _folders.append(folder)
+    model.save_pretrained(folder.name)
+    return Path(folder.name)
+
+
+_folders: list[Any] = []
+
+
+def micro_batch(step: int, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two packed rows of two documents each; how many targets count differs from batch to batch."""
+    draw = torch.Generator().manual_seed(100 * step + number)
+    tokens = torch.randint(1, VOCAB, (2, LENGTH), generator=draw)
+    counts = torch.rand(2, LENGTH, generator=draw) < (number + 1) / (WORLD * ACCUMULATION + 1)
+    positions = torch.empty_like(tokens)
+    targets = torch.full_like(tokens, -100)
+    for row, edge in enumerate((9, 15)):
+        for start, stop in ((0, edge), (edge, LENGTH)):
+            positions[row, start:stop] = torch.arange(stop - start)
+            targets[row, start : stop - 1] = tokens[row, start + 1 : stop]
+    return tokens, targets.masked_fill(~counts, -100), positions
+
+
+def documents(batch: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens, targets) of each document of a micro-batch."""
+    found = []
+    for tokens, targets, positions in zip(*batch, strict=True):
+        edges = [*(positions == 0).nonzero().flatten().tolist(), LENGTH]
+        found += [(tokens[a:b], targets[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return found
+
+
+@functools.cache
+def plain(kind: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of the steps, and parameters after them, of transformers and torch alone."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(saved(kind), attn_implementation="eager", dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), **HYPER)
+    losses = []
+    for step in range(STEPS):
+        batches = [micro_batch(step, number) for number in range(WORLD * ACCUMULATION)]
+        counted = sum(int((targets >= 0).sum()) for _, targets, _ in batches)
+        total = torch.zeros(())
+        for tokens, targets in (pair for batch in batches for pair in documents(batch)):
+            logits = model(tokens[None]).logits[0]
+            total = total + F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        (total / counted).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total.item() / counted)
+    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def trained(
+    folder: str, stage: int, method: str, attention: str, checkpointing: bool = False
+) -> tuple[list[float], dict[str, Any]]:
+    """On a rank: (global losses of the steps, all parameters by the model's names)."""
+    import torch.distributed as dist
+
+    from runtime.config import ModelConfig
+    from runtime.engine.initialize import initialize
+    from runtime.models import huggingface
+    from runtime.models.causal_lm import CausalLM
+    from runtime.zero.init import Init
+
+    section = ModelConfig(path=folder, attention=attention)
+    with Init(weights=folder):
+        model = huggingface.build(huggingface.load_config(Path(folder), section), section)
+        if checkpointing:
+            huggingface.checkpoint_blocks(model)
+        wrapped = CausalLM(model, method)
+    engine = initialize(model=wrapped, config=config(stage, ACCUMULATION, 1.0))[0]
+    rank, losses = dist.get_rank(), []
+    engine.train()
+    for step in range(STEPS):
+        counted = sum(int((micro_batch(step, number)[1] >= 0).sum()) for number in range(WORLD * ACCUMULATION))
+        total = torch.zeros(1)
+        for micro in range(ACCUMULATION):
+            batch = micro_batch(step, micro * WORLD + rank)
+            loss = engine(*batch, counted / (WORLD * ACCUMULATION))
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / (WORLD * ACCUMULATION)
+        dist.all_reduce(total)
+        losses.append(float(total))
+    state = engine.module_state_dict()
+    engine.destroy()
+    return losses, {name.removeprefix("model."): value.clone() for name, value in state.items()}
+
+
+CASES = [
+    pytest.param("llama", 3, "chunked", "sdpa", False),
+    pytest.param("llama", 2, "whole", "sdpa", True),
+    pytest.param("gemma2", 3, "chunked", "eager", False),
+    pytest.param("granite", 1, "chunked", "sdpa", False),
+    pytest.param("gpt2", 3, "chunked", "sdpa", False),
+    *(
+        pytest.param("gemma3", stage, "chunked", "sdpa", checkpointing, marks=() if stage == 3 else pytest.mark.slow)
+        for stage in range(4)
+        for checkpointing in (True, False)[: 1 if stage == 3 else 2]
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "stage", "method", "attention", "checkpointing"), CASES)
+def test_parity_with_plain_torch(
+    ranks: Any, kind: str, stage: int, method: str, attention: str, checkpointing: bool
+) -> None:
+    pytest.importorskip("transformers")
+    losses, expected = plain(kind)
+    outcomes = ranks(WORLD).run(trained, str(saved(kind)), stage, method, attention, checkpointing)
+    for found, values in outcomes:
+        assert found == pytest.approx(losses, rel=1e-5)
+        assert values.keys() >= expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(values[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
