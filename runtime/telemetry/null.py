@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from runtime.telemetry.handler import LevelName
 from runtime.telemetry.inbox import Inbox
-from runtime.wire.messages import Ack, Hello, Memory, PhaseName, StepResult
+from runtime.wire.messages import Ack, DataReport, Evaluation, Hello, Memory, PhaseName, StepResult
 
 Severity = Literal["info", "warning", "error"]
 Outcome = Literal["finished", "stopped", "aborted", "failed"]
@@ -60,6 +60,12 @@ class NullTelemetry:
         """Do nothing."""
 
     def checkpoint_saved(self, step: int, path: str, *, seconds: float, blocked_ms: float) -> None:
+        """Do nothing."""
+
+    def data_report(self, report: DataReport) -> None:
+        """Do nothing."""
+
+    def evaluation(self, evaluation: Evaluation) -> None:
         """Do nothing."""
 
     def log(self, level: LevelName, text: str, logger: str = "runtime", wall_s: float | None = None) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 from runtime.process.forked import Owner, at_exit
 from runtime.telemetry import stopsignal
 from runtime.telemetry.bounds import ERROR_KEPT, shortened, shortened_error
+from runtime.telemetry.clipping import clipped_evaluation, clipped_report
 from runtime.telemetry.handler import LevelName, TelemetryHandler
 from runtime.telemetry.inbox import Inbox
 from runtime.telemetry.link import Link
@@ -35,6 +36,8 @@ from runtime.wire.messages import (
     CheckpointSaved,
     Collectives,
     Command,
+    DataReport,
+    Evaluation,
     Event,
     Goodbye,
     Heartbeat,
@@ -223,6 +226,14 @@ class Telemetry(Recorder):
                 wall_s=time.time(),
             )
         )
+
+    def data_report(self, report: DataReport) -> None:
+        """Send what is trained or evaluated on, shortened to what a screen can show. Rank 0 calls it."""
+        self._send_event(clipped_report(report))
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Send the result of an evaluation, with shortened texts. Rank 0 calls it."""
+        self._send_event(clipped_evaluation(evaluation))
 
     def log(self, level: LevelName, text: str, logger: str = "runtime", wall_s: float | None = None) -> None:
         """Send one log record. `log_handler` calls this; it is on the root logger if that has handlers, else on

@@ -15,6 +15,8 @@ from runtime.wire.messages import (
     Ack,
     CheckpointSaved,
     Collectives,
+    DataReport,
+    Evaluation,
     Event,
     Goodbye,
     Heartbeat,
@@ -29,10 +31,12 @@ from runtime.wire.messages import (
 from zerotop.hub.limits import TokenBucket
 
 TELEMETRY = (Phases, StepResult, Memory, Collectives, Heartbeat)
-EVENTS = (Hello, LogRecord, Event, CheckpointSaved, Ack, Goodbye)
+EVENTS = (Hello, LogRecord, Event, CheckpointSaved, DataReport, Evaluation, Ack, Goodbye)
 LOGS_PER_S, LOGS_AT_ONCE = 50.0, 1000.0
 """Limits on the log records of one rank. All of them are in its log file."""
 EVENTS_PER_S, EVENTS_AT_ONCE = 200.0, 2000.0
+REPORTS_PER_S, REPORTS_AT_ONCE = 5.0, 100.0
+"""Limits on the data reports and evaluations of rank 0, each of which may have 300 KB."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,10 @@ class Door:
             return "log records came too fast and are only in its log file"
         if isinstance(message, Event) and not self._take(rank, Event, EVENTS_PER_S, EVENTS_AT_ONCE):
             return "events came too fast and were dropped"
+        if isinstance(message, DataReport | Evaluation) and not self._take(
+            rank, Evaluation, REPORTS_PER_S, REPORTS_AT_ONCE
+        ):
+            return "data reports and evaluations came too fast and were dropped"
         return ""
 
     def _take(self, rank: int, kind: type[Message], per_s: float, burst: float) -> bool:
@@ -122,6 +130,8 @@ def _foreign(rank: int, message: Message, kinds: tuple[type[Message], ...]) -> s
     kind = getattr(message, "kind", "")
     if not isinstance(message, kinds):
         return f"a message of the kind {kind!r}, which ranks do not send here"
+    if isinstance(message, DataReport):  # it has no sender: it is about the run
+        return "" if rank == 0 else f"a message of the kind {kind!r}, which only rank 0 sends"
     whose = getattr(message, "rank", None)
     if whose != rank and not (whose is None and isinstance(message, Ack)):
         return f"a message of the kind {kind!r} in the name of {'the run' if whose is None else f'rank {whose}'}"

@@ -19,6 +19,7 @@ from runtime.wire.messages import (
     Ack,
     CheckpointSaved,
     Command,
+    Evaluation,
     Event,
     Hello,
     LogRecord,
@@ -62,8 +63,8 @@ class Hub:
 
     `abort(command)` and `stacks(command)` carry out these commands, which the ranks never get; `on_stop(command)` is
     called for an accepted `stop`, which the ranks get too; `on_status(status)` for every change of the run's status;
-    `on_hello(hello)` when a rank has introduced itself. `earlier` are steps of attempts under earlier supervisors, so
-    that the curves of a resumed run are complete.
+    `on_hello(hello)` when a rank has introduced itself. `earlier` are steps and evaluations of attempts under
+    earlier supervisors, so that the curves of a resumed run are complete.
     """
 
     def __init__(
@@ -77,11 +78,14 @@ class Hub:
         on_stop: Callable[[Command], None] = lambda command: None,
         on_status: Callable[[RunStatus], None],
         on_hello: Callable[[Hello], None] = lambda hello: None,
-        earlier: Iterable[StepResult] = (),
+        earlier: Iterable[StepResult | Evaluation] = (),
     ) -> None:
         self.state = RunState()
-        for step in earlier:
-            self.state.series.add(step)
+        for past in earlier:
+            if isinstance(past, Evaluation):
+                self.state.evaluations.add(past)
+            else:
+                self.state.series.add(past)
         self.status = status
         self._run = run
         self._sockets = Sockets(run.sockets)

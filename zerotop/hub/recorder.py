@@ -15,6 +15,7 @@ from typing import NamedTuple
 from runtime.wire.codec import ProtocolError, decode_up, encode
 from runtime.wire.messages import (
     Collectives,
+    Evaluation,
     Heartbeat,
     LogRecord,
     Memory,
@@ -48,7 +49,7 @@ CREATE TABLE IF NOT EXISTS messages(
 
 
 _INSERT = "INSERT INTO messages(attempt, wall_s, source, kind, body) VALUES (?, ?, ?, ?, ?)"
-_EARLIER = "FROM messages WHERE kind = 'step' AND source = 'rank/0' AND attempt < ?"
+_EARLIER = "FROM messages WHERE kind = ? AND source = 'rank/0' AND attempt < ?"
 _SELECT = "SELECT attempt, wall_s, source, body FROM messages ORDER BY id"
 
 _Row = tuple[int, float, str, str, bytes]
@@ -266,21 +267,29 @@ def earlier_steps(run: Path, attempt: int, limit: int = 1000) -> list[StepResult
 
     Empty if there is none, or if the recording is damaged.
     """
+    return [step for step in _earlier(run, attempt, "step", limit) if isinstance(step, StepResult)]
+
+
+def earlier_evaluations(run: Path, attempt: int, limit: int = 1000) -> list[Evaluation]:
+    """The same for evaluations."""
+    return [found for found in _earlier(run, attempt, "evaluation", limit) if isinstance(found, Evaluation)]
+
+
+def _earlier(run: Path, attempt: int, kind: str, limit: int) -> list[Message]:
     path = run / "recording.sqlite"
     if attempt <= 1 or not path.exists():
         return []
     try:
         database = sqlite3.connect(f"file:{_quote(path)}?mode=ro", uri=True, timeout=5)
         try:
-            (count,) = database.execute(f"SELECT count(*) {_EARLIER}", (attempt,)).fetchone()
+            (count,) = database.execute(f"SELECT count(*) {_EARLIER}", (kind, attempt)).fetchone()
             stride = max(1, -(-count // limit))
-            rows = database.execute(f"SELECT body {_EARLIER} ORDER BY id", (attempt,))
-            steps = [decode_up(body) for index, (body,) in enumerate(rows) if (count - 1 - index) % stride == 0]
+            rows = database.execute(f"SELECT body {_EARLIER} ORDER BY id", (kind, attempt))
+            return [decode_up(body) for index, (body,) in enumerate(rows) if (count - 1 - index) % stride == 0]
         finally:
             database.close()
     except (sqlite3.Error, ProtocolError):
         return []
-    return [step for step in steps if isinstance(step, StepResult)]
 
 
 def on_network_file_system(path: Path) -> bool:

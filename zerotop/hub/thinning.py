@@ -10,7 +10,7 @@ ROOM = 0.75
 ROUNDS = 8
 
 _SAMPLED = ("step", "memory", "heartbeat", "node", "collectives", "phases", "status")
-_RARE = ("event", "checkpoint_saved", "command_record", "goodbye")
+_RARE = ("event", "checkpoint_saved", "command_record", "evaluation", "goodbye")
 _OLDER_HALF = """
 id <= (SELECT id FROM messages WHERE kind IN ({kinds}) ORDER BY id
        LIMIT 1 OFFSET (SELECT count(*) / 2 FROM messages WHERE kind IN ({kinds})))
@@ -34,8 +34,8 @@ def used_bytes(database: sqlite3.Connection) -> int:
 
 def thin(database: sqlite3.Connection, limit_bytes: int) -> None:
     """Bring the recording down to ROOM of its limit. First the older half of the log records goes (the log files
-    have them), then every second sample of the older half, and only if that is not enough the older half of events
-    and command records. The hellos stay."""
+    have them), then every second sample of the older half, and only if that is not enough the older half of events,
+    command records and evaluations. The hellos and the data reports stay."""
     wanted = ROOM * limit_bytes
     for _ in range(ROUNDS):
         for statement, kinds in ((_DELETE, ("log",)), (_HALVE, _SAMPLED)):

@@ -18,5 +18,7 @@ def freeze(state: RunState) -> RunState:
     still.commands = dict(state.commands)
     still.answered_ns = dict(state.answered_ns)
     still.series = state.series.copy()
+    still.evaluations = state.evaluations.copy()
+    still.data = dict(state.data)
     still.waits = state.waits.copy()
     return still

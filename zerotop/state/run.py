@@ -17,6 +17,8 @@ from runtime.wire.messages import (
     Collectives,
     Command,
     CommandRecord,
+    DataReport,
+    Evaluation,
     Event,
     Goodbye,
     Heartbeat,
@@ -31,6 +33,7 @@ from runtime.wire.messages import (
     Snapshot,
     StepResult,
 )
+from zerotop.state.evaluations import Evaluations
 from zerotop.state.events import Record
 from zerotop.state.series import Series
 from zerotop.state.waits import Waits
@@ -85,6 +88,9 @@ class RunState:
     events: deque[Record] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
     commands: dict[str, CommandRecord] = field(default_factory=dict)  # by command id, oldest first
     series: Series = field(default_factory=Series)
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    data: dict[str, DataReport] = field(default_factory=dict)
+    """By role, "train" or "evaluation": what is trained and evaluated on."""
     waits: Waits = field(default_factory=Waits)
     answered_ns: dict[str, int] = field(default_factory=dict)
     """Command id -> arrival at the hub of its final state; one that is older than our snapshot has none."""
@@ -93,6 +99,8 @@ class RunState:
     """The newest arrival stamp: the hub's clock as far as we know it."""
     restarted: bool = False
     """A new attempt has begun, and none of its ranks has reported yet from which step it continues."""
+    _data_is_old: bool = False
+    """A new attempt has begun, and the data reports are still those of the one before."""
     _lowest: int | None = None
     """The lowest rank that has sent a hello."""
 
@@ -146,6 +154,7 @@ class RunState:
                 if self.restarted:
                     self.restarted = False
                     self.series.cut(message.start_step)
+                    self.evaluations.cut(message.start_step)
                 fresh.hello = message
                 if self._lowest is None or message.rank < self._lowest:
                     self._lowest = message.rank
@@ -166,6 +175,13 @@ class RunState:
                 self.rank(message.rank).goodbye = message
             case NodeStats():
                 self.nodes[message.host] = message
+            case DataReport():
+                if self._data_is_old:
+                    self._data_is_old = False
+                    self.data.clear()
+                self.data[message.role] = message
+            case Evaluation():
+                self.evaluations.add(message)
             case Event() | LogRecord() | CheckpointSaved():
                 self.events.append(message)
             case CommandRecord():
@@ -180,7 +196,7 @@ class RunState:
         self.ranks.clear()
         self.waits.restart()
         self.series.begin_attempt()
-        self.restarted = True
+        self.restarted = self._data_is_old = True
 
     def _record(self, record: CommandRecord, arrival_ns: int) -> None:
         if record.command.name == "stacks" and record.ack.state == "applied":
@@ -262,7 +278,9 @@ class RunState:
         for _, state in sorted(self.ranks.items()):
             if state.hello:
                 messages.append(state.hello)
+        messages += self.data.values()
         messages += self.series.messages()
+        messages += self.evaluations.messages()
         for _, state in sorted(self.ranks.items()):
             messages += [m for m in (state.step, state.memory, state.heartbeat, state.goodbye) if m is not None]
             if state.spans and state.heartbeat:
@@ -283,5 +301,5 @@ def waits_for(record: CommandRecord) -> str:
 
 def _is_event_packet(packet: Packet) -> bool:
     """A packet whose acks were all that it held is empty; telemetry always holds a heartbeat."""
-    events = Hello | LogRecord | Event | CheckpointSaved | Goodbye
+    events = Hello | LogRecord | Event | CheckpointSaved | DataReport | Evaluation | Goodbye
     return not packet.messages or any(isinstance(message, events) for message in packet.messages)

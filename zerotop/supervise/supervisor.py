@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from runtime.config import Resolved
-from runtime.wire.messages import Command, Event, Hello, LogRecord, RunStatus, StepResult
+from runtime.wire.messages import Command, Evaluation, Event, Hello, LogRecord, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, boot_id, read_status, write_json
 from zerotop.diagnose.evidence import FailureEvidence
 from zerotop.diagnose.hang import HangWatch
@@ -22,7 +22,7 @@ from zerotop.diagnose.laggards import LaggardWatch
 from zerotop.diagnose.outcome import Outcome, decide
 from zerotop.diagnose.stacks_report import StackTaker
 from zerotop.hub.hub import Hub
-from zerotop.hub.recorder import Recorder, earlier_steps
+from zerotop.hub.recorder import Recorder, earlier_evaluations, earlier_steps
 from zerotop.launch.handshake import Ready
 from zerotop.probe.nvml import GpuProbe
 from zerotop.rundir.paths import RunError, lock_sockets, make_private_folder, remove_sockets
@@ -84,7 +84,7 @@ class Supervisor:
             on_stop=lambda command: self._stop_watch.begin(command),
             on_status=self._status_file.write,
             on_hello=self._meet,
-            earlier=self._earlier_steps(),
+            earlier=self._earlier(),
         )
         self._taker = StackTaker(self.path, self.run_file.nproc, hub)
         self._stop_watch = StopWatch(hub, self._taker, self._abort)
@@ -128,10 +128,12 @@ class Supervisor:
             update={"attempt": self.run_file.attempt, "started_wall_s": status.started_wall_s or time.time()}
         )
 
-    def _earlier_steps(self) -> list[StepResult]:
-        """Steps of previous attempts up to the checkpoint from which this one continues; later ones are replayed."""
-        last = self._first_status().step
-        return [result for result in earlier_steps(self.path, self.run_file.attempt) if result.step <= last]
+    def _earlier(self) -> list[StepResult | Evaluation]:
+        """Steps and evaluations of previous attempts up to the checkpoint from which this one continues; later ones
+        are replayed."""
+        last, attempt = self._first_status().step, self.run_file.attempt
+        past = [*earlier_steps(self.path, attempt), *earlier_evaluations(self.path, attempt)]
+        return [result for result in past if result.step <= last]
 
     def _announce(self) -> None:
         """The notes of launch as events: defaults chosen, keys without effect, what a resume changed."""

@@ -31,6 +31,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "log": {"rank": 0, "level": "info", "logger": "l", "text": "hello", "wall_s": _WALL},
     "event": {"rank": 0, "what": "note", "text": "t", "step": 5, "data": {"a": 1}, "wall_s": _WALL},
     "checkpoint_saved": {"rank": 0, "step": 5, "path": "/c", "seconds": 1.0, "blocked_ms": 1.0, "wall_s": _WALL},
+    "data_report": {
+        "role": "train", "files": ["a.jsonl"], "format": "messages", "train_on": "assistant", "rows": 5, "samples": 4,
+        "dropped": {"no assistant turn": 1}, "tokens": 90, "trained_tokens": 30, "seq_len": 64, "sequences": 2,
+        "packed": True, "lengths": [[16, 1], [32, 3]], "examples": [
+            {"source": "row 1", "tokens": 9, "trained": 3, "runs": [{"text": "hi", "trained": True, "edge": True}]}
+        ],
+    },
+    "evaluation": {
+        "rank": 0, "step": 5, "loss": 2.0, "tokens": 30, "best": True, "best_step": 5, "wall_s": _WALL,
+        "generations": [{"prompt": "p", "text": "t", "tokens": 1}],
+    },
     "ack": {"id": "nobody's", "number": 1, "state": "applied", "step": 5, "rank": 0, "wall_s": _WALL},
     "goodbye": {"rank": 0, "outcome": "finished", "step": 5, "wall_s": _WALL},
     "status": {"name": "q1", "state": "failed", "attempt": 1, "step": 5},
