@@ -1,6 +1,7 @@
 """A run that exists only as messages: feeds the screen without sockets, processes or torch.
 
 python tests/tui/scripted_run.py --ranks 8 --gpu          looks at the real screen, on a terminal
+python tests/tui/scripted_run.py --finetune               with data reports and evaluations
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import math
 import random
 import time
+from typing import Any
 
 from runtime.wire.messages import (
     Ack,
@@ -29,6 +31,7 @@ from runtime.wire.messages import (
     RunStatus,
     StepResult,
 )
+from tests.harness.finetuning import data_report, evaluation
 from zerotop.state.run import RunState
 
 MIB = 2**20
@@ -47,6 +50,7 @@ class ScriptedRun:
         steps: int = 200,
         seed: int = 0,
         name: str = "q1",
+        finetune: bool = False,
     ) -> None:
         self.name = name
         self.state = RunState()
@@ -63,6 +67,7 @@ class ScriptedRun:
         self.seq = 0
         self.number = 0
         self.slow_rank = ranks - 1
+        self.finetune = finetune
         self._random = random.Random(seed)
         self._changed = True
         self._open()
@@ -136,6 +141,8 @@ class ScriptedRun:
             )
         self.event("start", f"{self.ranks} ranks on node-a")
         self.node()
+        if self.finetune:
+            self.say(data_report("train"), data_report("evaluation"), evaluation(0))
         for rank in range(self.ranks):
             self.memory(rank)
             self.beat(rank, "init", 0)
@@ -302,6 +309,8 @@ class ScriptedRun:
             self.beat(rank, "forward", 1)
         if self.step % 10 == 0:
             self.log(f"step {self.step}/{self.total} loss {loss:.3f} {step_ms:.0f} ms")
+        if self.finetune and self.step % 25 == 0:
+            self.say(evaluation(self.step))
         if self.step % 50 == 0:
             saved = {"step": self.step, "path": f"checkpoints/step-{self.step}", "seconds": 0.4, "blocked_ms": 12.0}
             self.say(CheckpointSaved(rank=0, wall_s=self.wall_s, **saved))
@@ -338,7 +347,7 @@ class ScriptedRun:
 class LiveScriptedRun(ScriptedRun):
     """The same in real time: one step per `step_ms`, heartbeats in between; commands act at the next step."""
 
-    def __init__(self, *args: int, step_ms: float = 1000.0, **more: int) -> None:
+    def __init__(self, *args: int, step_ms: float = 1000.0, **more: Any) -> None:
         super().__init__(*args, **more)
         self.step_ms = step_ms
         self._begun = time.monotonic()
@@ -383,8 +392,9 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--step-ms", type=float, default=1000)
     parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--finetune", action="store_true")
     given = parser.parse_args()
-    run = LiveScriptedRun(ranks=given.ranks, gpu=given.gpu, step_ms=given.step_ms, steps=2000)
+    run = LiveScriptedRun(ranks=given.ranks, gpu=given.gpu, step_ms=given.step_ms, steps=2000, finetune=given.finetune)
     print(ZerotopApp(run, read_only=given.read_only).run())
 
 

@@ -25,9 +25,11 @@ from zerotop.tui import steering
 from zerotop.tui.commands import CommandDesk
 from zerotop.tui.keyflow import KeyFlow
 from zerotop.tui.keys import KEYS, STEERING, load_keymap
+from zerotop.tui.panels.data import ROLES
 from zerotop.tui.panels.plots import PlotPanel
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.screens.confirm import ConfirmScreen
+from zerotop.tui.screens.data import DataScreen
 from zerotop.tui.screens.help import HelpScreen
 from zerotop.tui.screens.knobs import KnobScreen, Setting, known_values
 from zerotop.tui.screens.live import LiveScreen
@@ -35,6 +37,7 @@ from zerotop.tui.screens.main import MainScreen
 from zerotop.tui.screens.palette import ActionPalette
 from zerotop.tui.screens.rank import RankScreen
 from zerotop.tui.screens.stacks import StacksScreen
+from zerotop.tui.screens.texts import TextScreen
 from zerotop.tui.screenshot import screenshot_path
 from zerotop.tui.terminal import TerminalDriver, leave_on_signals
 from zerotop.tui.theme import DEFAULT, Palette, load_palettes
@@ -155,9 +158,11 @@ class ZerotopApp(KeyFlow[Outcome]):
         screen = next((s for s in reversed(self.screen_stack) if isinstance(s, LiveScreen)), None)
         if screen is not None:
             screen.show_view(self.make_view())
-            paused = self.source.state.state_name == "paused"
+            labels = {"pause_resume": "Resume"} if self.source.state.state_name == "paused" else {}
+            if isinstance(screen, DataScreen) and (role := screen.other_role()) is not None:
+                labels["data"] = ROLES[role].capitalize()
             for bar in screen.query(KeyBar):  # none yet in a screen that has just been pushed
-                bar.relabel({"pause_resume": "Resume"} if paused else {})
+                bar.relabel(labels)
 
     def make_view(self) -> View:
         """Everything that panels may show at this tick."""
@@ -208,6 +213,8 @@ class ZerotopApp(KeyFlow[Outcome]):
         """Whether `action` (on `panel`, for one on panels) makes sense while `screen` is on top."""
         if action in STEERING and not self.can_steer:
             return False
+        if action in {"data", "texts"}:
+            return isinstance(screen, LiveScreen)
         if action == "panel":
             return isinstance(screen, LiveScreen) and panel in screen.PANELS
         # Keys of the main screen's panels do nothing while a dialog or another screen is on top.
@@ -292,6 +299,28 @@ class ZerotopApp(KeyFlow[Outcome]):
         if isinstance(self.screen, LiveScreen):
             self.screen.focus_panel(name)
 
+    def action_data(self) -> None:
+        """d: what is trained on; on that screen, switch between training and evaluation data."""
+        if isinstance(self.screen, DataScreen):
+            self.screen.next_role()
+            self.update_view()
+        else:
+            self._open(DataScreen(self.palette))
+
+    def action_texts(self) -> None:
+        """w: what the model writes at evaluations."""
+        if not isinstance(self.screen, TextScreen):
+            self._open(TextScreen(self.palette))
+
+    def _open(self, page: LiveScreen) -> None:
+        """Show a page over the main screen, instead of another one."""
+        if isinstance(self.screen, DataScreen | TextScreen):
+            self.switch_screen(page)
+        else:
+            self.push_screen(page)
+        page.set_class(self.frozen is not None, "-frozen")
+        self.call_after_refresh(self.update_view)
+
     def action_filter(self) -> None:
         """/: filter the events."""
         if isinstance(self.screen, MainScreen):
@@ -347,9 +376,7 @@ class ZerotopApp(KeyFlow[Outcome]):
         return target
 
     def on_rank_table_opened(self, message: RankTable.Opened) -> None:
-        self.push_screen(RankScreen(self.palette, message.rank))
-        self.screen.set_class(self.frozen is not None, "-frozen")
-        self.call_after_refresh(self.update_view)
+        self._open(RankScreen(self.palette, message.rank))
 
     def action_command_palette(self) -> None:
         """Ctrl+P: all actions and themes by name."""
@@ -370,6 +397,12 @@ class ZerotopApp(KeyFlow[Outcome]):
         if isinstance(screen, RankScreen):
             yield SystemCommand("Previous rank", "the rank before this one", partial(screen.action_other, -1))
             yield SystemCommand("Next rank", "the rank after this one", partial(screen.action_other, 1))
+        if isinstance(screen, DataScreen):
+            yield SystemCommand("Previous example", "the example before this one", partial(screen.action_other, -1))
+            yield SystemCommand("Next example", "the example after this one", partial(screen.action_other, 1))
+        if isinstance(screen, TextScreen):
+            yield SystemCommand("Earlier texts", "those of the evaluation before", partial(screen.action_other, -1))
+            yield SystemCommand("Later texts", "those of the evaluation after", partial(screen.action_other, 1))
         yield SystemCommand("Back", "out of a rank, a zoomed panel, a filter", self.action_back)
         for name, palette in self.palettes.items():
             yield SystemCommand(

@@ -50,6 +50,15 @@ KEYS: tuple[Key, ...] = (
     Key("stop", "S", "stop", "Stop", "checkpoint at the next step boundary, then end the run (asks first)", True, True),
     Key("abort", "A", "abort", "Abort", "end the run now, without a checkpoint (asks first)", True, True),
     Key("stacks", "T", "stacks", "Stacks", "dump the stacks of all ranks, also when the run is stuck", steers=True),
+    Key(
+        "data",
+        "d",
+        "data",
+        "Data",
+        "what is trained on, with examples; once more switches to evaluation data",
+        show=True,
+    ),
+    Key("texts", "w", "texts", "Texts", "what the model writes for the fixed prompts, and all evaluations", show=True),
     Key("freeze", "f", "freeze", "Freeze", "freeze the view, not the run; once more follows again", show=True),
     Key("zoom", "z", "zoom", "Zoom", "the focused panel takes the whole screen, and gives it back", show=True),
     Key(
