@@ -19,3 +19,15 @@ def plain_names(named: Mapping[str, _T]) -> dict[str, _T]:
     """`named` with plain names as keys, or unchanged if two names would become equal."""
     plain = {plain_name(name): value for name, value in named.items()}
     return plain if len(plain) == len(named) else dict(named)
+
+
+def without_adapters(name: str) -> str:
+    """The name that a parameter had before peft put adapters around its module."""
+    parts = iter(name.split("."))
+    kept = []
+    for part in parts:
+        if part == "modules_to_save":
+            next(parts, None)  # the adapter's name
+        elif part not in ("base_layer", "original_module"):
+            kept.append(part)
+    return ".".join(kept)

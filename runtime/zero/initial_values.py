@@ -24,6 +24,8 @@ class Values:
         """Parameter -> the files that have its values, and its name there."""
         self._resetting: dict[nn.Parameter, nn.Module] = {}
         """Parameter -> the module whose reset_parameters() draws its values; on rank 0."""
+        self._stored_buffers: dict[str, tuple[Weights, str]] = {}
+        """Name of a persistent buffer -> the files that have its values, and its name there."""
         self._drawn: dict[nn.Parameter, torch.Tensor] = {}
         """Meta parameter -> its values, until they are read."""
         self._random_state: torch.Tensor | None = None
@@ -33,8 +35,9 @@ class Values:
         """Find the values of all parameters of `module`. Raises ConfigError, before anything is changed, if a parameter
         has none."""
         values = cls(rank)
-        for path, parameters in _params_by_weights_file(module).items():
-            values._find_stored(module, Weights.open(path), parameters)
+        by_file = _params_by_weights_file(module)
+        for path, parameters in by_file.items():
+            values._find_stored(module, Weights.open(path), parameters, _buffers_of(module, path, by_file))
         if rank == 0:
             for path, owner in module.named_modules():
                 for name, parameter in owner._parameters.items():
@@ -43,7 +46,7 @@ class Values:
                             module, path, name
                         )
             for name, buffer in module.named_buffers():
-                if buffer.is_meta:
+                if buffer.is_meta and name not in values._stored_buffers:
                     raise ConfigError(
                         f"buffer {plain_name(name)} is on the meta device and has no values: build the model under "
                         "runtime.zero.Init(), or give the buffer its values first"
@@ -54,16 +57,27 @@ class Values:
         return parameter in self._stored or parameter in self._resetting
 
     def _find_stored(
-        self, model: nn.Module, weights: Weights, parameters: dict[nn.Parameter, dict[str, nn.Module]]
+        self,
+        model: nn.Module,
+        weights: Weights,
+        parameters: dict[nn.Parameter, dict[str, nn.Module]],
+        buffers: dict[str, torch.Tensor],
     ) -> None:
-        """Find `parameters` in the files. Those that the files lack are drawn if they are adapters or few; if they are
-        half or more, the files are another model's."""
-        stored = weights.match_names({name: tuple(p.shape) for p, owners in parameters.items() for name in owners})
+        """Find `parameters` and `buffers` in the files. Buffers that they lack keep their values. Parameters that they
+        lack are drawn if they are adapters or few; if they are half or more, the files are another model's."""
+        shapes = {name: tuple(p.shape) for p, owners in parameters.items() for name in owners}
+        weights.convert_for(model, shapes)
+        stored = weights.match_names(shapes | {plain_name(name): tuple(b.shape) for name, b in buffers.items()})
+        for name in buffers:
+            if (found := stored.get(plain_name(name))) is not None:
+                self._stored_buffers[name] = weights, found
         new: dict[str, tuple[nn.Parameter, nn.Module | None]] = {}
         for parameter, owners in parameters.items():
             found = next((stored[name] for name in owners if name in stored), None)
             adapters = next(filter(None, (_lora_layer(model, name) for name in owners)), None)
             if found is not None:
+                if parameter.is_floating_point():
+                    weights.refuse_quantized(found)
                 self._stored[parameter] = weights, found
             elif adapters is not None:
                 self._resetting[parameter] = adapters
@@ -114,7 +128,11 @@ class Values:
         torch.set_rng_state(outside)
 
     def buffer(self, name: str, buffer: torch.Tensor) -> torch.Tensor:
-        """`buffer`, or, if it is on the meta device, an uninitialised tensor that receives rank 0's values."""
+        """`buffer`, with the values that files have for it. If it is on the meta device and they have none, an
+        uninitialised tensor that receives rank 0's values."""
+        if name in self._stored_buffers:
+            weights, stored = self._stored_buffers[name]
+            return weights.read(stored, 0, buffer.numel()).reshape(buffer.shape).to(buffer.dtype, copy=True)
         return torch.empty_like(buffer, device="cpu") if buffer.is_meta else buffer
 
 
@@ -132,6 +150,33 @@ def _params_by_weights_file(model: nn.Module) -> dict[str, dict[nn.Parameter, di
     found: dict[str, dict[nn.Parameter, dict[str, nn.Module]]] = {}
     for parameter, mark in marks.items():
         found.setdefault(mark, {})[parameter] = names[parameter]
+    return found
+
+
+def _buffers_of(
+    model: nn.Module, file: str, by_file: dict[str, dict[nn.Parameter, dict[str, nn.Module]]]
+) -> dict[str, torch.Tensor]:
+    """The buffers of the state dict, by name, whose values would be in the weights `file`: that of the parameters
+    nearest to them."""
+    names = {path: [plain_name(n) for owners in found.values() for n in owners] for path, found in by_file.items()}
+
+    def nearest(name: str) -> str | None:
+        if len(by_file) == 1:
+            return file
+        parts = plain_name(name).split(".")
+        for length in range(len(parts) - 1, -1, -1):
+            prefix = "".join(f"{part}." for part in parts[:length])
+            if near := [path for path, all_ in names.items() if any(n.startswith(prefix) for n in all_)]:
+                return near[0] if len(near) == 1 else None
+        return None
+
+    found = {}
+    for path, owner in model.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                name = f"{path}.{name}" if path else name
+                if nearest(name) == file:
+                    found[name] = buffer
     return found
 
 
