@@ -1,5 +1,5 @@
-"""The cross-entropy in chunks under the engine: the head's weight is read outside its module, tied or not, and some ranks
-have no counted target."""
+"""The cross-entropy in chunks under the engine: the head's weight is read outside its module, tied or not, and some
+ranks have no counted target."""
 
 from __future__ import annotations
 
