@@ -6,28 +6,26 @@ the end-of-text token. It gets its final name when it is complete; the name is a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from platformdirs.unix import Unix
 
 from runtime.data import DataError
+from runtime.data.cache import Log, build_lock, cache_folder, part_name, sync_folder
 from runtime.data.tokenizer import Tokenizer
-from runtime.wire.filelock import try_lock, wait_lock
 
 MAGIC = b"zerotop tokens 1\n"
 HEADER_BYTES = 4096
 PIECE_BYTES = 1 << 20
 _BATCH_BYTES = 16 << 20
 
-Log = Callable[[str], None]
+__all__ = ["Log", "TokenDataset", "cache_folder", "read_header", "token_file"]
 
 
 class TokenDataset:
@@ -80,11 +78,6 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def cache_folder() -> Path:
-    """Where token files are kept: $XDG_CACHE_HOME/zerotop/tokens, by default under ~/.cache."""
-    return Unix("zerotop", appauthor=False).user_cache_path / "tokens"
-
-
 def token_file(files: Sequence[Path], tokenizer: Tokenizer, log: Log, cache: Path | None = None) -> Path:
     """Path of the token file of these documents, which is built if it does not exist yet.
 
@@ -98,7 +91,7 @@ def token_file(files: Sequence[Path], tokenizer: Tokenizer, log: Log, cache: Pat
         return path
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _lock(path.with_suffix(".lock"), log) as alone:
+        with build_lock(path.with_suffix(".lock"), log, "the token file") as alone:
             if not _is_complete(path):
                 if alone:
                     for left_over in cache.glob(f"{path.stem}.*.part"):
@@ -132,20 +125,8 @@ def _is_complete(path: Path) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _lock(path: Path, log: Log) -> Iterator[bool]:
-    """Hold the file lock. Yields False if the file system has no locks: then every process builds, which is only
-    slow."""
-    with path.open("a") as file:
-        locked = try_lock(file.fileno())
-        if locked is False:
-            log("waiting for the token file that another process is building")
-            wait_lock(file.fileno())
-        yield locked is not None
-
-
 def _build(path: Path, files: Sequence[Path], tokenizer: Tokenizer, log: Log) -> None:
-    part = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}.part")
+    part = part_name(path)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     progress = _Progress(sum(file.stat().st_size for file in files), len(files), log)
     digest = hashlib.blake2b(str(dtype).encode(), digest_size=16)
@@ -173,11 +154,7 @@ def _build(path: Path, files: Sequence[Path], tokenizer: Tokenizer, log: Log) ->
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
     if replaced:
         log(f"the text is not all UTF-8: {replaced:,} characters were replaced")
     progress.done(count, path)

@@ -1,0 +1,265 @@
+"""Rows to tokens, and which of them are trained."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from runtime.data import DataError
+from runtime.data.conversations.formats import Completion, Conversation, Plain, Row, RowError, parse_row
+from runtime.data.conversations.spans import NotFound, Span, TurnFinder
+from runtime.data.conversations.template import Renderer, TemplateFailed
+
+NO_TURN = "no assistant turn"
+CUT_AWAY = "all trained tokens beyond seq_len"
+OVERLONG = "more than seq_len tokens"
+EMPTY_MASK = "no trained token"
+FULL_MASK = "every token trained"
+NO_TOKENS = "fewer than two tokens"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that says how rows become tokens. Equal recipes make equal tokens."""
+
+    tokenizer: str
+    """tokenizer.json, as text."""
+    templates: Mapping[str, str]
+    variables: Mapping[str, Any]
+    """What templates may use beside the messages, such as `bos_token`."""
+    specials: tuple[str, ...]
+    """Texts of the special tokens."""
+    eos: int | None
+    vocab_size: int
+    train_on: str
+    seq_len: int
+    overlong: str
+    slow: bytes = b""
+    """The pickled tokenizer of transformers, where only that one renders the template right."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """How tokens are stored."""
+        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+
+@dataclass
+class Encoded:
+    """Samples of a chunk of rows, one after the other."""
+
+    tokens: np.ndarray
+    trained: np.ndarray  # uint8, 1: the loss counts the token
+    lengths: np.ndarray  # int32
+    numbers: np.ndarray  # int64: the rows that the samples come from
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated: int = 0
+    truncated_tokens: int = 0
+    wrong: str = ""
+    """The text of a row whose mask is empty or full."""
+    complaint: str = ""
+    """What the chat template or the search for turns said first about a row that it failed on."""
+
+
+@dataclass(slots=True)
+class _Text:
+    """A row as text. `spans` None: every token is trained."""
+
+    number: int
+    text: str
+    spans: list[Span] | None
+    plain: bool = False
+    """Whether the tokenizer adds its special tokens, as it does for text that comes from no template."""
+    must_differ: bool = False
+    """Whether something in it is not trained."""
+
+
+class Encoder:
+    """Encodes rows as a recipe says."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        from tokenizers import Tokenizer
+
+        self.recipe = recipe
+        self._library = Tokenizer.from_str(recipe.tokenizer)
+        self._library.no_padding()
+        self._library.no_truncation()
+        self._finder: TurnFinder | None = None
+        self.render: Any = None
+        if recipe.templates:
+            self.render = _slow_renderer(recipe.slow) if recipe.slow else Renderer(recipe.templates, recipe.variables)
+
+    def encode(self, form: str, rows: Iterable[tuple[int, Mapping[str, Any]]], split: bool = False) -> Encoded:
+        """Samples of numbered rows. `split`: overlong samples become several.
+
+        Raises DataError for a row that is too long under overlong "error", and for rows that need a chat template.
+        """
+        made = Encoded(np.empty(0), np.empty(0), np.empty(0), np.empty(0))
+        texts: list[_Text] = []
+        for number, row in rows:
+            made.rows += 1
+            try:
+                texts.append(self._text(number, parse_row(row, form, self.render is not None)))
+            except RowError as reason:
+                made.dropped[str(reason)] += 1
+            except (TemplateFailed, NotFound) as problem:
+                reason = "the chat template refuses" if isinstance(problem, TemplateFailed) else "turns not found"
+                made.dropped[reason] += 1
+                made.complaint = made.complaint or f"row {number}: {problem}"
+        self._tokenize(texts, split, made)
+        return made
+
+    # ---- rows to text ----------------------------------------------------------------------------------------------
+    def _text(self, number: int, row: Row) -> _Text:
+        train_on = self.recipe.train_on
+        if isinstance(row, Plain):
+            if train_on in ("assistant", "completion"):
+                raise DataError(
+                    f'zerotop.data.train_on is "{train_on}", but text has no turns; write "all" or leave it out'
+                )
+            return _Text(number, row.text, None, plain=True)
+        if isinstance(row, Completion):
+            text = row.prompt + row.completion
+            if train_on == "all":
+                return _Text(number, text, None, plain=True)
+            span = Span(len(row.prompt), len(text))
+            return _Text(number, text, [span], plain=True, must_differ=bool(row.prompt))
+        wanted = self._wanted(row)
+        if not any(wanted):
+            raise RowError(NO_TURN)
+        if train_on == "all":
+            return _Text(number, self._rendered(row), None)
+        if self._finder is None:
+            self._finder = TurnFinder(self.render, list(self.recipe.templates.values()), self.recipe.specials)
+        text, spans = self._finder.find(row.messages, row.tools, wanted)
+        others = any(message["content"] and not want for message, want in zip(row.messages, wanted, strict=True))
+        return _Text(number, text, spans, must_differ=others)
+
+    def _rendered(self, row: Conversation) -> str:
+        text: str = self.render(row.messages, row.tools)
+        return text
+
+    def _wanted(self, row: Conversation) -> list[bool]:
+        """Which messages are trained."""
+        if self.render is None:
+            raise DataError(
+                "zerotop.data: the rows are conversations, but the tokenizer has no chat template (a base model's often "
+                "has none); name a file with one in zerotop.data.chat_template"
+            )
+        wanted = [_speaks(message) for message in row.messages]
+        train_on = self.recipe.train_on
+        if train_on == "completion" or (train_on == "auto" and row.prompt_messages):
+            turns = [at for at, want in enumerate(wanted) if want]
+            first = row.prompt_messages or (turns[-1] if turns else 0)
+            wanted = [want and at >= first for at, want in enumerate(wanted)]
+        return wanted
+
+    # ---- text to tokens --------------------------------------------------------------------------------------------
+    def _tokenize(self, texts: Sequence[_Text], split: bool, made: Encoded) -> None:
+        ids: list[np.ndarray] = []
+        masks: list[np.ndarray] = []
+        numbers: list[int] = []
+        for plain in (False, True):
+            some = [text for text in texts if text.plain is plain]
+            encodings = self._library.encode_batch([text.text for text in some], add_special_tokens=plain)
+            for text, encoding in zip(some, encodings, strict=True):
+                tokens = np.array(encoding.ids, dtype=self.recipe.dtype)
+                if plain and self.recipe.eos is not None and (not len(tokens) or tokens[-1] != self.recipe.eos):
+                    tokens = np.append(tokens, self.recipe.dtype.type(self.recipe.eos))
+                mask = _mask(text, encoding, len(tokens))
+                for one, trained in self._fit(text, tokens, mask, split, made):
+                    ids.append(one)
+                    masks.append(trained)
+                    numbers.append(text.number)
+        made.tokens = np.concatenate(ids) if ids else np.empty(0, self.recipe.dtype)
+        made.trained = np.concatenate(masks) if masks else np.empty(0, np.uint8)
+        made.lengths = np.array([len(one) for one in ids], dtype=np.int32)
+        made.numbers = np.array(numbers, dtype=np.int64)
+
+    def _fit(
+        self, text: _Text, tokens: np.ndarray, mask: np.ndarray, split: bool, made: Encoded
+    ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """The samples that a row gives: one, none, or several if it may be split."""
+        seq_len = self.recipe.seq_len
+        if len(tokens) < 2:
+            made.dropped[NO_TOKENS] += 1
+            return
+        if text.spans is not None and (not mask.any() or (text.must_differ and mask.all())):
+            made.dropped[FULL_MASK if mask.any() else EMPTY_MASK] += 1
+            made.wrong = made.wrong or text.text[:4000]
+            return
+        if len(tokens) > seq_len:
+            if split:
+                for first in range(0, len(tokens) - 1, seq_len):
+                    yield tokens[first : first + seq_len], mask[first : first + seq_len]
+                return
+            if self.recipe.overlong == "error":
+                raise DataError(
+                    f"row {text.number} has {len(tokens):,} tokens, more than zerotop.data.seq_len = {seq_len:,}; raise "
+                    'seq_len, or set zerotop.data.overlong to "truncate" or "drop"'
+                )
+            if self.recipe.overlong == "drop":
+                made.dropped[OVERLONG] += 1
+                return
+            if not mask[1:seq_len].any():
+                made.dropped[CUT_AWAY] += 1
+                return
+            made.truncated += 1
+            made.truncated_tokens += len(tokens) - seq_len
+            tokens, mask = tokens[:seq_len], mask[:seq_len]
+        if not mask[1:].any():
+            made.dropped[EMPTY_MASK] += 1
+            return
+        yield tokens, mask
+
+
+def _speaks(message: Mapping[str, Any]) -> bool:
+    """Whether it is a turn of the assistant that says something and that the data does not take out of training."""
+    if message["role"] not in ("assistant", "model") or message.get("weight") == 0 or message.get("train") is False:
+        return False
+    return bool(message["content"].strip() or message.get("tool_calls"))
+
+
+def _mask(text: _Text, encoding: Any, count: int) -> np.ndarray:
+    """Which tokens are trained: those that overlap a span, and an end-of-text token that was appended."""
+    if text.spans is None:
+        mask = np.ones(count, np.uint8)
+        return mask
+    mask = np.zeros(count, np.uint8)
+    encoded = len(encoding)
+    mask[encoded:] = 1
+    for start, end in text.spans:
+        first = _token_from(encoding, start, end)
+        if first is not None:
+            after = _token_from(encoding, end, len(text.text))
+            mask[first : encoded if after is None else after] = 1
+    return mask
+
+
+def _token_from(encoding: Any, start: int, stop: int) -> int | None:
+    """The first token that holds a character from `start` on, before `stop`; some tokenizers leave spaces out."""
+    for at in range(start, stop):
+        if (token := encoding.char_to_token(at)) is not None:
+            return int(token)
+    return None
+
+
+def _slow_renderer(pickled: bytes) -> Any:
+    """The renderer of a tokenizer of transformers, for templates that template.py renders otherwise."""
+    tokenizer = pickle.loads(pickled)
+
+    def render(messages: Any, tools: Any = None, prompt: bool = False) -> str:
+        try:
+            text: str = tokenizer.apply_chat_template(
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # as in template.Renderer
+            raise TemplateFailed(f"{type(error).__name__}: {error}") from error
+        return text
+
+    return render
