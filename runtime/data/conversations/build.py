@@ -147,7 +147,7 @@ def _run(
     chunks: Iterator[Chunk], recipe: Recipe, folder: Path, problems: _Problems, count: int
 ) -> Iterator[tuple[worker.Outcome, int]]:
     """Encode chunks in `count` processes, each of which has one chunk at work and one waiting."""
-    command = [sys.executable, "-m", "runtime.data.conversations.worker", str(folder)]
+    command = [sys.executable, "-P", "-m", "runtime.data.conversations.worker", str(folder)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     done: queue.SimpleQueue[tuple[int, worker.Outcome | None]] = queue.SimpleQueue()
     processes = [

@@ -38,8 +38,8 @@ Render = Callable[..., str]
 _PLANES = (0xF0000, 0x100000)
 _PLANE_SIZE = 0xFFFE
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
-_CHECKED_FIRST = 64
-_CHECKED_EVERY = 32
+CHECKED_FIRST = 64
+CHECKED_EVERY = 32
 
 
 class Span(NamedTuple):
@@ -138,7 +138,7 @@ class TurnFinder:
         return plain, self._spans(plain, messages, tools, places, wanted)
 
     def _must_check(self, marked: _Marked) -> bool:
-        if self._trusted and self._seen > _CHECKED_FIRST and self._seen % _CHECKED_EVERY:
+        if self._trusted and self._seen > CHECKED_FIRST and self._seen % CHECKED_EVERY:
             return marked.has_private or self._mentioned(marked)
         return True
 
@@ -357,23 +357,19 @@ class _Marked:
         places = [_Places() for _ in self.messages]
         pieces: list[str] = []
         numbers: list[int] = []
-        last = removed = 0
-        for number, found in enumerate(self._marks.finditer(text)):
+        last = 0
+        for removed, found in enumerate(self._marks.finditer(text)):
             mark = ord(found.group()) - self._base
             numbers.append(mark)
             pieces.append(text[last : found.start()])
             last = found.end()
-            removed = number
             where = found.start() - removed
-            place = places[mark >> 1]
-            if mark & 1:
+            place = places[mark >> 1]  # a function's name is repeated with its result: the first one is the call
+            if mark & 1 and place.end is None:
                 place.end = where
-            else:
+            elif not mark & 1 and place.start is None:
                 place.start = where
         pieces.append(text[last:])
-        if len(set(numbers)) != len(numbers):  # rendered twice: which one is meant is not known
-            for mark in {mark for mark in numbers if numbers.count(mark) > 1}:
-                places[mark >> 1] = _Places()
         complete = numbers == sorted(self._set)
         return "".join(pieces), places, complete
 
