@@ -25,6 +25,7 @@ COMMANDS = {
     "abort": ("control", "end the run at once, without a checkpoint"),
     "stacks": ("control", "dump the stacks of all ranks, also of a run that is stuck"),
     "plan": ("plan", "estimate memory and traffic of each ZeRO stage"),
+    "data": ("data", "show what a config trains on, token by token"),
     "export": ("export", "write a checkpoint as Hugging Face safetensors"),
     "doctor": ("doctor", "check this machine and suggest fixes"),
     "resolve": ("resolve", ""),

@@ -129,6 +129,16 @@ def figure_text(value: float | None) -> str:
     return f"{value:.4g}" if abs(value) >= 9.99995 else f"{value:.4f}"
 
 
+def perplexity_text(value: float | None) -> str:
+    """A perplexity in four digits: 8.938, 10.62, 200.3, 49152, 1.2e9."""
+    number = as_float(value)
+    if number is None or abs(number) < 1e-2:
+        return figure_text(value)
+    if abs(number) >= 1e6:
+        return f"{number:.1e}".replace("e+0", "e").replace("e+", "e")
+    return f"{number:.0f}" if abs(number) >= 999.95 else f"{number:.4g}"
+
+
 def share_text(part: float, whole: float) -> str:
     """33%."""
     part_, whole_ = as_float(part), as_float(whole)

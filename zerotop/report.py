@@ -10,6 +10,7 @@ from runtime.wire.messages import LIVE_STATES, CommandRecord, StepResult
 from zerotop.format import MISSING, bytes_text, count_text, duration_text, figure_text, ms_text, rate_text, time_text
 from zerotop.output import table, with_exit_code
 from zerotop.state.condition import Condition, condition_of
+from zerotop.state.evaluations import Evaluations, evaluation_text, perplexity
 from zerotop.state.memory import memory_use
 from zerotop.state.progress import progress
 from zerotop.state.run import RankState, RunState, waits_for
@@ -35,6 +36,7 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         "loss_step": newest.step if newest else None,
         "lr": newest.lr if newest else None,
         "grad_norm": newest.grad_norm if newest else None,
+        "evaluation": evaluation_document(state.evaluations),
         "tokens_per_s": how_far.tokens_per_s,
         "step_ms": how_far.step_ms,
         "eta_s": how_far.eta_s,
@@ -58,6 +60,25 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         "laggard": status.laggard if status else "",
         "ranks": [_rank_document(state, rank) for _, rank in sorted(state.ranks.items())],
         "commands": [command_document(record) for record in state.commands.values()],
+    }
+
+
+def evaluation_document(evaluations: Evaluations) -> dict[str, Any] | None:
+    """The newest evaluation and the best one; None before the first."""
+    newest, best = evaluations.newest, evaluations.best
+    if newest is None:
+        return None
+    return {
+        "step": newest.step,
+        "loss": newest.loss,
+        "perplexity": perplexity(newest.loss),
+        "tokens": newest.tokens,
+        "samples": newest.samples,
+        "best_step": best.step if best is not None else newest.best_step,
+        "best_loss": best.loss if best is not None else None,
+        "best_perplexity": perplexity(best.loss) if best is not None else None,
+        "text": evaluation_text(newest, best),
+        "generations": [text.model_dump() for text in newest.generations],
     }
 
 
@@ -139,6 +160,8 @@ def status_text(document: dict[str, Any]) -> str:
         if document["loss_step"] < document["step"]:  # the recording ends before the run did
             parts.append(f"(of step {document['loss_step']}, the last one recorded)")
         lines.append("  ".join(parts))
+    if document["evaluation"] is not None:
+        lines.append(document["evaluation"]["text"])
     if document["last_checkpoint_step"] is not None:
         lines.append(f"newest checkpoint: step {document['last_checkpoint_step']}")
     if document["restarts"]:

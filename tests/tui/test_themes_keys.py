@@ -13,12 +13,15 @@ from textual.command import CommandList, CommandPalette
 import zerotop.tui
 from tests.tui.screen_reading import OpenApp, screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
+from zerotop.state import material
 from zerotop.tui.app import ZerotopApp
 from zerotop.tui.keys import FIXED_KEYS, KEYS, key_named, read_keymap
 from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.screens.data import DataScreen
 from zerotop.tui.screens.help import HelpScreen
 from zerotop.tui.screens.main import MainScreen
 from zerotop.tui.screens.rank import RankScreen
+from zerotop.tui.screens.texts import TextScreen
 from zerotop.tui.theme import Palette, ThemeError, load_palettes, read_palette
 from zerotop.tui.widgets.lines import ScrollPanel
 
@@ -158,7 +161,7 @@ async def test_keys_are_written_as_people_write_them(
 def test_every_key_of_panels_and_screens_is_kept_from_the_key_file() -> None:
     bound = [
         key_named(key)
-        for owner in (RankTable, ScrollPanel, MainScreen, RankScreen)
+        for owner in (RankTable, ScrollPanel, MainScreen, RankScreen, DataScreen, TextScreen)
         for binding in owner.BINDINGS
         if isinstance(binding, Binding)
         for key in binding.key.split(",")
@@ -287,10 +290,10 @@ async def test_the_setting_dialog_is_whole_in_a_small_terminal(open_app: OpenApp
 
 def test_every_sign_on_the_screen_is_in_fonts_that_people_have() -> None:
     """Looked up in DejaVu Sans Mono, the usual one on Linux (fc-query --format='%{charset}' DejaVuSansMono.ttf)."""
-    there = set("–“”…·×‖←↑→↓↻⏎─│├┤└═━░▌█▏▎▍▌▋▊▉╸■□▲▶●○◌◐◧✔✖❄°µé")
+    there = set("–“”…·×‖←↑→↓↵↻⏎≤─│├┤└═━╌░▌█▁▂▃▄▅▆▇▏▎▍▌▋▊▉╸■□▲▶◆●○◌◐◧✔✖❄°µé")
     used = {
         character
-        for path in Path(zerotop.tui.__file__).parent.rglob("*.py")
+        for path in (*Path(zerotop.tui.__file__).parent.rglob("*.py"), Path(material.__file__))
         for character in path.read_text()
         if not character.isascii()
     }

@@ -19,6 +19,7 @@ from zerotop.report import status_document
 from zerotop.rundir.directory import RunEntry
 from zerotop.source.base import Source
 from zerotop.source.command_answers import new_command
+from zerotop.state.evaluations import evaluation_text
 from zerotop.state.events import Record, record_text
 from zerotop.state.progress import progress
 from zerotop.state.run import RunState
@@ -108,6 +109,8 @@ class _Lines:
         self._attempt = entry.run.attempt
         self._told: set[tuple[float, str]] = set()
         self._start_wall_s = entry.status.started_wall_s or 0.0
+        self._told_evaluation = self._start_wall_s if entry.run.attempt == 1 else time.time()
+        """Wall time of the newest evaluation that was printed, or from which on they are."""
 
     def tell(self, state: RunState) -> None:
         self._tell_events(state)
@@ -123,6 +126,17 @@ class _Lines:
         for point in due:
             self._print(step_line(point, state, newest=point is due[-1]))
             self._printed_step = point.step
+        self._tell_evaluations(state)
+
+    def _tell_evaluations(self, state: RunState) -> None:
+        """Print the evaluations that are new, each beside the best one up to it."""
+        best = None
+        for evaluation in state.evaluations:
+            if evaluation.loss is not None and math.isfinite(evaluation.loss):
+                best = evaluation if best is None or best.loss is None or evaluation.loss < best.loss else best
+            if evaluation.wall_s > self._told_evaluation:
+                self._told_evaluation = evaluation.wall_s
+                self._print(evaluation_text(evaluation, best))
 
     def _tell_events(self, state: RunState) -> None:
         for event in state.events:
@@ -151,7 +165,8 @@ class _Lines:
 
 
 def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str:
-    """step 40/200  loss 2.3456  lr 3.00e-4  norm 1.2346  12.3K tokens/s  ETA 1m 05s"""
+    """step 40/200  loss 2.3456  lr 3.00e-4  norm 1.2346  12.3K tokens/s  ETA 1m 05s, and after evaluations also
+    eval 2.4102 (best 2.3801 at step 20)."""
     how_far = progress(state)
     of = f"/{how_far.steps}" if how_far.steps else ""
     parts = [f"step {point.step}{of}", f"loss {figure_text(point.loss)}", f"lr {figure_text(point.lr)}"]
@@ -161,6 +176,10 @@ def step_line(point: StepResult, state: RunState, *, newest: bool = True) -> str
         parts.append(rate_text(how_far.tokens_per_s))
     if newest and how_far.eta_s is not None:
         parts.append(f"ETA {duration_text(how_far.eta_s)}")
+    if newest and (evaluated := state.evaluations.newest) is not None and evaluated.loss is not None:
+        best = state.evaluations.best
+        better = f" (best {figure_text(best.loss)} at step {best.step})" if best and best.step != evaluated.step else ""
+        parts.append(f"eval {figure_text(evaluated.loss)}{better}")
     if point.loss_scale is not None:
         parts.append(f"scale {point.loss_scale:g}")
     if point.skipped:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from runtime.wire.messages import Evaluation
+from zerotop.format import figure_text, perplexity_text
 
 POINTS_KEPT = 1024
 TEXTS_KEPT = 32
@@ -98,6 +99,19 @@ def perplexity(loss: float | None) -> float | None:
     if loss is None:
         return None
     return math.exp(loss) if not loss > 700 else math.inf
+
+
+def evaluation_text(evaluation: Evaluation, best: Evaluation | None) -> str:
+    """An evaluation in one line: its loss and perplexity, and the best one."""
+    text = f"evaluation at step {evaluation.step}: "
+    if evaluation.loss is None:
+        return f"{text}{len(evaluation.generations)} texts"
+    text += f"loss {figure_text(evaluation.loss)}, perplexity {perplexity_text(perplexity(evaluation.loss))}"
+    if best is None:
+        return text
+    if best.step == evaluation.step:
+        return f"{text}, the best so far"
+    return f"{text}; best {figure_text(best.loss)} at step {best.step}"
 
 
 def _every_second(items: list[Evaluation] | list[int], best: int | None) -> list[int]:

@@ -84,10 +84,9 @@ def histogram(lengths: Sequence[tuple[int, int]], width: int, height: int) -> li
 
     The last line names lengths under their bars, the first has the highest count. A bin with samples is never empty.
     """
-    label = max((count for _, count in lengths), default=0)
-    top = count_text(label)
-    margin, body = len(top) + 1, height - 1
-    if not label or body < 1 or width - margin < 8:
+    highest = max((count for _, count in lengths), default=0)
+    margin, body = len(count_text(highest)) + 1, height - 1
+    if not highest or body < 1 or width - margin < 8:
         return []
     bars = _fitted(lengths, width - margin)
     most = max(count for _, count in bars)
@@ -109,8 +108,14 @@ def histogram(lengths: Sequence[tuple[int, int]], width: int, height: int) -> li
 
 
 def _fitted(lengths: Sequence[tuple[int, int]], width: int) -> list[tuple[int, int]]:
-    """The bins, with neighbours joined until each has a cell."""
-    joined = max(1, -(-len(lengths) // max(1, width)))
+    """The bins, with neighbours joined until each has a cell, and further while a quarter of the width is unused."""
+    least = max(1, -(-len(lengths) // max(1, width)))
+
+    def used(joined: int) -> int:
+        bars = -(-len(lengths) // joined)
+        return bars * min(6, width // bars)
+
+    joined = next((k for k in range(least, least + 3) if used(k) >= 0.75 * width), least)
     groups = [lengths[at : at + joined] for at in range(0, len(lengths), joined)]
     return [(group[-1][0], sum(count for _, count in group)) for group in groups]
 

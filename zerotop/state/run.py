@@ -163,7 +163,9 @@ class RunState:
             case Phases():
                 self.rank(message.rank).spans.extend(message.spans)
             case StepResult():
-                self.restarted = False  # the series notices replayed steps by itself
+                if self.restarted:  # the series notices replayed steps by itself
+                    self.restarted = False
+                    self.evaluations.cut(message.step - 1)
                 self.rank(message.rank).step = message
                 self.series.add(message)
                 self.waits.step_took(message.step, message.step_ms)

@@ -17,10 +17,11 @@ from runtime.telemetry.link import Link
 from runtime.wire.codec import decode_packet, decode_snapshot, encode
 from runtime.wire.messages import Command, Event, LogRecord, NodeStats, Packet, RunStatus
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
+from tests.harness.finetuning import data_report, evaluation
 from tests.harness.hubbench import Bench, beat, heard, packet
 from tests.harness.waiting import until_async
 from zerotop.hub import hub as module
-from zerotop.hub.admission import LOGS_AT_ONCE
+from zerotop.hub.admission import LOGS_AT_ONCE, REPORTS_AT_ONCE
 from zerotop.hub.router import OPEN_AT_MOST
 from zerotop.source.live import LiveSource
 
@@ -227,3 +228,20 @@ async def test_no_socket_of_a_run_sends_heartbeats(bench: Bench) -> None:
     finally:
         source.close()
         link.close(0)
+
+
+async def test_only_rank_0_reports_on_data_and_not_too_fast(bench: Bench) -> None:
+    for number in (0, 1):
+        rank = bench.connect(zmq.DEALER, "ranks", f"rank/{number}/1".encode())
+        report = data_report(rows=7168 + number).model_dump(mode="json")
+        result = evaluation(5 + number, rank=number).model_dump(mode="json")
+        await rank.send(raw(1, [report, result], source=f"rank/{number}"))
+        await until_async(
+            lambda number=number: bench.hub.state.evaluations.newest == evaluation(5 + number, rank=number)
+        )
+    assert bench.hub.state.data == {"train": data_report()}
+    assert any("'data_report', which only rank 0 sends" in text for text in bench.event_texts())
+    flood = [evaluation(step).model_dump(mode="json") for step in range(10, 10 + 2 * int(REPORTS_AT_ONCE))]
+    await rank.send(raw(2, [{**item, "rank": 1} for item in flood], source="rank/1"))
+    await until_async(lambda: any("data reports and evaluations came too fast" in text for text in bench.event_texts()))
+    assert REPORTS_AT_ONCE / 2 < len(bench.hub.state.evaluations) < 2 * REPORTS_AT_ONCE

@@ -11,9 +11,17 @@ from typing import Any
 import pytest
 
 from runtime.wire.messages import Event, Heartbeat, Hello, LogRecord, RunStatus, StepResult
+from tests.harness.finetuning import data_report, evaluation
 from tests.harness.waiting import until
 from zerotop.hub import recorder as module
-from zerotop.hub.recorder import Recorder, earlier_steps, on_network_file_system, read_messages, read_recording
+from zerotop.hub.recorder import (
+    Recorder,
+    earlier_evaluations,
+    earlier_steps,
+    on_network_file_system,
+    read_messages,
+    read_recording,
+)
 from zerotop.hub.thinning import thin, used_bytes
 from zerotop.state.run import RunState
 
@@ -84,6 +92,31 @@ def test_attempts_share_one_recording(tmp_path: Path, recorder: Recorder) -> Non
     assert [step.step for step in earlier_steps(tmp_path, 3, limit=1)] == [2]  # thinned, the newest kept
     assert earlier_steps(tmp_path, 1) == []
     assert [(row.attempt, row.message.step) for row in read_recording(tmp_path)] == [(1, 1), (2, 2)]  # type: ignore[attr-defined]
+
+
+def test_reports_and_evaluations_are_recorded_all_and_found_by_the_next_attempt(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    said = [data_report(), data_report("evaluation"), *(evaluation(number) for number in range(5))]
+    for message in said:
+        recorder.add("rank/0", message)
+    recorder.close()
+    assert list(read_messages(tmp_path)) == said
+    assert earlier_evaluations(tmp_path, 2) == said[2:]
+    assert earlier_evaluations(tmp_path, 1) == [] == earlier_steps(tmp_path, 2)
+
+
+def test_thinning_a_recording_leaves_its_data_reports(tmp_path: Path, recorder: Recorder) -> None:
+    recorder.add("rank/0", data_report())
+    for number in range(3000):
+        recorder.add("rank/0", evaluation(number))
+    recorder.close()
+    with closing(sqlite3.connect(tmp_path / "recording.sqlite")) as database:
+        limit = used_bytes(database) // 2
+        thin(database, limit)
+        assert used_bytes(database) <= limit
+    kept = list(read_messages(tmp_path))
+    assert kept[0] == data_report() and kept[-1] == evaluation(2999) and len(kept) > 100
 
 
 def test_no_recording_is_empty(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from rich.style import Style
 
-from runtime.wire.messages import StepResult
-from zerotop.format import count_text, figure_text, ms_text
+from runtime.wire.messages import Evaluation, StepResult
+from zerotop.format import count_text, figure_text, ms_text, perplexity_text
 from zerotop.state.evaluations import Evaluations, perplexity
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Panel, Row
@@ -94,12 +94,11 @@ class PlotPanel(Panel, can_focus=True):
         points = [(float(point.step), self.figure.value(point, world_size)) for point in series]
         line = palette.style("muted") if view.stale else palette.plot(self.figure.color)
         second = palette.style("muted") if view.stale else palette.plot("evaluation")
-        legend = _evaluation_row(evaluations, width, second) if height >= 4 else None
+        legend = _evaluation_rows(evaluations, width, second, lines=2 if height >= 10 else 1 if height >= 4 else 0)
         marked = _marked(evaluations, second)
-        body = height - (legend is not None)
-        self._drawn = plot_rows(points, width, body, self.figure.text, line, palette.style("muted"), marked)
-        if legend is not None:
-            self._drawn.insert(0, legend)
+        body = height - len(legend)
+        plot = plot_rows(points, width, body, self.figure.text, line, palette.style("muted"), marked)
+        self._drawn = [*legend, *plot]
         self._drawn_key = key
         return self._drawn
 
@@ -111,28 +110,33 @@ def _marked(evaluations: Evaluations, style: Style) -> Marked | None:
     return Marked(points, style, float(best.step) if best is not None else None) if points else None
 
 
-def _evaluation_row(evaluations: Evaluations, width: int, style: Style) -> Row | None:
-    """The newest evaluation and the best one, in as many words as there is room for."""
+def _evaluation_rows(evaluations: Evaluations, width: int, style: Style, lines: int) -> list[Row]:
+    """The newest evaluation and the best one, in at most so many lines, and in as many words as there is room for."""
     newest, best = evaluations.newest, evaluations.best
-    if newest is None or newest.loss is None:
-        return None
-    now, ppl = figure_text(newest.loss), figure_text(perplexity(newest.loss))
-    texts = [f"evaluation {now}, perplexity {ppl}", f"eval {now}, ppl {ppl}", f"eval {now}"]
-    if best is not None:
-        low, at = figure_text(best.loss), best.step
-        low_ppl = figure_text(perplexity(best.loss))
-        if best.step == newest.step:
-            more = [" · the best so far", " · best so far", " · best"]
-            mark = BEST_MARK
-        else:
-            more = [
-                f" · best {low}, perplexity {low_ppl} at step {at}",
-                f" · {BEST_MARK} best {low}, ppl {low_ppl} at {at}",
-                f" · {BEST_MARK} {low} at {at}",
-            ]
-            mark = MARK
-        texts = [text + rest for text, rest in zip(texts, more, strict=True)] + texts[-1:]
+    if newest is None or newest.loss is None or not lines:
+        return []
+    now = _loss_texts("evaluation", newest)
+    mark = MARK
+    if best is None:
+        choices = [[text] for text in now]
+    elif best.step == newest.step:
+        mark = BEST_MARK
+        choices = [[f"{now[0]} · the best so far"], *([f"{text} · best"] for text in now)]
     else:
-        mark = MARK
-    text = next((text for text in texts if len(text) + 2 <= width), None)
-    return None if text is None else Row().add(f"{mark} {text}", style)
+        low = [f"{BEST_MARK} {text} at step {best.step}" for text in _loss_texts("best", best)]
+        short = [f"{BEST_MARK} {figure_text(best.loss)} at {best.step}"]
+        choices = [[f"{now[0]}  {low[0]}"]]
+        choices += [[text, more] for text, more in zip(now, low, strict=True)] if lines > 1 else []
+        choices += [[f"{text}  {more}"] for text, more in zip(now[1:], low[1:], strict=True)]
+        choices += [[f"{now[-1]}  {short[0]}"], [now[-1]]]
+    for texts in choices:
+        if max(len(text) for text in texts) + 2 <= width:
+            return [Row().add(f"{mark} {texts[0]}", style), *(Row().add(text, style) for text in texts[1:])]
+    return []
+
+
+def _loss_texts(name: str, evaluation: Evaluation) -> list[str]:
+    """Loss and perplexity, from long to short."""
+    loss, ppl = figure_text(evaluation.loss), perplexity_text(perplexity(evaluation.loss))
+    name_short = "eval" if name == "evaluation" else name
+    return [f"{name} {loss}, perplexity {ppl}", f"{name_short} {loss}, ppl {ppl}", f"{name_short} {loss}"]

@@ -6,7 +6,7 @@ import textwrap
 
 from runtime.wire.messages import Evaluation
 from zerotop.clean import clean
-from zerotop.format import figure_text
+from zerotop.format import figure_text, perplexity_text
 from zerotop.state.evaluations import perplexity
 from zerotop.state.run import RunState
 from zerotop.tui.view import View
@@ -36,8 +36,7 @@ class EvaluationList(TextLines):
         return (view.state.evaluations.newest, len(view.state.evaluations), self.shown_step)
 
     def accept(self, view: View) -> None:
-        count = len(view.state.evaluations)
-        self.entitle(f"1 {count} evaluation{'s' * (count != 1)}")
+        self.entitle(f"1 evaluations · {len(view.state.evaluations)}")
         super().accept(view)
         self._keep_in_sight()
 
@@ -66,7 +65,7 @@ class EvaluationList(TextLines):
             style = palette.style("primary", bold=True) if here else PLAIN if point.generations else muted
             row = Row().add("▌ " if here else "  ", style).cell(f"{point.step:,}", 9, style, right=True)
             row.cell(figure_text(point.loss), 10, style, right=True)
-            row.cell(figure_text(perplexity(point.loss)), 12, style, right=True)
+            row.cell(perplexity_text(perplexity(point.loss)), 12, style, right=True)
             if best is not None and best.step == point.step:
                 row.gap(2).add(f"{BEST_MARK} best", palette.plot("evaluation"))
             rows.append(row)
@@ -97,7 +96,7 @@ class TextPanel(TextLines):
             number = next((at for at, point in enumerate(there, 1) if point.step == shown.step), 0)
             title += f" {number} of {len(there)} · step {shown.step:,}"
             if shown.loss is not None:
-                title += f" · loss {figure_text(shown.loss)}, perplexity {figure_text(perplexity(shown.loss))}"
+                title += f" · loss {figure_text(shown.loss)}, perplexity {perplexity_text(perplexity(shown.loss))}"
             if evaluations.best is not None and evaluations.best.step == shown.step:
                 title += f" · {BEST_MARK} best"
         self.entitle(title)

@@ -9,8 +9,9 @@ import textwrap
 
 from runtime.wire.messages import RunStatus
 from zerotop.clean import clean
-from zerotop.format import duration_text, figure_text, rate_text
+from zerotop.format import duration_text, figure_text, perplexity_text, rate_text
 from zerotop.output import with_exit_code
+from zerotop.state.evaluations import perplexity
 from zerotop.tui.text import STATES
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Band, Row
@@ -75,6 +76,12 @@ def summary(view: View) -> str:
     if losses:
         best, step = min(losses)
         facts.append(f"loss {figure_text(losses[-1][0])}, best {figure_text(best)} at step {step}")
+    if (newest := state.evaluations.newest) is not None and (lowest := state.evaluations.best) is not None:
+        ppl = perplexity_text(perplexity(lowest.loss))
+        facts.append(
+            f"evaluation {figure_text(newest.loss)}, best {figure_text(lowest.loss)} (perplexity {ppl}) "
+            f"at step {lowest.step}"
+        )
     timed = [point for point in points if point.tokens_per_s is not None]
     if took_ms := sum(point.step_ms for point in timed):
         tokens_ms = sum((point.tokens_per_s or 0.0) * point.step_ms for point in timed)
