@@ -82,19 +82,27 @@ def _default_cut(model: nn.Module, modules: dict[str, nn.Module]) -> list[Cut]:
 
 def _stacks(modules: dict[str, nn.Module], kind: type[nn.Module]) -> dict[str, nn.Module]:
     """Lists of several blocks, by path, in the model's order; none is inside another. Experts are not blocks: which of
-    them run depends on the data and differs between ranks, while all ranks must unshard the same units. So does what is
-    below a leaf module (set_z3_leaf_modules)."""
+    them run depends on the data and differs between ranks, while all ranks must unshard the same units. Nor is anything
+    inside an expert, or below a leaf module (set_z3_leaf_modules)."""
     found: dict[str, nn.Module] = {}
-    leaves = [name for name, module in modules.items() if is_leaf_module(module)]
+    leaves = [name for name, module in modules.items() if is_leaf_module(module) or _are_experts(name, modules)]
     for name, module in modules.items():
-        if "expert" in name.rpartition(".")[2].lower():
-            continue
         if any(leaf in ("", name) or name.startswith(leaf + ".") for leaf in leaves):
             continue
         several = isinstance(module, kind) and len(list(module.children())) > 1 and _numel(module) > 0
         if several and not any(outer == "" or name.startswith(outer + ".") for outer in found):
             found[name] = module
     return found
+
+
+def _are_experts(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether the module at the path `name` is a list of experts: it is called so, or there is a router beside it."""
+    parent, _, own = name.rpartition(".")
+    if "expert" in own.lower():
+        return isinstance(modules[name], (nn.ModuleList, nn.Sequential))
+    if not isinstance(modules[name], nn.ModuleList) or parent not in modules:
+        return False
+    return any(beside in ("gate", "gating") or "router" in beside for beside in modules[parent]._modules)
 
 
 def _numel(module: nn.Module) -> int:
