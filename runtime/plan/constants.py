@@ -10,3 +10,6 @@ STREAM_SLOTS = 3
 SNAPSHOT_SLOT_BYTES = 32 << 20
 SNAPSHOT_SLOTS = 2
 """Buffers through which a checkpoint reads offloaded states, in chunks of SNAPSHOT_SLOT_BYTES."""
+STACK_SHARE = 0.1
+"""A second list of blocks (an encoder beside a decoder) is cut into units, too, if it has at least this share of the
+largest list's parameters."""

@@ -1,7 +1,7 @@
-"""Estimates of a step's memory beyond the states, from a GPT's shape; and shapes guessed from a parameter count.
+"""Estimates of a step's memory beyond the states, from a model's shape; and shapes guessed from a parameter count.
 
-Torch-free. The figures are for the built-in GPT (no dropout, fused attention); other transformers of the same shape
-differ by some ten per cent.
+Torch-free. The figures are for the built-in GPT (no dropout, fused attention) and for Hugging Face decoders
+(decoder.py); other transformers of the same shape differ by some ten per cent.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import itertools
 import math
 
 from runtime.config.presets import GPTConfig, unit_parameters
+from runtime.plan.decoder import DecoderShape, end_bytes, layer_bytes
+from runtime.plan.loss_chunks import chunked_logits_bytes, whole_logits_bytes
 
 CUDA_CONTEXT_BYTES = 500 * 10**6
 """A process's CUDA context with its kernels: 0.3-0.6 GB are seen."""
@@ -34,7 +36,7 @@ _SHAPES_LARGE = ((96, 12288), (118, 16384))
 
 
 def activation_bytes(
-    config: GPTConfig,
+    config: GPTConfig | DecoderShape,
     micro_batch: int,
     seq_len: int,
     element_bytes: int,
@@ -43,18 +45,15 @@ def activation_bytes(
 ) -> int:
     """Bytes that autograd keeps from forward to backward, without the logits, plus one layer's for backward itself.
 
-    Per token and layer 16 * dim elements: 2 norm inputs, 2 norm outputs, q, k, v, attention's output, and 8 around the
-    activation function (attention's output twice on a CPU, whose kernel leaves it in another order); and in fp32 two
-    numbers per norm and one per head. A test compares this with what autograd really saves.
-
     segments: number of groups of layers with activation checkpointing, of which only the inputs are kept; backward
-    recomputes one group at a time. None: everything is kept. inputs_on_host: whether these inputs are offloaded.
+    recomputes one group at a time. None: everything is kept. inputs_on_host: whether what layers keep is offloaded:
+    these inputs, or everything, of which two layers' is then on the device at a time.
     """
     tokens = micro_batch * seq_len
-    layer = 16 * config.dim * element_bytes + 4 * (2 * 2 + config.heads)
-    ends = 2 * config.dim * element_bytes + 4 * 2 + 2 * 8
+    layer, ends = _layer_bytes(config, seq_len, element_bytes), _end_bytes(config, element_bytes)
     if segments is None:
-        return tokens * ((config.layers + 1) * layer + ends)
+        layers = min(2, config.layers) if inputs_on_host else config.layers
+        return tokens * ((layers + 1) * layer + ends)
     size = -(-config.layers // min(segments, config.layers))
     inputs = tokens * config.dim * element_bytes
     if not inputs_on_host:
@@ -62,27 +61,73 @@ def activation_bytes(
     return tokens * ((size + 1) * layer + ends) + inputs
 
 
-def kept_input_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int, segments: int) -> int:
+def _layer_bytes(config: GPTConfig | DecoderShape, seq_len: int, element_bytes: int) -> int:
+    """Bytes per token that autograd keeps of one layer.
+
+    Of the GPT 16 * dim elements: 2 norm inputs, 2 norm outputs, q, k, v, attention's output, and 8 around the
+    activation function (attention's output twice on a CPU, whose kernel leaves it in another order); and in fp32 two
+    numbers per norm and one per head. A test compares this with what autograd really saves.
+    """
+    if isinstance(config, GPTConfig):
+        return 16 * config.dim * element_bytes + 4 * (2 * 2 + config.heads)
+    return layer_bytes(config, seq_len, element_bytes)
+
+
+def _end_bytes(config: GPTConfig | DecoderShape, element_bytes: int) -> int:
+    """Bytes per token that autograd keeps outside of the layers, without the logits."""
+    if isinstance(config, GPTConfig):
+        return 2 * config.dim * element_bytes + 4 * 2 + 2 * 8
+    return end_bytes(config, element_bytes)
+
+
+def kept_input_bytes(
+    config: GPTConfig | DecoderShape, micro_batch: int, seq_len: int, element_bytes: int, segments: int
+) -> int:
     """Bytes of the inputs of all groups of layers, with activation checkpointing."""
     size = -(-config.layers // min(segments, config.layers))
     return micro_batch * seq_len * -(-config.layers // size) * config.dim * element_bytes
 
 
-def logits_bytes(config: GPTConfig, micro_batch: int, seq_len: int, element_bytes: int) -> int:
-    """Bytes held when backward starts: logits in the model's precision, their log-softmax and its gradient in fp32."""
-    return micro_batch * seq_len * config.vocab_size * (element_bytes + 4 + 4)
+def kept_bytes(config: GPTConfig | DecoderShape, micro_batch: int, seq_len: int, element_bytes: int) -> int:
+    """Bytes that autograd keeps of all layers, without activation checkpointing."""
+    return micro_batch * seq_len * config.layers * _layer_bytes(config, seq_len, element_bytes)
 
 
-def fresh_gradient_bytes(config: GPTConfig, element_bytes: int, beside: int) -> int:
+def logits_bytes(
+    config: GPTConfig | DecoderShape,
+    micro_batch: int,
+    seq_len: int,
+    element_bytes: int,
+    chunked: bool = False,
+    head_trained: bool = True,
+) -> int:
+    """Bytes of logits and what cross-entropy makes of them. chunked: whether it is computed in chunks."""
+    tokens, vocab = micro_batch * seq_len, config.vocab_size
+    if not chunked or isinstance(config, GPTConfig):
+        return whole_logits_bytes(tokens, vocab, element_bytes)
+    return chunked_logits_bytes(
+        tokens, vocab, config.dim, element_bytes, weight_grad=head_trained, softcap=config.softcap
+    )
+
+
+def fresh_gradient_bytes(
+    config: GPTConfig | DecoderShape, element_bytes: int, beside: int, largest: int = 0, tied_table: int = 0
+) -> int:
     """Bytes of gradients in autograd's own memory, before the engine copies them: what they add to the `beside` bytes
     of activations and logits that are held when backward starts.
 
     Only one gradient exists at a time, except that of a tied embedding: the head's part stays until the embedding's is
     made, and autograd adds both into a third tensor, when all activations are freed.
+
+    largest, tied_table: elements of the largest trained parameter, and of a trained embedding that the head shares, of
+    a Hugging Face model.
     """
-    table = config.vocab_size * config.dim * element_bytes
-    if not config.tied:
-        return max(table, 4 * config.dim**2 * element_bytes)
+    if isinstance(config, GPTConfig):
+        largest = max(config.vocab_size * config.dim, 4 * config.dim**2)
+        tied_table = config.vocab_size * config.dim if config.tied else 0
+    if not tied_table:
+        return largest * element_bytes
+    table = tied_table * element_bytes
     return max(beside + table, 3 * table) - beside
 
 

@@ -78,6 +78,7 @@ def copied_for_reduction(units: Units) -> int:
     """Elements of the copies of full gradients that are reduced if the communication dtype is not theirs (stages 0 and
     1, or zerotop.accumulate "local"). Each is made when the reductions before it are done."""
     pool, flying = _Pool(), list[int]()
+    units = [(name, numel) for name, numel in units if numel]
     others = [numel for name, numel in reversed(units) if name not in ALWAYS_OPEN]
     for numel in [*others, *(numel for name, numel in units if name in ALWAYS_OPEN)]:
         _finish_oldest(pool, flying)

@@ -20,6 +20,7 @@ from runtime.plan.estimate import (
     activation_bytes,
     context_bytes,
     fresh_gradient_bytes,
+    kept_bytes,
     kept_input_bytes,
     logits_bytes,
 )
@@ -115,14 +116,16 @@ def plan(workload: Workload) -> list[Layout]:
 
 
 def data_parallel(workload: Workload) -> Layout:
-    """torch's DDP with autocast: parameters, gradients and Adam's moments in fp32, 16 bytes per parameter.
+    """torch's DDP with autocast: parameters, gradients and Adam's moments in fp32, 16 bytes per parameter. Frozen
+    parameters are in the model's precision.
 
     Assumes gradient_as_bucket_view=True (without it DDP holds the gradients twice) and one all-reduce per step
     (no_sync while accumulating). In 16 bit autocast keeps a cast copy of the weights from forward to backward.
     """
-    count, world = workload.parameters, workload.world_size
+    count, world = workload.trained_parameters, workload.world_size
     cast_copy = ELEMENT_BYTES[workload.precision] * count if workload.precision != "fp32" else 0
-    states = {"parameters": 4 * count, "gradients": 4 * count, "masters": 0}
+    frozen = workload.element_bytes * workload.frozen_parameters
+    states = {"parameters": 4 * count + frozen, "gradients": 4 * count, "masters": 0}
     states |= {"optimizer": 4 * workload.moments * count, "buffers": cast_copy}
     sent = _ring(2 * 4 * count, world)
     host = _inputs_on_host(workload)
@@ -139,17 +142,21 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False, paramete
     owned = whole if stage == 0 else whole // world
     offload_parameters = stage == 3 and (offload and workload.offload_parameters if parameters is None else parameters)
     shards = stage == 3 and (world > 1 or (offload_parameters and remote))
-    waiting = _shardable(workload) // world if shards and offload_parameters else 0
+    frozen_whole, frozen_own = _frozen(workload, shards)
+    waiting = frozen_waiting = 0
+    if shards and offload_parameters:
+        waiting, frozen_waiting, frozen_own = _shardable(workload) // world, frozen_own, 0
     offloaded = offloaded_shards(workload, stage, waiting > 0) if offload else {}
     on_host = sum(offloaded.values())
     on_gpu = owned - on_host
     shards_gradients = workload.shards_gradients(stage)
     masters = _masters(workload, on_gpu, offloaded, waiting > 0)
-    moments = 4 * workload.moments
+    moments = workload.moment_bytes * workload.moments
     accumulator = workload.accumulator_bytes
     streamed = _stream_bytes(workload) if offloaded else 0
     gpu = {
-        "parameters": workload.element_bytes * (_kept_at_stage_3(workload) - waiting if stage == 3 else whole),
+        "parameters": workload.element_bytes
+        * (frozen_whole + frozen_own + (_kept_at_stage_3(workload) - waiting if stage == 3 else whole)),
         "gradients": accumulator * (on_gpu if shards_gradients else whole),
         "masters": masters[0],
         "optimizer": moments * on_gpu,
@@ -160,7 +167,7 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False, paramete
         states = {"gradients": accumulator * on_host if shards_gradients else 0, "masters": masters[1]}
         states |= {"optimizer": moments * on_host}
         states |= {"staging": _staging(workload, shards_gradients, max(offloaded.values(), default=0)) if remote else 0}
-        per_rank = states | {"parameters": workload.element_bytes * waiting}
+        per_rank = states | {"parameters": workload.element_bytes * (waiting + frozen_waiting)}
         host = {category: size * world for category, size in per_rank.items()}
         if remote:
             pinned = workload.pin_memory * sum(states.values()) * world
@@ -172,7 +179,7 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False, paramete
         gpu=gpu | _stage_independent(workload),
         host=host,
         sent_bytes=_sent(workload, stage),
-        pcie_bytes=_pcie(workload, stage, on_host, waiting) if remote else 0,
+        pcie_bytes=_pcie(workload, stage, on_host, waiting, frozen_waiting) if remote else 0,
         offload_parameters=offload_parameters,
         pinned_bytes=pinned + host.get("activations", 0),
         snapshot_bytes=_snapshot(workload, stage, offloaded),
@@ -187,7 +194,7 @@ def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
         return 0
     world = workload.world_size
     apart = sum(offloaded.values()) // (world if stage == 0 else 1)
-    copied = (4 + 4 * workload.moments) * (workload.padded_parameters // world - apart)
+    copied = (4 + workload.moment_bytes * workload.moments) * (workload.padded_parameters // world - apart)
     return world * (copied + (SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES if apart else 0))
 
 
@@ -199,23 +206,32 @@ def _stage_independent(workload: Workload) -> dict[str, int]:
         activations = activation_bytes(
             shape, batch, workload.seq_len, element, workload.segments, _offloads_inputs(workload)
         )
-        logits = logits_bytes(shape, batch, workload.seq_len, element)
-        temporary = fresh_gradient_bytes(shape, element, beside=activations + logits)
+        logits = logits_bytes(
+            shape, batch, workload.seq_len, element, workload.chunked_loss, workload.trains_head
+        )
+        temporary = fresh_gradient_bytes(
+            shape, element, activations + logits, workload.largest_parameter, workload.tied_table
+        )
     context = context_bytes(workload.world_size) if workload.device == "cuda" else 0
     return {"activations": activations, "logits": logits, "temporary": temporary, "context": context}
 
 
 def _offloads_inputs(workload: Workload) -> bool:
-    """Whether activation checkpoints are offloaded: not on a CPU, where they are in host memory already."""
-    return workload.inputs_on_host and workload.segments is not None and workload.device != "cpu"
+    """Whether what layers keep is offloaded: not on a CPU, where it is in host memory already."""
+    asked = workload.offload_activations or (workload.inputs_on_host and workload.segments is not None)
+    return asked and workload.device != "cpu"
 
 
 def _inputs_on_host(workload: Workload) -> dict[str, int]:
-    """Bytes of offloaded activation checkpoints of all ranks, which are page-locked."""
-    if workload.shape is None or workload.segments is None or not _offloads_inputs(workload):
+    """Bytes of offloaded activations of all ranks, which are page-locked."""
+    shape = workload.shape
+    if shape is None or not _offloads_inputs(workload):
         return {}
-    element, batch = ELEMENT_BYTES[workload.precision], workload.micro_batch
-    kept = kept_input_bytes(workload.shape, batch, workload.seq_len, element, workload.segments)
+    element, batch, length = ELEMENT_BYTES[workload.precision], workload.micro_batch, workload.seq_len
+    if workload.segments is None:
+        kept = kept_bytes(shape, batch, length, element)
+    else:
+        kept = kept_input_bytes(shape, batch, length, element, workload.segments)
     return {"activations": kept * workload.world_size}
 
 
@@ -236,13 +252,15 @@ def _room_for_states(workload: Workload, stage: int, params_on_host: bool) -> in
     if reserve is None or free is None or workload.device == "cpu":
         return 0
     whole, sharded = workload.padded_parameters, _shardable(workload)
-    kept = whole
+    kept, largest = whole, [numel for _, numel in workload.padded_units]
     if stage == 3 and (world > 1 or params_on_host):
-        kept = workload.small_parameters + (0 if params_on_host else sharded // world)
+        frozen = [numel for _, numel in workload.padded_frozen]
+        kept = workload.small_parameters + (0 if params_on_host else (sharded + sum(frozen)) // world)
+        largest += frozen
     coming = workload.element_bytes * kept
     coming += workload.accumulator_bytes * (whole // world if workload.shards_gradients(stage) else whole)
-    largest = sorted((numel for _, numel in workload.padded_units), reverse=True)[:2]
-    return max(0, free - coming - _stream_bytes(workload) - 2 * workload.element_bytes * sum(largest) - reserve)
+    buffers = 2 * workload.element_bytes * sum(sorted(largest, reverse=True)[:2])
+    return max(0, free - coming - _stream_bytes(workload) - buffers - reserve)
 
 
 def _stream_bytes(workload: Workload) -> int:
@@ -267,13 +285,22 @@ def _masters(workload: Workload, on_gpu: int, offloaded: dict[str, int], params_
     return 4 * apart_on_gpu, 4 * sum(numel for name, numel in offloaded.items() if name not in moved)
 
 
+def _frozen(workload: Workload, shards: bool) -> tuple[int, int]:
+    """Elements of parameters that are not trained and that a rank keeps: whole, which take no padding, and in shards.
+    shards: whether stage 3 shards parameters."""
+    if not shards:
+        return workload.frozen_parameters, 0
+    small = sum(numel for name, numel in workload.frozen if name == "small")
+    return small, sum(numel for _, numel in workload.padded_frozen) // workload.world_size
+
+
 def _shardable(workload: Workload) -> int:
-    """Padded elements that stage 3 shards."""
+    """Padded elements of trained parameters that stage 3 shards."""
     return workload.padded_parameters - workload.small_parameters
 
 
 def _kept_at_stage_3(workload: Workload) -> int:
-    """Elements of parameters that a rank keeps at stage 3: its shards, and the small parameters."""
+    """Elements of trained parameters that a rank keeps at stage 3: its shards, and the small parameters."""
     return _shardable(workload) // workload.world_size + workload.small_parameters
 
 
@@ -289,7 +316,11 @@ def _in_flight(workload: Workload, stage: int, shards: bool) -> int:
         nbytes = reduced * borrowed_for_backward(units, workload.arrivals)
     else:
         nbytes = 0 if reduced == workload.accumulator_bytes else reduced * copied_for_reduction(units)
-    return nbytes + (workload.element_bytes * unsharded_params(units) if shards else 0)
+    if not shards:
+        return nbytes
+    frozen = dict(workload.padded_frozen)
+    gathered = [(name, numel + frozen.get(name, 0)) for name, numel in units]
+    return nbytes + workload.element_bytes * unsharded_params(gathered)
 
 
 def _staging(workload: Workload, shards_gradients: bool, largest: int) -> int:
@@ -324,16 +355,19 @@ def _sent(workload: Workload, stage: int) -> int:
     regathered = (
         (2 * workload.accumulation - 1) * element * small if stage == 3 else 0
     )  # small parameters: all-gathered once per step
-    return _ring(per_element * workload.padded_parameters - regathered, workload.world_size)
+    frozen = sum(numel for _, numel in workload.padded_frozen) if stage == 3 else 0
+    gathered = workload.accumulation * 2 * element * frozen
+    return _ring(per_element * workload.padded_parameters - regathered + gathered, workload.world_size)
 
 
-def _pcie(workload: Workload, stage: int, on_host: int, waiting: int) -> int:
+def _pcie(workload: Workload, stage: int, on_host: int, waiting: int, frozen_waiting: int) -> int:
     """Bytes copied between GPU and host per rank and optimizer step: gradients down (at every micro-step if gradients
-    are sharded), new parameters up. Offloaded parameters are copied up for every forward and backward instead."""
+    are sharded), new parameters up. Offloaded parameters, `waiting` trained and `frozen_waiting` others, are copied up
+    for every forward and backward instead."""
     down = workload.accumulator_bytes
     if workload.shards_gradients(stage):
         down = workload.accumulation * workload.reduced_bytes(stage)
-    gathers = 2 * workload.accumulation * workload.element_bytes * waiting
+    gathers = 2 * workload.accumulation * workload.element_bytes * (waiting + frozen_waiting)
     return (down + workload.element_bytes) * on_host - workload.element_bytes * min(waiting, on_host) + gathers
 
 

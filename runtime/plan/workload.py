@@ -9,26 +9,31 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.config.presets import GPTConfig, ModelError, gradient_arrivals, load_model_config, unit_parameters
 from runtime.config.vocab import count_tokens
+from runtime.plan.decoder import DecoderShape
 from runtime.plan.layout import padded
+from runtime.plan.pretrained import Pretrained, pretrained
 
 if TYPE_CHECKING:
     from runtime.config import Resolved
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-# fp32 state tensors per parameter; SGD and RMSprop depend on their settings.
+# State tensors per parameter; SGD and RMSprop depend on their settings.
 _MOMENTS = {"Adagrad": 1, "ASGD": 1}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workload:
-    """A model and how it is trained. `units` are (name, parameters) in forward order, as the engine cuts the model."""
+    """A model and how it is trained. `units` are (name, trained parameters) in forward order, as the engine cuts the
+    model; a unit without any counts 0."""
 
     name: str
     units: tuple[tuple[str, int], ...]
-    shape: GPTConfig | None
+    shape: GPTConfig | DecoderShape | None
     """None: a model of the user's own, whose activations and logits are not known and count as 0."""
     world_size: int
+    frozen: tuple[tuple[str, int], ...] = ()
+    """(name of a unit, elements of its parameters that are not trained), for units that have any."""
     arrivals: tuple[str, ...] = ()
     """The unit of each parameter, in the order in which backward makes their gradients; empty: one unit after the
     other, last to first."""
@@ -40,7 +45,9 @@ class Workload:
     """Precision in which gradients are reduced. None: the model's if gradients are sharded, else that in which they
     accumulate."""
     moments: int = 2
-    """fp32 state tensors per parameter that the optimizer keeps: 2 for Adam."""
+    """State tensors per parameter that the optimizer keeps: 2 for Adam."""
+    moment_bytes: int = 4
+    """Bytes per element of these (zerotop.optimizer_state_dtype)."""
     micro_batch: int = 1
     accumulation: int = 1
     seq_len: int = 1024
@@ -64,6 +71,16 @@ class Workload:
     """Number of groups of layers whose activations backward recomputes. None: all activations are kept."""
     inputs_on_host: bool = False
     """Whether the inputs of those groups are offloaded to host memory."""
+    offload_activations: bool = False
+    """zerotop.model.offload_activations: whether what blocks keep for backward is offloaded, whatever it is."""
+    chunked_loss: bool = False
+    """Whether cross-entropy is computed in chunks, so that logits never exist as a whole."""
+    largest_parameter: int = 0
+    """Elements of the largest trained parameter of a Hugging Face model."""
+    tied_table: int = 0
+    """Elements of its trained embedding, if the head shares it."""
+    trains_head: bool = True
+    """Whether the head's weight is trained."""
     shape_guessed: bool = False
     """Whether `shape` is guessed from a parameter count."""
     checkpoints: bool = True
@@ -85,12 +102,27 @@ class Workload:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
+        """Number of parameters, trained or not."""
+        return self.trained_parameters + self.frozen_parameters
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of parameters that are trained."""
         return sum(numel for _, numel in self.units)
 
     @property
+    def frozen_parameters(self) -> int:
+        """Number of parameters that are not trained."""
+        return sum(numel for _, numel in self.frozen)
+
+    @property
+    def padded_frozen(self) -> list[tuple[str, int]]:
+        """(name, padded elements) of the parameters of each unit that are not trained and that stage 3 shards."""
+        return [(name, padded(numel, self.world_size)) for name, numel in self.frozen if name != "small"]
+
+    @property
     def padded_parameters(self) -> int:
-        """Number of parameters, with every unit padded."""
+        """Number of trained parameters, with every unit padded."""
         return sum(padded(numel, self.world_size) for _, numel in self.units)
 
     @property
@@ -119,7 +151,7 @@ class Workload:
 
     @property
     def small_parameters(self) -> int:
-        """Padded elements of the small parameters, which are not sharded at stage 3 either."""
+        """Padded elements of the small trained parameters, which are not sharded at stage 3 either."""
         return sum(padded(numel, self.world_size) for name, numel in self.units if name == "small")
 
 
@@ -127,11 +159,11 @@ def workload_of(
     resolved: Resolved,
     name: str,
     units: Sequence[tuple[str, int]],
-    shape: GPTConfig | None,
+    shape: GPTConfig | DecoderShape | None,
     world_size: int | None = None,
 ) -> Workload:
-    """Make the workload of a config. units: (name, parameters) in forward order. shape: None if it is not known.
-    world_size: overrides the config's."""
+    """Make the workload of a config. units: (name, trained parameters) in forward order. shape: None if it is not
+    known. world_size: overrides the config's."""
     offload, parameters, checkpointing = (
         resolved.offload_optimizer, resolved.offload_param, resolved.activation_checkpointing
     )  # fmt: skip
@@ -140,7 +172,9 @@ def workload_of(
     streams = (offload is None or offload.pin_memory) and section.update != "cpu" and _is_adam(resolved)
     segments = None
     if checkpointing is not None and shape is not None:
-        segments = checkpointing.number_checkpoints or shape.layers
+        segments = shape.layers  # a Hugging Face model's blocks are checkpointed one by one
+        if isinstance(shape, GPTConfig):
+            segments = checkpointing.number_checkpoints or shape.layers
     return Workload(
         name=name,
         units=tuple(units),
@@ -152,6 +186,7 @@ def workload_of(
         grad_accum_dtype=resolved.grad_accum_dtype,
         reduce_dtype=resolved.communication_data_type,
         moments=moments(resolved),
+        moment_bytes=2 if resolved.zerotop.optimizer_state_dtype == "bf16" else 4,
         micro_batch=resolved.micro_batch,
         accumulation=resolved.accumulation,
         seq_len=resolved.zerotop.data.seq_len,
@@ -168,11 +203,29 @@ def workload_of(
     )
 
 
+def pretrained_workload(resolved: Resolved, model: Pretrained, world_size: int | None = None) -> Workload:
+    """Make the workload of a Hugging Face model. world_size: overrides the config's."""
+    units = [(unit.name, unit.trained) for unit in model.units]
+    section = resolved.zerotop.model
+    return dataclasses.replace(
+        workload_of(resolved, model.name, units, model.shape, world_size),
+        frozen=tuple((unit.name, unit.frozen) for unit in model.units if unit.frozen),
+        arrivals=model.arrivals,
+        offload_activations=section.offload_activations,
+        chunked_loss=section.cross_entropy != "whole",
+        largest_parameter=model.largest,
+        tied_table=model.tied_table,
+        trains_head=model.trains_head,
+    )
+
+
 def built_in_workload(resolved: Resolved, folder: Path) -> Workload | None:
     """Make the workload of the built-in trainer with this config, whose relative paths start in `folder`; None if its
     model or tokenizer can't be read."""
     section = resolved.zerotop.model
     try:
+        if section.path is not None:
+            return pretrained_workload(resolved, pretrained(resolved, folder))
         tokens = count_tokens(resolved.zerotop.data.tokenizer, folder)
         shape = load_model_config(section, tokens, resolved.zerotop.data.seq_len)
         units = unit_parameters(shape, resolved.persistence_threshold, resolved.zerotop.units)
@@ -181,9 +234,11 @@ def built_in_workload(resolved: Resolved, folder: Path) -> Workload | None:
     return workload_of(resolved, str(section.preset), units, shape)
 
 
-def _arrivals(resolved: Resolved, units: Sequence[tuple[str, int]], shape: GPTConfig | None) -> tuple[str, ...]:
-    """`Workload.arrivals` of the model `shape`; empty if its units are not `units`."""
-    if shape is None:
+def _arrivals(
+    resolved: Resolved, units: Sequence[tuple[str, int]], shape: GPTConfig | DecoderShape | None
+) -> tuple[str, ...]:
+    """`Workload.arrivals` of the built-in GPT of this shape; empty if its units are not `units`."""
+    if not isinstance(shape, GPTConfig):
         return ()
     try:
         found = gradient_arrivals(shape, resolved.persistence_threshold, resolved.zerotop.units)
@@ -197,7 +252,7 @@ def _is_adam(resolved: Resolved) -> bool:
 
 
 def moments(resolved: Resolved) -> int:
-    """fp32 state tensors per parameter that the optimizer keeps."""
+    """State tensors per parameter that the optimizer keeps."""
     optimizer = resolved.optimizer
     if optimizer is None:
         return 2
@@ -213,5 +268,14 @@ def workload_document(workload: Workload) -> dict[str, Any]:
     """The workload as JSON."""
     document = dataclasses.asdict(workload)
     del document["arrivals"]
-    document["units"] = [{"name": name, "parameters": numel} for name, numel in workload.units]
-    return document | {"parameters": workload.parameters, "padded_parameters": workload.padded_parameters}
+    del document["frozen"]
+    frozen = dict(workload.frozen)
+    document["units"] = [
+        {"name": name, "parameters": numel} | ({"frozen_parameters": frozen[name]} if name in frozen else {})
+        for name, numel in workload.units
+    ]
+    return document | {
+        "parameters": workload.parameters,
+        "trained_parameters": workload.trained_parameters,
+        "padded_parameters": workload.padded_parameters,
+    }

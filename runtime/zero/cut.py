@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from runtime.models.names import plain_name
+from runtime.plan.constants import STACK_SHARE
 from runtime.zero.leaf_modules import is_leaf_module
 
 
@@ -60,12 +61,8 @@ def cut(model: nn.Module, patterns: list[str] | None = None, small_below: int = 
     return [unit for unit in (root, small, *cuts) if unit.parameters]
 
 
-STACK_SHARE = 0.1
-"""A second list of blocks (an encoder beside a decoder) is cut into units, too, if it has at least this share of the
-largest list's parameters. A Sequential counts as a list of blocks in models without a ModuleList."""
-
-
 def _default_cut(model: nn.Module, modules: dict[str, nn.Module]) -> list[Cut]:
+    # A Sequential counts as a list of blocks in models without a ModuleList.
     stacks = _stacks(modules, nn.ModuleList) or _stacks(modules, nn.Sequential)
     if not stacks:
         return []
