@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.context import markdown, measured_on, table
-from runtime.models.cross_entropy import chunked_cross_entropy, cut_tokens
+from runtime.models.cross_entropy import chunked_cross_entropy
+from runtime.plan.loss_chunks import cut_tokens
 from tests.harness.peak_bytes import peak_bytes
 
 

@@ -7,68 +7,24 @@ backward   multiplies these gradients by the gradient of the sum
 The gradients can be computed in the forward because the result is a sum: that of a chunk does not depend on the others.
 The weight is not needed in the backward, so at stage 3 it need not be all-gathered again.
 
-[Note: memory of the chunks]
-Whole logits take at least 10 bytes per token and word of the vocabulary in 16 bits, and 12 in fp32: logits, fp32
-log-softmax and its gradient. Everything that this function needs beside the gradients themselves, which plain autograd
-has, too, takes at most an eighth of that:
-
-- a chunk's logits, in the model's dtype and in fp32 (6 bytes; 4 in fp32; 4 more with a softcap).
-- for a weight in 16 bits an fp32 sum of its gradient over the chunks, rounded once at the end, if it takes at most half
-  of that memory. With its 4 bytes per element of the weight it does so from 6.4 tokens per hidden dimension on. With
-  fewer tokens the sum is in 16 bits, but then the chunks are as large as they may be: there are 5, with a softcap 9,
-  and as many roundings.
+How the tokens are cut, and what the chunks take: runtime/plan/loss_chunks.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from runtime.plan.loss_chunks import Chunks, cut_tokens
+
 IGNORED_TARGET = -100
 """Target of tokens that do not count in the loss."""
-SHARE = 8
-"""The chunks take at most one part in so many of the memory of whole logits."""
-CHUNK_ELEMENTS = 1 << 25
-MIN_CHUNK_TOKENS = 1024
-"""Unless the share is smaller, a chunk has so many logits or tokens, whichever is more. With fewer tokens a matrix
-product would take less time than reading and writing the gradient of the weight."""
 SLICE_ELEMENTS = 1 << 19
 """Weights and gradients are converted to fp32 in slices of so many elements."""
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """How the tokens are cut."""
-
-    tokens: int
-    """Tokens per chunk, at most."""
-    fp32_sum: bool
-    """Whether the weight's gradient is summed over the chunks in fp32."""
-
-
-def cut_tokens(
-    tokens: int, vocab: int, dim: int, element_bytes: int, *, weight_grad: bool = True, softcap: bool = False
-) -> Chunks:
-    """How many tokens a chunk has by default. See [Note: memory of the chunks]."""
-    sixteen_bits = element_bytes < 4
-    share = tokens * vocab * (10 if sixteen_bits else 12) // SHARE
-    of_token = vocab * ((6 if sixteen_bits else 4) + 4 * softcap) + 3 * dim * element_bytes
-    wanted = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // vocab)
-    fp32_sum = False
-    if weight_grad and sixteen_bits:
-        of_sum = 4 * vocab * dim
-        fp32_sum = of_sum <= share // 2
-        if fp32_sum:
-            share -= of_sum
-        else:
-            wanted = tokens
-    chunk = max(1, min(tokens, wanted, share // of_token))
-    return Chunks(chunk, fp32_sum and chunk < tokens)
 
 
 def chunked_cross_entropy(

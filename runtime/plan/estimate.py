@@ -103,11 +103,10 @@ def logits_bytes(
 ) -> int:
     """Bytes of logits and what cross-entropy makes of them. chunked: whether it is computed in chunks."""
     tokens, vocab = micro_batch * seq_len, config.vocab_size
-    if not chunked or isinstance(config, GPTConfig):
+    if not chunked:
         return whole_logits_bytes(tokens, vocab, element_bytes)
-    return chunked_logits_bytes(
-        tokens, vocab, config.dim, element_bytes, weight_grad=head_trained, softcap=config.softcap
-    )
+    softcap = isinstance(config, DecoderShape) and config.softcap
+    return chunked_logits_bytes(tokens, vocab, config.dim, element_bytes, weight_grad=head_trained, softcap=softcap)
 
 
 def fresh_gradient_bytes(
@@ -151,3 +150,16 @@ def guess_units(parameters: int, config: GPTConfig) -> list[tuple[str, int]]:
     edges = [parameters * seen // total for seen in itertools.accumulate((numel for _, numel in units), initial=0)]
     sizes = [end - start for start, end in itertools.pairwise(edges)]
     return [(name, size) for (name, _), size in zip(units, sizes, strict=True)]
+
+
+def guess_adapters(config: GPTConfig, r: int, small_below: int) -> dict[str, int]:
+    """Unit -> parameters of LoRA adapters of rank `r` on every linear layer of the blocks of `config`. Those with fewer
+    than `small_below` elements are in the unit "small"."""
+    found: dict[str, int] = {}
+    linear = ((1, 3), (1, 1), (1, 4), (4, 1))  # (inputs, outputs) of qkv, attention's output and the feed-forward part
+    for index in range(config.layers):
+        unit = f"blocks.{index}" if config.layers > 1 else "root"
+        for numel in (r * config.dim * side for sides in linear for side in sides):
+            name = "small" if numel < small_below else unit
+            found[name] = found.get(name, 0) + numel
+    return found

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from runtime.config.presets import PRESETS, GPTConfig, ModelError, load_model_config, preset, unit_parameters
 from runtime.diagnose.advice import advise
 from runtime.plan import Layout, find, plan
-from runtime.plan.estimate import context_bytes, guess_shape, guess_units
-from runtime.plan.workload import Workload, workload_document, workload_of
+from runtime.plan.estimate import context_bytes, guess_adapters, guess_shape, guess_units
+from runtime.plan.pretrained import pretrained
+from runtime.plan.workload import Workload, pretrained_workload, workload_document, workload_of
 from runtime.wire.sizes import parse_count, parse_size
 from zerotop.commands import plan_text
 from zerotop.format import count_text
@@ -48,7 +49,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--stage", type=int, choices=(0, 1, 2, 3), help="the stage you mean to run (a config has its own)"
     )
-    parser.add_argument("--model", metavar="PRESET|COUNT", help="what a config with a script of its own trains")
+    parser.add_argument("--model", metavar="PRESET|COUNT", help="what a script trains, or a model that is not here")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the config (repeatable)"
     )
@@ -67,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments.target)
     resolved, left_out = _resolve(config, overrides, gpus, arguments.device)
     named = arguments.model or (None if isinstance(config, str) else arguments.target)
-    workload, notes = _workload(named, arguments.model is not None, resolved, gpus, vram_bytes)
+    folder = Path.cwd() if isinstance(config, dict) else Path(config).absolute().parent
+    workload, notes = _workload(named, arguments.model is not None, resolved, gpus, vram_bytes, folder)
     layouts = plan(workload)
     chosen = _chosen(layouts, resolved, meant=isinstance(config, str) or arguments.stage is not None)
     advice = advise(workload, layouts, chosen, vram_bytes, host_ram_bytes)
@@ -172,19 +174,25 @@ def _defaults(resolved: Resolved) -> list[str]:
 
 
 def _workload(
-    named: str | None, stands_in: bool, resolved: Resolved, gpus: int, vram_bytes: int | None
+    named: str | None, stands_in: bool, resolved: Resolved, gpus: int, vram_bytes: int | None, folder: Path
 ) -> tuple[Workload, list[str]]:
     """The workload, and notes on how it was found. `named`: a preset or a count; None: the config's own model.
-    stands_in: it stands for the model of a script."""
+    stands_in: it stands for the model of a script, or one that is not here. folder: where the config's relative paths
+    start."""
     names_none = any(note.startswith("zerotop.model:") for note in resolved.notes)
     foreign = bool(resolved.zerotop.units) and (stands_in or (named is None and names_none))
     if foreign:
         resolved = resolved.model_copy(update={"zerotop": resolved.zerotop.model_copy(update={"units": None})})
-    shape, units, name, notes = _model(named, resolved, resolved.zerotop.data.seq_len)
+    if named is None and resolved.zerotop.model.path is not None:
+        workload, notes = _of_pretrained(resolved, gpus, folder)
+    else:
+        shape, units, name, notes = _model(named, resolved, resolved.zerotop.data.seq_len)
+        guessed = named is not None and parse_count(named) is not None
+        workload = dataclasses.replace(workload_of(resolved, name, units, shape, gpus), shape_guessed=guessed)
+        if resolved.zerotop.model.path is not None:
+            workload = _standing_in(workload, resolved, shape, notes)
     if foreign:
         notes.append("zerotop.units names modules of the script's model; the one that this plans is cut into blocks.")
-    guessed = named is not None and parse_count(named) is not None
-    workload = dataclasses.replace(workload_of(resolved, name, units, shape, gpus), shape_guessed=guessed)
     if workload.vram_reserve_bytes is not None and workload.device == "cuda":
         if vram_bytes is None:
             notes.append(
@@ -194,6 +202,42 @@ def _workload(
         else:
             workload = dataclasses.replace(workload, free_vram_bytes=max(0, vram_bytes - context_bytes(gpus)))
     return workload, notes
+
+
+def _of_pretrained(resolved: Resolved, gpus: int, folder: Path) -> tuple[Workload, list[str]]:
+    """The workload of the Hugging Face model of zerotop.model.path."""
+    try:
+        model = pretrained(resolved, folder)
+    except ModelError as error:
+        raise CommandError(str(error)) from None
+    notes = []
+    if model.shape is None:
+        notes.append("config.json does not say enough to estimate activations and logits, which count as 0 here.")
+    if resolved.zerotop.model.new_tokens:
+        notes.append("zerotop.model.new_tokens: this counts a row of the embedding for each.")
+    return pretrained_workload(resolved, model, gpus), notes
+
+
+def _standing_in(workload: Workload, resolved: Resolved, shape: GPTConfig, notes: list[str]) -> Workload:
+    """`workload`, of the model that stands for a Hugging Face model that is not here, fine-tuned as the config says."""
+    workload = dataclasses.replace(
+        workload,
+        chunked_loss=resolved.zerotop.model.cross_entropy != "whole",
+        offload_activations=resolved.zerotop.model.offload_activations,
+    )
+    lora = resolved.zerotop.lora
+    if lora is None:
+        return workload
+    notes.append(f"zerotop.lora: this guesses adapters of rank {lora.r} on every linear layer of the blocks.")
+    adapters = guess_adapters(shape, lora.r, resolved.persistence_threshold)
+    names = dict.fromkeys([*(("small",) if "small" in adapters else ()), *(name for name, _ in workload.units)])
+    return dataclasses.replace(
+        workload,
+        units=tuple((name, adapters.get(name, 0)) for name in names),
+        frozen=workload.units,
+        arrivals=(),
+        trains_head=False,
+    )
 
 
 def _model(
@@ -217,10 +261,6 @@ def _model(
             raise CommandError(f"--model: expected {expected}; got {named!r}") from None
         return shape, _units(shape, resolved), named.lower(), []
     section = resolved.zerotop.model
-    if section.path is not None:
-        raise CommandError(
-            f"zerotop.model.path: {section.path} cannot be planned by name; say how large it is, for example --model 7B"
-        )
     tokens, notes = _vocabulary(resolved.zerotop.data.tokenizer, section.preset)
     shape = load_model_config(section, tokens, seq_len)
     if any(note.startswith("zerotop.model:") for note in resolved.notes):

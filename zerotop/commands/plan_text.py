@@ -7,9 +7,10 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from runtime.plan import CATEGORIES, EXACT, Layout
+from runtime.plan.decoder import DecoderShape
 from runtime.plan.workload import Workload
 from zerotop.format import bytes_text, count_text, short_bytes_text
 from zerotop.output import table
@@ -73,6 +74,8 @@ def _heading(workload: Workload) -> str:
         what = f"A model of {count} parameters"
     else:
         what = f"{workload.name}: {count} parameters ({workload.parameters:,}) in {len(workload.units)} units"
+    if workload.frozen:
+        what += f", of which {count_text(workload.trained_parameters)} are trained"
     return (
         f"{what}, {workload.precision}\n{gpus}, {batch}{'s' if workload.accumulation > 1 else ''}. Memory per {kind}:"
     )
@@ -183,14 +186,35 @@ def _assumptions(workload: Workload) -> list[str]:
     if not on_gpus:
         where = "The processes themselves (Python, torch, its libraries) come on top."
     cast = f", and autocast's {workload.precision} copy of the weights (buffers)"
+    frozen = f"; frozen ones are in {workload.precision}" if workload.frozen else ""
     return [
         f"K, M, G are 2^10, 2^20, 2^30 bytes. Sent: per {'GPU' if on_gpus else 'rank'} and optimizer step, ring "
         f"collectives. {where}",
         "Data parallel is torch's DDP with fp32 parameters, 16 bytes each with Adam, gradient_as_bucket_view=True"
-        f"{'' if workload.precision == 'fp32' else cast}.",
+        f"{'' if workload.precision == 'fp32' else cast}{frozen}.",
         f"Gradients accumulate in {workload.grad_accum_dtype}{_kept_whole(workload)}. "
-        f"Activations are for fused attention {_checkpointing(workload)}.",
+        f"Activations are for {_attention(workload)} {_checkpointing(workload)}.",
+        *_finetuning(workload),
     ]
+
+
+def _attention(workload: Workload) -> str:
+    if isinstance(workload.shape, DecoderShape) and workload.shape.attention != "fused":
+        return "fused attention with a mask, as packing has," if workload.shape.attention == "masked" else "eager attention"
+    return "fused attention"
+
+
+def _finetuning(workload: Workload) -> Iterator[str]:
+    """What holds for Hugging Face models."""
+    if workload.frozen:
+        yield (
+            f"{count_text(workload.frozen_parameters)} parameters are frozen: they have no gradients, masters or "
+            "optimizer states, and stage 3 shards them, too."
+        )
+    if workload.chunked_loss:
+        yield "Cross-entropy is computed in chunks, so that logits never exist as a whole."
+    if workload.moment_bytes < 4:
+        yield "Moments are in bf16 (zerotop.optimizer_state_dtype)."
 
 
 def _kept_whole(workload: Workload) -> str:
@@ -199,7 +223,10 @@ def _kept_whole(workload: Workload) -> str:
 
 def _checkpointing(workload: Workload) -> str:
     if workload.segments is None or workload.shape is None:
-        return "without activation checkpointing"
+        offloaded = workload.offload_activations and workload.device == "cuda" and workload.shape is not None
+        kept = "; all but two blocks' are in host memory" if offloaded else ""
+        return f"without activation checkpointing{kept}"
     groups = min(workload.segments, workload.shape.layers)
-    on_host = ", whose inputs wait in host memory" if workload.inputs_on_host and workload.device == "cuda" else ""
+    moved = (workload.inputs_on_host or workload.offload_activations) and workload.device == "cuda"
+    on_host = ", whose inputs wait in host memory" if moved else ""
     return f"with activation checkpointing of {groups} group{'s' if groups > 1 else ''} of layers{on_host}"

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from runtime.models import cross_entropy
 from runtime.models.cross_entropy import (
     chunked_cross_entropy,
-    cut_tokens,
     liger_cross_entropy,
     liger_problem,
 )
+from runtime.plan.loss_chunks import cut_tokens
 from tests.harness.peak_bytes import peak_bytes
 
 TOKENS, DIM, VOCAB = 61, 16, 101
