@@ -42,11 +42,10 @@ def main(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_suffix(".part")
     with part.open("w", encoding="utf-8") as file:
-        count = 0
-        for count, messages in enumerate(dialogues(), 1):
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        found = list(dialogues())
+        file.writelines(json.dumps({"messages": messages}, ensure_ascii=False) + "\n" for messages in found)
     part.rename(out)
-    print(f"{out}: {count:,} dialogues, {out.stat().st_size / 2**20:.1f} MiB")
+    print(f"{out}: {len(found):,} dialogues, {out.stat().st_size / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def _first_line(error: Exception) -> str:
 
 def _progress_class(name: str, log: Log) -> type[Any]:
     """A progress bar that writes lines to `log` instead, about one per second."""
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # huggingface_hub needs it
 
     class Progress(tqdm):  # type: ignore[misc]
         said = 0.0

@@ -92,7 +92,7 @@ def check_positions(config: Any, seq_len: int) -> None:
         )
 
 
-def build(config: Any, section: ModelConfig) -> nn.Module:
+def build(config: Any, section: ModelConfig) -> Any:
     """The model in fp32, newly made, without dropout turned on or off by anybody. Under zero.Init it takes no memory.
 
     Raises ConfigError if this attention cannot be used with it.
@@ -100,7 +100,7 @@ def build(config: Any, section: ModelConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config,
             attn_implementation=section.attention,
             dtype=torch.float32,

@@ -22,6 +22,11 @@ log = logging.getLogger("runtime.train")
 
 def train(config: Resolved, folder: Path) -> None:
     """Train the model that `config` describes; relative globs in it start in `folder`."""
+    if config.zerotop.model.path is not None:
+        from runtime.trainer.finetune import finetune
+
+        finetune(config, folder)
+        return
     init_distributed()
     section = config.zerotop
     torch.manual_seed(section.train.seed)

@@ -6,6 +6,7 @@ The reference sees every document alone, without packing, on one process; its lo
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def documents(batch: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, torch
     found = []
     for tokens, targets, positions in zip(*batch, strict=True):
         edges = [*(positions == 0).nonzero().flatten().tolist(), LENGTH]
-        found += [(tokens[a:b], targets[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        found += [(tokens[a:b], targets[a:b]) for a, b in itertools.pairwise(edges)]
     return found
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 def child_process(
     command: Sequence[str], environment: dict[str, str], stdin: int | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The process, with its stdout (and with subprocess.PIPE its stdin) as pipes; left by an error (Ctrl-C) it has ended, too, and cleared up. A second Ctrl-C does not wait for
-    that."""
+    """The process, with its stdout (and with stdin=subprocess.PIPE its stdin) as a pipe. Left by an error (Ctrl-C), it
+    has ended, too, and is cleared up; a second Ctrl-C does not wait for that."""
     child: subprocess.Popen[bytes] | None = None
     try:
         with _interrupts_held():

@@ -21,6 +21,7 @@ from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
 from zerotop.launch.devices import Device, choose
 from zerotop.launch.handshake import start_supervisor
+from zerotop.launch.preparation import prepare
 from zerotop.output import say
 from zerotop.rundir.directory import (
     RunEntry,
@@ -192,6 +193,10 @@ def _check(
 
 def _check_data(config: Config, resolved: Resolved, folder: Path) -> None:
     """Check what the ranks would otherwise find only after their start."""
+    if resolved.zerotop.model.path is not None:
+        say("preparing model and data")
+        prepare(resolved, folder, config.origin)
+        return
     data = resolved.zerotop.data
     try:
         files = expand_files(data.files, folder) if data.files else []

@@ -64,7 +64,7 @@ def test_a_model_that_is_not_there(path: str, message: str, tmp_path: Path) -> N
 
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     folder_with(tmp_path / "tiny", LLAMA)
-    with pytest.raises(ConfigError, match="zerotop.model.revision: tiny is a folder, which has no revisions"):
+    with pytest.raises(ConfigError, match=r"zerotop.model.revision: tiny is a folder, which has no revisions"):
         hub.find_model("tiny", tmp_path, "main", print)
 
 
@@ -100,19 +100,19 @@ def test_a_folder_with_code_of_its_own_is_not_trusted(tmp_path: Path) -> None:
 def test_longer_sequences_than_the_model_has_positions(tmp_path: Path) -> None:
     config = huggingface.load_config(folder_with(tmp_path, LLAMA), ModelConfig(path="m"))
     huggingface.check_positions(config, 32)
-    with pytest.raises(ConfigError, match="zerotop.data.seq_len: expected at most 32, .* got 33"):
+    with pytest.raises(ConfigError, match=r"zerotop.data.seq_len: expected at most 32, .* got 33"):
         huggingface.check_positions(config, 33)
 
 
 def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="zerotop.data.tokenizer: m has no tokenizer that transformers can read"):
+    with pytest.raises(ConfigError, match=r"zerotop.data.tokenizer: m has no tokenizer that transformers can read"):
         huggingface.load_tokenizer(folder_with(tmp_path, LLAMA), "m")
 
 
 def test_an_attention_that_is_not_installed(tmp_path: Path) -> None:
     section = ModelConfig(path="m", attention="flash_attention_3")
     config = huggingface.load_config(folder_with(tmp_path, LLAMA), section)
-    with pytest.raises(ConfigError, match='zerotop.model.attention: "flash_attention_3" cannot be used'):
+    with pytest.raises(ConfigError, match=r'zerotop.model.attention: "flash_attention_3" cannot be used'):
         huggingface.build(config, section)
 
 

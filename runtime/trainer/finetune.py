@@ -1,0 +1,121 @@
+"""Fine-tuning of a Hugging Face model: builds model and data from the config and runs the training loop."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from runtime.comm import init_distributed
+from runtime.config import ConfigError, Resolved
+from runtime.data.conversations.batches import TrainingBatches
+from runtime.engine.engine import Engine
+from runtime.engine.initialize import initialize
+from runtime.models import huggingface
+from runtime.models.causal_lm import CausalLM, Method
+from runtime.models.cross_entropy import liger_problem
+from runtime.trainer.evaluation import Evaluator
+from runtime.trainer.prepare import Ready, prepare
+from runtime.zero.init import Init
+
+log = logging.getLogger("runtime.trainer")
+
+
+def finetune(config: Resolved, folder: Path) -> None:
+    """Fine-tune the model that `config` describes; relative paths in it start in `folder`."""
+    device = init_distributed()
+    torch.manual_seed(config.zerotop.train.seed)
+    ready = prepare(config.zerotop, folder, log.info)
+    with Init(weights=ready.folder):
+        model = build_model(config, ready, device)
+    engine, _, _, _ = initialize(model=model, config=config)
+    batches = ready.data.batches(
+        config.micro_batch, config.accumulation, dist.get_rank(), dist.get_world_size(), pin=device.type == "cuda"
+    )
+    if engine.comm.rank == 0:
+        for report in ready.reports:
+            engine.session.link.data_report(report)
+    _check_loss(engine, model, batches)
+    try:
+        run(engine, batches, Evaluator.of(engine, model, ready), config.zerotop.train.steps)
+        engine.finish()
+    finally:
+        batches.close()
+
+
+def build_model(config: Resolved, ready: Ready, device: torch.device) -> CausalLM:
+    """The model with adapters, checkpointing and compilation as the config asks. Call it under zero.Init."""
+    section = config.zerotop.model
+    model: Any = huggingface.build(ready.config, section)
+    stack = huggingface.blocks(model)
+    if config.activation_checkpointing is not None:
+        huggingface.checkpoint_blocks(model)
+    offload = section.offload_activations or (
+        config.activation_checkpointing is not None and config.activation_checkpointing.cpu_checkpointing
+    )
+    if offload:
+        from runtime.models.activations import offload_activations
+
+        offload_activations(list(stack))
+    if config.zerotop.lora is not None:
+        from runtime.models.lora import add_adapters
+
+        model = add_adapters(model, config.zerotop.lora)
+    if section.compile:
+        huggingface.compile_blocks(model)
+    return CausalLM(model, _method(section.cross_entropy, device))
+
+
+def _method(asked: str, device: torch.device) -> Method:
+    """The method for zerotop.model.cross_entropy."""
+    if asked in ("chunked", "whole"):
+        return asked  # type: ignore[return-value]
+    problem = liger_problem(device)
+    if problem is None:
+        return "liger"
+    if asked == "liger":
+        raise ConfigError(f'zerotop.model.cross_entropy: "liger" cannot be used: {problem}')
+    return "chunked"
+
+
+def _check_loss(engine: Engine, model: CausalLM, batches: TrainingBatches) -> None:
+    """Compute the loss of a few tokens in both ways, and use the model's own logits if they differ. Collective."""
+    if model.method == "whole":
+        return
+    tokens, targets, positions = (tensor[:1, :16].to(engine.device) for tensor in next(batches.micro_batches(0)))
+    if not bool((targets >= 0).any()):
+        targets = tokens.roll(-1, dims=1)
+    engine.eval()
+    agrees = model.agrees(tokens, targets, positions)
+    engine.train()
+    if not all(engine.comm.gather_objects(agrees)):
+        model.method = "whole"
+        if engine.comm.rank == 0:
+            log.warning(
+                f"{type(model.base).__name__} does something to its logits that zerotop does not know: the loss is "
+                "computed from whole logits, which takes more memory"
+            )
+
+
+def run(engine: Engine, batches: TrainingBatches, evaluator: Evaluator, steps: int | None) -> None:
+    """Run optimizer steps until `engine.global_steps` is `steps`; a resumed engine starts at its checkpoint's step.
+
+    A step's loss is the mean over the trained tokens of its global batch: each micro-batch is divided by their number
+    per micro-batch and rank, and the engine averages over these.
+    """
+    assert steps is not None  # resolve() fills it in where there is no script
+    engine.train()
+    engine.nonfinite.first_ends_run = True
+    shares = engine.config.accumulation * engine.comm.world_size
+    evaluator.before_first_step()
+    for step in range(engine.global_steps, steps):
+        denominator = max(1, batches.trained_tokens(step)) / shares
+        for batch in batches.micro_batches(step):
+            tokens, targets, positions = (tensor.to(engine.device, non_blocking=True) for tensor in batch)
+            loss = engine(tokens, targets, positions, denominator)
+            engine.backward(loss)
+            engine.step()
+        evaluator.after_step(engine.global_steps, last=engine.global_steps == steps)
