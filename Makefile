@@ -28,13 +28,17 @@ inputs := $(modules) pyproject.toml CMakeLists.txt tools/setup.sh $(wildcard csr
 spread := -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-all chaos gpu-check lint clean FORCE
+.PHONY: help demo finetune install test test-all chaos gpu-check lint clean FORCE
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 demo: $(VENV)/.ok-train  ## start a two-rank ZeRO-2 run on real text and open the screen on it (q leaves the run running)
 	@echo "zerotop launch examples/quickstart.json"
 	@$(bin)/zerotop launch examples/quickstart.json $(ARGS)
+finetune: $(VENV)/.ok-material  ## fine-tune SmolLM2-135M on real dialogues on the CPU (ten minutes) and open the screen on it
+	@$(bin)/python tools/tutorial.py build/tutorial
+	@echo "zerotop launch examples/finetune.json"
+	@$(bin)/zerotop launch examples/finetune.json $(ARGS)
 install: $(VENV)/.ok-finetune  ## set up the environment and install zerotop into it, with the trainer and the packages for Hugging Face models
 	@echo "installed: $(bin)/zerotop (or: source $(bin)/activate)"
 	@echo "  train      the ZeRO trainer (torch, safetensors, tokenizers)"
@@ -65,7 +69,9 @@ $(VENV)/.ok-train: $(inputs)
 $(VENV)/.ok-finetune: $(inputs)
 	@$(setup) train,finetune
 	@touch $@ $(VENV)/.ok-train
-$(VENV)/.ok-dev: $(inputs) tests/material.txt
-	@$(setup) train,finetune,dev
-	@$(bin)/python -m pip install -q --disable-pip-version-check --no-deps -r tests/material.txt
+$(VENV)/.ok-material: $(inputs) tests/material.txt
+	@$(setup) train,finetune tests/material.txt
 	@touch $@ $(VENV)/.ok-train $(VENV)/.ok-finetune
+$(VENV)/.ok-dev: $(inputs) tests/material.txt
+	@$(setup) train,finetune,dev tests/material.txt
+	@touch $@ $(VENV)/.ok-train $(VENV)/.ok-finetune $(VENV)/.ok-material

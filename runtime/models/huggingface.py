@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from runtime.config import ConfigError, ModelConfig
+from runtime.config.presets import VOCAB_MULTIPLE
 from runtime.models.hub import INSTALL, KEY
+from runtime.models.weights import ROWS_MARK
 
 log = logging.getLogger("runtime.models")
 
@@ -113,6 +115,28 @@ def build(config: Any, section: ModelConfig) -> Any:
         raise
     model.config.use_cache = False
     return model
+
+
+def grow_vocabulary(model: Any, rows: int) -> None:
+    """Give embedding and head at least `rows` rows, a multiple of 64. Call it under zero.Init(weights=...): the values
+    of the new rows are the mean of those in the files."""
+    before = model.get_input_embeddings().num_embeddings
+    if rows <= before:
+        return
+    model.resize_token_embeddings(rows, pad_to_multiple_of=VOCAB_MULTIPLE, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.__dict__[ROWS_MARK] = before
+    log.info(
+        f"zerotop.model.new_tokens: the embedding grows from {before:,} to "
+        f"{model.get_input_embeddings().num_embeddings:,} rows"
+    )
+
+
+def embedding_name(model: Any) -> str:
+    """The last part of the name of the model's embedding, such as "embed_tokens"."""
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[2]
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

@@ -22,6 +22,9 @@ log = logging.getLogger("runtime.engine")
 
 INDEX = "model.safetensors.index.json"
 
+ROWS_MARK = "_zerotop_stored_rows"
+"""Attribute of an embedding or a head that has more rows than its weight in the files: the number of rows there."""
+
 _PEFT = "base_model.model."
 """Prefix that peft's wrapper adds to the names of the wrapped model."""
 _TRAINABLE = ("F32", "BF16", "F16", "F64")

@@ -50,6 +50,14 @@ def build_model(config: Resolved, ready: Ready, device: torch.device) -> CausalL
     """The model with adapters, checkpointing and compilation as the config asks. Call it under zero.Init."""
     section = config.zerotop.model
     model: Any = huggingface.build(ready.config, section)
+    if section.new_tokens:
+        embedding = huggingface.embedding_name(model)
+        if config.zerotop.lora is not None and embedding not in config.zerotop.lora.modules_to_save:
+            raise ConfigError(
+                "zerotop.model.new_tokens: with zerotop.lora the embedding is frozen, so new tokens would mean nothing. "
+                f'Train it: "modules_to_save": ["{embedding}"] in zerotop.lora'
+            )
+        huggingface.grow_vocabulary(model, len(ready.tokenizer))
     stack = huggingface.blocks(model)
     if config.activation_checkpointing is not None:
         huggingface.checkpoint_blocks(model)

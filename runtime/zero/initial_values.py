@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import nn
 
 from runtime.config import ConfigError
 from runtime.models.names import plain_name
-from runtime.models.weights import Weights
+from runtime.models.weights import ROWS_MARK, Weights
 from runtime.zero.absent import WEIGHTS_MARK
 
 log = logging.getLogger("runtime.setup")
+
+_ROWS_AT_ONCE = 4096
+"""Rows of an embedding that are added up at once."""
 
 
 class Values:
@@ -26,6 +30,10 @@ class Values:
         """Parameter -> the module whose reset_parameters() draws its values; on rank 0."""
         self._stored_buffers: dict[str, tuple[Weights, str]] = {}
         """Name of a persistent buffer -> the files that have its values, and its name there."""
+        self._stored_rows: dict[nn.Parameter, int] = {}
+        """Parameter with more rows than in its files -> the number of rows there."""
+        self._mean_rows: dict[nn.Parameter, torch.Tensor] = {}
+        """Such a parameter -> the mean of its stored rows, until all is read."""
         self._drawn: dict[nn.Parameter, torch.Tensor] = {}
         """Meta parameter -> its values, until they are read."""
         self._random_state: torch.Tensor | None = None
@@ -65,7 +73,13 @@ class Values:
     ) -> None:
         """Find `parameters` and `buffers` in the files. Buffers that they lack keep their values. Parameters that they
         lack are drawn if they are adapters or few; if they are half or more, the files are another model's."""
-        shapes = {name: tuple(p.shape) for p, owners in parameters.items() for name in owners}
+        self._stored_rows |= {
+            p: owner.__dict__[ROWS_MARK]
+            for p, owners in parameters.items()
+            for owner in owners.values()
+            if ROWS_MARK in owner.__dict__
+        }
+        shapes = {name: self._stored_shape(p) for p, owners in parameters.items() for name in owners}
         weights.convert_for(model, shapes)
         stored = weights.match_names(shapes | {plain_name(name): tuple(b.shape) for name, b in buffers.items()})
         for name in buffers:
@@ -105,6 +119,8 @@ class Values:
         have them."""
         if parameter in self._stored:
             weights, stored = self._stored[parameter]
+            if parameter in self._stored_rows:
+                return self._read_grown(parameter, weights, stored, start, stop)
             return weights.read(stored, start, stop)
         if not parameter.is_meta:
             return parameter.detach().reshape(-1)[start:stop]
@@ -116,6 +132,34 @@ class Values:
         if stop == drawn.numel():
             del self._drawn[parameter]
         return drawn.reshape(-1)[start:stop]
+
+    def _stored_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Its shape in the files."""
+        shape = tuple(parameter.shape)
+        return (self._stored_rows[parameter], *shape[1:]) if parameter in self._stored_rows else shape
+
+    def _read_grown(self, parameter: nn.Parameter, weights: Weights, stored: str, start: int, stop: int) -> torch.Tensor:
+        """As `read`, of a parameter with more rows than in its files: the new ones are the mean of the stored ones, so
+        that the model neither expects nor rules out the new tokens (Hewitt 2021, "Initializing New Word Embeddings for
+        Pretrained Language Models")."""
+        shape = self._stored_shape(parameter)
+        row = math.prod(shape[1:])
+        known = shape[0] * row
+        parts = [weights.read(stored, start, min(stop, known))] if start < known else []
+        if stop > known:
+            if parameter not in self._mean_rows:
+                total = torch.zeros(row, dtype=torch.float64)
+                for first in range(0, shape[0], _ROWS_AT_ONCE):
+                    last = min(first + _ROWS_AT_ONCE, shape[0])
+                    total += weights.read(stored, first * row, last * row).view(-1, row).sum(0, dtype=torch.float64)
+                self._mean_rows[parameter] = (total / shape[0]).float()
+            begin = max(start, known)
+            rows = -(-(stop - begin) // row) + 1
+            new = self._mean_rows[parameter].repeat(rows)[begin % row :][: stop - begin]
+            parts.append(new.to(parts[0].dtype) if parts else new)
+            if stop == parameter.numel():
+                del self._mean_rows[parameter]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _draw(self, owner: nn.Module) -> None:
         """Draw the values of all parameters that `owner` resets, with a random state of their own: the other ranks draw

@@ -159,3 +159,41 @@ def test_parity_with_plain_torch(
         assert values.keys() >= expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(values[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def grown(folder: str, stage: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """On a rank: embedding and head of a model with a larger vocabulary than in its files."""
+    from runtime.config import ModelConfig
+    from runtime.engine.initialize import initialize
+    from runtime.models import huggingface
+    from runtime.zero.init import Init
+
+    section = ModelConfig(path=folder)
+    with Init(weights=folder):
+        model = huggingface.build(huggingface.load_config(Path(folder), section), section)
+        huggingface.grow_vocabulary(model, VOCAB + 3)
+    engine = initialize(model=model, config=config(stage, 1, 1.0))[0]
+    engine.backward(engine(input_ids=torch.full((1, 4), VOCAB + 2)).logits.mean())  # the new rows can be looked up
+    engine.step()
+    engine.destroy()
+    with Init(weights=folder):
+        model = huggingface.build(huggingface.load_config(Path(folder), section), section)
+        huggingface.grow_vocabulary(model, VOCAB + 3)
+    engine = initialize(model=model, config=config(stage, 1, 1.0))[0]
+    state = engine.module_state_dict()
+    engine.destroy()
+    return state["model.embed_tokens.weight"].clone(), state["lm_head.weight"].clone(), model.config.vocab_size
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_new_tokens_begin_as_the_mean_of_the_old(ranks: Any, kind: str) -> None:
+    pytest.importorskip("transformers")
+    from transformers import AutoModelForCausalLM
+
+    old = AutoModelForCausalLM.from_pretrained(saved(kind), dtype=torch.float32)
+    for embedding, head, size in ranks(WORLD).run(grown, str(saved(kind)), 3):
+        assert size == len(embedding) == len(head) == 128  # a multiple of 64
+        for found, weight in ((embedding, old.model.embed_tokens.weight), (head, old.lm_head.weight)):
+            assert torch.equal(found[:VOCAB], weight)
+            mean = weight.detach().double().mean(0).float()
+            torch.testing.assert_close(found[VOCAB:], mean.expand(128 - VOCAB, -1))
