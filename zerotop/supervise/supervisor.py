@@ -132,7 +132,10 @@ class Supervisor:
         """Steps and evaluations of previous attempts up to the checkpoint from which this one continues; later ones
         are replayed."""
         last, attempt = self._first_status().step, self.run_file.attempt
-        past = [*earlier_steps(self.path, attempt), *earlier_evaluations(self.path, attempt)]
+        past: list[StepResult | Evaluation] = [
+            *earlier_steps(self.path, attempt),
+            *earlier_evaluations(self.path, attempt),
+        ]
         return [result for result in past if result.step <= last]
 
     def _announce(self) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from runtime.wire.messages import LogRecord, RunStateName, RunStatus
+from tests.harness.fakehub import hello, step_result
 from tests.harness.fakerun import write_run
+from tests.harness.finetuning import evaluation
 from zerotop.commands.attach import show
 from zerotop.commands.progress import follow
 from zerotop.hub.recorder import Recorder
@@ -74,3 +76,34 @@ def test_lines_tell_what_ranks_warn_of(
     assert follow(source, entry) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["rank 1: starting from step 0", "rank 1: a bad batch", "q1: finished at step 0"]
+
+
+def test_lines_tell_each_evaluation_and_the_best_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    run = write_run(tmp_path, "q1", Path("/nowhere"), RunStatus(name="q1", state="finished", started_wall_s=10.0))
+    recorder = Recorder(run / "recording.sqlite", attempt=1)
+    for message in (
+        hello(steps=20, world_size=1),
+        evaluation(0, 3.0),
+        step_result(0, 10, loss=2.5),
+        evaluation(10, 2.0),
+        step_result(0, 20, loss=2.25),
+        evaluation(20, 2.5),
+    ):
+        recorder.add("rank/0", message)
+    recorder.close()
+    entry = find_run("q1")
+    source = RecordedSource(entry.path, entry.status)
+    source.start()
+    assert follow(source, entry) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 10/20  loss 2.5000") and "eval" not in lines[0]
+    assert lines[1].startswith("step 20/20  loss 2.2500") and lines[1].endswith("eval 2.5000 (best 2.0000 at step 10)")
+    assert lines[2:] == [
+        "evaluation at step 0: loss 3.0000, perplexity 20.09, the best so far",
+        "evaluation at step 10: loss 2.0000, perplexity 7.389, the best so far",
+        "evaluation at step 20: loss 2.5000, perplexity 12.18; best 2.0000 at step 10",
+        "q1: finished at step 0",
+    ]

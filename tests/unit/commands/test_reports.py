@@ -15,6 +15,7 @@ from runtime.wire.messages import Heartbeat, Memory, RunStatus
 from runtime.wire.rundir import write_json
 from tests.harness.fakehub import FakeHub, hello, step_result
 from tests.harness.fakerun import write_run
+from tests.harness.finetuning import evaluation
 from tests.harness.waiting import patient, until
 from zerotop.cli import main
 from zerotop.commands import doctor
@@ -84,6 +85,26 @@ def test_status_of_a_live_run(hub: FakeHub, capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     assert "step 12 of 200, ZeRO-2 bf16" in text
     assert "backward 3/4" in text
+
+
+def test_status_names_the_newest_evaluation_and_the_best(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert answer(capsys, "status", "q1")["evaluation"] is None
+    for number, loss in ((0, 5.0), (50, 2.0), (100, 3.0)):
+        hub.publish(evaluation(number, loss, texts=number == 100))
+    told = answer(capsys, "status", "q1")["evaluation"]
+    assert {name: told[name] for name in ("step", "loss", "best_step", "best_loss", "tokens", "samples")} == {
+        "step": 100,
+        "loss": 3.0,
+        "best_step": 50,
+        "best_loss": 2.0,
+        "tokens": 14_000,
+        "samples": 200,
+    }
+    assert told["perplexity"] == pytest.approx(20.0855, abs=1e-3)
+    assert told["generations"][0]["prompt"] == "What is the capital of France?"
+    assert main(["status", "q1"]) == 0
+    line = "evaluation at step 100: loss 3.0000, perplexity 20.09; best 2.0000 at step 50"
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_status_shows_commands(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:

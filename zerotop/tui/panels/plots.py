@@ -123,12 +123,18 @@ def _evaluation_rows(evaluations: Evaluations, width: int, style: Style, lines: 
         mark = BEST_MARK
         choices = [[f"{now[0]} · the best so far"], *([f"{text} · best"] for text in now)]
     else:
-        low = [f"{BEST_MARK} {text} at step {best.step}" for text in _loss_texts("best", best)]
-        short = [f"{BEST_MARK} {figure_text(best.loss)} at {best.step}"]
-        choices = [[f"{now[0]}  {low[0]}"]]
-        choices += [[text, more] for text, more in zip(now, low, strict=True)] if lines > 1 else []
-        choices += [[f"{text}  {more}"] for text, more in zip(now[1:], low[1:], strict=True)]
-        choices += [[f"{now[-1]}  {short[0]}"], [now[-1]]]
+        low = [f"{BEST_MARK} {text}" for text in _loss_texts("best", best)]
+        where, at = f" at step {best.step}", f" at {best.step}"
+        choices = [[f"{now[0]}  {low[0]}{where}"]]
+        if lines > 1:
+            choices += [
+                [now[0], low[0] + where],
+                [now[1], low[1] + where],
+                [now[1], low[1] + at],
+                [now[2], low[2] + at],
+            ]
+        choices += [[f"{now[1]}  {low[1]}{at}"], [f"{now[2]}  {low[2]}{at}"]]
+        choices += [[f"{now[2]}  {BEST_MARK} {figure_text(best.loss)}{at}"], [now[2]]]
     for texts in choices:
         if max(len(text) for text in texts) + 2 <= width:
             return [Row().add(f"{mark} {texts[0]}", style), *(Row().add(text, style) for text in texts[1:])]

@@ -1,0 +1,255 @@
+"""The Data screen (d), the evaluation curve in the loss plot, and the Texts screen (w)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from rich.cells import cell_len
+from rich.style import Style
+
+from runtime.wire.messages import Hello, RunStatus
+from tests.harness.fakehub import hello
+from tests.harness.finetuning import data_report, evaluation
+from tests.tui.screen_reading import OpenApp, screen_text, settle
+from tests.tui.scripted_run import ScriptedRun
+from zerotop.state.run import RunState
+from zerotop.tui.app import ZerotopApp
+from zerotop.tui.panels.data import ExamplePanel, why_no_report
+from zerotop.tui.panels.texts import why_no_texts
+from zerotop.tui.screens.data import DataScreen
+from zerotop.tui.screens.main import MainScreen
+from zerotop.tui.screens.texts import TextScreen
+from zerotop.tui.widgets.lines import Panel, ScrollPanel
+from zerotop.tui.widgets.plot import BEST_MARK, MARK, Marked, plot_rows
+
+SIZES = [(80, 24), (120, 36), (200, 50)]
+LINE, SECOND, FAINT = Style(color="#0000ff"), Style(color="#ff0000"), Style(color="#888888")
+
+
+def finetuning(steps: int = 180) -> ScriptedRun:
+    run = ScriptedRun(finetune=True)
+    run.steps(steps)
+    return run
+
+
+def text_of(app: ZerotopApp) -> str:
+    return "\n".join(screen_text(app))
+
+
+# ---- the Data screen -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [*SIZES, (60, 16), (30, 8)])
+@pytest.mark.parametrize("key", ["d", "w"])
+async def test_every_panel_lies_inside_the_terminal(open_app: OpenApp, size: tuple[int, int], key: str) -> None:
+    async with open_app(finetuning(), size=size) as (app, pilot, _):
+        await pilot.press(key)
+        await settle(app, pilot)
+        lines = screen_text(app)
+        assert len(lines) == size[1] and all(cell_len(line) == size[0] for line in lines)
+        panels = [p for p in (*app.screen.query(Panel), *app.screen.query(ScrollPanel)) if p.region.area]
+        for panel, other in itertools.combinations(panels, 2):
+            assert panel.region in app.screen.region and not panel.region.overlaps(other.region), (panel, other)
+        assert app.screen.max_scroll_y == 0 and lines[-1].strip().startswith("Esc Back")
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_d_shows_what_is_trained(open_app: OpenApp, size: tuple[int, int]) -> None:
+    async with open_app(finetuning(), size=size) as (app, pilot, run):
+        assert " d Data " in screen_text(app)[-1]
+        await pilot.press("d")
+        await settle(app, pilot)
+        assert isinstance(app.screen, DataScreen) and run.sent == []
+        text = text_of(app)
+        for words in (
+            "1 training data", "468K of 1.31M tokens", "7,105 of 7,168 rows", "chats/part-0.jsonl, rows 1 and 2",
+            "2 lengths · cut at 2,048", "█", "≤ 2,048", "3 example 1 of 3 · 124 tokens, 33% trained",
+            "Mount Everest", "<|im_end|>↵", "next document", "trained counted by the loss",
+        ):  # fmt: skip
+            assert words in text, words
+        await pilot.press("escape")
+        assert isinstance(app.screen, MainScreen)
+
+
+async def test_examples_and_data_sets_are_switched(open_app: OpenApp) -> None:
+    async with open_app(finetuning(), size=(120, 40)) as (app, pilot, _):
+        await pilot.press("d", "right_square_bracket")
+        await settle(app, pilot)
+        assert "3 example 2 of 3" in text_of(app) and "… 17 tokens more" in text_of(app)
+        await pilot.press("left_square_bracket", "left_square_bracket")
+        await settle(app, pilot)
+        assert "3 example 3 of 3" in text_of(app)
+        assert "d: evaluation data" in text_of(app)
+        await pilot.press("d")
+        await settle(app, pilot)
+        text = text_of(app)
+        assert "1 evaluation data · d: training data" in text and "200 of 200 rows" in text and "example 1 of 2" in text
+        assert "held-out.jsonl, row 0" in text
+        await pilot.press("d")
+        await settle(app, pilot)
+        assert "1 training data" in text_of(app) and len(app.screen_stack) == 2
+
+
+async def test_d_and_w_lead_from_one_to_the_other_and_back_to_the_run(open_app: OpenApp) -> None:
+    async with open_app(finetuning()) as (app, pilot, _):
+        await pilot.press("d", "w", "d", "w", "w")
+        await settle(app, pilot)
+        assert isinstance(app.screen, TextScreen) and len(app.screen_stack) == 2
+        await pilot.press("question_mark", "d")
+        await settle(app, pilot)
+        assert not isinstance(app.screen, DataScreen)  # the help is on top
+        await pilot.press("escape", "escape")
+        await settle(app, pilot)
+        assert isinstance(app.screen, MainScreen)
+
+
+@pytest.mark.parametrize("theme", ["dark", "light", "colour-blind"])
+@pytest.mark.parametrize("mono", [False, True])
+async def test_trained_tokens_are_underlined_in_every_theme_and_without_colour(
+    open_app: OpenApp, monkeypatch: pytest.MonkeyPatch, theme: str, mono: bool
+) -> None:
+    if mono:
+        monkeypatch.setenv("NO_COLOR", "1")
+    async with open_app(finetuning(), size=(120, 40)) as (app, pilot, _):
+        app.theme = theme
+        await pilot.press("d")
+        await settle(app, pilot)
+        panel = app.screen.query_one(ExamplePanel)
+        segments = [segment for strip in panel.render_lines(panel.size.region) for segment in strip]
+        underlined = {segment.text for segment in segments if segment.style and segment.style.underline}
+        assert "Mount Everest, at 8,849 metres above sea level." in underlined and "<|im_end|>" in underlined
+        plain = {segment.text.strip() for segment in segments if segment.style and not segment.style.underline}
+        assert {"What is the tallest mountain?", "<|im_start|>", "<|im_end|>"} <= plain
+
+
+async def test_a_report_that_comes_later_appears_and_the_place_in_an_example_stays(open_app: OpenApp) -> None:
+    run = ScriptedRun()
+    async with open_app(run, size=(80, 24)) as (app, pilot, _):
+        await pilot.press("d")
+        await settle(app, pilot)
+        assert "no data report yet" in text_of(app)
+        run.say(data_report())
+        await settle(app, pilot)
+        assert "1 training data" in text_of(app) and "d: evaluation data" not in text_of(app)
+        panel = app.screen.query_one(ExamplePanel)
+        await pilot.press("down", "down")
+        run.steps(1)
+        await settle(app, pilot)
+        assert panel.scroll_offset.y == 2
+        await pilot.resize_terminal(100, 24)
+        await settle(app, pilot)
+        assert panel.scroll_offset.y == 2
+        await pilot.press("right_square_bracket")
+        await settle(app, pilot)
+        assert panel.scroll_offset.y == 0
+
+
+async def test_nothing_in_the_data_steers_the_terminal_or_is_markup(open_app: OpenApp) -> None:
+    sample = data_report().examples[0]
+    runs = [run.model_copy(update={"text": "[red]x[/red]\x1b[2J\x1b]0;owned\x07[/bad"}) for run in sample.runs[:2]]
+    hostile = data_report(
+        files=["[@click=app.quit]x\x1b[31m"], notes=["[/bad\u202e"], examples=[sample.model_copy(update={"runs": runs})]
+    )
+    run = ScriptedRun()
+    run.say(hostile)
+    async with open_app(run) as (app, pilot, _):
+        await pilot.press("d")
+        await settle(app, pilot)
+        text = text_of(app)
+        assert "[red]x[/red][/bad" in text and "[@click=app.quit]x" in text
+        assert "\x1b" not in text and "\u202e" not in text and "owned" not in text
+
+
+def test_an_empty_state_says_why() -> None:
+    state = RunState()
+    assert "waiting for ranks to connect" in why_no_report(state)
+    state.apply(RunStatus(name="q1", state="running", attempt=1))
+    state.apply(hello())
+    assert "before the first step" in why_no_report(state)
+    state.apply(Hello.model_validate({**hello().model_dump(), "steps": None}))
+    assert why_no_report(state) == "no data report: the run has a script of its own"
+    assert "no evaluation yet" in why_no_texts(state)
+    state.apply(evaluation(0, texts=False))
+    assert "zerotop.evaluation.prompts" in why_no_texts(state)
+
+
+# ---- evaluations -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_loss_plot_has_the_evaluations(open_app: OpenApp, size: tuple[int, int]) -> None:
+    async with open_app(finetuning(), size=size) as (app, pilot, run):
+        text = text_of(app)
+        assert f"{MARK} eval" in text and "2.1903" in text and f"{BEST_MARK} " in text and "2.1753" in text
+        if size[0] > 80:
+            text = text.replace("ppl", "perplexity").replace("at step", "at")
+            assert "2.1903, perplexity 8.938" in text and "2.1753, perplexity 8.804 at 150" in text
+        run.say(evaluation(180, 1.5))
+        await settle(app, pilot)
+        assert f"{BEST_MARK} eval" in text_of(app) and "best" in text_of(app)
+        await pilot.press("g")
+        await settle(app, pilot)
+        assert "gradient norm" in text_of(app) and f"{BEST_MARK} eval" not in text_of(app)
+
+
+def test_the_second_line_is_marked_and_shares_the_axes() -> None:
+    points = [(float(step), 1.0) for step in range(1, 101)]
+    marked = Marked([(0.0, 3.0), (50.0, 2.0), (100.0, 2.5)], SECOND, best=50.0)
+    rows = plot_rows(points, 46, 9, lambda y: f"{y:.1f}", LINE, FAINT, marked)
+    lines = ["".join(segment.text for segment in row.segments) for row in rows]
+    assert lines[0].startswith("3.0┤●") and lines[7].startswith("1.0┤") and lines[8].endswith("step 100")
+    assert lines[8].startswith("   └0") and "".join(lines).count(MARK) == 2
+    assert [line.index(BEST_MARK) for line in lines if BEST_MARK in line] == [4 + 21]
+    styles = {segment.style for row in rows for segment in row.segments if MARK in segment.text}
+    assert styles == {SECOND}
+    bottom = next(segment for segment in rows[7].segments if segment.style == LINE and segment.text.strip())
+    assert set(bottom.text.strip()) <= {"⣀", "⢀", "⡀"}
+
+
+def test_evaluations_without_steps_and_not_finite_ones_draw() -> None:
+    only = plot_rows([], 40, 6, lambda y: f"{y:.1f}", LINE, FAINT, Marked([(0.0, 2.0)], SECOND, best=0.0))
+    assert BEST_MARK in "".join(segment.text for row in only for segment in row.segments)
+    nothing = plot_rows([], 40, 6, lambda y: f"{y:.1f}", LINE, FAINT, Marked([(0.0, float("nan"))], SECOND))
+    assert "no finite value yet" in "".join(segment.text for row in nothing for segment in row.segments)
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_w_shows_the_newest_texts_and_follows(open_app: OpenApp, size: tuple[int, int]) -> None:
+    async with open_app(finetuning(), size=size) as (app, pilot, run):
+        await pilot.press("w")
+        await settle(app, pilot)
+        text = text_of(app)
+        assert "2 texts 8 of 8 · step 175 · loss 2.1903, perplexity 8.938" in text
+        assert "What is the capital of France?" in text and "The capital of France is Paris." in text
+        assert "1 evaluations · 8" in text and "8.804  ◆ best" in text
+        run.say(evaluation(200, 1.25))
+        await settle(app, pilot)
+        assert "2 texts 9 of 9 · step 200" in text_of(app) and "◆ best" in text_of(app).split("2 texts")[1]
+
+
+async def test_earlier_texts_stay_while_new_ones_come(open_app: OpenApp) -> None:
+    async with open_app(finetuning(), size=(120, 30)) as (app, pilot, run):
+        await pilot.press("w", *["left_square_bracket"] * 20)
+        await settle(app, pilot)
+        assert "2 texts 1 of 8 · step 0" in text_of(app) and "The The the of of the" in text_of(app)
+        run.say(evaluation(200))
+        await settle(app, pilot)
+        assert "2 texts 1 of 9 · step 0" in text_of(app)
+        await pilot.press(*["right_square_bracket"] * 20)
+        run.say(evaluation(225))
+        await settle(app, pilot)
+        assert "2 texts 10 of 10 · step 225" in text_of(app)
+
+
+async def test_the_list_keeps_the_shown_evaluation_in_sight(open_app: OpenApp) -> None:
+    run = ScriptedRun(finetune=True)
+    for step in range(25, 750, 25):
+        run.say(evaluation(step, 2.0))
+    async with open_app(run, size=(80, 24)) as (app, pilot, _):
+        await pilot.press("w", *["left_square_bracket"] * 15)
+        await settle(app, pilot)
+        assert any(line.startswith("▌") and " 350 " in line for line in screen_text(app))
+
+
+async def test_the_summary_of_an_ended_run_names_the_best_evaluation(open_app: OpenApp) -> None:
+    run = finetuning()
+    run.status("finished", ended_wall_s=run.wall_s)
+    async with open_app(run, size=(200, 50)) as (app, _, _):
+        assert "evaluation 2.1903, best 2.1753 (perplexity 8.804) at step 150" in text_of(app)
