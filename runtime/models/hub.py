@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.config import ConfigError
+from runtime.models.gguf import convert, is_gguf
 from runtime.wire.sizes import format_size
 
 KEY = "zerotop.model.path"
@@ -22,12 +23,15 @@ Log = Callable[[str], None]
 
 
 def find_model(path: str, folder: Path, revision: str | None, log: Log) -> Path:
-    """The folder with the files of the model `path`: a folder, relative to `folder`, or an id on the hub.
+    """The folder with the files of the model `path`: a folder, relative to `folder`, a GGUF file, which is converted
+    once, or an id on the hub.
 
-    `log` gets a line about once a second while files are downloaded. Raises ConfigError if there is no such model, or
-    it cannot be reached.
+    `log` gets a line about once a second while files are converted or downloaded. Raises ConfigError if there is no
+    such model, or it cannot be reached.
     """
     local = Path(folder, Path(path).expanduser())
+    if is_gguf(local) and local.exists():
+        return convert(local, log)
     if local.is_file():
         raise ConfigError(f"{KEY}: {local} is a file: expected a model's folder, a .gguf file, or an id on the hub")
     if local.is_dir():
