@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from runtime.engine.engine import Engine
+from runtime.host import rng
 from runtime.models.causal_lm import CausalLM
 from runtime.wire.messages import Generation
 
@@ -27,21 +28,20 @@ def generate(
         ids = tokenizer(prompt)["input_ids"]
     tokens = torch.tensor([ids], device=engine.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    state = torch.get_rng_state()  # sampling must not change the random numbers that training continues with
+    state = rng.get_state()  # sampling must not change the random numbers that training continues with
     torch.manual_seed(engine.config.zerotop.train.seed)
-    checkpoints = model.base.is_gradient_checkpointing
     try:
         out = model.base.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=new_tokens,
             pad_token_id=_padding(tokenizer),
-            use_cache=not checkpoints or not model.training,
+            use_cache=True,
             synced_gpus=engine.comm.world_size > 1 and engine.state.policy.shards_parameters,
             **sampling,
         )
     finally:
-        torch.set_rng_state(state)
+        rng.set_state(state)
     written = out[0, tokens.shape[1] :].tolist()
     return Generation(prompt=prompt, text=tokenizer.decode(written, skip_special_tokens=True), tokens=len(written))
 
