@@ -53,9 +53,12 @@ RunStateName = Literal[
 ]
 LIVE_STATES: frozenset[str] = frozenset({"starting", "running", "paused", "restarting", "stopping"})
 """States of a run that has not ended."""
-Category = Literal["parameters", "gradients", "optimizer", "masters", "buffers", "communication", "snapshot"]
+Category = Literal[
+    "parameters", "gradients", "optimizer", "masters", "buffers", "communication", "snapshot", "activations"
+]
 """Purpose of a rank's persistent memory. masters: fp32 master weights of 16-bit parameters; communication: buffers for
-all-gather and reduce-scatter; snapshot: the copy from which checkpoints are written."""
+all-gather and reduce-scatter; snapshot: the copy from which checkpoints are written; activations: host memory for
+offloaded ones."""
 
 
 class Message(BaseModel):

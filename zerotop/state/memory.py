@@ -8,10 +8,10 @@ from typing import get_args
 from runtime.wire.messages import Category, GpuStats, Memory
 from zerotop.state.run import RankState, RunState
 
-LEDGER_CATEGORIES: tuple[str, ...] = get_args(Category)
 DERIVED_CATEGORIES = ("activations", "cache", "other")
 """Computed, not counted: activations = allocated - ledger; cache = reserved - allocated; other = what the driver (on a
-CPU: the kernel) reports beyond that."""
+CPU: the kernel) reports beyond that. Of activations, the ledger counts what is offloaded to host memory."""
+LEDGER_CATEGORIES: tuple[str, ...] = tuple(name for name in get_args(Category) if name not in DERIVED_CATEGORIES)
 CATEGORIES = LEDGER_CATEGORIES + DERIVED_CATEGORIES
 _LABELS = {"snapshot": "checkpoint copy"}
 
@@ -46,7 +46,7 @@ def memory_use(memory: Memory) -> MemoryUse:
     offloaded = {str(name): count for name, count in memory.offloaded.items() if count}
     if memory.allocated_bytes is None:
         for name, count in offloaded.items():  # the same memory there
-            parts[name] += count
+            parts[name] = parts.get(name, 0) + count
         ledger = sum(parts.values())
         used = max(memory.rss_bytes, ledger)
         parts["other"] = used - ledger
