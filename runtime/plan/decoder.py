@@ -2,7 +2,8 @@
 
 What autograd keeps of one block per token, with `e` bytes per element, was read off transformers' modules (5.x):
 
-norms       their input in fp32, one number each, and the normalized input (for the weight's gradient)
+norms       their input in fp32, one number each, and the normalized input (for the weight's gradient); LayerNorm
+            its input and two numbers
 linear      the input of q, k, v, of gate and up, and of down, each as far as a weight or an adapter that reads it is
             trained; the input of o_proj is attention's output
 attention   q, k, v after the rotation, the output, and in fp32 one number per head
@@ -19,6 +20,10 @@ from typing import Literal
 
 AttentionMemory = Literal["fused", "masked", "eager"]
 """masked: fused attention with a mask, which separates packed documents. eager: all scores exist."""
+
+
+NormKind = Literal["rms", "rms fp32", "layer"]
+"""rms fp32: which multiplies by its weight in fp32 (Gemma). layer: torch's LayerNorm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +71,10 @@ class DecoderShape:
     """Norms per block of width `dim`."""
     head_norms: bool = False
     """Whether queries and keys are normalized."""
-    norms_in_fp32: bool = False
-    """Whether norms multiply by their weight in fp32 (Gemma)."""
+    norm: NormKind = "rms"
+    activation_extra: int = 0
+    """Tensors of the feed-forward part's width that its activation keeps beside its input: 3 for gelu_new, which is
+    written out in Python."""
     experts: int = 0
     """Experts per block; 0: no mixture."""
     experts_per_token: int = 0
@@ -102,13 +109,16 @@ def layer_bytes(shape: DecoderShape, seq_len: int, element_bytes: int) -> int:
 
 
 def _norm_bytes(shape: DecoderShape, width: int, count: int, e: int) -> int:
-    normalized = (4 if shape.norms_in_fp32 else e) * width * shape.kept.norms
+    if shape.norm == "layer":
+        return e * width + 8 * count
+    normalized = (4 if shape.norm == "rms fp32" else e) * width * shape.kept.norms
     return 4 * width + normalized + 4 * count
 
 
 def _feed_bytes(shape: DecoderShape, e: int) -> int:
     """Inside of the feed-forward part, or of the experts that a token goes to."""
-    tensors = 3 if shape.gated else 2 - (not shape.kept.down)  # gate, activation, up: needed even with frozen weights
+    tensors = 3 if shape.gated else 1 + shape.kept.down  # gate, activation, up: needed even with frozen weights
+    tensors += shape.activation_extra
     if not shape.experts:
         return e * shape.feed_forward * (tensors + (shape.gated and shape.kept.down))
     routed = e * shape.expert_feed_forward * (tensors + (shape.gated and shape.kept.experts))

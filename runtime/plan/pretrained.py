@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.config.presets import ModelError
 from runtime.config.vocab import count_tokens
-from runtime.plan.decoder import AttentionMemory, DecoderShape
+from runtime.plan.decoder import AttentionMemory, DecoderShape, NormKind
 from runtime.plan.lora_names import add_adapters, kept_with_adapters
 from runtime.plan.model_files import ModelFiles, Shape, read_model
 from runtime.plan.named_units import NamedUnit, Param, cut_names, runs_before
@@ -25,6 +25,8 @@ _DOWN = ("down_proj", "w2")
 _GATES = ("gate_proj", "gate_up_proj", "w1", "ffn_gate")
 _POSITIONS = ("wpe", "position")
 """Parts of names of embeddings of positions."""
+_OTHER_MIXERS = ("kv_a_proj_with_mqa", "A_log", "conv1d", "time_mix")
+"""Modules and parameters of latent attention, state-space models and linear attention, which are not estimated."""
 _INDEX = re.compile(r"\.(\d+)\.")
 
 
@@ -56,7 +58,7 @@ def pretrained(resolved: Resolved, base: Path) -> Pretrained:
     own, head = _parameters(files, config)
     if section.new_tokens:
         own = _resized(own, head, count_tokens_of(resolved, files, base) + len(section.new_tokens))
-    shape = _shape(config, own, head, _attention(resolved))
+    shape = _shape(config, own, head, _attention(resolved, config))
     parameters = own
     if lora is not None:
         parameters = add_adapters(own, lora, head)
@@ -164,7 +166,8 @@ def _resized(parameters: list[Param], head: str, tokens: int) -> list[Param]:
 def _shape(
     config: Mapping[str, Any], parameters: list[Param], head: str, attention: AttentionMemory
 ) -> DecoderShape | None:
-    """None if the config lacks the number of heads, or the model has no list of blocks."""
+    """None if the config lacks the number of heads, the model has no list of blocks, or these mix tokens in another way
+    than attention of queries, keys and values."""
     blocks = {int(index[1]) for one in parameters if (index := _INDEX.search(one.name))}
     heads = _number(config, "num_attention_heads", "n_head", "num_heads")
     table = _table(parameters)
@@ -173,6 +176,8 @@ def _shape(
     dim = table.shape[1]
     inside = [one for one in parameters if (index := _INDEX.search(one.name)) and int(index[1]) == max(blocks)]
     names = {part for one in inside for part in one.name.split(".")}
+    if any(name in names for name in _OTHER_MIXERS):
+        return None
     experts = next((one.shape[0] for one in inside if len(one.shape) == 3), 0)
     per_token = _number(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk") or 1
     feed = _number(config, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * dim
@@ -190,7 +195,8 @@ def _shape(
         gated=any(name in names for name in _GATES),
         norms=sum(one.shape == (dim,) and one.name.endswith("weight") for one in inside),
         head_norms=any(name in names for name in ("q_norm", "k_norm")),
-        norms_in_fp32=str(config.get("model_type", "")).startswith("gemma"),
+        norm=_norm(config, inside),
+        activation_extra=3 * ("gelu_new" in (config.get("activation_function"), config.get("hidden_act"))),
         experts=experts,
         experts_per_token=per_token if experts else 0,
         expert_feed_forward=expert_feed if experts else 0,
@@ -198,6 +204,12 @@ def _shape(
         softcap=bool(config.get("final_logit_softcapping")),
         attention=attention,
     )
+
+
+def _norm(config: Mapping[str, Any], block: Sequence[Param]) -> NormKind:
+    if any("norm" in one.name or "ln_" in one.name for one in block if one.name.endswith(".bias")):
+        return "layer"
+    return "rms fp32" if str(config.get("model_type", "")).startswith("gemma") else "rms"
 
 
 def _shared(config: Mapping[str, Any], expert_feed: int, names: set[str]) -> int:
@@ -211,9 +223,16 @@ def _number(config: Mapping[str, Any], *keys: str) -> int | None:
     return next((found for key in keys if isinstance(found := config.get(key), int) and found > 0), None)
 
 
-def _attention(resolved: Resolved) -> AttentionMemory:
+def _attention(resolved: Resolved, config: Mapping[str, Any]) -> AttentionMemory:
     """What attention keeps with the config's implementation and data."""
-    kind = resolved.zerotop.model.attention
+    kind, data = resolved.zerotop.model.attention, resolved.zerotop.data
     if kind == "eager":
         return "eager"
-    return "masked" if kind == "sdpa" and resolved.zerotop.data.packing else "fused"
+    return "masked" if kind == "sdpa" and (data.packing or _slides(config, data.seq_len)) else "fused"
+
+
+def _slides(config: Mapping[str, Any], seq_len: int) -> bool:
+    """Whether attention has windows that are shorter than the sequences, which takes a mask, too."""
+    window, kinds = _number(config, "sliding_window"), config.get("layer_types")
+    slides = "sliding_attention" in kinds if kinds else config.get("use_sliding_window", True)
+    return window is not None and window < seq_len and bool(slides)
