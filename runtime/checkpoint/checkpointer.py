@@ -20,7 +20,7 @@ from typing import Any
 
 from runtime.checkpoint.buffers import BufferOwners, find_buffer_owners
 from runtime.checkpoint.capture import Block, Part, blocks_of
-from runtime.checkpoint.describe import describe_model
+from runtime.checkpoint.describe import describe_model, describe_training
 from runtime.checkpoint.format import folder as folders
 from runtime.checkpoint.format.manifest import (
     LOAD_EVERYTHING,
@@ -35,6 +35,8 @@ from runtime.checkpoint.small_files import Scalars, common_file, manifest_of, me
 from runtime.checkpoint.snapshot import SharedMemory, Snapshot, SnapshotGuard
 from runtime.checkpoint.writer_handle import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
 from runtime.host.memory_limits import HostMemoryError, check_host_memory
+from runtime.models.names import has_adapters
+from runtime.models.origin import origin_of
 from runtime.process.forked import Owner, at_exit
 from runtime.state.train_state import TrainState
 from runtime.wire.rundir import RunFile
@@ -115,17 +117,19 @@ class Checkpointer:
         client_state: dict[str, Any],
         on_done: Callable[[Outcome], None] | None = None,
         *,
-        options: SaveOptions = SAVE_DEFAULTS,
+        options: SaveOptions | None = None,
         keep: int = 0,
         keep_every: int = 0,
     ) -> Path:
         """Copy the current state and start writing it to FOLDER/TAG; returns that path at once. Waits for an earlier
-        save first. on_done: called with the outcome from another thread, on every rank. Collective.
+        save first. on_done: called with the outcome from another thread, on every rank. options: None leaves frozen
+        parameters out if the files of the base model have them. Collective.
 
         Raises CheckpointError on every rank if any rank cannot begin, with nothing written. Without on_done it also
         raises the failure of an earlier save that had no on_done.
         """
         state, began = self._state, time.monotonic()
+        options = options or automatic_options(state)
         state.synchronize()
         failed = self._unreported_problem()
         owners = find_buffer_owners(state)
@@ -257,12 +261,14 @@ class Checkpointer:
         `Job.problem`."""
         state, registered = self._state, self._script.registered
         files = own_files(state.comm.rank, registered.generators)
+        more["refuses_nan"] = has_adapters(part.name for part in parts)
         if state.comm.rank != 0:
             return Job(folder, tag, parts, files, **more)
         manifest = manifest_of(state, owners, options.with_frozen)
         manifest = manifest.model_copy(update={"saved_wall_s": time.time(), "latest": options.latest})
         try:
             files |= common_file(state, scalars, registered, client_state) | self._describe_model_files()
+            files |= _in_model_folder(describe_training(state.module, state.config, manifest))
         except CheckpointError as error:
             more["problem"] = str(error)
         return Job(folder, tag, parts, files, manifest, **more)
@@ -271,7 +277,7 @@ class Checkpointer:
         """The files of model/ by name, cached: a tokenizer may be large."""
         if self._model_files is None:
             files = describe_model(self._state.module, self._state.config, self._run)
-            self._model_files = {f"{MODEL_FILES}/{name}": content for name, content in files.items()}
+            self._model_files = _in_model_folder(files)
         return self._model_files
 
     def _outcome_of_last(self) -> str:
@@ -369,6 +375,16 @@ class Checkpointer:
             at_exit(leave_all)
         _open.add(self)
         self._writer = WriterProcess(str(store / f"{self._meeting}-{generation}"), comm.rank, comm.world_size)
+
+
+def automatic_options(state: TrainState) -> SaveOptions:
+    """How a run saves by itself: without frozen parameters that can be read from the base model's files again."""
+    origin = origin_of(state.module)
+    return SaveOptions(with_frozen=origin is None or not origin.complete)
+
+
+def _in_model_folder(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {f"{MODEL_FILES}/{name}": content for name, content in files.items()}
 
 
 def _root_problem(problems: Iterable[str]) -> str:

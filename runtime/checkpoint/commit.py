@@ -5,19 +5,20 @@ Called by the ranks themselves for engine.save_checkpoint(), and by their writer
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from runtime.checkpoint.format import folder as folders
 from runtime.checkpoint.format.legacy import METADATA
-from runtime.checkpoint.format.manifest import MANIFEST, CheckpointError, FileRecord, record_of, root_cause
+from runtime.checkpoint.format.manifest import MANIFEST, CheckpointError, FileRecord, Manifest, record_of, root_cause
 from runtime.checkpoint.format.retention import prune
 from runtime.checkpoint.format.shard_writer import write_parts, write_torch_metadata
-from runtime.checkpoint.format.tensors import INDEX, Row, index_of
+from runtime.checkpoint.format.tensors import INDEX, Row, StoredTensor, index_of
 from runtime.checkpoint.job import Job, Peers, on_rank_0
 
 Records = dict[str, tuple[int, str]]
@@ -36,7 +37,7 @@ def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers) -> list[s
     try:
         problem, rows, records = "", [], {}
         try:
-            rows = write_parts(partial, peers.rank, job.parts, read)
+            rows = write_parts(partial, peers.rank, job.parts, _without_nan(job, read) if job.refuses_nan else read)
             records = _write_files(job, partial, peers.rank)
         except Exception as error:  # any rank's failure must become every rank's
             problem = root_cause(error)
@@ -50,6 +51,35 @@ def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers) -> list[s
     finally:
         folders.release_partial(partial)
     return _prune(job) if peers.rank == 0 else []
+
+
+def _without_nan(job: Job, read: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor]:
+    """`read`, which raises CheckpointError for a parameter with NaN."""
+
+    def checked(index: int) -> torch.Tensor:
+        values, part = read(index), job.parts[index]
+        if part.name.startswith("param.") and bool(values.isnan().any()):
+            raise CheckpointError(
+                f"parameter {part.name.removeprefix('param.')} holds NaN: the checkpoint would be of no use"
+            )
+        return values
+
+    return checked
+
+
+def _check_complete(manifest: Manifest, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError unless every parameter of the manifest has been written in full, and once."""
+    excluded = set(manifest.excluded)
+    for name, shape in manifest.shapes.items():
+        if name in excluded:
+            continue
+        at, found = 0, tensors.get(f"param.{name}")
+        for part in found.parts if found is not None else ():
+            if part.start != at or part.nbytes < part.numel:
+                break
+            at += part.numel
+        if at != math.prod(shape):
+            raise CheckpointError(f"parameter {name} has {at:,} of {math.prod(shape):,} elements in the files")
 
 
 def _agree(peers: Peers, problem: str, job: Job) -> None:
@@ -93,6 +123,7 @@ def _complete(job: Job, partial: Path, gathered: list[tuple[list[Row], Records]]
                     f"rank 0 does not see {name} of rank {rank}: save to a file system that all ranks share"
                 )
     index = index_of(row for rows, _ in gathered for row in rows)
+    _check_complete(job.manifest, index.tensors)
     (partial / INDEX).write_bytes(index.encoded())
     write_torch_metadata(partial, index.tensors)
     records = _sync_files(partial, [INDEX, METADATA])

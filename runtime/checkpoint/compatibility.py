@@ -10,6 +10,7 @@ from runtime.checkpoint.buffers import buffer_key, buffer_key_for_rank, buffers_
 from runtime.checkpoint.capture import frozen_names, shapes_of
 from runtime.checkpoint.format.manifest import CheckpointError, LoadOptions, Manifest
 from runtime.checkpoint.format.tensors import StoredTensor
+from runtime.models.origin import origin_of
 from runtime.state.train_state import TrainState
 
 Shapes = Mapping[str, list[int]]
@@ -111,7 +112,8 @@ def load_warnings(
     state: TrainState, manifest: Manifest, tensors: Mapping[str, StoredTensor], path: Path
 ) -> Iterator[str]:
     """Warnings about a checkpoint that fits: parameters that it leaves out, and buffers that saving has rounded."""
-    if absent := [name for name in frozen_names(state) if name in set(manifest.excluded)]:
+    absent = [name for name in frozen_names(state) if name in set(manifest.excluded)]
+    if absent and origin_of(state.module) is None:  # else initialize() has just read them from the base model's files
         yield (
             f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True): "
             f"{_several(absent)} keep their current values, which must be those of the base model"

@@ -7,15 +7,18 @@ import dataclasses
 import enum
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from runtime.checkpoint.format.manifest import Manifest
 from runtime.config import Resolved
 from runtime.models.gpt import GPT
 from runtime.models.names import plain_name
+from runtime.models.origin import Origin, origin_of
 from runtime.wire.rundir import RunFile
 
 log = logging.getLogger("runtime.checkpoint")
@@ -29,6 +32,8 @@ PREFIX_KEY = "zerotop_prefix"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_KEY = "zerotop_adapter"
 """Key in a checkpoint's adapter_config.json: peft's adapter name, which is part of the weights' names."""
+TRAINING_FILE = "training.json"
+"""What a fine-tuned model comes from and was trained on (models/origin.py): an export makes its model card of it."""
 TOKENIZER_LIMIT_BYTES = 64 << 20
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,8 +47,8 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
-KNOWN_FILES = frozenset({"config.json", "generation_config.json", ADAPTER_CONFIG, *_TOKENIZER_FILES})
-"""File names allowed in model/. A checkpoint may come from anybody, and an export copies nothing else."""
+KNOWN_FILES = frozenset({"config.json", "generation_config.json", ADAPTER_CONFIG, TRAINING_FILE, *_TOKENIZER_FILES})
+"""File names allowed in model/. A checkpoint may come from anybody, and an export reads nothing else."""
 _BESIDE_A_FILE = _TOKENIZER_FILES[1:5]
 """Files that are taken along when the config names a single tokenizer.json."""
 _BYTES_NOTE = "bytes: tokens 0 to 255 are the bytes of UTF-8 text, 256 ends a document, the rest is padding"
@@ -51,17 +56,39 @@ _BYTES_NOTE = "bytes: tokens 0 to 255 are the bytes of UTF-8 text, 256 ends a do
 
 def describe_model(model: nn.Module, config: Resolved, run: RunFile | None) -> dict[str, bytes]:
     """The files of model/ by name: config.json and generation_config.json of a Hugging Face model or the built-in GPT,
-    and the files of the tokenizer in zerotop.data.tokenizer.
+    and the files of the tokenizer: that of the model's Origin, else the one in zerotop.data.tokenizer.
 
     Not collective, and never fails: what cannot be described is left out with a warning, because a checkpoint without
     its config is better than none.
     """
     files = _configs(model, config, run)
+    origin = origin_of(model)
+    if origin is not None:
+        return files | _own_tokenizer(origin)
     try:
         files |= _tokenizer(config.zerotop.data.tokenizer, run)
     except OSError as error:
         log.warning(f"zerotop.data.tokenizer: checkpoints are saved without it, as it can't be read: {error}")
     return files
+
+
+def describe_training(model: nn.Module, config: Resolved, manifest: Manifest) -> dict[str, bytes]:
+    """training.json of a model with an Origin, which changes from checkpoint to checkpoint; nothing for others."""
+    origin = origin_of(model)
+    if origin is None:
+        return {}
+    frozen = set(manifest.frozen)
+    trained = sum(math.prod(shape) for name, shape in manifest.shapes.items() if name not in frozen)
+    return {TRAINING_FILE: _to_bytes(origin.record(config, trained))}
+
+
+def _own_tokenizer(origin: Origin) -> dict[str, bytes]:
+    try:
+        files = origin.tokenizer_files()
+    except Exception as error:  # another library's class, which may fail in any way
+        log.warning(f"checkpoints are saved without the tokenizer, as it can't be written: {error}")
+        return {}
+    return {name: content for name, content in files.items() if name in _TOKENIZER_FILES}
 
 
 def _configs(model: nn.Module, settings: Resolved, run: RunFile | None) -> dict[str, bytes]:

@@ -54,6 +54,8 @@ class Job:
     """Number of newest step checkpoints to keep afterwards; 0: all."""
     keep_every: int = 0
     """Every so many-th checkpoint is kept for good; 0: none."""
+    refuses_nan: bool = False
+    """Whether a parameter with NaN fails the save: in adapters, which are small, it is looked for."""
     problem: str = field(default="")
     """Why this rank cannot save, which becomes the error on every rank; empty if it can."""
 

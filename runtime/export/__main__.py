@@ -52,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
     parser.add_argument("--shard-bytes", type=int, required=True)
+    parser.add_argument("--merge", action="store_true")
+    parser.add_argument("--base", type=Path)
     parser.add_argument("--overwrite", action="store_true")
     return parser
 
@@ -64,7 +66,9 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     verify(arguments.checkpoint, read_manifest(arguments.checkpoint), on_file=_report_large_file)
     from runtime.export.huggingface import HuggingFaceExport
 
-    planned = HuggingFaceExport(arguments.checkpoint, arguments.dtype, arguments.shard_bytes)
+    planned = HuggingFaceExport(
+        arguments.checkpoint, arguments.dtype, arguments.shard_bytes, arguments.merge, arguments.base
+    )
     check_space(out, planned.needed_bytes)
     with atomic_folder(out) as folder:
         document = planned.write(folder, lambda line: print(line, file=sys.stderr, flush=True))

@@ -10,20 +10,15 @@ from typing import Any
 from runtime.checkpoint.describe import ADAPTER_CONFIG, ADAPTER_KEY
 from runtime.checkpoint.format.manifest import CheckpointError
 from runtime.checkpoint.format.reader import CheckpointTensor
+from runtime.models.names import has_adapters
 
 ADAPTER_FILE = "adapter_model.safetensors"
-_BASE = "base_model.model."
-_INSIDE = ("base_layer", "modules_to_save")
-"""Components that peft's layers add to parameter names, in addition to those that begin with lora_."""
-_ALTERNATIVE = (
+BASE = "base_model.model."
+"""Prefix that peft's wrapper adds to the base model's names."""
+ALTERNATIVE = (
     "load the checkpoint in the training script instead, and inside zero.GatheredParameters(model.parameters()) call "
     "peft's save_pretrained(), or merge_and_unload() and then save_pretrained()"
 )
-
-
-def has_adapters(names: Iterable[str]) -> bool:
-    """Whether parameter names show that peft has modified the model."""
-    return any(part in _INSIDE or part.startswith("lora_") for name in names for part in name.split("."))
 
 
 @dataclass(frozen=True)
@@ -37,21 +32,27 @@ class Adapters:
 
 
 def find_adapters(
-    path: Any, config: bytes | None, tensors: Iterable[CheckpointTensor], frozen: Iterable[str]
+    path: Any,
+    config: bytes | None,
+    tensors: Iterable[CheckpointTensor],
+    frozen: Iterable[str],
+    base_name: str | None = None,
 ) -> Adapters:
-    """The adapters among `tensors`. Raises CheckpointError, with an alternative, for adapters that can't be
-    exported."""
+    """The adapters among `tensors`. base_name: how their config names the base model, instead of where it was on the
+    machine that trained. Raises CheckpointError, with an alternative, for adapters that can't be exported."""
     example = next(stored.name for stored in tensors if has_adapters([stored.name]))
     refusal = f"checkpoint {path} is of a model with peft's adapters ({example})"
     if config is None:
-        raise CheckpointError(f"{refusal} but has no {ADAPTER_CONFIG}, which peft needs: {_ALTERNATIVE}")
+        raise CheckpointError(f"{refusal} but has no {ADAPTER_CONFIG}, which peft needs: {ALTERNATIVE}")
     try:
         written = json.loads(config)
         adapter, kind = written.pop(ADAPTER_KEY), written["peft_type"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{refusal}, and its {ADAPTER_CONFIG} is damaged ({error}): {_ALTERNATIVE}") from None
+        raise CheckpointError(f"{refusal}, and its {ADAPTER_CONFIG} is damaged ({error}): {ALTERNATIVE}") from None
     if kind != "LORA":
-        raise CheckpointError(f"{refusal} of type {kind}; only LORA can be exported: {_ALTERNATIVE}")
+        raise CheckpointError(f"{refusal} of type {kind}; only LORA can be exported: {ALTERNATIVE}")
+    if base_name is not None:
+        written["base_model_name_or_path"] = base_name
     fixed, names = set(frozen), {}
     for stored in tensors:
         parts = stored.name.split(".")
@@ -60,7 +61,7 @@ def find_adapters(
         elif stored.is_parameter and stored.name not in fixed:
             if written.get("bias", "none") == "none" or parts[-1] != "bias":
                 raise CheckpointError(
-                    f"{refusal}, and {stored.name}, which is not part of them, was trained, too: {_ALTERNATIVE}"
+                    f"{refusal}, and {stored.name}, which is not part of them, was trained, too: {ALTERNATIVE}"
                 )
             names[stored.name] = _as_peft(parts, adapter)
     return Adapters((json.dumps(written, indent=2, sort_keys=True) + "\n").encode(), names)
@@ -73,5 +74,5 @@ def _as_peft(parts: list[str], adapter: str) -> str:
     if len(kept) > 1 and kept[-2] == "lora_magnitude_vector":
         kept.pop()
     name = ".".join(kept)
-    at = name.find(_BASE)
-    return name[at:] if at >= 0 else _BASE + name
+    at = name.find(BASE)
+    return name[at:] if at >= 0 else BASE + name

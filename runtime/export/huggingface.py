@@ -1,4 +1,5 @@
-"""Writes a checkpoint as a folder for Hugging Face's libraries: safetensors files, an index, config and tokenizer.
+"""Writes a checkpoint as a folder for Hugging Face's libraries: safetensors files, an index, config, tokenizer and
+model card.
 
 Tensors are read, converted and written file by file, so that memory holds one file and a rank's slice of one tensor.
 """
@@ -8,53 +9,65 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from runtime.checkpoint.describe import ADAPTER_CONFIG, KNOWN_FILES, PREFIX_KEY
+from runtime.checkpoint.describe import ADAPTER_CONFIG, KNOWN_FILES, PREFIX_KEY, TRAINING_FILE
 from runtime.checkpoint.format.manifest import MODEL_FILES, CheckpointError
-from runtime.checkpoint.format.reader import CheckpointReader, CheckpointTensor
-from runtime.export.adapters import ADAPTER_FILE, find_adapters, has_adapters
+from runtime.checkpoint.format.reader import CheckpointReader
+from runtime.export.adapters import ADAPTER_FILE, find_adapters
+from runtime.export.card import CARD, model_card
+from runtime.export.conversion import as_in_files
+from runtime.export.merge import Merge
+from runtime.export.tensors import ExportTensor, from_checkpoint
+from runtime.models.names import has_adapters
 from runtime.models.weights import INDEX
 from runtime.state.precision import DTYPES
 from runtime.wire.sizes import format_size
-
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    name: str
-    stored: CheckpointTensor
-    dtype: torch.dtype
-
-    @property
-    def size_bytes(self) -> int:
-        return self.stored.numel * self.dtype.itemsize
 
 
 class HuggingFaceExport:
     """Plans the export of the checkpoint at `path`; `write` writes it.
 
     dtype: "fp32", "bf16" or "fp16" for all floating-point tensors; "auto": parameters in the run's compute dtype,
-    buffers in their own. A file has at most `shard_bytes` of tensors, or one larger tensor. Raises CheckpointError for
-    a checkpoint that can't be exported.
+    buffers in their own. A file has at most `shard_bytes` of tensors, or one larger tensor. merge: add the adapters to
+    the base model's weights, which are in the folder `base`, or where the checkpoint says. Raises CheckpointError for a
+    checkpoint that can't be exported.
     """
 
-    def __init__(self, path: Path, dtype: str, shard_bytes: int) -> None:
+    def __init__(
+        self, path: Path, dtype: str, shard_bytes: int, merge: bool = False, base: Path | None = None
+    ) -> None:
         self.reader = CheckpointReader(path)
         self.dtype = self.reader.manifest.precision if dtype == "auto" else dtype
         self.extra = self._known_files()
-        self._prefix = ""
-        self.adapters = has_adapters(stored.name for stored in self.reader.tensors)
-        names = self._adapters() if self.adapters else self._model()
-        tensors = self._tensors(dtype, names)
+        record = self.extra.pop(TRAINING_FILE, None)
+        has = has_adapters(stored.name for stored in self.reader.tensors)
+        if merge and not has:
+            raise CheckpointError(f"--merge: checkpoint {path} has no adapters; export it without --merge")
+        self.adapters = has and not merge
+        if self.adapters:
+            tensors = self._named(dtype, self._adapters(record))
+        elif merge:
+            config = self.extra.get(ADAPTER_CONFIG)
+            self._model()
+            tensors = Merge(self.reader, config, base or _base_folder(record), dtype).tensors
+        else:
+            prefix = self._model()
+            self._check_whole()
+            tensors = self._named(dtype, {stored.name: stored.name.removeprefix(prefix) for stored in self.reader.tensors})
+        if not self.adapters:
+            tensors = as_in_files(tensors, self.extra.get("config.json"))
+        card = model_card(record, self.reader.manifest.step, self._kind(merge)) if record is not None else None
+        if card is not None:
+            self.extra[CARD] = card
         self.shards = [tensors] if self.adapters else _cut(tensors, shard_bytes)  # peft reads one file
+
+    def _kind(self, merge: bool) -> str:
+        return "merged" if merge else "adapters" if self.adapters else "full"
 
     def _known_files(self) -> dict[str, bytes]:
         """The files of model/ that this version knows and the manifest lists."""
@@ -68,19 +81,22 @@ class HuggingFaceExport:
         except OSError as error:
             raise CheckpointError(f"{path / MODEL_FILES} can't be read: {error}") from None
 
-    def _model(self) -> dict[str, str] | None:
-        """Adapt config.json to the exported dtype and prefix. Returns None: all tensors are exported."""
+    def _check_whole(self) -> None:
         path, manifest = self.reader.path, self.reader.manifest
         if manifest.excluded:
             raise CheckpointError(
                 f"checkpoint {path} was saved without its frozen parameters (exclude_frozen_parameters=True), "
                 f"such as {manifest.excluded[0]}: export a checkpoint that holds all parameters"
             )
+
+    def _model(self) -> str:
+        """Adapt config.json to the export. Returns the prefix that the names of its tensors have in the checkpoint."""
         try:
             config = json.loads(self.extra.get("config.json", b"{}"))
-            self._prefix = config.pop(PREFIX_KEY, "")
+            prefix = str(config.pop(PREFIX_KEY, ""))
+            config.pop("_name_or_path", None)  # where the base model was on the machine that trained
         except (ValueError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path / MODEL_FILES} can't be read: {error}") from None
+            raise CheckpointError(f"{self.reader.path / MODEL_FILES} can't be read: {error}") from None
         if "model_type" in config:
             # The config's dtype may differ from the exported one. Newer transformers say "dtype", and read both.
             key = "dtype" if "dtype" in config else "torch_dtype"
@@ -88,32 +104,31 @@ class HuggingFaceExport:
         self.extra.pop(ADAPTER_CONFIG, None)
         if config:
             self.extra["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-        return None
+        return prefix
 
-    def _adapters(self) -> dict[str, str]:
+    def _adapters(self, record: bytes | None) -> dict[str, str]:
         """Keep adapter_config.json and the tokenizer as extra files. Returns the names of the tensors to export."""
         found = find_adapters(
-            self.reader.path, self.extra.get(ADAPTER_CONFIG), self.reader.tensors, self.reader.manifest.frozen
-        )
+            self.reader.path, self.extra.get(ADAPTER_CONFIG), self.reader.tensors, self.reader.manifest.frozen,
+            base_name(record),
+        )  # fmt: skip
         for name in ("config.json", "generation_config.json"):  # the base model has its own
             self.extra.pop(name, None)
         self.extra[ADAPTER_CONFIG] = found.config
         return found.names
 
-    def _tensors(self, dtype: str, names: dict[str, str] | None) -> list[_Tensor]:
-        """The tensors to write. names: checkpoint name -> exported name; None: all tensors, without the prefix."""
-        tensors: dict[str, _Tensor] = {}
+    def _named(self, dtype: str, names: dict[str, str]) -> list[ExportTensor]:
+        """The tensors of the checkpoint to write. names: checkpoint name -> exported name."""
+        tensors: dict[str, ExportTensor] = {}
         for stored in self.reader.tensors:
-            if names is not None and stored.name not in names:
+            if (name := names.get(stored.name)) is None:
                 continue
-            name = stored.name.removeprefix(self._prefix) if names is None else names[stored.name]
             if name in tensors:
                 raise CheckpointError(
-                    f"checkpoint {self.reader.path}: {stored.name} and {tensors[name].stored.name} would both be "
+                    f"checkpoint {self.reader.path}: {stored.name} and {tensors[name].origin} would both be "
                     f"called {name}"
                 )
-            converts = dtype != "auto" and stored.dtype.is_floating_point
-            tensors[name] = _Tensor(name, stored, DTYPES[dtype] if converts else stored.dtype)
+            tensors[name] = from_checkpoint(self.reader, stored, name, dtype)
         return list(tensors.values())
 
     @property
@@ -156,34 +171,46 @@ class HuggingFaceExport:
             "dtype": self.dtype,
             "adapters": self.adapters,
             "tensors": len(tensors),
-            "parameters": sum(tensor.stored.numel for tensor in tensors if tensor.stored.is_parameter),
+            "parameters": sum(tensor.numel for tensor in tensors if tensor.is_parameter),
             "tensor_bytes": self.tensor_bytes,
             "files": [*files, *self.extra],
             "seconds": round(time.monotonic() - began, 3),
         }
 
-    def _write_shard(self, path: Path, shard: list[_Tensor]) -> None:
-        content = {tensor.name: self._read(tensor) for tensor in shard}
+    def _write_shard(self, path: Path, shard: list[ExportTensor]) -> None:
+        content = {tensor.name: tensor.checked() for tensor in shard}
         try:
             save_file(content, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{path.name} can't be written: {error}") from None
         path.chmod(path.parent.stat().st_mode & 0o666)  # as the umask says; safetensors creates files with mode 0600
 
-    def _read(self, tensor: _Tensor) -> torch.Tensor:
-        whole = self.reader.read(tensor.stored, tensor.dtype)
-        # Buffers may hold infinite masks; infinite parameters mean overflow.
-        if tensor.dtype == torch.float16 != tensor.stored.dtype and tensor.stored.is_parameter and whole.isinf().any():
-            raise CheckpointError(
-                f"{tensor.name} has values beyond 65,504, fp16's largest: export with --dtype "
-                f"{_WORDS.get(tensor.stored.dtype, 'fp32')}"
-            )
-        return whole
+
+def _base(record: bytes | None) -> dict[str, Any]:
+    """What training.json says of the base model; empty if it says nothing."""
+    try:
+        base = json.loads(record or b"{}").get("base", {})
+        return base if isinstance(base, dict) else {}
+    except (ValueError, AttributeError, RecursionError):
+        return {}
 
 
-def _cut(tensors: list[_Tensor], shard_bytes: int) -> list[list[_Tensor]]:
+def base_name(record: bytes | None) -> str | None:
+    """The base model as adapter_config.json names it: an id on the hub, or the last part of a path; None if the
+    checkpoint does not know it."""
+    name = _base(record).get("name")
+    return name if isinstance(name, str) else None
+
+
+def _base_folder(record: bytes | None) -> Path | None:
+    """The folder with the base model's files, if it is still there."""
+    folder = _base(record).get("folder")
+    return Path(folder) if isinstance(folder, str) and Path(folder).is_dir() else None
+
+
+def _cut(tensors: list[ExportTensor], shard_bytes: int) -> list[list[ExportTensor]]:
     """Split tensors, in order, into files as large as allowed; at least one file."""
-    shards: list[list[_Tensor]] = [[]]
+    shards: list[list[ExportTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.size_bytes > shard_bytes:

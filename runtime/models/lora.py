@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,25 +43,28 @@ def add_adapters(model: Any, config: LoraConfig) -> nn.Module:
     peft = _peft()
     targets = find_targets(model, config)
     saved = _modules_to_save(model, config)
-    wrapped: nn.Module = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=config.r,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            use_rslora=config.rslora,
-            target_modules=targets.modules,
-            target_parameters=targets.parameters or None,
-            modules_to_save=saved or None,
-            ensure_weight_tying=bool(saved) and _tied(model),
-            bias="none",
-            task_type="CAUSAL_LM",
-        ),
-        autocast_adapter_dtype=False,  # the engine keeps fp32 master weights whatever the precision
-    )
-    if getattr(model, "is_gradient_checkpointing", False):
-        # peft makes the embedding's output require a gradient, for reentrant checkpointing alone: it costs a backward
-        # through the inputs of the first block.
+    requires_input_grads = _requires_input_grads(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 whether it checkpoints by the old name
+        wrapped: nn.Module = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=config.r,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                use_rslora=config.rslora,
+                target_modules=targets.modules,
+                target_parameters=targets.parameters or None,
+                modules_to_save=saved or None,
+                ensure_weight_tying=bool(saved) and _tied(model),
+                bias="none",
+                task_type="CAUSAL_LM",
+            ),
+            autocast_adapter_dtype=False,  # the engine keeps fp32 master weights whatever the precision
+        )
+    if _requires_input_grads(model) and not requires_input_grads:
+        # With checkpointing, peft makes the embedding's output require a gradient. Only reentrant checkpointing needs
+        # that, and it costs a backward through the inputs of the first block.
         model.disable_input_require_grads()
     trained = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in wrapped.parameters())
@@ -69,6 +73,11 @@ def add_adapters(model: Any, config: LoraConfig) -> nn.Module:
         f"({', '.join(_ends(targets.modules + targets.parameters))}); {trained:,} of {total:,} parameters are trained"
     )
     return wrapped
+
+
+def _requires_input_grads(model: Any) -> bool:
+    """Whether the embedding's output requires a gradient although the embedding does not."""
+    return bool(getattr(model, "_require_grads_hooks", None) or getattr(model, "_require_grads_hook", None))
 
 
 def _peft() -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 _T = TypeVar("_T")
 _WRAPPER = "_orig_mod"
 """The component of a name that torch.compile's wrapper adds."""
+_ADAPTER_PARTS = ("base_layer", "modules_to_save")
+"""Components that peft's layers add to parameter names, in addition to those that begin with lora_."""
 
 
 def plain_name(name: str) -> str:
@@ -31,3 +33,8 @@ def without_adapters(name: str) -> str:
         elif part not in ("base_layer", "original_module"):
             kept.append(part)
     return ".".join(kept)
+
+
+def has_adapters(names: Iterable[str]) -> bool:
+    """Whether parameter names show that peft has modified the model."""
+    return any(part in _ADAPTER_PARTS or part.startswith("lora_") for name in names for part in name.split("."))

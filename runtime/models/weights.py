@@ -212,7 +212,7 @@ def _prefixes(shapes: Mapping[str, Any]) -> list[tuple[str, str]]:
     heads = dict.fromkeys(name.split(".", 1)[0] + "." for name in shapes if "." in name)
     known = ("model.", "transformer.", "module.", "base_model.")
     pairs = [("", ""), *((head, "") for head in heads), *(("", head) for head in known)]
-    if any(name.startswith(_PEFT) for name in shapes):
-        inner = dict.fromkeys(n.removeprefix(_PEFT).split(".", 1)[0] + "." for n in shapes if n.startswith(_PEFT))
-        pairs += [(_PEFT, ""), *((_PEFT + head, "") for head in inner), *((_PEFT, head) for head in known)]
+    for peft in dict.fromkeys(name[: name.index(_PEFT) + len(_PEFT)] for name in shapes if _PEFT in name):
+        inner = dict.fromkeys(n.removeprefix(peft).split(".", 1)[0] + "." for n in shapes if n.startswith(peft))
+        pairs += [(peft, ""), *((peft + head, "") for head in inner), *((peft, head) for head in known)]
     return pairs

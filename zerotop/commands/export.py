@@ -13,13 +13,15 @@ from typing import Any
 
 _DESCRIPTION = """\
 Write the weights of a checkpoint as a folder that Hugging Face's libraries read: model.safetensors (in shards with an
-index when it is large), config.json and the tokenizer when they are known. Of a model with peft's LoRA adapters, these
-alone, as peft reads them. Optimizer states stay behind. It takes memory for about one shard, and no GPU."""
+index when it is large), config.json, the tokenizer with its chat template, and a model card (README.md) when they are
+known. Of a model with peft's LoRA adapters, these alone, as peft reads them, or with --merge the base model with the
+adapters added to its weights. Optimizer states stay behind. It takes memory for about one shard, and no GPU."""
 _EXAMPLES = """\
 examples:
   zerotop export q1 out/                         the newest complete checkpoint of run q1
   zerotop export q1/step-200 out/ --dtype fp16   the one of step 200, in another precision
-  zerotop export checkpoints/step-00000200 out/ --shard-size 2GiB"""
+  zerotop export checkpoints/step-00000200 out/ --shard-size 2GiB
+  zerotop export lora1 out/ --merge              adapters and base model in one"""
 
 
 def register(subparsers: Any) -> None:
@@ -44,6 +46,12 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--shard-size", default="5GiB", metavar="SIZE", help="largest file, and memory taken; default: 5GiB"
     )
+    parser.add_argument("--merge", action="store_true", help="add LoRA adapters to the weights of the base model")
+    parser.add_argument(
+        "--base",
+        metavar="FOLDER",
+        help="folder with the base model's files, for --merge; default: the one that the run trained from",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds an exported model")
     parser.add_argument("--json", action="store_true", help="print what was written as one JSON document")
 
@@ -67,12 +75,26 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(str(error)) from None
     _check_installed()
     words = [str(checkpoint), str(out), "--dtype", arguments.dtype, "--shard-bytes", str(shard_bytes)]
+    words += ["--merge"] if arguments.merge else []
+    words += ["--base", str(_base(arguments))] if arguments.base is not None else []
     document = _in_child([*words, *(["--overwrite"] if arguments.overwrite else [])])
     if arguments.json:
         print_json(document)
     else:
         show(_text(document))
     return 0
+
+
+def _base(arguments: argparse.Namespace) -> Path:
+    """The folder that --base names."""
+    from zerotop.output import CommandError
+
+    folder = Path(arguments.base).expanduser().resolve()
+    if not arguments.merge:
+        raise CommandError("--base: it is only read with --merge")
+    if not folder.is_dir():
+        raise CommandError(f"--base: there is no folder {folder}")
+    return folder
 
 
 def _check_installed() -> None:

@@ -95,6 +95,12 @@ class CheckpointReader:
         """(shape,): the full tensor, converted to `dtype`. Needs additional memory for one rank's slice as stored."""
         if (found := self._tensor(stored.key).numel) != stored.numel:
             raise self._broken(f"{stored.key} has {found:,} elements, not {stored.numel:,}")
-        whole = torch.empty(stored.numel, dtype=dtype)
-        read_pieces(self.path, self._index, {stored.key: Piece(whole, 0, stored.numel)})
-        return whole.view(stored.shape)
+        return self.read_slice(stored, 0, stored.numel, dtype).view(stored.shape)
+
+    def read_slice(
+        self, stored: CheckpointTensor, start: int, stop: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """(stop - start,): elements [start, stop) of the flattened tensor, converted to `dtype`."""
+        piece = torch.empty(stop - start, dtype=dtype)
+        read_pieces(self.path, self._index, {stored.key: Piece(piece, start, stored.numel)})
+        return piece
