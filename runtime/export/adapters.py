@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from runtime.checkpoint.describe import ADAPTER_CONFIG, ADAPTER_KEY
@@ -27,8 +28,8 @@ class Adapters:
 
     config: bytes
     """Contents of adapter_config.json."""
-    names: dict[str, str]
-    """Name in the checkpoint -> name in peft's file, for the tensors to export."""
+    names: list[tuple[str, str]]
+    """(name in the checkpoint, name in peft's file) of the tensors to export. peft writes tied ones twice."""
 
 
 def find_adapters(
@@ -36,10 +37,12 @@ def find_adapters(
     config: bytes | None,
     tensors: Iterable[CheckpointTensor],
     frozen: Iterable[str],
+    tied: Mapping[str, str] = MappingProxyType({}),
     base_name: str | None = None,
 ) -> Adapters:
-    """The adapters among `tensors`. base_name: how their config names the base model, instead of where it was on the
-    machine that trained. Raises CheckpointError, with an alternative, for adapters that can't be exported."""
+    """The adapters among `tensors`. tied: other names of tied parameters -> those in the checkpoint. base_name: how
+    their config names the base model, instead of where it was on the machine that trained. Raises CheckpointError, with
+    an alternative, for adapters that can't be exported."""
     example = next(stored.name for stored in tensors if has_adapters([stored.name]))
     refusal = f"checkpoint {path} is of a model with peft's adapters ({example})"
     if config is None:
@@ -53,7 +56,7 @@ def find_adapters(
         raise CheckpointError(f"{refusal} of type {kind}; only LORA can be exported: {ALTERNATIVE}")
     if base_name is not None:
         written["base_model_name_or_path"] = base_name
-    fixed, names = set(frozen), {}
+    fixed, names = set(frozen), dict[str, str]()
     for stored in tensors:
         parts = stored.name.split(".")
         if adapter in parts:
@@ -64,7 +67,8 @@ def find_adapters(
                     f"{refusal}, and {stored.name}, which is not part of them, was trained, too: {ALTERNATIVE}"
                 )
             names[stored.name] = _as_peft(parts, adapter)
-    return Adapters((json.dumps(written, indent=2, sort_keys=True) + "\n").encode(), names)
+    again = [(known, _as_peft(other.split("."), adapter)) for other, known in tied.items() if known in names]
+    return Adapters((json.dumps(written, indent=2, sort_keys=True) + "\n").encode(), [*names.items(), *again])
 
 
 def _as_peft(parts: list[str], adapter: str) -> str:

@@ -14,7 +14,7 @@ _HYPER = ("global_batch", "seq_len", "gradient_clipping", "precision", "seed", "
 
 
 def model_card(record: bytes, step: int, kind: str) -> bytes | None:
-    """The card for training.json of a checkpoint at `step`; None if the record is not one.
+    """The card for training.json of a checkpoint at `step`; None if it was not written by zerotop.
 
     kind: "adapters", "merged" or "full", which says what the export holds.
     """
@@ -41,7 +41,7 @@ def _card(record: dict[str, Any], step: int, kind: str) -> Iterator[str]:
         yield "datasets:"
         yield from (f"- {json.dumps(name)}" for name in hub)
     yield "tags:"
-    yield from (f"- {tag}" for tag in ("zerotop", *(("lora",) if lora else ())))
+    yield from (f"- {tag}" for tag in ("zerotop", *(("lora",) if lora or kind != "full" else ())))
     yield "---"
     yield ""
     name = f"[{base['name']}](https://huggingface.co/{base['name']})" if base["on_hub"] else f"`{base['name']}`"
@@ -50,7 +50,8 @@ def _card(record: dict[str, Any], step: int, kind: str) -> Iterator[str]:
     yield ""
     revision = f" (revision {base['revision']})" if base["revision"] else ""
     version = f" {record['zerotop']}" if record["zerotop"] else ""
-    yield f"{what[kind]} {name}{revision}, trained for {step:,} of {record['steps']:,} steps with zerotop{version}."
+    planned = f" of {record['steps']:,}" if record["steps"] else ""
+    yield f"{what[kind]} {name}{revision}, trained for {step:,}{planned} steps with zerotop{version}."
     yield ""
     yield from _data(record)
     yield from _training(record)

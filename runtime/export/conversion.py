@@ -1,8 +1,8 @@
 """The names of a transformers model's parameters in files, where they differ from those in memory.
 
 transformers 5 holds all experts of a layer in one tensor; files have several per expert, and tools other than
-transformers read only these. Its save_pretrained() reverses what from_pretrained() did; here that happens for one tensor
-at a time, in memory for one.
+transformers read only these. Its save_pretrained() reverses what from_pretrained() did; here that happens for one
+tensor at a time, in memory for one.
 """
 
 from __future__ import annotations

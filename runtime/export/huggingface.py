@@ -38,9 +38,7 @@ class HuggingFaceExport:
     checkpoint that can't be exported.
     """
 
-    def __init__(
-        self, path: Path, dtype: str, shard_bytes: int, merge: bool = False, base: Path | None = None
-    ) -> None:
+    def __init__(self, path: Path, dtype: str, shard_bytes: int, merge: bool = False, base: Path | None = None) -> None:
         self.reader = CheckpointReader(path)
         self.dtype = self.reader.manifest.precision if dtype == "auto" else dtype
         self.extra = self._known_files()
@@ -58,7 +56,8 @@ class HuggingFaceExport:
         else:
             prefix = self._model()
             self._check_whole()
-            tensors = self._named(dtype, {stored.name: stored.name.removeprefix(prefix) for stored in self.reader.tensors})
+            names = [(stored.name, stored.name.removeprefix(prefix)) for stored in self.reader.tensors]
+            tensors = self._named(dtype, names)
         if not self.adapters:
             tensors = as_in_files(tensors, self.extra.get("config.json"))
         card = model_card(record, self.reader.manifest.step, self._kind(merge)) if record is not None else None
@@ -106,29 +105,32 @@ class HuggingFaceExport:
             self.extra["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return prefix
 
-    def _adapters(self, record: bytes | None) -> dict[str, str]:
-        """Keep adapter_config.json and the tokenizer as extra files. Returns the names of the tensors to export."""
+    def _adapters(self, record: bytes | None) -> list[tuple[str, str]]:
+        """Keep adapter_config.json and the tokenizer as extra files. Returns (name in the checkpoint, exported name) of
+        the tensors to export."""
         found = find_adapters(
-            self.reader.path, self.extra.get(ADAPTER_CONFIG), self.reader.tensors, self.reader.manifest.frozen,
+            self.reader.path,
+            self.extra.get(ADAPTER_CONFIG),
+            self.reader.tensors,
+            self.reader.manifest.frozen,
+            self.reader.manifest.tied,
             base_name(record),
-        )  # fmt: skip
+        )
         for name in ("config.json", "generation_config.json"):  # the base model has its own
             self.extra.pop(name, None)
         self.extra[ADAPTER_CONFIG] = found.config
         return found.names
 
-    def _named(self, dtype: str, names: dict[str, str]) -> list[ExportTensor]:
-        """The tensors of the checkpoint to write. names: checkpoint name -> exported name."""
+    def _named(self, dtype: str, names: list[tuple[str, str]]) -> list[ExportTensor]:
+        """Tensors of the checkpoint to write. names: (name in the checkpoint, exported name)."""
+        stored = {tensor.name: tensor for tensor in self.reader.tensors}
         tensors: dict[str, ExportTensor] = {}
-        for stored in self.reader.tensors:
-            if (name := names.get(stored.name)) is None:
-                continue
+        for known, name in names:
             if name in tensors:
                 raise CheckpointError(
-                    f"checkpoint {self.reader.path}: {stored.name} and {tensors[name].origin} would both be "
-                    f"called {name}"
+                    f"checkpoint {self.reader.path}: {known} and {tensors[name].origin} would both be called {name}"
                 )
-            tensors[name] = from_checkpoint(self.reader, stored, name, dtype)
+            tensors[name] = from_checkpoint(self.reader, stored[known], name, dtype)
         return list(tensors.values())
 
     @property

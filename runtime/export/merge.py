@@ -35,7 +35,15 @@ _FILE_DTYPES = {
 _CHUNK_NUMEL = 4 << 20
 """Elements that are merged at a time, in fp32."""
 _UNMERGED = ("lora_magnitude_vector", "lora_bias", "lora_A_log", "lora_xs")
-_PATTERNS = ("alpha_pattern", "layer_replication", "megatron_config", "use_dora", "lora_bias", "use_bdlora", "velora_config")
+_PATTERNS = (
+    "alpha_pattern",
+    "layer_replication",
+    "megatron_config",
+    "use_dora",
+    "lora_bias",
+    "use_bdlora",
+    "velora_config",
+)
 """Keys of adapter_config.json that change what adapters compute; only unset ones are known here."""
 
 
@@ -71,14 +79,16 @@ class Merge:
     # ---- what the checkpoint holds -------------------------------------------------------------------------------
     def _check(self) -> None:
         for name in self._stored:
-            if any(part in _UNMERGED for part in name.split(".")) or name.endswith(".lora_B.default.bias"):
+            if any(part in _UNMERGED for part in name.split(".")) or name.endswith(f".lora_B.{self._adapter}.bias"):
                 raise self._refusal(f"{name} belongs to a kind of LoRA that --merge does not know")
         for key in _PATTERNS:
             if self._settings.get(key):
                 raise self._refusal(f"its {ADAPTER_CONFIG} sets {key}, which --merge does not know")
 
     def _refusal(self, why: str) -> CheckpointError:
-        return CheckpointError(f"--merge: checkpoint {self.reader.path} cannot be merged: {why}. Instead, {ALTERNATIVE}")
+        return CheckpointError(
+            f"--merge: checkpoint {self.reader.path} cannot be merged: {why}. Instead, {ALTERNATIVE}"
+        )
 
     def _plain(self, name: str) -> str:
         """The name that a parameter has in the base model."""
@@ -108,7 +118,10 @@ class Merge:
         name = self._layers.get(plain)
         if name is None:
             return None
-        first, second = (self._read(name), self._read(name.replace("lora_A", "lora_B").replace("_embedding_A", "_embedding_B")))
+        first, second = (
+            self._read(name),
+            self._read(name.replace("lora_A", "lora_B").replace("_embedding_A", "_embedding_B")),
+        )
         rank, alpha = first.shape[0], float(self._settings["lora_alpha"])
         scaling = alpha / (math.sqrt(rank) if self._settings.get("use_rslora") else rank)
         weight = name[: name.index(".lora_")] + ".base_layer.weight"
@@ -163,7 +176,9 @@ class Merge:
                 found.append(from_checkpoint(self.reader, self.replaced[plain], stored, self.dtype))
                 continue
             shape, in_file = weights.stored_shape(stored), _FILE_DTYPES[weights.stored_dtype(stored)]
-            computed = in_file if stored in kept or not in_file.is_floating_point else DTYPES[self.reader.manifest.precision]
+            computed = (
+                in_file if stored in kept or not in_file.is_floating_point else DTYPES[self.reader.manifest.precision]
+            )
 
             def read(start: int, stop: int, stored: str = stored) -> torch.Tensor:
                 return weights.read_stored(stored, start, stop)
@@ -229,10 +244,13 @@ def _settings(path: Path, config: bytes | None) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads(config or b"{}")
         if settings["peft_type"] != "LORA":
-            raise CheckpointError(f"--merge: checkpoint {path} has adapters of type {settings['peft_type']}: {ALTERNATIVE}")
+            raise CheckpointError(
+                f"--merge: checkpoint {path} has adapters of type {settings['peft_type']}: {ALTERNATIVE}"
+            )
         float(settings["lora_alpha"])
         return settings | {ADAPTER_KEY: settings[ADAPTER_KEY]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
-            f"--merge: checkpoint {path} has no usable {ADAPTER_CONFIG} ({type(error).__name__}: {error}): {ALTERNATIVE}"
+            f"--merge: checkpoint {path} has no usable {ADAPTER_CONFIG} ({type(error).__name__}: {error}): "
+            f"{ALTERNATIVE}"
         ) from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -45,7 +45,9 @@ def add_adapters(model: Any, config: LoraConfig) -> nn.Module:
     saved = _modules_to_save(model, config)
     requires_input_grads = _requires_input_grads(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 whether it checkpoints by the old name
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft asks transformers 5 whether it checkpoints by the old name
         wrapped: nn.Module = peft.get_peft_model(
             model,
             peft.LoraConfig(
@@ -57,6 +59,7 @@ def add_adapters(model: Any, config: LoraConfig) -> nn.Module:
                 target_parameters=targets.parameters or None,
                 modules_to_save=saved or None,
                 ensure_weight_tying=bool(saved) and _tied(model),
+                fan_in_fan_out=bool(targets.modules) and not any(_is_plain(model, name) for name in targets.modules),
                 bias="none",
                 task_type="CAUSAL_LM",
             ),
@@ -165,6 +168,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
+def _is_plain(model: nn.Module, name: str) -> bool:
+    """Whether the module's weight is [outputs, inputs], unlike Conv1D's."""
+    return isinstance(model.get_submodule(name), nn.Linear | nn.Embedding)
+
+
 def _fused_experts(model: nn.Module) -> list[str]:
     """Names of the parameters that hold the matrices of several experts."""
     return [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
@@ -179,8 +187,3 @@ def _tied(model: Any) -> bool:
 def _is_tied(model: Any, name: str) -> bool:
     module = model.get_submodule(name)
     return _tied(model) and module in (model.get_output_embeddings(), model.get_input_embeddings())
-
-
-def trained_parameters(model: nn.Module) -> Sequence[nn.Parameter]:
-    """The parameters that are trained."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

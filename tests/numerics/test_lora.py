@@ -4,9 +4,7 @@ frozen weights cost nothing but their shard; checkpoints of adapters alone; expo
 from __future__ import annotations
 
 import functools
-import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
