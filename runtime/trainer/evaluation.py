@@ -14,6 +14,7 @@ from runtime.config import EvaluationConfig
 from runtime.data.conversations.batches import EvaluationBatches
 from runtime.engine.engine import Engine
 from runtime.models.causal_lm import CausalLM
+from runtime.models.origin import origin_of
 from runtime.trainer.generation import generate
 from runtime.trainer.prepare import Ready
 from runtime.wire.messages import Evaluation, Generation
@@ -101,6 +102,8 @@ class Evaluator:
             generations=written,
             wall_s=time.time(),
         )
+        if (origin := origin_of(self._model)) is not None:
+            origin.evaluations.append(result)
         if engine.comm.rank == 0:
             engine.session.link.evaluation(result)
             if loss is not None:

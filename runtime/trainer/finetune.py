@@ -15,8 +15,10 @@ from runtime.data.conversations.batches import TrainingBatches
 from runtime.engine.engine import Engine
 from runtime.engine.initialize import initialize
 from runtime.models import huggingface
+from runtime.models.activations import offload_activations
 from runtime.models.causal_lm import CausalLM, Method
 from runtime.models.cross_entropy import liger_problem
+from runtime.models.origin import Origin
 from runtime.trainer.evaluation import Evaluator
 from runtime.trainer.prepare import Ready, prepare
 from runtime.zero.init import Init
@@ -31,7 +33,10 @@ def finetune(config: Resolved, folder: Path) -> None:
     ready = prepare(config.zerotop, folder, log.info)
     with Init(weights=ready.folder):
         model = build_model(config, ready, device)
+    model.origin = origin_of(config, folder, ready)
     engine, _, _, _ = initialize(model=model, config=config)
+    if _offloads_activations(config):
+        offload_activations(list(huggingface.blocks(model.base)), ledger=engine.state.ledger)
     batches = ready.data.batches(
         config.micro_batch, config.accumulation, dist.get_rank(), dist.get_world_size(), pin=device.type == "cuda"
     )
@@ -58,16 +63,8 @@ def build_model(config: Resolved, ready: Ready, device: torch.device) -> CausalL
                 f'Train it: "modules_to_save": ["{embedding}"] in zerotop.lora'
             )
         huggingface.grow_vocabulary(model, len(ready.tokenizer))
-    stack = huggingface.blocks(model)
     if config.activation_checkpointing is not None:
         huggingface.checkpoint_blocks(model)
-    offload = section.offload_activations or (
-        config.activation_checkpointing is not None and config.activation_checkpointing.cpu_checkpointing
-    )
-    if offload:
-        from runtime.models.activations import offload_activations
-
-        offload_activations(list(stack))
     if config.zerotop.lora is not None:
         from runtime.models.lora import add_adapters
 
@@ -75,6 +72,27 @@ def build_model(config: Resolved, ready: Ready, device: torch.device) -> CausalL
     if section.compile:
         huggingface.compile_blocks(model)
     return CausalLM(model, _method(section.cross_entropy, device))
+
+
+def _offloads_activations(config: Resolved) -> bool:
+    """Whether what the blocks save for backward (with checkpointing: their inputs) goes to host memory."""
+    checkpointing = config.activation_checkpointing
+    return config.zerotop.model.offload_activations or (checkpointing is not None and checkpointing.cpu_checkpointing)
+
+
+def origin_of(config: Resolved, folder: Path, ready: Ready) -> Origin:
+    """What checkpoints and exports say about the model and its data."""
+    section = config.zerotop.model
+    assert section.path is not None
+    return Origin(
+        path=section.path,
+        folder=ready.folder,
+        on_hub=not Path(folder, Path(section.path).expanduser()).exists(),
+        revision=section.revision,
+        complete=not section.new_tokens,
+        tokenizer=ready.tokenizer,
+        data=ready.reports,
+    )
 
 
 def _method(asked: str, device: torch.device) -> Method:

@@ -63,6 +63,8 @@ def prepare(section: ZerotopConfig, folder: Path, log: Log) -> Ready:
         huggingface.add_tokens(tokenizer, section.model.new_tokens)
         vocabulary = max(vocabulary, len(tokenizer))
     data = prepare_all(section, tokenizer, vocabulary, folder, log)
+    if section.data.chat_template is not None:  # prepare_all has read and checked it
+        tokenizer.chat_template = (folder / Path(section.data.chat_template).expanduser()).read_text(encoding="utf-8")
     return Ready(files, config, tokenizer, data)
 
 
