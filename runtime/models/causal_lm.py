@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from runtime.models.cross_entropy import chunked_cross_entropy
+from runtime.models.origin import Origin
 
 IGNORED = -100
 """Target of tokens that the loss does not count."""
@@ -42,6 +43,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.method = method
+        self.origin: Origin | None = None
+        """What checkpoints and exports say about the model."""
 
     @property
     def config(self) -> Any:

@@ -59,8 +59,8 @@ def build_model(config: Resolved, ready: Ready, device: torch.device) -> CausalL
         embedding = huggingface.embedding_name(model)
         if config.zerotop.lora is not None and embedding not in config.zerotop.lora.modules_to_save:
             raise ConfigError(
-                "zerotop.model.new_tokens: with zerotop.lora the embedding is frozen, so new tokens would mean nothing. "
-                f'Train it: "modules_to_save": ["{embedding}"] in zerotop.lora'
+                "zerotop.model.new_tokens: with zerotop.lora the embedding is frozen, so they would mean nothing. Train "
+                f'it: "modules_to_save": ["{embedding}"] in zerotop.lora'
             )
         huggingface.grow_vocabulary(model, len(ready.tokenizer))
     if config.activation_checkpointing is not None:
