@@ -48,7 +48,7 @@ def data_report(role: str = "train", **changes: Any) -> DataReport:
         "role": role,
         "files": ["chats/part-*.jsonl", "notes.txt"] if train else ["held-out.jsonl"],
         "format": "messages, text" if train else "messages",
-        "template": "the tokenizer's chat template",
+        "template": "the tokenizer's (smollm2)",
         "train_on": "assistant",
         "rows": 7168 if train else 200,
         "samples": 7105 if train else 200,

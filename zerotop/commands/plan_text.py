@@ -200,7 +200,11 @@ def _assumptions(workload: Workload) -> list[str]:
 
 def _attention(workload: Workload) -> str:
     if isinstance(workload.shape, DecoderShape) and workload.shape.attention != "fused":
-        return "fused attention with a mask, as packing has," if workload.shape.attention == "masked" else "eager attention"
+        return (
+            "fused attention with a mask, as packing has,"
+            if workload.shape.attention == "masked"
+            else "eager attention"
+        )
     return "fused attention"
 
 

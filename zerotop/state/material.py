@@ -46,7 +46,7 @@ def facts(report: DataReport) -> list[tuple[str, str]]:
     of_tokens = share_text(report.trained_tokens, report.tokens)
     rows = [
         ("files", ", ".join(report.files) or MISSING),
-        ("format", report.format + (f", {report.template}" if report.template else "")),
+        ("format", report.format),
         ("trained on", f"{report.train_on}: {count_text(report.trained_tokens)} of {count_text(report.tokens)} tokens, "
          f"{of_tokens}"),
         ("samples", _samples_text(report)),
@@ -57,6 +57,8 @@ def facts(report: DataReport) -> list[tuple[str, str]]:
         rows.append(("truncated", f"{report.truncated:,} of {report.samples:,} samples{lost}"))
     if report.dropped:
         rows.append(("dropped", ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())))
+    if report.template:
+        rows.append(("template", report.template))
     if report.seconds:
         rows.append(("prepared in", duration_text(report.seconds)))
     return rows

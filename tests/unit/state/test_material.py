@@ -18,6 +18,7 @@ def sample(*runs: TokenRun, left_out: int = 0) -> DataSample:
 
 def test_the_figures_of_a_report() -> None:
     told = dict(facts(data_report()))
+    assert (told["format"], told["template"]) == ("messages, text", "the tokenizer's (smollm2)")
     assert told["files"] == "chats/part-*.jsonl, notes.txt"
     assert told["trained on"] == "assistant: 468K of 1.31M tokens, 36%"
     assert told["samples"] == "7,105 of 7,168 rows"

@@ -56,7 +56,7 @@ class DataFacts(TextLines):
                 rows.append(Row().cell("" if number else name, NAME, muted).add(line))
         for note in report.notes:
             for number, line in enumerate(textwrap.wrap(clean(note), max(12, width - 2))):
-                rows.append(Row().add("  " if number else "▲ ", view.palette.style("warning")).add(line))
+                rows.append(Row().add("  " if number else "· ", muted).add(line))
         return rows
 
 
