@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from runtime.models.lockstep import Lockstep
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.zero.flat import FlatParamGroup
 from runtime.zero.hooks import EngineHook
@@ -88,6 +89,7 @@ class Unsharder:
             self._hooks += [
                 module.register_forward_pre_hook(EngineHook(self, Unsharder._before_model_forward), prepend=True),
                 module.register_forward_hook(EngineHook(self, Unsharder._after_model_forward), always_call=True),
+                Lockstep(module),
             ]
 
     def detach(self) -> None:
