@@ -1,0 +1,1 @@
+"""Fine-tuning beside transformers.Trainer, alone and with DeepSpeed: losses, speed, memory."""
