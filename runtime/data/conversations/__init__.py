@@ -1,6 +1,7 @@
 """Conversations, prompts with completions, and text for fine-tuning: files of rows in, packed micro-batches out.
 
-    sources.py    files and hub data sets -> chunks of rows, each row with its number
+    sources.py    the files and hub data sets that the config names
+    readers.py    files -> chunks of rows, each row with its number
     formats.py    a row -> a conversation, a prompt with its completion, or text
     template.py   a chat template without transformers, as the tokenizing processes use it
     spans.py      where in the rendered text the assistant's turns begin and end
@@ -9,7 +10,7 @@
     store.py      tokens of all samples in one folder, memory-mapped
     packing.py    which samples share a sequence
     batches.py    the sequences of every rank and step, as tensors
-    stream.py     data in segments, each prepared while the one before it is trained
+    stream.py     data in segments, each prepared while the one before it is trained; streaming.py makes batches of them
     report.py     what a person should see of it before the first step
     prepare.py    the config section -> all of the above
 

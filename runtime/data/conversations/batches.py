@@ -51,35 +51,43 @@ class Sequences:
         return len(self.plan)
 
     def batch(self, numbers: list[int], rows: int | None = None) -> Batch:
-        """Tensors of some sequences, and of padding up to `rows` of them.
+        """Tensors of some sequences, and of padding up to `rows` of them; see `gather`."""
+        return self.gather([(self, number) for number in numbers], rows)
+
+    @staticmethod
+    def gather(chosen: list[tuple[Sequences, int]], rows: int | None = None) -> Batch:
+        """Tensors of some sequences, of one store or of several, and of padding up to `rows` of them.
 
         The target of a token is the next one of the same document, where that is trained. Positions restart at every
         document; padding is a document of its own at the end of a row.
         """
-        count = rows or len(numbers)
-        length = self.width
-        if length is None:
-            longest = max((int(self.plan.lengths[number]) for number in numbers), default=2)
-            length = -(-longest // _ROUND_TO) * _ROUND_TO
-        tokens = np.full((count, length), self.padding, np.int64)
+        count = rows or len(chosen)
+        length = max((_row_length(sequences, number) for sequences, number in chosen), default=_ROUND_TO)
+        tokens = np.empty((count, length), np.int64)
         targets = np.full((count, length), IGNORED, np.int64)
         positions = np.empty((count, length), np.int64)
         counting = np.arange(length)
-        store = self.store
-        for row, number in enumerate(numbers):
-            at = 0
-            for sample in self.plan.of(number).tolist():
+        for row, (sequences, number) in enumerate(chosen):
+            store, at = sequences.store, 0
+            for sample in sequences.plan.of(number).tolist():
                 first, last = int(store.offsets[sample]), int(store.offsets[sample + 1])
                 end = at + last - first
-                ids = store.tokens[first:last]
+                ids = store.tokens[first:last].astype(np.int64)
                 tokens[row, at:end] = ids
-                trained = store.trained[first + 1 : last]
-                targets[row, at : end - 1] = np.where(trained, ids[1:].astype(np.int64), IGNORED)
+                targets[row, at : end - 1] = np.where(store.trained[first + 1 : last], ids[1:], IGNORED)
                 positions[row, at:end] = counting[: end - at]
                 at = end
+            tokens[row, at:] = sequences.padding
             positions[row, at:] = counting[: length - at]
-        positions[len(numbers) :] = counting
+        tokens[len(chosen) :] = chosen[0][0].padding if chosen else 0
+        positions[len(chosen) :] = counting
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(positions))
+
+
+def _row_length(sequences: Sequences, number: int) -> int:
+    if sequences.width is not None:
+        return sequences.width
+    return -(-int(sequences.plan.lengths[number]) // _ROUND_TO) * _ROUND_TO
 
 
 class TrainingBatches:
@@ -103,7 +111,7 @@ class TrainingBatches:
         self.sequences = sequences
         self.order = Order(seed, len(sequences), micro_batch * accumulation * world)
         self.micro_batch, self.accumulation, self.rank, self.world = micro_batch, accumulation, rank, world
-        self._ahead = _Ahead(self._make, pin)
+        self._ahead = Ahead(self._make, pin)
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """The `accumulation` micro-batches of this rank in optimizer step `step` (from 0)."""
@@ -154,7 +162,7 @@ class EvaluationBatches:
         self._pin = pin
 
     def __iter__(self) -> Iterator[Batch]:
-        ahead = _Ahead(lambda index: [self._make(index)], self._pin)
+        ahead = Ahead(lambda index: [self._make(index)], self._pin)
         try:
             for index in range(self.passes):
                 yield from ahead.take(index, last=index + 1 == self.passes)
@@ -167,7 +175,7 @@ class EvaluationBatches:
         return self.sequences.batch(numbers, rows=self.micro_batch)
 
 
-class _Ahead:
+class Ahead:
     """Makes the batches of the next index in a thread while those of the current one are used."""
 
     def __init__(self, make: Callable[[int], list[Batch]], pin: bool) -> None:

@@ -22,17 +22,29 @@ from runtime.data import DataError
 from runtime.data.cache import Log, build_lock, part_name, sync_folder
 from runtime.data.conversations import store, worker
 from runtime.data.conversations.encode import EMPTY_MASK, FULL_MASK, NO_TURN, Encoder, Recipe
-from runtime.data.conversations.sources import Chunk, Reader, Source
+from runtime.data.conversations.readers import Chunk, Reader
+from runtime.data.conversations.sources import Source
 from runtime.host.cores import read_machine
 
 _ALONE_BYTES = 6 << 20
-"""Up to this size data is encoded in this process: starting others takes longer."""
+"""Bytes of data that are worth a process: starting one takes about a second."""
 _WRONG_SHARE = 0.01
 """Rows whose mask is empty or full, of all: more of them are an error, as the masks are then not to be trusted."""
 
 
-def build_store(path: Path, reader: Reader, recipe: Recipe, workers: int, log: Log, chunks: Iterable[Chunk] | None = None) -> store.Store:
+def build_store(
+    path: Path,
+    reader: Reader,
+    recipe: Recipe,
+    workers: int,
+    log: Log,
+    chunks: Iterable[Chunk] | None = None,
+    end: dict[str, Any] | None = None,
+) -> store.Store:
     """The store at `path`, which is built if it does not exist yet; one process builds and others wait.
+
+    chunks: only these of the reader's, in this process unless `workers` says otherwise. end: what is known when they
+    have been read and becomes part of the store's meta; such a store, a segment of a stream, may be empty.
 
     Raises DataError for data that cannot be used and for a cache that cannot be written.
     """
@@ -45,7 +57,7 @@ def build_store(path: Path, reader: Reader, recipe: Recipe, workers: int, log: L
                         for left_over in path.parent.glob(f"{path.name}.*.part"):
                             shutil.rmtree(left_over, ignore_errors=True)
                         shutil.rmtree(path, ignore_errors=True)
-                    _build(path, reader, recipe, workers, log, chunks)
+                    _build(path, reader, recipe, workers, log, chunks, end)
         except OSError as error:
             raise DataError(
                 f"cannot write prepared data in {path.parent}: {error.strerror or error}; "
@@ -54,21 +66,27 @@ def build_store(path: Path, reader: Reader, recipe: Recipe, workers: int, log: L
     return store.Store(path)
 
 
-def _build(path: Path, reader: Reader, recipe: Recipe, workers: int, log: Log, chunks: Iterable[Chunk] | None) -> None:
+def _build(
+    path: Path,
+    reader: Reader,
+    recipe: Recipe,
+    workers: int,
+    log: Log,
+    chunks: Iterable[Chunk] | None,
+    end: dict[str, Any] | None,
+) -> None:
     part = part_name(path)
     pieces = part / "pieces"
     pieces.mkdir(parents=True)
     start = time.monotonic()
-    total = sum(source.size for source in reader.sources)
+    total = sum(source.size for source in reader.sources) if chunks is None else 0
     progress = _Progress(total, log)
     try:
         outcomes: list[worker.Outcome] = []
         problems = _Problems(reader.sources)
-        count = workers or _cpus()
-        known = all(source.size and source.path.suffix not in (".gz", ".zst") for source in reader.sources)
-        count = min(count, max(1, total // (2 * _ALONE_BYTES))) if known else count
         todo = iter(chunks) if chunks is not None else reader.chunks()
-        alone = count == 1 or (known and total <= _ALONE_BYTES)
+        count = _processes(workers, total, reader) if chunks is None else workers
+        alone = count <= 1
         run = _run_alone(todo, recipe, pieces, problems) if alone else _run(todo, recipe, pieces, problems, count)
         with contextlib.closing(run):
             for outcome, weight in run:
@@ -78,7 +96,9 @@ def _build(path: Path, reader: Reader, recipe: Recipe, workers: int, log: Log, c
         problems.check()
         outcomes.sort(key=lambda outcome: outcome.number)
         meta = _summary(outcomes, reader, recipe)
-        _check_usable(meta, outcomes, reader, recipe)
+        if end is not None:
+            meta.update(end)
+        _check_usable(meta, outcomes, reader, recipe, may_be_empty=end is not None)
         meta["seconds"] = round(time.monotonic() - start, 3)
         _assemble(part, pieces, outcomes, meta)
         part.rename(path)
@@ -92,6 +112,13 @@ def _cpus() -> int:
     """Logical CPUs, no more than the quota pays for."""
     machine = read_machine()
     return max(1, int(min(sum(len(core.cpus) for core in machine.cores), machine.quota_cpus)))
+
+
+def _processes(workers: int, total: int, reader: Reader) -> int:
+    """How many processes encode; with one it is this one, which is quicker for data that is not much."""
+    known = all(source.size and source.path.suffix not in (".gz", ".zst") for source in reader.sources)
+    worth = -(-total // _ALONE_BYTES) if known else 1 << 10
+    return min(workers or _cpus(), worth)
 
 
 class _Problems:
@@ -236,7 +263,7 @@ def _summary(outcomes: Sequence[worker.Outcome], reader: Reader, recipe: Recipe)
 
 
 def _check_usable(
-    meta: dict[str, Any], outcomes: Sequence[worker.Outcome], reader: Reader, recipe: Recipe
+    meta: dict[str, Any], outcomes: Sequence[worker.Outcome], reader: Reader, recipe: Recipe, may_be_empty: bool
 ) -> None:
     """Raise DataError for masks that cannot be right, and if no sample is left."""
     key = reader.sources[0].key if reader.sources else "zerotop.data.files"
@@ -252,7 +279,7 @@ def _check_usable(
             f"give another template in zerotop.data.chat_template, or train on everything (train_on: all)\n"
             f"--- the template\n{sources}\n--- one of the rows\n{wrong}"
         )
-    if meta["samples"]:
+    if meta["samples"] or may_be_empty:
         return
     if rows == 0:
         raise DataError(f"{key}: no rows in {', '.join(meta['files'][:5]) or 'the data'}")
@@ -278,7 +305,8 @@ def _assemble(part: Path, pieces: Path, outcomes: Sequence[worker.Outcome], meta
             out.flush()
             os.fsync(out.fileno())
     files = np.repeat(
-        np.array([outcome.source for outcome in kept], np.int32), np.array([outcome.samples for outcome in kept])
+        np.array([outcome.source for outcome in kept], np.int32),
+        np.array([outcome.samples for outcome in kept], np.int64),
     )
     store.write_array(part / "files.bin", files)
     pieces.rmdir()

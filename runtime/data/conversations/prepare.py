@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,13 @@ from runtime.data.cache import Log, cache_folder
 from runtime.data.conversations.batches import EvaluationBatches, Sequences, TrainingBatches
 from runtime.data.conversations.build import build_store
 from runtime.data.conversations.encode import Encoder, Recipe
-from runtime.data.conversations.packing import Plan, hashed, pack, separate
+from runtime.data.conversations.packing import hashed, pack, separate
 from runtime.data.conversations.report import make_report, notes_of
-from runtime.data.conversations.sources import Reader, Source, find_sources, source_digest
+from runtime.data.conversations.readers import Reader
+from runtime.data.conversations.sources import Source, find_sources, source_digest
 from runtime.data.conversations.store import Store, is_complete
+from runtime.data.conversations.stream import Cursor, StreamSpec, build_segment
+from runtime.data.conversations.streaming import StreamingBatches
 from runtime.wire.messages import DataReport
 
 VERSION = 1
@@ -45,16 +48,23 @@ class Prepared:
 
 @dataclass
 class PreparedData:
-    """What a run trains and evaluates on."""
+    """What a run trains and evaluates on. Of streamed data `train` is the first segment."""
 
     train: Prepared
     evaluation: Prepared | None
     seed: int
+    stream: StreamSpec | None = None
+    plan: Callable[[Store, int], Sequences] | None = None
+    """Makes sequences of a segment of the stream."""
 
     def batches(
-        self, micro_batch: int, accumulation: int, rank: int, world: int, pin: bool = False
-    ) -> TrainingBatches:
+        self, micro_batch: int, accumulation: int, rank: int, world: int, pin: bool = False, log: Log = print
+    ) -> TrainingBatches | StreamingBatches:
         """One rank's micro-batches of every step."""
+        if self.stream is not None and self.plan is not None:
+            return StreamingBatches(
+                self.stream, self.plan, self.seed, micro_batch, accumulation, rank, world, pin, log
+            )
         return TrainingBatches(self.train.sequences, self.seed, micro_batch, accumulation, rank, world, pin)
 
     def evaluation_batches(self, micro_batch: int, rank: int, world: int, pin: bool = False) -> EvaluationBatches | None:
@@ -79,31 +89,39 @@ def prepare_all(
             'zerotop.data.files is empty; name the data to fine-tune on, for example ["chats.jsonl"] or '
             '["hf://datasets/OWNER/NAME"]'
         )
-    recipe, template = make_recipe(data, tokenizer, vocab_size, folder)
-    store, cached, recipe = _stored(data.files, data, recipe, tokenizer, folder, cache, log)
-    rows = np.arange(len(store))
-    held: Prepared | None = None
-    pieces = _Pieces(store, recipe, tokenizer, template, cached, data)
-    if evaluation is not None and evaluation.split is not None:
-        share = _row_hash(store, seed, _HOLD_OUT)
-        is_held = share < np.uint64(int(evaluation.split * 2.0**64))
-        rows, held_rows = rows[~is_held], rows[is_held]
-        if not len(held_rows) or not len(rows):
-            raise DataError(
-                f"zerotop.evaluation.split: {evaluation.split} of {len(store):,} samples leaves "
-                f"{len(held_rows):,} to evaluate on and {len(rows):,} to train on; give more data or another share"
-            )
-        held = pieces.prepared("evaluation", _limited(store, held_rows, evaluation, seed), seed)
-    elif evaluation is not None and evaluation.files:
-        other, other_cached, other_recipe = _stored(
-            evaluation.files, data, recipe, tokenizer, folder, cache, log, "zerotop.evaluation.files"
+    if data.weights and len(data.weights) != len(data.files):
+        raise DataError(
+            f"zerotop.data.weights has {len(data.weights)} numbers, but zerotop.data.files has {len(data.files)} "
+            "entries; expected one each"
         )
-        chosen = _limited(other, np.arange(len(other)), evaluation, seed)
-        held = _Pieces(other, other_recipe, tokenizer, template, other_cached, data).prepared("evaluation", chosen, seed)
-    rows = _weighted(store, rows, data, seed)
+    share = evaluation.split if evaluation is not None else None
+    recipe, template = make_recipe(data, tokenizer, vocab_size, folder)
+    files = _Files(data, folder, cache, log, tokenizer, template)
+    held: Prepared | None = None
+    if evaluation is not None and evaluation.files:  # first: the shorter of the two
+        other = files.stored(evaluation.files, recipe, "zerotop.evaluation.files")
+        held = files.prepared(other, "evaluation", _limited(other.store, np.arange(len(other.store)), evaluation, seed), seed)
+    found = files.segment(recipe) if data.streaming else files.stored(data.files, recipe)
+    store = found.store
+    rows = np.arange(len(store))
+    if evaluation is not None and share is not None:
+        is_held = _is_held(store, seed, share)
+        held_rows = rows[is_held]
+        if not len(held_rows) or is_held.all():
+            raise DataError(
+                f"zerotop.evaluation.split: {share} of {len(store):,} samples leaves {len(held_rows):,} to evaluate on "
+                f"and {len(rows) - len(held_rows):,} to train on; give more data or another share"
+            )
+        held = files.prepared(found, "evaluation", _limited(store, held_rows, evaluation, seed), seed)
+    rows = _chosen(store, data, seed, share)
     if not len(rows):
         raise DataError("zerotop.data.weights leaves no sample; raise the weights or give more data")
-    return PreparedData(pieces.prepared("train", rows, seed), held, seed)
+    train = files.prepared(found, "train", rows, seed, complete=found.spec is None)
+
+    def plan(segment: Store, number: int) -> Sequences:
+        return files.sequences(segment, recipe, _chosen(segment, data, seed, share), seed + number)
+
+    return PreparedData(train, held, seed, found.spec, plan)
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------------
@@ -188,24 +206,90 @@ def _names(tokenizer: Any) -> dict[int, str]:
 
 
 # ---- the store -------------------------------------------------------------------------------------------------------
-def _stored(
-    files: Sequence[str],
-    data: DataConfig,
-    recipe: Recipe,
-    tokenizer: Any,
-    folder: Path,
-    cache: Path,
-    log: Log,
-    key: str = "zerotop.data.files",
-) -> tuple[Store, bool, Recipe]:
-    """(the store of some files, whether it was there, the recipe with which it was built)."""
-    sources = find_sources(files, folder, data.split, key)
-    path = cache / _digest(sources, recipe, data.format)
-    cached = is_complete(path)
-    if not cached:
-        recipe = _compare(sources, data, recipe, tokenizer)
-    store = build_store(path, Reader(sources, data.format), recipe, data.workers, log)
-    return store, cached, recipe
+@dataclass(frozen=True)
+class _Found:
+    """A store, the recipe with which it was built, and whether it was in the cache. spec: of streamed data."""
+
+    store: Store
+    recipe: Recipe
+    cached: bool
+    spec: StreamSpec | None = None
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What is the same for all files of a run."""
+
+    data: DataConfig
+    folder: Path
+    cache: Path
+    log: Log
+    tokenizer: Any
+    template: str
+
+    def stored(self, files: Sequence[str], recipe: Recipe, key: str = "zerotop.data.files") -> _Found:
+        """The store of some files, which is built if it is not in the cache."""
+        data = self.data
+        sources = find_sources(files, self.folder, data.split, key)
+        path = self.cache / _digest(sources, recipe, data.format)
+        cached = is_complete(path)
+        if not cached:
+            recipe = _compare(sources, data, recipe, self.tokenizer)
+        store = build_store(path, Reader(sources, data.format), recipe, data.workers, self.log)
+        return _Found(store, recipe, cached)
+
+    def segment(self, recipe: Recipe) -> _Found:
+        """The first segment of the training data."""
+        data = self.data
+        sources = find_sources(data.files, self.folder, data.split, streaming=True)
+        recipe = _compare(sources, data, recipe, self.tokenizer)
+        digest = _digest(sources, recipe, data.format)
+        spec = StreamSpec(
+            tuple(sources), data.format, recipe, data.segment_rows, data.workers, str(self.cache), digest
+        )
+        cached = is_complete(spec.folder(Cursor()))
+        store = build_segment(spec, Cursor(), self.log)
+        if not len(store):
+            raise DataError(
+                f"zerotop.data.files: none of the first {store.meta['rows']:,} rows gives a sample: "
+                + ", ".join(f"{name}: {count:,}" for name, count in store.meta["dropped"].items())
+            )
+        return _Found(store, recipe, cached, spec)
+
+    def sequences(self, store: Store, recipe: Recipe, samples: np.ndarray, seed: int) -> Sequences:
+        """These samples of a store, packed or not."""
+        lengths, counted = np.asarray(store.lengths), np.asarray(store.counted)
+        if self.data.packing:
+            plan = pack(samples, lengths, counted, recipe.seq_len, seed)
+        else:
+            plan = separate(samples, lengths, counted)
+        padding = next((one for one in (self.tokenizer.pad_token_id, recipe.eos) if one is not None), 0)
+        return Sequences(store, plan, padding, int(plan.lengths.max(initial=0)) if self.data.packing else None)
+
+    def prepared(
+        self, found: _Found, role: Literal["train", "evaluation"], samples: np.ndarray, seed: int, complete: bool = True
+    ) -> Prepared:
+        """Sequences of these samples, and the report on them."""
+        store, tokenizer = found.store, self.tokenizer
+        sequences = self.sequences(store, found.recipe, samples, seed)
+        plan = sequences.plan
+        report = make_report(
+            role,
+            store,
+            plan,
+            found.recipe,
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
+            _names(tokenizer),
+            template=self.template if _TEMPLATED.intersection(store.meta["forms"]) else "",
+            packed=self.data.packing,
+            notes=notes_of(store, found.recipe),
+            cached=found.cached,
+            complete=complete,
+        )
+        digest = hashlib.blake2b(store.folder.name.encode(), digest_size=16)
+        digest.update(plan.samples.tobytes())
+        digest.update(plan.offsets.tobytes())
+        return Prepared(sequences, report, digest.hexdigest())
 
 
 def _digest(sources: Sequence[Source], recipe: Recipe, form: str) -> str:
@@ -265,62 +349,24 @@ def _limited(store: Store, samples: np.ndarray, evaluation: EvaluationConfig, se
     return np.sort(samples[order[: evaluation.samples]])
 
 
-def _weighted(store: Store, samples: np.ndarray, data: DataConfig, seed: int) -> np.ndarray:
-    """Samples as often as the weight of their entry says; a fraction is a random part of them."""
+def _is_held(store: Store, seed: int, share: float) -> np.ndarray:
+    """Which samples are held out for evaluation."""
+    return _row_hash(store, seed, _HOLD_OUT) < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
+
+
+def _chosen(store: Store, data: DataConfig, seed: int, share: float | None) -> np.ndarray:
+    """The samples to train on: those that are not held out, as often as the weight of their entry says. A fraction is a
+    random part of them."""
+    samples = np.arange(len(store))
+    if share is not None:
+        samples = samples[~_is_held(store, seed, share)]
     if not data.weights:
         return samples
-    if len(data.weights) != len(data.files):
-        raise DataError(
-            f"zerotop.data.weights has {len(data.weights)} numbers, but zerotop.data.files has {len(data.files)} "
-            "entries; expected one each"
-        )
     entry_of = np.array(store.meta["entries"])
     weights = np.array(data.weights)[entry_of[np.asarray(store.files)[samples]]]
     whole = np.floor(weights).astype(np.int64)
     part = _row_hash(store, seed, _HALF)[samples].astype(np.float64) / 2.0**64 < weights - whole
     return np.repeat(samples, whole + part)
-
-
-@dataclass(frozen=True)
-class _Pieces:
-    """What is the same for the training and the held-out samples of a store."""
-
-    store: Store
-    recipe: Recipe
-    tokenizer: Any
-    template: str
-    cached: bool
-    data: DataConfig
-
-    def prepared(self, role: Literal["train", "evaluation"], samples: np.ndarray, seed: int) -> Prepared:
-        """Sequences of these samples, and the report on them."""
-        store, recipe, data = self.store, self.recipe, self.data
-        plan = self._plan(samples, seed)
-        tokenizer = self.tokenizer
-        padding = next((one for one in (tokenizer.pad_token_id, recipe.eos) if one is not None), 0)
-        width = int(plan.lengths.max(initial=0)) if data.packing else None
-        report = make_report(
-            role,
-            store,
-            plan,
-            recipe,
-            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
-            _names(tokenizer),
-            template=self.template if any(form in _TEMPLATED for form in store.meta["forms"]) else "",
-            packed=data.packing,
-            notes=notes_of(store, recipe),
-            cached=self.cached,
-        )
-        digest = hashlib.blake2b(store.folder.name.encode(), digest_size=16)
-        digest.update(plan.samples.tobytes())
-        digest.update(plan.offsets.tobytes())
-        return Prepared(Sequences(store, plan, padding, width), report, digest.hexdigest())
-
-    def _plan(self, samples: np.ndarray, seed: int) -> Plan:
-        lengths, counted = np.asarray(self.store.lengths), np.asarray(self.store.counted)
-        if self.data.packing:
-            return pack(samples, lengths, counted, self.recipe.seq_len, seed)
-        return separate(samples, lengths, counted)
 
 
 _TEMPLATED = frozenset({"messages", "sharegpt", "alpaca", "prompt-completion"})

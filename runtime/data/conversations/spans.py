@@ -8,8 +8,8 @@ are, the messages are. Without them the text must be the one that the template r
     header of the turn     from the end of the previous message to the header's end, as the template writes it when it
                            is asked for a prompt (`add_generation_prompt`) after that message: the span begins there.
                            Before a first message, the header itself is searched backwards from the message.
-    the assistant's text   marks stand inside surrounding whitespace, which templates trim, and after `</think>`, before
-                           which templates cut reasoning off
+    the assistant's text   marks stand inside surrounding whitespace, which templates trim, and after `</think>`, if the
+                           template mentions it: it then cuts off what stands before
     tool calls             marks stand after the last text of the last call's arguments, or around its name
     end of the turn        the first end-of-turn token after the message, which is trained, too. Which tokens those are is
                            found with conversations of our own.
@@ -37,6 +37,7 @@ Render = Callable[..., str]
 
 _PLANES = (0xF0000, 0x100000)
 _PLANE_SIZE = 0xFFFE
+_REASONED = "</think>"
 _PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
 CHECKED_FIRST = 64
 CHECKED_EVERY = 32
@@ -68,6 +69,7 @@ class TurnFinder:
         """sources: the templates' texts. specials: texts of the tokenizer's special tokens."""
         self._render = render
         found = set().union(*(literals(source) for source in sources)) if sources else set()
+        self._reasons = any(_REASONED in text for text in found)
         self._mentions = _any_of(found)
         self._specials = _any_of(specials)
         self._checked = 0
@@ -119,7 +121,7 @@ class TurnFinder:
         """
         self._seen += 1
         every = range(len(messages))
-        marked = _Marked(messages, every, wanted)
+        marked = self._mark(messages, every, wanted)
         plain = None
         try:
             text, places, complete = marked.read(self._render(marked.messages, tools))
@@ -137,6 +139,9 @@ class TurnFinder:
             places = self._one_at_a_time(plain, messages, tools, wanted, places)
         return plain, self._spans(plain, messages, tools, places, wanted)
 
+    def _mark(self, messages: Messages, which: Sequence[int], wanted: Sequence[bool]) -> _Marked:
+        return _Marked(messages, which, wanted, self._reasons)
+
     def _must_check(self, marked: _Marked) -> bool:
         if self._trusted and self._seen > CHECKED_FIRST and self._seen % CHECKED_EVERY:
             return marked.has_private or self._mentioned(marked)
@@ -149,7 +154,7 @@ class TurnFinder:
         self, plain: str, messages: Messages, tools: list[Any] | None, wanted: Sequence[bool]
     ) -> list[_Places]:
         """Places in a conversation in which the marks of all messages changed the text."""
-        marked = _Marked(messages, [at for at in range(len(messages)) if wanted[at]], wanted)
+        marked = self._mark(messages, [at for at in range(len(messages)) if wanted[at]], wanted)
         try:
             text, places, complete = marked.read(self._render(marked.messages, tools))
         except TemplateFailed:
@@ -170,7 +175,7 @@ class TurnFinder:
         for at, message in enumerate(messages):
             if places[at].end is not None:
                 continue
-            marked = _Marked(messages, [at], wanted)
+            marked = self._mark(messages, [at], wanted)
             try:
                 text, found, complete = marked.read(self._render(marked.messages, tools))
             except TemplateFailed:
@@ -191,11 +196,14 @@ class TurnFinder:
         except TemplateFailed as error:
             raise NotFound(f"no mark of message {at + 1} in the text, and: {error}") from None
         start, end = len(_common(before, plain)), len(_common(through, plain))
-        content = str(message.get("content", "")).strip()
-        if content and (found := plain.find(content, start)) >= 0:
-            return _Places(found, found + len(content))
-        if not content and start < end:
-            return _Places(start, max(start, end - len(self._plain_end)))
+        if start < end and end == len(through):
+            last = start
+            for found in self._end.finditer(plain, start, end) if self._end is not None else ():
+                last = found.start()
+            return _Places(start, last if last > start else end - len(self._plain_end))
+        content = str(message.get("content", "")).rpartition("</think>")[2].strip()
+        if content and (place := plain.find(content, start)) >= 0:
+            return _Places(place, place + len(content))
         raise NotFound(f"message {at + 1} is not in the text that the template renders")
 
     def _spans(
@@ -254,7 +262,7 @@ class TurnFinder:
         prompt; None if the template does not render that."""
         previous = dict(messages[at - 1])
         previous["content"] = str(previous.get("content", "")).strip()
-        marked = _Marked([*messages[: at - 1], previous], [at - 1], [True] * at)
+        marked = self._mark([*messages[: at - 1], previous], [at - 1], [True] * at)
         try:
             prompt, places, _ = marked.read(self._render(marked.messages, tools, prompt=True))
         except TemplateFailed:
@@ -288,7 +296,9 @@ class TurnFinder:
 class _Marked:
     """A copy of a conversation with marks in some of its messages: two private-use characters per message."""
 
-    def __init__(self, messages: Messages, which: Sequence[int], wanted: Sequence[bool]) -> None:
+    def __init__(self, messages: Messages, which: Sequence[int], wanted: Sequence[bool], reasons: bool) -> None:
+        """which: the messages to mark. reasons: whether the template cuts off what stands before `</think>`."""
+        self._reasons = reasons
         self.texts = [text for message in messages for text in _texts(message)]
         """Everything that the messages say."""
         private = [text for text in self.texts if not text.isascii() and _PRIVATE.search(text)]
@@ -313,12 +323,11 @@ class _Marked:
             trail = content[lead + len(inner) :]
             lead_text = content[:lead]
             if assistant:
-                cut = inner.rfind("</think>")
-                if cut >= 0:
-                    cut += len("</think>")
-                    while cut < len(inner) and inner[cut].isspace():
-                        cut += 1
-                    lead_text, inner = lead_text + inner[:cut], inner[cut:]
+                if self._reasons and (cut := inner.rfind(_REASONED)) >= 0:
+                    cut += len(_REASONED)
+                    rest = inner[cut:].lstrip()
+                    lead_text += inner[: len(inner) - len(rest)] if rest else inner + trail
+                    inner, trail = rest, trail if rest else ""
                 self._set.add(2 * at)
                 inner = opened + inner
             if not calls:

@@ -20,7 +20,7 @@ import numpy as np
 
 from runtime.data import DataError
 from runtime.data.conversations.encode import Encoder, Recipe
-from runtime.data.conversations.sources import Chunk
+from runtime.data.conversations.readers import Chunk
 
 _LENGTH = struct.Struct("<Q")
 ARRAYS = ("tokens", "trained", "lengths", "numbers", "counted")
