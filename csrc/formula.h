@@ -60,6 +60,24 @@ ZT_HOST_DEVICE uint32_t zt_bf16_round(uint32_t u) {
   return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
 }
 
+// ---- moments in bf16: rounded stochastically ------------------------------------------------------------------------------
+// A float is rounded up or down with the probabilities that make its bf16 right on average, so that many small changes of a
+// moment are not lost. The random number is a function of the element's index in its unit, and of a key for the unit and the
+// step, so neither world size nor threads nor ISA change it. zt_mix: lowbias32, https://github.com/skeeto/hash-prospector.
+struct ZtKey { uint32_t first, second; };
+
+ZT_HOST_DEVICE uint32_t zt_mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+ZT_HOST_DEVICE uint32_t zt_random(uint32_t index, ZtKey key) { return zt_mix(zt_mix(index ^ key.first) ^ key.second); }
+
+// random: 16 bits. Infinities stay, every NaN becomes 0x7fc0, and a float that bf16 has stays as it is.
+ZT_HOST_DEVICE uint32_t zt_bf16_stochastic(uint32_t u, uint32_t random) {
+  return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (u + random) >> 16;
+}
+
 // ---- sum of squares: one tree, whoever walks it -------------------------------------------------------------------------
 // Elements are cut into blocks of ZT_BLOCK. In a block, lane j adds the squares of elements j, j+32, ... in order, in
 // double (a float's square is exact there); lanes then fold in halves (16, 8, 4, 2, 1). The block sums are doubles, and

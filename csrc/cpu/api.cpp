@@ -64,6 +64,8 @@ static int threads_for(int threads, int64_t chunks) {
 static const int64_t CHUNK = 1 << 16;                   // keeps 64-byte alignment of every array; a multiple of ZT_BLOCK
 static const int64_t NT_FROM = 1 << 20;                 // elements; below, out is better left in the cache
 
+static const int64_t IN_CACHE = 2048;                   // moments that are in fp32 at a time, per thread
+
 static int64_t size_of(int32_t dtype) { return dtype == F32 ? 4 : 2; }
 
 static double fold(const double* x, int64_t n) {        // one block of block sums, formula.h's order
@@ -76,7 +78,7 @@ static double fold(const double* x, int64_t n) {        // one block of block su
 
 }  // namespace zt
 
-API int zt_abi() { return 5; }
+API int zt_abi() { return 6; }
 API int zt_max_threads() { return zt::threads_for(0, INT32_MAX); }
 
 // The ISA that would run, or null where `force` names one that is not built in or not supported by this CPU.
@@ -98,6 +100,32 @@ API int zt_adamw(uint64_t p, uint64_t m, uint64_t v, uint64_t g, uint64_t out, i
     const AdamArgs a = {(float*)p + i, (float*)m + i, (float*)v + i, (const char*)g + i * g_size,
                         out ? (char*)out + i * size_of(out_dtype) : nullptr, len, n >= NT_FROM};
     k->adam(a, (Dtype)grad_dtype, out ? (Dtype)out_dtype : NONE, l2 != 0, *h);
+  }
+  return 0;
+}
+
+// zt_adamw with moments in bf16, rounded stochastically; index: the unit's index of the first element.
+API int zt_adamw_bf16(uint64_t p, uint64_t m, uint64_t v, uint64_t g, uint64_t out, int64_t n, int32_t grad_dtype,
+                      int32_t out_dtype, int32_t l2, const ZtHyper* h, uint32_t index, uint32_t key, uint32_t second_key,
+                      int32_t threads, const char* force) {
+  using namespace zt;
+  const Kernels* k = pick(force);
+  if (!k) return -1;
+  const int64_t chunks = (n + CHUNK - 1) / CHUNK, g_size = size_of(grad_dtype);
+#pragma omp parallel for schedule(static) num_threads(threads_for(threads, chunks))
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t end = n - c * CHUNK < CHUNK ? n : (c + 1) * CHUNK;
+    alignas(64) float wide_m[IN_CACHE], wide_v[IN_CACHE];
+    for (int64_t i = c * CHUNK; i < end; i += IN_CACHE) {
+      const int64_t len = end - i < IN_CACHE ? end - i : IN_CACHE;
+      uint16_t *mi = (uint16_t*)m + i, *vi = (uint16_t*)v + i;
+      k->widen_bf16(mi, wide_m, len);
+      k->widen_bf16(vi, wide_v, len);
+      const AdamArgs a = {(float*)p + i, wide_m, wide_v, (const char*)g + i * g_size,
+                          out ? (char*)out + i * size_of(out_dtype) : nullptr, len, n >= NT_FROM};
+      k->adam(a, (Dtype)grad_dtype, out ? (Dtype)out_dtype : NONE, l2 != 0, *h);
+      k->round_moments(wide_m, wide_v, mi, vi, len, index + (uint32_t)i, {key, second_key});
+    }
   }
   return 0;
 }

@@ -27,6 +27,9 @@ struct AdamArgs {
 struct Kernels {
   const char* name;
   void (*adam)(const AdamArgs&, Dtype grad, Dtype to, bool l2, const ZtHyper&);
+  void (*widen_bf16)(const uint16_t* from, float* to, int64_t n);
+  // m and v to bf16, stochastically; `index` is the unit's index of their first element.
+  void (*round_moments)(const float* m, const float* v, uint16_t* to_m, uint16_t* to_v, int64_t n, uint32_t index, ZtKey);
   double (*block)(const void* x, int64_t n, Dtype);     // sum of squares of one block, n <= ZT_BLOCK
   void (*accumulate)(float* acc, const void* g, int64_t n, Dtype, float scale);
   // dst = (add ? dst : 0) + (srcs[0] + srcs[1] + ...), from element `begin` of each source; dst begins at its element 0.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from runtime.checkpoint.buffers import buffer_key, buffer_key_for_rank, buffers_of
-from runtime.checkpoint.capture import frozen_names, shapes_of
+from runtime.checkpoint.capture import frozen_names, pieces_of, shapes_of
 from runtime.checkpoint.format.manifest import CheckpointError, LoadOptions, Manifest
 from runtime.checkpoint.format.tensors import StoredTensor
 from runtime.models.origin import origin_of
@@ -130,6 +130,21 @@ def load_warnings(
             f"checkpoint {path} holds buffers in another dtype than the model's: {_several(rounded)}. Values rounded "
             "on saving stay rounded; assign a buffer's exact values after loading where they matter"
         )
+
+
+def rounding_warnings(state: TrainState, tensors: Mapping[str, StoredTensor], path: Path) -> Iterator[str]:
+    """A warning about optimizer states that loading rounds, because they are bf16 here and fp32 in the checkpoint."""
+    for name, piece in pieces_of(state).items():
+        found = tensors.get(name)
+        if not name.startswith("state.") or found is None:
+            continue
+        ours = str(piece.tensor.dtype).removeprefix("torch.")
+        if (found.dtype, ours) == ("float32", "bfloat16"):
+            yield (
+                f"checkpoint {path} holds optimizer states in fp32: they are rounded to bf16, because of "
+                "zerotop.optimizer_state_dtype"
+            )
+            return
 
 
 def _several(names: list[str]) -> str:

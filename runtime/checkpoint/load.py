@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from runtime.checkpoint.buffers import buffer_key_for_rank, buffers_of
 from runtime.checkpoint.capture import Piece, pieces_of
-from runtime.checkpoint.compatibility import check_manifest, check_tensors, load_warnings
+from runtime.checkpoint.compatibility import check_manifest, check_tensors, load_warnings, rounding_warnings
 from runtime.checkpoint.format.index import read_index
 from runtime.checkpoint.format.manifest import (
     LOAD_EVERYTHING,
@@ -88,6 +88,9 @@ def load(
         on_all_ranks(state.comm, lambda: registered.check(content.generators))
     if state.comm.rank == 0 and options.module:
         for text in load_warnings(state, manifest, content.tensors, path):
+            log.warning(text)
+    if state.comm.rank == 0 and options.optimizer:
+        for text in rounding_warnings(state, content.tensors, path):
             log.warning(text)
     _load_tensors(state, manifest, path, content.tensors, options)
     state.masters_to_parameters()

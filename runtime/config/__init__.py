@@ -23,7 +23,7 @@ from .load import load
 from .optimizers import OptimizerConfig
 from .resolved import Fp16Config, OffloadOptimizerConfig, OffloadParamConfig, Resolved
 from .schedulers import LRRangeTest, OneCycle, SchedulerConfig, WarmupCosineLR, WarmupDecayLR, WarmupLR
-from .supported import refuse_unsupported
+from .supported import ADAM, bf16_states_need_adam, refuse_unsupported
 from .zerotop import (
     CheckpointConfig,
     LogConfig,
@@ -33,6 +33,7 @@ from .zerotop import (
 )
 
 __all__ = [
+    "ADAM",
     "DEFAULT_MICRO_BATCH",
     "CheckpointConfig",
     "Config",
@@ -58,6 +59,7 @@ __all__ = [
     "WarmupDecayLR",
     "WarmupLR",
     "ZerotopConfig",
+    "bf16_states_need_adam",
     "expand_files",
     "load",
     "refuse_unsupported",

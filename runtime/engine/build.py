@@ -11,7 +11,7 @@ from torch import nn
 
 from runtime.checkpoint.snapshot import SnapshotGuard
 from runtime.comm import Comm
-from runtime.config import ConfigError, Resolved
+from runtime.config import ADAM, ConfigError, Resolved, bf16_states_need_adam
 from runtime.diagnose import outofmemory
 from runtime.engine.model_checks import check_parameters, check_same_model
 from runtime.host.ledger import Ledger
@@ -100,7 +100,9 @@ def build_state(
     shards = comm.world_size > 1 or (config.offload_param is not None and transfers is not None)
     specs = _specs(cuts, parts, shards, group_of, frozen, dtypes)
     sizes = [FlatSize(sum(p.numel() for _, p, _ in s.members), s.dtype, s.trained, s.sharded) for s in specs]
-    adam = optimizer.kind in ("Adam", "AdamW")
+    adam = optimizer.kind in ADAM
+    if optimizer.trains and not adam and config.zerotop.optimizer_state_dtype != "fp32":
+        raise ConfigError(bf16_states_need_adam(optimizer.kind))
     placement = choose_placement(config, parts.policy, comm, ledger, parts.gradients, sizes, adam, transfers)
     for index, spec in enumerate(specs):
         _make_flat(spec, parts, placement, placement.of(index))
@@ -111,7 +113,8 @@ def build_state(
         raise ConfigError("the optimizer holds no trainable parameter of the model, so there is nothing to train")
     uploads = [placement.upload_of(index) for index, spec in enumerate(specs) if spec.trained]
     shard_optimizers = [
-        optimizer.make_shard_optimizer(flat, ledger, upload) for flat, upload in zip(flats, uploads, strict=True)
+        optimizer.make_shard_optimizer(flat, ledger, upload, DTYPES[config.zerotop.optimizer_state_dtype])
+        for flat, upload in zip(flats, uploads, strict=True)
     ]
     order = [flat for index in reduce_order(cuts) for flat in parts.units[index].flats]
     reducer = GradReducer(order, comm, script_begins)

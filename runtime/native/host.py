@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import mmap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.native.loading import DTYPES, check, check_overlap, cpu, hyper, raise_for, u64
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
+
+
+class Rounding(NamedTuple):
+    """Random numbers for moments in bf16: see zt_random in csrc/formula.h."""
+
+    index: int
+    """The unit's index of the first element."""
+    key: int
+    second_key: int
+    """32 bits each, of the unit and the step."""
 
 
 def adamw(
@@ -30,6 +41,7 @@ def adamw(
     weight_decay: float,
     grad_scale: float = 1.0,
     adamw: bool = True,
+    rounding: Rounding | None = None,
     threads: int | None = None,
     isa: str = "",
 ) -> None:
@@ -38,13 +50,15 @@ def adamw(
     The bits do not depend on threads or isa. A NaN or infinity in g goes through to p, as in torch.
 
     Args:
-        p, m, v: (numel,) fp32; parameters (or their master copy), first and second moment. Updated.
+        p, m, v: (numel,) fp32; parameters (or their master copy), first and second moment. Updated. The moments may be
+            bf16; they are then rounded stochastically, as `rounding` says.
         g: (numel,) fp32, bf16 or fp16 gradient. Only read.
         out: (numel,) fp32, bf16 or fp16 that receives the new parameters rounded to nearest even (a NaN becomes
             0x7fc0 or 0x7e00); None: p is the parameter. May be g's own memory where elements have the same size.
         step: optimizer steps including this one, from 1.
         weight_decay: decoupled when adamw, else added to the gradient (L2).
         grad_scale: factor on g: 1 / loss scale x clip factor x 1 / accumulation, whatever applies.
+        rounding: of moments in bf16.
         threads: CPU threads; None: OpenMP's default (OMP_NUM_THREADS, else all cores).
         isa: force an instruction set by name.
 
@@ -53,8 +67,9 @@ def adamw(
         ImportError: the kernels are not built.
     """
     n = p.numel()
-    for name, t in (("p", p), ("m", m), ("v", v)):
-        check(name, t, n, ("torch.float32",), "cpu")
+    moments = "torch.float32" if rounding is None else "torch.bfloat16"
+    for name, t, dtype in (("p", p, "torch.float32"), ("m", m, moments), ("v", v, moments)):
+        check(name, t, n, (dtype,), "cpu")
     check("g", g, n, tuple(DTYPES), "cpu")
     if out is not None:
         check("out", out, n, tuple(DTYPES), "cpu")
@@ -69,7 +84,9 @@ def adamw(
         grad_scale=grad_scale,
         adamw=adamw,
     )
-    code = cpu().zt_adamw(
+    lib = cpu()
+    kernel = lib.zt_adamw if rounding is None else functools.partial(_rounded, lib.zt_adamw_bf16, rounding)
+    code = kernel(
         p.data_ptr(),
         m.data_ptr(),
         v.data_ptr(),
@@ -84,6 +101,12 @@ def adamw(
         isa.encode(),
     )
     raise_for(code, isa)
+
+
+def _rounded(kernel: Callable[..., int], rounding: Rounding, *arguments: Any) -> int:
+    """zt_adamw_bf16, which has the arguments of `rounding` before the last two."""
+    index = rounding.index & 0xFFFFFFFF
+    return kernel(*arguments[:-2], index, rounding.key, rounding.second_key, *arguments[-2:])
 
 
 def sum_of_squares(x: torch.Tensor, *, threads: int | None = None, isa: str = "") -> tuple[float, bool]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ABI = {"libzt_cpu.so": 5, "libzt_cuda.so": 3, "libzt_term.so": 1}
+ABI = {"libzt_cpu.so": 6, "libzt_cuda.so": 3, "libzt_term.so": 1}
 SUM_BLOCK = 8192  # elements; ZT_BLOCK of csrc/formula.h
 DTYPES = {"torch.float32": 1, "torch.bfloat16": 2, "torch.float16": 3}  # enum Dtype of csrc/cpu/kernels.h
 _REBUILD = "build it with `make install` (it needs a C++ compiler)"
@@ -80,6 +80,8 @@ def cpu() -> ctypes.CDLL:
     lib = _load("libzt_cpu.so")
     lib.zt_isa.argtypes, lib.zt_isa.restype = [ctypes.c_char_p], ctypes.c_char_p
     lib.zt_adamw.argtypes = [u64] * 5 + [i64, i32, i32, i32, ctypes.POINTER(Hyper), i32, ctypes.c_char_p]
+    u32 = ctypes.c_uint32
+    lib.zt_adamw_bf16.argtypes = [*lib.zt_adamw.argtypes[:10], u32, u32, u32, i32, ctypes.c_char_p]
     lib.zt_sum_of_squares.argtypes = [u64, i64, i32, i32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_double)]
     lib.zt_accumulate.argtypes = [u64, u64, i64, i32, f32, i32, ctypes.c_char_p]
     lib.zt_sum.argtypes = [u64, i32, ctypes.POINTER(u64), i64, i64, i64, i32, i32, i32, ctypes.c_char_p]

@@ -172,7 +172,8 @@ def _plan(
         params_on_host = size.sharded and config.offload_param is not None
         if on:
             own_masters = size.dtype == torch.float32 and (params_on_host or not remote)
-            blocks += [0 if own_masters else 4 * n, 4 * n, 4 * n, kept * n]
+            moment = (2 if config.zerotop.optimizer_state_dtype == "bf16" else 4) * n
+            blocks += [0 if own_masters else 4 * n, moment, moment, kept * n]
         if params_on_host:
             blocks.append(n * size.dtype.itemsize)
     return _Plan(numels, tuple(on_host), tuple(slots), tuple(blocks))
@@ -295,6 +296,8 @@ def _set_device_share(
             raise ConfigError(
                 'zerotop.offload.update: "gpu" supports AdamW and Adam only; use "cpu" with this optimizer'
             )
+        return
+    if config.zerotop.optimizer_state_dtype != "fp32":  # "gpu" is refused at launch
         return
     pinned = config.offload_optimizer is not None and config.offload_optimizer.pin_memory
     if not pinned:

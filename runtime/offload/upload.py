@@ -18,7 +18,7 @@ from runtime import native
 from runtime.comm.profiling import profiler_range
 from runtime.comm.transfer import Copies, Copy, Transfers
 from runtime.offload.download import GradOffload
-from runtime.optim.shard_optimizer import OptimizerStep, ShardAdamW, update_pieces
+from runtime.optim.shard_optimizer import OptimizerStep, ShardAdamW
 from runtime.plan.layout import ALIGNMENT
 from runtime.zero.flat import FlatParamGroup
 
@@ -71,7 +71,7 @@ class ParamUpload:
         if split > 0:
             gradient = self.gradient(flat, step, split)
             out, send = self._outgoing(flat, split, step.after)
-            update_pieces(optimizer.pieces(0, split, gradient, out), hypers, step.known_scale)
+            optimizer.update_range(0, split, gradient, out, hypers, step)
             done += send()
         return Copies(done)
 

@@ -170,12 +170,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         getattr(plain, "__wrapped__", plain)(self, param_group)
 
     def make_shard_optimizer(
-        self, flat: FlatParamGroup, ledger: Ledger, host: OffloadedStates | None = None
+        self,
+        flat: FlatParamGroup,
+        ledger: Ledger,
+        host: OffloadedStates | None = None,
+        moments: torch.dtype = torch.float32,
     ) -> ShardOptimizer:
         """Make the optimizer of this rank's shard of `flat`. host: for a group whose states are in other memory than
-        its parameters."""
+        its parameters. moments: dtype of Adam's states."""
         if self.kind in ("Adam", "AdamW"):
-            return ShardAdamW(flat, self.decoupled, self.bias_correction, host)
+            return ShardAdamW(flat, self.decoupled, self.bias_correction, host, moments)
         kind: Callable[..., torch.optim.Optimizer]
         if self.wrapped is not None and torch_optimizer_name(self.wrapped) is None:
             kind = partial(fresh_copy, self.wrapped)

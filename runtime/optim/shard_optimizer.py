@@ -17,6 +17,8 @@ from runtime import native
 from runtime.comm.transfer import Copy
 from runtime.host.ledger import Ledger
 from runtime.optim.adamw import adamw_reference
+from runtime.optim.rounding import CHUNK, round_moments, rounding_of
+from runtime.plan.layout import Segment
 from runtime.zero.flat import FlatParamGroup
 
 Hyper = Mapping[str, Any]
@@ -97,14 +99,20 @@ class ShardOptimizer(Protocol):
 
 
 class ShardAdamW:
-    """AdamW (arXiv 1711.05101) or Adam with L2, with fp32 moments of the state shard."""
+    """AdamW (arXiv 1711.05101) or Adam with L2, with moments of the state shard in fp32, or in bf16 and rounded
+    stochastically (rounding.py)."""
 
     def __init__(
-        self, flat: FlatParamGroup, decoupled: bool, bias_correction: bool, host: OffloadedStates | None = None
+        self,
+        flat: FlatParamGroup,
+        decoupled: bool,
+        bias_correction: bool,
+        host: OffloadedStates | None = None,
+        moments: torch.dtype = torch.float32,
     ) -> None:
         self.flat, self.decoupled, self.bias_correction, self.host = flat, decoupled, bias_correction, host
-        self.exp_avg = flat.placement.zeros("optimizer", flat.state_numel)
-        self.exp_avg_sq = flat.placement.zeros("optimizer", flat.state_numel)
+        self.exp_avg = flat.placement.zeros("optimizer", flat.state_numel, moments)
+        self.exp_avg_sq = flat.placement.zeros("optimizer", flat.state_numel, moments)
 
     def update(self, step: OptimizerStep) -> Copy | None:
         """See ShardOptimizer."""
@@ -113,30 +121,55 @@ class ShardAdamW:
         if host is not None:
             return host.update(self, hypers, step)
         in_place = flat.masters_in_other_memory or flat.param_shard is flat.masters
-        pieces = self.pieces(0, flat.state_numel, flat.gradient, None if in_place else flat.param_shard)
-        update_pieces(pieces, hypers, step.scale, step.changed)
+        out = None if in_place else flat.param_shard
+        self.update_range(0, flat.state_numel, flat.gradient, out, hypers, step)
         if in_place:
             flat.masters_to_parameters()
         return None
+
+    def update_range(
+        self,
+        low: int,
+        high: int,
+        gradient: torch.Tensor,
+        out: torch.Tensor | None,
+        hypers: Sequence[dict[str, Any]],
+        step: OptimizerStep,
+    ) -> None:
+        """Update elements [low, high) of the state shard in the memory where they are. Arguments as of `pieces`.
+        hypers: `kernel_arguments` of every optimizer parameter group."""
+        pieces = self.pieces(low, high, gradient, out)
+        if self.exp_avg.dtype == torch.float32:
+            update_pieces(pieces, hypers, step.scale, step.changed)
+            return
+        flat = self.flat
+        for piece, segment in zip(pieces, self._segments(low, high), strict=True):
+            rounding = rounding_of(flat.name, step.step, flat.start + segment.start)
+            update_rounded(piece, rounding, hypers, step.scale, step.changed)
+
+    def _segments(self, low: int, high: int) -> Iterator[Segment]:
+        """The parts of [low, high) of the state shard that have one optimizer parameter group each."""
+        for segment in self.flat.segments:
+            start, end = max(segment.start, low), min(segment.end, high)
+            if start < end:
+                yield Segment(segment.group, start, end)
 
     def pieces(self, low: int, high: int, gradient: torch.Tensor, out: torch.Tensor | None) -> list[native.Range]:
         """The kernels' arguments for elements [low, high) of the state shard: one Range per run of an optimizer
         parameter group. gradient, out: (high - low,) tensors for these elements."""
         found = []
-        for segment in self.flat.segments:
-            start, end = max(segment.start, low), min(segment.end, high)
-            if start < end:
-                part, near = slice(start, end), slice(start - low, end - low)
-                found.append(
-                    native.Range(
-                        self.flat.masters[part],
-                        self.exp_avg[part],
-                        self.exp_avg_sq[part],
-                        gradient[near],
-                        None if out is None else out[near],
-                        segment.group,
-                    )
+        for segment in self._segments(low, high):
+            part, near = slice(segment.start, segment.end), slice(segment.start - low, segment.end - low)
+            found.append(
+                native.Range(
+                    self.flat.masters[part],
+                    self.exp_avg[part],
+                    self.exp_avg_sq[part],
+                    gradient[near],
+                    None if out is None else out[near],
+                    segment.group,
                 )
+            )
         return found
 
     def kernel_arguments(self, hyper: Hyper, step: int) -> dict[str, Any]:
@@ -204,6 +237,29 @@ def update_pieces(
     kernel = partial(native.adamw, threads=torch.get_num_threads()) if fused else adamw_reference
     for p, m, v, g, out, group in pieces:
         kernel(p, m, v, g, out, grad_scale=scale, **hypers[group])
+
+
+def update_rounded(
+    piece: native.Range,
+    rounding: native.Rounding,
+    hypers: Sequence[dict[str, Any]],
+    scale: float | torch.Tensor,
+    changed: torch.Tensor | None = None,
+) -> None:
+    """`update_pieces` of one piece with moments in bf16: with the fused kernel on the CPU, elsewhere chunk by chunk with
+    fp32 copies of the moments, by the kernels for these."""
+    p, m, v, g, out, group = piece
+    if p.device.type == "cpu" and native.available() and not isinstance(scale, torch.Tensor):
+        native.adamw(
+            p, m, v, g, out, grad_scale=scale, rounding=rounding, threads=torch.get_num_threads(), **hypers[group]
+        )
+        return
+    for start in range(0, p.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        wide_m, wide_v = m[part].float(), v[part].float()
+        chunk = native.Range(p[part], wide_m, wide_v, g[part], None if out is None else out[part], group)
+        update_pieces([chunk], hypers, scale, changed)
+        round_moments(wide_m, wide_v, m[part], v[part], rounding._replace(index=rounding.index + start))
 
 
 def _update_as_the_device_would(
