@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import zmq.asyncio
 
 from runtime.wire.codec import encode
-from runtime.wire.messages import Command, Event, Heartbeat, Packet, RunStatus
+from runtime.wire.messages import Command, Evaluation, Event, Heartbeat, Packet, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, Sockets
 from tests.harness.waiting import patient
 from zerotop.hub.hub import Hub
@@ -19,7 +20,7 @@ from zerotop.hub.recorder import Recorder
 class Bench:
     """A hub of a one-rank run, and sockets to it."""
 
-    def __init__(self, folder: Path, nproc: int = 1) -> None:
+    def __init__(self, folder: Path, nproc: int = 1, earlier: Iterable[StepResult | Evaluation] = ()) -> None:
         self.run = RunFile(
             name="q1", created_wall_s=0, attempt=1, host="h", boot_id="b", nproc=nproc, device="cpu", config_path="c",
             config_folder="/", sockets=str(folder),
@@ -35,6 +36,7 @@ class Bench:
             abort=self.aborts.append,
             stacks=self.stacks.append,
             on_status=lambda status: self.statuses.append(status.state),
+            earlier=earlier,
         )
         self.hub.start()
         self._context = zmq.asyncio.Context()

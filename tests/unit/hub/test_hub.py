@@ -12,6 +12,8 @@ import zmq
 from runtime.wire.codec import decode_down, decode_packet, decode_snapshot
 from runtime.wire.messages import Ack, CheckpointSaved, Command, CommandRecord, Event, Message, Packet, Resend
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC
+from tests.harness.fakehub import step_result
+from tests.harness.finetuning import evaluation
 from tests.harness.hubbench import Bench, beat, heard, packet
 from tests.harness.waiting import until_async
 from zerotop.state.events import record_text
@@ -201,3 +203,16 @@ async def test_a_stop_that_is_rejected_leaves_the_run_paused(bench: Bench) -> No
     assert bench.hub.status.reason == "its memory is in use"
     bench.hub.command(Command(id="s2", name="stop"))  # when the memory is free again
     assert bench.hub.status.state == "stopping"
+
+
+async def test_curves_of_attempts_under_earlier_supervisors_are_in_the_snapshot(short_folder: Path) -> None:
+    bench = Bench(short_folder, earlier=[step_result(0, 20), evaluation(0), evaluation(20)])
+    try:
+        messages = decode_snapshot(bench.hub.encoded_snapshot()).messages
+    finally:
+        await bench.close()
+    assert [message for message in messages if message.kind in ("step", "evaluation")] == [
+        step_result(0, 20),
+        evaluation(0),
+        evaluation(20),
+    ]
