@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from runtime.models.origin import origin_of
 from runtime.state.train_state import TrainState
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.wire.messages import StepResult
@@ -69,6 +70,8 @@ class Reporter:
             loss_scale=loss_scale if config.precision == "fp16" else None,
             end_ns=end_ns,
         )
+        if (origin := origin_of(state.module)) is not None and stats.loss is not None:
+            origin.loss = stats.loss
         self._telemetry.step(result)
         self._log(result)
         return result

@@ -116,7 +116,8 @@ def _evaluation(record: dict[str, Any]) -> Iterator[str]:
     yield "| step | loss |"
     yield "|--:|--:|"
     shown = found if len(found) <= 12 else [*found[:1], *found[-11:]]
-    yield from (f"| {one['step']:,} | {one['loss']:.4f}{' (best)' if one['best'] else ''} |" for one in shown)
+    best = min(one["loss"] for one in found)
+    yield from (f"| {one['step']:,} | {one['loss']:.4f}{' (best)' if one['loss'] == best else ''} |" for one in shown)
     yield ""
 
 

@@ -113,7 +113,6 @@ def build(config: Any, section: ModelConfig) -> Any:
         if section.attention in str(error) or "ttention" in text:
             raise ConfigError(f'zerotop.model.attention: "{section.attention}" cannot be used: {text}') from None
         raise
-    model.config.use_cache = False
     return model
 
 

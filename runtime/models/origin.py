@@ -51,7 +51,7 @@ class Origin:
     @property
     def public_name(self) -> str:
         """The base model's name for others: its id, or the last part of its path."""
-        return self.path if self.on_hub else self.folder.name
+        return self.path if self.on_hub else Path(self.path).name or self.folder.name
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer's files by name, chat_template.jinja among them, without how it was loaded."""
@@ -96,7 +96,7 @@ class Origin:
             ],
             "loss": self.loss,
             "evaluations": [
-                {"step": one.step, "loss": one.loss, "tokens": one.tokens, "samples": one.samples, "best": one.best}
+                {"step": one.step, "loss": one.loss, "tokens": one.tokens, "samples": one.samples}
                 for one in self.evaluations
                 if one.loss is not None
             ],

@@ -55,12 +55,22 @@ class Evaluator:
         return evaluator
 
     def state_dict(self) -> dict[str, Any]:
-        """The best loss and its step."""
-        return {"best": self.best, "best_step": self.best_step, "done": self._done}
+        """The best loss and its step, and the evaluations so far without their texts."""
+        origin = origin_of(self._model)
+        return {
+            "best": self.best,
+            "best_step": self.best_step,
+            "done": self._done,
+            "history": [
+                one.model_dump(mode="json", exclude={"generations"}) for one in (origin.evaluations if origin else ())
+            ],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`."""
         self.best, self.best_step, self._done = state["best"], state["best_step"], state["done"]
+        if (origin := origin_of(self._model)) is not None:
+            origin.evaluations = [Evaluation.model_validate(one) for one in state["history"]]
 
     # ---- when --------------------------------------------------------------------------------------------------------
     def before_first_step(self) -> None:
