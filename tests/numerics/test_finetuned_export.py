@@ -58,7 +58,7 @@ def origin_of(folder: Path, base: str = "base") -> Any:
         dropped={"no assistant turn": 100},
     )  # fmt: skip
     return Origin(
-        path=str(folder), folder=folder, tokenizer=AutoTokenizer.from_pretrained(folder), data=[report], loss=1.25,
+        path=str(folder), folder=folder, tokenizer=AutoTokenizer.from_pretrained(folder), data=[report],
         evaluations=[Evaluation(rank=0, step=2, loss=2.5, tokens=10, samples=3, best=True, wall_s=1.0)],
     )  # fmt: skip
 
@@ -232,7 +232,7 @@ def test_tokenizer_template_and_card_come_along_and_nothing_private(ranks, tmp_p
             "| train | `chats.jsonl`, `hf://datasets/org/dialogues` | messages | 1,200 | 1,100 | 5,000 | 2,000 |"
             in body
         )
-        assert "100 rows left out" in body and "| 2 | 2.5000 (best) |" in body and "1.2500" in body
+        assert "100 rows left out" in body and "| 2 | 2.5000 (best) |" in body and "Training loss at the end: " in body
         assert "AdamW: lr 0.001" in body
         assert (out / "generation_config.json").exists() == (kind != "adapters")
     adapters = json.loads((outs["adapters"] / "adapter_config.json").read_text())
