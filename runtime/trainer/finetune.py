@@ -12,6 +12,7 @@ import torch.distributed as dist
 from runtime.comm import init_distributed
 from runtime.config import ConfigError, Resolved
 from runtime.data.conversations.batches import TrainingBatches
+from runtime.data.conversations.streaming import StreamingBatches
 from runtime.engine.engine import Engine
 from runtime.engine.initialize import initialize
 from runtime.models import huggingface
@@ -24,6 +25,8 @@ from runtime.trainer.prepare import Ready, prepare
 from runtime.zero.init import Init
 
 log = logging.getLogger("runtime.trainer")
+
+Batches = TrainingBatches | StreamingBatches
 
 
 def finetune(config: Resolved, folder: Path) -> None:
@@ -38,8 +41,15 @@ def finetune(config: Resolved, folder: Path) -> None:
     if _offloads_activations(config):
         offload_activations(list(huggingface.blocks(model.base)), ledger=engine.state.ledger)
     batches = ready.data.batches(
-        config.micro_batch, config.accumulation, dist.get_rank(), dist.get_world_size(), pin=device.type == "cuda"
+        config.micro_batch,
+        config.accumulation,
+        dist.get_rank(),
+        dist.get_world_size(),
+        pin=device.type == "cuda",
+        log=log.info,
     )
+    if isinstance(batches, StreamingBatches):
+        engine.register_state(stream=batches)
     if engine.comm.rank == 0:
         for report in ready.reports:
             engine.session.link.data_report(report)
@@ -107,7 +117,7 @@ def _method(asked: str, device: torch.device) -> Method:
     return "chunked"
 
 
-def _check_loss(engine: Engine, model: CausalLM, batches: TrainingBatches) -> None:
+def _check_loss(engine: Engine, model: CausalLM, batches: Batches) -> None:
     """Compute the loss of a few tokens in both ways, and use the model's own logits if they differ. Collective."""
     if model.method == "whole":
         return
@@ -126,7 +136,7 @@ def _check_loss(engine: Engine, model: CausalLM, batches: TrainingBatches) -> No
             )
 
 
-def run(engine: Engine, batches: TrainingBatches, evaluator: Evaluator, steps: int | None) -> None:
+def run(engine: Engine, batches: Batches, evaluator: Evaluator, steps: int | None) -> None:
     """Run optimizer steps until `engine.global_steps` is `steps`; a resumed engine starts at its checkpoint's step.
 
     A step's loss is the mean over the trained tokens of its global batch: each micro-batch is divided by their number
