@@ -121,7 +121,7 @@ def _check_loss(engine: Engine, model: CausalLM, batches: Batches) -> None:
     """Compute the loss of a few tokens in both ways, and use the model's own logits if they differ. Collective."""
     if model.method == "whole":
         return
-    tokens, targets, positions = (tensor[:1, :16].to(engine.device) for tensor in next(batches.micro_batches(0)))
+    tokens, targets, positions = (tensor[:1, :16].to(engine.device) for tensor in next(batches.micro_batches(engine.global_steps)))
     if not bool((targets >= 0).any()):
         targets = tokens.roll(-1, dims=1)
     engine.eval()

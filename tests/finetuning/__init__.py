@@ -1,0 +1,1 @@
+"""Fine-tuning as a user does it: commands of the tutorial, and configs that cannot be used."""
