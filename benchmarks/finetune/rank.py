@@ -82,16 +82,17 @@ def train_zerotop(options: argparse.Namespace, config: Any) -> dict[str, Any]:
 
     from runtime.comm import init_distributed
     from runtime.engine.initialize import initialize
-    from runtime.trainer.finetune import build_model
+    from runtime.models.causal_lm import CausalLM
+    from runtime.trainer.build import build_model
     from runtime.trainer.prepare import prepare
     from runtime.zero.init import Init
 
-    device = init_distributed()
+    init_distributed()
     ready = prepare(config.zerotop, Path("/"), lambda line: None)
     say_ready(options)
     began = time.perf_counter()
     with Init(weights=ready.folder):
-        model = build_model(config, ready, device)
+        model = CausalLM(build_model(config, ready.config, len(ready.tokenizer)), "chunked")
     engine = initialize(model=model, config=config)[0]
     loaded = time.perf_counter() - began
     batches = ready.data.batches(config.micro_batch, config.accumulation, dist.get_rank(), dist.get_world_size())

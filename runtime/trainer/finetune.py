@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from runtime.models.activations import offload_activations
 from runtime.models.causal_lm import CausalLM, Method
 from runtime.models.cross_entropy import liger_problem
 from runtime.models.origin import Origin
+from runtime.trainer.build import build_model
 from runtime.trainer.evaluation import Evaluator
 from runtime.trainer.prepare import Ready, prepare
 from runtime.zero.init import Init
@@ -35,7 +35,7 @@ def finetune(config: Resolved, folder: Path) -> None:
     torch.manual_seed(config.zerotop.train.seed)
     ready = prepare(config.zerotop, folder, log.info)
     with Init(weights=ready.folder):
-        model = build_model(config, ready, device)
+        model = CausalLM(build_model(config, ready.config, len(ready.tokenizer)), _method(config, device))
     model.origin = origin_of(config, folder, ready)
     engine, _, _, _ = initialize(model=model, config=config)
     if _offloads_activations(config):
@@ -61,29 +61,6 @@ def finetune(config: Resolved, folder: Path) -> None:
         batches.close()
 
 
-def build_model(config: Resolved, ready: Ready, device: torch.device) -> CausalLM:
-    """The model with adapters, checkpointing and compilation as the config asks. Call it under zero.Init."""
-    section = config.zerotop.model
-    model: Any = huggingface.build(ready.config, section)
-    if section.new_tokens:
-        embedding = huggingface.embedding_name(model)
-        if config.zerotop.lora is not None and embedding not in config.zerotop.lora.modules_to_save:
-            raise ConfigError(
-                "zerotop.model.new_tokens: with zerotop.lora the embedding is frozen, so they would mean nothing. Train "
-                f'it: "modules_to_save": ["{embedding}"] in zerotop.lora'
-            )
-        huggingface.grow_vocabulary(model, len(ready.tokenizer))
-    if config.activation_checkpointing is not None:
-        huggingface.checkpoint_blocks(model)
-    if config.zerotop.lora is not None:
-        from runtime.models.lora import add_adapters
-
-        model = add_adapters(model, config.zerotop.lora)
-    if section.compile:
-        huggingface.compile_blocks(model)
-    return CausalLM(model, _method(section.cross_entropy, device))
-
-
 def _offloads_activations(config: Resolved) -> bool:
     """Whether what the blocks save for backward (with checkpointing: their inputs) goes to host memory."""
     checkpointing = config.activation_checkpointing
@@ -105,8 +82,9 @@ def origin_of(config: Resolved, folder: Path, ready: Ready) -> Origin:
     )
 
 
-def _method(asked: str, device: torch.device) -> Method:
+def _method(config: Resolved, device: torch.device) -> Method:
     """The method for zerotop.model.cross_entropy."""
+    asked = config.zerotop.model.cross_entropy
     if asked in ("chunked", "whole"):
         return asked  # type: ignore[return-value]
     problem = liger_problem(device)
@@ -121,7 +99,9 @@ def _check_loss(engine: Engine, model: CausalLM, batches: Batches) -> None:
     """Compute the loss of a few tokens in both ways, and use the model's own logits if they differ. Collective."""
     if model.method == "whole":
         return
-    tokens, targets, positions = (tensor[:1, :16].to(engine.device) for tensor in next(batches.micro_batches(engine.global_steps)))
+    tokens, targets, positions = (
+        tensor[:1, :16].to(engine.device) for tensor in next(batches.micro_batches(engine.global_steps))
+    )
     if not bool((targets >= 0).any()):
         targets = tokens.roll(-1, dims=1)
     engine.eval()

@@ -21,6 +21,7 @@ from runtime.data import DataError
 from runtime.data.conversations.prepare import PreparedData, prepare_all
 from runtime.models import huggingface
 from runtime.models.hub import find_model
+from runtime.trainer.build import check_model
 from runtime.wire.messages import DataReport
 
 Log = Callable[[str], None]
@@ -77,7 +78,9 @@ def main() -> int:
     os.dup2(2, 1)
     asked = json.load(sys.stdin)
     try:
-        ready = prepare(Resolved.model_validate_json(json.dumps(asked["config"])).zerotop, Path(asked["folder"]), _say)
+        config = Resolved.model_validate_json(json.dumps(asked["config"]))
+        ready = prepare(config.zerotop, Path(asked["folder"]), _say)
+        check_model(config, ready.config, len(ready.tokenizer), ready.folder)
         document: dict[str, Any] = {"reports": [report.model_dump(mode="json") for report in ready.reports]}
     except ConfigError as error:
         document = {"problems": error.problems}
