@@ -119,4 +119,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # The other end knows Outcome as a class of the module of this name, not of __main__.
+    from runtime.data.conversations.worker import main as main_of_module
+
+    main_of_module()
