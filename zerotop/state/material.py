@@ -54,7 +54,7 @@ def facts(report: DataReport) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if report.truncated:
         lost = f", {count_text(report.truncated_tokens)} tokens cut off" if report.truncated_tokens else ""
-        rows.append(("truncated", f"{report.truncated:,} of {report.samples:,} samples{lost}"))
+        rows.append(("truncated", f"{report.truncated:,} samples{lost}"))
     if report.dropped:
         rows.append(("dropped", ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())))
     if report.template:

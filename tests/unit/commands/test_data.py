@@ -76,7 +76,7 @@ def test_the_reports_are_shown_with_brackets_where_there_is_no_terminal(
     assert "training data" in output and "evaluation data" in output
     assert "assistant: 468K of 1.31M tokens, 36%" in output
     assert "51 without an assistant turn, 12 empty" in output
-    assert "31 of 7,105 samples, 4.21K tokens cut off" in output
+    assert "31 samples, 4.21K tokens cut off" in output
     assert "655 of 2,048 tokens, packed, 98% full" in output
     assert "note: notes.txt: rows of text" in output
     assert "⟦Mount Everest, at 8,849 metres above sea level.⟧⟦<|im_end|>⟧↵" in output

@@ -23,7 +23,7 @@ def test_the_figures_of_a_report() -> None:
     assert told["trained on"] == "assistant: 468K of 1.31M tokens, 36%"
     assert told["samples"] == "7,105 of 7,168 rows"
     assert told["sequences"] == "655 of 2,048 tokens, packed, 98% full"
-    assert told["truncated"] == "31 of 7,105 samples, 4.21K tokens cut off"
+    assert told["truncated"] == "31 samples, 4.21K tokens cut off"
     assert told["dropped"] == "51 without an assistant turn, 12 empty"
     plain = dict(facts(data_report("evaluation", packed=False, complete=False, seconds=0.0)))
     assert {"truncated", "dropped", "prepared in"}.isdisjoint(plain)
