@@ -199,7 +199,7 @@ class _Group:
         if not self._leaves(tensor):
             return tensor if tensor.is_leaf else tensor.detach()
         saved = self._offload.saved(tensor, self)
-        return _Packed(self, saved, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return _Packed(self, saved, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
 
     def _leaves(self, tensor: Tensor) -> bool:
         if type(tensor) is not Tensor or tensor.layout != torch.strided or tensor.nbytes < self._offload.min_bytes:
@@ -289,8 +289,8 @@ class _Saved:
         self._finish()
         if self._modified or (self._source is not None and self._source._version != self._version):
             raise RuntimeError(
-                f"an activation of shape {self._shape} that backward needs was modified by an in-place operation after it "
-                "had been saved: the gradient would be wrong"
+                f"an activation of shape {self._shape} that backward needs was modified by an in-place operation after "
+                "it had been saved: the gradient would be wrong"
             )
         found = self._source.untyped_storage() if self._source is not None else self._target
         assert found is not None

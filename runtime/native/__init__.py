@@ -14,7 +14,17 @@ from runtime.native.gpu import (
     sums_work,
     unpin,
 )
-from runtime.native.host import Rounding, accumulate, adamw, copy_past_cache, post, sum_into, sum_of_squares, touch, wait
+from runtime.native.host import (
+    Rounding,
+    accumulate,
+    adamw,
+    copy_past_cache,
+    post,
+    sum_into,
+    sum_of_squares,
+    touch,
+    wait,
+)
 from runtime.native.loading import (
     ABI,
     DTYPES,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Rounding(NamedTuple):
     """Random numbers for moments in bf16: see zt_random in csrc/formula.h."""
 
-    index: int
+    first: int
     """The unit's index of the first element."""
     key: int
     second_key: int
@@ -105,8 +105,8 @@ def adamw(
 
 def _rounded(kernel: Callable[..., int], rounding: Rounding, *arguments: Any) -> int:
     """zt_adamw_bf16, which has the arguments of `rounding` before the last two."""
-    index = rounding.index & 0xFFFFFFFF
-    return kernel(*arguments[:-2], index, rounding.key, rounding.second_key, *arguments[-2:])
+    first = rounding.first & 0xFFFFFFFF
+    return kernel(*arguments[:-2], first, rounding.key, rounding.second_key, *arguments[-2:])
 
 
 def sum_of_squares(x: torch.Tensor, *, threads: int | None = None, isa: str = "") -> tuple[float, bool]:

@@ -246,8 +246,8 @@ def update_rounded(
     scale: float | torch.Tensor,
     changed: torch.Tensor | None = None,
 ) -> None:
-    """`update_pieces` of one piece with moments in bf16: with the fused kernel on the CPU, elsewhere chunk by chunk with
-    fp32 copies of the moments, by the kernels for these."""
+    """`update_pieces` of one piece with moments in bf16: with the fused kernel on the CPU, elsewhere chunk by chunk
+    with fp32 copies of the moments, by the kernels for these."""
     p, m, v, g, out, group = piece
     if p.device.type == "cpu" and native.available() and not isinstance(scale, torch.Tensor):
         native.adamw(
@@ -259,7 +259,7 @@ def update_rounded(
         wide_m, wide_v = m[part].float(), v[part].float()
         chunk = native.Range(p[part], wide_m, wide_v, g[part], None if out is None else out[part], group)
         update_pieces([chunk], hypers, scale, changed)
-        round_moments(wide_m, wide_v, m[part], v[part], rounding._replace(index=rounding.index + start))
+        round_moments(wide_m, wide_v, m[part], v[part], rounding._replace(first=rounding.first + start))
 
 
 def _update_as_the_device_would(

@@ -1,5 +1,5 @@
-"""Optimizer states in bf16: half the memory, the training curve of fp32 states, the same bits at every stage and wherever
-they live, and checkpoints that either kind of states reads."""
+"""Optimizer states in bf16: half the memory, the training curve of fp32 states, the same bits at every stage and
+wherever they live, and checkpoints that either kind of states reads."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_other_optimizers_and_updates_on_the_gpu_are_refused():
         refuse_unsupported(load(settings(2, optimizer="SGD")).resolve(1, "cpu"))
     on_gpu = settings(2, offload=True)
     on_gpu["zerotop"]["offload"] = {"update": "gpu"}
-    with pytest.raises(ConfigError, match='set zerotop.offload.update to "cpu" or "auto"'):
+    with pytest.raises(ConfigError, match=r'set zerotop\.offload\.update to "cpu" or "auto"'):
         refuse_unsupported(load(on_gpu).resolve(1, "cuda"))
 
 

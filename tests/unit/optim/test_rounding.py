@@ -1,5 +1,5 @@
-"""Moments in bf16: rounding is unbiased, depends on nothing but element, unit and step, and is the same in the kernel and in
-plain torch."""
+"""Moments in bf16: rounding is unbiased, depends on nothing but element, unit and step, and is the same in the kernel
+and in plain torch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HYPER: dict[str, Any] = {
 needs_kernels = pytest.mark.skipif(not native.available(), reason="the CPU kernels are not built")
 
 
-def rounded(values: torch.Tensor, step: int = 1, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def rounded(values: torch.Tensor, step: int = 1, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """`values` in bf16 as first and as second moment."""
     to = torch.empty_like(values, dtype=torch.bfloat16), torch.empty_like(values, dtype=torch.bfloat16)
-    round_moments(values, values, *to, rounding_of("blocks.0", step, index))
+    round_moments(values, values, *to, rounding_of("blocks.0", step, first))
     return to
 
 
@@ -65,7 +65,7 @@ def test_a_shard_rounds_as_the_whole_does() -> None:
     values = torch.randn(1000)
     whole = rounded(values)
     for start, end in ((0, 300), (300, 301), (301, 1000)):
-        for moment, part in zip(whole, rounded(values[start:end], index=start), strict=True):
+        for moment, part in zip(whole, rounded(values[start:end], first=start), strict=True):
             assert torch.equal(moment[start:end], part)
 
 
