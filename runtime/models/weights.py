@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from runtime.config import ConfigError
+from runtime.host.heap import mapped
 from runtime.models.conversion import Conversion, conversion_of
 from runtime.models.names import without_adapters
 
@@ -162,9 +163,10 @@ class Weights:
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """(stop - start,): elements [start, stop) of the flattened tensor `name` (as match_names() found it), in its
         stored dtype. Reads only the rows needed. Copy the result and drop it: it may keep the file mapped."""
-        if self._conversion is not None and name in self._conversion.converted:
-            return self._conversion.read(self, name, start, stop)
-        return self.read_stored(name, start, stop)
+        with mapped():  # what is read is copied and dropped, and must not leave holes in malloc's heap
+            if self._conversion is not None and name in self._conversion.converted:
+                return self._conversion.read(self, name, start, stop)
+            return self.read_stored(name, start, stop)
 
     def read_stored(self, name: str, start: int, stop: int) -> torch.Tensor:
         """As read(), of a tensor in the files."""
