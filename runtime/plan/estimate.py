@@ -19,6 +19,10 @@ CUDA_CONTEXT_BYTES = 500 * 10**6
 NCCL_BYTES = 600 * 10**6
 """One NCCL communicator's channels: 544-688 MB were seen on A100."""
 
+LAYERS_ON_DEVICE = 3
+"""Layers whose activations are on the device at a time if these are offloaded: one that computes, one whose copies are
+under way, and the last one, which is not offloaded (runtime/models/activations.py)."""
+
 # Layers and width of published models, for guessing the shape behind a parameter count.
 _SHAPES = (
     (4, 256),
@@ -47,12 +51,12 @@ def activation_bytes(
 
     segments: number of groups of layers with activation checkpointing, of which only the inputs are kept; backward
     recomputes one group at a time. None: everything is kept. inputs_on_host: whether what layers keep is offloaded:
-    these inputs, or everything, of which two layers' is then on the device at a time.
+    these inputs, or everything, of which two layers' and the last one's is then on the device.
     """
     tokens = micro_batch * seq_len
     layer, ends = _layer_bytes(config, seq_len, element_bytes), _end_bytes(config, element_bytes)
     if segments is None:
-        layers = min(2, config.layers) if inputs_on_host else config.layers
+        layers = min(LAYERS_ON_DEVICE, config.layers) if inputs_on_host else config.layers
         return tokens * ((layers + 1) * layer + ends)
     size = -(-config.layers // min(segments, config.layers))
     inputs = tokens * config.dim * element_bytes
@@ -88,9 +92,9 @@ def kept_input_bytes(
     return micro_batch * seq_len * -(-config.layers // size) * config.dim * element_bytes
 
 
-def kept_bytes(config: GPTConfig | DecoderShape, micro_batch: int, seq_len: int, element_bytes: int) -> int:
-    """Bytes that autograd keeps of all layers, without activation checkpointing."""
-    return micro_batch * seq_len * config.layers * _layer_bytes(config, seq_len, element_bytes)
+def offloaded_bytes(config: GPTConfig | DecoderShape, micro_batch: int, seq_len: int, element_bytes: int) -> int:
+    """Bytes of offloaded activations without activation checkpointing: those of all layers but the last one."""
+    return micro_batch * seq_len * (config.layers - 1) * _layer_bytes(config, seq_len, element_bytes)
 
 
 def logits_bytes(

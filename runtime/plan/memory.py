@@ -20,9 +20,9 @@ from runtime.plan.estimate import (
     activation_bytes,
     context_bytes,
     fresh_gradient_bytes,
-    kept_bytes,
     kept_input_bytes,
     logits_bytes,
+    offloaded_bytes,
 )
 from runtime.plan.inflight import borrowed_for_backward, copied_for_reduction, unsharded_params
 from runtime.plan.layout import STATE_BYTES, keep_mask, offload_mask, padded
@@ -207,9 +207,7 @@ def _stage_independent(workload: Workload) -> dict[str, int]:
         activations = activation_bytes(
             shape, batch, workload.seq_len, element, workload.segments, _offloads_inputs(workload)
         )
-        logits = logits_bytes(
-            shape, batch, workload.seq_len, element, workload.chunked_loss, workload.trains_head
-        )
+        logits = logits_bytes(shape, batch, workload.seq_len, element, workload.chunked_loss, workload.trains_head)
         temporary = fresh_gradient_bytes(
             shape, element, activations + logits, workload.largest_parameter, workload.tied_table
         )
@@ -230,7 +228,7 @@ def _inputs_on_host(workload: Workload) -> dict[str, int]:
         return {}
     element, batch, length = ELEMENT_BYTES[workload.precision], workload.micro_batch, workload.seq_len
     if workload.segments is None:
-        kept = kept_bytes(shape, batch, length, element)
+        kept = offloaded_bytes(shape, batch, length, element)
     else:
         kept = kept_input_bytes(shape, batch, length, element, workload.segments)
     return {"activations": kept * workload.world_size}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from runtime.plan import CATEGORIES, EXACT, Layout
 from runtime.plan.decoder import DecoderShape
+from runtime.plan.estimate import LAYERS_ON_DEVICE
 from runtime.plan.workload import Workload
 from zerotop.format import bytes_text, count_text, short_bytes_text
 from zerotop.output import table
@@ -228,7 +229,7 @@ def _kept_whole(workload: Workload) -> str:
 def _checkpointing(workload: Workload) -> str:
     if workload.segments is None or workload.shape is None:
         offloaded = workload.offload_activations and workload.device == "cuda" and workload.shape is not None
-        kept = "; all but two blocks' are in host memory" if offloaded else ""
+        kept = f", of {LAYERS_ON_DEVICE} blocks at a time; the others' are in host memory" if offloaded else ""
         return f"without activation checkpointing{kept}"
     groups = min(workload.segments, workload.shape.layers)
     moved = (workload.inputs_on_host or workload.offload_activations) and workload.device == "cuda"
