@@ -71,20 +71,32 @@ def cases(stage: int, remote: bool, rounds: int) -> Iterator[Case]:
     vocabularies = [VOCABULARIES[index] for index in (0, 1, 1, 0, 1)]
     turns = [
         itertools.cycle(values)
-        for values in (units_there_and_back, (False, True, True), vocabularies, (1, 2, 2), (None, None, "bf16"))
+        for values in (
+            units_there_and_back,
+            (False, True, True),
+            vocabularies,
+            (1, 2, 2),
+            (None, None, "bf16"),
+            ("fp32", "bf16"),
+        )
     ]
     for offload, accumulate, precision in itertools.product(OFFLOADS, ("ranges", "local"), ("fp32", "bf16")):
         if stage < 3 and "offload_param" in offload:
             continue
         for _ in range(rounds):
-            units, tied, vocabulary, micro_steps, travels = (next(turn) for turn in turns)
+            units, tied, vocabulary, micro_steps, travels, moments = (next(turn) for turn in turns)
             config: dict[str, Any] = {
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": micro_steps,
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
                 "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": SMALL, **offload},
                 "bf16": {"enabled": precision == "bf16"},
-                "zerotop": {"telemetry": {"enabled": False}, "accumulate": accumulate, "units": units},
+                "zerotop": {
+                    "telemetry": {"enabled": False},
+                    "accumulate": accumulate,
+                    "units": units,
+                    "optimizer_state_dtype": moments,
+                },
             }
             if travels is not None:
                 config["communication_data_type"] = travels
