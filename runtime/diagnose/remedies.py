@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from runtime.diagnose.advice import smaller_micro_batches
 from runtime.plan import EXACT, Layout, stage_layout
-from runtime.plan.workload import Workload
+from runtime.plan.decoder import DecoderShape, Kept
+from runtime.plan.workload import Workload, is_adam
 from runtime.wire.sizes import format_size
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ _NOTABLE = 0.01
 """Changes that save a smaller share of the memory in use are left out."""
 _NEAR = 0.9
 """A lower stage that saves this share of the best stage's savings is preferred, as it communicates less."""
+_SHORTEST = 512
+"""Sequences of fewer tokens are not suggested."""
 OFFLOADED = {"device": "cpu", "pin_memory": True}
 """The suggested value of an offload section."""
 
@@ -82,24 +85,30 @@ class _Option:
 
 
 def remedies(workload: Workload, config: Resolved, shortage: Shortage) -> list[Remedy]:
-    """Up to MOST changes that save memory where it ran out without changing results or global batch, best first."""
+    """Up to MOST changes that save memory where it ran out, best first. They change neither results nor global batch,
+    except the last one of a Hugging Face model, which says what it changes."""
     now = _Option({}, workload, config.stage, config.offload_optimizer is not None)
     held = _held_bytes(now, config, shortage)
-    found = []
-    for option in _options(now, config, shortage):
-        saved = held - _held_bytes(option, config, shortage)
-        note = option.note
-        if _offloads(option) != _offloads(now):
-            note = _cost(option, now, shortage)
-        if saved >= max(1, _NOTABLE * held) and _has_room(option, now, shortage):
-            found.append(Remedy(option.changes, saved, note))
-    found.sort(key=lambda remedy: -(remedy.saves_bytes or 0))
+
+    def worth_it(options: Iterator[_Option]) -> list[Remedy]:
+        found = []
+        for option in options:
+            saved = held - _held_bytes(option, config, shortage)
+            note = option.note
+            if _offloads(option) != _offloads(now):
+                note = _cost(option, now, shortage)
+            if saved >= max(1, _NOTABLE * held) and _has_room(option, now, shortage):
+                found.append(Remedy(option.changes, saved, note))
+        return sorted(found, key=lambda remedy: -(remedy.saves_bytes or 0))
+
+    found = worth_it(_options(now, config, shortage))
     unknown = _smaller_batch_of_unknown(workload, config, shortage)
     if unknown is not None:
         most = found[0].saves_bytes or 0 if found else 0
         found.insert(0 if (shortage.unexplained_bytes or 0) / 2 > most else len(found), unknown)
         found = found if found.index(unknown) < MOST else [*found[: MOST - 1], unknown]
-    return found[:MOST]
+    others = worth_it(_other_results(now, config, shortage))
+    return [*found[: MOST - min(1, len(others))], *others][:MOST]
 
 
 def remedy_lines(found: Sequence[Remedy], shortage: Shortage) -> list[str]:
@@ -130,8 +139,61 @@ def _options(now: _Option, config: Resolved, shortage: Shortage) -> Iterator[_Op
                 now.offload,
                 "backward recomputes each block's forward",
             )
+    if isinstance(workload.shape, DecoderShape):
+        if not workload.chunked_loss:
+            yield dataclasses.replace(
+                now,
+                changes={"zerotop.model.cross_entropy": ("whole", "auto")},
+                workload=dataclasses.replace(workload, chunked_loss=True),
+                note="the same loss, to rounding",
+            )
+        if on_gpu and not workload.offload_activations:
+            moved = dataclasses.replace(workload, offload_activations=True)
+            yield dataclasses.replace(now, changes={"zerotop.model.offload_activations": (None, True)}, workload=moved)
     if on_gpu:
         yield from _more_offload(now)
+
+
+def _other_results(now: _Option, config: Resolved, shortage: Shortage) -> Iterator[_Option]:
+    """Changes after which a Hugging Face model is trained to another result."""
+    workload = now.workload
+    if not isinstance(workload.shape, DecoderShape):
+        return
+    if config.zerotop.lora is None and not workload.frozen:
+        yield dataclasses.replace(
+            now,
+            changes={"zerotop.lora": (None, {"r": 16})},
+            workload=_with_adapters(workload, workload.shape),
+            note="trains adapters instead of the model",
+        )
+    if is_adam(config) and workload.moment_bytes == 4 and not (now.offload and config.zerotop.offload.update == "gpu"):
+        yield dataclasses.replace(
+            now,
+            changes={"zerotop.optimizer_state_dtype": (None, "bf16")},
+            workload=dataclasses.replace(workload, moment_bytes=2, stream_chunk_bytes=0),
+            note="rounds moments stochastically",
+        )
+    if workload.seq_len >= 2 * _SHORTEST and not (shortage.place == "host" and config.device == "cuda"):
+        yield dataclasses.replace(
+            now,
+            changes={"zerotop.data.seq_len": (workload.seq_len, workload.seq_len // 2)},
+            workload=dataclasses.replace(workload, seq_len=workload.seq_len // 2),
+            note="longer samples are cut off",
+        )
+
+
+def _with_adapters(workload: Workload, shape: DecoderShape) -> Workload:
+    """`workload` with LoRA on every linear layer. The adapters themselves, a hundredth of the parameters, count 0."""
+    return dataclasses.replace(
+        workload,
+        shape=dataclasses.replace(shape, kept=Kept(norms=False, experts=False)),
+        units=tuple((name, 0) for name, _ in workload.units),
+        frozen=workload.units,
+        arrivals=(),
+        largest_parameter=0,
+        tied_table=0,
+        trains_head=False,
+    )
 
 
 def _higher_stage(now: _Option, config: Resolved, shortage: Shortage) -> Iterator[_Option]:
@@ -232,8 +294,9 @@ def _host_bytes(layout: Layout, shortage: Shortage) -> int:
     return layout.host_bytes if shortage.units_known else layout.host_bytes - layout.host.get("staging", 0)
 
 
-def _offloads(option: _Option) -> tuple[bool, bool, float]:
-    return option.offload, option.workload.offload_parameters, option.workload.offload_ratio
+def _offloads(option: _Option) -> tuple[bool, bool, float, bool]:
+    workload = option.workload
+    return option.offload, workload.offload_parameters, workload.offload_ratio, workload.offload_activations
 
 
 def _both(option: _Option, shortage: Shortage) -> tuple[int, int]:

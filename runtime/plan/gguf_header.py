@@ -63,7 +63,9 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     except (OSError, ValueError, KeyError, struct.error) as error:
         raise ModelError(f"zerotop.model.path: {path} is not a GGUF file: {error}") from None
     architecture = metadata.get("general.architecture", "")
-    config = {ours: metadata[f"{architecture}.{key}"] for key, ours in _KEYS.items() if f"{architecture}.{key}" in metadata}
+    config = {
+        ours: metadata[f"{architecture}.{key}"] for key, ours in _KEYS.items() if f"{architecture}.{key}" in metadata
+    }
     tensors = {_name(name): shape for name, shape in shapes.items() if not name.startswith("rope_")}
     if (table := tensors.get("model.embed_tokens.weight")) is not None:
         config["vocab_size"] = table[0]

@@ -7,11 +7,14 @@ parameter with the matrices of E experts they are (r E, in) and (out, r E) (peft
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from runtime.config.finetune import LoraConfig
 from runtime.config.presets import ModelError
 from runtime.plan.decoder import Kept
 from runtime.plan.named_units import Param, runs_before
+
+if TYPE_CHECKING:
+    from runtime.config.finetune import LoraConfig
 
 PREFIX = "base_model.model."
 """What peft's wrapper adds in front of the wrapped model's names."""
@@ -130,4 +133,3 @@ def _reads(one: Param) -> str:
         return "output" if last in ("o_proj", "c_proj", "out_proj", "dense") else "attention"
     down = ("down_proj", "c_proj", "fc2", "w2", "dense_4h_to_h")
     return "down" if last in down else "feed"
-

@@ -182,21 +182,20 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False, paramete
         pcie_bytes=_pcie(workload, stage, on_host, waiting, frozen_waiting) if remote else 0,
         offload_parameters=offload_parameters,
         pinned_bytes=pinned + host.get("activations", 0),
-        snapshot_bytes=_snapshot(workload, stage, offloaded, shards),
+        snapshot_bytes=_snapshot(workload, stage, offloaded),
     )
 
 
-def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int], shards: bool) -> int:
+def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
     """Pinned bytes on one node for checkpoints: every rank copies the masters and optimizer states of its shard, at
-    every stage. Offloaded ones and frozen parameters are read through slots instead; the first rank reads frozen
-    parameters that stage 3 does not shard. Buffers are not included. (runtime/checkpoint/snapshot.py)"""
+    every stage; offloaded ones are read through slots instead. Buffers are not included, nor frozen parameters, which
+    the trainer's own checkpoints leave out. (runtime/checkpoint/snapshot.py)"""
     if not workload.checkpoints:
         return 0
     world = workload.world_size
     apart = sum(offloaded.values()) // (world if stage == 0 else 1)
     copied = (4 + workload.moment_bytes * workload.moments) * (workload.padded_parameters // world - apart)
-    streaming = world if apart or (shards and workload.padded_frozen) else min(1, workload.frozen_parameters)
-    return world * copied + streaming * SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES
+    return world * (copied + (SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES if apart else 0))
 
 
 def _stage_independent(workload: Workload) -> dict[str, int]:

@@ -27,7 +27,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _BUFFER = re.compile(r"(^|\.)(inv_freq|masked_bias|e_score_correction_bias)$|(^|\.)attn\.bias$")
-"""Names of buffers in files: rotary tables and causal masks of old ones (GPT-2's is `attn.bias`), routing statistics."""
+"""Names of buffers in files: rotary tables, causal masks (GPT-2's is `attn.bias`), routing statistics."""
 
 Shape = tuple[int, ...]
 

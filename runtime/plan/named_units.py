@@ -1,4 +1,4 @@
-"""Cuts a model into units as runtime/zero/cut.py does, from nothing but its parameters' names and shapes. Torch-free."""
+"""Cuts a model into units as runtime/zero/cut.py does, from its parameters' names and shapes alone. Torch-free."""
 
 from __future__ import annotations
 

@@ -48,12 +48,12 @@ class Pretrained:
     """Whether the head's weight is trained."""
 
 
-def pretrained(resolved: Resolved, base: Path) -> Pretrained:
-    """The model of zerotop.model.path, with zerotop.lora's adapters. base: where relative paths start. Raises
-    ModelError if its files are not on this machine or cannot be read."""
+def pretrained(resolved: Resolved, base: Path, folder: Path | None = None) -> Pretrained:
+    """The model of zerotop.model.path, with zerotop.lora's adapters. base: where relative paths start. folder: where
+    its files are, if that is known. Raises ModelError if they are not on this machine or cannot be read."""
     section, lora = resolved.zerotop.model, resolved.zerotop.lora
     assert section.path is not None
-    files = read_model(section.path, base, section.revision)
+    files = read_model(str(folder) if folder else section.path, base, section.revision)
     config = text_config(files.config)
     own, head = _parameters(files, config)
     if section.new_tokens:

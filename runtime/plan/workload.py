@@ -169,7 +169,8 @@ def workload_of(
     )  # fmt: skip
     section = resolved.zerotop.offload
     reserve = section.vram_reserve_gib
-    streams = (offload is None or offload.pin_memory) and section.update != "cpu" and _is_adam(resolved)
+    streams = (offload is None or offload.pin_memory) and section.update != "cpu" and is_adam(resolved)
+    streams = streams and resolved.zerotop.optimizer_state_dtype == "fp32"  # the CPU updates states in bf16
     segments = None
     if checkpointing is not None and shape is not None:
         segments = shape.layers  # a Hugging Face model's blocks are checkpointed one by one
@@ -247,7 +248,8 @@ def _arrivals(
     return found if set(found) == {name for name, _ in units} else ()
 
 
-def _is_adam(resolved: Resolved) -> bool:
+def is_adam(resolved: Resolved) -> bool:
+    """Whether the optimizer is Adam or AdamW."""
     return resolved.optimizer is None or resolved.optimizer.type in ("Adam", "AdamW")
 
 

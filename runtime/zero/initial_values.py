@@ -291,8 +291,8 @@ def set_data(parameter: nn.Parameter, data: torch.Tensor) -> None:
     if not parameter.is_meta:
         parameter.data = data
         return
-    # nn.Parameter(data) would share the version counter of `data`, so that writes to the flat buffer behind it would look
-    # like a script's.
+    # nn.Parameter(data) would share the version counter of `data`, so that writes to the flat buffer behind it would
+    # look like a script's.
     replacement = nn.Parameter(data.new_empty(0), requires_grad=parameter.requires_grad)
     replacement.data = data
     replacement.__dict__.update(parameter.__dict__)

@@ -71,6 +71,7 @@ def cases(stage: int, thorough: bool) -> Iterator[Case]:
     """Every way to offload and to train, in each precision if `thorough`, else the precisions take turns."""
     folders = itertools.cycle([saved(kind) for kind in ("llama", "qwen3", "mixtral")])  # untied, tied, and untied
     offloads = [(False, {}), (True, {}), (True, BOTH_ON_HOST if stage == 3 else {"offload_optimizer": ON_HOST})]
+    state_dtypes = itertools.cycle(("fp32", "bf16", "fp32", "fp32", "bf16"))
     turns = itertools.cycle(("fp32", "bf16"))
     every = itertools.product(offloads, ADAPTERS, ("fp32", "bf16") if thorough else (None,))
     for (remote, offload), lora, given in every:
@@ -80,6 +81,7 @@ def cases(stage: int, thorough: bool) -> Iterator[Case]:
             "model": {"path": folder},
             "data": {"files": ["chats.jsonl"], "seq_len": LENGTH},
             "telemetry": {"enabled": False},
+            "optimizer_state_dtype": next(state_dtypes),
             "lora": lora,
         }
         yield Case(
@@ -112,8 +114,8 @@ def _differences(case: Case) -> dict[str, Any]:
     }
     host = {LEDGERS.get(name, name): nbytes // world for name, nbytes in layout.host.items() if name != "activations"}
     found |= {f"{name} on the host": (host.get(name, 0), nbytes) for name, nbytes in offloaded.items()}
-    snapshots = engine.comm.gather_objects(Snapshot(blocks_of(engine.state)).nbytes)
-    found["snapshot"] = layout.snapshot_bytes, sum(snapshots)
+    blocks = blocks_of(engine.state, with_frozen=False)  # as the trainer's own checkpoints
+    found["snapshot"] = layout.snapshot_bytes, Snapshot(blocks).nbytes * world
     engine.destroy()
     return {name: pair for name, pair in found.items() if pair[0] != pair[1]}
 

@@ -16,6 +16,7 @@ import pytest
 
 from runtime.config.presets import PRESETS, parameters
 from runtime.plan import plan, stage_layout
+from tests.harness.model_headers import llama
 from tests.harness.waiting import patient
 from tests.unit.plan.test_plan import workload
 from zerotop import cli
@@ -84,6 +85,76 @@ def document(zerotop_plan: Run, path: Path, config: dict[str, object], *words: s
     code, out, err = zerotop_plan(str(path), "--json", *words)
     assert (code, err) == (0, "")
     return json.loads(out)  # type: ignore[no-any-return]
+
+
+def finetuning(folder: Path, **zerotop: Any) -> dict[str, object]:
+    """A config in `folder` for the model in the folder beside it."""
+    llama(folder / "model")
+    data = {"files": ["chats.jsonl"], "seq_len": 1024}
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+        "zerotop": {"data": data, **zerotop, "model": {"path": "model", **zerotop.get("model", {})}},
+    }
+
+
+def test_a_hugging_face_model_is_planned_from_its_files(zerotop_plan: Run, tmp_path: Path) -> None:
+    found = document(zerotop_plan, tmp_path / "c.json", finetuning(tmp_path), "--gpus", "2")
+    layers, table = 16 * (2 * 2048 + 29 * 2048**2 // 2), 2 * 128_256 * 2048  # 2.5 d^2 of attention and 12 d^2
+    assert found["workload"]["parameters"] == found["workload"]["trained_parameters"] == layers + table + 2048
+    assert [unit["name"] for unit in found["workload"]["units"]][:3] == ["small", "embedding", "model.model.layers.0"]
+    assert found["workload"]["shape"]["kv_heads"] == 8
+    out = " ".join(zerotop_plan(str(tmp_path / "c.json"), "--gpus", "2")[1].split())
+    assert "model: 1.50B parameters (1,498,482,688) in 19 units, bf16" in out
+    assert "Activations are for fused attention with a mask, as packing has, without activation checkpointing." in out
+    assert "Cross-entropy is computed in chunks, so that logits never exist as a whole." in out
+
+
+def test_adapters_leave_frozen_weights_without_states(zerotop_plan: Run, tmp_path: Path) -> None:
+    config = finetuning(tmp_path, lora={"r": 8, "target_modules": ["q_proj"]})
+    found = document(zerotop_plan, tmp_path / "c.json", config, "--gpus", "2")
+    assert found["workload"]["trained_parameters"] == 16 * 8 * (2048 + 2048)
+    by_name = {layout["layout"]: layout["gpu_bytes_by_category"] for layout in found["layouts"]}
+    assert by_name["stage 0"]["optimizer"] == 8 * found["workload"]["padded_parameters"]
+    assert by_name["stage 0"]["parameters"] == 2 * found["workload"]["parameters"]
+    assert by_name["stage 3"]["parameters"] < 0.51 * by_name["stage 0"]["parameters"]
+    out = " ".join(zerotop_plan(str(tmp_path / "c.json"), "--gpus", "2")[1].split())
+    assert "1.50B parameters (1,499,006,976) in 19 units, of which 524K are trained, bf16" in out
+    assert "are frozen: they have no gradients, masters or optimizer states, and stage 3 shards them, too." in out
+
+
+def test_what_fine_tuning_can_save(zerotop_plan: Run, tmp_path: Path) -> None:
+    def stage_0(**zerotop: Any) -> dict[str, int]:
+        found = document(zerotop_plan, tmp_path / "c.json", finetuning(tmp_path, **zerotop), "--gpus", "2")
+        layout = next(one for one in found["layouts"] if one["layout"] == "stage 0")
+        return layout["gpu_bytes_by_category"] | {"host": layout["host_bytes"]}
+
+    plain, whole = stage_0(), stage_0(model={"cross_entropy": "whole"})
+    moved, rounded = stage_0(model={"offload_activations": True}), stage_0(optimizer_state_dtype="bf16")
+    assert plain["logits"] <= whole["logits"] / 8
+    assert whole["logits"] == 10 * 2 * 1024 * 128_256
+    assert rounded["optimizer"] == plain["optimizer"] / 2
+    layer = (plain["activations"] - moved["activations"]) / 13  # of 16 three remain, and one's for backward
+    assert moved["host"] == 2 * 15 * layer and plain["host"] == 0
+    assert "of 3 blocks at a time" in " ".join(
+        zerotop_plan(str(tmp_path / "c.json"), "--set", "zerotop.model.offload_activations=true")[1].split()
+    )
+
+
+def test_a_model_that_is_not_here_can_be_stood_in_for(
+    zerotop_plan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = finetuning(tmp_path, model={"path": "some/model"}, lora={"r": 16})
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    code, out, err = zerotop_plan(str(tmp_path / "c.json"))
+    assert (code, out) == (2, "")
+    assert "some/model is not on this machine" in err and "--model 7B plans for a model of that size" in err
+    found = document(zerotop_plan, tmp_path / "c.json", config, "--model", "7B", "--gpus", "2")
+    workload = found["workload"]
+    assert workload["parameters"] - workload["trained_parameters"] == 7 * 10**9
+    assert 0.001 < workload["trained_parameters"] / workload["parameters"] < 0.01
+    assert any(note.startswith("zerotop.lora: this guesses adapters of rank 16") for note in found["notes"])
 
 
 def test_what_the_config_leaves_open_is_said(zerotop_plan: Run, tmp_path: Path) -> None:

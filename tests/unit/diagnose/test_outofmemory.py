@@ -7,6 +7,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,10 @@ from runtime.host.ledger import Ledger
 from runtime.host.memory_limits import HostMemoryError
 from runtime.host.pinned import Arena
 from runtime.models.gpt import GPT
+from runtime.models.origin import Origin
+from runtime.plan.decoder import DecoderShape
 from runtime.zero.cut import cut
+from tests.harness.model_headers import llama
 
 GIB = 2**30
 CUDA_WORDS = (
@@ -289,3 +293,23 @@ def test_held_is_read_without_a_gpu() -> None:
     assert held.rss_bytes > 10 * 2**20 and held.activations_bytes == held.rss_bytes
     if sys.platform == "linux":
         assert held.free_host_bytes is not None and held.free_host_bytes < held.host_total_bytes
+
+
+def test_the_plan_of_a_fine_tuned_model_is_that_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outofmemory, "_engine_records", [])
+    folder = llama(tmp_path / "files", dim=32, layers=2, vocab_size=64)
+    module = torch.nn.ModuleDict({"trained": torch.nn.Linear(4, 4), "frozen": torch.nn.Linear(4, 4)})
+    module["frozen"].requires_grad_(False)
+    module.origin = Origin("some/model", folder, on_hub=True)  # type: ignore[assignment]
+    data = {"files": ["chats.jsonl"], "seq_len": 16}
+    given = {"train_micro_batch_size_per_gpu": 1, "zerotop": {"model": {"path": "some/model"}, "data": data}}
+    config, ledger, units = load(given).resolve(1, "cpu"), Ledger(), cut(module)
+    record_engine(module, config, torch.device("cpu"), ledger, units)
+    workload = outofmemory._engine_records[-1].workload
+    assert isinstance(workload.shape, DecoderShape) and (workload.shape.layers, workload.shape.dim) == (2, 32)
+    assert (workload.trained_parameters, workload.frozen_parameters) == (20, 20)  # of the module itself
+    assert workload.chunked_loss
+    (folder / "config.json").unlink()
+    record_engine(module, config, torch.device("cpu"), ledger, units)
+    workload = outofmemory._engine_records[-1].workload
+    assert (workload.shape, workload.trained_parameters, workload.frozen_parameters) == (None, 20, 20)

@@ -16,6 +16,7 @@ from runtime.diagnose.remedies import Remedy, Shortage, remedies, remedy_lines
 from runtime.plan import find, plan
 from runtime.plan.estimate import activation_bytes
 from runtime.plan.workload import Workload, built_in_workload, workload_of
+from tests.harness.model_headers import llama
 
 GIB = 2**30
 CPU_OFFLOAD = {"device": "cpu", "pin_memory": True}
@@ -182,3 +183,60 @@ def test_checkpointing_keeps_the_inputs_of_segments_and_the_layers_of_one() -> N
     assert whole - each == (shape.layers - 1) * layer - shape.layers * 2 * 512 * shape.dim * 2
     assert pairs - each == layer - shape.layers // 2 * 2 * 512 * shape.dim * 2
     assert activation_bytes(shape, 2, 512, 2, 1) >= whole  # one segment: everything again, and its input
+
+
+# ---- a Hugging Face model --------------------------------------------------------------------------------------------
+def finetuning(folder: Path, stage: int = 2, micro: int = 1, **zerotop: Any) -> dict[str, Any]:
+    model = {"path": str(llama(folder)), **zerotop.pop("model", {})}
+    data = {"files": ["chats.jsonl"], "seq_len": 4096}
+    return config_of(stage, micro) | {"zerotop": {"model": model, "data": data, **zerotop}}
+
+
+OF_ANOTHER_RESULT = ("lora", "optimizer_state_dtype", "seq_len")
+
+
+@pytest.mark.parametrize(
+    "zerotop",
+    [
+        {},
+        {"model": {"cross_entropy": "whole"}},
+        {"model": {"offload_activations": True}},
+        {"lora": {"r": 8}},
+        {"optimizer_state_dtype": "bf16"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_each_change_to_fine_tuning_saves_what_its_plan_says(
+    tmp_path: Path, stage: int, zerotop: dict[str, Any]
+) -> None:
+    given = finetuning(tmp_path, stage, **zerotop)
+    config, shortage = resolve(given), Shortage("device")
+    found = remedies(workload(config), config, shortage)
+    assert 2 <= len(found) <= 4
+    for remedy in found:
+        after = resolve(changed(given, remedy))
+        saved = planned(config, shortage) - planned(after, shortage)
+        exact = "zerotop.lora" not in remedy.changes  # how large the adapters are is left out
+        assert remedy.saves_bytes == (saved if exact else pytest.approx(saved, rel=0.03)), remedy
+        assert after.global_batch == config.global_batch
+
+
+def test_what_is_advised_for_fine_tuning(tmp_path: Path) -> None:
+    def advised(place: str = "device", **settings: Any) -> list[str]:
+        config = resolve(finetuning(tmp_path, **settings))
+        return keys(remedies(workload(config), config, Shortage(place)))  # type: ignore[arg-type]
+
+    assert advised()[-1] in OF_ANOTHER_RESULT  # the last one, and only one where others help
+    assert {"activation_checkpointing", "offload_activations"} < set(advised())
+    assert "cross_entropy" not in advised()  # in chunks already
+    whole = advised(stage=3, model={"cross_entropy": "whole", "offload_activations": True}, lora={"r": 8})
+    assert "cross_entropy" in whole and "lora" not in whole
+    assert "offload_activations" not in whole
+
+
+def test_what_changes_the_result_says_so(tmp_path: Path) -> None:
+    config = resolve(finetuning(tmp_path, stage=3) | {"activation_checkpointing": {}})
+    texts = [one.text() for one in remedies(workload(config), config, Shortage("device"))]
+    assert any(text.startswith('"zerotop.lora": {"r": 16}: saves') for text in texts)
+    assert any(text.endswith("trains adapters instead of the model") for text in texts)

@@ -11,15 +11,9 @@ import pytest
 
 from runtime.config.presets import ModelError
 from runtime.plan.model_files import cache_folder, read_model
+from tests.harness.model_headers import write_header
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def write_header(path: Path, shapes: dict[str, list[int]], dtype: str = "BF16") -> None:
-    """A safetensors file without its data."""
-    entries = {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
-    document = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-    path.write_bytes(struct.pack("<Q", len(document)) + document)
 
 
 def model(folder: Path, **config: Any) -> Path:
