@@ -3,9 +3,9 @@
     python -m benchmarks.cross_entropy --markdown benchmarks/results/cross-entropy.md
 
 Peaks are what torch's allocator gave out beyond the inputs, at most. Whole logits have their peak before there are
-gradients; the chunks have theirs beside the gradients of hidden states and weight, which are a column of its own. `peak`
-is what the chunks take beside gradients, against whole logits. `time` is the median over rounds of the ratio within a
-round, in which the two take turns; on a CPU it is CPU time. `ms` is of the chunks.
+gradients; the chunks have theirs beside the gradients of hidden states and weight, which are a column of their own.
+`peak` is what the chunks take beside gradients, against whole logits. `time` is the median over rounds of the ratio
+within a round, in which the two take turns; on a CPU it is CPU time. `ms` is of the chunks.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ def test_activations_are_brought_one_block_ahead(monkeypatch: pytest.MonkeyPatch
     assert happened == expected
 
 
-# ---- activation checkpointing ------------------------------------------------------------------------------------------
+# ---- activation checkpointing ---------------------------------------------------------------------------------------
 class Checkpointed(nn.Module):
     def __init__(self, through: Callable[..., Tensor]) -> None:
         super().__init__()
