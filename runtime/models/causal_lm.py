@@ -9,13 +9,14 @@ before it trains.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runtime.models.cross_entropy import chunked_cross_entropy
+from runtime.models.cross_entropy import chunked_cross_entropy, liger_cross_entropy
 from runtime.models.origin import Origin
 
 IGNORED = -100
@@ -24,13 +25,28 @@ IGNORED = -100
 Method = Literal["chunked", "liger", "whole"]
 
 
-class _Head(NamedTuple):
-    """What turns the decoder's output into logits: softcap(scale * (hidden @ weight.T + bias))."""
+class _Logits(NamedTuple):
+    """What a model does to its head's output: softcap * tanh(scale * logits / softcap)."""
 
-    weight: Tensor
-    bias: Tensor | None
     scale: float
     softcap: float | None
+
+
+class _InsideHead:
+    """In the place of the head's input: F.linear of it and the head's weight is `function(weight, bias)`.
+
+    So the loss is computed inside the head's forward, where stage 3 has the weight unsharded, and reshards it after.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+        self.function = function
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not F.linear:
+            raise TypeError(f"a head that calls {function} on its input, not torch.nn.functional.linear")
+        given, weight, bias = (*args, None)[:3]
+        return given.function(weight, (kwargs or {}).get("bias", bias))
 
 
 class CausalLM(nn.Module):
@@ -57,11 +73,19 @@ class CausalLM(nn.Module):
         unwrap = getattr(self.model, "get_base_model", None)
         return unwrap() if unwrap is not None else self.model
 
-    def forward(self, tokens: Tensor, targets: Tensor, positions: Tensor, denominator: float = 1.0) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        positions: Tensor,
+        denominator: float = 1.0,
+        counted: int | None = None,
+    ) -> Tensor:
         """The sum of the cross-entropies of all targets that are not -100, divided by `denominator`: an fp32 scalar.
 
         tokens, targets, positions: int64 [rows, length]. Positions that start again at 0 begin a new document, which
-        sees nothing of those before it. A mixture of experts whose config asks for `output_router_logits` adds its
+        sees nothing of those before it. counted: number of targets that are not -100; without it the host waits for a
+        GPU to count them. A mixture of experts whose config asks for `output_router_logits` adds its
         auxiliary loss, which is not divided.
         """
         router = bool(getattr(self.config.get_text_config(), "output_router_logits", False))
@@ -71,34 +95,33 @@ class CausalLM(nn.Module):
             total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
         else:
             output = self.base.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False)
-            total = self._cross_entropy(output.last_hidden_state.flatten(0, 1), targets.flatten())
+            total = self._cross_entropy(output.last_hidden_state.flatten(0, 1), targets.flatten(), counted)
         loss = total / denominator
         if router and output.router_logits is not None and self.training:
             loss = loss + self._router_loss(output.router_logits)
         return loss
 
-    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        head = self._head()
-        if head is None:  # adapters on the head, or a head that is no linear layer
-            logits = self.base.get_output_embeddings()(hidden).float()
-            return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-        if self.method == "liger":
-            from runtime.models.cross_entropy import liger_cross_entropy
-
-            return liger_cross_entropy(
-                hidden, head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap
-            )
-        return chunked_cross_entropy(
-            hidden, head.weight, targets, bias=head.bias, scale=head.scale, softcap=head.softcap
-        )
-
-    def _head(self) -> _Head | None:
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, counted: int | None) -> Tensor:
         head = self.base.get_output_embeddings()
-        trained = getattr(head, "modules_to_save", None)
-        if trained is not None and len(trained):  # peft's wrapper around a head that is trained as a whole
-            head = trained[head.active_adapter if isinstance(head.active_adapter, str) else head.active_adapters[0]]
-        if type(head) is not nn.Linear:
-            return None
+        if not _is_linear(head):  # adapters on the head, or a head that is no linear layer
+            logits = head(hidden).float()
+            return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        scale, softcap = self._logits()
+        if self.method == "liger":
+
+            def compute(weight: Tensor, bias: Tensor | None) -> Tensor:
+                return liger_cross_entropy(hidden, weight, targets, bias=bias, scale=scale, softcap=softcap)
+        else:
+
+            def compute(weight: Tensor, bias: Tensor | None) -> Tensor:
+                return chunked_cross_entropy(
+                    hidden, weight, targets, bias=bias, scale=scale, softcap=softcap, counted=counted
+                )
+
+        total: Tensor = head(_InsideHead(compute))
+        return total
+
+    def _logits(self) -> _Logits:
         text = self.config.get_text_config()
         scale = 1.0
         if (factor := getattr(text, "logit_scale", None)) is not None:
@@ -106,7 +129,7 @@ class CausalLM(nn.Module):
         elif (divisor := getattr(text, "logits_scaling", None)) is not None:
             scale = 1.0 / float(divisor)
         cap = getattr(text, "final_logit_softcapping", None)
-        return _Head(head.weight, head.bias, scale, None if cap is None else float(cap))
+        return _Logits(scale, None if cap is None else float(cap))
 
     def _router_loss(self, router_logits: Any) -> Tensor:
         """coefficient * the load-balancing loss that the model's own file defines, over this micro-batch."""
@@ -125,3 +148,11 @@ class CausalLM(nn.Module):
             losses.append(self(tokens, targets, positions).double())
         exact = next(self.model.parameters()).dtype == torch.float32
         return bool((losses[0] - losses[1]).abs() <= (1e-4 if exact else 2e-2) * losses[0].abs() + 1e-6)
+
+
+def _is_linear(head: nn.Module) -> bool:
+    """Whether the head is a linear layer without adapters, also in peft's wrapper of one that is trained as a whole."""
+    trained = getattr(head, "modules_to_save", None)
+    return type(head) is nn.Linear or (
+        trained is not None and all(type(module) is nn.Linear for module in trained.values())
+    )

@@ -6,7 +6,7 @@ transformers is imported inside functions: the built-in GPT trains without it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,15 @@ def checkpoint_blocks(model: Any) -> None:
     """Recompute the activations of each block in backward."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(f"activation_checkpointing: {type(model).__name__} does not support it")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the newer name
+    enable({"use_reentrant": False})
+
+
+def checkpoint_with(model: nn.Module, function: Callable[..., Any]) -> None:
+    """Let blocks that recompute their activations do so by `function`, in the place of torch's checkpoint."""
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module._gradient_checkpointing_func = function  # type: ignore[assignment]
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -133,9 +133,9 @@ class Evaluator:
         counted = samples = 0
         with torch.no_grad():
             for batch in self._batches:
-                tokens, targets, positions = (tensor.to(self._engine.device) for tensor in batch)
-                counted += int((batch[1] >= 0).sum())
-                total += self._engine(tokens, targets, positions).double()
+                here = int((batch.targets >= 0).sum())
+                total += self._engine(*batch.to(self._engine.device), counted=here).double()
+                counted += here
         sums = self._engine.comm.gather_objects([float(total), counted])
         counted = sum(count for _, count in sums)
         samples = self._batches.samples

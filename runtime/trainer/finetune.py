@@ -39,7 +39,9 @@ def finetune(config: Resolved, folder: Path) -> None:
     model.origin = origin_of(config, folder, ready)
     engine, _, _, _ = initialize(model=model, config=config)
     if _offloads_activations(config):
-        offload_activations(list(huggingface.blocks(model.base)), ledger=engine.state.ledger)
+        offload = offload_activations(list(huggingface.blocks(model.base)), ledger=engine.state.ledger)
+        if config.activation_checkpointing is not None:
+            huggingface.checkpoint_with(model.base, offload.checkpoint)
     batches = ready.data.batches(
         config.micro_batch,
         config.accumulation,
@@ -130,8 +132,9 @@ def run(engine: Engine, batches: Batches, evaluator: Evaluator, steps: int | Non
     for step in range(engine.global_steps, steps):
         denominator = max(1, batches.trained_tokens(step)) / shares
         for batch in batches.micro_batches(step):
-            tokens, targets, positions = (tensor.to(engine.device, non_blocking=True) for tensor in batch)
-            loss = engine(tokens, targets, positions, denominator)
+            counted = int((batch.targets >= 0).sum())
+            tokens, targets, positions = batch.to(engine.device)
+            loss = engine(tokens, targets, positions, denominator, counted)
             engine.backward(loss)
             engine.step()
         evaluator.after_step(engine.global_steps, last=engine.global_steps == steps)

@@ -129,7 +129,7 @@ def outputs(output: Any) -> Iterator[torch.Tensor]:
 
 
 def _loss_of(output: Any) -> Any:
-    return output["loss"] if isinstance(output, Mapping) else output.loss
+    return output.get("loss") if isinstance(output, Mapping) else output.loss
 
 
 def _graph_under_way() -> int:
