@@ -22,15 +22,12 @@ import torch
 from torch import nn
 
 from runtime.config import Resolved
-from runtime.config.presets import ModelError
 from runtime.diagnose.memory_report import MemoryReport, report_lines, take_memory_report
+from runtime.diagnose.planned import planned_workload
 from runtime.diagnose.remedies import Remedy, Shortage, remedies, remedy_lines
 from runtime.host.ledger import Ledger
-from runtime.models.gpt import GPT
 from runtime.models.names import plain_name
-from runtime.models.origin import origin_of
-from runtime.plan.pretrained import pretrained
-from runtime.plan.workload import Workload, pretrained_workload, workload_of
+from runtime.plan.workload import Workload
 from runtime.wire.sizes import format_size, parse_size
 from runtime.zero.cut import Cut
 
@@ -117,28 +114,10 @@ def record_engine(
 ) -> None:
     """Record what `explain` needs about an engine that is being built for `module`."""
     _engine_records[:] = [one for one in _engine_records if one.ledger() is not None]
-    workload = _workload(module, config, cuts)
+    workload = planned_workload(module, config, cuts)
     if device.type == "cuda":  # the same figure as runtime/offload/placement.py uses to choose what remains on the GPU
         workload = dataclasses.replace(workload, free_vram_bytes=torch.cuda.mem_get_info(device)[0])
     _engine_records.append(EngineRecord(weakref.ref(module), weakref.ref(ledger), config, device, workload))
-
-
-def _workload(module: nn.Module, config: Resolved, cuts: Sequence[Cut]) -> Workload:
-    """The plan's workload of `module`, in the units that it was cut into."""
-    name = type(module).__name__
-    units = [(cut.name, sum(p.numel() for _, p in cut.parameters if p.requires_grad)) for cut in cuts]
-    frozen = [(cut.name, sum(p.numel() for _, p in cut.parameters if not p.requires_grad)) for cut in cuts]
-    known_shape = isinstance(module, GPT) and module.config.max_seq_len == config.zerotop.data.seq_len
-    workload = workload_of(config, name, units, module.config if known_shape else None)  # type: ignore[arg-type]
-    if (origin := origin_of(module)) is not None:
-        try:
-            workload = pretrained_workload(config, pretrained(config, origin.folder, origin.folder))
-        except ModelError as error:  # without a shape there is advice, too
-            log.debug(f"the plan of {origin.path} is not known: {error}")
-        known = {unit for unit, _ in units} >= set(workload.arrivals)
-        arrivals = workload.arrivals if known else ()
-        workload = dataclasses.replace(workload, name=name, units=tuple(units), arrivals=arrivals)
-    return dataclasses.replace(workload, frozen=tuple((unit, numel) for unit, numel in frozen if numel))
 
 
 def explain(error: BaseException, session: RunPosition | None, keep: type) -> Explanation | None:

@@ -26,6 +26,7 @@ from runtime.plan.estimate import (
 )
 from runtime.plan.inflight import borrowed_for_backward, copied_for_reduction, unsharded_params
 from runtime.plan.layout import STATE_BYTES, keep_mask, offload_mask, padded
+from runtime.plan.traffic import pcie_bytes, ring_bytes, sent_bytes
 from runtime.plan.workload import ELEMENT_BYTES, Workload
 
 STAGES = (0, 1, 2, 3)
@@ -127,7 +128,7 @@ def data_parallel(workload: Workload) -> Layout:
     frozen = workload.element_bytes * workload.frozen_parameters
     states = {"parameters": 4 * count + frozen, "gradients": 4 * count, "masters": 0}
     states |= {"optimizer": 4 * workload.moments * count, "buffers": cast_copy}
-    sent = _ring(2 * 4 * count, world)
+    sent = ring_bytes(2 * 4 * count, world)
     host = _inputs_on_host(workload)
     return Layout(None, False, states | _stage_independent(workload), host, sent, 0, pinned_bytes=sum(host.values()))
 
@@ -178,8 +179,8 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False, paramete
         offload=offload,
         gpu=gpu | _stage_independent(workload),
         host=host,
-        sent_bytes=_sent(workload, stage),
-        pcie_bytes=_pcie(workload, stage, on_host, waiting, frozen_waiting) if remote else 0,
+        sent_bytes=sent_bytes(workload, stage),
+        pcie_bytes=pcie_bytes(workload, stage, on_host, waiting, frozen_waiting) if remote else 0,
         offload_parameters=offload_parameters,
         pinned_bytes=pinned + host.get("activations", 0),
         snapshot_bytes=_snapshot(workload, stage, offloaded),
@@ -327,46 +328,6 @@ def _staging(workload: Workload, shards_gradients: bool, largest: int) -> int:
     if shards_gradients:  # after no_sync gradients have the accumulation dtype, unless the config sets one
         down = ELEMENT_BYTES[workload.reduce_dtype] if workload.reduce_dtype else max(down, workload.element_bytes)
     return OFFLOAD_SLOTS * (down + workload.element_bytes) * largest
-
-
-def _ring(size: int, world_size: int) -> int:
-    """Bytes each rank sends to reduce-scatter or all-gather `size` bytes around a ring (an all-reduce is both)."""
-    return size * (world_size - 1) // world_size
-
-
-def _sent(workload: Workload, stage: int) -> int:
-    """Bytes that a rank sends per optimizer step.
-
-    Stage 0 all-reduces the gradients; 1 reduce-scatters them and all-gathers the new parameters; 2 reduce-scatters at
-    every micro-step, unless full gradients accumulate; 3 also all-gathers at every forward and every backward instead
-    of after the update.
-    """
-    element, reduced = workload.element_bytes, workload.reduced_bytes(stage)
-    small = workload.small_parameters
-    reductions = (workload.accumulation if workload.shards_gradients(stage) else 1) * reduced
-    per_element = {
-        0: 2 * reduced,
-        1: reduced + element,
-        2: reductions + element,
-        3: reductions + workload.accumulation * 2 * element,
-    }[stage]
-    regathered = (
-        (2 * workload.accumulation - 1) * element * small if stage == 3 else 0
-    )  # small parameters: all-gathered once per step
-    frozen = sum(numel for _, numel in workload.padded_frozen) if stage == 3 else 0
-    gathered = workload.accumulation * 2 * element * frozen
-    return _ring(per_element * workload.padded_parameters - regathered + gathered, workload.world_size)
-
-
-def _pcie(workload: Workload, stage: int, on_host: int, waiting: int, frozen_waiting: int) -> int:
-    """Bytes copied between GPU and host per rank and optimizer step: gradients down (at every micro-step if gradients
-    are sharded), new parameters up. Offloaded parameters, `waiting` trained and `frozen_waiting` others, are copied up
-    for every forward and backward instead."""
-    down = workload.accumulator_bytes
-    if workload.shards_gradients(stage):
-        down = workload.accumulation * workload.reduced_bytes(stage)
-    gathers = 2 * workload.accumulation * workload.element_bytes * (waiting + frozen_waiting)
-    return (down + workload.element_bytes) * on_host - workload.element_bytes * min(waiting, on_host) + gathers
 
 
 def find(layouts: Sequence[Layout], stage: int | None, offload: bool = False, parameters: bool = False) -> Layout:
