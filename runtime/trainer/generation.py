@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -30,16 +31,20 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     state = rng.get_state()  # sampling must not change the random numbers that training continues with
     torch.manual_seed(engine.config.zerotop.train.seed)
+    compiled = engine.config.zerotop.model.compile
+    # Each length of the cache would be compiled anew.
+    stance = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     try:
-        out = model.base.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=new_tokens,
-            pad_token_id=_padding(tokenizer),
-            use_cache=True,
-            synced_gpus=engine.comm.world_size > 1 and engine.state.policy.shards_parameters,
-            **sampling,
-        )
+        with stance:
+            out = model.base.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=new_tokens,
+                pad_token_id=_padding(tokenizer),
+                use_cache=True,
+                synced_gpus=engine.comm.world_size > 1 and engine.state.policy.shards_parameters,
+                **sampling,
+            )
     finally:
         rng.set_state(state)
     written = out[0, tokens.shape[1] :].tolist()
