@@ -21,7 +21,7 @@ import numpy as np
 from runtime.data import DataError
 from runtime.data.cache import Log, build_lock, part_name, sync_folder
 from runtime.data.conversations import store, worker
-from runtime.data.conversations.encode import EMPTY_MASK, FULL_MASK, NO_TURN, Encoder, Recipe
+from runtime.data.conversations.encode import EMPTY_MASK, FULL_MASK, NO_TURN, TURNS_NOT_FOUND, Encoder, Recipe
 from runtime.data.conversations.readers import Chunk, Reader
 from runtime.data.conversations.sources import Source
 from runtime.host.cores import read_machine
@@ -29,7 +29,7 @@ from runtime.host.cores import read_machine
 _ALONE_BYTES = 6 << 20
 """Bytes of data that are worth a process: starting one takes about a second."""
 _WRONG_SHARE = 0.01
-"""Rows whose mask is empty or full, of all: more of them are an error, as the masks are then not to be trusted."""
+"""Rows whose mask is empty or full, of all: more of them are an error, as no mask is then to be trusted."""
 
 
 def build_store(
@@ -232,13 +232,12 @@ def _run(
 def _listen(index: int, process: subprocess.Popen[bytes], done: queue.SimpleQueue[Any]) -> None:
     """Put what a process answers in the queue, and None when it has ended."""
     assert process.stdout is not None
-    with process.stdout:
-        while True:
-            try:
+    try:
+        with process.stdout, contextlib.suppress(EOFError):
+            while True:
                 done.put((index, worker.receive(process.stdout)))  # type: ignore[arg-type]
-            except EOFError:
-                done.put((index, None))
-                return
+    finally:
+        done.put((index, None))
 
 
 def _summary(outcomes: Sequence[worker.Outcome], reader: Reader, recipe: Recipe) -> dict[str, Any]:
@@ -270,7 +269,7 @@ def _check_usable(
     dropped, rows = meta["dropped"], meta["rows"]
     wrong = next((outcome.wrong for outcome in outcomes if outcome.wrong), "")
     complaint = next((outcome.complaint for outcome in outcomes if outcome.complaint), "")
-    bad = {name: dropped.get(name, 0) for name in (EMPTY_MASK, FULL_MASK)}
+    bad = {name: dropped.get(name, 0) for name in (EMPTY_MASK, FULL_MASK, TURNS_NOT_FOUND)}
     if wrong and sum(bad.values()) > _WRONG_SHARE * rows:
         listed = " and ".join(f"{count:,} rows with {name}" for name, count in bad.items() if count)
         sources = "\n".join(recipe.templates.values())

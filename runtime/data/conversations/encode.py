@@ -20,6 +20,7 @@ CUT_AWAY = "all trained tokens beyond seq_len"
 OVERLONG = "more than seq_len tokens"
 EMPTY_MASK = "no trained token"
 FULL_MASK = "every token trained"
+TURNS_NOT_FOUND = "turns not found in the rendered text"
 NO_TOKENS = "fewer than two tokens"
 
 
@@ -108,8 +109,10 @@ class Encoder:
             except RowError as reason:
                 made.dropped[str(reason)] += 1
             except (TemplateFailed, NotFound) as problem:
-                reason = "the chat template refuses" if isinstance(problem, TemplateFailed) else "turns not found"
-                made.dropped[reason] += 1
+                found = isinstance(problem, TemplateFailed)
+                made.dropped["the chat template refuses" if found else TURNS_NOT_FOUND] += 1
+                if isinstance(problem, NotFound):
+                    made.wrong = made.wrong or problem.text[:4000]
                 made.complaint = made.complaint or f"row {number}: {problem}"
         self._tokenize(texts, split, made)
         return made

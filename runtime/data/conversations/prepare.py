@@ -58,12 +58,12 @@ class PreparedData:
     """Makes sequences of a segment of the stream."""
 
     def batches(
-        self, micro_batch: int, accumulation: int, rank: int, world: int, pin: bool = False, log: Log = print
+        self, micro_batch: int, accumulation: int, rank: int, world: int, pin: bool = False
     ) -> TrainingBatches | StreamingBatches:
         """One rank's micro-batches of every step."""
         if self.stream is not None and self.plan is not None:
             return StreamingBatches(
-                self.stream, self.plan, self.seed, micro_batch, accumulation, rank, world, pin, log
+                self.stream, self.plan, self.seed, micro_batch, accumulation, rank, world, pin
             )
         return TrainingBatches(self.train.sequences, self.seed, micro_batch, accumulation, rank, world, pin)
 

@@ -51,7 +51,11 @@ class Span(NamedTuple):
 
 
 class NotFound(ValueError):
-    """The assistant's turns were not found in what the template renders."""
+    """The assistant's turns were not found in what the template renders, which is `text`."""
+
+    def __init__(self, problem: str, text: str = "") -> None:
+        super().__init__(problem)
+        self.text = text
 
 
 @dataclass(slots=True)
@@ -194,7 +198,7 @@ class TurnFinder:
             before = self._render(messages[:at], tools, prompt=True) if at else ""
             through = self._render(messages[: at + 1], tools)
         except TemplateFailed as error:
-            raise NotFound(f"no mark of message {at + 1} in the text, and: {error}") from None
+            raise NotFound(f"no mark of message {at + 1} in the text, and: {error}", plain) from None
         start, end = len(_common(before, plain)), len(_common(through, plain))
         if start < end and end == len(through):
             last = start
@@ -204,7 +208,7 @@ class TurnFinder:
         content = str(message.get("content", "")).rpartition("</think>")[2].strip()
         if content and (place := plain.find(content, start)) >= 0:
             return _Places(place, place + len(content))
-        raise NotFound(f"message {at + 1} is not in the text that the template renders")
+        raise NotFound(f"message {at + 1} is not in the text that the template renders", plain)
 
     def _spans(
         self,
@@ -225,7 +229,7 @@ class TurnFinder:
             spans.append(Span(start, self._stop(text, messages[at], place.end, bound)))
         for one, two in pairwise(spans):
             if two.start < one.end:
-                raise NotFound("turns overlap in the text that the template renders")
+                raise NotFound("turns overlap in the text that the template renders", text)
         return spans
 
     def _start(

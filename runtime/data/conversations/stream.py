@@ -13,12 +13,13 @@ lies two segments back is deleted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from runtime.data.conversations.build import build_store
 from runtime.data.conversations.encode import Recipe
 from runtime.data.conversations.readers import Chunk, Reader
 from runtime.data.conversations.sources import Source
-from runtime.data.conversations.store import Store, read_meta
+from runtime.data.conversations.store import Store
 
 
 class Cursor(NamedTuple):
@@ -100,43 +101,32 @@ class Segment(NamedTuple):
 
 
 class SegmentQueue:
-    """Prepares segments in processes of their own, one ahead."""
+    """Prepares segments in one process beside this one, in the order in which they are asked for."""
 
-    def __init__(self, spec: StreamSpec, log: Log) -> None:
-        self._spec, self._log = spec, log
-        self._process: tuple[Cursor, subprocess.Popen[bytes]] | None = None
-        self._lock = threading.Lock()
+    def __init__(self, spec: StreamSpec) -> None:
+        self._spec = spec
+        self._process: subprocess.Popen[bytes] | None = None
+        self._asked: Cursor | None = None
+        """The segment that the process is at work on."""
 
     def begin(self, cursor: Cursor) -> None:
         """Have a segment prepared in the background."""
-        with self._lock:
-            if self._process is not None and self._process[0] == cursor:
-                return
-            self._end()
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "runtime.data.conversations.stream"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            assert process.stdin is not None
-            worker.send(process.stdin, (self._spec, cursor))  # type: ignore[arg-type]
-            process.stdin.close()
-            self._process = (cursor, process)
+        if self._asked == cursor:
+            return
+        if self._asked is not None:
+            self._answer()
+        if self._process is None:
+            command = [sys.executable, "-P", "-m", "runtime.data.conversations.stream"]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self._send(self._spec)
+        self._send(cursor)
+        self._asked = cursor
 
     def take(self, cursor: Cursor) -> Store:
         """A segment, as soon as it is ready. Raises DataError if it cannot be prepared."""
         self.begin(cursor)
-        with self._lock:
-            assert self._process is not None
-            process = self._process[1]
-            assert process.stdout is not None
-            answer = process.stdout.read()
-            process.wait()
-            process.stdout.close()
-            self._process = None
-        message = json.loads(answer) if answer else {"error": f"preparing data ended with exit code {process.returncode}"}
-        if message["error"]:
-            raise DataError(message["error"])
+        if error := self._answer():
+            raise DataError(error)
         return Store(self._spec.folder(cursor))
 
     def discard(self, cursor: Cursor) -> None:
@@ -146,30 +136,48 @@ class SegmentQueue:
         folder.with_suffix(".lock").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End the process that prepares a segment."""
-        with self._lock:
-            self._end()
-
-    def _end(self) -> None:
+        """End the process."""
         if self._process is not None:
-            process = self._process[1]
-            process.terminate()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
-            self._process = None
+            assert self._process.stdin is not None and self._process.stdout is not None
+            self._process.kill()
+            self._process.wait()
+            self._process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process = self._asked = None
+
+    def _send(self, message: Any) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # _answer says that the process is gone
+            worker.send(self._process.stdin, message)  # type: ignore[arg-type]
+
+    def _answer(self) -> str:
+        """What went wrong with the segment at work; empty if nothing did."""
+        assert self._process is not None and self._process.stdout is not None
+        self._asked = None
+        try:
+            error: str = worker.receive(self._process.stdout)  # type: ignore[arg-type]
+        except EOFError:
+            code = self._process.wait()
+            return f"the process that prepares streamed data ended with exit code {code}; its message is above"
+        return error
 
 
 def main() -> None:
-    """Prepare the segment that stdin names; one JSON object on stdout says how it went."""
-    spec, cursor = worker.receive(sys.stdin.buffer)  # type: ignore[arg-type]
-    error = ""
-    try:
-        build_segment(spec, cursor, lambda line: None)
-        read_meta(spec.folder(cursor))
-    except DataError as problem:
-        error = str(problem)
-    print(json.dumps({"error": error}))
+    """Prepare segments until stdin ends; what went wrong is the answer to each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not end up between answers
+    with contextlib.suppress(EOFError):
+        spec: StreamSpec = worker.receive(source)  # type: ignore[arg-type]
+        while True:
+            cursor: Cursor = worker.receive(source)  # type: ignore[arg-type]
+            error = ""
+            try:
+                build_segment(spec, cursor, lambda line: None)
+            except DataError as problem:
+                error = str(problem)
+            worker.send(sink, error)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from runtime.data import DataError
-from runtime.data.cache import Log
 from runtime.data.conversations.batches import Ahead, Batch, Sequences
 from runtime.data.conversations.packing import hashed
 from runtime.data.conversations.store import Store
@@ -46,13 +45,12 @@ class StreamingBatches:
         accumulation: int,
         rank: int,
         world: int,
-        pin: bool,
-        log: Log,
+        pin: bool = False,
     ) -> None:
         self._plan, self._seed = plan, seed
         self.micro_batch, self.accumulation, self.rank, self.world = micro_batch, accumulation, rank, world
         self.global_batch = micro_batch * accumulation * world
-        self._queue = SegmentQueue(spec, log)
+        self._queue = SegmentQueue(spec)
         self._lock = threading.Lock()
         self._begun: list[Segment] = [Segment(0, 0, Cursor(), 0)]
         """Where the last few segments begin, the newest last."""

@@ -119,7 +119,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # The other end knows Outcome as a class of the module of this name, not of __main__.
-    from runtime.data.conversations.worker import main as main_of_module
+    # Not this copy of the module, whose classes the other end would look for in its own __main__.
+    from runtime.data.conversations.worker import main as run
 
-    main_of_module()
+    run()
