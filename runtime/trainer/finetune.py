@@ -48,7 +48,6 @@ def finetune(config: Resolved, folder: Path) -> None:
         dist.get_rank(),
         dist.get_world_size(),
         pin=device.type == "cuda",
-        log=log.info,
     )
     if isinstance(batches, StreamingBatches):
         engine.register_state(stream=batches)

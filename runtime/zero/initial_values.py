@@ -138,7 +138,9 @@ class Values:
         shape = tuple(parameter.shape)
         return (self._stored_rows[parameter], *shape[1:]) if parameter in self._stored_rows else shape
 
-    def _read_grown(self, parameter: nn.Parameter, weights: Weights, stored: str, start: int, stop: int) -> torch.Tensor:
+    def _read_grown(
+        self, parameter: nn.Parameter, weights: Weights, stored: str, start: int, stop: int
+    ) -> torch.Tensor:
         """As `read`, of a parameter with more rows than in its files: the new ones are the mean of the stored ones, so
         that the model neither expects nor rules out the new tokens (Hewitt 2021, "Initializing New Word Embeddings for
         Pretrained Language Models")."""

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ class _Problems:
 
 def _run_alone(
     chunks: Iterator[Chunk], recipe: Recipe, folder: Path, problems: _Problems
-) -> Iterator[tuple[worker.Outcome, int]]:
+) -> Generator[tuple[worker.Outcome, int], None, None]:
     encoder = Encoder(recipe)
     for number, chunk in enumerate(chunks):
         if problems.stop:
@@ -172,7 +172,7 @@ def _run_alone(
 
 def _run(
     chunks: Iterator[Chunk], recipe: Recipe, folder: Path, problems: _Problems, count: int
-) -> Iterator[tuple[worker.Outcome, int]]:
+) -> Generator[tuple[worker.Outcome, int], None, None]:
     """Encode chunks in `count` processes, each of which has one chunk at work and one waiting."""
     command = [sys.executable, "-P", "-m", "runtime.data.conversations.worker", str(folder)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}

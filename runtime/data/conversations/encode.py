@@ -151,8 +151,8 @@ class Encoder:
         """Which messages are trained."""
         if self.render is None:
             raise DataError(
-                "zerotop.data: the rows are conversations, but the tokenizer has no chat template (a base model's often "
-                "has none); name a file with one in zerotop.data.chat_template"
+                "zerotop.data: the rows are conversations, but the tokenizer has no chat template (a base model's "
+                "often has none); name a file with one in zerotop.data.chat_template"
             )
         wanted = [_speaks(message) for message in row.messages]
         train_on = self.recipe.train_on
@@ -203,8 +203,8 @@ class Encoder:
                 return
             if self.recipe.overlong == "error":
                 raise DataError(
-                    f"row {text.number} has {len(tokens):,} tokens, more than zerotop.data.seq_len = {seq_len:,}; raise "
-                    'seq_len, or set zerotop.data.overlong to "truncate" or "drop"'
+                    f"row {text.number} has {len(tokens):,} tokens, more than zerotop.data.seq_len = {seq_len:,}; "
+                    'raise seq_len, or set zerotop.data.overlong to "truncate" or "drop"'
                 )
             if self.recipe.overlong == "drop":
                 made.dropped[OVERLONG] += 1

@@ -181,9 +181,7 @@ def _alpaca(row: Mapping[str, Any], has_template: bool) -> Row:
     if has_template:
         said = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
         question = f"{instruction}\n\n{extra}" if extra else instruction
-        return Conversation(
-            [*said, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
-        )
+        return Conversation([*said, {"role": "user", "content": question}, {"role": "assistant", "content": output}])
     middle = f"### Instruction:\n{instruction}\n\n" + (f"### Input:\n{extra}\n\n" if extra else "")
     lead = "Below is an instruction that describes a task" + (
         ", paired with an input that provides further context. " if extra else ". "

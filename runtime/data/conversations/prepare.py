@@ -20,8 +20,8 @@ from runtime.data.conversations.batches import EvaluationBatches, Sequences, Tra
 from runtime.data.conversations.build import build_store
 from runtime.data.conversations.encode import Encoder, Recipe
 from runtime.data.conversations.packing import hashed, pack, separate
-from runtime.data.conversations.report import make_report, notes_of
 from runtime.data.conversations.readers import Reader
+from runtime.data.conversations.report import make_report, notes_of
 from runtime.data.conversations.sources import Source, find_sources, source_digest
 from runtime.data.conversations.store import Store, is_complete
 from runtime.data.conversations.stream import Cursor, StreamSpec, build_segment
@@ -62,12 +62,12 @@ class PreparedData:
     ) -> TrainingBatches | StreamingBatches:
         """One rank's micro-batches of every step."""
         if self.stream is not None and self.plan is not None:
-            return StreamingBatches(
-                self.stream, self.plan, self.seed, micro_batch, accumulation, rank, world, pin
-            )
+            return StreamingBatches(self.stream, self.plan, self.seed, micro_batch, accumulation, rank, world, pin)
         return TrainingBatches(self.train.sequences, self.seed, micro_batch, accumulation, rank, world, pin)
 
-    def evaluation_batches(self, micro_batch: int, rank: int, world: int, pin: bool = False) -> EvaluationBatches | None:
+    def evaluation_batches(
+        self, micro_batch: int, rank: int, world: int, pin: bool = False
+    ) -> EvaluationBatches | None:
         """One rank's forward passes of an evaluation; None without held-out data."""
         if self.evaluation is None:
             return None
@@ -100,7 +100,9 @@ def prepare_all(
     held: Prepared | None = None
     if evaluation is not None and evaluation.files:  # first: the shorter of the two
         other = files.stored(evaluation.files, recipe, "zerotop.evaluation.files")
-        held = files.prepared(other, "evaluation", _limited(other.store, np.arange(len(other.store)), evaluation, seed), seed)
+        held = files.prepared(
+            other, "evaluation", _limited(other.store, np.arange(len(other.store)), evaluation, seed), seed
+        )
     found = files.segment(recipe) if data.streaming else files.stored(data.files, recipe)
     store = found.store
     rows = np.arange(len(store))
@@ -244,9 +246,7 @@ class _Files:
         sources = find_sources(data.files, self.folder, data.split, streaming=True)
         recipe = _compare(sources, data, recipe, self.tokenizer)
         digest = _digest(sources, recipe, data.format)
-        spec = StreamSpec(
-            tuple(sources), data.format, recipe, data.segment_rows, data.workers, str(self.cache), digest
-        )
+        spec = StreamSpec(tuple(sources), data.format, recipe, data.segment_rows, data.workers, str(self.cache), digest)
         cached = is_complete(spec.folder(Cursor()))
         store = build_segment(spec, Cursor(), self.log)
         if not len(store):

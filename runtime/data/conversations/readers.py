@@ -204,7 +204,9 @@ def _json_rows(source: Source) -> Iterator[Mapping[str, Any]]:
         line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(f"{source.key}: {source.name} is not JSON: {line}{_json_problem(error)}") from None
     if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        lists = [
+            value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
         rows_of_its_own = not recognisable(content)
         content = lists[0] if rows_of_its_own and len(lists) == 1 else [content]
     if not isinstance(content, list):

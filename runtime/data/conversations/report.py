@@ -1,4 +1,4 @@
-"""What a person should see of prepared data before the first step: counts, lengths, and samples as the model sees them."""
+"""What a person should see of prepared data: counts, lengths, and samples as the model sees them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def example(store: Store, samples: np.ndarray, decode: Decode, names: dict[int, 
             mask[0] = False  # nothing predicts it
             runs += _runs(ids, mask.tolist(), decode, names, edge=document > 0)
             shown += kept
-    return DataSample(source=_source(store, samples), tokens=tokens, trained=trained, runs=runs, left_out=tokens - shown)
+    return DataSample(
+        source=_source(store, samples), tokens=tokens, trained=trained, runs=runs, left_out=tokens - shown
+    )
 
 
 def _source(store: Store, samples: np.ndarray) -> str:

@@ -1,19 +1,18 @@
 """The files and hub data sets that zerotop.data.files names.
 
-JSONL, JSON, CSV and text need no library, so that a broken line can be named; Parquet and zstd need pyarrow, and the hub
-the `datasets` library.
+JSONL, JSON, CSV and text need no library, so that a broken line can be named; Parquet and zstd need pyarrow, and
+the hub the `datasets` library.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,9 +67,7 @@ def find_sources(
         try:
             files = expand_files([entry], folder)
         except ConfigError as error:
-            problems = [
-                problem.replace("zerotop.data.files[0]", f"{key}[{number}]", 1) for problem in error.problems
-            ]
+            problems = [problem.replace("zerotop.data.files[0]", f"{key}[{number}]", 1) for problem in error.problems]
             raise ConfigError(problems) from None
         for path in files:
             if path in taken:

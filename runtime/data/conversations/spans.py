@@ -11,8 +11,8 @@ are, the messages are. Without them the text must be the one that the template r
     the assistant's text   marks stand inside surrounding whitespace, which templates trim, and after `</think>`, if the
                            template mentions it: it then cuts off what stands before
     tool calls             marks stand after the last text of the last call's arguments, or around its name
-    end of the turn        the first end-of-turn token after the message, which is trained, too. Which tokens those are is
-                           found with conversations of our own.
+    end of the turn        the first end-of-turn token after the message, which is trained, too. Which tokens those are
+                           is found with conversations of our own.
 
 Marks could change what a template does, if it looks at more of a message than whether it is empty. The plain text is
 rendered, too, and compared: for the first conversations and every so often, and always where a message holds a text
@@ -181,9 +181,9 @@ class TurnFinder:
                 continue
             marked = self._mark(messages, [at], wanted)
             try:
-                text, found, complete = marked.read(self._render(marked.messages, tools))
+                text, found, _ = marked.read(self._render(marked.messages, tools))
             except TemplateFailed:
-                text, complete = "", False
+                text = ""
             if text == plain and (found[at].end is not None if text else False):
                 places[at] = found[at]
             elif wanted[at]:
@@ -232,9 +232,7 @@ class TurnFinder:
                 raise NotFound("turns overlap in the text that the template renders", text)
         return spans
 
-    def _start(
-        self, text: str, messages: Messages, tools: list[Any] | None, places: Sequence[_Places], at: int
-    ) -> int:
+    def _start(self, text: str, messages: Messages, tools: list[Any] | None, places: Sequence[_Places], at: int) -> int:
         """Where the header of a turn ends."""
         place = places[at]
         latest = place.start if place.start is not None else place.end

@@ -119,7 +119,9 @@ class StreamingBatches:
             loaded = self._load(at)
             if place < loaded.following.first:
                 return loaded
-            empty_epochs = 0 if loaded.following.first > at.first else empty_epochs + (loaded.following.epoch - at.epoch)
+            empty_epochs = (
+                0 if loaded.following.first > at.first else empty_epochs + (loaded.following.epoch - at.epoch)
+            )
             if empty_epochs > 1:
                 raise DataError("zerotop.data.files: no row of the streamed data gives a sample")
             at = loaded.following
@@ -131,9 +133,10 @@ class StreamingBatches:
         following = Segment(at.number + 1, at.first + len(sequences), cursor, at.epoch + ends)
         order = np.argsort(hashed(np.arange(len(sequences)), self._seed + at.number, _ORDER), kind="stable")
         loaded = _Loaded(at, sequences, order, following, at.cursor)
-        self._begun = [one for one in self._begun if one.number < at.number][1 - _REMEMBERED :] + [at]
+        earlier = [one for one in self._begun if one.number < at.number]
+        self._begun = [*earlier[1 - _REMEMBERED :], at]
         outdated = [one for one in self._loaded if one.at.number not in (at.number - 1, at.number)]
-        self._loaded = [one for one in self._loaded if one not in outdated] + [loaded]
+        self._loaded = [*(one for one in self._loaded if one not in outdated), loaded]
         for one in outdated:
             if one.cursor not in (at.cursor, cursor, *(kept.cursor for kept in self._loaded)):
                 self._queue.discard(one.cursor)

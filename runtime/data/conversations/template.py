@@ -95,14 +95,34 @@ def literals(source: str) -> set[str]:
     found: set[str] = set()
     for kind in (jinja2.nodes.Compare, jinja2.nodes.Call, jinja2.nodes.Filter):
         for node in tree.find_all(kind):
-            found.update(
-                const.value for const in node.find_all(jinja2.nodes.Const) if isinstance(const.value, str)
-            )
+            found.update(const.value for const in node.find_all(jinja2.nodes.Const) if isinstance(const.value, str))
     return {text for text in found if len(text.strip()) > 1 and text not in _WORDS}
 
 
 _WORDS = frozenset(
-    "user assistant system tool developer function ipython model content text image role name arguments tool_calls "
-    "reasoning_content thinking tools string none default type".split()
+    [
+        "user",
+        "assistant",
+        "system",
+        "tool",
+        "developer",
+        "function",
+        "ipython",
+        "model",
+        "content",
+        "text",
+        "image",
+        "role",
+        "name",
+        "arguments",
+        "tool_calls",
+        "reasoning_content",
+        "thinking",
+        "tools",
+        "string",
+        "none",
+        "default",
+        "type",
+    ]
 )
 """Literals that templates compare roles and keys with."""

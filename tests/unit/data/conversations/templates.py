@@ -209,7 +209,9 @@ def qwen(messages: Messages) -> Segments:
         elif role == "tool":
             first = at == 0 or messages[at - 1]["role"] != "tool"
             last = at + 1 == len(messages) or messages[at + 1]["role"] != "tool"
-            text = "<|im_start|>user" * first + f"\n<tool_response>\n{content}\n</tool_response>" + "<|im_end|>\n" * last
+            text = (
+                "<|im_start|>user" * first + f"\n<tool_response>\n{content}\n</tool_response>" + "<|im_end|>\n" * last
+            )
             said.append((text, False))
         else:
             reasoning = message.get("reasoning_content")
@@ -338,13 +340,18 @@ def gpt_oss(messages: Messages) -> Segments:
             said.append((f"<|start|>user<|message|>{content}<|end|>", False))
         elif message["role"] == "tool":
             result = json.dumps(content, ensure_ascii=False)
-            said.append((f"<|start|>functions.{name} to=assistant<|channel|>commentary<|message|>{result}<|end|>", False))
+            said.append(
+                (f"<|start|>functions.{name} to=assistant<|channel|>commentary<|message|>{result}<|end|>", False)
+            )
         elif message.get("tool_calls"):
             call = message["tool_calls"][0]["function"]
             name = call["name"]
             before = f"<|channel|>analysis<|message|>{content}<|end|><|start|>assistant" if content else ""
             arguments = json.dumps(call["arguments"], ensure_ascii=False)
-            said += [start, (f"{before} to=functions.{name}<|channel|>commentary json<|message|>{arguments}<|call|>", True)]
+            said += [
+                start,
+                (f"{before} to=functions.{name}<|channel|>commentary json<|message|>{arguments}<|call|>", True),
+            ]
         elif at + 1 == len(messages):
             thinking = message.get("thinking") or message.get("reasoning_content")
             before = f"<|channel|>analysis<|message|>{thinking}<|end|><|start|>assistant" if thinking else ""

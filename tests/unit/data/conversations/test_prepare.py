@@ -248,7 +248,11 @@ def test_several_formats_in_one_run(prepare: Callable[..., PreparedData], tmp_pa
         ([chat(1)], {"chat_template": "none.jinja"}, r"chat_template: cannot read .*none\.jinja: No such file"),
         ([chat(1)], {"chat_template": "bad.jinja"}, r"bad\.jinja is not a Jinja template: "),
         ([chat(1)], {"chat_template": "raise.jinja"}, r"the chat template refuses: 1\).*no system here"),
-        ([chat(1)], {"chat_template": "mute.jinja"}, r"(?s)1 rows with no trained token.*the template\nnothing.*rows\nno"),
+        (
+            [chat(1)],
+            {"chat_template": "mute.jinja"},
+            r"(?s)1 rows with no trained token.*the template\nnothing.*rows\nno",
+        ),
         ([chat(1)], {"files": []}, r"zerotop\.data\.files is empty"),
     ],
 )

@@ -45,9 +45,7 @@ def test_random_conversations(
     tokenizer = make_tokenizer(form)
     encoder = encoder_of(tokenizer, tmp_path)
 
-    @settings(
-        max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(system=st.none() | TEXT, turns=TURNS)
     def agrees(system: str | None, turns: list[tuple[str, str]]) -> None:
         chat = chat_of(system if form.system else None, turns)
