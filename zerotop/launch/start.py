@@ -115,7 +115,7 @@ def _start(asked: _Asked, command: Sequence[str] | None) -> RunEntry:
             path = plan.previous.path
             lock = take_patiently(path, check=lambda: _previous(name), tell=say)
             leaving.callback(os.close, lock)  # the supervisor has it too, by then
-            plan = _check(*asked)  # as it is now
+            plan = _check(*asked, prepared=True)  # as it is now
         record_executable()  # attach over SSH finds zerotop by it
         undo = leaving.enter_context(contextlib.ExitStack())
         if plan.previous is not None:
@@ -149,7 +149,9 @@ def _check(
     overrides: Sequence[str],
     resume: bool,
     script: Sequence[str] | None,
+    prepared: bool = False,
 ) -> _Plan:
+    """prepared: model and data have been prepared by an earlier call."""
     if name is not None:
         check_name(name)
     previous = _previous(name) if resume else None
@@ -184,8 +186,11 @@ def _check(
         notes.append({"what": "changed", "text": "there is no complete checkpoint: the run starts again from step 0"})
     if script:
         script = _checked_script(script)
-    else:
+    elif resolved.zerotop.model.path is None:
         _check_data(config, resolved, Path(folder))
+    elif not prepared:
+        say("preparing model and data")
+        prepare(resolved, Path(folder), config.origin)
     if previous is not None:
         notes += _compare(previous, resolved)
     return _Plan(config, resolved, origin, folder, chosen, count, list(script) if script else None, notes, previous)
@@ -193,10 +198,6 @@ def _check(
 
 def _check_data(config: Config, resolved: Resolved, folder: Path) -> None:
     """Check what the ranks would otherwise find only after their start."""
-    if resolved.zerotop.model.path is not None:
-        say("preparing model and data")
-        prepare(resolved, folder, config.origin)
-        return
     data = resolved.zerotop.data
     try:
         files = expand_files(data.files, folder) if data.files else []

@@ -34,7 +34,7 @@ def test_a_config_for_one_rank_gets_one_on_a_cpu(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: expected 0, 1, 2 or 3, got 4"),
         ({"zerotop": {"data": {"tokenizer": "nowhere"}}}, 'tokenizer: expected "bytes", a tokenizer.json'),
         ({"zerotop": {"data": {"files": ["nothing-*.txt"]}}}, '"nothing-*.txt" matches no file'),
-        ({"zerotop": {"model": {"path": "some/model"}}}, "zerotop.model.path: Hugging Face models are not supported"),
+        ({"zerotop": {"model": {"path": "some/model"}}}, "zerotop.data.files: expected files to train on"),
     ],
 )
 def test_what_the_ranks_cannot_do_starts_nothing(tmp_path: Path, settings: dict[str, object], message: str) -> None:
