@@ -14,6 +14,7 @@ from runtime.comm import Comm
 from runtime.config import ADAM, ConfigError, Resolved, bf16_states_need_adam
 from runtime.diagnose import outofmemory
 from runtime.engine.model_checks import check_parameters, check_same_model
+from runtime.host.heap import trim
 from runtime.host.ledger import Ledger
 from runtime.offload.placement import FlatSize, Placement, choose_placement, transfers_for
 from runtime.optim.optimizer import ZeroOptimizer
@@ -106,6 +107,7 @@ def build_state(
     placement = choose_placement(config, parts.policy, comm, ledger, parts.gradients, sizes, adam, transfers)
     for index, spec in enumerate(specs):
         _make_flat(spec, parts, placement, placement.of(index))
+        trim()
     for name, parameter in parts.frozen:
         _place_frozen(name, parameter, dtypes[parameter], comm, ledger, values)
     flats = [flat for unit in parts.units for flat in unit.flats]

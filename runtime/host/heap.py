@@ -40,10 +40,22 @@ def mapped() -> Iterator[None]:
         mallopt(_M_MMAP_THRESHOLD, KEPT_BELOW)
 
 
+def trim() -> None:
+    """Return what malloc's heap holds free to the system, with holes between blocks that are in use. Takes
+    milliseconds, so it is for the start, which frees much that later steps do not need again."""
+    if (release := getattr(_libc(), "malloc_trim", None)) is not None:
+        release(0)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
 @functools.cache
 def _mallopt() -> Callable[[int, int], int] | None:
     tuned = any(name in os.environ for name in _USERS) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = getattr(_libc(), "mallopt", None)
     if tuned or mallopt is None:
         return None
     mallopt(_M_TRIM_THRESHOLD, 2 * KEPT_BELOW)  # the same ratio as glibc's
