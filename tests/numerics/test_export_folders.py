@@ -164,7 +164,13 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(checkpoint, tmp_
 
     monkeypatch.setattr(target.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
     words = SimpleNamespace(
-        checkpoint=checkpoint, out=tmp_path / "out", dtype="auto", shard_bytes=1000, overwrite=False
+        checkpoint=checkpoint,
+        out=tmp_path / "out",
+        dtype="auto",
+        shard_bytes=1000,
+        overwrite=False,
+        merge=False,
+        base=None,
     )
     with pytest.raises(OSError, match=r"not enough disk space .* needed, 4.00 KiB free"):
         process.export(words)
