@@ -251,7 +251,7 @@ def test_several_formats_in_one_run(prepare: Callable[..., PreparedData], tmp_pa
         (
             [chat(1)],
             {"chat_template": "mute.jinja"},
-            r"(?s)1 rows with no trained token.*the template\nnothing.*rows\nno",
+            r"(?s)1 rows with turns not found.*the template\nnothing is said\n.*rows\nnothing is said",
         ),
         ([chat(1)], {"files": []}, r"zerotop\.data\.files is empty"),
     ],
