@@ -26,7 +26,8 @@ def planned_workload(module: nn.Module, config: Resolved, cuts: Sequence[Cut]) -
     frozen = [(cut.name, sum(p.numel() for _, p in cut.parameters if not p.requires_grad)) for cut in cuts]
     known_shape = isinstance(module, GPT) and module.config.max_seq_len == config.zerotop.data.seq_len
     workload = workload_of(config, name, units, module.config if known_shape else None)  # type: ignore[arg-type]
-    if (origin := origin_of(module)) is not None:
+    origin = origin_of(module)
+    if origin is not None and config.zerotop.model.path is not None:
         try:
             workload = pretrained_workload(config, pretrained(config, origin.folder, origin.folder))
         except ModelError as error:  # without a shape there is advice, too

@@ -282,13 +282,17 @@ def test_damaged_checkpoints_are_refused_and_the_one_before_is_taken(ranks, tmp_
 
 
 def by_the_clock(folder: str) -> tuple[list[str], list[str]]:
-    """With an interval in minutes that is over at every step, and one that never is."""
+    """With an interval in minutes that is over at every step, and one that never is. No save is deferred, however slow
+    the machine."""
+    from runtime.engine import autosave
+
     engine = engine_for(config(2, 1, clip=0.0))
     engine.autosave.folder = Path(folder)
     seen = []
     for minutes in (1e5, 1e-7):
         engine.control.knobs.update(checkpoint_interval=0, checkpoint_minutes=minutes, checkpoints_kept=2)
-        advance(engine, engine.global_steps, engine.global_steps + 3)
+        with patch.object(autosave, "WAIT_S", 60.0):
+            advance(engine, engine.global_steps, engine.global_steps + 3)
         engine.checkpointer.wait_for_save()
         seen.append(sorted(path.name for path in Path(folder).glob("step-*")))
     return seen[0], seen[1]
