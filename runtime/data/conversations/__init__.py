@@ -1,7 +1,7 @@
 """Conversations, prompts with completions, and text for fine-tuning: files of rows in, packed micro-batches out.
 
     sources.py    the files and hub data sets that the config names
-    readers.py    files -> chunks of rows, each row with its number
+    readers.py    files -> chunks.py, rows with their numbers
     formats.py    a row -> a conversation, a prompt with its completion, or text
     template.py   a chat template without transformers, as the tokenizing processes use it
     spans.py      where in the rendered text the assistant's turns begin and end

@@ -21,8 +21,9 @@ import numpy as np
 from runtime.data import DataError
 from runtime.data.cache import Log, build_lock, part_name, sync_folder
 from runtime.data.conversations import store, worker
+from runtime.data.conversations.chunks import Chunk
 from runtime.data.conversations.encode import EMPTY_MASK, FULL_MASK, NO_TURN, TURNS_NOT_FOUND, Encoder, Recipe
-from runtime.data.conversations.readers import Chunk, Reader
+from runtime.data.conversations.readers import Reader
 from runtime.data.conversations.sources import Source
 from runtime.host.cores import read_machine
 

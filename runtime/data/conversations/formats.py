@@ -225,6 +225,8 @@ def _message(message: Any) -> dict[str, Any]:
     """A message without keys that are null, with content as one string and tool arguments as an object."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RowError("a message without role")
+    if len(message) == 2 and type(message.get("content")) is str and message["role"] not in _ROLES:
+        return message if type(message) is dict else dict(message)  # as nearly all are: nothing to clean
     kept = {key: value for key, value in message.items() if value is not None}
     kept["role"] = _ROLES.get(kept["role"], kept["role"])
     kept["content"] = _content(kept.get("content", ""))

@@ -1,8 +1,4 @@
-"""Reads rows of sources, chunk by chunk.
-
-Rows are numbered from 1 within their file: by line in JSONL, by record elsewhere. A chunk of JSONL is a range of bytes
-that the process which encodes it reads and parses itself; other files are read here.
-"""
+"""Reads rows of sources, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -11,85 +7,17 @@ import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from runtime.data import DataError
+from runtime.data.conversations.chunks import Chunk, json_problem
 from runtime.data.conversations.formats import recognise
 from runtime.data.conversations.sources import Source, hub, library, opened, recognisable
 
 CHUNK_BYTES = 2 << 20
 CHUNK_ROWS = 2_000
 _SNIFFED_ROWS = 20
-
-
-@dataclass
-class Chunk:
-    """Some rows of a source: bytes of JSONL (`size` of them from `offset`, or `lines`), or parsed `rows`."""
-
-    source: int
-    form: str
-    first: int
-    """Number of the first row."""
-    weight: int
-    """Bytes of the source that it stands for, for the progress."""
-    path: str = ""
-    offset: int = 0
-    size: int = 0
-    lines: bytes | None = None
-    rows: list[Mapping[str, Any]] | None = None
-    split: bool = False
-    """Whether overlong rows become several samples: true of text files, which are whole documents."""
-
-    def numbered(self, broken: list[tuple[int, str]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """(number, row) of every row. Lines of JSONL that cannot be read are appended to `broken`."""
-        if self.rows is not None:
-            yield from enumerate(self.rows, self.first)
-            return
-        for number, line in enumerate(self._data().split(b"\n"), self.first):
-            if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-                line = line[3:]
-            if not line or line.isspace():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                broken.append((number, f"not UTF-8 at byte {error.start + 1}"))
-                continue
-            except (ValueError, RecursionError) as error:
-                broken.append((number, _json_problem(error)))
-                continue
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                broken.append((number, f"expected an object in braces, got {type(row).__name__}"))
-
-    def _data(self) -> bytes:
-        """The lines of JSONL."""
-        if self.lines is not None:
-            return self.lines
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-    def count(self) -> int:
-        """How many rows it has, or lines."""
-        if self.rows is not None:
-            return len(self.rows)
-        data = self._data()
-        return data.count(b"\n") + (not data.endswith(b"\n"))
-
-    def cut(self, rows: int) -> Chunk:
-        """Its first rows."""
-        if self.rows is not None:
-            return replace(self, rows=self.rows[:rows])
-        return replace(self, lines=b"\n".join(self._data().split(b"\n", rows)[:rows]))
-
-
-def _json_problem(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return str(error) or "nested too deeply"
 
 
 @dataclass
@@ -202,7 +130,7 @@ def _json_rows(source: Source) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"{source.key}: {source.name} is not UTF-8 at byte {error.start + 1}") from None
     except (ValueError, RecursionError) as error:
         line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{source.key}: {source.name} is not JSON: {line}{_json_problem(error)}") from None
+        raise DataError(f"{source.key}: {source.name} is not JSON: {line}{json_problem(error)}") from None
     if isinstance(content, dict):
         lists = [
             value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict)

@@ -24,7 +24,7 @@ by rendering the conversation up to each of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -152,7 +152,7 @@ class TurnFinder:
         return True
 
     def _mentioned(self, marked: _Marked) -> bool:
-        return self._mentions is not None and any(self._mentions.search(text) for text in marked.texts)
+        return self._mentions is not None and self._mentions.search(marked.said) is not None
 
     def _without_trust(
         self, plain: str, messages: Messages, tools: list[Any] | None, wanted: Sequence[bool]
@@ -301,11 +301,10 @@ class _Marked:
     def __init__(self, messages: Messages, which: Sequence[int], wanted: Sequence[bool], reasons: bool) -> None:
         """which: the messages to mark. reasons: whether the template cuts off what stands before `</think>`."""
         self._reasons = reasons
-        self.texts = [text for message in messages for text in _texts(message)]
+        self.said = "\0".join([text for message in messages for text in _texts(message)])
         """Everything that the messages say."""
-        private = [text for text in self.texts if not text.isascii() and _PRIVATE.search(text)]
-        self.has_private = bool(private)
-        self._base = _free(private, 2 * len(messages))
+        self.has_private = not self.said.isascii() and _PRIVATE.search(self.said) is not None
+        self._base = _free(self.said if self.has_private else "", 2 * len(messages))
         self._marks = re.compile(f"[{chr(self._base)}-{chr(self._base + 2 * len(messages) - 1)}]")
         self._set: set[int] = set()
         """Numbers of the marks in the messages: 2 * message for its start, + 1 for its end."""
@@ -321,9 +320,10 @@ class _Marked:
         marked = dict(message)
         inner = content.strip() if isinstance(content, str) else ""
         if inner:
-            lead = content.index(inner)
-            trail = content[lead + len(inner) :]
-            lead_text = content[:lead]
+            lead_text = trail = ""
+            if len(inner) < len(content):
+                lead = content.index(inner)
+                lead_text, trail = content[:lead], content[lead + len(inner) :]
             if assistant:
                 if self._reasons and (cut := inner.rfind(_REASONED)) >= 0:
                     cut += len(_REASONED)
@@ -398,20 +398,26 @@ def _append(value: Any, mark: str) -> Any:
     return None
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any) -> list[str]:
+    """All texts in a message."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    found: list[str] = []
+    for item in value:
+        if type(item) is str:
+            found.append(item)
+        else:
+            found += _texts(item)
+    return found
 
 
-def _free(texts: Sequence[str], count: int) -> int:
-    """The first of `count` private-use characters in a row that no text has."""
-    used = sorted({ord(character) for text in texts for character in _PRIVATE.findall(text)})
+def _free(text: str, count: int) -> int:
+    """The first of `count` private-use characters in a row that are not in the text."""
+    used = sorted({ord(character) for character in _PRIVATE.findall(text)})
     for plane in _PLANES:
         first = plane
         for character in [*(one for one in used if plane <= one < plane + _PLANE_SIZE), plane + _PLANE_SIZE]:

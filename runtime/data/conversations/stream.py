@@ -29,8 +29,9 @@ from runtime.data import DataError
 from runtime.data.cache import Log
 from runtime.data.conversations import worker
 from runtime.data.conversations.build import build_store
+from runtime.data.conversations.chunks import Chunk
 from runtime.data.conversations.encode import Recipe
-from runtime.data.conversations.readers import Chunk, Reader
+from runtime.data.conversations.readers import Reader
 from runtime.data.conversations.sources import Source
 from runtime.data.conversations.store import Store
 

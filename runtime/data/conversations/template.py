@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 Message = Mapping[str, Any]
+_OF_LOOPS = frozenset({"first", "last", "index", "index0", "length", "previtem", "nextitem"})
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -46,6 +47,8 @@ class Renderer:
 
 def _with_reasoning(message: Message) -> Message:
     """The message with its reasoning under both names that templates read."""
+    if len(message) == 2:  # role and content
+        return message
     for name in _REASONING:
         if message.get(name) is not None:
             return {"thinking": message[name], **message, "reasoning_content": message[name]}
@@ -55,7 +58,16 @@ def _with_reasoning(message: Message) -> Message:
 def _environment() -> Any:
     import jinja2
     from jinja2.ext import Extension, loopcontrols
+    from jinja2.runtime import LoopContext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        """The sandbox, which need not look twice at `loop.first` and the like."""
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            if type(obj) is LoopContext and attr in _OF_LOOPS:
+                return True
+            return bool(super().is_safe_attribute(obj, attr, value))
 
     class Generation(Extension):
         """`{% generation %} ... {% endgeneration %}` renders what is inside."""
@@ -78,9 +90,7 @@ def _environment() -> Any:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now

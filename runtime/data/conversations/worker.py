@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from runtime.data import DataError
+from runtime.data.conversations.chunks import Chunk
 from runtime.data.conversations.encode import Encoder, Recipe
-from runtime.data.conversations.readers import Chunk
 
 _LENGTH = struct.Struct("<Q")
 ARRAYS = ("tokens", "trained", "lengths", "numbers", "counted")
