@@ -6,13 +6,15 @@ FOLDER holds a tokenizer with a chat template, such as a copy of SmolLM2-135M-In
 package chitchat-dataset, repeated. Preparing reads JSONL, renders the template, finds the assistant's turns, tokenizes,
 writes the store and packs; the tokenizer alone is one call of `encode_batch_fast` per chunk of texts that are rendered
 already, with all its threads. Rounds take turns; ratios are of one round. CPU seconds are those of all processes and
-threads: what other work on the machine moves least.
+threads. What other work on the machine moves least is the third figure: the CPU time of one process that encodes a
+chunk, to that of the tokenizer with one thread on the same texts, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -25,9 +27,14 @@ from typing import Any
 
 import numpy as np
 
+from runtime.config.finetune import DataConfig
 from runtime.config.zerotop import ZerotopConfig
+from runtime.data.conversations.encode import Encoder
 from runtime.data.conversations.packing import pack
-from runtime.data.conversations.prepare import prepare_all
+from runtime.data.conversations.prepare import make_recipe, prepare_all
+from runtime.data.conversations.readers import Reader
+from runtime.data.conversations.sources import find_sources
+from runtime.data.conversations.worker import encode_chunk
 
 CHUNK = 2_000  # texts per call of the tokenizer alone
 
@@ -41,6 +48,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
@@ -52,7 +60,9 @@ def main() -> None:
         for number in range(options.rounds):
             rounds.append(measure(tokenizer, texts, Path(scratch), options, number))
             print(rounds[-1], flush=True)
-    lines = report(rounds, options, sum(map(len, texts)))
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        ratios = by_chunk(tokenizer, Path(scratch), 20)
+    lines = report(rounds, ratios, options, sum(map(len, texts)))
     if options.markdown:
         options.markdown.write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")
@@ -121,12 +131,32 @@ def measure(tokenizer: Any, texts: list[str], folder: Path, options: argparse.Na
     }
 
 
-def report(rounds: list[dict[str, Any]], options: argparse.Namespace, characters: int) -> list[str]:
+def by_chunk(tokenizer: Any, folder: Path, chunks: int) -> list[float]:
+    """CPU time of encoding a chunk of the data, to the tokenizer's own on the texts in it; of some chunks."""
+    data = DataConfig(files=("chats.jsonl",), seq_len=2048)
+    encoder = Encoder(make_recipe(data, tokenizer, len(tokenizer), folder)[0])
+    library = tokenizer.backend_tokenizer
+    ratios = []
+    for number, chunk in enumerate(itertools.islice(Reader(find_sources(data.files, folder)).chunks(), chunks)):
+        chats = [row["messages"] for _, row in chunk.numbered([])]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+        start = time.process_time()
+        library.encode_batch_fast(texts, add_special_tokens=False)
+        between = time.process_time()
+        encode_chunk(encoder, number, chunk, folder)
+        ratios.append((time.process_time() - between) / (between - start))
+    return ratios
+
+
+def report(
+    rounds: list[dict[str, Any]], ratios: list[float], options: argparse.Namespace, characters: int
+) -> list[str]:
     """The figures as Markdown."""
     import tokenizers
 
+    quarters = statistics.quantiles(ratios, n=4)
     middle = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-    ratios = [one["ratio"] for one in rounds]
+    times = [one["ratio"] for one in rounds]
     return [
         f"# Preparing {options.mb:g} MB of dialogues",
         "```",
@@ -136,7 +166,7 @@ def report(rounds: list[dict[str, Any]], options: argparse.Namespace, characters
         f"- system: {platform.platform()}, {len(os.sched_getaffinity(0))} logical cores, "
         f"Python {platform.python_version()}",
         f"- versions: tokenizers {tokenizers.__version__}, numpy {np.__version__}; tokenizer: SmolLM2's",
-        f"- {characters / 1e6:.1f} million characters once rendered, {middle['tokens']:,} tokens",
+        f"- {characters / 1e6:.1f} million characters once rendered, {int(middle['tokens']):,} tokens",
         "",
         "| | s | CPU s | tokens/s |",
         "| --- | --: | --: | --: |",
@@ -149,8 +179,9 @@ def report(rounds: list[dict[str, Any]], options: argparse.Namespace, characters
             )
         ),
         "",
-        f"Ratio of the two: {middle['ratio']:.2f} in time ({min(ratios):.2f} to {max(ratios):.2f}), "
-        f"{middle['cpu_ratio']:.2f} in CPU time. Packed into "
+        f"Ratio of the two: {middle['ratio']:.2f} in time ({min(times):.2f} to {max(times):.2f}), "
+        f"{middle['cpu_ratio']:.2f} in CPU time; in one process, chunk by chunk: {statistics.median(ratios):.2f} in "
+        f"CPU time (half of the chunks from {quarters[0]:.2f} to {quarters[2]:.2f}). Packed into "
         f"{int(middle['sequences']):,} sequences of {options.seq_len:,} tokens, {middle['fill']:.1%} full. Packing a "
         f"million samples of such lengths takes {middle['million_s']:.1f} s.",
     ]
