@@ -163,8 +163,8 @@ def report(
         f"python -m benchmarks.tokenizing FOLDER --mb {options.mb:g} --seq-len {options.seq_len} "
         f"--rounds {options.rounds} --markdown benchmarks/results/tokenizing.md",
         "```",
-        f"- system: {platform.system()} {'.'.join(platform.release().split('.')[:2])}, {len(os.sched_getaffinity(0))} logical cores, "
-        f"Python {platform.python_version()}",
+        f"- system: {platform.system()} {'.'.join(platform.release().split('.')[:2])}, "
+        f"{len(os.sched_getaffinity(0))} logical cores, Python {platform.python_version()}",
         f"- versions: tokenizers {tokenizers.__version__}, numpy {np.__version__}; tokenizer: SmolLM2's",
         f"- {characters / 1e6:.1f} million characters once rendered, {int(middle['tokens']):,} tokens",
         "",
