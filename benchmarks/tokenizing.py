@@ -154,7 +154,7 @@ def report(
     """The figures as Markdown."""
     import tokenizers
 
-    quarters = statistics.quantiles(ratios, n=4)
+    quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     middle = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
     times = [one["ratio"] for one in rounds]
     return [
