@@ -244,7 +244,7 @@ def _announce(engine: Engine, resumed: Path | None) -> None:
         log.info(
             f"stage {engine.config.stage}, {engine.config.precision}, {engine.comm.world_size} ranks over "
             f"{engine.comm.backend}: "
-            f"{sum(p.numel() for p in engine.module.parameters()):,} parameters in {units} units"
+            f"{sum(p.numel() for p in engine.module.parameters()):,} parameters in {units} unit{'s' * (units != 1)}"
         )
         if resumed is not None:
             link.event(

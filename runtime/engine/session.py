@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from runtime.config import Resolved
 from runtime.telemetry import NullTelemetry, Telemetry, stopsignal
 from runtime.wire.messages import Hello
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, RunFile, boot_id, read_run
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass
@@ -100,7 +103,7 @@ class Session:
             config_digest=config.digest(),
             model_name=type(module).__name__
             if scripted
-            else section.model.preset or section.model.path or type(module).__name__,
+            else section.model.preset or _short(section.model.path) or type(module).__name__,
             parameters=sum(p.numel() for p in module.parameters()),
             stage=config.stage,
             precision=config.precision,
@@ -114,6 +117,11 @@ class Session:
             telemetry_hz=section.telemetry.hz,
             knobs=knobs,
         )
+
+
+def _short(path: str | None) -> str:
+    """A model's id on the hub as it is; of a path only the last part."""
+    return "" if path is None else path if _HUB_ID.fullmatch(path) else Path(path).name
 
 
 _current: Session | None = None
