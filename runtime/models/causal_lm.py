@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runtime.models.cross_entropy import chunked_cross_entropy, liger_cross_entropy
+from runtime.models.cross_entropy import IGNORED_TARGET, chunked_cross_entropy, liger_cross_entropy
 from runtime.models.origin import Origin
-
-IGNORED = -100
-"""Target of tokens that the loss does not count."""
 
 Method = Literal["chunked", "liger", "whole"]
 
@@ -92,7 +89,7 @@ class CausalLM(nn.Module):
         if self.method == "whole":
             output = self.base(input_ids=tokens, position_ids=positions, use_cache=False)
             logits = output.logits.float().flatten(0, 1)
-            total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
         else:
             output = self.base.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False)
             total = self._cross_entropy(output.last_hidden_state.flatten(0, 1), targets.flatten(), counted)
@@ -105,7 +102,7 @@ class CausalLM(nn.Module):
         head = self.base.get_output_embeddings()
         if not _is_linear(head):  # adapters on the head, or a head that is no linear layer
             logits = head(hidden).float()
-            return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+            return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
         scale, softcap = self._logits()
         if self.method == "liger":
 

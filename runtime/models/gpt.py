@@ -11,9 +11,7 @@ from torch.nn import functional as F
 
 from runtime.checkpointing import keep_inputs_only
 from runtime.config.presets import GPTConfig, ModelError, load_model_config
-
-IGNORED_TARGET = -100
-"""Target of tokens that do not count in the loss."""
+from runtime.models.cross_entropy import IGNORED_TARGET
 
 
 class Block(nn.Module):

@@ -41,11 +41,16 @@ def packing_fill(report: DataReport) -> float | None:
     return min(1.0, report.tokens / room) if report.packed and room else None
 
 
+def _short(file: str) -> str:
+    """The last two parts of an absolute path; anything else as it is."""
+    return "/".join(file.rsplit("/", 2)[-2:]) if file.startswith("/") else file
+
+
 def facts(report: DataReport) -> list[tuple[str, str]]:
     """The figures of a report as (name, text)."""
     of_tokens = share_text(report.trained_tokens, report.tokens)
     rows = [
-        ("files", ", ".join(report.files) or MISSING),
+        ("files", ", ".join(map(_short, report.files)) or MISSING),
         ("format", report.format),
         ("trained on", f"{report.train_on}: {count_text(report.trained_tokens)} of {count_text(report.tokens)} tokens, "
          f"{of_tokens}"),

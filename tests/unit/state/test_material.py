@@ -90,3 +90,8 @@ def test_no_character_is_lost_or_marked_wrongly_at_any_width() -> None:
         for trained, kind in ((True, "trained"), (False, "context")):
             shown = "".join(piece.text for line in lines for piece in line if piece.kind == kind)
             assert shown == "".join(run.text for run in runs if run.trained is trained).replace("\n", "↵")
+
+
+def test_an_absolute_path_is_shown_by_its_end() -> None:
+    report = data_report("train").model_copy(update={"files": ["/home/me/project/chats.jsonl", "hf://datasets/a/b"]})
+    assert dict(facts(report))["files"] == "project/chats.jsonl, hf://datasets/a/b"
