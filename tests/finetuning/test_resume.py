@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.tiny_chat import save_chat_model, write_dialogues
+from tests.harness.tiny_chat import prepared_in, save_chat_model, write_dialogues
 
 pytest.importorskip("transformers")
 STEPS, SAVED = 9, 4
@@ -24,7 +24,6 @@ def trained(folder: str, streaming: bool, checkpoints: str, resume: bool) -> lis
     from runtime.trainer.build import build_model
     from runtime.trainer.evaluation import Evaluator
     from runtime.trainer.finetune import run
-    from runtime.trainer.prepare import prepare
     from runtime.zero.init import Init
 
     data = {"files": ["chats.jsonl"], "seq_len": 96, "workers": 1, "streaming": streaming, "segment_rows": 12}
@@ -36,7 +35,7 @@ def trained(folder: str, streaming: bool, checkpoints: str, resume: bool) -> lis
             "zerotop": {"model": {"path": "tiny"}, "data": data, "train": {"steps": STEPS}},
         }
     ).resolve(dist.get_world_size(), "cpu")
-    ready = prepare(config.zerotop, Path(folder), lambda line: None)
+    ready = prepared_in(Path(folder), config.zerotop)
     with Init(weights=ready.folder):
         model = CausalLM(build_model(config, ready.config, len(ready.tokenizer)), "chunked")
     engine = initialize(model=model, config=config)[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.harness.ranks import Ranks
-from tests.harness.tiny_chat import save_chat_model, write_dialogues
+from tests.harness.tiny_chat import prepared_in, save_chat_model, write_dialogues
 
 pytest.importorskip("transformers")
 STEPS, GLOBAL, LENGTH = 6, 8, 96
@@ -47,12 +47,11 @@ def of_zerotop(folder: str, stage: int, packing: bool, offload: bool) -> list[fl
     from runtime.trainer.build import build_model
     from runtime.trainer.evaluation import Evaluator
     from runtime.trainer.finetune import run
-    from runtime.trainer.prepare import prepare
     from runtime.zero.init import Init
 
     world = dist.get_world_size()
     resolved = config(folder, world, stage, packing, offload)
-    ready = prepare(resolved.zerotop, Path(folder), lambda line: None)
+    ready = prepared_in(Path(folder), resolved.zerotop)
     with Init(weights=ready.folder):
         model = CausalLM(build_model(resolved, ready.config, len(ready.tokenizer)), "chunked")
     engine = initialize(model=model, config=resolved)[0]
@@ -92,9 +91,7 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def of_transformers(folder: Path, packing: bool) -> list[float]:
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    from runtime.trainer.prepare import prepare
-
-    ready = prepare(config(str(folder), 1, 0, packing, False).zerotop, folder, lambda line: None)
+    ready = prepared_in(folder, config(str(folder), 1, 0, packing, False).zerotop)
     rows = Rows(ready.data.batches(GLOBAL, 1, 0, 1))
 
     class InOrder(Trainer):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 POSITIONS = 256
 CHATML = (
@@ -30,6 +32,14 @@ def save_chat_model(folder: Path, template: str | None = CHATML, **changes: Any)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def prepared_in(folder: Path, section: Any) -> Any:
+    """`prepare` of the config's zerotop section, with its cache in `folder` and not in the user's."""
+    from runtime.trainer.prepare import prepare
+
+    with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "cache")}):
+        return prepare(section, folder, lambda line: None)
 
 
 def chat_tokenizer(template: str | None = CHATML) -> Any:
