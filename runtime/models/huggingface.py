@@ -6,7 +6,7 @@ transformers is imported inside functions: the built-in GPT trains without it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +169,6 @@ def compile_blocks(model: nn.Module) -> None:
     stack = blocks(model)
     for index, block in enumerate(stack):
         stack[index] = torch.compile(block)  # type: ignore[assignment]
-
-
-def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that are trained."""
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> int:

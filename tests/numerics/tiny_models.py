@@ -9,49 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.harness.huggingface import build
+
 VOCABULARY = 96
-_COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 TEMPLATE = "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
 
 
-def config_of(kind: str) -> Any:
-    """The transformers config of a model with two layers."""
-    import transformers as hf
-
-    match kind:
-        case "llama":
-            return hf.LlamaConfig(**_COMMON, **_HEADS)
-        case "tied":
-            return hf.LlamaConfig(**_COMMON, **_HEADS, tie_word_embeddings=True)
-        case "qwen3":
-            return hf.Qwen3Config(**_COMMON, **_HEADS, head_dim=8)
-        case "gemma3":  # tied
-            return hf.Gemma3TextConfig(**_COMMON, **_HEADS, head_dim=8, query_pre_attn_scalar=8, sliding_window=16)
-        case "gpt2":
-            return hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, **_NO_DROPOUT)
-        case "mixtral":
-            return hf.MixtralConfig(**_COMMON, **_HEADS, num_local_experts=4)
-        case "qwen3-moe":
-            return hf.Qwen3MoeConfig(
-                **_COMMON, **_HEADS, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
-            )
-    raise ValueError(kind)
-
-
-_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
 def save_model(kind: str, folder: Path | str, seed: int = 0) -> None:
-    """Write a new model of this kind to `folder`, with weights large enough to matter."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(kind))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    model.save_pretrained(folder)
+    """Write a new model of a kind of tests/harness/huggingface.py, or "tied", to `folder`."""
+    changes: dict[str, Any] = {"vocab_size": VOCABULARY}
+    if kind == "gpt2":
+        changes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    if kind == "tied":
+        kind, changes = "llama", changes | {"tie_word_embeddings": True}
+    build(kind, seed, **changes).save_pretrained(folder)
 
 
 def save_tokenizer(folder: Path | str) -> None:
