@@ -14,8 +14,6 @@ from typing import Any
 
 from zerotop.clean import clean
 
-INSTALL_TRAINING = "pip install '.[train]' in zerotop's source folder"
-INSTALL_FINETUNING = "pip install '.[train,finetune]' in zerotop's source folder"
 """What to do where torch is missing."""
 
 

@@ -22,6 +22,7 @@ import psutil
 from platformdirs.unix import Unix
 
 from runtime.config import ConfigError
+from runtime.process.extras import INSTALL_FINETUNING
 from runtime.wire.filelock import try_lock, wait_lock
 
 Log = Callable[[str], None]
@@ -110,7 +111,7 @@ def _one_reader(path: Path) -> Iterator[None]:
     except ImportError:
         raise ConfigError(
             f"zerotop.model.path: {path} is a GGUF file, and reading it takes packages that are not installed: "
-            "pip install 'zerotop[train,finetune]'"
+            f"{INSTALL_FINETUNING}"
         ) from None
     original = gguf.GGUFReader
     gguf.GGUFReader = functools.cache(lambda file: original(file))
@@ -181,9 +182,7 @@ def _read(path: Path, dtype: str) -> tuple[Any, Any]:
         import transformers
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        raise ConfigError(
-            "zerotop.model.path: GGUF files need transformers: pip install 'zerotop[train,finetune]'"
-        ) from None
+        raise ConfigError(f"zerotop.model.path: GGUF files need transformers: {INSTALL_FINETUNING}") from None
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     quantization = getattr(transformers, "GgufConfig", None)  # newer versions would keep the weights quantized
     more = {"quantization_config": quantization(dequantize=True)} if quantization is not None else {}

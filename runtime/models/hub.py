@@ -13,8 +13,6 @@ from runtime.models.gguf import convert, is_gguf
 from runtime.wire.sizes import format_size
 
 KEY = "zerotop.model.path"
-INSTALL = "pip install 'zerotop[finetune]' (transformers, datasets and peft)"
-"""What makes Hugging Face models work."""
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 """Files of a model to download: config, tokenizer and weights, in no other format than safetensors."""

@@ -15,8 +15,9 @@ from torch import nn
 
 from runtime.config import ConfigError, ModelConfig
 from runtime.config.presets import VOCAB_MULTIPLE
-from runtime.models.hub import INSTALL, KEY
+from runtime.models.hub import KEY
 from runtime.models.weights import ROWS_MARK
+from runtime.process.extras import INSTALL_FINETUNING
 
 log = logging.getLogger("runtime.models")
 
@@ -29,7 +30,9 @@ def check_installed() -> None:
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"{KEY}: a Hugging Face model needs {INSTALL}: {error}") from None
+        raise ConfigError(
+            f"{KEY}: a Hugging Face model needs packages that are not installed ({error}): {INSTALL_FINETUNING}"
+        ) from None
 
 
 def load_config(folder: Path, section: ModelConfig) -> Any:

@@ -17,7 +17,7 @@ from torch import nn
 
 from runtime.config import ConfigError
 from runtime.config.finetune import LoraConfig
-from runtime.models.hub import INSTALL
+from runtime.process.extras import INSTALL_FINETUNING
 
 log = logging.getLogger("runtime.models")
 
@@ -87,7 +87,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ConfigError(f"zerotop.lora: adapters need {INSTALL}: {error}") from None
+        raise ConfigError(f"zerotop.lora: adapters need peft ({error}): {INSTALL_FINETUNING}") from None
     return peft
 
 

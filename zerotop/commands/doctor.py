@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from runtime.process.extras import INSTALL_TRAINING
 from zerotop.diagnose.oomkill import SHARED_ENOUGH_BYTES
 from zerotop.format import bytes_text
-from zerotop.output import INSTALL_TRAINING
 
 GIB = 2**30
 

@@ -100,7 +100,8 @@ def _base(arguments: argparse.Namespace) -> Path:
 def _check_installed() -> None:
     import importlib.util
 
-    from zerotop.output import INSTALL_TRAINING, CommandError
+    from runtime.process.extras import INSTALL_TRAINING
+    from zerotop.output import CommandError
 
     missing = [name for name in ("torch", "safetensors") if importlib.util.find_spec(name) is None]
     if missing:  # a top-level name is found without running it

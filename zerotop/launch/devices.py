@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from zerotop.output import INSTALL_TRAINING
+from runtime.process.extras import INSTALL_TRAINING
 from zerotop.probe.nvml import count_devices
 from zerotop.rundir.paths import RunError
 

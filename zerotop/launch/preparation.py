@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from runtime.config import ConfigError, Resolved
+from runtime.process.extras import INSTALL_FINETUNING
 from zerotop.launch.child import child_process
 from zerotop.launch.torchrun import with_import_path
-from zerotop.output import INSTALL_FINETUNING
 from zerotop.rundir.paths import RunError
 
 

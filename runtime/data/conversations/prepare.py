@@ -26,6 +26,7 @@ from runtime.data.conversations.sources import Source, find_sources, source_dige
 from runtime.data.conversations.store import Store, is_complete
 from runtime.data.conversations.stream import Cursor, StreamSpec, build_segment
 from runtime.data.conversations.streaming import StreamingBatches
+from runtime.process.extras import INSTALL_FINETUNING
 from runtime.wire.messages import DataReport
 
 VERSION = 1
@@ -191,9 +192,7 @@ def _compiled(templates: dict[str, str], origin: str) -> dict[str, str]:
     try:
         Renderer(templates, {})
     except ImportError:
-        raise DataError(
-            "zerotop.data: chat templates need the jinja2 library (pip install 'zerotop[train,finetune]')"
-        ) from None
+        raise DataError(f"zerotop.data: chat templates need the jinja2 library: {INSTALL_FINETUNING}") from None
     except Exception as error:  # jinja2's errors, which cannot be named without importing it
         raise DataError(f"zerotop.data.chat_template: {origin} is not a Jinja template: {error}") from None
     return templates

@@ -20,8 +20,7 @@ from runtime.config import ConfigError, expand_files
 from runtime.config.finetune import HUB_DATA
 from runtime.data import DataError
 from runtime.data.conversations.formats import recognise
-
-_INSTALL = "pip install 'zerotop[train,finetune]'"
+from runtime.process.extras import INSTALL_FINETUNING
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,9 @@ def library(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise DataError(f"zerotop.data: {what} need the {name.partition('.')[0]} library ({_INSTALL})") from None
+        raise DataError(
+            f"zerotop.data: {what} need the {name.partition('.')[0]} library: {INSTALL_FINETUNING}"
+        ) from None
 
 
 def source_digest(sources: Iterable[Source]) -> str:
