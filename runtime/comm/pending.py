@@ -204,7 +204,7 @@ class DeviceClock:
 class DevicePending:
     """An NCCL collective on the stream of collectives, between two events."""
 
-    __slots__ = ("_clock", "_end", "_nbytes", "_op", "_own", "_seq", "_start", "_wait_begun")
+    __slots__ = ("_clock", "_end", "_nbytes", "_op", "_own", "_seq", "_phase", "_start", "_wait_begun")
 
     def __init__(
         self,
@@ -220,6 +220,7 @@ class DevicePending:
         self._seq = clock.telemetry.issued(op, nbytes)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._wait_begun: torch.cuda.Event | None = None
+        self._phase = clock.telemetry.phase
         clock.stream.wait_stream(torch.cuda.current_stream(clock.stream.device))
         with torch.cuda.stream(clock.stream):
             if after is not None:
@@ -232,6 +233,7 @@ class DevicePending:
     def wait(self) -> None:
         """Make the current stream wait for the collective."""
         current = torch.cuda.current_stream(self._clock.stream.device)
+        self._phase = self._clock.telemetry.phase
         self._wait_begun = torch.cuda.Event(enable_timing=True)
         self._wait_begun.record(current)
         current.wait_event(self._end)
@@ -257,7 +259,8 @@ class DevicePending:
         assert self._wait_begun is not None
         clock = self._clock
         start_ns, end_ns, reached_ns = clock.ns(self._start), clock.ns(self._end), clock.ns(self._wait_begun)
-        clock.telemetry.completed(self._seq, self._op, self._nbytes, start_ns, end_ns, max(0, end_ns - reached_ns))
+        wait_ns = max(0, end_ns - reached_ns)
+        clock.telemetry.completed(self._seq, self._op, self._nbytes, start_ns, end_ns, wait_ns, self._phase)
 
 
 def combine(target: torch.Tensor, source: torch.Tensor, add: bool, threads: int | None = None) -> None:

@@ -22,6 +22,7 @@ class NullTelemetry:
 
     memory_source: Callable[[], Memory] | None = None
     hz: float = 0.0
+    phase: PhaseName = "idle"
 
     def __init__(self) -> None:
         self.inbox = Inbox()
@@ -41,7 +42,16 @@ class NullTelemetry:
         """Do nothing, and return 0."""
         return 0
 
-    def completed(self, seq: int, op: str, nbytes: int, issue_ns: int, end_ns: int, wait_ns: int) -> None:
+    def completed(
+        self,
+        seq: int,
+        op: str,
+        nbytes: int,
+        issue_ns: int,
+        end_ns: int,
+        wait_ns: int,
+        phase: PhaseName | None = None,
+    ) -> None:
         """Do nothing."""
 
     def step(self, result: StepResult) -> None:

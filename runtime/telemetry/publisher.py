@@ -339,6 +339,7 @@ class Telemetry(Recorder):
                 entered_seq=at.entered_seq,
                 completed_seq=at.completed_seq,
                 entered_op=at.entered_op,
+                entered_bytes=at.entered_bytes,
                 progress_ns=at.progress_ns,
                 dropped=drained.dropped,
                 now_ns=time.monotonic_ns(),

@@ -44,6 +44,7 @@ class Position(NamedTuple):
     phase_since_ns: int
     entered_seq: int
     entered_op: str
+    entered_bytes: int
     completed_seq: int
     progress_ns: int
 
@@ -95,7 +96,7 @@ class Recorder:
         now = monotonic_ns()
         # One tuple, replaced as a whole: the heartbeat reads it from another thread and must not see half of a change.
         self._now: tuple[PhaseName, int, int, int] = ("init", 0, 0, now)  # phase, step, micro_step, since_ns
-        self._entered: tuple[int, str] = (0, "")
+        self._entered: tuple[int, str, int] = (0, "", 0)  # seq, op, bytes
         self._completed_seq = 0
         self._progress_ns = now
         self._spans = _Ring(SPANS_KEPT)
@@ -109,7 +110,7 @@ class Recorder:
         self._previous_end_ns = 0
         self._counted_to_ns = now  # phase time up to here is in the sums of an earlier step
         self._phase_ns: dict[str, int] = {}
-        self._wait_ns = 0
+        self._wait_ns: dict[str, int] = {}  # by phase
         self._comm_bytes = 0
 
     # ---- the training thread ---------------------------------------------------------------------------------------
@@ -140,15 +141,29 @@ class Recorder:
         """Record a collective that is being issued. Returns its number, from 1. Its bytes count for the current
         step."""
         seq = self._entered[0] + 1
-        self._entered = (seq, op)
+        self._entered = (seq, op, nbytes)
         self._issued_in_step[seq & STEP_MASK] = self._now[1]
         self._comm_bytes += nbytes
         self._progress_ns = monotonic_ns()
         return seq
 
-    def completed(self, seq: int, op: str, nbytes: int, issue_ns: int, end_ns: int, wait_ns: int) -> None:
+    @property
+    def phase(self) -> PhaseName:
+        """The current phase of the training thread."""
+        return self._now[0]
+
+    def completed(
+        self,
+        seq: int,
+        op: str,
+        nbytes: int,
+        issue_ns: int,
+        end_ns: int,
+        wait_ns: int,
+        phase: PhaseName | None = None,
+    ) -> None:
         """Record a completed collective, in the order of issue. wait_ns: how long the training thread has waited for
-        it.
+        it. phase: in which it waited, if that is not the current one.
 
         Its duration starts at the later of its issue and the previous completion, until which the group was busy.
         """
@@ -158,7 +173,8 @@ class Recorder:
             self._previous_end_ns = end_ns
         if seq > self._completed_seq:
             self._completed_seq = seq
-        self._wait_ns += wait_ns
+        waited = phase or self._now[0]
+        self._wait_ns[waited] = self._wait_ns.get(waited, 0) + wait_ns
         # End times come from callbacks of the backend and may be out of order by microseconds.
         record = (seq, op, nbytes, issue_ns, end_ns, duration_ns // 1000 if duration_ns > 0 else 0, wait_ns // 1000)
         self._append_collective((self._issued_in_step[seq & STEP_MASK], record))
@@ -166,17 +182,18 @@ class Recorder:
         self._progress_ns = monotonic_ns()
 
     def step(self, result: StepResult) -> None:
-        """Record an optimizer step. phase_ms, wait_ms and comm_bytes that `result` leaves at their default are filled
-        in with what was recorded since the last step."""
+        """Record an optimizer step. phase_ms, phase_wait_ms, wait_ms and comm_bytes that `result` leaves at their
+        default are filled in with what was recorded since the last step."""
         now = monotonic_ns()
         phase, _, _, since = self._now
         sums, self._phase_ns = self._phase_ns, {}
         sums.pop("init", None)  # time before the first step does not count
         sums[phase] = sums.get(phase, 0) + now - max(since, self._counted_to_ns)
         self._counted_to_ns = now
-        self._steps.items.append((result, sums, self._wait_ns, self._comm_bytes))
+        waits, self._wait_ns = self._wait_ns, {}
+        self._steps.items.append((result, sums, waits, self._comm_bytes))
         self._steps_put += 1
-        self._wait_ns = self._comm_bytes = 0
+        self._comm_bytes = 0
         self._progress_ns = now
 
     # ---- the publisher ---------------------------------------------------------------------------------------------
@@ -191,17 +208,21 @@ class Recorder:
         """The current state of the training thread."""
         # In this order: otherwise a collective issued in between would show as completed but not entered.
         completed_seq = self._completed_seq
-        entered_seq, entered_op = self._entered
+        entered_seq, entered_op, entered_bytes = self._entered
         phase, step, micro_step, since_ns = self._now
-        return Position(phase, step, micro_step, since_ns, entered_seq, entered_op, completed_seq, self._progress_ns)
+        return Position(
+            phase, step, micro_step, since_ns, entered_seq, entered_op, entered_bytes, completed_seq, self._progress_ns
+        )
 
 
-def _filled(result: StepResult, phase_ns: dict[str, int], wait_ns: int, comm_bytes: int) -> StepResult:
+def _filled(result: StepResult, phase_ns: dict[str, int], wait_ns: dict[str, int], comm_bytes: int) -> StepResult:
     update: dict[str, Any] = {}
     if not result.phase_ms:
         update["phase_ms"] = {phase: round(ns / 1e6, 3) for phase, ns in phase_ns.items()}
     if not result.wait_ms:
-        update["wait_ms"] = round(wait_ns / 1e6, 3)
+        update["wait_ms"] = round(sum(wait_ns.values()) / 1e6, 3)
+    if not result.phase_wait_ms:
+        update["phase_wait_ms"] = {phase: round(ns / 1e6, 3) for phase, ns in wait_ns.items() if ns}
     if not result.comm_bytes:
         update["comm_bytes"] = comm_bytes
     return result.model_copy(update=update)

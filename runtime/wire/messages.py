@@ -9,7 +9,7 @@ Three channels carry them, with different guarantees:
   Numbered by `Packet.seq`, asked for again with `Resend`; never lost while both ends live. In the other direction the
   same pair carries `Command`, numbered by the hub.
 - screens (the hub's XPUB): first a `Snapshot`, then all of the above as they arrive, except `Ack`, and the hub's own
-  `RunStatus`, `NodeStats` and `CommandRecord`.
+  `RunStatus`, `NodeStats`, `Verdict` and `CommandRecord`.
 - commands (a screen's DEALER to the hub's ROUTER): `Command`, in this direction only. The answer is the
   `CommandRecord` with the command's id on the screens channel. A command without one is sent again.
 
@@ -128,6 +128,8 @@ class StepResult(Message):
     wait_ms: Finite = 0.0  # exposed: the training thread stood still for communication
     comm_bytes: Count = 0
     phase_ms: dict[Word, Finite] = Field(default_factory=dict)
+    phase_wait_ms: dict[Word, Finite] = Field(default_factory=dict)
+    """`wait_ms` by the phase in which the training thread waited."""
     skipped: bool = False
     loss_scale: Finite | None = None
     """Factor on the loss in this step; None unless the precision is fp16."""
@@ -160,12 +162,13 @@ class Collectives(Message):
 
     seq counts a rank's collectives from 1; all ranks issue in one order, so equal seq means the same collective.
     duration runs from the later of its issue and the previous completion, to its completion; wait is the part for which
-    the training thread was blocked.
+    the training thread was blocked. `group` names the process group; seq counts per group.
     """
 
     kind: Literal["collectives"] = "collectives"
     rank: RankNumber
     step: Step
+    group: Name = "world"
     records: list[tuple[Count, Word, Count, Int64, Int64, Int64, Int64]]
 
 
@@ -182,6 +185,7 @@ class Heartbeat(Message):
     entered_seq: Count  # the newest collective this rank has entered
     completed_seq: Count
     entered_op: Name = ""
+    entered_bytes: Count | None = None
     progress_ns: Int64  # when the training thread last did anything that telemetry sees
     dropped: Count = 0  # messages lost to a full ring since the start
     now_ns: Int64
@@ -409,6 +413,14 @@ class GpuStats(Message):
     clock_reasons: list[Name] = Field(default_factory=list)
 
 
+class BusyProcess(Message):
+    """A process outside the run that uses the node's CPUs."""
+
+    pid: Pid
+    name: Name
+    cpu_percent: Finite
+
+
 class NodeStats(Message):
     """One node, sampled by its probe once a second. `gpus` is None without NVML (`gpu_note` says why)."""
 
@@ -422,11 +434,38 @@ class NodeStats(Message):
     swap_used_bytes: Count = 0
     rank_rss_bytes: dict[RankNumber, Count] = Field(default_factory=dict)
     rank_cpu_percent: dict[RankNumber, Finite] = Field(default_factory=dict)
+    rank_process: dict[RankNumber, Name] = Field(default_factory=dict)
+    """State of each rank's process as psutil names it ("running", "sleeping", "stopped", "disk-sleep", "zombie"), or
+    "gone"."""
+    rank_run_delay_percent: dict[RankNumber, Finite] = Field(default_factory=dict)
+    """Share of the time in which the rank's main thread was ready to run and no CPU was free; absent where the kernel
+    does not say."""
+    busy: list[BusyProcess] = Field(default_factory=list)
+    """The processes outside the run that use the most CPU time, at most three, busiest first."""
     run_rss_bytes: Count = 0  # every process of the run on this node
     gpus: list[GpuStats] | None = None
     gpu_note: Text = ""
     at_ns: Int64
     wall_s: WallSeconds
+
+
+class Verdict(Message):
+    """The hub's judgement on the run, sent when it changes: what is wrong, or that nothing is."""
+
+    kind: Literal["verdict"] = "verdict"
+    what: Name
+    """A stable keyword: "healthy", "straggler", "hang"... See zerotop/verdict/finding.py."""
+    severity: Literal["info", "warning", "error"] = "info"
+    ranks: list[RankNumber] = Field(default_factory=list)
+    """The ranks that cause it; empty if none can be named."""
+    text: Text
+    """One sentence with its figures."""
+    advice: Text = ""
+    """What to do next, one sentence."""
+    facts: Data = Field(default_factory=dict)
+    """The figures behind the text, with units in their names."""
+    step: Step | None = None
+    since_wall_s: WallSeconds = 0.0
 
 
 class Resend(Message):
@@ -452,7 +491,8 @@ Up = Annotated[
     | Goodbye
     | RunStatus
     | NodeStats
-    | CommandRecord,
+    | CommandRecord
+    | Verdict,
     Field(discriminator="kind"),
 ]
 """Messages that flow towards screens."""

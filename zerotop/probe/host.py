@@ -11,9 +11,14 @@ from pathlib import Path
 import psutil
 
 from runtime.wire.messages import GpuStats, NodeStats
+from zerotop.probe.processes import BusyProcesses, RunDelay, process_state
 
+BUSY_FROM_PERCENT = 5.0
+"""Who else uses the CPUs is looked up only while a rank waits for one for this share of its time."""
 _CGROUP = Path("/sys/fs/cgroup")
-_OWN_CGROUP = Path("/proc/self/cgroup")
+_OWNBUSY_FROM_PERCENT = 5.0
+"""Who else uses the CPUs is looked up only while a rank waits for one for this share of its time."""
+_CGROUP = Path("/proc/self/cgroup")
 
 
 class HostProbe:
@@ -22,14 +27,17 @@ class HostProbe:
     def __init__(self) -> None:
         self._processes: dict[int, psutil.Process] = {}
         self._root = psutil.Process()
+        self._run_delay, self._busy = RunDelay(), BusyProcesses()
         psutil.cpu_percent()
 
     def sample(self, rank_pids: Mapping[int, int], gpus: list[GpuStats] | None, gpu_note: str) -> NodeStats:
-        """The NodeStats of this node. `rank_pids` is rank -> process id of its ranks; one that has ended is left
-        out."""
+        """The NodeStats of this node. `rank_pids` is rank -> process id of its ranks; the figures of one that has
+        ended are left out."""
         memory = psutil.virtual_memory()
         used, total = _container_memory(memory.total - memory.available, memory.total)
         rss, cpu = self._ranks(rank_pids)
+        run_rss, own = self._run()
+        run_delay = self._run_delay.sample(rank_pids)
         return NodeStats(
             host=socket.gethostname(),
             cpu_percent=psutil.cpu_percent(),
@@ -40,7 +48,10 @@ class HostProbe:
             swap_used_bytes=_swap_used(),
             rank_rss_bytes=rss,
             rank_cpu_percent=cpu,
-            run_rss_bytes=self._run_rss(),
+            rank_process={rank: state for rank, pid in rank_pids.items() if (state := process_state(pid))},
+            rank_run_delay_percent=run_delay,
+            busy=self._busy.sample(own) if max(run_delay.values(), default=0.0) >= BUSY_FROM_PERCENT else [],
+            run_rss_bytes=run_rss,
             gpus=gpus,
             gpu_note=gpu_note,
             at_ns=time.monotonic_ns(),
@@ -63,14 +74,16 @@ class HostProbe:
                 rss.pop(rank, None)
         return rss, cpu
 
-    def _run_rss(self) -> int:
-        total = 0
+    def _run(self) -> tuple[int, set[int]]:
+        """The RSS of all processes of the run on this node, and their process ids."""
+        total, pids = 0, set()
         for process in [self._root, *self._root.children(recursive=True)]:
+            pids.add(process.pid)
             try:
                 total += process.memory_info().rss
             except psutil.Error:
                 continue
-        return total
+        return total, pids
 
 
 def _swap_used() -> int:

@@ -21,4 +21,5 @@ def freeze(state: RunState) -> RunState:
     still.evaluations = state.evaluations.copy()
     still.data = dict(state.data)
     still.waits = state.waits.copy()
+    still.breakdowns = state.breakdowns.copy()
     return still

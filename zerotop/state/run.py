@@ -32,7 +32,9 @@ from runtime.wire.messages import (
     RunStatus,
     Snapshot,
     StepResult,
+    Verdict,
 )
+from zerotop.state.breakdown import Breakdowns
 from zerotop.state.evaluations import Evaluations
 from zerotop.state.events import Record
 from zerotop.state.series import Series
@@ -83,6 +85,8 @@ class RunState:
     """The state of a run."""
 
     status: RunStatus | None = None
+    verdict: Verdict | None = None
+    """The hub's judgement; None before the first."""
     ranks: dict[int, RankState] = field(default_factory=dict)
     nodes: dict[str, NodeStats] = field(default_factory=dict)
     events: deque[Record] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
@@ -92,6 +96,7 @@ class RunState:
     data: dict[str, DataReport] = field(default_factory=dict)
     """By role, "train" or "evaluation": what is trained and evaluated on."""
     waits: Waits = field(default_factory=Waits)
+    breakdowns: Breakdowns = field(default_factory=Breakdowns)
     answered_ns: dict[str, int] = field(default_factory=dict)
     """Command id -> arrival at the hub of its final state; one that is older than our snapshot has none."""
     hub_seq: int = 0
@@ -150,7 +155,7 @@ class RunState:
                 if fresh.hello is not None and fresh.hello.attempt != message.attempt:
                     # A new process: nothing of the old one may remain.
                     self.ranks[message.rank] = fresh = RankState(message.rank, heard_ns=fresh.heard_ns)
-                    self.waits.restart()
+                    self._forget_steps()
                 if self.restarted:
                     self.restarted = False
                     self.series.cut(message.start_step)
@@ -169,6 +174,7 @@ class RunState:
                 self.rank(message.rank).step = message
                 self.series.add(message)
                 self.waits.step_took(message.step, message.step_ms)
+                self.breakdowns.add(message)
             case Memory():
                 self.rank(message.rank).memory = message
             case Collectives():
@@ -188,6 +194,8 @@ class RunState:
                 self.events.append(message)
             case CommandRecord():
                 self._record(message, arrival_ns)
+            case Verdict():
+                self.verdict = message
             case RunStatus():
                 if self.status and 0 < self.status.attempt < message.attempt:
                     self._begin_attempt()
@@ -196,9 +204,14 @@ class RunState:
     def _begin_attempt(self) -> None:
         """All ranks are new processes: nothing of the old ones may remain."""
         self.ranks.clear()
-        self.waits.restart()
+        self._forget_steps()
         self.series.begin_attempt()
         self.restarted = self._data_is_old = True
+
+    def _forget_steps(self) -> None:
+        """A new attempt numbers its collectives from 1, and its speed is another."""
+        self.waits = Waits()
+        self.breakdowns = Breakdowns()
 
     def _record(self, record: CommandRecord, arrival_ns: int) -> None:
         if record.command.name == "stacks" and record.ack.state == "applied":
@@ -290,6 +303,7 @@ class RunState:
                 messages.append(Phases(rank=state.rank, micro_steps=state.heartbeat.micro_steps, spans=spans))
         messages += self.waits.messages()
         messages += list(self.nodes.values())
+        messages += [self.verdict] if self.verdict is not None else []
         messages += list(self.commands.values())
         messages += list(self.events)
         return messages

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from runtime.wire.messages import Collectives
+from zerotop.state.bandwidth import Bandwidth
 
 OPEN_KEPT = 512
 VERDICTS_KEPT = 1024
@@ -39,18 +41,48 @@ class Meeting:
         return max(self.waited_us.values(), default=0)
 
 
+class _Record(NamedTuple):
+    """What one rank reports of a collective."""
+
+    op: str
+    bytes: int
+    step: int
+    duration_us: int
+    blocked_us: int
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A collective of which ranks have reported different operations or sizes."""
+
+    seq: int
+    reported: dict[int, tuple[str, int]]
+    """Rank -> (operation, bytes)."""
+
+
 @dataclass
 class _Step:
     """The sums over the collectives of one step."""
 
     meetings: int = 0
     waited_us: dict[int, int] = field(default_factory=dict)
+    blocked_us: dict[int, int] = field(default_factory=dict)
+    """Of `waited_us`: the part for which the training thread was blocked."""
+    transfer_us: int = 0
     caused_us: dict[int, int] = field(default_factory=dict)
     came_last: dict[int, int] = field(default_factory=dict)
     step_ms: float = 0.0
 
     def copy(self) -> _Step:
-        return _Step(self.meetings, dict(self.waited_us), dict(self.caused_us), dict(self.came_last), self.step_ms)
+        return _Step(
+            self.meetings,
+            dict(self.waited_us),
+            dict(self.blocked_us),
+            self.transfer_us,
+            dict(self.caused_us),
+            dict(self.came_last),
+            self.step_ms,
+        )
 
 
 @dataclass(frozen=True)
@@ -60,6 +92,8 @@ class WaitWindow:
     steps: int
     step_ms: float  # mean of the same steps, of the slowest rank in each; 0 while none has reported
     waited_ms: dict[int, float]  # per step: what the rank waited for others
+    blocked_ms: dict[int, float]  # per step: the part of it for which its training thread was blocked
+    transfer_ms: float  # per step: the transfers of all collectives, exposed or not
     caused_ms: dict[int, float]  # per step: what one other rank, on average, waited for this one
     came_last: dict[int, int]  # collectives with a skew that matters in which the rank came last
 
@@ -75,21 +109,19 @@ class Waits:
 
     def __init__(self) -> None:
         self.meetings: deque[Meeting] = deque(maxlen=VERDICTS_KEPT)
-        self._open: dict[
-            int, dict[int, tuple[str, int, int, int]]
-        ] = {}  # seq -> rank -> (op, bytes, step, duration_us)
+        self.bandwidth = Bandwidth()
+        self.mismatch: Mismatch | None = None
+        """The newest collective in which the ranks disagree."""
+        self._open: dict[tuple[str, int], dict[int, _Record]] = {}  # (group, seq) -> rank
         self._recent: dict[int, Collectives] = {}
         self._steps: dict[int, _Step] = {}
-
-    def restart(self) -> None:
-        """Forget everything: a new attempt numbers its collectives from 1."""
-        self.__init__()  # type: ignore[misc]
 
     def copy(self) -> Waits:
         """An independent copy."""
         other = Waits()
         other.meetings = self.meetings.copy()
-        other._open = {seq: dict(by_rank) for seq, by_rank in self._open.items()}
+        other.bandwidth, other.mismatch = self.bandwidth.copy(), self.mismatch
+        other._open = {key: dict(by_rank) for key, by_rank in self._open.items()}
         other._recent = dict(self._recent)
         other._steps = {step: sums.copy() for step, sums in self._steps.items()}
         return other
@@ -97,25 +129,31 @@ class Waits:
     def add(self, message: Collectives, world_size: int) -> None:
         """Take the finished collectives of one rank."""
         self._recent[message.rank] = message
-        for seq, op, nbytes, _issue_ns, _end_ns, duration_us, _wait_us in message.records:
-            by_rank = self._open.setdefault(seq, {})
-            by_rank[message.rank] = (op, nbytes, message.step, duration_us)
+        for seq, op, nbytes, _issue_ns, _end_ns, duration_us, blocked_us in message.records:
+            by_rank = self._open.setdefault((message.group, seq), {})
+            by_rank[message.rank] = _Record(op, nbytes, message.step, duration_us, blocked_us)
             if world_size > 1 and len(by_rank) == world_size:
-                self._close(seq, by_rank)
+                self._close(message.group, seq, by_rank)
         while len(self._open) > OPEN_KEPT:  # telemetry may lose packets: what can't be completed must not pile up
             del self._open[next(iter(self._open))]
 
-    def _close(self, seq: int, by_rank: dict[int, tuple[str, int, int, int]]) -> None:
-        del self._open[seq]
-        last_rank = min(by_rank, key=lambda rank: by_rank[rank][3])
-        op, nbytes, step, transfer_us = by_rank[last_rank]
-        waited = {rank: record[3] - transfer_us for rank, record in by_rank.items()}
+    def _close(self, group: str, seq: int, by_rank: dict[int, _Record]) -> None:
+        del self._open[group, seq]
+        last_rank = min(by_rank, key=lambda rank: by_rank[rank].duration_us)
+        op, nbytes, step, transfer_us, _ = by_rank[last_rank]
+        if any((record.op, record.bytes) != (op, nbytes) for record in by_rank.values()):
+            self.mismatch = Mismatch(seq, {rank: (one.op, one.bytes) for rank, one in sorted(by_rank.items())})
+            return
+        self.bandwidth.add(op, nbytes, transfer_us)
+        waited = {rank: record.duration_us - transfer_us for rank, record in by_rank.items()}
         meeting = Meeting(seq, op, nbytes, step, transfer_us, last_rank, waited)
         self.meetings.append(meeting)
         sums = self._sums(step)
         sums.meetings += 1
+        sums.transfer_us += transfer_us
         for rank, waited_us in waited.items():
             sums.waited_us[rank] = sums.waited_us.get(rank, 0) + waited_us
+            sums.blocked_us[rank] = sums.blocked_us.get(rank, 0) + min(waited_us, by_rank[rank].blocked_us)
         sums.caused_us[last_rank] = sums.caused_us.get(last_rank, 0) + sum(waited.values())
         if meeting.skew_us >= MIN_SKEW_US:
             sums.came_last[last_rank] = sums.came_last.get(last_rank, 0) + 1
@@ -141,11 +179,13 @@ class Waits:
         met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
         chosen = [self._steps[step] for step in met]
         waited_us: dict[int, int] = {}
+        blocked_us: dict[int, int] = {}
         caused_us: dict[int, int] = {}
         came_last: dict[int, int] = {}
         for sums in chosen:
             for total, part in (
                 (waited_us, sums.waited_us),
+                (blocked_us, sums.blocked_us),
                 (caused_us, sums.caused_us),
                 (came_last, sums.came_last),
             ):
@@ -157,6 +197,8 @@ class Waits:
             len(chosen),
             sum(timed) / len(timed) if timed else 0.0,
             {rank: value / 1000 / count for rank, value in waited_us.items()},
+            {rank: value / 1000 / count for rank, value in blocked_us.items()},
+            sum(sums.transfer_us for sums in chosen) / 1000 / count,
             {rank: value / 1000 / count / others for rank, value in caused_us.items()},
             came_last,
         )
