@@ -56,11 +56,24 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         "started_wall_s": status.started_wall_s if status else None,
         "ended_wall_s": status.ended_wall_s if status else None,
         "folder": str(entry.path) if entry else None,
-        "laggard_rank": status.laggard_rank if status else None,
-        "laggard": status.laggard if status else "",
+        "verdict": verdict_document(state),
         "ranks": [_rank_document(state, rank) for _, rank in sorted(state.ranks.items())],
         "commands": [command_document(record) for record in state.commands.values()],
     }
+
+
+def verdict_document(state: RunState) -> dict[str, Any] | None:
+    """The hub's newest verdict; None before the first."""
+    verdict = state.verdict
+    return verdict.model_dump(exclude={"kind"}) if verdict is not None else None
+
+
+def _verdict_lines(document: dict[str, Any]) -> list[str]:
+    """The verdict on a live run, and what to do; what became of one that has ended is in the headline."""
+    verdict = document["verdict"]
+    if verdict is None or document["state"] not in LIVE_STATES or document["condition"] == "unknown":
+        return []
+    return [verdict["text"], *([f"  {verdict['advice']}"] if verdict["advice"] else [])]
 
 
 def evaluation_document(evaluations: Evaluations) -> dict[str, Any] | None:
@@ -151,7 +164,7 @@ def command_document(record: CommandRecord) -> dict[str, Any]:
 
 def status_text(document: dict[str, Any]) -> str:
     """A status document as text."""
-    lines = [_headline(document)]
+    lines = [*_verdict_lines(document), _headline(document)]
     if document["loss"] is not None:
         figures = (("loss", document["loss"]), ("lr", document["lr"]), ("norm", document["grad_norm"]))
         parts = [f"{name} {figure_text(value)}" for name, value in figures]
@@ -166,8 +179,6 @@ def status_text(document: dict[str, Any]) -> str:
         lines.append(f"newest checkpoint: step {document['last_checkpoint_step']}")
     if document["restarts"]:
         lines.append(_restarts_text(document))
-    if document["laggard"]:
-        lines.append(document["laggard"])
     if document["ranks"]:
         lines += ["", _ranks_text(document["ranks"])]
     for command in document["commands"]:

@@ -204,7 +204,7 @@ class DeviceClock:
 class DevicePending:
     """An NCCL collective on the stream of collectives, between two events."""
 
-    __slots__ = ("_clock", "_end", "_nbytes", "_op", "_own", "_seq", "_phase", "_start", "_wait_begun")
+    __slots__ = ("_clock", "_end", "_nbytes", "_op", "_own", "_phase", "_seq", "_start", "_wait_begun")
 
     def __init__(
         self,

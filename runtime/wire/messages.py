@@ -153,6 +153,10 @@ class Memory(Message):
     reserved_bytes: Count | None = None
     device_used_bytes: Count | None = None
     device_total_bytes: Count | None = None
+    alloc_retries: Count | None = None
+    """How often torch's CUDA allocator has freed its cache and tried again; None on a CPU."""
+    major_faults: Count | None = None
+    """Page faults of the process that had to read from disk or swap."""
     host_total_bytes: Count
     at_ns: Int64
 
@@ -389,10 +393,6 @@ class RunStatus(Message):
     """Reason of the last restart, one line of text."""
     lost_steps: Step = 0
     """Optimizer steps that the last restart replays: those after the checkpoint that it resumed from."""
-    laggard_rank: RankNumber | None = None
-    """The rank that the other ranks keep waiting for."""
-    laggard: Text = ""
-    """A line of text about it."""
     started_wall_s: WallSeconds | None = None
     ended_wall_s: WallSeconds | None = None
 
@@ -410,6 +410,7 @@ class GpuStats(Message):
     power_limit_w: Finite | None = None
     temperature_c: Finite | None = None
     sm_clock_mhz: Finite | None = None
+    max_sm_clock_mhz: Finite | None = None
     clock_reasons: list[Name] = Field(default_factory=list)
 
 
@@ -432,6 +433,10 @@ class NodeStats(Message):
     ram_used_bytes: Count
     ram_total_bytes: Count
     swap_used_bytes: Count = 0
+    swap_in_bytes_per_s: Finite | None = None
+    swap_out_bytes_per_s: Finite | None = None
+    memory_pressure_percent: Finite | None = None
+    """Share of the last ten seconds in which some process waited for memory (PSI, /proc/pressure/memory)."""
     rank_rss_bytes: dict[RankNumber, Count] = Field(default_factory=dict)
     rank_cpu_percent: dict[RankNumber, Finite] = Field(default_factory=dict)
     rank_process: dict[RankNumber, Name] = Field(default_factory=dict)

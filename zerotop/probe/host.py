@@ -16,9 +16,7 @@ from zerotop.probe.processes import BusyProcesses, RunDelay, process_state
 BUSY_FROM_PERCENT = 5.0
 """Who else uses the CPUs is looked up only while a rank waits for one for this share of its time."""
 _CGROUP = Path("/sys/fs/cgroup")
-_OWNBUSY_FROM_PERCENT = 5.0
-"""Who else uses the CPUs is looked up only while a rank waits for one for this share of its time."""
-_CGROUP = Path("/proc/self/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 class HostProbe:

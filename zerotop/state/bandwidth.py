@@ -36,6 +36,8 @@ class Transfers:
     bytes: int
     count: int = 0
     best_us: float = float("inf")
+    usual_us: float | None = None
+    """The median of `baseline_us`; None while too few are known."""
     baseline_us: list[int] = field(default_factory=list)
     recent_us: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
 
@@ -48,18 +50,21 @@ class Transfers:
             self.best_us = min(self.best_us, transfer_us)
         if len(self.baseline_us) < BASELINE:
             self.baseline_us.append(transfer_us)
+            if len(self.baseline_us) % NEEDED == 0:
+                self.usual_us = statistics.median(self.baseline_us)
         self.recent_us.append(transfer_us)
 
     def copy(self) -> Transfers:
         """An independent copy."""
         return Transfers(
-            self.op, self.bytes, self.count, self.best_us, list(self.baseline_us), self.recent_us.copy()
+            self.op,
+            self.bytes,
+            self.count,
+            self.best_us,
+            self.usual_us,
+            list(self.baseline_us),
+            self.recent_us.copy(),
         )
-
-    @property
-    def usual_us(self) -> float | None:
-        """What a transfer took at first; None while too few are known."""
-        return statistics.median(self.baseline_us) if len(self.baseline_us) >= NEEDED else None
 
     @property
     def now_us(self) -> float | None:
@@ -85,14 +90,16 @@ class Bandwidth:
         other._kinds = {key: kind.copy() for key, kind in self._kinds.items()}
         return other
 
-    def add(self, op: str, nbytes: int, transfer_us: int) -> None:
-        """Take one transfer. Kinds beyond KEYS_KEPT displace the oldest."""
+    def add(self, op: str, nbytes: int, transfer_us: int) -> float | None:
+        """Take one transfer. Returns what one of its kind usually takes in microseconds; None while that is not known.
+        Kinds beyond KEYS_KEPT displace the oldest."""
         kind = self._kinds.get((op, nbytes))
         if kind is None:
             while len(self._kinds) >= KEYS_KEPT:
                 del self._kinds[next(iter(self._kinds))]
             kind = self._kinds[op, nbytes] = Transfers(op, nbytes)
         kind.add(transfer_us)
+        return kind.usual_us
 
     def kinds(self) -> list[Transfers]:
         """All operations and sizes, those with the most bytes first."""

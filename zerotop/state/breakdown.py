@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from runtime.wire.messages import StepResult
@@ -74,18 +74,16 @@ class Breakdown:
         return float(getattr(self, part)) / whole if whole > 0 else 0.0
 
 
-def breakdown_of(result: StepResult, waited_ms: float | None = None) -> Breakdown:
-    """The breakdown of one step. waited_ms: how long the rank waited for peers in it (waits.py); None if that is not
-    known: all of the blocked time counts as waiting then, since a transfer without skew is short."""
+def breakdown_of(result: StepResult) -> Breakdown:
+    """The breakdown of one step. All of the blocked time counts as waiting: how much of it was transfer, one rank alone
+    cannot know."""
     times: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
     exposed = 0.0
     for phase, phase_ms in result.phase_ms.items():
         blocked = min(phase_ms, result.phase_wait_ms.get(phase, 0.0))
         times[PART_OF_PHASE.get(phase, "control")] += phase_ms - blocked
         exposed += blocked
-    waiting = exposed if waited_ms is None else min(exposed, waited_ms)
-    times["waiting"] += waiting
-    times["transfer"] += exposed - waiting
+    times["waiting"] += exposed
     return Breakdown(**times, exposed=exposed)
 
 
@@ -104,7 +102,7 @@ class Breakdowns:
     """The newest steps of every rank."""
 
     def __init__(self) -> None:
-        self._steps: dict[int, deque[StepResult]] = {}
+        self._steps: dict[int, deque[Breakdown]] = {}
 
     def copy(self) -> Breakdowns:
         """An independent copy."""
@@ -115,31 +113,27 @@ class Breakdowns:
     def add(self, result: StepResult) -> None:
         """Take the result of one step of one rank."""
         if result.phase_ms:
-            self._steps.setdefault(result.rank, deque(maxlen=EARLIER_STEPS + RECENT_STEPS)).append(result)
+            kept = self._steps.setdefault(result.rank, deque(maxlen=EARLIER_STEPS + RECENT_STEPS))
+            kept.append(breakdown_of(result))
 
     def steps(self, rank: int) -> int:
         """How many steps of the rank are known."""
         return len(self._steps.get(rank, ()))
 
-    def recent(self, waited_ms: dict[int, float] | None = None, steps: int = RECENT_STEPS) -> dict[int, Breakdown]:
+    def recent(self, waited_ms: Mapping[int, float], steps: int = RECENT_STEPS) -> dict[int, Breakdown]:
         """Rank -> the mean of its newest `steps` steps. waited_ms: rank -> what it waited for peers, per step, over the
-        same steps."""
+        same steps (waits.py); the rest of its blocked time is transfer. Without it all of that counts as waiting."""
         found = {}
-        for rank, results in sorted(self._steps.items()):
-            mean = mean_breakdown(breakdown_of(result) for result in list(results)[-steps:])
-            waited = (waited_ms or {}).get(rank)
-            if waited is not None:
-                waiting = min(mean.exposed, waited)
-                rest = mean.exposed - waiting
-                values = mean.parts() | {"waiting": waiting, "transfer": mean.transfer + rest}
-                mean = Breakdown(**values, exposed=mean.exposed)
-            found[rank] = mean
+        for rank, kept in sorted(self._steps.items()):
+            mean = mean_breakdown(list(kept)[-steps:])
+            waiting = min(mean.exposed, waited_ms.get(rank, mean.exposed))
+            found[rank] = replace(mean, waiting=waiting, transfer=mean.transfer + mean.exposed - waiting)
         return found
 
     def usual_ms(self, rank: int, part: Part) -> float | None:
         """The median of `part` over the rank's steps before the recent ones; None with fewer than RECENT_STEPS of
-        them. For `waiting` and `transfer` it is the blocked time as a whole."""
+        them."""
         earlier = list(self._steps.get(rank, ()))[:-RECENT_STEPS]
         if len(earlier) < RECENT_STEPS:
             return None
-        return statistics.median(getattr(breakdown_of(result), part) for result in earlier)
+        return float(statistics.median(getattr(one, part) for one in earlier))

@@ -1,4 +1,4 @@
-"""Verdicts: why a run makes no progress, and for which rank the others wait.
+"""Stalls: why a run makes no progress.
 
 Clocks of two nodes are never compared. A rank's idle time is measured by its own heartbeat (its now minus its last
 progress, one clock) plus the time since that heartbeat reached the hub (the hub's clock alone).
@@ -6,12 +6,10 @@ progress, one clock) plus the time since that heartbeat reached the hub (the hub
 
 from __future__ import annotations
 
-import math
-import statistics
 from dataclasses import dataclass
 
 from runtime.wire.messages import Heartbeat
-from zerotop.format import duration_text, ms_text
+from zerotop.format import duration_text
 from zerotop.state.run import RankState, RunState
 
 STALL_MIN_S = 10.0
@@ -21,20 +19,6 @@ FIRST_STEPS = 3
 """The first steps of an attempt compile, warm up and allocate: no verdict yet."""
 QUIET_PHASES = frozenset({"checkpoint", "paused", "eval", "init"})
 """While any rank is in one of these, the others may rightly stand still."""
-LAGGARD_STEPS = 8
-"""Fewer steps give no verdict."""
-LATEST_STEPS = 10
-"""The newest steps, in which the cost must still be there."""
-LAGGARD_WAIT_SHARE = 0.05
-"""A rank is named if it costs each other rank more than this share of the step, net of what they cost it..."""
-LAGGARD_CERTAINTY = 5.0
-"""...and the mean of that is this many times its standard error: where ranks take turns none is named, however much
-they wait in total, nor is a rank for one long pause."""
-PAIR_CERTAINTY = 6.0
-"""Of two ranks one always waits for the other, and noise of the machine affects one of them for longer."""
-KEPT_WAIT_SHARE = 0.025
-KEPT_CERTAINTY = 2.0
-"""Limits for the rank that is already named: a verdict must not come and go at every step."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +39,6 @@ class Stall:
     def text(self) -> str:
         """The verdict in one line."""
         return f"no progress for {duration_text(self.idle_s)}: {self.cause}"
-
-
-@dataclass(frozen=True)
-class Laggard:
-    """The rank for which the others wait, step after step."""
-
-    rank: int
-    share: float  # 0..1, of the collectives whose skew matters: those in which it came last
-    others_wait_ms: float  # per step, for this rank, mean over the other ranks
-    text: str
 
 
 def idle_s(rank: RankState, hub_now_ns: int) -> float:
@@ -146,42 +120,6 @@ def _blame(ranks: list[RankState], finished: dict[int, int], idle: float, hub_no
     places = sorted({place_text(beat) for beat in beats.values()})
     text = f"all ranks are in {places[0]}" if len(places) == 1 else "ranks are in " + ", ".join(places)
     return Stall(idle, f"{text}, outside any collective{tail}", silent=silent)
-
-
-def find_laggard(state: RunState, named: int | None = None) -> Laggard | None:
-    """The rank for which the others wait in the recent steps; None if ranks take turns or the cost is small.
-
-    `named` is the rank of the previous verdict, which is dropped only well below the limits. What counts is time, not
-    the number of collectives in which a rank came last: a small skew at the end of a step counts as often as the long
-    wait before it. The figures are those of the table of ranks.
-    """
-    window = state.waits.window()
-    costs = state.waits.net_cost_ms()
-    if not window.step_ms or not costs:
-        return None
-    if named in costs and _costs_time(costs[named], window.step_ms, KEPT_WAIT_SHARE, KEPT_CERTAINTY):
-        rank = named
-    else:
-        rank = max(costs, key=lambda number: sum(costs[number]))
-        certainty = PAIR_CERTAINTY if len(costs) == 2 else LAGGARD_CERTAINTY
-        if not _costs_time(costs[rank], window.step_ms, LAGGARD_WAIT_SHARE, certainty):
-            return None
-    share, wait_ms = window.came_last_share.get(rank, 0.0), window.caused_ms.get(rank, 0.0)
-    text = (
-        f"rank {rank} came last in {share:.0%} of collectives; "
-        f"others wait {ms_text(wait_ms)} a step ({wait_ms / window.step_ms:.0%})"
-    )
-    return Laggard(rank, share, wait_ms, text)
-
-
-def _costs_time(cost_ms: list[float], step_ms: float, wait_share: float, certainty: float) -> bool:
-    """Whether these costs, one per step, are neither small nor chance, and still there in the newest steps."""
-    if len(cost_ms) < LAGGARD_STEPS:
-        return False
-    mean = statistics.fmean(cost_ms)
-    error = statistics.stdev(cost_ms) / math.sqrt(len(cost_ms))
-    recent = statistics.fmean(cost_ms[-LATEST_STEPS:])
-    return min(mean, recent) > wait_share * step_ms and mean >= certainty * error
 
 
 def _name(seq: int, op: str) -> str:

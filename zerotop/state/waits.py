@@ -69,6 +69,10 @@ class _Step:
     blocked_us: dict[int, int] = field(default_factory=dict)
     """Of `waited_us`: the part for which the training thread was blocked."""
     transfer_us: int = 0
+    excess_us: float = 0.0
+    """Of `transfer_us`: beyond what transfers of these kinds usually take."""
+    compared: int = 0
+    """Collectives of which the usual time is known."""
     caused_us: dict[int, int] = field(default_factory=dict)
     came_last: dict[int, int] = field(default_factory=dict)
     step_ms: float = 0.0
@@ -79,6 +83,8 @@ class _Step:
             dict(self.waited_us),
             dict(self.blocked_us),
             self.transfer_us,
+            self.excess_us,
+            self.compared,
             dict(self.caused_us),
             dict(self.came_last),
             self.step_ms,
@@ -144,13 +150,16 @@ class Waits:
         if any((record.op, record.bytes) != (op, nbytes) for record in by_rank.values()):
             self.mismatch = Mismatch(seq, {rank: (one.op, one.bytes) for rank, one in sorted(by_rank.items())})
             return
-        self.bandwidth.add(op, nbytes, transfer_us)
+        usual_us = self.bandwidth.add(op, nbytes, transfer_us)
         waited = {rank: record.duration_us - transfer_us for rank, record in by_rank.items()}
         meeting = Meeting(seq, op, nbytes, step, transfer_us, last_rank, waited)
         self.meetings.append(meeting)
         sums = self._sums(step)
         sums.meetings += 1
         sums.transfer_us += transfer_us
+        if usual_us is not None:
+            sums.excess_us += transfer_us - usual_us
+            sums.compared += 1
         for rank, waited_us in waited.items():
             sums.waited_us[rank] = sums.waited_us.get(rank, 0) + waited_us
             sums.blocked_us[rank] = sums.blocked_us.get(rank, 0) + min(waited_us, by_rank[rank].blocked_us)
@@ -218,6 +227,13 @@ class Waits:
                 own = caused.get(rank, 0)
                 series.append((own - (total - own) / others) / 1000 / others)
         return costs
+
+    def transfer_excess_ms(self, steps: int = STEPS_KEPT) -> list[float]:
+        """For each of the newest `steps` steps, oldest first, without the very newest: how much longer the transfers
+        took than those of the same kind did at first. Steps of which too little is known are left out."""
+        met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
+        known = [self._steps[step] for step in met]
+        return [sums.excess_us / 1000 for sums in known if sums.compared * 2 >= sums.meetings]
 
     def waited_ms(self, step: int) -> dict[int, float]:
         """Rank -> milliseconds that it waited for others in the collectives of `step`."""

@@ -18,9 +18,9 @@ from runtime.wire.messages import Command, Evaluation, Event, Hello, LogRecord, 
 from runtime.wire.rundir import RunFile, boot_id, read_status, write_json
 from zerotop.diagnose.evidence import FailureEvidence
 from zerotop.diagnose.hang import HangWatch
-from zerotop.diagnose.laggards import LaggardWatch
 from zerotop.diagnose.outcome import Outcome, decide
 from zerotop.diagnose.stacks_report import StackTaker
+from zerotop.diagnose.verdicts import VerdictWatch
 from zerotop.hub.hub import Hub
 from zerotop.hub.recorder import Recorder, earlier_evaluations, earlier_steps
 from zerotop.launch.handshake import Ready
@@ -102,7 +102,8 @@ class Supervisor:
             self._announce()
             chores.start()
             chores.add("the watch for hangs", self._watch_for_hangs())
-            chores.add("the watch for slow ranks", LaggardWatch(hub).watch())
+            self._verdicts = VerdictWatch(hub)
+            chores.add("the verdict", self._verdicts.watch())
             folder = FolderWatch(self.path, hub, lambda: self.run_file)
             chores.add("the watch on the run directory", folder.watch())
             outcome = await self._attempts(locks)
@@ -356,13 +357,12 @@ class Supervisor:
             "failed_rank": outcome.failed_rank,
             "error": outcome.error,
             "ended_wall_s": time.time(),
-            "laggard_rank": None,
-            "laggard": "",
         }
         # On disk first: when a screen shows the end, the directory has it too.
         status = self.hub.status.model_copy(update=end)
         await self._status_file.written(status)
         self.hub.set_status(**end)
+        self._verdicts.look(time.monotonic())
 
 
 def _with_reason(outcome: Outcome, more: str) -> Outcome:

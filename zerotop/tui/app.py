@@ -73,7 +73,6 @@ class ZerotopApp(KeyFlow[Outcome]):
         self.frozen: RunState | None = None
         self._signature: tuple[object, ...] = ()
         self._can_steer: bool | None = None
-        self._laggard: int | None = None
         self.left_by: int | None = None
         """The signal that ended the screen, if one did."""
         for palette in self.palettes.values():
@@ -167,7 +166,7 @@ class ZerotopApp(KeyFlow[Outcome]):
     def make_view(self) -> View:
         """Everything that panels may show at this tick."""
         age_s = self.source.age_s() or 0.0
-        view = build_view(
+        return build_view(
             self.shown_state,
             self.palette,
             connection=self.source.connection,
@@ -176,11 +175,8 @@ class ZerotopApp(KeyFlow[Outcome]):
             read_only=self.read_only,
             # Commands stay live in a frozen view: an answer to a key must never be missed.
             commands=self.desk.lives(self.source.state, age_s),
-            laggard_before=self._laggard,
             live=self.source.state,
         )
-        self._laggard = view.laggard.rank if view.laggard is not None else None
-        return view
 
     def _repaint(self) -> None:
         for screen in self.screen_stack:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runtime.wire.messages import Verdict
 from zerotop.state.condition import Condition, condition_of
 from zerotop.state.progress import Progress, progress
 from zerotop.state.run import RunState
-from zerotop.state.stall import Laggard, Stall, find_laggard, find_stall
+from zerotop.state.stall import Stall, find_stall
 from zerotop.tui.commands import CommandLife
 from zerotop.tui.theme import Palette
 
@@ -16,21 +17,26 @@ TICK_S = 0.25
 
 @dataclass(frozen=True)
 class View:
-    """`state` is what panels show, in a frozen view a copy; `condition` and `commands` (newest last) are live in
-    that too. `age_s` is the time since the hub was heard."""
+    """`state` is what panels show, in a frozen view a copy; `condition`, `verdict` and `commands` (newest last) are live
+    in that too. `age_s` is the time since the hub was heard."""
 
     state: RunState
     palette: Palette
     progress: Progress
     condition: Condition
     stall: Stall | None
-    laggard: Laggard | None
+    verdict: Verdict | None
     connection: str
     age_s: float
     stale: bool
     frozen: bool
     read_only: bool
     commands: tuple[CommandLife, ...]
+
+    def blames(self, rank: int) -> bool:
+        """Whether the verdict is bad news and names this rank."""
+        verdict = self.verdict
+        return verdict is not None and verdict.severity != "info" and rank in verdict.ranks and not self.ended
 
     @property
     def ended(self) -> bool:
@@ -47,11 +53,9 @@ def build_view(
     frozen: bool,
     read_only: bool,
     commands: tuple[CommandLife, ...],
-    laggard_before: int | None = None,
     live: RunState | None = None,
 ) -> View:
-    """`live` is the current state if `state` is a copy. `laggard_before` is the rank that the previous view named;
-    in doubt the verdict stays with it."""
+    """`live` is the current state if `state` is a copy."""
     ended = state.state_name in {"stopped", "finished", "aborted", "failed"}
     stale = not ended and (age_s > stale_after_s(state) or connection not in {"live", "ended"})
     return View(
@@ -60,7 +64,7 @@ def build_view(
         progress=progress(state, connection),
         condition=condition_of(live or state, connection),
         stall=None if stale else find_stall(state),
-        laggard=None if stale or state.state_name != "running" else find_laggard(state, laggard_before),
+        verdict=(live or state).verdict,
         connection=connection,
         age_s=age_s,
         stale=stale,

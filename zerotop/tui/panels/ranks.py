@@ -243,7 +243,9 @@ def _phase(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, s
         if beat.micro_step:
             row.add(f"{beat.micro_step}/{beat.micro_steps} ", dim or PLAIN)
     stall = context.view.stall
+    verdict = context.view.verdict
     blamed = stall is not None and rank.rank in (*stall.missing, *stall.silent)
+    blamed = blamed or (context.view.blames(rank.rank) and verdict is not None and verdict.severity == "error")
     style = palette.style("error", bold=True) if blamed else dim or palette.phase_text(phase)
     row.cell(("▲ " if blamed else "") + phase, size - (row.width - start), style)
 
@@ -270,8 +272,7 @@ def _per_step(time_ms: float, step_ms: float) -> str:
 
 def _cost(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
     waits = context.waits
-    laggard = context.view.laggard
-    blamed = laggard is not None and laggard.rank == rank.rank
+    blamed = context.view.blames(rank.rank)
     palette = context.view.palette
     style = palette.style("warning", bold=True) if blamed else _dim(context, rank) or palette.style("muted")
     text = _per_step(waits.caused_ms.get(rank.rank, 0.0), waits.step_ms) if waits.waited_ms else MISSING

@@ -1,5 +1,4 @@
-"""What is wrong: why the run failed, why it makes no progress, for which rank the others wait. Takes no room
-otherwise."""
+"""The verdict, the first line of the screen: that the run is healthy, or what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -58,11 +57,34 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
         found.append(("✖", f"the run was aborted{': ' + status.reason if status.reason else ''}", "error"))
     if view.ended:
         found.append(("■", summary(view), "foreground"))
-    if view.condition.text:
-        found.append(("▲", view.condition.text, STATES[view.condition.name][1]))
-    elif view.laggard is not None:
-        found.append(("▲", view.laggard.text, "warning"))
+        return found
+    if view.condition.name == "unknown":
+        found.append(("?", view.condition.text, "warning"))
+        return found
+    verdict = view.verdict
+    if verdict is None:
+        # A hub of an older version, or one that has only just begun.
+        text = view.condition.text or ("waiting for the first verdict" if view.connection == "live" else "")
+        return [("◌", text, STATES[view.condition.name][1])] if text else []
+    glyph, colour = _SIGNS.get(verdict.what, _SEVERITY_SIGNS[verdict.severity])
+    if view.stale and verdict.severity == "info":
+        colour = "muted"
+    found.append((glyph, verdict.text, colour))
+    if verdict.advice and verdict.severity != "info":
+        found.append(("→", verdict.advice, "foreground"))
     return found
+
+
+_SIGNS = {
+    "healthy": ("✔", "success"),
+    "starting": ("◌", "primary"),
+    "paused": STATES["paused"],
+    "checkpoint": ("◧", "primary"),
+    "evaluation": ("◧", "primary"),
+    "offload-bound": ("●", "success"),
+}
+_SEVERITY_SIGNS = {"info": ("●", "foreground"), "warning": ("▲", "warning"), "error": ("✖", "error")}
+"""Verdict -> (glyph, colour of [ui])."""
 
 
 def summary(view: View) -> str:

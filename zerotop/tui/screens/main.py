@@ -27,7 +27,7 @@ from zerotop.tui.view import View
 from zerotop.tui.widgets.keybar import KeyBar
 
 ROOMY = 32
-"""From this height on, one line each is reserved for the verdict and the commands."""
+"""From this height on, a line is reserved for the commands."""
 EVENTS_LEAST = 6
 RANKS_FIRST = 8
 """This many ranks are visible before plots and events get more than their minimum."""
@@ -90,8 +90,8 @@ class MainScreen(LiveScreen):
         self._fitted: tuple[Heights, Widget | None] | None = None
 
     def compose(self) -> ComposeResult:
-        yield Header(id="header")
         yield VerdictLine(id="verdict")
+        yield Header(id="header")
         yield RankTable(id="ranks")
         yield Legend(id="legend")
         with Horizontal(id="middle"):
@@ -123,15 +123,16 @@ class MainScreen(LiveScreen):
         try:
             table, middle = self.query_one(RankTable), self.query_one("#middle")
             events, memory = self.query_one(EventPanel), self.query_one(MemoryPanel)
-            bands = (self.query_one(VerdictLine), self.query_one(CommandStrip))
+            verdict, strip = self.query_one(VerdictLine), self.query_one(CommandStrip)
             host = self.query_one("#host", HostPanel)
             field = self.query_one(FilterField)
         except NoMatches:
             return  # a last tick or resize, while the app takes its panels down one by one
         height, narrow = self.size.height, self.has_class("-narrow")
-        for band in bands:
-            band.reserve(not narrow and height >= ROOMY)
-        room = height - 3 - sum(band.lines_taken for band in bands) - int(field.display)  # 3: header and footer
+        verdict.reserve(True)
+        strip.reserve(not narrow and height >= ROOMY)
+        bands = verdict.lines_taken + strip.lines_taken
+        room = height - 3 - bands - int(field.display)  # 3: header and footer
         side = memory.rows_wanted + ROWS_LEAST + host.gutter.height
         heights = share_out(room, narrow, table.rows_wanted, 1 + table.gutter.height, side)
         if (heights, self.maximized) == self._fitted:

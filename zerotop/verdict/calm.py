@@ -1,0 +1,44 @@
+"""States in which nothing is wrong, and in which a run may rightly stand still."""
+
+from __future__ import annotations
+
+import statistics
+
+from zerotop.format import ms_text
+from zerotop.state.breakdown import PARTS
+from zerotop.verdict.figures import Figures
+from zerotop.verdict.finding import Finding
+
+WORTH_SAYING = 0.05
+"""Parts of the step below this share are left out."""
+
+
+def calm(figures: Figures) -> Finding:
+    """What the run does, if no rule has found anything."""
+    state = figures.state
+    name = state.state_name
+    if name in ("stopped", "finished", "aborted"):
+        reason = state.status.reason if state.status is not None else ""
+        return Finding("ended", f"the run has ended: {reason or name}", "info")
+    if name == "starting" or not figures.present:
+        return Finding("starting", "the ranks are starting", "info")
+    if name == "paused":
+        return Finding("paused", f"paused at step {state.step}", "info")
+    phases = {rank.phase for rank in figures.present}
+    if "checkpoint" in phases:
+        return Finding("checkpoint", "a checkpoint is being copied; training waits for it", "info")
+    if "eval" in phases:
+        return Finding("evaluation", "evaluating on held-out data", "info")
+    if figures.warming_up or not figures.breakdowns:
+        return Finding("starting", "the first steps, which are slower: no verdict yet", "info")
+    return healthy(figures)
+
+
+def healthy(figures: Figures) -> Finding:
+    """Steps take what they take: where the time goes."""
+    means = {part: statistics.fmean(b.share(part) for b in figures.breakdowns.values()) for part in PARTS}
+    told = [(part, share) for part, share in means.items() if share >= WORTH_SAYING]
+    shares = ", ".join(f"{share:.0%} {part}" for part, share in sorted(told, key=lambda item: -item[1]))
+    text = f"healthy: {ms_text(figures.step_ms)} a step" + (f", {shares}" if shares else "")
+    facts = {"step_ms": round(figures.step_ms, 1)} | {f"{part}_share": round(share, 3) for part, share in means.items()}
+    return Finding("healthy", text, "info", facts=facts)

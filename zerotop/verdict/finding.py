@@ -1,0 +1,76 @@
+"""What a rule says when it finds something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from runtime.wire.messages import Verdict
+
+What = Literal[
+    "failed",
+    "dead",
+    "wedged",
+    "desync",
+    "ended early",
+    "hang",
+    "hang in transfer",
+    "no progress",
+    "memory-bound",
+    "straggler",
+    "contention",
+    "slow link",
+    "data starvation",
+    "throttled",
+    "offload-bound",
+    "starting",
+    "paused",
+    "checkpoint",
+    "evaluation",
+    "ended",
+    "healthy",
+]
+"""failed: the ranks of an attempt have ended with an error. dead: a rank's process is gone. wedged: its process exists
+and sends nothing. desync: ranks are in different collectives. ended early: ranks wait in a collective for one that has
+finished. hang: a rank has not entered the collective in which the others wait. hang in transfer: all have entered it,
+and it does not complete. no progress: the ranks stand still outside any collective. memory-bound: memory is short enough
+to cost time. straggler: others wait for one rank's computation. contention: other processes take the ranks' CPUs. slow
+link: transfers take longer than they did. data starvation: steps wait for data. throttled: a GPU has lowered its clock.
+offload-bound: steps wait for updates or copies on the host."""
+Severity = Literal["info", "warning", "error"]
+STANDSTILL: frozenset[str] = frozenset(
+    {"failed", "dead", "wedged", "desync", "ended early", "hang", "hang in transfer", "no progress"}
+)
+"""No steps are being taken."""
+CALM: frozenset[str] = frozenset({"starting", "paused", "checkpoint", "evaluation", "ended", "healthy"})
+"""Nothing is wrong."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`text` is one sentence with its figures, `advice` what to do next, `facts` the figures with units in their
+    names."""
+
+    what: What
+    text: str
+    severity: Severity = "warning"
+    ranks: tuple[int, ...] = ()
+    advice: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def same_as(self, other: Finding | None) -> bool:
+        """Whether both blame the same ranks for the same thing; the figures may differ."""
+        return other is not None and (self.what, self.ranks) == (other.what, other.ranks)
+
+    def message(self, step: int | None, since_wall_s: float) -> Verdict:
+        """As the hub publishes it."""
+        return Verdict(
+            what=self.what,
+            severity=self.severity,
+            ranks=list(self.ranks),
+            text=self.text,
+            advice=self.advice,
+            facts=self.facts,
+            step=step,
+            since_wall_s=since_wall_s,
+        )

@@ -1,0 +1,279 @@
+"""Runs that are slower than they could be, because of one rank, the link between ranks, or the machine."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from zerotop.format import bytes_text, count_text, ms_text
+from zerotop.state.breakdown import Part
+from zerotop.verdict.figures import Figures
+from zerotop.verdict.finding import Finding, What
+
+LAGGARD_STEPS = 8
+"""Fewer steps give no verdict."""
+LATEST_STEPS = 10
+"""The newest steps, in which the cost must still be there."""
+LAGGARD_WAIT_SHARE = 0.05
+"""A rank is named if it costs each other rank more than this share of the step, net of what they cost it..."""
+LAGGARD_CERTAINTY = 5.0
+"""...and the mean of that is this many times its standard error: where ranks take turns none is named, however much
+they wait in total, nor is a rank for one long pause."""
+PAIR_CERTAINTY = 6.0
+"""Of two ranks one always waits for the other, and noise of the machine affects one of them for longer."""
+KEPT_WAIT_SHARE = 0.025
+KEPT_CERTAINTY = 2.0
+"""Limits for the rank that is already named: a verdict must not come and go at every step."""
+
+CONTENTION_PERCENT, KEPT_CONTENTION_PERCENT = 30.0, 15.0
+"""A rank that waits for a CPU for this share of the time is held up by other processes or threads."""
+CLOCK_RATIO = 0.93
+"""A GPU whose clock is below this share of the others' is slow for that reason."""
+LINK_RATIO, KEPT_LINK_RATIO = 1.6, 1.3
+"""Transfers that take this many times what they took at first..."""
+LINK_SHARE, KEPT_LINK_SHARE = 0.08, 0.04
+"""...and cost this share of the step are slow."""
+DATA_SHARE, KEPT_DATA_SHARE = 0.20, 0.12
+"""Steps that spend this share outside the engine wait for data."""
+
+_STRAGGLES: dict[Part, tuple[What, str, str]] = {
+    "compute": (
+        "straggler",
+        "its forward and backward take",
+        "Compare its batches (lengths), its GPU (`zerotop doctor`) and its node with the others'.",
+    ),
+    "data": (
+        "data starvation",
+        "its data loading, or the script's own code between two steps, takes",
+        "Look at its loader: num_workers, prefetching, the file system of its shard.",
+    ),
+    "offload": (
+        "offload-bound",
+        "its updates and copies on the host take",
+        "Compare the CPU and memory of its node with the others'.",
+    ),
+    "optimizer": ("straggler", "its optimizer takes", "Compare the CPU of its node with the others'."),
+    "transfer": ("straggler", "its part of the collectives takes", "Compare the CPU of its node with the others'."),
+    "control": ("straggler", "its checkpoints and evaluations take", "Only one rank may be doing them: let all do so."),
+    "waiting": ("straggler", "it waits", ""),
+}
+
+
+def find_straggler(figures: Figures) -> Finding | None:
+    """The rank for which the others wait in the recent steps, and why; None if ranks take turns or the cost is small.
+
+    What counts is time, not the number of collectives in which a rank came last: a small skew at the end of a step
+    counts as often as the long wait before it.
+    """
+    state, window, costs = figures.state, figures.window, figures.state.waits.net_cost_ms()
+    if state.state_name != "running" or figures.warming_up or not window.step_ms or not costs:
+        return None
+    before = figures.before
+    named = before.ranks[0] if before is not None and len(before.ranks) == 1 and before.severity == "warning" else None
+    if named in costs and _costs_time(costs[named], window.step_ms, KEPT_WAIT_SHARE, KEPT_CERTAINTY):
+        rank = named
+    else:
+        rank = max(costs, key=lambda number: sum(costs[number]))
+        certainty = PAIR_CERTAINTY if len(costs) == 2 else LAGGARD_CERTAINTY
+        if not _costs_time(costs[rank], window.step_ms, LAGGARD_WAIT_SHARE, certainty):
+            return None
+    assert rank is not None
+    return _straggler(figures, rank)
+
+
+def _costs_time(cost_ms: list[float], step_ms: float, wait_share: float, certainty: float) -> bool:
+    """Whether these costs, one per step, are neither small nor chance, and still there in the newest steps."""
+    if len(cost_ms) < LAGGARD_STEPS:
+        return False
+    mean = statistics.fmean(cost_ms)
+    error = statistics.stdev(cost_ms) / math.sqrt(len(cost_ms))
+    recent = statistics.fmean(cost_ms[-LATEST_STEPS:])
+    return min(mean, recent) > wait_share * step_ms and mean >= certainty * error
+
+
+def _straggler(figures: Figures, rank: int) -> Finding:
+    window = figures.window
+    wait_ms, came_last = window.caused_ms.get(rank, 0.0), window.came_last.get(rank, 0)
+    counted = sum(window.came_last.values())
+    facts: dict[str, Any] = {
+        "others_wait_ms": round(wait_ms, 1),
+        "others_wait_share": round(wait_ms / window.step_ms, 3),
+        "came_last": came_last,
+        "collectives": counted,
+    }
+    part, excess_ms, ratio = _excess(figures, rank)
+    what, takes, advice = _STRAGGLES[part] if part is not None else ("straggler", "", _STRAGGLES["compute"][2])
+    text = f"the others wait for rank {rank}, {ms_text(wait_ms)} a step ({wait_ms / window.step_ms:.0%})"
+    if part is not None:
+        text += f": {takes} {ms_text(excess_ms)} longer than theirs"
+        text += f" ({ratio:.2f} x)" if ratio is not None else ""
+        facts |= {"part": part, "excess_ms": round(excess_ms, 1), "ratio": round(ratio, 3) if ratio else None}
+        usual, now = figures.state.breakdowns.usual_ms(rank, part), getattr(figures.breakdowns[rank], part)
+        if usual and now > 1.2 * usual:
+            text += f" and {now / usual:.2f} x what it took before"
+            facts["usual_ms"] = round(usual, 1)
+    if counted:
+        text += f"; it came last in {came_last} of {counted} collectives"
+    if clock := _slow_clock(figures, rank):
+        text += f"; {clock[0]}"
+        facts |= clock[1]
+        advice = "Look at the GPU's cooling and power: `nvidia-smi -q -d PERFORMANCE,POWER`."
+    elif (delay := _contended(figures, rank)) is not None:
+        what, cause = "contention", _competitors(figures, rank)
+        text += f"; it waited for a free CPU {delay:.0f}% of the time{cause}"
+        facts |= {"run_delay_percent": round(delay, 1)}
+        advice = "Move the other processes elsewhere, or give the ranks CPUs of their own."
+    return Finding(what, text, "warning", (rank,), advice, facts)
+
+
+def _excess(figures: Figures, rank: int) -> tuple[Part | None, float, float | None]:
+    """The part of the step that takes the rank the most time beyond the others' median: (part, ms, ratio)."""
+    mine = figures.breakdowns.get(rank)
+    if mine is None:
+        return None, 0.0, None
+    excess: dict[Part, float] = {}
+    for part, value in mine.parts().items():
+        others = figures.others_ms(rank, part)
+        if others is not None and part != "waiting":
+            excess[part] = value - others
+    if not excess:
+        return None, 0.0, None
+    part = max(excess, key=lambda one: excess[one])
+    if excess[part] <= 0:
+        return None, 0.0, None
+    others = figures.others_ms(rank, part) or 0.0
+    return part, excess[part], getattr(mine, part) / others if others > 0.05 * excess[part] else None
+
+
+def _slow_clock(figures: Figures, rank: int) -> tuple[str, dict[str, Any]] | None:
+    """The rank's GPU runs at a lower clock than the others'."""
+    gpu = figures.gpu_of(rank)
+    others = [g.sm_clock_mhz for n in figures.state.ranks if n != rank and (g := figures.gpu_of(n)) and g.sm_clock_mhz]
+    if gpu is None or not gpu.sm_clock_mhz or not others:
+        return None
+    median = statistics.median(others)
+    if gpu.sm_clock_mhz >= CLOCK_RATIO * median:
+        return None
+    why = f": {', '.join(gpu.clock_reasons)}" if gpu.clock_reasons else ""
+    return (
+        f"its SM clock is {gpu.sm_clock_mhz:,.0f} MHz, the others' {median:,.0f}{why}",
+        {"sm_clock_mhz": gpu.sm_clock_mhz, "others_sm_clock_mhz": median, "clock_reasons": list(gpu.clock_reasons)},
+    )
+
+
+# ---- the machine -------------------------------------------------------------------------------------------------
+def _contended(figures: Figures, rank: int) -> float | None:
+    """The share of the time in percent for which the rank waits for a CPU, if that is much, and more than others do."""
+    delays = figures.run_delay_percent
+    mine = delays.get(rank)
+    if mine is None:
+        return None
+    others = [percent for number, percent in delays.items() if number != rank]
+    least = KEPT_CONTENTION_PERCENT if _was(figures, "contention") else CONTENTION_PERCENT
+    beyond = mine - (statistics.median(others) if others else 0.0)
+    return mine if mine >= least and beyond >= least / 2 else None
+
+
+def find_contention(figures: Figures) -> Finding | None:
+    """Ranks wait for a free CPU, all of them or in turns."""
+    if figures.state.state_name != "running" or figures.warming_up or not figures.run_delay_percent:
+        return None
+    least = KEPT_CONTENTION_PERCENT if _was(figures, "contention") else CONTENTION_PERCENT
+    mean = statistics.fmean(figures.run_delay_percent.values())
+    if mean < least:
+        return None
+    rank = max(figures.run_delay_percent, key=lambda number: figures.run_delay_percent[number])
+    node = figures.node_of(rank)
+    load = f" (load {node.load_1m:.1f} on {node.cpu_count} CPUs)" if node is not None else ""
+    return Finding(
+        "contention",
+        f"the ranks wait for a free CPU {mean:.0f}% of the time{load}{_competitors(figures, rank)}",
+        "warning",
+        (),
+        "Move the other processes elsewhere, or lower the ranks' threads (OMP_NUM_THREADS, num_workers).",
+        {"run_delay_percent": round(mean, 1)},
+    )
+
+
+def _competitors(figures: Figures, rank: int) -> str:
+    node = figures.node_of(rank)
+    if node is None or not node.busy:
+        return ""
+    names = ", ".join(f"{one.name} (pid {one.pid}) {one.cpu_percent:.0f}%" for one in node.busy)
+    return f"; busiest outside the run: {names}"
+
+
+# ---- the link ----------------------------------------------------------------------------------------------------
+def find_slow_link(figures: Figures) -> Finding | None:
+    """Transfers that take longer than the same ones did before, while the ranks arrive together."""
+    if figures.state.state_name != "running" or figures.warming_up or not figures.breakdowns:
+        return None
+    kept = _was(figures, "slow link")
+    costs = figures.state.waits.transfer_excess_ms()
+    step_ms = figures.step_ms
+    if len(costs) < LAGGARD_STEPS or step_ms <= 0:
+        return None
+    share, certainty = (KEPT_LINK_SHARE, KEPT_CERTAINTY) if kept else (LINK_SHARE, LAGGARD_CERTAINTY)
+    if not _costs_time(costs, step_ms, share, certainty):
+        return None
+    slow = [
+        kind
+        for kind in figures.state.waits.bandwidth.kinds()
+        if (usual := kind.usual_us) and (now := kind.now_us) and now > (KEPT_LINK_RATIO if kept else LINK_RATIO) * usual
+    ]
+    if not slow:
+        return None
+    world = figures.state.world_size
+    kind = max(slow, key=lambda one: one.bytes * one.count)
+    usual, now = kind.usual_us or 0.0, kind.now_us or 0.0
+    cost = statistics.fmean(costs[-LATEST_STEPS:])
+    rate, best = kind.bus_bytes_per_s(now, world), kind.bus_bytes_per_s(kind.best_us, world)
+    text = (
+        f"transfers take {ms_text(cost)} a step ({cost / step_ms:.0%}) more than they did: {kind.op} of "
+        f"{bytes_text(kind.bytes)} {ms_text(now / 1000)}, before {ms_text(usual / 1000)}"
+    )
+    if rate and best:
+        text += f" ({count_text(rate)}B/s, best {count_text(best)}B/s)"
+    return Finding(
+        "slow link",
+        text,
+        "warning",
+        (),
+        "Look for other traffic on the network or PCIe, link errors, and a process that shares the link.",
+        {
+            "op": kind.op,
+            "bytes": kind.bytes,
+            "usual_us": round(usual),
+            "now_us": round(now),
+            "cost_ms": round(cost, 1),
+            "bus_bytes_per_s": round(rate) if rate else None,
+            "best_bus_bytes_per_s": round(best) if best else None,
+        },
+    )
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+def find_data_starvation(figures: Figures) -> Finding | None:
+    """All ranks spend much of the step outside the engine, which is where data is loaded."""
+    if figures.state.state_name != "running" or figures.warming_up or not figures.breakdowns:
+        return None
+    if min(figures.state.breakdowns.steps(rank) for rank in figures.breakdowns) < LAGGARD_STEPS:
+        return None
+    share = figures.median_share("data")
+    if share < (KEPT_DATA_SHARE if _was(figures, "data starvation") else DATA_SHARE):
+        return None
+    data_ms = statistics.median(b.data for b in figures.breakdowns.values())
+    return Finding(
+        "data starvation",
+        f"{ms_text(data_ms)} of each step ({share:.0%}) pass outside the engine, in data loading or the script's own "
+        "code, on all ranks",
+        "warning",
+        (),
+        "Raise num_workers and prefetching, prepare the data beforehand, or move work out of the training loop.",
+        {"data_ms": round(data_ms, 1), "data_share": round(share, 3)},
+    )
+
+
+def _was(figures: Figures, what: What) -> bool:
+    return figures.before is not None and figures.before.what == what
