@@ -52,7 +52,9 @@ def idle_s(rank: RankState, hub_now_ns: int) -> float:
 
 def threshold_s(state: RunState) -> float:
     """Seconds without progress after which a run counts as stalled."""
-    recent = sorted(state.series.recent_step_ms(100))
+    start = state.hello.start_step if state.hello else 0
+    usual = [point.step_ms for point in state.series if point.step > start + FIRST_STEPS]
+    recent = sorted(usual[-100:])
     p99_ms = recent[min(len(recent) - 1, int(len(recent) * 0.99))] if recent else 0.0
     return max(STALL_MIN_S, STALL_STEPS * p99_ms / 1000)
 

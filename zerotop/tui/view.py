@@ -17,8 +17,8 @@ TICK_S = 0.25
 
 @dataclass(frozen=True)
 class View:
-    """`state` is what panels show, in a frozen view a copy; `condition`, `verdict` and `commands` (newest last) are live
-    in that too. `age_s` is the time since the hub was heard."""
+    """`state` is what panels show, in a frozen view a copy; `condition`, `verdict` and `commands` (newest last) are
+    live in that too. `age_s` is the time since the hub was heard."""
 
     state: RunState
     palette: Palette

@@ -30,8 +30,8 @@ def find_memory_bound(figures: Figures) -> Finding | None:
         span = figures.memory[worst][0].at_s - figures.memory[worst][1].at_s
         return Finding(
             "memory-bound",
-            f"the CUDA allocator of rank {worst} ran out of memory and freed its cache {retried[worst]} times in the last "
-            f"{span:.0f} s; each time the GPU stands still",
+            f"the CUDA allocator of rank {worst} ran out of memory and freed its cache {retried[worst]} times in the "
+            f"last {span:.0f} s; each time the GPU stands still",
             "warning",
             (worst,),
             "Lower the micro-batch, turn on activation checkpointing, or set PYTORCH_CUDA_ALLOC_CONF="

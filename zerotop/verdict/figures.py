@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from runtime.wire.messages import GpuStats, NodeStats
 from zerotop.state.breakdown import Breakdown, Part
@@ -41,6 +41,11 @@ class Figures:
     """Rank -> share of the last seconds in which its main thread waited for a CPU."""
     memory: Mapping[int, tuple[MemorySample, MemorySample]]
     """Rank -> its counters now and up to MEMORY_WINDOW_S earlier."""
+
+    def over(self, steps: int) -> Figures:
+        """The same with the means of the newest `steps` steps."""
+        window = self.state.waits.window(steps)
+        return replace(self, window=window, breakdowns=self.state.breakdowns.recent(window.blocked_ms, steps))
 
     @property
     def steps_taken(self) -> int:

@@ -11,20 +11,18 @@ from zerotop.state.breakdown import Part
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding, What
 
-LAGGARD_STEPS = 8
-"""Fewer steps give no verdict."""
-LATEST_STEPS = 10
-"""The newest steps, in which the cost must still be there."""
-LAGGARD_WAIT_SHARE = 0.05
-"""A rank is named if it costs each other rank more than this share of the step, net of what they cost it..."""
-LAGGARD_CERTAINTY = 5.0
-"""...and the mean of that is this many times its standard error: where ranks take turns none is named, however much
-they wait in total, nor is a rank for one long pause."""
-PAIR_CERTAINTY = 6.0
-"""Of two ranks one always waits for the other, and noise of the machine affects one of them for longer."""
-KEPT_WAIT_SHARE = 0.025
-KEPT_CERTAINTY = 2.0
-"""Limits for the rank that is already named: a verdict must not come and go at every step."""
+WINDOWS: tuple[tuple[int, float, float], ...] = ((4, 0.25, 16.0), (8, 0.10, 9.0), (16, 0.05, 7.0), (40, 0.05, 5.0))
+"""(steps, share, certainty): a rank is named if over the newest `steps` it costs each other rank more than this share
+of the step, net of what they cost it, and the mean of that is `certainty` times its standard error. Where ranks take
+turns none is named, however much they wait in total, nor is a rank for one long pause. Few steps need a large and
+steady cost, so that a bad fault is named within seconds, and noise is not."""
+PAIR_CERTAINTY = 1.2
+"""Times the certainty where there are two ranks: one of them always waits for the other, and noise of the machine
+affects one of them for longer."""
+LEAST_STEPS = 8
+"""Fewer steps give no verdict on all ranks together."""
+KEPT_STEPS, KEPT_SHARE, KEPT_CERTAINTY = 16, 0.025, 2.0
+"""Limits for what is the verdict already: it must not come and go at every step."""
 
 CONTENTION_PERCENT, KEPT_CONTENTION_PERCENT = 30.0, 15.0
 """A rank that waits for a CPU for this share of the time is held up by other processes or threads."""
@@ -32,8 +30,8 @@ CLOCK_RATIO = 0.93
 """A GPU whose clock is below this share of the others' is slow for that reason."""
 LINK_RATIO, KEPT_LINK_RATIO = 1.6, 1.3
 """Transfers that take this many times what they took at first..."""
-LINK_SHARE, KEPT_LINK_SHARE = 0.08, 0.04
-"""...and cost this share of the step are slow."""
+LINK_SHARE = 0.08
+"""...and cost at least this share of the step are slow."""
 DATA_SHARE, KEPT_DATA_SHARE = 0.20, 0.12
 """Steps that spend this share outside the engine wait for data."""
 
@@ -71,25 +69,35 @@ def find_straggler(figures: Figures) -> Finding | None:
         return None
     before = figures.before
     named = before.ranks[0] if before is not None and len(before.ranks) == 1 and before.severity == "warning" else None
-    if named in costs and _costs_time(costs[named], window.step_ms, KEPT_WAIT_SHARE, KEPT_CERTAINTY):
-        rank = named
+    if named in costs and _costs_time(costs[named], window.step_ms, KEPT_STEPS, KEPT_SHARE, KEPT_CERTAINTY):
+        rank, steps = named, _window(costs[named], window.step_ms, 1.0) or KEPT_STEPS
     else:
-        rank = max(costs, key=lambda number: sum(costs[number]))
-        certainty = PAIR_CERTAINTY if len(costs) == 2 else LAGGARD_CERTAINTY
-        if not _costs_time(costs[rank], window.step_ms, LAGGARD_WAIT_SHARE, certainty):
+        rank = max(costs, key=lambda number: sum(costs[number][-KEPT_STEPS:]))
+        found = _window(costs[rank], window.step_ms, PAIR_CERTAINTY if len(costs) == 2 else 1.0)
+        if found is None:
             return None
+        steps = found
     assert rank is not None
-    return _straggler(figures, rank)
+    return _straggler(figures.over(steps), rank)
 
 
-def _costs_time(cost_ms: list[float], step_ms: float, wait_share: float, certainty: float) -> bool:
-    """Whether these costs, one per step, are neither small nor chance, and still there in the newest steps."""
-    if len(cost_ms) < LAGGARD_STEPS:
+def _window(cost_ms: list[float], step_ms: float, strictness: float, least_share: float = 0.0) -> int | None:
+    """The shortest of WINDOWS over which these costs, one per step, are neither small nor chance."""
+    for steps, share, certainty in WINDOWS:
+        if _costs_time(cost_ms, step_ms, steps, max(share, least_share), strictness * certainty):
+            return steps
+    return None
+
+
+def _costs_time(cost_ms: list[float], step_ms: float, steps: int, share: float, certainty: float) -> bool:
+    """Whether the newest costs are on average above `share` of a step and `certainty` standard errors."""
+    newest = cost_ms[-steps:]
+    if len(newest) < min(steps, LEAST_STEPS):
         return False
-    mean = statistics.fmean(cost_ms)
-    error = statistics.stdev(cost_ms) / math.sqrt(len(cost_ms))
-    recent = statistics.fmean(cost_ms[-LATEST_STEPS:])
-    return min(mean, recent) > wait_share * step_ms and mean >= certainty * error
+    mean = statistics.fmean(newest)
+    error = statistics.stdev(newest) / math.sqrt(len(newest))
+    recent = statistics.fmean(newest[-LEAST_STEPS:])
+    return min(mean, recent) > share * step_ms and mean >= certainty * error
 
 
 def _straggler(figures: Figures, rank: int) -> Finding:
@@ -101,6 +109,7 @@ def _straggler(figures: Figures, rank: int) -> Finding:
         "others_wait_share": round(wait_ms / window.step_ms, 3),
         "came_last": came_last,
         "collectives": counted,
+        "steps": window.steps,
     }
     part, excess_ms, ratio = _excess(figures, rank)
     what, takes, advice = _STRAGGLES[part] if part is not None else ("straggler", "", _STRAGGLES["compute"][2])
@@ -212,10 +221,10 @@ def find_slow_link(figures: Figures) -> Finding | None:
     kept = _was(figures, "slow link")
     costs = figures.state.waits.transfer_excess_ms()
     step_ms = figures.step_ms
-    if len(costs) < LAGGARD_STEPS or step_ms <= 0:
+    if step_ms <= 0:
         return None
-    share, certainty = (KEPT_LINK_SHARE, KEPT_CERTAINTY) if kept else (LINK_SHARE, LAGGARD_CERTAINTY)
-    if not _costs_time(costs, step_ms, share, certainty):
+    stays = kept and _costs_time(costs, step_ms, KEPT_STEPS, LINK_SHARE / 2, KEPT_CERTAINTY)
+    if not stays and _window(costs, step_ms, 1.0, LINK_SHARE) is None:
         return None
     slow = [
         kind
@@ -227,7 +236,7 @@ def find_slow_link(figures: Figures) -> Finding | None:
     world = figures.state.world_size
     kind = max(slow, key=lambda one: one.bytes * one.count)
     usual, now = kind.usual_us or 0.0, kind.now_us or 0.0
-    cost = statistics.fmean(costs[-LATEST_STEPS:])
+    cost = statistics.fmean(costs[-LEAST_STEPS:])
     rate, best = kind.bus_bytes_per_s(now, world), kind.bus_bytes_per_s(kind.best_us, world)
     text = (
         f"transfers take {ms_text(cost)} a step ({cost / step_ms:.0%}) more than they did: {kind.op} of "
@@ -258,7 +267,7 @@ def find_data_starvation(figures: Figures) -> Finding | None:
     """All ranks spend much of the step outside the engine, which is where data is loaded."""
     if figures.state.state_name != "running" or figures.warming_up or not figures.breakdowns:
         return None
-    if min(figures.state.breakdowns.steps(rank) for rank in figures.breakdowns) < LAGGARD_STEPS:
+    if min(figures.state.breakdowns.steps(rank) for rank in figures.breakdowns) < LEAST_STEPS:
         return None
     share = figures.median_share("data")
     if share < (KEPT_DATA_SHARE if _was(figures, "data starvation") else DATA_SHARE):

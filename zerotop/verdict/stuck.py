@@ -52,7 +52,7 @@ def _desync(seq: int, reported: dict[int, tuple[str, int | None]]) -> Finding:
         f"the ranks are in different collectives at number {seq}: {'; '.join(parts)}",
         "error",
         blamed,
-        "All ranks must run the same modules in the same order; look for a branch that depends on the rank or its data.",
+        "All ranks must run the same modules in the same order: look for a branch that depends on rank or data.",
         {"seq": seq},
     )
 
