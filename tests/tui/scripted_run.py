@@ -33,6 +33,7 @@ from runtime.wire.messages import (
 )
 from tests.harness.finetuning import data_report, evaluation
 from zerotop.state.run import RunState
+from zerotop.verdict.judge import Judge
 
 MIB = 2**20
 GIB = 2**30
@@ -70,6 +71,7 @@ class ScriptedRun:
         self.finetune = finetune
         self._random = random.Random(seed)
         self._changed = True
+        self._judge, self._judged_s = Judge(), 0.0
         self._open()
 
     # ---- Source ----------------------------------------------------------------------------------------------------
@@ -78,6 +80,8 @@ class ScriptedRun:
 
     def poll(self) -> bool:
         changed, self._changed = self._changed, False
+        if changed:
+            self.judge()
         return changed
 
     def wait(self, timeout_s: float) -> None:
@@ -100,6 +104,13 @@ class ScriptedRun:
         self.state.hub_now_ns = self.now_ns
         self.state.apply_all(messages, self.now_ns)
         self._changed = True
+
+    def judge(self) -> None:
+        """Publish the verdict, as the hub does; a warning is held for a second before it is one."""
+        for _ in range(3):
+            self._judged_s += 0.6
+            found = self._judge.look(self.state, self._judged_s)
+        self.state.apply(found.message(self.step, self.wall_s))
 
     def status(self, state: str, **more: object) -> None:
         before = self.state.status
@@ -298,6 +309,15 @@ class ScriptedRun:
                     tokens_per_s=4 * 512 * self.accumulation / step_ms * 1000,
                     wait_ms=wait_ms,
                     comm_bytes=24 * MIB,
+                    phase_ms={
+                        "data": 0.032 * step_ms,
+                        "forward": (0.272 + (0.04 if last else 0.0)) * step_ms,
+                        "backward": 0.496 * step_ms,
+                        "reduce": (0.09 - (0.04 if last else 0.0)) * step_ms,
+                        "step": 0.08 * step_ms,
+                        "gather": 0.03 * step_ms,
+                    },
+                    phase_wait_ms={"reduce": wait_ms * 2 / 3, "gather": wait_ms / 3},
                     end_ns=at,
                 ),
             )

@@ -29,14 +29,15 @@ def calm(figures: Figures) -> Finding:
         return Finding("checkpoint", "a checkpoint is being copied; training waits for it", "info")
     if "eval" in phases:
         return Finding("evaluation", "evaluating on held-out data", "info")
-    if figures.warming_up or not figures.breakdowns:
+    if figures.warming_up:
         return Finding("starting", "the first steps, which are slower: no verdict yet", "info")
     return healthy(figures)
 
 
 def healthy(figures: Figures) -> Finding:
     """Steps take what they take: where the time goes."""
-    means = {part: statistics.fmean(b.share(part) for b in figures.breakdowns.values()) for part in PARTS}
+    ranks = list(figures.breakdowns.values())
+    means = {part: statistics.fmean(b.share(part) for b in ranks) for part in PARTS} if ranks else {}
     told = [(part, share) for part, share in means.items() if share >= WORTH_SAYING]
     shares = ", ".join(f"{share:.0%} {part}" for part, share in sorted(told, key=lambda item: -item[1]))
     text = f"healthy: {ms_text(figures.step_ms)} a step" + (f", {shares}" if shares else "")

@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import Any
 
-from zerotop.format import bytes_text, count_text, ms_text
+from zerotop.format import bytes_text, ms_text
 from zerotop.state.breakdown import Part
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding, What
@@ -92,7 +92,7 @@ def _window(cost_ms: list[float], step_ms: float, strictness: float, least_share
 def _costs_time(cost_ms: list[float], step_ms: float, steps: int, share: float, certainty: float) -> bool:
     """Whether the newest costs are on average above `share` of a step and `certainty` standard errors."""
     newest = cost_ms[-steps:]
-    if len(newest) < min(steps, LEAST_STEPS):
+    if len(newest) < (min(steps, LEAST_STEPS) if certainty > KEPT_CERTAINTY else WINDOWS[0][0]):
         return False
     mean = statistics.fmean(newest)
     error = statistics.stdev(newest) / math.sqrt(len(newest))
@@ -243,7 +243,7 @@ def find_slow_link(figures: Figures) -> Finding | None:
         f"{bytes_text(kind.bytes)} {ms_text(now / 1000)}, before {ms_text(usual / 1000)}"
     )
     if rate and best:
-        text += f" ({count_text(rate)}B/s, best {count_text(best)}B/s)"
+        text += f" ({bytes_text(rate)}/s, best {bytes_text(best)}/s)"
     return Finding(
         "slow link",
         text,

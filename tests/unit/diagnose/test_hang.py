@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from runtime.wire.messages import Event, Goodbye, Heartbeat, Hello, RunStatus, StepResult
+from runtime.wire.messages import Event, Goodbye, Heartbeat, Hello, Message, RunStatus, StepResult
 from zerotop.diagnose.hang import HANG_S, HANG_VARIABLE, JUMP_S, HangWatch, Stillness, limit_s, should_move
 from zerotop.diagnose.stacks import RankStacks, ThreadStack
 from zerotop.diagnose.stacks_report import Report
@@ -147,6 +147,11 @@ class PlayedHub:
     def __init__(self, state: RunState) -> None:
         self.state = state
         self.events: list[Event] = []
+        self.said: list[Message] = []
+
+    def say(self, *messages: Message) -> None:
+        self.said += messages
+        self.state.apply_all(messages, 0)
 
     @property
     def status(self) -> RunStatus:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.wire.messages import Collectives, Goodbye, Heartbeat, Hello, RunStatus, StepResult
+from runtime.wire.messages import Goodbye, Heartbeat, Hello, RunStatus, StepResult
 from zerotop.state.run import RunState
-from zerotop.state.stall import find_laggard, find_stall, threshold_s
-from zerotop.state.waits import STEPS_KEPT, WINDOW_STEPS
+from zerotop.state.stall import find_stall, threshold_s
 
 S = 1_000_000_000
 WORLD = 3
@@ -209,95 +208,3 @@ def test_many_ranks_are_named_in_ranges() -> None:
         beat(run, rank, 7 if rank == 9 else 8, 7, 14)
     stall = find_stall(run)
     assert stall is not None and "ranks 0-8, 10-63 wait in it" in stall.text
-
-
-def meet(run: RunState, durations_us: dict[int, int], steps: int, per_step: int = 4) -> None:
-    seq = 0
-    for step in range(1, steps + 1):
-        for rank, duration in durations_us.items():
-            records = [(seq + k, "reduce", 1 << 20, 0, 0, duration, 0) for k in range(1, per_step + 1)]
-            run.apply(Collectives(rank=rank, step=step, records=records))
-        seq += per_step
-
-
-def test_the_rank_with_the_shortest_collectives_came_last() -> None:
-    run = a_run(step_ms=400)
-    meet(run, {0: 21_000, 1: 1_000, 2: 21_500}, steps=10)
-    laggard = find_laggard(run)
-    assert laggard is not None and laggard.rank == 1 and laggard.share == 1.0
-    assert laggard.others_wait_ms == pytest.approx(4 * 20.25)
-    assert laggard.text == "rank 1 came last in 100% of collectives; others wait 81.0 ms a step (20%)"
-    window = run.waits.window()
-    assert window.steps == 9 and window.step_ms == 400  # the newest is still being reported
-    assert window.came_last_share == {1: 1.0}
-    assert window.waited_ms == pytest.approx({0: 80.0, 1: 0.0, 2: 82.0})
-
-
-def test_a_last_place_that_goes_round_or_costs_little_is_no_verdict() -> None:
-    even = a_run()
-    seq = 0
-    for step in range(1, 11):
-        for rank in range(WORLD):
-            records = [(seq + k, "reduce", 1, 0, 0, 1_000 if k % WORLD == rank else 40_000, 0) for k in range(1, 7)]
-            even.apply(Collectives(rank=rank, step=step, records=records))
-        seq += 6
-    assert find_laggard(even) is None
-    cheap = a_run(step_ms=400)
-    meet(cheap, {0: 1_500, 1: 1_000, 2: 1_500}, steps=10)
-    assert find_laggard(cheap) is None
-    assert find_laggard(a_run()) is None
-
-
-def meet_in_turns(run: RunState, last: str, cost_us: dict[int, int], first_step: int = 1) -> None:
-    """One step per character of `last`: who came last in its one collective; the others waited what that rank costs."""
-    world = run.world_size
-    for step, who in enumerate(last, first_step):
-        for rank in range(world):
-            duration = 1_000 if rank == int(who) else 1_000 + cost_us[int(who)]
-            run.apply(Collectives(rank=rank, step=step, records=[(step, "reduce", 1, 0, 0, duration, 0)]))
-
-
-@pytest.mark.parametrize(
-    ("world", "last_of_ten", "named"),
-    [(2, 6, False), (2, 8, False), (2, 9, False), (2, 10, True), (3, 7, False), (3, 8, True), (8, 8, True)],
-)
-def test_a_rank_is_named_only_well_above_its_fair_share(world: int, last_of_ten: int, named: bool) -> None:
-    run = a_run(steps=21, world=world)
-    meet_in_turns(run, ("1" * last_of_ten + "0" * (10 - last_of_ten)) * 2 + "0", {0: 40_000, 1: 40_000})
-    laggard = find_laggard(run)
-    assert (laggard is not None) is named
-    assert laggard is None or laggard.rank == 1
-
-
-def test_a_rank_that_waits_most_is_not_named_for_coming_last_by_a_hair() -> None:
-    run = a_run(steps=21, step_ms=100)
-    meet_in_turns(run, ("1" * 8 + "0" * 2) * 2 + "0", {1: 8_000, 0: 80_000})
-    assert run.waits.window().came_last_share[1] == pytest.approx(0.8)
-    assert run.waits.window().caused_ms[1] > 0.05 * 100
-    assert find_laggard(run) is None
-
-
-def test_a_verdict_in_doubt_stays_as_it_was() -> None:
-    run = a_run(steps=21)
-    meet_in_turns(run, ("1" * 6 + "02" + "11") * 2 + "0", {0: 40_000, 1: 40_000, 2: 40_000})
-    assert find_laggard(run) is not None  # 16 of 20
-    run = a_run(steps=21)
-    meet_in_turns(run, ("1" * 6 + "0202") * 2 + "0", {0: 40_000, 1: 40_000, 2: 40_000})
-    assert find_laggard(run) is None and find_laggard(run, named=0) is None  # 12 of 20
-    kept = find_laggard(run, named=1)
-    assert kept is not None and kept.rank == 1
-    run = a_run(steps=21)
-    meet_in_turns(run, ("1" * 5 + "02020") * 2 + "0", {0: 40_000, 1: 40_000, 2: 40_000})
-    assert find_laggard(run, named=1) is None  # 10 of 20
-
-
-def test_only_the_newest_steps_count_and_a_new_attempt_starts_anew() -> None:
-    run = a_run(steps=121)
-    meet_in_turns(run, "1" * 100, {1: 40_000})
-    assert find_laggard(run) is not None
-    meet_in_turns(run, "0" * (WINDOW_STEPS + 1), {0: 40_000}, first_step=101)
-    window = run.waits.window()
-    assert window.steps == WINDOW_STEPS and window.came_last == {0: WINDOW_STEPS}
-    assert len(run.waits._steps) <= STEPS_KEPT
-    run.apply(hello(0).model_copy(update={"attempt": 2}))
-    assert run.waits.window().steps == 0 and find_laggard(run, named=0) is None

@@ -1,0 +1,232 @@
+"""Real faults in real runs of two ranks on the CPU: is the verdict right, and how soon?
+
+    python -m benchmarks.verdicts.live --rounds 3 --markdown benchmarks/results/verdicts-live.md
+
+Each round launches a run per fault (script.py), waits until it trains, injects the fault, and reads the verdicts that
+the hub publishes, as a screen does. "slow link" needs root, for a network namespace of its own and tc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from benchmarks.context import ROOT, markdown, measured_on, table
+from benchmarks.verdicts.faults import Fault
+from benchmarks.verdicts.matrix import is_right
+from runtime.wire.messages import Verdict
+from zerotop.rundir.directory import RunEntry, find_any_run
+from zerotop.source.opening import open_source
+from zerotop.verdict.finding import Finding
+
+FAULTY = 1
+AT_STEP = 40
+TRAINS_S, VERDICT_S = 90.0, 30.0
+HEALTHY_S = 30.0
+HOGS = 3
+RATE = "300mbit"
+
+
+class Injection:
+    """What a fault does from outside; it is undone by `end`."""
+
+    def __init__(self) -> None:
+        self.children: list[subprocess.Popen[bytes]] = []
+
+    def stop(self, entry: RunEntry, pids: list[int]) -> None:
+        os.kill(pids[FAULTY], signal.SIGSTOP)
+
+    def kill(self, entry: RunEntry, pids: list[int]) -> None:
+        os.kill(pids[FAULTY], signal.SIGKILL)
+
+    def hogs(self, entry: RunEntry, pids: list[int]) -> None:
+        """Processes that only compute, on the CPU of the faulty rank."""
+        cpus = sorted(os.sched_getaffinity(0))
+        for rank, pid in enumerate(pids):
+            for thread in psutil.Process(pid).threads():
+                os.sched_setaffinity(thread.id, {cpus[rank % len(cpus)]})
+        for _ in range(HOGS):
+            hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            os.sched_setaffinity(hog.pid, {cpus[FAULTY % len(cpus)]})
+            self.children.append(hog)
+
+    def link(self, entry: RunEntry, pids: list[int]) -> None:
+        """Limit the loopback of the run's network namespace."""
+        words = ["nsenter", "-t", str(pids[0]), "-n", "tc", "qdisc", "add", "dev", "lo", "root", "tbf"]
+        subprocess.run([*words, "rate", RATE, "burst", "128kb", "latency", "100ms"], check=True)
+
+    def end(self) -> None:
+        for child in self.children:
+            child.kill()
+            child.wait()
+
+
+@dataclass(frozen=True)
+class LiveFault:
+    """`script`: arguments of script.py; `inject`: the method of Injection that causes the fault; `namespace`: in a
+    network namespace of its own, with collectives over Gloo."""
+
+    fault: Fault
+    script: tuple[str, ...] = ()
+    inject: str = ""
+    namespace: bool = False
+
+
+LIVE: tuple[LiveFault, ...] = (
+    LiveFault(Fault("healthy", ("healthy",), "none")),
+    LiveFault(Fault("slowed by 20 ms", ("straggler",)), ("--fault", "slow", "--ms", "20")),
+    LiveFault(Fault("slowed by 50 ms", ("straggler",)), ("--fault", "slow", "--ms", "50")),
+    LiveFault(Fault("slowed by 200 ms", ("straggler",)), ("--fault", "slow", "--ms", "200")),
+    LiveFault(Fault("slow loader", ("data starvation",)), ("--fault", "loader", "--ms", "100")),
+    LiveFault(Fault("slow loaders", ("data starvation",), "none"), ("--fault", "all-loaders", "--ms", "100")),
+    LiveFault(Fault("slow link", ("slow link",), "none"), (), "link", namespace=True),
+    LiveFault(Fault("CPU hogs", ("contention",)), (), "hogs"),
+    LiveFault(Fault("stopped", ("wedged",)), (), "stop"),
+    LiveFault(Fault("GIL held", ("wedged",)), ("--fault", "spin")),
+    LiveFault(Fault("hangs in data", ("hang",)), ("--fault", "sleep")),
+    LiveFault(Fault("other order", ("desync", "failed"), "any"), ("--fault", "order")),
+    LiveFault(Fault("killed", ("dead", "failed")), (), "kill"),
+    LiveFault(Fault("ends early", ("ended early", "failed")), ("--fault", "early")),
+)
+
+
+@dataclass
+class Seen:
+    """What became of one run."""
+
+    seconds: float | None = None
+    right: bool = False
+    text: str = ""
+    others: list[str] = field(default_factory=list)
+    """Warnings that were not right, with the time after the fault."""
+
+
+def run(live: LiveFault, name: str) -> Seen:
+    """Launch, inject, watch, end."""
+    at_step = ("--at-step", str(AT_STEP)) if live.script else ()
+    command = [sys.executable, "-m", "zerotop", "launch", "benchmarks/verdicts/config.json", "--nproc", "2"]
+    command += ["--device", "cpu", "--name", name, "--detach", "--", "benchmarks/verdicts/script.py"]
+    command += [*live.script, *at_step]
+    environment = dict(os.environ)
+    if live.namespace:
+        environment["ZEROTOP_SHARED_MEMORY"] = "0"
+        command = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
+    launched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if launched.returncode:
+        raise SystemExit(f"{name} did not start: {launched.stderr}")
+    injection, entry = Injection(), find_any_run(name)
+    try:
+        return _watch(live, entry, injection)
+    finally:
+        injection.end()
+        subprocess.run(
+            [sys.executable, "-m", "zerotop", "abort", name, "--yes"], cwd=ROOT, capture_output=True, check=False
+        )
+
+
+def _watch(live: LiveFault, entry: RunEntry, injection: Injection) -> Seen:
+    source, seen = open_source(entry), Seen()
+    try:
+        wait_for(source.poll, source.wait, lambda: source.state.step >= AT_STEP - 1, TRAINS_S)
+        pids = [rank.hello.pid for _, rank in sorted(source.state.ranks.items()) if rank.hello is not None]
+        if live.inject:
+            getattr(injection, live.inject)(entry, pids)
+        began = time.monotonic()
+        told: Verdict | None = source.state.verdict
+        limit_s = HEALTHY_S if live.fault.name == "healthy" else VERDICT_S
+        while time.monotonic() - began < limit_s:
+            source.poll()
+            verdict, after = source.state.verdict, time.monotonic() - began
+            if verdict is not None and verdict is not told:
+                told, found = verdict, as_finding(verdict)
+                right = is_right(found, live.fault, FAULTY)
+                if right and live.fault.name != "healthy":
+                    return Seen(after, True, verdict.text, seen.others)
+                if not right and verdict.severity != "info":
+                    seen.others.append(f"{verdict.what} after {after:.0f} s")
+            source.wait(0.05)
+        verdict = source.state.verdict
+        seen.text = verdict.text if verdict is not None else ""
+        seen.right = live.fault.name == "healthy" and not seen.others
+        return seen
+    finally:
+        source.close()
+
+
+def as_finding(verdict: Verdict) -> Finding:
+    """The finding that the hub published."""
+    return Finding(verdict.what, verdict.text, verdict.severity, tuple(verdict.ranks))  # type: ignore[arg-type]
+
+
+def wait_for(
+    poll: Callable[[], object], wait: Callable[[float], object], reached: Callable[[], bool], limit_s: float
+) -> None:
+    """Read messages until `reached`, at most `limit_s`."""
+    deadline = time.monotonic() + limit_s
+    while not reached():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the run has not reached step {AT_STEP} within {limit_s:g} s")
+        poll()
+        wait(0.05)
+
+
+def report(seen: dict[str, list[Seen]], pipes: bool) -> str:
+    """The results as a table, and one verdict of each kind."""
+    rows = []
+    for name, runs in seen.items():
+        took = sorted(one.seconds for one in runs if one.seconds is not None)
+        others = sorted({text for one in runs for text in one.others})
+        rows.append(
+            [
+                name,
+                f"{sum(one.right for one in runs)}/{len(runs)}",
+                f"{statistics.median(took):.1f} s" if took else "",
+                f"{took[-1]:.1f} s" if took else "",
+                ", ".join(others) or "none",
+            ]
+        )
+    lines = [table(["fault", "right", "median", "worst", "other warnings"], rows, pipes=pipes), ""]
+    lines += [f"- {name}: {runs[-1].text}" for name, runs in seen.items()]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="live", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--only", action="append", help="one kind of fault; may be given again")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    seen: dict[str, list[Seen]] = {}
+    with tempfile.TemporaryDirectory(prefix="zerotop-verdicts-") as home:
+        os.environ["XDG_STATE_HOME"] = home
+        for number in range(1, options.rounds + 1):
+            for live in LIVE:
+                name = live.fault.name
+                if options.only and name not in options.only:
+                    continue
+                one = run(live, f"{name.replace(' ', '-').lower()}-{number}")
+                seen.setdefault(name, []).append(one)
+                took = f"{one.seconds:.1f} s" if one.seconds is not None else "-"
+                print(f"{name}: {'right' if one.right else 'WRONG'} {took}: {one.text} {one.others}", file=sys.stderr)
+    print(report(seen, pipes=False))
+    if options.markdown:
+        context = measured_on("benchmarks.verdicts.live", ("torch", "pyzmq", "psutil"))
+        options.markdown.write_text(markdown("Verdicts on real faults", context, report(seen, pipes=True)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

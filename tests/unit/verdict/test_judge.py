@@ -1,0 +1,125 @@
+"""The verdict comes soon, does not flicker, and is published once."""
+
+from __future__ import annotations
+
+import pytest
+
+from runtime.wire.messages import Verdict
+from tests.unit.diagnose.test_hang import PlayedHub
+from tests.unit.state.test_stall import WORLD, a_run, beat, stuck
+from zerotop.diagnose.verdicts import REFRESH_S, VerdictWatch
+from zerotop.report import status_document, status_text
+from zerotop.state.run import RunState
+from zerotop.verdict import judge as module
+from zerotop.verdict.figures import Figures
+from zerotop.verdict.finding import Finding
+from zerotop.verdict.judge import CALM_S, CLEAR_S, CONFIRM_S, RULES, Judge
+
+SLOW = Finding("straggler", "rank 1 is slow", ranks=(1,))
+HUNG = Finding("hang", "rank 1 is missing", "error", (1,))
+
+
+class Played:
+    """A judge whose only rule says what `found` is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: Finding | None = None
+        self.now_s = 0.0
+        self.run = a_run()
+        monkeypatch.setattr(module, "RULES", (self.rule,))
+        self.phase("backward")
+        self.judge = Judge()
+
+    def rule(self, figures: Figures) -> Finding | None:
+        return self.found
+
+    def phase(self, phase: str) -> None:
+        for rank in range(WORLD):
+            beat(self.run, rank, 1, 1, 0.0, phase=phase)
+
+    def after(self, seconds: float, found: Finding | None = None) -> str:
+        """The verdict after looking twice a second at `found`."""
+        self.found = found
+        until = self.now_s + seconds
+        while self.now_s < until:
+            self.now_s += 0.5
+            verdict = self.judge.look(self.run, self.now_s)
+        return verdict.what
+
+
+def test_a_warning_needs_a_second_look_and_bad_news_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Played(monkeypatch)
+    assert played.after(1.0) == "healthy"
+    assert played.after(0.5, SLOW) == "healthy"
+    assert played.after(0.5) == "healthy"
+    assert played.after(CONFIRM_S + 0.5, SLOW) == "straggler"
+    assert played.after(0.5, HUNG) == "hang"
+    assert played.after(0.5) == "healthy"
+
+
+def test_a_warning_stays_while_it_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Played(monkeypatch)
+    played.after(1.0)
+    played.after(CONFIRM_S + 0.5, SLOW)
+    for _ in range(4):
+        assert played.after(CLEAR_S - 1.0) == "straggler"
+        assert played.after(0.5, SLOW) == "straggler"
+    assert played.after(CLEAR_S + 1.0) == "healthy"
+
+
+def test_a_short_checkpoint_is_no_verdict_and_a_warning_outlives_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = Played(monkeypatch)
+    played.after(1.0)
+    played.phase("checkpoint")
+    assert played.after(CALM_S - 0.5) == "healthy"
+    assert played.after(1.0) == "checkpoint"
+    played.phase("backward")
+    assert played.after(0.5) == "healthy"
+    played.after(CONFIRM_S + 0.5, SLOW)
+    played.phase("checkpoint")
+    assert played.after(30.0) == "straggler"
+    played.phase("backward")
+    assert played.after(CLEAR_S / 2) == "straggler" and played.after(CLEAR_S) == "healthy"
+
+
+def test_the_most_urgent_finding_is_the_verdict() -> None:
+    run = a_run()
+    stuck(run)
+    names = [rule.__name__ for rule in RULES]
+    assert names.index("find_hang") < names.index("find_straggler")
+    assert Judge().look(run, 0.0).what == "hang"
+
+
+def test_the_hub_publishes_a_change_once_and_figures_now_and_then() -> None:
+    hub = PlayedHub(a_run())
+    watch = VerdictWatch(hub)  # type: ignore[arg-type]
+    for rank in range(WORLD):
+        beat(hub.state, rank, 1, 1, 0.0)
+
+    def told() -> list[str]:
+        return [message.what for message in hub.said if isinstance(message, Verdict)]
+
+    for second in range(3):
+        watch.look(float(second))
+    assert told() == ["healthy"] and not hub.events
+    stuck(hub.state)
+    watch.look(3.0)
+    assert told() == ["healthy", "hang"]
+    assert [(event.what, event.severity) for event in hub.events] == [("verdict", "error")]
+    hub.state.hub_now_ns += 10**9
+    watch.look(4.0)
+    assert told() == ["healthy", "hang"]
+    watch.look(3.0 + REFRESH_S)
+    assert told() == ["healthy", "hang", "hang"] and len(hub.events) == 1
+    for rank in range(WORLD):
+        beat(hub.state, rank, 1533, 1533, 0.0)
+    watch.look(9.0)
+    assert hub.events[-1].text.startswith("over: hang; healthy")
+
+
+def test_status_begins_with_the_verdict_and_what_to_do() -> None:
+    run: RunState = a_run()
+    run.apply(SLOW.message(10, 1.0).model_copy(update={"advice": "Look at rank 1."}))
+    document = status_document(run)
+    assert document["verdict"]["what"] == "straggler" and document["verdict"]["ranks"] == [1]
+    assert status_text(document).splitlines()[:2] == ["rank 1 is slow", "  Look at rank 1."]

@@ -1,0 +1,366 @@
+"""Each verdict from the messages that are evidence for it, and its silence without them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from runtime.wire.messages import BusyProcess, Collectives, Goodbye, GpuStats, Memory, NodeStats, RunStatus, StepResult
+from tests.unit.state.test_stall import WORLD, S, a_run, beat, hello, stuck
+from zerotop.state.run import RunState
+from zerotop.verdict.bound import find_memory_bound, find_offload_bound, find_throttled
+from zerotop.verdict.calm import calm
+from zerotop.verdict.figures import SAMPLES_KEPT, History
+from zerotop.verdict.finding import Finding
+from zerotop.verdict.judge import Rule
+from zerotop.verdict.slow import find_contention, find_data_starvation, find_slow_link, find_straggler
+from zerotop.verdict.stopped import find_dead, find_failed, find_wedged
+from zerotop.verdict.stuck import find_desync, find_hang
+
+MIB = 2**20
+
+
+def ask(rule: Rule, run: RunState, before: Finding | None = None) -> Finding | None:
+    return rule(History().figures(run, before, 0.0))
+
+
+def node(run: RunState, **changes: Any) -> None:
+    values: dict[str, Any] = {
+        "host": "a",
+        "cpu_percent": 50.0,
+        "cpu_count": 8,
+        "load_1m": 1.5,
+        "ram_used_bytes": 1,
+        "ram_total_bytes": 2,
+        "at_ns": run.hub_now_ns,
+        "wall_s": 1.0,
+    }
+    run.apply(NodeStats(**{**values, **changes}), run.hub_now_ns)
+
+
+def heard(run: RunState, silent: int, seconds: float) -> None:
+    """Time goes by in which every rank but `silent` is heard."""
+    for rank in range(WORLD):
+        beat(run, rank, 5, 5, 0.0)
+    run.hub_now_ns += int(seconds * S)
+    for rank in range(WORLD):
+        if rank != silent:
+            beat(run, rank, 5, 5, 0.0)
+
+
+def trained(run: RunState, phase_ms: dict[int, dict[str, float]], steps: int = 10, first: int = 11) -> None:
+    """Steps in which each rank spends these times; a reduce takes 10 ms, the rest of it is waiting."""
+    for step in range(first, first + steps):
+        for rank, phases in phase_ms.items():
+            run.apply(
+                StepResult(
+                    rank=rank,
+                    step=step,
+                    loss=1.0,
+                    lr=1e-3,
+                    grad_norm=1.0,
+                    step_ms=sum(phases.values()),
+                    phase_ms=phases,
+                    phase_wait_ms={"reduce": phases["reduce"] - 10.0} if "reduce" in phases else {},
+                    end_ns=0,
+                )
+            )
+
+
+def met(run: RunState, last: int, wait_us: int, steps: int = 10, first: int = 11, seq: int = 0) -> None:
+    """One collective per step, for which the others wait for rank `last`."""
+    for step in range(first, first + steps):
+        for rank in range(WORLD):
+            duration = 1000 if rank == last else 1000 + wait_us
+            run.apply(Collectives(rank=rank, step=step, records=[(seq + step, "reduce", MIB, 0, 0, duration, wait_us)]))
+
+
+# ---- dead and wedged ---------------------------------------------------------------------------------------------
+def test_a_process_that_is_gone_is_dead() -> None:
+    run = a_run()
+    heard(run, silent=1, seconds=2.0)
+    node(run, rank_process={0: "running", 1: "gone", 2: "running"})
+    found = ask(find_dead, run)
+    assert found is not None and (found.what, found.ranks, found.severity) == ("dead", (1,), "error")
+    assert found.text == "the process of rank 1 (pid 1) is gone"
+    run.apply(Goodbye(rank=1, outcome="finished", step=10, wall_s=0.0))
+    assert ask(find_dead, run) is None
+
+
+@pytest.mark.parametrize(
+    ("process", "cpu", "seconds", "says"),
+    [
+        ("stopped", 0.0, 2.0, "stopped by a signal or a debugger"),
+        ("disk-sleep", 0.0, 6.0, "hangs in the kernel"),
+        ("running", 99.0, 6.0, "uses 99% of a CPU, so C code spins and holds the GIL"),
+        ("sleeping", 0.0, 6.0, "blocks while it holds the GIL"),
+        ("zombie", 0.0, 6.0, "its parent has not noticed"),
+    ],
+)
+def test_a_silent_process_is_wedged_and_the_kernel_says_why(
+    process: str, cpu: float, seconds: float, says: str
+) -> None:
+    run = a_run()
+    heard(run, silent=2, seconds=seconds)
+    node(run, rank_process={0: "running", 1: "running", 2: process}, rank_cpu_percent={2: cpu})
+    found = ask(find_wedged, run)
+    assert found is not None and (found.what, found.ranks) == ("wedged", (2,)) and says in found.text
+    assert found.advice and "it was in backward 3/4" in found.text
+
+
+def test_a_short_silence_is_none_and_one_of_all_ranks_is_the_machines() -> None:
+    run = a_run()
+    heard(run, silent=2, seconds=4.0)
+    node(run, rank_process={2: "running"})
+    assert ask(find_wedged, run) is None
+    run.hub_now_ns += 7 * S
+    found = ask(find_wedged, run)
+    assert found is not None and found.ranks == (0, 1, 2) and "nothing heard from any rank" in found.text
+
+
+def test_a_failure_is_told_in_the_supervisors_words() -> None:
+    run = a_run()
+    run.apply(RunStatus(name="q1", state="failed", reason="rank 2 raised ValueError", failed_rank=2))
+    found = ask(find_failed, run)
+    assert found is not None and found.ranks == (2,) and found.text == "the run failed: rank 2 raised ValueError"
+
+
+# ---- stuck -------------------------------------------------------------------------------------------------------
+def test_a_hang_names_the_rank_that_is_missing() -> None:
+    run = a_run()
+    stuck(run)
+    found = ask(find_hang, run)
+    assert found is not None and (found.what, found.ranks) == ("hang", (1,)) and "zerotop stacks" in found.advice
+    assert found.facts["seq"] == 1532
+
+
+def test_a_collective_that_does_not_complete_blames_nobody() -> None:
+    run = a_run()
+    for rank in range(WORLD):
+        beat(run, rank, 1532, 1531, 20)
+    found = ask(find_hang, run)
+    assert found is not None and (found.what, found.ranks) == ("hang in transfer", ())
+
+
+def test_ranks_in_different_collectives_are_told_at_once() -> None:
+    run = a_run()
+    for rank in range(WORLD):
+        beat(run, rank, 40, 39, 0.5, op="all_gather" if rank == 2 else "reduce_scatter")
+    found = ask(find_desync, run)
+    assert found is not None and (found.what, found.ranks) == ("desync", (2,))
+    assert "ranks 0, 1 in reduce_scatter; rank 2 in all_gather" in found.text
+    for rank in range(WORLD):
+        beat(run, rank, 40, 39, 0.5)
+    assert ask(find_desync, run) is None
+
+
+def test_sizes_that_differ_are_told_when_a_collective_has_been_reported() -> None:
+    run = a_run()
+    for rank in range(WORLD):
+        nbytes = MIB if rank else 2 * MIB
+        run.apply(Collectives(rank=rank, step=1, records=[(1, "reduce", nbytes, 0, 0, 5, 0)]))
+    found = ask(find_desync, run)
+    assert found is not None and found.ranks == (0,) and "reduce of 2.00 MiB" in found.text
+
+
+def test_a_rank_that_ended_while_the_others_wait() -> None:
+    run = a_run()
+    run.apply(Goodbye(rank=2, outcome="finished", step=10, wall_s=0.0))
+    for rank in (0, 1):
+        beat(run, rank, 41, 40, 4.0)
+    found = ask(find_hang, run)
+    assert found is not None and (found.what, found.ranks) == ("ended early", (2,)) and "drop_last" in found.advice
+    for rank in (0, 1):
+        beat(run, rank, 41, 40, 1.0)
+    assert ask(find_hang, run) is None
+
+
+# ---- slow --------------------------------------------------------------------------------------------------------
+USUAL = {"data": 2.0, "forward": 100.0, "backward": 200.0, "reduce": 90.0, "step": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("phase", "what", "says"),
+    [
+        ("forward", "straggler", "its forward and backward take 80.0 ms longer than theirs (1.27 x)"),
+        ("data", "data starvation", "its data loading"),
+        ("offload", "offload-bound", "its updates and copies on the host take 80.0 ms longer"),
+        ("step", "straggler", "its optimizer takes 80.0 ms longer"),
+    ],
+)
+def test_the_part_that_takes_longer_is_the_reason(phase: str, what: str, says: str) -> None:
+    run = a_run(step_ms=400)
+    trained(run, {0: USUAL, 1: USUAL, 2: USUAL | {"reduce": 10.0, phase: USUAL.get(phase, 0.0) + 80.0}})
+    met(run, last=2, wait_us=80_000)
+    found = ask(find_straggler, run)
+    assert found is not None and (found.what, found.ranks) == (what, (2,)) and says in found.text
+    assert "the others wait for rank 2, 80.0 ms a step (20%)" in found.text
+
+
+def test_a_lower_clock_and_other_processes_are_reasons() -> None:
+    run = a_run(step_ms=400)
+    trained(run, {0: USUAL, 1: USUAL, 2: USUAL | {"reduce": 10.0, "forward": 180.0}})
+    met(run, last=2, wait_us=80_000)
+    for rank in range(WORLD):
+        run.apply(hello(rank).model_copy(update={"device_uuid": f"GPU-{rank}"}))
+    gpus = [
+        GpuStats(index=r, uuid=f"GPU-{r}", name="H", sm_clock_mhz=1200 if r == 2 else 1980, clock_reasons=["power cap"])
+        for r in range(WORLD)
+    ]
+    node(run, gpus=gpus)
+    found = ask(find_straggler, run)
+    assert found is not None and "its SM clock is 1,200 MHz, the others' 1,980: power cap" in found.text
+    history = History()
+    for second in range(SAMPLES_KEPT):
+        busy = [BusyProcess(pid=77, name="hog", cpu_percent=98.0)]
+        node(run, rank_run_delay_percent={0: 2.0, 1: 3.0, 2: 60.0}, busy=busy, at_ns=second)
+        figures = history.figures(run, None, float(second))
+    found = find_straggler(figures)
+    assert found is not None and (found.what, found.ranks) == ("contention", (2,))
+    assert "it waited for a free CPU 60% of the time; busiest outside the run: hog (pid 77) 98%" in found.text
+
+
+def test_contention_of_all_ranks_blames_none_of_them() -> None:
+    run, history = a_run(), History()
+    for second in range(SAMPLES_KEPT):
+        node(run, rank_run_delay_percent={0: 40.0, 1: 35.0, 2: 45.0}, at_ns=second)
+        figures = history.figures(run, None, float(second))
+    found = find_contention(figures)
+    assert (
+        found is not None
+        and found.ranks == ()
+        and "wait for a free CPU 40% of the time (load 1.5 on 8 CPUs)" in found.text
+    )
+    for second in range(SAMPLES_KEPT, 2 * SAMPLES_KEPT):
+        node(run, rank_run_delay_percent={0: 10.0, 1: 5.0, 2: 5.0}, at_ns=second)
+        figures = history.figures(run, found, float(second))
+    assert find_contention(figures) is None
+
+
+def test_a_slow_link_is_measured_against_its_own_past() -> None:
+    run = a_run(step_ms=400)
+    seq = 0
+
+    def transfers(first: int, steps: int, transfer_us: int) -> None:
+        nonlocal seq
+        for step in range(first, first + steps):
+            for rank in range(WORLD):
+                records = [(seq + k, "all_gather", 8 * MIB, 0, 0, transfer_us + k, transfer_us) for k in range(1, 9)]
+                run.apply(Collectives(rank=rank, step=step, records=records))
+                phases = {"forward": 300.0, "gather": 100.0}
+                run.apply(
+                    StepResult(
+                        rank=rank, step=step, loss=1.0, lr=1e-3, grad_norm=1.0, step_ms=400, phase_ms=phases, end_ns=0
+                    )
+                )
+            seq += 8
+
+    transfers(11, 30, 4_000)
+    assert ask(find_slow_link, run) is None
+    transfers(41, 12, 14_000)
+    found = ask(find_slow_link, run)
+    assert found is not None and (found.what, found.ranks) == ("slow link", ())
+    assert "all_gather of 8.00 MiB 14.0 ms, before 4.0 ms" in found.text and "MiB/s, best" in found.text
+
+
+def test_data_starvation_of_all_ranks() -> None:
+    run = a_run(step_ms=400)
+    trained(run, {rank: USUAL | {"data": 150.0} for rank in range(WORLD)})
+    found = ask(find_data_starvation, run)
+    assert found is not None and found.ranks == () and "150 ms of each step (27%)" in found.text
+    calmer = a_run(step_ms=400)
+    trained(calmer, dict.fromkeys(range(WORLD), USUAL))
+    assert ask(find_data_starvation, calmer) is None
+
+
+# ---- bound -------------------------------------------------------------------------------------------------------
+def remember(run: RunState, rank: int, **counters: int) -> None:
+    values = {"ledger": {}, "rss_bytes": 1, "host_total_bytes": 2, "at_ns": 1}
+    run.apply(Memory(rank=rank, **values, **counters))  # type: ignore[arg-type]
+
+
+def test_allocator_retries_are_memory_trouble() -> None:
+    run, history = a_run(), History()
+    remember(run, 1, alloc_retries=4)
+    assert find_memory_bound(history.figures(run, None, 0.0)) is None
+    remember(run, 1, alloc_retries=7)
+    found = find_memory_bound(history.figures(run, None, 10.0))
+    assert found is not None and found.ranks == (1,) and "freed its cache 3 times in the last 10 s" in found.text
+    assert find_memory_bound(history.figures(run, None, 60.0)) is None
+
+
+def test_paging_is_memory_trouble_and_reading_a_file_is_not() -> None:
+    run, history = a_run(), History()
+    remember(run, 0, major_faults=0)
+    history.figures(run, None, 0.0)
+    remember(run, 0, major_faults=10_000)
+    node(run)
+    assert find_memory_bound(history.figures(run, None, 10.0)) is None
+    node(run, swap_in_bytes_per_s=8.0 * MIB)
+    found = find_memory_bound(history.figures(run, None, 10.0))
+    assert (
+        found is not None
+        and found.ranks == (0,)
+        and "1,000 pages a second" in found.text
+        and "8.00 MiB/s" in found.text
+    )
+
+
+def test_a_throttled_gpu_is_named_with_its_reason() -> None:
+    run = a_run()
+    for rank in range(WORLD):
+        run.apply(hello(rank).model_copy(update={"device_uuid": f"GPU-{rank}"}))
+        beat(run, rank, 1, 1, 0.0)
+
+    def gpus(clock: float, reasons: list[str]) -> list[GpuStats]:
+        return [
+            GpuStats(
+                index=rank,
+                uuid=f"GPU-{rank}",
+                name="H",
+                sm_clock_mhz=clock if rank == 1 else 1980.0,
+                max_sm_clock_mhz=1980.0,
+                temperature_c=93.0,
+                clock_reasons=reasons if rank == 1 else [],
+            )
+            for rank in range(WORLD)
+        ]
+
+    node(run, gpus=gpus(1200.0, ["hot (hardware)"]))
+    found = ask(find_throttled, run)
+    assert found is not None and found.ranks == (1,) and "1,200 of 1,980 MHz, hot (hardware), 93 °C" in found.text
+    node(run, gpus=gpus(1950.0, ["power cap"]))
+    assert ask(find_throttled, run) is None
+    node(run, gpus=gpus(1200.0, []))
+    assert ask(find_throttled, run) is None  # idle: nothing holds it down
+
+
+def test_steps_that_wait_for_the_host_are_offload_bound() -> None:
+    run = a_run()
+    trained(run, {rank: USUAL | {"offload": 300.0} for rank in range(WORLD)})
+    found = ask(find_offload_bound, run)
+    assert found is not None and found.severity == "info" and "300 ms of each step (43%)" in found.text
+
+
+# ---- calm --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("state", "phase", "what"),
+    [
+        ("running", "backward", "healthy"),
+        ("running", "checkpoint", "checkpoint"),
+        ("running", "eval", "evaluation"),
+        ("paused", "paused", "paused"),
+        ("starting", "init", "starting"),
+        ("finished", "idle", "ended"),
+    ],
+)
+def test_what_a_run_does_when_nothing_is_wrong(state: str, phase: str, what: str) -> None:
+    run = a_run(state=state)
+    trained(run, dict.fromkeys(range(WORLD), USUAL))
+    for rank in range(WORLD):
+        beat(run, rank, 1, 1, 0.0, phase=phase)
+    found = calm(History().figures(run, None, 0.0))
+    assert (found.what, found.severity) == (what, "info")
+    if what == "healthy":
+        assert found.text == "healthy: 400 ms a step, 75% compute, 20% waiting"
