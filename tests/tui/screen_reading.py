@@ -24,3 +24,8 @@ async def settle(app: ZerotopApp, pilot: Pilot[Outcome]) -> None:
 def screen_text(app: ZerotopApp) -> list[str]:
     """What stands on the terminal, line by line."""
     return ["".join(segment.text for segment in strip) for strip in app.screen._compositor.render_strips()]
+
+
+def head_text(app: ZerotopApp) -> str:
+    """The verdict and the header, as one text."""
+    return "\n".join(screen_text(app)[: app.screen.query_one("#header").region.bottom])

@@ -73,12 +73,12 @@ async def test_nothing_moves_when_the_verdict_and_a_command_come(
             return {panel.id: panel.region for panel in (*app.screen.query(Panel), *app.screen.query(ScrollPanel))}
 
         before, text = places(), "\n".join(screen_text(app))
-        assert "came last" not in text and "sent" not in text
+        assert "the others wait" not in text and "sent" not in text
         run.steps(20)
         await pilot.press("C")
         await settle(app, pilot)
         text = "\n".join(screen_text(app))
-        assert "came last in 100%" in text and "checkpoint: sent" in text
+        assert "the others wait for rank" in text and "checkpoint: sent" in text
         assert places() == before
         for word in ("RAM ", "ranks ", "pinned ", "CPU ", "parameters", "~ derived"):
             assert word in text

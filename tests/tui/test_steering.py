@@ -6,7 +6,7 @@ import pytest
 from textual.widgets import Input, Static
 
 from runtime.wire.messages import Ack, Command, CommandRecord
-from tests.tui.screen_reading import OpenApp, screen_text, settle
+from tests.tui.screen_reading import OpenApp, head_text, screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.panels.strip import CommandStrip
 from zerotop.tui.screens.confirm import ConfirmScreen
@@ -202,7 +202,7 @@ async def test_steering_keys_go_when_the_run_ends_under_the_screen(open_app: Ope
         assert "Pause" in footer(app)
         run.status("finished")
         await settle(app, pilot)
-        assert "Pause" not in footer(app) and "✔ finished" in screen_text(app)[0]
+        assert "Pause" not in footer(app) and "✔ finished" in head_text(app)
         await pilot.press("P")
         assert run.sent == []
 

@@ -11,7 +11,7 @@ from textual.color import Color
 from textual.command import CommandList, CommandPalette
 
 import zerotop.tui
-from tests.tui.screen_reading import OpenApp, screen_text, settle
+from tests.tui.screen_reading import OpenApp, head_text, screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.state import material
 from zerotop.tui.app import ZerotopApp
@@ -91,7 +91,7 @@ async def test_a_theme_of_the_users_own_joins_and_a_broken_one_is_only_reported(
         await settle(app, pilot)
         assert app.palette.ui["primary"] == "#ff00ff"
         assert app.palette.categories == app.palettes["dark"].categories
-        assert "running" in screen_text(app)[0]
+        assert "running" in head_text(app)
 
 
 def test_a_palette_that_is_not_a_table_is_refused(tmp_path: Path) -> None:

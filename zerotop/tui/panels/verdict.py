@@ -32,6 +32,8 @@ class VerdictLine(Band):
         for glyph, text, colour in verdicts(view):
             for i, piece in enumerate(textwrap.wrap(text, width - 2)[:2] or [""]):
                 lines.append((f"{glyph if not i else ' '} {piece}", colour))
+        if not view.ended:
+            lines = _cut(lines, self.lines_reserved, width)
         status = view.state.status
         if status is not None and status.error:
             tail = clean(status.error[-ERROR_CHARACTERS:]).rstrip().splitlines()
@@ -45,6 +47,14 @@ class VerdictLine(Band):
         return [
             Row().gap().add(text, view.palette.style(colour, bold=not i)) for i, (text, colour) in enumerate(self.lines)
         ]
+
+
+def _cut(lines: list[tuple[str, str]], room: int, width: int) -> list[tuple[str, str]]:
+    """The first `room` lines, the last of them with an ellipsis if its sentence goes on."""
+    if room and len(lines) > room and lines[room][0].startswith("  "):
+        text, colour = lines[room - 1]
+        return [*lines[: room - 1], (text[: width - 2].rstrip() + " …", colour)]
+    return lines[: max(1, room)]
 
 
 def verdicts(view: View) -> list[tuple[str, str, str]]:

@@ -28,6 +28,8 @@ from zerotop.tui.widgets.keybar import KeyBar
 
 ROOMY = 32
 """From this height on, a line is reserved for the commands."""
+TALL = 44
+"""From this height on, the verdict has two lines: one more for the rest of its sentence, or for what to do."""
 EVENTS_LEAST = 6
 RANKS_FIRST = 8
 """This many ranks are visible before plots and events get more than their minimum."""
@@ -129,8 +131,9 @@ class MainScreen(LiveScreen):
         except NoMatches:
             return  # a last tick or resize, while the app takes its panels down one by one
         height, narrow = self.size.height, self.has_class("-narrow")
-        verdict.reserve(True)
-        strip.reserve(not narrow and height >= ROOMY)
+        roomy = not narrow and height >= ROOMY
+        verdict.reserve(2 if height >= TALL else 1)
+        strip.reserve(int(roomy))
         bands = verdict.lines_taken + strip.lines_taken
         room = height - 3 - bands - int(field.display)  # 3: header and footer
         side = memory.rows_wanted + ROWS_LEAST + host.gutter.height

@@ -152,21 +152,21 @@ class Panel(_Drawn):
 
 
 class Band(Panel):
-    """Lines that come and go. Where there is room one is reserved, so that what is below stays in place."""
+    """Lines that come and go. Where there is room some are reserved, so that what is below stays in place."""
 
     ALLOW_MAXIMIZE = False
     lines_wanted = 0
-    reserved = False
+    lines_reserved = 0
 
     @property
     def lines_taken(self) -> int:
         """The height of the band."""
-        return max(self.lines_wanted, int(self.reserved))
+        return max(self.lines_wanted, self.lines_reserved)
 
-    def reserve(self, on: bool) -> None:
-        """Keep one line free even if there is nothing to show, or not."""
-        if on != self.reserved:
-            self.reserved = on
+    def reserve(self, lines: int) -> None:
+        """Keep so many lines free even if there is less to show."""
+        if lines != self.lines_reserved:
+            self.lines_reserved = lines
             self.take(self.lines_wanted)
 
     def take(self, lines: int) -> None:
