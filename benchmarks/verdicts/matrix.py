@@ -150,9 +150,7 @@ def main() -> int:
     if options.wrong:
         for one in judged:
             if not one.right or one.alarms:
-                print(
-                    f"{one.fault} seed {one.seed}: {one.final} after {one.seconds} s, {one.changes} changes; {one.alarms}"
-                )
+                print(f"{one.fault} {one.seed}: {one.final} after {one.seconds} s, {one.changes} changes", one.alarms)
     if options.markdown:
         context = measured_on("benchmarks.verdicts.matrix", ("pydantic",))
         options.markdown.write_text(markdown("Verdicts over simulated runs", context, report(judged, pipes=True)))
