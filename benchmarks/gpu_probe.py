@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_probe --ticks 300
 
-The fake driver answers at once, so this is the cost of our side: Python, ctypes, and the message. A real driver adds its
-own time per call; the number of calls stands beside it.
+The fake driver answers at once: this is the cost of our side, Python, ctypes, and the message. A real driver's own time
+comes on top; the number of calls stands beside it.
 """
 
 from __future__ import annotations

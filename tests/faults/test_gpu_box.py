@@ -126,7 +126,7 @@ def test_doctor_names_what_is_wrong_with_each_gpu(
     assert "SM 81%" in found["GPU 0"]["text"] and "650/700 W" in found["GPU 0"]["text"]
     assert "power cap" in found["GPU 3"]["fix"] and "8 of 16 lanes" in found["GPU 4"]["fix"]
     assert "reboot" in found["GPU 6"]["fix"]
-    assert found["GPU figures"]["text"] == "ECC errors: n/a, no permission (GPU 0, 1, 2, 3, 4, 5, 7)"
+    assert found["GPU figures"]["text"] == "no permission: ECC errors (GPU 0, 1, 2, 3, 4, 5, 7)"
 
 
 def test_doctor_on_a_box_without_a_driver_and_on_one_whose_driver_hangs(

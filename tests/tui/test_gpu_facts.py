@@ -61,9 +61,9 @@ async def test_the_rank_screen_has_the_figures_of_its_gpu(open_app: OpenApp, siz
     [
         (1, ["▲ power cap", "1200/1980 MHz", "500/500 W"]),
         (3, ["▲ hot", "▲ PCIe x8"]),
-        (4, ["SM n/a", "SM: n/a, no permission"]),
+        (4, ["SM n/a", "no permission: SM"]),
         (5, ["▲ lost: the driver has lost it"]),
-        (6, ["PCIe, ECC errors: n/a since 12 s"]),
+        (6, ["n/a since 12 s: PCIe, ECC errors"]),
     ],
 )
 async def test_what_is_wrong_comes_first_on_the_rank_screen(open_app: OpenApp, rank: int, parts: list[str]) -> None:

@@ -1,7 +1,7 @@
 """GPUs as the driver reports them. Every field may be missing: MIG, unified memory, containers and old drivers answer
 NotSupported or NoPermission.
 
-What is quick to read is read at every tick; the rest by `SlowReader`, in a thread of its own.
+What is quick to read is read at every tick; the rest by `SlowReader`, in a thread of its own for each GPU.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ class GpuProbe:
     def start(self) -> None:
         """Start sampling."""
         self._thread.start()
-        self._slow.start()
         self._xids.start()
 
     def close(self) -> None:

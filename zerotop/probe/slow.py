@@ -1,4 +1,5 @@
-"""Reads the slow fields of all GPUs in a thread of its own, so that a call that hangs costs those fields only."""
+"""Reads the slow fields of each GPU in a thread of its own, so that a call that hangs costs the slow fields of that GPU
+only."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from zerotop.probe.slowfields import GROUPS, Group, Reader
 
 STALE_S = 5.0
 """Values older than their time to live and this are not shown any more."""
-_IDLE_S = 0.25
-"""How long the thread waits for GPUs to appear."""
+LEAST_WAIT_S = 0.2
+"""Between two rounds, also while a GPU is lost."""
+CLOSE_S = 0.5
 
 
 class SlowValues(NamedTuple):
@@ -35,68 +37,64 @@ class SlowReader:
         self._clock = clock
         self._lock = threading.Lock()
         self._devices: list[Device] = []
-        self._read: dict[tuple[int, str], tuple[float, dict[str, Any]]] = {}
-        """(device, group) -> when it was read, and what."""
-        self._since: dict[int, float] = {}
-        """Device -> when it was first seen."""
+        self._since: dict[Device, float] = {}
+        """When its thread was started."""
+        self._read: dict[tuple[Device, str], tuple[float, dict[str, Any]]] = {}
+        """(device, name of the group) -> when it was read, and what."""
+        self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nvml-slow", daemon=True)
-
-    def start(self) -> None:
-        """Start reading, as soon as there are devices."""
-        self._thread.start()
-
-    def close(self) -> None:
-        """End the thread; one that is stuck in the driver is left behind."""
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=0.5)
 
     def take_devices(self, devices: list[Device]) -> None:
         """Read these from now on."""
         with self._lock:
             self._devices = devices
-            for device in devices:
-                self._since.setdefault(device.index, self._clock())
+            fresh = [device for device in devices if device not in self._since]
+            self._since |= dict.fromkeys(fresh, self._clock())
+        for device in fresh:
+            thread = threading.Thread(target=self._run, args=(device,), name=f"nvml-{device.index}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def close(self) -> None:
+        """End the threads; those that are stuck in the driver are left behind."""
+        self._closing.set()
+        end = time.monotonic() + CLOSE_S
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, end - time.monotonic()))
 
     def values(self, device: Device) -> SlowValues:
         """What is known of a device now."""
         now, found, stale, stale_s = self._clock(), dict[str, Any](), list[str](), 0.0
         with self._lock:
             for group in self._groups:
-                first = self._since.get(device.index, now)
-                read_s, values = self._read.get((device.index, group.name), (first, dict.fromkeys(group.fields, 0)))
-                known = (device.index, group.name) in self._read
-                if now - read_s > (group.ttl_s if known else 0.0) + STALE_S:
-                    stale += [name for name in group.fields if values.get(name) is not None]
-                    stale_s = max(stale_s, now - read_s)
-                elif known:
+                entry = self._read.get((device, group.name))
+                if entry is None:  # not read yet, or the first call hangs
+                    age_s, values, expected_s = now - self._since.get(device, now), None, STALE_S
+                else:
+                    age_s, values, expected_s = now - entry[0], entry[1], group.ttl_s + STALE_S
+                if age_s > expected_s:
+                    stale += [name for name in group.fields if values is None or values.get(name) is not None]
+                    stale_s = max(stale_s, age_s)
+                elif values is not None:
                     found.update(values)
         return SlowValues(found, tuple(stale), stale_s)
 
-    def _run(self) -> None:
+    def _run(self, device: Device) -> None:
         try:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError:
-            return  # the probe says why there are no GPUs
-        readers: dict[Device, Reader] = {}
-        due: dict[tuple[Device, str], float] = {}
+            return  # the driver went away since the devices were listed; the probe says so
+        reader = Reader(device)
+        due = {group.name: 0.0 for group in self._groups}
         while not self._closing.is_set():
-            with self._lock:
-                devices = list(self._devices)
-            now = self._clock()
-            for device in devices:
-                for group in self._groups:
-                    if device.handle is None or device.lost or self._closing.is_set():
-                        break
-                    if due.get((device, group.name), now) > now:
-                        continue
-                    reader = readers.setdefault(device, Reader(device))
-                    values = group.read(reader, devices)
-                    due[device, group.name] = now + group.ttl_s
+            for group in self._groups:
+                now = self._clock()
+                if due[group.name] <= now and device.handle is not None and not device.lost:
+                    values = group.read(reader, self._devices)
+                    due[group.name] = now + group.ttl_s
                     with self._lock:
-                        self._read[device.index, group.name] = (self._clock(), values)
-            self._closing.wait(max(0.02, min(due.values(), default=now + _IDLE_S) - self._clock()) if due else _IDLE_S)
-        for reader in readers.values():
-            reader.close()
+                        self._read[device, group.name] = (self._clock(), values)
+            # A GPU that is lost is looked for by the probe, once per tick.
+            self._closing.wait(max(LEAST_WAIT_S, min(due.values()) - self._clock()))
+        reader.close()
         self._nvml.nvmlShutdown()

@@ -126,15 +126,16 @@ class Reader:
         if not self._sampled:
             self._sampled = True
             return {}
+        wanted = {field: unit for field, (name, unit) in _SAMPLE_FIELDS.items() if hasattr(nvml, name)}
         metrics = self._metrics = self._metrics or nvml.c_nvmlGpmMetricsGet_t()
-        metrics.version, metrics.numMetrics = nvml.NVML_GPM_METRICS_GET_VERSION, len(_SAMPLE_FIELDS)
+        metrics.version, metrics.numMetrics = nvml.NVML_GPM_METRICS_GET_VERSION, len(wanted)
         metrics.sample1, metrics.sample2 = self._samples[1], self._samples[0]
-        for place, (name, _) in enumerate(_SAMPLE_FIELDS.values()):
-            metrics.metrics[place].metricId = getattr(nvml, name)
+        for place, field in enumerate(wanted):
+            metrics.metrics[place].metricId = getattr(nvml, _SAMPLE_FIELDS[field][0])
         if device.ask("sm_activity_percent", "nvmlGpmMetricsGet", metrics) is None:
             return {}
         found: dict[str, float | None] = {}
-        for place, (field, (_, unit)) in enumerate(_SAMPLE_FIELDS.items()):
+        for place, (field, unit) in enumerate(wanted.items()):
             metric = metrics.metrics[place]
             if metric.nvmlReturn == 0 and math.isfinite(metric.value) and metric.value >= 0:
                 found[field] = percent(metric.value) if unit == 1 else metric.value * unit

@@ -69,12 +69,10 @@ def gpu_items(gpu: GpuStats) -> list[tuple[str, str]]:
 def missing_text(gpu: GpuStats) -> str:
     """What is n/a for another reason than that the GPU does not have it; empty if there is nothing."""
     parts = []
-    if gpu.stale_fields:
-        parts.append(
-            f"{_named(gpu.stale_fields)}: {MISSING} since {duration_text(gpu.stale_s)}, no answer of the driver"
-        )
+    if gpu.stale_fields:  # a call has not come back from the driver
+        parts.append(f"{MISSING} since {duration_text(gpu.stale_s)}: {_named(gpu.stale_fields)}")
     if gpu.no_permission:
-        parts.append(f"{_named(gpu.no_permission)}: {MISSING}, no permission")
+        parts.append(f"no permission: {_named(gpu.no_permission)}")
     return "; ".join(parts)
 
 

@@ -113,8 +113,8 @@ def test_the_facts_of_a_rank_are_found_by_uuid() -> None:
 
 def test_the_words_for_what_is_missing_tell_why() -> None:
     stale = gpu(stale_fields=["pcie_tx_bytes_per_s", "pcie_rx_bytes_per_s", "sm_activity_percent"], stale_s=12.3)
-    assert missing_text(stale) == "PCIe, SM: n/a since 12 s, no answer of the driver"
-    assert missing_text(gpu(no_permission=["ecc_corrected", "power_w"])) == "ECC errors, power: n/a, no permission"
+    assert missing_text(stale) == "n/a since 12 s: PCIe, SM"
+    assert missing_text(gpu(no_permission=["ecc_corrected", "power_w"])) == "no permission: ECC errors, power"
     assert missing_text(gpu()) == ""
 
 

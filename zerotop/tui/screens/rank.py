@@ -24,7 +24,7 @@ from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.theme import Palette
 from zerotop.tui.view import View
 from zerotop.tui.widgets.keybar import KeyBar
-from zerotop.tui.widgets.lines import PLAIN, Panel, Row
+from zerotop.tui.widgets.lines import PLAIN, Panel, Row, fit
 from zerotop.tui.widgets.timeline import timeline_rows
 
 
@@ -93,7 +93,9 @@ def _gpu_rows(view: View, number: int, width: int) -> list[Row]:
     ]
     pieces += [[(f"{label} ", muted), (value, muted if view.stale else PLAIN)] for label, value in gpu_items(gpu)]
     if missing := missing_text(gpu):
-        pieces.insert(len(found) + 4, [(missing, palette.style("warning"))])
+        longest = max(0, width - 6)
+        text = missing if cell_len(missing) <= longest else fit(missing, longest)
+        pieces.insert(len(found) + 4, [(text, palette.style("warning"))])
     energy = view.state.energy_use()
     if energy is not None:
         pieces.append([("run ", muted), (f"{energy_text(energy.joules_per_step)}/step", PLAIN)])
