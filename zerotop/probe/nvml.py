@@ -1,7 +1,7 @@
 """GPUs as the driver reports them. Every field may be missing: MIG, unified memory, containers and old drivers answer
 NotSupported or NoPermission.
 
-What is quick to read is read at every tick; the rest by `SlowReader`, in a thread of its own for each GPU.
+Each GPU has a thread for what is quick to read, once per tick, and one of `SlowReader` for the rest.
 """
 
 from __future__ import annotations
@@ -22,6 +22,18 @@ from zerotop.probe.xid import Xid, XidWatch
 
 STALE_S = 5.0
 """A driver that takes longer to answer is reported as not responding."""
+CLOSE_S = 0.5
+_UNKNOWN = "GPU of unknown model"
+QUICK_FIELDS = (
+    "utilization_percent",
+    "used_bytes",
+    "power_w",
+    "energy_j",
+    "temperature_c",
+    "sm_clock_mhz",
+    "memory_clock_mhz",
+    "clock_reasons",
+)
 _SETTLE_S = 0.2
 """Between the two readings of `look_once`: GPM wants 100 ms."""
 _CLOCK_REASONS = {
@@ -36,32 +48,37 @@ _CLOCK_REASONS = {
 
 
 class GpuProbe:
-    """Samples in a daemon thread of its own, so that a wedged driver blocks nobody; `latest` never waits."""
+    """Samples each GPU in a daemon thread of its own, so that a wedged driver blocks nobody, and a wedged GPU no other;
+    `latest` never waits."""
 
     def __init__(self, interval_s: float = 1.0, nvml: Any = pynvml) -> None:
         self._nvml = nvml
         self._interval_s = interval_s
         self._lock = threading.Lock()
-        self._gpus: list[GpuStats] | None = None
+        self._devices: list[Device] | None = None
+        self._samples: dict[Device, tuple[float, GpuStats | None]] = {}
+        """When each device answered last (before that: when it was found), and its sample."""
         self._note = "waiting for the driver"
         self._asked_at = time.monotonic()
         self._answered = False
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nvml", daemon=True)
+        self._threads = [threading.Thread(target=self._run, name="nvml", daemon=True)]
         self._slow = SlowReader(nvml)
         self._xids = XidWatch(nvml)
 
     def start(self) -> None:
         """Start sampling."""
-        self._thread.start()
+        self._threads[0].start()
         self._xids.start()
 
     def close(self) -> None:
-        """End the threads; one that is stuck in the driver is left behind."""
+        """End the threads; those that are stuck in the driver are left behind."""
         self._closing.set()
         self._slow.close()
-        if self._thread.is_alive():
-            self._thread.join(timeout=0.5)
+        end = time.monotonic() + CLOSE_S
+        for thread in list(self._threads):
+            if thread.is_alive():
+                thread.join(timeout=max(0.0, end - time.monotonic()))
         self._xids.close()
 
     def take_xids(self) -> list[Xid]:
@@ -70,11 +87,23 @@ class GpuProbe:
 
     def latest(self) -> tuple[list[GpuStats] | None, str]:
         """The newest sample, or None and the reason."""
+        now = time.monotonic()
         with self._lock:
-            silent_s = time.monotonic() - self._asked_at
-            if not self._answered and silent_s > STALE_S:
-                return None, f"the NVIDIA driver has not answered for {duration_text(silent_s)}"
-            return self._gpus, self._note
+            if not self._answered and now - self._asked_at > STALE_S:
+                return None, f"the NVIDIA driver has not answered for {duration_text(now - self._asked_at)}"
+            if self._devices is None:
+                return None, self._note
+            seen = [(device, *self._samples[device]) for device in self._devices]
+        if any(sample is None and now - answered_s <= STALE_S for _, answered_s, sample in seen):
+            return None, "waiting for the driver"
+        return [self._current(device, answered_s, sample, now) for device, answered_s, sample in seen], ""
+
+    def _current(self, device: Device, answered_s: float, sample: GpuStats | None, now: float) -> GpuStats:
+        if sample is not None and now - answered_s <= self._interval_s + STALE_S:
+            return sample
+        slow = self._slow.values(device)
+        stale = SlowValues(slow.values, (*QUICK_FIELDS, *slow.stale), max(now - answered_s, slow.stale_s))
+        return _stats(device, {}, stale)
 
     def _run(self) -> None:
         try:
@@ -88,18 +117,35 @@ class GpuProbe:
                 self._asked_at, self._answered = time.monotonic(), False
             try:
                 devices = list_devices(self._nvml, devices)
-                gpus = [read(device, self._slow) for device in devices]
             except self._nvml.NVMLError as error:
                 self._put(None, f"NVML: {error}")
             else:
-                self._put(gpus, "")
+                self._put(devices, "")
                 self._slow.take_devices(devices)
             self._closing.wait(self._interval_s)
         self._nvml.nvmlShutdown()
 
-    def _put(self, gpus: list[GpuStats] | None, note: str) -> None:
+    def _put(self, devices: list[Device] | None, note: str) -> None:
         with self._lock:
-            self._gpus, self._note, self._answered = gpus, note, True
+            self._devices, self._note, self._answered = devices, note, True
+            fresh = [device for device in devices or () if device not in self._samples]
+            self._samples |= dict.fromkeys(fresh, (time.monotonic(), None))
+        for device in fresh:
+            thread = threading.Thread(target=self._sample, args=(device,), name=f"nvml-{device.index}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _sample(self, device: Device) -> None:
+        try:
+            self._nvml.nvmlInit()
+        except self._nvml.NVMLError:
+            return  # the driver went away since it was asked how many GPUs it has
+        while not self._closing.is_set():
+            sample = read(device, self._slow)
+            with self._lock:
+                self._samples[device] = (time.monotonic(), sample)
+            self._closing.wait(self._interval_s)
+        self._nvml.nvmlShutdown()
 
 
 def no_gpu_note(error: Exception, nvml: Any = pynvml) -> str:
@@ -135,7 +181,7 @@ def _stats(device: Device, quick: dict[str, Any], slow: SlowValues) -> GpuStats:
     if slow.stale:
         values |= {"stale_fields": list(slow.stale), "stale_s": round(slow.stale_s, 1)}
     # Only what is known is set, because unset fields take no room on the wire and in the recording.
-    return GpuStats(index=device.index, uuid=device.uuid, name=device.name, **values)
+    return GpuStats(index=device.index, uuid=device.uuid, name=device.name or _UNKNOWN, **values)
 
 
 def _quick(device: Device) -> dict[str, Any]:

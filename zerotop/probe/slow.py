@@ -51,7 +51,7 @@ class SlowReader:
             fresh = [device for device in devices if device not in self._since]
             self._since |= dict.fromkeys(fresh, self._clock())
         for device in fresh:
-            thread = threading.Thread(target=self._run, args=(device,), name=f"nvml-{device.index}", daemon=True)
+            thread = threading.Thread(target=self._run, args=(device,), name=f"nvml-slow-{device.index}", daemon=True)
             self._threads.append(thread)
             thread.start()
 

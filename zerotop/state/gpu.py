@@ -76,7 +76,13 @@ class Concern:
 
 def concerns(state: RunState) -> dict[int, tuple[Concern, ...]]:
     """Rank -> what is out of order about its GPU, the worst first. Ranks without any are left out."""
-    gpus = {number: gpu for number, rank in state.ranks.items() if (gpu := gpu_of(state, rank)) is not None}
+    # As `gpu_of`, with one pass over the GPUs of each node: this is asked at every tick, for all ranks.
+    known = {
+        (host, gpu.uuid.removeprefix("GPU-")): gpu for host, node in state.nodes.items() for gpu in node.gpus or ()
+    }
+    hellos = {number: rank.hello for number, rank in state.ranks.items() if rank.hello and rank.hello.device_uuid}
+    found_at = {number: known.get((it.host, it.device_uuid.removeprefix("GPU-"))) for number, it in hellos.items()}
+    gpus = {number: gpu for number, gpu in found_at.items() if gpu is not None}
     clocks: dict[str, list[float]] = {}
     for gpu in gpus.values():
         if gpu.sm_clock_mhz is not None:
@@ -91,7 +97,15 @@ def gpu_concerns(gpu: GpuStats, typical_mhz: float | None = None) -> tuple[Conce
     model that do the same work; None if there is no other."""
     if gpu.lost:
         return (Concern("lost", "the driver has lost it: reboot; check power, cooling and how the card sits", "error"),)
-    return (*_memory_errors(gpu), *_throttling(gpu, typical_mhz), *_pcie(gpu))
+    return (*_silence(gpu), *_memory_errors(gpu), *_throttling(gpu, typical_mhz), *_pcie(gpu))
+
+
+def _silence(gpu: GpuStats) -> list[Concern]:
+    """The GPU does not even answer what is quick to read."""
+    if "power_w" not in gpu.stale_fields:
+        return []
+    text = "the driver gives no answer about it: its next XID or dmesg may tell why; if it stays so, reboot"
+    return [Concern("no answer", text, "warning")]
 
 
 def _memory_errors(gpu: GpuStats) -> list[Concern]:

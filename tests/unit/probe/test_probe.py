@@ -106,7 +106,7 @@ def test_samples_go_on_after_a_refusal() -> None:
     gpus, note = probe.latest()
     assert gpus is not None and len(gpus) == 2 and note == ""
     probe.close()
-    assert not probe._thread.is_alive()
+    assert not any(thread.is_alive() for thread in probe._threads)
 
 
 def test_a_wedged_driver_blocks_nobody_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ def test_a_power_cap_that_holds_one_gpu_below_the_others_is_named_with_figures()
     ("changes", "word", "severity", "part"),
     [
         ({"lost": True}, "lost", "error", "reboot"),
+        ({"stale_fields": ["power_w"], "stale_s": 9.0}, "no answer", "warning", "dmesg"),
         ({"ecc_uncorrected": 2}, "ECC errors", "error", "2 ECC errors"),
         ({"row_remap_failed": True}, "bad memory", "error", "out of use"),
         ({"row_remap_pending": True}, "reset pending", "warning", "reset the GPU"),
@@ -92,6 +93,7 @@ def test_an_idle_gpu_may_lower_the_generation_of_its_link_but_not_its_width() ->
 
 
 def test_corrected_errors_and_clocks_that_the_user_set_are_no_concern() -> None:
+    assert gpu_concerns(gpu(stale_fields=["sm_activity_percent"], stale_s=9.0)) == ()
     assert gpu_concerns(gpu(ecc_corrected=400, remapped_rows=3, clock_reasons=["application clocks"])) == ()
 
 
