@@ -15,6 +15,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tests.harness.fake_nvml import FakeNvml
 from tests.harness.ranks import Ranks
 from tests.harness.waiting import patient
 
@@ -32,6 +33,19 @@ def short_folder() -> Iterator[Path]:
     """A folder for sockets: the path of a Unix socket has at most 107 characters, and tmp_path is long."""
     with tempfile.TemporaryDirectory(prefix="zt-", dir="/tmp") as name:
         yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def _fake_nvml_library(tmp_path_factory: pytest.TempPathFactory) -> FakeNvml:
+    return FakeNvml(tmp_path_factory.mktemp("fake-nvml"))
+
+
+@pytest.fixture
+def fake_nvml(_fake_nvml_library: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNvml]:
+    """Eight healthy GPUs: for this process by `fake_nvml.binding()`, for others by its `environment`."""
+    monkeypatch.setenv("FAKE_NVML", str(_fake_nvml_library.control))
+    yield _fake_nvml_library
+    _fake_nvml_library.reset()
 
 
 @pytest.fixture(scope="session")

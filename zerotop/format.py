@@ -101,6 +101,11 @@ def used_of(used: int, total: int) -> str:
     return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f}/{whole}"
 
 
+def byte_rate_text(bytes_per_s: float | None) -> str:
+    """1.86 GiB/s."""
+    return MISSING if as_float(bytes_per_s) is None else f"{bytes_text(bytes_per_s)}/s"
+
+
 # ---- rates, counts, shares and other figures -------------------------------------------------------------------------
 def count_text(value: float | None) -> str:
     """Decimal units, three digits: 950, 12.3K, 1.31B."""
@@ -116,6 +121,19 @@ def count_text(value: float | None) -> str:
 def rate_text(tokens_per_s: float | None) -> str:
     """12.3K tokens/s."""
     return f"{count_text(tokens_per_s)} tokens/s"
+
+
+def energy_text(joules: float | None) -> str:
+    """Three digits: 512 J, 4.53 kJ, 12.1 MJ."""
+    number = as_float(joules)
+    if number is None:
+        return MISSING
+    for unit in ("J", "kJ", "MJ", "GJ"):
+        if abs(number) < 999.5 or unit == "GJ":
+            break
+        number /= 1000
+    digits = 0 if abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
+    return f"{number:.{digits}f} {unit}"
 
 
 def figure_text(value: float | None) -> str:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from runtime.wire.messages import LIVE_STATES, CommandRecord, StepResult
-from zerotop.format import MISSING, bytes_text, count_text, duration_text, figure_text, ms_text, rate_text, time_text
+from runtime.wire.messages import LIVE_STATES, CommandRecord, NodeStats, StepResult
+from zerotop.format import (
+    MISSING,
+    bytes_text,
+    count_text,
+    duration_text,
+    energy_text,
+    figure_text,
+    ms_text,
+    rate_text,
+    time_text,
+)
 from zerotop.output import table, with_exit_code
 from zerotop.state.condition import Condition, condition_of
 from zerotop.state.evaluations import Evaluations, evaluation_text, perplexity
-from zerotop.state.memory import memory_use
+from zerotop.state.gpu import Concern, concerns
+from zerotop.state.memory import gpu_of, memory_use
 from zerotop.state.progress import progress
 from zerotop.state.run import RankState, RunState, waits_for
 
@@ -27,6 +39,7 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
     hello = state.hello
     newest = _newest_step(state)
     how_far, condition = progress(state, connection), _condition(state, entry, connection)
+    energy, found = state.energy_use(), concerns(state)
     return {
         "name": status.name if status else "",
         "state": status.state if status else state.state_name,
@@ -57,7 +70,9 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         "ended_wall_s": status.ended_wall_s if status else None,
         "folder": str(entry.path) if entry else None,
         "verdict": verdict_document(state),
-        "ranks": [_rank_document(state, rank) for _, rank in sorted(state.ranks.items())],
+        "energy": None if energy is None else dataclasses.asdict(energy),
+        "ranks": [_rank_document(state, rank, found.get(number, ())) for number, rank in sorted(state.ranks.items())],
+        "nodes": [_node_document(node) for _, node in sorted(state.nodes.items())],
         "commands": [command_document(record) for record in state.commands.values()],
     }
 
@@ -107,7 +122,12 @@ def _newest_step(state: RunState) -> StepResult | None:
     return max((rank.step for rank in state.ranks.values() if rank.step), key=lambda step: step.step, default=None)
 
 
-def _rank_document(state: RunState, rank: RankState) -> dict[str, Any]:
+def _node_document(node: NodeStats) -> dict[str, Any]:
+    gpus = None if node.gpus is None else [gpu.model_dump() for gpu in node.gpus]
+    return {"host": node.host, "gpu_note": node.gpu_note, "gpus": gpus}
+
+
+def _rank_document(state: RunState, rank: RankState, found: Sequence[Concern]) -> dict[str, Any]:
     heartbeat, step, memory, hello = rank.heartbeat, rank.step, rank.memory, rank.hello
     # A rank that was killed sent no goodbye, and its last heartbeat would stay for ever.
     over = rank.goodbye is not None or state.state_name not in LIVE_STATES
@@ -128,6 +148,7 @@ def _rank_document(state: RunState, rank: RankState) -> dict[str, Any]:
             "pinned_requested_bytes": memory.pinned_requested_bytes,
             "host_total_bytes": memory.host_total_bytes,
         }
+    gpu = gpu_of(state, rank)
     return {
         "rank": rank.rank,
         "phase": "ended" if ended else rank.phase,
@@ -138,6 +159,8 @@ def _rank_document(state: RunState, rank: RankState) -> dict[str, Any]:
         "pid": hello.pid if hello else None,
         "device": hello.device if hello else None,
         "memory": figures,
+        "gpu": None if gpu is None else gpu.model_dump(),
+        "gpu_concerns": [concern.text for concern in found],
         "wait_ms": step.wait_ms if step else None,
         "step_ms": step.step_ms if step else None,
         "tokens_per_s": step.tokens_per_s if step else None,
@@ -179,6 +202,10 @@ def status_text(document: dict[str, Any]) -> str:
         lines.append(f"newest checkpoint: step {document['last_checkpoint_step']}")
     if document["restarts"]:
         lines.append(_restarts_text(document))
+    for rank in document["ranks"]:
+        lines += [f"GPU {rank['gpu']['index']} (rank {rank['rank']}): {text}" for text in rank["gpu_concerns"]]
+    if document["energy"] is not None:
+        lines.append(_energy_line(document["energy"]))
     if document["ranks"]:
         lines += ["", _ranks_text(document["ranks"])]
     for command in document["commands"]:
@@ -202,6 +229,12 @@ def _headline(document: dict[str, Any]) -> str:
         code = document["exit_code"] if document["state"] == "failed" else None
         parts.append(with_exit_code(document["reason"], code))
     return ", ".join(parts)
+
+
+def _energy_line(energy: dict[str, Any]) -> str:
+    tokens = energy["joules_per_million_tokens"]
+    million = f", {energy_text(tokens)} per million tokens" if tokens is not None else ""
+    return f"energy {energy_text(energy['joules_per_step'])} per step{million}, GPUs {energy['power_w']:,.0f} W"
 
 
 def _restarts_text(document: dict[str, Any]) -> str:

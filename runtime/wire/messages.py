@@ -398,20 +398,66 @@ class RunStatus(Message):
 
 
 class GpuStats(Message):
-    """One GPU as reported by NVML. None: not supported by the driver."""
+    """One GPU as reported by NVML. None: not supported by the GPU or the driver, unless `no_permission` or
+    `stale_fields` names the field."""
 
     index: Count
     uuid: Name
     name: Name
+    lost: bool = False
+    """The driver has lost the GPU (fallen off the bus); nothing else is known then."""
+    mig: bool = False
+    """Partitioned into MIG instances: most figures do not exist for the whole GPU."""
     used_bytes: Count | None = None
     total_bytes: Count | None = None
     utilization_percent: Finite | None = None
+    """Share of the time in which a kernel ran: 100 also for one that keeps a single SM busy, or waits for a peer."""
+    sm_activity_percent: Finite | None = None
+    """Share of the SMs that were busy, mean over the last second (GPM, from Hopper on); so are the next two."""
+    tensor_activity_percent: Finite | None = None
+    """Share of the time in which tensor cores were busy."""
+    dram_activity_percent: Finite | None = None
+    """Share of the memory bandwidth that was used."""
     power_w: Finite | None = None
     power_limit_w: Finite | None = None
+    energy_j: Finite | None = None
+    """Energy since the driver was loaded."""
     temperature_c: Finite | None = None
+    slowdown_temperature_c: Finite | None = None
+    """Where the hardware lowers the clocks."""
     sm_clock_mhz: Finite | None = None
     max_sm_clock_mhz: Finite | None = None
+    memory_clock_mhz: Finite | None = None
+    max_memory_clock_mhz: Finite | None = None
     clock_reasons: list[Name] = Field(default_factory=list)
+    """Why the clocks are below their maximum, in words: "power cap", "hot (hardware)", ... Idleness is not listed."""
+    pcie_generation: Count | None = None
+    max_pcie_generation: Count | None = None
+    """The highest that this GPU can use in this machine."""
+    pcie_width: Count | None = None
+    max_pcie_width: Count | None = None
+    pcie_tx_bytes_per_s: Finite | None = None
+    """From the GPU; rx: to the GPU."""
+    pcie_rx_bytes_per_s: Finite | None = None
+    nvlink_tx_bytes_per_s: Finite | None = None
+    """All links together."""
+    nvlink_rx_bytes_per_s: Finite | None = None
+    links: list[Name] = Field(default_factory=list)
+    """How it reaches each GPU of the node, by index, in the words of `nvidia-smi topo -m`: X itself, NV18 (18 NVLinks),
+    PIX, PXB, PHB, NODE, SYS; empty if not known."""
+    ecc_corrected: Count | None = None
+    """ECC errors of the memory since the driver was loaded."""
+    ecc_uncorrected: Count | None = None
+    remapped_rows: Count | None = None
+    """Rows of memory replaced by spare ones."""
+    row_remap_pending: bool = False
+    """A row waits for a reset of the GPU to be replaced."""
+    row_remap_failed: bool = False
+    no_permission: list[Name] = Field(default_factory=list)
+    """Fields that the user of the run may not read."""
+    stale_fields: list[Name] = Field(default_factory=list)
+    """Fields that are missing because the driver has not answered for `stale_s`."""
+    stale_s: Finite | None = None
 
 
 class BusyProcess(Message):

@@ -10,7 +10,8 @@ to be paused at different steps is no good for them), FAKE_IGNORE_TERM=1,
 FAKE_CHILD=1 (every rank starts a sleeping child in a session of its own), FAKE_LATE_S (seconds before telemetry
 starts), FAKE_EVERY=N (rank 0 makes a checkpoint every N steps; under ZEROTOP_RESUME=1 the ranks go on from the newest
 one in the run directory, if there is any), FAKE_FATAL=1 (what raises says that another attempt would end the same way),
-FAKE_PIDS (a file to which every process adds its pid).
+FAKE_GPU=1 (each rank says that it is on the GPU of its number, one of harness/fake_nvml), FAKE_PIDS (a file to which
+every process adds its pid).
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ class FakeRank:
             boot_id=boot_id(),
             wall_s=time.time(),
             mono_ns=time.monotonic_ns(),
-            device="cpu",
+            device=f"cuda:{self.rank}" if setting("GPU") else "cpu",
+            device_uuid=f"GPU-00000000-0000-0000-0000-{self.rank:012}" if setting("GPU") else "",
             backend="gloo",
             config_digest="fake",
             stage=2,
@@ -134,6 +136,8 @@ class FakeRank:
             rank=self.rank,
             ledger={"parameters": 4000, "gradients": 2000, "optimizer": 8000},
             rss_bytes=10**7,
+            allocated_bytes=10**9 if setting("GPU") else None,
+            device_total_bytes=150 * 10**9 if setting("GPU") else None,
             host_total_bytes=10**9,
             at_ns=time.monotonic_ns(),
         )

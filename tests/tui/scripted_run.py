@@ -40,6 +40,17 @@ GIB = 2**30
 MS = 1_000_000
 
 
+GPU_FAULTS: dict[int, dict[str, Any]] = {
+    1: {"sm_clock_mhz": 1200, "clock_reasons": ["power cap"], "power_w": 500, "power_limit_w": 500},
+    2: {"ecc_uncorrected": 2, "ecc_corrected": 40, "remapped_rows": 1, "row_remap_pending": True},
+    3: {"pcie_width": 8, "sm_clock_mhz": 1410, "clock_reasons": ["hot (hardware)"], "temperature_c": 88},
+    4: {"sm_activity_percent": None, "tensor_activity_percent": None, "no_permission": ["sm_activity_percent"]},
+    5: {"lost": True},
+    6: {"pcie_tx_bytes_per_s": None, "stale_fields": ["pcie_tx_bytes_per_s", "ecc_corrected"], "stale_s": 12.3},
+}
+"""Changes of `gpu_changes`, one kind for each GPU."""
+
+
 class ScriptedRun:
     """A `Source` whose run moves only when told: `steps(n)`, `beat(rank)`, `accept(command)`. Its time is a number."""
 
@@ -69,6 +80,8 @@ class ScriptedRun:
         self.number = 0
         self.slow_rank = ranks - 1
         self.finetune = finetune
+        self.gpu_changes: dict[int, dict[str, Any]] = {}
+        """GPU -> fields of GpuStats that differ from those of a healthy one."""
         self._random = random.Random(seed)
         self._changed = True
         self._judge, self._judged_s = Judge(), 0.0
@@ -204,21 +217,7 @@ class ScriptedRun:
     def node(self) -> None:
         gpus = None
         if self.gpu:
-            gpus = [
-                GpuStats(
-                    index=i,
-                    uuid=f"GPU-{i}",
-                    name="NVIDIA H200",
-                    used_bytes=100 * GIB,
-                    total_bytes=140 * GIB,
-                    utilization_percent=97.0 - i,
-                    power_w=640.0 + i,
-                    power_limit_w=700,
-                    temperature_c=61 + i,
-                    sm_clock_mhz=1830,
-                )
-                for i in range(self.ranks)
-            ]
+            gpus = [self._gpu(index) for index in range(self.ranks)]
         self.say(
             NodeStats(
                 host="node-a",
@@ -235,6 +234,42 @@ class ScriptedRun:
                 wall_s=self.wall_s,
             )
         )
+
+    def _gpu(self, index: int) -> GpuStats:
+        who = {"index": index, "uuid": f"GPU-{index}", "name": "NVIDIA H200"}
+        changes = self.gpu_changes.get(index, {})
+        if changes.get("lost"):
+            return GpuStats(**who, lost=True)
+        healthy: dict[str, Any] = {
+            "used_bytes": 100 * GIB,
+            "total_bytes": 140 * GIB,
+            "utilization_percent": 97.0 - index,
+            "power_w": 640.0 + index,
+            "power_limit_w": 700,
+            "temperature_c": 61 + index,
+            "sm_clock_mhz": 1830,
+            "sm_activity_percent": 81.0,
+            "tensor_activity_percent": 42.0,
+            "dram_activity_percent": 55.0,
+            "energy_j": 1e6 + 650.0 * self.now_ns / 1e9,
+            "slowdown_temperature_c": 87,
+            "max_sm_clock_mhz": 1980,
+            "memory_clock_mhz": 3201,
+            "max_memory_clock_mhz": 3201,
+            "pcie_generation": 5,
+            "max_pcie_generation": 5,
+            "pcie_width": 16,
+            "max_pcie_width": 16,
+            "pcie_tx_bytes_per_s": 2e9,
+            "pcie_rx_bytes_per_s": 1e9,
+            "nvlink_tx_bytes_per_s": 4e10,
+            "nvlink_rx_bytes_per_s": 4e10,
+            "links": ["X" if other == index else "NV18" for other in range(self.ranks)],
+            "ecc_corrected": 0,
+            "ecc_uncorrected": 0,
+            "remapped_rows": 0,
+        }
+        return GpuStats(**(who | healthy | changes))
 
     def beat(
         self,
@@ -413,8 +448,11 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=1000)
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--finetune", action="store_true")
+    parser.add_argument("--gpu-faults", action="store_true", help="with --gpu: GPUs that throttle, break and are lost")
     given = parser.parse_args()
     run = LiveScriptedRun(ranks=given.ranks, gpu=given.gpu, step_ms=given.step_ms, steps=2000, finetune=given.finetune)
+    if given.gpu_faults:
+        run.gpu_changes = GPU_FAULTS
     print(ZerotopApp(run, read_only=given.read_only).run())
 
 

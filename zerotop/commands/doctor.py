@@ -5,15 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.process.extras import INSTALL_TRAINING
 from zerotop.diagnose.oomkill import SHARED_ENOUGH_BYTES
 from zerotop.format import bytes_text
 
+if TYPE_CHECKING:
+    from runtime.wire.messages import GpuStats
+
 GIB = 2**30
+_GPU_LABELS = ("util", "SM", "power", "SM clock", "limited by", "temp", "PCIe link")
+"""What `doctor` shows of a GPU; the rest is on the rank screen."""
 
 
 class Finding(NamedTuple):
@@ -40,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print all findings; the exit code is 1 if one of them is fail."""
     from zerotop.output import print_json, show
 
-    findings = [check() for check in CHECKS]
+    findings = [finding for check in CHECKS for finding in _listed(check())]
     if arguments.json:
         print_json([finding._asdict() for finding in findings])
     else:
@@ -50,6 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
             if finding.fix:
                 show(f"{'':<4}  {'':<{width}}  -> {finding.fix}")
     return 1 if any(finding.level == "fail" for finding in findings) else 0
+
+
+def _listed(found: Finding | list[Finding]) -> list[Finding]:
+    return found if isinstance(found, list) else [found]
 
 
 def _version(package: str) -> str | None:
@@ -101,25 +112,54 @@ def _cuda_kernels() -> Finding:
     return Finding("CUDA kernels", "ok", text)
 
 
-def _nvml() -> Finding:
+def _nvml() -> list[Finding]:
     try:
         import pynvml
     except ImportError:
-        return Finding("NVML", "warn", "nvidia-ml-py is not installed", "pip install nvidia-ml-py")
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        if shutil.which("nvidia-smi"):
-            return Finding("NVML", "warn", f"{error}", "does nvidia-smi work? GPU figures show as n/a until it does")
-        return Finding("NVML", "ok", f"no NVIDIA driver here ({error}): GPU figures show as n/a")
-    try:
-        count = pynvml.nvmlDeviceGetCount()
-        driver = pynvml.nvmlSystemGetDriverVersion()
-    except pynvml.NVMLError as error:
-        return Finding("NVML", "warn", f"the driver answers with an error: {error}", "does nvidia-smi work?")
-    finally:
-        pynvml.nvmlShutdown()
-    return Finding("NVML", "ok", f"driver {driver}, {count} GPU{'s' if count != 1 else ''}")
+        return [Finding("NVML", "warn", "nvidia-ml-py is not installed", "pip install nvidia-ml-py")]
+    from zerotop.probe.nvml import look_once
+
+    gpus, driver, note = look_once(pynvml)
+    if not note:
+        return [Finding("NVML", "ok", ", ".join([f"driver {driver}", _models(gpus)])), *_gpus(gpus)]
+    if shutil.which("nvidia-smi"):
+        return [Finding("NVML", "warn", note, "does nvidia-smi work? GPU figures show as n/a until it does")]
+    if note == "no NVIDIA driver":
+        return [Finding("NVML", "ok", f"{note}: GPU figures show as n/a")]
+    return [Finding("NVML", "warn", note, "GPU figures show as n/a until it answers")]
+
+
+def _models(gpus: list[GpuStats]) -> str:
+    counts = Counter(gpu.name for gpu in gpus)
+    return ", ".join(f"{count} × {name}" for name, count in counts.items()) or "no GPU"
+
+
+def _gpus(gpus: list[GpuStats]) -> list[Finding]:
+    """A line for each GPU, and one for each reason why figures are missing."""
+    from zerotop.state.gpu import BUSY_PERCENT, gpu_concerns
+    from zerotop.state.gpu_text import gpu_items, missing_text
+
+    findings, missing = [], dict[str, list[int]]()
+    for gpu in gpus:
+        busy = [
+            other.sm_clock_mhz
+            for other in gpus
+            if other.name == gpu.name and other.sm_clock_mhz and (other.utilization_percent or 0.0) >= BUSY_PERCENT
+        ]
+        found = gpu_concerns(gpu, statistics.median(busy) if len(busy) > 1 else None)
+        items = (
+            ()
+            if gpu.lost or not gpu.uuid
+            else [f"{label} {value}" for label, value in gpu_items(gpu) if label in _GPU_LABELS]
+        )
+        text = ", ".join(items) or gpu.name
+        findings.append(Finding(f"GPU {gpu.index}", "warn" if found else "ok", text, "; ".join(c.text for c in found)))
+        if why := missing_text(gpu):
+            missing.setdefault(why, []).append(gpu.index)
+    for why, indices in missing.items():
+        where = "" if len(indices) == len(gpus) else f" (GPU {', '.join(map(str, indices))})"
+        findings.append(Finding("GPU figures", "ok", f"{why}{where}"))
+    return findings
 
 
 def _ssh() -> Finding:
@@ -208,7 +248,7 @@ def _state_home() -> Finding:
     return Finding("state home", "ok", f"{home}, {bytes_text(free)} free")
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (
+CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
     _python,
     _torch,
     _cpu_kernels,

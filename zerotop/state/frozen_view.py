@@ -14,6 +14,7 @@ def freeze(state: RunState) -> RunState:
     for rank in still.ranks.values():
         rank.spans = copy.copy(rank.spans)
     still.nodes = dict(state.nodes)
+    still.energy = state.energy.copy()
     still.events = copy.copy(state.events)
     still.commands = dict(state.commands)
     still.answered_ns = dict(state.answered_ns)

@@ -35,6 +35,7 @@ from runtime.wire.messages import (
     Verdict,
 )
 from zerotop.state.breakdown import Breakdowns
+from zerotop.state.energy import Energy, EnergyUse, energy_use
 from zerotop.state.evaluations import Evaluations
 from zerotop.state.events import Record
 from zerotop.state.series import Series
@@ -89,6 +90,7 @@ class RunState:
     """The hub's judgement; None before the first."""
     ranks: dict[int, RankState] = field(default_factory=dict)
     nodes: dict[str, NodeStats] = field(default_factory=dict)
+    energy: Energy = field(default_factory=Energy)
     events: deque[Record] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
     commands: dict[str, CommandRecord] = field(default_factory=dict)  # by command id, oldest first
     series: Series = field(default_factory=Series)
@@ -183,6 +185,7 @@ class RunState:
                 self.rank(message.rank).goodbye = message
             case NodeStats():
                 self.nodes[message.host] = message
+                self.energy.add(message)
             case DataReport():
                 if self._data_is_old:
                     self._data_is_old = False
@@ -273,6 +276,22 @@ class RunState:
         """The state of the status; "starting" before there is one."""
         return self.status.state if self.status else "starting"
 
+    def energy_use(self) -> EnergyUse | None:
+        """What the GPUs of all ranks take per step and per token; None where one of them has no energy counter."""
+        newest = list(self.series)[-1:]
+        stamped = self.ranks.get(newest[0].rank) if newest else None
+        gpus: dict[str, set[str]] = {}
+        tokens = 0.0
+        for rank in self.ranks.values():
+            if rank.hello is None or not rank.hello.device_uuid or rank.step is None:
+                return None
+            gpus.setdefault(rank.hello.host, set()).add(rank.hello.device_uuid.removeprefix("GPU-"))
+            tokens += (rank.step.tokens_per_s or 0.0) * rank.step.step_ms / 1000
+        if stamped is None or stamped.hello is None:
+            return None
+        there = {host: frozenset(uuids) for host, uuids in gpus.items()}
+        return energy_use(self.energy, self.series, there, stamped.hello.host, tokens or None)
+
     def open_commands(self) -> list[Command]:
         """Commands that are accepted and neither applied nor rejected yet."""
         return [record.command for record in self.commands.values() if record.ack.state == "accepted"]
@@ -302,6 +321,7 @@ class RunState:
                 spans: Any = list(state.spans)
                 messages.append(Phases(rank=state.rank, micro_steps=state.heartbeat.micro_steps, spans=spans))
         messages += self.waits.messages()
+        messages += self.energy.messages()
         messages += list(self.nodes.values())
         messages += [self.verdict] if self.verdict is not None else []
         messages += list(self.commands.values())

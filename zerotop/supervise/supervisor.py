@@ -17,6 +17,7 @@ from runtime.config import Resolved
 from runtime.wire.messages import Command, Evaluation, Event, Hello, LogRecord, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, boot_id, read_status, write_json
 from zerotop.diagnose.evidence import FailureEvidence
+from zerotop.diagnose.gpu_alarms import GpuAlarms
 from zerotop.diagnose.hang import HangWatch
 from zerotop.diagnose.outcome import Outcome, decide
 from zerotop.diagnose.stacks_report import StackTaker
@@ -104,6 +105,7 @@ class Supervisor:
             chores.add("the watch for hangs", self._watch_for_hangs())
             self._verdicts = VerdictWatch(hub)
             chores.add("the verdict", self._verdicts.watch())
+            chores.add("the watch on the GPUs", GpuAlarms(hub).watch())
             folder = FolderWatch(self.path, hub, lambda: self.run_file)
             chores.add("the watch on the run directory", folder.watch())
             outcome = await self._attempts(locks)

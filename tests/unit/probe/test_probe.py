@@ -11,10 +11,11 @@ import psutil
 import pynvml
 import pytest
 
+from runtime.wire.messages import GpuStats
 from tests.harness.waiting import patient, until
 from zerotop.probe import host, nvml
 from zerotop.probe.host import HostProbe
-from zerotop.probe.nvml import GpuProbe, count_devices, no_gpu_note, sample
+from zerotop.probe.nvml import GpuProbe, count_devices, list_devices, no_gpu_note, read
 from zerotop.probe.xid import Xid, XidWatch, _key
 
 
@@ -35,6 +36,10 @@ def driver(**functions: object) -> SimpleNamespace:
     errors = {"NVMLError": NvmlError, "NVMLError_LibraryNotFound": NotFound, "NVMLError_DriverNotLoaded": NotLoaded}
     basics = {"nvmlInit": lambda: None, "nvmlShutdown": lambda: None, "NVML_TEMPERATURE_GPU": 0, "NVML_CLOCK_SM": 1}
     return SimpleNamespace(**errors, **(basics | functions))
+
+
+def sample(nvml_: SimpleNamespace) -> list[GpuStats]:
+    return [read(device) for device in list_devices(nvml_, [])]
 
 
 def refuse(*_: object) -> None:
@@ -61,10 +66,10 @@ FULL = {
 def test_every_field_of_a_full_driver() -> None:
     found = sample(driver(**FULL))
     assert [gpu.uuid for gpu in found] == ["GPU-0", "GPU-1"]
-    assert found[1].model_dump() == {
+    assert found[1].model_dump(exclude_unset=True) == {
         "index": 1, "uuid": "GPU-1", "name": "NVIDIA H200", "used_bytes": 3, "total_bytes": 10,
         "utilization_percent": 97.0, "power_w": 650.5, "power_limit_w": 700.0, "temperature_c": 61.0,
-        "sm_clock_mhz": 1980.0, "clock_reasons": ["power cap"],
+        "sm_clock_mhz": 1980.0, "memory_clock_mhz": 1980.0, "clock_reasons": ["power cap"],
     }  # fmt: skip
 
 
@@ -101,7 +106,7 @@ def test_samples_go_on_after_a_refusal() -> None:
     gpus, note = probe.latest()
     assert gpus is not None and len(gpus) == 2 and note == ""
     probe.close()
-    assert not probe._thread.is_alive()
+    assert not any(thread.is_alive() for thread in probe._threads)
 
 
 def test_a_wedged_driver_blocks_nobody_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from textual.message import Message
 
 from runtime.wire.messages import GpuStats
 from zerotop.format import MISSING, bytes_text, count_text, ms_text, used_of
+from zerotop.state.gpu import Concern, concerns
 from zerotop.state.memory import MemoryUse, gpu_of, memory_use
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS, WaitWindow
@@ -41,6 +42,7 @@ class _Context:
     largest_bytes: int
     waits: WaitWindow
     stale_s: float
+    concerns: Mapping[int, tuple[Concern, ...]]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ class RankTable(ScrollPanel):
         super().__init__(id=id)
         self.selected = 0
         self._count = 0
+        self._concerned = False
+        """Whether a GPU has been out of order: from then on the table has a column for it, so that it does not jump."""
 
     @property
     def rows_wanted(self) -> int:
@@ -111,13 +115,16 @@ class RankTable(ScrollPanel):
             return [Row().add("waiting for ranks to connect".center(width), muted)]
         uses = [memory_use(rank.memory) for rank in view.state.ranks.values() if rank.memory]
         waits = view.state.waits.window()
+        found = concerns(view.state)
+        self._concerned = self._concerned or bool(found)
         context = _Context(
             view,
             max((use.used_bytes for use in uses), default=0),
             waits,
             stale_after_s(view.state),
+            found,
         )
-        columns = _choose(view, width)
+        columns = _choose(view, width, self._concerned)
         fixed = sum(column.width + 1 for column in columns)
         sizes = [column.width + (width - fixed if column.title == "memory" else 0) for column in columns]
         head = Row()
@@ -314,6 +321,15 @@ def _power(gpu: GpuStats) -> str | None:
     return f"{gpu.power_w:.0f}/{gpu.power_limit_w:.0f} W" if gpu.power_limit_w else f"{gpu.power_w:.0f} W"
 
 
+def _concern(row: Row, context: _Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
+    found = context.concerns.get(rank.rank)
+    if not found:
+        row.cell("", size)
+        return
+    palette = context.view.palette
+    row.cell(f"▲ {found[0].word}", size, _dim(context, rank) or palette.style(found[0].severity, bold=True))
+
+
 COLUMNS = (
     _Column("rank", 5, 100, _number, right=True),
     _Column("device", 8, 40, _device),
@@ -324,6 +340,7 @@ COLUMNS = (
     _Column("phase", 19, 95, _phase),
     _Column("wait per step", 13, 70, _wait, right=True),
     _Column("cost to others", 15, 35, _cost, right=True),
+    _Column("GPU alarm", 15, 75, _concern, gpu=True),
     _Column("tokens/s", 8, 60, _tokens, right=True),
     _Column("step", 7, 15, _step, right=True),
     _Column("util", 5, 32, _gpu_cell(lambda gpu: _rounded(gpu.utilization_percent, "%")), right=True, gpu=True),
@@ -334,7 +351,7 @@ COLUMNS = (
 )
 
 
-def _choose(view: View, width: int) -> list[_Column]:
+def _choose(view: View, width: int, concerned: bool) -> list[_Column]:
     """The columns that fit, in their order; the least important ones are left out first. Widths depend on what this
     run can show at all."""
     ranks = view.state.ranks.values()
@@ -344,6 +361,8 @@ def _choose(view: View, width: int) -> list[_Column]:
     columns: list[_Column] = []
     for column in COLUMNS:
         if (column.gpu and not on_gpu) or (column.title == "host" and len(hosts) < 2):
+            continue
+        if column.title == "GPU alarm" and not concerned:
             continue
         if column.title == "memory" and width >= ROOMY:
             column = _resized(column, 20)

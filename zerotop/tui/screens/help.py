@@ -79,6 +79,10 @@ class HelpScreen(ModalScreen[None]):
             Text(""),
             Text("both also as a share of the step; the line that names a slow rank uses these steps", muted),
         )
+        table.add_row(
+            Text("GPU alarm"),
+            Text("once a GPU has been out of order: throttled, memory errors, a slow link, lost; figures: Enter"),
+        )
         head("your own")
         table.add_row(Text("themes"), Text(f"{config_home() / 'themes'}/NAME.toml: a palette; see themes/dark.toml"))
         table.add_row(Text("keys"), Text(f'{config_home() / "keys.toml"}: lines like  freeze = "F"  with these names:'))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from rich.cells import cell_len
+from rich.style import Style
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 
-from zerotop.format import bytes_text, count_text, ms_text
+from zerotop.format import bytes_text, count_text, energy_text, ms_text
+from zerotop.state.gpu import concerns
+from zerotop.state.gpu_text import gpu_items, missing_text
 from zerotop.state.memory import gpu_of
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
@@ -20,18 +24,26 @@ from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.theme import Palette
 from zerotop.tui.view import View
 from zerotop.tui.widgets.keybar import KeyBar
-from zerotop.tui.widgets.lines import PLAIN, Panel, Row
+from zerotop.tui.widgets.lines import PLAIN, Panel, Row, fit
 from zerotop.tui.widgets.timeline import timeline_rows
 
 
 class RankFacts(Panel):
-    """What the rank is and what it does, in two lines."""
+    """What the rank is and what it does, in two lines, and what the driver says of its GPU, in at most two more."""
 
     ALLOW_MAXIMIZE = False
+    gpu_lines = 0
 
     def __init__(self, rank: int) -> None:
         super().__init__(id="facts")
         self.rank = rank
+
+    def accept(self, view: View) -> None:
+        super().accept(view)
+        lines = len(_gpu_rows(view, self.rank, self.size.width)) if self.size.width else 0
+        if lines != self.gpu_lines:
+            self.gpu_lines = lines
+            self.refresh(layout=True)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         state = view.state.ranks.get(self.rank) or RankState(self.rank)
@@ -59,16 +71,50 @@ class RankFacts(Panel):
             ):
                 if now.width + len(label) + len(value) + 3 <= width:
                     now.add(f"  {label} ", muted).add(value)
-        gpu = gpu_of(view.state, state)
-        if gpu is not None and gpu.clock_reasons:
-            now.add("  clocks limited by ", muted).add(", ".join(gpu.clock_reasons), view.palette.style("warning"))
         if state.packets_lost or (beat is not None and beat.dropped):
             lost = state.packets_lost + (beat.dropped if beat else 0)
             now.add(f"  {lost} messages lost", view.palette.style("warning"))
-        return [who, now][:height]
+        return [who, now, *_gpu_rows(view, self.rank, width)][:height]
 
     def natural_height(self, width: int) -> int:
-        return 2
+        return 2 + self.gpu_lines
+
+
+def _gpu_rows(view: View, number: int, width: int) -> list[Row]:
+    """The facts of the rank's GPU: what is out of order first, then as many figures as fit into two lines."""
+    rank, palette = view.state.ranks.get(number), view.palette
+    gpu = gpu_of(view.state, rank) if rank is not None else None
+    if gpu is None:
+        return []
+    muted = palette.style("muted")
+    found = concerns(view.state).get(number, ())
+    pieces: list[list[tuple[str, Style]]] = [
+        [(f"▲ {one.word}", palette.style(one.severity, bold=True))] for one in found
+    ]
+    pieces += [[(f"{label} ", muted), (value, muted if view.stale else PLAIN)] for label, value in gpu_items(gpu)]
+    if missing := missing_text(gpu):
+        longest = max(0, width - 6)
+        text = missing if cell_len(missing) <= longest else fit(missing, longest)
+        pieces.insert(len(found) + 4, [(text, palette.style("warning"))])
+    energy = view.state.energy_use()
+    if energy is not None:
+        pieces.append([("run ", muted), (f"{energy_text(energy.joules_per_step)}/step", PLAIN)])
+        if energy.joules_per_million_tokens is not None:
+            million = f"{energy_text(energy.joules_per_million_tokens)} per million tokens"
+            pieces[-1].append((f", {million}", PLAIN))
+    rows = [Row().gap().add(f"GPU {gpu.index}", palette.style("primary", bold=True))]
+    if gpu.lost:  # nothing else is known
+        pieces = [[(f"▲ lost: {one.text}", palette.style(one.severity, bold=True))] for one in found]
+    for piece in pieces:
+        size = sum(cell_len(text) for text, _ in piece) + 2
+        if rows[-1].width + size > width:
+            if len(rows) == 2:
+                continue  # a shorter one may fit
+            rows.append(Row().gap(4))
+        rows[-1].gap(2)
+        for text, style in piece:
+            rows[-1].add(text, style)
+    return rows
 
 
 class Timeline(Panel, can_focus=True):
