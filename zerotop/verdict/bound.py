@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
 from zerotop.format import bytes_text, ms_text
+from zerotop.state.gpu import Concern, concerns
 from zerotop.state.stall import ranks_text
 from zerotop.verdict.figures import Figures
-from zerotop.verdict.finding import Finding
+from zerotop.verdict.finding import Finding, Severity, What
 
 FAULTS_PER_S, KEPT_FAULTS_PER_S = 100.0, 20.0
 """Page faults per second that had to read from disk or swap: a process that has its pages has none."""
 SWAP_BYTES_PER_S = 2.0**20
 PRESSURE_PERCENT = 10.0
 OFFLOAD_SHARE, KEPT_OFFLOAD_SHARE = 0.25, 0.18
-HOT_CLOCK = 0.9
-"""A GPU that is throttled to less than this share of its maximum clock is slow for that reason."""
-HARMLESS_REASONS = frozenset({"sync boost"})
+THROTTLED = frozenset({"hot", "power brake", "slowed down", "power cap"})
 
 
 def find_memory_bound(figures: Figures) -> Finding | None:
@@ -66,37 +66,33 @@ def find_memory_bound(figures: Figures) -> Finding | None:
     )
 
 
+def find_gpu_fault(figures: Figures) -> Finding | None:
+    """A GPU that the driver has lost, or whose memory is bad."""
+    return _gpu_finding(figures, "GPU fault", "error", lambda concern: concern.severity == "error")
+
+
 def find_throttled(figures: Figures) -> Finding | None:
-    """GPUs that lower their clock because of heat or power."""
-    if figures.state.state_name != "running":
+    """GPUs that lower their clock because of heat or power. A GPU at its power limit at full load is not one: all large
+    ones are (zerotop/state/gpu.py)."""
+    return _gpu_finding(figures, "throttled", "warning", lambda concern: concern.word in THROTTLED)
+
+
+def _gpu_finding(figures: Figures, what: What, severity: Severity, wanted: Callable[[Concern], bool]) -> Finding | None:
+    if figures.state.state_name not in ("running", "stopping", "paused"):
         return None
-    slow: dict[int, str] = {}
-    lowest = 1.0
-    for rank in figures.present:
-        gpu = figures.gpu_of(rank.rank)
-        if gpu is None or not gpu.sm_clock_mhz or not gpu.max_sm_clock_mhz:
-            continue
-        reasons = [reason for reason in gpu.clock_reasons if reason not in HARMLESS_REASONS]
-        ratio = gpu.sm_clock_mhz / gpu.max_sm_clock_mhz
-        if reasons and ratio < HOT_CLOCK:
-            facts = [f"{gpu.sm_clock_mhz:,.0f} of {gpu.max_sm_clock_mhz:,.0f} MHz", *reasons]
-            facts += [f"{gpu.temperature_c:.0f} °C"] if gpu.temperature_c is not None else []
-            if gpu.power_w is not None and gpu.power_limit_w is not None:
-                facts.append(f"{gpu.power_w:.0f} of {gpu.power_limit_w:.0f} W")
-            slow[rank.rank] = ", ".join(facts)
-            lowest = min(lowest, ratio)
+    found = {
+        rank: next((one for one in those if wanted(one)), None)
+        for rank, those in sorted(concerns(figures.state).items())
+        if figures.state.ranks[rank].goodbye is None
+    }
+    slow = {rank: concern for rank, concern in found.items() if concern is not None}
     if not slow:
         return None
     ranks = tuple(slow)
-    return Finding(
-        "throttled",
-        f"the GPU{'s' if len(slow) > 1 else ''} of {ranks_text(ranks)} {'run' if len(slow) > 1 else 'runs'} below "
-        f"{'their' if len(slow) > 1 else 'its'} clock: {slow[ranks[0]]}",
-        "warning",
-        ranks,
-        "Look at cooling and power: `nvidia-smi -q -d PERFORMANCE,POWER`.",
-        {"clock_ratio": round(lowest, 3)},
-    )
+    concern = slow[ranks[0]]
+    text = f"the GPU{'s' if len(slow) > 1 else ''} of {ranks_text(ranks)}: {concern.text}"
+    advice = "`zerotop doctor` and `nvidia-smi -q -d PERFORMANCE,POWER,ECC` show all that the driver knows."
+    return Finding(what, text, severity, ranks, advice, {"concern": concern.word})
 
 
 def find_offload_bound(figures: Figures) -> Finding | None:

@@ -16,6 +16,7 @@ What = Literal[
     "hang",
     "hang in transfer",
     "no progress",
+    "GPU fault",
     "memory-bound",
     "straggler",
     "contention",
@@ -33,10 +34,11 @@ What = Literal[
 """failed: the ranks of an attempt have ended with an error. dead: a rank's process is gone. wedged: its process exists
 and sends nothing. desync: ranks are in different collectives. ended early: ranks wait in a collective for one that has
 finished. hang: a rank has not entered the collective in which the others wait. hang in transfer: all have entered it,
-and it does not complete. no progress: the ranks stand still outside any collective. memory-bound: memory is so short
-that it costs time. straggler: the others wait for one rank's computation. contention: other processes take the ranks'
-CPUs. slow link: transfers take longer than they did. data starvation: steps wait for data. throttled: a GPU has lowered
-its clock. offload-bound: steps wait for updates or copies on the host."""
+and it does not complete. no progress: the ranks stand still outside any collective. GPU fault: the driver has lost a
+GPU, or its memory is bad. memory-bound: memory is so short that it costs time. straggler: the others wait for one
+rank's computation. contention: other processes take the ranks' CPUs. slow link: transfers take longer than they did.
+data starvation: steps wait for data. throttled: a GPU has lowered its clock. offload-bound: steps wait for updates or
+copies on the host."""
 Severity = Literal["info", "warning", "error"]
 STANDSTILL: frozenset[str] = frozenset(
     {"failed", "dead", "wedged", "desync", "ended early", "hang", "hang in transfer", "no progress"}

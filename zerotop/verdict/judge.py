@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from zerotop.state.run import RunState
-from zerotop.verdict.bound import find_memory_bound, find_offload_bound, find_throttled
+from zerotop.verdict.bound import find_gpu_fault, find_memory_bound, find_offload_bound, find_throttled
 from zerotop.verdict.calm import calm
 from zerotop.verdict.figures import Figures, History
 from zerotop.verdict.finding import CALM, STANDSTILL, Finding
@@ -20,6 +20,7 @@ RULES: tuple[Rule, ...] = (
     find_wedged,
     find_desync,
     find_hang,
+    find_gpu_fault,
     find_memory_bound,
     find_straggler,
     find_contention,

@@ -9,7 +9,7 @@ import pytest
 from runtime.wire.messages import BusyProcess, Collectives, Goodbye, GpuStats, Memory, NodeStats, RunStatus, StepResult
 from tests.unit.state.test_stall import WORLD, S, a_run, beat, hello, stuck
 from zerotop.state.run import RunState
-from zerotop.verdict.bound import find_memory_bound, find_offload_bound, find_throttled
+from zerotop.verdict.bound import find_gpu_fault, find_memory_bound, find_offload_bound, find_throttled
 from zerotop.verdict.calm import calm
 from zerotop.verdict.figures import SAMPLES_KEPT, History
 from zerotop.verdict.finding import Finding
@@ -329,11 +329,17 @@ def test_a_throttled_gpu_is_named_with_its_reason() -> None:
 
     node(run, gpus=gpus(1200.0, ["hot (hardware)"]))
     found = ask(find_throttled, run)
-    assert found is not None and found.ranks == (1,) and "1,200 of 1,980 MHz, hot (hardware), 93 °C" in found.text
+    assert found is not None and found.ranks == (1,) and "hot (hardware)" in found.text and "93 °C" in found.text
     node(run, gpus=gpus(1950.0, ["power cap"]))
-    assert ask(find_throttled, run) is None
+    assert ask(find_throttled, run) is None  # all large GPUs are at it under full load
+    node(run, gpus=gpus(1200.0, ["power cap"]))
+    assert ask(find_throttled, run) is not None  # but it is slower than the others
     node(run, gpus=gpus(1200.0, []))
     assert ask(find_throttled, run) is None  # idle: nothing holds it down
+    assert ask(find_gpu_fault, run) is None
+    node(run, gpus=[GpuStats(index=1, uuid="GPU-1", name="H", lost=True)])
+    found = ask(find_gpu_fault, run)
+    assert found is not None and found.ranks == (1,) and "the driver has lost it" in found.text
 
 
 def test_steps_that_wait_for_the_host_are_offload_bound() -> None:
