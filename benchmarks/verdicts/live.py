@@ -3,12 +3,14 @@
     python -m benchmarks.verdicts.live --rounds 3 --markdown benchmarks/results/verdicts-live.md
 
 Each round launches a run per fault (script.py), waits until it trains, injects the fault, and reads the verdicts that
-the hub publishes, as a screen does. "slow link" needs root, for a network namespace of its own and tc.
+the hub publishes, as a screen does. With --pictures FOLDER the screen is saved as it is then. "slow link" needs root,
+for a network namespace of its own and tc.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
 import statistics
@@ -28,6 +30,7 @@ from benchmarks.verdicts.matrix import is_right
 from runtime.wire.messages import Verdict
 from zerotop.rundir.directory import RunEntry, find_any_run
 from zerotop.source.opening import open_source
+from zerotop.tui.app import ZerotopApp
 from zerotop.verdict.finding import Finding
 
 FAULTY = 1
@@ -36,6 +39,8 @@ TRAINS_S, VERDICT_S = 90.0, 30.0
 HEALTHY_S = 30.0
 HOGS = 3
 RATE = "300mbit"
+PICTURE = (118, 16)
+"""Columns and lines of a picture."""
 
 
 class Injection:
@@ -112,8 +117,8 @@ class Seen:
     """Warnings that were not right, with the time after the fault."""
 
 
-def run(live: LiveFault, name: str) -> Seen:
-    """Launch, inject, watch, end."""
+def run(live: LiveFault, name: str, pictures: Path | None) -> Seen:
+    """Launch, inject, watch, take a picture, end."""
     at_step = ("--at-step", str(AT_STEP)) if live.script else ()
     command = [sys.executable, "-m", "zerotop", "launch", "benchmarks/verdicts/config.json", "--nproc", "2"]
     command += ["--device", "cpu", "--name", name, "--detach", "--", "benchmarks/verdicts/script.py"]
@@ -127,12 +132,31 @@ def run(live: LiveFault, name: str) -> Seen:
         raise SystemExit(f"{name} did not start: {launched.stderr}")
     injection, entry = Injection(), find_any_run(name)
     try:
-        return _watch(live, entry, injection)
+        seen = _watch(live, entry, injection)
+        if pictures is not None and seen.right:
+            path = pictures / f"{live.fault.name.replace(' ', '-').lower()}.svg"
+            path.write_text(asyncio.run(picture(entry)), encoding="utf-8")
+        return seen
     finally:
         injection.end()
         subprocess.run(
             [sys.executable, "-m", "zerotop", "abort", name, "--yes"], cwd=ROOT, capture_output=True, check=False
         )
+
+
+async def picture(entry: RunEntry) -> str:
+    """The screen on the run as it is now, as SVG."""
+    source = open_source(entry)
+    try:
+        app = ZerotopApp(source, read_only=True)
+        async with app.run_test(size=PICTURE) as pilot:
+            deadline = time.monotonic() + 20.0
+            while source.state.verdict is None and time.monotonic() < deadline:
+                await pilot.pause(0.1)
+            await pilot.pause(0.6)  # two ticks of the screen
+            return app.export_screenshot(title=f"zerotop attach {entry.name}")
+    finally:
+        source.close()
 
 
 def _watch(live: LiveFault, entry: RunEntry, injection: Injection) -> Seen:
@@ -208,6 +232,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", action="append", help="one kind of fault; may be given again")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="save the screen at the first round's verdicts")
     options = parser.parse_args()
     seen: dict[str, list[Seen]] = {}
     with tempfile.TemporaryDirectory(prefix="zerotop-verdicts-") as home:
@@ -217,7 +242,8 @@ def main() -> int:
                 name = live.fault.name
                 if options.only and name not in options.only:
                     continue
-                one = run(live, f"{name.replace(' ', '-').lower()}-{number}")
+                pictures = options.pictures if number == 1 else None
+                one = run(live, f"{name.replace(' ', '-').lower()}-{number}", pictures)
                 seen.setdefault(name, []).append(one)
                 took = f"{one.seconds:.1f} s" if one.seconds is not None else "-"
                 print(f"{name}: {'right' if one.right else 'WRONG'} {took}: {one.text} {one.others}", file=sys.stderr)

@@ -100,7 +100,7 @@ def find_offload_bound(figures: Figures) -> Finding | None:
     if figures.state.state_name != "running" or figures.warming_up or not figures.breakdowns:
         return None
     kept = figures.before is not None and figures.before.what == "offload-bound"
-    share = figures.median_share("offload")
+    share = figures.least_share("offload")
     if share < (KEPT_OFFLOAD_SHARE if kept else OFFLOAD_SHARE):
         return None
     ms = statistics.median(b.offload for b in figures.breakdowns.values())

@@ -90,9 +90,9 @@ class Figures:
         others = [getattr(b, part) for number, b in self.breakdowns.items() if number != rank]
         return statistics.median(others) if others else None
 
-    def median_share(self, part: Part) -> float:
-        """The median over ranks of the part's share of the step."""
-        return statistics.median(b.share(part) for b in self.breakdowns.values()) if self.breakdowns else 0.0
+    def least_share(self, part: Part) -> float:
+        """The smallest share of the step that the part takes on any rank: what all of them have in common."""
+        return min((b.share(part) for b in self.breakdowns.values()), default=0.0)
 
 
 @dataclass

@@ -11,7 +11,13 @@ from zerotop.state.breakdown import Part
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding, What
 
-WINDOWS: tuple[tuple[int, float, float], ...] = ((4, 0.25, 16.0), (8, 0.10, 9.0), (16, 0.05, 7.0), (40, 0.05, 5.0))
+WINDOWS: tuple[tuple[int, float, float], ...] = (
+    (4, 0.25, 16.0),
+    (8, 0.30, 5.5),
+    (8, 0.10, 9.0),
+    (16, 0.05, 7.0),
+    (40, 0.05, 5.0),
+)
 """(steps, share, certainty): a rank is named if over the newest `steps` it costs each other rank more than this share
 of the step, net of what they cost it, and the mean of that is `certainty` times its standard error. Where ranks take
 turns none is named, however much they wait in total, nor is a rank for one long pause. Few steps need a large and
@@ -25,7 +31,9 @@ KEPT_STEPS, KEPT_SHARE, KEPT_CERTAINTY = 16, 0.025, 2.0
 """Limits for what is the verdict already: it must not come and go at every step."""
 
 CONTENTION_PERCENT, KEPT_CONTENTION_PERCENT = 30.0, 15.0
-"""A rank that waits for a CPU for this share of the time is held up by other processes or threads."""
+"""A rank that waits for a CPU for this share of the time is held up by other processes or threads..."""
+BEYOND_PERCENT, KEPT_BEYOND_PERCENT = 20.0, 8.0
+"""...and alone is, if it waits for so much more of the time than the others."""
 CLOCK_RATIO = 0.93
 """A GPU whose clock is below this share of the others' is slow for that reason."""
 LINK_RATIO, KEPT_LINK_RATIO = 1.6, 1.3
@@ -173,35 +181,40 @@ def _slow_clock(figures: Figures, rank: int) -> tuple[str, dict[str, Any]] | Non
 
 # ---- the machine -------------------------------------------------------------------------------------------------
 def _contended(figures: Figures, rank: int) -> float | None:
-    """The share of the time in percent for which the rank waits for a CPU, if that is much, and more than others do."""
-    delays = figures.run_delay_percent
-    mine = delays.get(rank)
+    """The share of the time in percent for which the rank waits for a CPU, if that is much, and clearly more than
+    others do."""
+    mine = figures.run_delay_percent.get(rank)
     if mine is None:
         return None
-    others = [percent for number, percent in delays.items() if number != rank]
-    least = KEPT_CONTENTION_PERCENT if _was(figures, "contention") else CONTENTION_PERCENT
-    beyond = mine - (statistics.median(others) if others else 0.0)
-    return mine if mine >= least and beyond >= least / 2 else None
+    others = [percent for number, percent in figures.run_delay_percent.items() if number != rank]
+    usual = statistics.median(others) if others else 0.0
+    if _was(figures, "contention") and figures.before is not None and figures.before.ranks == (rank,):
+        return mine if mine >= KEPT_CONTENTION_PERCENT and mine - usual >= KEPT_BEYOND_PERCENT else None
+    return mine if mine >= CONTENTION_PERCENT and mine - usual >= BEYOND_PERCENT else None
 
 
 def find_contention(figures: Figures) -> Finding | None:
-    """Ranks wait for a free CPU, all of them or in turns."""
-    if figures.state.state_name != "running" or figures.warming_up or not figures.run_delay_percent:
+    """Ranks wait for a free CPU: one of them, all, or in turns."""
+    delays = figures.run_delay_percent
+    if figures.state.state_name != "running" or figures.warming_up or not delays:
         return None
+    before = figures.before.ranks if figures.before is not None and _was(figures, "contention") else ()
+    rank = before[0] if before and before[0] in delays else max(delays, key=lambda number: delays[number])
+    alone = _contended(figures, rank)
+    mean = statistics.fmean(delays.values())
     least = KEPT_CONTENTION_PERCENT if _was(figures, "contention") else CONTENTION_PERCENT
-    mean = statistics.fmean(figures.run_delay_percent.values())
-    if mean < least:
+    if mean < least and not (before and alone is not None):
         return None
-    rank = max(figures.run_delay_percent, key=lambda number: figures.run_delay_percent[number])
     node = figures.node_of(rank)
     load = f" (load {node.load_1m:.1f} on {node.cpu_count} CPUs)" if node is not None else ""
+    who, percent = (f"rank {rank} waits", alone) if alone is not None else ("the ranks wait", mean)
     return Finding(
         "contention",
-        f"the ranks wait for a free CPU {mean:.0f}% of the time{load}{_competitors(figures, rank)}",
+        f"{who} for a free CPU {percent:.0f}% of the time{load}{_competitors(figures, rank)}",
         "warning",
-        (),
+        (rank,) if alone is not None else (),
         "Move the other processes elsewhere, or lower the ranks' threads (OMP_NUM_THREADS, num_workers).",
-        {"run_delay_percent": round(mean, 1)},
+        {"run_delay_percent": round(percent, 1)},
     )
 
 
@@ -269,7 +282,7 @@ def find_data_starvation(figures: Figures) -> Finding | None:
         return None
     if min(figures.state.breakdowns.steps(rank) for rank in figures.breakdowns) < LEAST_STEPS:
         return None
-    share = figures.median_share("data")
+    share = figures.least_share("data")
     if share < (KEPT_DATA_SHARE if _was(figures, "data starvation") else DATA_SHARE):
         return None
     data_ms = statistics.median(b.data for b in figures.breakdowns.values())
