@@ -32,7 +32,7 @@ async def test_each_fault_is_a_word_in_its_ranks_line(open_app: OpenApp, size: t
     async with open_app(a_run(faults=True), size=size) as (app, pilot, run):
         lines = screen_text(app)
         top = next(y for y, line in enumerate(lines) if "GPU alarm" in line)
-        for rank, word in ((1, "power cap"), (2, "ECC errors"), (3, "hot"), (5, "lost")):
+        for rank, word in ((1, "power cap"), (2, "ECC errors"), (3, "hot"), (5, "lost"), (7, "no answer")):
             assert f"▲ {word}" in lines[top + 1 + rank]
         assert not any("▲" in lines[top + 1 + rank] for rank in (0, 4, 6))
         run.gpu_changes.clear()
@@ -64,6 +64,7 @@ async def test_the_rank_screen_has_the_figures_of_its_gpu(open_app: OpenApp, siz
         (4, ["SM n/a", "no permission: SM"]),
         (5, ["▲ lost: the driver has lost it"]),
         (6, ["n/a since 12 s: PCIe, ECC errors"]),
+        (7, ["▲ no answer", "util n/a", "n/a since 42 s: util, power, temp, SM clock"]),
     ],
 )
 async def test_what_is_wrong_comes_first_on_the_rank_screen(open_app: OpenApp, rank: int, parts: list[str]) -> None:

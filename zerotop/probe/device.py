@@ -72,7 +72,7 @@ class Device:
     def count(self, field: str, function: str, *arguments: Any) -> int | None:
         """`ask` for a whole number."""
         value = self.ask(field, function, *arguments)
-        return None if value is None or value == _NOT_AVAILABLE else int(value)
+        return None if value is None or value == _NOT_AVAILABLE or value >= 2**63 else int(value)
 
     def refused(self, field: str, function: str) -> bool:
         """Whether the GPU has said that it does not support this."""

@@ -319,12 +319,6 @@ int nvmlDeviceGetTopologyCommonAncestor(Gpu *handle, Gpu *other, unsigned *level
     *level = gpu.index / 4 == other->index / 4 ? 40 : 50; /* four GPUs to each NUMA node */
     return SUCCESS;
 }
-int nvmlDeviceGetP2PStatus(Gpu *handle, Gpu *other, unsigned capability, unsigned *status) {
-    BEGIN(handle);
-    (void)other;
-    *status = capability == 2 && gpu.nvlinks == 0 ? 5 : 0;
-    return SUCCESS;
-}
 int nvmlDeviceGetNvLinkState(Gpu *handle, unsigned link, unsigned *active) {
     BEGIN(handle);
     if (link >= (unsigned)gpu.nvlinks) return gpu.nvlinks == 0 ? NOT_SUPPORTED : INVALID_ARGUMENT;
