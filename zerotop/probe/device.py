@@ -21,6 +21,9 @@ class Device:
         self.nvml = nvml
         self.index = index
         self.handle: Any = None
+        """None until `open` has found it."""
+        self.looked_up = False
+        """Whether `open` has had an answer, of whichever kind."""
         self.uuid = ""
         self.name = ""
         self.lost = False
@@ -35,8 +38,9 @@ class Device:
         self.lost = False
         handle = self.ask("uuid", "nvmlDeviceGetHandleByIndex", self.index)
         if handle is None:
+            self.looked_up = True
             return False
-        self.handle = handle
+        self.handle, self.looked_up = handle, True
         if not self.uuid:
             self.uuid = _text(self.ask("uuid", "nvmlDeviceGetUUID", handle))
         if not self.name:

@@ -316,6 +316,7 @@ int nvmlDeviceGetFieldValues(Gpu *handle, int count, FieldValue *values) {
 /* ---- topology -------------------------------------------------------------------------------------------------------- */
 int nvmlDeviceGetTopologyCommonAncestor(Gpu *handle, Gpu *other, unsigned *level) {
     BEGIN(handle);
+    if (other < gpus || other >= gpus + gpu_count) return INVALID_ARGUMENT;
     *level = gpu.index / 4 == other->index / 4 ? 40 : 50; /* four GPUs to each NUMA node */
     return SUCCESS;
 }

@@ -138,9 +138,12 @@ def test_a_gpu_that_the_container_may_not_open_stays_in_the_list(
     fake_nvml: FakeNvml, probe_of: Callable[..., GpuProbe]
 ) -> None:
     fake_nvml.fail(1, "nvmlDeviceGetHandleByIndex_v2", NO_PERMISSION)
+    fake_nvml.set(3, nvlinks=0)
     probe = probe_of()
+    assert seen(probe, 3, lambda gpu: gpu.links).links == ["NODE", "", "NODE", "X", *["SYS"] * 4]
     assert seen(probe, 1, lambda gpu: True).name == "no permission to access this GPU"
     assert seen(probe, 2, lambda gpu: gpu.power_w).name == "NVIDIA H200"
+    assert seen(probe, 0, lambda gpu: gpu.links).links == ["X", "", *["NV18"] * 6]
 
 
 def test_a_partitioned_gpu_has_no_utilization_and_no_activity(
