@@ -59,8 +59,9 @@ class SlowReader:
         """End the threads; those that are stuck in the driver are left behind."""
         self._closing.set()
         end = time.monotonic() + CLOSE_S
-        for thread in self._threads:
-            thread.join(timeout=max(0.0, end - time.monotonic()))
+        for thread in list(self._threads):
+            if thread.is_alive():  # one that is only about to be started ends by itself
+                thread.join(timeout=max(0.0, end - time.monotonic()))
 
     def values(self, device: Device) -> SlowValues:
         """What is known of a device now."""
