@@ -47,6 +47,8 @@ GPU_FAULTS: dict[int, dict[str, Any]] = {
     4: {"sm_activity_percent": None, "tensor_activity_percent": None, "no_permission": ["sm_activity_percent"]},
     5: {"lost": True},
     6: {"pcie_tx_bytes_per_s": None, "stale_fields": ["pcie_tx_bytes_per_s", "ecc_corrected"], "stale_s": 12.3},
+    7: {"utilization_percent": None, "power_w": None, "sm_clock_mhz": None, "temperature_c": None, "energy_j": None}
+    | {"stale_fields": ["utilization_percent", "power_w", "temperature_c", "sm_clock_mhz"], "stale_s": 42.0},
 }
 """Changes of `gpu_changes`, one kind for each GPU."""
 

@@ -21,6 +21,9 @@ class Device:
         self.nvml = nvml
         self.index = index
         self.handle: Any = None
+        """None until `open` has found it."""
+        self.looked_up = False
+        """Whether `open` has had an answer, of whichever kind."""
         self.uuid = ""
         self.name = ""
         self.lost = False
@@ -35,8 +38,9 @@ class Device:
         self.lost = False
         handle = self.ask("uuid", "nvmlDeviceGetHandleByIndex", self.index)
         if handle is None:
+            self.looked_up = True
             return False
-        self.handle = handle
+        self.handle, self.looked_up = handle, True
         if not self.uuid:
             self.uuid = _text(self.ask("uuid", "nvmlDeviceGetUUID", handle))
         if not self.name:
@@ -72,7 +76,7 @@ class Device:
     def count(self, field: str, function: str, *arguments: Any) -> int | None:
         """`ask` for a whole number."""
         value = self.ask(field, function, *arguments)
-        return None if value is None or value == _NOT_AVAILABLE else int(value)
+        return None if value is None or value == _NOT_AVAILABLE or value >= 2**63 else int(value)
 
     def refused(self, field: str, function: str) -> bool:
         """Whether the GPU has said that it does not support this."""

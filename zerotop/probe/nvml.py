@@ -193,7 +193,7 @@ def _quick(device: Device) -> dict[str, Any]:
         reasons = device.ask("clock_reasons", "nvmlDeviceGetCurrentClocksThrottleReasons", handle)
     has_memory = memory is not None and 0 < memory.total < 2**63
     return {
-        "used_bytes": memory.used if has_memory else None,
+        "used_bytes": memory.used if has_memory and memory.used <= memory.total else None,
         "total_bytes": memory.total if has_memory else None,
         "utilization_percent": percent(rates.gpu) if rates is not None else None,
         "power_w": device.number("power_w", "nvmlDeviceGetPowerUsage", handle, scale=1 / 1000),

@@ -59,8 +59,9 @@ class SlowReader:
         """End the threads; those that are stuck in the driver are left behind."""
         self._closing.set()
         end = time.monotonic() + CLOSE_S
-        for thread in self._threads:
-            thread.join(timeout=max(0.0, end - time.monotonic()))
+        for thread in list(self._threads):
+            if thread.is_alive():  # one that is only about to be started ends by itself
+                thread.join(timeout=max(0.0, end - time.monotonic()))
 
     def values(self, device: Device) -> SlowValues:
         """What is known of a device now."""
@@ -84,6 +85,10 @@ class SlowReader:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError:
             return  # the driver went away since the devices were listed; the probe says so
+        # The links are those to all other GPUs, so these must have been found; but none waits for one that hangs.
+        patience_s = self._clock() + STALE_S
+        while not self._closing.is_set() and self._clock() < patience_s and not self._all_looked_up():
+            self._closing.wait(0.02)
         reader = Reader(device)
         due = {group.name: 0.0 for group in self._groups}
         while not self._closing.is_set():
@@ -98,3 +103,6 @@ class SlowReader:
             self._closing.wait(max(LEAST_WAIT_S, min(due.values()) - self._clock()))
         reader.close()
         self._nvml.nvmlShutdown()
+
+    def _all_looked_up(self) -> bool:
+        return all(device.looked_up for device in self._devices)

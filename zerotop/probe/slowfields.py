@@ -194,6 +194,8 @@ class Reader:
         for other in others:
             if other.index == device.index:
                 words.append("X")
+            elif other.handle is None:
+                words.append("")
             elif count := ends.get("switch", 0) or ends.get(_bus_id(other), 0):
                 words.append(f"NV{count}")
             else:
@@ -213,7 +215,8 @@ class Reader:
             kind = device.ask("links", "nvmlDeviceGetNvLinkRemoteDeviceType", device.handle, link)
             remote = device.ask("links", "nvmlDeviceGetNvLinkRemotePciInfo", device.handle, link) if kind == 0 else None
             where = "switch" if kind == 2 else _id_text(remote)
-            ends[where] = ends.get(where, 0) + 1
+            if where:
+                ends[where] = ends.get(where, 0) + 1
         return ends
 
 

@@ -96,7 +96,7 @@ def gpu_concerns(gpu: GpuStats, typical_mhz: float | None = None) -> tuple[Conce
     """What is out of order about one GPU, the worst first. `typical_mhz`: the median SM clock of the GPUs of this
     model that do the same work; None if there is no other."""
     if gpu.lost:
-        return (Concern("lost", "the driver has lost it: reboot; check power, cooling and how the card sits", "error"),)
+        return (Concern("lost", "the driver has lost it: reboot; check power, cooling, seating", "error"),)
     return (*_silence(gpu), *_memory_errors(gpu), *_throttling(gpu, typical_mhz), *_pcie(gpu))
 
 

@@ -316,13 +316,8 @@ int nvmlDeviceGetFieldValues(Gpu *handle, int count, FieldValue *values) {
 /* ---- topology -------------------------------------------------------------------------------------------------------- */
 int nvmlDeviceGetTopologyCommonAncestor(Gpu *handle, Gpu *other, unsigned *level) {
     BEGIN(handle);
+    if (other < gpus || other >= gpus + gpu_count) return INVALID_ARGUMENT;
     *level = gpu.index / 4 == other->index / 4 ? 40 : 50; /* four GPUs to each NUMA node */
-    return SUCCESS;
-}
-int nvmlDeviceGetP2PStatus(Gpu *handle, Gpu *other, unsigned capability, unsigned *status) {
-    BEGIN(handle);
-    (void)other;
-    *status = capability == 2 && gpu.nvlinks == 0 ? 5 : 0;
     return SUCCESS;
 }
 int nvmlDeviceGetNvLinkState(Gpu *handle, unsigned link, unsigned *active) {

@@ -138,9 +138,12 @@ def test_a_gpu_that_the_container_may_not_open_stays_in_the_list(
     fake_nvml: FakeNvml, probe_of: Callable[..., GpuProbe]
 ) -> None:
     fake_nvml.fail(1, "nvmlDeviceGetHandleByIndex_v2", NO_PERMISSION)
+    fake_nvml.set(3, nvlinks=0)
     probe = probe_of()
+    assert seen(probe, 3, lambda gpu: gpu.links).links == ["NODE", "", "NODE", "X", *["SYS"] * 4]
     assert seen(probe, 1, lambda gpu: True).name == "no permission to access this GPU"
     assert seen(probe, 2, lambda gpu: gpu.power_w).name == "NVIDIA H200"
+    assert seen(probe, 0, lambda gpu: gpu.links).links == ["X", "", *["NV18"] * 6]
 
 
 def test_a_partitioned_gpu_has_no_utilization_and_no_activity(
@@ -169,7 +172,9 @@ def test_figures_that_the_driver_marks_as_not_available_are_missing(
     fake_nvml: FakeNvml, probe_of: Callable[..., GpuProbe]
 ) -> None:
     fake_nvml.set(0, util=2**32 - 1, temperature=2**32 - 1, sm_clock=2**32 - 1, pcie_gen=2**32 - 1)
-    gpu = seen(probe_of(), 0, lambda gpu: gpu.pcie_width)
+    fake_nvml.set(0, used=1.8e19, ecc_corrected=1.8e19)  # what -1 looks like to a reader of 64 bits
+    gpu = seen(probe_of(), 0, lambda gpu: gpu.pcie_width and gpu.remapped_rows == 0)
+    assert gpu.used_bytes is gpu.ecc_corrected is None and gpu.total_bytes == 150_000_000_000
     assert gpu.utilization_percent is gpu.temperature_c is gpu.sm_clock_mhz is gpu.pcie_generation is None
 
 
