@@ -31,8 +31,8 @@ def test_names_of_drivers(name: str, bf16: float) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["NVIDIA A10G", "NVIDIA L40", "NVIDIA A100X", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 D", "NVIDIA GB200",
-     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "x86_64", ""],
+    ["NVIDIA A10G", "NVIDIA L40", "NVIDIA A100X", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 D",
+     "NVIDIA GB200", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "x86_64", ""],
 )  # fmt: skip
 def test_others_are_not_taken_for_them(name: str) -> None:
     assert peak_of(name) is None

@@ -11,9 +11,11 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 
 from zerotop.format import bytes_text, count_text, energy_text, ms_text
+from zerotop.state.efficiency import rank_efficiency
 from zerotop.state.gpu import concerns
 from zerotop.state.gpu_text import gpu_items, missing_text
 from zerotop.state.memory import gpu_of
+from zerotop.state.roofline import rank_ceiling
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.panels.events import EventPanel
@@ -29,7 +31,8 @@ from zerotop.tui.widgets.timeline import timeline_rows
 
 
 class RankFacts(Panel):
-    """What the rank is and what it does, in two lines, and what the driver says of its GPU, in at most two more."""
+    """What the rank is, what it does, how near it is to which ceiling, in three lines, and what the driver says of its
+    GPU, in at most two more."""
 
     ALLOW_MAXIMIZE = False
     gpu_lines = 0
@@ -74,10 +77,25 @@ class RankFacts(Panel):
         if state.packets_lost or (beat is not None and beat.dropped):
             lost = state.packets_lost + (beat.dropped if beat else 0)
             now.add(f"  {lost} messages lost", view.palette.style("warning"))
-        return [who, now, *_gpu_rows(view, self.rank, width)][:height]
+        return [who, now, self._speed(view, state, width), *_gpu_rows(view, self.rank, width)][:height]
+
+    def _speed(self, view: View, state: RankState, width: int) -> Row:
+        """Arithmetic and the binding ceiling; the sentence is left out where it does not fit."""
+        muted, row = view.palette.style("muted"), Row().gap()
+        efficiency = rank_efficiency(view.state, state)
+        text = efficiency.text if state.step is not None else ""
+        ceiling = rank_ceiling(view.state, state) if not view.ended else None
+        if ceiling is not None and len(ceiling.text) + 11 <= width:
+            if len(ceiling.text) + len(text) + 13 > width:  # why there is no MFU is the lesser news
+                text = f"{efficiency.tflops:.3g} TFLOPS" if efficiency.tflops is not None else ""
+            row.add(text).gap(2 if text else 0)
+            if row.width + len(ceiling.text) + 9 <= width:
+                row.add("ceiling ", muted).add(ceiling.text)
+            return row
+        return row.add(text if len(text) < width else "")
 
     def natural_height(self, width: int) -> int:
-        return 2 + self.gpu_lines
+        return 3 + self.gpu_lines
 
 
 def _gpu_rows(view: View, number: int, width: int) -> list[Row]:
