@@ -86,29 +86,31 @@ def _write_part(writer: TraceWriter, rank: int, path: Path, shift_us: float) -> 
     tracks: dict[tuple[str, str], int] = {}
     names: dict[tuple[str, str], str] = {}
     on_gpu: set[tuple[str, str]] = set()
-    for event in events_of(path):
-        key = (str(event.get("pid", "")), str(event.get("tid", "")))
-        kind = event.get("ph")
-        if kind == "M":
-            if event.get("name") == "thread_name":
-                names[key] = str(event.get("args", {}).get("name", ""))
-            continue
-        stamp = event.get("ts")
-        if kind not in _KEPT or not isinstance(stamp, int | float) or not key[0].isdecimal():
-            continue  # processes with names are the profiler's own
-        if str(event.get("name", "")).startswith(CLOCK):
-            continue
-        if event.get("cat") in _GPU:
-            on_gpu.add(key)
-        moved = event | {"pid": pid, "tid": tracks.setdefault(key, FIRST_TID + len(tracks))}
-        moved["ts"] = round(max(0.0, stamp + shift_us), 3)
-        if "id" in event and kind != "X":
-            moved["id"] = f"{rank}.{event['id']}"  # flows of one rank must not meet those of another
-        writer.raw(moved)
-        writer.slices += kind == "X"
-    for key, tid in tracks.items():
-        name = names.get(key) or f"thread {key[1]}"
-        writer.track(pid, tid, f"GPU {key[0]}: {name}" if key in on_gpu else f"torch: {name}", tid)
+    try:
+        for event in events_of(path):
+            key = (str(event.get("pid", "")), str(event.get("tid", "")))
+            kind = event.get("ph")
+            if kind == "M":
+                if event.get("name") == "thread_name":
+                    names[key] = str(event.get("args", {}).get("name", ""))
+                continue
+            stamp = event.get("ts")
+            if kind not in _KEPT or not isinstance(stamp, int | float) or not key[0].isdecimal():
+                continue  # processes with names are the profiler's own
+            if str(event.get("name", "")).startswith(CLOCK):
+                continue
+            if event.get("cat") in _GPU:
+                on_gpu.add(key)
+            moved = event | {"pid": pid, "tid": tracks.setdefault(key, FIRST_TID + len(tracks))}
+            moved["ts"] = round(max(0.0, stamp + shift_us), 3)
+            if "id" in event and kind != "X":
+                moved["id"] = f"{rank}.{event['id']}"  # flows of one rank must not meet those of another
+            writer.raw(moved)
+            writer.slices += kind == "X"
+    finally:  # also of a part that ends within an event
+        for key, tid in tracks.items():
+            name = names.get(key) or f"thread {key[1]}"
+            writer.track(pid, tid, f"GPU {key[0]}: {name}" if key in on_gpu else f"torch: {name}", tid)
 
 
 class _Recorded:
@@ -153,8 +155,8 @@ class _Recorded:
         begin, end, attempt = mark.first_ns, mark.last_ns, hello.attempt
         phases, collectives = self._found[rank]
         return (
-            [one for one in phases if one.attempt == attempt and begin <= one.start_ns <= end],
-            [one for one in collectives if one.attempt == attempt and begin <= one.issue_ns <= end],
+            [one for one in phases if one.attempt == attempt and begin <= one.start_ns < end],
+            [one for one in collectives if one.attempt == attempt and begin <= one.issue_ns < end],
         )
 
     def steps(self) -> tuple[int, int]:
