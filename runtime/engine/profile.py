@@ -6,7 +6,7 @@ the other ranks by the supervisor (zerotop/supervise/profiles.py). Nothing that 
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.wire.messages import Command
 from runtime.wire.profile import CLOCK, PART, part_path
-
-log = logging.getLogger("runtime.profile")
 
 GROWN_BYTES = 4 * 2**30
 """A profile ends early when this process has grown by so much since its start: events take host memory."""
@@ -118,7 +116,8 @@ class StepProfiler:
             os.chmod(partial, 0o600)
             os.replace(partial, path)
         except Exception as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             self._report(found, step, "", f"the trace can't be written: {_first_line(error)}")
             return
         self._report(found, step, str(path.relative_to(self._run)), problem)
