@@ -10,8 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from runtime.wire.messages import GpuStats
 from zerotop.format import bytes_text, ms_text
+from zerotop.state.bandwidth import bus_factor
+from zerotop.state.breakdown import Breakdown
 from zerotop.state.efficiency import rank_efficiency
+from zerotop.state.memory import gpu_of
 from zerotop.state.run import RankState, RunState
 
 CeilingName = Literal["compute", "device memory", "PCIe", "network", "host", "peers", "unknown"]
@@ -22,6 +26,10 @@ COMPUTE_MFU = 0.3
 MEMORY_ACTIVE = 0.6
 """Share of the time in which the device's memory interface is active, from which on it binds: about 0.9 is its
 practical limit."""
+BUS_OF = 200
+"""Collectives that the bus bandwidth is over."""
+_LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
+"""What a PCIe lane carries in one direction, by generation (PCI-SIG)."""
 
 
 @dataclass(frozen=True)
@@ -111,49 +119,58 @@ def _on_device(measured: Measured) -> Ceiling:
     )
 
 
-def measured_of(state: RunState, rank: RankState) -> Measured | None:
-    """What the state knows of a rank; None before its first step."""
-    step = rank.step
-    if step is None or step.step_ms <= 0:
-        return None
-    whole = step.step_ms
-    window = state.waits.window()
-    waited_ms = min(step.wait_ms, window.waited_ms.get(rank.rank, 0.0))
+def measured_ranks(state: RunState) -> dict[int, Measured]:
+    """What the state knows of each rank's recent steps (breakdown.py); ranks before their first step are left out."""
+    known = state.breakdowns.recent(state.waits.window().blocked_ms)
+    bus = _bus_bytes_per_s(state)
+    return {
+        number: _measured(state, state.ranks[number], breakdown, bus)
+        for number, breakdown in known.items()
+        if number in state.ranks and breakdown.step_ms > 0
+    }
+
+
+def _measured(state: RunState, rank: RankState, breakdown: Breakdown, bus_bytes_per_s: float | None) -> Measured:
+    gpu = gpu_of(state, rank)
+    active = gpu.dram_activity_percent if gpu is not None else None
     return Measured(
-        step_ms=whole,
-        data=min(1.0, (step.phase_ms.get("data", 0.0) + step.phase_ms.get("idle", 0.0)) / whole),
-        offload=min(1.0, step.phase_ms.get("offload", 0.0) / whole),
-        transfer=min(1.0, (step.wait_ms - waited_ms) / whole),
-        waiting=min(1.0, waited_ms / whole),
+        step_ms=breakdown.step_ms,
+        data=breakdown.share("data"),
+        offload=breakdown.share("offload"),
+        transfer=breakdown.share("transfer"),
+        waiting=breakdown.share("waiting"),
         on_gpu=rank.hello is not None and rank.hello.device.startswith("cuda"),
         mfu=rank_efficiency(state, rank).mfu,
-        bus_bytes_per_s=_bus_bytes_per_s(state),
+        bus_bytes_per_s=bus_bytes_per_s,
+        pcie=_pcie_share(gpu) if gpu is not None else None,
+        memory_active=None if active is None else active / 100,
     )
 
 
-def rank_ceiling(state: RunState, rank: RankState) -> Ceiling | None:
-    """The binding ceiling of one rank."""
-    measured = measured_of(state, rank)
+def rank_ceiling(state: RunState, number: int) -> Ceiling | None:
+    """The binding ceiling of one rank; None before its first step."""
+    measured = measured_ranks(state).get(number)
     return None if measured is None else ceiling_of(measured)
 
 
 def run_ceiling(state: RunState) -> Ceiling | None:
     """The binding ceiling of the run: that of the rank which waits least for others, since the others wait for it."""
-    known = [
-        (measured.waiting, number) for number, rank in state.ranks.items() if (measured := measured_of(state, rank))
-    ]
-    return rank_ceiling(state, state.ranks[min(known)[1]]) if known else None
+    known = measured_ranks(state)
+    if not known:
+        return None
+    return ceiling_of(min(known.values(), key=lambda measured: measured.waiting))
+
+
+def _pcie_share(gpu: GpuStats) -> float | None:
+    """The busier direction of the PCIe link, as a share of what the link carries."""
+    lane = _LANE_BYTES_PER_S.get(gpu.pcie_generation or 0)
+    rates = [rate for rate in (gpu.pcie_tx_bytes_per_s, gpu.pcie_rx_bytes_per_s) if rate is not None]
+    return max(rates) / (lane * gpu.pcie_width) if lane and gpu.pcie_width and rates else None
 
 
 def _bus_bytes_per_s(state: RunState) -> float | None:
-    """Bus bandwidth over the newest collectives: the bytes that cross a rank's link (nccl-tests, PERFORMANCE.md), per
-    second of transfer."""
-    world = state.world_size
-    if world < 2:
-        return None
-    part = (world - 1) / world
-    factors = {"all_reduce": 2 * part, "all_gather": part, "reduce_scatter": part}
-    newest = list(state.waits.meetings)[-200:]
+    """Bus bandwidth over the newest collectives that all ranks have reported."""
+    newest = list(state.waits.meetings)[-BUS_OF:]
     seconds = sum(meeting.transfer_us for meeting in newest) / 1e6
-    moved = sum(meeting.bytes * factors.get(meeting.op, 1.0) for meeting in newest)
-    return moved / seconds if seconds > 0 else None
+    moved = sum(meeting.bytes * bus_factor(meeting.op, state.world_size) for meeting in newest)
+    return moved / seconds if seconds > 0 and moved > 0 else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime.wire.messages import Collectives, RunStatus
+from runtime.wire.messages import Collectives, GpuStats, NodeStats, RunStatus
 from tests.harness.fakehub import hello, step_result
 from zerotop.report import status_document, status_text
 from zerotop.state.efficiency import efficiency_of, rank_efficiency, run_efficiency
@@ -22,7 +22,7 @@ def state_of(ranks: int = 2, **figures: Any) -> RunState:
     known: dict[str, Any] = {"model_flops_per_token": 1e10, "hardware_flops_per_token": 1.3e10, "peak_flops": 1e15}
     for rank in range(ranks):
         state.apply(hello(rank, device=f"cuda:{rank}", world_size=ranks, **{**known, **figures}))
-        state.apply(step_result(rank, 5, tokens_per_s=4e4))
+        state.apply(step_result(rank, 5, tokens_per_s=4e4, phase_ms={"forward": 90.0, "step": 10.0}))
     return state
 
 
@@ -98,14 +98,32 @@ def test_no_step_has_no_ceiling() -> None:
 def test_the_rank_that_waits_least_has_the_ceiling_of_the_run() -> None:
     """Rank 1 loads data for 60 of 100 ms; rank 0 waits for it in the collective."""
     state = state_of()
-    for step in (6, 7):
+    for step in range(6, 30):
         for rank, duration_us in ((0, 61_000), (1, 1_000)):
             record = (step, "all_reduce", 10**6, 0, 0, duration_us, duration_us)
             state.apply(Collectives(rank=rank, step=step, records=[record]))
         for rank, data_ms, wait_ms in ((0, 1.0, 61.0), (1, 60.0, 1.0)):
-            phases = {"data": data_ms, "forward": 30.0}
-            state.apply(step_result(rank, step, phase_ms=phases, wait_ms=wait_ms))
-    mine, his = (rank_ceiling(state, state.ranks[rank]) for rank in (0, 1))
+            phases, waits = {"data": data_ms, "forward": 38.0, "step": wait_ms}, {"step": wait_ms}
+            state.apply(step_result(rank, step, phase_ms=phases, phase_wait_ms=waits, wait_ms=wait_ms))
+    mine, his = rank_ceiling(state, 0), rank_ceiling(state, 1)
     assert mine is not None and his is not None
     assert (mine.name, his.name) == ("peers", "host")
     assert run_ceiling(state) == his
+
+
+def test_what_the_driver_says_of_the_gpu_counts() -> None:
+    state = state_of(1, device_uuid="GPU-1", hardware_flops_per_token=1e10, peak_flops=4e15)  # 10% MFU
+    state.apply(step_result(0, 6, tokens_per_s=4e4, phase_ms={"forward": 40.0, "offload": 60.0}))
+    figures: dict[str, Any] = {"index": 0, "uuid": "GPU-1", "name": "x", "pcie_generation": 4, "pcie_width": 16}
+    node: dict[str, Any] = {"host": "box", "cpu_percent": 1.0, "cpu_count": 2, "load_1m": 0.0, "ram_used_bytes": 1}
+    node |= {"ram_total_bytes": 2, "at_ns": 0, "wall_s": 0}
+    busy = GpuStats(**figures, pcie_tx_bytes_per_s=1e9, pcie_rx_bytes_per_s=25.2e9, dram_activity_percent=70.0)
+    state.apply(NodeStats(**node, gpus=[busy]))
+    ceiling = rank_ceiling(state, 0)
+    assert ceiling is not None
+    assert (ceiling.name, "the link is 80% busy" in ceiling.text) == ("PCIe", True)
+    for step in range(7, 40):
+        state.apply(step_result(0, step, tokens_per_s=4e4, phase_ms={"forward": 100.0}))
+    ceiling = rank_ceiling(state, 0)
+    assert ceiling is not None
+    assert (ceiling.name, "active 70% of the time at 10.0% MFU" in ceiling.text) == ("device memory", True)

@@ -84,7 +84,7 @@ class RankFacts(Panel):
         muted, row = view.palette.style("muted"), Row().gap()
         efficiency = rank_efficiency(view.state, state)
         text = efficiency.text if state.step is not None else ""
-        ceiling = rank_ceiling(view.state, state) if not view.ended else None
+        ceiling = rank_ceiling(view.state, self.rank) if not view.ended else None
         if ceiling is not None and len(ceiling.text) + 11 <= width:
             if len(ceiling.text) + len(text) + 13 > width:  # why there is no MFU is the lesser news
                 text = f"{efficiency.tflops:.3g} TFLOPS" if efficiency.tflops is not None else ""
