@@ -28,6 +28,7 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "trace", help="export the timeline of the last minutes for Perfetto", description=_DESCRIPTION
     )
+    parser.usage = "%(prog)s [RUN [OUT]] [--last TIME | --steps A:B] [--json]"
     parser.add_argument("target", nargs="?", metavar="RUN", help="a run of this machine; default: the newest one")
     parser.add_argument(
         "out", nargs="?", metavar="OUT", help="a file, .json or .json.gz; default: RUN-trace.json.gz; -: stdout"
