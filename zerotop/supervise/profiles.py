@@ -19,6 +19,8 @@ from zerotop.hub.hub import Hub
 LOOK_S = 0.25
 LATE_S = 120.0
 """So long after the newest part, ranks that have handed in none are given up."""
+DEATHS, AGAIN_S = 3, 2.0
+"""A merging process that dies is started again after this time, so often: the end of an attempt ends it, too."""
 FINISH_S = 60.0
 """How long the end of a run waits for a merge."""
 
@@ -35,6 +37,9 @@ class _Job:
     """Rank -> path of its part, relative to the run directory; empty: it has none."""
     problems: list[str] = field(default_factory=list)
     newest_s: float = field(default_factory=time.monotonic)
+    deaths: int = 0
+    """How often the merging process has died."""
+    not_before_s: float = 0.0
 
     @property
     def missing(self) -> list[int]:
@@ -84,19 +89,22 @@ class ProfileCollector:
             await asyncio.sleep(LOOK_S)
 
     def _is_ready(self, job: _Job) -> bool:
+        now = time.monotonic()
+        if now < job.not_before_s or (self._hub.status.state == "stopping" and not self._over):
+            return False  # what ends the ranks would end the merging process as well
         if self._over or not job.missing or job.attempt != self._hub.status.attempt:
             return True
-        return time.monotonic() - job.newest_s > LATE_S
+        return now - job.newest_s > LATE_S
 
     async def _merge(self, job: _Job) -> None:
         parts = {rank: path for rank, path in job.parts.items() if path}
         problems = [*job.problems, *([f"{ranks_text(job.missing)} handed in no part"] if job.missing else [])]
         found: dict[str, Any] = {"problem": "no rank has written a trace"}
-        ends_with_ranks = not self._over
         if parts:
             found = await asyncio.to_thread(_run_merge, self._run, job.number, parts)
-        if not found and ends_with_ranks and self._over:
-            return  # it was ended together with the ranks: once more
+        if not found and job.deaths + 1 < DEATHS:
+            job.deaths, job.not_before_s = job.deaths + 1, time.monotonic() + AGAIN_S
+            return
         self._jobs.pop(job.number, None)
         if "path" not in found:
             problems.insert(0, str(found.get("problem", "the process that merges the parts has died")))
