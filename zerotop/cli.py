@@ -24,6 +24,8 @@ COMMANDS = {
     "stop": ("control", "write a checkpoint, then end the run"),
     "abort": ("control", "end the run at once, without a checkpoint"),
     "stacks": ("control", "dump the stacks of all ranks, also of a run that is stuck"),
+    "profile": ("control", "profile the next steps with torch.profiler, while the run goes on"),
+    "trace": ("trace", "export phases and collectives of the last minutes for Perfetto"),
     "plan": ("plan", "estimate memory and traffic of each ZeRO stage"),
     "data": ("data", "show what a config trains on, token by token"),
     "export": ("export", "write a checkpoint as Hugging Face safetensors"),

@@ -118,6 +118,17 @@ def count_text(value: float | None) -> str:
     return sign + format_count(round(abs(number)))
 
 
+def flops_text(count: float | None) -> str:
+    """An amount of arithmetic: 950 FLOPs, 43.1 GFLOPs, 1.2 PFLOPs."""
+    number = as_float(count)
+    if number is None:
+        return MISSING
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g} {unit}FLOPs"
+    return f"{number:.0f} FLOPs"
+
+
 def rate_text(tokens_per_s: float | None) -> str:
     """12.3K tokens/s."""
     return f"{count_text(tokens_per_s)} tokens/s"

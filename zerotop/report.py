@@ -21,10 +21,12 @@ from zerotop.format import (
 )
 from zerotop.output import table, with_exit_code
 from zerotop.state.condition import Condition, condition_of
+from zerotop.state.efficiency import Efficiency, rank_efficiency, run_efficiency
 from zerotop.state.evaluations import Evaluations, evaluation_text, perplexity
 from zerotop.state.gpu import Concern, concerns
 from zerotop.state.memory import gpu_of, memory_use
 from zerotop.state.progress import progress
+from zerotop.state.roofline import run_ceiling
 from zerotop.state.run import RankState, RunState, waits_for
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
     newest = _newest_step(state)
     how_far, condition = progress(state, connection), _condition(state, entry, connection)
     energy, found = state.energy_use(), concerns(state)
+    efficiency, ceiling = run_efficiency(state), run_ceiling(state)
     return {
         "name": status.name if status else "",
         "state": status.state if status else state.state_name,
@@ -53,6 +56,10 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         "tokens_per_s": how_far.tokens_per_s,
         "step_ms": how_far.step_ms,
         "eta_s": how_far.eta_s,
+        **_efficiency_document(efficiency),
+        "peak_note": efficiency.note,
+        "ceiling": ceiling.name if ceiling else None,
+        "ceiling_text": ceiling.text if ceiling else "",
         "condition": condition.name,
         "condition_text": condition.text,
         "attempt": status.attempt if status else 0,
@@ -110,6 +117,10 @@ def evaluation_document(evaluations: Evaluations) -> dict[str, Any] | None:
     }
 
 
+def _efficiency_document(efficiency: Efficiency) -> dict[str, Any]:
+    return {"model_tflops": efficiency.tflops, "mfu": efficiency.mfu, "hfu": efficiency.hfu}
+
+
 def _condition(state: RunState, entry: RunEntry | None, connection: str) -> Condition:
     if state.status is not None or entry is None:
         return condition_of(state, connection)
@@ -164,6 +175,7 @@ def _rank_document(state: RunState, rank: RankState, found: Sequence[Concern]) -
         "wait_ms": step.wait_ms if step else None,
         "step_ms": step.step_ms if step else None,
         "tokens_per_s": step.tokens_per_s if step else None,
+        **_efficiency_document(rank_efficiency(state, rank)),
         "age_s": max(0.0, (state.hub_now_ns - rank.heard_ns) / 1e9) if rank.heard_ns and state.hub_now_ns else None,
     }
 
@@ -196,6 +208,7 @@ def status_text(document: dict[str, Any]) -> str:
         if document["loss_step"] < document["step"]:  # the recording ends before the run did
             parts.append(f"(of step {document['loss_step']}, the last one recorded)")
         lines.append("  ".join(parts))
+        lines += _speed_lines(document)
     if document["evaluation"] is not None:
         lines.append(document["evaluation"]["text"])
     if document["last_checkpoint_step"] is not None:
@@ -215,6 +228,17 @@ def status_text(document: dict[str, Any]) -> str:
         failed = document["failed_rank"]
         lines += ["", f"error of rank {failed}:" if failed is not None else "error:", document["error"].rstrip()]
     return "\n".join(lines)
+
+
+def _speed_lines(document: dict[str, Any]) -> list[str]:
+    """What the devices achieve, and which ceiling binds, as far as it is known."""
+    found = []
+    if document["model_tflops"] is not None:
+        figures = (document["model_tflops"], document["mfu"], document["hfu"], document["peak_note"])
+        found.append(f"{Efficiency(*figures).text}, mean per device")
+    if document["ceiling_text"] and document["condition"] == "running":
+        found.append(f"ceiling: {document['ceiling_text']}")
+    return found
 
 
 def _headline(document: dict[str, Any]) -> str:

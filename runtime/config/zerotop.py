@@ -77,6 +77,10 @@ class TelemetryConfig(Section):
     """Packets per second that each rank sends at most. The screen draws four times a second, and what telemetry costs
     grows with this rate (benchmarks/results/telemetry.md)."""
 
+    peak_tflops: Annotated[Num, Field(gt=0)] | None = None
+    """Peak dense TFLOPS of one device in the run's precision, of which the MFU is a share. Unset: from a table of GPUs
+    (runtime/plan/peaks.py); of other devices, and of CPUs, no MFU is shown."""
+
 
 class OffloadConfig(Section):
     """How offloaded optimizer states are updated. It matters where zero_optimization.offload_optimizer is on."""

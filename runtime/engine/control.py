@@ -19,6 +19,7 @@ import torch
 from runtime.config.knobs import KNOBS, KnobError, get_knob
 from runtime.engine.autosave import Answer, Autosave
 from runtime.engine.nonfinite import NonFiniteSteps
+from runtime.engine.profile import StepProfiler
 from runtime.engine.release import DeviceMemoryRelease
 from runtime.engine.session import Session
 from runtime.state.train_state import TrainState
@@ -71,6 +72,7 @@ class Control:
         self._state, self._link, self.knobs = state, session.link, knobs
         self._comm, self._telemetry = state.comm, state.comm.telemetry
         self._autosave, self._nonfinite, self._memory = autosave, nonfinite, memory
+        self._profiler = StepProfiler(state.comm.rank, state.device, session.link, session.folder)
         self._announced = False
         """The ranks have heard that commands wait, and have not come to them yet."""
 
@@ -88,10 +90,13 @@ class Control:
         return self._link.inbox.orphaned
 
     def at_boundary(self, stats: StepStats | None) -> None:
-        """Start a checkpoint that is due (deferred while steps are not finite), apply commands, stop if any rank must.
+        """End a profile of which this was the last step, start a checkpoint that is due (deferred while steps are not
+        finite), apply commands, stop if any rank must.
 
         stats: what the ranks have agreed on; None if nothing is known yet. Raises RunStopped after a stop.
         """
+        if self._profiler.active:
+            self._profiler.at_boundary(self._step)
         if stats is not None and stats.command_waits:
             self._state.synchronize()
             self._announced = False
@@ -111,6 +116,7 @@ class Control:
         if self._nonfinite.last_is_finite and self._autosave.enabled:
             self._autosave.save(self._keeps_old)
         self._autosave.wait_for_save()
+        self._profiler.end(self._step, "ended early: the training is over", wait=True)
         self._link.goodbye("finished", self._step)
 
     def forget_saved(self) -> None:
@@ -140,6 +146,8 @@ class Control:
                 paused = self._pause(command)
             elif command.name == "resume":
                 paused = not self._resume(command)
+            elif command.name == "profile" and paused:
+                self._answer(command, "rejected", "the run is paused and takes no steps: resume it, and profile then")
             else:
                 self._apply(command)
                 if paused:
@@ -161,6 +169,8 @@ class Control:
                     self._memory.release()
             case "set":
                 self._set(command)
+            case "profile":
+                self._profile(command)
             case "stop":
                 self._stop(f"stop requested by {command.who or 'the keyboard'}", command)
             case _:
@@ -175,6 +185,7 @@ class Control:
                 return False
             result = {"released_bytes": sum(self._comm.gather_objects(self._memory.release()))}
         self._answer(command, "applied", result=result)
+        self._profiler.end(self._step, "ended early: the run was paused")
         self._telemetry.enter("paused", self._step, 0)
         return True
 
@@ -218,6 +229,20 @@ class Control:
             if not autosave.begin(self._keeps_old, self._answerer(command)):
                 self._answer(command, "rejected", autosave.problem)
 
+    def _profile(self, command: Command) -> None:
+        """Begin a profile on the chosen ranks. It is applied if any of them could begin."""
+        refusals = [found for found in self._comm.gather_objects(self._profiler.refusal()) if found]
+        if refusals:
+            self._answer(command, "rejected", refusals[0])
+            return
+        problems = [found for found in self._comm.gather_objects(self._profiler.begin(command, self._step)) if found]
+        if len(problems) == len(command.arguments["ranks"]):
+            self._answer(command, "rejected", problems[0])
+            return
+        steps = [self._step + 1, self._step + command.arguments["steps"]]
+        result = {"steps": steps, "ranks": command.arguments["ranks"]} | ({"problems": problems} if problems else {})
+        self._answer(command, "applied", result=result)
+
     def _set(self, command: Command) -> None:
         """Check all values of a `set`, then apply all of them, or none."""
         try:
@@ -252,6 +277,7 @@ class Control:
         if command is not None:
             path = str(autosave.path) if autosave.path and saved else None
             self._answer(command, "applied", result={"checkpoint": path})
+        self._profiler.end(self._step, "ended early: the run stops", wait=True)
         log.info(f"stopping at step {self._step}: {why}{'' if saved else f' (no checkpoint: {problem})'}")
         self._link.goodbye("stopped", self._step, "" if saved else problem)
         raise RunStopped

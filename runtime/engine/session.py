@@ -16,6 +16,7 @@ from torch import nn
 
 from runtime.comm import Comm
 from runtime.config import Resolved
+from runtime.engine.efficiency import model_flops, peak_flops
 from runtime.telemetry import NullTelemetry, Telemetry, stopsignal
 from runtime.wire.messages import Hello
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, RunFile, boot_id, read_run
@@ -85,6 +86,7 @@ class Session:
             device_name, device_uuid = properties.name, f"GPU-{properties.uuid}"
         section = config.zerotop
         scripted = self.run is not None and self.run.script is not None
+        flops, (peak, peak_note) = model_flops(module, config), peak_flops(config, comm.device, device_name)
         return Hello(
             run=self.run.name if self.run else "",
             attempt=self.attempt,
@@ -115,6 +117,10 @@ class Session:
             start_step=start_step,
             torch_version=torch.__version__,
             telemetry_hz=section.telemetry.hz,
+            model_flops_per_token=flops.model if flops else None,
+            hardware_flops_per_token=flops.hardware if flops else None,
+            peak_flops=peak,
+            peak_note=peak_note,
             knobs=knobs,
         )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.config.presets import ModelError
 from runtime.config.vocab import count_tokens
 from runtime.plan.decoder import AttentionMemory, DecoderShape, NormKind
+from runtime.plan.flops import ActiveWeights, named_weights
 from runtime.plan.lora_names import add_adapters, kept_with_adapters
 from runtime.plan.model_files import ModelFiles, Shape, read_model
 from runtime.plan.named_units import NamedUnit, Param, cut_names, runs_before
@@ -46,6 +47,8 @@ class Pretrained:
     """Elements of a trained embedding that the head shares; 0: there is none."""
     trains_head: bool
     """Whether the head's weight is trained."""
+    weights: ActiveWeights | None = None
+    """The weights that a token is multiplied with; None where `shape` is."""
 
 
 def pretrained(resolved: Resolved, base: Path, folder: Path | None = None) -> Pretrained:
@@ -79,6 +82,7 @@ def pretrained(resolved: Resolved, base: Path, folder: Path | None = None) -> Pr
         largest=max((one.numel for one in trained), default=0),
         tied_table=next((one.numel for one in trained if one.also), 0),
         trains_head=any(f".{head}." in f".{name}" for one in trained for name in (one.name, one.also)),
+        weights=None if shape is None else named_weights(parameters, shape, head),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from runtime.config.presets import GPTConfig, ModelError, gradient_arrivals, load_model_config, unit_parameters
 from runtime.config.vocab import count_tokens
 from runtime.plan.decoder import DecoderShape
+from runtime.plan.flops import ActiveWeights, FlopsPerToken, flops_per_token, gpt_weights
 from runtime.plan.layout import padded
 from runtime.plan.pretrained import Pretrained, pretrained
 
@@ -81,6 +82,8 @@ class Workload:
     """Elements of its trained embedding, if the head shares it."""
     trains_head: bool = True
     """Whether the head's weight is trained."""
+    weights: ActiveWeights | None = None
+    """Of a Hugging Face model, the weights that a token is multiplied with."""
     shape_guessed: bool = False
     """Whether `shape` is guessed from a parameter count."""
     checkpoints: bool = True
@@ -134,6 +137,18 @@ class Workload:
     def accumulator_bytes(self) -> int:
         """Bytes of an accumulated gradient element."""
         return ELEMENT_BYTES[self.grad_accum_dtype]
+
+    @property
+    def flops_per_token(self) -> FlopsPerToken | None:
+        """FLOPs of forward and backward per token; None if the model's shape is not known, or of a model that stands
+        for one with adapters."""
+        if isinstance(self.shape, GPTConfig) and not self.frozen:
+            weights: ActiveWeights | None = gpt_weights(self.shape)
+        else:
+            weights = self.weights
+        if self.shape is None or weights is None:
+            return None
+        return flops_per_token(self.shape, weights, self.seq_len, recomputed=self.segments is not None)
 
     def shards_gradients(self, stage: int) -> bool:
         """Whether a rank keeps only its shard of the accumulated gradients."""
@@ -217,6 +232,7 @@ def pretrained_workload(resolved: Resolved, model: Pretrained, world_size: int |
         largest_parameter=model.largest,
         tied_table=model.tied_table,
         trains_head=model.trains_head,
+        weights=model.weights,
     )
 
 
@@ -271,6 +287,7 @@ def workload_document(workload: Workload) -> dict[str, Any]:
     document = dataclasses.asdict(workload)
     del document["arrivals"]
     del document["frozen"]
+    del document["weights"]
     frozen = dict(workload.frozen)
     document["units"] = [
         {"name": name, "parameters": numel} | ({"frozen_parameters": frozen[name]} if name in frozen else {})

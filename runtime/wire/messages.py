@@ -47,7 +47,7 @@ PROTOCOL = 1
 PhaseName = Literal[
     "idle", "data", "forward", "backward", "reduce", "gather", "offload", "step", "checkpoint", "paused", "eval", "init"
 ]
-CommandName = Literal["pause", "resume", "checkpoint", "stop", "abort", "set", "stacks"]
+CommandName = Literal["pause", "resume", "checkpoint", "stop", "abort", "set", "stacks", "profile"]
 RunStateName = Literal[
     "starting", "running", "paused", "restarting", "stopping", "stopped", "finished", "aborted", "failed"
 ]
@@ -99,6 +99,14 @@ class Hello(Message):
     start_step: Step = 0
     torch_version: Name = ""
     telemetry_hz: Finite = 5.0
+    model_flops_per_token: Finite | None = None
+    """FLOPs of forward and backward per token, without recomputation (runtime/plan/flops.py); None: not known."""
+    hardware_flops_per_token: Finite | None = None
+    """The same with the recomputation of activation checkpointing."""
+    peak_flops: Finite | None = None
+    """Peak FLOPs per second of this rank's device in the run's precision; None: not known."""
+    peak_note: Text = ""
+    """Where the peak comes from, or why it is not known."""
     knobs: Data = Field(default_factory=dict)  # every knob's value at the start of the attempt
 
 

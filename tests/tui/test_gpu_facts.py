@@ -89,3 +89,12 @@ async def test_a_cpu_rank_has_no_line_about_a_gpu(open_app: OpenApp) -> None:
         await pilot.press("enter")
         await settle(app, pilot)
         assert not any(line.startswith(" GPU ") for line in screen_text(app))
+
+
+async def test_the_rank_screen_says_what_binds_where_there_is_room(open_app: OpenApp) -> None:
+    for size, shown in (((150, 40), True), ((100, 24), False)):
+        async with open_app(a_run(), size=size) as (app, pilot, _):
+            await pilot.press("enter")
+            await settle(app, pilot)
+            head = "\n".join(screen_text(app)[:8])
+            assert ("ceiling " in head) == shown, head

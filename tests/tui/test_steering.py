@@ -248,3 +248,14 @@ async def test_the_footers_keys_can_be_clicked(open_app: OpenApp) -> None:
         await pilot.click(KeyBar, offset=(footer(app).index("Next rank"), 0))
         await pilot.pause()
         assert app.screen.rank == 1  # type: ignore[attr-defined]
+
+
+async def test_r_profiles_all_ranks_and_on_a_rank_s_page_this_one(open_app: OpenApp) -> None:
+    async with open_app() as (app, pilot, run):
+        await pilot.press("R")
+        assert [(c.name, c.arguments) for c in run.sent] == [("profile", {"steps": 3})]
+        await pilot.press("1", "down", "enter")
+        await settle(app, pilot)
+        assert isinstance(app.screen, RankScreen)
+        await pilot.press("R")
+        assert run.sent[1].arguments == {"steps": 3, "ranks": [app.screen.rank]}

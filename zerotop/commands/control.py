@@ -1,5 +1,5 @@
-"""zerotop pause, resume, checkpoint, set, stop, abort, stacks: send one command to a run's hub and wait for its
-answer."""
+"""zerotop pause, resume, checkpoint, set, stop, abort, stacks, profile: send one command to a run's hub and wait for
+its answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from runtime.wire.messages import CommandRecord
     from zerotop.source.target import Target
 
-NAMES = ("pause", "resume", "checkpoint", "set", "stop", "abort", "stacks")
+NAMES = ("pause", "resume", "checkpoint", "set", "stop", "abort", "stacks", "profile")
 DEFAULT_TIMEOUT_S = 60.0
 _DOES = {
     "pause": "Pause the run at the next step boundary, on all ranks at once. Checkpoint and stop still work.",
@@ -23,6 +23,9 @@ _DOES = {
     "abort": "End the run at once, without a checkpoint: steps since the last checkpoint are lost.",
     "stacks": "Dump the Python stacks of all ranks, also of a run that is stuck or paused, with a verdict on what they "
     "wait for. The run is not disturbed.",
+    "profile": "Profile the next optimizer steps of some ranks with torch.profiler while the run goes on. Their "
+    "traces, and the run's own phases and collectives, become one file in the run directory for "
+    "https://ui.perfetto.dev; an event names it. The profiled steps are slower.",
 }
 _SAYS = {
     "stop": "{name} finishes its current step, writes a checkpoint and ends; launch --resume continues it",
@@ -31,7 +34,7 @@ _SAYS = {
 
 
 def register(subparsers: Any) -> None:
-    """Add the seven commands to the command line."""
+    """Add the eight commands to the command line."""
     for name in NAMES:
         parser = subparsers.add_parser(name, help=_DOES[name], description=_DOES[name])
         if name == "set":
@@ -62,6 +65,10 @@ def register(subparsers: Any) -> None:
             parser.add_argument(
                 "--yes", "-y", action="store_true", help="do not ask; needed, with RUN, without a terminal"
             )
+        if name == "profile":
+            from zerotop.commands.profile import add_options
+
+            add_options(parser)
         waits = "none" if name == "checkpoint" else f"{DEFAULT_TIMEOUT_S:.0f}"
         parser.add_argument(
             "--timeout",
@@ -88,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     from zerotop.source.target import parse_target
 
     name: str = arguments.command
-    text, settings = _split_words(arguments.words) if name == "set" else (arguments.target, {})
+    text, settings = _split_words(arguments.words) if name == "set" else (arguments.target, dict[str, Any]())
     target = parse_target(text)
     if name == "abort":
         _check_abort(target, arguments.yes)
@@ -114,6 +121,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from zerotop.source.command_answers import ask, new_command, refused
 
+    if name == "profile":
+        from zerotop.commands.profile import profile_arguments
+
+        settings = profile_arguments(arguments.steps, arguments.ranks, entry.run.nproc)
     released = {"release": True} if getattr(arguments, "release", False) else {}
     command = new_command(name, released or settings)
     if name == "set":
@@ -130,6 +141,10 @@ def run(arguments: argparse.Namespace) -> int:
     source = open_source(entry)
     try:
         record = ask(source, command, until="accepted" if accepted_is_enough else "applied", timeout_s=timeout_s)
+        if name == "profile" and arguments.wait and record.ack.state == "applied":
+            from zerotop.commands.profile import wait_for_file
+
+            record = wait_for_file(source, record)
     finally:
         source.close()
     return _print(entry.name, record, arguments.json, accepted_is_enough)
@@ -211,6 +226,9 @@ def _run_there(host: str, target: Target, arguments: argparse.Namespace, setting
         words.append(target.run)
     words += [f"{key}={value}" for key, value in settings.items()]
     words += [f"--{flag}" for flag in ("wait", "release") if getattr(arguments, flag, False)]
+    if arguments.command == "profile":
+        words += ["--steps", str(arguments.steps)]
+        words += ["--ranks", arguments.ranks] if arguments.ranks else []
     if arguments.command == "abort":
         words.append("--yes")
     if arguments.timeout is not None:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from runtime.config.presets import PRESETS, GPTConfig, ModelError, load_model_config, preset, unit_parameters
 from runtime.diagnose.advice import advise
 from runtime.plan import Layout, find, plan
+from runtime.plan.arithmetic import Arithmetic, arithmetic_of
 from runtime.plan.estimate import context_bytes, guess_adapters, guess_shape, guess_units
+from runtime.plan.peaks import KNOWN, peak_of
 from runtime.plan.pretrained import pretrained
 from runtime.plan.workload import Workload, pretrained_workload, workload_document, workload_of
 from runtime.wire.sizes import parse_count, parse_size
 from zerotop.commands import plan_text
-from zerotop.format import count_text
+from zerotop.format import count_text, flops_text, ms_text
 from zerotop.output import CommandError, print_json, show
 
 if TYPE_CHECKING:
@@ -44,6 +46,9 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="where the ranks train (cpu: --gpus counts ranks)"
     )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help=f"the GPUs' name, for bounds on the step time: {', '.join(KNOWN)}"
+    )
     parser.add_argument("--vram", metavar="SIZE", help="memory of one GPU, for example 80GiB: what fits?")
     parser.add_argument("--host-ram", metavar="SIZE", help="memory of the host, for example 512GiB: does offload fit?")
     parser.add_argument(
@@ -61,6 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
     vram_bytes, host_ram_bytes = _size(arguments.vram, "--vram"), _size(arguments.host_ram, "--host-ram")
     if vram_bytes is not None and arguments.device == "cpu":
         raise CommandError("--vram: ranks on the CPU have none; --host-ram SIZE asks whether the host is enough")
+    if arguments.gpu is not None and arguments.device == "cpu":
+        raise CommandError("--gpu: ranks on the CPU have none")
+    if arguments.gpu is not None and peak_of(arguments.gpu) is None:
+        raise CommandError(f"--gpu: expected one of {', '.join(KNOWN)}, got {arguments.gpu!r}")
     gpus, gpus_note = _gpus(arguments.gpus, arguments.device)
     overrides = list(arguments.set)
     if arguments.stage is not None:
@@ -72,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     workload, notes = _workload(named, arguments.model is not None, resolved, gpus, vram_bytes, folder)
     layouts = plan(workload)
     chosen = _chosen(layouts, resolved, meant=isinstance(config, str) or arguments.stage is not None)
+    arithmetic = arithmetic_of(workload, arguments.gpu)
     advice = advise(workload, layouts, chosen, vram_bytes, host_ram_bytes)
     if arguments.device == "cpu":  # where offload moves nothing
         layouts = [one for one in layouts if one is chosen or not (one.offload or one.offload_parameters)]
@@ -81,6 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 "workload": workload_document(workload),
                 "chosen": chosen.label if chosen else None,
+                "arithmetic": None if arithmetic is None else dataclasses.asdict(arithmetic),
                 "vram_bytes": vram_bytes,
                 "host_ram_bytes": host_ram_bytes,
                 "layouts": [layout.document() | _verdict(layout, vram_bytes, host_ram_bytes) for layout in layouts],
@@ -90,8 +101,27 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
     else:
-        show(plan_text.render(workload, layouts, chosen, advice, notes, vram_bytes), coloured=True)
+        show(plan_text.render(workload, layouts, chosen, advice, _speed(arithmetic) + notes, vram_bytes), coloured=True)
     return 0
+
+
+def _speed(arithmetic: Arithmetic | None) -> list[str]:
+    """FLOPs per token, and the bounds on the step time where the GPU is known."""
+    if arithmetic is None:
+        return []
+    text = f"Arithmetic: {flops_text(arithmetic.model_flops_per_token)} per token, forward and backward"
+    if arithmetic.hardware_flops_per_token > arithmetic.model_flops_per_token:
+        text += f" ({flops_text(arithmetic.hardware_flops_per_token)} with the recomputed activations)"
+    if arithmetic.gpu is not None and arithmetic.peak_tflops is None:
+        return [f"{text}; {arithmetic.gpu} has no matrix units for {arithmetic.precision}, so there is no bound."]
+    if arithmetic.gpu is None:
+        return [f"{text}; --gpu NAME gives bounds on the step time."]
+    return [
+        f"{text}. {arithmetic.gpu}, {arithmetic.peak_tflops:g} TFLOPS in {arithmetic.precision}: a step takes at least "
+        f"{ms_text(arithmetic.bound_ms)} at 100% MFU, which no GPU reaches, and "
+        f"{ms_text(arithmetic.bound_at_40_ms)} at 40%. These are bounds by arithmetic alone, without communication, "
+        "offload and data."
+    ]
 
 
 def _verdict(layout: Layout, vram_bytes: int | None, host_ram_bytes: int | None) -> dict[str, bool]:

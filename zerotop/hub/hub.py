@@ -63,8 +63,8 @@ class Hub:
 
     `abort(command)` and `stacks(command)` carry out these commands, which the ranks never get; `on_stop(command)` is
     called for an accepted `stop`, which the ranks get too; `on_status(status)` for every change of the run's status;
-    `on_hello(hello)` when a rank has introduced itself. `earlier` are steps and evaluations of attempts under
-    earlier supervisors, so that the curves of a resumed run are complete.
+    `on_hello(hello)` when a rank has introduced itself; `on_event(event)` for every event of a rank. `earlier` are
+    steps and evaluations of attempts under earlier supervisors, so that the curves of a resumed run are complete.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Hub:
         on_stop: Callable[[Command], None] = lambda command: None,
         on_status: Callable[[RunStatus], None],
         on_hello: Callable[[Hello], None] = lambda hello: None,
+        on_event: Callable[[Event], None] = lambda event: None,
         earlier: Iterable[StepResult | Evaluation] = (),
     ) -> None:
         self.state = RunState()
@@ -93,6 +94,7 @@ class Hub:
         self._on_status = on_status
         self._on_stop = on_stop
         self._on_hello = on_hello
+        self._on_event = on_event
         self._context = zmq.asyncio.Context()
         self._telemetry = self._socket(zmq.SUB)
         self._ranks = self._socket(zmq.ROUTER)
@@ -314,6 +316,8 @@ class Hub:
         for message in admitted.packet.messages:
             if isinstance(message, Hello):
                 self._on_hello(message)
+            elif isinstance(message, Event):
+                self._on_event(message)
             elif isinstance(message, CheckpointSaved):
                 self.set_status(last_checkpoint_step=message.step)
         for ack in acks:

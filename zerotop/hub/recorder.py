@@ -25,6 +25,7 @@ from runtime.wire.messages import (
     RunStatus,
     StepResult,
 )
+from zerotop.hub import timeline
 from zerotop.hub.thinning import LIMIT_BYTES, thin, used_bytes
 
 COMMIT_S = 1.0
@@ -78,6 +79,7 @@ class Recorder:
         self._dense_steps = 0
         self._status: RunStatus | None = None
         self._rows: deque[_Row] = deque()
+        self._timeline = timeline.TimelineTable()
         self._bytes = 0
         self._dropped = 0
         self._standing_since: float | None = None
@@ -93,7 +95,10 @@ class Recorder:
     def add(self, source: str, message: Message) -> None:
         """Record `message`, unless it is of a sampled kind and one like it was just recorded. Never blocks on the
         disk."""
-        if not self.error and self._wanted(source, message):
+        if self.error:
+            return
+        self._timeline.add(self._attempt, time.time(), source, message)
+        if self._wanted(source, message):
             self._append(source, message)
 
     def news(self) -> list[str]:
@@ -180,6 +185,7 @@ class Recorder:
             database.execute("PRAGMA synchronous=NORMAL")
             database.execute(f"PRAGMA journal_size_limit={LIMIT_BYTES // 16}")
             database.execute(_SCHEMA)
+            timeline.create(database)
             database.commit()
         except BaseException:
             database.close()
@@ -195,6 +201,7 @@ class Recorder:
         try:
             with database:
                 database.executemany(_INSERT, [*rows, *self._gap(dropped)])
+                self._timeline.write(database)
         except BaseException:
             with self._lock:
                 self._rows.extendleft(reversed(rows))
@@ -241,7 +248,7 @@ def read_recording(run: Path) -> Iterator[Recorded]:
     path = run / "recording.sqlite"
     if not path.exists():
         return
-    database = sqlite3.connect(f"file:{_quote(path)}?mode=ro", uri=True, timeout=5)
+    database = timeline.open_recording(run)
     try:
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'messages'").fetchone():
             return  # the recorder has only just made the file
@@ -280,7 +287,7 @@ def _earlier(run: Path, attempt: int, kind: str, limit: int) -> list[Message]:
     if attempt <= 1 or not path.exists():
         return []
     try:
-        database = sqlite3.connect(f"file:{_quote(path)}?mode=ro", uri=True, timeout=5)
+        database = timeline.open_recording(run)
         try:
             (count,) = database.execute(f"SELECT count(*) {_EARLIER}", (kind, attempt)).fetchone()
             stride = max(1, -(-count // limit))
@@ -307,7 +314,3 @@ def on_network_file_system(path: Path) -> bool:
         if (place == mount or place.startswith(mount.rstrip("/") + "/")) and len(mount) >= len(best):
             best, kind = mount, file_system
     return kind in _NETWORK_FILE_SYSTEMS
-
-
-def _quote(path: Path) -> str:
-    return str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from runtime.config.knobs import KnobError, get_knob, parse_knob
 from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandName, CommandRecord, RunStateName
+from runtime.wire.profile import check_profile, ranks_text
 from zerotop.state.run import RunState
 
 REMEMBERED = 1000
@@ -131,6 +132,8 @@ class CommandRouter:
                 return command.arguments, f"the run is not paused ({state})"
             case "resume" if "resume" in waiting:
                 return command.arguments, "a resume is waiting for the ranks already"
+            case "profile":
+                return self._profile(command, waiting)
             case "set":
                 return _knobs(command.arguments)
             case "stop" if command.arguments.keys() == {"deadline_s"}:
@@ -138,6 +141,18 @@ class CommandRouter:
             case "pause" if command.arguments.keys() == {"release"} and command.arguments["release"] in (True, False):
                 return command.arguments, ""
         return _without_arguments(command)
+
+    def _profile(self, command: Command, waiting: set[str]) -> tuple[dict[str, Any], str]:
+        """Whether the chosen ranks take steps that can be profiled."""
+        arguments, refusal = check_profile(command.arguments, self._state.world_size)
+        if refusal:
+            return arguments, refusal
+        if "profile" in waiting:
+            return arguments, "a profile is waiting for a step boundary already"
+        if "pause" in waiting or (self._state.state_name == "paused" and "resume" not in waiting):
+            return arguments, "the run is paused and takes no steps: resume it, and profile then"
+        gone = [rank for rank in arguments["ranks"] if (seen := self._state.ranks.get(rank)) and seen.goodbye]
+        return arguments, f"{ranks_text(gone)} of the run has ended" if gone else ""
 
     def _has_deadline(self) -> bool:
         """Whether a stop with a deadline is open; a second one would change nothing."""

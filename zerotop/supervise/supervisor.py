@@ -33,6 +33,7 @@ from zerotop.supervise.background import BackgroundTasks
 from zerotop.supervise.batchsignal import stop_by_signal
 from zerotop.supervise.folderwatch import FolderWatch
 from zerotop.supervise.processes import descendants, kill_descendants, reap, send
+from zerotop.supervise.profiles import ProfileCollector
 from zerotop.supervise.restarts import Failure, Restarts
 from zerotop.supervise.stopping import StopWatch
 
@@ -85,8 +86,10 @@ class Supervisor:
             on_stop=lambda command: self._stop_watch.begin(command),
             on_status=self._status_file.write,
             on_hello=self._meet,
+            on_event=lambda event: self._profiles.hear(event),
             earlier=self._earlier(),
         )
+        self._profiles = ProfileCollector(self.path, hub)
         self._taker = StackTaker(self.path, self.run_file.nproc, hub)
         self._stop_watch = StopWatch(hub, self._taker, self._abort)
         write_json(self.path / "run.json", self.run_file)
@@ -108,7 +111,9 @@ class Supervisor:
             chores.add("the watch on the GPUs", GpuAlarms(hub).watch())
             folder = FolderWatch(self.path, hub, lambda: self.run_file)
             chores.add("the watch on the run directory", folder.watch())
+            chores.add("the merge of profiles", self._profiles.watch())
             outcome = await self._attempts(locks)
+            await self._profiles.finish()
             await self._finish(outcome)
         finally:
             self._stop_watch.close()

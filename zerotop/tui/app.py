@@ -17,6 +17,7 @@ from textual.screen import Screen
 from textual.widgets import Input
 
 from runtime.wire.messages import LIVE_STATES, CommandName
+from runtime.wire.profile import DEFAULT_STEPS
 from zerotop.clean import clean
 from zerotop.source.base import Source
 from zerotop.state.frozen_view import freeze
@@ -258,6 +259,11 @@ class ZerotopApp(KeyFlow[Outcome]):
         name = steering.run_name(self.source.state)
         self.push_screen(StacksScreen(self.palette, name, lambda: self.source.state.commands.get(command.id)))
         self.update_view()
+
+    def action_profile(self) -> None:
+        """R: profile the next steps; the event that names the file comes when it is there."""
+        ranks = {"ranks": [self.screen.rank]} if isinstance(self.screen, RankScreen) else {}
+        self.send("profile", {"steps": DEFAULT_STEPS, **ranks})
 
     # ---- the view --------------------------------------------------------------------------------------------------
     def action_detach(self) -> None:

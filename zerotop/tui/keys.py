@@ -9,6 +9,7 @@ from pathlib import Path
 from textual.binding import Binding
 from textual.keys import KEY_NAME_REPLACEMENTS, Keys, key_to_character
 
+from runtime.wire.profile import DEFAULT_STEPS
 from zerotop.rundir.paths import config_home
 
 
@@ -50,6 +51,14 @@ KEYS: tuple[Key, ...] = (
     Key("stop", "S", "stop", "Stop", "checkpoint at the next step boundary, then end the run (asks first)", True, True),
     Key("abort", "A", "abort", "Abort", "end the run now, without a checkpoint (asks first)", True, True),
     Key("stacks", "T", "stacks", "Stacks", "dump the stacks of all ranks, also when the run is stuck", steers=True),
+    Key(
+        "profile",
+        "R",
+        "profile",
+        "Profile",
+        f"profile the next {DEFAULT_STEPS} steps with torch.profiler; on a rank's page of that rank alone",
+        steers=True,
+    ),
     Key(
         "data",
         "d",

@@ -321,3 +321,28 @@ def test_it_answers_in_under_a_second_without_torch_or_numpy() -> None:
         assert heavy == "[]"
         fastest_s = min(fastest_s, float(taken))
     assert fastest_s < 1.0
+
+
+def test_arithmetic_of_a_step_and_its_bounds(zerotop_plan: Run) -> None:
+    """gpt-7b: 6 x 6.65B weights and attention are 43.1 GFLOPs per token; 2048 tokens at 989 TFLOPS take 89.3 ms."""
+    code, out, _ = zerotop_plan("gpt-7b", "--gpus", "8", "--gpu", "H100", "--json")
+    found = json.loads(out)["arithmetic"]
+    assert code == 0
+    assert found["peak_tflops"] == 989
+    assert found["flops_per_step"] == found["model_flops_per_token"] * 2048
+    assert found["bound_ms"] == pytest.approx(found["flops_per_step"] / 989e12 * 1000)
+    assert found["bound_at_40_ms"] == pytest.approx(found["bound_ms"] / 0.4)
+    _, out, _ = zerotop_plan("gpt-7b", "--gpus", "8", "--gpu", "h100")
+    assert "43.1 GFLOPs per token" in out
+    assert "89.3 ms at 100% MFU" in " ".join(out.split())
+    _, out, _ = zerotop_plan("gpt-7b", "--gpus", "8")
+    assert "--gpu NAME gives bounds" in " ".join(out.split())
+    _, out, _ = zerotop_plan("gpt-7b", "--gpus", "8", "--gpu", "V100")
+    assert "V100 has no matrix units for bf16" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("words", [("--gpu", "K80"), ("--gpu", "H100", "--device", "cpu")])
+def test_gpus_that_give_no_bound(words: tuple[str, ...], zerotop_plan: Run) -> None:
+    code, out, err = zerotop_plan("gpt-7b", *words)
+    assert (code, out) == (2, "")
+    assert "--gpu: " in err

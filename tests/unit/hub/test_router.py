@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from runtime.wire.messages import Ack, Command, CommandRecord, RunStatus
+from runtime.wire.messages import Ack, Command, CommandRecord, Goodbye, RunStatus
+from tests.harness.fakehub import hello
 from zerotop.hub.router import OPEN_AT_MOST, REMEMBERED, CommandRouter
 from zerotop.state.run import RunState
 
@@ -294,3 +295,43 @@ def test_a_final_answer_is_heard_once(desk: Desk) -> None:
     for step in range(10):
         assert desk.applied(1, step) is None
     assert len(desk.published) == published
+
+
+def test_profile_has_bounds_and_one_answer(desk: Desk) -> None:
+    for rank in range(2):
+        desk.state.apply(hello(rank))
+    assert desk.ask("profile", steps=0)[1] == "profile: steps: expected a whole number from 1 to 100, got 0"
+    assert desk.ask("profile", steps=101)[0] == "rejected"
+    assert desk.ask("profile", steps=True)[0] == "rejected"
+    assert desk.ask("profile", ranks=[0, 2])[1] == "profile: ranks: 2: the run has ranks 0 to 1"
+    assert desk.ask("profile", ranks=[])[0] == "rejected"
+    assert desk.ask("profile", ranks="all")[0] == "rejected"
+    assert desk.ask("profile", shapes=True)[1] == "profile: unknown argument shapes; expected steps and ranks"
+    assert desk.forwarded == []
+    assert desk.ask("profile") == ("accepted", "")
+    assert desk.forwarded[0].arguments == {"steps": 3, "ranks": [0, 1]}
+    assert desk.ask("profile", ranks=[1])[1] == "a profile is waiting for a step boundary already"
+    desk.applied(1)
+    assert desk.ask("profile", ranks=[1, 0, 1]) == ("accepted", "")
+    assert desk.forwarded[1].arguments == {"steps": 3, "ranks": [0, 1]}
+    desk.router.ranks_restart()
+    assert desk.answer == ("rejected", "the ranks restarted")
+
+
+def test_profile_of_a_run_that_takes_no_steps(desk: Desk) -> None:
+    refusal = "the run is paused and takes no steps: resume it, and profile then"
+    desk.ask("pause")
+    assert desk.ask("profile") == ("rejected", refusal)
+    desk.applied(1)
+    desk.set("paused")
+    assert desk.ask("profile") == ("rejected", refusal)
+    desk.ask("resume")
+    assert desk.ask("profile") == ("accepted", "")
+    for rank in range(2):
+        desk.state.apply(hello(rank))
+    desk.state.apply(Goodbye(rank=1, outcome="failed", step=3, wall_s=0))
+    desk.router.ranks_restart()
+    desk.set("running")
+    assert desk.ask("profile", ranks=[0, 1]) == ("rejected", "rank 1 of the run has ended")
+    desk.set("failed")
+    assert desk.ask("profile") == ("rejected", "the run is over (failed)")

@@ -6,6 +6,7 @@ from rich.style import Style
 
 from runtime.wire.messages import LIVE_STATES
 from zerotop.format import count_text, duration_text, figure_text, ms_text
+from zerotop.state.efficiency import run_efficiency
 from zerotop.tui.text import STATES
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import thin_bar
@@ -124,6 +125,8 @@ def _figures(view: View) -> list[tuple[str, str]]:
     newest = list(state.series)[-1:]
     figures.append(("loss", figure_text(state.loss)))
     figures.append(("tokens/s", count_text(done.tokens_per_s)))
+    if (mfu := run_efficiency(state).mfu) is not None:
+        figures.append(("MFU", f"{mfu:.0%}"))
     attempt = status.attempt if status else 0
     if status and status.restarts:
         lost = f", {status.lost_steps} steps replayed" if status.lost_steps else ""

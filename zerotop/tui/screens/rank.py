@@ -11,9 +11,11 @@ from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 
 from zerotop.format import bytes_text, count_text, energy_text, ms_text
+from zerotop.state.efficiency import rank_efficiency
 from zerotop.state.gpu import concerns
 from zerotop.state.gpu_text import gpu_items, missing_text
 from zerotop.state.memory import gpu_of
+from zerotop.state.roofline import rank_ceiling
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.panels.events import EventPanel
@@ -27,12 +29,16 @@ from zerotop.tui.widgets.keybar import KeyBar
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row, fit
 from zerotop.tui.widgets.timeline import timeline_rows
 
+ROOMY = 30
+"""Lines of a screen on which a line on MFU and ceiling takes nothing from what matters more."""
+
 
 class RankFacts(Panel):
-    """What the rank is and what it does, in two lines, and what the driver says of its GPU, in at most two more."""
+    """What the rank is and what it does, in two lines, what the driver says of its GPU, in at most two more, and on a
+    screen with room for it a line on MFU and the binding ceiling."""
 
     ALLOW_MAXIMIZE = False
-    gpu_lines = 0
+    more_lines = 0
 
     def __init__(self, rank: int) -> None:
         super().__init__(id="facts")
@@ -40,9 +46,9 @@ class RankFacts(Panel):
 
     def accept(self, view: View) -> None:
         super().accept(view)
-        lines = len(_gpu_rows(view, self.rank, self.size.width)) if self.size.width else 0
-        if lines != self.gpu_lines:
-            self.gpu_lines = lines
+        lines = len(self._more(view, self.size.width)) if self.size.width else 0
+        if lines != self.more_lines:
+            self.more_lines = lines
             self.refresh(layout=True)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
@@ -74,10 +80,33 @@ class RankFacts(Panel):
         if state.packets_lost or (beat is not None and beat.dropped):
             lost = state.packets_lost + (beat.dropped if beat else 0)
             now.add(f"  {lost} messages lost", view.palette.style("warning"))
-        return [who, now, *_gpu_rows(view, self.rank, width)][:height]
+        return [who, now, *self._more(view, width)][:height]
+
+    def _more(self, view: View, width: int) -> list[Row]:
+        rows = _gpu_rows(view, self.rank, width)
+        speed = _speed_row(view, self.rank, width) if self.screen.size.height >= ROOMY else None
+        return rows if speed is None else [*rows, speed]
 
     def natural_height(self, width: int) -> int:
-        return 2 + self.gpu_lines
+        return 2 + self.more_lines
+
+
+def _speed_row(view: View, number: int, width: int) -> Row | None:
+    """MFU and the binding ceiling, as far as they are known and fit."""
+    rank = view.state.ranks.get(number)
+    if rank is None or view.ended:
+        return None
+    efficiency, ceiling = rank_efficiency(view.state, rank), rank_ceiling(view.state, number)
+    row, muted = Row().gap(), view.palette.style("muted")
+    text = efficiency.text if efficiency.tflops is not None else ""
+    sentence = ceiling.text if ceiling is not None else ""
+    if text and sentence and len(text) + len(sentence) + 12 > width:  # why there is no MFU is the lesser news
+        text = f"{efficiency.tflops:.3g} TFLOPS" if efficiency.mfu is None else f"{efficiency.mfu:.1%} MFU"
+    if text and len(text) + 1 <= width:
+        row.add(text)
+    if sentence and row.width + len(sentence) + 11 <= width:
+        row.gap(2 if text else 0).add("ceiling ", muted).add(sentence)
+    return row if row.width > 1 else None
 
 
 def _gpu_rows(view: View, number: int, width: int) -> list[Row]:

@@ -1,0 +1,1 @@
+"""Timelines of a run as trace files, for Perfetto and chrome://tracing."""
