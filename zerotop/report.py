@@ -11,7 +11,8 @@ from zerotop.format import MISSING, bytes_text, count_text, duration_text, figur
 from zerotop.output import table, with_exit_code
 from zerotop.state.condition import Condition, condition_of
 from zerotop.state.evaluations import Evaluations, evaluation_text, perplexity
-from zerotop.state.memory import memory_use
+from zerotop.state.forecast import forecast
+from zerotop.state.memory import memory_use, planned_peak
 from zerotop.state.progress import progress
 from zerotop.state.run import RankState, RunState, waits_for
 
@@ -58,6 +59,10 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         "folder": str(entry.path) if entry else None,
         "laggard_rank": status.laggard_rank if status else None,
         "laggard": status.laggard if status else "",
+        "zero": None
+        if hello is None or hello.planned is None
+        else {"saved_bytes": hello.planned.saved_bytes, "text": hello.planned.comparison},
+        "memory_forecast": [need.document() for need in forecast(state)],
         "ranks": [_rank_document(state, rank) for _, rank in sorted(state.ranks.items())],
         "commands": [command_document(record) for record in state.commands.values()],
     }
@@ -111,6 +116,13 @@ def _rank_document(state: RunState, rank: RankState) -> dict[str, Any]:
             "device_used_bytes": memory.device_used_bytes,
             "device_total_bytes": memory.device_total_bytes,
             "rss_bytes": memory.rss_bytes,
+            "untouched_bytes": memory.untouched_bytes,
+            "major_faults": memory.major_faults,
+            "alloc_retries": memory.alloc_retries,
+            "inactive_split_bytes": memory.inactive_split_bytes,
+            "peak_bytes": {str(phase): size for phase, size in memory.peak_bytes.items()},
+            "activation_peak_bytes": {str(phase): size for phase, size in memory.activation_bytes.items()},
+            "planned_peak_bytes": planned_peak(memory, hello.planned if hello is not None else None),
             "pinned_bytes": memory.pinned_bytes,
             "pinned_requested_bytes": memory.pinned_requested_bytes,
             "host_total_bytes": memory.host_total_bytes,
@@ -168,6 +180,9 @@ def status_text(document: dict[str, Any]) -> str:
         lines.append(_restarts_text(document))
     if document["laggard"]:
         lines.append(document["laggard"])
+    if document["zero"] is not None:
+        lines.append(document["zero"]["text"])
+    lines += [f"next: {need['text']}" for need in document["memory_forecast"] if need["certain"]][:1]
     if document["ranks"]:
         lines += ["", _ranks_text(document["ranks"])]
     for command in document["commands"]:

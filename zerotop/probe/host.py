@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from runtime.wire.messages import GpuStats, NodeStats
+from zerotop.probe.memory import MemoryProbe
 
 _CGROUP = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
@@ -22,6 +23,7 @@ class HostProbe:
     def __init__(self) -> None:
         self._processes: dict[int, psutil.Process] = {}
         self._root = psutil.Process()
+        self._memory = MemoryProbe()
         psutil.cpu_percent()
 
     def sample(self, rank_pids: Mapping[int, int], gpus: list[GpuStats] | None, gpu_note: str) -> NodeStats:
@@ -37,6 +39,7 @@ class HostProbe:
             load_1m=os.getloadavg()[0],
             ram_used_bytes=used,
             ram_total_bytes=total,
+            **self._memory.sample(),
             swap_used_bytes=_swap_used(),
             rank_rss_bytes=rss,
             rank_cpu_percent=cpu,

@@ -19,6 +19,7 @@ from runtime.wire.rundir import RunFile, boot_id, read_status, write_json
 from zerotop.diagnose.evidence import FailureEvidence
 from zerotop.diagnose.hang import HangWatch
 from zerotop.diagnose.laggards import LaggardWatch
+from zerotop.diagnose.memorywatch import MemoryWatch
 from zerotop.diagnose.outcome import Outcome, decide
 from zerotop.diagnose.stacks_report import StackTaker
 from zerotop.hub.hub import Hub
@@ -103,6 +104,7 @@ class Supervisor:
             chores.start()
             chores.add("the watch for hangs", self._watch_for_hangs())
             chores.add("the watch for slow ranks", LaggardWatch(hub).watch())
+            chores.add("the watch on memory", MemoryWatch(hub).watch())
             folder = FolderWatch(self.path, hub, lambda: self.run_file)
             chores.add("the watch on the run directory", folder.watch())
             outcome = await self._attempts(locks)

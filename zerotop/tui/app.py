@@ -21,6 +21,7 @@ from zerotop.clean import clean
 from zerotop.source.base import Source
 from zerotop.state.frozen_view import freeze
 from zerotop.state.run import RunState
+from zerotop.state.settings import known_values
 from zerotop.tui import steering
 from zerotop.tui.commands import CommandDesk
 from zerotop.tui.keyflow import KeyFlow
@@ -31,7 +32,7 @@ from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.screens.confirm import ConfirmScreen
 from zerotop.tui.screens.data import DataScreen
 from zerotop.tui.screens.help import HelpScreen
-from zerotop.tui.screens.knobs import KnobScreen, Setting, known_values
+from zerotop.tui.screens.knobs import KnobScreen, Setting
 from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.screens.main import MainScreen
 from zerotop.tui.screens.palette import ActionPalette
