@@ -21,6 +21,7 @@ from runtime.engine.autosave import Answer, Autosave
 from runtime.engine.nonfinite import NonFiniteSteps
 from runtime.engine.release import DeviceMemoryRelease
 from runtime.engine.session import Session
+from runtime.engine.snapshots import MemorySnapshots
 from runtime.state.train_state import TrainState
 from runtime.wire.messages import Ack, Command
 from runtime.zero.step_stats import StepStats
@@ -71,6 +72,7 @@ class Control:
         self._state, self._link, self.knobs = state, session.link, knobs
         self._comm, self._telemetry = state.comm, state.comm.telemetry
         self._autosave, self._nonfinite, self._memory = autosave, nonfinite, memory
+        self._snapshots = MemorySnapshots(state, session)
         self._announced = False
         """The ranks have heard that commands wait, and have not come to them yet."""
 
@@ -92,6 +94,8 @@ class Control:
 
         stats: what the ranks have agreed on; None if nothing is known yet. Raises RunStopped after a stop.
         """
+        if self._snapshots.is_due:
+            self._finish_snapshot()
         if stats is not None and stats.command_waits:
             self._state.synchronize()
             self._announced = False
@@ -141,7 +145,7 @@ class Control:
             elif command.name == "resume":
                 paused = not self._resume(command)
             else:
-                self._apply(command)
+                self._apply(command, paused)
                 if paused:
                     self._telemetry.enter("paused", self._step, 0)
 
@@ -150,7 +154,7 @@ class Control:
             self._stop(ORPHANED, cannot_save=self._restore_memory())
         return self._link.inbox.next(PAUSED_POLL_S)
 
-    def _apply(self, command: Command) -> None:
+    def _apply(self, command: Command, paused: bool) -> None:
         released = self._memory.released
         if command.name in ("checkpoint", "stop") and not self._restored(command):
             return
@@ -161,6 +165,8 @@ class Control:
                     self._memory.release()
             case "set":
                 self._set(command)
+            case "memory-snapshot":
+                self._snapshot(command, 0 if paused else int(command.arguments.get("steps", 1)))
             case "stop":
                 self._stop(f"stop requested by {command.who or 'the keyboard'}", command)
             case _:
@@ -217,6 +223,25 @@ class Control:
             self._answer(command, "accepted", f"the checkpoint of step {self._step} is being written")
             if not autosave.begin(self._keeps_old, self._answerer(command)):
                 self._answer(command, "rejected", autosave.problem)
+
+    def _snapshot(self, command: Command, steps: int) -> None:
+        """Begin a memory snapshot of the next `steps` steps, or write one at once."""
+        problem = self._snapshots.begin(command, steps)
+        if problem:
+            self._answer(command, "rejected", problem)
+        elif steps:
+            self._answer(command, "accepted", f"{steps} step{'s' * (steps > 1)} of memory history are being recorded")
+        else:
+            self._finish_snapshot()
+
+    def _finish_snapshot(self) -> None:
+        command = self._snapshots.command
+        assert command is not None
+        folder, problem = self._snapshots.finish()
+        if problem:
+            self._answer(command, "rejected", f"the memory snapshot could not be written: {problem}")
+        else:
+            self._answer(command, "applied", result={"path": str(folder)})
 
     def _set(self, command: Command) -> None:
         """Check all values of a `set`, then apply all of them, or none."""

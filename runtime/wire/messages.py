@@ -47,7 +47,7 @@ PROTOCOL = 1
 PhaseName = Literal[
     "idle", "data", "forward", "backward", "reduce", "gather", "offload", "step", "checkpoint", "paused", "eval", "init"
 ]
-CommandName = Literal["pause", "resume", "checkpoint", "stop", "abort", "set", "stacks"]
+CommandName = Literal["pause", "resume", "checkpoint", "stop", "abort", "set", "stacks", "memory-snapshot"]
 RunStateName = Literal[
     "starting", "running", "paused", "restarting", "stopping", "stopped", "finished", "aborted", "failed"
 ]

@@ -264,6 +264,10 @@ class ZerotopApp(KeyFlow[Outcome]):
         self.push_screen(StacksScreen(self.palette, name, lambda: self.source.state.commands.get(command.id)))
         self.update_view()
 
+    def action_memory_snapshot(self) -> None:
+        """M: record the memory of all ranks during the next step."""
+        self.send("memory-snapshot")
+
     # ---- the view --------------------------------------------------------------------------------------------------
     def action_detach(self) -> None:
         """q: leave the screen."""

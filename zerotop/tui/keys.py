@@ -51,6 +51,14 @@ KEYS: tuple[Key, ...] = (
     Key("abort", "A", "abort", "Abort", "end the run now, without a checkpoint (asks first)", True, True),
     Key("stacks", "T", "stacks", "Stacks", "dump the stacks of all ranks, also when the run is stuck", steers=True),
     Key(
+        "memory-snapshot",
+        "M",
+        "memory_snapshot",
+        "Memory snapshot",
+        "write what every rank's memory is used for: one step by category, unit and tensor",
+        steers=True,
+    ),
+    Key(
         "data",
         "d",
         "data",
