@@ -1,5 +1,5 @@
-"""zerotop pause, resume, checkpoint, set, stop, abort, stacks, snapshot: send one command to a run's hub and wait for its
-answer."""
+"""zerotop pause, resume, checkpoint, set, stop, abort, stacks, snapshot: send one command to a run's hub and wait for
+its answer."""
 
 from __future__ import annotations
 

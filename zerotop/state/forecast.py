@@ -35,6 +35,8 @@ class Need:
     free_bytes: int
     text: str
     """One sentence with both figures."""
+    brief: str
+    """The same in a few words, for a panel."""
     certain: bool = True
     """Whether it comes by itself, and not only if somebody asks for it or something fails."""
 
@@ -85,9 +87,7 @@ def _of_host(state: RunState, node: NodeStats, ranks: list[RankState], free: int
     if all(rank.step is None for rank in ranks):
         untouched = sum(rank.memory.untouched_bytes for rank in ranks if rank.memory is not None)
         if untouched:
-            yield _need(
-                "step", node.host, untouched, free, "the first optimizer step will write to", "of host RAM more"
-            )
+            yield _need("step", node.host, untouched, free, "the first optimizer step", "more of host RAM")
     planned = [
         (rank, rank.hello.planned) for rank in ranks if rank.hello is not None and rank.hello.planned is not None
     ]
@@ -97,12 +97,12 @@ def _of_host(state: RunState, node: NodeStats, ranks: list[RankState], free: int
     first = next((plan for rank, plan in planned if rank.rank == 0), None)
     if first is not None and first.build_bytes:
         yield _need(
-            "restart", node.host, first.build_bytes, free, "a restart will take",
-            "of host RAM more than the run does now, while rank 0 builds the model", certain=False,
+            "restart", node.host, first.build_bytes, free, "a restart",
+            "of host RAM more than the run takes now, while rank 0 builds the model,", certain=False,
         )  # fmt: skip
     if first is not None and first.consolidated_bytes:
         yield _need(
-            "consolidated", node.host, first.consolidated_bytes, free, "save_16bit_model() would take",
+            "consolidated", node.host, first.consolidated_bytes, free, "save_16bit_model()",
             "of host RAM for all weights on rank 0", certain=False,
         )  # fmt: skip
 
@@ -121,14 +121,15 @@ def _checkpoint(
     when, certain = _next_checkpoint(state)
     need, count = each * len(waiting), len(waiting)
     if host_has_room(each, pin=on_gpu, local_world=count, limits=limits_of(node)):
-        yield _need("checkpoint", node.host, need, free, f"{when} will need", "of host RAM for its copy", certain)
+        yield _need("checkpoint", node.host, need, free, when, "of host RAM for its copy", certain)
         return
     slots = count * max(plan.checkpoint_slots_bytes for plan in waiting)
     text = (
         f"{when} will need {bytes_text(need)} of host RAM, {bytes_text(free)} are free: it will be written through "
         f"slots of {bytes_text(slots)}, and the step after it may wait for the disk"
     )
-    yield Need("checkpoint", node.host, need, free, text, certain)
+    brief = f"{when}: {bytes_text(need)}, {bytes_text(free)} free: through slots"
+    yield Need("checkpoint", node.host, need, free, text, brief, certain)
 
 
 def _copy_of(memory: Memory) -> int:
@@ -174,10 +175,12 @@ def _of_gpus(state: RunState) -> Iterator[Need]:
         cached = max(0, (memory.reserved_bytes or 0) - memory.allocated_bytes)
         free = memory.device_total_bytes - memory.device_used_bytes + cached
         if need > 0:
-            yield _need("step", f"rank {rank.rank}", need, free, "the first step will need", "more on the GPU")
+            yield _need("step", f"rank {rank.rank}", need, free, "the first step", "more on the GPU")
 
 
-def _need(event: str, place: str, need: int, free: int, what: str, of: str, certain: bool = True) -> Need:
-    verdict = f"only {bytes_text(free)} are free" if need > free else f"{bytes_text(free)} are free"
+def _need(event: str, place: str, need: int, free: int, name: str, of: str, certain: bool = True) -> Need:
+    """name: what will need the memory, as the sentence begins. of: which memory, and for what."""
+    available = f"{'only ' * (need > free)}{bytes_text(free)}"
     where = f" of {place}" if place.startswith("rank ") else f" on {place}"
-    return Need(event, place, need, free, f"{what} {bytes_text(need)} {of}{where}, {verdict}", certain)
+    text = f"{name} will need {bytes_text(need)} {of}{where}, {available} are free"
+    return Need(event, place, need, free, text, f"{name}: {bytes_text(need)}, {available} free", certain)

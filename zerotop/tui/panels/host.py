@@ -136,14 +136,14 @@ def _block(view: View, node: NodeStats, width: int, named: bool) -> list[Row]:
     pinned = _pinned_bytes(view, node)
     rows.append(measured("RAM", node.ram_used_bytes / total, figures))
     rows.append(measured("ranks", ranks / total, bytes_text(ranks)))
+    if shortage := _shortage(node):  # before what may not fit
+        rows.append(_facts(shortage, width, muted, palette.style("warning")))
     rows.append(measured("pinned", pinned / total, bytes_text(pinned)))
     rows.append(measured("CPU", node.cpu_percent / 100, f"{node.cpu_percent:.0f}% of {node.cpu_count}"))
     facts = [("load", f"{node.load_1m:.1f}")]
     if node.run_rss_bytes:
         facts.append(("run", bytes_text(node.run_rss_bytes)))
     rows.append(_facts(facts, width, muted, text))
-    if shortage := _shortage(node):
-        rows.append(_facts(shortage, width, muted, palette.style("warning")))
     rows.append(_facts(_shared(node), width, muted, text))
     rows.append(Row().cell("GPU", 8, muted).add(_gpu_note(view, node)[: max(0, width - 8)], text))
     return rows

@@ -74,7 +74,7 @@ class MemoryPanel(Panel, can_focus=True):
             rows.append(row.cell(f"-{bytes_text(use.untouched_bytes)}", 10, muted, right=True))
         notes = self._notes(view, state)
         if len(rows) + len(notes) < height:
-            rows.append(Row().gap(4).add("~ not counted by the ledger", muted))
+            rows.append(Row().gap(4).add("~ derived, not counted", muted))
         return rows + notes
 
     def _notes(self, view: View, state: RankState) -> list[Row]:
@@ -89,7 +89,7 @@ class MemoryPanel(Panel, can_focus=True):
             texts.append((plan.comparison if plan is not None else "", muted))
         need = most_pressing(view.state)
         if need is not None:
-            texts.append((f"next: {need.text}", view.palette.style("warning") if need.short else muted))
+            texts.append((f"next: {need.brief}", view.palette.style("warning") if need.short else muted))
         return [Row().gap().add(line, style) for text, style in texts for line in textwrap.wrap(text, width)]
 
 
