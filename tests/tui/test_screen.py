@@ -103,7 +103,7 @@ async def test_the_memory_panel_names_every_part_the_peak_and_the_next_one(open_
         text = "\n".join(screen_text(app))
         assert "Python, data ~" in text and "libraries ~" in text and "not written yet" in text
         assert "peak 333 MiB in backward, plan 328 MiB" in text and "waiting 7%" in text
-        assert "next: the checkpoint at step 50: 16.0 GiB," in text and "free: through slots" in text
+        assert "next: the checkpoint at step 50:" in text and "16.0 GiB, 5.00 GiB free: through slots" in text
         await pilot.press("enter")
         await settle(app, pilot)
         text = "\n".join(screen_text(app))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 
 from zerotop.format import bytes_text, share_text, used_of
@@ -90,7 +91,13 @@ class MemoryPanel(Panel, can_focus=True):
         need = most_pressing(view.state)
         if need is not None:
             texts.append((f"next: {need.brief}", view.palette.style("warning") if need.short else muted))
-        return [Row().gap().add(line, style) for text, style in texts for line in textwrap.wrap(text, width)]
+        return [Row().gap().add(line, style) for text, style in texts for line in _wrapped(text, width)]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """The lines of `text`, with no byte count apart from its unit."""
+    kept_together = re.sub(r"(?<=\d) (?=[KMGT]?i?B\b)", "\xa0", text)
+    return [line.replace("\xa0", " ") for line in textwrap.wrap(kept_together, width)]
 
 
 SHORT = {
