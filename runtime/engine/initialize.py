@@ -77,6 +77,7 @@ def initialize(
     _refuse_data(training_data)
     account().note_baseline(_host_bytes(model))
     device = init_distributed()
+    account().note_prepared()
     chosen = (
         config
         if config is not None
@@ -253,7 +254,8 @@ def _announce(engine: Engine, resumed: Path | None) -> None:
     session, link = engine.session, engine.session.link
     # The session outlives the engine, so the callback must not reference it.
     rank, ledger, device = engine.comm.rank, engine.state.ledger, engine.device
-    account().note_built(host_ledger_bytes(ledger, device))
+    if session.number == 1:  # only its memory is reported
+        account().note_built(host_ledger_bytes(ledger, device))
     peaks = phase_peaks(device, ledger)
     session.recorder.phase_ended = peaks.phase_ended
     link.memory_source = lambda: memory_message(rank, ledger, device, peaks)

@@ -104,7 +104,7 @@ def memory_message(rank: int, ledger: Ledger, device: torch.device, peaks: Phase
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
         allocated, reserved = stats["allocated_bytes.all.current"], stats["reserved_bytes.all.current"]
-        retries, inactive = stats["num_alloc_retries"], stats["inactive_split_bytes.all.current"]
+        retries, inactive = stats.get("num_alloc_retries"), stats.get("inactive_split_bytes.all.current")
         free, total = torch.cuda.mem_get_info(device)
         used = total - free
     requested, real = ledger.pinned()

@@ -4,8 +4,9 @@ Every part is measured by itself, so that what they leave of the RSS shows how t
 
 libraries    unchanged pages of mapped libraries: the kernel's count of file pages without `mapped_files`
 mapped_files resident pages of mapped data, such as safetensors
-imports      Python, torch's own memory and the data: what the process held before the model (`note_baseline`), and what
-             malloc had given out by the end of initialize() beyond the ledger (`note_built`)
+imports      Python, torch's own memory and the data: what the process held before the model (`note_baseline`), what
+             grew outside of malloc until the engine was built (`note_prepared`), and what malloc had given out by the
+             end of initialize() beyond the ledger (`note_built`)
 activations  what malloc has given out beyond that and the ledger: activations, gradients at their birth, temporary
              tensors, what a script keeps
 allocator    freed blocks that malloc keeps. How many of their pages are in memory is not known: this is what is left of
@@ -49,6 +50,8 @@ class RssAccount:
         self._baseline: tuple[Resident, HeapUse] | None = None
         self._model_bytes = 0
         self._built = 0
+        self._outside = 0
+        self._prepared = False
         self._files = FileMappings()
 
     def note_baseline(self, model_bytes: int = 0) -> None:
@@ -59,6 +62,15 @@ class RssAccount:
         resident, heap = read_resident(), heap_use()
         if resident is not None and heap is not None:
             self._baseline, self._model_bytes = (resident, heap), model_bytes
+
+    def note_prepared(self) -> None:
+        """Call it when data and model are there and the engine is not yet: counts what has grown outside of malloc
+        since the baseline, mostly Python's own objects. Only the first call counts."""
+        resident, heap, first = read_resident(), heap_use(), not self._prepared
+        self._prepared = True
+        if first and resident is not None and heap is not None and self._baseline is not None:
+            before = _outside_heap(*self._baseline)
+            self._outside = max(0, _outside_heap(resident, heap) - before)
 
     def note_built(self, ledger_bytes: int) -> None:
         """Call it when initialize() is done. ledger_bytes: of all categories, host memory included."""
@@ -83,12 +95,18 @@ class RssAccount:
         if resident is None or heap is None or grown is None or self._baseline is None:
             return None
         before, heap_before = self._baseline
-        imports = max(0, before.anonymous - heap_before.free - self._model_bytes) + self._built
+        imports = max(0, before.anonymous - heap_before.free - self._model_bytes)
+        imports += self._built + self._outside
         activations = max(0, grown - self._built)
         files = self._files.data_bytes(resident.file)
         left = resident.rss - ledger_bytes - resident.file - imports - activations
         allocator = min(max(0, left), heap.free)
         return RssParts(resident.rss, resident.file - files, files, imports, activations, allocator, left - allocator)
+
+
+def _outside_heap(resident: Resident, heap: HeapUse) -> int:
+    """Anonymous memory that malloc has not given out and does not keep."""
+    return resident.anonymous - heap.in_use - heap.free
 
 
 _account = RssAccount()

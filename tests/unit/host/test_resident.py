@@ -16,6 +16,7 @@ from runtime.host.ledger import Ledger, host_ledger_bytes, memory_message, phase
 from runtime.host.phase_peaks import PhasePeaks, Reading
 from runtime.host.resident import CountedPages, FileMappings, outside_malloc, read_resident, reset_peak
 from runtime.host.rss_parts import RssAccount
+from zerotop.state.memory import memory_use
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
@@ -172,3 +173,50 @@ def test_a_phase_that_can_not_be_measured_has_no_peak() -> None:
     peaks = peaks_of([None])
     peaks.phase_ended("forward", 0, 10 * MS)
     assert peaks.peaks == {} and peaks.activations == {}
+
+
+# ---- a GPU, played ---------------------------------------------------------------------------------------------------
+class PlayedAllocator:
+    """torch.cuda's figures of one GPU, as its allocator keeps them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.peak = 0
+        stats = {"reserved_bytes.all.current": 90, "num_alloc_retries": 3, "inactive_split_bytes.all.current": 7}
+        played = {
+            "memory_stats": lambda device: stats | {"allocated_bytes.all.current": self.now},
+            "memory_stats_as_nested_dict": lambda device: {"allocated_bytes": {"all": {"peak": self.peak}}},
+            "reset_peak_memory_stats": self._reset,
+            "mem_get_info": lambda device: (20, 120),
+        }
+        for name, function in played.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+
+    def take(self, nbytes: int) -> None:
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+    def _reset(self, device: torch.device) -> None:
+        self.peak = self.now
+
+
+def test_a_gpu_s_parts_are_what_its_driver_says_is_used_and_its_peaks_begin_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu, cuda, ledger = PlayedAllocator(monkeypatch), torch.device("cuda", 0), Ledger()
+    ledger.add("parameters", 30)
+    ledger.add("optimizer", 40, offloaded=True)
+    gpu.take(30)
+    peaks = phase_peaks(cuda, ledger)
+    for at, (phase, top) in enumerate((("forward", 50), ("backward", 40), ("step", 5))):
+        gpu.take(top)
+        gpu.take(-top)
+        peaks.phase_ended(phase, at * 10**9, (at + 1) * 10**9)  # type: ignore[arg-type]
+    assert peaks.peaks == {"forward": 80, "backward": 70, "step": 35}
+    assert peaks.activations == {"forward": 50, "backward": 40, "step": 5}
+    gpu.take(15)
+    message = memory_message(0, ledger, cuda, peaks)
+    use = memory_use(message)
+    assert dict(use.parts) == {"parameters": 30, "activations": 15, "cache": 45, "other": 10}
+    assert sum(dict(use.parts).values()) == message.device_used_bytes == use.used_bytes == 100
+    assert (message.alloc_retries, message.inactive_split_bytes) == (3, 7)
+    assert message.peak_bytes == {"forward": 80, "backward": 70, "step": 35}
