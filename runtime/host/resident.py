@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 import threading
 import time
 from typing import Any, NamedTuple, Self
@@ -107,7 +108,7 @@ class CountedPages(mmap.mmap):
         return pages
 
     def __del__(self) -> None:
-        if self.counted:
+        if self.counted and not sys.is_finalizing():  # then the counter may be gone
             outside_malloc.add(-self.counted)
 
 

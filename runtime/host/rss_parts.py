@@ -11,7 +11,8 @@ activations  what malloc has given out beyond that and the ledger: activations, 
              tensors, what a script keeps
 allocator    freed blocks that malloc keeps. How many of their pages are in memory is not known: this is what is left of
              the RSS, and at most what malloc says that it has free
-rest         what is left then. Negative where the ledger counts pages that nothing has written to yet
+rest         what is left then: what has grown outside of malloc since the engine was built, such as Python's objects.
+             Negative where the ledger counts pages that nothing has written to yet
 """
 
 from __future__ import annotations
