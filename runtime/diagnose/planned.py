@@ -53,8 +53,12 @@ def planned_memory(workload: Workload, config: Resolved, builds_whole: bool) -> 
     workload = dataclasses.replace(workload, checkpoints=True)
     layout = stage_layout(workload, config.stage, offload, None if offload else config.offload_param is not None)
     compared = against_data_parallel(workload, layout)
+    held = dict(layout.gpu)
+    if workload.device == "cpu":  # offloaded states are in the same memory
+        for name, size in layout.host.items():
+            held[name] = held.get(name, 0) + size // world
     return PlannedMemory(
-        device_bytes={name: size for name, size in layout.gpu.items() if size},
+        device_bytes={name: size for name, size in held.items() if size},
         shape_known=workload.shape is not None,
         saved_bytes=compared.saved_bytes,
         comparison=compared.text,
