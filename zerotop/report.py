@@ -23,8 +23,9 @@ from zerotop.output import table, with_exit_code
 from zerotop.state.condition import Condition, condition_of
 from zerotop.state.efficiency import Efficiency, rank_efficiency, run_efficiency
 from zerotop.state.evaluations import Evaluations, evaluation_text, perplexity
+from zerotop.state.forecast import forecast
 from zerotop.state.gpu import Concern, concerns
-from zerotop.state.memory import gpu_of, memory_use
+from zerotop.state.memory import gpu_of, memory_use, planned_peak
 from zerotop.state.progress import progress
 from zerotop.state.roofline import run_ceiling
 from zerotop.state.run import RankState, RunState, waits_for
@@ -76,6 +77,10 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         "started_wall_s": status.started_wall_s if status else None,
         "ended_wall_s": status.ended_wall_s if status else None,
         "folder": str(entry.path) if entry else None,
+        "zero": None
+        if hello is None or hello.planned is None
+        else {"saved_bytes": hello.planned.saved_bytes, "text": hello.planned.comparison},
+        "memory_forecast": [need.document() for need in forecast(state)],
         "verdict": verdict_document(state),
         "energy": None if energy is None else dataclasses.asdict(energy),
         "ranks": [_rank_document(state, rank, found.get(number, ())) for number, rank in sorted(state.ranks.items())],
@@ -155,6 +160,13 @@ def _rank_document(state: RunState, rank: RankState, found: Sequence[Concern]) -
             "device_used_bytes": memory.device_used_bytes,
             "device_total_bytes": memory.device_total_bytes,
             "rss_bytes": memory.rss_bytes,
+            "untouched_bytes": memory.untouched_bytes,
+            "major_faults": memory.major_faults,
+            "alloc_retries": memory.alloc_retries,
+            "inactive_split_bytes": memory.inactive_split_bytes,
+            "peak_bytes": {str(phase): size for phase, size in memory.peak_bytes.items()},
+            "activation_peak_bytes": {str(phase): size for phase, size in memory.activation_bytes.items()},
+            "planned_peak_bytes": planned_peak(memory, hello.planned if hello is not None else None),
             "pinned_bytes": memory.pinned_bytes,
             "pinned_requested_bytes": memory.pinned_requested_bytes,
             "host_total_bytes": memory.host_total_bytes,
@@ -219,6 +231,9 @@ def status_text(document: dict[str, Any]) -> str:
         lines += [f"GPU {rank['gpu']['index']} (rank {rank['rank']}): {text}" for text in rank["gpu_concerns"]]
     if document["energy"] is not None:
         lines.append(_energy_line(document["energy"]))
+    if document["zero"] is not None:
+        lines.append(document["zero"]["text"])
+    lines += [f"next: {need['text']}" for need in document["memory_forecast"] if need["certain"]][:1]
     if document["ranks"]:
         lines += ["", _ranks_text(document["ranks"])]
     for command in document["commands"]:

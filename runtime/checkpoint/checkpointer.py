@@ -34,7 +34,7 @@ from runtime.checkpoint.registered import ScriptState
 from runtime.checkpoint.small_files import Scalars, common_file, manifest_of, merge_scalars, own_files, own_scalars
 from runtime.checkpoint.snapshot import SharedMemory, Snapshot, SnapshotGuard
 from runtime.checkpoint.writer_handle import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
-from runtime.host.memory_limits import HostMemoryError, check_host_memory
+from runtime.host.memory_limits import host_has_room
 from runtime.models.names import has_adapters
 from runtime.models.origin import origin_of
 from runtime.process.forked import Owner, at_exit
@@ -341,15 +341,13 @@ class Checkpointer:
         """Whether this host has memory for the copies of all its ranks; the OOM killer would end a run that
         overcommits."""
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        try:
-            check_host_memory(nbytes, pin=pin, local_world=ranks)
-        except HostMemoryError:
+        room = host_has_room(nbytes, pin=pin, local_world=ranks)  # so does zerotop/state/forecast.py
+        if not room:
             log.warning(
                 f"this host has no memory for {ranks} checkpoint copies of {format_size(nbytes)}: checkpoints are "
                 "written piece by piece without a copy, so the step after one may wait for the disk"
             )
-            return False
-        return True
+        return room
 
     def _drop_memory(self) -> None:
         if self._touching is not None:

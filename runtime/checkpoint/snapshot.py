@@ -22,6 +22,7 @@ import torch
 from runtime import native
 from runtime.checkpoint.capture import Block, Part
 from runtime.host.pinned import page_lock, page_unlock
+from runtime.host.resident import outside_malloc
 from runtime.plan.constants import SNAPSHOT_SLOT_BYTES, SNAPSHOT_SLOTS
 from runtime.zero.flat import FlatParamGroup
 
@@ -41,6 +42,7 @@ class SharedMemory:
         except OSError:
             os.close(self.descriptor)
             raise
+        outside_malloc.add(self.nbytes)
         self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8)
         self._cuda = cuda
         if cuda is not None:
@@ -66,6 +68,7 @@ class SharedMemory:
             page_unlock(self.bytes.data_ptr())
         os.close(self.descriptor)
         self.descriptor = -1
+        outside_malloc.add(-self.nbytes)
 
 
 def map_shared(descriptor: int, nbytes: int) -> mmap.mmap:

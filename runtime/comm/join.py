@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.config import ConfigError
+from runtime.host.rss_parts import account
 from runtime.process.file_limit import raise_file_limit
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, read_run
 
@@ -21,6 +22,7 @@ def join_world(device: str = "auto") -> torch.device:
     device: "cpu" (Gloo), "cuda" (NCCL) or "auto": CUDA if there is a GPU.
     """
     raise_file_limit()
+    account().note_baseline()
     want_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device("cuda", local_rank) if want_cuda else torch.device("cpu")

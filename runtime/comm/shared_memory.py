@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from runtime import native
+from runtime.host.resident import outside_malloc
 
 log = logging.getLogger("runtime.engine")
 
@@ -142,6 +143,7 @@ class Exchange:
             if offset + nbytes > self.nbytes:
                 raise MemoryError(f"shared memory for collectives ({self.nbytes:,} bytes) has no {nbytes:,} left")
             self._free_at += nbytes
+        outside_malloc.add(nbytes)
         return torch.frombuffer(self._own, dtype=dtype, count=numel, offset=offset)
 
     def release(self, tensor: torch.Tensor) -> None:
@@ -149,6 +151,7 @@ class Exchange:
         nbytes, offset = _page_rounded(max(1, tensor.numel()) * tensor.element_size()), self._offset(tensor)
         self._own.madvise(mmap.MADV_REMOVE, offset, nbytes)
         self._released.append((nbytes, offset))
+        outside_malloc.add(-nbytes)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` or what it is a view of came from `empty`."""

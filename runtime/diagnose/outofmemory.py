@@ -120,6 +120,11 @@ def record_engine(
     _engine_records.append(EngineRecord(weakref.ref(module), weakref.ref(ledger), config, device, workload))
 
 
+def workload_of_engine(module: nn.Module) -> Workload | None:
+    """The workload of the engine that was built for `module`; None if there is none."""
+    return next((one.workload for one in reversed(_engine_records) if one.module() is module), None)
+
+
 def explain(error: BaseException, session: RunPosition | None, keep: type) -> Explanation | None:
     """The report on an out-of-memory error. None for any other error, or if composing the report fails. keep: the
     engine class, whose instances must not be garbage-collected now."""

@@ -12,11 +12,18 @@ from runtime.config import Resolved
 from runtime.config.presets import ModelError
 from runtime.models.gpt import GPT
 from runtime.models.origin import origin_of
+from runtime.plan import stage_layout
+from runtime.plan.comparison import against_data_parallel
+from runtime.plan.constants import SNAPSHOT_SLOT_BYTES, SNAPSHOT_SLOTS
 from runtime.plan.pretrained import pretrained
 from runtime.plan.workload import Workload, pretrained_workload, workload_of
+from runtime.wire.messages import PlannedMemory
 from runtime.zero.cut import Cut
 
 log = logging.getLogger("runtime.engine")
+
+_INITIAL_BYTES = 4
+"""Bytes of a parameter as the built-in trainer initialises it: fp32, whatever it trains in."""
 
 
 def planned_workload(module: nn.Module, config: Resolved, cuts: Sequence[Cut]) -> Workload:
@@ -36,3 +43,27 @@ def planned_workload(module: nn.Module, config: Resolved, cuts: Sequence[Cut]) -
         arrivals = workload.arrivals if known else ()
         workload = dataclasses.replace(workload, name=name, units=tuple(units), arrivals=arrivals)
     return dataclasses.replace(workload, frozen=tuple((unit, numel) for unit, numel in frozen if numel))
+
+
+def planned_memory(workload: Workload, config: Resolved, builds_whole: bool) -> PlannedMemory:
+    """The plan of an engine that runs `workload`, for its hello. builds_whole: whether rank 0 builds the model in host
+    memory, as zero.Init lets it do without weights."""
+    world, offload = workload.world_size, config.offload_optimizer is not None
+    # A checkpoint can be asked for at any time, also without an interval.
+    workload = dataclasses.replace(workload, checkpoints=True)
+    layout = stage_layout(workload, config.stage, offload, None if offload else config.offload_param is not None)
+    compared = against_data_parallel(workload, layout)
+    held = dict(layout.gpu)
+    if workload.device == "cpu":  # offloaded states are in the same memory
+        for name, size in layout.host.items():
+            held[name] = held.get(name, 0) + size // world
+    return PlannedMemory(
+        device_bytes={name: size for name, size in held.items() if size},
+        shape_known=workload.shape is not None,
+        saved_bytes=compared.saved_bytes,
+        comparison=compared.text,
+        checkpoint_bytes=layout.snapshot_bytes // world,
+        checkpoint_slots_bytes=SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES,
+        build_bytes=_INITIAL_BYTES * workload.parameters if builds_whole else 0,
+        consolidated_bytes=workload.element_bytes * workload.parameters,
+    )

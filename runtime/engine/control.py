@@ -22,6 +22,7 @@ from runtime.engine.nonfinite import NonFiniteSteps
 from runtime.engine.profile import StepProfiler
 from runtime.engine.release import DeviceMemoryRelease
 from runtime.engine.session import Session
+from runtime.engine.snapshots import MemorySnapshots
 from runtime.state.train_state import TrainState
 from runtime.wire.messages import Ack, Command
 from runtime.zero.step_stats import StepStats
@@ -73,6 +74,7 @@ class Control:
         self._comm, self._telemetry = state.comm, state.comm.telemetry
         self._autosave, self._nonfinite, self._memory = autosave, nonfinite, memory
         self._profiler = StepProfiler(state.comm.rank, state.device, session.link, session.folder)
+        self._snapshots = MemorySnapshots(state, session)
         self._announced = False
         """The ranks have heard that commands wait, and have not come to them yet."""
 
@@ -97,6 +99,8 @@ class Control:
         """
         if self._profiler.active:
             self._profiler.at_boundary(self._step)
+        if self._snapshots.is_due:
+            self._finish_snapshot()
         if stats is not None and stats.command_waits:
             self._state.synchronize()
             self._announced = False
@@ -149,7 +153,7 @@ class Control:
             elif command.name == "profile" and paused:
                 self._answer(command, "rejected", "the run is paused and takes no steps: resume it, and profile then")
             else:
-                self._apply(command)
+                self._apply(command, paused)
                 if paused:
                     self._telemetry.enter("paused", self._step, 0)
 
@@ -158,7 +162,7 @@ class Control:
             self._stop(ORPHANED, cannot_save=self._restore_memory())
         return self._link.inbox.next(PAUSED_POLL_S)
 
-    def _apply(self, command: Command) -> None:
+    def _apply(self, command: Command, paused: bool) -> None:
         released = self._memory.released
         if command.name in ("checkpoint", "stop") and not self._restored(command):
             return
@@ -171,6 +175,8 @@ class Control:
                 self._set(command)
             case "profile":
                 self._profile(command)
+            case "memory-snapshot":
+                self._snapshot(command, 0 if paused else int(command.arguments.get("steps", 1)))
             case "stop":
                 self._stop(f"stop requested by {command.who or 'the keyboard'}", command)
             case _:
@@ -242,6 +248,25 @@ class Control:
         steps = [self._step + 1, self._step + command.arguments["steps"]]
         result = {"steps": steps, "ranks": command.arguments["ranks"]} | ({"problems": problems} if problems else {})
         self._answer(command, "applied", result=result)
+
+    def _snapshot(self, command: Command, steps: int) -> None:
+        """Begin a memory snapshot of the next `steps` steps, or write one at once."""
+        problem = self._snapshots.begin(command, steps)
+        if problem:
+            self._answer(command, "rejected", problem)
+        elif steps:
+            self._answer(command, "accepted", f"{steps} step{'s' * (steps > 1)} of memory history are being recorded")
+        else:
+            self._finish_snapshot()
+
+    def _finish_snapshot(self) -> None:
+        command = self._snapshots.command
+        assert command is not None
+        folder, problem = self._snapshots.finish()
+        if problem:
+            self._answer(command, "rejected", f"the memory snapshot could not be written: {problem}")
+        else:
+            self._answer(command, "applied", result={"path": str(folder)})
 
     def _set(self, command: Command) -> None:
         """Check all values of a `set`, then apply all of them, or none."""

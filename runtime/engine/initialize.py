@@ -17,13 +17,17 @@ from runtime.checkpoint.registered import DATA
 from runtime.comm import Comm, init_distributed
 from runtime.config import ConfigError, Resolved, load, refuse_unsupported
 from runtime.data.loader import ResumableLoader, ResumableSampler
+from runtime.diagnose.outofmemory import workload_of_engine
+from runtime.diagnose.planned import planned_memory
 from runtime.engine.deepspeed_config import DeepSpeedConfig
 from runtime.engine.engine import Engine
 from runtime.engine.model_checks import check_complete
 from runtime.engine.session import Session
-from runtime.host.ledger import memory_message
+from runtime.host.ledger import host_ledger_bytes, memory_message, phase_peaks
+from runtime.host.rss_parts import account
 from runtime.optim.lr import schedule_from_config
 from runtime.optim.optimizer import NoOptimizer, ZeroOptimizer, optimizer_from_config, optimizer_from_torch
+from runtime.wire.messages import PlannedMemory
 from runtime.wire.rundir import RUN_VARIABLE
 
 log = logging.getLogger("runtime.engine")
@@ -71,7 +75,9 @@ def initialize(
     _refuse_model_parallelism(mpu, mesh_param)
     check_complete(model)
     _refuse_data(training_data)
+    account().note_baseline(_host_bytes(model))
     device = init_distributed()
+    account().note_prepared()
     chosen = (
         config
         if config is not None
@@ -197,6 +203,12 @@ def _make_scheduler(config: Resolved, given: Any, optimizer: ZeroOptimizer) -> A
         raise ConfigError(f"scheduler.params.{error}") from None
 
 
+def _host_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters in host memory."""
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters() if p.is_cpu}
+    return sum(storages.values())
+
+
 def _refuse_data(data: Any) -> None:
     if data is None:
         return
@@ -228,15 +240,27 @@ def _make_loader(engine: Engine, data: Any, collate_fn: Any) -> DataLoader[Any] 
     return loader
 
 
+def _planned(engine: Engine) -> PlannedMemory | None:
+    """The plan's figures for this engine, for the monitor."""
+    workload, session = workload_of_engine(engine.module), engine.session
+    if workload is None or session.run is None:
+        return None
+    built_in = session.run.script is None and engine.config.zerotop.model.path is None
+    return planned_memory(workload, engine.config, builds_whole=built_in)
+
+
 def _announce(engine: Engine, resumed: Path | None) -> None:
     """Start the session: send its hello to the hub, and log what is being trained."""
     session, link = engine.session, engine.session.link
     # The session outlives the engine, so the callback must not reference it.
     rank, ledger, device = engine.comm.rank, engine.state.ledger, engine.device
-    link.memory_source = lambda: memory_message(rank, ledger, device)
-    session.begin(
-        session.hello(engine.config, engine.comm, engine.module, engine.global_steps, dict(engine.control.knobs))
-    )
+    if session.number == 1:  # only its memory is reported
+        account().note_built(host_ledger_bytes(ledger, device))
+    peaks = phase_peaks(device, ledger)
+    session.recorder.phase_ended = peaks.phase_ended
+    link.memory_source = lambda: memory_message(rank, ledger, device, peaks)
+    hello = session.hello(engine.config, engine.comm, engine.module, engine.global_steps, dict(engine.control.knobs))
+    session.begin(hello.model_copy(update={"planned": _planned(engine)}))
     if session.number == 1:
         engine.control.apply_log_level()
     if engine.comm.rank == 0:

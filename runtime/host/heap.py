@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 MAPPED_FROM = 1 << 20
 """Size in bytes from which blocks are mapped inside `mapped()`."""
@@ -60,3 +61,39 @@ def _mallopt() -> Callable[[int, int], int] | None:
         return None
     mallopt(_M_TRIM_THRESHOLD, 2 * KEPT_BELOW)  # the same ratio as glibc's
     return mallopt  # type: ignore[no-any-return]
+
+
+class HeapUse(NamedTuple):
+    """What malloc has from the system, in bytes."""
+
+    in_use: int
+    """In allocated blocks, those with mappings of their own included."""
+    free: int
+    """In freed blocks that it keeps, not all of them in memory: `trim` returns pages and keeps their addresses."""
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def heap_use() -> HeapUse | None:
+    """The current figures of glibc (2.33 or later), else None. Takes 1 us, and 10 us in a heap of many holes."""
+    mallinfo = _mallinfo()
+    if mallinfo is None:
+        return None
+    found = mallinfo()
+    return HeapUse(found.uordblks + found.hblkhd, found.fordblks)
+
+
+@functools.cache
+def _mallinfo() -> Callable[[], _MallInfo] | None:
+    mallinfo = getattr(_libc(), "mallinfo2", None)
+    if mallinfo is None:
+        return None
+    mallinfo.restype = _MallInfo
+    return mallinfo  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import time
 from collections.abc import Callable
 from typing import get_args
@@ -11,6 +12,9 @@ from typing import get_args
 import psutil
 import torch
 
+from runtime.host.phase_peaks import PhasePeaks, read_gpu, read_process
+from runtime.host.resident import CountedPages
+from runtime.host.rss_parts import account
 from runtime.wire.messages import Category, Memory
 
 
@@ -77,29 +81,52 @@ def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     nbytes = numel * dtype.itemsize
     if device.type != "cpu" or nbytes < MAPPED_FROM or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.zeros(numel, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=dtype, count=numel)
+    return torch.frombuffer(CountedPages.make(nbytes), dtype=dtype, count=numel)
 
 
-def memory_message(rank: int, ledger: Ledger, device: torch.device) -> Memory:
-    """The telemetry message with the ledger, the process's memory and the device's."""
-    allocated = reserved = used = total = None
+def host_ledger_bytes(ledger: Ledger, device: torch.device) -> int:
+    """Bytes of the ledger in this process's memory: all of it on a CPU, else what the config or a pause has moved
+    there."""
+    offloaded = sum(ledger.offloaded().values())
+    return offloaded + sum(ledger.totals().values()) if device.type == "cpu" else offloaded
+
+
+def phase_peaks(device: torch.device, ledger: Ledger) -> PhasePeaks:
+    """The peaks of a rank on `device`, whose states `ledger` counts."""
     if device.type == "cuda":
-        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return PhasePeaks(lambda: read_gpu(device, sum(ledger.totals().values())))
+    return PhasePeaks(lambda: read_process(host_ledger_bytes(ledger, device)))
+
+
+def memory_message(rank: int, ledger: Ledger, device: torch.device, peaks: PhasePeaks | None = None) -> Memory:
+    """The telemetry message with the ledger, the process's memory and the device's."""
+    allocated = reserved = used = total = retries = inactive = None
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        allocated, reserved = stats["allocated_bytes.all.current"], stats["reserved_bytes.all.current"]
+        retries, inactive = stats.get("num_alloc_retries"), stats.get("inactive_split_bytes.all.current")
         free, total = torch.cuda.mem_get_info(device)
         used = total - free
     requested, real = ledger.pinned()
+    parts = account().parts(host_ledger_bytes(ledger, device))
     return Memory(
         rank=rank,
         ledger=ledger.totals(),
         offloaded=ledger.offloaded(),
         pinned_requested_bytes=requested,
         pinned_bytes=real,
-        rss_bytes=psutil.Process(os.getpid()).memory_info().rss,
+        rss_bytes=parts.rss if parts is not None else psutil.Process(os.getpid()).memory_info().rss,
+        rss_parts=parts.named() if parts is not None else {},
+        untouched_bytes=parts.untouched if parts is not None else 0,
+        major_faults=resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
         allocated_bytes=allocated,
         reserved_bytes=reserved,
+        alloc_retries=retries,
+        inactive_split_bytes=inactive,
         device_used_bytes=used,
         device_total_bytes=total,
+        peak_bytes=dict(peaks.peaks) if peaks is not None else {},
+        activation_bytes=dict(peaks.activations) if peaks is not None else {},
         host_total_bytes=psutil.virtual_memory().total,
         at_ns=time.monotonic_ns(),
     )

@@ -100,6 +100,15 @@ def check_host_memory(need_bytes: int, *, pin: bool, local_world: int = 1, limit
     return None
 
 
+def host_has_room(need_bytes: int, *, pin: bool, local_world: int = 1, limits: Limits | None = None) -> bool:
+    """Whether `check_host_memory` would raise nothing."""
+    try:
+        check_host_memory(need_bytes, pin=pin, local_world=local_world, limits=limits)
+    except HostMemoryError:
+        return False
+    return True
+
+
 def gib_text(nbytes: float) -> str:
     """A byte count in GiB, or in MiB below one GiB."""
     return f"{nbytes / _GIB:.1f} GiB" if nbytes >= _GIB else f"{nbytes / (1 << 20):.1f} MiB"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from runtime import native
 from runtime.host.memory_limits import gib_text
+from runtime.host.resident import CountedPages
 from runtime.process.forked import Owner
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _HUGE_PAGE = 2 << 20
 _PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU
 
 
-class _Pages(mmap.mmap):
+class _Pages(CountedPages):
     """A private mapping. It lives as long as a tensor in it; page-locking ends before the mapping does."""
 
     address = 0
@@ -42,6 +43,7 @@ class _Pages(mmap.mmap):
     def __del__(self) -> None:
         if not sys.is_finalizing():  # at the process's end CUDA is gone, and so is the registration
             self.unlock()
+            super().__del__()
 
 
 class Arena:
@@ -89,7 +91,7 @@ class Arena:
         if nbytes == 0:
             return torch.zeros(0, dtype=dtype)
         try:
-            pages = _Pages(-1, page_rounded([nbytes]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages = _Pages.make(page_rounded([nbytes]))
         except OSError as error:
             raise MemoryError(f"no {gib_text(nbytes)} of address space for an offloaded state: {error}") from error
         if len(pages) >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -21,6 +21,7 @@ class NullTelemetry:
     """Has the methods of `Telemetry`, which do nothing. `Telemetry.from_environment` returns it outside a run."""
 
     memory_source: Callable[[], Memory] | None = None
+    phase_ended: Callable[[PhaseName, int, int], None] | None = None
     hz: float = 0.0
     phase: PhaseName = "idle"
 

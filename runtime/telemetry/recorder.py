@@ -8,6 +8,7 @@ One thread at a time may call them (autograd's device thread counts as the train
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from time import monotonic_ns
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -112,6 +113,8 @@ class Recorder:
         self._phase_ns: dict[str, int] = {}
         self._wait_ns: dict[str, int] = {}  # by phase
         self._comm_bytes = 0
+        self.phase_ended: Callable[[PhaseName, int, int], None] | None = None
+        """Called by the training thread with each finished phase, its start and its end (ns); must not raise."""
 
     # ---- the training thread ---------------------------------------------------------------------------------------
     def enter(self, phase: PhaseName, step: int | None = None, micro_step: int | None = None) -> None:
@@ -132,6 +135,8 @@ class Recorder:
             micro_step = old_micro_step
         self._now = (phase, step, micro_step, now)
         self._progress_ns = now
+        if self.phase_ended is not None:
+            self.phase_ended(old_phase, since, now)
 
     def span(self, phase: PhaseName) -> _SpanContext:
         """A context for a phase inside the current one, whose interval is interrupted so that no time counts twice."""

@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, Field
 MAX_RANKS = 2**17
 MAX_STEPS = 10**12
 MAX_MICRO_STEPS = 10**6
+MOST_SNAPSHOT_STEPS = 1000
+"""Most optimizer steps that a memory snapshot may record."""
 TEXT_KEPT = 32_768
 """Characters kept of a text; the sender's log file has all of it."""
 NAME_KEPT = 1_000

@@ -47,7 +47,7 @@ PROTOCOL = 1
 PhaseName = Literal[
     "idle", "data", "forward", "backward", "reduce", "gather", "offload", "step", "checkpoint", "paused", "eval", "init"
 ]
-CommandName = Literal["pause", "resume", "checkpoint", "stop", "abort", "set", "stacks", "profile"]
+CommandName = Literal["pause", "resume", "checkpoint", "stop", "abort", "set", "stacks", "profile", "memory-snapshot"]
 RunStateName = Literal[
     "starting", "running", "paused", "restarting", "stopping", "stopped", "finished", "aborted", "failed"
 ]
@@ -65,6 +65,27 @@ class Message(BaseModel):
     """The base of all messages: immutable, and tolerant of unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class PlannedMemory(Message):
+    """What runtime/plan computes for the model and layout of a run, in bytes per rank unless stated."""
+
+    device_bytes: dict[Word, Count]
+    """On the rank's device, by the plan's categories."""
+    shape_known: bool
+    """Whether activations and logits are part of it."""
+    saved_bytes: Int64
+    """What this layout saves on the device against plain data parallelism; negative if it costs more."""
+    comparison: Text
+    """One sentence about that."""
+    checkpoint_bytes: Count = 0
+    """Host memory of the copy from which checkpoints are written."""
+    checkpoint_slots_bytes: Count = 0
+    """Host memory with which they are written piece by piece instead."""
+    build_bytes: Count = 0
+    """Host memory that rank 0 holds while the model is built, which a restart does again."""
+    consolidated_bytes: Count = 0
+    """Host memory of rank 0 for all weights in the model's precision (save_16bit_model)."""
 
 
 class Hello(Message):
@@ -108,6 +129,7 @@ class Hello(Message):
     peak_note: Text = ""
     """Where the peak comes from, or why it is not known."""
     knobs: Data = Field(default_factory=dict)  # every knob's value at the start of the attempt
+    planned: PlannedMemory | None = None
 
 
 class Phases(Message):
@@ -148,7 +170,8 @@ class StepResult(Message):
 
 class Memory(Message):
     """A rank's memory. `ledger` (what the engine holds on its device) and `offloaded` (what it holds in host memory
-    because of offload) are exact; the device figures come from the allocator and the driver."""
+    because of offload) are exact; the device figures come from the allocator and the driver, those of the process from
+    the kernel and malloc."""
 
     kind: Literal["memory"] = "memory"
     rank: RankNumber
@@ -157,14 +180,27 @@ class Memory(Message):
     pinned_bytes: Count = 0
     pinned_requested_bytes: Count = 0
     rss_bytes: Count
+    rss_parts: dict[Word, Count] = {}
+    """What the RSS consists of beside the ledger: libraries, mapped_files, imports, activations, allocator, rest
+    (runtime/host/rss_parts.py). Empty where /proc or malloc does not say."""
+    untouched_bytes: Count = 0
+    """What the parts and the ledger count beyond the RSS: pages that nothing has written to yet."""
+    major_faults: Count | None = None
+    """Page faults of this process that had to read from disk or swap, since its start."""
+    peak_bytes: dict[PhaseName, Count] = {}
+    """Largest memory since the start of the attempt, by the phase in which it was reached: in torch's tensors on a GPU,
+    else of the RSS."""
+    activation_bytes: dict[PhaseName, Count] = {}
+    """Most memory beyond the ledger since the start of the attempt, by phase: on a GPU at any time of it, on a CPU at
+    its end."""
     allocated_bytes: Count | None = None  # torch's CUDA allocator; None on a CPU
     reserved_bytes: Count | None = None
+    alloc_retries: Count | None = None
+    """How often the allocator had to free its cache because an allocation failed, since the start."""
+    inactive_split_bytes: Count | None = None
+    """Free pieces of blocks of which another piece is in use: the allocator can't return them."""
     device_used_bytes: Count | None = None
     device_total_bytes: Count | None = None
-    alloc_retries: Count | None = None
-    """How often torch's CUDA allocator has freed its cache and tried again; None on a CPU."""
-    major_faults: Count | None = None
-    """Page faults of the process that had to read from disk or swap."""
     host_total_bytes: Count
     at_ns: Int64
 
@@ -486,11 +522,20 @@ class NodeStats(Message):
     load_1m: Finite
     ram_used_bytes: Count
     ram_total_bytes: Count
+    ram_available_bytes: Count | None = None
+    """What can be had without swapping (MemAvailable), and not more than the control group leaves."""
+    cgroup_limit_bytes: Count | None = None
+    """The limit of the control group that has least left; None without one."""
+    cgroup_used_bytes: Count | None = None
+    """What is used of it, without page cache."""
+    page_cache_bytes: Count | None = None
+    shared_memory_bytes: Count | None = None
+    """tmpfs and shared memory of the whole node."""
+    memory_pressure_percent: Finite | None = None
+    """Share of the last 10 s in which some process waited for memory (PSI, some avg10)."""
     swap_used_bytes: Count = 0
     swap_in_bytes_per_s: Finite | None = None
     swap_out_bytes_per_s: Finite | None = None
-    memory_pressure_percent: Finite | None = None
-    """Share of the last ten seconds in which some process waited for memory (PSI, /proc/pressure/memory)."""
     rank_rss_bytes: dict[RankNumber, Count] = Field(default_factory=dict)
     rank_cpu_percent: dict[RankNumber, Finite] = Field(default_factory=dict)
     rank_process: dict[RankNumber, Name] = Field(default_factory=dict)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from runtime.wire.messages import PlannedMemory
 from tests.tui.screen_reading import OpenApp, head_text, screen_text, settle
-from tests.tui.scripted_run import ScriptedRun
+from tests.tui.scripted_run import GIB, MIB, ScriptedRun
 from zerotop.tui.panels.events import EventPanel
 from zerotop.tui.panels.memory import MemoryPanel
 from zerotop.tui.panels.ranks import RankTable
@@ -79,6 +80,45 @@ async def test_memory_is_split_into_counted_and_derived_categories(open_app: Ope
         for word in ("parameters", "gradients", "optimizer", "masters", "communication", "activations ~", "cache ~"):
             assert word in text
         assert "13.0 GiB" in text
+
+
+async def test_the_memory_panel_names_every_part_the_peak_and_the_next_one(open_app: OpenApp) -> None:
+    run = ScriptedRun(ranks=2)
+    run.steps(3)
+    plan = PlannedMemory(
+        device_bytes={"parameters": 58 * MIB, "activations": 30 * MIB}, shape_known=True, saved_bytes=MIB,
+        comparison="ZeRO saves 1.00 MiB per rank against data parallelism here", checkpoint_bytes=8 * GIB,
+        checkpoint_slots_bytes=64 * MIB,
+    )  # fmt: skip
+    for rank in (0, 1):
+        hello, memory = run.state.ranks[rank].hello, run.state.ranks[rank].memory
+        assert hello is not None and memory is not None
+        parts = {"imports": 150 * MIB, "libraries": 90 * MIB, "activations": 20 * MIB, "rest": 2 * MIB}
+        peaks = {"rss_parts": parts, "untouched_bytes": 9 * MIB, "peak_bytes": {"backward": 333 * MIB}}
+        run.say(hello.model_copy(update={"planned": plan, "knobs": {"checkpoint_interval": 50}}))
+        run.say(memory.model_copy(update=peaks))
+    node = run.state.nodes["node-a"]
+    run.say(node.model_copy(update={"ram_available_bytes": 5 * GIB, "memory_pressure_percent": 7.0}))
+    async with open_app(run, size=(200, 50)) as (app, pilot, _):
+        text = "\n".join(screen_text(app))
+        assert "Python, data ~" in text and "libraries ~" in text and "not written yet" in text
+        assert "peak 333 MiB in backward, plan 328 MiB" in text and "waiting 7%" in text
+        assert "next: the checkpoint at step 50:" in text and "16.0 GiB, 5.00 GiB free: through slots" in text
+        await pilot.press("enter")
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert "peaks: backward 333 MiB" in text and "ZeRO saves 1.00 MiB per rank" in text
+    async with open_app(run, size=(80, 24)) as (app, pilot, _):
+        await pilot.press("4")
+        await settle(app, pilot)
+        text = "\n".join(screen_text(app))
+        assert "peak 333 MiB in backward" in text and "next: the checkpoint at step 50" in text
+
+
+async def test_m_asks_for_a_memory_snapshot(open_app: OpenApp) -> None:
+    async with open_app() as (_, pilot, run):
+        await pilot.press("M")
+        assert [(command.name, command.arguments) for command in run.sent] == [("memory-snapshot", {})]
 
 
 async def test_old_data_is_called_old_and_loses_its_colour(open_app: OpenApp) -> None:

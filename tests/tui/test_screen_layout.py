@@ -83,7 +83,7 @@ async def test_nothing_moves_when_the_verdict_and_a_command_come(
         for word in ("RAM ", "ranks ", "pinned ", "CPU ", "parameters", "~ derived"):
             assert word in text
         memory, host = app.screen.query_one(MemoryPanel), app.screen.query_one("#host")
-        assert host.size.height >= 4 and memory.size.height == memory.parts_shown + 1
+        assert host.size.height >= 4 and memory.size.height == memory.lines_wanted
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 24), (200, 24), (120, 38)])

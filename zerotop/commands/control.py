@@ -1,5 +1,5 @@
-"""zerotop pause, resume, checkpoint, set, stop, abort, stacks, profile: send one command to a run's hub and wait for
-its answer."""
+"""zerotop pause, resume, checkpoint, set, stop, abort, stacks, profile, snapshot: send one command to a run's hub and
+wait for its answer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from runtime.wire.bounds import MOST_SNAPSHOT_STEPS
+
 if TYPE_CHECKING:
     from runtime.wire.messages import CommandRecord
     from zerotop.source.target import Target
 
-NAMES = ("pause", "resume", "checkpoint", "set", "stop", "abort", "stacks", "profile")
+NAMES = ("pause", "resume", "checkpoint", "set", "stop", "abort", "stacks", "profile", "snapshot")
+_WIRE_NAMES = {"snapshot": "memory-snapshot"}
+"""Commands whose name in messages differs."""
 DEFAULT_TIMEOUT_S = 60.0
 _DOES = {
     "pause": "Pause the run at the next step boundary, on all ranks at once. Checkpoint and stop still work.",
@@ -26,6 +30,8 @@ _DOES = {
     "profile": "Profile the next optimizer steps of some ranks with torch.profiler while the run goes on. Their "
     "traces, and the run's own phases and collectives, become one file in the run directory for "
     "https://ui.perfetto.dev; an event names it. The profiled steps are slower.",
+    "snapshot": "Record the memory of all ranks during the next optimizer step, and write into the run directory what "
+    "it is used for: by category, unit and tensor; on GPUs also a file for https://pytorch.org/memory_viz.",
 }
 _SAYS = {
     "stop": "{name} finishes its current step, writes a checkpoint and ends; launch --resume continues it",
@@ -34,7 +40,7 @@ _SAYS = {
 
 
 def register(subparsers: Any) -> None:
-    """Add the eight commands to the command line."""
+    """Add the commands to the command line."""
     for name in NAMES:
         parser = subparsers.add_parser(name, help=_DOES[name], description=_DOES[name])
         if name == "set":
@@ -61,6 +67,8 @@ def register(subparsers: Any) -> None:
             parser.add_argument(
                 "--wait", action="store_true", help="return when it is complete on disk, not when it is accepted"
             )
+        if name == "snapshot":
+            parser.add_argument("--steps", type=_step_count, metavar="N", help="record N optimizer steps; default: 1")
         if name == "abort":
             parser.add_argument(
                 "--yes", "-y", action="store_true", help="do not ask; needed, with RUN, without a terminal"
@@ -77,6 +85,12 @@ def register(subparsers: Any) -> None:
             help=f"how long to wait until it is applied; default: {waits}",
         )
         parser.add_argument("--json", action="store_true", help="print the answer as one JSON document")
+
+
+def _step_count(text: str) -> int:
+    if text.isdecimal() and 1 <= int(text) <= MOST_SNAPSHOT_STEPS:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number from 1 to {MOST_SNAPSHOT_STEPS}, got {text!r}")
 
 
 def _seconds(text: str) -> float:
@@ -126,7 +140,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         settings = profile_arguments(arguments.steps, arguments.ranks, entry.run.nproc)
     released = {"release": True} if getattr(arguments, "release", False) else {}
-    command = new_command(name, released or settings)
+    steps = {"steps": arguments.steps} if name == "snapshot" and arguments.steps is not None else {}
+    command = new_command(_WIRE_NAMES.get(name, name), released or steps or settings)
     if name == "set":
         problem = _check(settings)
         if problem:
@@ -226,9 +241,10 @@ def _run_there(host: str, target: Target, arguments: argparse.Namespace, setting
         words.append(target.run)
     words += [f"{key}={value}" for key, value in settings.items()]
     words += [f"--{flag}" for flag in ("wait", "release") if getattr(arguments, flag, False)]
-    if arguments.command == "profile":
+    if getattr(arguments, "steps", None) is not None:
         words += ["--steps", str(arguments.steps)]
-        words += ["--ranks", arguments.ranks] if arguments.ranks else []
+    if getattr(arguments, "ranks", None):
+        words += ["--ranks", arguments.ranks]
     if arguments.command == "abort":
         words.append("--yes")
     if arguments.timeout is not None:

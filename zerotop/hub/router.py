@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from runtime.config.knobs import KnobError, get_knob, parse_knob
+from runtime.wire.bounds import MOST_SNAPSHOT_STEPS
 from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandName, CommandRecord, RunStateName
 from runtime.wire.profile import check_profile, ranks_text
 from zerotop.state.run import RunState
@@ -138,6 +139,8 @@ class CommandRouter:
                 return _knobs(command.arguments)
             case "stop" if command.arguments.keys() == {"deadline_s"}:
                 return _deadline(command.arguments)
+            case "memory-snapshot" if command.arguments:
+                return _steps(command.arguments)
             case "pause" if command.arguments.keys() == {"release"} and command.arguments["release"] in (True, False):
                 return command.arguments, ""
         return _without_arguments(command)
@@ -284,6 +287,17 @@ def _deadline(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:
     if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= LONGEST_DEADLINE_S:
         return arguments, ""
     return arguments, f"stop: deadline_s: expected seconds from 0 to {LONGEST_DEADLINE_S}, got {seconds!r}"
+
+
+def _steps(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    steps = arguments.get("steps")
+    whole = isinstance(steps, int) and not isinstance(steps, bool) and 1 <= steps <= MOST_SNAPSHOT_STEPS
+    if arguments.keys() == {"steps"} and whole:
+        return arguments, ""
+    return arguments, (
+        f"memory-snapshot takes steps, a number from 1 to {MOST_SNAPSHOT_STEPS}; got "
+        + ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    )
 
 
 def _knobs(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:

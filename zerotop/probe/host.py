@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from runtime.wire.messages import GpuStats, NodeStats
+from zerotop.probe.memory import MemoryProbe
 from zerotop.probe.processes import BusyProcesses, RunDelay, process_state
 
 BUSY_FROM_PERCENT = 5.0
@@ -26,6 +27,7 @@ class HostProbe:
         self._processes: dict[int, psutil.Process] = {}
         self._root = psutil.Process()
         self._run_delay, self._busy = RunDelay(), BusyProcesses()
+        self._memory = MemoryProbe()
         psutil.cpu_percent()
 
     def sample(self, rank_pids: Mapping[int, int], gpus: list[GpuStats] | None, gpu_note: str) -> NodeStats:
@@ -43,6 +45,7 @@ class HostProbe:
             load_1m=os.getloadavg()[0],
             ram_used_bytes=used,
             ram_total_bytes=total,
+            **self._memory.sample(),
             swap_used_bytes=_swap_used(),
             rank_rss_bytes=rss,
             rank_cpu_percent=cpu,

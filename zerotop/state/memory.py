@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import get_args
 
-from runtime.wire.messages import Category, GpuStats, Memory
+from runtime.wire.messages import Category, GpuStats, Memory, PhaseName, PlannedMemory
+from zerotop.format import bytes_text
 from zerotop.state.run import RankState, RunState
 
-DERIVED_CATEGORIES = ("activations", "cache", "other")
-"""Computed, not counted: activations = allocated - ledger; cache = reserved - allocated; other = what the driver (on a
-CPU: the kernel) reports beyond that. Of activations, the ledger counts what is offloaded to host memory."""
+DERIVED_CATEGORIES = ("activations", "cache", "imports", "libraries", "mapped_files", "other")
+"""Computed or measured from outside, not counted by the ledger. On a GPU: activations = allocated - ledger; cache =
+reserved - allocated; other = what the driver reports beyond that: the CUDA context, NCCL, other processes. On a CPU
+they come from the kernel and from malloc (runtime/host/rss_parts.py): cache is what malloc keeps free, other what is
+left of the RSS. Of activations, the ledger counts what is offloaded to host memory."""
 LEDGER_CATEGORIES: tuple[str, ...] = tuple(name for name in get_args(Category) if name not in DERIVED_CATEGORIES)
 CATEGORIES = LEDGER_CATEGORIES + DERIVED_CATEGORIES
-_LABELS = {"snapshot": "checkpoint copy"}
+_LABELS = {"snapshot": "checkpoint copy", "imports": "Python, data", "mapped_files": "mapped files"}
+_OF_RSS = {"allocator": "cache", "rest": "other"}
+"""Names on the wire that differ from the category's."""
 
 
 def category_label(name: str) -> str:
@@ -32,6 +38,8 @@ class MemoryUse:
     pinned_bytes: int = 0
     offloaded: tuple[tuple[str, int], ...] = ()
     """On a GPU: what the config keeps in host memory, by category; not part of `parts`."""
+    untouched_bytes: int = 0
+    """On a CPU: by how much `parts` exceed what is in memory, because nothing has written to these pages yet."""
 
     @property
     def offloaded_bytes(self) -> int:
@@ -48,9 +56,16 @@ def memory_use(memory: Memory) -> MemoryUse:
         for name, count in offloaded.items():  # the same memory there
             parts[name] = parts.get(name, 0) + count
         ledger = sum(parts.values())
-        used = max(memory.rss_bytes, ledger)
-        parts["other"] = used - ledger
-        return _use(parts, used, memory.host_total_bytes, False, memory.pinned_bytes)
+        if not memory.rss_parts:  # not Linux, or a rank of an older version
+            used = max(memory.rss_bytes, ledger)
+            parts["other"] = used - ledger
+            return _use(parts, used, memory.host_total_bytes, False, memory.pinned_bytes)
+        for name, count in memory.rss_parts.items():
+            name = _OF_RSS.get(name, name)
+            name = name if name in CATEGORIES else "other"
+            parts[name] = parts.get(name, 0) + count
+        use = _use(parts, memory.rss_bytes, memory.host_total_bytes, False, memory.pinned_bytes)
+        return replace(use, untouched_bytes=memory.untouched_bytes)
     ledger = sum(parts.values())
     allocated = memory.allocated_bytes
     reserved = max(memory.reserved_bytes or 0, allocated)
@@ -59,6 +74,44 @@ def memory_use(memory: Memory) -> MemoryUse:
     used = memory.device_used_bytes if memory.device_used_bytes is not None else reserved
     parts["other"] = max(0, used - reserved)
     return _use(parts, max(used, reserved), memory.device_total_bytes or 0, True, memory.pinned_bytes, offloaded)
+
+
+def process_bytes(memory: Memory) -> int:
+    """On a CPU: what the process takes beside its states and activations, which no plan knows."""
+    own = ("imports", "libraries", "mapped_files")
+    return sum(memory.rss_parts.get(name, 0) for name in own)
+
+
+def planned_peak(memory: Memory, plan: PlannedMemory | None) -> int | None:
+    """The peak that the plan expects, as `Memory.peak_bytes` measures it; None if the plan does not know the
+    activations. On a CPU with what the process itself and the checkpoint copy take."""
+    if plan is None or not plan.shape_known:
+        return None
+    planned = sum(size for name, size in plan.device_bytes.items() if name != "context")
+    if memory.allocated_bytes is not None:
+        return planned
+    return planned + process_bytes(memory) + memory.offloaded.get("snapshot", 0) if memory.rss_parts else None
+
+
+def peak_text(memory: Memory, plan: PlannedMemory | None) -> str:
+    """The largest peak, its phase, and the plan's figure for it; empty without peaks."""
+    peaks = {phase: size for phase, size in memory.peak_bytes.items() if phase != "init"}
+    if not peaks:
+        return ""
+    phase = max(peaks, key=peaks.__getitem__)
+    planned = planned_peak(memory, plan)
+    return f"peak {bytes_text(peaks[phase])} in {phase}" + (f", plan {bytes_text(planned)}" if planned else "")
+
+
+def phase_peaks_text(memory: Memory) -> str:
+    """The peaks of all phases, largest first, and of activations."""
+
+    def listed(figures: Mapping[PhaseName, int]) -> str:
+        ordered = sorted(figures.items(), key=lambda one: -one[1])
+        return " · ".join(f"{phase} {bytes_text(size)}" for phase, size in ordered if size)
+
+    peaks, activations = listed(memory.peak_bytes), listed(memory.activation_bytes)
+    return f"peaks: {peaks}" + (f"; activations: {activations}" if activations else "") if peaks else ""
 
 
 def _use(

@@ -19,6 +19,7 @@ from runtime.wire.rundir import RunFile, boot_id, read_status, write_json
 from zerotop.diagnose.evidence import FailureEvidence
 from zerotop.diagnose.gpu_alarms import GpuAlarms
 from zerotop.diagnose.hang import HangWatch
+from zerotop.diagnose.memorywatch import MemoryWatch
 from zerotop.diagnose.outcome import Outcome, decide
 from zerotop.diagnose.stacks_report import StackTaker
 from zerotop.diagnose.verdicts import VerdictWatch
@@ -109,6 +110,7 @@ class Supervisor:
             self._verdicts = VerdictWatch(hub)
             chores.add("the verdict", self._verdicts.watch())
             chores.add("the watch on the GPUs", GpuAlarms(hub).watch())
+            chores.add("the watch on memory", MemoryWatch(hub).watch())
             folder = FolderWatch(self.path, hub, lambda: self.run_file)
             chores.add("the watch on the run directory", folder.watch())
             chores.add("the merge of profiles", self._profiles.watch())

@@ -22,6 +22,7 @@ from zerotop.clean import clean
 from zerotop.source.base import Source
 from zerotop.state.frozen_view import freeze
 from zerotop.state.run import RunState
+from zerotop.state.settings import known_values
 from zerotop.tui import steering
 from zerotop.tui.commands import CommandDesk
 from zerotop.tui.keyflow import KeyFlow
@@ -32,7 +33,7 @@ from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.screens.confirm import ConfirmScreen
 from zerotop.tui.screens.data import DataScreen
 from zerotop.tui.screens.help import HelpScreen
-from zerotop.tui.screens.knobs import KnobScreen, Setting, known_values
+from zerotop.tui.screens.knobs import KnobScreen, Setting
 from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.screens.main import MainScreen
 from zerotop.tui.screens.palette import ActionPalette
@@ -264,6 +265,10 @@ class ZerotopApp(KeyFlow[Outcome]):
         """R: profile the next steps; the event that names the file comes when it is there."""
         ranks = {"ranks": [self.screen.rank]} if isinstance(self.screen, RankScreen) else {}
         self.send("profile", {"steps": DEFAULT_STEPS, **ranks})
+
+    def action_memory_snapshot(self) -> None:
+        """M: record the memory of all ranks during the next step."""
+        self.send("memory-snapshot")
 
     # ---- the view --------------------------------------------------------------------------------------------------
     def action_detach(self) -> None:

@@ -60,6 +60,14 @@ KEYS: tuple[Key, ...] = (
         steers=True,
     ),
     Key(
+        "memory-snapshot",
+        "M",
+        "memory_snapshot",
+        "Memory snapshot",
+        "write what every rank's memory is used for: one step by category, unit and tensor",
+        steers=True,
+    ),
+    Key(
         "data",
         "d",
         "data",

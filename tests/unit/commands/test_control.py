@@ -196,6 +196,20 @@ def test_stacks_are_printed_with_their_place(hub: FakeHub, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out)["result"] == result
 
 
+def test_a_snapshot_is_sent_with_its_steps_and_says_where_it_is(
+    hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = {"path": "/runs/q1/memory/step-9"}
+    hub.answer = lambda command: [Ack(id=command.id, number=1, state="applied", step=9, result=result)]
+    assert main(["snapshot", "q1", "--steps", "3"]) == 0
+    assert [(command.name, command.arguments) for command in hub.commands] == [("memory-snapshot", {"steps": 3})]
+    assert "memory-snapshot applied as #1 at step 9, path /runs/q1/memory/step-9" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as refusal:
+        main(["snapshot", "q1", "--steps", "0"])
+    assert refusal.value.code == 2
+    assert "expected a number from 1 to 1000, got '0'" in capsys.readouterr().err
+
+
 def test_stop_and_abort_say_what_they_do(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     main(["stop", "q1"])
     assert "writes a checkpoint and ends" in capsys.readouterr().err

@@ -94,6 +94,8 @@ def test_the_same_id_acts_once_and_is_answered_every_time(desk: Desk) -> None:
         ("stopping", "checkpoint", {}, "the run is stopping already (abort ends it at once)"),
         ("running", "pause", {"now": 1}, "pause takes no arguments, got now"),
         ("running", "abort", {"now": 1}, "abort takes no arguments, got now"),
+        ("running", "memory-snapshot", {"steps": 0}, "a number from 1 to 1000; got steps=0"),
+        ("running", "memory-snapshot", {"step": 3}, "a number from 1 to 1000; got step=3"),
         ("running", "set", {}, "set needs a setting and a value"),
         ("running", "set", {"log_interval": "soon"}, "a whole number from 1"),
         ("running", "set", {"log_interval": 0}, "a whole number from 1"),

@@ -22,7 +22,7 @@ from runtime.wire.codec import (
 from runtime.wire.codec import (
     load as load_frame,
 )
-from runtime.wire.messages import Ack, Event, Hello, LogRecord, Packet, Snapshot, StepResult
+from runtime.wire.messages import Ack, Event, Hello, LogRecord, Memory, NodeStats, Packet, Snapshot, StepResult
 from tests.harness.fakehub import hello, step_result
 
 
@@ -141,3 +141,26 @@ def test_a_config_with_a_number_beyond_64_bits_is_refused_by_its_key(path: str) 
     inner[key] = 10**401
     with pytest.raises(ConfigError, match=path):
         load(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (Memory, "rss_parts", {"imports": -1}),
+        (Memory, "rss_parts", {"imports": 2**63}),
+        (Memory, "rss_parts", {"x" * 300: 1}),
+        (Memory, "peak_bytes", {"lunch": 1}),
+        (Memory, "untouched_bytes", -1),
+        (Memory, "alloc_retries", -1),
+        (NodeStats, "memory_pressure_percent", float("nan")),
+        (NodeStats, "swap_in_bytes_per_s", float("inf")),
+        (NodeStats, "cgroup_limit_bytes", -1),
+    ],
+)
+def test_figures_of_memory_out_of_bounds_are_malformed(kind: Any, field: str, value: Any) -> None:
+    known = {"rank": 0, "ledger": {}, "rss_bytes": 1, "host_total_bytes": 1, "at_ns": 0, "host": "a", "wall_s": 0}
+    known |= {"cpu_percent": 0, "cpu_count": 1, "load_1m": 0, "ram_used_bytes": 0, "ram_total_bytes": 1}
+    old = kind(**known)  # what a rank or a probe of an older version sends
+    assert getattr(old, field) in ({}, 0, None)
+    with pytest.raises(ValidationError):
+        kind(**(known | {field: value}))

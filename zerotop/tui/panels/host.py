@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rich.style import Style
+
 from runtime.wire.messages import NodeStats
 from zerotop.format import MISSING, bytes_text, used_of
 from zerotop.tui.view import View
@@ -10,6 +12,10 @@ from zerotop.tui.widgets.lines import PLAIN, Panel, Row
 
 ROWS_LEAST = 4
 """RAM, the ranks' part of it, pinned, CPU: with fewer, everything goes into one line."""
+
+
+PRESSURE_SHOWN = 1.0
+"""Share of the time, in percent, in which processes wait for memory, from which it is shown."""
 
 
 class HostPanel(Panel, can_focus=True):
@@ -22,7 +28,7 @@ class HostPanel(Panel, can_focus=True):
         self.entitle(title)
 
     def natural_height(self, width: int) -> int:
-        return 6
+        return 7
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         nodes = [node for _, node in sorted(view.state.nodes.items())]
@@ -60,6 +66,35 @@ def _gpu_note(view: View, node: NodeStats) -> str:
     if hello is not None and hello.device == "cpu":
         return "no GPU: CPU run"
     return f"{MISSING}{': ' + node.gpu_note if node.gpu_note else ''}"
+
+
+def _shared(node: NodeStats) -> list[tuple[str, str]]:
+    """What the node's memory is used for beside processes."""
+    figures = (("cache", node.page_cache_bytes), ("shared", node.shared_memory_bytes))
+    return [(label, bytes_text(count)) for label, count in figures if count is not None]
+
+
+def _shortage(node: NodeStats) -> list[tuple[str, str]]:
+    """Signs that the node's memory runs short."""
+    found = []
+    if node.memory_pressure_percent is not None and node.memory_pressure_percent >= PRESSURE_SHOWN:
+        found.append(("waiting", f"{node.memory_pressure_percent:.0f}%"))
+    if node.swap_used_bytes:
+        found.append(("swap", bytes_text(node.swap_used_bytes)))
+    for label, rate in (("in", node.swap_in_bytes_per_s), ("out", node.swap_out_bytes_per_s)):
+        if rate:
+            found.append((label, f"{bytes_text(rate)}/s"))
+    return found
+
+
+def _facts(facts: list[tuple[str, str]], width: int, muted: Style, text: Style) -> Row:
+    """Labels and values in one line, as many as fit."""
+    row = Row()
+    for label, value in facts:
+        size = 8 if not row.width else len(label) + 1
+        if row.width + size + len(value) <= width:
+            row.cell(label, size, muted).add(value, text).gap(2)
+    return row
 
 
 def _line(view: View, node: NodeStats, width: int) -> Row:
@@ -101,16 +136,14 @@ def _block(view: View, node: NodeStats, width: int, named: bool) -> list[Row]:
     pinned = _pinned_bytes(view, node)
     rows.append(measured("RAM", node.ram_used_bytes / total, figures))
     rows.append(measured("ranks", ranks / total, bytes_text(ranks)))
+    if shortage := _shortage(node):  # before what may not fit
+        rows.append(_facts(shortage, width, muted, palette.style("warning")))
     rows.append(measured("pinned", pinned / total, bytes_text(pinned)))
     rows.append(measured("CPU", node.cpu_percent / 100, f"{node.cpu_percent:.0f}% of {node.cpu_count}"))
-    rest = [("load", f"{node.load_1m:.1f}")]
-    if node.swap_used_bytes:
-        rest.append(("swap", bytes_text(node.swap_used_bytes)))
+    facts = [("load", f"{node.load_1m:.1f}")]
     if node.run_rss_bytes:
-        rest.append(("run", bytes_text(node.run_rss_bytes)))
-    row = Row()
-    for label, value in rest:
-        row.cell(label, 8 if not row.width else len(label) + 1, muted).add(value, text).gap(2)
-    rows.append(row)
+        facts.append(("run", bytes_text(node.run_rss_bytes)))
+    rows.append(_facts(facts, width, muted, text))
+    rows.append(_facts(_shared(node), width, muted, text))
     rows.append(Row().cell("GPU", 8, muted).add(_gpu_note(view, node)[: max(0, width - 8)], text))
     return rows

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
+
 from zerotop.format import bytes_text, share_text, used_of
-from zerotop.state.memory import DERIVED_CATEGORIES, category_label, memory_use
+from zerotop.state.forecast import most_pressing
+from zerotop.state.memory import DERIVED_CATEGORIES, category_label, memory_use, peak_text, phase_peaks_text
+from zerotop.state.run import RankState
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import category_letter
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row
+
+WIDTH = 42
+"""Cells inside the panel's border on the main screen."""
 
 
 class MemoryPanel(Panel, can_focus=True):
     """The memory of one rank by category, in figures."""
 
     rank = 0
-    parts_shown = 0
+    full = False
+    """Whether the peaks of every phase and the comparison with data parallelism are shown, too."""
+    lines_wanted = 0
 
     def accept(self, view: View) -> None:
         super().accept(view)
@@ -22,18 +32,19 @@ class MemoryPanel(Panel, can_focus=True):
         if state is not None and state.memory is not None:
             use = memory_use(state.memory)
             title += f" · {used_of(use.used_bytes, use.total_bytes)}"
-            shown = len(use.parts) + (len(use.offloaded) + 1 if use.offloaded else 0)
-            if shown != self.parts_shown:
-                self.parts_shown = shown
+            wanted = len(use.parts) + (len(use.offloaded) + 1 if use.offloaded else 0) + bool(use.untouched_bytes) + 1
+            wanted += len(self._notes(view, state))
+            if wanted != self.lines_wanted:
+                self.lines_wanted = wanted
                 self.refresh(layout=True)
         self.entitle(title)
 
     def natural_height(self, width: int) -> int:
-        return max(1, self.parts_shown) + 1
+        return max(2, self.lines_wanted)
 
     @property
     def rows_wanted(self) -> int:
-        """Lines for every category, the note and the borders."""
+        """Lines for every category, the notes and the borders."""
         return self.natural_height(0) + self.gutter.height
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
@@ -59,9 +70,34 @@ class MemoryPanel(Panel, can_focus=True):
             rows.append(Row().gap(4).add(f"in host memory: {bytes_text(use.offloaded_bytes)}{pinned}", muted))
             for name, count in use.offloaded:
                 line(name, count, use.offloaded_bytes)
-        if len(rows) < height:
+        if use.untouched_bytes:
+            row = Row().gap(3).add(" ").cell("not written yet", 15, muted)
+            rows.append(row.cell(f"-{bytes_text(use.untouched_bytes)}", 10, muted, right=True))
+        notes = self._notes(view, state)
+        if len(rows) + len(notes) < height:
             rows.append(Row().gap(4).add("~ derived, not counted", muted))
-        return rows
+        return rows + notes
+
+    def _notes(self, view: View, state: RankState) -> list[Row]:
+        """The peak beside the plan's figure, and the next peak of the run."""
+        memory, plan = state.memory, state.hello.planned if state.hello is not None else None
+        if memory is None:
+            return []
+        muted, width = view.palette.style("muted"), max(20, (self.content_size.width or WIDTH) - 1)
+        texts = [(peak_text(memory, plan), PLAIN if not view.stale else muted)]
+        if self.full:
+            texts.append((phase_peaks_text(memory), muted))
+            texts.append((plan.comparison if plan is not None else "", muted))
+        need = most_pressing(view.state)
+        if need is not None:
+            texts.append((f"next: {need.brief}", view.palette.style("warning") if need.short else muted))
+        return [Row().gap().add(line, style) for text, style in texts for line in _wrapped(text, width)]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """The lines of `text`, with no byte count apart from its unit."""
+    kept_together = re.sub(r"(?<=\d) (?=[KMGT]?i?B\b)", "\xa0", text)
+    return [line.replace("\xa0", " ") for line in textwrap.wrap(kept_together, width)]
 
 
 SHORT = {

@@ -16,22 +16,10 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from runtime.config.knobs import KNOBS, Knob, KnobError, KnobValue, parse_knob
-from zerotop.state.run import RunState
 from zerotop.tui.screens.palette import turn_page
 from zerotop.tui.text import plain
 
 Setting = tuple[str, KnobValue]
-
-
-def known_values(state: RunState) -> dict[str, KnobValue]:
-    """The value of each knob: that of the start of the attempt, or of the newest `set` that was applied since."""
-    hello = state.hello
-    values: dict[str, KnobValue] = dict(hello.knobs) if hello else {}
-    since = hello.wall_s if hello else 0.0
-    for record in state.commands.values():
-        if record.command.name == "set" and record.ack.state == "applied" and record.ack.wall_s >= since:
-            values |= {name: value for name, value in record.command.arguments.items() if name in KNOBS}
-    return values
 
 
 class KnobList(OptionList):

@@ -222,7 +222,7 @@ class RankScreen(LiveScreen):
         with Horizontal(id="middle"):
             yield CollectiveTable(self.rank)
             memory = MemoryPanel(id="memory")
-            memory.rank = self.rank
+            memory.rank, memory.full = self.rank, True
             yield memory
         yield EventPanel(id="events", title="6 log and events of this rank", rank=self.rank)
         yield KeyBar(self.palette)
