@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from runtime.wire.messages import Event, Goodbye, Heartbeat, Hello, Message, RunStatus, StepResult
+from zerotop.diagnose.frames import ThreadStack
 from zerotop.diagnose.hang import HANG_S, HANG_VARIABLE, JUMP_S, HangWatch, Stillness, limit_s, should_move
-from zerotop.diagnose.stacks import RankStacks, ThreadStack
+from zerotop.diagnose.stacks import RankStacks
 from zerotop.diagnose.stacks_report import Report
 from zerotop.state.run import RunState
 

@@ -15,7 +15,8 @@ import pytest
 
 from runtime.wire.messages import Command, Heartbeat, RunStatus
 from tests.harness.waiting import until
-from zerotop.diagnose.stacks import ANSWER_S, RankStacks, ThreadStack, ask, find_ranks, parse
+from zerotop.diagnose.frames import ThreadStack, parse
+from zerotop.diagnose.stacks import ANSWER_S, RankStacks, ask, find_ranks
 from zerotop.diagnose.stacks_report import ANSWER_BYTES, StackTaker, _save, _text
 from zerotop.state.run import RunState
 
