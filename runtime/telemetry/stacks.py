@@ -18,8 +18,8 @@ _PR_SET_PTRACER = 0x59616D61
 def allow_tracing(pid: int) -> bool:
     """Allow process `pid` and its descendants to read this process (prctl(2), for kernels with Yama).
 
-    py-spy is a child of the supervisor and so no ancestor of a rank, and kernel.yama.ptrace_scope=1, the default of many
-    distributions, lets only ancestors read a process. Returns False, without effect, where there is no such rule.
+    py-spy is a child of the supervisor and so no ancestor of a rank, and kernel.yama.ptrace_scope=1, the default of
+    many distributions, lets only ancestors read a process. Returns False, without effect, where there is no such rule.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -20,6 +20,7 @@ from zerotop.state.stall import ranks_text
 FILE_BYTES = 8 * 2**20
 """Size limit of a rank's file; a larger one is not read."""
 FINDINGS_SHOWN = 6
+SILENT = "it did not answer"
 _SAME_SIZES = frozenset(
     "all_reduce allreduce broadcast reduce all_gather _all_gather_base allgather reduce_scatter _reduce_scatter_base "  # noqa: SIM905
     "all_gather_into_tensor reduce_scatter_tensor".split()
@@ -59,8 +60,8 @@ class Flight:
     """Name of a group -> how to call it for people."""
 
 
-def read_flight(folder: Path, asked: Sequence[int], silent: str = "it did not answer") -> Flight:
-    """The recorders that the ranks `asked` have written to `folder`. `silent`: what is said of a rank without a file."""
+def read_flight(folder: Path, asked: Sequence[int]) -> Flight:
+    """The recorders that the ranks `asked` have written to `folder`."""
     groups: dict[str, dict[int, GroupOnRank]] = {}
     members: dict[str, tuple[int, ...]] = {}
     names: dict[str, str] = {}
@@ -76,7 +77,7 @@ def read_flight(folder: Path, asked: Sequence[int], silent: str = "it did not an
             known = document.get("groups") or {}
             members |= {str(name): tuple(int(r) for r in group["ranks"]) for name, group in known.items()}
         except FileNotFoundError:
-            troubles[rank] = silent
+            troubles[rank] = SILENT
             continue
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             troubles[rank] = f"its file can't be read: {type(error).__name__}: {error}"
@@ -130,16 +131,16 @@ def findings(flight: Flight) -> list[str]:
     different, missing, open_everywhere = [], [], []
     for name, ranks in sorted(flight.groups.items()):
         called = flight.names.get(name, name)
-        if (line := _difference(called, ranks)) is not None:
-            different.append(line)
-        if (line := _missing(called, ranks, flight.members.get(name, ()), flight.troubles)) is not None:
-            missing.append(line)
-        elif (line := _open(called, ranks)) is not None:
-            open_everywhere.append(line)
+        if difference := _difference(called, ranks):
+            different.append(difference)
+        if absent := _missing(called, ranks, flight.members.get(name, ()), flight.troubles):
+            missing.append(absent)
+        elif unfinished := _open(called, ranks):
+            open_everywhere.append(unfinished)
     return [*different, *missing, *open_everywhere][:FINDINGS_SHOWN]
 
 
-def _difference(called: str, ranks: Mapping[int, GroupOnRank]) -> str | None:
+def _difference(called: str, ranks: Mapping[int, GroupOnRank]) -> str:
     """The first number under which ranks enqueued different operations or sizes."""
     for seq in sorted({seq for group in ranks.values() for seq in group.collectives}):
         there = {rank: group.collectives[seq] for rank, group in ranks.items() if seq in group.collectives}
@@ -157,12 +158,10 @@ def _difference(called: str, ranks: Mapping[int, GroupOnRank]) -> str | None:
         )
         told = "; ".join(f"{ranks_text(who)}: {kind}" for kind, who in kinds.items())
         return f"{what} under number {seq} of {called}: {told}"
-    return None
+    return ""
 
 
-def _missing(
-    called: str, ranks: Mapping[int, GroupOnRank], members: Sequence[int], troubles: Mapping[int, str]
-) -> str | None:
+def _missing(called: str, ranks: Mapping[int, GroupOnRank], members: Sequence[int], troubles: Mapping[int, str]) -> str:
     """The ranks that have not enqueued what others wait in."""
     enqueued = {rank: group.enqueued for rank, group in ranks.items()}
     for rank in members:  # one that has a recorder, and nothing of this group in it
@@ -174,7 +173,7 @@ def _missing(
     absent = tuple(rank for rank, last in sorted(enqueued.items()) if last < seq)
     waiting = tuple(rank for rank, last in sorted(enqueued.items()) if last >= seq)
     if not absent or not waiting:
-        return None
+        return ""
     found = next((ranks[r].collectives[seq] for r in waiting if r in ranks and seq in ranks[r].collectives), None)
     op = found.op if found else "collective"
     where = f", at {found.where.partition(' at ')[2]}" if found and " at " in found.where else ""
@@ -185,12 +184,12 @@ def _missing(
     return text
 
 
-def _open(called: str, ranks: Mapping[int, GroupOnRank]) -> str | None:
+def _open(called: str, ranks: Mapping[int, GroupOnRank]) -> str:
     """A collective that all ranks have enqueued and some not completed."""
     late = {rank: group for rank, group in ranks.items() if -1 < group.completed < group.enqueued}
     late |= {rank: group for rank, group in ranks.items() if group.completed == -1 and group.enqueued > 0}
     if not late:
-        return None
+        return ""
     seq = min(group.completed if group.completed >= 0 else 0 for group in late.values()) + 1
     found = next((group.collectives[seq] for group in ranks.values() if seq in group.collectives), None)
     who = tuple(rank for rank, group in sorted(late.items()) if group.completed < seq)

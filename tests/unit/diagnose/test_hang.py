@@ -177,6 +177,7 @@ class PlayedTaker:
         self.found = {rank: RankStacks(rank, 100 + rank, "sleeping", stack("train.py")) for rank in range(WORLD)}
         self.looks = 0
         self.reports: list[str] = []
+        self.collected: list[bool] = []
         self.meanwhile = lambda: None
 
     async def look(self) -> Mapping[int, RankStacks]:
@@ -184,7 +185,8 @@ class PlayedTaker:
         self.meanwhile()
         return self.found
 
-    async def report(self, ranks: Mapping[int, RankStacks], verdict: str) -> Report:
+    async def report(self, ranks: Mapping[int, RankStacks], verdict: str, *, evidence: bool = False) -> Report:
+        self.collected.append(evidence)
         self.reports.append(verdict)
         return Report(ranks, verdict, "", f"logs/1/stacks-{len(self.reports)}.txt")
 
