@@ -84,13 +84,15 @@ def collect(rank: int) -> dict[str, Any]:
     c10d = sys.modules.get("torch._C._distributed_c10d")
     if c10d is None:
         return document | {"trouble": "torch.distributed is not loaded in this process"}
+    # With the call sites of the collectives torch imports its compiler, which takes seconds and much memory.
+    call_sites = "torch._inductor.codecache" in sys.modules
     troubles = []
     for name, function in _DUMPS:
         dump = getattr(c10d, function, None)
         if dump is None:
             continue
         try:
-            found = _recorder(pickle.loads(dump()))  # our own process wrote these bytes
+            found = _recorder(pickle.loads(dump(includeStackTraces=call_sites)))  # bytes of our own process
         except Exception as error:  # private functions of torch, of any version
             troubles.append(f"{function}: {type(error).__name__}: {error}")
             continue

@@ -54,6 +54,16 @@ def register(subparsers: Any) -> None:
                 action="store_true",
                 help="also move everything to host memory and give the GPU memory back; resume brings it back",
             )
+        if name == "stacks":
+            parser.add_argument(
+                "--rank", type=_rank, action="append", metavar="R", help="only this rank; may be given several times"
+            )
+            parser.add_argument(
+                "--native",
+                action="store_true",
+                help="with C frames, for which py-spy stops each process for up to some seconds; a run that stands "
+                "still is always read so",
+            )
         if name == "checkpoint":
             parser.add_argument(
                 "--wait", action="store_true", help="return when it is complete on disk, not when it is accepted"
@@ -80,6 +90,12 @@ def _seconds(text: str) -> float:
     if not seconds > 0:
         raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
     return seconds
+
+
+def _rank(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a rank, a whole number from 0, got {text!r}")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -114,8 +130,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     from zerotop.source.command_answers import ask, new_command, refused
 
-    released = {"release": True} if getattr(arguments, "release", False) else {}
-    command = new_command(name, released or settings)
+    own: dict[str, Any] = {"release": True} if getattr(arguments, "release", False) else {}
+    if name == "stacks":
+        own = ({"ranks": sorted(set(arguments.rank))} if arguments.rank else {}) | (
+            {"native": True} if arguments.native else {}
+        )
+    command = new_command(name, own or settings)
     if name == "set":
         problem = _check(settings)
         if problem:
@@ -210,7 +230,8 @@ def _run_there(host: str, target: Target, arguments: argparse.Namespace, setting
     if target.run:
         words.append(target.run)
     words += [f"{key}={value}" for key, value in settings.items()]
-    words += [f"--{flag}" for flag in ("wait", "release") if getattr(arguments, flag, False)]
+    words += [f"--{flag}" for flag in ("wait", "release", "native") if getattr(arguments, flag, False)]
+    words += [word for rank in getattr(arguments, "rank", None) or () for word in ("--rank", str(rank))]
     if arguments.command == "abort":
         words.append("--yes")
     if arguments.timeout is not None:

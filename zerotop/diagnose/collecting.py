@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runtime.process.atomic_file import replace_text
 from runtime.wire.rundir import evidence_folder, flight_file
-from zerotop.diagnose import flight, ras
+from zerotop.diagnose import flight, pyspy, ras
 from zerotop.diagnose.frames import spokesmen
 from zerotop.diagnose.pyspy import MISSING, find_pyspy
 from zerotop.diagnose.stacks import RankStacks, with_native_frames
@@ -26,6 +26,7 @@ NATIVE_RANKS = 4
 """Ranks whose C frames are read unless ranks were named: one of each group with equal stacks, the smallest first."""
 KEPT_FIRST, KEPT_LAST = 20, 30
 """Reports of one attempt that are kept: the first ones, which verdicts name, and the newest."""
+NO_NATIVE = f"no C frames: {MISSING} (pip install py-spy)"
 _POLL_S = 0.02
 
 
@@ -34,37 +35,31 @@ class Collected:
     """What was found. `findings`: what is wrong, a sentence each. `sections`: title -> text of the report. `files`:
     names in the evidence folder."""
 
-    ranks: Mapping[int, RankStacks]
     findings: tuple[str, ...] = ()
     sections: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
 
 
-async def collect(
-    hub: Hub, logs: Path, number: int, ranks: Mapping[int, RankStacks], native: Iterable[int] | None
-) -> Collected:
-    """Everything that can be had of the ranks now, in evidence-`number` of the attempt's folder `logs`. native: ranks
-    whose C frames are wanted; None: of those that tell most. Takes some seconds at most. Raises OSError if the folder
-    can't be made."""
+async def collect(hub: Hub, logs: Path, number: int, ranks: Mapping[int, RankStacks]) -> Collected:
+    """Flight Recorders and NCCL's own view, saved in evidence-`number` of the attempt's folder `logs`. Takes some
+    seconds at most. Raises OSError if the folder can't be made."""
     folder = evidence_folder(logs, number)
     folder.mkdir(mode=0o700)
     asked = hub.request_flight(number)
-    wanted = tuple(native) if native is not None else spokesmen({r: _key(f) for r, f in ranks.items()}, NATIVE_RANKS)
-    recorders, with_frames, nccl = await asyncio.gather(
-        asyncio.to_thread(_flight, folder, asked, ranks),
-        asyncio.to_thread(_native, ranks, wanted),
-        asyncio.to_thread(_nccl, folder, _uses_nccl(hub)),
+    recorders, nccl = await asyncio.gather(
+        asyncio.to_thread(_flight, folder, asked, ranks), asyncio.to_thread(_nccl, folder, _uses_nccl(hub))
     )
     sections, findings = {}, []
     if asked:
-        sections["Flight Recorder (torch's own collectives)"] = _flight_text(recorders, hub)
-        findings += [f"Flight Recorder: {line}" for line in flight.findings(recorders)]
+        places = {rank: found.place for rank, found in ranks.items() if found.threads and not found.trouble}
+        sections["Flight Recorder (torch's own collectives)"] = _flight_text(recorders, hub, places)
+        findings += [f"Flight Recorder: {line}" for line in flight.findings(recorders, places)]
     if nccl:
         sections["NCCL RAS (evidence beside others, never alone)"] = nccl
     files = tuple(sorted(path.name for path in folder.iterdir()))
     if not files:
         folder.rmdir()
-    return Collected(with_frames, tuple(findings), sections, files)
+    return Collected(tuple(findings), sections, files)
 
 
 def _key(found: RankStacks) -> object:
@@ -90,20 +85,23 @@ def _flight(folder: Path, asked: list[int], ranks: Mapping[int, RankStacks]) -> 
         if left.exists():
             shutil.copyfile(left, flight_file(folder, rank))
     found = flight.read_flight(folder, asked)
-    troubles = {rank: _why_silent(ranks.get(rank), why) for rank, why in found.troubles.items()}
+    reader = find_pyspy()
+    troubles = {rank: _why_silent(ranks.get(rank), why, reader) for rank, why in found.troubles.items()}
     return flight.Flight(found.groups, found.members, troubles, found.names)
 
 
-def _why_silent(found: RankStacks | None, why: str) -> str:
+def _why_silent(found: RankStacks | None, why: str, reader: str | None) -> str:
     if why != flight.SILENT or found is None:
         return why
     if found.trouble:
         return found.trouble
-    return f"{why}: its training thread holds the GIL" if found.holds_gil else why
+    if reader is not None and found.pid and pyspy.dump(reader, found.pid, native=False).holds_gil:
+        return f"{why}: its training thread holds the GIL"
+    return why
 
 
-def _flight_text(recorders: flight.Flight, hub: Hub) -> str:
-    text = flight.text(recorders)
+def _flight_text(recorders: flight.Flight, hub: Hub, places: Mapping[int, str]) -> str:
+    text = flight.text(recorders, places)
     beats = [known.heartbeat for known in hub.state.ranks.values() if known.heartbeat and known.goodbye is None]
     if recorders.groups and not flight.findings(recorders) and any(b.entered_seq > b.completed_seq for b in beats):
         text += "\nwhat is open is a collective that zerotop carries out in shared memory: the ranks' lines number it"
@@ -111,14 +109,14 @@ def _flight_text(recorders: flight.Flight, hub: Hub) -> str:
 
 
 # ---- py-spy, NCCL ----------------------------------------------------------------------------------------------------
-def _native(ranks: Mapping[int, RankStacks], wanted: tuple[int, ...]) -> dict[int, RankStacks]:
+def read_native(ranks: Mapping[int, RankStacks], wanted: Iterable[int] | None = None) -> dict[int, RankStacks]:
+    """`ranks` with the C frames of those that are `wanted`; None: of those that tell most. Blocks, for at most
+    `pyspy.NATIVE_S`; each process is stopped while it is read."""
     reader = find_pyspy()
-    return dict(ranks) if reader is None else with_native_frames(ranks, [r for r in wanted if r in ranks], reader)
-
-
-def native_note() -> str:
-    """Why there are no C frames; empty if py-spy is there."""
-    return "" if find_pyspy() else f"no C frames: {MISSING} (pip install py-spy)"
+    if reader is None:
+        return dict(ranks)
+    told = {rank: _key(found) for rank, found in ranks.items()}
+    return with_native_frames(ranks, tuple(wanted or spokesmen(told, NATIVE_RANKS)), reader)
 
 
 def _nccl(folder: Path, used: bool) -> str:

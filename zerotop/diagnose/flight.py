@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class Enqueued:
     op: str
     sizes: str
     where: str
-    """The call and its line, as `frames.place` says it."""
+    """The call and its line, as `frames.place` says it; empty unless the rank has torch's compiler loaded, without
+    which torch does not tell it."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,17 @@ def _groups_of(document: Mapping[str, Any]) -> tuple[dict[str, GroupOnRank], dic
             name, description = (str(part) for part in (*entry["process_group"], "")[:2])
             names[name] = "the default group" if description == "default_pg" else f"process group {name}"
             numbers[str(entry.get("pg_id", name))] = name
-            if entry.get("is_p2p"):
-                continue
-            by_name.setdefault(name, {})[int(entry["collective_seq_id"])] = _enqueued(entry)
+            collectives = by_name.setdefault(name, {})
+            if not entry.get("is_p2p"):
+                collectives[int(entry["collective_seq_id"])] = _enqueued(entry)
         for number, status in recorder["pg_status"].items():
-            name = numbers.get(str(number))
-            if name is not None:
+            if (name := numbers.get(str(number), "")) in by_name:
                 enqueued, completed = (
                     int(status.get(f"last_{which}_collective", -1)) for which in ("enqueued", "completed")
                 )
                 groups[name] = GroupOnRank(enqueued, completed, by_name.get(name, {}))
         for name, collectives in by_name.items():  # torch without pg_status
-            groups.setdefault(name, GroupOnRank(max(collectives), -1, collectives))
+            groups.setdefault(name, GroupOnRank(max(collectives, default=0), -1, collectives))
     return groups, names
 
 
@@ -125,12 +125,13 @@ def _enqueued(entry: Mapping[str, Any]) -> Enqueued:
     return Enqueued(op, sizes, place(frames))
 
 
-def findings(flight: Flight) -> list[str]:
+def findings(flight: Flight, places: Mapping[int, str] | None = None) -> list[str]:
     """What is wrong, one sentence each, the earliest cause first: collectives that differ, then ranks that are missing.
-    Empty if every rank has enqueued the same."""
+    Empty if every rank has enqueued the same. `places`: where each rank is now, which is the call site of a collective
+    that it waits in."""
     different, missing, open_everywhere = [], [], []
-    for name, ranks in sorted(flight.groups.items()):
-        called = flight.names.get(name, name)
+    for name, known in sorted(flight.groups.items()):
+        called, ranks = flight.names.get(name, name), _placed(known, places or {})
         if difference := _difference(called, ranks):
             different.append(difference)
         if absent := _missing(called, ranks, flight.members.get(name, ()), flight.troubles):
@@ -138,6 +139,17 @@ def findings(flight: Flight) -> list[str]:
         elif unfinished := _open(called, ranks):
             open_everywhere.append(unfinished)
     return [*different, *missing, *open_everywhere][:FINDINGS_SHOWN]
+
+
+def _placed(ranks: Mapping[int, GroupOnRank], places: Mapping[int, str]) -> dict[int, GroupOnRank]:
+    """With the call site of the newest collective of each rank that has not completed it."""
+    placed = dict(ranks)
+    for rank, group in ranks.items():
+        newest = group.collectives.get(group.enqueued)
+        if newest is not None and not newest.where and places.get(rank) and group.completed < group.enqueued:
+            collectives = {**group.collectives, group.enqueued: replace(newest, where=places[rank])}
+            placed[rank] = replace(group, collectives=collectives)
+    return placed
 
 
 def _difference(called: str, ranks: Mapping[int, GroupOnRank]) -> str:
@@ -198,9 +210,9 @@ def _open(called: str, ranks: Mapping[int, GroupOnRank]) -> str:
     return f"all ranks with a recorder have enqueued {op} {seq} of {called}, {ranks_text(who)} {has} not completed it"
 
 
-def text(flight: Flight) -> str:
+def text(flight: Flight, places: Mapping[int, str] | None = None) -> str:
     """The section of the stacks report: findings, then a line per group, then the ranks without a recorder."""
-    lines = findings(flight) or ["no collective of torch.distributed is open"]
+    lines = findings(flight, places) or ["no collective of torch.distributed is open"]
     for name, ranks in sorted(flight.groups.items()):
         states = grouped(
             (f"enqueued {group.enqueued}, completed {group.completed}", rank) for rank, group in sorted(ranks.items())

@@ -178,12 +178,20 @@ def _read_silent(answers: dict[int, RankStacks], reader: str) -> dict[int, RankS
 
 
 def with_native_frames(answers: Mapping[int, RankStacks], ranks: Collection[int], reader: str) -> dict[int, RankStacks]:
-    """`answers` with the C frames of `ranks`. Blocks. A process is stopped while it is read; one that can't run is left
-    alone."""
+    """`answers` with the C frames of `ranks`. Blocks, for at most `pyspy.NATIVE_S`. A process is stopped while it is
+    read; one that can't run is left alone."""
     wanted = [answers[rank] for rank in ranks if answers[rank].pid and answers[rank].trouble not in (*ENDED, GONE)]
     wanted = [found for found in wanted if not is_frozen(found.host)]
+    deadline = time.monotonic() + pyspy.NATIVE_S
+
+    def read_one(found: RankStacks) -> pyspy.Dump:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return pyspy.Dump(trouble="no time was left for its C frames")
+        return pyspy.dump(reader, found.pid or 0, native=True, timeout_s=left_s)
+
     with ThreadPoolExecutor(_READERS) as pool:
-        dumps = list(pool.map(lambda found: pyspy.dump(reader, found.pid or 0, native=True), wanted))
+        dumps = list(pool.map(read_one, wanted))
     read = dict(answers)
     for found, seen in zip(wanted, dumps, strict=True):
         frames = next((thread.frames for thread in seen.threads if thread.main), ())

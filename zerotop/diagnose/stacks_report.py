@@ -4,16 +4,16 @@ command `stacks`."""
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 
+from runtime.process.atomic_file import replace_text
 from runtime.wire.messages import Command
-from zerotop.diagnose.collecting import Collected, collect, native_note, next_number
+from zerotop.diagnose.collecting import NO_NATIVE, Collected, collect, next_number, read_native
 from zerotop.diagnose.frames import grouped
 from zerotop.diagnose.pyspy import find_pyspy
 from zerotop.diagnose.stacks import RankStacks, ask, find_ranks
@@ -42,6 +42,9 @@ class Report:
     """What else was found, a sentence each: by the Flight Recorders."""
     evidence: str = ""
     """The folder with what belongs to it, relative to the run directory; empty if nothing more was saved."""
+    when: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S %z"))
+    number: int = 0
+    collected: Collected = field(default_factory=Collected)
 
     @property
     def compiling(self) -> tuple[int, ...]:
@@ -69,50 +72,50 @@ class StackTaker:
         wanted = found if only is None else {rank: process for rank, process in found.items() if rank in only}
         return ask(wanted, pids, logs, reader=find_pyspy())
 
-    async def report(
-        self,
-        ranks: Mapping[int, RankStacks],
-        verdict: str,
-        *,
-        evidence: bool = False,
-        native: Collection[int] | None = None,
-    ) -> Report:
+    async def report(self, ranks: Mapping[int, RankStacks], verdict: str, *, evidence: bool = False) -> Report:
         """Write stacks-N.txt for the result of `look`. evidence: collect also what takes some seconds, in a folder
-        beside it (collecting.py); native: the ranks whose C frames are wanted, if not of those that tell most."""
+        beside it (collecting.py)."""
         async with self._turn:
-            return await self._report(ranks, verdict, evidence, native)
-
-    async def _report(
-        self, ranks: Mapping[int, RankStacks], verdict: str, evidence: bool, native: Collection[int] | None
-    ) -> Report:
-        status, state, logs = self._hub.status, self._hub.state, self._logs()
-        when = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        collected, folder, problem = Collected(ranks), "", ""
-        try:
-            number = await asyncio.to_thread(next_number, logs)
-            if evidence:
-                collected = await collect(self._hub, logs, number, ranks, native)
-                folder = f"logs/{logs.name}/evidence-{number}" if collected.files else ""
-        except OSError as error:
-            number, problem = 0, f"{logs}: {error.strerror or error}"
-        parts = [f"{status.name}, attempt {status.attempt}, {when}\n{verdict}"]
-        where = where_text(collected.ranks)
-        parts[0] += "".join(f"\n{line}" for line in (where, *collected.findings) if line)
-        parts.append(stacks_text(collected.ranks, state))
-        parts += [f"{title}:\n{section}\n" for title, section in collected.sections.items()]
-        if evidence and (note := native_note()):
-            parts.append(f"{note}\n")
-        if folder:
-            parts.append(f"saved beside this: {folder}/ ({', '.join(collected.files)})\n")
-        text, path = "\n\n".join(part.rstrip("\n") for part in parts) + "\n", ""
-        if not problem:
+            collected, number, problem = Collected(), 0, ""
             try:
-                path = str((await asyncio.to_thread(_save, logs, text, number)).relative_to(self._run))
+                number = await asyncio.to_thread(next_number, self._logs())
+                if evidence:
+                    collected = await collect(self._hub, self._logs(), number, ranks)
             except OSError as error:
-                problem = f"{logs}: {error.strerror or error}"
+                problem = error.strerror or str(error)
+            report = Report(ranks, verdict, "", number=number, collected=collected)
+            return await self._written(report, self._logs(), problem)
+
+    async def deepen(self, report: Report, ranks: Collection[int] | None = None) -> Report:
+        """Add C frames to a report, of `ranks` or of those that tell most, for which py-spy stops their processes.
+        Takes up to `pyspy.NATIVE_S`."""
+        logs = self._logs()
+        async with self._turn:
+            read = await asyncio.to_thread(read_native, report.ranks, ranks)
+            return await self._written(replace(report, ranks=read), logs)
+
+    async def _written(self, report: Report, logs: Path, problem: str = "") -> Report:
+        """The report with its text, saved."""
+        status, number, collected = self._hub.status, report.number, report.collected
+        folder = f"logs/{logs.name}/evidence-{number}" if collected.files else ""
+        head = (f"{status.name}, attempt {logs.name}, {report.when}", report.verdict, where_text(report.ranks))
+        parts = ["\n".join(line for line in (*head, *collected.findings) if line)]
+        parts.append(stacks_text(report.ranks, self._hub.state))
+        parts += [f"{title}:\n{section}" for title, section in collected.sections.items()]
+        if collected.sections and find_pyspy() is None:
+            parts.append(NO_NATIVE)
+        if folder:
+            parts.append(f"saved beside this: {folder}/ ({', '.join(collected.files)})")
+        text, path = "\n\n".join(part.rstrip("\n") for part in parts) + "\n", ""
+        if number:
+            try:
+                saved = await asyncio.to_thread(_save, logs, text, number)
+                path = str(saved.relative_to(self._run))
+            except OSError as error:
+                problem = error.strerror or str(error)
         if problem:
-            text = f"(not saved: {problem})\n{text}"
-        return Report(collected.ranks, verdict, text, path, collected.findings, folder)
+            text = f"(not saved: {logs}: {problem})\n{text}"
+        return replace(report, text=text, path=path, findings=collected.findings, evidence=folder)
 
     async def answer(self, command: Command) -> None:
         """Carry out the command `stacks`. Of a run that stands still, or with the argument `native`, everything is
@@ -129,7 +132,9 @@ class StackTaker:
             return
         still = _idle(self._hub.state) >= ASKED_S
         verdict = _verdict(self._hub.state, ranks)
-        report = await self.report(ranks, verdict, evidence=still or native, native=only if native else None)
+        report = await self.report(ranks, verdict, evidence=still or native)
+        if still or native:
+            report = await self.deepen(report, only if native else None)
         result = {"path": report.path, "text": _bounded(report), "evidence": report.evidence}
         self._hub.router.complete(command.id, result=result)
 
@@ -180,10 +185,9 @@ def _verdict(state: RunState, ranks: Mapping[int, RankStacks]) -> str:
 
 
 def _save(logs: Path, text: str, number: int) -> Path:
-    """Write stacks-`number`.txt. Raises OSError."""
+    """Write stacks-`number`.txt, or replace it. Raises OSError."""
     path = logs / f"stacks-{number}.txt"
-    with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(text)
+    replace_text(path, text)
     return path
 
 

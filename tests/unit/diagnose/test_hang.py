@@ -178,6 +178,7 @@ class PlayedTaker:
         self.looks = 0
         self.reports: list[str] = []
         self.collected: list[bool] = []
+        self.deepened = 0
         self.meanwhile = lambda: None
 
     async def look(self) -> Mapping[int, RankStacks]:
@@ -189,6 +190,10 @@ class PlayedTaker:
         self.collected.append(evidence)
         self.reports.append(verdict)
         return Report(ranks, verdict, "", f"logs/1/stacks-{len(self.reports)}.txt")
+
+    async def deepen(self, report: Report) -> Report:
+        self.deepened += 1
+        return report
 
 
 def stack(file: str) -> tuple[ThreadStack, ...]:
