@@ -24,6 +24,7 @@ COMMANDS = {
     "stop": ("control", "write a checkpoint, then end the run"),
     "abort": ("control", "end the run at once, without a checkpoint"),
     "stacks": ("control", "dump the stacks of all ranks, also of a run that is stuck"),
+    "report": ("report", "pack what is known of a run into one file for a bug report"),
     "plan": ("plan", "estimate memory and traffic of each ZeRO stage"),
     "data": ("data", "show what a config trains on, token by token"),
     "export": ("export", "write a checkpoint as Hugging Face safetensors"),
