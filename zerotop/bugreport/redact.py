@@ -39,7 +39,7 @@ _HEADER = re.compile(
 )
 _URL_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]{1,20}://)[^\s/?#\"'<>\\]*@")
 _SETTING = re.compile(r"(?<![\w.-])(-{0,2}[A-Za-z_][\w.-]{0,80})(\\*[\"']?[ \t]*(?:=>|[:=])[ \t]*)(\\*[\"'])?")
-_FLAG = re.compile(r"(?<![\w-])(--?[A-Za-z][\w.-]{1,60})([ \t]+)(\\*[\"'])?(?!-)(?=\S)")
+_FLAG = re.compile(r"(?<![\w-])(--?[A-Za-z][\w.-]{1,60})([ \t]+)(\\*[\"'])?(?=\S)")
 _LINE = re.compile(r"\s*(?:export\s+|-\s+)?$")
 _WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z0-9]+(?![a-z])")
 _SECRET_WORDS = frozenset(

@@ -13,7 +13,7 @@ Key = TypeVar("Key")
 _THREAD = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):$")
 _PYTHON = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+) in (?P<function>.+)$')
 _NATIVE = re.compile(r"^\s*C (?P<function>.+) \((?P<library>[^()]*)\)$")
-_PLUMBING = re.compile(r"/(?:lib/python3\.\d+|torch|runtime/comm|runtime/native)/(?!site-packages/|dist-packages/)")
+_PLUMBING = re.compile(r"/(?:lib/python3\.\d+|torch|runtime/comm|runtime/native)/")
 """Files of frames that carry out a call. Where the call was made says more: torch, the standard library, and our own
 communication layer."""
 _WRAPPERS = frozenset(
@@ -73,7 +73,7 @@ def place(frames: Iterable[str]) -> str:
         file, function = python["file"], python["function"]
         where = f"{file.rpartition('/')[2]}:{python['line']}"
         innermost = innermost or f"{function} at {where}"
-        if not _PLUMBING.search(_SITE.sub("/lib/", file)) and not file.startswith("<"):
+        if not _PLUMBING.search("/" + _SITE.split(file)[-1]) and not file.startswith("<"):
             return f"{inside[-1] if inside else function} at {where}"
         if function not in _WRAPPERS:
             inside.append(function)
