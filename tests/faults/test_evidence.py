@@ -164,6 +164,7 @@ def test_a_rank_that_fails_leaves_its_flight_recorder(launch_real: Callable[...,
     script = tmp_path / "hangs.py"
     script.write_text(SCRIPT)
     run = launch_real(CONFIG, name="crash", script=[str(script), "crash"], overrides=["zerotop.restarts.limit=0"])
+    run.see(lambda _: events(run, "exit"), "the end", deadline_s=90)
     run.see_end("failed", deadline_s=90)
     document = json.loads((run.path / "logs" / "1" / "flight-rank-1.json").read_text())
     assert document["groups"]["0"]["ranks"] == [0, 1] and document["recorders"]["other"]["entries"]

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from runtime.process.atomic_file import replace_text
 from runtime.wire.rundir import evidence_folder, flight_file
 from zerotop.diagnose import flight, pyspy, ras
@@ -77,7 +79,7 @@ def _flight(folder: Path, asked: list[int], ranks: Mapping[int, RankStacks]) -> 
     """Wait for the files of the ranks that can answer, and read them."""
     expected = [rank for rank in asked if rank not in ranks or not ranks[rank].trouble]
     deadline = time.monotonic() + FLIGHT_S
-    while time.monotonic() < deadline and not all(flight_file(folder, rank).exists() for rank in expected):
+    while time.monotonic() < deadline and any(_is_due(folder, rank, ranks.get(rank)) for rank in expected):
         time.sleep(_POLL_S)
     failed = [rank for rank in asked if not flight_file(folder, rank).exists()]
     for rank in failed:  # one that has just failed left its own
@@ -88,6 +90,12 @@ def _flight(folder: Path, asked: list[int], ranks: Mapping[int, RankStacks]) -> 
     reader = find_pyspy()
     troubles = {rank: _why_silent(ranks.get(rank), why, reader) for rank, why in found.troubles.items()}
     return flight.Flight(found.groups, found.members, troubles, found.names)
+
+
+def _is_due(folder: Path, rank: int, found: RankStacks | None) -> bool:
+    """Whether the file of this rank is missing and may still come."""
+    lives = found is None or found.pid is None or psutil.pid_exists(found.pid)
+    return lives and not flight_file(folder, rank).exists()
 
 
 def _why_silent(found: RankStacks | None, why: str, reader: str | None) -> str:

@@ -145,7 +145,7 @@ def ask(
             troubles[rank] = hosts[rank] = GONE
         else:
             before[rank] = size
-    _wait(before, logs, deadline_s)
+    _wait(before, processes, logs, deadline_s)
     answers = {}
     for rank, process in processes.items():
         text = _new_text(rank_stacks(logs, rank), before[rank]) if rank in before else ""
@@ -211,8 +211,10 @@ def _why_not(process: psutil.Process | None, host: str, answers: Path) -> str:
     return "" if handled else f"it has not installed its handler for {STACKS_SIGNAL.name} yet"
 
 
-def _wait(before: Mapping[int, int], logs: Path, deadline_s: float) -> None:
-    """Until every file has grown and then stopped growing."""
+def _wait(
+    before: Mapping[int, int], processes: Mapping[int, psutil.Process | None], logs: Path, deadline_s: float
+) -> None:
+    """Until every file has grown and then stopped growing, or its process has ended."""
     deadline = time.monotonic() + deadline_s
     sizes, since = dict(before), dict.fromkeys(before, time.monotonic())
     while True:
@@ -221,8 +223,8 @@ def _wait(before: Mapping[int, int], logs: Path, deadline_s: float) -> None:
             fresh = _size(rank_stacks(logs, rank))
             if fresh != size:
                 sizes[rank], since[rank] = fresh, now
-        done = all(sizes[rank] > size and now - since[rank] >= QUIET_S for rank, size in before.items())
-        if done or now >= deadline:
+        waiting = [rank for rank, size in before.items() if sizes[rank] <= size or now - since[rank] < QUIET_S]
+        if now >= deadline or all(process_state(processes[rank]) in (*ENDED, GONE) for rank in waiting):
             return
         time.sleep(_POLL_S)
 

@@ -15,6 +15,7 @@ from runtime.process.atomic_file import replace_text
 from runtime.wire.messages import Command
 from zerotop.diagnose.collecting import NO_NATIVE, Collected, collect, next_number, read_native
 from zerotop.diagnose.frames import grouped
+from zerotop.diagnose.process_state import ENDED, GONE
 from zerotop.diagnose.pyspy import find_pyspy
 from zerotop.diagnose.stacks import RankStacks, ask, find_ranks
 from zerotop.diagnose.stacks_text import stacks_text, where_text
@@ -85,6 +86,18 @@ class StackTaker:
                 problem = error.strerror or str(error)
             report = Report(ranks, verdict, "", number=number, collected=collected)
             return await self._written(report, self._logs(), problem)
+
+    async def survivors(self) -> Report | None:
+        """A rank has died: what the others were doing, as long as they live. None if none of them answers."""
+        logs = self._logs()
+        try:
+            ranks = await self.look()
+            if self._logs() != logs or not any(found.threads for found in ranks.values()):
+                return None
+            dead = tuple(rank for rank, found in sorted(ranks.items()) if found.trouble in (*ENDED, GONE))
+            return await self.report(ranks, f"{ranks_text(dead) or 'a rank'} has died", evidence=True)
+        except (OSError, psutil.Error):  # they are being ended at this moment
+            return None
 
     async def deepen(self, report: Report, ranks: Collection[int] | None = None) -> Report:
         """Add C frames to a report, of `ranks` or of those that tell most, for which py-spy stops their processes.
