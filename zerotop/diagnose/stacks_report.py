@@ -184,8 +184,9 @@ def blame(stall: Stall, ranks: Mapping[int, RankStacks], state: RunState) -> str
 
 
 def _idle(state: RunState) -> float:
-    """For how many seconds no rank has made progress."""
-    return min((idle_s(rank, state.hub_now_ns) for rank in state.ranks.values() if rank.goodbye is None), default=0.0)
+    """For how many seconds no rank has made progress, as far as their heartbeats tell."""
+    beating = [rank for rank in state.ranks.values() if rank.goodbye is None and rank.heartbeat is not None]
+    return min((idle_s(rank, state.hub_now_ns) for rank in beating), default=0.0)
 
 
 def _verdict(state: RunState, ranks: Mapping[int, RankStacks]) -> str:
