@@ -242,8 +242,8 @@ def _run_there(host: str, target: Target, arguments: argparse.Namespace, setting
 
 
 def _print(name: str, record: CommandRecord, as_json: bool, accepted_is_enough: bool = False) -> int:
+    from zerotop.documents import command_document
     from zerotop.output import print_json, say, show
-    from zerotop.report import command_document
 
     command, ack = record.command, record.ack
     done = ack.state == "applied" or (ack.state == "accepted" and accepted_is_enough)

@@ -44,8 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     from zerotop.bugreport.system import redactor_for_me
     from zerotop.commands.doctor import findings
     from zerotop.commands.status import listen
+    from zerotop.documents import status_document, status_text
     from zerotop.output import CommandError, print_json
-    from zerotop.report import status_document, status_text
     from zerotop.rundir.directory import find_any_run
     from zerotop.source.base import SourceError
     from zerotop.source.opening import open_source

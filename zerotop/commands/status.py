@@ -28,8 +28,8 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the state."""
+    from zerotop.documents import status_document, status_text
     from zerotop.output import print_json, say, show
-    from zerotop.report import status_document, status_text
     from zerotop.rundir.directory import find_any_run
     from zerotop.source.opening import open_source
     from zerotop.source.target import parse_target
