@@ -18,8 +18,9 @@ from pathlib import Path
 
 from runtime.process.forked import Owner
 from runtime.process.tempdir import keep_socket_paths_short
-from runtime.telemetry import die_with_parent, register_stacks, stopsignal
-from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE
+from runtime.telemetry import allow_tracing, die_with_parent, register_stacks, stopsignal
+from runtime.telemetry.flight_recorder import write_flight
+from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIABLE
 
 ERROR_LINES = 40
 """Lines of an error to send in the goodbye."""
@@ -41,6 +42,8 @@ def main() -> int:
         logs.mkdir(parents=True, exist_ok=True)
         _redirect_output(logs, rank)
         register_stacks(logs, rank)
+        if (supervisor := os.environ.get(SUPERVISOR_VARIABLE, "")).isdecimal():
+            allow_tracing(int(supervisor))
     # Log the Python stacks on SIGSEGV, SIGBUS, SIGABRT, SIGFPE and SIGILL.
     faulthandler.enable(file=sys.stderr, all_threads=True)
     logging.basicConfig(
@@ -126,6 +129,7 @@ def _failed(error: BaseException) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _goodbye("failed", str(error), fatal=True)
         return 2
+    _save_flight()
     memory = _explained(error)  # first, because it frees what the failed step holds
     traceback.print_exception(error)
     lines = "".join(traceback.format_exception(error)).splitlines()
@@ -139,6 +143,15 @@ def _failed(error: BaseException) -> int:
     lines = [*lines[-max(TRACEBACK_LINES, ERROR_LINES - len(printed)) :], *printed]
     _goodbye("failed", "\n".join(lines), fatal=True)
     return 1
+
+
+def _save_flight() -> None:
+    """Leave the Flight Recorder of a rank that fails in the attempt's folder: which collective it was in, and which
+    ones it took part in before."""
+    run = os.environ.get(RUN_VARIABLE)
+    if run and "torch.distributed" in sys.modules:
+        rank = int(os.environ.get("RANK", "0"))
+        write_flight(Path(run) / "logs" / os.environ.get(ATTEMPT_VARIABLE, "1"), rank)
 
 
 def _explained(error: BaseException) -> tuple[tuple[str, ...], str] | None:

@@ -27,6 +27,7 @@ COMMANDS = {
     "profile": ("control", "profile the next steps with torch.profiler, while the run goes on"),
     "trace": ("trace", "export phases and collectives of the last minutes for Perfetto"),
     "snapshot": ("control", "write what every rank's memory is used for, by category, unit and tensor"),
+    "report": ("report", "pack what is known of a run into one file for a bug report"),
     "plan": ("plan", "estimate memory and traffic of each ZeRO stage"),
     "data": ("data", "show what a config trains on, token by token"),
     "export": ("export", "write a checkpoint as Hugging Face safetensors"),

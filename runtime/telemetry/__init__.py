@@ -5,7 +5,7 @@ from runtime.telemetry.inbox import Inbox
 from runtime.telemetry.null import NullTelemetry
 from runtime.telemetry.orphan import die_with_parent
 from runtime.telemetry.publisher import Telemetry, TelemetryError
-from runtime.telemetry.stacks import register_stacks
+from runtime.telemetry.stacks import allow_tracing, register_stacks
 
 __all__ = [
     "Inbox",
@@ -13,6 +13,7 @@ __all__ = [
     "Telemetry",
     "TelemetryError",
     "TelemetryHandler",
+    "allow_tracing",
     "die_with_parent",
     "register_stacks",
 ]

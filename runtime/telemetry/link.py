@@ -14,7 +14,7 @@ import zmq
 
 from runtime.telemetry.outbox import Outbox
 from runtime.wire.codec import ProtocolError, decode_down, encode
-from runtime.wire.messages import Command, Packet, Resend
+from runtime.wire.messages import Command, FlightRequest, Packet, Resend
 from runtime.wire.rundir import Sockets
 
 FRAME_BYTES = 2**20
@@ -81,12 +81,12 @@ class Link:
         except OSError:
             return  # full: `wait` wakes anyway; closed: no thread waits
 
-    def wait(self, timeout_s: float) -> list[Command | Resend]:
+    def wait(self, timeout_s: float) -> list[Command | Resend | FlightRequest]:
         """Wait until a message arrives, `wake`, or timeout_s seconds. Returns the messages that have arrived."""
         ready = dict(self._poller.poll(_ceil_ms(timeout_s)))
         if self._wake_fd in ready:
             self._wake_read.recv(4096)
-        arrived: list[Command | Resend] = []
+        arrived: list[Command | Resend | FlightRequest] = []
         if self._monitor in ready:
             self._monitor.recv_multipart()
             self._connections += 1

@@ -25,6 +25,7 @@ from runtime.process.forked import Owner, at_exit
 from runtime.telemetry import stopsignal
 from runtime.telemetry.bounds import ERROR_KEPT, shortened, shortened_error
 from runtime.telemetry.clipping import clipped_evaluation, clipped_report
+from runtime.telemetry.flight_recorder import FlightWriter
 from runtime.telemetry.handler import LevelName, TelemetryHandler
 from runtime.telemetry.inbox import Inbox
 from runtime.telemetry.link import Link
@@ -39,6 +40,7 @@ from runtime.wire.messages import (
     DataReport,
     Evaluation,
     Event,
+    FlightRequest,
     Goodbye,
     Heartbeat,
     Hello,
@@ -90,6 +92,7 @@ class Telemetry(Recorder):
         self._at_exit: Callable[[], Any] | None = None
         self._close_by: float | None = None
         self._reported: set[str] = set()
+        self._flight = FlightWriter(rank, attempt)
 
     @classmethod
     def from_environment(cls, rank: int) -> Telemetry | NullTelemetry:
@@ -357,10 +360,12 @@ class Telemetry(Recorder):
         if events or self._link.outbox.next_frame() is not None:
             self._link.send_events(events)
 
-    def _receive(self, message: Command | Resend) -> None:
+    def _receive(self, message: Command | Resend | FlightRequest) -> None:
         assert self._link is not None
         if isinstance(message, Command):
             self.inbox.put(message)
+        elif isinstance(message, FlightRequest):
+            self._flight.answer(message)
         else:
             self._link.outbox.rewind(message.first_seq)
 

@@ -1,13 +1,30 @@
-"""Makes a rank write the stacks of its threads on a signal, also if they hang in native code."""
+"""Makes a rank write the stacks of its threads on a signal, also if they hang in native code, and lets py-spy read the
+rank."""
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import signal
+import sys
 from pathlib import Path
 
 from runtime.wire.rundir import STACKS_SIGNAL, rank_stacks
+
+_PR_SET_PTRACER = 0x59616D61
+
+
+def allow_tracing(pid: int) -> bool:
+    """Allow process `pid` and its descendants to read this process (prctl(2), for kernels with Yama).
+
+    py-spy is a child of the supervisor and so no ancestor of a rank, and kernel.yama.ptrace_scope=1, the default of
+    many distributions, lets only ancestors read a process. Returns False, without effect, where there is no such rule.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0) == 0)
 
 
 def register_stacks(logs: Path, rank: int) -> bool:

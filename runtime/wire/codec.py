@@ -117,7 +117,7 @@ def _read(data: dict[str, Any], model: type[_Shell]) -> Decoded[_Shell]:
 
 
 def decode_down(frame: bytes) -> Any:
-    """Decode a `Command` or `Resend`; None for an unknown kind."""
+    """Decode a `Command`, `Resend` or `FlightRequest`; None for an unknown kind."""
     return _read_one(load(frame), down_adapter)
 
 

@@ -7,7 +7,7 @@ Three channels carry them, with different guarantees:
 - events (a rank's DEALER to the hub's ROUTER): `Hello`, `LogRecord`, `Event`, `CheckpointSaved`, `DataReport`,
   `Evaluation`, `Ack`, `Goodbye`.
   Numbered by `Packet.seq`, asked for again with `Resend`; never lost while both ends live. In the other direction the
-  same pair carries `Command`, numbered by the hub.
+  same pair carries `Command`, numbered by the hub, `Resend` and `FlightRequest`.
 - screens (the hub's XPUB): first a `Snapshot`, then all of the above as they arrive, except `Ack`, and the hub's own
   `RunStatus`, `NodeStats`, `Verdict` and `CommandRecord`.
 - commands (a screen's DEALER to the hub's ROUTER): `Command`, in this direction only. The answer is the
@@ -579,6 +579,14 @@ class Resend(Message):
     first_seq: Count
 
 
+class FlightRequest(Message):
+    """The hub's request that a rank write its Flight Recorder to evidence-`number` of the attempt's folder, at once and
+    not at a step boundary: the training thread may hang."""
+
+    kind: Literal["flight_request"] = "flight_request"
+    number: Annotated[int, Field(ge=1, le=1_000_000)]
+
+
 Up = Annotated[
     Hello
     | Phases
@@ -600,7 +608,7 @@ Up = Annotated[
     Field(discriminator="kind"),
 ]
 """Messages that flow towards screens."""
-Down = Annotated[Command | Resend, Field(discriminator="kind")]
+Down = Annotated[Command | Resend | FlightRequest, Field(discriminator="kind")]
 """Messages that flow towards ranks."""
 
 

@@ -8,7 +8,8 @@ RUN/resolved.json           every value that the run uses
 RUN/recording.sqlite        what the hub heard
 RUN/logs/<attempt>/         rank-N.log, torchrun.log, supervisor.log (in the first one of each launch);
                             stacks-rank-N.txt (stack dumps of a rank), stacks-1.txt, ... (dumps of all ranks at one
-                            moment)
+                            moment), evidence-1/, ... (what belongs to them: Flight Recorder of each rank, NCCL RAS),
+                            flight-rank-N.json (Flight Recorder of a rank that failed)
 RUN/checkpoints/step-N/     unless zerotop.checkpoint.folder says otherwise
 SOCKETS/                    /tmp/zerotop-UID/<8 characters>/: telemetry, ranks, screens, commands
 """
@@ -46,6 +47,17 @@ STACKS_SIGNAL = signal.SIGUSR2
 def rank_stacks(logs: Path, rank: int) -> Path:
     """The file to which a rank appends its stack dumps; `logs`: the attempt's folder."""
     return logs / f"stacks-rank-{rank}.txt"
+
+
+def flight_file(folder: Path, rank: int) -> Path:
+    """The file with a rank's Flight Recorder in `folder`: an evidence folder, or that of the attempt for a rank that
+    failed."""
+    return folder / f"flight-rank-{rank}.json"
+
+
+def evidence_folder(logs: Path, number: int) -> Path:
+    """The folder of what belongs to stacks-`number`.txt; `logs`: the attempt's folder."""
+    return logs / f"evidence-{number}"
 
 
 class RunFile(BaseModel):

@@ -10,8 +10,8 @@ import pytest
 
 from runtime.wire.messages import Goodbye, RunStatus
 from tests.harness.runs import StartedRun
+from zerotop.documents import status_document, status_text
 from zerotop.hub.recorder import read_messages
-from zerotop.report import status_document, status_text
 from zerotop.rundir.directory import read_entry
 
 pytestmark = pytest.mark.timeout(240)

@@ -63,6 +63,16 @@ def register(subparsers: Any) -> None:
                 action="store_true",
                 help="also move everything to host memory and give the GPU memory back; resume brings it back",
             )
+        if name == "stacks":
+            parser.add_argument(
+                "--rank", type=_rank, action="append", metavar="R", help="only this rank; may be given several times"
+            )
+            parser.add_argument(
+                "--native",
+                action="store_true",
+                help="with C frames, for which py-spy stops each process for up to some seconds; a run that stands "
+                "still is always read so",
+            )
         if name == "checkpoint":
             parser.add_argument(
                 "--wait", action="store_true", help="return when it is complete on disk, not when it is accepted"
@@ -103,6 +113,12 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _rank(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a rank, a whole number from 0, got {text!r}")
+    return int(text)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Send the command; the exit code is 1 if it was rejected or not applied in time."""
     from zerotop.output import CommandError, say
@@ -135,13 +151,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     from zerotop.source.command_answers import ask, new_command, refused
 
+    own: dict[str, Any] = {"release": True} if getattr(arguments, "release", False) else {}
     if name == "profile":
         from zerotop.commands.profile import profile_arguments
 
-        settings = profile_arguments(arguments.steps, arguments.ranks, entry.run.nproc)
-    released = {"release": True} if getattr(arguments, "release", False) else {}
-    steps = {"steps": arguments.steps} if name == "snapshot" and arguments.steps is not None else {}
-    command = new_command(_WIRE_NAMES.get(name, name), released or steps or settings)
+        own = profile_arguments(arguments.steps, arguments.ranks, entry.run.nproc)
+    elif name == "snapshot" and arguments.steps is not None:
+        own = {"steps": arguments.steps}
+    elif name == "stacks":
+        own = ({"ranks": sorted(set(arguments.rank))} if arguments.rank else {}) | (
+            {"native": True} if arguments.native else {}
+        )
+    command = new_command(_WIRE_NAMES.get(name, name), own or settings)
     if name == "set":
         problem = _check(settings)
         if problem:
@@ -240,7 +261,8 @@ def _run_there(host: str, target: Target, arguments: argparse.Namespace, setting
     if target.run:
         words.append(target.run)
     words += [f"{key}={value}" for key, value in settings.items()]
-    words += [f"--{flag}" for flag in ("wait", "release") if getattr(arguments, flag, False)]
+    words += [f"--{flag}" for flag in ("wait", "release", "native") if getattr(arguments, flag, False)]
+    words += [word for rank in getattr(arguments, "rank", None) or () for word in ("--rank", str(rank))]
     if getattr(arguments, "steps", None) is not None:
         words += ["--steps", str(arguments.steps)]
     if getattr(arguments, "ranks", None):
@@ -255,8 +277,8 @@ def _run_there(host: str, target: Target, arguments: argparse.Namespace, setting
 
 
 def _print(name: str, record: CommandRecord, as_json: bool, accepted_is_enough: bool = False) -> int:
+    from zerotop.documents import command_document
     from zerotop.output import print_json, say, show
-    from zerotop.report import command_document
 
     command, ack = record.command, record.ack
     done = ack.state == "applied" or (ack.state == "accepted" and accepted_is_enough)

@@ -47,16 +47,21 @@ def run(arguments: argparse.Namespace) -> int:
     """Print all findings; the exit code is 1 if one of them is fail."""
     from zerotop.output import print_json, show
 
-    findings = [finding for check in CHECKS for finding in _listed(check())]
+    found = findings()
     if arguments.json:
-        print_json([finding._asdict() for finding in findings])
+        print_json([finding._asdict() for finding in found])
     else:
-        width = max(len(finding.name) for finding in findings)
-        for finding in findings:
+        width = max(len(finding.name) for finding in found)
+        for finding in found:
             show(f"{finding.level:<4}  {finding.name:<{width}}  {finding.text}")
             if finding.fix:
                 show(f"{'':<4}  {'':<{width}}  -> {finding.fix}")
-    return 1 if any(finding.level == "fail" for finding in findings) else 0
+    return 1 if any(finding.level == "fail" for finding in found) else 0
+
+
+def findings() -> list[Finding]:
+    """The result of every check."""
+    return [finding for check in CHECKS for finding in _listed(check())]
 
 
 def _listed(found: Finding | list[Finding]) -> list[Finding]:
@@ -248,12 +253,75 @@ def _state_home() -> Finding:
     return Finding("state home", "ok", f"{home}, {bytes_text(free)} free")
 
 
+def _pyspy() -> Finding:
+    import subprocess
+
+    from zerotop.diagnose.pyspy import find_pyspy, ptrace_scope
+
+    program = find_pyspy()
+    if program is None:
+        text = "not installed: hang reports have no C frames, and no stacks of ranks that answer no signal"
+        return Finding("py-spy", "ok", text, "optional: pip install py-spy")
+    try:
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=5)
+        text = f"{done.stdout.strip().removeprefix('py-spy ') or 'no version'} ({program})"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("py-spy", "warn", f"{program} can't be run: {error}", "pip install --force-reinstall py-spy")
+    scope = ptrace_scope()
+    if scope is not None and scope > 1 and os.geteuid() != 0:
+        cure = "an administrator can set kernel.yama.ptrace_scope to 1"
+        return Finding("py-spy", "warn", f"{text}; kernel.yama.ptrace_scope={scope} keeps it from reading ranks", cure)
+    return Finding("py-spy", "ok", text)
+
+
+def _flight_recorder() -> Finding:
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    spec = find_spec("torch")  # does not import it
+    if spec is None or spec.origin is None:
+        return Finding("Flight Recorder", "ok", "n/a without torch")
+    sizes = [name for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE") if os.environ.get(name) == "0"]
+    if sizes:
+        text = f"switched off by {sizes[0]}=0: a hang in torch's own collectives names no missing rank"
+        return Finding("Flight Recorder", "warn", text, f"unset {sizes[0]}")
+    binding = Path(spec.origin).parent / "lib" / "libtorch_python.so"
+    try:
+        content = binding.read_bytes() if binding.exists() else b""
+    except OSError as error:
+        return Finding("Flight Recorder", "ok", f"can't tell: {binding.name}: {error.strerror}")
+    found = [name for name in ("_dump_fr_trace", "_dump_nccl_trace") if name.encode() in content]
+    if content and not found:
+        return Finding("Flight Recorder", "warn", "this torch has none", "torch 2.11 or newer has")
+    return Finding(
+        "Flight Recorder", "ok", " and ".join(found) or "can't tell: torch's library is not where it usually is"
+    )
+
+
+def _nccl_ras() -> Finding:
+    from zerotop.diagnose import ras
+
+    version = next((v for v in (_version(f"nvidia-nccl-cu{cuda}") for cuda in (12, 13)) if v), None)
+    address = ras.ras_address(os.environ)
+    if address is None:
+        switched = f"{ras.ENABLE_VARIABLE}=0" if os.environ.get(ras.ENABLE_VARIABLE) == "0" else ras.ADDRESS_VARIABLE
+        return Finding("NCCL RAS", "ok", f"not asked in hangs: {switched} is set so")
+    if version is None:
+        return Finding("NCCL RAS", "ok", "n/a without the NCCL package of torch's CUDA build")
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < (2, 24):
+        return Finding("NCCL RAS", "ok", f"NCCL {version} has none (2.24 and newer have)")
+    return Finding("NCCL RAS", "ok", f"NCCL {version}, asked in hangs at {address[0]}:{address[1]}")
+
+
 CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
     _python,
     _torch,
     _cpu_kernels,
     _cuda_kernels,
     _nvml,
+    _pyspy,
+    _flight_recorder,
+    _nccl_ras,
     _ssh,
     _terminal,
     _cores,

@@ -87,8 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _detached(entry: RunEntry, as_json: bool) -> int:
     """Return when the ranks train, or with their error if they never did. Ctrl-C leaves the run alone, too."""
     from runtime.wire.messages import LIVE_STATES
+    from zerotop.documents import status_document
     from zerotop.output import print_json, say
-    from zerotop.report import status_document
     from zerotop.rundir.directory import read_entry
     from zerotop.source.opening import open_source
 

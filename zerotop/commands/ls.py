@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
         host = checked_host(arguments.host.removesuffix(":"))
         return run_there(host, ["ls", *(["--json"] if arguments.json else [])])
 
-    from zerotop.report import list_document, list_text
+    from zerotop.documents import list_document, list_text
     from zerotop.rundir.directory import list_runs, runs_home
 
     document = list_document(list_runs())

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from runtime.wire.messages import CheckpointSaved, LogRecord, RunStatus, StepResult
+from zerotop.documents import status_document
 from zerotop.format import duration_text, figure_text, rate_text
 from zerotop.output import print_json, say, show, with_exit_code
-from zerotop.report import status_document
 from zerotop.rundir.directory import RunEntry
 from zerotop.source.base import Source
 from zerotop.source.command_answers import new_command

@@ -28,8 +28,8 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the state."""
+    from zerotop.documents import status_document, status_text
     from zerotop.output import print_json, say, show
-    from zerotop.report import status_document, status_text
     from zerotop.rundir.directory import find_any_run
     from zerotop.source.opening import open_source
     from zerotop.source.target import parse_target
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     source = open_source(entry)
     try:
         if not entry.live or entry.sockets.path("screens").exists():  # else it is only just starting
-            _listen(source)
+            listen(source)
         if source.connection not in ("live", "ended"):
             say(f"zerotop: the hub of {entry.name} does not answer ({source.connection}); state from its directory:")
         document = status_document(source.state, entry, connection=source.connection)
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _listen(source: Source) -> None:
+def listen(source: Source) -> None:
     """Wait for the whole state from the hub, for a limited time."""
     deadline = time.monotonic() + HUB_ANSWERS_WITHIN_S
     while time.monotonic() < deadline:

@@ -173,11 +173,14 @@ class HangWatch:
             return
         stall = explain(state, still_s, limit)
         verdict = blame(stall, ranks, state) if stall is not None else "no rank has reported its position"
-        report = await self._taker.report(ranks, f"no progress for {duration_text(still_s)}: {verdict}")
-        line = f"{verdict}; stacks: {report.path}" if report.path else verdict
+        report = await self._taker.report(ranks, f"no progress for {duration_text(still_s)}: {verdict}", evidence=True)
+        line = "; ".join([verdict, *report.findings[:1]]) + (f"; stacks: {report.path}" if report.path else "")
         self._hang, self._hung_s, self._attempt = f"hang: {line}", now_s - still_s, self._hub.status.attempt
-        self._hub.event("hang", line, "error", idle_s=round(still_s, 1), stacks=report.path)
+        self._hub.event("hang", line, "error", idle_s=round(still_s, 1), stacks=report.path, evidence=report.evidence)
         self._hub.set_status(reason=self._hang)
+        await self._taker.deepen(report)
+        if _marks(state) != before or not should_move(state):
+            return  # it moves again, or was stopped, meanwhile
         if stall is not None and stall.ended and self._end_early is not None:
             goodbye = state.ranks[stall.ended[0]].goodbye
             self._end_early(early_end_reason(stall.ended, goodbye.step if goodbye else 0, goodbye))

@@ -1,5 +1,5 @@
-"""The Python stacks of all ranks at one moment. The ranks write them when they get SIGUSR2; of those that can't, the
-kernel's state of the process is given instead.
+"""The Python stacks of all ranks at one moment. The ranks write them when they get SIGUSR2; of those that can't, py-spy
+reads them where it is installed, and the kernel tells the state of the process.
 
 The handler in a rank is faulthandler's (runtime/telemetry/stacks.py): it runs in C without the GIL, so it also answers
 from inside a native call. A stopped process does not answer, and one that hangs in the kernel answers late or never.
@@ -8,49 +8,48 @@ from inside a native call. A stopped process does not answer, and one that hangs
 from __future__ import annotations
 
 import re
-import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 
 from runtime.wire.rundir import RUN_VARIABLE, STACKS_SIGNAL, rank_stacks
+from zerotop.diagnose import pyspy
+from zerotop.diagnose.frames import ThreadStack, parse, place
+from zerotop.diagnose.process_state import (
+    ENDED,
+    GONE,
+    IN_KERNEL,
+    STATES,
+    STOPPED,
+    TRACED,
+    catches,
+    is_frozen,
+    kernel_view,
+    process_state,
+)
 
 ANSWER_S = 3.0
 """How long to wait for a rank's stacks."""
 QUIET_S = 0.15
 """The stacks are complete when the file has not grown for this long: faulthandler writes word by word."""
 _POLL_S = 0.03
-_THREAD = re.compile(r"^(Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):$")
+_READERS = 2
+"""Calls of py-spy at one time: each takes 300 MiB with torch's symbols."""
 _COMPILERS = ("/torch/_dynamo/", "/torch/_inductor/", "/triton/")
 _COMPILED = re.compile(
     r"/torch/_dynamo/(eval_frame|external_utils|decorators)\.py|/triton/(runtime|backends)/"
     r"|/torch/_inductor/(output_code|utils|cudagraph_trees)\.py|/torch/_inductor/runtime/"
 )
 """Frames of the compilers that are on the stack whenever compiled code runs, long after the compilation."""
-_STATES = {
-    psutil.STATUS_STOPPED: "stopped by a signal",
-    psutil.STATUS_TRACING_STOP: "held by a debugger",
-    psutil.STATUS_DISK_SLEEP: "in the kernel",
-    psutil.STATUS_ZOMBIE: "ended, not collected by torchrun",
-    psutil.STATUS_DEAD: "ended",
-}
-GONE = "gone"
-
-
-@dataclass(frozen=True)
-class ThreadStack:
-    """One thread. `frames` are faulthandler's lines, innermost call first."""
-
-    main: bool
-    frames: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RankStacks:
-    """The stacks of one rank. `host`: the state of its process in words. `trouble`: why there are no stacks; else
+    """The stacks of one rank. `host`: the state of its process in words. `trouble`: why it did not answer; else
     empty."""
 
     rank: int
@@ -58,6 +57,23 @@ class RankStacks:
     host: str
     threads: tuple[ThreadStack, ...] = ()
     trouble: str = ""
+    by_pyspy: bool = False
+    """Whether py-spy read `threads`, because the rank did not answer."""
+    native: tuple[str, ...] = ()
+    """Frames of the training thread with C frames, innermost first; empty unless py-spy was asked for them."""
+    native_trouble: str = ""
+    """Why py-spy gave none."""
+    holds_gil: bool = False
+    """Whether py-spy saw the training thread hold the global interpreter lock."""
+    kernel: tuple[str, ...] = ()
+    """What the kernel says of a process that did not answer."""
+
+    @property
+    def place(self) -> str:
+        """Where the training thread is, in a few words; the state of the process if there are no stacks."""
+        python = next((thread.frames for thread in self.threads if thread.main), ())
+        where = place(self.native or python)
+        return f"{self.trouble}: {where}" if self.trouble and where else where or self.trouble or self.host
 
     @property
     def compiling(self) -> bool:
@@ -108,12 +124,14 @@ def ask(
     pids: Mapping[int, int],
     logs: Path,
     deadline_s: float = ANSWER_S,
+    reader: str | None = None,
 ) -> dict[int, RankStacks]:
     """Send the signal to every process and wait for the stacks, at most `deadline_s`. Blocks: call it in a thread.
 
-    `pids` are of ranks whose process may be gone. `logs` is the attempt's folder, where the ranks write.
+    `pids` are of ranks whose process may be gone. `logs` is the attempt's folder, where the ranks write. `reader` is
+    the path of py-spy, for those that do not answer.
     """
-    hosts = {rank: _host(process) for rank, process in processes.items()}
+    hosts = {rank: process_state(process) for rank, process in processes.items()}
     before: dict[int, int] = {}
     troubles: dict[int, str] = {}
     for rank, process in processes.items():
@@ -127,41 +145,76 @@ def ask(
             troubles[rank] = hosts[rank] = GONE
         else:
             before[rank] = size
-    _wait(before, logs, deadline_s)
+    _wait(before, processes, logs, deadline_s)
     answers = {}
     for rank, process in processes.items():
         text = _new_text(rank_stacks(logs, rank), before[rank]) if rank in before else ""
         threads = parse(text)
         trouble = "" if threads else troubles[rank] or _silence(process)
         pid = process.pid if process is not None else pids.get(rank)
-        answers[rank] = RankStacks(rank, pid, hosts[rank], threads, trouble)
-    return answers
+        kernel = kernel_view(process.pid) if trouble and process is not None else ()
+        answers[rank] = RankStacks(rank, pid, hosts[rank], threads, trouble, kernel=kernel)
+    return _read_silent(answers, reader) if reader is not None else answers
+
+
+def _read_silent(answers: dict[int, RankStacks], reader: str) -> dict[int, RankStacks]:
+    """Add the stacks of living ranks that did not answer, without stopping them."""
+    silent = [
+        found for found in answers.values() if found.trouble and found.pid and found.trouble not in (*ENDED, GONE)
+    ]
+    with ThreadPoolExecutor(_READERS) as pool:
+        dumps = pool.map(lambda found: pyspy.dump(reader, found.pid or 0, native=False), silent)
+        read = {
+            found.rank: replace(
+                found,
+                threads=seen.threads,
+                by_pyspy=bool(seen.threads),
+                native_trouble=seen.trouble,
+                holds_gil=seen.holds_gil,
+            )
+            for found, seen in zip(silent, dumps, strict=True)
+        }
+    return answers | read
+
+
+def with_native_frames(answers: Mapping[int, RankStacks], ranks: Collection[int], reader: str) -> dict[int, RankStacks]:
+    """`answers` with the C frames of `ranks`. Blocks, for at most `pyspy.NATIVE_S`. A process is stopped while it is
+    read; one that can't run is left alone."""
+    wanted = [answers[rank] for rank in ranks if answers[rank].pid and answers[rank].trouble not in (*ENDED, GONE)]
+    wanted = [found for found in wanted if not is_frozen(found.host)]
+    deadline = time.monotonic() + pyspy.NATIVE_S
+
+    def read_one(found: RankStacks) -> pyspy.Dump:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return pyspy.Dump(trouble="no time was left for its C frames")
+        return pyspy.dump(reader, found.pid or 0, native=True, timeout_s=left_s)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        dumps = list(pool.map(read_one, wanted))
+    read = dict(answers)
+    for found, seen in zip(wanted, dumps, strict=True):
+        frames = next((thread.frames for thread in seen.threads if thread.main), ())
+        read[found.rank] = replace(found, native=frames, native_trouble=seen.trouble, holds_gil=seen.holds_gil)
+    return read
 
 
 def _why_not(process: psutil.Process | None, host: str, answers: Path) -> str:
     """Why a process can't be asked; empty if it can. Without a handler the signal would end it."""
-    if process is None or host in (GONE, _STATES[psutil.STATUS_ZOMBIE], _STATES[psutil.STATUS_DEAD]):
+    if process is None or host in (GONE, *ENDED):
         return host
-    if host in (_STATES[psutil.STATUS_STOPPED], _STATES[psutil.STATUS_TRACING_STOP]):
+    if host in (STOPPED, TRACED):
         return host  # it would answer once it is continued, when nobody waits for it
-    return "" if _catches(process.pid, answers) else f"it has not installed its handler for {STACKS_SIGNAL.name} yet"
+    handled = catches(process.pid)
+    if handled is None:  # the file that a rank makes first is all there is
+        handled = answers.exists()
+    return "" if handled else f"it has not installed its handler for {STACKS_SIGNAL.name} yet"
 
 
-def _catches(pid: int, answers: Path) -> bool:
-    """Whether the process handles the signal, as the kernel says; where it does not say (not Linux), the file that a
-    rank makes first is all there is."""
-    if not sys.platform.startswith("linux"):
-        return answers.exists()
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    return caught is not None and bool(int(caught[1], 16) >> (STACKS_SIGNAL - 1) & 1)
-
-
-def _wait(before: Mapping[int, int], logs: Path, deadline_s: float) -> None:
-    """Until every file has grown and then stopped growing."""
+def _wait(
+    before: Mapping[int, int], processes: Mapping[int, psutil.Process | None], logs: Path, deadline_s: float
+) -> None:
+    """Until every file has grown and then stopped growing, or its process has ended."""
     deadline = time.monotonic() + deadline_s
     sizes, since = dict(before), dict.fromkeys(before, time.monotonic())
     while True:
@@ -170,42 +223,16 @@ def _wait(before: Mapping[int, int], logs: Path, deadline_s: float) -> None:
             fresh = _size(rank_stacks(logs, rank))
             if fresh != size:
                 sizes[rank], since[rank] = fresh, now
-        done = all(sizes[rank] > size and now - since[rank] >= QUIET_S for rank, size in before.items())
-        if done or now >= deadline:
+        waiting = [rank for rank, size in before.items() if sizes[rank] <= size or now - since[rank] < QUIET_S]
+        if now >= deadline or all(process_state(processes[rank]) in (*ENDED, GONE) for rank in waiting):
             return
         time.sleep(_POLL_S)
 
 
 def _silence(process: psutil.Process | None) -> str:
     """Why a process that was asked did not answer: its state by now."""
-    host = _host(process)
-    return (
-        host if host in (*_STATES.values(), GONE) or host.startswith("in the kernel") else f"does not answer ({host})"
-    )
-
-
-def _host(process: psutil.Process | None) -> str:
-    """The state of a process in words: that of its first thread, which trains."""
-    if process is None:
-        return GONE
-    try:
-        state = process.status() if process.is_running() else psutil.STATUS_DEAD
-    except psutil.ZombieProcess:
-        state = psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return GONE
-    words = _STATES.get(state, str(state))
-    where = _wchan(process.pid) if state == psutil.STATUS_DISK_SLEEP else ""
-    return f"{words}: {where}" if where else words
-
-
-def _wchan(pid: int) -> str:
-    """The kernel function in which the process waits; empty if the kernel does not tell."""
-    try:
-        name = Path(f"/proc/{pid}/wchan").read_text().strip()
-    except OSError:
-        return ""
-    return "" if name == "0" else name
+    host = process_state(process)
+    return host if host in (*STATES.values(), GONE) or host.startswith(IN_KERNEL) else f"does not answer ({host})"
 
 
 def _size(path: Path) -> int:
@@ -222,18 +249,3 @@ def _new_text(path: Path, start: int) -> str:
             return file.read().decode(errors="replace")
     except OSError:
         return ""
-
-
-def parse(text: str) -> tuple[ThreadStack, ...]:
-    """The threads of one faulthandler dump, the training thread first: it is the one that got the signal."""
-    threads: list[tuple[bool, list[str]]] = []
-    for line in text.splitlines():
-        head = _THREAD.match(line)
-        if head:
-            threads.append((head[1] == "Current thread", []))
-        elif threads and line.strip():
-            threads[-1][1].append(line)
-    if threads and not any(main for main, _ in threads):
-        threads[-1] = (True, threads[-1][1])  # the oldest comes last
-    stacks = [ThreadStack(main, tuple(frames)) for main, frames in threads]
-    return tuple(sorted(stacks, key=lambda stack: not stack.main))

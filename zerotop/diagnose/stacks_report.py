@@ -4,23 +4,26 @@ command `stacks`."""
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 
+from runtime.process.atomic_file import replace_text
 from runtime.wire.messages import Command
+from zerotop.diagnose.collecting import NO_NATIVE, Collected, collect, next_number, read_native
+from zerotop.diagnose.frames import grouped
+from zerotop.diagnose.process_state import ENDED, GONE
+from zerotop.diagnose.pyspy import find_pyspy
 from zerotop.diagnose.stacks import RankStacks, ask, find_ranks
+from zerotop.diagnose.stacks_text import stacks_text, where_text
 from zerotop.format import duration_text
 from zerotop.hub.hub import Hub
-from zerotop.state.run import RankState, RunState
+from zerotop.state.run import RunState
 from zerotop.state.stall import Stall, explain, idle_s, place_text, ranks_text
 
-Key = TypeVar("Key")
 ANSWER_BYTES = 32 * 1024
 """Size limit of the text in the answer; the file has all of it."""
 ASKED_S = 2.0
@@ -36,6 +39,13 @@ class Report:
     verdict: str
     text: str
     path: str = ""
+    findings: tuple[str, ...] = ()
+    """What else was found, a sentence each: by the Flight Recorders."""
+    evidence: str = ""
+    """The folder with what belongs to it, relative to the run directory; empty if nothing more was saved."""
+    when: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S %z"))
+    number: int = 0
+    collected: Collected = field(default_factory=Collected)
 
     @property
     def compiling(self) -> tuple[int, ...]:
@@ -52,35 +62,94 @@ class StackTaker:
         self._hub = hub
         self._turn = asyncio.Lock()
 
-    async def look(self) -> dict[int, RankStacks]:
-        """The stacks of every rank, without writing anything to the run directory."""
+    async def look(self, only: Collection[int] | None = None) -> dict[int, RankStacks]:
+        """The stacks of every rank, or of those in `only`, without writing anything to the run directory."""
         pids = {rank: state.hello.pid for rank, state in self._hub.state.ranks.items() if state.hello}
         async with self._turn:
-            return await asyncio.to_thread(self._look, self._logs(), pids)
+            return await asyncio.to_thread(self._look, self._logs(), pids, only)
 
-    def _look(self, logs: Path, pids: Mapping[int, int]) -> dict[int, RankStacks]:
-        return ask(find_ranks(self._run, self._nproc, pids), pids, logs)
+    def _look(self, logs: Path, pids: Mapping[int, int], only: Collection[int] | None) -> dict[int, RankStacks]:
+        found = find_ranks(self._run, self._nproc, pids)
+        wanted = found if only is None else {rank: process for rank, process in found.items() if rank in only}
+        return ask(wanted, pids, logs, reader=find_pyspy())
 
-    async def report(self, ranks: Mapping[int, RankStacks], verdict: str) -> Report:
-        """Write stacks-N.txt for the result of `look`."""
-        status, state, logs = self._hub.status, self._hub.state, self._logs()
-        when = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        text = f"{status.name}, attempt {status.attempt}, {when}\n{verdict}\n\n{_text(ranks, state)}"
-        try:
-            path = str((await asyncio.to_thread(_save, logs, text)).relative_to(self._run))
-        except OSError as error:
-            path, text = "", f"(not saved: {logs}: {error.strerror or error})\n{text}"
-        return Report(ranks, verdict, text, path)
+    async def report(self, ranks: Mapping[int, RankStacks], verdict: str, *, evidence: bool = False) -> Report:
+        """Write stacks-N.txt for the result of `look`. evidence: collect also what takes some seconds, in a folder
+        beside it (collecting.py)."""
+        async with self._turn:
+            collected, number, problem = Collected(), 0, ""
+            try:
+                number = await asyncio.to_thread(next_number, self._logs())
+                if evidence:
+                    collected = await collect(self._hub, self._logs(), number, ranks)
+            except OSError as error:
+                problem = error.strerror or str(error)
+            report = Report(ranks, verdict, "", number=number, collected=collected)
+            return await self._written(report, self._logs(), problem)
 
-    async def answer(self, command: Command) -> None:
-        """Carry out the command `stacks`."""
+    async def survivors(self) -> Report | None:
+        """A rank has died: what the others were doing, as long as they live. None if none of them answers."""
+        logs = self._logs()
         try:
             ranks = await self.look()
+            if self._logs() != logs or not any(found.threads for found in ranks.values()):
+                return None
+            dead = tuple(rank for rank, found in sorted(ranks.items()) if found.trouble in (*ENDED, GONE))
+            return await self.report(ranks, f"{ranks_text(dead) or 'a rank'} has died", evidence=True)
+        except (OSError, psutil.Error):  # they are being ended at this moment
+            return None
+
+    async def deepen(self, report: Report, ranks: Collection[int] | None = None) -> Report:
+        """Add C frames to a report, of `ranks` or of those that tell most, for which py-spy stops their processes.
+        Takes up to `pyspy.NATIVE_S`."""
+        logs = self._logs()
+        async with self._turn:
+            read = await asyncio.to_thread(read_native, report.ranks, ranks)
+            return await self._written(replace(report, ranks=read), logs)
+
+    async def _written(self, report: Report, logs: Path, problem: str = "") -> Report:
+        """The report with its text, saved."""
+        status, number, collected = self._hub.status, report.number, report.collected
+        folder = f"logs/{logs.name}/evidence-{number}" if collected.files else ""
+        head = (f"{status.name}, attempt {logs.name}, {report.when}", report.verdict, where_text(report.ranks))
+        parts = ["\n".join(line for line in (*head, *collected.findings) if line)]
+        parts.append(stacks_text(report.ranks, self._hub.state))
+        parts += [f"{title}:\n{section}" for title, section in collected.sections.items()]
+        if collected.sections and find_pyspy() is None:
+            parts.append(NO_NATIVE)
+        if folder:
+            parts.append(f"saved beside this: {folder}/ ({', '.join(collected.files)})")
+        text, path = "\n\n".join(part.rstrip("\n") for part in parts) + "\n", ""
+        if number:
+            try:
+                saved = await asyncio.to_thread(_save, logs, text, number)
+                path = str(saved.relative_to(self._run))
+            except OSError as error:
+                problem = error.strerror or str(error)
+        if problem:
+            text = f"(not saved: {logs}: {problem})\n{text}"
+        return replace(report, text=text, path=path, findings=collected.findings, evidence=folder)
+
+    async def answer(self, command: Command) -> None:
+        """Carry out the command `stacks`. Of a run that stands still, or with the argument `native`, everything is
+        collected; a run that trains is not held up."""
+        only, native = command.arguments.get("ranks"), bool(command.arguments.get("native"))
+        if unknown := [rank for rank in only or () if rank >= self._nproc]:
+            reason = f"stacks: there is no rank {unknown[0]}: the ranks are 0 to {self._nproc - 1}"
+            self._hub.router.complete(command.id, reason=reason)
+            return
+        try:
+            ranks = await self.look(only)
         except (OSError, psutil.Error) as error:
             self._hub.router.complete(command.id, reason=f"the ranks' processes can't be looked at: {error}")
             return
-        report = await self.report(ranks, _verdict(self._hub.state, ranks))
-        self._hub.router.complete(command.id, result={"path": report.path, "text": _bounded(report)})
+        still = _idle(self._hub.state) >= ASKED_S
+        verdict = _verdict(self._hub.state, ranks)
+        report = await self.report(ranks, verdict, evidence=still or native)
+        if still or native:
+            report = await self.deepen(report, only if native else None)
+        result = {"path": report.path, "text": _bounded(report), "evidence": report.evidence}
+        self._hub.router.complete(command.id, result=result)
 
     def _logs(self) -> Path:
         return self._run / "logs" / str(self._hub.status.attempt)
@@ -106,7 +175,7 @@ def blame(stall: Stall, ranks: Mapping[int, RankStacks], state: RunState) -> str
         told = set(stall.missing) if few else set()
     else:
         text, told = stall.cause, set()
-    for trouble, others in _grouped(
+    for trouble, others in grouped(
         (found.trouble, rank) for rank, found in sorted(ranks.items()) if found.trouble and rank not in told
     ).items():
         pids = ", ".join(str(ranks[rank].pid) for rank in others[:4] if ranks[rank].pid)
@@ -114,73 +183,25 @@ def blame(stall: Stall, ranks: Mapping[int, RankStacks], state: RunState) -> str
     return text
 
 
+def _idle(state: RunState) -> float:
+    """For how many seconds no rank has made progress, as far as their heartbeats tell."""
+    beating = [rank for rank in state.ranks.values() if rank.goodbye is None and rank.heartbeat is not None]
+    return min((idle_s(rank, state.hub_now_ns) for rank in beating), default=0.0)
+
+
 def _verdict(state: RunState, ranks: Mapping[int, RankStacks]) -> str:
     """The verdict for an explicit request, which reports a stall earlier than the automatic check."""
-    idle = min((idle_s(rank, state.hub_now_ns) for rank in state.ranks.values() if rank.goodbye is None), default=0.0)
+    idle = _idle(state)
     stall = explain(state, idle, ASKED_S) if idle >= ASKED_S and state.state_name in ("running", "stopping") else None
     if stall is None:
         return blame(Stall(0.0, f"{state.state_name} at step {state.step}"), ranks, state)
     return f"no progress for {duration_text(idle)}: {blame(stall, ranks, state)}"
 
 
-# ---- the text --------------------------------------------------------------------------------------------------------
-def _text(ranks: Mapping[int, RankStacks], state: RunState) -> str:
-    """A line per rank, then every distinct stack once under the ranks that share it, training threads first."""
-    lines = [_rank_line(stacks, state.ranks.get(rank), state.hub_now_ns) for rank, stacks in sorted(ranks.items())]
-    for main in (True, False):
-        stacks = _grouped(
-            (thread.frames, rank)
-            for rank, found in sorted(ranks.items())
-            for thread in found.threads
-            if thread.main == main
-        )
-        for frames, who in stacks.items():
-            lines += [
-                "",
-                f"{ranks_text(who)}, {'training' if main else 'another'} thread (innermost call first):",
-                *frames,
-            ]
-    return "\n".join(lines) + "\n"
-
-
-def _rank_line(stacks: RankStacks, known: RankState | None, hub_now_ns: int) -> str:
-    parts = [f"pid {stacks.pid}" if stacks.pid else "no process", stacks.host]
-    if stacks.trouble and stacks.trouble != stacks.host:
-        parts.append(stacks.trouble)
-    beat = known.heartbeat if known else None
-    if known is None or beat is None:
-        parts.append("nothing heard yet")
-    else:
-        parts.append(f"step {beat.step}, {beat.phase}")
-        if beat.micro_step:
-            parts.append(f"micro-step {beat.micro_step}/{beat.micro_steps}")
-        if beat.entered_seq:
-            op = f" ({beat.entered_op})" if beat.entered_op else ""
-            over = "completed" if beat.completed_seq >= beat.entered_seq else f"completed up to {beat.completed_seq}"
-            parts.append(f"last collective {beat.entered_seq}{op}, {over}")
-        silent_s = max(0, hub_now_ns - known.heard_ns) / 1e9
-        if silent_s >= 2:
-            parts.append(f"nothing heard for {duration_text(silent_s)}")
-    return f"rank {stacks.rank}: " + ", ".join(parts)
-
-
-def _grouped(pairs: Iterable[tuple[Key, int]]) -> dict[Key, tuple[int, ...]]:
-    """Key -> the ranks that have it, in order, each once."""
-    groups: dict[Key, list[int]] = {}
-    for key, rank in pairs:
-        ranks = groups.setdefault(key, [])
-        if rank not in ranks:
-            ranks.append(rank)
-    return {key: tuple(ranks) for key, ranks in groups.items()}
-
-
-def _save(logs: Path, text: str) -> Path:
-    """Write the next stacks-N.txt. Raises OSError."""
-    taken = [path.stem.removeprefix("stacks-") for path in logs.glob("stacks-*.txt")]
-    number = 1 + max((int(name) for name in taken if name.isdecimal()), default=0)
+def _save(logs: Path, text: str, number: int) -> Path:
+    """Write stacks-`number`.txt, or replace it. Raises OSError."""
     path = logs / f"stacks-{number}.txt"
-    with open(path, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(text)
+    replace_text(path, text)
     return path
 
 

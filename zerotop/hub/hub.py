@@ -21,6 +21,7 @@ from runtime.wire.messages import (
     Command,
     Evaluation,
     Event,
+    FlightRequest,
     Hello,
     LogRecord,
     Message,
@@ -396,6 +397,13 @@ class Hub:
     def _forward(self, command: Command) -> None:
         for channel in self._heard.values():
             self._send(self._ranks, [channel.identity, encode(command)])
+
+    def request_flight(self, number: int) -> list[int]:
+        """Ask the connected ranks for their Flight Recorders, which they write to evidence-`number`; returns the ranks
+        that were asked. Whether one answers only the folder tells."""
+        for channel in self._heard.values():
+            self._send(self._ranks, [channel.identity, encode(FlightRequest(number=number))])
+        return sorted(self._heard)
 
     def _send(self, socket: zmq.asyncio.Socket, frames: list[bytes]) -> None:
         # XPUB and ROUTER drop what a full or vanished peer can't take. With NOBLOCK the future is done at once.

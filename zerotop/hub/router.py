@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from runtime.config.knobs import KnobError, get_knob, parse_knob
-from runtime.wire.bounds import MOST_SNAPSHOT_STEPS
+from runtime.wire.bounds import MAX_RANKS, MOST_SNAPSHOT_STEPS
 from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandName, CommandRecord, RunStateName
 from runtime.wire.profile import check_profile, ranks_text
 from zerotop.state.run import RunState
@@ -113,7 +113,7 @@ class CommandRouter:
         if state not in LIVE_STATES:
             return command.arguments, f"the run is over ({state})"
         if command.name == "stacks":
-            return _without_arguments(command)
+            return _stacks(command)
         waiting = {case.command.name for case in self._open.values()}
         if "abort" in waiting:
             return command.arguments, "the run is being aborted"
@@ -280,6 +280,19 @@ def _without_arguments(command: Command) -> tuple[dict[str, Any], str]:
     if command.arguments:
         return command.arguments, f"{command.name} takes no arguments, got {', '.join(command.arguments)}"
     return {}, ""
+
+
+def _stacks(command: Command) -> tuple[dict[str, Any], str]:
+    """`ranks`: those wanted; `native`: with C frames."""
+    arguments = command.arguments
+    ranks, native = arguments.get("ranks", []), arguments.get("native", False)
+    if not arguments.keys() <= {"ranks", "native"}:
+        return arguments, f"stacks takes ranks and native, got {', '.join(arguments)}"
+    if not isinstance(native, bool) or not isinstance(ranks, list) or ("ranks" in arguments and not ranks):
+        return arguments, "stacks: native: expected true or false; ranks: a list of rank numbers"
+    if not all(isinstance(rank, int) and not isinstance(rank, bool) and 0 <= rank < MAX_RANKS for rank in ranks):
+        return arguments, f"stacks: ranks: expected whole numbers from 0, got {str(ranks)[:60]}"
+    return arguments, ""
 
 
 def _deadline(arguments: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -230,12 +230,25 @@ class Supervisor:
         end all its processes."""
         attempt = self._attempt
         await _first_of(attempt.ended, attempt.rank_died, attempt.end_asked)
+        witness: asyncio.Task[None] | None = None
         if not attempt.end_asked.is_set():
+            if not attempt.ended.is_set() and self.run_file.nproc > 1:
+                witness = asyncio.create_task(self._look_at_survivors())
             # The work of the other ranks is lost. torchrun ends them too, and logs which rank failed first.
             await _first_of(attempt.ended, attempt.end_asked, timeout_s=DEATH_PATIENCE_S)
             await self._hear_last_words()
         attempt.look_away()
         await self._end_processes(TERM_PATIENCE_S if attempt.end_asked.is_set() else TERM_PATIENCE_S / 5)
+        if witness is not None:
+            await asyncio.wait([witness], timeout=DEATH_PATIENCE_S)
+            witness.cancel()
+
+    async def _look_at_survivors(self) -> None:
+        """Save what the other ranks were doing when one died, before torchrun ends them."""
+        report = await self._taker.survivors()
+        if report is not None and report.path:
+            text = f"{report.verdict}; what the other ranks were doing: {report.path}"
+            self.hub.event("evidence", text, stacks=report.path, evidence=report.evidence)
 
     async def _hear_last_words(self) -> None:
         """The ranks are gone, but their goodbyes may still be on their way. After a failure wait less: a killed rank

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from runtime.wire.messages import Event, Goodbye, Heartbeat, Hello, Message, RunStatus, StepResult
+from zerotop.diagnose.frames import ThreadStack
 from zerotop.diagnose.hang import HANG_S, HANG_VARIABLE, JUMP_S, HangWatch, Stillness, limit_s, should_move
-from zerotop.diagnose.stacks import RankStacks, ThreadStack
+from zerotop.diagnose.stacks import RankStacks
 from zerotop.diagnose.stacks_report import Report
 from zerotop.state.run import RunState
 
@@ -176,6 +177,8 @@ class PlayedTaker:
         self.found = {rank: RankStacks(rank, 100 + rank, "sleeping", stack("train.py")) for rank in range(WORLD)}
         self.looks = 0
         self.reports: list[str] = []
+        self.collected: list[bool] = []
+        self.deepened = 0
         self.meanwhile = lambda: None
 
     async def look(self) -> Mapping[int, RankStacks]:
@@ -183,9 +186,14 @@ class PlayedTaker:
         self.meanwhile()
         return self.found
 
-    async def report(self, ranks: Mapping[int, RankStacks], verdict: str) -> Report:
+    async def report(self, ranks: Mapping[int, RankStacks], verdict: str, *, evidence: bool = False) -> Report:
+        self.collected.append(evidence)
         self.reports.append(verdict)
         return Report(ranks, verdict, "", f"logs/1/stacks-{len(self.reports)}.txt")
+
+    async def deepen(self, report: Report) -> Report:
+        self.deepened += 1
+        return report
 
 
 def stack(file: str) -> tuple[ThreadStack, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.unit.diagnose.test_hang import PlayedHub
 from tests.unit.state.test_forecast import GIB, a_run, memory, node
 from zerotop.diagnose.memorywatch import SAID_AGAIN_S, MemoryWatch
-from zerotop.report import status_document, status_text
+from zerotop.documents import status_document, status_text
 
 
 def test_a_coming_shortage_is_said_once_until_there_was_room_again() -> None:

@@ -15,8 +15,11 @@ import pytest
 
 from runtime.wire.messages import Command, Heartbeat, RunStatus
 from tests.harness.waiting import until
-from zerotop.diagnose.stacks import ANSWER_S, RankStacks, ThreadStack, ask, find_ranks, parse
-from zerotop.diagnose.stacks_report import ANSWER_BYTES, StackTaker, _save, _text
+from zerotop.diagnose.collecting import next_number
+from zerotop.diagnose.frames import ThreadStack, parse
+from zerotop.diagnose.stacks import ANSWER_S, RankStacks, ask, find_ranks
+from zerotop.diagnose.stacks_report import ANSWER_BYTES, StackTaker, _save
+from zerotop.diagnose.stacks_text import stacks_text
 from zerotop.state.run import RunState
 
 DUMP = """Thread 0x00007f078ffff6c0 (most recent call first):
@@ -183,7 +186,7 @@ def test_equal_stacks_stand_once_under_their_ranks() -> None:
             completed_seq=811, entered_op="all_reduce", progress_ns=0, now_ns=0,
         )
     )  # fmt: skip
-    text = _text(ranks, state)
+    text = stacks_text(ranks, state)
     assert text.count("  wait") == 1 and text.count("telemetry") == 1
     assert "ranks 0, 2-7, training thread (innermost call first):\n  wait\n  train\n" in text
     assert "rank 1, training thread (innermost call first):\n  sleep\n" in text
@@ -195,7 +198,7 @@ def test_equal_stacks_stand_once_under_their_ranks() -> None:
 
 def test_files_are_numbered_and_private(tmp_path: Path) -> None:
     (tmp_path / "stacks-rank-7.txt").touch()
-    assert [_save(tmp_path, "x").name for _ in range(2)] == ["stacks-1.txt", "stacks-2.txt"]
+    assert [_save(tmp_path, "x", next_number(tmp_path)).name for _ in range(2)] == ["stacks-1.txt", "stacks-2.txt"]
     assert stat.S_IMODE((tmp_path / "stacks-1.txt").stat().st_mode) == 0o600
 
 

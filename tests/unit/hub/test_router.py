@@ -188,7 +188,13 @@ def test_stacks_while_a_stop_or_an_abort_waits_and_why_they_may_fail(desk: Desk)
     assert desk.ask("stacks", identity="s")[0] == "accepted"
     desk.router.complete("s", reason="no such process")
     assert desk.answer == ("rejected", "no such process")
-    assert desk.ask("stacks", rank=1) == ("rejected", "stacks takes no arguments, got rank")
+    assert desk.ask("stacks", rank=1) == ("rejected", "stacks takes ranks and native, got rank")
+    assert desk.ask("stacks", ranks=[0, -1]) == (
+        "rejected",
+        "stacks: ranks: expected whole numbers from 0, got [0, -1]",
+    )
+    assert desk.ask("stacks", ranks=[])[0] == "rejected" and desk.ask("stacks", native=1)[0] == "rejected"
+    assert desk.ask("stacks", ranks=[1], native=True)[0] == "accepted"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from runtime.wire.messages import Ack, Command, CommandRecord, Goodbye, RunStatus, StepResult
 from tests.unit.state.test_stall import S, a_run, beat, hello, stuck
-from zerotop.report import status_document, status_text
+from zerotop.documents import status_document, status_text
 from zerotop.state.condition import condition_of
 from zerotop.state.progress import progress
 from zerotop.state.run import RunState

@@ -9,7 +9,7 @@ import pytest
 
 from runtime.wire.messages import Collectives, GpuStats, NodeStats, RunStatus
 from tests.harness.fakehub import hello, step_result
-from zerotop.report import status_document, status_text
+from zerotop.documents import status_document, status_text
 from zerotop.state.efficiency import efficiency_of, rank_efficiency, run_efficiency
 from zerotop.state.roofline import Measured, ceiling_of, rank_ceiling, run_ceiling
 from zerotop.state.run import RunState

@@ -8,7 +8,7 @@ from runtime.wire.messages import Verdict
 from tests.unit.diagnose.test_hang import PlayedHub
 from tests.unit.state.test_stall import WORLD, a_run, beat, stuck
 from zerotop.diagnose.verdicts import REFRESH_S, VerdictWatch
-from zerotop.report import status_document, status_text
+from zerotop.documents import status_document, status_text
 from zerotop.state.run import RunState
 from zerotop.verdict import judge as module
 from zerotop.verdict.figures import Figures

@@ -20,9 +20,12 @@ from zerotop.tui.theme import Palette
 from zerotop.tui.view import TICK_S
 
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$')
+_NATIVE = re.compile(r"^  C (.+) \(([^()]*)\)$")
 _LIBRARIES = re.compile(r"^.*/(?:site-packages|dist-packages|lib/python3\.\d+)/")
 BACK = "Esc goes back"
-_HEADING = re.compile(r"^ranks? [\d, -]+, .* thread \(")
+_HEADING = re.compile(r"^ranks? [\d, -]+, .* thread \(|^rank \d+, process \d+ as |^(?:Flight Recorder|NCCL RAS) \(")
+_WHERE = re.compile(r"^(?:(?:all )?\d+ ranks|ranks? [\d, -]+)(?: alone)?: ")
+"""The line that says where the ranks are, outliers last."""
 
 
 class StacksScreen(ModalScreen[None]):
@@ -88,7 +91,9 @@ def stacks_text(text: str, palette: Palette) -> Text:
         frame = _FRAME.match(line)
         if frame:
             shown.append(f"  {frame[3]}").append(f"  {_LIBRARIES.sub('', frame[1])}:{frame[2]}\n", muted)
-        elif _HEADING.match(line):
+        elif native := _NATIVE.match(line):
+            shown.append(f"  {native[1]}  {native[2]}\n", muted)
+        elif (number == 2 and _WHERE.match(line)) or _HEADING.match(line):
             shown.append(f"{line}\n", heading)
         else:
             shown.append(f"{line}\n", palette.style("foreground", bold=True) if number == 1 else "")
