@@ -293,6 +293,7 @@ class Control:
 
     def _stop(self, why: str, command: Command | None = None, cannot_save: str = "") -> None:
         """Save unless this step is saved, tell the hub, and raise RunStopped. cannot_save: why saving is impossible."""
+        self._profiler.end(self._step, "ended early: the run stops")
         autosave, problem = self._autosave, cannot_save
         if command is not None and autosave.folder is not None and not cannot_save:
             self._answer(command, "accepted", f"the checkpoint of step {self._step} is being written")
@@ -302,7 +303,7 @@ class Control:
         if command is not None:
             path = str(autosave.path) if autosave.path and saved else None
             self._answer(command, "applied", result={"checkpoint": path})
-        self._profiler.end(self._step, "ended early: the run stops", wait=True)
+        self._profiler.end(self._step, wait=True)
         log.info(f"stopping at step {self._step}: {why}{'' if saved else f' (no checkpoint: {problem})'}")
         self._link.goodbye("stopped", self._step, "" if saved else problem)
         raise RunStopped

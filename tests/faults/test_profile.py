@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.wire.messages import Event
+from runtime.wire.messages import Command, Event
 from runtime.wire.profile import DONE
 from runtime.wire.rundir import read_run
 from tests.faults.test_real_run import CONFIG
@@ -21,7 +21,8 @@ from zerotop.source.live import LiveSource
 
 pytestmark = pytest.mark.timeout(240)
 LONG = {**CONFIG, "zerotop": {**CONFIG["zerotop"], "train": {"steps": 100_000}}}  # type: ignore[dict-item]
-START_DEADLINE_S, MERGE_DEADLINE_S = 60.0, 60.0
+START_DEADLINE_S, MERGE_DEADLINE_S, STOP_DEADLINE_S = 60.0, 60.0, 90.0
+"""What merges and what writes checkpoints has idle priority."""
 
 
 def files_of(source: LiveSource, identity: str) -> list[Event]:
@@ -56,8 +57,8 @@ def test_two_ranks_are_profiled_while_the_run_goes_on(
     assert run.command("profile", "p3", steps=100, ranks=[1]).ack.state == "applied"
     second = run.command("profile", "p4", steps=1, ranks=[0])
     assert (second.ack.state, second.ack.reason) == ("rejected", "a profile is being taken already")
-    assert run.command("stop").ack.state == "applied"
-    run.see_end("stopped")
+    run.source.send(Command(id="s1", name="stop"))
+    run.see_end("stopped", deadline_s=STOP_DEADLINE_S)
     left = list((run.path / "profiles").glob("profile-*.json.gz"))
     assert len(left) == 2, "what was profiled before the stop is kept"
     assert not list((run.path / "profiles").glob("*/rank-*"))
