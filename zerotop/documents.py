@@ -40,7 +40,7 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
     `connection` is that of the source."""
     status = state.status or (entry.status if entry else None)
     hello = state.hello
-    newest = _newest_step(state)
+    newest, report = _newest_step(state), state.time_report
     how_far, condition = progress(state, connection), _condition(state, entry, connection)
     energy, found = state.energy_use(), concerns(state)
     efficiency, ceiling = run_efficiency(state), run_ceiling(state)
@@ -82,8 +82,15 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         else {"saved_bytes": hello.planned.saved_bytes, "text": hello.planned.comparison},
         "memory_forecast": [need.document() for need in forecast(state)],
         "verdict": verdict_document(state),
+        "collectives": [] if report is None else [kind.model_dump() for kind in report.transfers],
         "energy": None if energy is None else dataclasses.asdict(energy),
-        "ranks": [_rank_document(state, rank, found.get(number, ())) for number, rank in sorted(state.ranks.items())],
+        "ranks": [
+            {
+                **_rank_document(state, rank, found.get(number, ())),
+                "parts_ms": report.parts_ms.get(number) if report is not None else None,
+            }
+            for number, rank in sorted(state.ranks.items())
+        ],
         "nodes": [_node_document(node) for _, node in sorted(state.nodes.items())],
         "commands": [command_document(record) for record in state.commands.values()],
     }

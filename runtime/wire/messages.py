@@ -9,7 +9,7 @@ Three channels carry them, with different guarantees:
   Numbered by `Packet.seq`, asked for again with `Resend`; never lost while both ends live. In the other direction the
   same pair carries `Command`, numbered by the hub, `Resend` and `FlightRequest`.
 - screens (the hub's XPUB): first a `Snapshot`, then all of the above as they arrive, except `Ack`, and the hub's own
-  `RunStatus`, `NodeStats`, `Verdict` and `CommandRecord`.
+  `RunStatus`, `NodeStats`, `Verdict`, `TimeReport` and `CommandRecord`.
 - commands (a screen's DEALER to the hub's ROUTER): `Command`, in this direction only. The answer is the
   `CommandRecord` with the command's id on the screens channel. A command without one is sent again.
 
@@ -572,6 +572,33 @@ class Verdict(Message):
     since_wall_s: WallSeconds = 0.0
 
 
+class TransferKind(BaseModel):
+    """The transfers of one operation and size of buffer. Bus bandwidth as in nccl-tests."""
+
+    op: Word
+    bytes: Count
+    count: Count
+    first_us: Finite | None = None
+    """Median of the first ones after the warm-up."""
+    now_us: Finite | None = None
+    """Median of the newest ones."""
+    best_us: Finite | None = None
+    bus_bytes_per_s: Finite | None = None
+    best_bus_bytes_per_s: Finite | None = None
+
+
+class TimeReport(Message):
+    """Where the time of the recent steps went, as the hub has found by comparing the ranks. Sent every few seconds."""
+
+    kind: Literal["time_report"] = "time_report"
+    steps: Count
+    """How many steps the means are over."""
+    parts_ms: dict[RankNumber, dict[Word, Finite]] = Field(default_factory=dict)
+    """Rank -> part of the step -> milliseconds per step; the parts sum to the step (zerotop/state/breakdown.py)."""
+    transfers: list[TransferKind] = Field(default_factory=list)
+    """The operations and sizes with the most bytes, at most 32."""
+
+
 class Resend(Message):
     """The hub's request that a rank resend its events from packet number `first_seq` on."""
 
@@ -604,7 +631,8 @@ Up = Annotated[
     | RunStatus
     | NodeStats
     | CommandRecord
-    | Verdict,
+    | Verdict
+    | TimeReport,
     Field(discriminator="kind"),
 ]
 """Messages that flow towards screens."""

@@ -24,6 +24,7 @@ from runtime.wire.messages import (
     Phases,
     RunStatus,
     StepResult,
+    TimeReport,
 )
 from zerotop.hub import timeline
 from zerotop.hub.thinning import LIMIT_BYTES, thin, used_bytes
@@ -37,7 +38,7 @@ DENSE_STEPS = 10_000
 ROWS_KEPT = 20_000
 BYTES_KEPT = 32 * 2**20
 """Rows kept in memory while the disk is full; beyond that the oldest are dropped and counted."""
-_SAMPLED = (StepResult, Memory, Heartbeat, NodeStats, Collectives, Phases, RunStatus)
+_SAMPLED = (StepResult, Memory, Heartbeat, NodeStats, Collectives, Phases, RunStatus, TimeReport)
 _NETWORK_FILE_SYSTEMS = frozenset(
     "nfs nfs4 cifs smb2 smb3 smbfs lustre gpfs beegfs beegfs_nodev ceph fuse.ceph fuse.sshfs "  # noqa: SIM905
     "fuse.glusterfs glusterfs afs 9p pvfs2 orangefs wekafs panfs virtiofs".split()

@@ -32,6 +32,7 @@ from runtime.wire.messages import (
     RunStatus,
     Snapshot,
     StepResult,
+    TimeReport,
     Verdict,
 )
 from zerotop.state.breakdown import Breakdowns
@@ -88,6 +89,8 @@ class RunState:
     status: RunStatus | None = None
     verdict: Verdict | None = None
     """The hub's judgement; None before the first."""
+    time_report: TimeReport | None = None
+    """Where the hub has found the time of the recent steps to go; None before the first."""
     ranks: dict[int, RankState] = field(default_factory=dict)
     nodes: dict[str, NodeStats] = field(default_factory=dict)
     energy: Energy = field(default_factory=Energy)
@@ -199,6 +202,8 @@ class RunState:
                 self._record(message, arrival_ns)
             case Verdict():
                 self.verdict = message
+            case TimeReport():
+                self.time_report = message
             case RunStatus():
                 if self.status and 0 < self.status.attempt < message.attempt:
                     self._begin_attempt()
@@ -215,6 +220,7 @@ class RunState:
         """A new attempt numbers its collectives from 1, and its speed is another."""
         self.waits = Waits()
         self.breakdowns = Breakdowns()
+        self.time_report = None
 
     def _record(self, record: CommandRecord, arrival_ns: int) -> None:
         if record.command.name == "stacks" and record.ack.state == "applied":
@@ -323,7 +329,7 @@ class RunState:
         messages += self.waits.messages()
         messages += self.energy.messages()
         messages += list(self.nodes.values())
-        messages += [self.verdict] if self.verdict is not None else []
+        messages += [one for one in (self.verdict, self.time_report) if one is not None]
         messages += list(self.commands.values())
         messages += list(self.events)
         return messages

@@ -6,6 +6,7 @@ import statistics
 
 from zerotop.format import ms_text
 from zerotop.state.breakdown import PARTS
+from zerotop.state.stall import place_text, ranks_text
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding
 
@@ -21,7 +22,7 @@ def calm(figures: Figures) -> Finding:
         reason = state.status.reason if state.status is not None else ""
         return Finding("ended", f"the run has ended: {reason or name}", "info")
     if name == "starting" or not figures.present:
-        return Finding("starting", "the ranks are starting", "info")
+        return Finding("starting", _starting(figures), "info")
     if name == "paused":
         return Finding("paused", f"paused at step {state.step}", "info")
     phases = {rank.phase for rank in figures.present}
@@ -32,6 +33,19 @@ def calm(figures: Figures) -> Finding:
     if figures.warming_up:
         return Finding("starting", "the first steps, which are slower: no verdict yet", "info")
     return healthy(figures)
+
+
+def _starting(figures: Figures) -> str:
+    """Who has not reported yet, or where those that have are: a start that takes long wants a reason."""
+    state = figures.state
+    missing = tuple(rank for rank in range(state.world_size) if (r := state.ranks.get(rank)) is None or r.hello is None)
+    if not state.world_size:
+        return "the ranks are starting: none has reported yet"
+    if missing:
+        have = "has" if len(missing) == 1 else "have"
+        return f"the ranks are starting: {ranks_text(missing)} {have} not reported yet"
+    places = sorted({place_text(rank.heartbeat) for rank in figures.present if rank.heartbeat is not None})
+    return "the ranks are starting" + (f": in {', '.join(places)}" if places else "")
 
 
 def healthy(figures: Figures) -> Finding:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.wire.messages import Verdict
+from runtime.wire.messages import TimeReport, Verdict
 from tests.unit.diagnose.test_hang import PlayedHub
 from tests.unit.state.test_stall import WORLD, a_run, beat, stuck
+from tests.unit.verdict.test_rules import MIB, USUAL, met, trained
 from zerotop.diagnose.verdicts import REFRESH_S, VerdictWatch
 from zerotop.documents import status_document, status_text
 from zerotop.state.run import RunState
@@ -123,3 +124,21 @@ def test_status_begins_with_the_verdict_and_what_to_do() -> None:
     document = status_document(run)
     assert document["verdict"]["what"] == "straggler" and document["verdict"]["ranks"] == [1]
     assert status_text(document).splitlines()[:2] == ["rank 1 is slow", "  Look at rank 1."]
+
+
+def test_the_hub_says_where_the_time_goes_for_those_who_come_late() -> None:
+    hub = PlayedHub(a_run())
+    watch = VerdictWatch(hub)  # type: ignore[arg-type]
+    trained(hub.state, dict.fromkeys(range(WORLD), USUAL))
+    met(hub.state, last=2, wait_us=80_000)
+    watch.look(0.0)
+    late = RunState()
+    late.apply_all(hub.state.snapshot_messages(), 0)
+    report = late.time_report
+    assert report is not None and sum(report.parts_ms[0].values()) == pytest.approx(400.0)
+    (kind,) = report.transfers
+    assert (kind.op, kind.bytes, kind.count, kind.now_us) == ("reduce", MIB, 10, 1000)
+    document = status_document(late)
+    assert document["ranks"][0]["parts_ms"]["compute"] == 300.0 and document["collectives"][0]["op"] == "reduce"
+    watch.look(1.0)
+    assert sum(isinstance(message, TimeReport) for message in hub.said) == 1

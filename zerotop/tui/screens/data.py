@@ -32,8 +32,8 @@ class DataScreen(LiveScreen):
         self.role = "train"
 
     def compose(self) -> ComposeResult:
-        yield Header(id="header")
         yield VerdictLine(id="verdict")
+        yield Header(id="header")
         with Horizontal(id="report"):
             yield DataFacts(id="data-facts")
             yield LengthPanel(id="lengths")

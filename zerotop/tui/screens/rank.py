@@ -10,7 +10,8 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 
-from zerotop.format import bytes_text, count_text, energy_text, ms_text
+from zerotop.format import MISSING, bytes_text, count_text, energy_text, ms_text
+from zerotop.state.bandwidth import bus_factor
 from zerotop.state.efficiency import rank_efficiency
 from zerotop.state.gpu import concerns
 from zerotop.state.gpu_text import gpu_items, missing_text
@@ -30,12 +31,12 @@ from zerotop.tui.widgets.lines import PLAIN, Panel, Row, fit
 from zerotop.tui.widgets.timeline import timeline_rows
 
 ROOMY = 30
-"""Lines of a screen on which a line on MFU and ceiling takes nothing from what matters more."""
+"""Lines of a screen on which the lines on time and ceiling take nothing from what matters more."""
 
 
 class RankFacts(Panel):
     """What the rank is and what it does, in two lines, what the driver says of its GPU, in at most two more, and on a
-    screen with room for it a line on MFU and the binding ceiling."""
+    screen with room for them a line on where the time of a step goes, and one on MFU and the binding ceiling."""
 
     ALLOW_MAXIMIZE = False
     more_lines = 0
@@ -84,11 +85,28 @@ class RankFacts(Panel):
 
     def _more(self, view: View, width: int) -> list[Row]:
         rows = _gpu_rows(view, self.rank, width)
-        speed = _speed_row(view, self.rank, width) if self.screen.size.height >= ROOMY else None
-        return rows if speed is None else [*rows, speed]
+        if self.screen.size.height >= ROOMY:
+            rows += [
+                row for row in (_parts_row(view, self.rank), _speed_row(view, self.rank, width)) if row is not None
+            ]
+        return rows
 
     def natural_height(self, width: int) -> int:
         return 2 + self.more_lines
+
+
+def _parts_row(view: View, number: int) -> Row | None:
+    """Where the time of a step goes (zerotop/state/breakdown.py)."""
+    report = view.state.time_report
+    parts = report.parts_ms.get(number) if report is not None and not view.ended else None
+    step_ms = sum(parts.values()) if parts else 0.0
+    if not parts or step_ms <= 0:
+        return None
+    row, muted = Row().gap().add("a step", view.palette.style("muted")), view.palette.style("muted")
+    for part, part_ms in sorted(parts.items(), key=lambda item: -item[1]):
+        if part_ms >= 0.005 * step_ms:
+            row.gap(2).add(f"{part} ", muted).add(f"{ms_text(part_ms)} {part_ms / step_ms:.0%}")
+    return row
 
 
 def _speed_row(view: View, number: int, width: int) -> Row | None:
@@ -169,7 +187,8 @@ class CollectiveTable(Panel, can_focus=True):
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         muted = view.palette.style("muted")
-        columns = (("number", 8), ("what", 16), ("bytes", 9), ("transfer", 9), ("waited", 9), ("came last", 10))
+        columns = [("number", 8), ("what", 16), ("bytes", 9), ("transfer", 9), ("waited", 9), ("came last", 10)]
+        columns += [("bandwidth", 11)] if width >= 84 else []
         head = Row()
         for title, size in columns:
             head.cell(title, size, muted, right=title not in {"what"}).gap()
@@ -188,6 +207,10 @@ class CollectiveTable(Panel, can_focus=True):
                 view.palette.style("warning") if last else muted,
                 right=True,
             )
+            if width >= 84:
+                crossed = meeting.bytes * bus_factor(meeting.op, view.state.world_size)
+                rate = crossed / meeting.transfer_us * 1e6 if meeting.transfer_us else None
+                row.gap().cell(f"{bytes_text(rate)}/s" if rate else MISSING, 11, muted, right=True)
             rows.append(row)
         if len(rows) == 1:
             rows.append(Row().gap().add("none yet that all ranks have reported", muted))
@@ -215,8 +238,8 @@ class RankScreen(LiveScreen):
         self.rank = rank
 
     def compose(self) -> ComposeResult:
-        yield Header(id="header")
         yield VerdictLine(id="verdict")
+        yield Header(id="header")
         yield RankFacts(self.rank)
         yield Timeline(self.rank)
         with Horizontal(id="middle"):

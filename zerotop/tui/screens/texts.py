@@ -32,8 +32,8 @@ class TextScreen(LiveScreen):
         self.palette = palette
 
     def compose(self) -> ComposeResult:
-        yield Header(id="header")
         yield VerdictLine(id="verdict")
+        yield Header(id="header")
         with Horizontal(id="written"):
             yield EvaluationList(id="evaluations")
             yield TextPanel(id="texts")
