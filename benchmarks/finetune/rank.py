@@ -1,6 +1,6 @@
 """One rank of an arm of compare.py: trains on the same packed sequences as every other arm, and writes a record.
 
-Arms: `zt0` to `zt3` and `zt2_offload`, `zt3_offload` are zerotop's trainer; `trainer` is transformers.Trainer on one
+Arms: `zt0` to `zt3` and `zt0_offload` to `zt3_offload` are zerotop's trainer; `trainer` is transformers.Trainer on one
 process; `ds2`, `ds3` are transformers.Trainer with DeepSpeed. All train the same global batches in fp32.
 """
 
@@ -97,20 +97,24 @@ def train_zerotop(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     loaded = time.perf_counter() - began
     batches = ready.data.batches(config.micro_batch, config.accumulation, dist.get_rank(), dist.get_world_size())
     engine.train()
-    shares, losses, seconds = config.accumulation * dist.get_world_size(), [], []
+    shares = config.accumulation * dist.get_world_size()
+    losses, seconds, tokens = [], [], []
     for step in range(options.steps):
         began = time.perf_counter()
         denominator = batches.trained_tokens(step) / shares
-        total = torch.zeros(1)
+        total, count = torch.zeros(1), torch.zeros(1)
         for batch in batches.micro_batches(step):
             loss = engine(*batch, denominator)
             engine.backward(loss)
             engine.step()
             total += loss.detach() / shares
+            count += batch.tokens.numel()
         seconds.append(time.perf_counter() - began)
         dist.all_reduce(total)
+        dist.all_reduce(count)
         losses.append(total.item())
-    return {"losses": losses, "seconds": seconds, "load_s": loaded}
+        tokens.append(count.item())
+    return {"losses": losses, "seconds": seconds, "tokens": tokens, "load_s": loaded}
 
 
 # ---- transformers.Trainer --------------------------------------------------------------------------------------------
@@ -163,8 +167,12 @@ def train_transformers(options: argparse.Namespace, config: Any) -> dict[str, An
     )
     losses: list[float] = []
     ends: list[float] = []
+    loaded: list[float] = []
 
     class Watch(TrainerCallback):
+        def on_train_begin(self, *_args: Any, **_named: Any) -> None:
+            loaded.append(time.perf_counter() - began)  # the engine is there: with DeepSpeed, or the model wrapped
+
         def on_step_begin(self, *_args: Any, **_named: Any) -> None:
             if not ends:
                 ends.append(time.perf_counter())
@@ -188,10 +196,13 @@ def train_transformers(options: argparse.Namespace, config: Any) -> dict[str, An
     say_ready(options)
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(ready.folder, dtype=torch.float32)
-    loaded = time.perf_counter() - began
     InOrder(model=model, args=arguments, train_dataset=rows, callbacks=[Watch()]).train()
     seconds = [after - before for before, after in itertools.pairwise(ends)]
-    return {"losses": losses, "seconds": seconds, "load_s": loaded}
+    tokens = [
+        sum(rows[step * options.global_batch + at]["input_ids"].numel() for at in range(options.global_batch))
+        for step in range(options.steps)
+    ]
+    return {"losses": losses, "seconds": seconds, "tokens": tokens, "load_s": loaded[0]}
 
 
 def _deepspeed(stage: int) -> dict[str, Any]:
