@@ -54,9 +54,20 @@ def main() -> int:
         tables: dict[bool, list[dict[str, Record]]] = {packing: [] for packing in ways}
         for packing in ways:
             for number in range(1, options.rounds + 1):
-                tables[packing].append(one_round(options, packing, f"round {number}/{options.rounds}"))
-                if options.markdown:
-                    options.markdown.write_text(page(options, tables))
+                tables[packing].append({})
+                for arm in options.arms:
+                    began = time.monotonic()
+                    records = tables[packing][-1]
+                    records[arm] = run(arm, packing, options)
+                    print(
+                        f"round {number}/{options.rounds} {'packed' if packing else 'not packed'} {arm}: "
+                        f"{step_s(records[arm]):.2f} s a step, loss apart "
+                        f"{apart(records[arm], records[options.arms[0]]):.6f} ({time.monotonic() - began:.0f} s)",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    if options.markdown:  # what there is so far, should the rest be interrupted
+                        options.markdown.write_text(page(options, tables))
     print(body(options, tables, pipes=False))
     return 0
 
@@ -69,21 +80,6 @@ def shortened(data: Path, messages: int | None, path: Path) -> Path:
         for line in source:
             file.write(json.dumps({"messages": json.loads(line)["messages"][:messages]}) + "\n")
     return path
-
-
-def one_round(options: argparse.Namespace, packing: bool, label: str) -> dict[str, Record]:
-    """The record of each arm; progress goes to stderr."""
-    records: dict[str, Record] = {}
-    for arm in options.arms:
-        began = time.monotonic()
-        records[arm] = run(arm, packing, options)
-        print(
-            f"{label} {'packed' if packing else 'not packed'} {arm}: {step_s(records[arm]):.2f} s a step, loss apart "
-            f"{apart(records[arm], records[options.arms[0]]):.6f} ({time.monotonic() - began:.0f} s)",
-            file=sys.stderr,
-            flush=True,
-        )
-    return records
 
 
 def run(arm: str, packing: bool, options: argparse.Namespace) -> Record:
@@ -126,8 +122,9 @@ def watch(torchrun: subprocess.Popen[bytes], ready: Path, ranks: int) -> int:
     Path(f"{ready}-go").touch()
     peak = baseline
     while torchrun.poll() is None:
+        began = time.monotonic()
         peak = max(peak, sum(map(_pss, processes)))
-        time.sleep(SAMPLE_S)
+        time.sleep(max(SAMPLE_S, 20 * (time.monotonic() - began)))  # adding up pages must not slow the ranks down
     return peak - baseline
 
 
@@ -156,13 +153,15 @@ def report(options: argparse.Namespace, rounds: list[dict[str, Record]], pipes: 
     """The table."""
     first = options.arms[0]
     rows = []
-    for arm in options.arms:
+    for arm in [arm for arm in options.arms if arm in rounds[0]]:
 
         def median(value: Callable[[Record], float], arm: str = arm) -> float:
-            return statistics.median(value(records[arm]) for records in rounds)
+            return statistics.median(value(records[arm]) for records in rounds if arm in records)
 
         def ratio(value: Callable[[Record], float], arm: str = arm) -> float:
-            return statistics.median(value(records[arm]) / value(records[first]) for records in rounds)
+            return statistics.median(
+                value(records[arm]) / value(records[first]) for records in rounds if arm in records
+            )
 
         losses = rounds[0][arm]["losses"]
         rows.append(
@@ -174,7 +173,7 @@ def report(options: argparse.Namespace, rounds: list[dict[str, Record]], pipes: 
                 f"{median(lambda record: record['memory_bytes']) / 2**20:,.0f}",
                 f"{ratio(lambda record: record['memory_bytes']):.3f}",
                 f"{median(lambda record: record['load_s']):.1f}",
-                f"{max(apart(records[arm], records[first]) for records in rounds):.6f}",
+                f"{max(apart(records[arm], records[first]) for records in rounds if arm in records):.6f}",
                 f"{losses[0]:.4f} -> {losses[-1]:.4f}",
             ]
         )

@@ -69,8 +69,11 @@ def settings(options: argparse.Namespace) -> Any:
     ).resolve(world, "cpu")
 
 
-def say_ready(options: argparse.Namespace) -> None:
-    """Everything is imported: what comes now is the model's memory. The parent takes its baseline."""
+def say_ready(options: argparse.Namespace, model_config: Any) -> None:
+    """Import what builds the model: all that comes now is its loading. The parent takes its baseline of the memory."""
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM._model_mapping[type(model_config)]  # imports the model's file, and most of transformers
     Path(f"{options.ready}-{os.environ.get('RANK', '0')}").touch()
     while not Path(f"{options.ready}-go").exists():
         time.sleep(0.02)
@@ -78,8 +81,6 @@ def say_ready(options: argparse.Namespace) -> None:
 
 # ---- zerotop ---------------------------------------------------------------------------------------------------------
 def train_zerotop(options: argparse.Namespace, config: Any) -> dict[str, Any]:
-    import transformers  # noqa: F401
-
     from runtime.comm import init_distributed
     from runtime.engine.initialize import initialize
     from runtime.models.causal_lm import CausalLM
@@ -89,7 +90,7 @@ def train_zerotop(options: argparse.Namespace, config: Any) -> dict[str, Any]:
 
     init_distributed()
     ready = prepare(config.zerotop, Path("/"), lambda line: None)
-    say_ready(options)
+    say_ready(options, ready.config)
     began = time.perf_counter()
     with Init(weights=ready.folder):
         model = CausalLM(build_model(config, ready.config, len(ready.tokenizer)), "chunked")
@@ -137,11 +138,13 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def train_transformers(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+    from runtime.data.conversations.batches import TrainingBatches
     from runtime.trainer.prepare import prepare
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     ready = prepare(config.zerotop, Path("/"), lambda line: None)
     batches = ready.data.batches(options.global_batch, 1, 0, 1)
+    assert isinstance(batches, TrainingBatches)
     rows = Rows(batches.sequences, batches.order, options.steps * options.global_batch)
     arguments = TrainingArguments(
         output_dir=f"{options.out}.trainer",
@@ -193,7 +196,7 @@ def train_transformers(options: argparse.Namespace, config: Any) -> dict[str, An
         def get_decay_parameter_names(self, model: Any) -> list[str]:
             return [name for name, _ in model.named_parameters()]
 
-    say_ready(options)
+    say_ready(options, ready.config)
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(ready.folder, dtype=torch.float32)
     InOrder(model=model, args=arguments, train_dataset=rows, callbacks=[Watch()]).train()
