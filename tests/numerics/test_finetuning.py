@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from runtime.models.names import plain_name
 from tests.numerics.training import HYPER, config
 
 VOCAB, LENGTH, STEPS, WORLD, ACCUMULATION = 96, 24, 4, 2, 2
@@ -97,7 +99,7 @@ def plain(kind: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def trained(
-    folder: str, stage: int, method: str, attention: str, checkpointing: bool = False
+    folder: str, stage: int, method: str, attention: str, checkpointing: bool = False, compiled: bool = False
 ) -> tuple[list[float], dict[str, Any]]:
     """On a rank: (global losses of the steps, all parameters by the model's names)."""
     import torch.distributed as dist
@@ -113,6 +115,8 @@ def trained(
         model = huggingface.build(huggingface.load_config(Path(folder), section), section)
         if checkpointing:
             huggingface.checkpoint_blocks(model)
+        if compiled:
+            huggingface.compile_blocks(model)
         wrapped = CausalLM(model, method)
     engine = initialize(model=wrapped, config=config(stage, ACCUMULATION, 1.0))[0]
     rank, losses = dist.get_rank(), []
@@ -130,7 +134,9 @@ def trained(
         losses.append(float(total))
     state = engine.module_state_dict()
     engine.destroy()
-    return losses, {name.removeprefix("model."): value.clone() for name, value in state.items()}
+    if compiled:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1  # it did not fall back to eager
+    return losses, {plain_name(name).removeprefix("model."): value.clone() for name, value in state.items()}
 
 
 CASES = [
@@ -154,6 +160,20 @@ def test_parity_with_plain_torch(
     pytest.importorskip("transformers")
     losses, expected = plain(kind)
     outcomes = ranks(WORLD).run(trained, str(saved(kind)), stage, method, attention, checkpointing)
+    for found, values in outcomes:
+        assert found == pytest.approx(losses, rel=1e-5)
+        assert values.keys() >= expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(values[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_compiled_blocks(ranks: Any, stage: int) -> None:
+    pytest.importorskip("transformers")
+    losses, expected = plain("llama")
+    outcomes = ranks(WORLD).run(trained, str(saved("llama")), stage, "chunked", "sdpa", False, True, timeout_s=240)
     for found, values in outcomes:
         assert found == pytest.approx(losses, rel=1e-5)
         assert values.keys() >= expected.keys()
