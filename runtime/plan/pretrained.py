@@ -46,6 +46,8 @@ class Pretrained:
     """Elements of a trained embedding that the head shares; 0: there is none."""
     trains_head: bool
     """Whether the head's weight is trained."""
+    adapts_head: bool = False
+    """Whether the head has adapters. Its logits then exist as a whole."""
 
 
 def pretrained(resolved: Resolved, base: Path, folder: Path | None = None) -> Pretrained:
@@ -79,6 +81,7 @@ def pretrained(resolved: Resolved, base: Path, folder: Path | None = None) -> Pr
         largest=max((one.numel for one in trained), default=0),
         tied_table=next((one.numel for one in trained if one.also), 0),
         trains_head=any(f".{head}." in f".{name}" for one in trained for name in (one.name, one.also)),
+        adapts_head=any(f".{head}.lora_A." in one.name for one in trained),
     )
 
 
