@@ -74,9 +74,8 @@ def _launch(kind: str, ranks: int, chats: Path, options: argparse.Namespace) -> 
     command += ["--records", str(options.records.resolve()), "--rank-of", kind]
     for name in _FROM_PARENT[1:]:
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // ranks)), "OMP_WAIT_POLICY": "passive"}
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **threads, **quiet}, stdout=subprocess.DEVNULL)
+    environment = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
     if done.returncode:
         sys.exit(f"{kind} failed")
 

@@ -99,7 +99,8 @@ class Encoder:
 
         Raises DataError for a row that is too long under overlong "error", and for rows that need a chat template.
         """
-        made = Encoded(*(np.empty(0) for _ in range(5)))
+        nothing = np.empty(0)
+        made = Encoded(nothing, nothing, nothing, nothing, nothing)
         texts: list[_Text] = []
         for number, row in rows:
             made.rows += 1
