@@ -41,13 +41,15 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--tolerance", type=float, default=0.002)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--only-report", action="store_true", help="train nothing: the table of the records so far")
     parser.add_argument("--rank-of", choices=("trainer", "zerotop"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of:
         return _rank(options)
     with tempfile.TemporaryDirectory(prefix="zerotop-chats-") as scratch:
+        kinds = [] if options.only_report else [("trainer", 1), ("zerotop", 2)]
         chats = shortened(Path(options.data), options.messages, Path(scratch) / "chats.jsonl")
-        for kind, ranks in (("trainer", 1), ("zerotop", 2)):
+        for kind, ranks in kinds:
             _launch(kind, ranks, chats, options)
     records = read(options.records)
     print(report(records, pipes=False))
@@ -62,8 +64,8 @@ def main() -> int:
         )
         page = markdown("Losses of transformers.Trainer", context, f"{about}\n\n{report(records, pipes=True)}")
         options.markdown.write_text(page)
-    largest = max(apart(record, records["trainer", key[1]]) for key, record in records.items())
-    return int(largest > options.tolerance)
+    found = [difference(records, key) for key in records]
+    return int(any(one is not None and one > options.tolerance for one in found))
 
 
 def _launch(kind: str, ranks: int, chats: Path, options: argparse.Namespace) -> None:
@@ -113,15 +115,22 @@ def _rank(options: argparse.Namespace) -> int:
     os._exit(0)  # without the libraries' farewells
 
 
+def difference(records: dict[Key, dict[str, Any]], key: Key) -> float | None:
+    """The largest difference of a step's loss from the trainer's; None if one of them has not been trained."""
+    reference = records.get(("trainer", key[1]))
+    return None if key not in records or reference is None else apart(records[key], reference)
+
+
 def report(records: dict[Key, dict[str, Any]], pipes: bool) -> str:
     """A row per arm."""
     rows = []
     for arm in ["trainer", *sorted(ARMS)]:
         cells = [arm]
         for packed in (True, False):
-            record = records[arm, packed]
-            cells.append(f"{apart(record, records['trainer', packed]):.6f}")
-            cells.append(f"{record['losses'][0]:.4f} -> {record['losses'][-1]:.4f}")
+            apart_by = difference(records, (arm, packed))
+            losses = records[arm, packed]["losses"] if (arm, packed) in records else []
+            cells.append("not measured" if apart_by is None else f"{apart_by:.6f}")
+            cells.append(f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "")
         rows.append(cells)
     return table(["arm", "packed: difference", "loss", "not packed: difference", "loss"], rows, pipes=pipes)
 
