@@ -1,6 +1,6 @@
 """One rank of an arm of compare.py: trains on the same packed sequences as every other arm, and writes a record.
 
-Arms: `zt0` to `zt3` and `zt2_offload`, `zt3_offload` are zerotop's trainer; `trainer` is transformers.Trainer on one
+Arms: `zt0` to `zt3` and `zt0_offload` to `zt3_offload` are zerotop's trainer; `trainer` is transformers.Trainer on one
 process; `ds2`, `ds3` are transformers.Trainer with DeepSpeed. All train the same global batches in fp32.
 """
 
@@ -69,8 +69,13 @@ def settings(options: argparse.Namespace) -> Any:
     ).resolve(world, "cpu")
 
 
-def say_ready(options: argparse.Namespace) -> None:
-    """Everything is imported: what comes now is the model's memory. The parent takes its baseline."""
+def say_ready(options: argparse.Namespace, model_config: Any) -> None:
+    """Import what builds the model: all that comes now is its loading. The parent takes its baseline of the memory."""
+    from transformers import AutoModelForCausalLM
+
+    if options.ready is None:  # nobody measures
+        return
+    assert AutoModelForCausalLM._model_mapping[type(model_config)]  # imports the model's file, and most of transformers
     Path(f"{options.ready}-{os.environ.get('RANK', '0')}").touch()
     while not Path(f"{options.ready}-go").exists():
         time.sleep(0.02)
@@ -78,8 +83,6 @@ def say_ready(options: argparse.Namespace) -> None:
 
 # ---- zerotop ---------------------------------------------------------------------------------------------------------
 def train_zerotop(options: argparse.Namespace, config: Any) -> dict[str, Any]:
-    import transformers  # noqa: F401
-
     from runtime.comm import init_distributed
     from runtime.engine.initialize import initialize
     from runtime.models.causal_lm import CausalLM
@@ -89,7 +92,7 @@ def train_zerotop(options: argparse.Namespace, config: Any) -> dict[str, Any]:
 
     init_distributed()
     ready = prepare(config.zerotop, Path("/"), lambda line: None)
-    say_ready(options)
+    say_ready(options, ready.config)
     began = time.perf_counter()
     with Init(weights=ready.folder):
         model = CausalLM(build_model(config, ready.config, len(ready.tokenizer)), "chunked")
@@ -97,20 +100,26 @@ def train_zerotop(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     loaded = time.perf_counter() - began
     batches = ready.data.batches(config.micro_batch, config.accumulation, dist.get_rank(), dist.get_world_size())
     engine.train()
-    shares, losses, seconds = config.accumulation * dist.get_world_size(), [], []
+    shares = config.accumulation * dist.get_world_size()
+    losses, seconds, tokens = [], [], []
     for step in range(options.steps):
         began = time.perf_counter()
         denominator = batches.trained_tokens(step) / shares
-        total = torch.zeros(1)
+        total, count = torch.zeros(1), torch.zeros(1)
         for batch in batches.micro_batches(step):
             loss = engine(*batch, denominator)
             engine.backward(loss)
             engine.step()
             total += loss.detach() / shares
+            count += batch.tokens.numel()
         seconds.append(time.perf_counter() - began)
         dist.all_reduce(total)
+        dist.all_reduce(count)
         losses.append(total.item())
-    return {"losses": losses, "seconds": seconds, "load_s": loaded}
+        tokens.append(count.item())
+    engine.destroy()
+    batches.close()
+    return {"losses": losses, "seconds": seconds, "tokens": tokens, "load_s": loaded}
 
 
 # ---- transformers.Trainer --------------------------------------------------------------------------------------------
@@ -133,11 +142,13 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def train_transformers(options: argparse.Namespace, config: Any) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+    from runtime.data.conversations.batches import TrainingBatches
     from runtime.trainer.prepare import prepare
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     ready = prepare(config.zerotop, Path("/"), lambda line: None)
     batches = ready.data.batches(options.global_batch, 1, 0, 1)
+    assert isinstance(batches, TrainingBatches)
     rows = Rows(batches.sequences, batches.order, options.steps * options.global_batch)
     arguments = TrainingArguments(
         output_dir=f"{options.out}.trainer",
@@ -163,8 +174,12 @@ def train_transformers(options: argparse.Namespace, config: Any) -> dict[str, An
     )
     losses: list[float] = []
     ends: list[float] = []
+    loaded: list[float] = []
 
     class Watch(TrainerCallback):
+        def on_train_begin(self, *_args: Any, **_named: Any) -> None:
+            loaded.append(time.perf_counter() - began)  # the engine is there: with DeepSpeed, or the model wrapped
+
         def on_step_begin(self, *_args: Any, **_named: Any) -> None:
             if not ends:
                 ends.append(time.perf_counter())
@@ -185,13 +200,17 @@ def train_transformers(options: argparse.Namespace, config: Any) -> dict[str, An
         def get_decay_parameter_names(self, model: Any) -> list[str]:
             return [name for name, _ in model.named_parameters()]
 
-    say_ready(options)
+    say_ready(options, ready.config)
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(ready.folder, dtype=torch.float32)
-    loaded = time.perf_counter() - began
     InOrder(model=model, args=arguments, train_dataset=rows, callbacks=[Watch()]).train()
     seconds = [after - before for before, after in itertools.pairwise(ends)]
-    return {"losses": losses, "seconds": seconds, "load_s": loaded}
+    batches.close()
+    tokens = [
+        sum(rows[step * options.global_batch + at]["input_ids"].numel() for at in range(options.global_batch))
+        for step in range(options.steps)
+    ]
+    return {"losses": losses, "seconds": seconds, "tokens": tokens, "load_s": loaded[0]}
 
 
 def _deepspeed(stage: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .deepspeed import (
     ZeroSection,
 )
 from .errors import Findings, Path, dotted
-from .finetune import DEFAULT_FINETUNE_SEQ_LEN, HUB_DATA, ModelConfig
+from .finetune import DEFAULT_FINETUNE_SEQ_LEN, GPU_ATTENTION, HUB_DATA, ModelConfig
 from .optimizers import DEFAULT_ADAM_LR, AdamParams, OptimizerConfig, OptimizerSection
 from .resolved import Fp16Config, OffloadOptimizerConfig, OffloadParamConfig, Resolved
 from .schedulers import SchedulerSection
@@ -143,6 +143,12 @@ class Config(Section):
             found.problem(
                 ("zerotop", "offload", "update"),
                 ': "gpu" needs a GPU, and this run is on the CPU. Leave it out, or write "cpu"',
+            )
+        if device == "cpu" and zerotop.model.path is not None and zerotop.model.attention in GPU_ATTENTION:
+            found.problem(
+                ("zerotop", "model", "attention"),
+                f': "{zerotop.model.attention}" trains on GPUs only, and this run is on the CPU. Leave it out, or '
+                'write "sdpa" or "eager"',
             )
         if self.prescale_gradients and self.gradient_predivide_factor != 1.0:
             found.problem(

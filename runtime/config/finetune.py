@@ -20,6 +20,8 @@ HUB_DATA = "hf://datasets/"
 """How an entry of zerotop.data.files names a data set on the Hugging Face hub."""
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+GPU_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
+"""Those that cannot be trained on a CPU: torch's flex attention has no backward there."""
 CrossEntropy = Literal["auto", "chunked", "liger", "whole"]
 DataFormat = Literal["auto", "messages", "sharegpt", "prompt-completion", "alpaca", "text"]
 TrainedTokens = Literal["auto", "assistant", "completion", "all"]
@@ -88,7 +90,7 @@ class ModelConfig(Section):
     """Whether to run Python code that the model's folder brings along. Read it before you set this."""
 
     attention: Annotated[Attention, BeforeValidator(_lower)] = "sdpa"
-    """Implementation of attention. The flash ones need the flash-attn package and a GPU."""
+    """Implementation of attention. The flash ones need the flash-attn package; they and flex need a GPU."""
 
     compile: Flag = False
     """Whether torch.compile compiles each block of the model."""

@@ -104,7 +104,10 @@ def build_state(
     adam = optimizer.kind in ADAM
     if optimizer.trains and not adam and config.zerotop.optimizer_state_dtype != "fp32":
         raise ConfigError(bf16_states_need_adam(optimizer.kind))
-    placement = choose_placement(config, parts.policy, comm, ledger, parts.gradients, sizes, adam, transfers)
+    frozen_bytes = sum(p.numel() * dtypes[p].itemsize for _, p in parts.frozen)
+    placement = choose_placement(
+        config, parts.policy, comm, ledger, parts.gradients, sizes, adam, transfers, frozen_bytes
+    )
     for index, spec in enumerate(specs):
         _make_flat(spec, parts, placement, placement.of(index))
         trim()

@@ -99,10 +99,12 @@ def choose_placement(
     sizes: Sequence[FlatSize],
     adam: bool,
     transfers: Transfers | None,
+    frozen_bytes: int = 0,
 ) -> Placement:
     """Decide which states are offloaded, the same on every rank, and make the buffers of their copies.
 
-    sizes: of all groups, in forward order. adam: whether the optimizer is Adam or AdamW, for which there are kernels.
+    sizes: of all groups, in forward order. frozen_bytes: of the parameters in no group, which every rank will hold.
+    adam: whether the optimizer is Adam or AdamW, for which there are kernels.
     transfers: copies between host and device; None if the device is the CPU.
 
     Raises ConfigError on every rank if one of the hosts has too little memory.
@@ -112,7 +114,7 @@ def choose_placement(
     if optimizer is None and parameters is None:
         return placement
     placement.transfers = transfers
-    plan = _plan(config, policy, comm, gradients, sizes, remote=placement.transfers is not None)
+    plan = _plan(config, policy, comm, gradients, sizes, placement.transfers is not None, frozen_bytes)
     pins = [section is not None and section.pin_memory for section in (optimizer, parameters)]
     pin = any(pins) and comm.device.type == "cuda"
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -151,13 +153,14 @@ def _plan(
     gradients: GradientConfig,
     sizes: Sequence[FlatSize],
     remote: bool,
+    frozen_bytes: int,
 ) -> _Plan:
     numels = tuple(_state_numel(size, policy, comm.world_size) for size in sizes)
     on_host = [False] * len(sizes)
     if config.offload_optimizer is not None:
         trained = [index for index, size in enumerate(sizes) if size.trained]
         keep = keep_mask([numels[index] for index in trained], config.offload_optimizer.ratio)
-        room = _vram_for_states(config, policy, comm, gradients, sizes, numels)
+        room = _vram_for_states(config, policy, comm, gradients, sizes, numels, frozen_bytes)
         offload_each = offload_mask([numels[index] for index in trained], keep, room)
         for index, leave in zip(trained, offload_each, strict=True):
             on_host[index] = leave
@@ -200,13 +203,14 @@ def _vram_for_states(
     gradients: GradientConfig,
     sizes: Sequence[FlatSize],
     numels: Sequence[int],
+    frozen_bytes: int,
 ) -> int:
     """Bytes of VRAM for states that may stay on the device, on the rank that has least: what is free now, less the
     parameters and gradients that will be allocated and zerotop.offload.vram_reserve_gib."""
     reserve = config.zerotop.offload.vram_reserve_gib
     if reserve is None or comm.device.type != "cuda":
         return 0
-    coming = 0
+    coming = frozen_bytes
     for size, own in zip(sizes, numels, strict=True):
         whole = padded(size.numel, comm.world_size)
         params_on_host = size.sharded and config.offload_param is not None

@@ -251,11 +251,13 @@ def _room_for_states(workload: Workload, stage: int, params_on_host: bool) -> in
     if reserve is None or free is None or workload.device == "cpu":
         return 0
     whole, sharded = workload.padded_parameters, _shardable(workload)
-    kept, largest = whole, [numel for _, numel in workload.padded_units]
-    if stage == 3 and (world > 1 or params_on_host):
-        frozen = [numel for _, numel in workload.padded_frozen]
-        kept = workload.small_parameters + (0 if params_on_host else (sharded + sum(frozen)) // world)
-        largest += frozen
+    largest = [numel for _, numel in workload.padded_units]
+    shards = stage == 3 and (world > 1 or params_on_host)
+    frozen_whole, frozen_own = _frozen(workload, shards)
+    kept = whole + frozen_whole
+    if shards:
+        kept = workload.small_parameters + frozen_whole + (0 if params_on_host else sharded // world + frozen_own)
+        largest += [numel for _, numel in workload.padded_frozen]
     coming = workload.element_bytes * kept
     coming += workload.accumulator_bytes * (whole // world if workload.shards_gradients(stage) else whole)
     buffers = 2 * workload.element_bytes * sum(sorted(largest, reverse=True)[:2])

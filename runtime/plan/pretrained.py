@@ -49,6 +49,8 @@ class Pretrained:
     """Whether the head's weight is trained."""
     weights: ActiveWeights | None = None
     """The weights that a token is multiplied with; None where `shape` is."""
+    adapts_head: bool = False
+    """Whether the head has adapters. Its logits then exist as a whole."""
 
 
 def pretrained(resolved: Resolved, base: Path, folder: Path | None = None) -> Pretrained:
@@ -83,6 +85,7 @@ def pretrained(resolved: Resolved, base: Path, folder: Path | None = None) -> Pr
         tied_table=next((one.numel for one in trained if one.also), 0),
         trains_head=any(f".{head}." in f".{name}" for one in trained for name in (one.name, one.also)),
         weights=None if shape is None else named_weights(parameters, shape, head),
+        adapts_head=any(f".{head}.lora_A." in one.name for one in trained),
     )
 
 

@@ -228,7 +228,7 @@ def pretrained_workload(resolved: Resolved, model: Pretrained, world_size: int |
         frozen=tuple((unit.name, unit.frozen) for unit in model.units if unit.frozen),
         arrivals=model.arrivals,
         offload_activations=section.offload_activations,
-        chunked_loss=section.cross_entropy != "whole",
+        chunked_loss=section.cross_entropy != "whole" and not model.adapts_head,
         largest_parameter=model.largest,
         tied_table=model.tied_table,
         trains_head=model.trains_head,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +45,15 @@ def build_model(config: Resolved, model_config: Any, tokens: int) -> Any:
 def check_model(config: Resolved, model_config: Any, tokens: int, folder: Path) -> int:
     """Build the model on the meta device, and look for its weights in `folder`. Returns its number of parameters.
 
-    Raises ConfigError for what the ranks would refuse later: adapters that match nothing, a missing file.
+    Raises ConfigError for what the ranks would refuse later: adapters that match nothing, a missing file, no compiler.
     """
+    if config.zerotop.model.compile and config.device == "cpu":
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler) is None:
+            raise ConfigError(
+                f"zerotop.model.compile: torch.compile needs the C++ compiler {compiler} to train on the CPU, and it "
+                "is not installed here; install it, name another one in CXX, or leave compile out"
+            )
     config = config.model_copy(
         update={
             "zerotop": config.zerotop.model_copy(

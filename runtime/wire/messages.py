@@ -317,6 +317,8 @@ class DataReport(Message):
     """Rows that became samples."""
     dropped: dict[Name, Count] = Field(default_factory=dict)
     """Rows left out, by reason."""
+    set_aside: dict[Name, Count] = Field(default_factory=dict)
+    """Samples of these rows that are not used here, by reason: held out to evaluate on, or more than was asked for."""
     truncated: Count = 0
     """Samples cut to seq_len."""
     truncated_tokens: Count = 0

@@ -87,13 +87,15 @@ class FlatParamGroup:
     def _adopt(self, values: Values) -> None:
         """Move rank 0's parameter values into the flat buffers. Takes at most one group in fp32 beside the model."""
         low, high = (self.start, self.end) if self.sharded else (0, self.layout.numel)
-        exact = self._initial_values(values, low, high)
+        stored = self._allocate_shard(high - low) if self.sharded else self._allocate_parameters(high)
+        exact = self._initial_values(values, low, high, stored)
+        if exact is not stored:
+            stored.copy_(exact)
         if self.sharded:
-            self.param_shard = self._allocate_shard(high - low)
-            self.param_shard.copy_(exact)
+            self.param_shard = stored
             self._allocate_full_param()
         else:
-            self.full_param = self.ledger.hold("parameters", self.comm.empty(high, self.dtype)).copy_(exact)
+            self.full_param = stored
             self.param_shard = self.full_param[self.start : self.end]
             self._make_views()
         self._placeholders = [_placeholder(slot.shape, self.dtype, self.comm.device) for slot in self.layout.slots]
@@ -126,12 +128,22 @@ class FlatParamGroup:
             return self._shard_placement.zeros("parameters", numel, self.dtype)
         return self.ledger.hold("parameters", self.comm.empty(numel, self.dtype))
 
-    def _initial_values(self, values: Values, low: int, high: int) -> torch.Tensor:
-        """(high - low,) elements [low, high) of the flat buffer, rank 0's values on every rank; fp32 if trained."""
+    def _allocate_parameters(self, numel: int) -> torch.Tensor:
+        return self.ledger.hold("parameters", self.comm.empty(numel, self.dtype))
+
+    def _initial_values(self, values: Values, low: int, high: int, stored: torch.Tensor) -> torch.Tensor:
+        """(high - low,) elements [low, high) of the flat buffer, rank 0's values on every rank; fp32 if trained.
+
+        `stored` is the memory where they will be in the compute dtype. They are read straight into it, and it is what
+        is returned, where it has the right size, dtype and device: a second buffer costs as much as reading the file.
+        """
         broadcast = any(values.needs_broadcast(parameter) for parameter in self.members)
         at, end = (0, self.layout.numel) if broadcast else (low, high)
         dtype = torch.float32 if self.trainable else self.dtype
-        exact = zeros(end - at, dtype, self.comm.device)
+        direct = (at, end) == (low, high) and stored.dtype == dtype and stored.device == self.comm.device
+        exact = stored if direct else zeros(end - at, dtype, self.comm.device)
+        if direct:
+            exact[max(0, self.layout.used - at) :].zero_()  # the padding at the end
         for slot, parameter in zip(self.layout.slots, self.members, strict=True):
             first, last = max(slot.offset, at), min(slot.end, end)
             if first < last:

@@ -28,7 +28,7 @@ class _MetaDrawsNothing(TorchFunctionMode):
     (for normal_): 800 modules, 80 MB and seconds on every rank without values."""
 
     def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _DRAWS:
+        if function in _DRAWS or getattr(function, "__module__", None) == _TRANSFORMERS_INIT:
             target = args[0] if args else kwargs["tensor"]
             if target.is_meta:
                 return target
@@ -45,6 +45,11 @@ _DRAWS = frozenset(
     )
     for name in names
 )
+
+
+_TRANSFORMERS_INIT = "transformers.initialization"
+"""Module whose functions transformers puts in the place of torch.nn.init's while it initialises a model; torch then
+names them, not its own, to function modes. All of them fill their first argument."""
 
 
 class Init:

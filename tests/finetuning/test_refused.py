@@ -94,6 +94,18 @@ def test_a_larger_vocabulary_than_the_embedding(refused: Callable[..., str], tmp
     assert "zerotop.data.tokenizer" in found and "128 rows" in found
 
 
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2"])
+def test_attention_without_a_backward_on_the_cpu(refused: Callable[..., str], attention: str) -> None:
+    found = refused(model={"attention": attention})
+    assert f'zerotop.model.attention: "{attention}" trains on GPUs only, and this run is on the CPU' in found
+
+
+def test_compiling_without_a_compiler(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = refused(model={"compile": True})
+    assert found.startswith("zerotop.model.compile: ") and "no-such-compiler" in found
+
+
 def test_a_missing_shard(refused: Callable[..., str], tmp_path: Path, model: Path) -> None:
     folder = tmp_path / "sharded"
     folder.mkdir()

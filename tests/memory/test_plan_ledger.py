@@ -172,15 +172,27 @@ def test_every_category_of_the_plan_is_the_ledgers(
 
 
 # ---- before anything is taken ----------------------------------------------------------------------------------------
-def placed(config: dict[str, Any], units: list[tuple[str, int]], world_size: int, remote: bool = True) -> Any:
+def placed(
+    config: dict[str, Any],
+    units: list[tuple[str, int]],
+    world_size: int,
+    remote: bool = True,
+    frozen: tuple[tuple[str, int], ...] = (),
+) -> Any:
     """What runtime/offload/placement.py decides for an engine on a GPU."""
     resolved = load(config).resolve(world_size, "cuda")
     precision = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
     sharded = resolved.stage == 3 and world_size > 1
     sizes = [FlatSize(numel, precision, trained=True, sharded=sharded and name != "small") for name, numel in units]
+    whole = 0
+    for name, numel in frozen:
+        if sharded and name != "small":
+            sizes.append(FlatSize(numel, precision, trained=False, sharded=True))
+        else:
+            whole += numel * precision.itemsize
     comm: Any = SimpleNamespace(world_size=world_size, device=torch.device("cuda"), gather_objects=lambda one: [one])
     policy = policy_for(resolved.stage, resolved.zerotop.accumulate == "local")
-    return _plan(resolved, policy, comm, GradientConfig(torch.float32), sizes, remote=remote)
+    return _plan(resolved, policy, comm, GradientConfig(torch.float32), sizes, remote, whole)
 
 
 def test_a_7b_offload_pins_what_the_plan_says() -> None:
@@ -196,9 +208,10 @@ def test_a_7b_offload_pins_what_the_plan_says() -> None:
 
 @pytest.mark.parametrize("accumulate", ["ranges", "local"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("frozen", [(), (("small", 1 << 20), ("layers.0", 6 << 30))])
 @pytest.mark.parametrize("free_gib", [20, 60, 200])
 def test_a_reserve_of_vram_keeps_the_states_there_that_the_plan_says(
-    monkeypatch: pytest.MonkeyPatch, free_gib: int, stage: int, accumulate: str
+    monkeypatch: pytest.MonkeyPatch, free_gib: int, frozen: tuple[tuple[str, int], ...], stage: int, accumulate: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free_gib * 2**30, 0))
     shape = PRESETS["gpt-7b"]
@@ -210,13 +223,17 @@ def test_a_reserve_of_vram_keeps_the_states_there_that_the_plan_says(
     }
     resolved = load(config).resolve(2, "cuda")
     units = unit_parameters(shape, resolved.persistence_threshold)
-    workload = dataclasses.replace(workload_of(resolved, "7b", units, shape), free_vram_bytes=free_gib * 2**30)
-    decided = placed(config, units, 2)
+    workload = dataclasses.replace(
+        workload_of(resolved, "7b", units, shape), free_vram_bytes=free_gib * 2**30, frozen=frozen
+    )
+    decided = placed(config, units, 2, frozen=frozen)
     on_host = sum(numel for numel, leaves in zip(decided.shard_numels, decided.on_host, strict=True) if leaves)
     layout = stage_layout(workload, stage, offload=True)
     assert layout.host["optimizer"] == 2 * 8 * on_host
     assert layout.host_bytes == 2 * sum(decided.blocks)
     assert (on_host > 0) == (free_gib < 200)
+    if frozen and free_gib == 60:  # 12 GiB of frozen parameters on one rank leave less room to states, at every stage
+        assert sum(decided.on_host) > sum(placed(config, units, 2).on_host)
     ring = ring_bytes(64 << 20, torch.float32, torch.float32)
     without = stage_layout(dataclasses.replace(workload, stream_chunk_bytes=0), stage, offload=True)
     assert layout.gpu["buffers"] - without.gpu["buffers"] in (0, ring)

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from runtime.models.names import plain_name
 from tests.numerics.training import HYPER, config
 
 VOCAB, LENGTH, STEPS, WORLD, ACCUMULATION = 96, 24, 4, 2, 2
@@ -97,7 +101,7 @@ def plain(kind: str) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def trained(
-    folder: str, stage: int, method: str, attention: str, checkpointing: bool = False
+    folder: str, stage: int, method: str, attention: str, checkpointing: bool = False, compiled: bool = False
 ) -> tuple[list[float], dict[str, Any]]:
     """On a rank: (global losses of the steps, all parameters by the model's names)."""
     import torch.distributed as dist
@@ -113,6 +117,8 @@ def trained(
         model = huggingface.build(huggingface.load_config(Path(folder), section), section)
         if checkpointing:
             huggingface.checkpoint_blocks(model)
+        if compiled:
+            huggingface.compile_blocks(model)
         wrapped = CausalLM(model, method)
     engine = initialize(model=wrapped, config=config(stage, ACCUMULATION, 1.0))[0]
     rank, losses = dist.get_rank(), []
@@ -130,7 +136,7 @@ def trained(
         losses.append(float(total))
     state = engine.module_state_dict()
     engine.destroy()
-    return losses, {name.removeprefix("model."): value.clone() for name, value in state.items()}
+    return losses, {plain_name(name).removeprefix("model."): value.clone() for name, value in state.items()}
 
 
 CASES = [
@@ -159,6 +165,44 @@ def test_parity_with_plain_torch(
         assert values.keys() >= expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(values[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+INDUCTOR = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+
+
+@pytest.mark.parametrize(
+    ("stage", "backend"),
+    [
+        pytest.param(2, "aot_eager"),
+        pytest.param(3, "aot_eager"),
+        pytest.param(2, "inductor", marks=(INDUCTOR, pytest.mark.slow, pytest.mark.timeout(600))),
+        pytest.param(3, "inductor", marks=(INDUCTOR, pytest.mark.slow, pytest.mark.timeout(600))),
+    ],
+)
+def test_compiled_blocks_train_as_eager_ones(ranks: Any, stage: int, backend: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    group, folder = ranks(WORLD), str(saved("llama"))
+    (losses, expected), _ = group.run(trained, folder, stage, "chunked", "sdpa")
+    outcomes = group.run(compiled, folder, stage, backend, str(tmp_path), timeout_s=300)
+    for found, values in outcomes:
+        assert found == pytest.approx(losses, rel=1e-5)
+        assert values.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(values[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def compiled(folder: str, stage: int, backend: str, cache: str) -> tuple[list[float], dict[str, Any]]:
+    """On a rank: as `trained`, with zerotop.model.compile and this backend of torch.compile."""
+    compiler = functools.partial(torch.compile, backend=backend)
+    with (
+        mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": cache}),
+        mock.patch("runtime.models.huggingface.torch.compile", compiler),
+    ):
+        torch._dynamo.reset()  # of the same code compiled before
+        torch._dynamo.utils.counters.clear()
+        outcome = trained(folder, stage, "chunked", "sdpa", compiled=True)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    return outcome
 
 
 def grown(folder: str, stage: int) -> tuple[torch.Tensor, torch.Tensor, int]:

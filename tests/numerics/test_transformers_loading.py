@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -185,3 +186,17 @@ def test_files_that_cannot_be_read_say_why(models, tmp_path):
     assert "has dtype F8_E4M3: expected one of F32, BF16" in error(fp8)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert "runtime.models.gguf" in error(tmp_path / "model.gguf")
+
+
+def build_without_drawing(folder: str) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def fail(*_: Any, **_also: Any) -> None:
+        raise AssertionError("random numbers were drawn into a parameter without memory")
+
+    with mock.patch.object(torch.Tensor, "normal_", fail), deepspeed.zero.Init(weights=folder):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def test_transformers_initialises_nothing_that_files_have(ranks, models):
+    ranks(1).run(build_without_drawing, str(models / next(iter(huggingface.KINDS))))

@@ -20,6 +20,7 @@ from zerotop.tui.panels.texts import why_no_texts
 from zerotop.tui.screens.data import DataScreen
 from zerotop.tui.screens.main import MainScreen
 from zerotop.tui.screens.texts import TextScreen
+from zerotop.tui.widgets.keybar import KeyBar
 from zerotop.tui.widgets.lines import Panel, ScrollPanel
 from zerotop.tui.widgets.plot import BEST_MARK, MARK, Marked, plot_rows
 
@@ -253,3 +254,20 @@ async def test_the_summary_of_an_ended_run_names_the_best_evaluation(open_app: O
     run.status("finished", ended_wall_s=run.wall_s)
     async with open_app(run, size=(200, 50)) as (app, _, _):
         assert "evaluation 2.1903, best 2.1753 (perplexity 8.804) at step 150" in text_of(app)
+
+
+async def test_the_footer_names_data_and_texts_once_there_are_some(open_app: OpenApp) -> None:
+    def footer() -> str:
+        return app.screen.query_one(KeyBar).render_line(0).text
+
+    run = ScriptedRun()
+    async with open_app(run, size=(80, 24)) as (app, pilot, _):
+        await settle(app, pilot)
+        assert "A Abort" in footer() and "d Data" not in footer() and "w Texts" not in footer()
+        run.say(data_report(), evaluation(0))
+        await settle(app, pilot)
+        shown = footer()
+        assert "d Data" in shown and "w Texts" in shown and "S Stop" in shown and "A Abort" not in shown
+        await pilot.resize_terminal(100, 24)
+        await settle(app, pilot)
+        assert "A Abort" in footer() and footer().index("A Abort") < footer().index("w Texts")

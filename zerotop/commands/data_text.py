@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from runtime.wire.messages import DataReport, DataSample
 from zerotop.clean import clean, clean_line
-from zerotop.state.material import Kind, Piece, example_facts, example_lines, facts, histogram
+from zerotop.state.material import Kind, Piece, example_facts, example_lines, facts, histogram, title
 
 HISTOGRAM_LINES = 7
 WIDEST = 120
@@ -22,7 +22,6 @@ _STYLES: dict[Kind, tuple[str, str]] = {
     "note": ("2", "2"),
 }
 """Kind of a piece -> SGR parameters, with colour and without. What is trained is underlined in both."""
-_ROLES = {"train": "training data", "evaluation": "evaluation data"}
 
 
 def render(reports: Sequence[DataReport], samples: int, *, colour: bool, styled: bool, width: int) -> str:
@@ -73,7 +72,7 @@ class _Paint:
 def _report(report: DataReport, samples: int, paint: _Paint, width: int) -> str:
     rows = facts(report)
     names = max(len(name) for name, _ in rows)
-    lines = [paint.bold(_ROLES[report.role])]
+    lines = [paint.bold(title(report))]
     lines += [f"  {name:<{names}}  {clean(text)}" for name, text in rows]
     lines += [f"  note: {clean(note)}" for note in report.notes]
     if bars := histogram(report.lengths, width - 2, HISTOGRAM_LINES):

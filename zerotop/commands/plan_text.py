@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from runtime.plan import CATEGORIES, EXACT, Layout
 from runtime.plan.decoder import DecoderShape
-from runtime.plan.estimate import LAYERS_ON_DEVICE
-from runtime.plan.workload import Workload
+from runtime.plan.estimate import LAYERS_ON_DEVICE, logits_bytes
+from runtime.plan.workload import ELEMENT_BYTES, Workload
 from zerotop.format import bytes_text, count_text, short_bytes_text
 from zerotop.output import table
 
@@ -217,9 +217,20 @@ def _finetuning(workload: Workload) -> Iterator[str]:
             "optimizer states, and stage 3 shards them, too."
         )
     if workload.chunked_loss:
-        yield "Cross-entropy is computed in chunks, so that logits never exist as a whole."
+        yield (
+            "Cross-entropy is computed in chunks, so that logits never exist as a whole. A model that changes its "
+            f"logits in a way of its own falls back to whole ones{_whole_logits(workload)}, with a warning before the "
+            "first step."
+        )
     if workload.moment_bytes < 4:
         yield "Moments are in bf16 (zerotop.optimizer_state_dtype)."
+
+
+def _whole_logits(workload: Workload) -> str:
+    if workload.shape is None:
+        return ""
+    element = ELEMENT_BYTES[workload.precision]
+    return f" of {bytes_text(logits_bytes(workload.shape, workload.micro_batch, workload.seq_len, element))}"
 
 
 def _kept_whole(workload: Workload) -> str:

@@ -21,6 +21,7 @@ Kind = Literal["trained", "context", "special", "trained special", "edge", "note
 """What a piece of an example is. `trained`: the loss counts it; `context`: it does not; `edge`: the line at which the
 next document of a packed sequence begins; `note`: about the example, not part of it."""
 
+ROLES = {"train": "training data", "evaluation": "evaluation data"}
 LINE_END = "↵"
 _EIGHTHS = " ▁▂▃▄▅▆▇█"
 _WORDS = re.compile(r"\n|[^\S\n]+|\S+")
@@ -60,6 +61,8 @@ def facts(report: DataReport) -> list[tuple[str, str]]:
     if report.truncated:
         lost = f", {count_text(report.truncated_tokens)} tokens cut off" if report.truncated_tokens else ""
         rows.append(("truncated", f"{report.truncated:,} samples{lost}"))
+    if report.set_aside:
+        rows.append(("set aside", ", ".join(f"{count:,} {reason}" for reason, count in report.set_aside.items())))
     if report.dropped:
         rows.append(("dropped", ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())))
     if report.template:
@@ -69,9 +72,15 @@ def facts(report: DataReport) -> list[tuple[str, str]]:
     return rows
 
 
+def title(report: DataReport) -> str:
+    """What the report is on."""
+    text = ROLES[report.role]
+    return text if report.complete else f"{text}: first segment of a stream"
+
+
 def _samples_text(report: DataReport) -> str:
     text = f"{report.samples:,} of {report.rows:,} rows"
-    return text if report.complete else f"{text} in the first segment of a stream"
+    return text if report.complete else f"{text} in the first segment; the stream goes on"
 
 
 def _sequences_text(report: DataReport) -> str:

@@ -21,13 +21,13 @@ from runtime.wire.profile import DEFAULT_STEPS
 from zerotop.clean import clean
 from zerotop.source.base import Source
 from zerotop.state.frozen_view import freeze
+from zerotop.state.material import ROLES
 from zerotop.state.run import RunState
 from zerotop.state.settings import known_values
 from zerotop.tui import steering
 from zerotop.tui.commands import CommandDesk
 from zerotop.tui.keyflow import KeyFlow
 from zerotop.tui.keys import KEYS, STEERING, load_keymap
-from zerotop.tui.panels.data import ROLES
 from zerotop.tui.panels.plots import PlotPanel
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.screens.confirm import ConfirmScreen
@@ -162,8 +162,10 @@ class ZerotopApp(KeyFlow[Outcome]):
             labels = {"pause_resume": "Resume"} if self.source.state.state_name == "paused" else {}
             if isinstance(screen, DataScreen) and (role := screen.other_role()) is not None:
                 labels["data"] = ROLES[role].capitalize()
+            state = self.source.state
+            hidden = {name for name, there in (("data", state.data), ("texts", state.evaluations)) if not there}
             for bar in screen.query(KeyBar):  # none yet in a screen that has just been pushed
-                bar.relabel(labels)
+                bar.relabel(labels, hidden)
 
     def make_view(self) -> View:
         """Everything that panels may show at this tick."""

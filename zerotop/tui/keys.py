@@ -96,6 +96,8 @@ KEYS: tuple[Key, ...] = (
     Key("panel.events", "6", "panel('events')", "Events", "to the events: ↑ ↓ scroll, End follows again"),
     Key("screenshot", "ctrl+s", "save_screenshot", "Save screenshot", "save the screen as an SVG picture"),
 )
+YIELDS = {"abort": "texts"}
+"""Action -> the action that goes before it in a footer too narrow for both."""
 STEERING = frozenset(key.action for key in KEYS if key.steers)
 OTHER_HELP = (
     ("Tab, Shift+Tab", "the next panel, the one before"),

@@ -253,8 +253,6 @@ def _summary(outcomes: Sequence[worker.Outcome], reader: Reader, recipe: Recipe)
         "samples": sum(outcome.samples for outcome in outcomes),
         "tokens": sum(outcome.tokens for outcome in outcomes),
         "dropped": dict(dropped),
-        "truncated": sum(outcome.truncated for outcome in outcomes),
-        "truncated_tokens": sum(outcome.truncated_tokens for outcome in outcomes),
         "files": [source.name for source in reader.sources],
         "entries": [source.entry for source in reader.sources],
         "forms": [reader.forms.get(index, "") for index in range(len(reader.sources))],

@@ -57,10 +57,9 @@ class Encoded:
     trained: np.ndarray  # uint8, 1: the loss counts the token
     lengths: np.ndarray  # int32
     numbers: np.ndarray  # int64: the rows that the samples come from
+    cut: np.ndarray  # int32: tokens that each sample lost to truncation
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-    truncated_tokens: int = 0
     wrong: str = ""
     """The text of a row whose mask is empty or full."""
     complaint: str = ""
@@ -100,7 +99,8 @@ class Encoder:
 
         Raises DataError for a row that is too long under overlong "error", and for rows that need a chat template.
         """
-        made = Encoded(np.empty(0), np.empty(0), np.empty(0), np.empty(0))
+        nothing = np.empty(0)
+        made = Encoded(nothing, nothing, nothing, nothing, nothing)
         texts: list[_Text] = []
         for number, row in rows:
             made.rows += 1
@@ -167,6 +167,7 @@ class Encoder:
         ids: list[np.ndarray] = []
         masks: list[np.ndarray] = []
         numbers: list[int] = []
+        cut: list[int] = []
         for plain in (False, True):
             some = [text for text in texts if text.plain is plain]
             encodings = self._library.encode_batch([text.text for text in some], add_special_tokens=plain)
@@ -175,19 +176,21 @@ class Encoder:
                 if plain and self.recipe.eos is not None and (not len(tokens) or tokens[-1] != self.recipe.eos):
                     tokens = np.append(tokens, self.recipe.dtype.type(self.recipe.eos))
                 mask = _mask(text, encoding, len(tokens))
-                for one, trained in self._fit(text, tokens, mask, split, made):
+                for one, trained, lost in self._fit(text, tokens, mask, split, made):
                     ids.append(one)
                     masks.append(trained)
                     numbers.append(text.number)
+                    cut.append(lost)
         made.tokens = np.concatenate(ids) if ids else np.empty(0, self.recipe.dtype)
         made.trained = np.concatenate(masks) if masks else np.empty(0, np.uint8)
         made.lengths = np.array([len(one) for one in ids], dtype=np.int32)
         made.numbers = np.array(numbers, dtype=np.int64)
+        made.cut = np.array(cut, dtype=np.int32)
 
     def _fit(
         self, text: _Text, tokens: np.ndarray, mask: np.ndarray, split: bool, made: Encoded
-    ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        """The samples that a row gives: one, none, or several if it may be split."""
+    ) -> Iterable[tuple[np.ndarray, np.ndarray, int]]:
+        """The samples that a row gives, with the tokens that each lost: one, none, or several if it may be split."""
         seq_len = self.recipe.seq_len
         if len(tokens) < 2:
             made.dropped[NO_TOKENS] += 1
@@ -196,10 +199,11 @@ class Encoder:
             made.dropped[FULL_MASK if mask.any() else EMPTY_MASK] += 1
             made.wrong = made.wrong or text.text[:4000]
             return
-        if len(tokens) > seq_len:
+        lost = max(0, len(tokens) - seq_len)
+        if lost:
             if split:
                 for first in range(0, len(tokens) - 1, seq_len):
-                    yield tokens[first : first + seq_len], mask[first : first + seq_len]
+                    yield tokens[first : first + seq_len], mask[first : first + seq_len], 0
                 return
             if self.recipe.overlong == "error":
                 raise DataError(
@@ -212,13 +216,11 @@ class Encoder:
             if not mask[1:seq_len].any():
                 made.dropped[CUT_AWAY] += 1
                 return
-            made.truncated += 1
-            made.truncated_tokens += len(tokens) - seq_len
             tokens, mask = tokens[:seq_len], mask[:seq_len]
         if not mask[1:].any():
             made.dropped[EMPTY_MASK] += 1
             return
-        yield tokens, mask
+        yield tokens, mask, lost
 
 
 def _speaks(message: Mapping[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from runtime.data.conversations.build import build_store
 from runtime.data.conversations.encode import Encoder, Recipe
 from runtime.data.conversations.packing import hashed, pack, separate
 from runtime.data.conversations.readers import Reader
-from runtime.data.conversations.report import make_report, notes_of
+from runtime.data.conversations.report import make_report
 from runtime.data.conversations.sources import Source, find_sources, source_digest
 from runtime.data.conversations.store import Store, is_complete
 from runtime.data.conversations.stream import Cursor, StreamSpec, build_segment
@@ -29,7 +29,7 @@ from runtime.data.conversations.streaming import StreamingBatches
 from runtime.process.extras import INSTALL_FINETUNING
 from runtime.wire.messages import DataReport
 
-VERSION = 1
+VERSION = 2
 """Part of every digest: raise it when the same settings give other tokens."""
 _COMPARED_ROWS = 16
 
@@ -101,12 +101,11 @@ def prepare_all(
     held: Prepared | None = None
     if evaluation is not None and evaluation.files:  # first: the shorter of the two
         other = files.stored(evaluation.files, recipe, "zerotop.evaluation.files")
-        held = files.prepared(
-            other, "evaluation", _limited(other.store, np.arange(len(other.store)), evaluation, seed), seed
-        )
+        held = files.evaluated(other, np.arange(len(other.store)), evaluation, seed)
     found = files.segment(recipe) if data.streaming else files.stored(data.files, recipe)
     store = found.store
     rows = np.arange(len(store))
+    set_aside = {}
     if evaluation is not None and share is not None:
         is_held = _is_held(store, seed, share)
         held_rows = rows[is_held]
@@ -115,11 +114,16 @@ def prepare_all(
                 f"zerotop.evaluation.split: {share} of {len(store):,} samples leaves {len(held_rows):,} to evaluate on "
                 f"and {len(rows) - len(held_rows):,} to train on; give more data or another share"
             )
-        held = files.prepared(found, "evaluation", _limited(store, held_rows, evaluation, seed), seed)
+        held = files.evaluated(found, held_rows, evaluation, seed, held_out=True)
+        set_aside["held out by zerotop.evaluation.split"] = len(held_rows)
+        rows = rows[~is_held]
+    unweighted = len(rows)
     rows = _chosen(store, data, seed, share)
     if not len(rows):
         raise DataError("zerotop.data.weights leaves no sample; raise the weights or give more data")
-    train = files.prepared(found, "train", rows, seed, complete=found.spec is None)
+    if left_out := unweighted - len(np.unique(rows)):
+        set_aside["left out by zerotop.data.weights"] = left_out
+    train = files.prepared(found, "train", rows, seed, set_aside)
 
     def plan(segment: Store, number: int) -> Sequences:
         return files.sequences(segment, recipe, _chosen(segment, data, seed, share), seed + number)
@@ -265,10 +269,26 @@ class _Files:
         padding = next((one for one in (self.tokenizer.pad_token_id, recipe.eos) if one is not None), 0)
         return Sequences(store, plan, padding, int(plan.lengths.max(initial=0)) if self.data.packing else None)
 
-    def prepared(
-        self, found: _Found, role: Literal["train", "evaluation"], samples: np.ndarray, seed: int, complete: bool = True
+    def evaluated(
+        self, found: _Found, samples: np.ndarray, evaluation: EvaluationConfig, seed: int, held_out: bool = False
     ) -> Prepared:
-        """Sequences of these samples, and the report on them."""
+        """Sequences to evaluate on: of these samples as many as `evaluation` asks for. held_out: they are a part of the
+        training data."""
+        some = _limited(found.store, samples, evaluation, seed)
+        more = len(samples) - len(some)
+        set_aside = {f"beyond zerotop.evaluation.samples = {evaluation.samples:,}": more} if more else {}
+        return self.prepared(found, "evaluation", some, seed, set_aside, held_out)
+
+    def prepared(
+        self,
+        found: _Found,
+        role: Literal["train", "evaluation"],
+        samples: np.ndarray,
+        seed: int,
+        set_aside: dict[str, int],
+        held_out: bool = False,
+    ) -> Prepared:
+        """Sequences of these samples, and the report on them; see make_report."""
         store, tokenizer = found.store, self.tokenizer
         sequences = self.sequences(store, found.recipe, samples, seed)
         plan = sequences.plan
@@ -281,9 +301,10 @@ class _Files:
             _names(tokenizer),
             template=self.template if _TEMPLATED.intersection(store.meta["forms"]) else "",
             packed=self.data.packing,
-            notes=notes_of(store, found.recipe),
+            set_aside=set_aside,
+            held_out=held_out,
             cached=found.cached,
-            complete=complete,
+            complete=found.spec is None,
         )
         digest = hashlib.blake2b(store.folder.name.encode(), digest_size=16)
         digest.update(plan.samples.tobytes())

@@ -31,14 +31,20 @@ def make_report(
     *,
     template: str,
     packed: bool,
-    notes: list[str],
+    set_aside: dict[str, int],
+    held_out: bool = False,
     cached: bool = False,
     complete: bool = True,
 ) -> DataReport:
-    """The report on the sequences of a plan. names: texts of special tokens by id."""
+    """The report on the sequences of a plan. names: texts of special tokens by id.
+
+    set_aside: numbers of samples that the plan leaves out, by reason. held_out: the plan is of a part of the training
+    data, so that the rows of the store that are none of its samples do not count.
+    """
     meta = store.meta
+    dropped = {} if held_out else meta["dropped"]
     chosen, times = np.unique(plan.samples, return_counts=True)
-    lengths = store.lengths[chosen]
+    lengths, cut = store.lengths[chosen], store.cut[chosen]
     forms = sorted({form for form in meta["forms"] if form})
     files = list(meta["files"])
     if len(files) > _LISTED_FILES:
@@ -49,11 +55,12 @@ def make_report(
         format=", ".join(forms),
         template=template,
         train_on=_train_on(recipe, forms),
-        rows=meta["rows"],
+        rows=len(chosen) + sum(set_aside.values()) if held_out else meta["rows"],
         samples=len(chosen),
-        dropped=meta["dropped"],
-        truncated=meta["truncated"],
-        truncated_tokens=meta["truncated_tokens"],
+        dropped=dropped,
+        set_aside=set_aside,
+        truncated=int((cut > 0).sum()),
+        truncated_tokens=int(cut.sum(dtype=np.int64)),
         tokens=int((lengths.astype(np.int64) * times).sum()),
         trained_tokens=int(plan.counted.sum(dtype=np.int64)),
         seq_len=recipe.seq_len,
@@ -62,7 +69,7 @@ def make_report(
         vocab_size=recipe.vocab_size,
         lengths=histogram(lengths),
         examples=_examples(store, plan, decode, names),
-        notes=notes,
+        notes=_notes(meta, dropped, lengths, cut, recipe.seq_len),
         seconds=0.0 if cached else meta["seconds"],
         complete=complete,
     )
@@ -143,9 +150,10 @@ def _runs(ids: list[int], mask: list[bool], decode: Decode, names: dict[int, str
     return runs
 
 
-def notes_of(store: Store, recipe: Recipe) -> list[str]:
-    """What a person should know about prepared data."""
-    meta: dict[str, Any] = store.meta
+def _notes(
+    meta: dict[str, Any], dropped: dict[str, int], lengths: np.ndarray, cut: np.ndarray, seq_len: int
+) -> list[str]:
+    """What a person should know about prepared data. lengths, cut: of its samples."""
     notes = []
     seen = set()
     for form, columns in zip(meta["forms"], meta["columns"], strict=True):
@@ -153,12 +161,10 @@ def notes_of(store: Store, recipe: Recipe) -> list[str]:
             seen.add((form, tuple(columns)))
             listed = ", ".join(columns[:12]) + (", ..." if len(columns) > 12 else "")
             notes.append(f"columns {listed}: recognised as {form}")
-    for reason, count in sorted(meta["dropped"].items()):
+    for reason, count in sorted(dropped.items()):
         notes.append(f"{count:,} of {meta['rows']:,} rows left out: {reason}")
-    if meta["truncated"]:
-        share = meta["truncated_tokens"] / (meta["tokens"] + meta["truncated_tokens"])
-        notes.append(
-            f"{meta['truncated']:,} samples cut to {recipe.seq_len:,} tokens; {meta['truncated_tokens']:,} tokens "
-            f"({share:.1%}) lost"
-        )
+    if truncated := int((cut > 0).sum()):
+        lost = int(cut.sum(dtype=np.int64))
+        share = lost / (int(lengths.sum(dtype=np.int64)) + lost)
+        notes.append(f"{truncated:,} samples cut to {seq_len:,} tokens; {lost:,} tokens ({share:.1%}) lost")
     return notes

@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.data import DataError
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Store:
@@ -35,6 +35,8 @@ class Store:
         counted = _map(folder / "counted.bin", np.int32, count)
         self.counted = counted
         """Targets of each sample that the loss counts: its trained tokens but the first, which nothing predicts."""
+        self.cut = _map(folder / "cut.bin", np.int32, count)
+        """Tokens that each sample lost to truncation."""
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -23,7 +23,7 @@ from runtime.data.conversations.chunks import Chunk
 from runtime.data.conversations.encode import Encoder, Recipe
 
 _LENGTH = struct.Struct("<Q")
-ARRAYS = ("tokens", "trained", "lengths", "numbers", "counted")
+ARRAYS = ("tokens", "trained", "lengths", "numbers", "counted", "cut")
 
 
 @dataclass
@@ -36,8 +36,6 @@ class Outcome:
     samples: int = 0
     tokens: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-    truncated_tokens: int = 0
     wrong: str = ""
     complaint: str = ""
     broken: list[tuple[int, str]] = field(default_factory=list)
@@ -58,12 +56,7 @@ def encode_chunk(encoder: Encoder, number: int, chunk: Chunk, folder: Path, chec
         else:
             encoded = encoder.encode(chunk.form, chunk.numbered(broken), chunk.split)
             made.rows, made.samples, made.tokens = encoded.rows, len(encoded.lengths), len(encoded.tokens)
-            made.dropped, made.truncated = encoded.dropped, encoded.truncated
-            made.truncated_tokens, made.wrong, made.complaint = (
-                encoded.truncated_tokens,
-                encoded.wrong,
-                encoded.complaint,
-            )
+            made.dropped, made.wrong, made.complaint = encoded.dropped, encoded.wrong, encoded.complaint
             if made.samples:
                 arrays = {"counted": count_targets(encoded.trained, encoded.lengths)}
                 arrays |= {name: getattr(encoded, name) for name in ARRAYS if name not in arrays}

@@ -108,6 +108,18 @@ def test_a_hugging_face_model_is_planned_from_its_files(zerotop_plan: Run, tmp_p
     assert "model: 1.50B parameters (1,498,482,688) in 19 units, bf16" in out
     assert "Activations are for fused attention with a mask, as packing has, without activation checkpointing." in out
     assert "Cross-entropy is computed in chunks, so that logits never exist as a whole." in out
+    assert "falls back to whole ones of 2.45 GiB, with a warning before the first step" in out  # 10 B x 2,048 x 128,256
+
+
+def test_a_head_with_adapters_has_whole_logits(zerotop_plan: Run, tmp_path: Path) -> None:
+    def logits(*targets: str) -> int:
+        config = finetuning(tmp_path, lora={"r": 8, "target_modules": list(targets)})
+        return int(document(zerotop_plan, tmp_path / "c.json", config)["layouts"][0]["gpu_bytes_by_category"]["logits"])
+
+    assert logits("lm_head", "q_proj") == 10 * 2048 * 128_256 > 8 * logits("q_proj")
+    assert (
+        "in chunks" not in zerotop_plan(str(tmp_path / "c.json"), "--set", 'zerotop.lora.target_modules=["lm_head"]')[1]
+    )
 
 
 def test_adapters_leave_frozen_weights_without_states(zerotop_plan: Run, tmp_path: Path) -> None:

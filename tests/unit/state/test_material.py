@@ -9,7 +9,7 @@ from rich.cells import cell_len
 
 from runtime.wire.messages import DataSample, TokenRun
 from tests.harness.finetuning import data_report, token_runs
-from zerotop.state.material import Piece, example_lines, facts, histogram, packing_fill
+from zerotop.state.material import Piece, example_lines, facts, histogram, packing_fill, title
 
 
 def sample(*runs: TokenRun, left_out: int = 0) -> DataSample:
@@ -25,10 +25,14 @@ def test_the_figures_of_a_report() -> None:
     assert told["sequences"] == "655 of 2,048 tokens, packed, 98% full"
     assert told["truncated"] == "31 samples, 4.21K tokens cut off"
     assert told["dropped"] == "51 without an assistant turn, 12 empty"
+    held = dict(facts(data_report(set_aside={"held out by zerotop.evaluation.split": 40})))
+    assert held["set aside"] == "40 held out by zerotop.evaluation.split" and "set aside" not in told
+    assert title(data_report()) == "training data"
     plain = dict(facts(data_report("evaluation", packed=False, complete=False, seconds=0.0)))
     assert {"truncated", "dropped", "prepared in"}.isdisjoint(plain)
     assert plain["sequences"] == "21 of 2,048 tokens at most, not packed"
-    assert plain["samples"] == "200 of 200 rows in the first segment of a stream"
+    assert plain["samples"] == "200 of 200 rows in the first segment; the stream goes on"
+    assert title(data_report(complete=False)) == "training data: first segment of a stream"
 
 
 def test_an_empty_report_divides_by_nothing() -> None:

@@ -9,14 +9,13 @@ from rich.style import Style
 from runtime.wire.messages import DataReport, DataSample
 from zerotop.clean import clean
 from zerotop.format import share_text
-from zerotop.state.material import Kind, Piece, example_lines, facts, histogram
+from zerotop.state.material import ROLES, Kind, Piece, example_lines, facts, histogram, title
 from zerotop.state.run import RunState
 from zerotop.tui.theme import Palette
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Panel, Row
 from zerotop.tui.widgets.textlines import TextLines
 
-ROLES = {"train": "training data", "evaluation": "evaluation data"}
 NAME = 12
 """Cells of the name of a figure."""
 
@@ -41,8 +40,9 @@ class DataFacts(TextLines):
         return view.state.data.get(self.role) or why_no_report(view.state)
 
     def accept(self, view: View) -> None:
-        others = [f" · d: {title}" for role, title in ROLES.items() if role != self.role and role in view.state.data]
-        self.entitle(f"1 {ROLES[self.role]}{''.join(others)}")
+        others = [f" · d: {text}" for role, text in ROLES.items() if role != self.role and role in view.state.data]
+        report = view.state.data.get(self.role)
+        self.entitle(f"1 {title(report) if report is not None else ROLES[self.role]}{''.join(others)}")
         super().accept(view)
 
     def make_rows(self, view: View, width: int) -> list[Row]:

@@ -8,7 +8,8 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 
-from zerotop.tui.panels.data import ROLES, DataFacts, ExamplePanel, LengthPanel
+from zerotop.state.material import ROLES
+from zerotop.tui.panels.data import DataFacts, ExamplePanel, LengthPanel
 from zerotop.tui.panels.header import Header
 from zerotop.tui.panels.verdict import VerdictLine
 from zerotop.tui.screens.live import LiveScreen

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+
 from rich.cells import cell_len
 from rich.style import Style
 from textual.strip import Strip
 from textual.timer import Timer
 from textual.widget import Widget
 
+from zerotop.tui.keys import YIELDS
 from zerotop.tui.theme import Palette
 from zerotop.tui.widgets.lines import PLAIN, Row
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A key in the footer. click: the action with its namespace."""
+
+    action: str
+    key: str
+    label: str
+    click: str
+
+    @property
+    def width(self) -> int:
+        return len(self.key) + len(self.label) + 3
 
 
 class KeyBar(Widget):
@@ -20,14 +38,16 @@ class KeyBar(Widget):
     def __init__(self, palette: Palette) -> None:
         super().__init__()
         self.palette = palette
-        self._labels: dict[str, str] = {}
+        self._labels: Mapping[str, str] = {}
+        self._hidden: Set[str] = frozenset()
         self._note = ""
         self._note_timer: Timer | None = None
 
-    def relabel(self, labels: dict[str, str]) -> None:
-        """Action -> what its key does now, where that differs from the binding's description."""
-        if labels != self._labels:
-            self._labels = labels
+    def relabel(self, labels: Mapping[str, str], hidden: Set[str] = frozenset()) -> None:
+        """labels: action -> what its key does now, where that differs from the binding's description. hidden: actions
+        that have nothing to show yet, whose keys take no room."""
+        if (labels, hidden) != (self._labels, self._hidden):
+            self._labels, self._hidden = labels, hidden
             self.refresh()
 
     def note(self, text: str, seconds: float = 2.0) -> None:
@@ -45,20 +65,39 @@ class KeyBar(Widget):
         whole = self.size.width
         width = whole - (cell_len(self._note) + 2 if self._note else 0)
         row = Row()
-        seen: set[str] = set()
-        for active in self.screen.active_bindings.values():
-            binding = active.binding
-            if not binding.show or not active.enabled or binding.action in seen:
-                continue
-            seen.add(binding.action)
-            label = self._labels.get(binding.action, binding.description)
-            key = self.app.get_key_display(binding).replace("enter", "Enter").replace("esc", "Esc")
-            if row.width + len(key) + len(label) + 3 > width:
-                continue
-            owner = "app." if active.node is self.app else "screen." if active.node is self.screen else ""
-            click = Style(meta={"@click": binding.action if "." in binding.action else owner + binding.action})
-            row.gap().add(key, self.palette.style("accent", bold=True) + click)
-            row.gap().add(label, self.palette.style("muted") + click).gap()
+        for entry in _fitting(self._entries(), width):
+            click = Style(meta={"@click": entry.click})
+            row.gap().add(entry.key, self.palette.style("accent", bold=True) + click)
+            row.gap().add(entry.label, self.palette.style("muted") + click).gap()
         if self._note:
             row.to(width).gap().add(self._note, self.palette.style("primary"))
         return row.strip(whole, PLAIN).apply_style(self.rich_style)
+
+    def _entries(self) -> list[_Entry]:
+        found: dict[str, _Entry] = {}
+        for active in self.screen.active_bindings.values():
+            binding = active.binding
+            name = binding.action
+            if not binding.show or not active.enabled or name in found or name in self._hidden:
+                continue
+            key = self.app.get_key_display(binding).replace("enter", "Enter").replace("esc", "Esc")
+            owner = "app." if active.node is self.app else "screen." if active.node is self.screen else ""
+            click = name if "." in name else owner + name
+            found[name] = _Entry(name, key, self._labels.get(name, binding.description), click)
+        return list(found.values())
+
+
+def _fitting(entries: list[_Entry], width: int) -> list[_Entry]:
+    """The entries that a line of this width has room for, in order."""
+    place = {entry.action: at for at, entry in enumerate(entries)}
+
+    def order(entry: _Entry) -> tuple[int, bool]:
+        before = YIELDS.get(entry.action)
+        return max(place[entry.action], place.get(before, 0) if before else 0), before is not None
+
+    chosen, used = set(), 0
+    for entry in sorted(entries, key=order):
+        if used + entry.width <= width:
+            chosen.add(entry.action)
+            used += entry.width
+    return [entry for entry in entries if entry.action in chosen]

@@ -10,7 +10,7 @@ import torch
 
 from runtime.data.conversations.batches import IGNORED, EvaluationBatches, Sequences, TrainingBatches
 from runtime.data.conversations.packing import Plan, pack, separate
-from runtime.data.conversations.store import Store
+from runtime.data.conversations.store import FORMAT, Store
 
 
 def lengths_like_chat(count: int, seq_len: int) -> np.ndarray:
@@ -58,10 +58,14 @@ def store(tmp_path: Path) -> Store:
     tokens = np.arange(10, 10 + lengths.sum(), dtype=np.uint16)
     trained = np.concatenate([np.arange(length) >= min(2, length - 1) for length in lengths]).astype(np.uint8)
     arrays = {"tokens": tokens, "trained": trained, "lengths": lengths, "numbers": np.arange(4, dtype=np.int64)}
-    arrays |= {"files": np.zeros(4, np.int32), "counted": np.maximum(lengths - 2, 1).astype(np.int32)}
+    arrays |= {
+        "files": np.zeros(4, np.int32),
+        "counted": np.maximum(lengths - 2, 1).astype(np.int32),
+        "cut": np.zeros(4, np.int32),
+    }
     for name, array in arrays.items():
         array.tofile(tmp_path / f"{name}.bin")
-    meta = {"store": 1, "dtype": "uint16", "tokens": int(lengths.sum()), "samples": 4, "files": ["x"]}
+    meta = {"store": FORMAT, "dtype": "uint16", "tokens": int(lengths.sum()), "samples": 4, "files": ["x"]}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     return Store(tmp_path)
 

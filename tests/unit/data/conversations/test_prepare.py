@@ -163,7 +163,30 @@ def test_held_out_rows_are_not_trained(
     assert few.evaluation is not None
     assert set(texts_of(few.evaluation, tokenizer)) < set(held)
     assert few.evaluation.report.samples == 7
+    for found in (made, few):
+        assert found.train.report.set_aside == {"held out by zerotop.evaluation.split": len(held)}
+    assert few.evaluation.report.set_aside == {"beyond zerotop.evaluation.samples = 7": len(held) - 7}
+    assert made.evaluation.report.set_aside == {}
     assert texts_of(few.train, tokenizer) == train
+
+
+def test_every_row_of_a_report_is_accounted_for(prepare: Callable[..., PreparedData], tmp_path: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": "Anybody?"}]}
+    write(tmp_path / "a.jsonl", [chat(0, 30), asked, *(chat(number) for number in range(60)), chat(0, 40)])
+    weighted = prepare(evaluation={"split": 0.3, "samples": 5}, files=["a.jsonl"], weights=[0.5])
+    assert weighted.evaluation is not None
+    train, held = weighted.train.report, weighted.evaluation.report
+    for report in (train, held):
+        assert report.rows == report.samples + sum(report.dropped.values()) + sum(report.set_aside.values())
+    assert "left out by zerotop.data.weights" in train.set_aside and train.dropped == {"no assistant turn": 1}
+    assert held.dropped == {}
+    whole = prepare().train.report
+    assert (whole.rows, whole.truncated) == (63, 2)
+    both = prepare(evaluation={"split": 0.5})
+    assert both.evaluation is not None
+    parts = (both.train.report, both.evaluation.report)
+    assert sum(report.truncated for report in parts) == 2
+    assert sum(report.truncated_tokens for report in parts) == whole.truncated_tokens
 
 
 def test_evaluation_on_files(prepare: Callable[..., PreparedData], tmp_path: Path) -> None:
