@@ -43,7 +43,7 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export the timeline. Raises CommandError."""
-    from zerotop.output import CommandError, print_json, say
+    from zerotop.output import CommandError, print_json, say, show
     from zerotop.rundir.directory import find_run
     from zerotop.source.target import parse_target
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(document)
     else:
         say(_text(entry.name, written))
-        print(path)
+        show(str(path))
     return 0
 
 

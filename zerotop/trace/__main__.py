@@ -5,11 +5,11 @@ Prints one JSON document: path, bytes and steps of the merged trace, or the prob
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 
+from zerotop.output import print_json
 from zerotop.trace.merge import merge
 
 
@@ -22,7 +22,7 @@ def main(words: list[str]) -> int:
         document = merge(run, number, parts)
     except (OSError, ValueError) as error:
         document = {"problem": f"{type(error).__name__}: {error}"}
-    print(json.dumps(document))
+    print_json(document)
     return 0
 
 

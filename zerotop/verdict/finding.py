@@ -51,7 +51,7 @@ CALM: frozenset[str] = frozenset({"starting", "paused", "checkpoint", "evaluatio
 @dataclass(frozen=True)
 class Finding:
     """`text` is one sentence with its figures, `advice` what to do next, `facts` the figures with units in their
-    names."""
+    names. `cost` is the share of the steps' time that it costs, 0..1, where that is known."""
 
     what: What
     text: str
@@ -59,6 +59,7 @@ class Finding:
     ranks: tuple[int, ...] = ()
     advice: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    cost: float = 0.0
 
     def same_as(self, other: Finding | None) -> bool:
         """Whether both blame the same ranks for the same thing; the figures may differ."""

@@ -14,7 +14,7 @@ from zerotop.verdict.stopped import find_dead, find_failed, find_wedged
 from zerotop.verdict.stuck import find_desync, find_hang
 
 Rule = Callable[[Figures], Finding | None]
-RULES: tuple[Rule, ...] = (
+URGENT: tuple[Rule, ...] = (
     find_failed,
     find_dead,
     find_wedged,
@@ -23,13 +23,13 @@ RULES: tuple[Rule, ...] = (
     find_gpu_fault,
     find_memory_bound,
     find_straggler,
-    find_contention,
-    find_slow_link,
-    find_data_starvation,
-    find_throttled,
-    find_offload_bound,
 )
 """Most urgent first: the first one that finds something is the verdict."""
+SHARED: tuple[Rule, ...] = (find_contention, find_slow_link, find_data_starvation)
+"""What all ranks suffer from: what costs most is the verdict."""
+MINOR: tuple[Rule, ...] = (find_throttled, find_offload_bound)
+REPLACES = 1.5
+"""Of the shared ones, the verdict so far gives way only to one that costs so many times as much."""
 CONFIRM_S = 1.0
 """A new warning must be found for this long: one look may fall between two packets."""
 CLEAR_S = 8.0
@@ -57,9 +57,14 @@ class Judge:
         return held
 
     def _first(self, figures: Figures) -> Finding:
-        for rule in RULES:
-            finding = rule(figures)
-            if finding is not None:
+        for rule in URGENT:
+            if (finding := rule(figures)) is not None:
+                return finding
+        shared = [finding for rule in SHARED if (finding := rule(figures)) is not None]
+        if shared:
+            return max(shared, key=lambda one: one.cost * (REPLACES if one.same_as(self.verdict) else 1.0))
+        for rule in MINOR:
+            if (finding := rule(figures)) is not None:
                 return finding
         return calm(figures)
 

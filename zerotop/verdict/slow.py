@@ -141,7 +141,7 @@ def _straggler(figures: Figures, rank: int) -> Finding:
         text += f"; it waited for a free CPU {delay:.0f}% of the time{cause}"
         facts |= {"run_delay_percent": round(delay, 1)}
         advice = "Move the other processes elsewhere, or give the ranks CPUs of their own."
-    return Finding(what, text, "warning", (rank,), advice, facts)
+    return Finding(what, text, "warning", (rank,), advice, facts, cost=wait_ms / window.step_ms)
 
 
 def _excess(figures: Figures, rank: int) -> tuple[Part | None, float, float | None]:
@@ -215,6 +215,7 @@ def find_contention(figures: Figures) -> Finding | None:
         (rank,) if alone is not None else (),
         "Move the other processes elsewhere, or lower the ranks' threads (OMP_NUM_THREADS, num_workers).",
         {"run_delay_percent": round(percent, 1)},
+        cost=percent / 100,
     )
 
 
@@ -233,7 +234,7 @@ def find_slow_link(figures: Figures) -> Finding | None:
         return None
     kept = _was(figures, "slow link")
     costs = figures.state.waits.transfer_excess_ms()
-    step_ms = figures.step_ms
+    step_ms = figures.over(LEAST_STEPS).step_ms
     if step_ms <= 0:
         return None
     stays = kept and _costs_time(costs, step_ms, KEPT_STEPS, LINK_SHARE / 2, KEPT_CERTAINTY)
@@ -272,6 +273,7 @@ def find_slow_link(figures: Figures) -> Finding | None:
             "bus_bytes_per_s": round(rate) if rate else None,
             "best_bus_bytes_per_s": round(best) if best else None,
         },
+        cost=cost / step_ms,
     )
 
 
@@ -294,6 +296,7 @@ def find_data_starvation(figures: Figures) -> Finding | None:
         (),
         "Raise num_workers and prefetching, prepare the data beforehand, or move work out of the training loop.",
         {"data_ms": round(data_ms, 1), "data_share": round(share, 3)},
+        cost=share,
     )
 
 

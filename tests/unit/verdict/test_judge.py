@@ -14,7 +14,7 @@ from zerotop.state.run import RunState
 from zerotop.verdict import judge as module
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding
-from zerotop.verdict.judge import CALM_S, CLEAR_S, CONFIRM_S, RULES, Judge
+from zerotop.verdict.judge import CALM_S, CLEAR_S, CONFIRM_S, URGENT, Judge, Rule
 
 SLOW = Finding("straggler", "rank 1 is slow", ranks=(1,))
 HUNG = Finding("hang", "rank 1 is missing", "error", (1,))
@@ -27,7 +27,7 @@ class Played:
         self.found: Finding | None = None
         self.now_s = 0.0
         self.run = a_run()
-        monkeypatch.setattr(module, "RULES", (self.rule,))
+        monkeypatch.setattr(module, "URGENT", (self.rule,))
         self.phase("backward")
         self.judge = Judge()
 
@@ -86,9 +86,24 @@ def test_a_short_checkpoint_is_no_verdict_and_a_warning_outlives_a_long_one(monk
 def test_the_most_urgent_finding_is_the_verdict() -> None:
     run = a_run()
     stuck(run)
-    names = [rule.__name__ for rule in RULES]
+    names = [rule.__name__ for rule in URGENT]
     assert names.index("find_hang") < names.index("find_straggler")
     assert Judge().look(run, 0.0).what == "hang"
+
+
+def test_of_what_all_ranks_suffer_from_the_costliest_is_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = {"contention": 0.3, "data starvation": 0.4}
+
+    def rule(what: str) -> Rule:
+        return lambda figures: Finding(what, what, cost=cost[what])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "SHARED", (rule("contention"), rule("data starvation")))
+    judge, run = Judge(), a_run()
+    assert judge.look(run, 0.0).what == "data starvation"
+    cost["contention"] = 0.5
+    assert [judge.look(run, at_s).what for at_s in (1.0, 2.0, 3.0)][-1] == "data starvation"  # not by that much
+    cost["contention"] = 0.7
+    assert [judge.look(run, at_s).what for at_s in (4.0, 5.0, 6.0)][-1] == "contention"
 
 
 def test_the_hub_publishes_a_change_once_and_figures_now_and_then() -> None:
