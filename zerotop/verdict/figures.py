@@ -15,8 +15,8 @@ from zerotop.state.stall import FIRST_STEPS, QUIET_PHASES
 from zerotop.state.waits import WaitWindow
 from zerotop.verdict.finding import Finding
 
-SAMPLES_KEPT = 5
-"""Samples of the probe, one a second, that a figure of the host is the mean of."""
+SAMPLES_KEPT, SAMPLES_LONG = 5, 30
+"""Samples of the probe, one a second, that a figure of the host is the mean of, now and in the longer run."""
 MEMORY_WINDOW_S = 30.0
 
 
@@ -39,6 +39,8 @@ class Figures:
     breakdowns: Mapping[int, Breakdown]
     run_delay_percent: Mapping[int, float]
     """Rank -> share of the last seconds in which its main thread waited for a CPU."""
+    long_delay_percent: float
+    """The same of all ranks over half a minute: other processes come and go."""
     memory: Mapping[int, tuple[MemorySample, MemorySample]]
     """Rank -> its counters now and up to MEMORY_WINDOW_S earlier."""
 
@@ -110,7 +112,7 @@ class History:
                 continue
             self._seen_ns[host] = node.at_ns
             for rank, percent in node.rank_run_delay_percent.items():
-                self.delays.setdefault(rank, deque(maxlen=SAMPLES_KEPT)).append(percent)
+                self.delays.setdefault(rank, deque(maxlen=SAMPLES_LONG)).append(percent)
         for rank, known in state.ranks.items():
             if known.memory is not None:
                 kept = self.memory.setdefault(rank, deque())
@@ -130,7 +132,12 @@ class History:
             window=window,
             breakdowns=state.breakdowns.recent(window.blocked_ms),
             run_delay_percent={
-                rank: statistics.fmean(kept) for rank, kept in self.delays.items() if len(kept) == SAMPLES_KEPT
+                rank: statistics.fmean(list(kept)[-SAMPLES_KEPT:])
+                for rank, kept in self.delays.items()
+                if len(kept) >= SAMPLES_KEPT
             },
+            long_delay_percent=statistics.fmean(statistics.fmean(kept) for kept in self.delays.values() if kept)
+            if self.delays
+            else 0.0,
             memory={rank: (kept[-1], kept[0]) for rank, kept in self.memory.items() if kept},
         )

@@ -36,6 +36,9 @@ BEYOND_PERCENT, KEPT_BEYOND_PERCENT = 20.0, 8.0
 """...and alone is, if it waits for so much more of the time than the others."""
 CLOCK_RATIO = 0.93
 """A GPU whose clock is below this share of the others' is slow for that reason."""
+CONTENDED_RATIO = 1.5
+"""Where all ranks wait for CPUs, first one and then another falls behind: a rank alone is to blame only if it takes so
+much longer than the others."""
 LINK_RATIO, KEPT_LINK_RATIO = 1.6, 1.3
 """Transfers that take this many times what they took at first..."""
 LINK_SHARE = 0.08
@@ -86,7 +89,19 @@ def find_straggler(figures: Figures) -> Finding | None:
             return None
         steps = found
     assert rank is not None
-    return _straggler(figures.over(steps), rank)
+    over = figures.over(steps)
+    return None if _is_contentions_noise(over, rank) else _straggler(over, rank)
+
+
+def _is_contentions_noise(figures: Figures, rank: int) -> bool:
+    """Whether the rank is behind only because all ranks compete for the CPUs, and somebody has to be."""
+    delays = figures.run_delay_percent
+    if not delays or max(statistics.fmean(delays.values()), figures.long_delay_percent) < KEPT_CONTENTION_PERCENT:
+        return False
+    if _contended(figures, rank) is not None:
+        return False
+    part, _, ratio = _excess(figures, rank)
+    return part not in ("data", "offload", "control") and (ratio is None or ratio < CONTENDED_RATIO)
 
 
 def _window(cost_ms: list[float], step_ms: float, strictness: float, least_share: float = 0.0) -> int | None:
@@ -204,6 +219,8 @@ def find_contention(figures: Figures) -> Finding | None:
     rank = before[0] if before and before[0] in delays else max(delays, key=lambda number: delays[number])
     alone = _contended(figures, rank)
     mean = statistics.fmean(delays.values())
+    if _was(figures, "contention"):
+        mean = max(mean, figures.long_delay_percent)
     least = KEPT_CONTENTION_PERCENT if _was(figures, "contention") else CONTENTION_PERCENT
     if mean < least and not (before and alone is not None):
         return None

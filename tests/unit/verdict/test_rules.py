@@ -11,7 +11,7 @@ from tests.unit.state.test_stall import WORLD, S, a_run, beat, hello, stuck
 from zerotop.state.run import RunState
 from zerotop.verdict.bound import find_gpu_fault, find_memory_bound, find_offload_bound, find_throttled
 from zerotop.verdict.calm import calm
-from zerotop.verdict.figures import SAMPLES_KEPT, History
+from zerotop.verdict.figures import SAMPLES_KEPT, SAMPLES_LONG, History
 from zerotop.verdict.finding import Finding
 from zerotop.verdict.judge import Rule
 from zerotop.verdict.slow import find_contention, find_data_starvation, find_slow_link, find_straggler
@@ -232,10 +232,24 @@ def test_contention_of_all_ranks_blames_none_of_them() -> None:
         and found.ranks == ()
         and "wait for a free CPU 40% of the time (load 1.5 on 8 CPUs)" in found.text
     )
-    for second in range(SAMPLES_KEPT, 2 * SAMPLES_KEPT):
+    for second in range(SAMPLES_KEPT, SAMPLES_KEPT + SAMPLES_LONG):
         node(run, rank_run_delay_percent={0: 10.0, 1: 5.0, 2: 5.0}, at_ns=second)
         figures = history.figures(run, found, float(second))
+        if second == 2 * SAMPLES_KEPT:
+            assert find_contention(figures) is not None  # other processes come and go
     assert find_contention(figures) is None
+
+
+def test_where_all_wait_for_cpus_only_a_rank_that_takes_far_longer_is_to_blame() -> None:
+    for extra_ms, named in ((60.0, False), (260.0, True)):
+        run, history = a_run(step_ms=400), History()
+        trained(run, {0: USUAL, 1: USUAL, 2: USUAL | {"reduce": 10.0, "forward": 100.0 + extra_ms}})
+        met(run, last=2, wait_us=80_000)
+        assert ask(find_straggler, run) is not None
+        for second in range(SAMPLES_KEPT):
+            node(run, rank_run_delay_percent={0: 35.0, 1: 30.0, 2: 40.0}, at_ns=second)
+            figures = history.figures(run, None, float(second))
+        assert (find_straggler(figures) is not None) is named
 
 
 def test_a_slow_link_is_measured_against_its_own_past() -> None:
