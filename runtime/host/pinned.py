@@ -170,8 +170,8 @@ def page_unlock(address: int) -> None:
 
 @functools.cache
 def _has_kernels() -> bool:
-    """Whether our CUDA library runs here: it is built, and not for a newer CUDA than the driver's, which torch's may well
-    be older than. Cached, because memory must be unlocked by the library that locked it."""
+    """Whether our CUDA library runs here: it is built, and for no newer CUDA than the driver's (torch's may be older).
+    Cached, because memory must be unlocked by the library that locked it."""
     return native.cuda_available()
 
 

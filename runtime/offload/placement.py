@@ -303,7 +303,8 @@ def _set_device_share(
         if section.update == "gpu":
             keys = " and ".join(f"zero_optimization.{key}.pin_memory" for key in pageable)
             raise ConfigError(
-                f'zerotop.offload.update: "gpu" streams states and parameters from page-locked memory; set {keys} to true'
+                f'zerotop.offload.update: "gpu" streams states and parameters from page-locked memory; set {keys} to '
+                "true"
             )
         return
     upload.streamer = streamer_for(comm.device, _chunk_bytes(config), accumulate, torch.float32)

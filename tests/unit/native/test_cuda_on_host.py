@@ -116,7 +116,7 @@ def test_a_missing_barrier_shows(build: Build, small_blocks: dict[str, Path]) ->
         ("norm.cu", ": p.n;", ": p.n + 1;", "sums", "heap-buffer-overflow"),
         ("norm.cu", "w = ZT_LANES / 2; w; w /= 2", "w = 1; w < ZT_LANES; w *= 2", "sums", "wrong: sum"),
         ("norm.cu", "base + b >= t.piece[at + 1].first", "base + b > t.piece[at + 1].first", "sums", "wrong: sum"),
-        ("common.cuh", "(int)cudaLaunchKernelEx(", "cudaGetLastError() + cudaLaunchKernelEx(", "errors", "wrong: zt_sums"),
+        ("common.cuh", "(int)cudaLaunch", "cudaGetLastError() + cudaLaunch", "errors", "wrong: zt_sums"),
     ],
     ids=["end", "order", "piece", "stale-error"],
 )  # fmt: skip
