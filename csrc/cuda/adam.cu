@@ -85,25 +85,24 @@ struct Launch {
   int grid;
   cudaStream_t stream;
   template <class G, class O, bool L2>
-  void go() const { adamw_kernel<G, O, L2><<<grid, THREADS, 0, stream>>>(t); }
+  int go() const { return launch(stream, grid, THREADS, adamw_kernel<G, O, L2>, t); }
   template <class G, class O>
-  void with_out(bool l2) const { if (l2) go<G, O, true>(); else go<G, O, false>(); }
+  int with_out(bool l2) const { return l2 ? go<G, O, true>() : go<G, O, false>(); }
   template <class G>
-  void with_grad(int out, bool l2) const {
-    if (out == F32) with_out<G, Fp32>(l2);
-    else if (out == BF16) with_out<G, Bf16>(l2);
-    else if (out == F16) with_out<G, Fp16>(l2);
-    else with_out<G, NoOut>(l2);
+  int with_grad(int out, bool l2) const {
+    if (out == F32) return with_out<G, Fp32>(l2);
+    if (out == BF16) return with_out<G, Bf16>(l2);
+    if (out == F16) return with_out<G, Fp16>(l2);
+    return with_out<G, NoOut>(l2);
   }
 };
 
 int launch_table(const AdamCall& call, const Table& t, cudaStream_t stream) {
   if (!t.first[t.ranges]) return 0;
   const Launch launch = {t, grid_for(call.device, t.first[t.ranges]), stream};
-  if (call.grad_dtype == F32) launch.with_grad<Fp32>(call.out_dtype, call.l2);
-  else if (call.grad_dtype == BF16) launch.with_grad<Bf16>(call.out_dtype, call.l2);
-  else launch.with_grad<Fp16>(call.out_dtype, call.l2);
-  return (int)cudaGetLastError();
+  if (call.grad_dtype == F32) return launch.with_grad<Fp32>(call.out_dtype, call.l2);
+  if (call.grad_dtype == BF16) return launch.with_grad<Bf16>(call.out_dtype, call.l2);
+  return launch.with_grad<Fp16>(call.out_dtype, call.l2);
 }
 
 }  // namespace

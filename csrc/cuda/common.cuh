@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <type_traits>
+#include <utility>
 
 #include "../formula.h"
 #include "../ranges.h"
@@ -85,6 +86,17 @@ inline int grid_for(int device, int64_t items) {        // enough to fill the GP
   if (cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess || sms < 1) sms = 1;
   const int64_t cap = (int64_t)sms * 8;
   return (int)(items < 1 ? 1 : items < cap ? items : cap);
+}
+
+// The error is this launch's. cudaGetLastError() would also return that of an earlier call: a page-lock that CUDA refused
+// and the caller did without.
+template <class... Parameters, class... Arguments>
+int launch(cudaStream_t stream, int grid, int threads, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)grid);
+  config.blockDim = dim3((unsigned)threads);
+  config.stream = stream;
+  return (int)cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
 // The update of any number of ranges on the current device, as one launch while they fit into its arguments (adam.cu).

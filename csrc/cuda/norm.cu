@@ -101,9 +101,10 @@ API int zt_sums_of_squares(const uint64_t* x, const int64_t* n, const int32_t* d
       t.blocks += (n[i + j] + ZT_BLOCK - 1) / ZT_BLOCK;
     }
     first += t.blocks;
-    if (t.blocks) block_sums<<<grid_for(device, (t.blocks + WARPS - 1) / WARPS), THREADS, 0, st>>>(t, sums);
-    fold<<<t.pieces, THREADS, 0, st>>>(t, sums, spare, (double*)result + i);
+    if (t.blocks)
+      if (const int error = launch(st, grid_for(device, (t.blocks + WARPS - 1) / WARPS), THREADS, block_sums, t, sums))
+        return error;
+    if (const int error = launch(st, t.pieces, THREADS, fold, t, sums, spare, (double*)result + i)) return error;
   }
-  total<<<1, 1, 0, st>>>((double*)result, ranges);
-  return (int)cudaGetLastError();
+  return launch(st, 1, 1, total, (double*)result, ranges);
 }

@@ -33,7 +33,8 @@ class SharedMemory:
     """Anonymous shared memory, which a child process maps through `descriptor`. Pinned if `cuda` is given."""
 
     def __init__(self, nbytes: int, cuda: torch.device | None = None) -> None:
-        """nbytes: rounded up to whole pages. Raises OSError if the system has too little memory."""
+        """nbytes: rounded up to whole pages. Raises OSError if the system has too little memory, and
+        RuntimeError if CUDA refuses to pin it."""
         self.nbytes = _aligned(nbytes, mmap.PAGESIZE)
         self.descriptor = os.memfd_create("zerotop-checkpoint", os.MFD_CLOEXEC)
         try:
@@ -46,7 +47,12 @@ class SharedMemory:
         self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8)
         self._cuda = cuda
         if cuda is not None:
-            page_lock(self.bytes.data_ptr(), self.nbytes, cuda.index or 0)
+            try:
+                page_lock(self.bytes.data_ptr(), self.nbytes, cuda.index or 0)
+            except RuntimeError:
+                self._cuda = None  # it is not locked
+                self.close()
+                raise
 
     def touch(self) -> None:
         """Fault in all pages, so that the first copy into them is as fast as later ones."""

@@ -47,7 +47,8 @@ def peak_flops(config: Resolved, device: torch.device, device_name: str) -> tupl
         return given * 1e12, "zerotop.telemetry.peak_tflops"
     if device.type != "cuda":
         return None, "the peak of this CPU is not known (zerotop.telemetry.peak_tflops sets it)"
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    # Not allow_tf32: reading that raises once a script has used the newer setting.
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     tflops, row = peak_tflops(device_name, config.precision, tf32), peak_of(device_name)
     if tflops is None or row is None:
         what = f"the peak of {device_name} in {config.precision} is not known"

@@ -148,7 +148,7 @@ def power_of_two_rounded(sizes: Iterable[int]) -> int:
 
 
 def page_lock(address: int, nbytes: int, device: int) -> None:
-    """Page-lock memory for every GPU, through our CUDA library or, if it is not built, through torch."""
+    """Page-lock memory for every GPU, through our CUDA library or, where that doesn't run, through torch."""
     if _has_kernels():
         native.pin(address, nbytes, device)
         return
@@ -170,12 +170,9 @@ def page_unlock(address: int) -> None:
 
 @functools.cache
 def _has_kernels() -> bool:
-    """Whether our CUDA library is built. Cached, because memory must be unlocked by the library that locked it."""
-    try:
-        native.cuda()
-    except ImportError:
-        return False
-    return True
+    """Whether our CUDA library runs here: it is built, and for no newer CUDA than the driver's (torch's may be older).
+    Cached, because memory must be unlocked by the library that locked it."""
+    return native.cuda_available()
 
 
 def _advise(pages: mmap.mmap, advice: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from runtime import native
 from runtime.comm import Comm
 from runtime.comm.transfer import CudaTransfers, Transfers
-from runtime.config import ConfigError, Resolved
+from runtime.config import ConfigError, OffloadOptimizerConfig, OffloadParamConfig, Resolved
 from runtime.host import cores
 from runtime.host.ledger import Ledger, zeros
 from runtime.host.memory_limits import HostMemoryError, check_host_memory
@@ -303,12 +303,12 @@ def _set_device_share(
         return
     if config.zerotop.optimizer_state_dtype != "fp32":  # "gpu" is refused at launch
         return
-    pinned = config.offload_optimizer is not None and config.offload_optimizer.pin_memory
-    if not pinned:
+    if pageable := [key for key in ("offload_optimizer", "offload_param") if _is_pageable(getattr(config, key))]:
         if section.update == "gpu":
+            keys = " and ".join(f"zero_optimization.{key}.pin_memory" for key in pageable)
             raise ConfigError(
-                'zerotop.offload.update: "gpu" streams states from page-locked memory; set '
-                "zero_optimization.offload_optimizer.pin_memory to true"
+                f'zerotop.offload.update: "gpu" streams states and parameters from page-locked memory; set {keys} to '
+                "true"
             )
         return
     upload.streamer = streamer_for(comm.device, _chunk_bytes(config), accumulate, torch.float32)
@@ -319,23 +319,28 @@ def _set_device_share(
                 'why); use "cpu"'
             )
         return
-    upload.device_share = 1.0 if section.update == "gpu" else _measured_share(upload, comm, threads)
+    upload.device_share = 1.0 if section.update == "gpu" else _measured_share(upload, comm, accumulate, threads)
     if upload.device_share == 0.0:
         upload.streamer = None  # frees its device memory
     for memory in placement.working_memory:
         placement.device.hold("communication", memory)
 
 
+def _is_pageable(section: OffloadOptimizerConfig | OffloadParamConfig | None) -> bool:
+    """Whether `section` of the config offloads to memory that is not page-locked."""
+    return section is not None and not section.pin_memory
+
+
 def _chunk_bytes(config: Resolved) -> int:
     return int(config.zerotop.offload.chunk_mib * 2**20)
 
 
-def _measured_share(upload: ParamUpload, comm: Comm, threads: int) -> float:
+def _measured_share(upload: ParamUpload, comm: Comm, accumulate: torch.dtype, threads: int) -> float:
     """Measure the device's best share on all ranks of a host at once, because that is how they will update."""
     assert upload.streamer is not None
     with Arena(pin=True, device=comm.device.index) as arena:
         comm.gather_objects(None)
-        rates = _rates(upload.streamer, upload.transfers, arena.zeros, comm.device, threads)
+        rates = _rates(upload.streamer, upload.transfers, arena.zeros, comm.device, accumulate, threads)
     share = device_share(rates)
     if comm.rank == 0:
         log.info(
@@ -346,8 +351,17 @@ def _measured_share(upload: ParamUpload, comm: Comm, threads: int) -> float:
     return share
 
 
-def _rates(streamer: Streamer, transfers: Transfers, allocate: Allocate, device: torch.device, threads: int) -> Rates:
-    on_cpu, on_gpu = ([allocate(SAMPLE, torch.float32) for _ in range(4)] for _ in range(2))
+def _rates(
+    streamer: Streamer,
+    transfers: Transfers,
+    allocate: Allocate,
+    device: torch.device,
+    accumulate: torch.dtype,
+    threads: int,
+) -> Rates:
+    """accumulate: dtype of gradients on the host, for which the streamer has room."""
+    dtypes = (*[torch.float32] * 3, accumulate)
+    on_cpu, on_gpu = ([allocate(SAMPLE, dtype) for dtype in dtypes] for _ in range(2))
     out = torch.empty(SAMPLE, dtype=torch.bfloat16, device=device)
     hyper: dict[str, Any] = {"step": 1, "lr": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
     hyper |= {"weight_decay": 0.0, "adamw": True}

@@ -184,7 +184,8 @@ def workload_of(
     )  # fmt: skip
     section = resolved.zerotop.offload
     reserve = section.vram_reserve_gib
-    streams = (offload is None or offload.pin_memory) and section.update != "cpu" and is_adam(resolved)
+    pinned = all(part is None or part.pin_memory for part in (offload, parameters))
+    streams = pinned and section.update != "cpu" and is_adam(resolved)
     streams = streams and resolved.zerotop.optimizer_state_dtype == "fp32"  # the CPU updates states in bf16
     segments = None
     if checkpointing is not None and shape is not None:

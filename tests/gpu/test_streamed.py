@@ -1,7 +1,7 @@
 """The streamed offload optimizer gives the CPU kernel's bits, in the order that its caller asks for.
 
 Needs an NVIDIA GPU and a build with nvcc: `make gpu-check`. The schedule itself is tested without one in
-tests/unit/test_stream_schedule.py.
+tests/unit/native/test_stream_schedule.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import mmap
+from contextlib import nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -248,3 +250,32 @@ def test_this_machine_has_a_mebibyte() -> None:
     assert check_host_memory(1 << 20, pin=False) is None
     with pytest.raises(HostMemoryError):
         check_host_memory(1 << 60, pin=False)
+
+
+def test_page_locking_is_torchs_where_our_library_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built for a newer CUDA than the driver's, it loads and finds no GPU; torch's own CUDA may be older."""
+
+    class Cudart:
+        calls: ClassVar[list[tuple[str, int]]] = []
+
+        def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+            self.calls.append(("register", address))
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            self.calls.append(("unregister", address))
+            return 0
+
+    monkeypatch.setattr(native, "cuda", lambda: None)
+    monkeypatch.setattr(native, "cuda_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "cudart", Cudart)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(native, "pin", lambda *_: pytest.fail("our library can't"))
+    pinned._has_kernels.cache_clear()
+    try:
+        pinned.page_lock(4096, 4096, 0)
+        pinned.page_unlock(4096)
+    finally:
+        pinned._has_kernels.cache_clear()
+    assert Cudart.calls == [("register", 4096), ("unregister", 4096)]
