@@ -80,12 +80,13 @@ class Injection:
 @dataclass(frozen=True)
 class LiveFault:
     """`script`: arguments of script.py; `inject`: the method of Injection that causes the fault; `namespace`: in a
-    network namespace of its own, with collectives over Gloo."""
+    network namespace of its own, with collectives over Gloo; `launch`: more arguments of zerotop launch."""
 
     fault: Fault
     script: tuple[str, ...] = ()
     inject: str = ""
     namespace: bool = False
+    launch: tuple[str, ...] = ()
 
 
 LIVE: tuple[LiveFault, ...] = (
@@ -100,7 +101,16 @@ LIVE: tuple[LiveFault, ...] = (
     LiveFault(Fault("stopped", ("wedged",)), (), "stop"),
     LiveFault(Fault("GIL held", ("wedged",)), ("--fault", "spin")),
     LiveFault(Fault("hangs in data", ("hang",)), ("--fault", "sleep")),
-    LiveFault(Fault("other order", ("desync", "failed"), "any"), ("--fault", "order")),
+    LiveFault(  # below stage 3 the order of modules does not matter
+        Fault("other order", ("desync", "failed"), "any"),
+        ("--fault", "order"),
+        launch=(
+            "--set",
+            "zero_optimization.stage=3",
+            "--set",
+            "zero_optimization.stage3_param_persistence_threshold=0",
+        ),
+    ),
     LiveFault(Fault("killed", ("dead", "failed")), (), "kill"),
     LiveFault(Fault("ends early", ("ended early", "failed")), ("--fault", "early")),
 )
@@ -121,7 +131,7 @@ def run(live: LiveFault, name: str, pictures: Path | None) -> Seen:
     """Launch, inject, watch, take a picture, end."""
     at_step = ("--at-step", str(AT_STEP)) if live.script else ()
     command = [sys.executable, "-m", "zerotop", "launch", "benchmarks/verdicts/config.json", "--nproc", "2"]
-    command += ["--device", "cpu", "--name", name, "--detach", "--", "benchmarks/verdicts/script.py"]
+    command += ["--device", "cpu", "--name", name, "--detach", *live.launch, "--", "benchmarks/verdicts/script.py"]
     command += [*live.script, *at_step]
     environment = dict(os.environ)
     if live.namespace:

@@ -348,7 +348,7 @@ class Hub:
         if all(
             rank.step or (rank.heartbeat and rank.phase not in ("init", "idle")) for rank in self.state.ranks.values()
         ):
-            self.set_status(state="running", reason="")
+            self.set_status(state="running", reason="", failed_rank=None)
 
     # ---- screens ---------------------------------------------------------------------------------------------------
     def _from_screen(self, frames: list[bytes]) -> None:

@@ -346,6 +346,7 @@ class Supervisor:
             reason=self._restart_text,
             restarts=self._restarts.total,
             restart_reason=outcome.reason,
+            failed_rank=outcome.failed_rank,
             lost_steps=0,
         )
         attempt.start(resume=True, keep=locks)
