@@ -101,7 +101,9 @@ def _is_contentions_noise(figures: Figures, rank: int) -> bool:
     if _contended(figures, rank) is not None:
         return False
     part, _, ratio = _excess(figures, rank)
-    return part not in ("data", "offload", "control") and (ratio is None or ratio < CONTENDED_RATIO)
+    if part == "compute":
+        return ratio is None or ratio < CONTENDED_RATIO
+    return part not in ("data", "offload", "control")
 
 
 def _window(cost_ms: list[float], step_ms: float, strictness: float, least_share: float = 0.0) -> int | None:
