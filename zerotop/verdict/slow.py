@@ -15,8 +15,8 @@ WINDOWS: tuple[tuple[int, float, float], ...] = (
     (4, 0.25, 16.0),
     (8, 0.30, 5.5),
     (8, 0.10, 9.0),
-    (16, 0.05, 7.0),
-    (40, 0.05, 5.0),
+    (16, 0.05, 9.0),
+    (40, 0.05, 7.0),
 )
 """(steps, share, certainty): a rank is named if over the newest `steps` it costs each other rank more than this share
 of the step, net of what they cost it, and the mean of that is `certainty` times its standard error. Where ranks take
