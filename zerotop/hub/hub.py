@@ -345,8 +345,10 @@ class Hub:
     def _look_for_start(self) -> None:
         if self.status.state != "starting" or len(self.state.ranks) < self._run.nproc:
             return
-        if all(
-            rank.step or (rank.heartbeat and rank.phase not in ("init", "idle")) for rank in self.state.ranks.values()
+        ranks = self.state.ranks.values()
+        # A step of one rank is a step of all: one that hangs right after its first steps may not have told its own.
+        if any(rank.step for rank in ranks) or all(
+            rank.heartbeat and rank.phase not in ("init", "idle") for rank in ranks
         ):
             self.set_status(state="running", reason="", failed_rank=None)
 

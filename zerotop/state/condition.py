@@ -51,8 +51,10 @@ def condition_of(state: RunState, connection: str = "live") -> Condition:
 def silent_ranks(state: RunState) -> dict[int, float]:
     """Rank -> seconds since its last message, for ranks that have been silent for too long and have not left."""
     silent = {}
+    trains = any(rank.step is not None for rank in state.ranks.values())
     for number, rank in sorted(state.ranks.items()):
-        if rank.hello is None or rank.heartbeat is None or rank.goodbye is not None or not rank.heard_ns:
+        begun = rank.heartbeat is not None or trains
+        if rank.hello is None or not begun or rank.goodbye is not None or not rank.heard_ns:
             continue
         seconds = (state.hub_now_ns - rank.heard_ns) / 1e9
         if seconds > SILENT_S:

@@ -66,6 +66,11 @@ class Figures:
         return [r for _, r in sorted(self.state.ranks.items()) if r.heartbeat is not None and r.goodbye is None]
 
     @property
+    def expected(self) -> list[RankState]:
+        """Ranks that have introduced themselves and have not left, whether or not anything was heard since."""
+        return [r for _, r in sorted(self.state.ranks.items()) if r.hello is not None and r.goodbye is None]
+
+    @property
     def quiet(self) -> bool:
         """Whether a rank is in a phase in which the others may rightly stand still."""
         return any(rank.phase in QUIET_PHASES for rank in self.present)

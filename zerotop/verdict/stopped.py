@@ -41,7 +41,7 @@ def find_dead(figures: Figures) -> Finding | None:
         return None
     gone = [
         rank
-        for rank in figures.present
+        for rank in figures.expected
         if _process_state(figures, rank) == GONE and silent_s(rank, figures.state.hub_now_ns) >= STOPPED_S
     ]
     if not gone:
@@ -63,7 +63,7 @@ def find_wedged(figures: Figures) -> Finding | None:
     state = figures.state
     if state.state_name not in LIVE:
         return None
-    for rank in figures.present:
+    for rank in figures.expected:
         silent, process = silent_s(rank, state.hub_now_ns), _process_state(figures, rank)
         pid = rank.hello.pid if rank.hello is not None else 0
         place = f"; it was in {place_text(rank.heartbeat)}" if rank.heartbeat is not None else ""
@@ -81,9 +81,9 @@ def find_wedged(figures: Figures) -> Finding | None:
             )
         if silent < SILENT_S:
             continue
-        others = [one for one in figures.present if one is not rank]
+        others = [one for one in figures.expected if one is not rank]
         if others and all(silent_s(one, state.hub_now_ns) >= SILENT_S for one in others):
-            numbers = tuple(one.rank for one in figures.present)
+            numbers = tuple(one.rank for one in figures.expected)
             return Finding(
                 "wedged",
                 f"nothing heard from any rank for {since}: the machine was suspended, or is out of memory or CPU time",
