@@ -7,7 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from runtime.wire.messages import LIVE_STATES, CommandRecord, NodeStats, StepResult
+from runtime.wire.messages import LIVE_STATES, CommandRecord, StepResult
+from runtime.wire.node import NodeStats
 from zerotop.format import (
     MISSING,
     bytes_text,

@@ -27,7 +27,7 @@ import psutil
 from benchmarks.context import ROOT, markdown, measured_on, table
 from benchmarks.verdicts.faults import Fault
 from benchmarks.verdicts.matrix import is_right
-from runtime.wire.messages import Verdict
+from runtime.wire.judgement import Verdict
 from zerotop.rundir.directory import RunEntry, find_any_run
 from zerotop.source.opening import open_source
 from zerotop.tui.app import ZerotopApp

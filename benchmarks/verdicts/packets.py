@@ -7,18 +7,9 @@ from itertools import takewhile
 from typing import Any
 
 from benchmarks.verdicts.model import Position, S, SimulatedRun
-from runtime.wire.messages import (
-    BusyProcess,
-    Collectives,
-    GpuStats,
-    Heartbeat,
-    Hello,
-    Memory,
-    Message,
-    NodeStats,
-    Packet,
-    RunStatus,
-)
+from runtime.wire.base import Message
+from runtime.wire.messages import Collectives, Heartbeat, Hello, Memory, Packet, RunStatus
+from runtime.wire.node import BusyProcess, GpuStats, NodeStats
 
 HZ = 5.0
 CLOCKS_APART_NS = 3600 * S

@@ -18,7 +18,7 @@ from torch import nn
 
 from runtime.config import Resolved
 from runtime.config.finetune import HUB_DATA
-from runtime.wire.messages import DataReport, Evaluation
+from runtime.wire.finetuning import DataReport, Evaluation
 
 ATTRIBUTE = "origin"
 """Attribute of a module that holds its Origin."""

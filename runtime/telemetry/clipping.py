@@ -7,7 +7,7 @@ dropped for it. What is cut off is what a screen can show least of: the ends of 
 from __future__ import annotations
 
 from runtime.telemetry.bounds import shortened
-from runtime.wire.messages import DataReport, DataSample, Evaluation, Generation, TokenRun
+from runtime.wire.finetuning import DataReport, DataSample, Evaluation, Generation, TokenRun
 
 FILES_KEPT = 21
 """Twenty files, and a line that counts the others."""

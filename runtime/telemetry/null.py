@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from runtime.telemetry.handler import LevelName
 from runtime.telemetry.inbox import Inbox
-from runtime.wire.messages import Ack, DataReport, Evaluation, Hello, Memory, PhaseName, StepResult
+from runtime.wire.finetuning import DataReport, Evaluation
+from runtime.wire.messages import Ack, Hello, Memory, PhaseName, StepResult
 
 Severity = Literal["info", "warning", "error"]
 Outcome = Literal["finished", "stopped", "aborted", "failed"]

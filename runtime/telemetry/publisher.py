@@ -32,13 +32,12 @@ from runtime.telemetry.link import Link
 from runtime.telemetry.null import NullTelemetry, Outcome, Severity
 from runtime.telemetry.orphan import SupervisorWatch, grace_s
 from runtime.telemetry.recorder import Recorder
+from runtime.wire.finetuning import DataReport, Evaluation
 from runtime.wire.messages import (
     Ack,
     CheckpointSaved,
     Collectives,
     Command,
-    DataReport,
-    Evaluation,
     Event,
     FlightRequest,
     Goodbye,

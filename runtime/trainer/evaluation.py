@@ -17,7 +17,7 @@ from runtime.models.causal_lm import CausalLM
 from runtime.models.origin import origin_of
 from runtime.trainer.generation import generate
 from runtime.trainer.prepare import Ready
-from runtime.wire.messages import Evaluation, Generation
+from runtime.wire.finetuning import Evaluation, Generation
 
 log = logging.getLogger("runtime.trainer")
 

@@ -10,7 +10,7 @@ import torch
 from runtime.engine.engine import Engine
 from runtime.host import rng
 from runtime.models.causal_lm import CausalLM
-from runtime.wire.messages import Generation
+from runtime.wire.finetuning import Generation
 
 
 @torch.no_grad()

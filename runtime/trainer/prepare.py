@@ -22,7 +22,7 @@ from runtime.data.conversations.prepare import PreparedData, prepare_all
 from runtime.models import huggingface
 from runtime.models.hub import find_model
 from runtime.trainer.build import check_model
-from runtime.wire.messages import DataReport
+from runtime.wire.finetuning import DataReport
 
 Log = Callable[[str], None]
 

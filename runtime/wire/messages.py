@@ -1,4 +1,5 @@
-"""Every message of the protocol, as one tagged union on `kind`.
+"""The protocol: its messages, as one tagged union on `kind`. Those of nodes, of fine-tuning and of the hub's judgement
+stand in node.py, finetuning.py and judgement.py.
 
 Three channels carry them, with different guarantees:
 
@@ -22,8 +23,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
+from runtime.wire.base import Message
 from runtime.wire.bounds import (
     Count,
     Data,
@@ -40,6 +42,9 @@ from runtime.wire.bounds import (
     Word,
     WorldSize,
 )
+from runtime.wire.finetuning import DataReport, Evaluation
+from runtime.wire.judgement import TimeReport, Verdict
+from runtime.wire.node import NodeStats
 
 PROTOCOL = 1
 """Version of the protocol, incremented when an old reader would misread a message; other versions are refused."""
@@ -59,12 +64,6 @@ Category = Literal[
 """Purpose of a rank's persistent memory. masters: fp32 master weights of 16-bit parameters; communication: buffers for
 all-gather and reduce-scatter; snapshot: the copy from which checkpoints are written; activations: host memory for
 offloaded ones."""
-
-
-class Message(BaseModel):
-    """The base of all messages: immutable, and tolerant of unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class PlannedMemory(Message):
@@ -176,21 +175,21 @@ class Memory(Message):
     kind: Literal["memory"] = "memory"
     rank: RankNumber
     ledger: dict[Category, Count]
-    offloaded: dict[Category, Count] = {}
+    offloaded: dict[Category, Count] = Field(default_factory=dict)
     pinned_bytes: Count = 0
     pinned_requested_bytes: Count = 0
     rss_bytes: Count
-    rss_parts: dict[Word, Count] = {}
+    rss_parts: dict[Word, Count] = Field(default_factory=dict)
     """What the RSS consists of beside the ledger: libraries, mapped_files, imports, activations, allocator, rest
     (runtime/host/rss_parts.py). Empty where /proc or malloc does not say."""
     untouched_bytes: Count = 0
     """What the parts and the ledger count beyond the RSS: pages that nothing has written to yet."""
     major_faults: Count | None = None
     """Page faults of this process that had to read from disk or swap, since its start."""
-    peak_bytes: dict[PhaseName, Count] = {}
+    peak_bytes: dict[PhaseName, Count] = Field(default_factory=dict)
     """Largest memory since the start of the attempt, by the phase in which it was reached: in torch's tensors on a GPU,
     else of the RSS."""
-    activation_bytes: dict[PhaseName, Count] = {}
+    activation_bytes: dict[PhaseName, Count] = Field(default_factory=dict)
     """Most memory beyond the ledger since the start of the attempt, by phase: on a GPU at any time of it, on a CPU at
     its end."""
     allocated_bytes: Count | None = None  # torch's CUDA allocator; None on a CPU
@@ -275,99 +274,6 @@ class CheckpointSaved(Message):
     wall_s: WallSeconds
 
 
-class TokenRun(Message):
-    """Neighbouring tokens of a sample that are alike, as text. A special token is a run of its own, with its name as
-    text."""
-
-    text: Text
-    trained: bool
-    """Whether the loss counts them."""
-    special: bool = False
-    edge: bool = False
-    """Whether a packed sequence's next document begins here."""
-
-
-class DataSample(Message):
-    """One sequence as the model sees it, shortened to what a screen can show."""
-
-    source: Text
-    """File and row, or rows of a packed sequence."""
-    tokens: Count
-    trained: Count
-    runs: list[TokenRun]
-    left_out: Count = 0
-    """Tokens at the end that `runs` leave out."""
-
-
-class DataReport(Message):
-    """What is trained or evaluated on. Rank 0 sends it before the first step; `zerotop data --json` prints it."""
-
-    kind: Literal["data_report"] = "data_report"
-    role: Literal["train", "evaluation"]
-    files: list[Text]
-    """The files or data sets, at most 20, and then how many more."""
-    format: Name
-    """`messages`, `sharegpt`, `prompt-completion`, `alpaca`, `text`; several, separated by commas."""
-    template: Text = ""
-    """Where the chat template came from; empty without one."""
-    train_on: Name
-    """`assistant`, `completion` or `all`."""
-    rows: Count
-    samples: Count
-    """Rows that became samples."""
-    dropped: dict[Name, Count] = Field(default_factory=dict)
-    """Rows left out, by reason."""
-    set_aside: dict[Name, Count] = Field(default_factory=dict)
-    """Samples of these rows that are not used here, by reason: held out to evaluate on, or more than was asked for."""
-    truncated: Count = 0
-    """Samples cut to seq_len."""
-    truncated_tokens: Count = 0
-    tokens: Count
-    trained_tokens: Count
-    seq_len: Count
-    sequences: Count
-    """Sequences per epoch: the samples, or what they are packed into."""
-    packed: bool = False
-    vocab_size: Count = 0
-    lengths: list[tuple[Count, Count]] = Field(default_factory=list)
-    """(length, samples of at most this many tokens and more than the one before): a histogram of at most 32 bins."""
-    examples: list[DataSample] = Field(default_factory=list)
-    notes: list[Text] = Field(default_factory=list)
-    """What a person should know: recognised columns, defaults, suspicious findings."""
-    seconds: Finite = 0.0
-    """Time spent reading and tokenizing; 0 if it was cached."""
-    complete: bool = True
-    """False for streamed data: the figures are those of the first segment."""
-
-
-class Generation(Message):
-    """What the model wrote for one of zerotop.evaluation.prompts."""
-
-    prompt: Text
-    text: Text
-    tokens: Count = 0
-
-
-class Evaluation(Message):
-    """One evaluation on held-out data. Rank 0 sends it."""
-
-    kind: Literal["evaluation"] = "evaluation"
-    rank: RankNumber
-    step: Step
-    """Optimizer steps taken before it."""
-    loss: float | None
-    """Mean cross-entropy per trained token, in nats; None without held-out data."""
-    tokens: Count = 0
-    """Trained tokens that the mean is over."""
-    samples: Count = 0
-    seconds: Finite = 0.0
-    best: bool = False
-    """Whether it is the lowest loss so far."""
-    best_step: Step | None = None
-    generations: list[Generation] = Field(default_factory=list)
-    wall_s: WallSeconds
-
-
 class Command(Message):
     """A command to the run. `id`: chosen by the sender; a repeated id has no effect. `number`: assigned by the hub, 0
     until it is accepted."""
@@ -441,164 +347,6 @@ class RunStatus(Message):
     """Optimizer steps that the last restart replays: those after the checkpoint that it resumed from."""
     started_wall_s: WallSeconds | None = None
     ended_wall_s: WallSeconds | None = None
-
-
-class GpuStats(Message):
-    """One GPU as reported by NVML. None: not supported by the GPU or the driver, unless `no_permission` or
-    `stale_fields` names the field."""
-
-    index: Count
-    uuid: Name
-    name: Name
-    lost: bool = False
-    """The driver has lost the GPU (fallen off the bus); nothing else is known then."""
-    mig: bool = False
-    """Partitioned into MIG instances: most figures do not exist for the whole GPU."""
-    used_bytes: Count | None = None
-    total_bytes: Count | None = None
-    utilization_percent: Finite | None = None
-    """Share of the time in which a kernel ran: 100 also for one that keeps a single SM busy, or waits for a peer."""
-    sm_activity_percent: Finite | None = None
-    """Share of the SMs that were busy, mean over the last second (GPM, from Hopper on); so are the next two."""
-    tensor_activity_percent: Finite | None = None
-    """Share of the time in which tensor cores were busy."""
-    dram_activity_percent: Finite | None = None
-    """Share of the memory bandwidth that was used."""
-    power_w: Finite | None = None
-    power_limit_w: Finite | None = None
-    energy_j: Finite | None = None
-    """Energy since the driver was loaded."""
-    temperature_c: Finite | None = None
-    slowdown_temperature_c: Finite | None = None
-    """Where the hardware lowers the clocks."""
-    sm_clock_mhz: Finite | None = None
-    max_sm_clock_mhz: Finite | None = None
-    memory_clock_mhz: Finite | None = None
-    max_memory_clock_mhz: Finite | None = None
-    clock_reasons: list[Name] = Field(default_factory=list)
-    """Why the clocks are below their maximum, in words: "power cap", "hot (hardware)", ... Idleness is not listed."""
-    pcie_generation: Count | None = None
-    max_pcie_generation: Count | None = None
-    """The highest that this GPU can use in this machine."""
-    pcie_width: Count | None = None
-    max_pcie_width: Count | None = None
-    pcie_tx_bytes_per_s: Finite | None = None
-    """From the GPU; rx: to the GPU."""
-    pcie_rx_bytes_per_s: Finite | None = None
-    nvlink_tx_bytes_per_s: Finite | None = None
-    """All links together."""
-    nvlink_rx_bytes_per_s: Finite | None = None
-    links: list[Name] = Field(default_factory=list)
-    """How it reaches each GPU of the node, by index, in the words of `nvidia-smi topo -m`: X itself, NV18 (18 NVLinks),
-    PIX, PXB, PHB, NODE, SYS; empty if not known."""
-    ecc_corrected: Count | None = None
-    """ECC errors of the memory since the driver was loaded."""
-    ecc_uncorrected: Count | None = None
-    remapped_rows: Count | None = None
-    """Rows of memory replaced by spare ones."""
-    row_remap_pending: bool = False
-    """A row waits for a reset of the GPU to be replaced."""
-    row_remap_failed: bool = False
-    no_permission: list[Name] = Field(default_factory=list)
-    """Fields that the user of the run may not read."""
-    stale_fields: list[Name] = Field(default_factory=list)
-    """Fields that are missing because the driver has not answered for `stale_s`."""
-    stale_s: Finite | None = None
-
-
-class BusyProcess(Message):
-    """A process outside the run that uses the node's CPUs."""
-
-    pid: Pid
-    name: Name
-    cpu_percent: Finite
-
-
-class NodeStats(Message):
-    """One node, sampled by its probe once a second. `gpus` is None without NVML (`gpu_note` says why)."""
-
-    kind: Literal["node"] = "node"
-    host: Name
-    cpu_percent: Finite
-    cpu_count: Count
-    load_1m: Finite
-    ram_used_bytes: Count
-    ram_total_bytes: Count
-    ram_available_bytes: Count | None = None
-    """What can be had without swapping (MemAvailable), and not more than the control group leaves."""
-    cgroup_limit_bytes: Count | None = None
-    """The limit of the control group that has least left; None without one."""
-    cgroup_used_bytes: Count | None = None
-    """What is used of it, without page cache."""
-    page_cache_bytes: Count | None = None
-    shared_memory_bytes: Count | None = None
-    """tmpfs and shared memory of the whole node."""
-    memory_pressure_percent: Finite | None = None
-    """Share of the last 10 s in which some process waited for memory (PSI, some avg10)."""
-    swap_used_bytes: Count = 0
-    swap_in_bytes_per_s: Finite | None = None
-    swap_out_bytes_per_s: Finite | None = None
-    rank_rss_bytes: dict[RankNumber, Count] = Field(default_factory=dict)
-    rank_cpu_percent: dict[RankNumber, Finite] = Field(default_factory=dict)
-    rank_process: dict[RankNumber, Name] = Field(default_factory=dict)
-    """State of each rank's process as psutil names it ("running", "sleeping", "stopped", "disk-sleep", "zombie"), or
-    "gone"."""
-    rank_run_delay_percent: dict[RankNumber, Finite] = Field(default_factory=dict)
-    """Share of the time in which the rank's main thread was ready to run and no CPU was free; absent where the kernel
-    does not say."""
-    busy: list[BusyProcess] = Field(default_factory=list)
-    """The processes outside the run that use the most CPU time, at most three, busiest first."""
-    run_rss_bytes: Count = 0  # every process of the run on this node
-    gpus: list[GpuStats] | None = None
-    gpu_note: Text = ""
-    at_ns: Int64
-    wall_s: WallSeconds
-
-
-class Verdict(Message):
-    """The hub's judgement on the run, sent when it changes: what is wrong, or that nothing is."""
-
-    kind: Literal["verdict"] = "verdict"
-    what: Name
-    """A stable keyword: "healthy", "straggler", "hang"... See zerotop/verdict/finding.py."""
-    severity: Literal["info", "warning", "error"] = "info"
-    ranks: list[RankNumber] = Field(default_factory=list)
-    """The ranks that cause it; empty if none can be named."""
-    text: Text
-    """One sentence with its figures."""
-    advice: Text = ""
-    """What to do next, one sentence."""
-    facts: Data = Field(default_factory=dict)
-    """The figures behind the text, with units in their names."""
-    step: Step | None = None
-    since_wall_s: WallSeconds = 0.0
-
-
-class TransferKind(BaseModel):
-    """The transfers of one operation and size of buffer. Bus bandwidth as in nccl-tests."""
-
-    op: Word
-    bytes: Count
-    count: Count
-    first_us: Finite | None = None
-    """Median of the first ones after the warm-up."""
-    now_us: Finite | None = None
-    """Median of the newest ones."""
-    best_us: Finite | None = None
-    bus_bytes_per_s: Finite | None = None
-    best_bus_bytes_per_s: Finite | None = None
-
-
-class TimeReport(Message):
-    """Where the time of the recent steps went, as the hub has found by comparing the ranks. Sent every few seconds."""
-
-    kind: Literal["time_report"] = "time_report"
-    steps: Count
-    """How many steps the means are over."""
-    parts_ms: dict[RankNumber, dict[Word, Finite]] = Field(default_factory=dict)
-    """Rank -> part of the step -> milliseconds per step; the parts sum to the step (zerotop/state/breakdown.py)."""
-    transfers: list[TransferKind] = Field(default_factory=list)
-    """The operations and sizes with the most bytes, at most 32."""
 
 
 class Resend(Message):

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from runtime.wire.messages import Event, NodeStats
+from runtime.wire.messages import Event
+from runtime.wire.node import NodeStats
 from tests.harness.fake_nvml import NO_PERMISSION, FakeNvml
 from tests.harness.runs import StartedRun
 from tests.harness.waiting import patient

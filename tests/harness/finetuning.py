@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from runtime.wire.messages import DataReport, DataSample, Evaluation, Generation, TokenRun
+from runtime.wire.finetuning import DataReport, DataSample, Evaluation, Generation, TokenRun
 
 _CHATS = (
     ("What is the tallest mountain?", "Mount Everest, at 8,849 metres above sea level."),

@@ -10,7 +10,8 @@ from typing import Any
 import zmq.asyncio
 
 from runtime.wire.codec import encode
-from runtime.wire.messages import Command, Evaluation, Event, Heartbeat, Packet, RunStatus, StepResult
+from runtime.wire.finetuning import Evaluation
+from runtime.wire.messages import Command, Event, Heartbeat, Packet, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, Sockets
 from tests.harness.waiting import patient
 from zerotop.hub.hub import Hub

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from runtime.wire.messages import Collectives, Event, Message, Phases
+from runtime.wire.base import Message
+from runtime.wire.messages import Collectives, Event, Phases
 from tests.harness.fakehub import hello
 from zerotop.hub.recorder import Recorder
 

@@ -12,6 +12,7 @@ import random
 import time
 from typing import Any
 
+from runtime.wire.base import Message
 from runtime.wire.messages import (
     Ack,
     CheckpointSaved,
@@ -20,17 +21,15 @@ from runtime.wire.messages import (
     CommandRecord,
     Event,
     Goodbye,
-    GpuStats,
     Heartbeat,
     Hello,
     LogRecord,
     Memory,
-    Message,
-    NodeStats,
     Phases,
     RunStatus,
     StepResult,
 )
+from runtime.wire.node import GpuStats, NodeStats
 from tests.harness.finetuning import data_report, evaluation
 from zerotop.state.run import RunState
 from zerotop.verdict.judge import Judge

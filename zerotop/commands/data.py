@@ -48,7 +48,7 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the reports. Raises ConfigError for a config or data that cannot be used."""
-    from runtime.wire.messages import DataReport
+    from runtime.wire.finetuning import DataReport
     from zerotop.commands.data_text import render_for_stdout
     from zerotop.launch.preparation import prepare
     from zerotop.output import CommandError, print_json, say, show

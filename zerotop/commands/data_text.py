@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from runtime.wire.messages import DataReport, DataSample
+from runtime.wire.finetuning import DataReport, DataSample
 from zerotop.clean import clean, clean_line
 from zerotop.state.material import Kind, Piece, example_facts, example_lines, facts, histogram, title
 

@@ -16,7 +16,7 @@ from zerotop.diagnose.oomkill import SHARED_ENOUGH_BYTES
 from zerotop.format import bytes_text
 
 if TYPE_CHECKING:
-    from runtime.wire.messages import GpuStats
+    from runtime.wire.node import GpuStats
 
 GIB = 2**30
 _GPU_LABELS = ("util", "SM", "power", "SM clock", "limited by", "temp", "PCIe link")

@@ -11,7 +11,8 @@ from pathlib import Path
 from runtime.config import Resolved
 from runtime.diagnose.remedies import Shortage, remedies, remedy_lines
 from runtime.plan.workload import built_in_workload, workload_of
-from runtime.wire.messages import Goodbye, NodeStats
+from runtime.wire.messages import Goodbye
+from runtime.wire.node import NodeStats
 from runtime.wire.rundir import RunFile
 from zerotop.diagnose.oomkill import SHARED_ENOUGH_BYTES, HostMemory, MemoryWatch, shared_memory
 from zerotop.format import bytes_text

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runtime.host.memory_limits import read_limits
 from runtime.process import cgroup
-from runtime.wire.messages import NodeStats
+from runtime.wire.node import NodeStats
 from zerotop.format import bytes_text
 
 SHARED_ENOUGH_BYTES = 1 << 30

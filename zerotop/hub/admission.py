@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from runtime.wire.base import Message
 from runtime.wire.codec import Decoded, ProtocolError, encode_data, load, rank_of, read_packet
+from runtime.wire.finetuning import DataReport, Evaluation
 from runtime.wire.messages import (
     Ack,
     CheckpointSaved,
     Collectives,
-    DataReport,
-    Evaluation,
     Event,
     Goodbye,
     Heartbeat,
     Hello,
     LogRecord,
     Memory,
-    Message,
     Packet,
     Phases,
     StepResult,

@@ -12,19 +12,19 @@ from typing import Any, Literal
 import zmq
 import zmq.asyncio
 
+from runtime.wire.base import Message
 from runtime.wire.codec import ProtocolError, decode_down, encode
+from runtime.wire.finetuning import Evaluation
 from runtime.wire.messages import (
     LIVE_STATES,
     PROTOCOL,
     Ack,
     CheckpointSaved,
     Command,
-    Evaluation,
     Event,
     FlightRequest,
     Hello,
     LogRecord,
-    Message,
     Packet,
     Resend,
     RunStatus,

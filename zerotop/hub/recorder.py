@@ -12,20 +12,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+from runtime.wire.base import Message
 from runtime.wire.codec import ProtocolError, decode_up, encode
-from runtime.wire.messages import (
-    Collectives,
-    Evaluation,
-    Heartbeat,
-    LogRecord,
-    Memory,
-    Message,
-    NodeStats,
-    Phases,
-    RunStatus,
-    StepResult,
-    TimeReport,
-)
+from runtime.wire.finetuning import Evaluation
+from runtime.wire.judgement import TimeReport
+from runtime.wire.messages import Collectives, Heartbeat, LogRecord, Memory, Phases, RunStatus, StepResult
+from runtime.wire.node import NodeStats
 from zerotop.hub import timeline
 from zerotop.hub.thinning import LIMIT_BYTES, thin, used_bytes
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runtime.wire.base import Message
 from runtime.wire.codec import encode
-from runtime.wire.messages import Collectives, Message, Phases
+from runtime.wire.messages import Collectives, Phases
 
 KEPT_S = 600.0
 KEPT_BYTES = 64 * 2**20

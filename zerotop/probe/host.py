@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from runtime.wire.messages import GpuStats, NodeStats
+from runtime.wire.node import GpuStats, NodeStats
 from zerotop.probe.memory import MemoryProbe
 from zerotop.probe.processes import BusyProcesses, RunDelay, process_state
 

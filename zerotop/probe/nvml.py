@@ -13,7 +13,7 @@ from typing import Any
 
 import pynvml
 
-from runtime.wire.messages import GpuStats
+from runtime.wire.node import GpuStats
 from zerotop.format import duration_text
 from zerotop.probe.device import LOST, Device, percent
 from zerotop.probe.slow import SlowReader, SlowValues

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from runtime.wire.messages import BusyProcess
+from runtime.wire.node import BusyProcess
 
 GONE = "gone"
 BUSY_KEPT = 3

@@ -13,7 +13,8 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 
-from runtime.wire.messages import NodeStats, StepResult
+from runtime.wire.messages import StepResult
+from runtime.wire.node import NodeStats
 from zerotop.state.series import Series
 
 WINDOW_S = 60.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from runtime.wire.messages import Evaluation
+from runtime.wire.finetuning import Evaluation
 from zerotop.format import figure_text, perplexity_text
 
 POINTS_KEPT = 1024

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.host.memory_limits import Limits, host_has_room
-from runtime.wire.messages import Memory, NodeStats, PlannedMemory
+from runtime.wire.messages import Memory, PlannedMemory
+from runtime.wire.node import NodeStats
 from zerotop.format import bytes_text
 from zerotop.state.run import RankState, RunState
 from zerotop.state.settings import known_values

@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Literal
 
-from runtime.wire.messages import GpuStats
+from runtime.wire.node import GpuStats
 from zerotop.state.memory import gpu_of
 from zerotop.state.run import RunState
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from runtime.wire.messages import GpuStats
+from runtime.wire.node import GpuStats
 from zerotop.format import MISSING, byte_rate_text, duration_text
 
 _LABELS = {

@@ -13,7 +13,7 @@ from typing import Literal
 
 from rich.cells import cell_len, chop_cells
 
-from runtime.wire.messages import DataReport, DataSample
+from runtime.wire.finetuning import DataReport, DataSample
 from zerotop.clean import clean
 from zerotop.format import MISSING, count_text, duration_text, share_text
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from runtime.wire.messages import Category, GpuStats, Memory, PhaseName, PlannedMemory
+from runtime.wire.messages import Category, Memory, PhaseName, PlannedMemory
+from runtime.wire.node import GpuStats
 from zerotop.format import bytes_text
 from zerotop.state.run import RankState, RunState
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from runtime.wire.messages import GpuStats
+from runtime.wire.node import GpuStats
 from zerotop.format import bytes_text, ms_text
 from zerotop.state.bandwidth import bus_factor
 from zerotop.state.breakdown import Breakdown

@@ -11,30 +11,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from runtime.wire.base import Message
 from runtime.wire.codec import rank_of
+from runtime.wire.finetuning import DataReport, Evaluation
+from runtime.wire.judgement import TimeReport, Verdict
 from runtime.wire.messages import (
     CheckpointSaved,
     Collectives,
     Command,
     CommandRecord,
-    DataReport,
-    Evaluation,
     Event,
     Goodbye,
     Heartbeat,
     Hello,
     LogRecord,
     Memory,
-    Message,
-    NodeStats,
     Packet,
     Phases,
     RunStatus,
     Snapshot,
     StepResult,
-    TimeReport,
-    Verdict,
 )
+from runtime.wire.node import NodeStats
 from zerotop.state.breakdown import Breakdowns
 from zerotop.state.energy import Energy, EnergyUse, energy_use
 from zerotop.state.evaluations import Evaluations

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from runtime.wire.messages import TimeReport, TransferKind
+from runtime.wire.judgement import TimeReport, TransferKind
 from zerotop.state.bandwidth import Transfers
 from zerotop.state.run import RunState
 

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 
 from runtime.config import Resolved
-from runtime.wire.messages import Command, Evaluation, Event, Hello, LogRecord, RunStatus, StepResult
+from runtime.wire.finetuning import Evaluation
+from runtime.wire.messages import Command, Event, Hello, LogRecord, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, boot_id, read_status, write_json
 from zerotop.diagnose.evidence import FailureEvidence
 from zerotop.diagnose.gpu_alarms import GpuAlarms

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from runtime.wire.base import Message
 from runtime.wire.codec import ProtocolError, decode_up
-from runtime.wire.messages import CheckpointSaved, CommandRecord, Event, Hello, Message
+from runtime.wire.messages import CheckpointSaved, CommandRecord, Event, Hello
 from zerotop.hub.timeline import extent, open_recording, read_rows
 
 _SAMPLES = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.wire.messages import Verdict
+from runtime.wire.judgement import Verdict
 from zerotop.state.condition import Condition, condition_of
 from zerotop.state.progress import Progress, progress
 from zerotop.state.run import RunState

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from runtime.wire.messages import GpuStats, NodeStats
+from runtime.wire.node import GpuStats, NodeStats
 from zerotop.state.breakdown import Breakdown, Part
 from zerotop.state.memory import gpu_of
 from zerotop.state.run import RankState, RunState

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from runtime.wire.messages import Verdict
+from runtime.wire.judgement import Verdict
 
 What = Literal[
     "failed",

@@ -27,7 +27,7 @@ from runtime.data.conversations.store import Store, is_complete
 from runtime.data.conversations.stream import Cursor, StreamSpec, build_segment
 from runtime.data.conversations.streaming import StreamingBatches
 from runtime.process.extras import INSTALL_FINETUNING
-from runtime.wire.messages import DataReport
+from runtime.wire.finetuning import DataReport
 
 VERSION = 2
 """Part of every digest: raise it when the same settings give other tokens."""

@@ -11,7 +11,7 @@ import numpy as np
 from runtime.data.conversations.encode import Recipe
 from runtime.data.conversations.packing import Plan
 from runtime.data.conversations.store import Store
-from runtime.wire.messages import DataReport, DataSample, TokenRun
+from runtime.wire.finetuning import DataReport, DataSample, TokenRun
 
 EXAMPLES = 8
 _SHOWN_TOKENS = 1024

@@ -14,20 +14,8 @@ from typing import Any
 
 import pytest
 
-from runtime.wire.messages import (
-    Ack,
-    Command,
-    CommandRecord,
-    DataReport,
-    DataSample,
-    Evaluation,
-    Event,
-    Generation,
-    LogRecord,
-    RunStatus,
-    StepResult,
-    TokenRun,
-)
+from runtime.wire.finetuning import DataReport, DataSample, Evaluation, Generation, TokenRun
+from runtime.wire.messages import Ack, Command, CommandRecord, Event, LogRecord, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, write_json
 from tests.harness.waiting import until
 from zerotop import cli

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import zerotop.launch.preparation as preparation
-from runtime.wire.messages import DataReport
+from runtime.wire.finetuning import DataReport
 from tests.harness.finetuning import data_report
 from zerotop.cli import main
 from zerotop.commands.data_text import render

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from runtime.wire.messages import Event, Goodbye, Heartbeat, Hello, Message, RunStatus, StepResult
+from runtime.wire.base import Message
+from runtime.wire.messages import Event, Goodbye, Heartbeat, Hello, RunStatus, StepResult
 from zerotop.diagnose.frames import ThreadStack
 from zerotop.diagnose.hang import HANG_S, HANG_VARIABLE, JUMP_S, HangWatch, Stillness, limit_s, should_move
 from zerotop.diagnose.stacks import RankStacks

@@ -13,7 +13,8 @@ import pytest
 from runtime.config import load
 from runtime.plan import find, plan
 from runtime.plan.workload import built_in_workload
-from runtime.wire.messages import GpuStats, Hello, Memory, NodeStats
+from runtime.wire.messages import Hello, Memory
+from runtime.wire.node import GpuStats, NodeStats
 from runtime.wire.rundir import RunFile
 from runtime.wire.sizes import format_size
 from zerotop.diagnose.evidence import EvidenceCollector

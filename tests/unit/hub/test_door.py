@@ -15,7 +15,8 @@ import zmq
 
 from runtime.telemetry.link import Link
 from runtime.wire.codec import decode_packet, decode_snapshot, encode
-from runtime.wire.messages import Command, Event, LogRecord, NodeStats, Packet, RunStatus
+from runtime.wire.messages import Command, Event, LogRecord, Packet, RunStatus
+from runtime.wire.node import NodeStats
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
 from tests.harness.finetuning import data_report, evaluation
 from tests.harness.hubbench import Bench, beat, heard, packet

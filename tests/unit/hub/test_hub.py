@@ -9,8 +9,9 @@ import pytest
 import pytest_asyncio
 import zmq
 
+from runtime.wire.base import Message
 from runtime.wire.codec import decode_down, decode_packet, decode_snapshot
-from runtime.wire.messages import Ack, CheckpointSaved, Command, CommandRecord, Event, Message, Packet, Resend
+from runtime.wire.messages import Ack, CheckpointSaved, Command, CommandRecord, Event, Packet, Resend
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC
 from tests.harness.fakehub import step_result
 from tests.harness.finetuning import evaluation

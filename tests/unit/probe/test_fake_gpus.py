@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from runtime.wire.codec import encode
-from runtime.wire.messages import GpuStats
+from runtime.wire.node import GpuStats
 from tests.harness.fake_nvml import NO_PERMISSION, NOT_SUPPORTED, FakeNvml
 from tests.harness.waiting import patient, until
 from zerotop.probe import nvml as nvml_module

@@ -11,7 +11,7 @@ import psutil
 import pynvml
 import pytest
 
-from runtime.wire.messages import GpuStats
+from runtime.wire.node import GpuStats
 from tests.harness.waiting import patient, until
 from zerotop.probe import host, nvml
 from zerotop.probe.host import HostProbe

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from runtime.wire.messages import Collectives, GpuStats, NodeStats, RunStatus
+from runtime.wire.messages import Collectives, RunStatus
+from runtime.wire.node import GpuStats, NodeStats
 from tests.harness.fakehub import hello, step_result
 from zerotop.documents import status_document, status_text
 from zerotop.state.efficiency import efficiency_of, rank_efficiency, run_efficiency

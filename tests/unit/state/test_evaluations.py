@@ -6,8 +6,10 @@ import math
 
 import pytest
 
+from runtime.wire.base import Message
 from runtime.wire.codec import decode_snapshot, encode
-from runtime.wire.messages import Generation, Message, RunStatus, Snapshot
+from runtime.wire.finetuning import Generation
+from runtime.wire.messages import RunStatus, Snapshot
 from tests.harness.fakehub import hello, step_result
 from tests.harness.finetuning import data_report, evaluation
 from zerotop.state.evaluations import (

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from runtime.host.memory_limits import check_host_memory
-from runtime.wire.messages import Hello, Memory, NodeStats, PlannedMemory, RunStatus, StepResult
+from runtime.wire.messages import Hello, Memory, PlannedMemory, RunStatus, StepResult
+from runtime.wire.node import NodeStats
 from tests.unit.state.test_stall import hello
 from zerotop.state.forecast import forecast, limits_of, most_pressing
 from zerotop.state.fragmentation import fragmentation_text

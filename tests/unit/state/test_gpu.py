@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from runtime.wire.messages import GpuStats, NodeStats, Snapshot
+from runtime.wire.messages import Snapshot
+from runtime.wire.node import GpuStats, NodeStats
 from tests.harness.fakehub import hello, step_result
 from zerotop.format import byte_rate_text, energy_text
 from zerotop.state.frozen_view import freeze

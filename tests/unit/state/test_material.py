@@ -7,7 +7,7 @@ import random
 import pytest
 from rich.cells import cell_len
 
-from runtime.wire.messages import DataSample, TokenRun
+from runtime.wire.finetuning import DataSample, TokenRun
 from tests.harness.finetuning import data_report, token_runs
 from zerotop.state.material import Piece, example_lines, facts, histogram, packing_fill, title
 

@@ -14,18 +14,17 @@ from runtime.wire.messages import (
     Command,
     CommandRecord,
     Event,
-    GpuStats,
     Heartbeat,
     Hello,
     LogRecord,
     Memory,
-    NodeStats,
     Packet,
     Phases,
     RunStatus,
     Snapshot,
     StepResult,
 )
+from runtime.wire.node import GpuStats, NodeStats
 from zerotop.state.frozen_view import freeze
 from zerotop.state.memory import gpu_of, memory_use
 from zerotop.state.progress import progress, steps_at_risk

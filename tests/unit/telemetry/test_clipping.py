@@ -18,7 +18,7 @@ from runtime.telemetry.clipping import (
     clipped_report,
 )
 from runtime.wire.codec import decode_packet, encode
-from runtime.wire.messages import DataSample, Generation, TokenRun
+from runtime.wire.finetuning import DataSample, Generation, TokenRun
 from runtime.wire.rundir import Sockets
 from tests.harness.fakehub import hello
 from tests.harness.finetuning import data_report, evaluation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.wire.messages import TimeReport, Verdict
+from runtime.wire.judgement import TimeReport, Verdict
 from tests.unit.diagnose.test_hang import PlayedHub
 from tests.unit.state.test_stall import WORLD, a_run, beat, stuck
 from tests.unit.verdict.test_rules import MIB, USUAL, met, trained

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from runtime.wire.messages import BusyProcess, Collectives, Goodbye, GpuStats, Memory, NodeStats, RunStatus, StepResult
+from runtime.wire.messages import Collectives, Goodbye, Memory, RunStatus, StepResult
+from runtime.wire.node import BusyProcess, GpuStats, NodeStats
 from tests.unit.state.test_stall import WORLD, S, a_run, beat, hello, stuck
 from zerotop.state.run import RunState
 from zerotop.verdict.bound import find_gpu_fault, find_memory_bound, find_offload_bound, find_throttled

@@ -22,7 +22,8 @@ from runtime.wire.codec import (
 from runtime.wire.codec import (
     load as load_frame,
 )
-from runtime.wire.messages import Ack, Event, Hello, LogRecord, Memory, NodeStats, Packet, Snapshot, StepResult
+from runtime.wire.messages import Ack, Event, Hello, LogRecord, Memory, Packet, Snapshot, StepResult
+from runtime.wire.node import NodeStats
 from tests.harness.fakehub import hello, step_result
 
 

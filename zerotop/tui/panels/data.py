@@ -6,7 +6,7 @@ import textwrap
 
 from rich.style import Style
 
-from runtime.wire.messages import DataReport, DataSample
+from runtime.wire.finetuning import DataReport, DataSample
 from zerotop.clean import clean
 from zerotop.format import share_text
 from zerotop.state.material import ROLES, Kind, Piece, example_lines, facts, histogram, title

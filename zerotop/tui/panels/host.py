@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.style import Style
 
-from runtime.wire.messages import NodeStats
+from runtime.wire.node import NodeStats
 from zerotop.format import MISSING, bytes_text, used_of
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import meter

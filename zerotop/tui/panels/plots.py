@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from rich.style import Style
 
-from runtime.wire.messages import Evaluation, StepResult
+from runtime.wire.finetuning import Evaluation
+from runtime.wire.messages import StepResult
 from zerotop.format import count_text, figure_text, ms_text, perplexity_text
 from zerotop.state.evaluations import Evaluations, perplexity
 from zerotop.tui.view import View

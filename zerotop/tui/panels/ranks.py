@@ -12,7 +12,7 @@ from textual.binding import Binding, BindingType
 from textual.geometry import Size
 from textual.message import Message
 
-from runtime.wire.messages import GpuStats
+from runtime.wire.node import GpuStats
 from zerotop.format import MISSING, bytes_text, count_text, ms_text, used_of
 from zerotop.state.gpu import Concern, concerns
 from zerotop.state.memory import MemoryUse, gpu_of, memory_use

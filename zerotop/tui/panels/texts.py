@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from runtime.wire.messages import Evaluation
+from runtime.wire.finetuning import Evaluation
 from zerotop.clean import clean
 from zerotop.format import figure_text, perplexity_text
 from zerotop.state.evaluations import perplexity
