@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from runtime.wire.messages import Event
-from runtime.wire.node import NodeStats
+from runtime.wire.node import GpuStats, NodeStats
 from tests.harness.fake_nvml import NO_PERMISSION, FakeNvml
 from tests.harness.runs import StartedRun
 from tests.harness.waiting import patient
 from zerotop.hub.recorder import read_messages
 from zerotop.source.live import LiveSource
-from zerotop.state.gpu import concerns, gpu_facts
+from zerotop.state.gpu import concerns
+from zerotop.state.memory import gpu_of
 
 Start = Callable[..., StartedRun]
 
@@ -41,10 +42,14 @@ def events(source: LiveSource, what: str) -> list[str]:
     return [record.text for record in source.state.events if isinstance(record, Event) and record.what == what]
 
 
+def facts_of(source: LiveSource, rank: int) -> GpuStats | None:
+    return gpu_of(source.state, source.state.rank(rank))
+
+
 def test_a_run_on_eight_gpus_shows_and_records_what_the_driver_says(start: Start, fake_nvml: FakeNvml) -> None:
     run = start(FAKE_GPU=1, FAKE_STEP_S=0.3, **fake_nvml.environment)
     run.see(lambda source: source.state.energy_use() is not None, "the energy of two steps")
-    facts = gpu_facts(run.source.state, 1)
+    facts = facts_of(run.source, 1)
     assert facts is not None and facts.index == 1 and facts.power_w == 650 and facts.sm_clock_mhz == 1980
     use = run.source.state.energy_use()
     assert use is not None and use.power_w == pytest.approx(2 * 650, rel=0.05)  # two ranks, and not all eight GPUs
@@ -57,7 +62,7 @@ def test_a_run_on_eight_gpus_shows_and_records_what_the_driver_says(start: Start
     assert any("power cap" in text for text in events(run.source, "gpu"))
     assert any("GPU 5: XID 79" in text for text in events(run.source, "xid"))
     fake_nvml.set(1, lost=1)
-    run.see(lambda source: (found := gpu_facts(source.state, 1)) is not None and found.lost, "the lost GPU")
+    run.see(lambda source: (found := facts_of(source, 1)) is not None and found.lost, "the lost GPU")
 
     document = json.loads(zerotop(fake_nvml, "status", run.entry.name, "--json").stdout)
     assert [len(node["gpus"]) for node in document["nodes"]] == [8]
@@ -77,7 +82,10 @@ def test_a_driver_that_hangs_in_a_slow_call_stops_neither_the_probe_nor_the_run(
     start: Start, fake_nvml: FakeNvml
 ) -> None:
     run = start(FAKE_GPU=1, **fake_nvml.environment)
-    run.see(lambda source: (found := gpu_facts(source.state, 0)) is not None and found.sm_activity_percent, "activity")
+    run.see(
+        lambda source: (found := facts_of(source, 0)) is not None and found.sm_activity_percent,
+        "activity",
+    )
     fake_nvml.hang("*", "nvmlDeviceGetFieldValues", patient(60))
 
     def sample(source: LiveSource) -> NodeStats | None:

@@ -59,11 +59,6 @@ class Breakdown:
         """The whole step: the sum of the parts."""
         return sum(self.parts().values())
 
-    @property
-    def busy_ms(self) -> float:
-        """Everything but waiting: what the rank itself takes."""
-        return self.step_ms - self.waiting
-
     def parts(self) -> dict[Part, float]:
         """Part -> ms, in the order of PARTS."""
         return {part: getattr(self, part) for part in PARTS}

@@ -8,7 +8,7 @@ from typing import Literal
 
 from runtime.wire.messages import LIVE_STATES, RunStateName
 from zerotop.format import duration_text
-from zerotop.state.run import RunState
+from zerotop.state.run import RankState, RunState
 from zerotop.state.stall import find_stall, ranks_text
 
 SILENT_S = 5.0
@@ -56,7 +56,12 @@ def silent_ranks(state: RunState) -> dict[int, float]:
         begun = rank.heartbeat is not None or trains
         if rank.hello is None or not begun or rank.goodbye is not None or not rank.heard_ns:
             continue
-        seconds = (state.hub_now_ns - rank.heard_ns) / 1e9
+        seconds = silent_s(rank, state.hub_now_ns)
         if seconds > SILENT_S:
             silent[number] = seconds
     return silent
+
+
+def silent_s(rank: RankState, hub_now_ns: int) -> float:
+    """Seconds since the hub heard from the rank; 0 before its first packet."""
+    return max(0, hub_now_ns - rank.heard_ns) / 1e9 if rank.heard_ns else 0.0

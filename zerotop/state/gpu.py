@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from runtime.wire.node import GpuStats
-from zerotop.state.memory import gpu_of
 from zerotop.state.run import RunState
 
 SLOWER_SHARE = 0.9
@@ -19,48 +18,6 @@ GPUs under full load are at their cap all the time."""
 BUSY_PERCENT = 10.0
 """From this utilisation on, the PCIe link must run at its full generation; an idle GPU lowers it to save power."""
 _HOT = ("hot (software)", "hot (hardware)", "hardware slowdown", "power brake")
-
-
-@dataclass(frozen=True)
-class GpuFacts:
-    """The figures of a rank's GPU that verdicts use. None: n/a."""
-
-    index: int
-    name: str
-    utilization_percent: float | None
-    sm_activity_percent: float | None
-    sm_clock_mhz: float | None
-    max_sm_clock_mhz: float | None
-    clock_reasons: tuple[str, ...]
-    """Why the clocks are below their maximum, in words; idleness is not listed."""
-    power_w: float | None
-    power_limit_w: float | None
-    temperature_c: float | None
-    slowdown_temperature_c: float | None
-    lost: bool
-
-
-def gpu_facts(state: RunState, rank: int) -> GpuFacts | None:
-    """The facts of a rank's GPU; None on a CPU, and where the probe does not see the GPU (MIG instances, some
-    containers)."""
-    known = state.ranks.get(rank)
-    gpu = gpu_of(state, known) if known is not None else None
-    if gpu is None:
-        return None
-    return GpuFacts(
-        index=gpu.index,
-        name=gpu.name,
-        utilization_percent=gpu.utilization_percent,
-        sm_activity_percent=gpu.sm_activity_percent,
-        sm_clock_mhz=gpu.sm_clock_mhz,
-        max_sm_clock_mhz=gpu.max_sm_clock_mhz,
-        clock_reasons=tuple(gpu.clock_reasons),
-        power_w=gpu.power_w,
-        power_limit_w=gpu.power_limit_w,
-        temperature_c=gpu.temperature_c,
-        slowdown_temperature_c=gpu.slowdown_temperature_c,
-        lost=gpu.lost,
-    )
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,8 @@ class _Step:
     waited_us: dict[int, int] = field(default_factory=dict)
     blocked_us: dict[int, int] = field(default_factory=dict)
     """Of `waited_us`: the part for which the training thread was blocked."""
-    transfer_us: int = 0
     excess_us: float = 0.0
-    """Of `transfer_us`: beyond what transfers of these kinds usually take."""
+    """How much longer the transfers took than those of these kinds usually take."""
     compared: int = 0
     """Collectives of which the usual time is known."""
     caused_us: dict[int, int] = field(default_factory=dict)
@@ -82,7 +81,6 @@ class _Step:
             self.meetings,
             dict(self.waited_us),
             dict(self.blocked_us),
-            self.transfer_us,
             self.excess_us,
             self.compared,
             dict(self.caused_us),
@@ -99,15 +97,8 @@ class WaitWindow:
     step_ms: float  # mean of the same steps, of the slowest rank in each; 0 while none has reported
     waited_ms: dict[int, float]  # per step: what the rank waited for others
     blocked_ms: dict[int, float]  # per step: the part of it for which its training thread was blocked
-    transfer_ms: float  # per step: the transfers of all collectives, exposed or not
     caused_ms: dict[int, float]  # per step: what one other rank, on average, waited for this one
     came_last: dict[int, int]  # collectives with a skew that matters in which the rank came last
-
-    @property
-    def came_last_share(self) -> dict[int, float]:
-        """Rank -> 0..1 of the collectives with a skew that matters."""
-        total = sum(self.came_last.values())
-        return {rank: count / total for rank, count in self.came_last.items()} if total else {}
 
 
 class Waits:
@@ -156,7 +147,6 @@ class Waits:
         self.meetings.append(meeting)
         sums = self._sums(step)
         sums.meetings += 1
-        sums.transfer_us += transfer_us
         if usual_us is not None:
             sums.excess_us += transfer_us - usual_us
             sums.compared += 1
@@ -207,7 +197,6 @@ class Waits:
             sum(timed) / len(timed) if timed else 0.0,
             {rank: value / 1000 / count for rank, value in waited_us.items()},
             {rank: value / 1000 / count for rank, value in blocked_us.items()},
-            sum(sums.transfer_us for sums in chosen) / 1000 / count,
             {rank: value / 1000 / count / others for rank, value in caused_us.items()},
             came_last,
         )
@@ -234,12 +223,3 @@ class Waits:
         met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
         known = [self._steps[step] for step in met]
         return [sums.excess_us / 1000 for sums in known if sums.compared * 2 >= sums.meetings]
-
-    def waited_ms(self, step: int) -> dict[int, float]:
-        """Rank -> milliseconds that it waited for others in the collectives of `step`."""
-        totals: dict[int, float] = {}
-        for meeting in self.meetings:
-            if meeting.step == step:
-                for rank, waited_us in meeting.waited_us.items():
-                    totals[rank] = totals.get(rank, 0.0) + waited_us / 1000
-        return totals

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from zerotop.format import duration_text
 from zerotop.probe.processes import GONE
+from zerotop.state.condition import SILENT_S, silent_s
 from zerotop.state.run import RankState
 from zerotop.state.stall import place_text, ranks_text
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding
 
-SILENT_S = 5.0
-"""A rank sends several heartbeats a second from a thread of its own. Silent for this long, it can't run Python code."""
 STOPPED_S = 1.5
-"""...and for this long, if the kernel says that its process is stopped."""
+"""A rank that is silent for this long and whose process the kernel calls stopped is wedged; otherwise it takes
+SILENT_S."""
 BUSY_PERCENT = 50.0
 """A silent process that uses more of a CPU than this spins."""
 LIVE = frozenset({"running", "stopping", "paused"})
-
-
-def silent_s(rank: RankState, hub_now_ns: int) -> float:
-    """Seconds since the hub heard from the rank; 0 before its first packet."""
-    return max(0, hub_now_ns - rank.heard_ns) / 1e9 if rank.heard_ns else 0.0
 
 
 def find_failed(figures: Figures) -> Finding | None:

@@ -11,8 +11,9 @@ from runtime.wire.node import GpuStats, NodeStats
 from tests.harness.fakehub import hello, step_result
 from zerotop.format import byte_rate_text, energy_text
 from zerotop.state.frozen_view import freeze
-from zerotop.state.gpu import concerns, gpu_concerns, gpu_facts
+from zerotop.state.gpu import concerns, gpu_concerns
 from zerotop.state.gpu_text import gpu_items, missing_text
+from zerotop.state.memory import gpu_of
 from zerotop.state.run import RunState
 
 SECOND = 10**9
@@ -105,13 +106,13 @@ def test_a_gpu_of_which_nothing_is_known_is_no_concern() -> None:
 # ---- facts ----------------------------------------------------------------------------------------------------------
 def test_the_facts_of_a_rank_are_found_by_uuid() -> None:
     state = a_run(gpu(0), gpu(1, sm_clock_mhz=1200, clock_reasons=["power cap"]))
-    facts = gpu_facts(state, 1)
+    facts = gpu_of(state, state.ranks[1])
     assert facts is not None
-    assert (facts.sm_clock_mhz, facts.max_sm_clock_mhz, facts.clock_reasons) == (1200, 1980, ("power cap",))
+    assert (facts.sm_clock_mhz, facts.max_sm_clock_mhz, facts.clock_reasons) == (1200, 1980, ["power cap"])
     assert (facts.power_w, facts.power_limit_w, facts.temperature_c) == (650, 700, 61)
-    assert gpu_facts(state, 7) is None
+    assert gpu_of(state, state.rank(7)) is None
     state.apply(hello(1, device="cuda:0", device_uuid="MIG-1"))
-    assert gpu_facts(state, 1) is None
+    assert gpu_of(state, state.ranks[1]) is None
 
 
 def test_the_words_for_what_is_missing_tell_why() -> None:

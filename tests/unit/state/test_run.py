@@ -213,7 +213,6 @@ def test_waiting_is_what_is_beyond_the_shortest_duration() -> None:
         waits.add(Collectives(rank=rank, step=3, records=[(1, "reduce", 64, 0, 0, duration, 0)]), 3)
     meeting = waits.meetings[0]
     assert (meeting.last_rank, meeting.transfer_us, meeting.skew_us) == (1, 1_000, 4_000)
-    assert waits.waited_ms(3) == {0: 4.0, 1: 0.0, 2: 3.0}
     assert waits.window().steps == 0  # the newest step is still being reported
     for rank, duration in ((0, 1_000), (1, 1_100), (2, 1_050)):
         waits.add(Collectives(rank=rank, step=4, records=[(2, "reduce", 64, 0, 0, duration, 0)]), 3)
