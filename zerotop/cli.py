@@ -13,6 +13,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "launch": ("launch", "start a run and open the live screen on it"),
+    "run": ("run", "run any training command and watch it"),
     "attach": ("attach", "open the screen on a run, here or on another machine over SSH"),
     "ls": ("ls", "list runs"),
     "status": ("status", "show where a run is: step, loss, and every rank"),

@@ -40,6 +40,19 @@ class Inbox:
                 self._done = taken[-1].number
             return taken
 
+    def newest_number(self) -> int:
+        """The number of the newest command that waits; 0 if none does."""
+        with self._condition:
+            return self._waiting[-1].number if self._waiting else 0
+
+    def take_up_to(self, number: int) -> list[Command]:
+        """Take the commands numbered up to `number`, in order."""
+        with self._condition:
+            taken = [command for command in self._waiting if command.number <= number]
+            self._waiting = self._waiting[len(taken) :]
+            self._done = max(self._done, number)
+            return taken
+
     def next(self, timeout_s: float) -> Command | None:
         """Take the oldest command, or wait up to timeout_s seconds for one.
 

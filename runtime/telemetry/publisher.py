@@ -31,7 +31,8 @@ from runtime.telemetry.inbox import Inbox
 from runtime.telemetry.link import Link
 from runtime.telemetry.null import NullTelemetry, Outcome, Severity
 from runtime.telemetry.orphan import SupervisorWatch, grace_s
-from runtime.telemetry.recorder import Recorder
+from runtime.telemetry.position import CollectivePosition
+from runtime.telemetry.recorder import Position, Recorder
 from runtime.wire.finetuning import DataReport, Evaluation
 from runtime.wire.messages import (
     Ack,
@@ -73,8 +74,12 @@ class Telemetry(Recorder):
         self.attempt = attempt
         self.inbox = Inbox()
         self.memory_source: Callable[[], Memory] | None = None
+        self.collective_position: Callable[[], CollectivePosition | None] | None = None
+        """Called by the publisher for the heartbeat, where the collectives are not recorded here. `None` leaves what is
+        recorded."""
         self.log_handler = TelemetryHandler(self.log)
         self._logger = logging.getLogger("runtime")
+        self.adoptable = False
         self._sockets = sockets
         self._supervisor_pid = supervisor_pid
         self._watch: SupervisorWatch | None = None
@@ -82,6 +87,8 @@ class Telemetry(Recorder):
         self._thread = threading.Thread(target=self._run, name="zerotop-telemetry", daemon=True)
         self._events: deque[Any] = deque(maxlen=EVENTS_KEPT)
         self._logs_dropped = 0
+        self._collectives_seen = (0, 0)
+        self._collectives_seen_ns = 0
         self._hz = 5.0
         self._micro_steps = 1
         self._memory_due = False
@@ -106,12 +113,30 @@ class Telemetry(Recorder):
                 f"{RUN_VARIABLE}={folder} is not a run directory: {_first_line(error)}. `zerotop launch` sets this "
                 "variable; unset it to train without telemetry"
             ) from None
+        if (early := _adoptable.pop(rank, None)) is not None:
+            return early
         attempt = _number(ATTEMPT_VARIABLE, run.attempt)
         return cls(rank, attempt, Sockets(run.sockets), _number(SUPERVISOR_VARIABLE, None))
+
+    @property
+    def started(self) -> bool:
+        """Whether `start` has been called."""
+        return self._link is not None
+
+    def offer(self) -> None:
+        """Let the next `from_environment` and `start` in this process take over this telemetry, which has begun without
+        a trainer: the hub knows one connection of a rank."""
+        self.adoptable = True
+        _adoptable[self.rank] = self
 
     # ---- life ------------------------------------------------------------------------------------------------------
     def start(self, hello: Hello) -> None:
         """Open the sockets, start the threads, send `hello` and, from now on, log records. Raises TelemetryError."""
+        if self._link is not None and self.adoptable:
+            self.adoptable = False
+            self.hz = hello.telemetry_hz
+            self.introduce(hello)
+            return
         if self._link is not None:
             raise RuntimeError("telemetry was started already")
         try:
@@ -134,6 +159,11 @@ class Telemetry(Recorder):
         self._logger = logging.getLogger() if logging.getLogger().handlers else logging.getLogger("runtime")
         self._logger.addHandler(self.log_handler)
         self._at_exit = at_exit(self.close)
+
+    def introduce(self, hello: Hello) -> None:
+        """Send another `hello` of this rank: more is known of it now."""
+        self._micro_steps = hello.accumulation
+        self._send_event(hello)
 
     def goodbye(
         self, outcome: Outcome, step: int, error: str = "", fatal: bool = False, culprit: int | None = None
@@ -330,6 +360,8 @@ class Telemetry(Recorder):
             messages.append(Collectives.model_construct(rank=self.rank, step=step, records=records))
         messages += drained.steps
         at = self.position()
+        if self.collective_position is not None and (seen := self.collective_position()) is not None:
+            at = self._with_collectives(at, seen)
         messages.append(
             Heartbeat.model_construct(
                 rank=self.rank,
@@ -348,6 +380,19 @@ class Telemetry(Recorder):
             )
         )
         return messages
+
+    def _with_collectives(self, at: Position, seen: CollectivePosition) -> Position:
+        """`at` with the collectives that somebody else counts. That one has completed is progress."""
+        if (seen.entered, seen.completed) != self._collectives_seen:
+            self._collectives_seen = (seen.entered, seen.completed)
+            self._collectives_seen_ns = time.monotonic_ns()
+        return at._replace(
+            entered_seq=seen.entered,
+            completed_seq=seen.completed,
+            entered_op=seen.op,
+            entered_bytes=seen.nbytes,
+            progress_ns=max(at.progress_ns, self._collectives_seen_ns),
+        )
 
     def _send_events(self) -> None:
         assert self._link is not None
@@ -388,6 +433,9 @@ class Telemetry(Recorder):
         # Runs in the watch, which must not get stuck: logging, whose locks others hold, is left to the publisher.
         self.inbox.mark_orphaned()
         self._wake()
+
+
+_adoptable: dict[int, Telemetry] = {}
 
 
 def _number(variable: str, default: Any) -> Any:

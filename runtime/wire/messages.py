@@ -129,6 +129,12 @@ class Hello(Message):
     """Where the peak comes from, or why it is not known."""
     knobs: Data = Field(default_factory=dict)  # every knob's value at the start of the attempt
     planned: PlannedMemory | None = None
+    trainer: Text = ""
+    """Name and version of a trainer that is not ours; empty: ours."""
+    counts_steps: bool = True
+    """Whether it reports steps and phases; else only that it lives, and how far its collectives have come."""
+    impossible: dict[Word, Text] = Field(default_factory=dict)
+    """Command -> why this trainer can't obey it."""
 
 
 class Phases(Message):

@@ -6,7 +6,7 @@ RUN/state.json              a `RunStatus`; replaced atomically by the supervisor
 RUN/config.json             the config as the user wrote it, with --set applied
 RUN/resolved.json           every value that the run uses
 RUN/recording.sqlite        what the hub heard
-RUN/logs/<attempt>/         rank-N.log, torchrun.log, supervisor.log (in the first one of each launch);
+RUN/logs/<attempt>/         rank-N.log, launcher.log, supervisor.log (in the first one of each launch);
                             stacks-rank-N.txt (stack dumps of a rank), stacks-1.txt, ... (dumps of all ranks at one
                             moment), evidence-1/, ... (what belongs to them: Flight Recorder of each rank, NCCL RAS),
                             flight-rank-N.json (Flight Recorder of a rank that failed)
@@ -44,6 +44,10 @@ STACKS_SIGNAL = signal.SIGUSR2
 """Signal that makes a rank dump the stacks of its threads; it kills a process without a handler."""
 
 
+LAUNCHER_LOG = "launcher.log"
+"""Name of the log of what starts the ranks, torchrun or a wrapped command, in the attempt's folder."""
+
+
 def rank_stacks(logs: Path, rank: int) -> Path:
     """The file to which a rank appends its stack dumps; `logs`: the attempt's folder."""
     return logs / f"stacks-rank-{rank}.txt"
@@ -72,13 +76,14 @@ class RunFile(BaseModel):
     boot_id: str
     supervisor_pid: int = 0
     supervisor_start: float = 0.0  # psutil's create_time(): with the pid and boot id it identifies one process for good
-    nproc: int
+    nproc: int  # 0: a wrapped command that has not said how many ranks it starts
     device: str  # "cpu" | "cuda"
     config_path: str  # where the user's file lay, for messages
     config_folder: str  # globs in the config are relative to this
     working_folder: str = ""  # where launch was called; a script's relative paths start there, in every attempt
     script: list[str] | None = None  # SCRIPT.py and its arguments; None: the built-in trainer
     command: list[str] | None = None  # started in torchrun's place, with the same environment; None: torchrun
+    wrapped: list[str] | None = None  # the user's own command, which `zerotop run` has wrapped; None: a run of ours
     sockets: str
     version: str = ""
 

@@ -37,6 +37,7 @@ _SAYS = {
     "stop": "{name} finishes its current step, writes a checkpoint and ends; launch --resume continues it",
     "abort": "{name} ends at once, without a checkpoint",
 }
+_STOPS_WRAPPED = "{name} is asked to stop: its trainer if that can be asked, else the command gets SIGTERM"
 
 
 def register(subparsers: Any) -> None:
@@ -169,7 +170,8 @@ def run(arguments: argparse.Namespace) -> int:
             return _print(entry.name, refused(new_command(name, _as_typed(settings)), problem), arguments.json)
         command = new_command(name, _values(settings))
     if name in _SAYS:
-        say(_SAYS[name].format(name=entry.name))
+        says = _STOPS_WRAPPED if name == "stop" and entry.run.wrapped else _SAYS[name]
+        say(says.format(name=entry.name))
     accepted_is_enough = name == "checkpoint" and not arguments.wait
     timeout_s = arguments.timeout
     if timeout_s is None and not (name == "checkpoint" and arguments.wait):

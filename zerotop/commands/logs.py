@@ -8,12 +8,12 @@ import re
 import select
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runtime.wire.rundir import LAUNCHER_LOG
 from zerotop.clean import clean
 from zerotop.output import say
-from zerotop.rundir.logs import LogTail
+from zerotop.rundir.logs import LogTail, newest_attempt
 
 if TYPE_CHECKING:
     from zerotop.rundir.directory import RunEntry
@@ -91,7 +91,7 @@ def _tails(entry: RunEntry, rank: int | None, attempt: int | None) -> list[LogTa
     """The logs of one attempt, by rank. Raises CommandError when there are none to show."""
     from zerotop.output import CommandError
 
-    folder = _newest_attempt(entry) if attempt is None else entry.logs(attempt)
+    folder = newest_attempt(entry) if attempt is None else entry.logs(attempt)
     paths = sorted(folder.glob("rank-*.log"), key=lambda path: int(path.stem.removeprefix("rank-")))
     if rank is not None:
         wanted = [path for path in paths if path.stem == f"rank-{rank}"]
@@ -99,15 +99,11 @@ def _tails(entry: RunEntry, rank: int | None, attempt: int | None) -> list[LogTa
             there = ", ".join(path.stem.removeprefix("rank-") for path in paths)
             raise CommandError(f"{entry.name} has no rank {rank}: its ranks are {there}")
         paths = wanted
+    if not paths and entry.run.wrapped and rank is None and (folder / LAUNCHER_LOG).exists():
+        return [LogTail(folder / LAUNCHER_LOG)]  # a command without ranks
     if not paths:
         raise CommandError(f"{entry.name} ({entry.status.state}) has no logs in {folder}: its ranks have not started")
     return [LogTail(path) for path in paths]
-
-
-def _newest_attempt(entry: RunEntry) -> Path:
-    """The log folder of the newest attempt: a supervisor that restarts the ranks counts attempts on its own."""
-    numbers = [int(folder.name) for folder in (entry.path / "logs").glob("*") if folder.name.isdecimal()]
-    return entry.logs(max(numbers)) if numbers else entry.logs()
 
 
 def _first_lines(tail: LogTail, count: int | None, *, at_end: bool) -> Iterator[tuple[str, int, str]]:
@@ -144,7 +140,7 @@ def _follow(entry: RunEntry, rank: int | None, tails: list[LogTail]) -> None:
     from zerotop.rundir.directory import read_entry
 
     for live in _ticks(entry):
-        folder = _newest_attempt(entry)
+        folder = newest_attempt(entry)
         if folder != tails[0].path.parent and any(folder.glob("rank-*.log")):
             tails = _tails(entry, rank, int(folder.name))
         for tail in tails:

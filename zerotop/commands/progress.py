@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,20 +33,25 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Sent by a batch system before it ends the job."""
 
 
-def follow(source: Source, entry: RunEntry, *, as_json: bool = False) -> int:
+def follow(
+    source: Source, entry: RunEntry, *, as_json: bool = False, output: Callable[[bool], None] | None = None
+) -> int:
     """Print lines until the run ends; the exit code is 0 if it finished or stopped, 1 if it failed or was aborted.
+    `output(at_end)` prints what a wrapped command has written; our lines then go to stderr.
 
     The first Ctrl-C sends stop, the second abort. SIGTERM and SIGUSR1 send stop: a batch system that ends the job kills
     everything in it once this process has exited, so it stays until the run has ended. With `as_json` the lines go to
     stderr, and at the end the state of the run goes to stdout. Closes the source.
     """
-    lines = _Lines(entry, to_stderr=as_json)
+    lines = _Lines(entry, to_stderr=as_json or output is not None)
     try:
         with _signals() as count:
             interrupts, told, leave_s = 0, False, math.inf
             while True:
                 source.wait(POLL_S)
                 source.poll()
+                if output is not None:
+                    output(source.connection == "ended")
                 lines.tell(source.state)
                 if source.connection == "ended":
                     break

@@ -45,9 +45,11 @@ class SystemEvidence:
 @dataclass(frozen=True)
 class FailureEvidence:
     """Everything that `decide` uses to find the cause of a failure. `exit_codes` are those that the supervisor read
-    itself (from adopted children); torchrun.log has the others."""
+    itself (from adopted children); launcher.log has the others."""
 
     nproc: int
+    wrapped: bool
+    """Whether the ranks, if there are any, belong to a command of the user's."""
     launcher_exit: int | None
     logs: Path
     launcher_killed: bool = False

@@ -22,7 +22,7 @@ from zerotop.format import duration_text
 from zerotop.hub.hub import Hub
 from zerotop.state.condition import silent_ranks
 from zerotop.state.run import RunState
-from zerotop.state.stall import QUIET_PHASES, explain, ranks_text
+from zerotop.state.stall import QUIET_PHASES, counts_steps, explain, is_past, ranks_text
 
 HANG_VARIABLE = "ZEROTOP_HANG_S"
 HANG_S = 60.0
@@ -73,11 +73,13 @@ def should_move(state: RunState) -> bool:
     """Whether no progress would be a hang: the run is running and past its first steps, and no rank has a reason to
     hold up the others. A rank that sends nothing has no such reason, whatever phase the others are in."""
     ranks = [rank for rank in state.ranks.values() if rank.goodbye is None]
-    if state.state_name != "running" or not any(rank.heartbeat for rank in ranks):
+    beats = [rank.heartbeat for rank in ranks if rank.heartbeat is not None]
+    if state.state_name != "running" or not beats:
         return False
-    start = state.hello.start_step if state.hello else 0
-    if state.step - start < FIRST_STEPS:
+    if not is_past(state, FIRST_STEPS):
         return False
+    if not counts_steps(state) and not any(beat.entered_seq > beat.completed_seq for beat in beats):
+        return False  # a script that is outside any collective may do what it likes
     return not any(rank.phase in QUIET_PHASES for rank in ranks) or bool(silent_ranks(state))
 
 

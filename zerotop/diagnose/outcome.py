@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runtime.telemetry.bounds import shortened, shortened_error
 from runtime.wire.messages import Goodbye, RunStateName
+from runtime.wire.rundir import LAUNCHER_LOG
 from zerotop.diagnose.evidence import FailureEvidence
 from zerotop.diagnose.rank_errors import (
     REASON_KEPT,
@@ -50,6 +51,8 @@ What to change: all ranks must take the same number of steps, because every step
   - a DataLoader of your own: DistributedSampler pads or drops samples until the ranks have equally many; drop_last=True
   - other data: before the loop, all-reduce the minimum number of batches and stop after that many
 docs/faults.md, "Ranks with different amounts of data", has the code."""
+_TERM_EXITS = (-signal.SIGTERM, 128 + signal.SIGTERM)
+"""Exit codes of a command that a SIGTERM has ended, of its own or of a shell around it."""
 _NOT_INITIALIZED = "the script never called runtime.initialize(): nothing was trained or watched"
 
 
@@ -78,7 +81,9 @@ def decide(seen: FailureEvidence) -> Outcome:
     if seen.launcher_exit == 0 and not words & {"failed", "aborted"}:
         if "stopped" in words or (seen.stopping and not words):
             return Outcome("stopped", _goodbye_reason(seen) or "stopped on request", 0)
-        return Outcome("finished", _NOT_INITIALIZED if seen.silent_script else "all ranks finished", 0)
+        return Outcome("finished", _finish_reason(seen), 0)
+    if seen.wrapped and seen.stopping and "failed" not in words and _ended_by_sigterm(seen):
+        return Outcome("stopped", "the command was sent SIGTERM and has ended", seen.launcher_exit)
     if seen.launcher_killed:
         return _launcher_failed(seen)
     codes = _exit_codes(seen)
@@ -94,6 +99,18 @@ def decide(seen: FailureEvidence) -> Outcome:
     base = _rank_reason(seen, rank, code)
     more = "".join(words(seen, rank, code) for words in (_memory_words, _shared_words, _xid_words))
     return Outcome("failed", base + more, code, rank, _rank_error(seen, rank, code), cause=base if more else "")
+
+
+def _ended_by_sigterm(seen: FailureEvidence) -> bool:
+    """Whether the command or, as a launcher reports it, every rank that failed was ended by SIGTERM."""
+    codes = _exit_codes(seen)
+    return seen.launcher_exit in _TERM_EXITS or (bool(codes) and all(code in _TERM_EXITS for code in codes.values()))
+
+
+def _finish_reason(seen: FailureEvidence) -> str:
+    if seen.wrapped and not seen.goodbyes:
+        return "the command ended with exit code 0"
+    return _NOT_INITIALIZED if seen.silent_script else "all ranks finished"
 
 
 def _goodbye_reason(seen: FailureEvidence) -> str:
@@ -117,7 +134,7 @@ def reported_exit_codes(logs: Path) -> dict[int, int]:
     It names the first one as soon as it has noticed, and the others once all have ended. On one node the local rank
     is the rank.
     """
-    text = tail(logs / "torchrun.log", _LOG_LINES)
+    text = tail(logs / LAUNCHER_LOG, _LOG_LINES)
     codes: dict[int, int] = {}
     for code, rank in _FIRST.findall(text):
         codes.setdefault(int(rank), int(code))
@@ -258,14 +275,17 @@ def _rank_error(seen: FailureEvidence, rank: int, code: int | None) -> str:
 
 
 def _launcher_failed(seen: FailureEvidence) -> Outcome:
-    code = seen.launcher_exit
+    code, who = seen.launcher_exit, "the command" if seen.wrapped else "torchrun"
     if code is None:
         reason = "the supervisor ended before the ranks did"
     elif code < 0:
-        reason = f"torchrun was killed by {_signal_name(-code)}"
+        reason = f"{who} was killed by {_signal_name(-code)}"
         evidence = seen.system.memory.evidence if seen.system is not None else ""
         if evidence and code == -signal.SIGKILL:
             reason += f"; {evidence}"
+    elif seen.wrapped:
+        raised = exception_line(tail(seen.logs / LAUNCHER_LOG, _LOG_LINES)) if code in _PYTHONS_EXITS else ""
+        reason = f"the command failed: {shortened(raised, REASON_KEPT)}" if raised else f"it exited with code {code}"
     else:
         reason = f"torchrun exited with code {code} before any rank failed"
     return Outcome("failed", reason, code, None, launcher_tail(seen.logs))

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from runtime.telemetry.bounds import shortened
+from runtime.wire.rundir import LAUNCHER_LOG
 from zerotop.rundir.logs import ERROR_LINES, tail
 
 REASON_KEPT = 500
@@ -78,9 +79,9 @@ def crash_stack(log: str) -> str:
 
 
 def launcher_tail(logs: Path) -> str:
-    """The end of torchrun.log without its own traceback and closing table, which only repeat that a rank failed."""
+    """The end of launcher.log without its own traceback and closing table, which only repeat that a rank failed."""
     kept = []
-    for line in tail(logs / "torchrun.log", lines=400).splitlines():
+    for line in tail(logs / LAUNCHER_LOG, lines=400).splitlines():
         if "failed (exitcode:" in line or re.match(r"={20,}$", line):
             break
         if line.strip("* ") and "OMP_NUM_THREADS" not in line and not _AGENT.match(line):

@@ -58,7 +58,7 @@ class StackTaker:
 
     def __init__(self, run: Path, nproc: int, hub: Hub) -> None:
         self._run = run
-        self._nproc = nproc
+        self.nproc = nproc
         self._hub = hub
         self._turn = asyncio.Lock()
 
@@ -69,7 +69,7 @@ class StackTaker:
             return await asyncio.to_thread(self._look, self._logs(), pids, only)
 
     def _look(self, logs: Path, pids: Mapping[int, int], only: Collection[int] | None) -> dict[int, RankStacks]:
-        found = find_ranks(self._run, self._nproc, pids)
+        found = find_ranks(self._run, self.nproc, pids)
         wanted = found if only is None else {rank: process for rank, process in found.items() if rank in only}
         return ask(wanted, pids, logs, reader=find_pyspy())
 
@@ -134,8 +134,8 @@ class StackTaker:
         """Carry out the command `stacks`. Of a run that stands still, or with the argument `native`, everything is
         collected; a run that trains is not held up."""
         only, native = command.arguments.get("ranks"), bool(command.arguments.get("native"))
-        if unknown := [rank for rank in only or () if rank >= self._nproc]:
-            reason = f"stacks: there is no rank {unknown[0]}: the ranks are 0 to {self._nproc - 1}"
+        if unknown := [rank for rank in only or () if rank >= self.nproc]:
+            reason = f"stacks: there is no rank {unknown[0]}: the ranks are 0 to {self.nproc - 1}"
             self._hub.router.complete(command.id, reason=reason)
             return
         try:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from runtime.wire.base import Message
+from runtime.wire.bounds import MAX_RANKS
 from runtime.wire.codec import Decoded, ProtocolError, encode_data, load, rank_of, read_packet
 from runtime.wire.finetuning import DataReport, Evaluation
 from runtime.wire.messages import (
@@ -53,7 +54,8 @@ class Door:
     """The checks of one hub. `report(text)` is called for everything that is rejected."""
 
     def __init__(self, world_size: int, report: Callable[[str], object]) -> None:
-        self._world_size = world_size
+        self.world_size = world_size
+        """0: not known yet."""
         self._report = report
         self._buckets: dict[tuple[int, type[Message]], TokenBucket] = {}
 
@@ -63,8 +65,9 @@ class Door:
         decoded = read_packet(load(frame))
         packet = decoded.shell
         rank = rank_of(packet.source)
-        if rank is None or rank >= self._world_size:
-            raise ProtocolError(f"a packet of {packet.source[:40]!r}: expected one of rank 0 to {self._world_size - 1}")
+        if rank is None or rank >= (self.world_size or MAX_RANKS):
+            last = (self.world_size or MAX_RANKS) - 1
+            raise ProtocolError(f"a packet of {packet.source[:40]!r}: expected one of rank 0 to {last}")
         if packet.attempt != attempt:
             return None
         for problem in decoded.malformed:

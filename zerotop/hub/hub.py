@@ -116,6 +116,7 @@ class Hub:
             publish=lambda record: self.say(record),
             abort=abort,
             stacks=stacks,
+            wrapped=run.wrapped is not None,
         )
 
     def _socket(self, kind: int) -> zmq.asyncio.Socket:
@@ -215,6 +216,11 @@ class Hub:
             self.command(Command(id=uuid.uuid4().hex, name="set", arguments=settings, who=RESTART))
         if paused is not None:
             self.command(paused.model_copy(update={"id": uuid.uuid4().hex, "who": RESTART, "number": 0}))
+
+    def expect_ranks(self, world_size: int) -> None:
+        """The ranks of a wrapped command have said how many they are."""
+        self._run = self._run.model_copy(update={"nproc": world_size})
+        self._door.world_size = world_size
 
     def _is_held(self) -> Command | None:
         """The pause that holds the run, unless it is about to resume; also one that was sent again after a restart

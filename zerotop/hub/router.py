@@ -21,6 +21,7 @@ IDS_REMEMBERED = 20_000
 would neither act on such a command nor answer it.)"""
 OPEN_AT_MOST = 64
 """Limit on commands that wait for a step boundary."""
+NO_RANK = "no rank of the command has reported to the run: its script has not called watch() (docs/watch.md)"
 LONGEST_DEADLINE_S = 7 * 86400
 
 _OUTLIVE_RANKS = frozenset({"checkpoint", "set", "stop", "abort"})
@@ -48,7 +49,7 @@ class CommandRouter:
     `forward(command)` sends to all ranks; `publish(record)` to every screen and the recording, which is the only way in
     which a command is answered. `abort(command)` ends the run without the help of its ranks; the supervisor then calls
     `finish`. `stacks(command)` looks at the ranks from outside, because they may be stuck; the supervisor then calls
-    `complete`.
+    `complete`. `wrapped`: the ranks belong to a trainer that is not ours, which may not obey every command.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class CommandRouter:
         publish: Callable[[CommandRecord], None],
         abort: Callable[[Command], None],
         stacks: Callable[[Command], None],
+        wrapped: bool = False,
     ) -> None:
         self._state = state
+        self._wrapped = wrapped
         self._forward = forward
         self._publish = publish
         # Commands that do not wait for a step boundary and are never sent to the ranks.
@@ -102,7 +105,8 @@ class CommandRouter:
             self._tell(case, "rejected", reason=refusal)
             return False
         self._tell(case, "accepted")
-        self._outside.get(command.name, self._forward)(numbered)
+        if command.name != "stop" or not self._impossible("stop", ask_trainer=True):
+            self._outside.get(command.name, self._forward)(numbered)
         return True
 
     def _check(self, command: Command) -> tuple[dict[str, Any], str]:
@@ -119,6 +123,8 @@ class CommandRouter:
             return command.arguments, "the run is being aborted"
         if command.name == "abort":
             return _without_arguments(command)
+        if why := self._impossible(command.name):
+            return command.arguments, why
         hastens = command.name == "stop" and "deadline_s" in command.arguments and not self._has_deadline()
         if ("stop" in waiting or state == "stopping") and not hastens:
             return command.arguments, "the run is stopping already (abort ends it at once)"
@@ -144,6 +150,15 @@ class CommandRouter:
             case "pause" if command.arguments.keys() == {"release"} and command.arguments["release"] in (True, False):
                 return command.arguments, ""
         return _without_arguments(command)
+
+    def _impossible(self, name: str, ask_trainer: bool = False) -> str:
+        """Why the trainer can't obey this command; empty if it can. A stop is never impossible for the run: without the
+        trainer (ask_trainer: can it?) its command gets a SIGTERM."""
+        if name == "stop" and not ask_trainer:
+            return ""
+        if (hello := self._state.hello) is not None:
+            return hello.impossible.get(name, "")
+        return NO_RANK if self._wrapped else ""
 
     def _profile(self, command: Command, waiting: set[str]) -> tuple[dict[str, Any], str]:
         """Whether the chosen ranks take steps that can be profiled."""

@@ -22,6 +22,7 @@ from runtime.wire.rundir import RunFile, boot_id, write_json
 from zerotop.launch.devices import Device, choose
 from zerotop.launch.handshake import start_supervisor
 from zerotop.launch.preparation import prepare
+from zerotop.launch.wrapped import checked_command, has_gpus, refuse_trainer_keys
 from zerotop.output import say
 from zerotop.rundir.directory import (
     RunEntry,
@@ -72,6 +73,7 @@ class _Plan:
     script: list[str] | None
     notes: list[dict[str, str]]
     previous: RunEntry | None
+    wrapped: list[str] | None = None
 
 
 def start_run(
@@ -105,9 +107,44 @@ def start_run(
         raise RunError(f"the run can't start: {error_text(error)}") from None
 
 
+def start_wrapped(
+    wrapped: Sequence[str],
+    *,
+    nproc: int | None = None,
+    name: str | None = None,
+    config_path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> RunEntry:
+    """Start a run of the user's own command, with its arguments, and return when its supervisor is up.
+
+    nproc: start it as so many ranks under torchrun: `wrapped` is then SCRIPT.py and its arguments, with or without
+    `python` in front. The config may have a "zerotop" section for restarts and alerts. Raises RunError or ConfigError
+    with a message for the user; then nothing was started and nothing is left behind.
+    """
+    for number, word in enumerate(wrapped):
+        check_utf8(f"word {number + 1} of the command", word)
+    try:
+        if name is not None:
+            check_name(name)
+            if (runs_home() / name).exists():
+                raise RunError(existing_message(name))
+        config = load(config_path if config_path is not None else {}, overrides)
+        refuse_trainer_keys(config.raw, config.origin)
+        resolved = config.resolve(1, "cpu", script=True)
+        words = checked_command(wrapped, nproc)
+        origin = os.path.abspath(config_path) if config_path is not None else ""
+        folder = os.path.dirname(origin) if origin else working_folder()
+        device: Device = "cuda" if has_gpus() else "cpu"
+        with contextlib.ExitStack() as leaving:
+            plan = _Plan(config, resolved, origin, folder, device, nproc or 0, None, [], None, words)
+            return _begin(plan, name, None, leaving)
+    except OSError as error:
+        raise RunError(f"the run can't start: {error_text(error)}") from None
+
+
 def _start(asked: _Asked, command: Sequence[str] | None) -> RunEntry:
     """As `start_run`, which has the arguments of `_check`."""
-    name, resume = asked[3], asked[5]
+    name = asked[3]
     plan = _check(*asked)
     with contextlib.ExitStack() as leaving:
         if plan.previous is not None:
@@ -116,18 +153,30 @@ def _start(asked: _Asked, command: Sequence[str] | None) -> RunEntry:
             lock = take_patiently(path, check=lambda: _previous(name), tell=say)
             leaving.callback(os.close, lock)  # the supervisor has it too, by then
             plan = _check(*asked, prepared=True)  # as it is now
-        record_executable()  # attach over SSH finds zerotop by it
-        undo = leaving.enter_context(contextlib.ExitStack())
-        if plan.previous is not None:
-            attempt = plan.previous.run.attempt + 1
-        else:
-            path, attempt = make_run_folder(name or generate_name({entry.name for entry in list_runs()})), 1
-            undo.callback(shutil.rmtree, path, ignore_errors=True)
-            lock = take_new(path)
-            leaving.callback(os.close, lock)
-        run = _write_files(plan, path, attempt, command, undo)
-        start_supervisor(path, run, resume=resume, lock=lock)
-        undo.pop_all()
+            return _begin(plan, name, command, leaving, lock)
+        return _begin(plan, name, command, leaving)
+
+
+def _begin(
+    plan: _Plan,
+    name: str | None,
+    command: Sequence[str] | None,
+    leaving: contextlib.ExitStack,
+    lock: int | None = None,
+) -> RunEntry:
+    """Write the run's files and start its supervisor. lock: of the run that is resumed."""
+    record_executable()  # attach over SSH finds zerotop by it
+    undo = leaving.enter_context(contextlib.ExitStack())
+    if plan.previous is not None and lock is not None:
+        path, attempt = plan.previous.path, plan.previous.run.attempt + 1
+    else:
+        path, attempt = make_run_folder(name or generate_name({entry.name for entry in list_runs()})), 1
+        undo.callback(shutil.rmtree, path, ignore_errors=True)
+        lock = take_new(path)
+        leaving.callback(os.close, lock)
+    run = _write_files(plan, path, attempt, command, undo)
+    start_supervisor(path, run, resume=plan.previous is not None, lock=lock)
+    undo.pop_all()
     return read_entry(path)
 
 
@@ -321,6 +370,7 @@ def _write_files(
             working_folder=plan.previous.run.working_folder if plan.previous else working_folder(),
             script=plan.script,
             command=list(command) if command else None,
+            wrapped=plan.wrapped,
             sockets=str(sockets),
             version=_version(),
         )

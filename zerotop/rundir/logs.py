@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from zerotop.rundir.directory import RunEntry
 
 LOG_LIMIT_BYTES = 64 * 2**20
 BLOCK_BYTES = 2**18
@@ -56,12 +60,20 @@ def _keep_end(path: Path, size: int, limit_bytes: int) -> None:
     os.replace(partial, target)
 
 
+def newest_attempt(entry: RunEntry) -> Path:
+    """The log folder of the newest attempt: a supervisor that restarts the ranks counts attempts on its own."""
+    numbers = [int(folder.name) for folder in (entry.path / "logs").glob("*") if folder.name.isdecimal()]
+    return entry.logs(max(numbers)) if numbers else entry.logs()
+
+
 class LogTail:
     """One rank's log including its rolled part, read on from where the last read ended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rank = int(path.stem.removeprefix("rank-"))
+        number = path.stem.removeprefix("rank-")
+        self.rank = int(number) if number.isdecimal() else 0
+        """0 for the log of a command that has no ranks."""
         self._offset = 0
         self._rest: list[bytes] = []
         """The parts of a line whose end was not read yet."""

@@ -21,6 +21,12 @@ QUIET_PHASES = frozenset({"checkpoint", "paused", "eval", "init"})
 """While any rank is in one of these, the others may rightly stand still."""
 
 
+UNCOUNTED_MIN_S = 30.0
+"""The same where ranks do not report their steps: they may rightly be doing something else for a while."""
+FIRST_COLLECTIVES = 20
+"""And so many collectives there stand for the first steps."""
+
+
 @dataclass(frozen=True)
 class Stall:
     """A run without progress. `missing` have not entered collective `seq`, `waiting` are in it; both are empty if no
@@ -50,8 +56,23 @@ def idle_s(rank: RankState, hub_now_ns: int) -> float:
     return (max(0, beat.now_ns - beat.progress_ns) + since_heard_ns) / 1e9
 
 
+def counts_steps(state: RunState) -> bool:
+    """Whether the run's trainer reports its steps."""
+    return state.hello is None or state.hello.counts_steps
+
+
+def is_past(state: RunState, steps: int) -> bool:
+    """Whether so many first steps of this attempt are over."""
+    if counts_steps(state):
+        return state.step - (state.hello.start_step if state.hello else 0) >= steps
+    beats = [rank.heartbeat for rank in state.ranks.values() if rank.heartbeat is not None]
+    return any(beat.completed_seq >= FIRST_COLLECTIVES for beat in beats)
+
+
 def threshold_s(state: RunState) -> float:
     """Seconds without progress after which a run counts as stalled."""
+    if not counts_steps(state):
+        return UNCOUNTED_MIN_S
     start = state.hello.start_step if state.hello else 0
     usual = [point.step_ms for point in state.series if point.step > start + FIRST_STEPS]
     recent = sorted(usual[-100:])
@@ -66,15 +87,15 @@ def find_stall(state: RunState) -> Stall | None:
         return None
     if any(rank.phase in QUIET_PHASES for rank in ranks):
         return None
-    start = state.hello.start_step if state.hello else 0
-    if state.step - start < FIRST_STEPS:
+    if not is_past(state, FIRST_STEPS):
         return None
     limit = threshold_s(state)
     # The most recent progress decides: if one rank still moves (reading data, say), the run is slow, not stuck.
     idle = min(idle_s(rank, state.hub_now_ns) for rank in ranks)
     if idle < limit:
         return None
-    return _blame(ranks, _finished(state), idle, state.hub_now_ns, limit)
+    stall = _blame(ranks, _finished(state), idle, state.hub_now_ns, limit)
+    return stall if counts_steps(state) or stall.waiting or stall.ended else None
 
 
 def explain(state: RunState, idle: float, limit: float) -> Stall | None:
@@ -129,7 +150,9 @@ def _name(seq: int, op: str) -> str:
 
 
 def place_text(beat: Heartbeat) -> str:
-    """'backward 3/4', 'data'."""
+    """'backward 3/4', 'data', 'its script' where phases are not known."""
+    if beat.phase == "idle":
+        return "its script"
     return f"{beat.phase} {beat.micro_step}/{beat.micro_steps}" if beat.micro_step else beat.phase
 
 

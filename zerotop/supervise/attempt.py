@@ -1,4 +1,5 @@
-"""The processes of one attempt: torchrun (or the command that run.json names in its place) and the ranks it starts."""
+"""The processes of one attempt: torchrun (or the command that run.json names in its place), or a command of the user's,
+and the ranks it starts."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import psutil
 
-from runtime.wire.rundir import BLOCKED_SIGNALS, RunFile
+from runtime.wire.rundir import BLOCKED_SIGNALS, LAUNCHER_LOG, RunFile
 from zerotop.diagnose.evidence import EvidenceCollector
 from zerotop.diagnose.outcome import reported_exit_codes
-from zerotop.launch import torchrun
+from zerotop.launch import torchrun, wrapped
 from zerotop.rundir.paths import RunError
 
 REPORT_PATIENCE_S = 5.0
@@ -64,12 +65,16 @@ class Attempt:
         The launcher inherits the descriptors `keep`: locks on the run and on the sockets folder, where its rendezvous
         file is. If this supervisor is killed, both stay locked until torchrun has ended.
         """
-        command = self.run.command or torchrun.command(self.run, self.path)
-        variables = torchrun.environment(self.run, self.path, supervisor_pid=os.getpid(), resume=resume)
-        # Blocked, and so inherited: see runtime/telemetry/stopsignal.py.
-        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+        if self.run.wrapped:
+            command = wrapped.command(self.run)
+            variables = wrapped.environment(self.run, self.path, supervisor_pid=os.getpid())
+        else:
+            command = self.run.command or torchrun.command(self.run, self.path)
+            variables = torchrun.environment(self.run, self.path, supervisor_pid=os.getpid(), resume=resume)
+            # Blocked, and so inherited: see runtime/telemetry/stopsignal.py.
+            signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
         try:
-            with (self.logs / "torchrun.log").open("ab") as log:
+            with (self.logs / LAUNCHER_LOG).open("ab") as log:
                 self._launcher = subprocess.Popen(
                     command,
                     env=variables,
@@ -93,6 +98,11 @@ class Attempt:
         if self._launcher is not None and self._launcher.pid in self._codes and not self.ended.is_set():
             self.exit_code = self._launcher.returncode = self._codes[self._launcher.pid]
             self.ended.set()
+
+    def terminate_launcher(self) -> None:
+        """Send SIGTERM to the launcher alone, which ends what it has started as it sees fit."""
+        if self._launcher is not None and not self.ended.is_set():
+            self._launcher.terminate()
 
     def has_only_launcher(self, left: list[psutil.Process]) -> bool:
         """Whether only the launcher is left. It ignores SIGTERM and ends when its ranks have."""

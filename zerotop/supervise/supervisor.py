@@ -85,7 +85,7 @@ class Supervisor:
             recorder=recorder,
             abort=self._abort_command,
             stacks=self._stacks_command,
-            on_stop=lambda command: self._stop_watch.begin(command),
+            on_stop=self._begin_stop,
             on_status=self._status_file.write,
             on_hello=self._meet,
             on_event=lambda event: self._profiles.hear(event),
@@ -106,6 +106,8 @@ class Supervisor:
             ready.say_up()
             gpus.start()
             self._announce()
+            if self.run_file.wrapped:  # it runs; whether its ranks will report, only they know
+                self.hub.set_status(state="running")
             chores.start()
             chores.add("the watch for hangs", self._watch_for_hangs())
             self._verdicts = VerdictWatch(hub)
@@ -168,6 +170,8 @@ class Supervisor:
     def _meet(self, hello: Hello) -> None:
         """A rank has sent its hello; the first one after a restart tells from which step the run continues."""
         self._attempt.watch(hello.rank, hello.pid)
+        if not self.run_file.nproc:
+            self._learn_world_size(hello.world_size)
         if not self._restart_text:
             return
         text, self._restart_text = self._restart_text, ""
@@ -181,6 +185,21 @@ class Supervisor:
         if hello.start_step:
             changes["last_checkpoint_step"] = hello.start_step
         self.hub.set_status(**changes)
+
+    def _learn_world_size(self, world_size: int) -> None:
+        """A wrapped command has started so many ranks."""
+        self.run_file = self.run_file.model_copy(update={"nproc": world_size})
+        write_json(self.path / "run.json", self.run_file)
+        self._taker.nproc = world_size
+        self.hub.expect_ranks(world_size)
+
+    def _begin_stop(self, command: Command) -> None:
+        """A stop was accepted. A wrapped command whose trainer can't stop by itself is sent SIGTERM."""
+        self._stop_watch.begin(command)
+        hello = self.hub.state.hello
+        if self.run_file.wrapped and (hello is None or "stop" in hello.impossible):
+            self.hub.event("signal", "the trainer can't be asked to stop: the command is sent SIGTERM", "warning")
+            self._attempt.terminate_launcher()
 
     def _stop_by_signal(self, number: int) -> None:
         """A signal of our own, or one that a rank has passed on; a batch system sends it to every process, so there
@@ -230,7 +249,10 @@ class Supervisor:
         """Wait until the attempt has ended by itself, by the death of a rank, or by an abort or `end_attempt`, and
         end all its processes."""
         attempt = self._attempt
-        await _first_of(attempt.ended, attempt.rank_died, attempt.end_asked)
+        if self.run_file.wrapped:  # what the death of a rank means is its launcher's business
+            await _first_of(attempt.ended, attempt.end_asked)
+        else:
+            await _first_of(attempt.ended, attempt.rank_died, attempt.end_asked)
         witness: asyncio.Task[None] | None = None
         if not attempt.end_asked.is_set():
             if not attempt.ended.is_set() and self.run_file.nproc > 1:
@@ -292,6 +314,7 @@ class Supervisor:
         self._background.hear_xids()
         return FailureEvidence(
             nproc=self.run_file.nproc,
+            wrapped=self.run_file.wrapped is not None,
             launcher_exit=attempt.exit_code,
             logs=attempt.logs,
             launcher_killed=attempt.killed,

@@ -6,10 +6,12 @@ import statistics
 
 from zerotop.format import ms_text
 from zerotop.state.breakdown import PARTS
-from zerotop.state.stall import place_text, ranks_text
+from zerotop.state.stall import counts_steps, place_text, ranks_text
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding
 
+UNSEEN = "steps, phases and loss are not visible: the script does not call watch()"
+ONE_LINE = "One line in the script shows them: docs/watch.md."
 WORTH_SAYING = 0.05
 """Parts of the step below this share are left out."""
 
@@ -21,6 +23,8 @@ def calm(figures: Figures) -> Finding:
     if name in ("stopped", "finished", "aborted"):
         reason = state.status.reason if state.status is not None else ""
         return Finding("ended", f"the run has ended: {reason or name}", "info")
+    if name == "running" and not state.ranks:
+        return Finding("unwatched", f"the command runs; {UNSEEN}", "info", advice=ONE_LINE)
     if name == "starting" or not figures.present:
         return Finding("starting", _starting(figures), "info")
     if name == "paused":
@@ -32,6 +36,9 @@ def calm(figures: Figures) -> Finding:
         return Finding("evaluation", "evaluating on held-out data", "info")
     if figures.warming_up:
         return Finding("starting", "the first steps, which are slower: no verdict yet", "info")
+    if not counts_steps(state):
+        done = max(rank.heartbeat.completed_seq for rank in figures.present if rank.heartbeat is not None)
+        return Finding("unwatched", f"the ranks run, {done:,} collectives so far; {UNSEEN}", "info", advice=ONE_LINE)
     return healthy(figures)
 
 

@@ -11,7 +11,7 @@ from runtime.wire.node import GpuStats, NodeStats
 from zerotop.state.breakdown import Breakdown, Part
 from zerotop.state.memory import gpu_of
 from zerotop.state.run import RankState, RunState
-from zerotop.state.stall import FIRST_STEPS, QUIET_PHASES
+from zerotop.state.stall import FIRST_STEPS, QUIET_PHASES, is_past
 from zerotop.state.waits import WaitWindow
 from zerotop.verdict.finding import Finding
 
@@ -58,7 +58,7 @@ class Figures:
     @property
     def warming_up(self) -> bool:
         """The first steps compile, allocate and fill caches: their times say nothing."""
-        return self.steps_taken < FIRST_STEPS
+        return not is_past(self.state, FIRST_STEPS)
 
     @property
     def present(self) -> list[RankState]:

@@ -29,6 +29,7 @@ What = Literal[
     "checkpoint",
     "evaluation",
     "ended",
+    "unwatched",
     "healthy",
 ]
 """failed: the ranks of an attempt have ended with an error. dead: a rank's process is gone. wedged: its process exists
@@ -38,13 +39,13 @@ and it does not complete. no progress: the ranks stand still outside any collect
 GPU, or its memory is bad. memory-bound: memory is so short that it costs time. straggler: the others wait for one
 rank's computation. contention: other processes take the ranks' CPUs. slow link: transfers take longer than they did.
 data starvation: steps wait for data. throttled: a GPU has lowered its clock. offload-bound: steps wait for updates or
-copies on the host."""
+copies on the host. unwatched: a wrapped command runs, and does not report its steps."""
 Severity = Literal["info", "warning", "error"]
 STANDSTILL: frozenset[str] = frozenset(
     {"failed", "dead", "wedged", "desync", "ended early", "hang", "hang in transfer", "no progress"}
 )
 """No steps are being taken."""
-CALM: frozenset[str] = frozenset({"starting", "paused", "checkpoint", "evaluation", "ended", "healthy"})
+CALM: frozenset[str] = frozenset({"starting", "paused", "checkpoint", "evaluation", "ended", "unwatched", "healthy"})
 """Nothing is wrong."""
 
 

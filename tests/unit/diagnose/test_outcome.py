@@ -37,7 +37,7 @@ def goodbye(rank: int, outcome: str, step: int = 10, error: str = "", wall_s: fl
 
 
 def end(tmp_path: Path, launcher_exit: int | None, *goodbyes: Goodbye, log: str = "", **changes: object) -> Outcome:
-    (tmp_path / "torchrun.log").write_text(log)
+    (tmp_path / "launcher.log").write_text(log)
     said = {word.rank: word for word in goodbyes}
     return decide(FailureEvidence(2, launcher_exit, tmp_path, goodbyes=said, **changes))  # type: ignore[arg-type]
 

@@ -35,7 +35,7 @@ async def _death_seen(attempt: Attempt, report: str) -> None:
     finally:
         process.wait()
     await asyncio.sleep(0)
-    (attempt.logs / "torchrun.log").write_text(report)
+    (attempt.logs / "launcher.log").write_text(report)
     try:
         await asyncio.wait_for(attempt.rank_died.wait(), patient(10))
     finally:

@@ -80,13 +80,14 @@ def verdicts(view: View) -> list[tuple[str, str, str]]:
     if view.stale and verdict.severity == "info":
         colour = "muted"
     found.append((glyph, verdict.text, colour))
-    if verdict.advice and verdict.severity != "info":
+    if verdict.advice and (verdict.severity != "info" or verdict.what == "unwatched"):
         found.append(("→", verdict.advice, "foreground"))
     return found
 
 
 _SIGNS = {
     "healthy": ("✔", "success"),
+    "unwatched": ("·", "muted"),
     "starting": ("◌", "primary"),
     "paused": STATES["paused"],
     "checkpoint": ("◧", "primary"),

@@ -1,0 +1,45 @@
+"""The part of a watch that needs no line in the script: that a rank lives, and how far its collectives have come, so
+that a hang is noticed and named. `zerotop run` begins it in each rank of torch.distributed; `watch` takes it over."""
+
+from __future__ import annotations
+
+import logging
+
+from runtime.process.forked import at_exit
+from runtime.telemetry.publisher import Telemetry, TelemetryError
+from runtime.telemetry.watching.collectives import FlightPosition
+from runtime.telemetry.watching.control import Controls
+from runtime.telemetry.watching.introduction import Introduction, Trainer, last_error, process_memory
+from runtime.telemetry.watching.joining import find_place, join
+
+NO_LINE = "the script does not call watch() (docs/watch.md)"
+
+
+def begin() -> None:
+    """Introduce this rank, unless something else has done so. The script does not suffer if that fails."""
+    try:
+        _begin()
+    except (TelemetryError, OSError, RuntimeError) as error:
+        logging.getLogger("runtime.watch").warning(f"this rank can't report to its run: {error}")
+
+
+def _begin() -> None:
+    place = find_place([])
+    link, run = join(place.rank)
+    if not isinstance(link, Telemetry) or link.started:
+        return
+    controls = Controls(can_pause=False, reasons=dict.fromkeys(("checkpoint", "stop", "pause", "resume"), NO_LINE))
+    trainer = Trainer(name="torch.distributed", controls=controls, counts_steps=False)
+    link.memory_source = lambda: process_memory(place)
+    link.collective_position = FlightPosition()
+    link.enter("idle")
+    link.start(Introduction(place, trainer, run).hello())
+    link.offer()
+
+    def leave() -> None:
+        if link.adoptable:
+            error = last_error()
+            link.goodbye("failed" if error else "finished", 0, error)
+            link.close()
+
+    at_exit(leave)

@@ -1,0 +1,265 @@
+"""Follows the training loop of a trainer that is not ours: phases, steps, memory, commands."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from runtime.process.forked import at_exit
+from runtime.telemetry.null import NullTelemetry
+from runtime.telemetry.publisher import Telemetry
+from runtime.telemetry.watching.collectives import FlightPosition
+from runtime.telemetry.watching.control import Agreement, WatcherControl
+from runtime.telemetry.watching.held import Held, held_by
+from runtime.telemetry.watching.introduction import Introduction, Place, Trainer, attempt, last_error, process_memory
+from runtime.telemetry.watching.scalars import LateNumber
+from runtime.wire.finetuning import Evaluation
+from runtime.wire.messages import Memory, PhaseName, StepResult
+from runtime.wire.rundir import RunFile
+
+FIRST_STEPS = 3
+"""Optimizers make their states in the first steps, so memory by category is counted after each of them."""
+COUNTED_EVERY_S = 15.0
+"""And later at this interval, at the end of a step."""
+
+
+class Watcher:
+    """The watch of one rank; `watch` returns it. Outside a run it does nothing.
+
+    A script may use `log` for figures that nobody else can know, `phase` for phases of its own, and `should_stop` to
+    end its loop when `zerotop stop` asks.
+    """
+
+    def __init__(
+        self, link: Telemetry | NullTelemetry, place: Place, trainer: Trainer, run: RunFile | None = None
+    ) -> None:
+        self.link, self.place, self.trainer = link, place, trainer
+        self.step = trainer.start_step
+        """Optimizer steps finished so far."""
+        self._micro_step = 0
+        self._micro_losses: list[LateNumber] = []
+        self._tokens = self._samples = 0
+        self._figures: dict[str, Any] = {}
+        self._waiting: StepResult | None = None
+        self._step_began_ns = time.monotonic_ns()
+        self._best: tuple[float, int] | None = None
+        self._losses: list[LateNumber] = []
+        """Of the micro-steps of the waiting result."""
+        self._reduce_began_ns = 0
+        self._held = Held(place.device.split(":")[0])
+        self._counted_at = 0.0
+        self._looked_for_stop = False
+        self._detach: list[Callable[[], None]] = []
+        self.closed = False
+        self._introduction = Introduction(place, trainer, run)
+        folder = Path(run.sockets) if run is not None else Path()
+        self.control = WatcherControl(
+            link, place.rank, Agreement(folder, attempt(), place.world_size), trainer.controls
+        )
+        if not isinstance(link, Telemetry):
+            return
+        link.memory_source = self._memory
+        if place.world_size > 1:
+            link.collective_position = FlightPosition()
+        link.start(self._introduction.hello())
+        at_exit(self._exit)
+
+    # ---- what a script may call ------------------------------------------------------------------------------------
+    def log(self, **figures: Any) -> None:
+        """Add figures to the step in progress, or to the last one where a trainer logs after its step: loss, grad_norm,
+        lr, tokens, samples. loss and grad_norm may be tensors of one element, which nobody waits for; tokens and
+        samples are this rank's in the step. Raises TypeError for another name."""
+        for name, value in figures.items():
+            if name not in ("loss", "grad_norm", "lr", "tokens", "samples"):
+                raise TypeError(f"log() takes loss, grad_norm, lr, tokens and samples, not {name!r}")
+            self._figures[name] = LateNumber(value) if name in ("loss", "grad_norm") else value
+
+    def phase(self, name: PhaseName) -> AbstractContextManager[None]:
+        """A phase of your own, such as `with watcher.phase("eval"):`."""
+        return self.link.span(name)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the run has been asked to stop: a loop that ends then, after saving what it wants to keep, makes
+        `zerotop stop` possible."""
+        if not self._looked_for_stop:
+            self._looked_for_stop = True
+            if self.trainer.controls.stop is None:
+                self.trainer.controls.stop = lambda: None
+                self.renew()
+        return self.control.stop_asked
+
+    def saved(self, path: str | os.PathLike[str], *, seconds: float = 0.0, blocked_ms: float | None = None) -> None:
+        """A checkpoint of the last step is complete at `path`; rank 0 tells the run."""
+        path = str(path)
+        if self.place.rank == 0:
+            waited = seconds * 1e3 if blocked_ms is None else blocked_ms
+            self.link.checkpoint_saved(self.step, path, seconds=seconds, blocked_ms=waited)
+        self.control.saved(path, self.step)
+
+    def evaluated(self, loss: float, *, tokens: int = 0, samples: int = 0, seconds: float = 0.0) -> None:
+        """An evaluation after the last step has given this mean loss over so many tokens or samples; rank 0 tells the
+        run."""
+        if self.place.rank != 0:
+            return
+        best = self._best is None or loss < self._best[0]
+        if best:
+            self._best = (loss, self.step)
+        assert self._best is not None
+        self.link.evaluation(
+            Evaluation(
+                rank=0,
+                step=self.step,
+                loss=loss,
+                tokens=tokens,
+                samples=samples,
+                seconds=seconds,
+                best=best,
+                best_step=self._best[1],
+                wall_s=time.time(),
+            )
+        )
+
+    def renew(self) -> None:
+        """Introduce this rank again, because what is known of its trainer has changed."""
+        if isinstance(self.link, Telemetry):
+            self.link.introduce(self._introduction.hello(self.control.lr_factor))
+
+    def close(self, outcome: str = "", error: str = "") -> None:
+        """End the watch: hooks are removed and the last figures sent. Called at exit, too."""
+        if self.closed:
+            return
+        self.closed = True
+        self._flush()
+        for detach in self._detach:
+            detach()
+        self.control.close()
+        how = outcome or ("stopped" if self.control.stop_asked else "finished")
+        self.link.goodbye(how, self.step, error)  # type: ignore[arg-type]
+        self.link.close()
+
+    def on_close(self, detach: Callable[[], None]) -> None:
+        """Call `detach` when the watch ends."""
+        self._detach.append(detach)
+
+    # ---- the loop: what the hooks and integrations call ------------------------------------------------------------
+    def forward_begins(self, samples: int | None = None, tokens: int | None = None) -> None:
+        """The next micro-step begins."""
+        self._flush()
+        self._micro_step += 1
+        self._samples += samples or 0
+        self._tokens += tokens or 0
+        self.link.enter("forward", self.step + 1, self._micro_step)
+
+    def forward_ended(self, loss: Any = None) -> None:
+        """Its forward has returned. The mean of its losses is the step's, unless `log` says another one."""
+        if loss is not None:
+            self._micro_losses.append(LateNumber(loss))
+
+    def backward_begins(self) -> None:
+        """Autograd has begun."""
+        self.link.enter("backward")
+
+    def gradients_computed(self) -> None:
+        """What follows is waiting for communication."""
+        if self.place.world_size > 1:
+            self._reduce_began_ns = time.monotonic_ns()
+            self.link.enter("reduce")
+
+    def backward_ended(self, grad_bytes: int = 0) -> None:
+        """The micro-step is over. The wait for communication counts as one collective of all gradients."""
+        began, self._reduce_began_ns = self._reduce_began_ns, 0
+        if began and isinstance(self.link, Telemetry):
+            now = time.monotonic_ns()
+            seq = self.link.issued("all_reduce", grad_bytes)
+            self.link.completed(seq, "all_reduce", grad_bytes, began, now, now - began)
+        self.link.enter("data")
+
+    def evaluation_begins(self) -> None:
+        """The model is called in evaluation mode."""
+        self.link.enter("eval", self.step, 0)
+
+    def evaluation_ended(self) -> None:
+        """That call has returned; the next one may follow."""
+
+    def step_begins(self) -> None:
+        """The optimizer steps."""
+        self.link.enter("step", self.step + 1, self._micro_step)
+
+    def step_ended(self) -> None:
+        """The optimizer has stepped: the boundary. Commands apply here."""
+        self.step += 1
+        self._result()
+        self._micro_step = self._tokens = self._samples = 0
+        self._micro_losses = []
+        if not self.trainer.late_results:
+            self._flush()
+            self.control.at_boundary(self.step)
+        self.link.enter("data", self.step + 1, 0)
+
+    def boundary(self) -> None:
+        """For trainers with `late_results`: they have come to the place where they can obey commands."""
+        self.control.at_boundary(self.step)
+        self.link.enter("data", self.step + 1, 0)
+
+    # ---- figures ---------------------------------------------------------------------------------------------------
+    def _result(self) -> None:
+        self._flush()
+        now = time.monotonic_ns()
+        seconds, self._step_began_ns = max(1e-9, (now - self._step_began_ns) / 1e9), now
+        tokens = self._figures.pop("tokens", self._tokens)
+        samples = self._figures.pop("samples", self._samples)
+        self._waiting = StepResult(
+            rank=self.place.rank,
+            step=self.step,
+            loss=None,
+            lr=self._learning_rate(),
+            grad_norm=None,
+            step_ms=round(seconds * 1e3, 3),
+            tokens_per_s=round(tokens / seconds, 3) if tokens else None,
+            samples_per_s=round(samples / seconds, 3) if samples else None,
+            end_ns=now,
+        )
+        self._losses = self._micro_losses
+        if time.monotonic() - self._counted_at >= COUNTED_EVERY_S or self.step - self.trainer.start_step <= FIRST_STEPS:
+            self._count_memory()
+
+    def _flush(self) -> None:
+        """Send the waiting result, with the figures that came for it."""
+        result, self._waiting = self._waiting, None
+        if result is None:
+            return
+        figures, self._figures = self._figures, {}
+        loss, norm = figures.get("loss"), figures.get("grad_norm")
+        if loss is not None:
+            value = loss.read()
+        else:
+            read = [one for one in (late.read() for late in self._losses) if one is not None]
+            value = sum(read) / len(read) if read and len(read) == len(self._losses) else None
+        changes: dict[str, Any] = {"loss": value, "grad_norm": norm.read() if norm is not None else None}
+        if figures.get("lr") is not None:
+            changes["lr"] = float(figures["lr"]) * self.control.lr_factor
+        self.link.step(result.model_copy(update=changes))
+
+    def _learning_rate(self) -> float:
+        for optimizer in self.trainer.optimizers:
+            for group in getattr(optimizer, "param_groups", ()):
+                return float(group["lr"]) * self.control.lr_factor
+        return 0.0
+
+    # ---- memory ----------------------------------------------------------------------------------------------------
+    def _count_memory(self) -> None:
+        self._counted_at = time.monotonic()
+        self._held = held_by(self.trainer.modules, self.trainer.optimizers, self.place.device.split(":")[0])
+
+    def _memory(self) -> Memory:
+        """Called by the publisher's thread."""
+        return process_memory(self.place, self._held)
+
+    def _exit(self) -> None:
+        error = last_error()
+        self.close("failed" if error else "", error)

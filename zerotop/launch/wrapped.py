@@ -1,0 +1,87 @@
+"""The command line and environment of a command that `zerotop run` wraps: the user's own, with as little changed as a
+screen needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.config import ConfigError
+from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIABLE, RunFile
+from zerotop.launch.torchrun import with_import_path
+from zerotop.probe.nvml import count_devices
+from zerotop.rundir.paths import RunError
+
+INJECTED = Path(__file__).with_name("inject")
+"""The folder that leads PYTHONPATH: see its sitecustomize.py."""
+_CHILD = Path(__file__).with_name("end_with_supervisor.py")
+
+
+def command(run: RunFile) -> list[str]:
+    """The user's command, ended by SIGTERM if the supervisor dies."""
+    assert run.wrapped
+    return [sys.executable, "-I", "-S", str(_CHILD), *run.wrapped]
+
+
+def environment(
+    run: RunFile, path: Path, *, supervisor_pid: int, base: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """`base` with the variables by which Python processes find their run."""
+    variables = with_import_path(dict(base))
+    before = variables.get("PYTHONPATH", "")
+    return variables | {
+        RUN_VARIABLE: str(path),
+        ATTEMPT_VARIABLE: str(run.attempt),
+        SUPERVISOR_VARIABLE: str(supervisor_pid),
+        "PYTHONPATH": os.pathsep.join([str(INJECTED), *([before] if before else [])]),
+        "PYTHONUNBUFFERED": "1",
+        # Older entries are overwritten: how far the collectives have come is counted beside them.
+        "TORCH_FR_BUFFER_SIZE": variables.get("TORCH_FR_BUFFER_SIZE", "2000"),
+    }
+
+
+def checked_command(words: Sequence[str], nproc: int | None) -> list[str]:
+    """The command to start: `words`, or with `nproc` torchrun with so many ranks of them. Raises RunError."""
+    if not words:
+        raise RunError("run needs a command: zerotop run -- python train.py, or zerotop run --nproc 8 train.py")
+    words = list(words)
+    if nproc is not None:
+        if nproc < 1:
+            raise RunError(f"--nproc: expected 1 or more, got {nproc}")
+        python = Path(words[0]).name.startswith("python") and len(words) > 1
+        script = words[1:] if python else words
+        if not (script[0].endswith(".py") or (python and script[0] == "-m")):
+            raise RunError(
+                f"--nproc {nproc} starts so many ranks of a Python script with torchrun, and {script[0]} is none: "
+                "leave --nproc out to run the command as it is"
+            )
+        python_path = words[0] if python else sys.executable
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nnodes", "1", "--nproc-per-node", str(nproc)]
+        words = [python_path, *torchrun, *script]
+    elif words[0].endswith(".py") and not os.access(words[0], os.X_OK):
+        words = [sys.executable, *words]
+    if shutil.which(words[0]) is None:
+        raise RunError(f"{words[0]}: there is no such command")
+    first = words[1] if len(words) > 1 and Path(words[0]).name.startswith("python") else ""
+    if first.endswith(".py") and not Path(first).is_file():
+        raise RunError(f"{first}: there is no such script")
+    return words
+
+
+def refuse_trainer_keys(raw: Mapping[str, Any], origin: str) -> None:
+    """A wrapped command trains as it likes: of a config only the section "zerotop" counts. Raises ConfigError."""
+    if others := [key for key in raw if key != "zerotop"]:
+        raise ConfigError(
+            f'{", ".join(others)}: zerotop run takes only the section "zerotop" (restarts, telemetry): the command '
+            "configures its own training. zerotop launch trains with a DeepSpeed config",
+            origin,
+        )
+
+
+def has_gpus() -> bool:
+    """Whether this machine has NVIDIA GPUs."""
+    return count_devices()[0] > 0
