@@ -66,6 +66,7 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         "condition_text": condition.text,
         "attempt": status.attempt if status else 0,
         "stage": hello.stage if hello else None,
+        "trainer": hello.trainer if hello else "",
         "precision": hello.precision if hello else None,
         "reason": status.reason if status else "",
         "error": status.error if status else "",
@@ -269,7 +270,8 @@ def _headline(document: dict[str, Any]) -> str:
     now = f" ({document['condition']}: {document['condition_text']})" if document["condition_text"] else ""
     parts = [f"{document['name']}: {document['state']}{now}", f"step {document['step']}{of}"]
     if document["stage"] is not None:
-        parts.append(f"ZeRO-{document['stage']} {document['precision']}")
+        how = document["trainer"] or f"ZeRO-{document['stage']}"
+        parts.append(f"{how} {document['precision']}".strip())
     if document["eta_s"] is not None:
         parts.append(f"{duration_text(document['eta_s'])} to go")
     if document["reason"]:

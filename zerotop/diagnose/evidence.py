@@ -48,10 +48,10 @@ class FailureEvidence:
     itself (from adopted children); launcher.log has the others."""
 
     nproc: int
-    wrapped: bool
-    """Whether the ranks, if there are any, belong to a command of the user's."""
     launcher_exit: int | None
     logs: Path
+    wrapped: bool = False
+    """Whether the launcher is a command of the user's, which need not have ranks."""
     launcher_killed: bool = False
     """A signal from outside ended the launcher. Its ranks die with it, so they are not the cause."""
     goodbyes: Mapping[int, Goodbye] = field(default_factory=dict)

@@ -7,8 +7,19 @@ by category), collectives.py (torch's Flight Recorder), deepspeed.py (the parts 
 """
 
 from runtime.telemetry.watching.control import Controls
-from runtime.telemetry.watching.joining import WatchError
-from runtime.telemetry.watching.watch import watch
+from runtime.telemetry.watching.introduction import Trainer
+from runtime.telemetry.watching.joining import WatchError, current_watcher, start_watching
+from runtime.telemetry.watching.watch import inner_optimizer, precision_of, watch
 from runtime.telemetry.watching.watcher import Watcher
 
-__all__ = ["Controls", "WatchError", "Watcher", "watch"]
+__all__ = [
+    "Controls",
+    "Trainer",
+    "WatchError",
+    "Watcher",
+    "current_watcher",
+    "inner_optimizer",
+    "precision_of",
+    "start_watching",
+    "watch",
+]

@@ -128,7 +128,10 @@ class WatcherControl:
         self.stop_asked = False
         """Whether the loop has been asked to end."""
         self._unsubscribe: list[Callable[[], None]] = []
-        for optimizer in controls.optimizers:
+
+    def attach(self) -> None:
+        """Make `set lr_factor` act on the optimizers."""
+        for optimizer in self.controls.optimizers:
             self._scale_learning_rate(optimizer)
 
     # ---- the boundary ----------------------------------------------------------------------------------------------

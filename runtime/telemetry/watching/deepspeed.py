@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from runtime.telemetry.null import NullTelemetry
 from runtime.telemetry.watching.control import CheckpointFailed, Controls
 from runtime.telemetry.watching.hooks import PhaseListener, attach_model
 from runtime.telemetry.watching.introduction import Trainer
-from runtime.telemetry.watching.joining import start
+from runtime.telemetry.watching.joining import start_watching
 from runtime.telemetry.watching.watcher import Watcher
 from runtime.wire.rundir import RUN_VARIABLE
 
@@ -39,8 +38,8 @@ def watch_engine(engine: Any, save: Callable[[], Any] | None) -> Watcher:
         start_step=int(engine.global_steps),
         controls=Controls(save=_saver(engine, save), optimizers=inner, reasons={"stop": _STOP}),
     )
-    watcher = start(trainer)
-    if isinstance(watcher.link, NullTelemetry):
+    watcher = start_watching(trainer)
+    if not watcher.active:
         return watcher
     listener = _EngineListener(watcher, engine)
     watcher.on_close(attach_model(engine, cast(PhaseListener, listener)))

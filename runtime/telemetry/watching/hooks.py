@@ -134,6 +134,13 @@ class _GradBytes:
         return self._bytes
 
 
+def batch_size(batch: Any) -> tuple[int | None, int | None]:
+    """Samples and tokens of a batch: a tensor, a mapping, or a list of these."""
+    if isinstance(batch, Mapping):
+        return _sizes((), batch)
+    return _sizes(tuple(batch) if isinstance(batch, list | tuple) else (batch,), {})
+
+
 # ---- what models take and return -------------------------------------------------------------------------------------
 def _sizes(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """Samples and tokens of a call: token ids are (samples, length) whole numbers, embeddings have a third

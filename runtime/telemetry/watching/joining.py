@@ -19,7 +19,7 @@ class WatchError(TypeError):
     """watch() was called with something that it can't watch. The message says what it takes."""
 
 
-def start(trainer: Trainer) -> Watcher:
+def start_watching(trainer: Trainer) -> Watcher:
     """The watcher of this process; `watch` and the integrations call it. Raises WatchError if there is one."""
     global _current
     if _current is not None and not _current.closed:
@@ -36,6 +36,11 @@ def start(trainer: Trainer) -> Watcher:
 
 
 _current: Watcher | None = None
+
+
+def current_watcher() -> Watcher | None:
+    """The watcher of this process, if it has one that has not ended."""
+    return _current if _current is not None and not _current.closed else None
 
 
 def join(rank: int) -> tuple[Telemetry | NullTelemetry, RunFile | None]:

@@ -7,12 +7,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from runtime.telemetry.null import NullTelemetry
 from runtime.telemetry.watching import deepspeed
 from runtime.telemetry.watching.control import CheckpointFailed, Controls
 from runtime.telemetry.watching.hooks import attach_model, attach_optimizer
 from runtime.telemetry.watching.introduction import Trainer
-from runtime.telemetry.watching.joining import WatchError, start
+from runtime.telemetry.watching.joining import WatchError, start_watching
 from runtime.telemetry.watching.watcher import Watcher
 
 _DTYPES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float64": "fp64"}
@@ -50,7 +49,7 @@ def watch(
         raise WatchError(f"watch(model, optimizer): expected a torch module, got {type(model).__name__}")
     if model is not None and deepspeed.is_engine(model):
         return deepspeed.watch_engine(model, save)
-    optimizers = [_inner(one) for one in _listed(optimizer)]
+    optimizers = [inner_optimizer(one) for one in _listed(optimizer)]
     for one in optimizers:
         if not hasattr(one, "register_step_post_hook"):
             raise WatchError(f"watch(model, optimizer): expected a torch optimizer, got {type(one).__name__}")
@@ -60,14 +59,14 @@ def watch(
         modules=modules,
         optimizers=optimizers,
         stage=3 if _is_fsdp(model) else 0,
-        precision=_precision(model),
+        precision=precision_of(model),
         accumulation=accumulation,
         steps=steps,
         start_step=start_step,
         controls=controls_of(save, stop, optimizers),
     )
-    watcher = start(trainer)
-    if isinstance(watcher.link, NullTelemetry):
+    watcher = start_watching(trainer)
+    if not watcher.active:
         return watcher
     if any(getattr(one, "state", None) for one in optimizers) and not start_step:
         warnings.warn(
@@ -105,8 +104,8 @@ def _listed(optimizer: Any) -> list[Any]:
     return [] if optimizer is None else list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
 
 
-def _inner(optimizer: Any) -> Any:
-    """The torch optimizer inside accelerate's wrapper, whose step only calls that one's."""
+def inner_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside a wrapper (accelerate's, Lightning's), whose step only calls that one's."""
     inner = getattr(optimizer, "optimizer", None)
     return inner if hasattr(inner, "register_step_post_hook") else optimizer
 
@@ -122,6 +121,7 @@ def _trainer_name(model: Any) -> str:
     return f"torch {version} {kind}".strip()
 
 
-def _precision(model: Any) -> str:
+def precision_of(model: Any) -> str:
+    """The dtype of a model's first parameter, as configs write it."""
     dtype = next((p.dtype for p in model.parameters()), None) if model is not None else None
     return _DTYPES.get(str(dtype), str(dtype or "").removeprefix("torch."))

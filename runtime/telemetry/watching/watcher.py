@@ -22,9 +22,9 @@ from runtime.wire.messages import Memory, PhaseName, StepResult
 from runtime.wire.rundir import RunFile
 
 FIRST_STEPS = 3
-"""Optimizers make their states in the first steps, so memory by category is counted after each of them."""
+"""Optimizers make their states in the first steps, so memory by category is counted in each of them."""
 COUNTED_EVERY_S = 15.0
-"""And later at this interval, at the end of a step."""
+"""And later at this interval."""
 
 
 class Watcher:
@@ -62,6 +62,7 @@ class Watcher:
         )
         if not isinstance(link, Telemetry):
             return
+        self.control.attach()
         link.memory_source = self._memory
         if place.world_size > 1:
             link.collective_position = FlightPosition()
@@ -93,13 +94,23 @@ class Watcher:
                 self.renew()
         return self.control.stop_asked
 
+    @property
+    def active(self) -> bool:
+        """Whether there is a run that is told."""
+        return isinstance(self.link, Telemetry)
+
     def saved(self, path: str | os.PathLike[str], *, seconds: float = 0.0, blocked_ms: float | None = None) -> None:
         """A checkpoint of the last step is complete at `path`; rank 0 tells the run."""
-        path = str(path)
+        self.announce_checkpoint(path, seconds=seconds, blocked_ms=blocked_ms)
+        self.control.saved(str(path), self.step)
+
+    def announce_checkpoint(
+        self, path: str | os.PathLike[str], *, seconds: float = 0.0, blocked_ms: float | None = None
+    ) -> None:
+        """As `saved`, from within a function that saves because a command has asked for it."""
         if self.place.rank == 0:
             waited = seconds * 1e3 if blocked_ms is None else blocked_ms
-            self.link.checkpoint_saved(self.step, path, seconds=seconds, blocked_ms=waited)
-        self.control.saved(path, self.step)
+            self.link.checkpoint_saved(self.step, str(path), seconds=seconds, blocked_ms=waited)
 
     def evaluated(self, loss: float, *, tokens: int = 0, samples: int = 0, seconds: float = 0.0) -> None:
         """An evaluation after the last step has given this mean loss over so many tokens or samples; rank 0 tells the
@@ -187,7 +198,10 @@ class Watcher:
         """That call has returned; the next one may follow."""
 
     def step_begins(self) -> None:
-        """The optimizer steps."""
+        """The optimizer steps: now there are gradients, and from the second step on its states."""
+        first = self.step - self.trainer.start_step < FIRST_STEPS
+        if first or time.monotonic() - self._counted_at >= COUNTED_EVERY_S:
+            self._count_memory()
         self.link.enter("step", self.step + 1, self._micro_step)
 
     def step_ended(self) -> None:
@@ -225,8 +239,6 @@ class Watcher:
             end_ns=now,
         )
         self._losses = self._micro_losses
-        if time.monotonic() - self._counted_at >= COUNTED_EVERY_S or self.step - self.trainer.start_step <= FIRST_STEPS:
-            self._count_memory()
 
     def _flush(self) -> None:
         """Send the waiting result, with the figures that came for it."""
@@ -255,6 +267,7 @@ class Watcher:
     def _count_memory(self) -> None:
         self._counted_at = time.monotonic()
         self._held = held_by(self.trainer.modules, self.trainer.optimizers, self.place.device.split(":")[0])
+        self.link.memory_changed()
 
     def _memory(self) -> Memory:
         """Called by the publisher's thread."""

@@ -344,3 +344,21 @@ def test_a_long_error_is_cut_and_keeps_its_start_and_end(tmp_path) -> None:
     found = end(tmp_path, 1, exit_codes={1: 1})
     assert found.reason.startswith("rank 1 failed before its first step: ValueError: bad 7") and len(found.reason) < 700
     assert len(found.error) < 3000
+
+
+def test_the_ends_of_a_wrapped_command(tmp_path: Path) -> None:
+    assert end(tmp_path, 0, wrapped=True).reason == "the command ended with exit code 0"
+    failed = end(tmp_path, 1, wrapped=True, log="Traceback (most recent call last):\n  ...\nValueError: no data\n")
+    assert (failed.state, failed.exit_code) == ("failed", 1)
+    assert failed.reason == "the command failed: ValueError: no data"
+    assert end(tmp_path, 3, wrapped=True).reason == "it exited with code 3"
+    assert end(tmp_path, -9, wrapped=True).reason == "the command was killed by SIGKILL"
+
+
+def test_a_wrapped_command_that_was_sent_sigterm_has_stopped(tmp_path: Path) -> None:
+    for code in (-15, 143):
+        assert end(tmp_path, code, wrapped=True, stopping=True).state == "stopped"
+    table = TORCHRUN.format(code=-15, rank=1).replace("exitcode  : 1 ", "exitcode  : -15 ")
+    assert end(tmp_path, 1, wrapped=True, stopping=True, log=table).state == "stopped"
+    assert end(tmp_path, 1, wrapped=True, stopping=True, log="ValueError: no data\n").state == "failed"
+    assert end(tmp_path, -15, wrapped=True).state == "failed"  # nobody asked for it

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.wire.messages import Ack, Command, CommandRecord, Goodbye, RunStatus
 from tests.harness.fakehub import hello
-from zerotop.hub.router import OPEN_AT_MOST, REMEMBERED, CommandRouter
+from zerotop.hub.router import NO_RANK, OPEN_AT_MOST, REMEMBERED, CommandRouter
 from zerotop.state.run import RunState
 
 
@@ -343,3 +343,28 @@ def test_profile_of_a_run_that_takes_no_steps(desk: Desk) -> None:
     assert desk.ask("profile", ranks=[0, 1]) == ("rejected", "rank 1 of the run has ended")
     desk.set("failed")
     assert desk.ask("profile") == ("rejected", "the run is over (failed)")
+
+
+def test_what_a_foreign_trainer_cannot_do_is_rejected_at_once(desk: Desk) -> None:
+    desk.state.apply(hello(0).model_copy(update={"impossible": {"checkpoint": "not possible: no save", "stop": "no"}}))
+    assert desk.ask("checkpoint") == ("rejected", "not possible: no save")
+    assert desk.ask("pause") == ("accepted", "")
+    assert desk.ask("stop") == ("accepted", "")  # its command is ended by a signal: the ranks are not asked
+    assert [command.name for command in desk.forwarded] == ["pause"]
+
+
+def test_a_wrapped_command_without_ranks_obeys_nothing_but_stop_and_abort() -> None:
+    desk = Desk()
+    desk.router = CommandRouter(
+        desk.state,
+        forward=desk.forwarded.append,
+        publish=desk.published.append,
+        abort=lambda command: desk.aborted.append(command.id),
+        stacks=lambda command: desk.stacks.append(command.id),
+        wrapped=True,
+    )
+    assert desk.ask("pause") == ("rejected", NO_RANK)
+    assert desk.ask("stacks", "s1") == ("accepted", "")
+    assert desk.ask("stop") == ("accepted", "")
+    assert desk.ask("abort", "a1") == ("accepted", "")
+    assert (desk.stacks, desk.aborted, desk.forwarded) == (["s1"], ["a1"], [])

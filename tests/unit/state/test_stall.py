@@ -208,3 +208,17 @@ def test_many_ranks_are_named_in_ranges() -> None:
         beat(run, rank, 7 if rank == 9 else 8, 7, 14)
     stall = find_stall(run)
     assert stall is not None and "ranks 0-8, 10-63 wait in it" in stall.text
+
+
+def test_ranks_that_count_no_steps_stall_in_collectives_only() -> None:
+    run = a_run(steps=0)
+    for rank in range(WORLD):
+        run.apply(hello(rank).model_copy(update={"counts_steps": False}), run.hub_now_ns)
+        beat(run, rank, entered=100, completed=100, idle_s=60, phase="idle", op="")
+    assert find_stall(run) is None  # it may be saving, or at its end
+    beat(run, 0, entered=101, completed=100, idle_s=29, phase="idle", op="all_reduce")
+    assert find_stall(run) is None
+    beat(run, 0, entered=101, completed=100, idle_s=31, phase="idle", op="all_reduce")
+    stall = find_stall(run)
+    assert stall is not None and stall.missing == (1, 2)
+    assert stall.cause.endswith("rank 1 is in its script")

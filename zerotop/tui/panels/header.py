@@ -96,9 +96,12 @@ def _facts(view: View) -> list[str]:
     facts: list[str] = []
     if hello is not None:
         model = f"{hello.model_name} {count_text(hello.parameters)}" if hello.parameters else hello.model_name
-        facts += [model.strip(), f"ZeRO-{hello.stage}" if hello.stage else "ZeRO-0 (data parallel)", hello.precision]
+        layout = f"ZeRO-{hello.stage}" if hello.stage else "ZeRO-0 (data parallel)"
+        facts += [model.strip(), hello.trainer or layout, hello.precision]
         facts.append(f"{hello.world_size} rank{'s' if hello.world_size != 1 else ''}")
-        facts.append(f"batch {hello.global_batch} = {hello.world_size} × {hello.micro_batch} × {hello.accumulation}")
+        if hello.micro_batch:
+            parts = f"{hello.world_size} × {hello.micro_batch} × {hello.accumulation}"
+            facts.append(f"batch {hello.global_batch} = {parts}")
         if hello.seq_len:
             facts.append(f"seq {hello.seq_len}")
         if hello.backend:

@@ -1,0 +1,53 @@
+"""`zerotop run` of the scripts in scripts/, each of which trains with another trainer."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT
+from tests.harness.runs import StartedRun
+from zerotop.launch.start import start_wrapped
+from zerotop.rundir.directory import read_entry
+from zerotop.rundir.paths import remove_sockets
+
+SCRIPTS = ROOT / "tests" / "integrations" / "scripts"
+RunScript = Callable[..., StartedRun]
+
+
+@pytest.fixture
+def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunScript]:
+    """`run_script("ddp.py", nproc=2, STEPS=40)`: a run of the script with this environment."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "out").mkdir()
+    runs: list[StartedRun] = []
+
+    def begin(script: str, nproc: int | None = 2, **environment: object) -> StartedRun:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        entry = start_wrapped([sys.executable, str(SCRIPTS / script)], nproc=nproc)
+        for name in environment:
+            monkeypatch.delenv(name)
+        runs.append(StartedRun(entry, tmp_path / "no-pids"))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if read_entry(run.path).live:
+            run.command("abort")
+        run.close()
+        remove_sockets(run.entry.sockets.folder)
+
+
+def losses(run: StartedRun) -> list[str]:
+    """The losses that rank 0, or a command without ranks, has printed, with all their bits."""
+    texts = [path.read_text() for name in ("rank-0.log", "launcher.log") if (path := run.entry.logs() / name).exists()]
+    found = re.findall(r"0x[0-9a-fp.+-]+", next(t for text in texts for t in re.findall("LOSSES (.*)", text)))
+    assert found
+    return found

@@ -1,0 +1,178 @@
+"""Each trainer with its one line: what the screen sees, which commands it obeys, and that its losses stay what they
+are, bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from runtime.wire.messages import Event
+from tests.harness.runs import StartedRun
+from tests.integrations.conftest import RunScript, losses
+from zerotop.diagnose.hang import HANG_VARIABLE
+from zerotop.source.live import LiveSource
+
+STEPS = 6
+pytestmark = pytest.mark.timeout(180)
+
+
+@dataclass(frozen=True)
+class Case:
+    script: str
+    package: str
+    """Without it the test is skipped: `make test-integrations` has all of them."""
+    trainer: str
+    phases: frozenset[str]
+    nproc: int = 2
+    environment: tuple[tuple[str, str], ...] = ()
+    logs_norm: bool = False
+
+    def __str__(self) -> str:
+        return "-".join([self.script.removesuffix(".py"), *(value for _, value in self.environment)])
+
+
+LOOP = frozenset({"data", "forward", "backward", "step"})
+CASES = (
+    Case("ddp.py", "torch", "torch", LOOP | {"reduce"}),
+    Case("fsdp2.py", "torch", "torch", LOOP),
+    Case("transformers_trainer.py", "transformers", "transformers", LOOP | {"reduce", "eval"}, logs_norm=True),
+    Case("accelerate_loop.py", "accelerate", "torch", LOOP | {"reduce"}),
+    Case("lightning_trainer.py", "pytorch_lightning", "Lightning", LOOP | {"eval"}, nproc=1),
+    Case("trl_sft.py", "trl", "transformers", LOOP | {"reduce"}, logs_norm=True),
+    Case("deepspeed_engine.py", "deepspeed", "DeepSpeed", LOOP, environment=(("STAGE", "2"),), logs_norm=True),
+    Case("deepspeed_engine.py", "deepspeed", "DeepSpeed", LOOP, environment=(("STAGE", "3"),), logs_norm=True),
+)
+
+
+def _phases(run: StartedRun) -> set[str]:
+    return {span[0] for rank in run.source.state.ranks.values() for span in rank.spans}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_is_seen_and_that_losses_stay(case: Case, run_script: RunScript) -> None:
+    if importlib.util.find_spec(case.package) is None:
+        pytest.skip(f"{case.package} is not installed")
+    environment = dict(case.environment)
+    plain = run_script(case.script, case.nproc, WATCH=0, STEPS=STEPS, **environment)
+    plain.see_end("finished", deadline_s=80)
+    run = run_script(case.script, case.nproc, STEPS=STEPS, SLOW_MS=25, **environment)
+    run.see(lambda source: source.connection == "ended", "the end", deadline_s=80)
+    run.see_end("finished")
+
+    assert losses(run) == losses(plain)
+    state = run.source.state
+    hello = state.hello
+    assert hello is not None and hello.trainer.startswith(case.trainer) and hello.world_size == case.nproc
+    assert hello.accumulation == 2
+    assert sorted(state.ranks) == list(range(case.nproc))
+    assert state.step == STEPS
+    assert case.phases <= _phases(run)
+    newest = state.ranks[0].step
+    assert newest is not None and newest.loss is not None and newest.lr > 0
+    assert (newest.grad_norm is not None) == case.logs_norm
+    assert newest.samples_per_s and newest.tokens_per_s
+    memory = state.ranks[0].memory
+    assert memory is not None and memory.ledger["parameters"] > 0
+    held = {name for name, value in memory.ledger.items() if value}
+    assert "optimizer" in held | ({"optimizer"} if case.script == "deepspeed_engine.py" else set())
+    goodbye = state.ranks[0].goodbye
+    assert goodbye is not None and goodbye.outcome == "finished"
+
+
+def test_memory_of_data_parallel_ranks_is_what_they_hold(run_script: RunScript) -> None:
+    run = run_script("ddp.py", STEPS=40, SLOW_MS=20)
+    run.see(
+        lambda source: (
+            len(source.state.ranks) == 2
+            and all(r.memory and r.memory.ledger.get("optimizer", 0) for r in source.state.ranks.values())
+        ),
+        "optimizer states in memory",
+        deadline_s=60,
+    )
+    parameters = run.source.state.hello.parameters  # type: ignore[union-attr]
+    for rank in run.source.state.ranks.values():
+        assert rank.memory is not None
+        ledger = rank.memory.ledger
+        assert ledger["parameters"] == 4 * parameters
+        assert ledger["gradients"] == pytest.approx(4 * parameters, rel=0.01)  # buckets are padded
+        assert ledger["optimizer"] == pytest.approx(8 * parameters, rel=0.01)  # and a step counter per parameter
+
+
+def test_commands_apply_at_one_step_of_all_ranks(run_script: RunScript, tmp_path: object) -> None:
+    run = run_script("ddp.py", STEPS=100_000, SLOW_MS=5)
+    run.see_step(2, deadline_s=60)
+    paused = run.command("pause")
+    assert paused.ack.state == "applied"
+    run.see_state("paused")
+    run.see(lambda source: all(r.phase == "paused" for r in source.state.ranks.values()), "both ranks paused")
+    steps = {rank.current_step for rank in run.source.state.ranks.values()}
+    assert steps == {paused.ack.step}
+    saved = run.command("checkpoint")
+    assert saved.ack.state == "applied" and str(saved.ack.result["path"]).endswith("model.pt")
+    assert run.command("resume").ack.state == "applied"
+    before = run.source.state.ranks[0].step
+    assert before is not None
+    factor = run.command("set", lr_factor=0.5)
+    assert factor.ack.state == "applied" and factor.ack.step is not None
+    run.see_step(factor.ack.step + 1)
+    after = run.source.state.ranks[0].step
+    assert after is not None and after.lr == pytest.approx(before.lr / 2)
+    refused = run.command("profile", ranks=[0], steps=1)
+    assert refused.ack.state == "rejected" and "not possible with this trainer" in refused.ack.reason
+    bounds = run.command("set", checkpoint_interval=5)
+    assert bounds.ack.state == "rejected" and "lr_factor" in bounds.ack.reason
+    assert run.command("stop").ack.state == "applied"
+    assert run.see_end("stopped").reason == "stopped on request"
+
+
+def test_a_trainer_saves_and_stops(run_script: RunScript) -> None:
+    """transformers' Trainer writes its own checkpoints, when it is asked and before it stops."""
+    run = run_script("transformers_trainer.py", STEPS=100_000, SLOW_MS=5)
+    run.see_step(2, deadline_s=90)
+    saved = run.command("checkpoint")
+    assert saved.ack.state == "applied"
+    path = saved.ack.result["path"]
+    assert path.endswith(f"checkpoint-{saved.ack.step}")
+    assert json.loads(Path(path, "trainer_state.json").read_text())["global_step"] == saved.ack.step
+    assert run.command("stop").ack.state == "applied"
+    status = run.see_end("stopped", deadline_s=40)
+    assert status.last_checkpoint_step == status.step
+
+
+def test_a_hang_is_named_without_a_line(run_script: RunScript, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in the script but torch.distributed: the rank that does not come is named, with its stack."""
+    monkeypatch.setenv(HANG_VARIABLE, "3")
+    run = run_script("ddp.py", STEPS=100_000, WATCH=0, HANG=40)
+    run.see(lambda source: len(source.state.ranks) == 2, "both ranks", deadline_s=60)
+    hello = run.source.state.hello
+    assert hello is not None and not hello.counts_steps
+    run.see(lambda source: _event(source, "hang"), "the hang", deadline_s=60)
+    text = _event(run.source, "hang")
+    assert "rank 1 has not entered collective" in text and "rank 0 waits in it" in text
+    stacks = run.command("stacks")
+    assert stacks.ack.state == "applied"
+    report = Path(stacks.ack.result["path"]).read_text()
+    assert "common.py" in report and "batch" in report
+    refused = run.command("pause")
+    assert refused.ack.state == "rejected" and "watch()" in refused.ack.reason
+    assert run.command("stop").ack.state == "applied"  # by SIGTERM
+    assert run.see_end("stopped", deadline_s=40).reason == "the command was sent SIGTERM and has ended"
+
+
+def _event(source: LiveSource, what: str) -> str:
+    """The text of the first such event; empty if there is none."""
+    return next((e.text for e in source.state.events if isinstance(e, Event) and e.what == what), "")
+
+
+def test_every_rank_has_a_log_of_its_own(run_script: RunScript) -> None:
+    run = run_script("ddp.py", STEPS=2)
+    run.see_end("finished", deadline_s=60)
+    logs = run.entry.logs()
+    ranks = [(logs / f"rank-{rank}.log").read_text() for rank in range(2)]
+    assert all(text.count("LOSSES") == 1 for text in ranks)
+    assert ranks[0] != ranks[1]
+    assert "LOSSES" not in (logs / "launcher.log").read_text()

@@ -1,0 +1,103 @@
+"""watch() outside a run, its refusals, and torch's Flight Recorder as the position in the heartbeat."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from runtime.telemetry import WatchError, watch
+from runtime.telemetry.watching.collectives import STANDS_S, FlightPosition
+from runtime.telemetry.watching.scalars import LateNumber
+from runtime.wire.rundir import RUN_VARIABLE
+
+
+@pytest.fixture(autouse=True)
+def outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RUN_VARIABLE, raising=False)
+
+
+def test_importing_it_loads_no_torch() -> None:
+    code = "import sys, runtime.telemetry; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_outside_a_run_it_does_nothing() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watcher = watch(model, optimizer)
+    again = watch(model, optimizer)  # no run, no harm
+    assert not watcher.active and not again.active
+    assert not model._forward_hooks and not optimizer._optimizer_step_post_hooks
+    watcher.log(loss=1.0)
+    assert not watcher.should_stop
+    with watcher.phase("eval"):
+        pass
+    watcher.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((nn.Linear(1, 1),), "needs its optimizer"),
+        (("model", torch.optim.SGD([torch.zeros(1)], lr=1.0)), "expected a torch module, got str"),
+        ((nn.Linear(1, 1), "adam"), "expected a torch optimizer, got str"),
+    ],
+)
+def test_what_cannot_be_watched_is_named(arguments: tuple[object, ...], text: str) -> None:
+    with pytest.raises(WatchError, match=text):
+        watch(*arguments)
+
+
+def test_unknown_figures_are_refused() -> None:
+    with pytest.raises(TypeError, match="not 'accuracy'"):
+        watch().log(accuracy=1.0)
+
+
+def test_late_numbers() -> None:
+    assert LateNumber(None).read() is None
+    assert LateNumber(2).read() == 2.0
+    assert LateNumber(torch.tensor([0.5], requires_grad=True)).read() == 0.5
+    assert LateNumber(float("nan")).read() is None
+
+
+class Recorder:
+    """Torch's private functions, played."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.status = {"0": {"last_enqueued_collective": -1, "last_completed_collective": -1}}
+        self.with_entries = 0
+        module = ModuleType("torch._C._distributed_c10d")
+        module._dump_fr_trace = self.dump  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "torch._C._distributed_c10d", module)
+
+    def dump(self, entries: bool, _stacks: bool, _active: bool) -> bytes:
+        self.with_entries += entries
+        entry = {"profiling_name": "gloo:all_reduce", "input_sizes": [[2, 3]], "input_dtypes": ["Float"]}
+        return pickle.dumps({"pg_status": self.status, "entries": [entry] if entries else []})
+
+
+def test_the_position_is_the_sum_of_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, clock = Recorder(monkeypatch), [0.0]
+    position = FlightPosition(lambda: clock[0])
+    assert position() == (0, 0, "", 0)
+    recorder.status = {
+        "0": {"last_enqueued_collective": 7, "last_completed_collective": 7},
+        "1": {"last_enqueued_collective": 3, "last_completed_collective": 2},
+    }
+    assert position() == (10, 9, "", 0)
+    clock[0] += STANDS_S / 2
+    assert position() == (10, 9, "", 0) and recorder.with_entries == 0
+    clock[0] += STANDS_S / 2
+    assert position() == (10, 9, "all_reduce", 24)
+    assert position() == (10, 9, "all_reduce", 24) and recorder.with_entries == 1  # read once
+
+
+def test_without_a_flight_recorder_there_is_no_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._C._distributed_c10d", ModuleType("torch._C._distributed_c10d"))
+    assert FlightPosition()() is None
