@@ -28,7 +28,7 @@ inputs := $(modules) pyproject.toml CMakeLists.txt tools/setup.sh $(wildcard csr
 spread := -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune install test test-all chaos gpu-check lint clean FORCE
+.PHONY: help demo finetune install test test-all test-integrations chaos gpu-check lint clean FORCE
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -48,6 +48,11 @@ test: $(VENV)/.ok-dev  ## run the tests but those marked slow; or with ARGS="-k 
 test-all: $(VENV)/.ok-dev  ## run every test, and 20 faults into training runs
 	@$(bin)/python -m pytest -q $(spread) $(ARGS)
 	@$(MAKE) --no-print-directory chaos
+test-integrations:   ## run the tests of other trainers on this screen, DeepSpeed and TRL among them, in an environment of their own
+	@$(MAKE) --no-print-directory VENV=.venv-integrations .venv-integrations/.ok-dev
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-integrations/bin/python -m pip install -q --no-build-isolation --no-deps \
+	  -r tests/integrations/trainers.txt
+	@.venv-integrations/bin/python -m pytest -q -rs tests/integrations $(ARGS)
 chaos: $(VENV)/.ok-dev  ## strike a training run N times at random, or N=each: once in every way; count what is resumed and lost (N=20, SEED=0, FIRST=1, RECORD=file)
 	@$(bin)/python -m tests.faults.chaos $(N) --seed $(SEED) --first $(FIRST) $(if $(RECORD),--record $(RECORD))
 gpu-check: $(VENV)/.ok-dev  ## run the tests that need an NVIDIA GPU

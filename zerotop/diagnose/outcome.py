@@ -53,6 +53,8 @@ What to change: all ranks must take the same number of steps, because every step
 docs/faults.md, "Ranks with different amounts of data", has the code."""
 _TERM_EXITS = (-signal.SIGTERM, 128 + signal.SIGTERM)
 """Exit codes of a command that a SIGTERM has ended, of its own or of a shell around it."""
+_TORCHRUN_SIGTERM = "got signal: 15"
+"""In what torchrun raises when it gets a SIGTERM, with exit code 1."""
 _NOT_INITIALIZED = "the script never called runtime.initialize(): nothing was trained or watched"
 
 
@@ -104,7 +106,9 @@ def decide(seen: FailureEvidence) -> Outcome:
 def _ended_by_sigterm(seen: FailureEvidence) -> bool:
     """Whether the command or, as a launcher reports it, every rank that failed was ended by SIGTERM."""
     codes = _exit_codes(seen)
-    return seen.launcher_exit in _TERM_EXITS or (bool(codes) and all(code in _TERM_EXITS for code in codes.values()))
+    if seen.launcher_exit in _TERM_EXITS or (codes and all(code in _TERM_EXITS for code in codes.values())):
+        return True
+    return _TORCHRUN_SIGTERM in tail(seen.logs / LAUNCHER_LOG, _LOG_LINES)
 
 
 def _finish_reason(seen: FailureEvidence) -> str:

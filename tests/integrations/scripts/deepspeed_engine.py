@@ -2,6 +2,7 @@
 
 import os
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import common
 import deepspeed
 import torch

@@ -360,5 +360,7 @@ def test_a_wrapped_command_that_was_sent_sigterm_has_stopped(tmp_path: Path) -> 
         assert end(tmp_path, code, wrapped=True, stopping=True).state == "stopped"
     table = TORCHRUN.format(code=-15, rank=1).replace("exitcode  : 1 ", "exitcode  : -15 ")
     assert end(tmp_path, 1, wrapped=True, stopping=True, log=table).state == "stopped"
+    raised = "torch.distributed.elastic.multiprocessing.api.SignalException: Process 7 got signal: 15\n"
+    assert end(tmp_path, 1, wrapped=True, stopping=True, log=raised).state == "stopped"
     assert end(tmp_path, 1, wrapped=True, stopping=True, log="ValueError: no data\n").state == "failed"
     assert end(tmp_path, -15, wrapped=True).state == "failed"  # nobody asked for it
