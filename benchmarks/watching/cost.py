@@ -1,0 +1,136 @@
+"""What watching another trainer costs, in paired runs.
+
+    python -m benchmarks.watching.cost --rounds 5 --steps 60
+
+Step: the script's own step times under `zerotop run`, with watch() against without, in turn (ABBA). Start: `zerotop run
+-- python -c pass` against `python -c pass`, wall time. Attach: from opening a screen's source on a live run to a state
+with all ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.context import markdown, measured_on, table
+
+DROPPED = 10
+SCRIPT = Path(__file__).with_name("script.py")
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="watching.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60, help=f"of every run; the first {DROPPED} don't count")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here, with what it ran on")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="zerotop-watching-") as folder:
+        os.environ["XDG_STATE_HOME"] = folder
+        steps = [_round(number, options.steps, Path(folder)) for number in range(options.rounds)]
+        starts = [_start() for _ in range(options.rounds)]
+        attaches = _attach(options.rounds, Path(folder))
+    report = _report(steps, starts, attaches)
+    print(report)
+    if options.markdown:
+        context = measured_on("benchmarks.watching.cost", ("torch", "pyzmq"))
+        options.markdown.write_text(markdown("Cost of watching another trainer, two ranks on the CPU", context, report))
+    return 0
+
+
+def _round(number: int, steps: int, folder: Path) -> tuple[float, float]:
+    """Median step time with and without watch(), in ms."""
+    found = {}
+    for watched in (True, False) if number % 2 else (False, True):
+        found[watched] = _steps(watched, steps, folder)
+        words = "with" if watched else "without"
+        print(f"round {number + 1}: {found[watched]:.1f} ms a step {words} watch()", file=sys.stderr, flush=True)
+    return found[True], found[False]
+
+
+def _steps(watched: bool, steps: int, folder: Path) -> float:
+    out = folder / "times.json"
+    environment = {**os.environ, "WATCH": str(int(watched)), "STEPS": str(steps), "OUT": str(out)}
+    subprocess.run(
+        [*_zerotop("run", "--nproc", "2", "--no-screen"), str(SCRIPT)],
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    return statistics.median(json.loads(out.read_text())[DROPPED:])
+
+
+def _start() -> tuple[float, float]:
+    """Seconds of a command that does nothing, wrapped and bare."""
+    bare = [sys.executable, "-c", "pass"]
+    return _seconds([*_zerotop("run", "--no-screen"), "--", *bare]), _seconds(bare)
+
+
+def _seconds(command: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def _attach(rounds: int, folder: Path) -> list[float]:
+    """Milliseconds to the full picture of a live run."""
+    from zerotop.rundir.directory import find_run
+    from zerotop.source.opening import open_source
+
+    environment = {**os.environ, "WATCH": "1", "STEPS": "100000", "OUT": str(folder / "times.json")}
+    start = [*_zerotop("run", "--nproc", "2", "--name", "attach", "--detach"), str(SCRIPT)]
+    subprocess.run(start, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    entry = find_run("attach")
+    taken: list[float] = []
+    try:
+        for number in range(rounds + 1):
+            began, source = time.perf_counter(), open_source(entry)
+            deadline = began + 60
+            while time.perf_counter() < deadline:
+                source.poll()
+                ranks = source.state.ranks.values()
+                if len(ranks) == 2 and all(r.step and r.memory and r.heartbeat for r in ranks):
+                    break
+                source.wait(0.05)
+            if number:  # the first one waits for the ranks' start
+                taken.append(1e3 * (time.perf_counter() - began))
+            source.close()
+    finally:
+        subprocess.run(_zerotop("abort", "attach", "--yes"), check=True, capture_output=True)
+    return taken
+
+
+def _zerotop(*words: str) -> list[str]:
+    return [sys.executable, "-m", "zerotop", *words]
+
+
+def _report(steps: list[tuple[float, float]], starts: list[tuple[float, float]], attaches: list[float]) -> str:
+    ratios = [on / off - 1 for on, off in steps]
+    extra = [wrapped - bare for wrapped, bare in starts]
+    lines = [
+        f"- Step time, with watch() against without: {statistics.median(ratios):+.2%} (median of {len(ratios)} rounds; "
+        f"{min(ratios):+.2%} to {max(ratios):+.2%})",
+        f"- Start: {statistics.median(extra):.2f} s more than the bare command (median of {len(extra)})",
+        f"- Attach to the full picture: {statistics.median(attaches):.0f} ms (median of {len(attaches)})",
+        "",
+        table(
+            ["round", "ms with", "ms without", "ratio - 1"],
+            [[str(n + 1), f"{on:.1f}", f"{off:.1f}", f"{on / off - 1:+.2%}"] for n, (on, off) in enumerate(steps)],
+            pipes=True,
+        ),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
