@@ -11,6 +11,7 @@ runtime.runtime a second time.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -132,6 +133,24 @@ class DeepSpeedPaths(MetaPathFinder):
         return None
 
 
+class AnotherName(MetaPathFinder):
+    """Finds every module of this package below another top-level name, without a second copy."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """See MetaPathFinder."""
+        top, _, below = fullname.partition(".")
+        if top != self._name or not below:
+            return None
+        if importlib.util.find_spec(f"runtime.{below}") is None:
+            return None
+        return same_module(fullname, f"runtime.{below}")
+
+
 class _SameModule(Loader):
     """Loads an existing module under another path, without a second copy."""
 
@@ -173,6 +192,11 @@ class _Names(Loader):
 def same_module(fullname: str, stands_for: str) -> ModuleSpec:
     """The spec with which `fullname` imports the module `stands_for`."""
     return ModuleSpec(fullname, _SameModule(stands_for), is_package=True)
+
+
+def answer_to(name: str) -> None:
+    """Let `import NAME.x` import `runtime.x`."""
+    sys.meta_path.insert(0, AnotherName(name))
 
 
 def install() -> None:

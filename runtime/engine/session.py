@@ -85,7 +85,7 @@ class Session:
             properties = torch.cuda.get_device_properties(comm.device)
             device_name, device_uuid = properties.name, f"GPU-{properties.uuid}"
         section = config.zerotop
-        scripted = self.run is not None and self.run.script is not None
+        scripted = self.run is not None and (self.run.script is not None or self.run.wrapped is not None)
         flops, (peak, peak_note) = model_flops(module, config), peak_flops(config, comm.device, device_name)
         return Hello(
             run=self.run.name if self.run else "",

@@ -84,6 +84,7 @@ class RunFile(BaseModel):
     script: list[str] | None = None  # SCRIPT.py and its arguments; None: the built-in trainer
     command: list[str] | None = None  # started in torchrun's place, with the same environment; None: torchrun
     wrapped: list[str] | None = None  # the user's own command, which `zerotop run` has wrapped; None: a run of ours
+    as_deepspeed: bool = False  # whether `import deepspeed` gives our engine
     sockets: str
     version: str = ""
 

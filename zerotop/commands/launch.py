@@ -47,6 +47,11 @@ def register(subparsers: Any) -> None:
         help="replace one key of the config, such as zerotop.train.steps=50; may be repeated",
     )
     parser.add_argument("--resume", action="store_true", help="continue run --name from its newest complete checkpoint")
+    parser.add_argument(
+        "--as-deepspeed",
+        action="store_true",
+        help="`import deepspeed` in the script gives zerotop's engine, also to accelerate and transformers",
+    )
     parser.add_argument("--detach", action="store_true", help="return as soon as the ranks train")
     parser.add_argument("--no-screen", action="store_true", help="print progress lines instead of drawing the screen")
     parser.add_argument("--json", action="store_true", help="print the run's state as one JSON document when done")
@@ -68,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
         resume=arguments.resume,
         script=arguments.script,
+        as_deepspeed=arguments.as_deepspeed,
     )
     plain = arguments.no_screen or arguments.json or not (sys.stdin.isatty() and sys.stdout.isatty())
     if arguments.detach or plain:

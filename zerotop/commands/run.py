@@ -52,6 +52,11 @@ def register(subparsers: Any) -> None:
         dest="overrides",
         help="one key of that section, such as zerotop.restarts.max=3; may be repeated",
     )
+    parser.add_argument(
+        "--as-deepspeed",
+        action="store_true",
+        help="`import deepspeed` in the script gives zerotop's engine, also to accelerate and transformers",
+    )
     parser.add_argument("--detach", action="store_true", help="return as soon as the command runs")
     parser.add_argument("--no-screen", action="store_true", help="print its output instead of drawing the screen")
     parser.add_argument("command_words", nargs=argparse.REMAINDER, metavar="COMMAND", help=argparse.SUPPRESS)
@@ -70,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         name=arguments.name,
         config_path=arguments.config,
         overrides=arguments.overrides,
+        as_deepspeed=arguments.as_deepspeed,
     )
     if arguments.detach:
         say(f"{entry.name} runs, in {entry.path}")

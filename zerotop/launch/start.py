@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class _Plan:
     notes: list[dict[str, str]]
     previous: RunEntry | None
     wrapped: list[str] | None = None
+    as_deepspeed: bool = False
 
 
 def start_run(
@@ -86,12 +87,13 @@ def start_run(
     resume: bool = False,
     script: Sequence[str] | None = None,
     command: Sequence[str] | None = None,
+    as_deepspeed: bool = False,
 ) -> RunEntry:
     """Start a run, or with `resume` the next attempt of the run called `name`, and return when its supervisor is up.
 
     `config_path` may be None with `resume`: the run's own config is used. `script` is SCRIPT.py and its arguments.
-    `command` is started in place of torchrun. Raises RunError or ConfigError with a message for the user; then nothing
-    was started and nothing is left behind.
+    `command` is started in place of torchrun. as_deepspeed: `import deepspeed` in the script gives our engine. Raises
+    RunError or ConfigError with a message for the user; then nothing was started and nothing is left behind.
     """
     names = {
         "the config": str(config_path or ""),
@@ -102,7 +104,7 @@ def start_run(
     for what, text in names.items():
         check_utf8(what, text)
     try:
-        return _start((config_path, nproc, device, name, overrides, resume, script), command)
+        return _start((config_path, nproc, device, name, overrides, resume, script), command, as_deepspeed)
     except OSError as error:  # a full disk, a folder that may not be read: anywhere on the way
         raise RunError(f"the run can't start: {error_text(error)}") from None
 
@@ -114,12 +116,14 @@ def start_wrapped(
     name: str | None = None,
     config_path: str | Path | None = None,
     overrides: Sequence[str] = (),
+    as_deepspeed: bool = False,
 ) -> RunEntry:
     """Start a run of the user's own command, with its arguments, and return when its supervisor is up.
 
     nproc: start it as so many ranks under torchrun: `wrapped` is then SCRIPT.py and its arguments, with or without
-    `python` in front. The config may have a "zerotop" section for restarts and alerts. Raises RunError or ConfigError
-    with a message for the user; then nothing was started and nothing is left behind.
+    `python` in front. as_deepspeed: `import deepspeed` gives our engine. The config may have a "zerotop" section for
+    restarts and alerts. Raises RunError or ConfigError with a message for the user; then nothing was started and
+    nothing is left behind.
     """
     for number, word in enumerate(wrapped):
         check_utf8(f"word {number + 1} of the command", word)
@@ -136,16 +140,18 @@ def start_wrapped(
         folder = os.path.dirname(origin) if origin else working_folder()
         device: Device = "cuda" if has_gpus() else "cpu"
         with contextlib.ExitStack() as leaving:
-            plan = _Plan(config, resolved, origin, folder, device, nproc or 0, None, [], None, words)
+            plan = _Plan(config, resolved, origin, folder, device, nproc or 0, None, [], None, words, as_deepspeed)
             return _begin(plan, name, None, leaving)
     except OSError as error:
         raise RunError(f"the run can't start: {error_text(error)}") from None
 
 
-def _start(asked: _Asked, command: Sequence[str] | None) -> RunEntry:
+def _start(asked: _Asked, command: Sequence[str] | None, as_deepspeed: bool) -> RunEntry:
     """As `start_run`, which has the arguments of `_check`."""
     name = asked[3]
     plan = _check(*asked)
+    if as_deepspeed and not plan.script:
+        raise RunError("--as-deepspeed is for a script of your own: zerotop launch CONFIG --as-deepspeed -- SCRIPT.py")
     with contextlib.ExitStack() as leaving:
         if plan.previous is not None:
             # Two launches may run at once, and ranks whose supervisor was killed may still be saving.
@@ -153,8 +159,10 @@ def _start(asked: _Asked, command: Sequence[str] | None) -> RunEntry:
             lock = take_patiently(path, check=lambda: _previous(name), tell=say)
             leaving.callback(os.close, lock)  # the supervisor has it too, by then
             plan = _check(*asked, prepared=True)  # as it is now
-            return _begin(plan, name, command, leaving, lock)
-        return _begin(plan, name, command, leaving)
+            if plan.previous is not None:
+                as_deepspeed = as_deepspeed or plan.previous.run.as_deepspeed
+            return _begin(replace(plan, as_deepspeed=as_deepspeed), name, command, leaving, lock)
+        return _begin(replace(plan, as_deepspeed=as_deepspeed), name, command, leaving)
 
 
 def _begin(
@@ -371,6 +379,7 @@ def _write_files(
             script=plan.script,
             command=list(command) if command else None,
             wrapped=plan.wrapped,
+            as_deepspeed=plan.as_deepspeed,
             sockets=str(sockets),
             version=_version(),
         )

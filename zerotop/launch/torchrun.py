@@ -19,6 +19,8 @@ from runtime.wire.rundir import (
     RunFile,
 )
 
+AS_DEEPSPEED = Path(__file__).with_name("as_deepspeed")
+"""The folder in which `deepspeed` is our engine."""
 _FOREIGN = re.compile(
     "(PET|TORCHELASTIC)_.*"  # torchrun takes PET_NNODES for --nnodes, and so on for every option
     "|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
@@ -64,7 +66,14 @@ def environment(
         variables.setdefault("NCCL_SOCKET_IFNAME", "lo")
     if run.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
-    return with_import_path(variables)
+    variables = with_import_path(variables)
+    return with_path_in_front(variables, AS_DEEPSPEED) if run.as_deepspeed else variables
+
+
+def with_path_in_front(variables: dict[str, str], folder: Path) -> dict[str, str]:
+    """`variables` with `folder` as the first one in which Python looks for modules."""
+    before = variables.get("PYTHONPATH", "")
+    return variables | {"PYTHONPATH": os.pathsep.join([str(folder), *([before] if before else [])])}
 
 
 def with_import_path(variables: dict[str, str]) -> dict[str, str]:

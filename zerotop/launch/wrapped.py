@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime.config import ConfigError
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIABLE, RunFile
-from zerotop.launch.torchrun import with_import_path
+from zerotop.launch.torchrun import AS_DEEPSPEED, with_import_path, with_path_in_front
 from zerotop.probe.nvml import count_devices
 from zerotop.rundir.paths import RunError
 
@@ -32,12 +32,12 @@ def environment(
 ) -> dict[str, str]:
     """`base` with the variables by which Python processes find their run."""
     variables = with_import_path(dict(base))
-    before = variables.get("PYTHONPATH", "")
-    return variables | {
+    if run.as_deepspeed:
+        variables = with_path_in_front(variables, AS_DEEPSPEED)
+    return with_path_in_front(variables, INJECTED) | {
         RUN_VARIABLE: str(path),
         ATTEMPT_VARIABLE: str(run.attempt),
         SUPERVISOR_VARIABLE: str(supervisor_pid),
-        "PYTHONPATH": os.pathsep.join([str(INJECTED), *([before] if before else [])]),
         "PYTHONUNBUFFERED": "1",
         # Older entries are overwritten: how far the collectives have come is counted beside them.
         "TORCH_FR_BUFFER_SIZE": variables.get("TORCH_FR_BUFFER_SIZE", "2000"),
