@@ -142,6 +142,28 @@ class Resolved(Section):
     notes: tuple[str, ...]
     """Keys without effect and why, and the defaults that were chosen: one line each, to be shown once at launch."""
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key of DeepSpeed's. Scripts, such as transformers' Trainer, read `engine.config`, which is a
+        dictionary there."""
+        sections: dict[str, Any] = {
+            "train_batch_size": self.global_batch,
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.gradient_clipping,
+            "bf16": {"enabled": self.precision == "bf16"},
+            "fp16": {**self.fp16.model_dump(mode="json"), "enabled": self.precision == "fp16"},
+            "zero_optimization": {"stage": self.stage},
+        }
+        for name in ("offload_optimizer", "offload_param"):
+            if (offload := getattr(self, name)) is not None:
+                sections["zero_optimization"][name] = {"device": "cpu", **offload.model_dump(mode="json")}
+        if self.optimizer is not None:
+            sections["optimizer"] = {"type": self.optimizer.type, "params": self.optimizer.torch_kwargs()}
+        for name in ("scheduler", "zerotop"):
+            if (section := getattr(self, name)) is not None:
+                sections[name] = section.model_dump(mode="json")
+        return sections.get(key, default)
+
     def to_json(self) -> str:
         """This config as a JSON document; `from_json` reads it back equal."""
         return json.dumps(self.model_dump(mode="json"), indent=2)

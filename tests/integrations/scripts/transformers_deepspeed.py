@@ -31,7 +31,10 @@ arguments = TrainingArguments(
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "zero_optimization": {"stage": int(os.environ.get("STAGE", "2"))},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
     },
 )
 trainer = Trainer(LlamaForCausalLM(config), arguments, train_dataset=common.Samples())

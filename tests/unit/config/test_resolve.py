@@ -338,3 +338,21 @@ def test_a_gpu_that_is_not_there_cannot_update() -> None:
     assert load(settings).resolve(1, "cuda").zerotop.offload.update == "gpu"
     with pytest.raises(ConfigError, match=r'zerotop\.offload\.update: "gpu" needs a GPU, and this run is on the CPU'):
         load(settings).resolve(1, "cpu")
+
+
+def test_deepspeed_s_keys_of_an_engine_s_config() -> None:
+    """transformers' Trainer asks `engine.config.get("zero_optimization", {}).get("stage")` before it saves."""
+    raw = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 3,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
+    }
+    resolved = load(raw).resolve(2, "cpu", script=True)
+    assert resolved.get("zero_optimization", {}).get("stage") == 3
+    assert resolved.get("zero_optimization")["offload_optimizer"]["device"] == "cpu"
+    assert resolved.get("train_batch_size") == 12
+    assert resolved.get("bf16") == {"enabled": True} and not resolved.get("fp16")["enabled"]
+    assert resolved.get("optimizer")["params"]["lr"] == 0.1
+    assert resolved.get("scheduler") is None and resolved.get("tensor_parallel", {}) == {}
