@@ -17,7 +17,9 @@ from torch import nn
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.engine.efficiency import model_flops, peak_flops
+from runtime.process.forked import at_exit
 from runtime.telemetry import NullTelemetry, Telemetry, stopsignal
+from runtime.telemetry.watching.introduction import last_error
 from runtime.wire.messages import Hello
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, RunFile, boot_id, read_run
 
@@ -77,6 +79,12 @@ class Session:
         if run:
             _begun[run] = _begun.get(run, 0) + 1
         self.link.start(hello)
+        if self.run is not None and self.run.wrapped and self.number == 1:
+            at_exit(self._leave)  # after `zerotop launch`, runtime/__main__.py says goodbye
+
+    def _leave(self) -> None:
+        error = last_error()
+        self.link.goodbye("failed" if error else "finished", self.step(), error)
 
     def hello(self, config: Resolved, comm: Comm, module: nn.Module, start_step: int, knobs: dict[str, Any]) -> Hello:
         """The message that introduces this rank to the hub."""

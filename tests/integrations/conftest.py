@@ -28,10 +28,10 @@ def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunS
     (tmp_path / "out").mkdir()
     runs: list[StartedRun] = []
 
-    def begin(script: str, nproc: int | None = 2, **environment: object) -> StartedRun:
+    def begin(script: str, nproc: int | None = 2, as_deepspeed: bool = False, **environment: object) -> StartedRun:
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
-        entry = start_wrapped([sys.executable, str(SCRIPTS / script)], nproc=nproc)
+        entry = start_wrapped([sys.executable, str(SCRIPTS / script)], nproc=nproc, as_deepspeed=as_deepspeed)
         for name in environment:
             monkeypatch.delenv(name)
         runs.append(StartedRun(entry, tmp_path / "no-pids"))

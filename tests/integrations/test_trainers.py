@@ -176,3 +176,20 @@ def test_every_rank_has_a_log_of_its_own(run_script: RunScript) -> None:
     assert all(text.count("LOSSES") == 1 for text in ranks)
     assert ranks[0] != ranks[1]
     assert "LOSSES" not in (logs / "launcher.log").read_text()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_transformers_on_our_engine_by_the_name_deepspeed(stage: int, run_script: RunScript, tmp_path: Path) -> None:
+    """Its DeepSpeed integration with --as-deepspeed: it trains, saves, and resumes with the losses of a run without a
+    break. (accelerate checks that a package deepspeed is there, and which one.)"""
+    script = "transformers_deepspeed.py"
+    whole = run_script(script, as_deepspeed=True, STEPS=STEPS, STAGE=stage)
+    assert whole.see_end("finished", deadline_s=80).reason == "all ranks finished"
+    assert "/runtime/__init__.py" in (whole.entry.logs() / "rank-0.log").read_text()
+    whole.see(lambda source: source.connection == "ended", "the end")
+    hello = whole.source.state.hello
+    assert hello is not None and not hello.trainer and hello.stage == stage
+    saved = tmp_path / "out" / "checkpoint-4"
+    resumed = run_script(script, as_deepspeed=True, STEPS=STEPS, STAGE=stage, RESUME=saved)
+    resumed.see_end("finished", deadline_s=80)
+    assert losses(resumed)[-2:] == losses(whole)[-2:]

@@ -1,4 +1,5 @@
-"""transformers' Trainer with its DeepSpeed integration, ZeRO stage STAGE. Under --as-deepspeed that is zerotop's engine."""
+"""transformers' Trainer with its DeepSpeed integration, ZeRO stage STAGE. Under --as-deepspeed that is zerotop's
+engine."""
 
 import os
 import sys
