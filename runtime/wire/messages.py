@@ -10,7 +10,7 @@ Three channels carry them, with different guarantees:
   Numbered by `Packet.seq`, asked for again with `Resend`; never lost while both ends live. In the other direction the
   same pair carries `Command`, numbered by the hub, `Resend` and `FlightRequest`.
 - screens (the hub's XPUB): first a `Snapshot`, then all of the above as they arrive, except `Ack`, and the hub's own
-  `RunStatus`, `NodeStats`, `Verdict`, `TimeReport` and `CommandRecord`.
+  `RunStatus`, `NodeStats`, `Verdict`, `Alert`, `TimeReport` and `CommandRecord`.
 - commands (a screen's DEALER to the hub's ROUTER): `Command`, in this direction only. The answer is the
   `CommandRecord` with the command's id on the screens channel. A command without one is sent again.
 
@@ -43,7 +43,7 @@ from runtime.wire.bounds import (
     WorldSize,
 )
 from runtime.wire.finetuning import DataReport, Evaluation
-from runtime.wire.judgement import TimeReport, Verdict
+from runtime.wire.judgement import Alert, TimeReport, Verdict
 from runtime.wire.node import NodeStats
 
 PROTOCOL = 1
@@ -382,6 +382,7 @@ Up = Annotated[
     | NodeStats
     | CommandRecord
     | Verdict
+    | Alert
     | TimeReport,
     Field(discriminator="kind"),
 ]

@@ -21,6 +21,7 @@ from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
 from zerotop.launch.devices import Device, choose
 from zerotop.launch.handshake import start_supervisor
+from zerotop.launch.outputs import check_outputs
 from zerotop.launch.preparation import prepare
 from zerotop.output import say
 from zerotop.rundir.directory import (
@@ -181,7 +182,7 @@ def _check(
         refuse_unsupported(resolved)
     except ConfigError as error:
         raise ConfigError(error.problems, config.origin) from None
-    notes = [{"what": "note", "text": text} for text in (*fewer, *resolved.notes)]
+    notes = [{"what": "note", "text": text} for text in (*fewer, *resolved.notes, *check_outputs(config, resolved))]
     if previous is not None and not checkpoint_steps(previous.path) and resolved.zerotop.checkpoint.folder is None:
         notes.append({"what": "changed", "text": "there is no complete checkpoint: the run starts again from step 0"})
     if script:
@@ -280,7 +281,11 @@ def _compare(previous: RunEntry, resolved: Resolved) -> list[dict[str, str]]:
     changes = _changes(
         old.model_dump(mode="json", exclude={"notes"}), resolved.model_dump(mode="json", exclude={"notes"})
     )
-    return [{"what": "changed", "text": f"{key}: {_shown(before)} -> {_shown(now)}"} for key, before, now in changes]
+    return [
+        # The URL of a webhook is a secret, and notes become events.
+        {"what": "changed", "text": key if key == "zerotop.notify" else f"{key}: {_shown(before)} -> {_shown(now)}"}
+        for key, before, now in changes
+    ]
 
 
 def _changes(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

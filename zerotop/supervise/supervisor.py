@@ -17,6 +17,7 @@ from runtime.config import Resolved
 from runtime.wire.finetuning import Evaluation
 from runtime.wire.messages import Command, Event, Hello, LogRecord, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, boot_id, read_status, write_json
+from zerotop.alerts.watch import AlertWatch
 from zerotop.diagnose.evidence import FailureEvidence
 from zerotop.diagnose.gpu_alarms import GpuAlarms
 from zerotop.diagnose.hang import HangWatch
@@ -59,7 +60,8 @@ class Supervisor:
         self.run_file = run.model_copy(
             update={"supervisor_pid": me.pid, "supervisor_start": me.create_time(), "boot_id": boot_id()}
         )
-        self._restarts = Restarts(Resolved.from_json((path / "resolved.json").read_bytes()).zerotop.restarts)
+        self._settings = Resolved.from_json((path / "resolved.json").read_bytes()).zerotop
+        self._restarts = Restarts(self._settings.restarts)
         self._attempt = Attempt(self.run_file, path)
         self._abort_reason: str | None = None
         self._restart_text = ""
@@ -110,6 +112,7 @@ class Supervisor:
             chores.add("the watch for hangs", self._watch_for_hangs())
             self._verdicts = VerdictWatch(hub)
             chores.add("the verdict", self._verdicts.watch())
+            chores.add("the alerts", AlertWatch(hub, self._settings.alerts).watch())
             chores.add("the watch on the GPUs", GpuAlarms(hub).watch())
             chores.add("the watch on memory", MemoryWatch(hub).watch())
             folder = FolderWatch(self.path, hub, lambda: self.run_file)
@@ -209,8 +212,7 @@ class Supervisor:
             attempt.end_asked.set()
 
     async def _watch_for_hangs(self) -> None:
-        resolved = Resolved.from_json((self.path / "resolved.json").read_bytes())
-        ends = self.end_attempt if resolved.zerotop.restarts.on_hang else None
+        ends = self.end_attempt if self._settings.restarts.on_hang else None
         await HangWatch(self.hub, self._taker, ends, self.end_attempt).watch()
 
     # ---- attempts ----------------------------------------------------------------------------------------------------
