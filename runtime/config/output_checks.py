@@ -42,8 +42,8 @@ def _check_writers(writers: tuple[WriterConfig, ...], found: Findings) -> None:
         folder = os.path.normpath(writer.folder) if writer.folder else None
         place = (writer.type, folder, writer.project, writer.uri, writer.name)
         if place in places:
-            found.problem(path, f": zerotop.writers.{places[place]} writes the same metrics to the same place; keep one, "
-                          f"or give it another {' or '.join((*takes, 'name'))}")  # fmt: skip
+            found.problem(path, f": zerotop.writers.{places[place]} writes the same metrics to the same place; keep "
+                          f"one, or give it another {' or '.join((*takes, 'name'))}")  # fmt: skip
         places.setdefault(place, index)
 
 

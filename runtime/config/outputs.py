@@ -1,5 +1,5 @@
-"""The parts of the `zerotop` section that say where a run's figures go: metrics, experiment trackers, alerts, and who is
-told of them."""
+"""The parts of the `zerotop` section that say where a run's figures go: metrics, experiment trackers, alerts, and who
+is told of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 WriterType = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Severity = Literal["warning", "error"]
 NOTICES = ("failed", "finished", "stopped", "aborted", "restarted", "hang", "stalled", "nan", "alert")
-"""What zerotop.notify can name without a rule. stalled: no rank makes progress, or one sends nothing. hang: a stall that
-has lasted long enough for the stacks to be taken. nan: loss or gradient norm is not finite. alert: any of
+"""What zerotop.notify can name without a rule. stalled: no rank makes progress, or one sends nothing. hang: a stall
+that has lasted long enough for the stacks to be taken. nan: loss or gradient norm is not finite. alert: any of
 zerotop.alerts."""
 DEFAULT_NOTICES = ("failed", "finished", "hang", "nan", "alert")
 

@@ -56,8 +56,8 @@ class Condition(Protocol):
 
 @dataclass(frozen=True)
 class Comparison:
-    """METRIC OPERATOR VALUE. A metric of ranks, GPUs or nodes holds if it does for one of them; a value that is not known
-    or not a number never does."""
+    """METRIC OPERATOR VALUE. A metric of ranks, GPUs or nodes holds if it does for one of them; a value that is not
+    known or not a number never does."""
 
     metric: Metric
     dimension: Dimension

@@ -63,8 +63,8 @@ def _endpoint(endpoint: PrometheusConfig, notes: list[str]) -> Iterator[tuple[Pa
     path: Path = ("zerotop", "prometheus")
     if endpoint.host not in LOOPBACK:
         notes.append(
-            f"zerotop.prometheus.host: whoever reaches port {endpoint.port} of {endpoint.host} can read this run's metrics; "
-            "there is no password, and no encryption"
+            f"zerotop.prometheus.host: whoever reaches port {endpoint.port} of {endpoint.host} can read this run's "
+            "metrics; there is no password, and no encryption"
         )
     try:
         family, _, _, _, address = socket.getaddrinfo(

@@ -77,9 +77,10 @@ def test_a_host_that_others_reach_is_warned_about_and_one_that_is_not_here_refus
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "_installed", lambda module: module == "tensorboard")
     said = problems({"prometheus": {"port": 0}, "writers": [{"type": "tensorboard"}, {"type": "wandb"}]})
+    there = "in zerotop's source folder"
     assert said == [
-        "zerotop.prometheus needs the package prometheus-client: pip install '.[prometheus]' in zerotop's source folder",
-        "zerotop.writers.1.type: wandb needs the package wandb: pip install '.[wandb]' in zerotop's source folder",
+        f"zerotop.prometheus needs the package prometheus-client: pip install '.[prometheus]' {there}",
+        f"zerotop.writers.1.type: wandb needs the package wandb: pip install '.[wandb]' {there}",
     ]
 
 
