@@ -47,7 +47,7 @@ class Alert(Message):
     """The figure furthest beyond the threshold, in the metric's base unit (bytes, seconds, shares of 1)."""
     step: Step | None = None
     since_wall_s: WallSeconds = 0.0
-    """When this state began."""
+    """When this state began; of `verdict changes` the newest change."""
 
 
 class TransferKind(BaseModel):

@@ -153,6 +153,8 @@ class _Tracked:
             return False
         self.again = found.mark != self._mark
         self._take(found)
+        if self.again:
+            self._since_wall_s = time.time()
         if self.again or now_s - self._told_s >= REFRESH_S:
             self._told_s = now_s
             return True

@@ -69,7 +69,7 @@ def test_what_is_no_duration(text: str) -> None:
         ({"writers": {}}, "zerotop.writers: expected a list, got {} (an object)"),
         ({"writers": [3]}, "zerotop.writers.0: expected an object, got 3"),
         ({"writers": [{"type": "tensorbord"}]}, "zerotop.writers.0.type: expected .* Did you mean tensorboard"),
-        ({"writers": [{"type": "wandb", "projct": "x"}]}, "zerotop.writers.0.projct: unknown key. Did you mean .*projec"),
+        ({"writers": [{"type": "wandb", "projct": "x"}]}, "zerotop.writers.0.projct: unknown key. Did you mean .*proj"),
         ({"writers": [{"type": "wandb", "folder": "x"}]}, "wandb has no folder. Keys of wandb: project, name, in"),
         (
             {"writers": [{"type": "tensorboard", "folder": "a/"}, {"type": "tensorboard", "folder": "./a"}]},
@@ -82,7 +82,7 @@ def test_what_is_no_duration(text: str) -> None:
         ({"notify": [{}]}, 'zerotop.notify.0: expected "webhook": URL, or "command": '),
         ({"notify": [{"webhook": "http://a", "command": ["b"]}]}, "zerotop.notify.0: both are given; keep one"),
         ({"notify": [{"command": "notify-send"}]}, 'zerotop.notify.0.command: expected a list of a program and its'),
-        ({"notify": [{"command": ["x"], "on": ["faild"]}]}, "unknown condition faild. Did you mean failed\\? Known: fai"),
+        ({"notify": [{"command": ["x"], "on": ["faild"]}]}, "unknown condition faild. Did you mean failed\\? Known: f"),
         ({"notify": [{"command": ["x"], "every": "soon"}]}, 'zerotop.notify.0.every: expected a time such as "30s"'),
         ({"notify": [{"command": ["x"], "every": -1}]}, "zerotop.notify.0.every: expected a time"),
     ],
