@@ -21,7 +21,7 @@ values out of bounds (bounds.py, codec.py).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter
 
@@ -423,3 +423,9 @@ class Snapshot(Message):
 
 up_adapter: TypeAdapter[Any] = TypeAdapter(Up)
 down_adapter: TypeAdapter[Any] = TypeAdapter(Down)
+
+
+def message_kinds() -> tuple[str, ...]:
+    """The kinds of messages that screens get."""
+    models = [model for model in get_args(get_args(Up)[0]) if model is not Ack]
+    return tuple(sorted(str(model.model_fields["kind"].default) for model in models))

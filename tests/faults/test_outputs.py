@@ -190,3 +190,15 @@ def test_a_port_that_is_taken_between_check_and_start_costs_only_the_metrics(
         run.see(lambda source: events(run, "outputs"), "the event")
         run.see_end("finished")
     assert "no metrics for Prometheus: can't listen on port" in events(run, "outputs")[0]
+
+
+def test_a_stream_from_the_start_has_every_step_once(
+    start: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from zerotop.cli import main
+
+    run = start(FAKE_STEPS=150)
+    run.see_step(30)
+    assert main(["stream", run.path.name, "--from-start", "--kind", "step"]) == 0
+    steps = [one["step"] for one in map(json.loads, capfd.readouterr().out.splitlines()) if one["source"] == "rank/0"]
+    assert steps == list(range(1, 151))

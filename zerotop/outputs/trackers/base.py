@@ -45,6 +45,9 @@ class Tracker(Protocol):
     """Everything is called in one thread. Any exception is reported; those of `write` after some tries with the same
     points."""
 
+    def load(self) -> None:
+        """Import what it needs, which takes seconds for some, before there is anything to write."""
+
     def open(self, about: About) -> str:
         """Connect, or continue what an earlier attempt has begun. Returns where the figures are, for people."""
 
@@ -109,6 +112,7 @@ class TrackerThread:
     # ---- the thread ------------------------------------------------------------------------------------------------
     def _run(self) -> None:
         try:
+            self._tracker.load()
             first = self._queue.get()
             if isinstance(first, bool):
                 return  # the run ended before its first step

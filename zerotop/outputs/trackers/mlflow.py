@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,9 @@ class MLflow:
         self._config = config
         self._client: Any = None
         self._run_id = ""
+
+    def load(self) -> None:
+        importlib.import_module("mlflow.tracking")
 
     def open(self, about: About) -> str:
         from mlflow.entities import Param

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,9 @@ class TensorBoard:
         self._config = config
         self._writer: Any = None
         self._flushed_s = 0.0
+
+    def load(self) -> None:
+        importlib.import_module("tensorboard.summary.writer.event_file_writer")
 
     def open(self, about: About) -> str:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,21 @@ class Trackio:
         self._config = config
         self._run: Any = None
 
+    def load(self) -> None:
+        importlib.import_module("trackio")
+
     def open(self, about: About) -> str:
         import trackio
 
         project = self._config.project or "zerotop"
         self._run = trackio.init(
-            project=project, name=about.name, config=about.settings, resume="allow", embed=False, auto_log_gpu=False
+            project=project,
+            name=about.name,
+            config=about.settings,
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
         )
         return f"trackio show --project {project}"
 

@@ -3,6 +3,7 @@ works."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ class WandB:
     def __init__(self, config: WriterConfig) -> None:
         self._config = config
         self._run: Any = None
+
+    def load(self) -> None:
+        importlib.import_module("wandb")
 
     def open(self, about: About) -> str:
         import wandb
@@ -42,4 +46,8 @@ class WandB:
             self._run.log({**point.values, STEP: point.step})
 
     def close(self, good: bool) -> None:
-        self._run.finish(exit_code=0 if good else 1)
+        import wandb
+
+        code = 0 if good else 1
+        self._run.finish(exit_code=code)
+        wandb.teardown(code)  # ends its own process, too
