@@ -9,6 +9,7 @@ ranks' messages, as it would in a run. README.md says what each figure includes.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import threading
 import time
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--scrapes", type=int, default=200)
     parser.add_argument("--markdown", type=Path, help="write the page here")
     arguments = parser.parse_args()
+    load = os.getloadavg()[0]
     rows = []
     for ranks in arguments.ranks:
         took_ms, cpu_ms, page = measure(ranks, arguments.scrapes)
@@ -146,6 +148,7 @@ def main() -> None:
     print(table(header, rows))
     if arguments.markdown:
         context = measured_on("benchmarks.scrape", ("prometheus-client",))
+        context["load"] = f"{load:.0f} runnable processes before the measurement"
         body = f"Goal: a scrape of 64 ranks within {GOAL_MS:.0f} ms.\n\n{table(header, rows, pipes=True)}"
         arguments.markdown.write_text(markdown("A scrape of the Prometheus endpoint", context, body))
 
