@@ -35,12 +35,13 @@ class Match:
 @dataclass(frozen=True)
 class Moment:
     """What conditions look at. `still_s`: seconds since the last optimizer step, or since one could be expected; None
-    while the run may rightly take none. `changed_s`: seconds since the verdict changed from `before`; None if it never
-    did."""
+    while the run may rightly take none. `changed_s`: seconds since the verdict changed from `before` to `after`; None if
+    it never did."""
 
     state: RunState
     still_s: float | None = None
     before: Verdict | None = None
+    after: Verdict | None = None
     changed_s: float | None = None
 
 
@@ -147,15 +148,16 @@ class VerdictIs:
 
 @dataclass(frozen=True)
 class VerdictChanges:
-    """verdict changes: it names something else, or other ranks."""
+    """verdict changes: it names something else, or other ranks. One of both is bad news: that a healthy run makes a
+    checkpoint is no change."""
 
     def look(self, moment: Moment) -> Match | None:
-        verdict = moment.state.verdict
-        if verdict is None or moment.before is None or moment.changed_s is None or moment.changed_s > CHANGED_S:
+        before, after = moment.before, moment.after
+        if before is None or after is None or moment.changed_s is None or moment.changed_s > CHANGED_S:
             return None
-        whose = f" ({ranks_text(tuple(verdict.ranks))})" if verdict.ranks else ""
-        text = f"from {moment.before.what} to {verdict.what}{whose}: {verdict.text}"
-        return Match(text, tuple(verdict.ranks), mark=(verdict.what, *verdict.ranks))
+        whose = f" ({ranks_text(tuple(after.ranks))})" if after.ranks else ""
+        text = f"from {before.what} to {after.what}{whose}: {after.text.removeprefix(f'{after.what}: ')}"
+        return Match(text, tuple(after.ranks), mark=(after.what, *after.ranks))
 
     def now(self, moment: Moment) -> str:
         verdict = moment.state.verdict

@@ -76,6 +76,7 @@ class History:
         self._moved_s = 0.0
         self._verdict: Verdict | None = None
         self._before: Verdict | None = None
+        self._after: Verdict | None = None
         self._changed_s: float | None = None
 
     def moment(self, state: RunState, now_s: float) -> Moment:
@@ -87,15 +88,21 @@ class History:
         verdict = state.verdict
         if verdict is not None:
             last = self._verdict
-            if last is not None and (verdict.what, verdict.ranks) != (last.what, last.ranks):
-                self._before, self._changed_s = last, now_s
+            if last is not None and _matter(verdict) != _matter(last):
+                self._before, self._after, self._changed_s = last, verdict, now_s
             self._verdict = verdict
         return Moment(
             state,
             still_s=now_s - self._moved_s if expected else None,
             before=self._before,
+            after=self._after,
             changed_s=None if self._changed_s is None else now_s - self._changed_s,
         )
+
+
+def _matter(verdict: Verdict) -> tuple[object, ...]:
+    """What is wrong, and whose fault it is. That nothing is has many names: healthy, a checkpoint, a pause."""
+    return () if verdict.severity == "info" else (verdict.what, *verdict.ranks)
 
 
 @dataclass

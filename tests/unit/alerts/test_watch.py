@@ -101,17 +101,23 @@ def test_a_verdict_that_changes_is_told_every_time_and_not_when_only_its_figures
     run = Played("verdict changes")
 
     def verdict(what: str, text: str, *ranks: int) -> list[str]:
-        run.state.apply(Verdict(what=what, text=text, ranks=list(ranks)))
+        severity = "warning" if what == "straggler" else "info"
+        run.state.apply(Verdict(what=what, severity=severity, text=text, ranks=list(ranks)))
         return run.seconds(5)
 
-    assert verdict("healthy", "all is well") == []
+    assert verdict("starting", "loading") == []
+    assert verdict("checkpoint", "a checkpoint is being written") == []
+    assert verdict("healthy", "healthy: 1 s a step") == []
     assert verdict("straggler", "rank 1 is slow", 1) == [
         "warning: verdict changes: from healthy to straggler (rank 1): rank 1 is slow"
     ]
     assert verdict("straggler", "rank 1 is slower", 1) == []
     assert len(verdict("straggler", "rank 0 is slow", 0)) == 1
     assert run.seconds(70) == ["info: verdict changes: resolved after 1m 11s; the verdict is straggler"]
-    assert len(verdict("healthy", "all is well")) == 1
+    assert verdict("healthy", "healthy: 1 s a step") == [
+        "warning: verdict changes: from straggler to healthy: 1 s a step"
+    ]
+    assert verdict("checkpoint", "a checkpoint is being written") == []
 
 
 def test_figures_of_a_firing_alert_are_published_anew_without_an_event() -> None:
