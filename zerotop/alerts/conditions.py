@@ -35,8 +35,8 @@ class Match:
 @dataclass(frozen=True)
 class Moment:
     """What conditions look at. `still_s`: seconds since the last optimizer step, or since one could be expected; None
-    while the run may rightly take none. `changed_s`: seconds since the verdict changed from `before` to `after`; None if
-    it never did."""
+    while the run may rightly take none. `changed_s`: seconds since the verdict changed from `before` to `after`; None
+    if it never did."""
 
     state: RunState
     still_s: float | None = None
