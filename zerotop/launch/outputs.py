@@ -9,7 +9,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 
-from runtime.config import Config, Resolved
+from runtime.config import Config, Resolved, ZerotopConfig
 from runtime.config.errors import Path, clipped
 from runtime.config.output_checks import url_problem
 from runtime.config.outputs import LOOPBACK, WRITERS, NotifyConfig, PrometheusConfig
@@ -21,7 +21,7 @@ def check_outputs(config: Config, resolved: Resolved, environment: Mapping[str, 
     """Notes on the outputs of a run that is about to start. Raises ConfigError for those that can't work here."""
     section = resolved.zerotop
     notes: list[str] = []
-    problems = [*_rules(resolved, notes), *_packages(resolved)]
+    problems = [*_telemetry(section), *_rules(resolved, notes), *_packages(resolved)]
     if section.prometheus is not None:
         problems += _endpoint(section.prometheus, notes)
     for index, notify in enumerate(section.notify):
@@ -30,6 +30,14 @@ def check_outputs(config: Config, resolved: Resolved, environment: Mapping[str, 
         )
     config.refuse(problems)
     return notes
+
+
+def _telemetry(section: ZerotopConfig) -> Iterator[tuple[Path, str]]:
+    """Without it no step is ever seen: rules would be silent, or cry for nothing."""
+    wanting = [f"zerotop.{key}" for key in ("alerts", "writers", "prometheus") if getattr(section, key)]
+    if wanting and not section.telemetry.enabled:
+        verb = "needs" if len(wanting) == 1 else "need"
+        yield ("zerotop", "telemetry", "enabled"), f": {' and '.join(wanting)} {verb} telemetry; set it to true"
 
 
 def _rules(resolved: Resolved, notes: list[str]) -> Iterator[tuple[Path, str]]:

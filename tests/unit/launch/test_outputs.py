@@ -97,3 +97,10 @@ def test_a_program_that_is_not_there() -> None:
     (problem,) = problems({"notify": [{"command": ["no-such-program-anywhere"]}]})
     assert problem == "zerotop.notify.0.command: there is no program no-such-program-anywhere"
     assert check({"notify": [{"command": ["sh"]}]}) == []
+
+
+def test_without_telemetry_there_is_nothing_to_watch() -> None:
+    off = {"telemetry": {"enabled": False}}
+    (problem,) = problems({**off, "alerts": ["no step for 5m"]})
+    assert problem == "zerotop.telemetry.enabled: zerotop.alerts needs telemetry; set it to true"
+    assert check({**off, "notify": [{"command": ["sh"]}]}) == []
