@@ -24,8 +24,6 @@ RESOLVE_S = 10.0
 crosses it again and again."""
 REFRESH_S = 30.0
 """How often the figures of an alert that fires are published anew."""
-_EXPECTED = frozenset({"starting", "running", "restarting"})
-"""States in which steps are to be taken."""
 
 
 class AlertWatch:
@@ -82,7 +80,7 @@ class History:
     def moment(self, state: RunState, now_s: float) -> Moment:
         """The moment `now_s` (a monotonic clock) of the run."""
         step = (state.status.attempt if state.status else 0, state.step)
-        expected = state.state_name in _EXPECTED
+        expected = _takes_steps(state)
         if step != self._step or not expected:
             self._step, self._moved_s = step, now_s
         verdict = state.verdict
@@ -98,6 +96,13 @@ class History:
             after=self._after,
             changed_s=None if self._changed_s is None else now_s - self._changed_s,
         )
+
+
+def _takes_steps(state: RunState) -> bool:
+    """Whether a step is to be expected: not in a pause, and not of ranks that never said a word while the run counts as
+    running."""
+    name = state.state_name
+    return name in ("starting", "restarting") or (name == "running" and state.hello is not None)
 
 
 def _matter(verdict: Verdict) -> tuple[object, ...]:

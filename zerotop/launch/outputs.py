@@ -9,7 +9,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 
-from runtime.config import Config, Resolved, ZerotopConfig
+from runtime.config import Config, ZerotopConfig
 from runtime.config.errors import Path, clipped
 from runtime.config.output_checks import url_problem
 from runtime.config.outputs import LOOPBACK, WRITERS, NotifyConfig, PrometheusConfig
@@ -17,11 +17,12 @@ from runtime.process.extras import install_extra
 from zerotop.alerts.rules import RuleError, parse_rule
 
 
-def check_outputs(config: Config, resolved: Resolved, environment: Mapping[str, str] | None = None) -> list[str]:
+def check_outputs(
+    config: Config, section: ZerotopConfig, *, on_gpu: bool, environment: Mapping[str, str] | None = None
+) -> list[str]:
     """Notes on the outputs of a run that is about to start. Raises ConfigError for those that can't work here."""
-    section = resolved.zerotop
     notes: list[str] = []
-    problems = [*_telemetry(section), *_rules(resolved, notes), *_packages(resolved)]
+    problems = [*_telemetry(section), *_rules(section, on_gpu, notes), *_packages(section)]
     if section.prometheus is not None:
         problems += _endpoint(section.prometheus, notes)
     for index, notify in enumerate(section.notify):
@@ -40,22 +41,22 @@ def _telemetry(section: ZerotopConfig) -> Iterator[tuple[Path, str]]:
         yield ("zerotop", "telemetry", "enabled"), f": {' and '.join(wanting)} {verb} telemetry; set it to true"
 
 
-def _rules(resolved: Resolved, notes: list[str]) -> Iterator[tuple[Path, str]]:
-    for index, alert in enumerate(resolved.zerotop.alerts):
+def _rules(section: ZerotopConfig, on_gpu: bool, notes: list[str]) -> Iterator[tuple[Path, str]]:
+    for index, alert in enumerate(section.alerts):
         path: Path = ("zerotop", "alerts", str(index))
         try:
             rule = parse_rule(alert.rule)
         except RuleError as error:
             yield (*path, "rule"), f": {clipped(alert.rule)!r}: {error}"
             continue
-        if rule.needs_gpu and resolved.device == "cpu":
+        if rule.needs_gpu and not on_gpu:
             notes.append(f"zerotop.alerts: {alert.rule!r} never fires here, because the run is on the CPU")
 
 
-def _packages(resolved: Resolved) -> Iterator[tuple[Path, str]]:
-    if resolved.zerotop.prometheus is not None and not _installed("prometheus_client"):
+def _packages(section: ZerotopConfig) -> Iterator[tuple[Path, str]]:
+    if section.prometheus is not None and not _installed("prometheus_client"):
         yield ("zerotop", "prometheus"), f" needs the package prometheus-client: {install_extra('prometheus')}"
-    for index, writer in enumerate(resolved.zerotop.writers):
+    for index, writer in enumerate(section.writers):
         needs = WRITERS[writer.type]
         if not _installed(needs.module):
             path = ("zerotop", "writers", str(index), "type")

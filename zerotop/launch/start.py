@@ -182,7 +182,8 @@ def _check(
         refuse_unsupported(resolved)
     except ConfigError as error:
         raise ConfigError(error.problems, config.origin) from None
-    notes = [{"what": "note", "text": text} for text in (*fewer, *resolved.notes, *check_outputs(config, resolved))]
+    outputs = check_outputs(config, resolved.zerotop, on_gpu=chosen == "cuda")
+    notes = [{"what": "note", "text": text} for text in (*fewer, *resolved.notes, *outputs)]
     if previous is not None and not checkpoint_steps(previous.path) and resolved.zerotop.checkpoint.folder is None:
         notes.append({"what": "changed", "text": "there is no complete checkpoint: the run starts again from step 0"})
     if script:

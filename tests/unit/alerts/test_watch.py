@@ -142,3 +142,9 @@ def test_a_late_screen_gets_the_alerts() -> None:
     assert [alert.name for alert in late.firing()] == ["loss > 10"]
     assert late.alerts["loss > 100 for 5s"].state == "pending"
     assert all(isinstance(event, Event) for event in run.hub.events)
+
+
+def test_no_step_is_expected_of_a_command_whose_ranks_never_report() -> None:
+    run = Played("no step for 60s")
+    run.state.ranks.clear()
+    assert run.seconds(600) == []

@@ -18,7 +18,7 @@ from zerotop.rundir.paths import runs_home
 
 def check(section: dict[str, Any], environment: Mapping[str, str] | None = None) -> list[str]:
     config = load({"zerotop": section})
-    return outputs.check_outputs(config, config.resolve(2, "cpu"), environment or {})
+    return outputs.check_outputs(config, config.zerotop, on_gpu=False, environment=environment or {})
 
 
 def problems(section: dict[str, Any], environment: Mapping[str, str] | None = None) -> list[str]:

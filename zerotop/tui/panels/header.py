@@ -41,7 +41,7 @@ class Header(Panel):
             badge = f" ❄ VIEW FROZEN at step {view.progress.step} · f follows again "
             row.gap(2).add(badge, palette.style("accent", bold=True, reverse=True))
         if alerts := _alerts(view, room - row.width - 3):
-            row.gap(2).add(alerts, palette.style("warning", bold=True))
+            row.gap(2).add(alerts, palette.style(view.state.firing()[0].severity, bold=True))
         facts = _facts(view)
         if facts and _why(view) and 20 <= room - row.width - 3 < len(facts[0]):
             facts[0] = facts[0][: room - row.width - 4] + "…"  # most of a reason is better than none
