@@ -202,3 +202,17 @@ def test_a_stream_from_the_start_has_every_step_once(
     assert main(["stream", run.path.name, "--from-start", "--kind", "step"]) == 0
     steps = [one["step"] for one in map(json.loads, capfd.readouterr().out.splitlines()) if one["source"] == "rank/0"]
     assert steps == list(range(1, 151))
+
+
+def test_a_process_that_hangs_holds_up_neither_the_run_nor_its_end(
+    start: Start, tmp_path: Path, server: WebhookServer
+) -> None:
+    run = start(with_section(tmp_path, {"notify": [{"webhook": server.url}]}))
+    run.see_step(2)
+    process = process_of(run)
+    process.suspend()
+    before = run.source.state.step
+    run.see_step(before + 50)
+    assert run.command("stop").ack.state == "applied"
+    run.see_end("stopped", deadline_s=outputs.PATIENCE_S + 20)
+    until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, "its end")

@@ -70,7 +70,7 @@ def _installed(module: str) -> bool:
 
 def _endpoint(endpoint: PrometheusConfig, notes: list[str]) -> Iterator[tuple[Path, str]]:
     path: Path = ("zerotop", "prometheus")
-    if endpoint.host not in LOOPBACK:
+    if endpoint.host not in LOOPBACK and not endpoint.host.startswith("127."):
         notes.append(
             f"zerotop.prometheus.host: whoever reaches port {endpoint.port} of {endpoint.host} can read this run's "
             "metrics; there is no password, and no encryption"

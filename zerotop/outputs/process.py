@@ -11,7 +11,7 @@ from pathlib import Path
 from runtime.config import Resolved
 from runtime.config.outputs import PrometheusConfig
 from runtime.wire.base import Message
-from runtime.wire.messages import Packet
+from runtime.wire.messages import Packet, RunStatus
 from runtime.wire.rundir import RunFile, Sockets, read_run, read_status
 from zerotop.outputs.conditions import Conditions
 from zerotop.outputs.notifier import Notifier, make_notifier
@@ -42,13 +42,20 @@ class OutputsProcess:
         self._lock = threading.Lock()
         """Held while the state is folded or scraped."""
         self._messages: list[Message] = []
-        self._source = LiveSource(Sockets(self._run.sockets), path, lambda: read_status(path))
+        self._source = LiveSource(Sockets(self._run.sockets), path, self._read_status)
         self._source.on_packet = self._hear
         self._server: MetricsServer | None = None
         self._conditions = Conditions()
         self._notifiers: list[Notifier] = []
         self._trackers: list[TrackerThread] = []
         self._points = Points(after)
+
+    def _read_status(self) -> RunStatus | None:
+        """What the run directory says while the hub is silent; None if somebody has removed it."""
+        try:
+            return read_status(self._path)
+        except (OSError, ValueError):
+            return None
 
     def stop(self) -> None:
         """End soon; for a signal handler."""
@@ -123,13 +130,13 @@ class OutputsProcess:
         state = self._source.state
         if state.status is not None:
             self._look()
+        if self._server is not None:  # first: a run that is resumed at once wants the same port
+            self._server.close()
         good = state.state_name in ("finished", "stopped")
         for tracker in self._trackers:
             tracker.close(good, deadline_s)
         for notifier in self._notifiers:
             notifier.close(deadline_s)
-        if self._server is not None:
-            self._server.close()
         self._source.close()
 
 
