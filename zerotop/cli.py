@@ -18,6 +18,7 @@ COMMANDS = {
     "ls": ("ls", "list runs"),
     "status": ("status", "show where a run is: step, loss, and every rank"),
     "logs": ("logs", "print what the ranks wrote"),
+    "stream": ("stream", "print what a run says as JSON lines, until it ends"),
     "pause": ("control", "pause the run at the next step boundary"),
     "resume": ("control", "resume a paused run"),
     "checkpoint": ("control", "write a checkpoint at the next step boundary"),

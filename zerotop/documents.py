@@ -12,6 +12,7 @@ from runtime.wire.node import NodeStats
 from zerotop.format import (
     MISSING,
     bytes_text,
+    clock_text,
     count_text,
     duration_text,
     energy_text,
@@ -84,6 +85,7 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
         else {"saved_bytes": hello.planned.saved_bytes, "text": hello.planned.comparison},
         "memory_forecast": [need.document() for need in forecast(state)],
         "verdict": verdict_document(state),
+        "alerts": [alert.model_dump(exclude={"kind"}) for alert in state.alerts.values()],
         "collectives": [] if report is None else [kind.model_dump() for kind in report.transfers],
         "energy": None if energy is None else dataclasses.asdict(energy),
         "ranks": [
@@ -110,6 +112,14 @@ def _verdict_lines(document: dict[str, Any]) -> list[str]:
     if verdict is None or document["state"] not in LIVE_STATES or document["condition"] == "unknown":
         return []
     return [verdict["text"], *([f"  {verdict['advice']}"] if verdict["advice"] else [])]
+
+
+def _alert_lines(document: dict[str, Any]) -> list[str]:
+    """The alerts of a live run that fire."""
+    if document["state"] not in LIVE_STATES:
+        return []
+    firing = [alert for alert in document["alerts"] if alert["state"] == "firing"]
+    return [f"alert: {alert['name']}: {alert['text']} (since {clock_text(alert['since_wall_s'])})" for alert in firing]
 
 
 def evaluation_document(evaluations: Evaluations) -> dict[str, Any] | None:
@@ -220,7 +230,7 @@ def command_document(record: CommandRecord) -> dict[str, Any]:
 
 def status_text(document: dict[str, Any]) -> str:
     """A status document as text."""
-    lines = [*_verdict_lines(document), _headline(document)]
+    lines = [*_verdict_lines(document), *_alert_lines(document), _headline(document)]
     if document["loss"] is not None:
         figures = (("loss", document["loss"]), ("lr", document["lr"]), ("norm", document["grad_norm"]))
         parts = [f"{name} {figure_text(value)}" for name, value in figures]

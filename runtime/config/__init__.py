@@ -3,9 +3,10 @@
     config = load("config.json", ["zerotop.train.steps=50"])   # ConfigError lists every mistake at once
     resolved = config.resolve(world_size=2, device="cpu")      # batch arithmetic, "auto", precision
 
-Files, in the order of their dependencies: errors · section · deepspeed, finetune, zerotop, optimizers, schedulers (the
-sections, one docstring per key) · deepspeed_keys (DeepSpeed's other keys) · source (text, lines, --set) · keys (selects
-them) · batch · resolved · config · load; supported (settings that the trainer refuses); files (globs) stands by itself.
+Files, in the order of their dependencies: errors · section · deepspeed, finetune, outputs, zerotop, optimizers,
+schedulers (the sections, one docstring per key) · output_checks (what of the outputs can't be used together) ·
+deepspeed_keys (DeepSpeed's other keys) · source (text, lines, --set) · keys (selects them) · batch · resolved ·
+config · load; supported (settings that the trainer refuses); files (globs) stands by itself.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
@@ -88,6 +89,14 @@ class Config(Section):
         """Base of relative paths in this config: the folder of its file, or the current folder for a dictionary."""
         origin = self._found.origin
         return FilePath(origin.name).resolve().parent if origin.is_file else FilePath.cwd()
+
+    def refuse(self, problems: Iterable[tuple[Path, str]]) -> None:
+        """Raise ConfigError if there are problems, each as (path of a key, text that continues after the key): what
+        only a part of zerotop above this package can tell."""
+        found = Findings(origin=self._found.origin)
+        for path, text in problems:
+            found.problem(path, text)
+        found.raise_if_any()
 
     def _is_auto(self, *path: str) -> bool:
         return path in self._found.autos

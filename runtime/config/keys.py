@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -35,6 +35,11 @@ def select_keys(model: type[Section], raw: Any, path: Path, found: Findings) -> 
             continue
         elif (section := section_of(model, str(key))) is not None:
             kept[str(key)] = select_keys(section, value, here, found)
+        elif (item := item_section_of(model, str(key))) is not None and isinstance(value, list | tuple):
+            kept[str(key)] = [
+                select_keys(item, one, (*here, str(index)), found) if isinstance(one, Mapping) else one
+                for index, one in enumerate(value)
+            ]
         elif value == AUTO:
             found.autos.add(here)
         else:
@@ -59,6 +64,16 @@ def section_of(model: type[Section], key: str) -> type[Section] | None:
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     sections = [option for option in options if isinstance(option, type) and issubclass(option, Section)]
     return sections[0] if len(sections) == 1 else None
+
+
+def item_section_of(model: type[Section], key: str) -> type[Section] | None:
+    """The section of which the field `key` holds a list; None if it holds something else."""
+    annotation = model.model_fields[key].annotation
+    if typing.get_origin(annotation) is not tuple:
+        return None
+    item = typing.get_args(annotation)[0]
+    item = typing.get_args(item)[0] if typing.get_origin(item) is Annotated else item
+    return item if isinstance(item, type) and issubclass(item, Section) else None
 
 
 def _handle_foreign_key(model: type[Section], here: Path, value: Any, found: Findings) -> None:

@@ -10,6 +10,7 @@ from . import optimizers, schedulers
 from .config import Config
 from .errors import Findings, Path, clipped, nearest, shown
 from .keys import AUTO, key_paths, select_keys, validate
+from .output_checks import check_outputs
 from .source import read
 
 
@@ -30,6 +31,8 @@ def load(source: str | FilePath | Mapping[str, Any], overrides: Sequence[str] = 
         kept["scheduler"] = _scheduler(kept["scheduler"], found)
     _check_combinations(kept, found)
     config = validate(Config, kept, (), found)
+    if config is not None:
+        check_outputs(config.zerotop, found)
     found.raise_if_any()
     assert config is not None  # a config that fails its check leaves a problem
     config._found, config._raw = found, raw

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 from ..wire.bounds import MAX_STEPS
 from .finetune import DataConfig, EvaluationConfig, LoraConfig, ModelConfig
 from .knobs import KNOBS
+from .outputs import Alerts, Notifications, PrometheusConfig, Writers
 from .section import Flag, Int, Num, Section, Text, Texts
 
 DEFAULT_PRESET = "gpt-small"
@@ -135,6 +136,14 @@ class ZerotopConfig(Section):
     """Logging."""
     offload: OffloadConfig = OffloadConfig()
     """How offloaded optimizer states are updated."""
+    prometheus: PrometheusConfig | None = None
+    """An HTTP endpoint for Prometheus. Unset: none."""
+    writers: Writers = ()
+    """Experiment trackers that get the figures of every step: TensorBoard, W&B, MLflow, trackio."""
+    alerts: Alerts = ()
+    """Rules, such as "loss > 10 for 30s"."""
+    notify: Notifications = ()
+    """Webhooks and commands that are told when an alert fires, or the run hangs, fails or finishes."""
 
     accumulate: Literal["ranges", "local"] = "ranges"
     """How stages 2 and 3 accumulate gradients. `ranges`: reduce-scatter at each micro-step and accumulate the shard.

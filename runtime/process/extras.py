@@ -1,4 +1,10 @@
 """How to install what an installation of zerotop lacks: the extras of pyproject.toml."""
 
-INSTALL_TRAINING = "pip install '.[train]' in zerotop's source folder"
-INSTALL_FINETUNING = "pip install '.[train,finetune]' in zerotop's source folder"
+
+def install_extra(*extras: str) -> str:
+    """What to run for these extras."""
+    return f"pip install '.[{','.join(extras)}]' in zerotop's source folder"
+
+
+INSTALL_TRAINING = install_extra("train")
+INSTALL_FINETUNING = install_extra("train", "finetune")

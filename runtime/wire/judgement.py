@@ -1,4 +1,4 @@
-"""What the hub finds by comparing the ranks: the verdict on the run, and where the time of its steps goes."""
+"""What the hub finds: the verdict on the run, where the time of its steps goes, and which alerts of the config hold."""
 
 from __future__ import annotations
 
@@ -27,6 +27,27 @@ class Verdict(Message):
     """The figures behind the text, with units in their names."""
     step: Step | None = None
     since_wall_s: WallSeconds = 0.0
+
+
+class Alert(Message):
+    """The state of one rule of zerotop.alerts, sent when it changes, and now and then while it fires."""
+
+    kind: Literal["alert"] = "alert"
+    name: Name
+    rule: Text
+    state: Literal["inactive", "pending", "firing", "resolved"]
+    """pending: the condition holds, but not yet for the time that the rule asks for. resolved: it was firing, and is
+    over."""
+    severity: Literal["warning", "error"] = "warning"
+    ranks: list[RankNumber] = Field(default_factory=list)
+    """The ranks for which it holds; empty if it is about the run or a node."""
+    text: Text = ""
+    """The figures behind the state, without the name."""
+    value: Finite | None = None
+    """The figure furthest beyond the threshold, in the metric's base unit (bytes, seconds, shares of 1)."""
+    step: Step | None = None
+    since_wall_s: WallSeconds = 0.0
+    """When this state began; of `verdict changes` the newest change."""
 
 
 class TransferKind(BaseModel):

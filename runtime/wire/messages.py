@@ -10,7 +10,7 @@ Three channels carry them, with different guarantees:
   Numbered by `Packet.seq`, asked for again with `Resend`; never lost while both ends live. In the other direction the
   same pair carries `Command`, numbered by the hub, `Resend` and `FlightRequest`.
 - screens (the hub's XPUB): first a `Snapshot`, then all of the above as they arrive, except `Ack`, and the hub's own
-  `RunStatus`, `NodeStats`, `Verdict`, `TimeReport` and `CommandRecord`.
+  `RunStatus`, `NodeStats`, `Verdict`, `Alert`, `TimeReport` and `CommandRecord`.
 - commands (a screen's DEALER to the hub's ROUTER): `Command`, in this direction only. The answer is the
   `CommandRecord` with the command's id on the screens channel. A command without one is sent again.
 
@@ -21,7 +21,7 @@ values out of bounds (bounds.py, codec.py).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter
 
@@ -43,7 +43,7 @@ from runtime.wire.bounds import (
     WorldSize,
 )
 from runtime.wire.finetuning import DataReport, Evaluation
-from runtime.wire.judgement import TimeReport, Verdict
+from runtime.wire.judgement import Alert, TimeReport, Verdict
 from runtime.wire.node import NodeStats
 
 PROTOCOL = 1
@@ -388,6 +388,7 @@ Up = Annotated[
     | NodeStats
     | CommandRecord
     | Verdict
+    | Alert
     | TimeReport,
     Field(discriminator="kind"),
 ]
@@ -428,3 +429,9 @@ class Snapshot(Message):
 
 up_adapter: TypeAdapter[Any] = TypeAdapter(Up)
 down_adapter: TypeAdapter[Any] = TypeAdapter(Down)
+
+
+def message_kinds() -> tuple[str, ...]:
+    """The kinds of messages that screens get."""
+    models = [model for model in get_args(get_args(Up)[0]) if model is not Ack]
+    return tuple(sorted(str(model.model_fields["kind"].default) for model in models))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.wire.judgement import Alert
 from runtime.wire.messages import PlannedMemory
 from tests.tui.screen_reading import OpenApp, head_text, screen_text, settle
 from tests.tui.scripted_run import GIB, MIB, ScriptedRun
@@ -410,3 +411,24 @@ async def test_a_restart_is_followed_without_a_new_connection(open_app: OpenApp,
         assert "running" in head and "step 15 of 200" in head
         if size[0] == 200:
             assert "restarts 1, 5 steps replayed" in head and "restarted: rank 1 was killed by SIGKILL" in head
+
+
+async def test_firing_alerts_stand_beside_the_state_and_what_does_not_fit_is_shortened(open_app: OpenApp) -> None:
+    run = ScriptedRun()
+    run.steps(20)
+    async with open_app(run, size=(160, 40)) as (app, pilot, _):
+        assert "alert" not in head_text(app)
+        firing = {"rule": "loss > 10", "state": "firing", "text": "loss 12"}
+        run.say(Alert.model_validate({"name": "loss > 10", **firing}))
+        await settle(app, pilot)
+        assert "▲ alert: loss > 10: loss 12 " in head_text(app)
+        run.say(Alert.model_validate({"name": "memory \x1b[31m", **firing, "severity": "error"}))
+        await settle(app, pilot)
+        assert "▲ alert: memory : loss 12 and 1 more" in head_text(app)
+        await pilot.resize_terminal(60, 30)
+        await settle(app, pilot)
+        assert "▲ alert: memory" in head_text(app) or "▲ 2 alerts" in head_text(app)
+        for name in ("loss > 10", "memory \x1b[31m"):
+            run.say(Alert.model_validate({"name": name, **firing, "state": "resolved"}))
+        await settle(app, pilot)
+        assert "alert" not in head_text(app)

@@ -56,7 +56,7 @@ _SECRET_WORDS = frozenset(
         "credentials",
         "apikey",
     }
-    | {"auth", "cookie"}
+    | {"auth", "cookie", "webhook"}
 )
 _KEY_OF = frozenset(
     "access account api app auth client encryption group license master private secret service session shared signing "  # noqa: SIM905

@@ -28,7 +28,7 @@ from zerotop.supervise.batchsignal import stop_by_signal
 POLL_S = 0.25
 OVERDUE_S = 30.0
 """Ending the ranks takes some seconds; a supervisor that needs longer is stopped or hangs itself."""
-_LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal", "hang", "verdict"})
+_LOUD_EVENTS = frozenset({"checkpoint", "paused", "resumed", "signal", "hang", "verdict", "alert"})
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Sent by a batch system before it ends the job."""
 

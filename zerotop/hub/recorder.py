@@ -262,6 +262,18 @@ def read_messages(run: Path) -> Iterator[Message]:
         yield row.message
 
 
+def newest_row_wall_s(run: Path) -> float | None:
+    """When the newest row of RUN/recording.sqlite was received; None if there is none, or it can't be read now."""
+    if not (run / "recording.sqlite").exists():
+        return None
+    try:
+        with closing(timeline.open_recording(run)) as database:
+            row = database.execute("SELECT wall_s FROM messages ORDER BY id DESC LIMIT 1").fetchone()
+    except sqlite3.Error:
+        return None
+    return None if row is None else float(row[0])
+
+
 def earlier_steps(run: Path, attempt: int, limit: int = 1000) -> list[StepResult]:
     """Rank 0's steps of the attempts before `attempt`, evenly thinned to about `limit`: the history of a resumed run.
 

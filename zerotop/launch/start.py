@@ -21,6 +21,7 @@ from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
 from zerotop.launch.devices import Device, choose
 from zerotop.launch.handshake import start_supervisor
+from zerotop.launch.outputs import check_outputs
 from zerotop.launch.preparation import prepare
 from zerotop.launch.wrapped import checked_command, has_gpus, refuse_trainer_keys
 from zerotop.output import say
@@ -139,8 +140,10 @@ def start_wrapped(
         origin = os.path.abspath(config_path) if config_path is not None else ""
         folder = os.path.dirname(origin) if origin else working_folder()
         device: Device = "cuda" if has_gpus() else "cpu"
+        found = check_outputs(config, resolved.zerotop, on_gpu=device == "cuda")
+        notes = [{"what": "note", "text": text} for text in found]
         with contextlib.ExitStack() as leaving:
-            plan = _Plan(config, resolved, origin, folder, device, nproc or 0, None, [], None, words, as_deepspeed)
+            plan = _Plan(config, resolved, origin, folder, device, nproc or 0, None, notes, None, words, as_deepspeed)
             return _begin(plan, name, None, leaving)
     except OSError as error:
         raise RunError(f"the run can't start: {error_text(error)}") from None
@@ -238,7 +241,8 @@ def _check(
         refuse_unsupported(resolved)
     except ConfigError as error:
         raise ConfigError(error.problems, config.origin) from None
-    notes = [{"what": "note", "text": text} for text in (*fewer, *resolved.notes)]
+    outputs = check_outputs(config, resolved.zerotop, on_gpu=chosen == "cuda")
+    notes = [{"what": "note", "text": text} for text in (*fewer, *resolved.notes, *outputs)]
     if previous is not None and not checkpoint_steps(previous.path) and resolved.zerotop.checkpoint.folder is None:
         notes.append({"what": "changed", "text": "there is no complete checkpoint: the run starts again from step 0"})
     if script:
@@ -337,7 +341,11 @@ def _compare(previous: RunEntry, resolved: Resolved) -> list[dict[str, str]]:
     changes = _changes(
         old.model_dump(mode="json", exclude={"notes"}), resolved.model_dump(mode="json", exclude={"notes"})
     )
-    return [{"what": "changed", "text": f"{key}: {_shown(before)} -> {_shown(now)}"} for key, before, now in changes]
+    return [
+        # The URL of a webhook is a secret, and notes become events.
+        {"what": "changed", "text": key if key == "zerotop.notify" else f"{key}: {_shown(before)} -> {_shown(now)}"}
+        for key, before, now in changes
+    ]
 
 
 def _changes(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -45,6 +45,8 @@ class LiveSource:
         self.state = RunState()
         self.sockets = sockets
         self.run_path = run_path
+        self.on_packet: Callable[[Packet], None] | None = None
+        """Called for every packet that was folded into the state; not for what a snapshot brings."""
         self._read_status = read_status
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._screens: zmq.Socket[bytes] | None = None
@@ -142,7 +144,7 @@ class LiveSource:
             self._have_snapshot = True
             self._broken = ""
             for packet in self._held_back:
-                self.state.apply_packet(packet)
+                self._fold(packet)
             self._held_back.clear()
             self._tell_skipped(decoded.malformed)
             return True
@@ -155,10 +157,16 @@ class LiveSource:
             del self._held_back[:-HELD_BACK]
             return False
         hole = packet.hub_seq > self.state.hub_seq + 1
-        changed = self.state.apply_packet(packet)
+        changed = self._fold(packet)
         self._tell_skipped(received.malformed)
         if hole and time.monotonic() - self._asked_at > ASK_AGAIN_S:
             self._ask_for_snapshot()
+        return changed
+
+    def _fold(self, packet: Packet) -> bool:
+        changed = self.state.apply_packet(packet)
+        if changed and self.on_packet is not None:
+            self.on_packet(packet)
         return changed
 
     def _tell_skipped(self, malformed: list[str]) -> None:

@@ -16,6 +16,7 @@ def freeze(state: RunState) -> RunState:
     still.nodes = dict(state.nodes)
     still.energy = state.energy.copy()
     still.events = copy.copy(state.events)
+    still.alerts = dict(state.alerts)
     still.commands = dict(state.commands)
     still.answered_ns = dict(state.answered_ns)
     still.series = state.series.copy()

@@ -14,7 +14,7 @@ from typing import Any
 from runtime.wire.base import Message
 from runtime.wire.codec import rank_of
 from runtime.wire.finetuning import DataReport, Evaluation
-from runtime.wire.judgement import TimeReport, Verdict
+from runtime.wire.judgement import Alert, TimeReport, Verdict
 from runtime.wire.messages import (
     CheckpointSaved,
     Collectives,
@@ -87,6 +87,8 @@ class RunState:
     status: RunStatus | None = None
     verdict: Verdict | None = None
     """The hub's judgement; None before the first."""
+    alerts: dict[str, Alert] = field(default_factory=dict)
+    """By name: the newest state of each rule that has ever held."""
     time_report: TimeReport | None = None
     """Where the hub has found the time of the recent steps to go; None before the first."""
     ranks: dict[int, RankState] = field(default_factory=dict)
@@ -200,6 +202,8 @@ class RunState:
                 self._record(message, arrival_ns)
             case Verdict():
                 self.verdict = message
+            case Alert():
+                self.alerts[message.name] = message
             case TimeReport():
                 self.time_report = message
             case RunStatus():
@@ -280,6 +284,11 @@ class RunState:
         """The state of the status; "starting" before there is one."""
         return self.status.state if self.status else "starting"
 
+    def firing(self) -> list[Alert]:
+        """The alerts that fire, errors first."""
+        those = [alert for alert in self.alerts.values() if alert.state == "firing"]
+        return sorted(those, key=lambda alert: alert.severity != "error")
+
     def energy_use(self) -> EnergyUse | None:
         """What the GPUs of all ranks take per step and per token; None where one of them has no energy counter."""
         newest = list(self.series)[-1:]
@@ -328,6 +337,7 @@ class RunState:
         messages += self.energy.messages()
         messages += list(self.nodes.values())
         messages += [one for one in (self.verdict, self.time_report) if one is not None]
+        messages += list(self.alerts.values())
         messages += list(self.commands.values())
         messages += list(self.events)
         return messages

@@ -3,11 +3,13 @@ nothing else."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
+from collections.abc import Collection
 
 import psutil
 
@@ -43,11 +45,19 @@ def detach(log: str) -> None:
     os.close(out)
 
 
-def descendants() -> list[psutil.Process]:
-    """All living processes below this one. psutil compares start times before it sends a signal, so a reused process
-    id is safe."""
+def descendants(spare: Collection[int] = ()) -> list[psutil.Process]:
+    """All living processes below this one, without the children `spare` and what is below them. psutil compares start
+    times before it sends a signal, so a reused process id is safe."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    me = psutil.Process()
+    spared = set(spare)
+    for child in me.children() if spared else ():
+        if child.pid in spared:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                spared.update(process.pid for process in child.children(recursive=True))
+    for process in me.children(recursive=True):
+        if process.pid in spared:
+            continue
         try:
             if process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
@@ -78,15 +88,15 @@ def reap() -> dict[int, int]:
         ended[pid] = os.waitstatus_to_exitcode(status)
 
 
-def kill_descendants(patience_s: float = 2.0) -> int:
-    """SIGKILL whatever is left below this process, until nothing is (a process may fork while it dies). Returns how
-    many could not be killed.
+def kill_descendants(patience_s: float = 2.0, spare: Collection[int] = ()) -> int:
+    """SIGKILL whatever is left below this process, until nothing is (a process may fork while it dies), without the
+    children `spare` and what is below them. Returns how many could not be killed.
 
     A process in uninterruptible sleep (a wedged driver) can't be killed; after `patience_s` it is counted and left to
     the kernel.
     """
     deadline = time.monotonic() + patience_s
-    while left := descendants():
+    while left := descendants(spare):
         if time.monotonic() > deadline:
             return len(left)
         send(left, signal.SIGKILL)

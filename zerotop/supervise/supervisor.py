@@ -17,6 +17,7 @@ from runtime.config import Resolved
 from runtime.wire.finetuning import Evaluation
 from runtime.wire.messages import Command, Event, Hello, LogRecord, RunStatus, StepResult
 from runtime.wire.rundir import RunFile, boot_id, read_status, write_json
+from zerotop.alerts.watch import AlertWatch
 from zerotop.diagnose.evidence import FailureEvidence
 from zerotop.diagnose.gpu_alarms import GpuAlarms
 from zerotop.diagnose.hang import HangWatch
@@ -34,6 +35,7 @@ from zerotop.supervise.attempt import Attempt
 from zerotop.supervise.background import BackgroundTasks
 from zerotop.supervise.batchsignal import stop_by_signal
 from zerotop.supervise.folderwatch import FolderWatch
+from zerotop.supervise.outputs import Outputs
 from zerotop.supervise.processes import descendants, kill_descendants, reap, send
 from zerotop.supervise.profiles import ProfileCollector
 from zerotop.supervise.restarts import Failure, Restarts
@@ -59,7 +61,8 @@ class Supervisor:
         self.run_file = run.model_copy(
             update={"supervisor_pid": me.pid, "supervisor_start": me.create_time(), "boot_id": boot_id()}
         )
-        self._restarts = Restarts(Resolved.from_json((path / "resolved.json").read_bytes()).zerotop.restarts)
+        self._settings = Resolved.from_json((path / "resolved.json").read_bytes()).zerotop
+        self._restarts = Restarts(self._settings.restarts)
         self._attempt = Attempt(self.run_file, path)
         self._abort_reason: str | None = None
         self._restart_text = ""
@@ -92,6 +95,7 @@ class Supervisor:
             earlier=self._earlier(),
         )
         self._profiles = ProfileCollector(self.path, hub)
+        self._outputs = Outputs(self.path, self.run_file, hub, self._settings)
         self._taker = StackTaker(self.path, self.run_file.nproc, hub)
         self._stop_watch = StopWatch(hub, self._taker, self._abort)
         write_json(self.path / "run.json", self.run_file)
@@ -112,6 +116,8 @@ class Supervisor:
             chores.add("the watch for hangs", self._watch_for_hangs())
             self._verdicts = VerdictWatch(hub)
             chores.add("the verdict", self._verdicts.watch())
+            chores.add("the process of the outputs", self._outputs.watch())
+            chores.add("the alerts", AlertWatch(hub, self._settings.alerts).watch())
             chores.add("the watch on the GPUs", GpuAlarms(hub).watch())
             chores.add("the watch on memory", MemoryWatch(hub).watch())
             folder = FolderWatch(self.path, hub, lambda: self.run_file)
@@ -120,6 +126,7 @@ class Supervisor:
             outcome = await self._attempts(locks)
             await self._profiles.finish()
             await self._finish(outcome)
+            await self._outputs.finish()
         finally:
             self._stop_watch.close()
             await chores.close()
@@ -165,7 +172,9 @@ class Supervisor:
     # ---- while it runs ---------------------------------------------------------------------------------------------
     def _collect(self) -> None:
         """Reap torchrun, our child, and orphans of it that we adopted."""
-        self._attempt.collect(reap())
+        ended = reap()
+        self._attempt.collect(ended)
+        self._outputs.collect(ended)
 
     def _meet(self, hello: Hello) -> None:
         """A rank has sent its hello; the first one after a restart tells from which step the run continues."""
@@ -228,8 +237,7 @@ class Supervisor:
             attempt.end_asked.set()
 
     async def _watch_for_hangs(self) -> None:
-        resolved = Resolved.from_json((self.path / "resolved.json").read_bytes())
-        ends = self.end_attempt if resolved.zerotop.restarts.on_hang else None
+        ends = self.end_attempt if self._settings.restarts.on_hang else None
         await HangWatch(self.hub, self._taker, ends, self.end_attempt).watch()
 
     # ---- attempts ----------------------------------------------------------------------------------------------------
@@ -293,7 +301,7 @@ class Supervisor:
 
     async def _end_processes(self, patience_s: float) -> None:
         """SIGTERM, some patience, SIGKILL, for all descendants."""
-        left = descendants()
+        left = descendants(self._outputs.pids)
         send(left, signal.SIGTERM)
         deadline = time.monotonic() + patience_s
         while left and time.monotonic() < deadline:
@@ -301,9 +309,9 @@ class Supervisor:
                 deadline = min(deadline, time.monotonic() + LAUNCHER_PATIENCE_S)
             await asyncio.sleep(0.05)
             self._collect()
-            left = descendants()
+            left = descendants(self._outputs.pids)
         self._collect()
-        self._stuck = kill_descendants()
+        self._stuck = kill_descendants(spare=self._outputs.pids)
         if self._stuck:
             self.hub.event(
                 "exit", f"{self._stuck} processes can't be killed: they hang in the kernel (a wedged driver?)", "error"

@@ -153,3 +153,14 @@ def test_json_stays_json_and_only_secrets_change() -> None:
 @pytest.mark.parametrize("name", ["PWD", "OLDPWD", "tokens", "tokenizer", "key", "eos_token", "keyboard", "author", ""])
 def test_names_that_are_not_secret(name: str) -> None:
     assert not is_secret_name(name)
+
+
+def test_the_url_of_a_webhook_goes_from_configs_and_variables() -> None:
+    redactor = Redactor()
+    config = {
+        "zerotop": {"notify": [{"webhook": "https://example.com/hook/SECRET", "on": ["failed"], "command": None}]}
+    }
+    assert redactor.json(config) == {
+        "zerotop": {"notify": [{"webhook": REMOVED, "on": ["failed"], "command": None}]},
+    }
+    assert "SECRET" not in redactor.text("DISCORD_WEBHOOK_URL=https://example.com/hook/SECRET\n")

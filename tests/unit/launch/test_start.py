@@ -6,10 +6,11 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from runtime.config import ConfigError
+from runtime.config import ConfigError, Resolved, load
 from zerotop.launch import start as launching
 from zerotop.rundir.paths import RunError, runs_home
 
@@ -70,3 +71,17 @@ def test_when_no_number_of_ranks_fits_the_message_is_about_the_usual_one(tmp_pat
     config.write_text(json.dumps(batch))
     with pytest.raises(ConfigError, match=f"30 != 4 x 4 x {min(2, os.cpu_count() or 1)}"):
         launching.start_run(config, device="cpu", name="never")
+
+
+def test_a_resume_names_no_webhook_among_what_it_changes(tmp_path: Path) -> None:
+    def resolved(**section: object) -> Resolved:
+        return load({"zerotop": section}).resolve(2, "cpu")
+
+    before = resolved(notify=[{"webhook": "https://example.com/SECRET"}], log={"interval": 5})
+    (tmp_path / "resolved.json").write_text(before.to_json())
+    previous = SimpleNamespace(path=tmp_path, name="r1")
+    after = resolved(notify=[{"webhook": "https://example.com/ANOTHER"}], log={"interval": 6})
+    assert [note["text"] for note in launching._compare(previous, after)] == [  # type: ignore[arg-type]
+        "zerotop.log.interval: 5 -> 6",
+        "zerotop.notify",
+    ]

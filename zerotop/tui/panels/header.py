@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.style import Style
 
 from runtime.wire.messages import LIVE_STATES
+from zerotop.clean import clean_line
 from zerotop.format import count_text, duration_text, figure_text, ms_text
 from zerotop.state.efficiency import run_efficiency
 from zerotop.tui.text import STATES
@@ -39,6 +40,8 @@ class Header(Panel):
         if view.frozen:
             badge = f" ❄ VIEW FROZEN at step {view.progress.step} · f follows again "
             row.gap(2).add(badge, palette.style("accent", bold=True, reverse=True))
+        if alerts := _alerts(view, room - row.width - 3):
+            row.gap(2).add(alerts, palette.style(view.state.firing()[0].severity, bold=True))
         facts = _facts(view)
         if facts and _why(view) and 20 <= room - row.width - 3 < len(facts[0]):
             facts[0] = facts[0][: room - row.width - 4] + "…"  # most of a reason is better than none
@@ -74,6 +77,17 @@ class Header(Panel):
         for label, value in shown:
             row.gap(2).add(f"{label} ", muted).add(value, plain)
         return row
+
+
+def _alerts(view: View, room: int) -> str:
+    """The alerts that fire, the worst by name, as far as there is room; the events have the rest."""
+    firing = [] if view.ended else view.state.firing()
+    if not firing:
+        return ""
+    more = f" and {len(firing) - 1} more" if len(firing) > 1 else ""
+    first = f"▲ alert: {firing[0].name}"
+    names = (f"{first}: {firing[0].text}{more}", f"{first}{more}", f"▲ {len(firing)} alert{'s' * (len(firing) > 1)}")
+    return next((clean_line(text) for text in names if len(text) <= room), "▲" if room > 0 else "")
 
 
 def _connection(view: View) -> tuple[str, Style]:
