@@ -155,7 +155,7 @@ def test_a_hang_is_named_without_a_line(run_script: RunScript, monkeypatch: pyte
     assert text.startswith("rank 1 (in its script, pid ") and "rank 0 waits for it" in text
     stacks = run.command("stacks")
     assert stacks.ack.state == "applied"
-    report = Path(stacks.ack.result["path"]).read_text()
+    report = (run.path / stacks.ack.result["path"]).read_text()
     assert "common.py" in report and "batch" in report
     refused = run.command("pause")
     assert refused.ack.state == "rejected" and "watch()" in refused.ack.reason
