@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from runtime.wire.messages import Collectives
-from zerotop.state.bandwidth import Bandwidth
+from zerotop.state.bandwidth import Bandwidth, bus_factor
 
 OPEN_KEPT = 512
 VERDICTS_KEPT = 1024
+BUS_OF = 200
+"""Collectives that the bus bandwidth of a run is over."""
 MIN_SKEW_US = 200
 """Below this, which rank came last is noise."""
 WINDOW_STEPS = 20
@@ -25,8 +27,9 @@ STEPS_KEPT = 2 * WINDOW_STEPS
 
 @dataclass(frozen=True)
 class Meeting:
-    """One collective that all ranks have reported."""
+    """One collective that all ranks have reported. `seq` counts within its process group."""
 
+    group: str
     seq: int
     op: str
     bytes: int
@@ -141,9 +144,9 @@ class Waits:
         if any((record.op, record.bytes) != (op, nbytes) for record in by_rank.values()):
             self.mismatch = Mismatch(seq, {rank: (one.op, one.bytes) for rank, one in sorted(by_rank.items())})
             return
-        usual_us = self.bandwidth.add(op, nbytes, transfer_us)
+        usual_us = self.bandwidth.add(op, nbytes, transfer_us, group)
         waited = {rank: record.duration_us - transfer_us for rank, record in by_rank.items()}
-        meeting = Meeting(seq, op, nbytes, step, transfer_us, last_rank, waited)
+        meeting = Meeting(group, seq, op, nbytes, step, transfer_us, last_rank, waited)
         self.meetings.append(meeting)
         sums = self._sums(step)
         sums.meetings += 1
@@ -167,6 +170,18 @@ class Waits:
         """A rank's time for `step`: shares of waiting are relative to it."""
         sums = self._sums(step)
         sums.step_ms = max(sums.step_ms, step_ms)
+
+    @property
+    def groups(self) -> set[str]:
+        """The process groups of the newest collectives."""
+        return {meeting.group for meeting in self.meetings}
+
+    def bus_bytes_per_s(self, world_size: int) -> float | None:
+        """Bus bandwidth over the newest BUS_OF collectives that all ranks have reported; None before the first."""
+        newest = list(self.meetings)[-BUS_OF:]
+        seconds = sum(meeting.transfer_us for meeting in newest) / 1e6
+        moved = sum(meeting.bytes * bus_factor(meeting.op, world_size) for meeting in newest)
+        return moved / seconds if seconds > 0 and moved > 0 else None
 
     def messages(self) -> list[Collectives]:
         """The newest message of each rank."""

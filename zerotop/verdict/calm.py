@@ -6,6 +6,7 @@ import statistics
 
 from zerotop.format import ms_text
 from zerotop.state.breakdown import PARTS
+from zerotop.state.condition import unreported_ranks
 from zerotop.state.stall import place_text, ranks_text
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding
@@ -38,7 +39,7 @@ def calm(figures: Figures) -> Finding:
 def _starting(figures: Figures) -> str:
     """Who has not reported yet, or where those that have are: a start that takes long wants a reason."""
     state = figures.state
-    missing = tuple(rank for rank in range(state.world_size) if (r := state.ranks.get(rank)) is None or r.hello is None)
+    missing = unreported_ranks(state)
     if not state.world_size:
         return "the ranks are starting: none has reported yet"
     if missing:

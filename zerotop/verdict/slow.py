@@ -25,6 +25,9 @@ steady cost, so that a bad fault is named within seconds, and noise is not."""
 PAIR_CERTAINTY = 1.2
 """Times the certainty where there are two ranks: one of them always waits for the other, and noise of the machine
 affects one of them for longer."""
+CAUSE_CERTAINTY = 0.5
+"""Times the certainty for a rank that the kernel or the driver has already found something wrong with: it waits for a
+CPU, or its clock is lower, which noise of the steps does not make so."""
 LEAST_STEPS = 8
 """Fewer steps give no verdict on all ranks together."""
 KEPT_STEPS, KEPT_SHARE, KEPT_CERTAINTY = 16, 0.025, 2.0
@@ -84,7 +87,10 @@ def find_straggler(figures: Figures) -> Finding | None:
         rank, steps = named, _window(costs[named], window.step_ms, 1.0) or KEPT_STEPS
     else:
         rank = max(costs, key=lambda number: sum(costs[number][-KEPT_STEPS:]))
-        found = _window(costs[rank], window.step_ms, PAIR_CERTAINTY if len(costs) == 2 else 1.0)
+        strictness = PAIR_CERTAINTY if len(costs) == 2 else 1.0
+        if _contended(figures, rank) is not None or _slow_clock(figures, rank) is not None:
+            strictness *= CAUSE_CERTAINTY
+        found = _window(costs[rank], window.step_ms, strictness)
         if found is None:
             return None
         steps = found
