@@ -60,3 +60,10 @@ FAULTS: tuple[Fault, ...] = (
     Fault("paging", ("memory-bound",)),
     Fault("offload waits", ("offload-bound",), "none"),
 )
+_ENDS_THE_RUN = {
+    "other order": Fault("other order", ("desync", "failed"), "any"),
+    "killed": Fault("killed", ("dead", "failed")),
+    "ends early": Fault("ends early", ("ended early", "failed")),
+}
+"""A real run is ended then, by the engine or the supervisor."""
+LIVE_FAULTS: dict[str, Fault] = {fault.name: fault for fault in FAULTS} | _ENDS_THE_RUN

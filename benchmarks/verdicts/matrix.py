@@ -1,8 +1,10 @@
-"""The confusion matrix of verdicts over simulated runs.
+"""The confusion matrix of verdicts over simulated runs, and over recordings of real ones.
 
     python -m benchmarks.verdicts.matrix --runs 100 --markdown benchmarks/results/verdicts.md
 
-Each fault is simulated --runs times (runs.py), mixed with as many healthy runs. A run counts as right when the verdict
+Each fault is simulated --runs times (model.py), mixed with as many healthy runs. Each recording of a real run (live.py
+--record) is replayed as often, each time with other numbers of the ranks, another speed, noise, lost packets and a hub
+that comes later (replaying.py). A run counts as right when the verdict
 is the right one, with the right rank, within 15 s after the fault, and still at the end. Any warning in a healthy run
 is a false alarm.
 """
@@ -10,17 +12,24 @@ is a false alarm.
 from __future__ import annotations
 
 import argparse
+import functools
+import random
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.context import markdown, measured_on, table
-from benchmarks.verdicts.faults import FAULTS, Fault
+from benchmarks.verdicts.faults import FAULTS, LIVE_FAULTS, Fault
 from benchmarks.verdicts.model import SimulatedRun
 from benchmarks.verdicts.packets import packets
+from benchmarks.verdicts.recording import Recording, read_recording, recordings
+from benchmarks.verdicts.replaying import Perturbation
+from benchmarks.verdicts.replaying import packets as replayed
+from runtime.wire.messages import Packet
 from zerotop.state.run import RunState
 from zerotop.verdict.finding import Finding
 from zerotop.verdict.judge import Judge
@@ -46,24 +55,40 @@ class Judged:
 
 def judge(fault: Fault, seed: int, seconds_long: float) -> Judged:
     """Simulate one run and judge it twice a second."""
-    run, state, judge = SimulatedRun(fault, seed, seconds_long), RunState(), Judge()
-    looked, seconds, changes, alarms = 0.0, None, 0, []
+    run = SimulatedRun(fault, seed, seconds_long)
+    return _judge_packets(packets(run), fault, seed, run.faulty, run.fault_s, 0.0)
+
+
+def judge_replay(recording: Recording, fault: Fault, seed: int) -> Judged:
+    """Replay a recording, perturbed by this seed, and judge it twice a second."""
+    change = Perturbation.drawn(seed, recording)
+    offset_s = random.Random(seed).uniform(0.0, LOOK_S)
+    faulty, fault_s = change.ranks[recording.faulty], recording.fault_s * change.speed
+    return _judge_packets(replayed(recording, change), fault, seed, faulty, fault_s, offset_s)
+
+
+def _judge_packets(
+    timed: Iterator[tuple[float, Packet]], fault: Fault, seed: int, faulty: int, fault_s: float, looked: float
+) -> Judged:
+    """Fold packets and look every LOOK_S from second `looked` on."""
+    state, judge = RunState(), Judge()
+    seconds, changes, alarms = None, 0, list[str]()
     before: Finding | None = None
-    for at_s, packet in packets(run):
+    for at_s, packet in timed:
         while looked + LOOK_S <= at_s:
             looked += LOOK_S
             found = judge.look(state, looked)
             if not found.same_as(before):
                 changes += before is not None and {before.severity, found.severity} != {"info"}
-                early = looked < run.fault_s or fault.name == "healthy"
+                early = looked < fault_s or fault.name == "healthy"
                 if found.severity != "info" and early:
                     alarms.append(f"{found.what} {list(found.ranks)} at {looked:.0f} s")
             before = found
-            if seconds is None and looked >= run.fault_s and is_right(found, fault, run.faulty):
-                seconds = looked - run.fault_s
+            if seconds is None and looked >= fault_s and is_right(found, fault, faulty):
+                seconds = looked - fault_s
         state.apply_packet(packet)
     assert before is not None
-    good = is_right(before, fault, run.faulty)
+    good = is_right(before, fault, faulty)
     right = good and (fault.name == "healthy" or (seconds is not None and seconds <= LIMIT_S))
     final = before.what if good or is_what(before, fault) is False else f"{before.what}, wrong rank"
     return Judged(
@@ -86,13 +111,21 @@ def _judge(task: tuple[int, int, float]) -> Judged:
     return judge(FAULTS[task[0]], task[1], task[2])
 
 
+def _judge_replay(task: tuple[Path, int]) -> Judged:
+    recording = _read(task[0])
+    return judge_replay(recording, LIVE_FAULTS[recording.fault], task[1])
+
+
+@functools.cache
+def _read(path: Path) -> Recording:
+    return read_recording(path)
+
+
 def report(judged: list[Judged], pipes: bool) -> str:
     """The matrix and its sums as text."""
-    by_fault = {fault.name: [one for one in judged if one.fault == fault.name] for fault in FAULTS}
     rows = []
-    for name, ones in by_fault.items():
-        if not ones:
-            continue
+    for name in dict.fromkeys(one.fault for one in judged):
+        ones = [one for one in judged if one.fault == name]
         took = sorted(one.seconds for one in ones if one.seconds is not None)
         finals = ", ".join(f"{what} {count}" for what, count in Counter(one.final for one in ones).most_common())
         rows.append(
@@ -106,7 +139,7 @@ def report(judged: list[Judged], pipes: bool) -> str:
             ]
         )
     faulty = [one for one in judged if one.fault != "healthy"]
-    healthy = by_fault.get("healthy", [])
+    healthy = [one for one in judged if one.fault == "healthy"]
     took = sorted(one.seconds for one in faulty if one.seconds is not None)
     header = ["fault", "right", "median", "worst", "false alarms", "verdicts at the end"]
     lines = [table(header, rows, pipes=pipes), ""]
@@ -125,6 +158,16 @@ def report(judged: list[Judged], pipes: bool) -> str:
     return "\n".join(lines)
 
 
+def _followed(judged: Iterator[Judged], count: int) -> list[Judged]:
+    """All of them, with a line on the progress now and then."""
+    found: list[Judged] = []
+    for one in judged:
+        found.append(one)
+        if len(found) % 50 == 0:
+            print(f"{len(found)}/{count}", file=sys.stderr, flush=True)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="matrix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -133,30 +176,35 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a run")
     parser.add_argument("--only", help="one kind of fault")
+    parser.add_argument("--recorded", action="store_true", help="only the recordings of real runs")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--wrong", action="store_true", help="list the runs that went wrong")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     options = parser.parse_args()
-    tasks = [
-        (number, seed, options.seconds)
-        for seed in range(options.first, options.first + options.runs)
-        for number, fault in enumerate(FAULTS)
-        if options.only in (None, fault.name)
-    ]
-    judged: list[Judged] = []
+    seeds = range(options.first, options.first + options.runs)
+    chosen = [number for number, fault in enumerate(FAULTS) if options.only in (None, fault.name)]
+    tapes = [path for path in recordings() if options.only in (None, _read(path).fault)]
+    tables: dict[str, list[Judged]] = {}
     with ProcessPoolExecutor(options.workers) as pool:
-        for one in pool.map(_judge, tasks, chunksize=4):
-            judged.append(one)
-            if len(judged) % 50 == 0:
-                print(f"{len(judged)}/{len(tasks)}", file=sys.stderr, flush=True)
-    print(report(judged, pipes=False))
-    if options.wrong:
-        for one in judged:
+        if chosen and not options.recorded:
+            tasks = [(number, seed, options.seconds) for number in chosen for seed in seeds]
+            tables["Simulated runs"] = _followed(pool.map(_judge, tasks, chunksize=4), len(tasks))
+        if tapes:
+            replays = [(path, seed) for path in tapes for seed in seeds]
+            tables["Recordings of real runs, replayed"] = _followed(
+                pool.map(_judge_replay, replays, chunksize=4), len(replays)
+            )
+    for title, judged in tables.items():
+        print(title, report(judged, pipes=False), sep="\n", end="\n\n")
+        for one in judged if options.wrong else ():
             if not one.right or one.alarms:
                 print(f"{one.fault} {one.seed}: {one.final} after {one.seconds} s, {one.changes} changes", one.alarms)
     if options.markdown:
         context = measured_on("benchmarks.verdicts.matrix", ("pydantic",))
-        options.markdown.write_text(markdown("Verdicts over simulated runs", context, report(judged, pipes=True)))
+        body = "\n\n".join(f"## {title}\n{report(judged, pipes=True)}" for title, judged in tables.items())
+        loads = sorted({f"{_read(path).context['load']} ({_read(path).fault})" for path in tapes})
+        body += "\n\nThe machine while the real runs were recorded: " + "; ".join(loads) + "." if loads else ""
+        options.markdown.write_text(markdown("Verdicts over simulated and recorded runs", context, body))
     return 0
 
 

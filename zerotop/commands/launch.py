@@ -54,7 +54,9 @@ def register(subparsers: Any) -> None:
         help="replace one key of the config, such as zerotop.train.steps=50; may be repeated",
     )
     parser.add_argument("--resume", action="store_true", help="continue run --name from its newest complete checkpoint")
-    parser.add_argument("--detach", action="store_true", help="return as soon as the ranks train, or once it is clear that some of them do not report")
+    parser.add_argument(
+        "--detach", action="store_true", help="return as soon as the ranks train, or once some of them fail to report"
+    )
     parser.add_argument("--no-screen", action="store_true", help="print progress lines instead of drawing the screen")
     parser.add_argument("--json", action="store_true", help="print the run's state as one JSON document when done")
 

@@ -115,7 +115,8 @@ def _with_flight(state: RunState, finding: Finding) -> Finding:
 def _flight_evidence(state: RunState) -> tuple[str, tuple[int, ...], str] | None:
     """(what, ranks, sentence) of the first finding about this standstill, as the event of the hang carries it
     (zerotop/diagnose/flight.py); None before."""
-    event = next((one for one in reversed(state.events) if isinstance(one, Event) and one.rank is None and one.what == "hang"), None)
+    hangs = (one for one in reversed(state.events) if isinstance(one, Event) and one.rank is None)
+    event = next((one for one in hangs if one.what == "hang"), None)
     attempt = state.status.attempt if state.status is not None else 0
     if event is None or event.severity != "error" or event.data.get("attempt") != attempt:
         return None
