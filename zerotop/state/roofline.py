@@ -123,7 +123,7 @@ def measured_ranks(state: RunState) -> dict[int, Measured]:
     of most ranks one step: until it has seen as much as the hub, the hub's report is used.
     """
     window, report = state.waits.window(), state.time_report
-    known, bus = state.breakdowns.recent(window.blocked_ms), state.waits.bus_bytes_per_s(state.world_size)
+    known, bus = state.breakdowns.recent(window.waited_ms), state.waits.bus_bytes_per_s(state.world_size)
     if report is not None:
         if window.steps < report.steps or min(map(state.breakdowns.steps, known), default=0) < report.steps:
             known |= {

@@ -17,7 +17,7 @@ TRANSFERS_TOLD = 32
 def time_report(state: RunState) -> TimeReport | None:
     """The report on the recent steps; None before the first."""
     window = state.waits.window()
-    found = state.breakdowns.recent(window.blocked_ms)
+    found = state.breakdowns.recent(window.waited_ms)
     if not found:
         return None
     world = state.world_size

@@ -47,7 +47,7 @@ class Figures:
     def over(self, steps: int) -> Figures:
         """The same with the means of the newest `steps` steps."""
         window = self.state.waits.window(steps)
-        return replace(self, window=window, breakdowns=self.state.breakdowns.recent(window.blocked_ms, steps))
+        return replace(self, window=window, breakdowns=self.state.breakdowns.recent(window.waited_ms, steps))
 
     @property
     def steps_taken(self) -> int:
@@ -135,7 +135,7 @@ class History:
             state=state,
             before=before,
             window=window,
-            breakdowns=state.breakdowns.recent(window.blocked_ms),
+            breakdowns=state.breakdowns.recent(window.waited_ms),
             run_delay_percent={
                 rank: statistics.fmean(list(kept)[-SAMPLES_KEPT:])
                 for rank, kept in self.delays.items()

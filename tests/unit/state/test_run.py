@@ -90,7 +90,12 @@ def test_a_late_screen_is_where_the_early_one_is() -> None:
         early.apply(Memory(rank=rank, ledger={"parameters": 7}, rss_bytes=9, host_total_bytes=99, at_ns=1), 12)
         for step in range(1, 8):
             early.apply(result(step, rank), 13)
-            early.apply(Collectives(rank=rank, step=step, records=[(step, "reduce", 8, 0, 0, 500 + 900 * rank, 0)]), 13)
+            early.apply(
+                Collectives(
+                    rank=rank, step=step, records=[(step, "reduce", 8, 0, 0, 500 + 900 * rank, 500 + 900 * rank)]
+                ),
+                13,
+            )
     early.apply(Event(rank=None, what="checkpoint", text="at step 5", wall_s=1))
     early.apply(LogRecord(rank=1, level="warning", logger="x", text="hm", wall_s=2))
     command = Command(id="c", name="pause", number=1)
@@ -210,12 +215,12 @@ def test_collectives_that_are_never_complete_do_not_pile_up() -> None:
 def test_waiting_is_what_is_beyond_the_shortest_duration() -> None:
     waits = Waits()
     for rank, duration in ((0, 5_000), (1, 1_000), (2, 4_000)):
-        waits.add(Collectives(rank=rank, step=3, records=[(1, "reduce", 64, 0, 0, duration, 0)]), 3)
+        waits.add(Collectives(rank=rank, step=3, records=[(1, "reduce", 64, 0, 0, duration, duration)]), 3)
     meeting = waits.meetings[0]
     assert (meeting.last_rank, meeting.transfer_us, meeting.skew_us) == (1, 1_000, 4_000)
     assert waits.window().steps == 0  # the newest step is still being reported
     for rank, duration in ((0, 1_000), (1, 1_100), (2, 1_050)):
-        waits.add(Collectives(rank=rank, step=4, records=[(2, "reduce", 64, 0, 0, duration, 0)]), 3)
+        waits.add(Collectives(rank=rank, step=4, records=[(2, "reduce", 64, 0, 0, duration, duration)]), 3)
     window = waits.window()
     assert window.came_last == {1: 1} and window.caused_ms == {1: 3.5}
     assert window.waited_ms == {0: 4.0, 1: 0.0, 2: 3.0}
@@ -300,7 +305,11 @@ def test_a_still_picture_does_not_move_with_the_run() -> None:
     for step in range(1, 6):
         for rank in (0, 1):
             run.apply(result(step, rank))
-            run.apply(Collectives(rank=rank, step=step, records=[(step, "reduce", 1, 0, 0, 500 + 900 * rank, 0)]))
+            run.apply(
+                Collectives(
+                    rank=rank, step=step, records=[(step, "reduce", 1, 0, 0, 500 + 900 * rank, 500 + 900 * rank)]
+                )
+            )
     run.apply(beat(0))
     still = freeze(run)
     before = still.snapshot_messages()
