@@ -38,9 +38,9 @@ from zerotop.verdict.finding import Finding
 FAULTY = 1
 AT_STEP = 40
 TRAINS_S, VERDICT_S = 90.0, 30.0
-HEALTHY_S = 30.0
-RECORDED_S, HEALTHY_RECORDED_S = 30.0, 60.0
-"""How long after the fault a recording ends, and how long one of a healthy run is after its first steps."""
+CALM_S = 30.0
+RECORDED_S, CALM_RECORDED_S = 22.0, 45.0
+"""How long after the fault a recording ends, and how long one without a fault is after its first steps."""
 POLL_S = 0.05
 QUIET_S = 3.0
 """The probe reports once a second: a hub of which nothing is heard for so long has ended."""
@@ -111,6 +111,7 @@ LIVE: tuple[LiveFault, ...] = tuple(
     LiveFault(LIVE_FAULTS[name], *how)
     for name, how in {
         "healthy": (),
+        "loaded machine": (),
         "slowed by 20 ms": (("--fault", "slow", "--ms", "20"),),
         "slowed by 50 ms": (("--fault", "slow", "--ms", "50"),),
         "slowed by 200 ms": (("--fault", "slow", "--ms", "200"),),
@@ -192,7 +193,7 @@ async def picture(entry: RunEntry) -> str:
 
 def _record_on(live: LiveFault, entry: RunEntry, tape: Tape) -> None:
     """Record until the recording is long enough, or the run has ended."""
-    until_s = tape.fault_s + (HEALTHY_RECORDED_S if live.fault.name == "healthy" else RECORDED_S)
+    until_s = tape.fault_s + (CALM_RECORDED_S if live.fault.calm else RECORDED_S)
     quiet_since = time.monotonic()
     while tape.now_s < until_s and time.monotonic() - quiet_since < QUIET_S:
         before = tape.now_s
@@ -219,21 +220,21 @@ def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | 
         if tape is not None:
             tape.mark_fault()
         told: Verdict | None = source.state.verdict
-        limit_s = HEALTHY_S if live.fault.name == "healthy" else VERDICT_S
+        limit_s = CALM_S if live.fault.calm else VERDICT_S
         while time.monotonic() - began < limit_s:
             poll()
             verdict, after = source.state.verdict, time.monotonic() - began
             if verdict is not None and verdict is not told:
                 told, found = verdict, as_finding(verdict)
                 right = is_right(found, live.fault, FAULTY)
-                if right and live.fault.name != "healthy":
+                if right and not live.fault.calm:
                     return Seen(after, True, verdict.text, seen.others)
                 if not right and verdict.severity != "info":
                     seen.others.append(f"{verdict.what} after {after:.0f} s")
             source.wait(POLL_S)
         verdict = source.state.verdict
         seen.text = verdict.text if verdict is not None else ""
-        seen.right = live.fault.name == "healthy" and not seen.others
+        seen.right = live.fault.calm and not seen.others
         return seen
     finally:
         source.close()

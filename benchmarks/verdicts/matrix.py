@@ -80,8 +80,8 @@ def _judge_packets(
             found = judge.look(state, looked)
             if not found.same_as(before):
                 changes += before is not None and {before.severity, found.severity} != {"info"}
-                early = looked < fault_s or fault.name == "healthy"
-                if found.severity != "info" and early:
+                wrong = not is_what(found, fault) if fault.calm else looked < fault_s
+                if found.severity != "info" and wrong:
                     alarms.append(f"{found.what} {list(found.ranks)} at {looked:.0f} s")
             before = found
             if seconds is None and looked >= fault_s and is_right(found, fault, faulty):
@@ -89,16 +89,14 @@ def _judge_packets(
         state.apply_packet(packet)
     assert before is not None
     good = is_right(before, fault, faulty)
-    right = good and (fault.name == "healthy" or (seconds is not None and seconds <= LIMIT_S))
+    right = good and (fault.calm or (seconds is not None and seconds <= LIMIT_S))
     final = before.what if good or is_what(before, fault) is False else f"{before.what}, wrong rank"
-    return Judged(
-        fault.name, seed, seconds, final, right and not (fault.name == "healthy" and alarms), changes, tuple(alarms)
-    )
+    return Judged(fault.name, seed, seconds, final, right and not (fault.calm and alarms), changes, tuple(alarms))
 
 
 def is_what(found: Finding, fault: Fault) -> bool:
     """Whether the kind of verdict is right."""
-    return found.what in fault.what or (fault.name == "healthy" and found.severity == "info")
+    return found.what in fault.what or (fault.calm and found.severity == "info")
 
 
 def is_right(found: Finding, fault: Fault, faulty: int) -> bool:
@@ -132,14 +130,14 @@ def report(judged: list[Judged], pipes: bool) -> str:
             [
                 name,
                 f"{sum(one.right for one in ones)}/{len(ones)}",
-                f"{statistics.median(took):.1f} s" if took and name != "healthy" else "",
-                f"{took[-1]:.1f} s" if took and name != "healthy" else "",
+                f"{statistics.median(took):.1f} s" if took and not LIVE_FAULTS[name].calm else "",
+                f"{took[-1]:.1f} s" if took and not LIVE_FAULTS[name].calm else "",
                 str(sum(bool(one.alarms) for one in ones)),
                 finals,
             ]
         )
-    faulty = [one for one in judged if one.fault != "healthy"]
-    healthy = [one for one in judged if one.fault == "healthy"]
+    faulty = [one for one in judged if not LIVE_FAULTS[one.fault].calm]
+    healthy = [one for one in judged if LIVE_FAULTS[one.fault].calm]
     took = sorted(one.seconds for one in faulty if one.seconds is not None)
     header = ["fault", "right", "median", "worst", "false alarms", "verdicts at the end"]
     lines = [table(header, rows, pipes=pipes), ""]
@@ -151,7 +149,7 @@ def report(judged: list[Judged], pipes: bool) -> str:
     if healthy:
         alarms, most = sum(bool(one.alarms) for one in healthy), max(one.changes for one in healthy)
         lines.append(
-            f"False alarms: {alarms / len(healthy):.1%} of {len(healthy)} healthy runs (at most {most} changes from or "
+            f"False alarms: {alarms / len(healthy):.1%} of {len(healthy)} runs without a fault (at most {most} changes from or "
             f"to bad news in one), and {sum(bool(one.alarms) for one in faulty) / max(1, len(faulty)):.1%} of the "
             "others before their fault."
         )
