@@ -30,7 +30,8 @@ from benchmarks.verdicts.faults import LIVE_FAULTS, Fault
 from benchmarks.verdicts.matrix import is_right
 from benchmarks.verdicts.recording import Tape, write_recording
 from runtime.wire.judgement import Verdict
-from zerotop.rundir.directory import RunEntry, find_any_run
+from runtime.wire.messages import LIVE_STATES
+from zerotop.rundir.directory import RunEntry, find_any_run, read_entry
 from zerotop.source.opening import open_source
 from zerotop.tui.app import ZerotopApp
 from zerotop.verdict.finding import Finding
@@ -201,6 +202,9 @@ def _record_on(live: LiveFault, entry: RunEntry, tape: Tape) -> None:
         if tape.now_s > before:
             quiet_since = time.monotonic()
         time.sleep(POLL_S)
+    status = read_entry(entry.path).status
+    if status.state not in LIVE_STATES:
+        tape.end(status)
 
 
 def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | None) -> Seen:
@@ -214,11 +218,11 @@ def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | 
     try:
         wait_for(poll, source.wait, lambda: source.state.step >= AT_STEP - 1, TRAINS_S)
         pids = [rank.hello.pid for _, rank in sorted(source.state.ranks.items()) if rank.hello is not None]
-        if live.inject:
-            getattr(injection, live.inject)(entry, pids)
-        began = time.monotonic()
         if tape is not None:
             tape.mark_fault()
+        began = time.monotonic()
+        if live.inject:
+            getattr(injection, live.inject)(entry, pids)
         told: Verdict | None = source.state.verdict
         limit_s = CALM_S if live.fault.calm else VERDICT_S
         while time.monotonic() - began < limit_s:

@@ -19,6 +19,7 @@ from typing import Any
 import zmq
 
 from runtime.wire.codec import load
+from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
 
 FOLDER = Path(__file__).parent / "recordings"
@@ -40,7 +41,20 @@ class Recording:
     fault_s: float
     seconds: float
     lines: list[Line]
+    loads: tuple[float, float] = (0.0, 0.0)
+    """The smallest and the largest load average of the machine, over a minute each."""
+    cpus: int = 1
     context: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether more processes wanted a CPU than there are, so that contention is a right verdict at any time."""
+        return self.loads[1] > self.cpus
+
+    @property
+    def load_text(self) -> str:
+        """The load in words."""
+        return f"load average {self.loads[0]:.1f} to {self.loads[1]:.1f} on {self.cpus} CPUs"
 
 
 class Tape:
@@ -59,7 +73,7 @@ class Tape:
         self._start_ns: int | None = None
         self._hub_seq = 0
         self.fault_s = 0.0
-        self._load = [os.getloadavg()[0]]
+        self._loads = [os.getloadavg()[0]]
 
     @property
     def now_s(self) -> float:
@@ -95,7 +109,11 @@ class Tape:
             if packet.get("hub_seq", 0) <= self._hub_seq:
                 continue
             self._add((packet["arrival_ns"] - self._start_ns) / 1e9, packet["source"], packet["messages"])
-        self._load.append(os.getloadavg()[0])
+        self._loads.append(os.getloadavg()[0])
+
+    def end(self, status: RunStatus) -> None:
+        """The hub has ended, perhaps before its last packet was read: add the status that it left."""
+        self._add(self.now_s, "supervisor", [status.model_dump(mode="json")])
 
     def _add(self, at_s: float, source: str, messages: list[Item]) -> None:
         kept = [_without_names(message) for message in messages if message.get("kind") in KINDS]
@@ -108,9 +126,10 @@ class Tape:
 
     def recording(self, fault: str, faulty: int, context: dict[str, str]) -> Recording:
         """What was read so far."""
-        load = f"load average {min(self._load):.1f} to {max(self._load):.1f} on {os.cpu_count()} CPUs"
-        lines = list(self._lines)
-        return Recording(fault, faulty, self.fault_s, self.now_s, lines, {**context, "load": load})
+        loads = (min(self._loads), max(self._loads))
+        return Recording(
+            fault, faulty, self.fault_s, self.now_s, list(self._lines), loads, os.cpu_count() or 1, context
+        )
 
 
 def _without_names(message: Item) -> Item:
@@ -145,6 +164,8 @@ def write_recording(path: Path, recording: Recording) -> None:
         "faulty": recording.faulty,
         "fault_s": round(recording.fault_s, 3),
         "seconds": round(recording.seconds, 3),
+        "loads": recording.loads,
+        "cpus": recording.cpus,
         "context": recording.context,
     }
     text = "\n".join(json.dumps(line, separators=(",", ":")) for line in (header, *recording.lines))
@@ -161,6 +182,8 @@ def read_recording(path: Path) -> Recording:
         about["fault_s"],
         about["seconds"],
         [(at_s, source, messages) for at_s, source, messages in map(json.loads, lines)],
+        (about["loads"][0], about["loads"][1]),
+        about["cpus"],
         about["context"],
     )
 

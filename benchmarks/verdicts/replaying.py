@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Iterator
@@ -139,7 +140,8 @@ class _Changer:
         phases = {phase: self._took(ms) for phase, ms in before.items()}
         waits = {phase: ms * phases[phase] / before[phase] for phase, ms in waited.items() if before.get(phase)}
         step |= {"phase_ms": phases, "phase_wait_ms": waits, "wait_ms": sum(waits.values())}
-        step["step_ms"] = sum(phases.values()) or step["step_ms"] * self._change.speed
+        whole = sum(before.values())
+        step["step_ms"] *= sum(phases.values()) / whole if whole else self._change.speed
         for name in RATES & step.keys():
             step[name] = step[name] and step[name] / self._change.speed
 
@@ -165,7 +167,7 @@ def repeated(recording: Recording, seconds: float) -> Recording:
             if shifted:
                 lines.append((at_s + number * period_s, source, shifted))
     lines.sort(key=lambda line: line[0])
-    return Recording(recording.fault, recording.faulty, 0.0, seconds, lines, recording.context)
+    return dataclasses.replace(recording, fault_s=0.0, seconds=seconds, lines=lines)
 
 
 def _is_step(message: Item, rank: int) -> bool:

@@ -83,6 +83,8 @@ class _Step:
     """Collectives of which the usual time is known."""
     came_last: dict[int, int] = field(default_factory=dict)
     step_ms: float = 0.0
+    _costs_us: tuple[dict[int, float], dict[int, float]] | None = None
+    """What `costs_us` has found, until there is another collective."""
 
     def copy(self) -> _Step:
         return replace(
@@ -95,6 +97,18 @@ class _Step:
     def costs_us(self) -> tuple[dict[int, float], dict[int, float]]:
         """(rank -> for how long its training thread waited for others, rank -> how long all others together did for
         it)."""
+        if self._costs_us is None:
+            self._costs_us = self._find_costs_us()
+        return self._costs_us
+
+    def add(self, last_rank: int, waited_us: dict[int, int], blocked_us: dict[int, int]) -> None:
+        """Take a collective: rank -> how long it was in it before `last_rank` came, and for how long it was blocked."""
+        self.meetings += 1
+        _add(self.waited_us.setdefault(last_rank, {}), waited_us)
+        _add(self.blocked_us, blocked_us)
+        self._costs_us = None
+
+    def _find_costs_us(self) -> tuple[dict[int, float], dict[int, float]]:
         total: dict[int, int] = {}
         for waits in self.waited_us.values():
             for rank, waited_us in waits.items():
@@ -163,14 +177,10 @@ class Waits:
         meeting = Meeting(group, seq, op, nbytes, step, transfer_us, last_rank, waited)
         self.meetings.append(meeting)
         sums = self._sums(step)
-        sums.meetings += 1
+        sums.add(last_rank, waited, {rank: record.blocked_us for rank, record in by_rank.items()})
         if usual_us is not None:
             sums.excess_us += transfer_us - usual_us
             sums.compared += 1
-        waits = sums.waited_us.setdefault(last_rank, {})
-        for rank, waited_us in waited.items():
-            waits[rank] = waits.get(rank, 0) + waited_us
-            sums.blocked_us[rank] = sums.blocked_us.get(rank, 0) + by_rank[rank].blocked_us
         if meeting.skew_us >= MIN_SKEW_US:
             sums.came_last[last_rank] = sums.came_last.get(last_rank, 0) + 1
 
