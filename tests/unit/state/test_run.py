@@ -212,6 +212,26 @@ def test_collectives_that_are_never_complete_do_not_pile_up() -> None:
     assert len(waits._open) == OPEN_KEPT and not waits.meetings
 
 
+def test_overlapped_waiting_costs_what_the_training_thread_was_blocked_for() -> None:
+    """Rank 1 comes 30 ms late to a collective that nobody waits for; the others need its result 10 ms after that, in
+    another one."""
+    waits = Waits()
+    for step in (1, 2):
+        for rank in range(3):
+            late = rank == 1
+            records = [(2 * step - 1, "reduce", 64, 0, 0, 1_000 if late else 31_000, 0)]
+            records.append((2 * step, "reduce", 64, 0, 0, 1_000, 1_000 if late else 10_000))
+            waits.add(Collectives(rank=rank, step=step, records=records), 3)
+    window = waits.window()
+    assert window.waited_ms == {0: 10.0, 1: 0.0, 2: 10.0} and window.caused_ms[1] == 10.0
+    assert waits.net_cost_ms()[1] == [10.0]
+    assert waits.meetings[0].waited_us == {0: 30_000, 1: 0, 2: 30_000}  # as the table of collectives has it
+    waits.add(Collectives(rank=0, step=1, records=[(9, "reduce", 64, 0, 0, 21_000, 21_000)]), 3)
+    for rank in (1, 2):
+        waits.add(Collectives(rank=rank, step=1, records=[(9, "reduce", 64, 0, 0, 1_000, 1_000)]), 3)
+    assert waits.net_cost_ms()[1] != [10.0]  # what comes late counts
+
+
 def test_waiting_is_what_is_beyond_the_shortest_duration() -> None:
     waits = Waits()
     for rank, duration in ((0, 5_000), (1, 1_000), (2, 4_000)):
