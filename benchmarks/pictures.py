@@ -26,7 +26,7 @@ from zerotop.rundir.directory import RunEntry, find_any_run
 from zerotop.source.opening import open_source
 from zerotop.tui.app import ZerotopApp
 
-AT_STEP = 25
+AT_STEP = 12
 """By then a verdict and the means over recent steps are there."""
 PATIENCE_S = 600.0
 ON_HOST = {"device": "cpu"}
@@ -42,11 +42,13 @@ class Picture:
     preset: str = "gpt-tiny"
 
 
+_OFFLOAD = {"stage": 3, "offload_optimizer": ON_HOST, "offload_param": ON_HOST}
+_MEMORY = ("enter",)
+"""A rank's page, which has the memory panel if it is wide enough."""
 PICTURES = {
-    "memory-stage-2": Picture({"stage": 2}, ("enter",), (118, 32)),
-    "memory-stage-3-offload": Picture(
-        {"stage": 3, "offload_optimizer": ON_HOST, "offload_param": ON_HOST}, ("enter",), (118, 32)
-    ),
+    "memory-stage-2": Picture({"stage": 2}, _MEMORY, (124, 34)),
+    "memory-stage-3-offload": Picture(_OFFLOAD, _MEMORY, (124, 34)),
+    "rank": Picture({"stage": 2}, ("enter",), (118, 32)),
 }
 
 
