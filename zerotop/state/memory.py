@@ -11,14 +11,14 @@ from runtime.wire.node import GpuStats
 from zerotop.format import bytes_text
 from zerotop.state.run import RankState, RunState
 
-DERIVED_CATEGORIES = ("activations", "logits", "cache", "imports", "libraries", "mapped_files", "other")
+DERIVED_CATEGORIES = ("activations", "cache", "imports", "libraries", "mapped_files", "other")
 """Computed or measured from outside, not counted by the ledger. On a GPU: activations = allocated - ledger; cache =
 reserved - allocated; other = what the driver reports beyond that: the CUDA context, NCCL, other processes. On a CPU
 they come from the kernel and from malloc (runtime/host/rss_parts.py): cache is what malloc keeps free, other what is
 left of the RSS. Logits are counted where the loss is the trainer's own, and taken out of activations: what is left of
 these is derived. Of activations, the ledger counts what is offloaded to host memory."""
 LEDGER_CATEGORIES: tuple[str, ...] = tuple(name for name in get_args(Category) if name not in DERIVED_CATEGORIES)
-CATEGORIES = LEDGER_CATEGORIES + DERIVED_CATEGORIES
+CATEGORIES = (*LEDGER_CATEGORIES, "logits", *DERIVED_CATEGORIES)
 _LABELS = {"snapshot": "checkpoint copy", "imports": "Python, data", "mapped_files": "mapped files"}
 _OF_RSS = {"allocator": "cache", "rest": "other"}
 """Names on the wire that differ from the category's."""

@@ -12,7 +12,7 @@ from runtime.wire.node import NodeStats
 from tests.unit.state.test_stall import hello
 from zerotop.state.forecast import Need, forecast, limits_of, most_pressing
 from zerotop.state.fragmentation import fragmentation_text
-from zerotop.state.memory import memory_use, peak_text, planned_peak
+from zerotop.state.memory import memory_use, peak_text, phase_peaks_text, planned_peak
 from zerotop.state.run import RunState
 
 GIB = 1 << 30
@@ -184,6 +184,10 @@ def test_logits_are_a_part_of_their_own_and_the_sum_stays() -> None:
     assert sum(dict(use.parts).values()) == sum(dict(plain.parts).values())
     freed = memory_use(memory(rss_parts=parts, rss_bytes=6 * GIB, logits_bytes=5 * GIB))  # measured a moment earlier
     assert dict(freed.parts)["logits"] == 3 * GIB and "activations" not in dict(freed.parts)
+    peaks = {"peak_bytes": {"forward": 9 * GIB}, "activation_bytes": {"forward": 3 * GIB}}
+    text = "peaks: forward 9.00 GiB; activations: forward 3.00 GiB"
+    assert phase_peaks_text(memory(**peaks)) == text
+    assert phase_peaks_text(memory(**peaks, logits_peak_bytes=GIB)) == f"{text}; of them logits at most 1.00 GiB"
     on_gpu = memory_use(memory(allocated_bytes=5 * GIB, reserved_bytes=6 * GIB, logits_bytes=2 * GIB))
     assert (dict(on_gpu.parts)["activations"], dict(on_gpu.parts)["logits"]) == (GIB, 2 * GIB)
 
