@@ -28,7 +28,7 @@ import psutil
 from benchmarks.context import ROOT, markdown, measured_on, table
 from benchmarks.verdicts.faults import LIVE_FAULTS, Fault
 from benchmarks.verdicts.matrix import is_right
-from benchmarks.verdicts.recording import Tape, write_recording
+from benchmarks.verdicts.recording import FOLDER, Tape, write_recording
 from runtime.wire.judgement import Verdict
 from runtime.wire.messages import LIVE_STATES
 from zerotop.rundir.directory import RunEntry, find_any_run, read_entry
@@ -166,6 +166,7 @@ def run(live: LiveFault, name: str, pictures: Path | None, record: Path | None =
         if tape is not None and record is not None:
             _record_on(live, entry, tape)
             context = measured_on("benchmarks.verdicts.live", ("torch",))
+            context["command"] = f"python -m benchmarks.verdicts.live --only '{live.fault.name}' --record {FOLDER.name}"
             write_recording(record / f"{live.file_name}.jsonl.xz", tape.recording(live.fault.name, FAULTY, context))
         return seen
     finally:

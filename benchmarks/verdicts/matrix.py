@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import math
 import random
 import statistics
 import sys
@@ -80,10 +82,11 @@ def _judge_packets(
     """Fold packets and look every LOOK_S from second `looked` on. known: warnings that are right before the fault,
     too."""
     state, judge = RunState(), Judge()
-    seconds, changes, alarms = None, 0, list[str]()
+    seconds, changes, alarms, ended_s = None, 0, list[str](), 0.0
     before: Finding | None = None
-    for at_s, packet in timed:
-        while looked + LOOK_S <= at_s:
+    for at_s, packet in itertools.chain(timed, [(math.inf, None)]):
+        # The last packet is looked at, too.
+        while looked + LOOK_S <= (at_s if packet is not None else ended_s + 2 * LOOK_S):
             looked += LOOK_S
             found = judge.look(state, looked)
             if not found.same_as(before):
@@ -94,7 +97,9 @@ def _judge_packets(
             before = found
             if seconds is None and looked >= fault_s and is_right(found, fault, faulty):
                 seconds = looked - fault_s
-        state.apply_packet(packet)
+        if packet is not None:
+            ended_s = at_s
+            state.apply_packet(packet)
     assert before is not None
     good = is_right(before, fault, faulty)
     right = good and (fault.calm or (seconds is not None and seconds <= LIMIT_S))

@@ -158,13 +158,17 @@ def repeated(recording: Recording, seconds: float) -> Recording:
     steps, period_s = last - first, ends[last] - ends[first]
     seqs = {step: _newest_seq(recording, step) for step in (first, last)}
     per_round = seqs[last] - seqs[first]
-    lines = [line for line in recording.lines if line[0] <= ends[first]]
-    middle = [line for line in recording.lines if line[0] > ends[first]]
+    lines: list[Line] = []
+    for at_s, source, messages in recording.lines:
+        # A rank may report a step later than rank 0 does.
+        if kept := [one for one in messages if (one["step"] <= first if _of_step(one) else at_s <= ends[first])]:
+            lines.append((at_s, source, kept))
     for number in range(math.ceil((seconds - ends[first]) / period_s)):
-        for at_s, source, messages in middle:
-            kept = [one for one in messages if _within(one, at_s, first, last, ends[last])]
-            shifted = [_shifted(one, number * steps, number * per_round, number * period_s) for one in kept]
-            if shifted:
+        for at_s, source, messages in recording.lines:
+            repeats = ends[first] < at_s <= ends[last]
+            kept = [one for one in messages if (first < one["step"] <= last if _of_step(one) else repeats)]
+            if kept:
+                shifted = [_shifted(one, number * steps, number * per_round, number * period_s) for one in kept]
                 lines.append((at_s + number * period_s, source, shifted))
     lines.sort(key=lambda line: line[0])
     return dataclasses.replace(recording, fault_s=0.0, seconds=seconds, lines=lines)
@@ -185,11 +189,9 @@ def _newest_seq(recording: Recording, step: int) -> int:
     )
 
 
-def _within(message: Item, at_s: float, first: int, last: int, until_s: float) -> bool:
-    """Whether the message belongs to the part that is repeated: by its step, or else by when it came."""
-    if message["kind"] in ("step", "collectives"):
-        return bool(first < message["step"] <= last)
-    return at_s <= until_s and message["kind"] in ("heartbeat", "memory", "node")
+def _of_step(message: Item) -> bool:
+    """Whether the message is the report of a step; others are repeated by when they came."""
+    return message["kind"] in ("step", "collectives")
 
 
 def _shifted(message: Item, steps: int, seqs: int, seconds: float) -> Item:

@@ -22,6 +22,9 @@ def calm(figures: Figures) -> Finding:
     if name in ("stopped", "finished", "aborted"):
         reason = state.status.reason if state.status is not None else ""
         return Finding("ended", f"the run has ended: {reason or name}", "info")
+    left = [rank.goodbye for rank in state.ranks.values() if rank.goodbye is not None]
+    if left and len(left) == len(state.ranks) and name != "starting":
+        return Finding("ended", "all ranks have left; the supervisor is finding out why", "info")
     if name == "starting" or not figures.present:
         return Finding("starting", _starting(figures), "info")
     if name == "paused":

@@ -26,8 +26,8 @@ PAIR_CERTAINTY = 1.2
 """Times the certainty where there are two ranks: one of them always waits for the other, and noise of the machine
 affects one of them for longer."""
 CAUSE_CERTAINTY = 0.5
-"""Times the certainty for a rank that the kernel or the driver has already found something wrong with: it waits for a
-CPU, or its clock is lower, which noise of the steps does not make so."""
+"""Times the certainty for a rank with a cause of its own that noise of the steps does not make: it waits for a CPU, its
+clock is lower, or it spends much of its steps on data."""
 LEAST_STEPS = 8
 """Fewer steps give no verdict on all ranks together."""
 KEPT_STEPS, KEPT_SHARE, KEPT_CERTAINTY = 16, 0.025, 2.0
@@ -88,7 +88,7 @@ def find_straggler(figures: Figures) -> Finding | None:
     else:
         rank = max(costs, key=lambda number: sum(costs[number][-KEPT_STEPS:]))
         strictness = PAIR_CERTAINTY if len(costs) == 2 else 1.0
-        if _contended(figures, rank) is not None or _slow_clock(figures, rank) is not None:
+        if _has_cause(figures, rank):
             strictness *= CAUSE_CERTAINTY
         found = _window(costs[rank], window.step_ms, strictness)
         if found is None:
@@ -97,6 +97,15 @@ def find_straggler(figures: Figures) -> Finding | None:
     assert rank is not None
     over = figures.over(steps)
     return None if _is_contentions_noise(over, rank) else _straggler(over, rank)
+
+
+def _has_cause(figures: Figures, rank: int) -> bool:
+    """Whether something that is measured by itself makes the rank slow."""
+    if _contended(figures, rank) is not None or _slow_clock(figures, rank) is not None:
+        return True
+    shares = {number: figures.state.breakdowns.lasting_share(number, "data") for number in figures.breakdowns}
+    others = [share for number, share in shares.items() if number != rank]
+    return bool(others) and shares.get(rank, 0.0) - statistics.median(others) >= DATA_SHARE
 
 
 def _is_contentions_noise(figures: Figures, rank: int) -> bool:
@@ -221,7 +230,7 @@ def _contended(figures: Figures, rank: int) -> float | None:
 def find_contention(figures: Figures) -> Finding | None:
     """Ranks wait for a free CPU: one of them, all, or in turns."""
     delays = figures.run_delay_percent
-    if figures.state.state_name != "running" or figures.warming_up or not delays:
+    if figures.state.state_name != "running" or figures.warming_up or not delays or not figures.expected:
         return None
     before = figures.before.ranks if figures.before is not None and _was(figures, "contention") else ()
     rank = before[0] if before and before[0] in delays else max(delays, key=lambda number: delays[number])

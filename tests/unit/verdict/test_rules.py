@@ -277,17 +277,32 @@ def test_a_lower_clock_and_other_processes_are_reasons() -> None:
     assert "it waited for a free CPU 60% of the time; busiest outside the run: hog (pid 77) 98%" in found.text
 
 
+IRREGULAR_US = (60_000, 230_000, 90_000, 280_000, 50_000, 240_000, 70_000, 260_000, 90_000)
+"""What the others wait for a rank in each step: so irregular a cost alone may be chance."""
+
+
+def irregular(run: RunState, phase: str) -> None:
+    trained(run, {0: USUAL, 1: USUAL, 2: USUAL | {"reduce": 10.0, phase: USUAL[phase] + 130.0}})
+    for step, wait_us in enumerate(IRREGULAR_US, 11):
+        met(run, last=2, wait_us=wait_us, steps=1, first=step)
+
+
 def test_a_rank_that_the_kernel_lets_wait_is_named_on_half_the_evidence() -> None:
     run, history = a_run(step_ms=400), History()
-    trained(run, {0: USUAL, 1: USUAL, 2: USUAL | {"reduce": 10.0, "forward": 180.0}})
-    for step, wait_us in enumerate((60_000, 230_000, 90_000, 280_000, 50_000, 240_000, 70_000, 260_000, 90_000), 11):
-        met(run, last=2, wait_us=wait_us, steps=1, first=step)
+    irregular(run, "forward")
+    assert ask(find_straggler, run) is None
     for second in range(SAMPLES_KEPT):
         node(run, rank_run_delay_percent={0: 2.0, 1: 3.0, 2: 60.0}, at_ns=second)
         figures = history.figures(run, None, float(second))
     found = find_straggler(figures)
     assert found is not None and (found.what, found.ranks) == ("contention", (2,))
-    assert ask(find_straggler, run) is None  # so irregular a cost alone may be chance
+
+
+def test_so_is_one_that_spends_much_of_its_steps_on_data() -> None:
+    run = a_run(step_ms=400)
+    irregular(run, "data")
+    found = ask(find_straggler, run)
+    assert found is not None and (found.what, found.ranks) == ("data starvation", (2,))
 
 
 def test_contention_of_all_ranks_blames_none_of_them() -> None:
@@ -480,3 +495,15 @@ def test_what_a_run_does_when_nothing_is_wrong(state: str, phase: str, what: str
     assert (found.what, found.severity) == (what, "info")
     if what == "healthy":
         assert found.text == "healthy: 400 ms a step, 75% compute, 20% waiting"
+
+
+def test_a_run_that_all_ranks_have_left_is_neither_starting_nor_short_of_cpus() -> None:
+    run, history = a_run(), History()
+    for rank in range(WORLD):
+        beat(run, rank, 1, 1, 0.0)
+        run.apply(Goodbye(rank=rank, outcome="failed", step=10, wall_s=0.0))
+    for second in range(SAMPLES_KEPT):
+        node(run, rank_run_delay_percent={0: 40.0, 1: 35.0, 2: 45.0}, at_ns=second)
+        figures = history.figures(run, None, float(second))
+    assert find_contention(figures) is None
+    assert calm(figures).text == "all ranks have left; the supervisor is finding out why"
