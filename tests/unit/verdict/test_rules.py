@@ -15,8 +15,9 @@ from zerotop.verdict.calm import calm
 from zerotop.verdict.figures import SAMPLES_KEPT, SAMPLES_LONG, History
 from zerotop.verdict.finding import Finding
 from zerotop.verdict.judge import Rule
-from zerotop.verdict.slow import find_contention, find_data_starvation, find_slow_link, find_straggler
+from zerotop.verdict.slow import find_contention, find_data_starvation, find_slow_link
 from zerotop.verdict.stopped import find_dead, find_failed, find_wedged
+from zerotop.verdict.straggler import find_straggler
 from zerotop.verdict.stuck import find_desync, find_hang
 
 MIB = 2**20

@@ -14,7 +14,7 @@ from zerotop.state.run import RunState
 from zerotop.state.waits import STEPS_KEPT, WINDOW_STEPS
 from zerotop.verdict.figures import History
 from zerotop.verdict.finding import Finding
-from zerotop.verdict.slow import find_straggler
+from zerotop.verdict.straggler import find_straggler
 
 
 def straggler(run: RunState, named: int | None = None) -> Finding | None:
