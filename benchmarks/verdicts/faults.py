@@ -37,10 +37,12 @@ class Fault:
     slow_ms: float = 0.0
     loud: bool = True
     """Whether it can be told from noise on a loaded machine, too."""
+    calm: bool = False
+    """Whether nothing is wrong: any other warning, at any time, is a false alarm."""
 
 
 FAULTS: tuple[Fault, ...] = (
-    Fault("healthy", ("healthy",), "none"),
+    Fault("healthy", ("healthy",), "none", calm=True),
     Fault("slowed by 20 ms", ("straggler",), slow_ms=20, loud=False),
     Fault("slowed by 50 ms", ("straggler",), slow_ms=50, loud=False),
     Fault("slowed by 200 ms", ("straggler",), slow_ms=200),
@@ -60,3 +62,12 @@ FAULTS: tuple[Fault, ...] = (
     Fault("paging", ("memory-bound",)),
     Fault("offload waits", ("offload-bound",), "none"),
 )
+_ENDS_THE_RUN = {
+    "other order": Fault("other order", ("desync", "failed"), "any"),
+    "killed": Fault("killed", ("dead", "failed")),
+    "ends early": Fault("ends early", ("ended early", "failed")),
+}
+"""A real run is ended then, by the engine or the supervisor."""
+LOADED = Fault("loaded machine", ("contention", "healthy"), "none", calm=True)
+"""A run with which nothing is wrong, while other processes use all CPUs."""
+LIVE_FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*FAULTS, LOADED)} | _ENDS_THE_RUN

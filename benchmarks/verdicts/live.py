@@ -3,8 +3,9 @@
     python -m benchmarks.verdicts.live --rounds 3 --markdown benchmarks/results/verdicts-live.md
 
 Each round launches a run per fault (script.py), waits until it trains, injects the fault, and reads the verdicts that
-the hub publishes, as a screen does. With --pictures FOLDER the screen is saved as it is then. "slow link" needs root,
-for a network namespace of its own and tc.
+the hub publishes, as a screen does. With --pictures FOLDER the screen is saved as it is then; with --record FOLDER the
+messages are kept (recording.py), for the matrix to replay. "slow link" needs root, for a network namespace of its own
+and tc.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from pathlib import Path
 import psutil
 
 from benchmarks.context import ROOT, markdown, measured_on, table
-from benchmarks.verdicts.faults import Fault
+from benchmarks.verdicts.faults import LIVE_FAULTS, Fault
 from benchmarks.verdicts.matrix import is_right
+from benchmarks.verdicts.recording import FOLDER, Tape, write_recording
 from runtime.wire.judgement import Verdict
-from zerotop.rundir.directory import RunEntry, find_any_run
+from runtime.wire.messages import LIVE_STATES
+from zerotop.rundir.directory import RunEntry, find_any_run, read_entry
 from zerotop.source.opening import open_source
 from zerotop.tui.app import ZerotopApp
 from zerotop.verdict.finding import Finding
@@ -36,7 +39,12 @@ from zerotop.verdict.finding import Finding
 FAULTY = 1
 AT_STEP = 40
 TRAINS_S, VERDICT_S = 90.0, 30.0
-HEALTHY_S = 30.0
+CALM_S = 30.0
+RECORDED_S, CALM_RECORDED_S = 22.0, 45.0
+"""How long after the fault a recording ends, and how long one without a fault is after its first steps."""
+POLL_S = 0.05
+QUIET_S = 3.0
+"""The probe reports once a second: a hub of which nothing is heard for so long has ended."""
 HOGS = 3
 RATE = "300mbit"
 PICTURE = (118, 16)
@@ -88,31 +96,38 @@ class LiveFault:
     namespace: bool = False
     launch: tuple[str, ...] = ()
 
+    @property
+    def file_name(self) -> str:
+        """Of its picture and its recording, without the ending."""
+        return self.fault.name.replace(" ", "-").lower()
 
-LIVE: tuple[LiveFault, ...] = (
-    LiveFault(Fault("healthy", ("healthy",), "none")),
-    LiveFault(Fault("slowed by 20 ms", ("straggler",)), ("--fault", "slow", "--ms", "20")),
-    LiveFault(Fault("slowed by 50 ms", ("straggler",)), ("--fault", "slow", "--ms", "50")),
-    LiveFault(Fault("slowed by 200 ms", ("straggler",)), ("--fault", "slow", "--ms", "200")),
-    LiveFault(Fault("slow loader", ("data starvation",)), ("--fault", "loader", "--ms", "100")),
-    LiveFault(Fault("slow loaders", ("data starvation",), "none"), ("--fault", "all-loaders", "--ms", "100")),
-    LiveFault(Fault("slow link", ("slow link",), "none"), (), "link", namespace=True),
-    LiveFault(Fault("CPU hogs", ("contention",)), (), "hogs"),
-    LiveFault(Fault("stopped", ("wedged",)), (), "stop"),
-    LiveFault(Fault("GIL held", ("wedged",)), ("--fault", "spin")),
-    LiveFault(Fault("hangs in data", ("hang",)), ("--fault", "sleep")),
-    LiveFault(  # below stage 3 the order of modules does not matter
-        Fault("other order", ("desync", "failed"), "any"),
-        ("--fault", "order"),
-        launch=(
-            "--set",
-            "zero_optimization.stage=3",
-            "--set",
-            "zero_optimization.stage3_param_persistence_threshold=0",
-        ),
-    ),
-    LiveFault(Fault("killed", ("dead", "failed")), (), "kill"),
-    LiveFault(Fault("ends early", ("ended early", "failed")), ("--fault", "early")),
+
+_AT_STAGE_3 = (
+    "--set",
+    "zero_optimization.stage=3",
+    "--set",
+    "zero_optimization.stage3_param_persistence_threshold=0",
+)
+LIVE: tuple[LiveFault, ...] = tuple(
+    LiveFault(LIVE_FAULTS[name], *how)
+    for name, how in {
+        "healthy": (),
+        "loaded machine": (),
+        "slowed by 20 ms": (("--fault", "slow", "--ms", "20"),),
+        "slowed by 50 ms": (("--fault", "slow", "--ms", "50"),),
+        "slowed by 200 ms": (("--fault", "slow", "--ms", "200"),),
+        "slow loader": (("--fault", "loader", "--ms", "100"),),
+        "slow loaders": (("--fault", "all-loaders", "--ms", "100"),),
+        "slow link": ((), "link", True),
+        "CPU hogs": ((), "hogs"),
+        "stopped": ((), "stop"),
+        "GIL held": (("--fault", "spin"),),
+        "hangs in data": (("--fault", "sleep"),),
+        # Below stage 3 the order of modules does not matter.
+        "other order": (("--fault", "order"), "", False, _AT_STAGE_3),
+        "killed": ((), "kill"),
+        "ends early": (("--fault", "early"),),
+    }.items()
 )
 
 
@@ -127,7 +142,7 @@ class Seen:
     """Warnings that were not right, with the time after the fault."""
 
 
-def run(live: LiveFault, name: str, pictures: Path | None) -> Seen:
+def run(live: LiveFault, name: str, pictures: Path | None, record: Path | None = None) -> Seen:
     """Launch, inject, watch, take a picture, end."""
     at_step = ("--at-step", str(AT_STEP)) if live.script else ()
     command = [sys.executable, "-m", "zerotop", "launch", "benchmarks/verdicts/config.json", "--nproc", "2"]
@@ -141,13 +156,22 @@ def run(live: LiveFault, name: str, pictures: Path | None) -> Seen:
     if launched.returncode:
         raise SystemExit(f"{name} did not start: {launched.stderr}")
     injection, entry = Injection(), find_any_run(name)
+    tape = Tape(entry.sockets) if record is not None else None
     try:
-        seen = _watch(live, entry, injection)
+        if tape is not None:
+            tape.begin()
+        seen = _watch(live, entry, injection, tape)
         if pictures is not None and seen.right:
-            path = pictures / f"{live.fault.name.replace(' ', '-').lower()}.svg"
-            path.write_text(asyncio.run(picture(entry)), encoding="utf-8")
+            (pictures / f"{live.file_name}.svg").write_text(asyncio.run(picture(entry)), encoding="utf-8")
+        if tape is not None and record is not None:
+            _record_on(live, entry, tape)
+            context = measured_on("benchmarks.verdicts.live", ("torch",))
+            context["command"] = f"python -m benchmarks.verdicts.live --only '{live.fault.name}' --record {FOLDER.name}"
+            write_recording(record / f"{live.file_name}.jsonl.xz", tape.recording(live.fault.name, FAULTY, context))
         return seen
     finally:
+        if tape is not None:
+            tape.close()
         injection.end()
         subprocess.run(
             [sys.executable, "-m", "zerotop", "abort", name, "--yes"], cwd=ROOT, capture_output=True, check=False
@@ -169,30 +193,53 @@ async def picture(entry: RunEntry) -> str:
         source.close()
 
 
-def _watch(live: LiveFault, entry: RunEntry, injection: Injection) -> Seen:
+def _record_on(live: LiveFault, entry: RunEntry, tape: Tape) -> None:
+    """Record until the recording is long enough, or the run has ended."""
+    until_s = tape.fault_s + (CALM_RECORDED_S if live.fault.calm else RECORDED_S)
+    quiet_since = time.monotonic()
+    while tape.now_s < until_s and time.monotonic() - quiet_since < QUIET_S:
+        before = tape.now_s
+        tape.drain()
+        if tape.now_s > before:
+            quiet_since = time.monotonic()
+        time.sleep(POLL_S)
+    status = read_entry(entry.path).status
+    if status.state not in LIVE_STATES:
+        tape.end(status)
+
+
+def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | None) -> Seen:
     source, seen = open_source(entry), Seen()
+
+    def poll() -> None:
+        source.poll()
+        if tape is not None:
+            tape.drain()
+
     try:
-        wait_for(source.poll, source.wait, lambda: source.state.step >= AT_STEP - 1, TRAINS_S)
+        wait_for(poll, source.wait, lambda: source.state.step >= AT_STEP - 1, TRAINS_S)
         pids = [rank.hello.pid for _, rank in sorted(source.state.ranks.items()) if rank.hello is not None]
+        if tape is not None:
+            tape.mark_fault()
+        began = time.monotonic()
         if live.inject:
             getattr(injection, live.inject)(entry, pids)
-        began = time.monotonic()
         told: Verdict | None = source.state.verdict
-        limit_s = HEALTHY_S if live.fault.name == "healthy" else VERDICT_S
+        limit_s = CALM_S if live.fault.calm else VERDICT_S
         while time.monotonic() - began < limit_s:
-            source.poll()
+            poll()
             verdict, after = source.state.verdict, time.monotonic() - began
             if verdict is not None and verdict is not told:
                 told, found = verdict, as_finding(verdict)
                 right = is_right(found, live.fault, FAULTY)
-                if right and live.fault.name != "healthy":
+                if right and not live.fault.calm:
                     return Seen(after, True, verdict.text, seen.others)
                 if not right and verdict.severity != "info":
                     seen.others.append(f"{verdict.what} after {after:.0f} s")
-            source.wait(0.05)
+            source.wait(POLL_S)
         verdict = source.state.verdict
         seen.text = verdict.text if verdict is not None else ""
-        seen.right = live.fault.name == "healthy" and not seen.others
+        seen.right = live.fault.calm and not seen.others
         return seen
     finally:
         source.close()
@@ -212,7 +259,7 @@ def wait_for(
         if time.monotonic() > deadline:
             raise SystemExit(f"the run has not reached step {AT_STEP} within {limit_s:g} s")
         poll()
-        wait(0.05)
+        wait(POLL_S)
 
 
 def report(seen: dict[str, list[Seen]], pipes: bool) -> str:
@@ -242,6 +289,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", action="append", help="one kind of fault; may be given again")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="keep the messages of the first round's runs")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="save the screen at the first round's verdicts")
     options = parser.parse_args()
     seen: dict[str, list[Seen]] = {}
@@ -252,8 +300,8 @@ def main() -> int:
                 name = live.fault.name
                 if options.only and name not in options.only:
                     continue
-                pictures = options.pictures if number == 1 else None
-                one = run(live, f"{name.replace(' ', '-').lower()}-{number}", pictures)
+                pictures, record = (options.pictures, options.record) if number == 1 else (None, None)
+                one = run(live, f"{live.file_name}-{number}", pictures, record)
                 seen.setdefault(name, []).append(one)
                 took = f"{one.seconds:.1f} s" if one.seconds is not None else "-"
                 print(f"{name}: {'right' if one.right else 'WRONG'} {took}: {one.text} {one.others}", file=sys.stderr)

@@ -15,6 +15,7 @@ from runtime.models.origin import origin_of
 from runtime.plan import stage_layout
 from runtime.plan.comparison import against_data_parallel
 from runtime.plan.constants import SNAPSHOT_SLOT_BYTES, SNAPSHOT_SLOTS
+from runtime.plan.estimate import evaluation_bytes, export_bytes
 from runtime.plan.pretrained import pretrained
 from runtime.plan.workload import Workload, pretrained_workload, workload_of
 from runtime.wire.messages import PlannedMemory
@@ -66,4 +67,26 @@ def planned_memory(workload: Workload, config: Resolved, builds_whole: bool) -> 
         checkpoint_slots_bytes=SNAPSHOT_SLOTS * SNAPSHOT_SLOT_BYTES,
         build_bytes=_INITIAL_BYTES * workload.parameters if builds_whole else 0,
         consolidated_bytes=workload.element_bytes * workload.parameters,
+        export_bytes=export_bytes(workload.element_bytes * workload.parameters, _largest_unit(workload), world),
+        **_evaluation(workload, config),
     )
+
+
+def _largest_unit(workload: Workload) -> int:
+    return max(numel for _, numel in (*workload.units, *workload.frozen))
+
+
+def _evaluation(workload: Workload, config: Resolved) -> dict[str, int]:
+    """What the next evaluation takes, and how often there is one; empty without evaluations."""
+    section = config.zerotop.evaluation
+    if section is None or workload.shape is None:
+        return {}
+    need = evaluation_bytes(
+        workload.shape,
+        workload.micro_batch,
+        workload.seq_len,
+        workload.element_bytes,
+        workload.chunked_loss,
+        section.new_tokens if section.prompts else 0,
+    )
+    return {"evaluation_bytes": need, "evaluation_interval": section.interval}

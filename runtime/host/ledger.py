@@ -12,6 +12,7 @@ from typing import get_args
 import psutil
 import torch
 
+from runtime.host.live_logits import logits
 from runtime.host.phase_peaks import PhasePeaks, read_gpu, read_process
 from runtime.host.resident import CountedPages
 from runtime.host.rss_parts import account
@@ -119,6 +120,8 @@ def memory_message(rank: int, ledger: Ledger, device: torch.device, peaks: Phase
         rss_parts=parts.named() if parts is not None else {},
         untouched_bytes=parts.untouched if parts is not None else 0,
         major_faults=resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
+        logits_bytes=logits.nbytes(),
+        logits_peak_bytes=logits.most_bytes,
         allocated_bytes=allocated,
         reserved_bytes=reserved,
         alloc_retries=retries,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from runtime.models.cross_entropy import IGNORED_TARGET, chunked_cross_entropy, liger_cross_entropy
+from runtime.models.cross_entropy import chunked_cross_entropy, liger_cross_entropy, whole_cross_entropy
 from runtime.models.origin import Origin
 
 Method = Literal["chunked", "liger", "whole"]
@@ -88,8 +88,7 @@ class CausalLM(nn.Module):
         router = bool(getattr(self.config.get_text_config(), "output_router_logits", False))
         if self.method == "whole":
             output = self.base(input_ids=tokens, position_ids=positions, use_cache=False)
-            logits = output.logits.float().flatten(0, 1)
-            total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
+            total = whole_cross_entropy(output.logits.flatten(0, 1), targets.flatten())
         else:
             output = self.base.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False)
             total = self._cross_entropy(output.last_hidden_state.flatten(0, 1), targets.flatten(), counted)
@@ -101,8 +100,7 @@ class CausalLM(nn.Module):
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, counted: int | None) -> Tensor:
         head = self.base.get_output_embeddings()
         if not _is_linear(head):  # adapters on the head, or a head that is no linear layer
-            logits = head(hidden).float()
-            return F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="sum")
+            return whole_cross_entropy(head(hidden), targets)
         scale, softcap = self._logits()
         if self.method == "liger":
 

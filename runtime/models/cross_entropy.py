@@ -18,13 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from runtime.host.live_logits import logits as live_logits
 from runtime.plan.loss_chunks import Chunks, cut_tokens
 
 IGNORED_TARGET = -100
 """Target of tokens that do not count in the loss."""
 SLICE_ELEMENTS = 1 << 19
 """Weights and gradients are converted to fp32 in slices of so many elements."""
+
+
+def whole_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the cross-entropies of the counted targets, an fp32 scalar, from whole logits.
+
+    Args:
+        logits: (tokens, vocab) of any floating-point dtype.
+        targets: (tokens,) int64; -100 does not count.
+    """
+    live_logits.note(logits)
+    probabilities = live_logits.note(F.log_softmax(live_logits.note(logits.float()), dim=1))
+    return F.nll_loss(probabilities, targets, ignore_index=IGNORED_TARGET, reduction="sum")
 
 
 def chunked_cross_entropy(
@@ -104,7 +118,7 @@ class _Function(torch.autograd.Function):
             start, end = counted * chunk // chunks, counted * (chunk + 1) // chunks
             rows = slice(start, end) if chosen is None else chosen[start:end]
             h = hidden[rows]
-            logits = _logits(h, weight, bias)
+            logits = live_logits.note(_logits(h, weight, bias))
             gradient = _sum_and_gradient(logits, targets[start:end], scale, softcap, total, gradients.wanted)
             if gradient is not None:
                 gradients.add(gradient, h, rows)
@@ -190,7 +204,7 @@ def _sum_and_gradient(
 ) -> Tensor | None:
     """Add the cross-entropies of `targets` to `total`. Returns the gradient of `logits`, (chunk, vocab), in their
     memory, if it is wanted."""
-    x = logits.float()  # a copy, unless the model is in fp32
+    x = live_logits.note(logits.float())  # a copy, unless the model is in fp32
     targets = targets.unsqueeze(1)
     if scale != 1.0:
         x *= scale

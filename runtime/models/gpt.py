@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from runtime.checkpointing import keep_inputs_only
 from runtime.config.presets import GPTConfig, ModelError, load_model_config
-from runtime.models.cross_entropy import IGNORED_TARGET
+from runtime.models.cross_entropy import IGNORED_TARGET, whole_cross_entropy
 
 
 class Block(nn.Module):
@@ -97,9 +97,7 @@ class GPT(nn.Module):
         logits = self.head(self.norm(x))
         if targets is None:
             return logits
-        total = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
-        )
+        total = whole_cross_entropy(logits.flatten(0, 1), targets.flatten())
         return total / (targets != IGNORED_TARGET).sum().clamp(min=1)
 
     def _rotary_tables(self, device: torch.device, seq_len: int) -> tuple[Tensor, Tensor]:

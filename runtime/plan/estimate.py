@@ -6,11 +6,12 @@ Torch-free. The figures are for the built-in GPT (no dropout, fused attention) a
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
 from runtime.config.presets import GPTConfig, unit_parameters
-from runtime.plan.decoder import DecoderShape, end_bytes, layer_bytes
+from runtime.plan.decoder import DecoderShape, Kept, end_bytes, layer_bytes
 from runtime.plan.loss_chunks import chunked_logits_bytes, whole_logits_bytes
 
 CUDA_CONTEXT_BYTES = 500 * 10**6
@@ -18,6 +19,12 @@ CUDA_CONTEXT_BYTES = 500 * 10**6
 
 NCCL_BYTES = 600 * 10**6
 """One NCCL communicator's channels: 544-688 MB were seen on A100."""
+
+EXPORT_PROCESS_BYTES = 250 * 10**6
+"""Python and torch in a process that only reads tensors: 0.2-0.3 GB are seen."""
+
+EXPORT_FILE_BYTES = 5 << 30
+"""Size of a file of `zerotop export`, unless --shard-size says otherwise."""
 
 LAYERS_ON_DEVICE = 3
 """Layers whose activations are on the device at a time if these are offloaded: one that computes, one whose copies are
@@ -111,6 +118,43 @@ def logits_bytes(
         return whole_logits_bytes(tokens, vocab, element_bytes)
     softcap = isinstance(config, DecoderShape) and config.softcap
     return chunked_logits_bytes(tokens, vocab, config.dim, element_bytes, weight_grad=head_trained, softcap=softcap)
+
+
+def evaluation_bytes(
+    config: GPTConfig | DecoderShape,
+    micro_batch: int,
+    seq_len: int,
+    element_bytes: int,
+    chunked: bool = False,
+    new_tokens: int = 0,
+) -> int:
+    """Most bytes that an evaluation holds beyond the states. Nothing is kept for a backward, so for tokens t, width d
+    and e bytes per element it is the larger of
+
+        t * (layer + 3 d e) + logits    the loss: what one layer computes (as much as its backward would need, were all
+                                        of it trained), its input and output, the last norm; then the logits, of one
+                                        chunk or whole, with what cross-entropy makes of them
+        2 * layers * kv * e * n         a text that the model writes: keys and values of width kv for n new tokens;
+                                        those of the prompt, whose length is not known, come on top
+
+    where logits and layer are not held at once, but the allocator keeps the memory of both.
+    """
+    tokens = micro_batch * seq_len
+    whole = dataclasses.replace(config, kept=Kept()) if isinstance(config, DecoderShape) else config
+    logits = logits_bytes(config, micro_batch, seq_len, element_bytes, chunked, head_trained=False)
+    loss = tokens * (_layer_bytes(whole, seq_len, element_bytes) + 3 * config.dim * element_bytes) + logits
+    keys = config.kv_heads * config.head_dim if isinstance(config, DecoderShape) else config.dim
+    return max(loss, 2 * config.layers * keys * element_bytes * new_tokens)
+
+
+def export_bytes(parameter_bytes: int, largest_unit: int, world_size: int) -> int:
+    """Host memory of `zerotop export` in bytes: EXPORT_PROCESS_BYTES + one file + one slice.
+
+    A file holds EXPORT_FILE_BYTES of tensors, if there are so many (one tensor that is larger has a file of its own;
+    that is not counted), in the precision that the run computes in. A slice is what one rank stored of one tensor, in
+    fp32: at most 4 bytes per element of the largest unit, over the ranks.
+    """
+    return EXPORT_PROCESS_BYTES + min(parameter_bytes, EXPORT_FILE_BYTES) + 4 * -(-largest_unit // world_size)
 
 
 def fresh_gradient_bytes(

@@ -51,10 +51,11 @@ class Alert(Message):
 
 
 class TransferKind(BaseModel):
-    """The transfers of one operation and size of buffer. Bus bandwidth as in nccl-tests."""
+    """The transfers of one process group, operation and size of buffer. Bus bandwidth as in nccl-tests."""
 
     op: Word
     bytes: Count
+    group: Name = "world"
     count: Count
     first_us: Finite | None = None
     """Median of the first ones after the warm-up."""
@@ -74,4 +75,8 @@ class TimeReport(Message):
     parts_ms: dict[RankNumber, dict[Word, Finite]] = Field(default_factory=dict)
     """Rank -> part of the step -> milliseconds per step; the parts sum to the step (zerotop/state/breakdown.py)."""
     transfers: list[TransferKind] = Field(default_factory=list)
-    """The operations and sizes with the most bytes, at most 32."""
+    """The groups, operations and sizes with the most bytes, at most 32."""
+    meetings: Count = 0
+    """Collectives that `bus_bytes_per_s` is over."""
+    bus_bytes_per_s: Finite | None = None
+    """Bus bandwidth of the newest collectives of all kinds together."""

@@ -85,6 +85,12 @@ class PlannedMemory(Message):
     """Host memory that rank 0 holds while the model is built, which a restart does again."""
     consolidated_bytes: Count = 0
     """Host memory of rank 0 for all weights in the model's precision (save_16bit_model)."""
+    export_bytes: Count = 0
+    """Host memory of `zerotop export`, a process of its own."""
+    evaluation_bytes: Count = 0
+    """On the rank's device, what an evaluation holds beyond the states; 0 in a run without evaluations."""
+    evaluation_interval: Step = 0
+    """Optimizer steps between two evaluations."""
 
 
 class Hello(Message):
@@ -198,6 +204,11 @@ class Memory(Message):
     activation_bytes: dict[PhaseName, Count] = Field(default_factory=dict)
     """Most memory beyond the ledger since the start of the attempt, by phase: on a GPU at any time of it, on a CPU at
     its end."""
+    logits_bytes: Count = 0
+    """Of the activations: logits and what cross-entropy makes of them, as the losses of the built-in models count
+    them."""
+    logits_peak_bytes: Count = 0
+    """The most of them at a time since the start of the attempt."""
     allocated_bytes: Count | None = None  # torch's CUDA allocator; None on a CPU
     reserved_bytes: Count | None = None
     alloc_retries: Count | None = None

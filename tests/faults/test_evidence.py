@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.wire.judgement import Verdict
 from runtime.wire.messages import Event
 from tests.faults.test_hang import CONFIG, HANG_S, events
 from tests.harness.runs import StartedRun
@@ -119,16 +120,28 @@ def test_the_flight_recorder_names_the_rank_that_is_missing(
     folder = run.path / event.data["evidence"]
     assert {path.name for path in folder.iterdir()} == {"flight-rank-0.json", "flight-rank-1.json"}
     assert f"saved beside this: {event.data['evidence']}/" in text
+    verdict = the_verdict(run, "hang")
+    assert verdict.ranks == [1]
+    assert "; Flight Recorder: rank 1 has not enqueued all_reduce " in verdict.text
+
+
+def the_verdict(run: StartedRun, what: str) -> Verdict:
+    """The hub's verdict, once it is of this kind."""
+    run.see(lambda source: source.state.verdict is not None and source.state.verdict.what == what, what)
+    assert run.source.state.verdict is not None
+    return run.source.state.verdict
 
 
 def test_another_collective_under_the_same_number_is_named(
     hang: Callable[[str], tuple[StartedRun, Event, str]],
 ) -> None:
-    _, event, text = hang("order")
+    run, event, text = hang("order")
     finding = text[text.index("different collectives under number ") :].partition("\n")[0]
     assert " of the default group: rank 0: all_reduce of [4] Float (all_reduce at hangs.py:" in finding
     assert "; rank 1: broadcast of [4] Float (broadcast at hangs.py:" in finding
     assert f"Flight Recorder: {finding}" in event.text
+    verdict = the_verdict(run, "desync")
+    assert verdict.ranks == [0, 1] and verdict.text.endswith(f"; Flight Recorder: {finding}")
 
 
 @needs_pyspy

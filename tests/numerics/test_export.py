@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from torch import nn
 
+from runtime.plan.estimate import EXPORT_FILE_BYTES, export_bytes
 from tests.harness.waiting import patient
 from tests.numerics.models import make
 from tests.numerics.training import config, micro_batch
@@ -296,14 +297,20 @@ def save_heavy(folder: str, layers: int) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what a process held at most")
-def test_memory_is_one_shard_and_one_tensor(ranks, tmp_path):
-    def peak_bytes(layers: int) -> int:
+def test_memory_is_one_shard_and_one_tensor_and_the_forecast_says_so(ranks, tmp_path):
+    def peak_bytes(layers: int, shard_bytes: int = 32 << 20) -> int:
         folder = tmp_path / str(layers)
-        ranks(2).run(save_heavy, str(folder), layers)
-        words = [str(folder / "heavy"), str(folder / "out"), "--shard-bytes", str(32 << 20)]
+        if not folder.exists():
+            ranks(2).run(save_heavy, str(folder), layers)
+        words = [str(folder / "heavy"), str(folder / f"out-{shard_bytes}"), "--shard-bytes", str(shard_bytes)]
         done = subprocess.run(
             [sys.executable, "-P", "-c", PEAK, *words], capture_output=True, text=True, check=True, timeout=patient(90)
         )
         return int(done.stdout.splitlines()[-1])
 
-    assert peak_bytes(20) - peak_bytes(1) < (32 + 8) << 20  # of 160; what libraries take is in both
+    small = peak_bytes(1)
+    assert peak_bytes(20) - small < (32 + 8) << 20  # of 160; what libraries take is in both
+    whole = peak_bytes(20, EXPORT_FILE_BYTES)
+    planned, of_one = (export_bytes(layers * (8 << 20), 2 << 20, 2) for layers in (20, 1))
+    assert whole - small == pytest.approx(planned - of_one, rel=0.1)
+    assert 0.7 * planned < whole < 1.3 * planned  # which versions of torch and of libraries differ in

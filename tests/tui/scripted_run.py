@@ -331,7 +331,7 @@ class ScriptedRun:
             records = []
             for k in range(4):
                 duration = 900 + self._random.randint(0, 200) + (0 if last else 12_000)
-                records.append((self.seq + k + 1, "reduce" if k < 3 else "gather", 6 * MIB, at, at, duration, 500))
+                records.append((self.seq + k + 1, "reduce" if k < 3 else "gather", 6 * MIB, at, at, duration, duration))
             self.say(
                 Phases(rank=rank, micro_steps=self.accumulation, spans=spans),
                 Collectives(rank=rank, step=self.step, records=records),

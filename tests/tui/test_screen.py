@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from runtime.wire.judgement import Alert
-from runtime.wire.messages import PlannedMemory
+from runtime.wire.messages import Collectives, PlannedMemory
 from tests.tui.screen_reading import OpenApp, head_text, screen_text, settle
 from tests.tui.scripted_run import GIB, MIB, ScriptedRun
 from zerotop.tui.panels.events import EventPanel
@@ -96,6 +96,7 @@ async def test_the_memory_panel_names_every_part_the_peak_and_the_next_one(open_
         assert hello is not None and memory is not None
         parts = {"imports": 150 * MIB, "libraries": 90 * MIB, "activations": 20 * MIB, "rest": 2 * MIB}
         peaks = {"rss_parts": parts, "untouched_bytes": 9 * MIB, "peak_bytes": {"backward": 333 * MIB}}
+        peaks |= {"logits_bytes": 5 * MIB}
         run.say(hello.model_copy(update={"planned": plan, "knobs": {"checkpoint_interval": 50}}))
         run.say(memory.model_copy(update=peaks))
     node = run.state.nodes["node-a"]
@@ -103,6 +104,7 @@ async def test_the_memory_panel_names_every_part_the_peak_and_the_next_one(open_
     async with open_app(run, size=(200, 50)) as (app, pilot, _):
         text = "\n".join(screen_text(app))
         assert "Python, data ~" in text and "libraries ~" in text and "not written yet" in text
+        assert "activations ~    15.0 MiB" in text and "logits           5.00 MiB" in text
         assert "peak 333 MiB in backward, plan 328 MiB" in text and "waiting 7%" in text
         assert "next: the checkpoint at step 50:" in text and "16.0 GiB, 5.00 GiB free: through slots" in text
         await pilot.press("enter")
@@ -114,6 +116,23 @@ async def test_the_memory_panel_names_every_part_the_peak_and_the_next_one(open_
         await settle(app, pilot)
         text = "\n".join(screen_text(app))
         assert "peak 333 MiB in backward" in text and "next: the checkpoint at step 50" in text
+
+
+async def test_collectives_say_their_group_where_there_are_several(open_app: OpenApp) -> None:
+    run = ScriptedRun(ranks=2)
+    run.steps(3)
+    async with open_app(run, size=(200, 50)) as (app, pilot, _):
+        await pilot.press("enter")
+        await settle(app, pilot)
+        assert "group" not in "\n".join(screen_text(app))
+        for rank in (0, 1):
+            records = [(1, "all_reduce", MIB, 0, 0, 900, 900)]
+            run.say(Collectives(rank=rank, step=3, group="experts", records=records))
+        await settle(app, pilot)
+        lines = screen_text(app)
+        assert any("number group" in line and "what" in line for line in lines)
+        assert any("1 experts    all_reduce" in line for line in lines)
+        assert any("world" in line and "reduce" in line for line in lines)
 
 
 async def test_m_asks_for_a_memory_snapshot(open_app: OpenApp) -> None:

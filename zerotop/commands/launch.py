@@ -9,6 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zerotop.rundir.directory import RunEntry
+    from zerotop.state.run import RunState
+
+STUCK_S = 60.0
+"""Ranks of one run report within seconds of each other: for one that is missing for so long after the last that did,
+--detach does not wait."""
+TOLD_FIRST_S, TOLD_AGAIN_S = 1.0, 30.0
+"""When --detach says where a start stands, unless that changes."""
 
 _DESCRIPTION = """\
 Start a run of a DeepSpeed-style JSON config and open the live screen on it. The run is detached from this terminal from
@@ -52,7 +59,9 @@ def register(subparsers: Any) -> None:
         action="store_true",
         help="`import deepspeed` in the script gives zerotop's engine, also to accelerate and transformers",
     )
-    parser.add_argument("--detach", action="store_true", help="return as soon as the ranks train")
+    parser.add_argument(
+        "--detach", action="store_true", help="return as soon as the ranks train, or once some of them fail to report"
+    )
     parser.add_argument("--no-screen", action="store_true", help="print progress lines instead of drawing the screen")
     parser.add_argument("--json", action="store_true", help="print the run's state as one JSON document when done")
 
@@ -91,22 +100,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _detached(entry: RunEntry, as_json: bool) -> int:
-    """Return when the ranks train, or with their error if they never did. Ctrl-C leaves the run alone, too."""
+    """Return when the ranks train, with their error if they never did, or when some do not even report. Ctrl-C leaves
+    the run alone, too."""
     from runtime.wire.messages import LIVE_STATES
     from zerotop.documents import status_document
     from zerotop.output import print_json, say
     from zerotop.rundir.directory import read_entry
     from zerotop.source.opening import open_source
 
-    source = open_source(entry)
-    began, said = time.monotonic(), False
+    source, start = open_source(entry), _Start(entry.name, time.monotonic())
     try:
         while source.state.state_name == "starting" and source.connection != "ended":
             source.wait(0.5)
             source.poll()
-            if not said and time.monotonic() - began > 1:
-                say(f"{entry.name} is starting...")
-                said = True
+            for line in start.look(source.state, time.monotonic()):
+                say(line)
+            if start.stuck:
+                break
     except KeyboardInterrupt:
         say(f"{entry.name} continues to start")
     finally:
@@ -120,6 +130,43 @@ def _detached(entry: RunEntry, as_json: bool) -> int:
         return 1
     say(f"zerotop attach {entry.name} opens the screen on it; zerotop stop {entry.name} ends it")
     return 0
+
+
+class _Start:
+    """Follows the start of a run that nobody watches, and says when it is stuck."""
+
+    def __init__(self, name: str, now_s: float) -> None:
+        self.stuck = False
+        """Whether some ranks have not reported though the last one that did has done so long ago."""
+        self._name = name
+        self._reported: set[int] = set()
+        self._told, self._told_s = "", now_s
+        self._began_s = self._news_s = now_s
+
+    def look(self, state: RunState, now_s: float) -> list[str]:
+        """The lines to print at `now_s`, a monotonic clock."""
+        from zerotop.format import duration_text
+        from zerotop.state.condition import unreported_ranks
+
+        if state.state_name != "starting":
+            return []
+        reported = {number for number, rank in state.ranks.items() if rank.hello is not None}
+        if reported - self._reported:
+            self._reported, self._news_s = reported, now_s
+        lines, verdict, took_s = [], state.verdict, now_s - self._began_s
+        told = verdict.text if verdict is not None and verdict.what == "starting" else ""
+        due_s = TOLD_FIRST_S if not self._told else TOLD_AGAIN_S
+        if now_s - self._told_s >= due_s or (self._told and told not in ("", self._told)):
+            what = told or "the ranks are starting"
+            lines.append(f"{self._name}: {what} ({duration_text(took_s)})")
+            self._told, self._told_s = what, now_s
+        if unreported_ranks(state) and now_s - self._news_s >= STUCK_S:
+            self.stuck = True
+            lines.append(
+                f"{self._name} is still starting after {duration_text(took_s)}, and is left to it: `zerotop stacks "
+                f"{self._name}` shows where its ranks are, `zerotop logs {self._name}` what they have printed"
+            )
+        return lines
 
 
 def _first_words(entry: RunEntry) -> str:

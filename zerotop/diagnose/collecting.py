@@ -34,12 +34,17 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True)
 class Collected:
-    """What was found. `findings`: what is wrong, a sentence each. `sections`: title -> text of the report. `files`:
-    names in the evidence folder."""
+    """What was found. `flight`: what the Flight Recorders say is wrong. `sections`: title -> text of the report.
+    `files`: names in the evidence folder."""
 
-    findings: tuple[str, ...] = ()
+    flight: tuple[flight.FlightFinding, ...] = ()
     sections: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What is wrong, a sentence each."""
+        return tuple(f"Flight Recorder: {found.text}" for found in self.flight)
 
 
 async def collect(hub: Hub, logs: Path, number: int, ranks: Mapping[int, RankStacks]) -> Collected:
@@ -51,17 +56,18 @@ async def collect(hub: Hub, logs: Path, number: int, ranks: Mapping[int, RankSta
     recorders, nccl = await asyncio.gather(
         asyncio.to_thread(_flight, folder, asked, ranks), asyncio.to_thread(_nccl, folder, _uses_nccl(hub))
     )
-    sections, findings = {}, []
+    sections: dict[str, str] = {}
+    found: list[flight.FlightFinding] = []
     if asked:
         places = {rank: found.place for rank, found in ranks.items() if found.threads and not found.trouble}
         sections["Flight Recorder (torch's own collectives)"] = _flight_text(recorders, hub, places)
-        findings += [f"Flight Recorder: {line}" for line in flight.findings(recorders, places)]
+        found = flight.findings(recorders, places)
     if nccl:
         sections["NCCL RAS (evidence beside others, never alone)"] = nccl
     files = tuple(sorted(path.name for path in folder.iterdir()))
     if not files:
         folder.rmdir()
-    return Collected(tuple(findings), sections, files)
+    return Collected(tuple(found), sections, files)
 
 
 def _key(found: RankStacks) -> object:

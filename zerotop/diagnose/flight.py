@@ -11,11 +11,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from runtime.wire.rundir import flight_file
 from zerotop.diagnose.frames import grouped, place, python_frame
-from zerotop.state.stall import ranks_text
+from zerotop.state.stall import odd_ones_out, ranks_text
 
 FILE_BYTES = 8 * 2**20
 """Size limit of a rank's file; a larger one is not read."""
@@ -37,6 +37,21 @@ class Enqueued:
     where: str
     """The call and its line, as `frames.place` says it; empty unless the rank has torch's compiler loaded, without
     which torch does not tell it."""
+
+
+@dataclass(frozen=True)
+class FlightFinding:
+    """What is wrong, as a sentence, and with which ranks. different: ranks have enqueued other collectives than the
+    others; with two camps of one size, all ranks. missing: ranks have not enqueued one. open: ranks have not completed
+    one that all have enqueued."""
+
+    what: Literal["different", "missing", "open"]
+    ranks: tuple[int, ...]
+    text: str
+
+    def document(self) -> dict[str, Any]:
+        """As the event of a hang carries it."""
+        return {"what": self.what, "ranks": list(self.ranks), "text": self.text}
 
 
 @dataclass(frozen=True)
@@ -125,8 +140,8 @@ def _enqueued(entry: Mapping[str, Any]) -> Enqueued:
     return Enqueued(op, sizes, place(frames))
 
 
-def findings(flight: Flight, places: Mapping[int, str] | None = None) -> list[str]:
-    """What is wrong, one sentence each, the earliest cause first: collectives that differ, then ranks that are missing.
+def findings(flight: Flight, places: Mapping[int, str] | None = None) -> list[FlightFinding]:
+    """What is wrong, the earliest cause first: collectives that differ, then ranks that are missing.
     Empty if every rank has enqueued the same. `places`: where each rank is now, which is the call site of a collective
     that it waits in."""
     different, missing, open_everywhere = [], [], []
@@ -152,7 +167,7 @@ def _placed(ranks: Mapping[int, GroupOnRank], places: Mapping[int, str]) -> dict
     return placed
 
 
-def _difference(called: str, ranks: Mapping[int, GroupOnRank]) -> str:
+def _difference(called: str, ranks: Mapping[int, GroupOnRank]) -> FlightFinding | None:
     """The first number under which ranks enqueued different operations or sizes."""
     for seq in sorted({seq for group in ranks.values() for seq in group.collectives}):
         there = {rank: group.collectives[seq] for rank, group in ranks.items() if seq in group.collectives}
@@ -169,11 +184,14 @@ def _difference(called: str, ranks: Mapping[int, GroupOnRank]) -> str:
             for rank, found in sorted(there.items())
         )
         told = "; ".join(f"{ranks_text(who)}: {kind}" for kind, who in kinds.items())
-        return f"{what} under number {seq} of {called}: {told}"
-    return ""
+        text = f"{what} under number {seq} of {called}: {told}"
+        return FlightFinding("different", odd_ones_out(list(kinds.values())), text)
+    return None
 
 
-def _missing(called: str, ranks: Mapping[int, GroupOnRank], members: Sequence[int], troubles: Mapping[int, str]) -> str:
+def _missing(
+    called: str, ranks: Mapping[int, GroupOnRank], members: Sequence[int], troubles: Mapping[int, str]
+) -> FlightFinding | None:
     """The ranks that have not enqueued what others wait in."""
     enqueued = {rank: group.enqueued for rank, group in ranks.items()}
     for rank in members:  # one that has a recorder, and nothing of this group in it
@@ -185,7 +203,7 @@ def _missing(called: str, ranks: Mapping[int, GroupOnRank], members: Sequence[in
     absent = tuple(rank for rank, last in sorted(enqueued.items()) if last < seq)
     waiting = tuple(rank for rank, last in sorted(enqueued.items()) if last >= seq)
     if not absent or not waiting:
-        return ""
+        return None
     found = next((ranks[r].collectives[seq] for r in waiting if r in ranks and seq in ranks[r].collectives), None)
     op = found.op if found else "collective"
     where = f", at {found.where.partition(' at ')[2]}" if found and " at " in found.where else ""
@@ -193,26 +211,27 @@ def _missing(called: str, ranks: Mapping[int, GroupOnRank], members: Sequence[in
     text = f"{ranks_text(absent)} {has} not enqueued {op} {seq} of {called}; {ranks_text(waiting)} {wait} in it{where}"
     if unknown := tuple(rank for rank in sorted(troubles) if rank in members and rank not in enqueued):
         text += f"; nothing is known of {ranks_text(unknown)}"
-    return text
+    return FlightFinding("missing", absent, text)
 
 
-def _open(called: str, ranks: Mapping[int, GroupOnRank]) -> str:
+def _open(called: str, ranks: Mapping[int, GroupOnRank]) -> FlightFinding | None:
     """A collective that all ranks have enqueued and some not completed."""
     late = {rank: group for rank, group in ranks.items() if -1 < group.completed < group.enqueued}
     late |= {rank: group for rank, group in ranks.items() if group.completed == -1 and group.enqueued > 0}
     if not late:
-        return ""
+        return None
     seq = min(group.completed if group.completed >= 0 else 0 for group in late.values()) + 1
     found = next((group.collectives[seq] for group in ranks.values() if seq in group.collectives), None)
     who = tuple(rank for rank, group in sorted(late.items()) if group.completed < seq)
     has = "has" if len(who) == 1 else "have"
     op = found.op if found else "collective"
-    return f"all ranks with a recorder have enqueued {op} {seq} of {called}, {ranks_text(who)} {has} not completed it"
+    text = f"all ranks with a recorder have enqueued {op} {seq} of {called}, {ranks_text(who)} {has} not completed it"
+    return FlightFinding("open", who, text)
 
 
 def text(flight: Flight, places: Mapping[int, str] | None = None) -> str:
     """The section of the stacks report: findings, then a line per group, then the ranks without a recorder."""
-    lines = findings(flight, places) or ["no collective of torch.distributed is open"]
+    lines = [found.text for found in findings(flight, places)] or ["no collective of torch.distributed is open"]
     for name, ranks in sorted(flight.groups.items()):
         states = grouped(
             (f"enqueued {group.enqueued}, completed {group.completed}", rank) for rank, group in sorted(ranks.items())

@@ -178,7 +178,16 @@ class HangWatch:
         report = await self._taker.report(ranks, f"no progress for {duration_text(still_s)}: {verdict}", evidence=True)
         line = "; ".join([verdict, *report.findings[:1]]) + (f"; stacks: {report.path}" if report.path else "")
         self._hang, self._hung_s, self._attempt = f"hang: {line}", now_s - still_s, self._hub.status.attempt
-        self._hub.event("hang", line, "error", idle_s=round(still_s, 1), stacks=report.path, evidence=report.evidence)
+        self._hub.event(
+            "hang",
+            line,
+            "error",
+            idle_s=round(still_s, 1),
+            stacks=report.path,
+            evidence=report.evidence,
+            attempt=self._attempt,
+            flight=[found.document() for found in report.collected.flight],
+        )
         self._hub.set_status(reason=self._hang)
         await self._taker.deepen(report)
         if _marks(state) != before or not should_move(state):

@@ -36,6 +36,8 @@ PART_OF_PHASE: dict[str, Part] = {
 }
 """What a phase is without its waits; any other is control."""
 RECENT_STEPS = 20
+TYPICAL_STEPS = 8
+"""So many steps tell what a step is usually spent on now."""
 EARLIER_STEPS = 200
 """Steps kept as a rank's own history, which its recent ones are compared with."""
 
@@ -124,6 +126,18 @@ class Breakdowns:
             waiting = min(mean.exposed, waited_ms.get(rank, mean.exposed))
             found[rank] = replace(mean, waiting=waiting, transfer=mean.transfer + mean.exposed - waiting)
         return found
+
+    def lasting_share(self, rank: int, part: Part) -> float:
+        """0..1: the share of the step that `part` takes on a rank, without what happens once. It is the median of the
+        newest TYPICAL_STEPS steps, so that a change is seen after a few steps, or the share of the recent ones without
+        the step in which the part took longest, if that is more: data may be late in every tenth step only."""
+        recent = list(self._steps.get(rank, ()))[-RECENT_STEPS:]
+        if len(recent) < 2:
+            return recent[0].share(part) if recent else 0.0
+        typical = statistics.median(one.share(part) for one in recent[-TYPICAL_STEPS:])
+        longest = max(range(len(recent)), key=lambda index: float(getattr(recent[index], part)))
+        others = mean_breakdown(one for index, one in enumerate(recent) if index != longest)
+        return max(typical, others.share(part))
 
     def usual_ms(self, rank: int, part: Part) -> float | None:
         """The median of `part` over the rank's steps before the recent ones; None with fewer than RECENT_STEPS of

@@ -48,6 +48,11 @@ def condition_of(state: RunState, connection: str = "live") -> Condition:
     return Condition(name, moving=name == "running")
 
 
+def unreported_ranks(state: RunState) -> tuple[int, ...]:
+    """Ranks that have not introduced themselves; empty while nobody has, because nobody has said how many there are."""
+    return tuple(rank for rank in range(state.world_size) if (r := state.ranks.get(rank)) is None or r.hello is None)
+
+
 def silent_ranks(state: RunState) -> dict[int, float]:
     """Rank -> seconds since its last message, for ranks that have been silent for too long and have not left."""
     silent = {}

@@ -4,7 +4,8 @@ Pure functions over the state. What something needs comes from the plan that eac
 model as the engine cut it) and from the ranks' ledgers; what is free comes from the nodes' probes and from the driver.
 A checkpoint goes through slots where runtime/checkpoint would decide so: both ask `host_has_room`.
 
-An evaluation is not in it: without gradients it keeps less than a training step, whose peak comes first.
+An evaluation keeps nothing for a backward, and takes less than a training step. But the one before the first step comes
+first, and what it takes is known then. The closed forms of an evaluation and an export: runtime/plan/estimate.py.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Need:
     """Memory that something in the future will need beyond what is in use now, in bytes."""
 
     event: str
-    """`step` (the first one), `checkpoint`, `restart` or `consolidated` (save_16bit_model)."""
+    """`step` (the first one), `checkpoint`, `evaluation`, `restart`, `consolidated` (save_16bit_model) or `export`."""
     place: str
     """Of a node its name, of a GPU its rank: `rank 3`."""
     need_bytes: int
@@ -95,6 +96,7 @@ def _of_host(state: RunState, node: NodeStats, ranks: list[RankState], free: int
     if not planned:
         return
     yield from _checkpoint(state, node, planned, free)
+    yield from _evaluation_on_host(state, node, planned, free)
     first = next((plan for rank, plan in planned if rank.rank == 0), None)
     if first is not None and first.build_bytes:
         yield _need(
@@ -106,6 +108,8 @@ def _of_host(state: RunState, node: NodeStats, ranks: list[RankState], free: int
             "consolidated", node.host, first.consolidated_bytes, free, "save_16bit_model()",
             "of host RAM for all weights on rank 0", certain=False,
         )  # fmt: skip
+    if first is not None and first.export_bytes:
+        yield _need("export", node.host, first.export_bytes, free, "zerotop export", "of host RAM", certain=False)
 
 
 def _checkpoint(
@@ -150,6 +154,30 @@ def _next_checkpoint(state: RunState) -> tuple[str, bool]:
     return "a checkpoint", False
 
 
+def _evaluation_on_host(
+    state: RunState, node: NodeStats, planned: list[tuple[RankState, PlannedMemory]], free: int
+) -> Iterator[Need]:
+    """The next evaluation of ranks on the CPU, less what malloc keeps for the like of it."""
+    need = sum(
+        max(0, plan.evaluation_bytes - rank.memory.rss_parts.get("allocator", 0))
+        for rank, plan in planned
+        if rank.memory is not None and rank.memory.allocated_bytes is None
+    )
+    if need and (when := _next_evaluation(state, planned[0][1])):
+        yield _need("evaluation", node.host, need, free, when, "more of host RAM")
+
+
+def _next_evaluation(state: RunState, plan: PlannedMemory) -> str:
+    """What to call the next evaluation; empty if there is none."""
+    if not plan.evaluation_interval or state.hello is None:
+        return ""
+    last, newest = state.hello.steps, state.evaluations.newest
+    if state.step == 0 and newest is None:
+        return "the evaluation before the first step"
+    step = (state.step // plan.evaluation_interval + 1) * plan.evaluation_interval
+    return "" if last is not None and state.step >= last else f"the evaluation at step {min(step, last or step)}"
+
+
 def limits_of(node: NodeStats) -> Limits:
     """What `read_limits` finds on that node."""
     limit, used = node.cgroup_limit_bytes, node.cgroup_used_bytes
@@ -164,19 +192,23 @@ def limits_of(node: NodeStats) -> Limits:
 
 # ---- GPUs ------------------------------------------------------------------------------------------------------------
 def _of_gpus(state: RunState) -> Iterator[Need]:
-    """The first step of each GPU, which allocates everything that the engine does not hold from the start."""
+    """Of each GPU the first step, which allocates everything that the engine does not hold from the start, and the next
+    evaluation, for which activations of a step have made room."""
     for rank in state.ranks.values():
         memory, plan = rank.memory, rank.hello.planned if rank.hello is not None else None
-        if memory is None or memory.allocated_bytes is None or plan is None or rank.step is not None:
+        if memory is None or memory.allocated_bytes is None or plan is None:
             continue
         if not plan.shape_known or memory.device_total_bytes is None or memory.device_used_bytes is None:
             continue
-        planned = sum(size for name, size in plan.device_bytes.items() if name != "context")
-        need = planned - memory.allocated_bytes
         cached = max(0, (memory.reserved_bytes or 0) - memory.allocated_bytes)
         free = memory.device_total_bytes - memory.device_used_bytes + cached
-        if need > 0:
-            yield _need("step", f"rank {rank.rank}", need, free, "the first step", "more on the GPU")
+        place = f"rank {rank.rank}"
+        if plan.evaluation_bytes and (when := _next_evaluation(state, plan)):
+            yield _need("evaluation", place, plan.evaluation_bytes, free, when, "more on the GPU")
+        planned = sum(size for name, size in plan.device_bytes.items() if name != "context")
+        need = planned - memory.allocated_bytes
+        if need > 0 and rank.step is None:
+            yield _need("step", place, need, free, "the first step", "more on the GPU")
 
 
 def _need(event: str, place: str, need: int, free: int, name: str, of: str, certain: bool = True) -> Need:

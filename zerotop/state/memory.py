@@ -15,9 +15,10 @@ DERIVED_CATEGORIES = ("activations", "cache", "imports", "libraries", "mapped_fi
 """Computed or measured from outside, not counted by the ledger. On a GPU: activations = allocated - ledger; cache =
 reserved - allocated; other = what the driver reports beyond that: the CUDA context, NCCL, other processes. On a CPU
 they come from the kernel and from malloc (runtime/host/rss_parts.py): cache is what malloc keeps free, other what is
-left of the RSS. Of activations, the ledger counts what is offloaded to host memory."""
+left of the RSS. Logits are counted where the loss is the trainer's own, and taken out of activations: what is left of
+these is derived. Of activations, the ledger counts what is offloaded to host memory."""
 LEDGER_CATEGORIES: tuple[str, ...] = tuple(name for name in get_args(Category) if name not in DERIVED_CATEGORIES)
-CATEGORIES = LEDGER_CATEGORIES + DERIVED_CATEGORIES
+CATEGORIES = (*LEDGER_CATEGORIES, "logits", *DERIVED_CATEGORIES)
 _LABELS = {"snapshot": "checkpoint copy", "imports": "Python, data", "mapped_files": "mapped files"}
 _OF_RSS = {"allocator": "cache", "rest": "other"}
 """Names on the wire that differ from the category's."""
@@ -65,16 +66,24 @@ def memory_use(memory: Memory) -> MemoryUse:
             name = _OF_RSS.get(name, name)
             name = name if name in CATEGORIES else "other"
             parts[name] = parts.get(name, 0) + count
+        _take_out_logits(parts, memory)
         use = _use(parts, memory.rss_bytes, memory.host_total_bytes, False, memory.pinned_bytes)
         return replace(use, untouched_bytes=memory.untouched_bytes)
     ledger = sum(parts.values())
     allocated = memory.allocated_bytes
     reserved = max(memory.reserved_bytes or 0, allocated)
     parts["activations"] = max(0, allocated - ledger)
+    _take_out_logits(parts, memory)
     parts["cache"] = reserved - allocated
     used = memory.device_used_bytes if memory.device_used_bytes is not None else reserved
     parts["other"] = max(0, used - reserved)
     return _use(parts, max(used, reserved), memory.device_total_bytes or 0, True, memory.pinned_bytes, offloaded)
+
+
+def _take_out_logits(parts: dict[str, int], memory: Memory) -> None:
+    """Make logits a part of their own. They may have been freed between the two measurements of one message."""
+    parts["logits"] = min(memory.logits_bytes, parts.get("activations", 0))
+    parts["activations"] = parts.get("activations", 0) - parts["logits"]
 
 
 def process_bytes(memory: Memory) -> int:
@@ -112,7 +121,11 @@ def phase_peaks_text(memory: Memory) -> str:
         return " · ".join(f"{phase} {bytes_text(size)}" for phase, size in ordered if size)
 
     peaks, activations = listed(memory.peak_bytes), listed(memory.activation_bytes)
-    return f"peaks: {peaks}" + (f"; activations: {activations}" if activations else "") if peaks else ""
+    text = f"peaks: {peaks}" if peaks else ""
+    if text and activations:
+        logits = f"; of them logits at most {bytes_text(memory.logits_peak_bytes)}" if memory.logits_peak_bytes else ""
+        text += f"; activations: {activations}{logits}"
+    return text
 
 
 def _use(

@@ -12,8 +12,7 @@ from typing import Literal
 
 from runtime.wire.node import GpuStats
 from zerotop.format import bytes_text, ms_text
-from zerotop.state.bandwidth import bus_factor
-from zerotop.state.breakdown import Breakdown
+from zerotop.state.breakdown import PARTS, Breakdown
 from zerotop.state.efficiency import rank_efficiency
 from zerotop.state.memory import gpu_of
 from zerotop.state.run import RankState, RunState
@@ -26,8 +25,6 @@ COMPUTE_MFU = 0.3
 MEMORY_ACTIVE = 0.6
 """Share of the time in which the device's memory interface is active, from which on it binds: about 0.9 is its
 practical limit."""
-BUS_OF = 200
-"""Collectives that the bus bandwidth is over."""
 _LANE_BYTES_PER_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}
 """What a PCIe lane carries in one direction, by generation (PCI-SIG)."""
 
@@ -120,9 +117,20 @@ def _on_device(measured: Measured) -> Ceiling:
 
 
 def measured_ranks(state: RunState) -> dict[int, Measured]:
-    """What the state knows of each rank's recent steps (breakdown.py); ranks before their first step are left out."""
-    known = state.breakdowns.recent(state.waits.window().blocked_ms)
-    bus = _bus_bytes_per_s(state)
+    """What the state knows of each rank's recent steps; ranks before their first step are left out.
+
+    A screen or command that has just come has seen no collectives, without which waiting is not told from transfer, and
+    of most ranks one step: until it has seen as much as the hub, the hub's report is used.
+    """
+    window, report = state.waits.window(), state.time_report
+    known, bus = state.breakdowns.recent(window.waited_ms), state.waits.bus_bytes_per_s(state.world_size)
+    if report is not None:
+        if window.steps < report.steps or min(map(state.breakdowns.steps, known), default=0) < report.steps:
+            known |= {
+                rank: Breakdown(**{part: ms.get(part, 0.0) for part in PARTS}) for rank, ms in report.parts_ms.items()
+            }
+        if len(state.waits.meetings) < report.meetings:
+            bus = report.bus_bytes_per_s
     return {
         number: _measured(state, state.ranks[number], breakdown, bus)
         for number, breakdown in known.items()
@@ -166,11 +174,3 @@ def _pcie_share(gpu: GpuStats) -> float | None:
     lane = _LANE_BYTES_PER_S.get(gpu.pcie_generation or 0)
     rates = [rate for rate in (gpu.pcie_tx_bytes_per_s, gpu.pcie_rx_bytes_per_s) if rate is not None]
     return max(rates) / (lane * gpu.pcie_width) if lane and gpu.pcie_width and rates else None
-
-
-def _bus_bytes_per_s(state: RunState) -> float | None:
-    """Bus bandwidth over the newest collectives that all ranks have reported."""
-    newest = list(state.waits.meetings)[-BUS_OF:]
-    seconds = sum(meeting.transfer_us for meeting in newest) / 1e6
-    moved = sum(meeting.bytes * bus_factor(meeting.op, state.world_size) for meeting in newest)
-    return moved / seconds if seconds > 0 and moved > 0 else None

@@ -6,6 +6,7 @@ progress, one clock) plus the time since that heartbeat reached the hub (the hub
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.wire.messages import Heartbeat
@@ -158,6 +159,14 @@ def place_text(beat: Heartbeat) -> str:
 
 def _has(numbers: tuple[int, ...]) -> str:
     return "has" if len(numbers) == 1 else "have"
+
+
+def odd_ones_out(camps: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The ranks outside of the largest camp; all of them if two camps are the largest, of which neither is to blame
+    more than the other."""
+    ordered = sorted(camps, key=len, reverse=True)
+    lone = len(ordered) > 1 and len(ordered[0]) > len(ordered[1])
+    return tuple(sorted(rank for camp in ordered[lone:] for rank in camp))
 
 
 def ranks_text(numbers: tuple[int, ...]) -> str:

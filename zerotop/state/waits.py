@@ -3,19 +3,25 @@
 In a collective every rank is held until the last one arrives. So the rank with the shortest duration came last, its
 duration is the transfer, and the rest of any other rank's duration is waiting. Only durations are compared, never times
 of two nodes.
+
+What that costs a step is at most the time for which the rank's training thread was blocked in it: collectives overlap
+with compute, and the wait is over where the result is needed. It may be needed in a later collective than the one that
+a rank was late for, so both are compared over a step.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeVar
 
 from runtime.wire.messages import Collectives
-from zerotop.state.bandwidth import Bandwidth
+from zerotop.state.bandwidth import Bandwidth, bus_factor
 
 OPEN_KEPT = 512
 VERDICTS_KEPT = 1024
+BUS_OF = 200
+"""Collectives that the bus bandwidth of a run is over."""
 MIN_SKEW_US = 200
 """Below this, which rank came last is noise."""
 WINDOW_STEPS = 20
@@ -25,8 +31,10 @@ STEPS_KEPT = 2 * WINDOW_STEPS
 
 @dataclass(frozen=True)
 class Meeting:
-    """One collective that all ranks have reported."""
+    """One collective that all ranks have reported. `seq` counts within its process group. `waited_us`: rank -> for how
+    long it was in it before the last one came, also where that cost nothing."""
 
+    group: str
     seq: int
     op: str
     bytes: int
@@ -65,28 +73,52 @@ class _Step:
     """The sums over the collectives of one step."""
 
     meetings: int = 0
-    waited_us: dict[int, int] = field(default_factory=dict)
+    waited_us: dict[int, dict[int, int]] = field(default_factory=dict)
+    """Rank that came last -> rank -> how long that rank was in a collective before."""
     blocked_us: dict[int, int] = field(default_factory=dict)
-    """Of `waited_us`: the part for which the training thread was blocked."""
+    """Rank -> for how long its training thread was blocked in collectives."""
     excess_us: float = 0.0
     """How much longer the transfers took than those of these kinds usually take."""
     compared: int = 0
     """Collectives of which the usual time is known."""
-    caused_us: dict[int, int] = field(default_factory=dict)
     came_last: dict[int, int] = field(default_factory=dict)
     step_ms: float = 0.0
+    _costs_us: tuple[dict[int, float], dict[int, float]] | None = None
+    """What `costs_us` has found, until there is another collective."""
 
     def copy(self) -> _Step:
-        return _Step(
-            self.meetings,
-            dict(self.waited_us),
-            dict(self.blocked_us),
-            self.excess_us,
-            self.compared,
-            dict(self.caused_us),
-            dict(self.came_last),
-            self.step_ms,
+        return replace(
+            self,
+            waited_us={last: dict(waits) for last, waits in self.waited_us.items()},
+            blocked_us=dict(self.blocked_us),
+            came_last=dict(self.came_last),
         )
+
+    def costs_us(self) -> tuple[dict[int, float], dict[int, float]]:
+        """(rank -> for how long its training thread waited for others, rank -> how long all others together did for
+        it)."""
+        if self._costs_us is None:
+            self._costs_us = self._find_costs_us()
+        return self._costs_us
+
+    def add(self, last_rank: int, waited_us: dict[int, int], blocked_us: dict[int, int]) -> None:
+        """Take a collective: rank -> how long it was in it before `last_rank` came, and for how long it was blocked."""
+        self.meetings += 1
+        _add(self.waited_us.setdefault(last_rank, {}), waited_us)
+        _add(self.blocked_us, blocked_us)
+        self._costs_us = None
+
+    def _find_costs_us(self) -> tuple[dict[int, float], dict[int, float]]:
+        total: dict[int, int] = {}
+        for waits in self.waited_us.values():
+            for rank, waited_us in waits.items():
+                total[rank] = total.get(rank, 0) + waited_us
+        felt = {rank: min(1.0, self.blocked_us[rank] / waited) if waited else 0.0 for rank, waited in total.items()}
+        caused = {
+            last: sum(felt[rank] * waited_us for rank, waited_us in waits.items())
+            for last, waits in self.waited_us.items()
+        }
+        return {rank: felt[rank] * waited for rank, waited in total.items()}, caused
 
 
 @dataclass(frozen=True)
@@ -95,8 +127,7 @@ class WaitWindow:
 
     steps: int
     step_ms: float  # mean of the same steps, of the slowest rank in each; 0 while none has reported
-    waited_ms: dict[int, float]  # per step: what the rank waited for others
-    blocked_ms: dict[int, float]  # per step: the part of it for which its training thread was blocked
+    waited_ms: dict[int, float]  # per step: for how long the rank's training thread waited for others
     caused_ms: dict[int, float]  # per step: what one other rank, on average, waited for this one
     came_last: dict[int, int]  # collectives with a skew that matters in which the rank came last
 
@@ -141,19 +172,15 @@ class Waits:
         if any((record.op, record.bytes) != (op, nbytes) for record in by_rank.values()):
             self.mismatch = Mismatch(seq, {rank: (one.op, one.bytes) for rank, one in sorted(by_rank.items())})
             return
-        usual_us = self.bandwidth.add(op, nbytes, transfer_us)
+        usual_us = self.bandwidth.add(op, nbytes, transfer_us, group)
         waited = {rank: record.duration_us - transfer_us for rank, record in by_rank.items()}
-        meeting = Meeting(seq, op, nbytes, step, transfer_us, last_rank, waited)
+        meeting = Meeting(group, seq, op, nbytes, step, transfer_us, last_rank, waited)
         self.meetings.append(meeting)
         sums = self._sums(step)
-        sums.meetings += 1
+        sums.add(last_rank, waited, {rank: record.blocked_us for rank, record in by_rank.items()})
         if usual_us is not None:
             sums.excess_us += transfer_us - usual_us
             sums.compared += 1
-        for rank, waited_us in waited.items():
-            sums.waited_us[rank] = sums.waited_us.get(rank, 0) + waited_us
-            sums.blocked_us[rank] = sums.blocked_us.get(rank, 0) + min(waited_us, by_rank[rank].blocked_us)
-        sums.caused_us[last_rank] = sums.caused_us.get(last_rank, 0) + sum(waited.values())
         if meeting.skew_us >= MIN_SKEW_US:
             sums.came_last[last_rank] = sums.came_last.get(last_rank, 0) + 1
 
@@ -168,6 +195,18 @@ class Waits:
         sums = self._sums(step)
         sums.step_ms = max(sums.step_ms, step_ms)
 
+    @property
+    def groups(self) -> set[str]:
+        """The process groups of the newest collectives."""
+        return {meeting.group for meeting in self.meetings}
+
+    def bus_bytes_per_s(self, world_size: int) -> float | None:
+        """Bus bandwidth over the newest BUS_OF collectives that all ranks have reported; None before the first."""
+        newest = list(self.meetings)[-BUS_OF:]
+        seconds = sum(meeting.transfer_us for meeting in newest) / 1e6
+        moved = sum(meeting.bytes * bus_factor(meeting.op, world_size) for meeting in newest)
+        return moved / seconds if seconds > 0 and moved > 0 else None
+
     def messages(self) -> list[Collectives]:
         """The newest message of each rank."""
         return list(self._recent.values())
@@ -177,26 +216,20 @@ class Waits:
         of its collectives would look like half of the waiting."""
         met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
         chosen = [self._steps[step] for step in met]
-        waited_us: dict[int, int] = {}
-        blocked_us: dict[int, int] = {}
-        caused_us: dict[int, int] = {}
+        waited_us: dict[int, float] = {}
+        caused_us: dict[int, float] = {}
         came_last: dict[int, int] = {}
         for sums in chosen:
-            for total, part in (
-                (waited_us, sums.waited_us),
-                (blocked_us, sums.blocked_us),
-                (caused_us, sums.caused_us),
-                (came_last, sums.came_last),
-            ):
-                for rank, value in part.items():
-                    total[rank] = total.get(rank, 0) + value
+            waited, caused = sums.costs_us()
+            _add(waited_us, waited)
+            _add(caused_us, caused)
+            _add(came_last, sums.came_last)
         timed = [sums.step_ms for sums in chosen if sums.step_ms]
         count, others = max(1, len(chosen)), max(1, len(waited_us) - 1)
         return WaitWindow(
             len(chosen),
             sum(timed) / len(timed) if timed else 0.0,
             {rank: value / 1000 / count for rank, value in waited_us.items()},
-            {rank: value / 1000 / count for rank, value in blocked_us.items()},
             {rank: value / 1000 / count / others for rank, value in caused_us.items()},
             came_last,
         )
@@ -206,14 +239,14 @@ class Waits:
         waited for this one on average, minus what was waited for the others. If ranks take turns this is about zero,
         however long they wait."""
         met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
-        ranks = {rank for step in met for rank in self._steps[step].waited_us}
+        ranks = {rank for step in met for rank in self._steps[step].blocked_us}
         others = max(1, len(ranks) - 1)
         costs: dict[int, list[float]] = {rank: [] for rank in sorted(ranks)}
         for step in met:
-            caused = self._steps[step].caused_us
+            _, caused = self._steps[step].costs_us()
             total = sum(caused.values())
             for rank, series in costs.items():
-                own = caused.get(rank, 0)
+                own = caused.get(rank, 0.0)
                 series.append((own - (total - own) / others) / 1000 / others)
         return costs
 
@@ -223,3 +256,11 @@ class Waits:
         met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
         known = [self._steps[step] for step in met]
         return [sums.excess_us / 1000 for sums in known if sums.compared * 2 >= sums.meetings]
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _add(sums: dict[int, _Number], more: dict[int, _Number]) -> None:
+    for rank, value in more.items():
+        sums[rank] = sums.get(rank, 0) + value

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from zerotop.format import bytes_text, ms_text
 from zerotop.state.gpu import Concern, concerns
 from zerotop.state.stall import ranks_text
-from zerotop.verdict.figures import Figures
+from zerotop.verdict.figures import Figures, MemorySample
 from zerotop.verdict.finding import Finding, Severity, What
 
+PAGING_S = 5.0
+"""Page faults are counted over this time at least; once they are the verdict, over all that is remembered."""
 FAULTS_PER_S, KEPT_FAULTS_PER_S = 100.0, 20.0
 """Page faults per second that had to read from disk or swap: a process that has its pages has none."""
 SWAP_BYTES_PER_S = 2.0**20
@@ -23,11 +25,11 @@ def find_memory_bound(figures: Figures) -> Finding | None:
     """Memory is so short that the allocator frees its cache again and again, or pages are read back from disk."""
     if figures.state.state_name != "running":
         return None
-    kept = figures.before is not None and figures.before.what == "memory-bound"
-    retried = {r: now.alloc_retries - was.alloc_retries for r, (now, was) in figures.memory.items()}
+    was_bound = figures.before is not None and figures.before.what == "memory-bound"
+    retried = {rank: kept[-1].alloc_retries - kept[0].alloc_retries for rank, kept in figures.memory.items()}
     worst = max(retried, key=lambda rank: retried[rank], default=None)
     if worst is not None and retried[worst] > 0:
-        span = figures.memory[worst][0].at_s - figures.memory[worst][1].at_s
+        span = figures.memory[worst][-1].at_s - figures.memory[worst][0].at_s
         return Finding(
             "memory-bound",
             f"the CUDA allocator of rank {worst} ran out of memory and freed its cache {retried[worst]} times in the "
@@ -38,19 +40,15 @@ def find_memory_bound(figures: Figures) -> Finding | None:
             "expandable_segments:True.",
             {"alloc_retries": retried[worst], "seconds": round(span)},
         )
-    least = KEPT_FAULTS_PER_S if kept else FAULTS_PER_S
-    paging = {
-        r: (now.major_faults - was.major_faults) / (now.at_s - was.at_s)
-        for r, (now, was) in figures.memory.items()
-        if now.at_s - was.at_s >= 5
-    }
+    least = KEPT_FAULTS_PER_S if was_bound else FAULTS_PER_S
+    paging = {rank: _faults_per_s(kept, was_bound) for rank, kept in figures.memory.items()}
     slow = tuple(rank for rank, per_s in sorted(paging.items()) if per_s >= least)
     if not slow:
         return None
     node = figures.node_of(slow[0])
     swapping = node is not None and (node.swap_in_bytes_per_s or 0.0) >= SWAP_BYTES_PER_S
     pressed = node is not None and (node.memory_pressure_percent or 0.0) >= PRESSURE_PERCENT
-    if not (swapping or pressed or kept):
+    if not (swapping or pressed or was_bound):
         return None  # reading a mapped file for the first time
     per_s = max(paging[rank] for rank in slow)
     text = f"{ranks_text(slow)} read {per_s:,.0f} pages a second back from disk or swap: the host's memory is too small"
@@ -64,6 +62,14 @@ def find_memory_bound(figures: Figures) -> Finding | None:
         "`zerotop plan` says what the run needs; offload less, or end what else uses memory.",
         {"major_faults_per_s": round(per_s, 1)},
     )
+
+
+def _faults_per_s(samples: Sequence[MemorySample], over_all: bool) -> float:
+    """Page faults per second over the newest PAGING_S, or over all samples if they show more; 0 with fewer samples."""
+    now = samples[-1]
+    before = [was for was in samples if now.at_s - was.at_s >= PAGING_S]
+    since = [before[-1], *(before[:1] if over_all else ())] if before else []
+    return max(((now.major_faults - was.major_faults) / (now.at_s - was.at_s) for was in since), default=0.0)
 
 
 def find_gpu_fault(figures: Figures) -> Finding | None:

@@ -6,6 +6,7 @@ import statistics
 
 from zerotop.format import ms_text
 from zerotop.state.breakdown import PARTS
+from zerotop.state.condition import unreported_ranks
 from zerotop.state.stall import counts_steps, place_text, ranks_text
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding
@@ -25,6 +26,9 @@ def calm(figures: Figures) -> Finding:
         return Finding("ended", f"the run has ended: {reason or name}", "info")
     if name == "running" and not state.ranks:
         return Finding("unwatched", f"the command runs; {UNSEEN}", "info", advice=ONE_LINE)
+    left = [rank.goodbye for rank in state.ranks.values() if rank.goodbye is not None]
+    if left and len(left) == len(state.ranks) and name != "starting":
+        return Finding("ended", "all ranks have left; the supervisor is finding out why", "info")
     if name == "starting" or not figures.present:
         return Finding("starting", _starting(figures), "info")
     if name == "paused":
@@ -45,7 +49,7 @@ def calm(figures: Figures) -> Finding:
 def _starting(figures: Figures) -> str:
     """Who has not reported yet, or where those that have are: a start that takes long wants a reason."""
     state = figures.state
-    missing = tuple(rank for rank in range(state.world_size) if (r := state.ranks.get(rank)) is None or r.hello is None)
+    missing = unreported_ranks(state)
     if not state.world_size:
         return "the ranks are starting: none has reported yet"
     if missing:

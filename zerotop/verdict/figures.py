@@ -41,13 +41,13 @@ class Figures:
     """Rank -> share of the last seconds in which its main thread waited for a CPU."""
     long_delay_percent: float
     """The same of all ranks over half a minute: other processes come and go."""
-    memory: Mapping[int, tuple[MemorySample, MemorySample]]
-    """Rank -> its counters now and up to MEMORY_WINDOW_S earlier."""
+    memory: Mapping[int, tuple[MemorySample, ...]]
+    """Rank -> its counters of the last MEMORY_WINDOW_S, oldest first."""
 
     def over(self, steps: int) -> Figures:
         """The same with the means of the newest `steps` steps."""
         window = self.state.waits.window(steps)
-        return replace(self, window=window, breakdowns=self.state.breakdowns.recent(window.blocked_ms, steps))
+        return replace(self, window=window, breakdowns=self.state.breakdowns.recent(window.waited_ms, steps))
 
     @property
     def steps_taken(self) -> int:
@@ -98,8 +98,8 @@ class Figures:
         return statistics.median(others) if others else None
 
     def least_share(self, part: Part) -> float:
-        """The smallest share of the step that the part takes on any rank: what all of them have in common."""
-        return min((b.share(part) for b in self.breakdowns.values()), default=0.0)
+        """The smallest lasting share of the step that the part takes on any rank: what all of them have in common."""
+        return min((self.state.breakdowns.lasting_share(rank, part) for rank in self.breakdowns), default=0.0)
 
 
 @dataclass
@@ -135,7 +135,7 @@ class History:
             state=state,
             before=before,
             window=window,
-            breakdowns=state.breakdowns.recent(window.blocked_ms),
+            breakdowns=state.breakdowns.recent(window.waited_ms),
             run_delay_percent={
                 rank: statistics.fmean(list(kept)[-SAMPLES_KEPT:])
                 for rank, kept in self.delays.items()
@@ -144,5 +144,5 @@ class History:
             long_delay_percent=statistics.fmean(statistics.fmean(kept) for kept in self.delays.values() if kept)
             if self.delays
             else 0.0,
-            memory={rank: (kept[-1], kept[0]) for rank, kept in self.memory.items() if kept},
+            memory={rank: tuple(kept) for rank, kept in self.memory.items() if kept},
         )

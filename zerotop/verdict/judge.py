@@ -9,8 +9,9 @@ from zerotop.verdict.bound import find_gpu_fault, find_memory_bound, find_offloa
 from zerotop.verdict.calm import calm
 from zerotop.verdict.figures import Figures, History
 from zerotop.verdict.finding import CALM, STANDSTILL, Finding
-from zerotop.verdict.slow import find_contention, find_data_starvation, find_slow_link, find_straggler
+from zerotop.verdict.slow import find_contention, find_data_starvation, find_slow_link
 from zerotop.verdict.stopped import find_dead, find_failed, find_wedged
+from zerotop.verdict.straggler import find_straggler
 from zerotop.verdict.stuck import find_desync, find_hang
 
 Rule = Callable[[Figures], Finding | None]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from runtime.wire.messages import Heartbeat
+from runtime.wire.messages import Event, Heartbeat
 from zerotop.format import bytes_text, duration_text
-from zerotop.state.stall import explain, find_stall, idle_s, place_text, ranks_text, threshold_s
+from zerotop.state.run import RunState
+from zerotop.state.stall import Stall, explain, find_stall, idle_s, odd_ones_out, place_text, ranks_text, threshold_s
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding
 
 ENDED_EARLY_S = 3.0
 """A finished rank never enters the collective in which the others stand still for this long."""
 STACKS = "`zerotop stacks` shows where every rank is."
+ONE_ORDER = "All ranks must run the same modules in the same order: look for a branch that depends on rank or data."
 
 
 def find_desync(figures: Figures) -> Finding | None:
@@ -40,19 +43,17 @@ def _desync(seq: int, reported: dict[int, tuple[str, int | None]]) -> Finding:
     for rank, kind in reported.items():
         groups.setdefault(kind, []).append(rank)
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    blamed = odd_ones_out([ranks for _, ranks in ordered])
     parts = [
         f"{ranks_text(tuple(ranks))} in {op}{f' of {bytes_text(size)}' if size is not None else ''}"
         for (op, size), ranks in ordered
     ]
-    # With two equal camps nobody is to blame more than the other.
-    lone = len(ordered) > 1 and len(ordered[0][1]) > len(ordered[1][1])
-    blamed = tuple(sorted(r for _, ranks in ordered[1:] for r in ranks)) if lone else tuple(sorted(reported))
     return Finding(
         "desync",
         f"the ranks are in different collectives at number {seq}: {'; '.join(parts)}",
         "error",
         blamed,
-        "All ranks must run the same modules in the same order: look for a branch that depends on rank or data.",
+        ONE_ORDER,
         {"seq": seq},
     )
 
@@ -66,6 +67,12 @@ def find_hang(figures: Figures) -> Finding | None:
         if early is not None:
             return early
         return None
+    finding = _standstill(figures, stall)
+    return finding if stall.ended else _with_flight(state, finding)
+
+
+def _standstill(figures: Figures, stall: Stall) -> Finding:
+    """What the heartbeats say about a run that stands still."""
     idle = duration_text(stall.idle_s)
     facts = {"idle_s": round(stall.idle_s, 1), "seq": stall.seq, "op": stall.op}
     if stall.ended:
@@ -85,6 +92,39 @@ def find_hang(figures: Figures) -> Finding | None:
         slowest = min(beats, key=lambda beat: (beat.step, beat.micro_step, beat.progress_ns))
         blamed = (slowest.rank,)
     return Finding("no progress", f"no progress for {idle}: {stall.cause}", "error", blamed, STACKS, facts)
+
+
+def _with_flight(state: RunState, finding: Finding) -> Finding:
+    """With what the Flight Recorders have found since, for collectives of the script's own, too: they are in no
+    heartbeat, by which such a run stands still outside of any collective."""
+    found = _flight_evidence(state)
+    if found is None:
+        return finding
+    what, ranks, text = found
+    finding = replace(finding, text=f"{finding.text}; Flight Recorder: {text}", facts=finding.facts | {"flight": text})
+    if what == "different":
+        return replace(finding, what="desync", ranks=ranks, advice=ONE_ORDER)
+    if finding.what != "no progress":
+        return finding
+    if what == "missing":
+        return replace(finding, what="hang", ranks=ranks)
+    everyone = len(ranks) == state.world_size
+    return replace(finding, what="hang in transfer", ranks=() if everyone else ranks)
+
+
+def _flight_evidence(state: RunState) -> tuple[str, tuple[int, ...], str] | None:
+    """(what, ranks, sentence) of the first finding about this standstill, as the event of the hang carries it
+    (zerotop/diagnose/flight.py); None before."""
+    hangs = (one for one in reversed(state.events) if isinstance(one, Event) and one.rank is None)
+    event = next((one for one in hangs if one.what == "hang"), None)
+    attempt = state.status.attempt if state.status is not None else 0
+    if event is None or event.severity != "error" or event.data.get("attempt") != attempt:
+        return None
+    if (event.step or 0) != state.step:
+        return None  # of an earlier one
+    for found in event.data.get("flight") or ():
+        return str(found["what"]), tuple(int(rank) for rank in found["ranks"]), str(found["text"])
+    return None
 
 
 def _ended_early(figures: Figures) -> Finding | None:

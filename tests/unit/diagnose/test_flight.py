@@ -10,9 +10,14 @@ from typing import Any
 import pytest
 
 from runtime.wire.rundir import flight_file
-from zerotop.diagnose.flight import FILE_BYTES, SILENT, findings, read_flight, text
+from zerotop.diagnose.flight import FILE_BYTES, SILENT, Flight, read_flight, text
+from zerotop.diagnose.flight import findings as all_findings
 
 Write = Callable[..., None]
+
+
+def findings(flight: Flight, places: dict[int, str] | None = None) -> list[str]:
+    return [found.text for found in all_findings(flight, places)]
 
 
 def entry(seq: int, op: str = "all_reduce", size: int = 4, group: str = "0", **more: Any) -> dict[str, Any]:
@@ -117,3 +122,16 @@ def test_files_that_can_not_be_read_are_troubles(write: Write, tmp_path: Path) -
     troubles = read_flight(tmp_path, range(4)).troubles
     assert troubles[0].startswith("its file can't be read") and troubles[1].startswith("its file can't be read")
     assert troubles[2] == "its file is larger than 8 MiB" and troubles[3] == "it is off"
+
+
+def test_findings_name_the_ranks(write: Write, tmp_path: Path) -> None:
+    for rank in range(3):
+        write(rank, [entry(1), entry(2, "broadcast" if rank == 2 else "all_reduce")], {"0": 1}, world=3)
+    found = all_findings(read_flight(tmp_path, [0, 1, 2]))
+    assert [(one.what, one.ranks) for one in found] == [("different", (2,)), ("open", (0, 1, 2))]
+    assert found[0].document() == {"what": "different", "ranks": [2], "text": found[0].text}
+    write(2, [entry(1)], {"0": 1}, world=3)
+    assert [(one.what, one.ranks) for one in all_findings(read_flight(tmp_path, [0, 1, 2]))] == [("missing", (2,))]
+    write(2, [entry(1), entry(2, "broadcast")], {"0": 1}, world=2)
+    alone = all_findings(read_flight(tmp_path, [1, 2]))[0]
+    assert (alone.what, alone.ranks) == ("different", (1, 2))  # neither is to blame more than the other

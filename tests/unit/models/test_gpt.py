@@ -19,8 +19,9 @@ from runtime.config.presets import (
 )
 from runtime.config.zerotop import DEFAULT_PRESET
 from runtime.models.gpt import GPT, build_model, rotary_tables, rotate
-from runtime.plan.estimate import activation_bytes, fresh_gradient_bytes
+from runtime.plan.estimate import activation_bytes, evaluation_bytes, fresh_gradient_bytes
 from runtime.zero.cut import cut
+from tests.harness.peak_bytes import peak_bytes
 
 SMALL = GPTConfig(layers=2, heads=2, dim=32, vocab_size=64, max_seq_len=16)
 
@@ -184,6 +185,25 @@ def test_activation_estimate_is_what_autograd_keeps_per_layer(dtype: torch.dtype
     cpu_copy_of_attention = batch * seq_len * 128 * element_bytes  # the CPU kernel's output is in another order
     assert kept_three - kept_two == pytest.approx(estimate_three - estimate_two + cpu_copy_of_attention, rel=0.01)
     assert kept_two < estimate_two
+
+
+@pytest.mark.parametrize("vocab", [64, 4096])
+@pytest.mark.parametrize(("dtype", "element_bytes"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_what_an_evaluation_takes_is_at_most_what_the_forecast_says(
+    dtype: torch.dtype, element_bytes: int, vocab: int
+) -> None:
+    """Layer or logits dominate."""
+    config = GPTConfig(layers=3, heads=4, dim=128, vocab_size=vocab, max_seq_len=64)
+    model, tokens = GPT(config).to(dtype), torch.randint(64, (4, 64))
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        model(tokens, tokens)
+
+    evaluate()  # tables of angles are made once
+    took, forecast = peak_bytes(evaluate), evaluation_bytes(config, 4, 64, element_bytes)
+    assert 0.4 * forecast < took <= forecast
+    assert evaluation_bytes(config, 1, 1, 2, new_tokens=10**6) == 2 * 3 * 128 * 2 * 10**6  # keys and values
 
 
 @pytest.mark.parametrize(("tied", "tables"), [(False, 1), (True, 3)])

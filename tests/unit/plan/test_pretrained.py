@@ -15,11 +15,13 @@ from torch import nn
 
 from runtime.config import Resolved, load
 from runtime.config.presets import ModelError
+from runtime.models.causal_lm import CausalLM
 from runtime.plan.decoder import layer_bytes
-from runtime.plan.estimate import activation_bytes
+from runtime.plan.estimate import activation_bytes, evaluation_bytes
 from runtime.plan.pretrained import Pretrained, pretrained
 from runtime.zero.cut import cut
 from tests.harness import huggingface
+from tests.harness.peak_bytes import peak_bytes
 
 pytestmark = [  # peft's own
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -220,3 +222,23 @@ def test_activations_of_a_block_are_what_autograd_keeps(
     estimate += ROWS * TOKENS * shape.kept.dropped * (dtype.itemsize - 1)  # dropout's mask, which is of bools on a GPU
     assert estimate == pytest.approx(kept[1] - kept[0], rel=tolerance)
     assert kept[1] < activation_bytes(shape, ROWS, TOKENS, dtype.itemsize)
+
+
+@pytest.mark.parametrize("method", ["chunked", "whole"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_an_evaluation_takes_at_most_what_the_forecast_says(kind: str, method: str) -> None:
+    model, folder = saved(kind)
+    shape = planned(folder).shape
+    assert shape is not None
+    causal = CausalLM(model, method=method)  # type: ignore[arg-type]
+    tokens = torch.randint(64, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(TOKENS).repeat(ROWS, 1)
+    causal.eval()
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        causal(tokens, tokens, positions)
+
+    evaluate()
+    took, forecast = peak_bytes(evaluate), evaluation_bytes(shape, ROWS, TOKENS, 4, method == "chunked")
+    assert 0.25 * forecast < took <= forecast

@@ -42,3 +42,18 @@ def test_kinds_are_bounded_and_a_copy_is_independent() -> None:
     links.add("all_reduce", KEYS_KEPT + 49, 10)
     assert len(links.kinds()) == KEYS_KEPT
     assert max(kind.count for kind in links.kinds()) == 2 and max(kind.count for kind in copied.kinds()) == 1
+
+
+def test_a_link_that_becomes_slow_before_the_baseline_is_complete_does_not_pass_for_usual() -> None:
+    links = Bandwidth()
+    for _ in range(WARM_UP + NEEDED):
+        links.add("all_gather", MIB, 1000)
+    assert [links.add("all_gather", MIB, 2500) for _ in range(4 * BASELINE)][-1] == 1000
+    assert [links.add("all_gather", MIB, 1200) for _ in range(BASELINE)][-1] == 1200  # noise of a machine is usual
+
+
+def test_groups_are_kept_apart() -> None:
+    links = Bandwidth()
+    links.add("all_reduce", MIB, 100)
+    links.add("all_reduce", MIB, 9000, "tensor parallel")
+    assert [(kind.group, kind.count) for kind in links.kinds()] == [("world", 1), ("tensor parallel", 1)]

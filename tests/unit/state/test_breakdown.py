@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.wire.messages import StepResult
-from zerotop.state.breakdown import PARTS, RECENT_STEPS, Breakdowns, breakdown_of
+from zerotop.state.breakdown import PARTS, RECENT_STEPS, TYPICAL_STEPS, Breakdowns, breakdown_of
 
 PHASES = ["data", "forward", "backward", "reduce", "gather", "step", "offload", "checkpoint", "eval", "paused", "idle"]
 
@@ -62,3 +62,25 @@ def test_a_rank_is_compared_with_its_own_past() -> None:
         kept.add(result(step, {"forward": 300.0}, {}))
     assert kept.usual_ms(0, "compute") == 100.0
     assert kept.recent({})[0].compute == 300.0
+
+
+def test_a_lasting_share_is_seen_after_a_few_steps_and_a_single_pause_is_none() -> None:
+    kept = Breakdowns()
+    assert kept.lasting_share(0, "data") == 0.0
+
+    def take(steps: int, data_ms: float) -> float:
+        for _ in range(steps):
+            kept.add(result(1, {"forward": 100.0, "data": data_ms}, {}))
+        return kept.lasting_share(0, "data")
+
+    assert take(RECENT_STEPS, 0.0) == 0.0
+    assert take(1, 10_000.0) == 0.0
+    assert take(RECENT_STEPS, 0.0) == 0.0
+    assert take(TYPICAL_STEPS // 2 + 1, 100.0) == 0.5
+
+
+def test_data_that_is_late_in_every_tenth_step_has_a_lasting_share() -> None:
+    kept = Breakdowns()
+    for step in range(1, RECENT_STEPS + 1):
+        kept.add(result(step, {"forward": 100.0, "data": 0.0 if step % 10 else 1_900.0}, {}))
+    assert kept.lasting_share(0, "data") == pytest.approx(0.5)

@@ -12,8 +12,9 @@ from runtime.wire.node import GpuStats, NodeStats
 from tests.harness.fakehub import hello, step_result
 from zerotop.documents import status_document, status_text
 from zerotop.state.efficiency import efficiency_of, rank_efficiency, run_efficiency
-from zerotop.state.roofline import Measured, ceiling_of, rank_ceiling, run_ceiling
+from zerotop.state.roofline import Measured, ceiling_of, measured_ranks, rank_ceiling, run_ceiling
 from zerotop.state.run import RunState
+from zerotop.state.timereport import time_report
 
 
 def state_of(ranks: int = 2, **figures: Any) -> RunState:
@@ -128,3 +129,25 @@ def test_what_the_driver_says_of_the_gpu_counts() -> None:
     ceiling = rank_ceiling(state, 0)
     assert ceiling is not None
     assert (ceiling.name, "active 70% of the time at 10.0% MFU" in ceiling.text) == ("device memory", True)
+
+
+def test_who_comes_late_uses_the_hubs_report_until_he_has_seen_as_much() -> None:
+    """Rank 1 loads data; of it a late status has one step, and no collective that tells waiting from transfer."""
+    hub = state_of()
+    for step in range(6, 30):
+        for rank, duration_us in ((0, 61_000), (1, 1_000)):
+            hub.apply(
+                Collectives(rank=rank, step=step, records=[(step, "all_reduce", 10**6, 0, 0, duration_us, duration_us)])
+            )
+        times = {0: (60.0, 1.0), 1: (1.0, 61.0)} if step == 29 else {0: (1.0, 61.0), 1: (60.0, 1.0)}
+        for rank, (data_ms, wait_ms) in times.items():  # in the newest step it is the other way round
+            phases, waits = {"data": data_ms, "forward": 38.0, "step": wait_ms}, {"step": wait_ms}
+            hub.apply(step_result(rank, step, phase_ms=phases, phase_wait_ms=waits, wait_ms=wait_ms))
+    hub.apply(time_report(hub) or RunStatus(name="r1", state="running"))
+    late = RunState()
+    late.apply_all(hub.snapshot_messages(), 0)
+    assert late.breakdowns.steps(1) == 1
+    mine, his = rank_ceiling(late, 0), rank_ceiling(late, 1)
+    assert mine is not None and his is not None and (mine.name, his.name) == ("peers", "host")
+    assert late.time_report is not None
+    assert measured_ranks(late)[0].bus_bytes_per_s == late.time_report.bus_bytes_per_s == pytest.approx(1e9)

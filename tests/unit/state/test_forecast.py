@@ -10,9 +10,9 @@ from runtime.host.memory_limits import check_host_memory
 from runtime.wire.messages import Hello, Memory, PlannedMemory, RunStatus, StepResult
 from runtime.wire.node import NodeStats
 from tests.unit.state.test_stall import hello
-from zerotop.state.forecast import forecast, limits_of, most_pressing
+from zerotop.state.forecast import Need, forecast, limits_of, most_pressing
 from zerotop.state.fragmentation import fragmentation_text
-from zerotop.state.memory import memory_use, peak_text, planned_peak
+from zerotop.state.memory import memory_use, peak_text, phase_peaks_text, planned_peak
 from zerotop.state.run import RunState
 
 GIB = 1 << 30
@@ -174,3 +174,55 @@ def test_retries_with_much_free_memory_are_fragmentation_and_retries_of_a_full_g
     full = gpu | {"allocated_bytes": 71 * GIB, "inactive_split_bytes": 0}
     assert not fragmentation_text(3, memory(3, **full), retries_before=1)
     assert not fragmentation_text(0, memory(), 0)
+
+
+def test_logits_are_a_part_of_their_own_and_the_sum_stays() -> None:
+    parts = {"imports": GIB, "activations": 3 * GIB}
+    plain = memory_use(memory(rss_parts=parts, rss_bytes=6 * GIB))
+    use = memory_use(memory(rss_parts=parts, rss_bytes=6 * GIB, logits_bytes=GIB))
+    assert dict(use.parts) == dict(plain.parts) | {"activations": 2 * GIB, "logits": GIB}
+    assert sum(dict(use.parts).values()) == sum(dict(plain.parts).values())
+    freed = memory_use(memory(rss_parts=parts, rss_bytes=6 * GIB, logits_bytes=5 * GIB))  # measured a moment earlier
+    assert dict(freed.parts)["logits"] == 3 * GIB and "activations" not in dict(freed.parts)
+    peaks = {"peak_bytes": {"forward": 9 * GIB}, "activation_bytes": {"forward": 3 * GIB}}
+    text = "peaks: forward 9.00 GiB; activations: forward 3.00 GiB"
+    assert phase_peaks_text(memory(**peaks)) == text
+    assert phase_peaks_text(memory(**peaks, logits_peak_bytes=GIB)) == f"{text}; of them logits at most 1.00 GiB"
+    on_gpu = memory_use(memory(allocated_bytes=5 * GIB, reserved_bytes=6 * GIB, logits_bytes=2 * GIB))
+    assert (dict(on_gpu.parts)["activations"], dict(on_gpu.parts)["logits"]) == (GIB, 2 * GIB)
+
+
+EVALUATES = PLAN.model_copy(update={"evaluation_bytes": 3 * GIB, "evaluation_interval": 100})
+
+
+def evaluation(run: RunState) -> Need | None:
+    return next((one for one in forecast(run) if one.event == "evaluation"), None)
+
+
+def test_the_next_evaluation_is_said_less_what_malloc_keeps() -> None:
+    need = evaluation(a_run(free=40 * GIB, plan=EVALUATES, rss_parts={"allocator": GIB}))
+    assert need is not None and need.certain and not need.short
+    assert need.text == "the evaluation at step 100 will need 4.00 GiB more of host RAM on a, 40.0 GiB are free"
+    first = evaluation(a_run(free=5 * GIB, steps=0, plan=EVALUATES))
+    assert first is not None and first.short
+    assert first.text.startswith("the evaluation before the first step will need 6.00 GiB more of host RAM on a, only ")
+    assert evaluation(a_run(free=GIB)) is None  # this run has none
+    done = a_run(free=GIB, plan=EVALUATES, steps=3)
+    hello_0 = done.ranks[0].hello
+    assert hello_0 is not None
+    done.apply(hello_0.model_copy(update={"steps": 3}))
+    assert evaluation(done) is None
+
+
+def test_an_evaluation_on_a_gpu_needs_its_memory() -> None:
+    figures = {"allocated_bytes": 5 * GIB, "reserved_bytes": 7 * GIB, "device_used_bytes": 9 * GIB}
+    run = a_run(free=40 * GIB, world=1, plan=EVALUATES, device_total_bytes=10 * GIB, **figures)
+    need = evaluation(run)
+    assert need is not None and (need.place, need.need_bytes, need.free_bytes) == ("rank 0", 3 * GIB, 3 * GIB)
+
+
+def test_an_export_is_said_if_there_is_no_room_for_it() -> None:
+    plan = PLAN.model_copy(update={"export_bytes": 6 * GIB, "checkpoint_bytes": 0, "consolidated_bytes": 0})
+    need = next(one for one in forecast(a_run(free=5 * GIB, plan=plan)) if one.event == "export")
+    assert need.short and not need.certain
+    assert need.text == "zerotop export will need 6.00 GiB of host RAM on a, only 5.00 GiB are free"

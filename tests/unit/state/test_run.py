@@ -90,7 +90,12 @@ def test_a_late_screen_is_where_the_early_one_is() -> None:
         early.apply(Memory(rank=rank, ledger={"parameters": 7}, rss_bytes=9, host_total_bytes=99, at_ns=1), 12)
         for step in range(1, 8):
             early.apply(result(step, rank), 13)
-            early.apply(Collectives(rank=rank, step=step, records=[(step, "reduce", 8, 0, 0, 500 + 900 * rank, 0)]), 13)
+            early.apply(
+                Collectives(
+                    rank=rank, step=step, records=[(step, "reduce", 8, 0, 0, 500 + 900 * rank, 500 + 900 * rank)]
+                ),
+                13,
+            )
     early.apply(Event(rank=None, what="checkpoint", text="at step 5", wall_s=1))
     early.apply(LogRecord(rank=1, level="warning", logger="x", text="hm", wall_s=2))
     command = Command(id="c", name="pause", number=1)
@@ -207,15 +212,35 @@ def test_collectives_that_are_never_complete_do_not_pile_up() -> None:
     assert len(waits._open) == OPEN_KEPT and not waits.meetings
 
 
+def test_overlapped_waiting_costs_what_the_training_thread_was_blocked_for() -> None:
+    """Rank 1 comes 30 ms late to a collective that nobody waits for; the others need its result 10 ms after that, in
+    another one."""
+    waits = Waits()
+    for step in (1, 2):
+        for rank in range(3):
+            late = rank == 1
+            records = [(2 * step - 1, "reduce", 64, 0, 0, 1_000 if late else 31_000, 0)]
+            records.append((2 * step, "reduce", 64, 0, 0, 1_000, 1_000 if late else 10_000))
+            waits.add(Collectives(rank=rank, step=step, records=records), 3)
+    window = waits.window()
+    assert window.waited_ms == {0: 10.0, 1: 0.0, 2: 10.0} and window.caused_ms[1] == 10.0
+    assert waits.net_cost_ms()[1] == [10.0]
+    assert waits.meetings[0].waited_us == {0: 30_000, 1: 0, 2: 30_000}  # as the table of collectives has it
+    waits.add(Collectives(rank=0, step=1, records=[(9, "reduce", 64, 0, 0, 21_000, 21_000)]), 3)
+    for rank in (1, 2):
+        waits.add(Collectives(rank=rank, step=1, records=[(9, "reduce", 64, 0, 0, 1_000, 1_000)]), 3)
+    assert waits.net_cost_ms()[1] != [10.0]  # what comes late counts
+
+
 def test_waiting_is_what_is_beyond_the_shortest_duration() -> None:
     waits = Waits()
     for rank, duration in ((0, 5_000), (1, 1_000), (2, 4_000)):
-        waits.add(Collectives(rank=rank, step=3, records=[(1, "reduce", 64, 0, 0, duration, 0)]), 3)
+        waits.add(Collectives(rank=rank, step=3, records=[(1, "reduce", 64, 0, 0, duration, duration)]), 3)
     meeting = waits.meetings[0]
     assert (meeting.last_rank, meeting.transfer_us, meeting.skew_us) == (1, 1_000, 4_000)
     assert waits.window().steps == 0  # the newest step is still being reported
     for rank, duration in ((0, 1_000), (1, 1_100), (2, 1_050)):
-        waits.add(Collectives(rank=rank, step=4, records=[(2, "reduce", 64, 0, 0, duration, 0)]), 3)
+        waits.add(Collectives(rank=rank, step=4, records=[(2, "reduce", 64, 0, 0, duration, duration)]), 3)
     window = waits.window()
     assert window.came_last == {1: 1} and window.caused_ms == {1: 3.5}
     assert window.waited_ms == {0: 4.0, 1: 0.0, 2: 3.0}
@@ -300,7 +325,11 @@ def test_a_still_picture_does_not_move_with_the_run() -> None:
     for step in range(1, 6):
         for rank in (0, 1):
             run.apply(result(step, rank))
-            run.apply(Collectives(rank=rank, step=step, records=[(step, "reduce", 1, 0, 0, 500 + 900 * rank, 0)]))
+            run.apply(
+                Collectives(
+                    rank=rank, step=step, records=[(step, "reduce", 1, 0, 0, 500 + 900 * rank, 500 + 900 * rank)]
+                )
+            )
     run.apply(beat(0))
     still = freeze(run)
     before = still.snapshot_messages()

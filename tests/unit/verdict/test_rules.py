@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runtime.wire.messages import Collectives, Goodbye, Memory, RunStatus, StepResult
+from runtime.wire.messages import Collectives, Event, Goodbye, Memory, RunStatus, StepResult
 from runtime.wire.node import BusyProcess, GpuStats, NodeStats
 from tests.unit.state.test_stall import WORLD, S, a_run, beat, hello, stuck
 from zerotop.state.run import RunState
@@ -15,8 +15,9 @@ from zerotop.verdict.calm import calm
 from zerotop.verdict.figures import SAMPLES_KEPT, SAMPLES_LONG, History
 from zerotop.verdict.finding import Finding
 from zerotop.verdict.judge import Rule
-from zerotop.verdict.slow import find_contention, find_data_starvation, find_slow_link, find_straggler
+from zerotop.verdict.slow import find_contention, find_data_starvation, find_slow_link
 from zerotop.verdict.stopped import find_dead, find_failed, find_wedged
+from zerotop.verdict.straggler import find_straggler
 from zerotop.verdict.stuck import find_desync, find_hang
 
 MIB = 2**20
@@ -136,6 +137,61 @@ def test_a_hang_names_the_rank_that_is_missing() -> None:
     assert found.facts["seq"] == 1532
 
 
+def hang_event(run: RunState, what: str, ranks: list[int], text: str, attempt: int = 1) -> None:
+    """What the hang watch says once it has the Flight Recorders."""
+    flight = [{"what": what, "ranks": ranks, "text": text}]
+    data = {"attempt": attempt, "flight": flight}
+    run.apply(
+        Event(rank=None, what="hang", text="hang", severity="error", step=run.step, data=data, wall_s=0.0),
+        run.hub_now_ns,
+    )
+
+
+def still_outside(run: RunState) -> None:
+    """The ranks stand still outside of any collective of the engine's."""
+    for rank in range(WORLD):
+        beat(run, rank, 1531, 1531, 20)
+
+
+@pytest.mark.parametrize(
+    ("what", "ranks", "verdict", "blamed"),
+    [
+        ("missing", [1], "hang", (1,)),
+        ("different", [2], "desync", (2,)),
+        ("open", [0, 1, 2], "hang in transfer", ()),
+        ("open", [0, 2], "hang in transfer", (0, 2)),
+    ],
+)
+def test_the_flight_recorders_say_what_no_heartbeat_does(
+    what: str, ranks: list[int], verdict: str, blamed: tuple[int, ...]
+) -> None:
+    run = a_run()
+    run.apply(RunStatus(name="q1", state="running", attempt=1))
+    still_outside(run)
+    before = ask(find_hang, run)
+    assert before is not None and before.what == "no progress"
+    hang_event(run, what, ranks, "rank 1 has not enqueued all_reduce 8", attempt=2)
+    assert ask(find_hang, run) == before  # of another attempt
+    hang_event(run, what, ranks, "rank 1 has not enqueued all_reduce 8")
+    found = ask(find_hang, run)
+    assert found is not None and (found.what, found.ranks) == (verdict, blamed)
+    assert found.text == f"{before.text}; Flight Recorder: rank 1 has not enqueued all_reduce 8"
+    assert found.facts["flight"] == "rank 1 has not enqueued all_reduce 8"
+
+
+def test_the_flight_recorders_add_to_a_hang_whose_rank_is_known_until_it_is_over() -> None:
+    run = a_run()
+    run.apply(RunStatus(name="q1", state="running", attempt=1))
+    stuck(run)
+    hang_event(run, "missing", [0], "rank 0 has not enqueued broadcast 3")
+    found = ask(find_hang, run)
+    assert found is not None and (found.what, found.ranks) == ("hang", (1,))
+    assert found.text.endswith("; Flight Recorder: rank 0 has not enqueued broadcast 3")
+    run.apply(Event(rank=None, what="hang", text="progress resumed at step 11", step=run.step, wall_s=1.0))
+    found = ask(find_hang, run)
+    assert found is not None and "Flight" not in found.text
+
+
 def test_a_collective_that_does_not_complete_blames_nobody() -> None:
     run = a_run()
     for rank in range(WORLD):
@@ -220,6 +276,34 @@ def test_a_lower_clock_and_other_processes_are_reasons() -> None:
     found = find_straggler(figures)
     assert found is not None and (found.what, found.ranks) == ("contention", (2,))
     assert "it waited for a free CPU 60% of the time; busiest outside the run: hog (pid 77) 98%" in found.text
+
+
+IRREGULAR_US = (60_000, 230_000, 90_000, 280_000, 50_000, 240_000, 70_000, 260_000, 90_000)
+"""What the others wait for a rank in each step: so irregular a cost alone may be chance."""
+
+
+def irregular(run: RunState, phase: str) -> None:
+    trained(run, {0: USUAL, 1: USUAL, 2: USUAL | {"reduce": 10.0, phase: USUAL[phase] + 130.0}})
+    for step, wait_us in enumerate(IRREGULAR_US, 11):
+        met(run, last=2, wait_us=wait_us, steps=1, first=step)
+
+
+def test_a_rank_that_the_kernel_lets_wait_is_named_on_half_the_evidence() -> None:
+    run, history = a_run(step_ms=400), History()
+    irregular(run, "forward")
+    assert ask(find_straggler, run) is None
+    for second in range(SAMPLES_KEPT):
+        node(run, rank_run_delay_percent={0: 2.0, 1: 3.0, 2: 60.0}, at_ns=second)
+        figures = history.figures(run, None, float(second))
+    found = find_straggler(figures)
+    assert found is not None and (found.what, found.ranks) == ("contention", (2,))
+
+
+def test_so_is_one_that_spends_much_of_its_steps_on_data() -> None:
+    run = a_run(step_ms=400)
+    irregular(run, "data")
+    found = ask(find_straggler, run)
+    assert found is not None and (found.what, found.ranks) == ("data starvation", (2,))
 
 
 def test_contention_of_all_ranks_blames_none_of_them() -> None:
@@ -322,6 +406,19 @@ def test_paging_is_memory_trouble_and_reading_a_file_is_not() -> None:
     )
 
 
+def test_paging_is_told_within_seconds_and_outlives_a_pause_of_it() -> None:
+    run, history, faults = a_run(), History(), 0
+    node(run, memory_pressure_percent=40.0)
+    told: list[bool] = []
+    found = None
+    for second in range(60):
+        faults += 200 if 30 <= second < 40 else 0  # a fifth of the limit over the half minute before
+        remember(run, 0, major_faults=faults)
+        found = find_memory_bound(history.figures(run, found, float(second)))
+        told.append(found is not None)
+    assert not any(told[:30]) and told.index(True) <= 33 and all(told[33:55])
+
+
 def test_a_throttled_gpu_is_named_with_its_reason() -> None:
     run = a_run()
     for rank in range(WORLD):
@@ -364,6 +461,20 @@ def test_steps_that_wait_for_the_host_are_offload_bound() -> None:
     assert found is not None and found.severity == "info" and "300 ms of each step (43%)" in found.text
 
 
+@pytest.mark.parametrize("rule", [find_offload_bound, find_data_starvation])
+def test_what_all_ranks_wait_for_is_told_after_a_few_steps_and_a_pause_is_not(rule: Rule) -> None:
+    phase = "offload" if rule is find_offload_bound else "data"
+    run = a_run()
+    trained(run, dict.fromkeys(range(WORLD), USUAL), steps=20)
+    trained(run, {rank: USUAL | {phase: 9_000.0} for rank in range(WORLD)}, steps=1, first=31)
+    assert ask(rule, run) is None
+    trained(run, dict.fromkeys(range(WORLD), USUAL), steps=20, first=32)
+    trained(run, {rank: USUAL | {phase: 180.0} for rank in range(WORLD)}, steps=4, first=52)
+    assert ask(rule, run) is None
+    trained(run, {rank: USUAL | {phase: 180.0} for rank in range(WORLD)}, steps=1, first=56)
+    assert ask(rule, run) is not None
+
+
 # ---- calm --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("state", "phase", "what"),
@@ -385,3 +496,15 @@ def test_what_a_run_does_when_nothing_is_wrong(state: str, phase: str, what: str
     assert (found.what, found.severity) == (what, "info")
     if what == "healthy":
         assert found.text == "healthy: 400 ms a step, 75% compute, 20% waiting"
+
+
+def test_a_run_that_all_ranks_have_left_is_neither_starting_nor_short_of_cpus() -> None:
+    run, history = a_run(), History()
+    for rank in range(WORLD):
+        beat(run, rank, 1, 1, 0.0)
+        run.apply(Goodbye(rank=rank, outcome="failed", step=10, wall_s=0.0))
+    for second in range(SAMPLES_KEPT):
+        node(run, rank_run_delay_percent={0: 40.0, 1: 35.0, 2: 45.0}, at_ns=second)
+        figures = history.figures(run, None, float(second))
+    assert find_contention(figures) is None
+    assert calm(figures).text == "all ranks have left; the supervisor is finding out why"

@@ -14,7 +14,7 @@ from zerotop.state.run import RunState
 from zerotop.state.waits import STEPS_KEPT, WINDOW_STEPS
 from zerotop.verdict.figures import History
 from zerotop.verdict.finding import Finding
-from zerotop.verdict.slow import find_straggler
+from zerotop.verdict.straggler import find_straggler
 
 
 def straggler(run: RunState, named: int | None = None) -> Finding | None:
@@ -33,7 +33,7 @@ def meet(run: RunState, durations_us: dict[int, int], steps: int, per_step: int 
     seq = 0
     for step in range(1, steps + 1):
         for rank, duration in durations_us.items():
-            records = [(seq + k, "reduce", 1 << 20, 0, 0, duration, 0) for k in range(1, per_step + 1)]
+            records = [(seq + k, "reduce", 1 << 20, 0, 0, duration, duration) for k in range(1, per_step + 1)]
             run.apply(Collectives(rank=rank, step=step, records=records))
         seq += per_step
 
@@ -56,7 +56,9 @@ def test_a_last_place_that_goes_round_or_costs_little_is_no_verdict() -> None:
     seq = 0
     for step in range(1, 11):
         for rank in range(WORLD):
-            records = [(seq + k, "reduce", 1, 0, 0, 1_000 if k % WORLD == rank else 40_000, 0) for k in range(1, 7)]
+            records = [
+                (seq + k, "reduce", 1, 0, 0, (us := 1_000 if k % WORLD == rank else 40_000), us) for k in range(1, 7)
+            ]
             even.apply(Collectives(rank=rank, step=step, records=records))
         seq += 6
     assert slow_rank(even) is None
@@ -72,7 +74,7 @@ def meet_in_turns(run: RunState, last: str, cost_us: dict[int, int], first_step:
     for step, who in enumerate(last, first_step):
         for rank in range(world):
             duration = 1_000 if rank == int(who) else 1_000 + cost_us[int(who)]
-            run.apply(Collectives(rank=rank, step=step, records=[(step, "reduce", 1, 0, 0, duration, 0)]))
+            run.apply(Collectives(rank=rank, step=step, records=[(step, "reduce", 1, 0, 0, duration, duration)]))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,8 @@ def verdicts(late: LateMs, world: int = 2, steps: int = 200, seed: int = 0, gath
             seq, last = seq + 1, max(arrival)
             step_ms += last
             for rank in range(world):
-                records[rank].append((seq, kind, 1 << 20, 0, 0, int(1000 * (1 + last - arrival[rank])), 0))
+                duration_us = int(1000 * (1 + last - arrival[rank]))
+                records[rank].append((seq, kind, 1 << 20, 0, 0, duration_us, duration_us))
         for rank in range(world):
             run.apply(Collectives(rank=rank, step=step, records=records[rank]))
             run.apply(StepResult(rank=rank, step=step, loss=1.0, lr=1e-3, grad_norm=1.0, step_ms=step_ms, end_ns=0))

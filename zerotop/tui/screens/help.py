@@ -69,7 +69,9 @@ class HelpScreen(ModalScreen[None]):
         table.add_row(Text("micro-steps"), Text("● done  ◐ current  ○ to come"))
         table.add_row(
             Text("wait per step"),
-            Text(f"time for which the rank waited for others in collectives; mean of the last {WINDOW_STEPS} steps"),
+            Text(
+                f"time for which the rank stood still for others in collectives; mean of the last {WINDOW_STEPS} steps"
+            ),
         )
         table.add_row(
             Text("cost to others"),

@@ -187,16 +187,21 @@ class CollectiveTable(Panel, can_focus=True):
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         muted = view.palette.style("muted")
+        groups = len(view.state.waits.groups) > 1
         columns = [("number", 8), ("what", 16), ("bytes", 9), ("transfer", 9), ("waited", 9), ("came last", 10)]
-        columns += [("bandwidth", 11)] if width >= 84 else []
+        columns[1:1] = [("group", 10)] if groups else []
+        columns += [("bandwidth", 11)] if width >= 84 + 11 * groups else []
         head = Row()
         for title, size in columns:
-            head.cell(title, size, muted, right=title not in {"what"}).gap()
+            head.cell(title, size, muted, right=title not in {"what", "group"}).gap()
         rows = [head]
         for meeting in list(view.state.waits.meetings)[-max(0, height - 1) :][::-1] if height > 1 else []:
             waited_us = meeting.waited_us.get(self.rank, 0)
             last = meeting.last_rank == self.rank
-            row = Row().cell(str(meeting.seq), 8, right=True).gap().cell(meeting.op, 16).gap()
+            row = Row().cell(str(meeting.seq), 8, right=True).gap()
+            if groups:
+                row.cell(meeting.group, 10, muted).gap()
+            row.cell(meeting.op, 16).gap()
             row.cell(bytes_text(meeting.bytes), 9, right=True).gap().cell(
                 ms_text(meeting.transfer_us / 1000), 9, right=True
             )
@@ -207,7 +212,7 @@ class CollectiveTable(Panel, can_focus=True):
                 view.palette.style("warning") if last else muted,
                 right=True,
             )
-            if width >= 84:
+            if width >= 84 + 11 * groups:
                 crossed = meeting.bytes * bus_factor(meeting.op, view.state.world_size)
                 rate = crossed / meeting.transfer_us * 1e6 if meeting.transfer_us else None
                 row.gap().cell(f"{bytes_text(rate)}/s" if rate else MISSING, 11, muted, right=True)
