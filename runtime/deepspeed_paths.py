@@ -38,10 +38,6 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "fp16": {},
     "fp16.fused_optimizer": {"FP16_Optimizer": OPTIMIZER},
     "fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": OPTIMIZER},
-    "zero.config": {
-        "OffloadDeviceEnum": "runtime.zero.offload_config:OffloadDeviceEnum",
-        "ZeroStageEnum": "runtime.zero.offload_config:ZeroStageEnum",
-    },
     "zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": OPTIMIZER},
     "zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": OPTIMIZER},
     "utils.init_on_device": {"OnDevice": "runtime.utils.loading:OnDevice"},

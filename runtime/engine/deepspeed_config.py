@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from runtime.accelerator import get_accelerator
 from runtime.config import load
+from runtime.zero.config import DeepSpeedZeroConfig
 
 
 class DeepSpeedConfig:
@@ -42,5 +43,6 @@ class DeepSpeedConfig:
         self.optimizer_name = resolved.optimizer.type.lower() if resolved.optimizer is not None else None
         self.optimizer_params = resolved.optimizer.torch_kwargs() if resolved.optimizer is not None else None
         self.scheduler_name = resolved.scheduler.type if resolved.scheduler is not None else None
-        self.zero_config = found.zero_optimization
-        """The zero_optimization section, with its keys as attributes."""
+        section = found.raw.get("zero_optimization") or {}
+        self.zero_config = DeepSpeedZeroConfig(**(section if isinstance(section, Mapping) else {"stage": 1}))
+        """The zero_optimization section, with DeepSpeed's defaults for what it leaves out."""

@@ -24,6 +24,7 @@ from runtime.zero.cut import cut
         ("runtime.engine", "DeepSpeedEngine"),
         ("runtime.runtime.zero.partition_parameters", "ZeroParamStatus"),
         ("runtime.zero.offload_config", "OffloadDeviceEnum"),
+        ("runtime.runtime.zero.config", "ZeroStageEnum"),
         ("runtime.accelerator", "get_accelerator"),
         ("runtime.checkpoint.utils", "clone_tensors_for_torch_save"),
         ("runtime.comm", "get_rank"),
@@ -82,6 +83,28 @@ def test_a_scripts_own_local_rank_gets_the_rank(monkeypatch: pytest.MonkeyPatch)
             parser.add_argument("--local_rank", type=int, default=-1)
         arguments = deepspeed.add_config_arguments(parser).parse_args(["--deepspeed"])
         assert arguments.local_rank == 3 and arguments.deepspeed and arguments.deepspeed_config is None
+
+
+def test_the_zero_section_as_deepspeeds_class() -> None:
+    from runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
+
+    section = DeepSpeedZeroConfig(
+        stage=3, stage3_max_reuse_distance=5, cpu_offload=True, cpu_offload_use_pin_memory=False
+    )
+    assert section.stage == ZeroStageEnum.weights and section.overlap_comm and section.max_reuse_distance == 5
+    assert section.offload_optimizer is not None and section.offload_param is None
+    assert section.offload_optimizer.device == "cpu" and not section.offload_optimizer.pin_memory
+    assert DeepSpeedZeroConfig(stage3_gather_fp16_weights_on_model_save=True).gather_16bit_weights_on_model_save
+    plain = DeepSpeedZeroConfig(reduce_bucket_size="auto", offload_optimizer={"pipeline_read": True, "ratio": "auto"})
+    assert plain.reduce_bucket_size == 500_000_000 and not plain.overlap_comm
+    assert (
+        plain.offload_optimizer is not None and plain.offload_optimizer.pipeline and plain.offload_optimizer.ratio == 1
+    )
+    with pytest.raises(ValueError, match="bucket_sise"):
+        DeepSpeedZeroConfig(bucket_sise=1)
+    config = deepspeed.DeepSpeedConfig({"train_batch_size": 4, "zero_optimization": {"stage": 2, "overlap_comm": True}})
+    assert config.zero_config.stage == ZeroStageEnum.gradients and config.zero_config.overlap_comm
+    assert deepspeed.DeepSpeedConfig({"train_batch_size": 4, "zero_optimization": True}).zero_config.stage == 1
 
 
 def test_small_tools() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import itertools
+import multiprocessing
 import multiprocessing.pool
 import re
 import sys
@@ -148,4 +149,6 @@ def starmapstar(calls: Any) -> list[Any]:
 starmapstar.__module__ = "multiprocessing.pool"
 multiprocessing.pool.starmapstar = starmapstar  # type: ignore[attr-defined]
 sys.meta_path.insert(0, Shim())
+# Each test starts ranks anew, from a server of forks that has imported what all of them import.
+multiprocessing.set_forkserver_preload(["torch", "unit.common", "unit.simple_model", "runtime.engine.initialize"])
 builtins.__import__ = _import_what_is_there
