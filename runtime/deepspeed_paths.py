@@ -36,11 +36,18 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "RepeatingLoader": "runtime.utils.loading:RepeatingLoader",
     },
     "fp16": {},
+    "fp16.loss_scaler": {
+        "DynamicLossScaler": "runtime.state.loss_scale:DynamicScaler",
+        "LossScaler": "runtime.state.loss_scale:FixedScaler",
+    },
     "fp16.fused_optimizer": {"FP16_Optimizer": OPTIMIZER},
     "fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": OPTIMIZER},
     "zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": OPTIMIZER},
     "zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": OPTIMIZER},
     "utils.init_on_device": {"OnDevice": "runtime.utils.loading:OnDevice"},
+    "utils.timer": {
+        name: f"runtime.engine.timers:{name}" for name in ("SynchronizedWallClockTimer", "ThroughputTimer")
+    },
     "utils.logging": {"logger": "runtime.utils:logger", "log_dist": "runtime.utils:log_dist"},
 }
 """Module path below this package -> its names and where they are defined. One class is the optimizer of every stage and

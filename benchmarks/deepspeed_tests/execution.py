@@ -19,6 +19,8 @@ from benchmarks.deepspeed_tests.outcomes import Outcome
 SHIM = Path(__file__).parent / "shim"
 COLLECTING_S = 60
 """That pytest may take beside a test's own time: to import and collect, and to end a test's processes."""
+COLLECTION = "(collection)"
+"""In the place of a test's name where a file's tests could not be collected."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ def run_file(tests: Path, file: str, choice: Choice, known: set[str], limit_s: f
                 known.add(outcome.name)
                 yield outcome
             left = [name for name in attempt.names() if name not in known]
+            if (problem := attempt.problem()) is not None:
+                yield Outcome(file, COLLECTION, "failed", 0.0, problem)
+                return
         if not left:
             return
         known.add(left[0])
@@ -54,6 +59,7 @@ class _Attempt:
     def __init__(self, tests: Path, file: str, choice: Choice, known: set[str], limit_s: float, folder: Path) -> None:
         self._file, self._limit_s = file, limit_s
         self._report, self._names, done = folder / "report", folder / "names", folder / "done"
+        self._said = folder / "output"
         done.write_text("\n".join(known))
         self._read = 0
         """Bytes of the report."""
@@ -77,8 +83,8 @@ class _Attempt:
                 "OMP_NUM_THREADS": "1",
                 "DS_UNITTEST_TIMEOUT": str(int(limit_s)),
             },
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=self._said.open("wb"),
+            stderr=subprocess.STDOUT,
             start_new_session=True,
         )
 
@@ -100,6 +106,10 @@ class _Attempt:
         """Of the tests that it was to run."""
         listed = self._names.read_text().split("\n") if self._names.is_file() else []
         return [name for name in listed if name]
+
+    def problem(self) -> str | None:
+        """Why there are no names: the end of what pytest said; None if there are."""
+        return None if self._names.is_file() else self._said.read_text(errors="replace")[-1500:]
 
     def _ended(self) -> Iterator[Outcome]:
         if not self._report.is_file():

@@ -87,6 +87,7 @@ class Engine(EngineQueries):
         self.memory.check("forward()", ("parameters", "buffers"))
         if self.module.training and torch.is_grad_enabled():
             self.telemetry.enter("forward", self.global_steps + 1, self._micro_step)
+            self.tput_timer.start()
             self.state.accumulation.tokens += count_tokens(inputs, named)
         else:
             self.telemetry.enter("eval", self.global_steps + 1, 0)
@@ -199,6 +200,7 @@ class Engine(EngineQueries):
             self.steps.take(lr_kwargs or {})
         else:
             self.telemetry.enter("data", self.global_steps + 1, self._micro_step)
+        self.tput_timer.stop(global_step=boundary)
 
     # ---- accumulation ----------------------------------------------------------------------------------------------
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
@@ -243,6 +245,7 @@ class Engine(EngineQueries):
             update={"micro_batch": micro, "accumulation": accumulation, "global_batch": total}
         )
         self.state.accumulation.start = self.micro_steps
+        self.tput_timer.batch_size = total
 
     def allreduce_gradients(self, bucket_size: int | None = None) -> None:
         """Does nothing, for compatibility: engine.backward(loss) has reduced the gradients."""

@@ -12,8 +12,10 @@ from torch import nn
 from runtime.checkpoint.registered import ScriptState
 from runtime.comm import Comm
 from runtime.config import Resolved
+from runtime.engine.monitor import ScriptMonitor
 from runtime.engine.session import Session
 from runtime.engine.step import OptimizerSteps
+from runtime.engine.timers import ThroughputTimer, TimerSettings
 from runtime.models.names import plain_name, plain_names
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.state.precision import DTYPES
@@ -36,6 +38,8 @@ class EngineQueries(nn.Module):
         self.training_dataloader: Any = None
         """The loader that initialize(training_data=...) returned, if any."""
         self.steps: OptimizerSteps
+        self.monitor = ScriptMonitor(session.rank)
+        self.tput_timer = ThroughputTimer(TimerSettings(synchronized=False), state.config.global_batch)
         self._stepped = False
         """Whether the last step() was at a boundary."""
 
