@@ -17,6 +17,7 @@ from .deepspeed import (
     DataTypesSection,
     DType,
     Fp16Section,
+    Reduction,
     ZeroSection,
 )
 from .errors import Findings, Path, dotted
@@ -57,6 +58,8 @@ class Config(Section):
     communication_data_type: AnyDType | None = None
     """Precision in which gradients are reduced. Unset: the model's at stages 2 and 3, where gradients are reduced as
     each unit's backward ends, else the one in which they accumulate."""
+    gradient_allreduce_op: Reduction = "mean"
+    """What the gradients of the ranks become: their mean, or their sum, which is larger by the number of ranks."""
     prescale_gradients: Flag = False
     """Whether gradients are divided by the number of ranks before they are reduced, and not after."""
     gradient_predivide_factor: Annotated[Num, Field(gt=0)] = 1.0
@@ -168,6 +171,7 @@ class Config(Section):
             precision=precision,
             grad_accum_dtype=accumulate,
             communication_data_type=self.communication_data_type,
+            gradient_allreduce_op=self.gradient_allreduce_op,
             prescale_gradients=self.prescale_gradients,
             gradient_predivide_factor=self.gradient_predivide_factor,
             persistence_threshold=zero.stage3_param_persistence_threshold,

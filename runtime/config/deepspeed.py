@@ -21,6 +21,13 @@ def _dtype(value: Any) -> Any:
     return _DTYPES.get(value.lower().removeprefix("torch."), value) if isinstance(value, str) else value
 
 
+def _reduction(value: Any) -> Any:
+    lowered = value.lower() if isinstance(value, str) else value
+    return "mean" if lowered in ("avg", "average") else lowered
+
+
+Reduction = Annotated[Literal["mean", "sum"], BeforeValidator(_reduction)]
+"""What the gradients of the ranks become; avg and average are other words for the mean."""
 Stage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(integer)]
 AnyDType = Annotated[DType, BeforeValidator(_dtype)]
 """fp32, bf16 or fp16; torch's names are accepted, too."""

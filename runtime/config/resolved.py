@@ -121,6 +121,8 @@ class Resolved(Section):
     """Parameters with fewer elements form a unit of their own, which is not sharded at stage 3."""
     activation_checkpointing: ActivationCheckpointingSection | None
     """None: the built-in model keeps its activations."""
+    gradient_allreduce_op: Literal["mean", "sum"] = "mean"
+    """What the gradients of the ranks become."""
     tag_validation: Literal["ignore", "warn", "fail"] = "warn"
     """What save_checkpoint() does if ranks pass different tags."""
     gradient_clipping: float

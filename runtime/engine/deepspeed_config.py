@@ -36,7 +36,7 @@ class DeepSpeedConfig:
         self.zero_optimization_stage = resolved.stage
         self.zero_enabled = resolved.stage > 0
         self.fp16_enabled, self.bfloat16_enabled = resolved.precision == "fp16", resolved.precision == "bf16"
-        self.gradient_allreduce_op = "mean"  # other ones are refused
+        self.gradient_allreduce_op = resolved.gradient_allreduce_op
         self.prescale_gradients = resolved.prescale_gradients
         self.gradient_predivide_factor = resolved.gradient_predivide_factor
         self.dataloader_drop_last = resolved.dataloader_drop_last
