@@ -77,6 +77,7 @@ class _Attempt:
                 "ZEROTOP_SAMPLE": str(choice.sample),
                 "ZEROTOP_DONE": str(done),
                 "ZEROTOP_NAMES": str(self._names),
+                "ZEROTOP_MODULE": f"unit.{file.removesuffix('.py').replace('/', '.')}",
                 "ZEROTOP_REPORT": str(self._report),
                 "PYTEST_XDIST_WORKER": f"gw{os.getpid() % 30}",  # chooses the ports: others may run these tests, too
                 "LOCAL_SIZE": "4",  # DeepSpeed's tests take it for the number of devices

@@ -17,7 +17,9 @@ _FROM = {
     "OnDevice": "loading",
     "RepeatingLoader": "loading",
     "move_to_device": "loading",
+    "clip_grad_norm_": "training",
     "see_memory_usage": "memory",
+    "set_random_seed": "training",
     **dict.fromkeys(
         (
             "get_z3_leaf_modules",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import random
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -107,6 +109,14 @@ def test_the_zero_section_as_deepspeeds_class() -> None:
     assert deepspeed.DeepSpeedConfig({"train_batch_size": 4, "zero_optimization": True}).zero_config.stage == 1
 
 
+def test_names_of_optimizers_as_constants() -> None:
+    from runtime.runtime.config import ADAM_OPTIMIZER, ADAMW_OPTIMIZER, ONEBIT_ADAM_OPTIMIZER
+
+    assert (ADAM_OPTIMIZER, ADAMW_OPTIMIZER, ONEBIT_ADAM_OPTIMIZER) == ("adam", "adamw", "onebitadam")
+    with pytest.raises(AttributeError, match="NO_OPTIMIZER"):
+        deepspeed.config.NO_OPTIMIZER  # noqa: B018
+
+
 def test_small_tools() -> None:
     from runtime.checkpoint.utils import clone_tensors_for_torch_save
     from runtime.utils import OnDevice, RepeatingLoader, move_to_device
@@ -123,6 +133,27 @@ def test_small_tools() -> None:
     assert saved["a"][0].untyped_storage().nbytes() == 8 and saved["b"] == (1, "x")
     moved = move_to_device({"x": [whole], "y": 1}, "meta", lambda tensor: tensor.numel() > 1)
     assert moved["x"][0].is_meta and moved["y"] == 1
+
+
+def test_a_script_may_clip_gradients_that_no_engine_has() -> None:
+    from runtime.runtime.utils import clip_grad_norm_, set_random_seed
+
+    def parameters() -> list[nn.Parameter]:
+        made = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+        made[0].grad, made[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+        return made
+
+    ours, theirs = parameters(), parameters()
+    assert clip_grad_norm_(ours, 0.5) == torch.nn.utils.clip_grad_norm_(theirs, 0.5) == 5
+    assert [p.grad if p.grad is None else p.grad.tolist() for p in ours] == [
+        p.grad if p.grad is None else p.grad.tolist() for p in theirs
+    ]
+    assert clip_grad_norm_(parameters()[0], 0.5, float("inf")) == 3
+    drawn = []
+    for _ in range(2):
+        set_random_seed(2**40)
+        drawn.append((random.random(), numpy.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
 
 
 def test_leaf_modules_are_remembered() -> None:
