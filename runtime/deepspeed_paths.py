@@ -42,6 +42,11 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     },
     "fp16.fused_optimizer": {"FP16_Optimizer": OPTIMIZER},
     "fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": OPTIMIZER},
+    "moe": {},
+    "moe.utils": {
+        name: f"runtime.utils.experts:{name}"
+        for name in ("has_moe_layers", "is_moe_param", "split_params_into_different_moe_groups_for_optimizer")
+    },
     "zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": OPTIMIZER},
     "zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": OPTIMIZER},
     "utils.init_on_device": {"OnDevice": "runtime.utils.loading:OnDevice"},
@@ -65,7 +70,10 @@ ABSENT: dict[str, str] = {
     "linear": f"{_DATA_PARALLEL} quantized or sharded linear layers; peft's LoRA works at every stage",
     "domino": f"{_DATA_PARALLEL} tensor parallelism",
     "module_inject": f"{_DATA_PARALLEL} tensor parallelism or injected kernels",
-    "moe": f"{_DATA_PARALLEL} expert parallelism; experts are sharded as any other parameter",
+    **dict.fromkeys(
+        ("moe.experts", "moe.layer", "moe.mappings", "moe.sharded_moe"),
+        f"{_DATA_PARALLEL} expert parallelism; experts are sharded as any other parameter",
+    ),
     "PipelineEngine": f"{_DATA_PARALLEL} pipeline parallelism",
     "PipelineModule": f"{_DATA_PARALLEL} pipeline parallelism",
     "pipe": f"{_DATA_PARALLEL} pipeline parallelism",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.deepspeed_tests.applicable import FILES
-from benchmarks.deepspeed_tests.execution import Choice, run_file
+from benchmarks.deepspeed_tests.execution import Choice, collect, run_file
 from benchmarks.deepspeed_tests.outcomes import Outcome, Outcomes
 from benchmarks.deepspeed_tests.reasons import unjudged
 from benchmarks.deepspeed_tests.table import page
@@ -30,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if file not in there:
             print(f"{file}: not in this checkout", file=sys.stderr)
             continue
+        if file not in outcomes.names:
+            outcomes.add_names(file, collect(tests, file))
         known = {outcome.name for outcome in outcomes.of(file) if not _again(outcome, arguments.again)}
+        wanted = [name for name in choice.of(outcomes.names[file]) if name not in known]
         fresh: Counter[str] = Counter()
-        for outcome in run_file(tests, file, choice, known, arguments.limit_s):
+        for outcome in run_file(tests, file, wanted, arguments.limit_s):
             outcomes.add(outcome)
             fresh[outcome.result] += 1
             if outcome.result == "failed" and not outcome.reason:

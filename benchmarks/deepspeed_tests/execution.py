@@ -19,8 +19,6 @@ from benchmarks.deepspeed_tests.outcomes import Outcome
 SHIM = Path(__file__).parent / "shim"
 COLLECTING_S = 60
 """That pytest may take beside a test's own time: to import and collect, and to end a test's processes."""
-COLLECTION = "(collection)"
-"""In the place of a test's name where a file's tests could not be collected."""
 
 
 @dataclass(frozen=True)
@@ -32,40 +30,62 @@ class Choice:
     only: str = ""
     """Those with this in their name."""
 
+    def of(self, names: list[str]) -> list[str]:
+        """The chosen ones."""
+        found = [name for name in names if self.only in name]
+        if 0 < self.sample < len(found):
+            return [found[at * len(found) // self.sample] for at in range(self.sample)]
+        return found
 
-def run_file(tests: Path, file: str, choice: Choice, known: set[str], limit_s: float) -> Iterator[Outcome]:
-    """All chosen ones whose names are not `known`, as they end. `tests`: the checkout's folder of that name. A test
-    that hangs ends DeepSpeed's pytest, and another one begins behind it."""
-    known = set(known)
-    while True:
+
+def collect(tests: Path, file: str) -> list[str]:
+    """The names of the tests in `file`. `tests`: the checkout's folder of that name. Raises RuntimeError if pytest
+    could not collect them."""
+    with tempfile.TemporaryDirectory() as folder:
+        attempt = _Attempt(tests, file, None, COLLECTING_S, Path(folder))
+        for _ in attempt.outcomes():
+            raise AssertionError("a test ran while they were collected")
+        return attempt.names()
+
+
+def run_file(tests: Path, file: str, wanted: list[str], limit_s: float) -> Iterator[Outcome]:
+    """Run the tests of these names; their outcomes as they end. A test that hangs ends DeepSpeed's pytest, and another
+    one begins behind it."""
+    left = list(wanted)
+    while left:
         with tempfile.TemporaryDirectory() as folder:
-            attempt = _Attempt(tests, file, choice, known, limit_s, Path(folder))
+            attempt = _Attempt(tests, file, left, limit_s, Path(folder))
             for outcome in attempt.outcomes():
-                known.add(outcome.name)
+                left.remove(outcome.name)
                 yield outcome
-            left = [name for name in attempt.names() if name not in known]
-            if (problem := attempt.problem()) is not None:
-                yield Outcome(file, COLLECTION, "failed", 0.0, problem)
-                return
-        if not left:
-            return
-        known.add(left[0])
-        yield Outcome(file, left[0], "failed", limit_s, "Test hanged, or ended its pytest")
+            attempt.names()
+        if left:
+            yield Outcome(file, left.pop(0), "failed", limit_s, "Test hanged, or ended its pytest")
 
 
 class _Attempt:
     """One pytest, from its start to its end or to the first test that hangs."""
 
-    def __init__(self, tests: Path, file: str, choice: Choice, known: set[str], limit_s: float, folder: Path) -> None:
+    def __init__(self, tests: Path, file: str, wanted: list[str] | None, limit_s: float, folder: Path) -> None:
+        """wanted: the names of the tests to run, in their order; None only collects."""
         self._file, self._limit_s = file, limit_s
-        self._report, self._names, done = folder / "report", folder / "names", folder / "done"
+        self._report, self._names, chosen = folder / "report", folder / "names", folder / "wanted"
         self._said = folder / "output"
-        done.write_text("\n".join(known))
+        chosen.write_text("\n".join(wanted or []))
         self._read = 0
         """Bytes of the report."""
         self._open: dict[str, list[dict[str, Any]]] = {}
         """The report's lines of tests that have not ended."""
-        options = ["-q", "-p", "no:cacheprovider", "-p", "zerotop_sampling", "-W", "ignore"]
+        options = [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "zerotop_chosen",
+            "-W",
+            "ignore",
+            *(["--collect-only"] if wanted is None else []),
+        ]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, f"unit/{file}"],
             cwd=tests,
@@ -73,9 +93,7 @@ class _Attempt:
                 **os.environ,
                 "PYTHONPATH": str(SHIM),
                 "ZEROTOP_DEVICE": "cpu",
-                "ZEROTOP_ONLY": choice.only,
-                "ZEROTOP_SAMPLE": str(choice.sample),
-                "ZEROTOP_DONE": str(done),
+                "ZEROTOP_WANTED": str(chosen),
                 "ZEROTOP_NAMES": str(self._names),
                 "ZEROTOP_MODULE": f"unit.{file.removesuffix('.py').replace('/', '.')}",
                 "ZEROTOP_REPORT": str(self._report),
@@ -104,13 +122,10 @@ class _Attempt:
             self._end()
 
     def names(self) -> list[str]:
-        """Of the tests that it was to run."""
-        listed = self._names.read_text().split("\n") if self._names.is_file() else []
-        return [name for name in listed if name]
-
-    def problem(self) -> str | None:
-        """Why there are no names: the end of what pytest said; None if there are."""
-        return None if self._names.is_file() else self._said.read_text(errors="replace")[-1500:]
+        """Of all tests in the file. Raises RuntimeError if pytest could not collect them."""
+        if not self._names.is_file():
+            raise RuntimeError(f"{self._file} could not be collected: {self._said.read_text(errors='replace')[-1500:]}")
+        return [name for name in self._names.read_text().split("\n") if name]
 
     def _ended(self) -> Iterator[Outcome]:
         if not self._report.is_file():

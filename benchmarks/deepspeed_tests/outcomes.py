@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.deepspeed_tests.reasons import reason_of
 
@@ -34,15 +35,26 @@ class Outcomes:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._found: dict[tuple[str, str], Outcome] = {}
-        if path is not None and path.is_file():
-            for line in path.read_text().splitlines():
-                self._remember(Outcome(**json.loads(line)))
+        self.names: dict[str, list[str]] = {}
+        """File -> the names of all its tests, where they are known."""
+        for found in map(json.loads, path.read_text().splitlines() if path is not None and path.is_file() else []):
+            if "names" in found:
+                self.names[found["file"]] = found["names"]
+            else:
+                self._remember(Outcome(**found))
 
     def add(self, outcome: Outcome) -> None:
         self._remember(outcome)
+        self._append(asdict(outcome))
+
+    def add_names(self, file: str, names: list[str]) -> None:
+        self.names[file] = names
+        self._append({"file": file, "names": names})
+
+    def _append(self, found: dict[str, Any]) -> None:
         if self._path is not None:
             with self._path.open("a") as file:
-                file.write(json.dumps(asdict(outcome)) + "\n")
+                file.write(json.dumps(found) + "\n")
 
     def of(self, file: str) -> list[Outcome]:
         return [outcome for outcome in self._found.values() if outcome.file == file]

@@ -117,6 +117,16 @@ def test_names_of_optimizers_as_constants() -> None:
         deepspeed.config.NO_OPTIMIZER  # noqa: B018
 
 
+def test_models_without_experts_keep_their_groups() -> None:
+    from runtime.moe.utils import has_moe_layers, is_moe_param, split_params_into_different_moe_groups_for_optimizer
+
+    model = nn.Linear(2, 2)
+    group = {"params": list(model.parameters()), "lr": 0.1}
+    assert split_params_into_different_moe_groups_for_optimizer(group) == [group]
+    assert split_params_into_different_moe_groups_for_optimizer((group, {"params": []})) == [group, {"params": []}]
+    assert has_moe_layers(model) == (False, 0) and not is_moe_param(model.weight)
+
+
 def test_small_tools() -> None:
     from runtime.checkpoint.utils import clone_tensors_for_torch_save
     from runtime.utils import OnDevice, RepeatingLoader, move_to_device

@@ -76,10 +76,6 @@ def required_torch_version(min_version: float | str | None = None, max_version: 
     return (min_version is None or ours >= key(min_version)) and (max_version is None or ours <= key(max_version))
 
 
-def _as_list(groups: Any, *_sizes: Any) -> list[Any]:
-    return [groups] if isinstance(groups, dict) else list(groups)
-
-
 def _on_cpus() -> None:
     """The tests take a rank's number for a device that tensors can be on, and for DistributedDataParallel's, which they
     compare with: on CPUs there is none of that number. They gather tensors without a dimension, which Gloo refuses."""
@@ -112,8 +108,6 @@ HELPERS: dict[str, dict[str, Any]] = {
     },
     "deepspeed.runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": 2**20},
     "deepspeed.utils.torch": {"required_torch_version": required_torch_version},
-    # Of models without experts, which those of the tests are that run here.
-    "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": _as_list},
 }
 """What the tests themselves are made with."""
 
