@@ -26,12 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{file}: neither run nor left out with a reason", file=sys.stderr)
     outcomes = Outcomes(arguments.results)
     choice = Choice(arguments.sample, arguments.only)
-    for file in (file for file in FILES if any(part in file for part in arguments.files)):
-        if file not in there:
-            print(f"{file}: not in this checkout", file=sys.stderr)
-            continue
-        if file not in outcomes.names:
-            outcomes.add_names(file, collect(tests, file))
+    chosen = [file for file in FILES if any(part in file for part in arguments.files)]
+    for file in (file for file in chosen if file not in there):
+        print(f"{file}: not in this checkout", file=sys.stderr)
+    chosen = [file for file in chosen if file in there]
+    if new := [file for file in chosen if file not in outcomes.names]:
+        for file, names in collect(tests, new).items():
+            outcomes.add_names(file, names)
+    for file in chosen:
         known = {outcome.name for outcome in outcomes.of(file) if not _again(outcome, arguments.again)}
         wanted = [name for name in choice.of(outcomes.names[file]) if name not in known]
         fresh: Counter[str] = Counter()

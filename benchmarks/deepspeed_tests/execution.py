@@ -38,11 +38,11 @@ class Choice:
         return found
 
 
-def collect(tests: Path, file: str) -> list[str]:
-    """The names of the tests in `file`. `tests`: the checkout's folder of that name. Raises RuntimeError if pytest
-    could not collect them."""
+def collect(tests: Path, files: list[str]) -> dict[str, list[str]]:
+    """The names of the tests in each of `files`. `tests`: the checkout's folder of that name. Raises RuntimeError if
+    pytest could not collect them."""
     with tempfile.TemporaryDirectory() as folder:
-        attempt = _Attempt(tests, file, None, COLLECTING_S, Path(folder))
+        attempt = _Attempt(tests, files, None, COLLECTING_S * len(files), Path(folder))
         for _ in attempt.outcomes():
             raise AssertionError("a test ran while they were collected")
         return attempt.names()
@@ -54,7 +54,7 @@ def run_file(tests: Path, file: str, wanted: list[str], limit_s: float) -> Itera
     left = list(wanted)
     while left:
         with tempfile.TemporaryDirectory() as folder:
-            attempt = _Attempt(tests, file, left, limit_s, Path(folder))
+            attempt = _Attempt(tests, [file], left, limit_s, Path(folder))
             for outcome in attempt.outcomes():
                 left.remove(outcome.name)
                 yield outcome
@@ -66,9 +66,9 @@ def run_file(tests: Path, file: str, wanted: list[str], limit_s: float) -> Itera
 class _Attempt:
     """One pytest, from its start to its end or to the first test that hangs."""
 
-    def __init__(self, tests: Path, file: str, wanted: list[str] | None, limit_s: float, folder: Path) -> None:
+    def __init__(self, tests: Path, files: list[str], wanted: list[str] | None, limit_s: float, folder: Path) -> None:
         """wanted: the names of the tests to run, in their order; None only collects."""
-        self._file, self._limit_s = file, limit_s
+        self._files, self._limit_s = files, limit_s
         self._report, self._names, chosen = folder / "report", folder / "names", folder / "wanted"
         self._said = folder / "output"
         chosen.write_text("\n".join(wanted or []))
@@ -87,7 +87,7 @@ class _Attempt:
             *(["--collect-only"] if wanted is None else []),
         ]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *options, f"unit/{file}"],
+            [sys.executable, "-m", "pytest", *options, *(f"unit/{file}" for file in files)],
             cwd=tests,
             env={
                 **os.environ,
@@ -95,8 +95,9 @@ class _Attempt:
                 "ZEROTOP_DEVICE": "cpu",
                 "ZEROTOP_WANTED": str(chosen),
                 "ZEROTOP_NAMES": str(self._names),
-                "ZEROTOP_MODULE": f"unit.{file.removesuffix('.py').replace('/', '.')}",
+                "ZEROTOP_MODULE": f"unit.{files[0].removesuffix('.py').replace('/', '.')}",
                 "ZEROTOP_REPORT": str(self._report),
+                "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
                 "PYTEST_XDIST_WORKER": f"gw{os.getpid() % 30}",  # chooses the ports: others may run these tests, too
                 "LOCAL_SIZE": "4",  # DeepSpeed's tests take it for the number of devices
                 "OMP_NUM_THREADS": "1",
@@ -121,11 +122,17 @@ class _Attempt:
         finally:
             self._end()
 
-    def names(self) -> list[str]:
-        """Of all tests in the file. Raises RuntimeError if pytest could not collect them."""
+    def names(self) -> dict[str, list[str]]:
+        """Of all tests in each file. Raises RuntimeError if pytest could not collect them."""
         if not self._names.is_file():
-            raise RuntimeError(f"{self._file} could not be collected: {self._said.read_text(errors='replace')[-1500:]}")
-        return [name for name in self._names.read_text().split("\n") if name]
+            said = self._said.read_text(errors="replace")[-1500:]
+            raise RuntimeError(f"{', '.join(self._files)} could not be collected: {said}")
+        found: dict[str, list[str]] = {file: [] for file in self._files}
+        for node in self._names.read_text().split("\n"):
+            file, _, name = node.removeprefix("unit/").partition("::")
+            if name:
+                found[file].append(name)
+        return found
 
     def _ended(self) -> Iterator[Outcome]:
         if not self._report.is_file():
@@ -138,7 +145,7 @@ class _Attempt:
         for found in map(json.loads, fresh.splitlines()):
             self._open.setdefault(found["name"], []).append(found)
             if found["when"] == "teardown":
-                yield _outcome(self._open.pop(found["name"]), self._file)
+                yield _outcome(self._open.pop(found["name"]), self._files[0])
 
     def _end(self) -> None:
         """And the ranks that a hung test leaves behind: they are in its session."""

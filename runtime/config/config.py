@@ -41,6 +41,9 @@ class Config(Section):
     """Samples per rank and micro-step."""
     gradient_accumulation_steps: BatchSize | None = None
     """Micro-steps per optimizer step."""
+    managed_gradient_accumulation: Flag = True
+    """Whether engine.step() counts micro-steps. If false, every step() ends the accumulation of the backwards before
+    it; each is still divided by gradient_accumulation_steps."""
     gradient_clipping: Annotated[Num, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 does not clip. Unset: 1.0, as in DeepSpeed."""
     optimizer: OptimizerSection | None = None
@@ -177,6 +180,7 @@ class Config(Section):
             persistence_threshold=zero.stage3_param_persistence_threshold,
             activation_checkpointing=self.activation_checkpointing,
             tag_validation=self.checkpoint.tag_validation,
+            managed_accumulation=self.managed_gradient_accumulation,
             gradient_clipping=self.gradient_clipping,
             optimizer=optimizer,
             scheduler=scheduler,

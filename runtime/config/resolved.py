@@ -123,6 +123,8 @@ class Resolved(Section):
     """None: the built-in model keeps its activations."""
     gradient_allreduce_op: Literal["mean", "sum"] = "mean"
     """What the gradients of the ranks become."""
+    managed_accumulation: bool = True
+    """False: every engine.step() of a script ends an accumulation."""
     tag_validation: Literal["ignore", "warn", "fail"] = "warn"
     """What save_checkpoint() does if ranks pass different tags."""
     gradient_clipping: float

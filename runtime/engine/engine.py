@@ -206,7 +206,7 @@ class Engine(EngineQueries):
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Override the counting of micro-steps from the next backward() on, until the next call: whether a micro-step
         is the boundary. The loss is still divided by gradient_accumulation_steps()."""
-        self.state.accumulation.forced_boundary = bool(is_boundary)
+        self.state.accumulation.force_boundary(bool(is_boundary))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

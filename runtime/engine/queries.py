@@ -133,7 +133,9 @@ class EngineQueries(nn.Module):
 
     @property
     def global_samples(self) -> int:
-        """Samples trained over all ranks, at the current global batch size."""
+        """Samples trained over all ranks, at the current batch size."""
+        if not self.config.managed_accumulation:
+            return self.micro_steps * self.config.micro_batch * self.comm.world_size
         return self.global_steps * self.config.global_batch
 
     @property
@@ -234,6 +236,10 @@ class EngineQueries(nn.Module):
     def gradient_accumulation_steps(self) -> int:
         """Micro-steps per optimizer step."""
         return self.config.accumulation
+
+    def managed_gradient_accumulation(self) -> bool:
+        """Whether step() counts micro-steps; False: every step() ends the accumulation."""
+        return self.config.managed_accumulation
 
     def train_batch_size(self) -> int:
         """Samples per optimizer step, over all ranks."""

@@ -125,6 +125,29 @@ def test_whatever_way_backward_is_called(ranks, calls, stage):
             assert steps == STEPS
 
 
+def train_unmanaged(stage: int) -> tuple[dict[str, torch.Tensor], list[tuple[int, int, bool]], str]:
+    """As many backwards before a step() as there are micro-batches, which the config's accumulation does not count."""
+    settings = {**config(stage, 2, clip=0.0), "managed_gradient_accumulation": False}
+    engine = initialize(model=model_of("plain"), config=settings)[0]
+    seen = []
+    for step in range(STEPS):
+        for micro in range(2):
+            engine.backward(loss_of(engine, step, micro))
+        engine.step()
+        seen.append((engine.global_steps, engine.global_samples, engine.is_gradient_accumulation_boundary()))
+    problem = message_of(AssertionError, lambda: engine.set_gradient_accumulation_boundary(False))
+    return whole(engine), seen, problem
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_step_ends_an_accumulation_that_is_not_managed(ranks, stage):
+    plain = plainly("plain", 2)
+    for ours, seen, problem in ranks(2).run(train_unmanaged, stage):
+        assert_equal(ours, plain)
+        assert seen == [(step, 8 * step, True) for step in range(1, STEPS + 1)]
+        assert "every engine.step() is a boundary" in problem
+
+
 def one_backward(kind: str, stage: int, accumulation: int) -> tuple[dict[str, torch.Tensor], list[str]]:
     heard: list[str] = []
     handler = logging.Handler(logging.WARNING)

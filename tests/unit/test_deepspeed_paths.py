@@ -67,6 +67,8 @@ def test_what_is_not_data_parallel_is_refused_by_name(name: str) -> None:
 def test_the_version_compares_and_says_whose_it_is() -> None:
     deepspeeds, _, ours = deepspeed.__version__.partition("+")
     assert tuple(int(part) for part in deepspeeds.split(".")) >= (0, 9) and ours.startswith("zerotop.")
+    parts = (deepspeed.__version_major__, deepspeed.__version_minor__, deepspeed.__version_patch__)
+    assert ".".join(map(str, parts)) == deepspeeds and deepspeed.__git_hash__ is deepspeed.__git_branch__ is None
 
 
 def test_optimizers_are_classes() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    Path(os.environ["ZEROTOP_NAMES"]).write_text("\n".join(_name(item.nodeid) for item in items))
+    Path(os.environ["ZEROTOP_NAMES"]).write_text("\n".join(item.nodeid for item in items))
     wanted = set(Path(os.environ["ZEROTOP_WANTED"]).read_text().split("\n"))
     items[:] = [item for item in items if _name(item.nodeid) in wanted]
 
