@@ -250,6 +250,10 @@ class Engine(EngineQueries):
     def allreduce_gradients(self, bucket_size: int | None = None) -> None:
         """Does nothing, for compatibility: engine.backward(loss) has reduced the gradients."""
 
+    def _backward_epilogue(self) -> None:
+        """Does nothing, for compatibility: scripts call it after a loss.backward() that several engines share, and the
+        end of that backward has ended each engine's part."""
+
     # ---- checkpoints -----------------------------------------------------------------------------------------------
     def save_checkpoint(
         self,

@@ -11,7 +11,6 @@ import importlib
 import itertools
 import multiprocessing
 import multiprocessing.pool
-import os
 import re
 import sys
 from collections import defaultdict
@@ -145,6 +144,5 @@ starmapstar.__module__ = "multiprocessing.pool"
 multiprocessing.pool.starmapstar = starmapstar  # type: ignore[attr-defined]
 sys.meta_path.insert(0, Shim())
 # Each test starts ranks anew, from a server of forks that has imported what all of them import.
-if "ZEROTOP_MODULE" in os.environ:
-    multiprocessing.set_forkserver_preload(["torch", os.environ["ZEROTOP_MODULE"], "runtime.engine.initialize"])
+multiprocessing.set_forkserver_preload(["zerotop_preloaded"])
 builtins.__import__ = _import_what_is_there
