@@ -84,7 +84,6 @@ ABSENT: dict[str, str] = {
     "tp_model_init": f"{_DATA_PARALLEL} tensor parallelism",
     "set_autotp_mode": f"{_DATA_PARALLEL} tensor parallelism",
     "fp16.onebit": f"{_DATA_PARALLEL} 1-bit optimizers",
-    "ops.lamb": f"{_DATA_PARALLEL} LAMB, which needs the norms of full layers",
     "ops.op_builder": f"{_DATA_PARALLEL} operators that are built at run time; `zerotop doctor` says what is built",
     "ops.sparse_attention": f"{_DATA_PARALLEL} sparse attention layers",
     "ops.transformer": f"{_DATA_PARALLEL} transformer layers of its own",

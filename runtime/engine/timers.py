@@ -74,8 +74,6 @@ class Timer:
 class SynchronizedWallClockTimer:
     """Timers by name, made on first use: timers("forward").start(). On a GPU each start and stop waits for it."""
 
-    Timer = Timer
-
     def __init__(self) -> None:
         self.timers: dict[str, Timer] = {}
 

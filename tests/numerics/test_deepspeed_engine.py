@@ -381,6 +381,38 @@ def test_calls_of_the_engine(ranks, stage, tmp_path):
     assert (tmp_path / "pytorch_model.bin").is_file()
 
 
+def load_data() -> dict[str, Any]:
+    from torch.utils.data import TensorDataset
+
+    engine = engine_for(config(1, 1, clip=0.0))
+    data = TensorDataset(torch.arange(8))
+    train = engine.deepspeed_io(data)
+    shares = [torch.cat([batch for (batch,) in train]) for _ in range(2)]
+    whole = [torch.zeros(8, dtype=torch.int64) for _ in range(2)]
+    for share, counts in zip(shares, whole, strict=True):
+        counts[share] = 1
+        torch.distributed.all_reduce(counts)
+    return {
+        "shares": [share.tolist() for share in shares],
+        "each once": [counts.tolist() for counts in whole],
+        "eval": [batch.tolist() for (batch,) in engine.deepspeed_io(data, batch_size=3, route="eval")],
+        "own sampler": [batch.tolist() for (batch,) in engine.deepspeed_io(data, data_sampler=[5, 1, 2])],
+        "route": message_of(ConfigError, lambda: engine.deepspeed_io(data, route="test")),
+        "endless": message_of(ConfigError, lambda: engine.deepspeed_io(iter([1]))),
+    }
+
+
+def test_loaders_that_the_engine_makes(ranks):
+    first, second = ranks(2).run(load_data)
+    assert first["shares"] != second["shares"] and len(first["shares"][0]) == 4
+    for found in (first, second):
+        assert found["shares"][0] == found["shares"][1]  # nothing was trained between the two
+        assert found["each once"] == [[1] * 8] * 2
+        assert found["eval"] == [[0, 1, 2], [3, 4, 5], [6, 7]] and found["own sampler"] == [[5, 1], [2]]
+        assert "expected one of train, eval, predict" in found["route"]
+        assert "expected a data set with a length" in found["endless"]
+
+
 # ---- fp32 weights of a checkpoint ------------------------------------------------------------------------------------
 def save_trained(folder: str) -> dict[str, torch.Tensor]:
     from runtime.utils import safe_get_full_fp32_param

@@ -79,6 +79,13 @@ def test_optimizers_are_classes() -> None:
             kind(parameters, amsgrad=True)
 
 
+def test_lamb_can_be_imported_by_scripts_that_use_another_optimizer() -> None:
+    from runtime.ops.lamb import FusedLamb
+
+    with pytest.raises(NotImplementedError, match="Use AdamW"):
+        FusedLamb([nn.Parameter(torch.ones(2))], lr=0.1)
+
+
 def test_a_scripts_own_local_rank_gets_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     for own in (True, False):
