@@ -43,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if outcome.result == "failed" and not outcome.reason:
                 print(f"  {outcome.name}: {_last_line(outcome.message)}", flush=True)
         print(f"{file}: {', '.join(f'{n} {r}' for r, n in sorted(fresh.items())) or 'nothing new'}", flush=True)
-    text = page(outcomes.in_order(FILES), sys.argv[1:] if argv is None else argv)
+    text = page(
+        outcomes.in_order(FILES),
+        {file: outcomes.names[file] for file in chosen},
+        sys.argv[1:] if argv is None else argv,
+    )
     print(text)
     if arguments.markdown:
         arguments.markdown.write_text(text)

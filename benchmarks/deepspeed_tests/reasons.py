@@ -110,7 +110,7 @@ MESSAGES = (
     ("not data parallel: refused by name", "zerotop shards data-parallel training"),
     ("its fixture is not found by this version of pytest", r"fixture '\w+' not found"),
 )
-"""Reason, and what the message has; where no other reason is known."""
+"""Reason, and what the message has; these come before the names."""
 
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "tensor, sequence, pipeline and expert parallelism": (
@@ -166,7 +166,10 @@ def unjudged(files: Iterable[str]) -> list[str]:
 
 def reason_of(file: str, test: str, message: str) -> str:
     """Why this test of `file` need not pass; empty where nobody has said so."""
+    for reason, words in MESSAGES:
+        if re.search(words, message):
+            return reason
     for reason, tests in REASONS.items():
         if any(file == where and re.search(pattern, test) for where, pattern in tests):
             return reason
-    return next((reason for reason, words in MESSAGES if re.search(words, message)), "")
+    return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.deepspeed_tests.applicable import cause_of
@@ -12,13 +12,18 @@ from benchmarks.deepspeed_tests.outcomes import Outcome
 from benchmarks.deepspeed_tests.reasons import LEFT_OUT
 
 
-def page(outcomes: list[Outcome], argv: Sequence[str]) -> str:
-    """As Markdown. `argv`: the benchmark's own arguments, without the place of the checkout."""
-    shown = ["CHECKOUT" if Path(word).is_dir() else word for word in argv]
+def page(outcomes: list[Outcome], tests: Mapping[str, Sequence[str]], argv: Sequence[str]) -> str:
+    """As Markdown. `tests`: the names of all tests of each file. `argv`: the benchmark's own arguments."""
+    shown = [
+        "CHECKOUT" if Path(word).is_dir() else Path(word).name if Path(word).is_absolute() else word for word in argv
+    ]
     minutes = sum(outcome.seconds for outcome in outcomes) / 60
     counts: dict[str, Counter[str]] = {}
     for outcome in outcomes:
         counts.setdefault(outcome.file, Counter())["explained" if outcome.reason else outcome.result] += 1
+    for file, names in tests.items():
+        found = counts.setdefault(file, Counter())
+        found["not run"] = len(names) - found.total()
     counts["**all**"] = sum(counts.values(), Counter())
     lines = [
         "# DeepSpeed's own tests, with `runtime` in the place of `deepspeed`",
@@ -27,11 +32,12 @@ def page(outcomes: list[Outcome], argv: Sequence[str]) -> str:
         f"Python {platform.python_version()}, {platform.machine()}, CPUs and Gloo, {minutes:.0f} min. What "
         "DeepSpeed's tests skip on CPUs by themselves counts as skipped.",
         "",
-        "| file | passed | failed, with a reason below | failed otherwise | skipped |",
-        "|---|---|---|---|---|",
+        "| file | passed | failed, with a reason below | failed otherwise | skipped | not run |",
+        "|---|---|---|---|---|---|",
     ]
     for name, found in counts.items():
-        lines.append(f"| {name} | {found['passed']} | {found['explained']} | {found['failed']} | {found['skipped']} |")
+        numbers = (found[kind] for kind in ("passed", "explained", "failed", "skipped", "not run"))
+        lines.append(f"| {name} | {' | '.join(map(str, numbers))} |")
     failed = [outcome for outcome in outcomes if outcome.result == "failed"]
     lines += ["", "## Why not", *_by_kind([(outcome.reason, outcome) for outcome in failed if outcome.reason])]
     if unexplained := [(cause_of(outcome.message), outcome) for outcome in failed if not outcome.reason]:
