@@ -136,6 +136,8 @@ def _resolve(config: Any, device: torch.device) -> Resolved:
     if isinstance(config, Resolved):
         return config
     if isinstance(config, DeepSpeedConfig):
+        if config._param_dict is None:
+            return config.resolved
         config = config._param_dict
     world_size = torch.distributed.get_world_size()
     if config is None:

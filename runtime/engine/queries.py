@@ -12,6 +12,7 @@ from torch import nn
 from runtime.checkpoint.registered import ScriptState
 from runtime.comm import Comm
 from runtime.config import Resolved
+from runtime.engine.deepspeed_config import DeepSpeedConfig
 from runtime.engine.monitor import ScriptMonitor
 from runtime.engine.session import Session
 from runtime.engine.step import OptimizerSteps
@@ -48,6 +49,11 @@ class EngineQueries(nn.Module):
     def config(self) -> Resolved:
         """The resolved config."""
         return self.state.config
+
+    @property
+    def _config(self) -> DeepSpeedConfig:
+        """The config by DeepSpeed's names, which scripts read although the underscore says otherwise."""
+        return DeepSpeedConfig.of(self.config)
 
     @property
     def comm(self) -> Comm:

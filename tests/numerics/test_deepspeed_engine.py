@@ -342,6 +342,10 @@ def call(stage: int, folder: str) -> dict[str, Any]:
     engine.set_train_batch_size(2 * world)
     engine.set_lr(0.25)
     advance(engine, 1, 3)
+    found["config"] = [
+        getattr(engine._config, key) for key in ("train_batch_size", "bfloat16_enabled", "optimizer_name")
+    ]
+    found["zero"] = (kept.zero_config.stage, kept.zero_config.param_persistence_threshold)
     found["batch"] = (engine.get_batch_info(), engine.global_steps, engine.get_lr(), engine.optimizer.loss_scale)
     timer = engine.tput_timer
     found["timer"] = (timer.global_step_count, timer.micro_step_count, timer.batch_size)
@@ -374,6 +378,7 @@ def test_calls_of_the_engine(ranks, stage, tmp_path):
         assert found["parked"].endswith("; call engine.reload_states() on every rank first")
         assert "expected some of optim_states" in found["unknown"]
         assert found["batch"] == ((4, 2, 1), 3, [0.25], 1.0)
+        assert found["config"] == [4, True, "adamw"] and found["zero"] == (stage, 0)
         assert found["timer"] == (3, 4, 4)
         assert "a multiple of 4" in found["no multiple"] and "no_sync() inside" in found["nested"]
         assert found["frozen left out"] == []
