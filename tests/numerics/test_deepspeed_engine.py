@@ -342,9 +342,8 @@ def call(stage: int, folder: str) -> dict[str, Any]:
     engine.set_train_batch_size(2 * world)
     engine.set_lr(0.25)
     advance(engine, 1, 3)
-    found["config"] = [
-        getattr(engine._config, key) for key in ("train_batch_size", "bfloat16_enabled", "optimizer_name")
-    ]
+    kept = engine._config
+    found["config"] = [kept.train_batch_size, kept.bfloat16_enabled, kept.optimizer_name]
     found["zero"] = (kept.zero_config.stage, kept.zero_config.param_persistence_threshold)
     found["batch"] = (engine.get_batch_info(), engine.global_steps, engine.get_lr(), engine.optimizer.loss_scale)
     timer = engine.tput_timer
