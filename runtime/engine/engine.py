@@ -23,7 +23,7 @@ from runtime.checkpoint.job import SaveOptions
 from runtime.checkpoint.optimizer_states import load_optimizer_state, optimizer_state
 from runtime.checkpoint.registered import check_name
 from runtime.checkpoint.snapshot import SnapshotGuard
-from runtime.checkpoint.tag_validation import validate_tag
+from runtime.checkpoint.tag_validation import validate_place
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.engine import model_io, registry
@@ -304,7 +304,7 @@ class Engine(EngineQueries):
 
         Raises CheckpointError on every rank if any rank fails to write (also a ValueError for a folder or tag that
         can't be one); in the middle of an accumulation, as checkpoints hold no gradients; and if ranks pass different
-        tags with checkpoint.tag_validation "Fail" (otherwise rank 0's is used).
+        folders or tags with checkpoint.tag_validation "Fail" (otherwise rank 0's are used).
         """
         if exclude_frozen_parameters and not self.optimizer.trains:
             raise checkpoint.CheckpointError(
@@ -320,9 +320,9 @@ class Engine(EngineQueries):
         if client_state is not None:
             self.script.client_state = client_state
         with self.telemetry.span("checkpoint"):
-            tag = validate_tag(self.comm, save_dir, tag, self.global_steps, self.config.tag_validation)
+            folder, tag = validate_place(self.comm, save_dir, tag, self.global_steps, self.config.tag_validation)
             options = SaveOptions(latest=save_latest, with_frozen=not exclude_frozen_parameters)
-            folder, state = Path(save_dir), self.script.client_state
+            state = self.script.client_state
             if wait:
                 earlier = self.checkpointer.wait_for_unreported()
                 self.script.last_checkpoint = self.checkpointer.save(folder, tag, state, options)
