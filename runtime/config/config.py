@@ -18,6 +18,7 @@ from .deepspeed import (
     DType,
     Fp16Section,
     Reduction,
+    ScriptLogLevel,
     ZeroSection,
 )
 from .errors import Findings, Path, dotted
@@ -71,6 +72,8 @@ class Config(Section):
     """Recompute activations in backward instead of keeping them. Unset: off."""
     checkpoint: CheckpointSection = CheckpointSection()
     """DeepSpeed's checks of checkpoints that a script saves."""
+    log_level: ScriptLogLevel | None = None
+    """Lowest level of the records of deepspeed.utils.logger, and of the run's log unless zerotop.log.level is set."""
     dataloader_drop_last: Flag = False
     """Whether a loader that initialize() builds leaves out an incomplete last batch."""
     zerotop: ZerotopConfig = ZerotopConfig()
@@ -138,6 +141,9 @@ class Config(Section):
             )
         if self.data_types.buffer_dtype is not None and zerotop.buffer_dtype is None:
             zerotop = zerotop.model_copy(update={"buffer_dtype": self.data_types.buffer_dtype})
+        if self.log_level is not None and "level" not in zerotop.log.model_fields_set:
+            level = "error" if self.log_level == "critical" else self.log_level
+            zerotop = zerotop.model_copy(update={"log": zerotop.log.model_copy(update={"level": level})})
         offload_param = _cpu(zero.offload_param)
         if offload_param is not None and zero.stage < 3:
             notes.append(
@@ -187,6 +193,7 @@ class Config(Section):
             fp16=Fp16Config(**self.fp16.model_dump(exclude={"enabled"})),
             offload_optimizer=OffloadOptimizerConfig(**kept) if (kept := _cpu(zero.offload_optimizer)) else None,
             offload_param=OffloadParamConfig(**offload_param) if offload_param else None,
+            log_level=self.log_level,
             dataloader_drop_last=self.dataloader_drop_last,
             zerotop=zerotop,
             notes=tuple(notes),

@@ -125,6 +125,8 @@ class Resolved(Section):
     """What the gradients of the ranks become."""
     managed_accumulation: bool = True
     """False: every engine.step() of a script ends an accumulation."""
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
+    """Lowest level of a script's own log records; None leaves it as it is."""
     tag_validation: Literal["ignore", "warn", "fail"] = "warn"
     """What save_checkpoint() does if ranks pass different tags."""
     gradient_clipping: float

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from runtime.accelerator import get_accelerator
-from runtime.config import Resolved, load
+from runtime.config import Device, Resolved, load
 from runtime.zero.config import DeepSpeedZeroConfig
 
 
@@ -24,7 +24,7 @@ class DeepSpeedConfig:
         """mpu, mesh_device: ignored; initialize() refuses those that split the model."""
         found = load(config)
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
-        device = "cuda" if get_accelerator().device_name() == "cuda" else "cpu"
+        device: Device = "cuda" if get_accelerator().device_name() == "cuda" else "cpu"
         self._fill(found.resolve(self.world_size, device, script=True))
         self._param_dict: dict[str, Any] | None = found.raw
         """The config as it was given; None if it is an engine's."""
@@ -39,10 +39,12 @@ class DeepSpeedConfig:
         made.world_size, made._param_dict = resolved.world_size, None
         made._fill(resolved)
         kept = {key: getattr(resolved, key) for key in ("offload_optimizer", "offload_param")}
-        devices = {key: {"device": "cpu", "pin_memory": value.pin_memory} for key, value in kept.items() if value}
-        made.zero_config = DeepSpeedZeroConfig(
-            stage=resolved.stage, param_persistence_threshold=resolved.persistence_threshold, **devices
-        )
+        section: dict[str, Any] = {
+            "stage": resolved.stage,
+            "param_persistence_threshold": resolved.persistence_threshold,
+        }
+        section |= {key: {"device": "cpu", "pin_memory": value.pin_memory} for key, value in kept.items() if value}
+        made.zero_config = DeepSpeedZeroConfig(**section)
         return made
 
     def _fill(self, resolved: Resolved) -> None:
@@ -56,6 +58,8 @@ class DeepSpeedConfig:
         self.zero_optimization_stage = resolved.stage
         self.zero_enabled = resolved.stage > 0
         self.fp16_enabled, self.bfloat16_enabled = resolved.precision == "fp16", resolved.precision == "bf16"
+        self.param_dtype = None  # what fp16 and bf16 say
+        self.buffer_dtype, self.log_level = resolved.zerotop.buffer_dtype, resolved.log_level
         self.gradient_allreduce_op = resolved.gradient_allreduce_op
         self.prescale_gradients = resolved.prescale_gradients
         self.gradient_predivide_factor = resolved.gradient_predivide_factor

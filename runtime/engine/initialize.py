@@ -88,6 +88,8 @@ def initialize(
     )
     resolved = _resolve(chosen, device)
     refuse_unsupported(resolved)
+    if resolved.log_level is not None:
+        logging.getLogger("runtime.script").setLevel(resolved.log_level.upper())
     if optimizer is None and resolved.optimizer is None:
         engine = _evaluation_engine(model, resolved, device, model_parameters, lr_scheduler)
         return engine, None, _make_loader(engine, training_data, collate_fn), None

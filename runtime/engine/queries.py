@@ -350,6 +350,10 @@ class EngineQueries(nn.Module):
         return self.config.dataloader_drop_last
 
     # ---- reporting ---------------------------------------------------------------------------------------------------
+    def log_level(self) -> str | None:
+        """The config's log_level in capitals; None without one."""
+        return self.config.log_level.upper() if self.config.log_level is not None else None
+
     def steps_per_print(self) -> int:
         """Optimizer steps between two progress lines: zerotop.log.interval."""
         return self.config.zerotop.log.interval
