@@ -136,6 +136,16 @@ def test_models_without_experts_keep_their_groups() -> None:
     assert has_moe_layers(model) == (False, 0) and not is_moe_param(model.weight)
 
 
+def test_deepspeeds_module_of_the_logger_does_not_hide_pythons() -> None:
+    code = (
+        "from runtime.utils import logging as theirs, set_log_level_from_string, log_dist; import logging\n"
+        "import runtime.utils.logging as again; from runtime.utils import logger\n"
+        "assert theirs is again and theirs.logger is logger and theirs is not logging\n"
+        "set_log_level_from_string('ERROR'); log_dist('x', ranks=[-1]); assert logger.level == logging.ERROR\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
 def test_small_tools() -> None:
     from runtime.checkpoint.utils import clone_tensors_for_torch_save
     from runtime.utils import OnDevice, RepeatingLoader, move_to_device
