@@ -61,7 +61,7 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("runtime/test_ds_config_dict.py", "gradient_allreduce_rejects_(zero3|deepcompile)"),
         ("runtime/test_ds_initialize.py", "TestOptimizerImplementation"),
         ("v1/half_precision/test_bf16.py", "TestZeroAllowUntestedOptimizer"),
-        ("v1/zero/test_zero_user_backward.py", "Unmanaged.*(rejects|rejected)"),
+        ("v1/zero/test_zero_user_backward.py", "test_unmanaged_rejects_(overlap|pipeline)"),
         ("runtime/test_no_sync_ctxt.py", r"test_zero_stage\[[23]-"),
         ("runtime/zero/test_ignore_unused_parameters.py", "False"),
         ("v1/zero/test_zero_user_backward.py", "test_scale_validates_scalar_loss"),
@@ -93,6 +93,12 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "saving in the middle of an accumulation is refused: a checkpoint holds no gradients": (
         ("checkpoint/test_zero_optimizer.py", "test_save_before_accum_grad_is_done|test_hybrid_optimizer_state"),
+    ),
+    "reads parameters right after step(), beside which the offloaded update goes on: engine.synchronize() waits": (
+        ("v1/zero/test_zero_user_backward.py", "UnmanagedGradientAccumulation.*Offload.*matches_managed"),
+    ),
+    "engine.coalesce_grad_reduction(): several backwards before a step add up without it": (
+        ("v1/zero/test_zero_user_backward.py", "test_unmanaged_rejects_coalesce"),
     ),
     "zero_grad() keeps what engine.backward() has accumulated: scripts call it between micro-steps": (
         ("runtime/test_no_sync_ctxt.py", "test_multiple_ctxts"),

@@ -151,9 +151,11 @@ def test_engines_that_share_a_loss(ranks, stage):
             assert_equal(together, apart)
 
 
-def train_unmanaged(stage: int) -> tuple[dict[str, torch.Tensor], list[tuple[int, int, bool]], str]:
+def train_unmanaged(stage: int, offload: bool) -> tuple[dict[str, torch.Tensor], list[tuple[int, int, bool]], str]:
     """As many backwards before a step() as there are micro-batches, which the config's accumulation does not count."""
     settings = {**config(stage, 2, clip=0.0), "managed_gradient_accumulation": False}
+    if offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     engine = initialize(model=model_of("plain"), config=settings)[0]
     seen = []
     for step in range(STEPS):
@@ -165,10 +167,10 @@ def train_unmanaged(stage: int) -> tuple[dict[str, torch.Tensor], list[tuple[int
     return whole(engine), seen, problem
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_step_ends_an_accumulation_that_is_not_managed(ranks, stage):
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, True), (2, False), (2, True), (3, False), (3, True)])
+def test_every_step_ends_an_accumulation_that_is_not_managed(ranks, stage, offload):
     plain = plainly("plain", 2)
-    for ours, seen, problem in ranks(2).run(train_unmanaged, stage):
+    for ours, seen, problem in ranks(2).run(train_unmanaged, stage, offload):
         assert_equal(ours, plain)
         assert seen == [(step, 8 * step, True) for step in range(1, STEPS + 1)]
         assert "every engine.step() is a boundary" in problem
