@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{file}: {', '.join(f'{n} {r}' for r, n in sorted(fresh.items())) or 'nothing new'}", flush=True)
     text = page(
         outcomes.in_order(FILES),
-        {file: outcomes.names[file] for file in chosen},
+        {file: outcomes.names[file] for file in FILES if file in outcomes.names},
         sys.argv[1:] if argv is None else argv,
     )
     print(text)

@@ -51,7 +51,7 @@ def _by_kind(found: list[tuple[str, Outcome]]) -> list[str]:
     """A heading and a list for each kind, the largest first."""
     lines: list[str] = []
     for kind, number in Counter(kind for kind, _ in found).most_common():
-        lines += [f"### {kind[0].upper()}{kind[1:]} ({number})"]
+        lines += [f"### {kind} ({number})"]
         for file, names in _named(outcome for one, outcome in found if one == kind).items():
             lines.append(f"- {file}: {', '.join(names)}")
         lines.append("")

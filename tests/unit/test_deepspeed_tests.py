@@ -55,4 +55,4 @@ def test_the_page_names_every_failure(reason: str) -> None:
     numbers = "1 | 2 | 0 | 0 | 1" if reason else "1 | 0 | 2 | 0 | 1"
     assert f"| {FILE} | {numbers} |" in text and f"| **all** | {numbers} |" in text
     assert f"- {FILE}: A::fails (2)" in text and "/tmp" not in text
-    assert ("### Fp16 needs a GPU (2)" in text) == bool(reason) != ("## Without a reason" in text)
+    assert ("### fp16 needs a GPU (2)" in text) == bool(reason) != ("## Without a reason" in text)
