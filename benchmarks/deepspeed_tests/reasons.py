@@ -114,7 +114,7 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
 """Reason -> (file, regular expression for Class::test[parameters]); it counts where the test fails."""
 
 MESSAGES = (
-    ("fp16 needs a GPU", "fp16 needs a GPU"),
+    ("fp16 needs a GPU", "fp16 needs a GPU|is float16: expected"),
     ("not data parallel: refused by name", "zerotop shards data-parallel training"),
     ("its fixture is not found by this version of pytest", r"fixture '\w+' not found"),
 )
