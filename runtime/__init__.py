@@ -44,6 +44,8 @@ _FROM = {
 }
 """Name -> module that defines it, with ":NAME" if it has another name there."""
 
+_VERSION_PARTS = ("__version_major__", "__version_minor__", "__version_patch__")
+
 __all__ = [
     "DeepSpeedConfig",
     "DeepSpeedConfigError",
@@ -72,6 +74,10 @@ deepspeedpaths.install()
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return f"{DEEPSPEED_VERSION}+zerotop.{importlib.import_module('importlib.metadata').version('zerotop')}"
+    if name in _VERSION_PARTS:
+        return int(DEEPSPEED_VERSION.split(".")[_VERSION_PARTS.index(name)])
+    if name in ("__git_hash__", "__git_branch__"):
+        return None  # an installed package knows neither
     return deepspeedpaths.attribute_of("runtime", name, _FROM)
 
 

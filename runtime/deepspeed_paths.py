@@ -37,15 +37,23 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "RepeatingLoader": "runtime.utils.loading:RepeatingLoader",
     },
     "fp16": {},
+    "fp16.loss_scaler": {
+        "DynamicLossScaler": "runtime.state.loss_scale:DynamicScaler",
+        "LossScaler": "runtime.state.loss_scale:FixedScaler",
+    },
     "fp16.fused_optimizer": {"FP16_Optimizer": OPTIMIZER},
     "fp16.unfused_optimizer": {"FP16_UnfusedOptimizer": OPTIMIZER},
-    "zero.config": {
-        "OffloadDeviceEnum": "runtime.zero.offload_config:OffloadDeviceEnum",
-        "ZeroStageEnum": "runtime.zero.offload_config:ZeroStageEnum",
+    "moe": {},
+    "moe.utils": {
+        name: f"runtime.utils.experts:{name}"
+        for name in ("has_moe_layers", "is_moe_param", "split_params_into_different_moe_groups_for_optimizer")
     },
     "zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": OPTIMIZER},
     "zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": OPTIMIZER},
     "utils.init_on_device": {"OnDevice": "runtime.utils.loading:OnDevice"},
+    "utils.timer": {
+        name: f"runtime.engine.timers:{name}" for name in ("SynchronizedWallClockTimer", "ThroughputTimer")
+    },
     "utils.logging": {"logger": "runtime.utils:logger", "log_dist": "runtime.utils:log_dist"},
 }
 """Module path below this package -> its names and where they are defined. One class is the optimizer of every stage and
@@ -63,7 +71,10 @@ ABSENT: dict[str, str] = {
     "linear": f"{_DATA_PARALLEL} quantized or sharded linear layers; peft's LoRA works at every stage",
     "domino": f"{_DATA_PARALLEL} tensor parallelism",
     "module_inject": f"{_DATA_PARALLEL} tensor parallelism or injected kernels",
-    "moe": f"{_DATA_PARALLEL} expert parallelism; experts are sharded as any other parameter",
+    **dict.fromkeys(
+        ("moe.experts", "moe.layer", "moe.mappings", "moe.sharded_moe"),
+        f"{_DATA_PARALLEL} expert parallelism; experts are sharded as any other parameter",
+    ),
     "PipelineEngine": f"{_DATA_PARALLEL} pipeline parallelism",
     "PipelineModule": f"{_DATA_PARALLEL} pipeline parallelism",
     "pipe": f"{_DATA_PARALLEL} pipeline parallelism",
@@ -74,7 +85,6 @@ ABSENT: dict[str, str] = {
     "tp_model_init": f"{_DATA_PARALLEL} tensor parallelism",
     "set_autotp_mode": f"{_DATA_PARALLEL} tensor parallelism",
     "fp16.onebit": f"{_DATA_PARALLEL} 1-bit optimizers",
-    "ops.lamb": f"{_DATA_PARALLEL} LAMB, which needs the norms of full layers",
     "ops.op_builder": f"{_DATA_PARALLEL} operators that are built at run time; `zerotop doctor` says what is built",
     "ops.sparse_attention": f"{_DATA_PARALLEL} sparse attention layers",
     "ops.transformer": f"{_DATA_PARALLEL} transformer layers of its own",

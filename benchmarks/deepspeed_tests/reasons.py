@@ -14,12 +14,12 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
     INTERNAL: (
         ("comm/test_dist.py", "TestDistInferenceAllReduce"),
         ("launcher/test_ds_arguments.py", "test_core_binding_arguments"),
-        ("runtime/test_ds_config_dict.py", "test_get_bfloat16_enabled|test_gather_16bit_params_on_model_save"),
-        ("runtime/test_runtime_utils.py", ""),
-        ("runtime/utils/test_partition.py", ""),
+        ("checkpoint/test_zero_optimizer.py", "test_save_exclude_.*frozen_weights"),  # opens DeepSpeed's files
+        ("runtime/test_ds_config_dict.py", "test_get_bfloat16_enabled|TestBatchConfig"),
+        ("runtime/test_ds_initialize.py", "TestBf16ZeRO0UnfusedOptimizer"),
+        ("runtime/test_runtime_utils.py", "test_call_to_str|test_count_used_parameters|TestCheckOverflow"),
         ("runtime/zero/test_unwrap_model.py", "TestUnwrapModel::"),
         ("runtime/zero/test_zero_allreduce_fetch_params.py", ""),
-        ("runtime/zero/test_zero_config.py", ""),
         (
             "runtime/zero/test_zero_context.py",
             "test_multiple_all_gather_handles|TestScatterGather|throughput_calculation",
@@ -29,7 +29,6 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("runtime/zero/test_zero_hook_attribute_delegation.py", ""),
         ("runtime/zero/test_zero_late_module_attach.py", "TestEnsureZeroOrderedDict|test_idempotent"),
         ("runtime/zero/test_zero_leaf_module.py", "_config|_coercion"),
-        ("runtime/zero/test_zero_offloadpp.py", "test_zero_partial_offload_config"),
         ("v1/half_precision/test_gradient_clipping_default.py", "TestGradientClippingConfig"),
         ("v1/half_precision/test_mixed_precision_dtype.py", "TestMixedPrecision(DtypeResolution|ConfigValidation)"),
         ("v1/half_precision/test_mixed_precision_dtype.py", "TestCastModule|test_config_defaults"),
@@ -43,20 +42,28 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("v1/zero/test_zero_functorch_linear.py", ""),
     ),
     "expert parallelism": (
+        ("runtime/test_runtime_utils.py", "TestClipGradNorm::test_gather"),
         ("checkpoint/test_zero_optimizer.py", "moe"),
         ("utils/test_groups.py", ""),
     ),
+    "pipeline parallelism: how layers and activations are divided": (("runtime/utils/test_partition.py", ""),),
     "MiCS and ZeRO++: hierarchical and quantized sharding": (
         ("checkpoint/test_zero_optimizer.py", "zeropp"),
         ("runtime/zero/test_zero_context.py", "TestMiCS"),
     ),
     OTHER_ERROR: (
         ("checkpoint/test_tag_validation.py", r"test_checkpoint_unique_tag\[FAIL\]"),
-        ("checkpoint/test_zero_optimizer.py", "test_save_before_accum_grad_is_done"),
-        ("runtime/test_ds_config_dict.py", "gradient_allreduce"),
+        ("runtime/test_ds_config_dict.py", "test_invalid_gradient_allreduce_op|rejects_zenflow|TestNoModel"),
+        ("runtime/test_ds_initialize.py", r"TestClientLrScheduler::test\[.*(None|Callable)-_LRScheduler\]"),
         ("runtime/test_no_sync_ctxt.py", "test_engine_step|test_reentry"),
     ),
     WORKS: (
+        ("runtime/zero/test_zero_leaf_module.py", "test_no_grad_input_error"),
+        ("checkpoint/test_zero_optimizer.py", "test_elastic_checkpoint_change_dp"),  # another world size
+        ("runtime/test_ds_config_dict.py", "gradient_allreduce_rejects_(zero3|deepcompile)"),
+        ("runtime/test_ds_initialize.py", "TestOptimizerImplementation"),
+        ("v1/half_precision/test_bf16.py", "TestZeroAllowUntestedOptimizer"),
+        ("v1/zero/test_zero_user_backward.py", "test_unmanaged_rejects_(overlap|pipeline)"),
         ("runtime/test_no_sync_ctxt.py", r"test_zero_stage\[[23]-"),
         ("runtime/zero/test_ignore_unused_parameters.py", "False"),
         ("v1/zero/test_zero_user_backward.py", "test_scale_validates_scalar_loss"),
@@ -65,7 +72,6 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("checkpoint/test_other_optimizer.py", "test_checkpoint_unfused_optimizer"),  # Lamb
         ("runtime/test_ds_config_dict.py", "compression|quantized_eigenvalue"),
         ("v1/half_precision/test_bf16.py", "TestBF16MasterWeightsGradients|TestBF16OptimizerStates"),  # masters in bf16
-        ("v1/zero/test_zero_user_backward.py", "TestUnmanagedGradientAccumulation"),
     ),
     "after an exception in a backward the engine goes no further, for the ranks may have parted": (
         ("v1/zero/test_zero_activation_checkpoint_lifecycle.py", "clean_retry$"),
@@ -87,16 +93,34 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
     "compared with gradients that accumulate in bf16; here they do in fp32, unless the config says otherwise": (
         ("v1/zero/test_zero_user_backward.py", "test_scale_with_gradient_accumulation"),
     ),
+    "saving in the middle of an accumulation is refused: a checkpoint holds no gradients": (
+        ("checkpoint/test_zero_optimizer.py", "test_save_before_accum_grad_is_done|test_hybrid_optimizer_state"),
+    ),
+    "reads parameters right after step(), beside which the offloaded update goes on: engine.synchronize() waits": (
+        ("v1/zero/test_zero_user_backward.py", "UnmanagedGradientAccumulation.*Offload.*matches_managed"),
+    ),
+    "engine.coalesce_grad_reduction(): several backwards before a step add up without it": (
+        ("v1/zero/test_zero_user_backward.py", "test_unmanaged_rejects_coalesce"),
+    ),
+    "zero_grad() keeps what engine.backward() has accumulated: scripts call it between micro-steps": (
+        ("runtime/test_no_sync_ctxt.py", "test_multiple_ctxts"),
+    ),
+    "the optimizer is the engine's own class at every stage, as DeepSpeed's is from stage 1 on": (
+        ("runtime/test_ds_initialize.py", "TestClientOptimizer|TestConfigOptimizer"),
+    ),
+    "args.deepscale_config: a name of args.deepspeed_config from before DeepSpeed's first release": (
+        ("runtime/test_ds_config_dict.py", "TestDeprecatedDeepScaleConfig"),
+    ),
     "asks for a package named deepspeed": (("runtime/zero/test_zero_nesting_init.py", "test_nested_parallel_init"),),
 }
 """Reason -> (file, regular expression for Class::test[parameters]); it counts where the test fails."""
 
 MESSAGES = (
-    ("fp16 needs a GPU", "fp16 needs a GPU"),
+    ("fp16 needs a GPU", "fp16 needs a GPU|is float16: expected"),
     ("not data parallel: refused by name", "zerotop shards data-parallel training"),
     ("its fixture is not found by this version of pytest", r"fixture '\w+' not found"),
 )
-"""Reason, and what the message has; where no other reason is known."""
+"""Reason, and what the message has; these come before the names."""
 
 LEFT_OUT: dict[str, tuple[str, ...]] = {
     "tensor, sequence, pipeline and expert parallelism": (
@@ -152,7 +176,10 @@ def unjudged(files: Iterable[str]) -> list[str]:
 
 def reason_of(file: str, test: str, message: str) -> str:
     """Why this test of `file` need not pass; empty where nobody has said so."""
+    for reason, words in MESSAGES:
+        if re.search(words, message):
+            return reason
     for reason, tests in REASONS.items():
         if any(file == where and re.search(pattern, test) for where, pattern in tests):
             return reason
-    return next((reason for reason, words in MESSAGES if re.search(words, message)), "")
+    return ""

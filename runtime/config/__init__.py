@@ -66,6 +66,9 @@ __all__ = [
     "refuse_unsupported",
 ]
 
+_OPTIMIZERS = ("ADAGRAD", "ADAM", "ADAMW", "LAMB", "LION", "MUON", "ONEBIT_ADAM", "ONEBIT_LAMB", "SGD")
+"""DeepSpeed's constants ADAM_OPTIMIZER = "adam" and so on, by which scripts compare engine.optimizer_name()."""
+
 
 def __getattr__(name: str) -> Any:
     """Names of DeepSpeed's module `runtime.config`. DeepSpeedConfig needs torch and is imported on first use."""
@@ -73,4 +76,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("runtime.engine.deepspeed_config").DeepSpeedConfig
     if name == "DeepSpeedConfigError":
         return ConfigError
+    if (kind := name.removesuffix("_OPTIMIZER")) != name and kind in _OPTIMIZERS:
+        return kind.replace("_", "").lower()
     raise AttributeError(f"module 'runtime.config' has no attribute {name!r}")

@@ -18,6 +18,8 @@ from .deepspeed import (
     DataTypesSection,
     DType,
     Fp16Section,
+    Reduction,
+    ScriptLogLevel,
     ZeroSection,
 )
 from .errors import Findings, Path, dotted
@@ -41,6 +43,9 @@ class Config(Section):
     """Samples per rank and micro-step."""
     gradient_accumulation_steps: BatchSize | None = None
     """Micro-steps per optimizer step."""
+    managed_gradient_accumulation: Flag = True
+    """Whether engine.step() counts micro-steps. If false, every step() ends the accumulation of the backwards before
+    it; each is still divided by gradient_accumulation_steps."""
     gradient_clipping: Annotated[Num, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 does not clip. Unset: 1.0, as in DeepSpeed."""
     optimizer: OptimizerSection | None = None
@@ -58,6 +63,8 @@ class Config(Section):
     communication_data_type: AnyDType | None = None
     """Precision in which gradients are reduced. Unset: the model's at stages 2 and 3, where gradients are reduced as
     each unit's backward ends, else the one in which they accumulate."""
+    gradient_allreduce_op: Reduction = "mean"
+    """What the gradients of the ranks become: their mean, or their sum, which is larger by the number of ranks."""
     prescale_gradients: Flag = False
     """Whether gradients are divided by the number of ranks before they are reduced, and not after."""
     gradient_predivide_factor: Annotated[Num, Field(gt=0)] = 1.0
@@ -66,6 +73,8 @@ class Config(Section):
     """Recompute activations in backward instead of keeping them. Unset: off."""
     checkpoint: CheckpointSection = CheckpointSection()
     """DeepSpeed's checks of checkpoints that a script saves."""
+    log_level: ScriptLogLevel | None = None
+    """Lowest level of the records of deepspeed.utils.logger, and of the run's log unless zerotop.log.level is set."""
     dataloader_drop_last: Flag = False
     """Whether a loader that initialize() builds leaves out an incomplete last batch."""
     zerotop: ZerotopConfig = ZerotopConfig()
@@ -141,6 +150,9 @@ class Config(Section):
             )
         if self.data_types.buffer_dtype is not None and zerotop.buffer_dtype is None:
             zerotop = zerotop.model_copy(update={"buffer_dtype": self.data_types.buffer_dtype})
+        if self.log_level is not None and "level" not in zerotop.log.model_fields_set:
+            level = "error" if self.log_level == "critical" else self.log_level
+            zerotop = zerotop.model_copy(update={"log": zerotop.log.model_copy(update={"level": level})})
         offload_param = _cpu(zero.offload_param)
         if offload_param is not None and zero.stage < 3:
             notes.append(
@@ -177,17 +189,20 @@ class Config(Section):
             precision=precision,
             grad_accum_dtype=accumulate,
             communication_data_type=self.communication_data_type,
+            gradient_allreduce_op=self.gradient_allreduce_op,
             prescale_gradients=self.prescale_gradients,
             gradient_predivide_factor=self.gradient_predivide_factor,
             persistence_threshold=zero.stage3_param_persistence_threshold,
             activation_checkpointing=self.activation_checkpointing,
             tag_validation=self.checkpoint.tag_validation,
+            managed_accumulation=self.managed_gradient_accumulation,
             gradient_clipping=self.gradient_clipping,
             optimizer=optimizer,
             scheduler=scheduler,
             fp16=Fp16Config(**self.fp16.model_dump(exclude={"enabled"})),
             offload_optimizer=OffloadOptimizerConfig(**kept) if (kept := _cpu(zero.offload_optimizer)) else None,
             offload_param=OffloadParamConfig(**offload_param) if offload_param else None,
+            log_level=self.log_level,
             dataloader_drop_last=self.dataloader_drop_last,
             zerotop=zerotop,
             notes=tuple(notes),

@@ -21,6 +21,18 @@ def _dtype(value: Any) -> Any:
     return _DTYPES.get(value.lower().removeprefix("torch."), value) if isinstance(value, str) else value
 
 
+def _reduction(value: Any) -> Any:
+    lowered = value.lower() if isinstance(value, str) else value
+    return "mean" if lowered in ("avg", "average") else lowered
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+ScriptLogLevel = Annotated[Literal["debug", "info", "warning", "error", "critical"], BeforeValidator(_lower)]
+Reduction = Annotated[Literal["mean", "sum"], BeforeValidator(_reduction)]
+"""What the gradients of the ranks become; avg and average are other words for the mean."""
 Stage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(integer)]
 AnyDType = Annotated[DType, BeforeValidator(_dtype)]
 """fp32, bf16 or fp16; torch's names are accepted, too."""
@@ -95,10 +107,6 @@ class ActivationCheckpointingSection(Section):
     """Whether the inputs kept for recomputation are moved to host memory."""
     number_checkpoints: Annotated[Int, Field(ge=1)] | None = None
     """Number of segments into which the built-in model's blocks are grouped. Unset: one per block."""
-
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
 
 
 class CheckpointSection(Section):

@@ -165,10 +165,6 @@ def _positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _sum(value: Any) -> bool:
-    return value != "auto" and not (isinstance(value, str) and value.lower() in ("mean", "avg", "average"))
-
-
 def _sequence_passes(value: Any) -> bool:
     return isinstance(value, list | tuple) and "autosp" in value
 
@@ -207,8 +203,6 @@ REFUSED: dict[str, tuple[Test, str]] = {
     "elasticity": (_enabled, "it chooses the batch sizes by itself; give train_batch_size and "
                              "train_micro_batch_size_per_gpu, or set enabled to false"),
     "hybrid_engine": (_enabled, "it mixes training with DeepSpeed's inference kernels, which zerotop does not have"),
-    "gradient_allreduce_op": (_sum, "gradients are averaged over ranks; only mean is possible"),
-    "managed_gradient_accumulation": (lambda value: value is False, "accumulation is always managed by the engine"),
     "bf16.bf16_master_weights_and_grads": (_on, "master weights are always fp32"),
     "bf16.bf16_optimizer_states": (_on, "optimizer states are always fp32"),
     "fp16.fp16_master_weights_and_grads": (_on, "master weights are always fp32"),

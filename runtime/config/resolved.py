@@ -121,6 +121,12 @@ class Resolved(Section):
     """Parameters with fewer elements form a unit of their own, which is not sharded at stage 3."""
     activation_checkpointing: ActivationCheckpointingSection | None
     """None: the built-in model keeps its activations."""
+    gradient_allreduce_op: Literal["mean", "sum"] = "mean"
+    """What the gradients of the ranks become."""
+    managed_accumulation: bool = True
+    """False: every engine.step() of a script ends an accumulation."""
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
+    """Lowest level of a script's own log records; None leaves it as it is."""
     tag_validation: Literal["ignore", "warn", "fail"] = "warn"
     """What save_checkpoint() does if ranks pass different tags."""
     gradient_clipping: float

@@ -150,7 +150,7 @@ def build_state(
         optimizer,
         shard_optimizers,
         scaler_for(config),
-        Accumulation(optimizer.trains),
+        Accumulation(optimizer.trains, config.managed_accumulation),
         reducer,
         unsharder,
         updates,

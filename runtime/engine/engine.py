@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from runtime import checkpoint
 from runtime.checkpoint.checkpointer import Checkpointer
@@ -22,7 +23,7 @@ from runtime.checkpoint.job import SaveOptions
 from runtime.checkpoint.optimizer_states import load_optimizer_state, optimizer_state
 from runtime.checkpoint.registered import check_name
 from runtime.checkpoint.snapshot import SnapshotGuard
-from runtime.checkpoint.tag_validation import validate_tag
+from runtime.checkpoint.tag_validation import validate_place
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.engine import model_io, registry
@@ -30,6 +31,7 @@ from runtime.engine.autosave import Autosave
 from runtime.engine.batch import count_tokens, describe
 from runtime.engine.build import build_state
 from runtime.engine.control import Control, knobs_of
+from runtime.engine.loaders import loader_of
 from runtime.engine.nonfinite import NonFiniteSteps
 from runtime.engine.queries import EngineQueries
 from runtime.engine.release import DeviceMemoryRelease
@@ -87,6 +89,7 @@ class Engine(EngineQueries):
         self.memory.check("forward()", ("parameters", "buffers"))
         if self.module.training and torch.is_grad_enabled():
             self.telemetry.enter("forward", self.global_steps + 1, self._micro_step)
+            self.tput_timer.start()
             self.state.accumulation.tokens += count_tokens(inputs, named)
         else:
             self.telemetry.enter("eval", self.global_steps + 1, 0)
@@ -199,12 +202,13 @@ class Engine(EngineQueries):
             self.steps.take(lr_kwargs or {})
         else:
             self.telemetry.enter("data", self.global_steps + 1, self._micro_step)
+        self.tput_timer.stop(global_step=boundary)
 
     # ---- accumulation ----------------------------------------------------------------------------------------------
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Override the counting of micro-steps from the next backward() on, until the next call: whether a micro-step
         is the boundary. The loss is still divided by gradient_accumulation_steps()."""
-        self.state.accumulation.forced_boundary = bool(is_boundary)
+        self.state.accumulation.force_boundary(bool(is_boundary))
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -243,9 +247,43 @@ class Engine(EngineQueries):
             update={"micro_batch": micro, "accumulation": accumulation, "global_batch": total}
         )
         self.state.accumulation.start = self.micro_steps
+        self.tput_timer.batch_size = total
 
     def allreduce_gradients(self, bucket_size: int | None = None) -> None:
         """Does nothing, for compatibility: engine.backward(loss) has reduced the gradients."""
+
+    def deepspeed_io(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Sampler[Any] | None = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> DataLoader[Any]:
+        """Make a loader of `dataset`. route "train": each rank's share in another order each epoch, continued after the
+        last trained batch if the script registers it (register_state(loader=loader)); "eval", "predict": all samples in
+        order, on every rank. data_sampler: yields the indices instead. batch_size: default: the micro-batch size.
+
+        Raises ConfigError for a data set without a length or samples, and for an unknown route."""
+        accumulation = self.state.accumulation
+        return loader_of(
+            dataset,
+            route,
+            collate_fn,
+            self.config,
+            self.comm,
+            lambda: accumulation.micro_steps,
+            batch_size,
+            data_sampler,
+            num_local_io_workers or 0,
+            pin_memory,
+        )
+
+    def _backward_epilogue(self) -> None:
+        """Does nothing, for compatibility: scripts call it after a loss.backward() that several engines share, and the
+        end of that backward has ended each engine's part."""
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
     def save_checkpoint(
@@ -266,7 +304,7 @@ class Engine(EngineQueries):
 
         Raises CheckpointError on every rank if any rank fails to write (also a ValueError for a folder or tag that
         can't be one); in the middle of an accumulation, as checkpoints hold no gradients; and if ranks pass different
-        tags with checkpoint.tag_validation "Fail" (otherwise rank 0's is used).
+        folders or tags with checkpoint.tag_validation "Fail" (otherwise rank 0's are used).
         """
         if exclude_frozen_parameters and not self.optimizer.trains:
             raise checkpoint.CheckpointError(
@@ -282,9 +320,9 @@ class Engine(EngineQueries):
         if client_state is not None:
             self.script.client_state = client_state
         with self.telemetry.span("checkpoint"):
-            tag = validate_tag(self.comm, save_dir, tag, self.global_steps, self.config.tag_validation)
+            folder, tag = validate_place(self.comm, save_dir, tag, self.global_steps, self.config.tag_validation)
             options = SaveOptions(latest=save_latest, with_frozen=not exclude_frozen_parameters)
-            folder, state = Path(save_dir), self.script.client_state
+            state = self.script.client_state
             if wait:
                 earlier = self.checkpointer.wait_for_unreported()
                 self.script.last_checkpoint = self.checkpointer.save(folder, tag, state, options)

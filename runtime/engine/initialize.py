@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from runtime.checkpoint.registered import DATA
 from runtime.comm import Comm, init_distributed
 from runtime.config import ConfigError, Resolved, load, refuse_unsupported
-from runtime.data.loader import ResumableLoader, ResumableSampler
 from runtime.diagnose.outofmemory import workload_of_engine
 from runtime.diagnose.planned import planned_memory
 from runtime.engine.deepspeed_config import DeepSpeedConfig
 from runtime.engine.engine import Engine
+from runtime.engine.loaders import check_data, training_loader
 from runtime.engine.model_checks import check_complete
 from runtime.engine.session import Session
 from runtime.host.ledger import host_ledger_bytes, memory_message, phase_peaks
@@ -74,7 +74,8 @@ def initialize(
         raise ConfigError("initialize(model=...): expected a torch.nn.Module, got None")
     _refuse_model_parallelism(mpu, mesh_param)
     check_complete(model)
-    _refuse_data(training_data)
+    if training_data is not None:
+        check_data(training_data, "initialize(training_data=...)")
     account().note_baseline(_host_bytes(model))
     device = init_distributed()
     account().note_prepared()
@@ -87,6 +88,8 @@ def initialize(
     )
     resolved = _resolve(chosen, device)
     refuse_unsupported(resolved)
+    if resolved.log_level is not None:
+        logging.getLogger("runtime.script").setLevel(resolved.log_level.upper())
     if optimizer is None and resolved.optimizer is None:
         engine = _evaluation_engine(model, resolved, device, model_parameters, lr_scheduler)
         return engine, None, _make_loader(engine, training_data, collate_fn), None
@@ -135,6 +138,8 @@ def _resolve(config: Any, device: torch.device) -> Resolved:
     if isinstance(config, Resolved):
         return config
     if isinstance(config, DeepSpeedConfig):
+        if config._param_dict is None:
+            return config.resolved
         config = config._param_dict
     world_size = torch.distributed.get_world_size()
     if config is None:
@@ -209,32 +214,11 @@ def _host_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def _refuse_data(data: Any) -> None:
-    if data is None:
-        return
-    if isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
-        raise ConfigError(
-            "initialize(training_data=...): expected a data set with a length (a torch.utils.data.Dataset), "
-            f"got {type(data).__name__}; create a DataLoader yourself, and leave training_data out"
-        )
-    if len(data) == 0:
-        raise ConfigError("initialize(training_data=...): expected at least one sample, got an empty data set")
-
-
 def _make_loader(engine: Engine, data: Any, collate_fn: Any) -> DataLoader[Any] | None:
     if data is None:
         return None
-    config, comm, accumulation = engine.config, engine.comm, engine.state.accumulation
-    sampler = ResumableSampler(
-        len(data),
-        comm.rank,
-        comm.world_size,
-        config.micro_batch,
-        config.zerotop.train.seed,
-        config.dataloader_drop_last,
-        micro_steps=lambda: accumulation.micro_steps,
-    )
-    loader = ResumableLoader(data, sampler, collate_fn=collate_fn, pin_memory=comm.device.type == "cuda")
+    accumulation = engine.state.accumulation
+    loader = training_loader(data, collate_fn, engine.config, engine.comm, lambda: accumulation.micro_steps)
     engine.script.registered.add(DATA, loader)
     engine.training_dataloader = loader
     return loader

@@ -12,8 +12,11 @@ from torch import nn
 from runtime.checkpoint.registered import ScriptState
 from runtime.comm import Comm
 from runtime.config import Resolved
+from runtime.engine.deepspeed_config import DeepSpeedConfig
+from runtime.engine.monitor import ScriptMonitor
 from runtime.engine.session import Session
 from runtime.engine.step import OptimizerSteps
+from runtime.engine.timers import ThroughputTimer, TimerSettings
 from runtime.models.names import plain_name, plain_names
 from runtime.optim.optimizer import ZeroOptimizer
 from runtime.state.precision import DTYPES
@@ -36,6 +39,8 @@ class EngineQueries(nn.Module):
         self.training_dataloader: Any = None
         """The loader that initialize(training_data=...) returned, if any."""
         self.steps: OptimizerSteps
+        self.monitor = ScriptMonitor(session.rank)
+        self.tput_timer = ThroughputTimer(TimerSettings(synchronized=False), state.config.global_batch)
         self._stepped = False
         """Whether the last step() was at a boundary."""
 
@@ -44,6 +49,11 @@ class EngineQueries(nn.Module):
     def config(self) -> Resolved:
         """The resolved config."""
         return self.state.config
+
+    @property
+    def _config(self) -> DeepSpeedConfig:
+        """The config by DeepSpeed's names, which scripts read although the underscore says otherwise."""
+        return DeepSpeedConfig.of(self.config)
 
     @property
     def comm(self) -> Comm:
@@ -129,7 +139,9 @@ class EngineQueries(nn.Module):
 
     @property
     def global_samples(self) -> int:
-        """Samples trained over all ranks, at the current global batch size."""
+        """Samples trained over all ranks, at the current batch size."""
+        if not self.config.managed_accumulation:
+            return self.micro_steps * self.config.micro_batch * self.comm.world_size
         return self.global_steps * self.config.global_batch
 
     @property
@@ -230,6 +242,10 @@ class EngineQueries(nn.Module):
     def gradient_accumulation_steps(self) -> int:
         """Micro-steps per optimizer step."""
         return self.config.accumulation
+
+    def managed_gradient_accumulation(self) -> bool:
+        """Whether step() counts micro-steps; False: every step() ends the accumulation."""
+        return self.config.managed_accumulation
 
     def train_batch_size(self) -> int:
         """Samples per optimizer step, over all ranks."""
@@ -334,6 +350,10 @@ class EngineQueries(nn.Module):
         return self.config.dataloader_drop_last
 
     # ---- reporting ---------------------------------------------------------------------------------------------------
+    def log_level(self) -> str | None:
+        """The config's log_level in capitals; None without one."""
+        return self.config.log_level.upper() if self.config.log_level is not None else None
+
     def steps_per_print(self) -> int:
         """Optimizer steps between two progress lines: zerotop.log.interval."""
         return self.config.zerotop.log.interval

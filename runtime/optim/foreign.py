@@ -68,7 +68,7 @@ def check_elementwise(given: torch.optim.Optimizer) -> None:
             "without a closure, on plain fp32 tensors"
         ) from error
     for name, value in states.items():
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape != whole.shape:
+        if isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != whole.shape:
             raise ConfigError(
                 f"optimizer: {kind} keeps a state {name} of shape {list(value.shape)} for a parameter of shape "
                 f"{list(whole.shape)}; expected elementwise states, because a rank has flat shards"

@@ -293,6 +293,7 @@ class ShardTorchOptimizer:
         self._kind = kind
         self._groups = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self._held_bytes = 0
+        self._state_names: dict[int, list[str]] = {}
         self.optimizer = self._create()
         self._account()  # some optimizers have states before the first step
 
@@ -336,10 +337,17 @@ class ShardTorchOptimizer:
 
     def state_names(self, group: int) -> list[str]:
         """See ShardOptimizer."""
-        part = nn.Parameter(torch.zeros(1))
-        optimizer = self._kind([{"params": [part], **self._groups[group]}])
-        _step_with_zero_gradients(optimizer, [part])
-        return sorted(name for name, value in optimizer.state[part].items() if _per_element(value, part))
+        if group not in self._state_names:
+            part = nn.Parameter(torch.zeros(2))  # a state of shape [1] is none of an element
+            optimizer = self._kind([{"params": [part], **self._groups[group]}])
+            _step_with_zero_gradients(optimizer, [part])
+            states = optimizer.state[part].items()
+            self._state_names[group] = sorted(name for name, value in states if _has_shape(value, part))
+        return self._state_names[group]
+
+    def _per_element(self, name: str, value: Any, part: torch.Tensor, group: int) -> bool:
+        """Whether a state has a value for each element of its part, and is not a scalar of all of them."""
+        return _has_shape(value, part) and (part.numel() > 1 or name in self.state_names(group))
 
     def reset(self, to_read: bool) -> None:
         """See ShardOptimizer. torch makes states in the first step, so one with zero gradients is taken to get them."""
@@ -354,7 +362,7 @@ class ShardTorchOptimizer:
         """See ShardOptimizer."""
         for part, segment in zip(self.parts, self.flat.segments, strict=True):
             for name, value in sorted(self.optimizer.state.get(part, {}).items()):
-                if isinstance(value, torch.Tensor) and value.shape == part.shape and value.dim() > 0:
+                if self._per_element(name, value, part, segment.group):
                     yield State(name, segment.start, value)
 
     def scalars(self) -> dict[int, dict[str, Any]]:
@@ -365,7 +373,7 @@ class ShardTorchOptimizer:
             found[segment.group] = {
                 name: value.item() if isinstance(value, torch.Tensor) else value
                 for name, value in state.items()
-                if not _per_element(value, part)
+                if not self._per_element(name, value, part, segment.group)
             }
         return found
 
@@ -395,5 +403,5 @@ def _step_with_zero_gradients(optimizer: torch.optim.Optimizer, parts: Sequence[
         group.update(before)
 
 
-def _per_element(value: Any, part: torch.Tensor) -> bool:
+def _has_shape(value: Any, part: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape == part.shape

@@ -19,19 +19,24 @@ class AccumulationState(enum.Enum):
     FAILED = "a backward ended with an exception, so the gradients of this rank are incomplete"
 
 
+class IllegalCall(RuntimeError, AssertionError):
+    """A call that the accumulation does not allow now. DeepSpeed has AssertionError for these, which scripts catch."""
+
+
 class Accumulation:
     """Counts micro-steps, sums up their losses, and refuses calls in the wrong order."""
 
-    def __init__(self, trains: bool) -> None:
-        """trains: False for an engine without an optimizer, which refuses backward() and step()."""
-        self.trains = trains
+    def __init__(self, trains: bool, managed: bool = True) -> None:
+        """trains: False for an engine without an optimizer, which refuses backward() and step(). managed: False if
+        every step() ends an accumulation, whatever the number of backwards."""
+        self.trains, self._managed = trains, managed
         self.state = AccumulationState.BOUNDARY
         self.micro_steps = 0
         """Micro-steps so far, over all accumulations."""
         self.start = 0
         """Micro-step at which the current accumulation steps began to count: set_train_batch_size() changes their
         number."""
-        self.forced_boundary: bool | None = None
+        self._forced_boundary: bool | None = None if managed else True
         """Last value given to set_gradient_accumulation_boundary(); None: boundaries follow from counting."""
         self.syncs = True
         """Whether backwards may reduce gradients: False inside no_sync()."""
@@ -54,8 +59,8 @@ class Accumulation:
     # ---- state -----------------------------------------------------------------------------------------------------
     def is_boundary(self, accumulation_steps: int) -> bool:
         """Whether the micro-step under way is the accumulation's last."""
-        if self.forced_boundary is not None:
-            return self.forced_boundary
+        if self._forced_boundary is not None:
+            return self._forced_boundary
         return (self.micro_steps - self.start + 1) % accumulation_steps == 0
 
     def micro_step(self, accumulation_steps: int) -> int:
@@ -78,6 +83,16 @@ class Accumulation:
         engine has not seen."""
         return self._loss_sum / self._losses if self._losses else None
 
+    def force_boundary(self, is_boundary: bool) -> None:
+        """From now on micro-steps are the accumulation's last, or not, until the next call. Raises IllegalCall if every
+        step() ends an accumulation."""
+        if not self._managed:
+            raise IllegalCall(
+                "engine.set_gradient_accumulation_boundary(): with managed_gradient_accumulation false in the config "
+                "every engine.step() is a boundary; leave out the call, or the key"
+            )
+        self._forced_boundary = is_boundary
+
     # ---- transitions -----------------------------------------------------------------------------------------------
     def begin_backward(self) -> None:
         """A backward begins."""
@@ -99,8 +114,8 @@ class Accumulation:
         self.state, self._failure = AccumulationState.FAILED, what
 
     def end_micro_step(self) -> None:
-        """step() ends a micro-step."""
-        self.micro_steps += 1
+        """step() ends a micro-step; if every step() is a boundary, all backwards before it are micro-steps."""
+        self.micro_steps += 1 if self._managed else self._backwards
         self._synced_backwards, self.script_ran_backward = 0, False
         self.state = AccumulationState.ACCUMULATING
 
@@ -119,7 +134,7 @@ class Accumulation:
     def no_sync(self) -> Iterator[None]:
         """Inside, backwards only accumulate gradients on this rank."""
         if not self.syncs:
-            raise RuntimeError(
+            raise IllegalCall(
                 "engine.no_sync() inside engine.no_sync(): the end of the inner one would end the outer one; enter it "
                 "once around all backwards that only accumulate"
             )
@@ -131,47 +146,47 @@ class Accumulation:
 
     # ---- calls in the wrong order ----------------------------------------------------------------------------------
     def check_can_train(self, call: str) -> None:
-        """Raises RuntimeError if the engine has no optimizer. call: the method that needs one."""
+        """Raises IllegalCall if the engine has no optimizer. call: the method that needs one."""
         if not self.trains:
-            raise RuntimeError(
+            raise IllegalCall(
                 f"engine.{call}: this engine was made without an optimizer, for evaluation; to train, add an "
                 '"optimizer" section to the config or call initialize(optimizer=...)'
             )
 
     def check_not_failed(self, step: int) -> None:
-        """Raises RuntimeError after a backward that ended with an exception. step: the current optimizer step."""
+        """Raises IllegalCall after a backward that ended with an exception. step: the current optimizer step."""
         if self.state is AccumulationState.BACKWARD:  # a script's own backward that did not end
             self.fail(f"loss.backward() at step {step} ended with an exception")
         if self.state is AccumulationState.FAILED:
-            raise RuntimeError(
+            raise IllegalCall(
                 f"{self._failure}: the gradients of that backward are incomplete on this rank, and the collectives of "
                 "the ranks may no longer match. Restart all ranks from the newest checkpoint"
             )
 
     def check_step(self, accumulation_steps: int) -> bool:
-        """Raises RuntimeError if engine.step() is illegal now. Returns whether the step ends the accumulation."""
+        """Raises IllegalCall if engine.step() is illegal now. Returns whether the step ends the accumulation."""
         if not self.syncs:
-            raise RuntimeError(
+            raise IllegalCall(
                 "engine.step() inside engine.no_sync(): leave the context for the last backward, then step"
             )
         if self._synced_backwards == 0:
-            raise RuntimeError(
+            raise IllegalCall(
                 "engine.step() without engine.backward(loss) before it (outside no_sync): there is no gradient to "
                 "step with"
             )
         boundary = self.is_boundary(accumulation_steps)
         if boundary != self._reduced_for_boundary:
-            raise RuntimeError(
+            raise IllegalCall(
                 "set_gradient_accumulation_boundary() changed the boundary flag between engine.backward(loss) and "
                 "engine.step(), but backward has used the old value; call it before backward"
             )
         return boundary
 
     def check_zero_grad(self) -> bool:
-        """Whether zero_grad() has gradients of a script's own backward to discard. Raises RuntimeError if they are
+        """Whether zero_grad() has gradients of a script's own backward to discard. Raises IllegalCall if they are
         added to those of earlier micro-steps."""
         if self.script_ran_backward and self._backwards > self._synced_backwards:
-            raise RuntimeError(
+            raise IllegalCall(
                 "zero_grad() after loss.backward() in the middle of an accumulation: the gradients of earlier "
                 "micro-steps are already added to this one's. Call engine.backward(loss), or detach() tensors that "
                 "must not train this model"
@@ -179,6 +194,6 @@ class Accumulation:
         return self.script_ran_backward
 
     def check_boundary(self, call: str, because: str) -> None:
-        """Raises RuntimeError if `call` comes in the middle of an accumulation. because: the end of the message."""
+        """Raises IllegalCall if `call` comes in the middle of an accumulation. because: the end of the message."""
         if self.in_progress:
-            raise RuntimeError(f"{call} in the middle of an accumulation{because}")
+            raise IllegalCall(f"{call} in the middle of an accumulation{because}")

@@ -114,8 +114,10 @@ class TrainState:
 
     @property
     def gradient_divisor(self) -> float:
-        """Divisor that turns reduced gradients into their mean over ranks, without the loss scale."""
-        return self.comm.world_size * self.predivision * self.scaler.scale
+        """Divisor that turns reduced gradients into their mean over ranks (their sum, if the config says so), without
+        the loss scale."""
+        ranks = self.comm.world_size if self.config.gradient_allreduce_op == "mean" else 1
+        return ranks * self.predivision * self.scaler.scale
 
     @property
     def gradients_reduced(self) -> bool:

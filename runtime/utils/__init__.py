@@ -3,21 +3,24 @@ records), the rest is in the modules of this package."""
 
 from __future__ import annotations
 
-import logging
+# Not `import logging`: that name is the module deepspeed.utils.logging here.
 from collections.abc import Sequence
+from logging import INFO, Logger, getLevelNamesMapping, getLogger
 from typing import Any
 
 import torch.distributed as dist
 
 from runtime.deepspeed_paths import attribute_of
 
-logger = logging.getLogger("runtime.script")
+logger = getLogger("runtime.script")
 
 _FROM = {
     "OnDevice": "loading",
     "RepeatingLoader": "loading",
     "move_to_device": "loading",
+    "clip_grad_norm_": "training",
     "see_memory_usage": "memory",
+    "set_random_seed": "training",
     **dict.fromkeys(
         (
             "get_z3_leaf_modules",
@@ -53,7 +56,7 @@ _FROM = {
 """Name -> module of this package that defines it."""
 
 
-def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logging.INFO) -> None:
+def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = INFO) -> None:
     """Log on the given ranks only; ranks=[-1]: on all. Without `ranks`, only outside a process group, as in
     DeepSpeed."""
     rank = dist.get_rank() if dist.is_initialized() else -1
@@ -62,9 +65,9 @@ def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logg
         logger.log(level, f"[Rank {rank}] {message}")
 
 
-def set_log_level_from_string(log_level_str: str, custom_logger: logging.Logger | None = None) -> None:
+def set_log_level_from_string(log_level_str: str, custom_logger: Logger | None = None) -> None:
     """Set the level of a logger (default: `logger`) to debug, info, warning, error or critical."""
-    level = logging.getLevelNamesMapping().get(log_level_str.upper())
+    level = getLevelNamesMapping().get(log_level_str.upper())
     if level is None:
         raise ValueError(f"log level {log_level_str!r}: expected debug, info, warning, error or critical")
     (custom_logger or logger).setLevel(level)

@@ -96,6 +96,20 @@ def test_dividing_before_or_after_is_the_same_mean(ranks, reference, stage, extr
     assert norms == pytest.approx(usual, rel=1e-5)
 
 
+@pytest.mark.parametrize("extra", [{}, {"prescale_gradients": True}, {"gradient_predivide_factor": 4.0}], ids=str)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_sum_over_two_ranks_is_twice_the_mean(ranks, stage, extra):
+    def trained(op: str, lr: float, clip: float) -> Any:
+        settings = config(stage, 3, clip=clip, optimizer="SGD", gradient_allreduce_op=op, **extra)
+        settings["optimizer"]["params"]["lr"] = lr
+        return ranks(2).run(train_with_engine, "plain", settings)[0]
+
+    mean, _, mean_norms = trained("mean", 0.2, 0.5)
+    total, _, norms = trained("sum", 0.1, 1.0)
+    assert norms == pytest.approx([2 * norm for norm in mean_norms], rel=1e-5)
+    assert_equal(total, mean)
+
+
 @pytest.mark.parametrize(
     ("stage", "communicate", "accumulate"), pairwise([0, 1, 2, 3], ["fp32", "bf16"], ["fp32", "bf16"])
 )

@@ -125,6 +125,57 @@ def test_whatever_way_backward_is_called(ranks, calls, stage):
             assert steps == STEPS
 
 
+def train_together(stage: int) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """Of two engines: trained by one loss that both share, and each by itself."""
+    together, apart = [[initialize(model=model_of("plain"), config=config(stage, 1, clip=0.0))[0] for _ in range(2)]
+                       for _ in range(2)]  # fmt: skip
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for step in range(STEPS):
+        batches = [micro_batch(step, micro, rank, world) for micro in range(2)]
+        sum(engine.module(*batch) for engine, batch in zip(together, batches, strict=True)).backward()
+        for engine in together:
+            engine._backward_epilogue()
+        for engine in together:
+            engine.step()
+            engine.optimizer.zero_grad()
+        for engine, one in zip(apart, batches, strict=True):
+            engine.backward(engine(*one))
+            engine.step()
+    return [(whole(one), whole(other)) for one, other in zip(together, apart, strict=True)]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_engines_that_share_a_loss(ranks, stage):
+    for pairs in ranks(2).run(train_together, stage):
+        for together, apart in pairs:
+            assert_equal(together, apart)
+
+
+def train_unmanaged(stage: int, offload: bool) -> tuple[dict[str, torch.Tensor], list[tuple[int, int, bool]], str]:
+    """As many backwards before a step() as there are micro-batches, which the config's accumulation does not count."""
+    settings = {**config(stage, 2, clip=0.0), "managed_gradient_accumulation": False}
+    if offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    engine = initialize(model=model_of("plain"), config=settings)[0]
+    seen = []
+    for step in range(STEPS):
+        for micro in range(2):
+            engine.backward(loss_of(engine, step, micro))
+        engine.step()
+        seen.append((engine.global_steps, engine.global_samples, engine.is_gradient_accumulation_boundary()))
+    problem = message_of(AssertionError, lambda: engine.set_gradient_accumulation_boundary(False))
+    return whole(engine), seen, problem
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, True), (2, False), (2, True), (3, False), (3, True)])
+def test_every_step_ends_an_accumulation_that_is_not_managed(ranks, stage, offload):
+    plain = plainly("plain", 2)
+    for ours, seen, problem in ranks(2).run(train_unmanaged, stage, offload):
+        assert_equal(ours, plain)
+        assert seen == [(step, 8 * step, True) for step in range(1, STEPS + 1)]
+        assert "every engine.step() is a boundary" in problem
+
+
 def one_backward(kind: str, stage: int, accumulation: int) -> tuple[dict[str, torch.Tensor], list[str]]:
     heard: list[str] = []
     handler = logging.Handler(logging.WARNING)

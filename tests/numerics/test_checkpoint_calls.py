@@ -74,13 +74,16 @@ def names_and_tags(folder: str) -> dict[str, Any]:
     found["by tag"] = fresh.global_steps
     found["refused"] = [
         message_of(CheckpointError, lambda bad=bad: fresh.save_checkpoint(*bad))
-        for bad in (("",), (folder, "a/b"), (folder, ".hidden"), (f"{folder}/of-{rank}",))
+        for bad in (("",), (folder, "a/b"), (folder, ".hidden"))
     ]
     found["value"] = [message_of(ValueError, lambda bad=bad: fresh.save_checkpoint(bad)) for bad in ("", None)]
     fresh.save_checkpoint(f"{folder}/warned", tag=f"of-{rank}")
     found["warned"] = fresh.load_checkpoint(f"{folder}/warned")[0]
     strict = engine_of(blocks(), settings(2, checkpoint={"tag_validation": "FAIL"}))
     found["failed"] = message_of(CheckpointError, lambda: strict.save_checkpoint(f"{folder}/strict", tag=f"of-{rank}"))
+    fresh.save_checkpoint(f"{folder}/of-{rank}")
+    found["folder"] = fresh.load_checkpoint(f"{folder}/of-0")[0]
+    found["folders"] = message_of(CheckpointError, lambda: strict.save_checkpoint(f"{folder}/strict-{rank}"))
     return found
 
 
@@ -89,17 +92,18 @@ def test_names_tags_and_latest(ranks, tmp_path):
         assert found["nothing"] == (None, {})
         assert found["taken"] == (str(tmp_path / "global_step1"), 1), "save_latest=False is not what a load begins from"
         assert found["by tag"] == 2
-        empty, slash, hidden, elsewhere = found["refused"]
+        empty, slash, hidden = found["refused"]
         assert "expected a folder" in empty and "without slashes or a leading dot" in slash and "'.hidden'" in hidden
-        assert "rank 1: it would write to" in elsewhere
         assert all("expected a folder" in text for text in found["value"])
         assert found["warned"] == str(tmp_path / "warned" / "of-0")
         assert "'of-0' on rank 0 and 'of-1' on rank 1" in found["failed"]
+        assert found["folder"] == str(tmp_path / "of-0" / "global_step2")
+        assert "different folders" in found["folders"] and "strict-1' on rank 1" in found["folders"]
     assert (tmp_path / "latest").read_text() == "global_step1\n"
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("of-")) == [
         "7", "beside", "global_step1", "latest", "warned",
     ]  # fmt: skip
-    assert not (tmp_path / "of-0" / "global_step2").exists()
+    assert not (tmp_path / "of-1").exists()
 
 
 # ---- buffers

@@ -38,7 +38,7 @@ class Split:
 def initialize_as_deepspeed() -> list[Any]:
     import runtime as deepspeed
 
-    settings = config(2, 1, clip=0.0)
+    settings = config(2, 1, clip=0.0, log_level="ERROR")
     model = make("plain")
     # By position, as DeepSpeed orders them.
     made = deepspeed.initialize(
@@ -48,6 +48,7 @@ def initialize_as_deepspeed() -> list[Any]:
     return [
         made.global_steps,
         made.global_samples,
+        (made.log_level(), deepspeed.utils.logger.getEffectiveLevel()),
         made.blocks is model.blocks,
         message_of(AttributeError, lambda: made.no_such_thing),
         message_of(ConfigError, lambda: deepspeed.initialize(model=model, config=settings, mpu=Split(2))),
@@ -56,8 +57,8 @@ def initialize_as_deepspeed() -> list[Any]:
 
 
 def test_initialize_takes_deepspeeds_arguments(ranks):
-    ((steps, samples, same, missing, mpu, mesh),) = ranks(1).run(initialize_as_deepspeed)
-    assert (steps, samples, same) == (1, 2, True)
+    ((steps, samples, level, same, missing, mpu, mesh),) = ranks(1).run(initialize_as_deepspeed)
+    assert (steps, samples, level, same) == (1, 2, ("ERROR", logging.ERROR), True)
     assert "neither the engine nor its module (Uneven)" in missing
     assert "expected a model-parallel world size of 1, got 2" in mpu and "sequence parallelism" in mesh
 

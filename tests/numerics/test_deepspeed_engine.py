@@ -342,7 +342,14 @@ def call(stage: int, folder: str) -> dict[str, Any]:
     engine.set_train_batch_size(2 * world)
     engine.set_lr(0.25)
     advance(engine, 1, 3)
+    kept = engine._config
+    found["config"] = [kept.train_batch_size, kept.bfloat16_enabled, kept.optimizer_name]
+    found["zero"] = (kept.zero_config.stage, kept.zero_config.param_persistence_threshold)
     found["batch"] = (engine.get_batch_info(), engine.global_steps, engine.get_lr(), engine.optimizer.loss_scale)
+    timer = engine.tput_timer
+    found["timer"] = (timer.global_step_count, timer.micro_step_count, timer.batch_size)
+    timer.update_epoch_count()
+    engine.monitor.write_events([("valid/loss", loss, engine.global_steps)])
     found["no multiple"] = message_of(ValueError, lambda: engine.set_train_batch_size(3))
 
     def nest() -> None:
@@ -370,10 +377,44 @@ def test_calls_of_the_engine(ranks, stage, tmp_path):
         assert found["parked"].endswith("; call engine.reload_states() on every rank first")
         assert "expected some of optim_states" in found["unknown"]
         assert found["batch"] == ((4, 2, 1), 3, [0.25], 1.0)
+        assert found["config"] == [4, True, "adamw"] and found["zero"] == (stage, 0)
+        assert found["timer"] == (3, 4, 4)
         assert "a multiple of 4" in found["no multiple"] and "no_sync() inside" in found["nested"]
         assert found["frozen left out"] == []
     assert first["state"] == {"torch.bfloat16"} and second["state"] is None
     assert (tmp_path / "pytorch_model.bin").is_file()
+
+
+def load_data() -> dict[str, Any]:
+    from torch.utils.data import TensorDataset
+
+    engine = engine_for(config(1, 1, clip=0.0))
+    data = TensorDataset(torch.arange(8))
+    train = engine.deepspeed_io(data)
+    shares = [torch.cat([batch for (batch,) in train]) for _ in range(2)]
+    whole = [torch.zeros(8, dtype=torch.int64) for _ in range(2)]
+    for share, counts in zip(shares, whole, strict=True):
+        counts[share] = 1
+        torch.distributed.all_reduce(counts)
+    return {
+        "shares": [share.tolist() for share in shares],
+        "each once": [counts.tolist() for counts in whole],
+        "eval": [batch.tolist() for (batch,) in engine.deepspeed_io(data, batch_size=3, route="eval")],
+        "own sampler": [batch.tolist() for (batch,) in engine.deepspeed_io(data, data_sampler=[5, 1, 2])],
+        "route": message_of(ConfigError, lambda: engine.deepspeed_io(data, route="test")),
+        "endless": message_of(ConfigError, lambda: engine.deepspeed_io(iter([1]))),
+    }
+
+
+def test_loaders_that_the_engine_makes(ranks):
+    first, second = ranks(2).run(load_data)
+    assert first["shares"] != second["shares"] and len(first["shares"][0]) == 4
+    for found in (first, second):
+        assert found["shares"][0] == found["shares"][1]  # nothing was trained between the two
+        assert found["each once"] == [[1] * 8] * 2
+        assert found["eval"] == [[0, 1, 2], [3, 4, 5], [6, 7]] and found["own sampler"] == [[5, 1], [2]]
+        assert "expected one of train, eval, predict" in found["route"]
+        assert "expected a data set with a length" in found["endless"]
 
 
 # ---- fp32 weights of a checkpoint ------------------------------------------------------------------------------------

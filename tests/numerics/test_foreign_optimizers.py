@@ -46,6 +46,21 @@ class Plain(torch.optim.SGD):
     """No step of its own."""
 
 
+class Decaying(torch.optim.Optimizer):
+    """Its step becomes smaller by a count that it keeps as a tensor of shape [1]."""
+
+    def __init__(self, params) -> None:
+        super().__init__(params, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                count = self.state[p].setdefault("count", torch.zeros(1))
+                count += 1
+                p.addcdiv_(p.grad, count.expand_as(p), value=-group["lr"])
+
+
 class Normalized(torch.optim.Optimizer):
     """Divides by the norm of the whole matrix."""
 
@@ -67,6 +82,7 @@ class Closured(Normalized):
 MAKERS = {
     "own": lambda parameters: Averaged(parameters, 1e-2, decay=0.1),
     "subclass": lambda parameters: Halved(parameters, lr=1e-3, eps=1e-5),
+    "count": Decaying,
     "plain subclass": lambda parameters: Plain(parameters, lr=1e-2, momentum=0.9),
     "lion": lambda parameters: DeepSpeedCPULion(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1),
 }
@@ -105,7 +121,9 @@ def train_with(
     return parameters(whole), parameters(resumed), [message_of(ConfigError, maker) for maker in makers]
 
 
-@pytest.mark.parametrize(("name", "stage"), [("own", 1), ("subclass", 3), ("plain subclass", 2), ("lion", 3)])
+@pytest.mark.parametrize(
+    ("name", "stage"), [("own", 1), ("subclass", 3), ("count", 2), ("count", 3), ("plain subclass", 2), ("lion", 3)]
+)
 def test_an_optimizer_of_single_elements_trains_as_in_plain_torch(ranks, name, stage, tmp_path):
     plain = train_plainly_with(name)
     for whole, resumed, refusals in ranks(2).run(train_with, name, stage, str(tmp_path)):
@@ -113,6 +131,33 @@ def test_an_optimizer_of_single_elements_trains_as_in_plain_torch(ranks, name, s
         assert_equal(resumed, whole, tolerance=0)
         assert "needs full parameters" in refusals[0]
         assert "failed on a flat shard (TypeError" in refusals[1]
+
+
+def one_element(folder: str) -> list[torch.Tensor]:
+    from runtime.engine.initialize import initialize
+
+    found = []
+    for load in (False, True):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(model.weight)
+        settings = config(1, 1, clip=0.0)
+        del settings["optimizer"]
+        engine = initialize(model=model, optimizer=Decaying(model.parameters()), config=settings)[0]
+        if load:
+            engine.load_checkpoint(folder)
+        for _ in range(2):
+            engine.backward(engine(torch.ones(1, 1)).sum())
+            engine.step()
+        if not load:
+            engine.save_checkpoint(folder)
+        found.append(model.weight.detach().clone())
+    return found
+
+
+def test_a_count_is_no_state_of_an_element_though_there_is_only_one(ranks, tmp_path):
+    for before, after in ranks(2).run(one_element, str(tmp_path)):
+        assert before.item() == pytest.approx(1 - 0.01 * (1 + 1 / 2))
+        assert after.item() == pytest.approx(1 - 0.01 * (1 + 1 / 2 + 1 / 3 + 1 / 4))
 
 
 def test_lion_steps_by_the_sign_of_its_average():

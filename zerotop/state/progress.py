@@ -30,6 +30,8 @@ def progress(state: RunState, connection: str = "live") -> Progress:
     """The ETA uses the median of recent steps, so that one slow step (a checkpoint, a hiccup) does not move it."""
     hello = state.hello
     steps = hello.steps if hello else None
+    if steps is not None and state.step > steps:
+        steps = None  # the script takes more than the config says
     recent = state.series.recent_step_ms(20)
     step_ms = statistics.median(recent) if recent else None
     done = state.step

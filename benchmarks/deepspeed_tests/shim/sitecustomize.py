@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import itertools
+import multiprocessing
 import multiprocessing.pool
 import re
 import sys
@@ -74,10 +75,6 @@ def required_torch_version(min_version: float | str | None = None, max_version: 
     return (min_version is None or ours >= key(min_version)) and (max_version is None or ours <= key(max_version))
 
 
-def _as_list(groups: Any, *_sizes: Any) -> list[Any]:
-    return [groups] if isinstance(groups, dict) else list(groups)
-
-
 def _on_cpus() -> None:
     """The tests take a rank's number for a device that tensors can be on, and for DistributedDataParallel's, which they
     compare with: on CPUs there is none of that number. They gather tensors without a dimension, which Gloo refuses."""
@@ -110,8 +107,6 @@ HELPERS: dict[str, dict[str, Any]] = {
     },
     "deepspeed.runtime.swap_tensor": {"MIN_SWAPPABLE_BYTES": 2**20},
     "deepspeed.utils.torch": {"required_torch_version": required_torch_version},
-    # Of models without experts, which those of the tests are that run here.
-    "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": _as_list},
 }
 """What the tests themselves are made with."""
 
@@ -148,4 +143,6 @@ def starmapstar(calls: Any) -> list[Any]:
 starmapstar.__module__ = "multiprocessing.pool"
 multiprocessing.pool.starmapstar = starmapstar  # type: ignore[attr-defined]
 sys.meta_path.insert(0, Shim())
+# Each test starts ranks anew, from a server of forks that has imported what all of them import.
+multiprocessing.set_forkserver_preload(["zerotop_preloaded"])
 builtins.__import__ = _import_what_is_there

@@ -235,7 +235,7 @@ def test_a_key_that_deepspeed_passes_over_is_a_note() -> None:
         ({"zero_optimization": {"zero_quantized_weights": True}}, "zerotop keeps results exact"),
         ({"zero_optimization": {"mics_shard_size": 8}}, "shards over all ranks"),
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "optimizer states are always fp32"),
-        ({"gradient_allreduce_op": "sum"}, "only mean is possible"),
+        ({"gradient_allreduce_op": "max"}, 'gradient_allreduce_op: expected "mean" or "sum", got "max"'),
         ({"torch_autocast": {"enabled": True}}, 'write "bf16": {"enabled": true} instead'),
         ({"expert_parallel": {"enabled": True}}, "there is no expert parallelism"),
         ({3: 4}, "3: unknown key"),

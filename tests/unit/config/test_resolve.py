@@ -73,6 +73,13 @@ def test_fp16_needs_a_gpu() -> None:
 def test_what_the_engine_does_with_gradients_and_small_parameters() -> None:
     found = resolve({})
     assert (found.prescale_gradients, found.gradient_predivide_factor) == (False, 1.0)
+    quiet = resolve({"log_level": "CRITICAL"})
+    assert (quiet.log_level, quiet.zerotop.log.level, found.log_level) == ("critical", "error", None)
+    both = resolve({"log_level": "error", "zerotop": {"log": {"level": "debug"}}})
+    assert (both.log_level, both.zerotop.log.level) == ("error", "debug")
+    for word, kind in (("AVG", "mean"), ("Sum", "sum")):
+        assert resolve({"gradient_allreduce_op": word}).gradient_allreduce_op == kind
+    assert found.gradient_allreduce_op == "mean"
     assert (found.persistence_threshold, found.zerotop.accumulate) == (100_000, "ranges")
     for spelling in ("stage3_param_persistence_threshold", "param_persistence_threshold"):
         assert resolve({"zero_optimization": {"stage": 3, spelling: 7}}).persistence_threshold == 7

@@ -309,6 +309,16 @@ def test_one_slow_step_does_not_move_the_eta() -> None:
     assert progress(run).eta_s is None and steps_at_risk(run) == 20
 
 
+def test_a_script_that_goes_on_beyond_the_configs_steps_has_no_end() -> None:
+    run = RunState()
+    run.apply(RunStatus(name="q1", state="running"))
+    run.apply(hello(0, steps=10))
+    for step in (10, 11):
+        run.apply(result(step))
+        done = progress(run)
+        assert (done.steps, done.share, done.eta_s) == ((10, 1.0, 0.0) if step == 10 else (None, None, None))
+
+
 def test_an_unknown_length_has_no_share_and_no_eta() -> None:
     run = RunState()
     run.apply(RunStatus(name="q1", state="running"))

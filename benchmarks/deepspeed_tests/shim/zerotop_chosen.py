@@ -12,12 +12,9 @@ import pytest
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    chosen = [item for item in items if os.environ["ZEROTOP_ONLY"] in item.name]
-    sample, done = int(os.environ["ZEROTOP_SAMPLE"]), int(os.environ["ZEROTOP_DONE"])
-    if 0 < sample < len(chosen):
-        chosen = [chosen[at * len(chosen) // sample] for at in range(sample)]
-    items[:] = chosen[done:]
-    Path(os.environ["ZEROTOP_NAMES"]).write_text("\n".join(_name(item.nodeid) for item in items))
+    Path(os.environ["ZEROTOP_NAMES"]).write_text("\n".join(item.nodeid for item in items))
+    wanted = set(Path(os.environ["ZEROTOP_WANTED"]).read_text().split("\n"))
+    items[:] = [item for item in items if _name(item.nodeid) in wanted]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
