@@ -14,6 +14,7 @@ from typing import NoReturn
 COMMANDS = {
     "launch": ("launch", "start a run and open the live screen on it"),
     "attach": ("attach", "open the screen on a run, here or on another machine over SSH"),
+    "replay": ("replay", "play a run's recording on the same screen, or export it"),
     "ls": ("ls", "list runs"),
     "status": ("status", "show where a run is: step, loss, and every rank"),
     "logs": ("logs", "print what the ranks wrote"),
