@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from zerotop.source.replay import ReplaySource
 
 _DESCRIPTION = """\
-Open the recording of a run on the same screen as `attach`, with a time bar: space plays, [ and ] go a frame back and on,
-- and + change the speed, j and k go ten seconds, g goes to a moment, n and N go to the next and the previous event.
+Open the recording of a run on the same screen as `attach`, with a time bar: space plays, [ and ] go a frame back and
+on, - and + change the speed, j and k go ten seconds, g goes to a moment, n and N to the next and the previous event.
 
 A MOMENT is a step (1200), a time of day (14:03 or 14:03:20), a time from the beginning (5m, 2h30m) or before the end
-(-10m), a date and time (2026-11-30T14:03), a share (50%), start or end. Write --at=-10m for one that begins with a dash.
+(-10m), a date and time (2026-11-30T14:03), a share (50%), start or end. One that begins with a dash: --at=-10m.
 
 With --csv, --parquet, --svg, --png or --cast nothing is opened: a range or a picture is written to a file."""
 _EPILOG = """\
@@ -192,7 +192,7 @@ def _write_table(
         else:
             out = closing.enter_context(target.open("w", encoding="utf-8", newline=""))
         writer = csv.writer(out)
-        with _progress(f"writing {target}") as tell, contextlib.suppress(BrokenPipeError if child else ()):
+        with _progress(f"writing {target}") as tell, contextlib.suppress(*([BrokenPipeError] if child else [])):
             writer.writerow(columns)
             for row in rows:
                 writer.writerow(["" if value is None else value for value in row])

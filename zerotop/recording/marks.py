@@ -8,16 +8,15 @@ from typing import NamedTuple
 
 from runtime.wire.codec import ProtocolError, decode_up
 from runtime.wire.messages import CheckpointSaved, CommandRecord, Event, Goodbye, LogRecord, RunStatus
-from runtime.wire.finetuning import Evaluation
 from zerotop.hub import timeline
 from zerotop.state.events import record_severity, record_text
 
 _QUERY = (
-    "SELECT attempt, wall_s, body FROM messages "
+    "SELECT id, attempt, wall_s, body FROM messages "
     "WHERE kind IN ('event', 'checkpoint_saved', 'command_record', 'goodbye', 'status') ORDER BY id"
 )
 _WARNINGS = (
-    "SELECT attempt, wall_s, body FROM messages WHERE kind = 'log' AND (instr(body, ?) OR instr(body, ?) OR "
+    "SELECT id, attempt, wall_s, body FROM messages WHERE kind = 'log' AND (instr(body, ?) OR instr(body, ?) OR "
     "instr(body, ?)) ORDER BY id"
 )
 _LEVELS = (b'"level":"warning"', b'"level":"error"', b'"level":"critical"')
@@ -38,19 +37,21 @@ def read_marks(run: Path) -> list[Mark]:
     """Events, warnings, checkpoints, answered commands, ends of ranks and changes of the run's state, oldest first."""
     database = timeline.open_recording(run)
     try:
-        marks = [mark for row in database.execute(_QUERY) if (mark := _mark(*row)) is not None]
-        marks += [mark for row in database.execute(_WARNINGS, _LEVELS) if (mark := _mark(*row)) is not None]
+        rows = sorted([*database.execute(_QUERY), *database.execute(_WARNINGS, _LEVELS)])
     except sqlite3.OperationalError as error:
         if "no such table" not in str(error):
             raise
         return []  # the recorder has only just made the file
     finally:
         database.close()
-    marks.sort(key=lambda mark: mark.wall_s)
     kept: list[Mark] = []
-    for mark in marks:
-        if not kept or (mark.what, mark.text) != (kept[-1].what, kept[-1].text):
-            kept.append(mark)
+    state = ""
+    for _, attempt, wall_s, body in rows:
+        mark = _mark(attempt, wall_s, body)
+        if mark is None or (mark.what == "state" and mark.text == state):
+            continue
+        state = mark.text if mark.what == "state" else state
+        kept.append(mark)
     return kept[-MOST:]
 
 
@@ -62,8 +63,13 @@ def _mark(attempt: int, wall_s: float, body: bytes) -> Mark | None:
     match message:
         case Event() | LogRecord() | CheckpointSaved():
             severity = record_severity(message).replace("critical", "error").replace("debug", "info")
-            what = message.what if isinstance(message, Event) else "checkpoint" if isinstance(
-                message, CheckpointSaved) else "log"
+            what = (
+                message.what
+                if isinstance(message, Event)
+                else "checkpoint"
+                if isinstance(message, CheckpointSaved)
+                else "log"
+            )
             return Mark(wall_s, what, severity, record_text(message))
         case CommandRecord(command=command, ack=ack) if ack.state != "accepted":
             at = f" at step {ack.step}" if ack.step is not None else ""

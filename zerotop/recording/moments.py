@@ -49,9 +49,10 @@ def parse_moment(text: str, extent: Extent) -> float:
         return _clock(text, (int(match[1]), int(match[2]), int(match[3] or 0)), extent)
     for form in _DATES:
         try:
-            return _inside(text, time.mktime(time.strptime(text.strip(), form)), extent)
+            date = time.strptime(text.strip(), form)
         except ValueError:
             continue
+        return _inside(text, time.mktime(date), extent)
     raise MomentError(f"{text!r} is not a moment: {EXPECTED}")
 
 

@@ -9,7 +9,6 @@ the state that a live screen had then, so a jump costs the same anywhere in a re
 from __future__ import annotations
 
 import re
-import sqlite3
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -170,17 +169,18 @@ class Playback:
         newest = "SELECT attempt FROM messages WHERE id < ? ORDER BY id DESC LIMIT 1"
         (attempt,) = self._database.execute(newest, (limit,)).fetchone() or (0,)
         begin_s, _ = self.frames.span(max(0, frame - FRAMES_BACK))
-        samples = _newest(
-            row for row in self._between(begin_s, end_s) if row.attempt == attempt and row.kind in PACKED
-        )
+        samples = _newest(row for row in self._between(begin_s, end_s) if row.attempt == attempt and row.kind in PACKED)
         once = list(self._once(limit, attempt))
         silent = self._last_words(limit, begin_s, attempt, once, samples)
         return sorted({row.number: row for row in (*once, *silent, *samples)}.values(), key=_order)
 
     def _once(self, limit: int, attempt: int) -> Iterator[Row]:
         """What a state needs of the rows before `limit` that are no samples."""
-        yield from self._select("kind = 'status' AND id IN (SELECT min(id) FROM messages WHERE kind = 'status' "
-                                "GROUP BY attempt) AND id < ?", limit)
+        yield from self._select(
+            "kind = 'status' AND id IN (SELECT min(id) FROM messages WHERE kind = 'status' "
+            "GROUP BY attempt) AND id < ?",
+            limit,
+        )
         for kind in ("status", "verdict"):
             yield from self._select("kind = ? AND id < ? ORDER BY id DESC LIMIT 1", kind, limit)
         yield from self._select("kind = 'hello' AND id < ? AND (attempt = ? OR source = 'rank/0')", limit, attempt)
@@ -196,8 +196,9 @@ class Playback:
     def _curve(self, kind: str, limit: int) -> Iterator[Row]:
         """Rank 0's rows of a kind, evenly thinned, and the newest ones."""
         where = "kind = ? AND source = 'rank/0' AND id < ?"
-        numbers = [n for (n,) in self._database.execute(f"SELECT id FROM messages WHERE {where} ORDER BY id",
-                                                        (kind, limit))]
+        numbers = [
+            n for (n,) in self._database.execute(f"SELECT id FROM messages WHERE {where} ORDER BY id", (kind, limit))
+        ]
         stride = max(1, -(-len(numbers) // POINTS))
         back = STEPS_BACK if kind == "step" else 1
         chosen = sorted({*numbers[::-1][::stride], *numbers[-back:]})
@@ -205,17 +206,20 @@ class Playback:
             some = chosen[start : start + 500]
             yield from self._select(f"id IN ({','.join('?' * len(some))})", *some)
 
-    def _last_words(
-        self, limit: int, begin_s: float, attempt: int, once: list[Row], samples: list[Row]
-    ) -> list[Row]:
+    def _last_words(self, limit: int, begin_s: float, attempt: int, once: list[Row], samples: list[Row]) -> list[Row]:
         """The newest samples of the attempt's ranks that have sent none in the last frames."""
         there = {(row.source, row.kind) for row in samples}
         sources = {row.source for row in once if row.kind == "hello" and row.attempt == attempt}
         missing = {(source, kind) for source in sources for kind in _LAST_WORDS} - there
         found: list[Row] = []
         for source, kind in sorted(missing):
-            rows = self._select("kind = ? AND source = ? AND attempt = ? AND id < ? ORDER BY id DESC LIMIT 1",
-                                kind, source, attempt, limit)
+            rows = self._select(
+                "kind = ? AND source = ? AND attempt = ? AND id < ? ORDER BY id DESC LIMIT 1",
+                kind,
+                source,
+                attempt,
+                limit,
+            )
             found += rows
         missing -= {(row.source, row.kind) for row in found}
         earlier = [block for block in self._blocks if block.first_wall_s < begin_s][-BLOCKS_BACK:]

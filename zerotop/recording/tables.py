@@ -86,7 +86,7 @@ def _ranks(playback: Playback, from_s: float, to_s: float) -> Iterator[tuple[Any
     first, last = frames.at(from_s), frames.at(to_s)
     state = playback.state_at(first)
     for number in range(first, last + 1):
-        begin_s, end_s = frames.span(number)
+        end_s = frames.span(number)[1]
         if number > first:
             playback.advance(state, frames.span(number - 1)[1], end_s)
         for _, rank in sorted(state.ranks.items()):

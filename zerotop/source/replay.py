@@ -59,7 +59,9 @@ class ReplaySource:
                 raise SourceError(f"the recording of {self.name} is empty: there is nothing to replay yet")
             self._jump(0)
         except FileNotFoundError:
-            raise SourceError(f"{self.name} has no recording: {self.run_path / 'recording.sqlite'} is missing") from None
+            raise SourceError(
+                f"{self.name} has no recording: {self.run_path / 'recording.sqlite'} is missing"
+            ) from None
         except sqlite3.Error as error:
             raise SourceError(f"can't read the recording in {self.run_path}: {error}") from None
         self._ticked_s = self._looked_s = self._clock()

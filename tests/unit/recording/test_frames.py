@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +45,7 @@ def test_a_moment_lies_in_its_frame(pieces: list[tuple[int, int, int]], data: st
         at = end
     frames = Frames(blocks)
     ends = [frames.span(number) for number in range(frames.count)]
-    assert all(one[1] <= other[0] for one, other in zip(ends, ends[1:], strict=False))
+    assert all(one[1] <= other[0] for one, other in pairwise(ends))
     if frames.count:
         number = data.draw(st.integers(0, frames.count - 1))
         begin, end = frames.span(number)

@@ -160,5 +160,3 @@ def test_a_recording_of_the_older_form_is_played(tmp_path: Path) -> None:
         database.execute("DROP TABLE timeline")
     with Playback(tmp_path) as playback:
         assert playback.state_at(playback.frames.count - 1).step == 20
-
-
