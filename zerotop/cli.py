@@ -15,6 +15,8 @@ COMMANDS = {
     "launch": ("launch", "start a run and open the live screen on it"),
     "attach": ("attach", "open the screen on a run, here or on another machine over SSH"),
     "replay": ("replay", "play a run's recording on the same screen, or export it"),
+    "compare": ("compare", "compare two runs: loss, speed, memory, config, and a verdict"),
+    "branch": ("branch", "start a new run from a checkpoint of another one"),
     "ls": ("ls", "list runs"),
     "status": ("status", "show where a run is: step, loss, and every rank"),
     "logs": ("logs", "print what the ranks wrote"),

@@ -60,6 +60,16 @@ def evidence_folder(logs: Path, number: int) -> Path:
     return logs / f"evidence-{number}"
 
 
+class BranchPoint(BaseModel):
+    """Where a run left another one: the checkpoint from which it started."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    run: str
+    step: int
+    path: str  # the other run's directory
+
+
 class RunFile(BaseModel):
     """The contents of run.json."""
 
@@ -81,6 +91,7 @@ class RunFile(BaseModel):
     command: list[str] | None = None  # started in torchrun's place, with the same environment; None: torchrun
     sockets: str
     version: str = ""
+    branch_of: BranchPoint | None = None  # None: it began at step 0
 
 
 class Sockets:

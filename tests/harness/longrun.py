@@ -11,7 +11,7 @@ from runtime.wire.base import Message
 from runtime.wire.codec import encode
 from runtime.wire.node import NodeStats
 from tests.tui.scripted_run import ScriptedRun
-from zerotop.hub import blocks, recorder, timeline
+from zerotop.hub import blocks, recorder
 from zerotop.hub.thinning import thin_steps
 
 BEGIN_S = 1_790_000_040.0
@@ -55,10 +55,7 @@ class SpokenRun(ScriptedRun):
 def create(path: Path) -> sqlite3.Connection:
     """An empty recording."""
     database = sqlite3.connect(path)
-    for statement in (recorder._SCHEMA, recorder._INDEX):
-        database.execute(statement)
-    timeline.create(database)
-    blocks.create(database)
+    recorder.create(database)
     database.commit()
     return database
 
@@ -70,7 +67,7 @@ def insert(database: sqlite3.Connection, said: Iterable[tuple[float, str, Messag
         for wall, source, message in said
     ]
     with database:
-        database.executemany(recorder._INSERT, rows)
+        database.executemany(recorder.INSERT, rows)
 
 
 def write(folder: Path, run: SpokenRun, attempt: int = 1) -> Path:

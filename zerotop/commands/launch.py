@@ -71,9 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     plain = arguments.no_screen or arguments.json or not (sys.stdin.isatty() and sys.stdout.isatty())
     if arguments.detach or plain:
-        say(_first_words(entry))
+        say(first_words(entry))
     if arguments.detach:
-        return _detached(entry, arguments.json)
+        return detached(entry, arguments.json)
     if plain:
         from zerotop.commands.progress import follow
 
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     return show(open_source(entry))
 
 
-def _detached(entry: RunEntry, as_json: bool) -> int:
+def detached(entry: RunEntry, as_json: bool) -> int:
     """Return when the ranks train, or with their error if they never did. Ctrl-C leaves the run alone, too."""
     from runtime.wire.messages import LIVE_STATES
     from zerotop.documents import status_document
@@ -116,7 +116,7 @@ def _detached(entry: RunEntry, as_json: bool) -> int:
     return 0
 
 
-def _first_words(entry: RunEntry) -> str:
+def first_words(entry: RunEntry) -> str:
     """What was started, and the notes on its config."""
     from zerotop.launch.start import read_notes
 

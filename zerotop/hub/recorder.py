@@ -42,7 +42,7 @@ CREATE TABLE IF NOT EXISTS messages(
 """
 
 _INDEX = "CREATE INDEX IF NOT EXISTS by_kind ON messages(kind, source, id)"
-_INSERT = "INSERT INTO messages(attempt, wall_s, source, kind, body) VALUES (?, ?, ?, ?, ?)"
+INSERT = "INSERT INTO messages(attempt, wall_s, source, kind, body) VALUES (?, ?, ?, ?, ?)"
 _EARLIER = "FROM messages WHERE kind = ? AND source = 'rank/0' AND attempt < ?"
 _SELECT = "SELECT id, attempt, wall_s, source, kind, body FROM messages ORDER BY id"
 
@@ -176,10 +176,7 @@ class Recorder:
             database.execute(f"PRAGMA journal_mode={journal}")
             database.execute("PRAGMA synchronous=NORMAL")
             database.execute(f"PRAGMA journal_size_limit={LIMIT_BYTES // 16}")
-            database.execute(_SCHEMA)
-            database.execute(_INDEX)
-            timeline.create(database)
-            blocks.create(database)
+            create(database)
             database.commit()
         except BaseException:
             database.close()
@@ -194,7 +191,7 @@ class Recorder:
             dropped, self._dropped = self._dropped, 0
         try:
             with database:
-                database.executemany(_INSERT, [*rows, *self._gap(dropped)])
+                database.executemany(INSERT, [*rows, *self._gap(dropped)])
                 self._timeline.write(database)
         except BaseException:
             with self._lock:
@@ -229,6 +226,14 @@ class Recorder:
         self._news.append(self.error)
         with self._lock:
             self._rows.clear()
+
+
+def create(database: sqlite3.Connection) -> None:
+    """Create the tables of a recording unless they are there."""
+    database.execute(_SCHEMA)
+    database.execute(_INDEX)
+    timeline.create(database)
+    blocks.create(database)
 
 
 def _missing(count: int) -> str:
@@ -267,7 +272,8 @@ def read_messages(run: Path) -> Iterator[Message]:
 
 
 def earlier_steps(run: Path, attempt: int, limit: int = 1000) -> list[StepResult]:
-    """Rank 0's steps of the attempts before `attempt`, evenly thinned to about `limit`: the history of a resumed run.
+    """Rank 0's steps of the attempts before `attempt`, evenly thinned to about `limit`: the history of a resumed run,
+    and of a branch.
 
     Empty if there is none, or if the recording is damaged.
     """
@@ -281,7 +287,7 @@ def earlier_evaluations(run: Path, attempt: int, limit: int = 1000) -> list[Eval
 
 def _earlier(run: Path, attempt: int, kind: str, limit: int) -> list[Message]:
     path = run / "recording.sqlite"
-    if attempt <= 1 or not path.exists():
+    if not path.exists():
         return []
     try:
         database = timeline.open_recording(run)

@@ -78,7 +78,8 @@ class Playback:
             self._database.execute("SELECT max(last_row) FROM blocks").fetchone() if self._blocks else (None,)
         )
         seconds = self._database.execute(
-            "SELECT DISTINCT CAST(wall_s AS INTEGER) FROM messages WHERE id > ? ORDER BY 1", (packed_to or 0,)
+            "SELECT DISTINCT CAST(wall_s AS INTEGER) FROM messages WHERE id > ? AND attempt > 0 ORDER BY 1",
+            (packed_to or 0,),
         )
         self.frames = Frames(self._blocks, (second for (second,) in seconds))
         known = timeline.extent(self._database)
@@ -118,6 +119,10 @@ class Playback:
         state = RunState()
         if self.frames.count:
             self._fold(state, self._rows_for(frame))
+        for rank in state.ranks.values():
+            # The curve reaches back before this attempt; a rank that has finished no step in it has none.
+            if rank.step is not None and (rank.hello is None or rank.step.step <= rank.hello.start_step):
+                rank.step = None
         return state
 
     def _fold(self, state: RunState, rows: list[Row]) -> None:

@@ -291,7 +291,7 @@ def test_events_are_the_last_to_go(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "recording.sqlite")) as database:
         database.execute(module._SCHEMA)
         row = (1, 0.0, "rank/0", "event", b"x" * 1000)
-        database.executemany(module._INSERT, [(1, 0.0, "rank/0", "hello", b"{}"), *[row] * 4000])
+        database.executemany(module.INSERT, [(1, 0.0, "rank/0", "hello", b"{}"), *[row] * 4000])
         database.commit()
         thin(database, 2 * 2**20)
         assert used_bytes(database) < 2 * 2**20
@@ -319,6 +319,6 @@ def test_rows_of_a_newer_version_are_passed_over(tmp_path: Path, recorder: Recor
     recorder.close()
     with closing(sqlite3.connect(tmp_path / "recording.sqlite")) as database:
         bodies = [b'{"kind":"from 2031"}', b'{"kind":"step","step":"many"}', b"no JSON"]
-        database.executemany(module._INSERT, [(1, 0.0, "rank/0", "step", body) for body in bodies])
+        database.executemany(module.INSERT, [(1, 0.0, "rank/0", "step", body) for body in bodies])
         database.commit()
     assert [message.step for message in read_messages(tmp_path)] == [1]  # type: ignore[attr-defined]
