@@ -17,6 +17,8 @@ COMMANDS = {
     "replay": ("replay", "play a run's recording on the same screen, or export it"),
     "compare": ("compare", "compare two runs: loss, speed, memory, config, and a verdict"),
     "branch": ("branch", "start a new run from a checkpoint of another one"),
+    "note": ("note", "keep a remark with a run"),
+    "rm": ("rm", "delete runs that are over"),
     "ls": ("ls", "list runs"),
     "status": ("status", "show where a run is: step, loss, and every rank"),
     "logs": ("logs", "print what the ranks wrote"),
@@ -34,8 +36,11 @@ COMMANDS = {
     "plan": ("plan", "estimate memory and traffic of each ZeRO stage"),
     "data": ("data", "show what a config trains on, token by token"),
     "export": ("export", "write a checkpoint as Hugging Face safetensors"),
+    "config": ("config", "show your settings and where they come from, or the config of a run"),
+    "completion": ("completion", "print the script that completes zerotop's commands in a shell"),
     "doctor": ("doctor", "check this machine and suggest fixes"),
     "resolve": ("resolve", ""),
+    "complete": ("complete", ""),
 }
 """Command -> (module of zerotop.commands, its line in the help; empty: not in the help)."""
 _UTF8 = "PYTHONUTF8"
@@ -83,6 +88,10 @@ def _run(words: list[str]) -> int:
         hint = f" Did you mean {near[0]}?" if near else " zerotop --help lists them."
         _report(f"zerotop has no command {command!r}.{hint}", words)
         return 2
+    if not words and sys.stdin.isatty() and sys.stdout.isatty():
+        from zerotop.commands.home import show_runs
+
+        return show_runs()
     parser = _parser(command)
     if not words:
         parser.print_help(sys.stderr)
@@ -96,8 +105,9 @@ def _run(words: list[str]) -> int:
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str] | None]:
-    """Before `--`, and the script with its arguments after it: launch's only, and argparse must not see them."""
-    if words[0] != "launch" or "--" not in words:
+    """Before `--`, and the script with its arguments after it, or the words that a shell completes: argparse must not
+    see them."""
+    if words[0] not in ("launch", "complete") or "--" not in words:
         return words, None
     place = words.index("--")
     return words[:place], words[place + 1 :]
@@ -119,6 +129,14 @@ class _Version(argparse.Action):
         except PackageNotFoundError:
             print("zerotop (run from its source, not installed)")
         parser.exit(0)
+
+
+def command_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of one command alone."""
+    subparsers = _Parser().add_subparsers(parser_class=_Parser)
+    importlib.import_module(f"zerotop.commands.{COMMANDS[command][0]}").register(subparsers)
+    parser: argparse.ArgumentParser = subparsers.choices[command]
+    return parser
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

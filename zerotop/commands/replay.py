@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from zerotop.rundir.directory import RunEntry
     from zerotop.source.replay import ReplaySource
 
 _DESCRIPTION = """\
@@ -90,6 +91,19 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_json({**_document(source, entry.path), "written": written})
     return 0
+
+
+def play(entry: RunEntry) -> int:
+    """The replay of a run from its beginning, until the user leaves it. Raises SourceError."""
+    from zerotop.source.replay import ReplaySource
+    from zerotop.tui.replay import ReplayApp
+
+    source = ReplaySource(entry.path, entry.name)
+    with contextlib.closing(source):
+        source.start()
+        app = ReplayApp(source)
+        app.run()
+    return 0 if app.left_by is None else 128 + app.left_by
 
 
 def _play(source: ReplaySource, at_s: float, arguments: argparse.Namespace) -> int:

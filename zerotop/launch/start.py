@@ -95,9 +95,9 @@ def start_run(
     """Start a run, or with `resume` the next attempt of the run called `name`, and return when its supervisor is up.
 
     `config_path` may be None with `resume`: the run's own config is used. With `branch` a new run starts from that
-    checkpoint, with the config, the script, the ranks and the device of its run unless others are given. `script` is SCRIPT.py and its arguments.
-    `command` is started in place of torchrun. Raises RunError or ConfigError with a message for the user; then nothing
-    was started and nothing is left behind.
+    checkpoint, with the config, the script, the ranks and the device of its run unless others are given. `script` is
+    SCRIPT.py and its arguments. `command` is started in place of torchrun. Raises RunError or ConfigError with a
+    message for the user; then nothing was started and nothing is left behind.
     """
     names = {
         "the config": str(config_path or ""),

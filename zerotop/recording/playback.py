@@ -110,9 +110,11 @@ class Playback:
                 yield row, message
 
     # ---- folding ---------------------------------------------------------------------------------------------------
-    def advance(self, state: RunState, after_s: float, to_s: float) -> None:
-        """Fold what was recorded from `after_s` until before `to_s`."""
-        self._fold(state, self._between(after_s, to_s))
+    def advance(self, state: RunState, after_s: float, to_s: float) -> int:
+        """Fold what was recorded from `after_s` until before `to_s`; returns the number of messages."""
+        rows = self._between(after_s, to_s)
+        self._fold(state, rows)
+        return len(rows)
 
     def state_at(self, frame: int) -> RunState:
         """The state at the end of a frame; an empty one of an empty recording."""
