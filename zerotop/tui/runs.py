@@ -183,8 +183,9 @@ class RunsApp(KeyFlow[Choice | None]):
             return [Row().gap().add("looking for runs …", muted)]
         if not self.lines:
             return self._welcome()
-        head = Row().gap(2).cell("run", 20, muted).gap().cell("state", 12, muted).gap().cell("step", 13, muted)
-        head.gap().cell("loss", CURVE + 8, muted).gap().cell("memory", 9, muted, right=True)
+        name, state, step, curve = _columns(width)
+        head = Row().gap(2).cell("run", name, muted).gap().cell("state", state, muted).gap().cell("step", step, muted)
+        head.gap().cell("loss", curve + 8, muted).gap().cell("memory", 9, muted, right=True)
         head.gap(2).cell("age", 9, muted).add("note", muted)
         names = [line.entry.name for line in self.lines]
         at = names.index(self.selected) if self.selected in names else 0
@@ -203,9 +204,11 @@ class RunsApp(KeyFlow[Choice | None]):
         step = max(entry.status.step, seen.step or 0)
         of = f"/{line.steps}" if line.steps is not None else ""
         row = Row().add("▌ " if selected else "  ", palette.style("accent", bold=True))
-        row.cell(entry.name, 20, palette.style("primary", bold=True) if selected else PLAIN).gap()
-        row.cell(f"{glyph} {entry.status.state}", 12, palette.style(colour)).gap().cell(f"{step}{of}", 13).gap()
-        row.cell(curve_text(seen.losses), CURVE, palette.plot("loss")).gap()
+        of_name, of_state, of_step, of_curve = _columns(width)
+        row.cell(entry.name, of_name, palette.style("primary", bold=True) if selected else PLAIN).gap()
+        row.cell(f"{glyph} {entry.status.state}", of_state, palette.style(colour)).gap()
+        row.cell(f"{step}{of}", of_step).gap()
+        row.cell(curve_text(seen.losses, of_curve), of_curve, palette.plot("loss")).gap()
         row.cell(figure_text(seen.loss) if seen.loss is not None else "", 7).gap()
         row.cell(bytes_text(seen.memory_bytes) if seen.memory_bytes else "", 9, right=True).gap(2)
         row.cell(_age(entry), 9, muted)
@@ -266,6 +269,11 @@ class RunsApp(KeyFlow[Choice | None]):
     def action_leave(self) -> None:
         """q: leave."""
         self.exit(None)
+
+
+def _columns(width: int) -> tuple[int, int, int, int]:
+    """Cells for name, state, step and loss curve."""
+    return (20, 12, 13, CURVE) if width >= 100 else (14, 11, 11, 10)
 
 
 def _age(entry: RunEntry) -> str:
