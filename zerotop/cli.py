@@ -14,6 +14,7 @@ from typing import NoReturn
 COMMANDS = {
     "launch": ("launch", "start a run and open the live screen on it"),
     "attach": ("attach", "open the screen on a run, here or on another machine over SSH"),
+    "web": ("web", "show the screen in a browser on this machine"),
     "replay": ("replay", "play a run's recording on the same screen, or export it"),
     "compare": ("compare", "compare two runs: loss, speed, memory, config, and a verdict"),
     "branch": ("branch", "start a new run from a checkpoint of another one"),

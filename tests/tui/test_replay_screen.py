@@ -11,6 +11,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from tests.harness.longrun import SpokenRun, write
+from tests.harness.waiting import until_async
 from tests.tui.screen_reading import screen_text, settle
 from zerotop.source.replay import ReplaySource
 from zerotop.tui.app import Outcome
@@ -149,3 +150,12 @@ async def test_the_footer_says_what_space_does(recorded: Path) -> None:
         await pilot.press("space")
         await settle(app, pilot)
         assert "space Pause" in screen_text(app)[-1]
+
+
+async def test_the_bar_is_there_before_anything_happens(recorded: Path) -> None:
+    source = ReplaySource(recorded, "q1", Clock())
+    source.start()
+    app = ReplayApp(source)
+    async with app.run_test(size=(120, 40)):
+        await until_async(lambda: app.screen.query(TimeBar) and "frame 1/121" in bar(app))
+    source.close()

@@ -65,7 +65,7 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Open the replay, or write what was asked for."""
-    from zerotop.output import CommandError, print_json
+    from zerotop.output import CommandError, can_draw, print_json
     from zerotop.rundir.directory import find_any_run
     from zerotop.source.replay import SPEEDS, ReplaySource
 
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     asked = [name for name in ("csv", "parquet", "svg", "png", "cast") if getattr(arguments, name)]
     if arguments.csv == "-" and arguments.json:
         raise CommandError("--csv - and --json both write to stdout: name a file for the table")
-    if not asked and not arguments.json and not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not asked and not arguments.json and not can_draw():
         raise CommandError("replay draws a screen and needs a terminal; without one: --json, --csv, --svg, --cast")
     source = ReplaySource(entry.path, entry.name)
     with contextlib.closing(source):

@@ -41,7 +41,7 @@ from zerotop.tui.screens.rank import RankScreen
 from zerotop.tui.screens.stacks import StacksScreen
 from zerotop.tui.screens.texts import TextScreen
 from zerotop.tui.screenshot import screenshot_path
-from zerotop.tui.terminal import TerminalDriver, leave_on_signals
+from zerotop.tui.terminal import driver_class, leave_on_signals
 from zerotop.tui.theme import DEFAULT, Palette, load_palettes
 from zerotop.tui.view import TICK_S, View, build_view
 from zerotop.tui.widgets.keybar import KeyBar
@@ -64,7 +64,7 @@ class ZerotopApp(KeyFlow[Outcome]):
     BINDINGS: ClassVar[list[BindingType]] = [key.binding() for key in KEYS]
 
     def __init__(self, source: Source, read_only: bool = False) -> None:
-        super().__init__(driver_class=TerminalDriver)
+        super().__init__(driver_class=driver_class())
         self.source = source
         self.read_only = read_only
         self.palettes, self._problems = load_palettes()

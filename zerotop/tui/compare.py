@@ -27,7 +27,7 @@ from zerotop.format import figure_text, ms_text, rate_text
 from zerotop.output import CommandError
 from zerotop.rundir.directory import RunEntry, read_entry
 from zerotop.tui.keyflow import KeyFlow
-from zerotop.tui.terminal import TerminalDriver, leave_on_signals
+from zerotop.tui.terminal import driver_class, leave_on_signals
 from zerotop.tui.theme import DEFAULT, Palette, load_palettes
 from zerotop.tui.widgets.keybar import KeyBar
 from zerotop.tui.widgets.lines import PLAIN, Row
@@ -74,7 +74,7 @@ class CompareApp(KeyFlow[None]):
     ]
 
     def __init__(self, a: RunEntry, b: RunEntry) -> None:
-        super().__init__(driver_class=TerminalDriver)
+        super().__init__(driver_class=driver_class())
         self.entries = (a, b)
         self.comparison: Comparison | None = None
         self.problem = ""

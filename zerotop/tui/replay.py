@@ -89,6 +89,7 @@ class ReplayApp(ZerotopApp):
             bars = screen.query(TimeBar)
             if not bars:
                 screen.mount(TimeBar(self.status, screen.lines_below))
+                self.call_after_refresh(self.update_view)  # the bar takes its view once it is there
             for bar in bars:
                 bar.take(screen.lines_below)
         super().update_view()

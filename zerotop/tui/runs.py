@@ -20,7 +20,7 @@ from zerotop.recording.glance import Glance, glance
 from zerotop.rundir.directory import RunEntry, RunError, list_runs, runs_home
 from zerotop.rundir.notes import read_notes
 from zerotop.tui.keyflow import KeyFlow
-from zerotop.tui.terminal import TerminalDriver, leave_on_signals
+from zerotop.tui.terminal import driver_class, leave_on_signals
 from zerotop.tui.text import STATES
 from zerotop.tui.theme import DEFAULT, Palette, load_palettes
 from zerotop.tui.widgets.keybar import KeyBar
@@ -90,7 +90,7 @@ class RunsApp(KeyFlow[Choice | None]):
     ]
 
     def __init__(self, demo_problem: str = "", selected: str = "") -> None:
-        super().__init__(driver_class=TerminalDriver)
+        super().__init__(driver_class=driver_class())
         self.demo_problem = demo_problem
         self.lines: list[RunLine] | None = None
         self.problem = ""
