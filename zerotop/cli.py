@@ -11,39 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-COMMANDS = {
-    "launch": ("launch", "start a run and open the live screen on it"),
-    "attach": ("attach", "open the screen on a run, here or on another machine over SSH"),
-    "web": ("web", "show the screen in a browser on this machine"),
-    "replay": ("replay", "play a run's recording on the same screen, or export it"),
-    "compare": ("compare", "compare two runs: loss, speed, memory, config, and a verdict"),
-    "branch": ("branch", "start a new run from a checkpoint of another one"),
-    "note": ("note", "keep a remark with a run"),
-    "rm": ("rm", "delete runs that are over"),
-    "ls": ("ls", "list runs"),
-    "status": ("status", "show where a run is: step, loss, and every rank"),
-    "logs": ("logs", "print what the ranks wrote"),
-    "pause": ("control", "pause the run at the next step boundary"),
-    "resume": ("control", "resume a paused run"),
-    "checkpoint": ("control", "write a checkpoint at the next step boundary"),
-    "set": ("control", "change a setting of the running run"),
-    "stop": ("control", "write a checkpoint, then end the run"),
-    "abort": ("control", "end the run at once, without a checkpoint"),
-    "stacks": ("control", "dump the stacks of all ranks, also of a run that is stuck"),
-    "profile": ("control", "profile the next steps with torch.profiler, while the run goes on"),
-    "trace": ("trace", "export phases and collectives of the last minutes for Perfetto"),
-    "snapshot": ("control", "write what every rank's memory is used for, by category, unit and tensor"),
-    "report": ("report", "pack what is known of a run into one file for a bug report"),
-    "plan": ("plan", "estimate memory and traffic of each ZeRO stage"),
-    "data": ("data", "show what a config trains on, token by token"),
-    "export": ("export", "write a checkpoint as Hugging Face safetensors"),
-    "config": ("config", "show your settings and where they come from, or the config of a run"),
-    "completion": ("completion", "print the script that completes zerotop's commands in a shell"),
-    "doctor": ("doctor", "check this machine and suggest fixes"),
-    "resolve": ("resolve", ""),
-    "complete": ("complete", ""),
-}
-"""Command -> (module of zerotop.commands, its line in the help; empty: not in the help)."""
+from zerotop.commands.table import COMMANDS, Parser
+
 _UTF8 = "PYTHONUTF8"
 EXITS = "Exit codes: 0 done; 1 the run failed or the command was rejected; 2 bad usage, an unknown run or a bad value."
 
@@ -114,12 +83,6 @@ def _split(words: list[str]) -> tuple[list[str], list[str] | None]:
     return words[:place], words[place + 1 :]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         # argparse's own version action wants the text beforehand, and package metadata take longer than --help.
@@ -132,21 +95,13 @@ class _Version(argparse.Action):
         parser.exit(0)
 
 
-def command_parser(command: str) -> argparse.ArgumentParser:
-    """The parser of one command alone."""
-    subparsers = _Parser().add_subparsers(parser_class=_Parser)
-    importlib.import_module(f"zerotop.commands.{COMMANDS[command][0]}").register(subparsers)
-    parser: argparse.ArgumentParser = subparsers.choices[command]
-    return parser
-
-
 def _parser(command: str) -> argparse.ArgumentParser:
     """The parser with `command`'s own arguments; the other commands only as lines of the help."""
-    parser = _Parser(
+    parser = Parser(
         prog="zerotop", description="Launch, watch and steer ZeRO training runs from a terminal.", epilog=EXITS
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     if command in COMMANDS:
         module = importlib.import_module(f"zerotop.commands.{COMMANDS[command][0]}")
         module.register(subparsers)

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def candidates(words: Sequence[str]) -> list[str]:
     """What the last of the words after `zerotop` may become; none where the shell completes file names."""
-    from zerotop.cli import COMMANDS, command_parser
+    from zerotop.commands.table import COMMANDS, command_parser
 
     *before, current = words or [""]
     if not before:

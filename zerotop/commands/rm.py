@@ -68,10 +68,12 @@ def _document(entry: RunEntry, checkpoints: bool) -> dict[str, Any]:
     steps = [one.step for one in complete_checkpoints(folder)]
     saved = f"{len(steps)} checkpoint{'s' * (len(steps) != 1)}"
     saved += f" (steps {', '.join(map(str, steps[-4:]))})" if steps else ""
-    deleted = [{"path": str(entry.path), "what": "the run directory", "bytes": freed_bytes(entry.path)}]
+    deleted: list[dict[str, Any]] = [
+        {"path": str(entry.path), "what": "the run directory", "bytes": freed_bytes(entry.path)}
+    ]
     if inside:
         deleted[0]["what"] = f"the run directory with {saved}"
-    kept = []
+    kept: list[dict[str, Any]] = []
     if not inside and folder.exists():
         part = {"path": str(folder), "what": saved, "bytes": freed_bytes(folder)}
         (deleted if checkpoints else kept).append(part)
@@ -79,7 +81,7 @@ def _document(entry: RunEntry, checkpoints: bool) -> dict[str, Any]:
         "name": entry.name,
         "state": entry.status.state,
         "step": entry.status.step,
-        "bytes": sum(int(str(part["bytes"])) for part in deleted),
+        "bytes": sum(part["bytes"] for part in deleted),
         "deleted": deleted,
         "kept": kept,
     }

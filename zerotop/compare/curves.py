@@ -68,7 +68,9 @@ def read_curves(entry: RunEntry) -> RunCurves:
     world_size = state.world_size or entry.run.nproc
     memories = [rank.memory for rank in state.ranks.values() if rank.memory is not None]
     on_device = any(memory.device_total_bytes is not None for memory in memories)
-    peaks = [max([*memory.peak_bytes.values(), 0 if on_device else memory.rss_bytes]) for memory in memories]
+    peaks = [
+        max(0 if on_device else memory.rss_bytes, max(memory.peak_bytes.values(), default=0)) for memory in memories
+    ]
     branch = entry.run.branch_of
     return RunCurves(
         name=entry.name,

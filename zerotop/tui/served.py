@@ -58,7 +58,7 @@ class ScreenServer(Server):  # type: ignore[misc]
         outer.add_subapp(f"/{self.token}/", inner)
         return outer
 
-    @web.middleware  # type: ignore[misc]
+    @web.middleware  # type: ignore[untyped-decorator]
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.headers.get("Upgrade", "").lower() != "websocket":
             return await handler(request)
@@ -93,7 +93,7 @@ class ScreenServer(Server):  # type: ignore[misc]
                 await runner.cleanup()
 
 
-@web.middleware  # type: ignore[misc]
+@web.middleware  # type: ignore[untyped-decorator]
 async def _with_headers(request: web.Request, handler: Handler) -> web.StreamResponse:
     response = await handler(request)
     if not response.prepared:
