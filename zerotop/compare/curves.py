@@ -78,7 +78,7 @@ def read_curves(entry: RunEntry) -> RunCurves:
         world_size=world_size,
         points=tuple(points_of(steps, world_size, tokens_per_step)),
         evaluations={step: loss for step, loss in evaluated if loss is not None},
-        peak_bytes=max(peaks) if peaks and max(peaks) else None,
+        peak_bytes=max(peaks, default=0) or None,
         peak_of="device" if on_device else "process",
         branch_of=branch.run if branch is not None else None,
         branch_step=branch.step if branch is not None else None,

@@ -160,7 +160,7 @@ def _check(
     overrides: Sequence[str],
     resume: bool,
     script: Sequence[str] | None,
-    branch: Branch | None,
+    branch: Branch | None = None,
     prepared: bool = False,
 ) -> _Plan:
     """prepared: model and data have been prepared by an earlier call."""
