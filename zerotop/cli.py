@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from zerotop.commands.examples import add_examples
 from zerotop.commands.table import COMMANDS, Parser
 
 _UTF8 = "PYTHONUTF8"
@@ -105,7 +106,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command in COMMANDS:
         module = importlib.import_module(f"zerotop.commands.{COMMANDS[command][0]}")
         module.register(subparsers)
+        add_examples(subparsers.choices[command], command)
         return parser
+    add_examples(parser, "")
     for name, (_, line) in COMMANDS.items():
         if line:
             subparsers.add_parser(name, help=line)

@@ -68,8 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     from zerotop.output import CommandError, can_draw, print_json
     from zerotop.rundir.directory import find_any_run
     from zerotop.source.replay import SPEEDS, ReplaySource
+    from zerotop.source.target import parse_target
 
-    entry = find_any_run(arguments.run)
+    target = parse_target(arguments.run)
+    if target.host is not None:
+        words = f"zerotop replay {target.run or ''}".strip()
+        raise CommandError(f"a replay reads the recording where it is: ssh -t {target.host} {words}")
+    entry = find_any_run(target.run)
     size = _size(arguments.size)
     if arguments.speed is not None and not SPEEDS[0] <= arguments.speed <= SPEEDS[-1]:
         raise CommandError(f"--speed: expected {SPEEDS[0]:g} to {SPEEDS[-1]:g}, got {arguments.speed:g}")

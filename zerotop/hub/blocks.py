@@ -77,8 +77,12 @@ class Packer:
     def work(self, database: sqlite3.Connection, now_wall_s: float) -> bool:
         """Pack one block of rows, or thin one group of blocks; False if nothing is old enough. A transaction of its
         own."""
-        with database:
-            return self._pack(database, now_wall_s) or thin_older(database, now_wall_s)
+        try:
+            with database:
+                return self._pack(database, now_wall_s) or thin_older(database, now_wall_s)
+        except BaseException:
+            self._packed_to = None  # rolled back: the table says how far it went
+            raise
 
     def _pack(self, database: sqlite3.Connection, now_wall_s: float) -> bool:
         if self._packed_to is None:

@@ -110,6 +110,11 @@ def test_what_is_asked_wrongly_is_one_message(
     assert message in capsys.readouterr().err
 
 
+def test_a_run_on_another_machine_says_how(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "me@box:q1"]) == 2
+    assert "ssh -t me@box zerotop replay q1" in capsys.readouterr().err
+
+
 def test_a_run_without_a_recording(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(home, "q2", home, RunStatus(name="q2", state="failed"))
     assert main(["replay", "q2", "--json"]) == 2

@@ -146,3 +146,17 @@ def test_the_curve_has_at_most_so_many_steps_and_its_end_is_the_densest(database
     steps = [int(body.split(b'"step":')[1].split(b",")[0]) for (body,) in database.execute(query)]
     assert len(steps) <= 200 and steps[-1] == 400 and steps[0] < 20
     assert steps[-1] - steps[-2] == 1 < steps[1] - steps[0]
+
+
+def test_a_pack_that_fails_is_made_again(tmp_path: Path, database: sqlite3.Connection) -> None:
+    run = SpokenRun()
+    record(database, run, 120)
+    before = [row.message for row in read_recording(tmp_path)]
+    packer = blocks.Packer()
+    database.execute("CREATE TRIGGER full BEFORE DELETE ON messages BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    with pytest.raises(sqlite3.DatabaseError, match="disk is full"):
+        packer.work(database, run.wall_s + blocks.PACK_AFTER_S)
+    assert levels(database) == {}
+    database.execute("DROP TRIGGER full")
+    assert packer.work(database, run.wall_s + blocks.PACK_AFTER_S) and levels(database) == {0: 1}
+    assert [row.message for row in read_recording(tmp_path)] == before
