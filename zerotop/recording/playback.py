@@ -8,7 +8,7 @@ the state that a live screen had then, so a jump costs the same anywhere in a re
 
 from __future__ import annotations
 
-import re
+import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,7 +31,6 @@ FRAMES_BACK = 24
 BLOCKS_BACK = 12
 """Earlier blocks that are searched for the last words of a rank that has been silent."""
 _COLUMNS = "id, attempt, wall_s, source, kind, body"
-_STEP = re.compile(rb'"step":(\d+)')
 _BEHIND = 2**62
 """Rows of the timeline are numbered by themselves: of one moment they come last."""
 _LAST_WORDS = ("heartbeat", "memory", "step")
@@ -91,10 +90,10 @@ class Playback:
         query = "SELECT wall_s, body FROM messages WHERE kind = 'step' AND source = 'rank/0' ORDER BY id"
         found = None
         for wall_s, body in self._database.execute(query):
-            match = _STEP.search(body)
-            if match is None:
+            try:
+                reached = json.loads(body)["step"]
+            except (ValueError, KeyError, TypeError):  # of another version
                 continue
-            reached = int(match[1])
             if reached < step:
                 found = None  # a restart takes the step again
             elif found is None:

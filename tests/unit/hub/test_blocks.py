@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,7 +144,7 @@ def test_the_curve_has_at_most_so_many_steps_and_its_end_is_the_densest(database
     for _ in range(3):
         thin_steps(database, 200)
     query = "SELECT body FROM messages WHERE kind = 'step' AND source = 'rank/0' ORDER BY id"
-    steps = [int(body.split(b'"step":')[1].split(b",")[0]) for (body,) in database.execute(query)]
+    steps = [json.loads(body)["step"] for (body,) in database.execute(query)]
     assert len(steps) <= 200 and steps[-1] == 400 and steps[0] < 20
     assert steps[-1] - steps[-2] == 1 < steps[1] - steps[0]
 
