@@ -32,8 +32,7 @@ async def test_both_curves_the_verdict_and_the_branch(tmp_path: Path, size: tupl
     b, _ = record(tmp_path, "b", 1, branch_of=BranchPoint(run="a", step=30, path=str(a.path)))
     app = CompareApp(a, b)
     async with app.run_test(size=size) as pilot:
-        await until_async(lambda: app.comparison is not None)
-        await pilot.pause()
+        await until_async(lambda: "┊ the branch" in screen_text(app)[3])
         text = screen_text(app)
         assert "b beside a: " in text[0] and "≈ loss" in text[0] and "≈ speed" in text[0]
         assert "a  running" in text[1] and "branch of a at step 30" in text[2]
@@ -48,9 +47,9 @@ async def test_both_curves_the_verdict_and_the_branch(tmp_path: Path, size: tupl
         }
         assert len(styles) >= 3  # two curves and the axes
         await pilot.press("x")
-        assert "loss by time" in screen_text(app)[3]
+        await until_async(lambda: "loss by time" in screen_text(app)[3])
         await pilot.press("x", "s", "g")
-        assert "gradient norm by tokens " in screen_text(app)[3]
+        await until_async(lambda: "gradient norm by tokens " in screen_text(app)[3])
         await pilot.press("q")
     assert app.return_code == 0
 
