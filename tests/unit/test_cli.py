@@ -80,10 +80,11 @@ def test_every_help_has_examples_that_the_command_takes(command: str, capsys: py
     _, mark, text = capsys.readouterr().out.partition("examples:\n")
     examples = [line.strip() for line in text.splitlines() if line.strip().startswith("zerotop")]
     assert mark and (examples or "zerotop completion" in text)
+    assert not command or any(example.split()[1:2] == [command] for example in examples) or command == "completion"
     for example in examples:
-        words = re.split(r"\s{2,}| \| | && ", example)[0]  # what follows two blanks explains it
+        words = re.split(r"\s{2,}| \| | && | > ", example)[0]  # what follows two blanks explains it
         words = shlex.split(words.replace("[", "").replace("]", ""))[1:]
-        if command and words:
+        if command and words[0] == command:  # others may stand beside it
             own, _, _ = " ".join(words).partition(" -- ")
             command_parser(command).parse_args(shlex.split(own)[1:])
 

@@ -29,7 +29,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "abort": ("zerotop abort q1 --yes",),
     "stacks": ("zerotop stacks q1", "zerotop stacks q1 --rank 1 --native"),
     "profile": ("zerotop profile q1 --steps 3",),
-    "trace": ("zerotop trace q1 --last 5m", "zerotop trace q1 --steps 100:120 out.json.gz"),
+    "trace": ("zerotop trace q1 --last 5m", "zerotop trace q1 out.json.gz --steps 100:120"),
     "snapshot": ("zerotop snapshot q1",),
     "report": ("zerotop report q1",),
     "plan": ("zerotop plan config.json --gpus 8 --vram 80GiB", "zerotop plan 7B --gpus 8"),
