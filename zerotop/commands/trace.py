@@ -113,9 +113,7 @@ def _check_steps(name: str, timeline: Any, window: Window) -> None:
 def _text(name: str, written: Exported) -> str:
     span = f"steps {written.first_step} to {written.last_step}" if written.first_step is not None else "no steps"
     ranks = f"{written.ranks} rank{'s' * (written.ranks != 1)}"
-    gaps = (
-        "" if written.complete else "; of the older steps there is one packet of each rank a second, so there are gaps"
-    )
+    gaps = "" if written.complete else "; of the older steps there are samples, so there are gaps"
     return f"{name}: {span} of {ranks}{gaps}. Open the file at https://ui.perfetto.dev:"
 
 

@@ -234,13 +234,13 @@ class RunsApp(KeyFlow[Choice | None]):
             rows.append(Row().gap(2).add("d", accent).add("  starts a demo run: two ranks on this CPU, ZeRO stage 2"))
         rows.append(Row())
         for command, what in (
-            ("zerotop launch config.json", "train with a DeepSpeed-style config, and watch it"),
-            ("zerotop launch config.json -- train.py", "the same with a script of your own"),
-            ("zerotop plan config.json --gpus 8 --vram 80GiB", "beforehand: what fits, at which ZeRO stage"),
-            ("zerotop attach user@gpu-box", "watch a run on another machine, over SSH"),
-            ("zerotop doctor", "what this machine has, and what is missing"),
+            ("zerotop launch config.json", "train, and watch"),
+            ("zerotop launch config.json -- train.py", "with a script of your own"),
+            ("zerotop plan config.json --gpus 8 --vram 80GiB", "what fits, at which ZeRO stage"),
+            ("zerotop attach user@gpu-box", "watch another machine's run"),
+            ("zerotop doctor", "what this machine has"),
         ):
-            rows.append(Row().gap(2).cell(command, 50).add(what, muted))
+            rows.append(Row().gap(2).cell(command, 47).add(what, muted))
         return rows
 
     # ---- keys ------------------------------------------------------------------------------------------------------
