@@ -11,32 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-COMMANDS = {
-    "launch": ("launch", "start a run and open the live screen on it"),
-    "run": ("run", "run any training command and watch it"),
-    "attach": ("attach", "open the screen on a run, here or on another machine over SSH"),
-    "ls": ("ls", "list runs"),
-    "status": ("status", "show where a run is: step, loss, and every rank"),
-    "logs": ("logs", "print what the ranks wrote"),
-    "stream": ("stream", "print what a run says as JSON lines, until it ends"),
-    "pause": ("control", "pause the run at the next step boundary"),
-    "resume": ("control", "resume a paused run"),
-    "checkpoint": ("control", "write a checkpoint at the next step boundary"),
-    "set": ("control", "change a setting of the running run"),
-    "stop": ("control", "write a checkpoint, then end the run"),
-    "abort": ("control", "end the run at once, without a checkpoint"),
-    "stacks": ("control", "dump the stacks of all ranks, also of a run that is stuck"),
-    "profile": ("control", "profile the next steps with torch.profiler, while the run goes on"),
-    "trace": ("trace", "export phases and collectives of the last minutes for Perfetto"),
-    "snapshot": ("control", "write what every rank's memory is used for, by category, unit and tensor"),
-    "report": ("report", "pack what is known of a run into one file for a bug report"),
-    "plan": ("plan", "estimate memory and traffic of each ZeRO stage"),
-    "data": ("data", "show what a config trains on, token by token"),
-    "export": ("export", "write a checkpoint as Hugging Face safetensors"),
-    "doctor": ("doctor", "check this machine and suggest fixes"),
-    "resolve": ("resolve", ""),
-}
-"""Command -> (module of zerotop.commands, its line in the help; empty: not in the help)."""
+from zerotop.commands.examples import add_examples
+from zerotop.commands.table import COMMANDS, Parser
+
 _UTF8 = "PYTHONUTF8"
 EXITS = "Exit codes: 0 done; 1 the run failed or the command was rejected; 2 bad usage, an unknown run or a bad value."
 
@@ -82,6 +59,10 @@ def _run(words: list[str]) -> int:
         hint = f" Did you mean {near[0]}?" if near else " zerotop --help lists them."
         _report(f"zerotop has no command {command!r}.{hint}", words)
         return 2
+    if not words and sys.stdin.isatty() and sys.stdout.isatty():
+        from zerotop.commands.home import show_runs
+
+        return show_runs()
     parser = _parser(command)
     if not words:
         parser.print_help(sys.stderr)
@@ -95,17 +76,12 @@ def _run(words: list[str]) -> int:
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str] | None]:
-    """Before `--`, and the script with its arguments after it: launch's only, and argparse must not see them."""
-    if words[0] != "launch" or "--" not in words:
+    """Before `--`, and the script with its arguments after it, or the words that a shell completes: argparse must not
+    see them."""
+    if words[0] not in ("launch", "complete") or "--" not in words:
         return words, None
     place = words.index("--")
     return words[:place], words[place + 1 :]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 class _Version(argparse.Action):
@@ -122,15 +98,17 @@ class _Version(argparse.Action):
 
 def _parser(command: str) -> argparse.ArgumentParser:
     """The parser with `command`'s own arguments; the other commands only as lines of the help."""
-    parser = _Parser(
+    parser = Parser(
         prog="zerotop", description="Launch, watch and steer ZeRO training runs from a terminal.", epilog=EXITS
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     if command in COMMANDS:
         module = importlib.import_module(f"zerotop.commands.{COMMANDS[command][0]}")
         module.register(subparsers)
+        add_examples(subparsers.choices[command], command)
         return parser
+    add_examples(parser, "")
     for name, (_, line) in COMMANDS.items():
         if line:
             subparsers.add_parser(name, help=line)

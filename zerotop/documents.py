@@ -22,6 +22,7 @@ from zerotop.format import (
     time_text,
 )
 from zerotop.output import table, with_exit_code
+from zerotop.rundir.notes import read_notes
 from zerotop.state.condition import Condition, condition_of
 from zerotop.state.efficiency import Efficiency, rank_efficiency, run_efficiency
 from zerotop.state.evaluations import Evaluations, evaluation_text, perplexity
@@ -346,6 +347,8 @@ def list_document(entries: Sequence[RunEntry]) -> list[dict[str, Any]]:
             "restarts": entry.status.restarts,
             "restart_reason": entry.status.restart_reason,
             "reason": entry.status.reason,
+            "note": notes[-1].text if (notes := read_notes(entry.path)) else "",
+            "branch_of": entry.run.branch_of.run if entry.run.branch_of else None,
             "folder": str(entry.path),
         }
         for entry in entries
@@ -354,6 +357,7 @@ def list_document(entries: Sequence[RunEntry]) -> list[dict[str, Any]]:
 
 def list_text(document: Sequence[dict[str, Any]]) -> str:
     """A list document as text."""
+    noted = any(run["note"] for run in document)
     rows = [
         (
             run["name"],
@@ -363,10 +367,12 @@ def list_text(document: Sequence[dict[str, Any]]) -> str:
             run["host"],
             run["started"][:16].replace("T", " "),
             _why(run),
+            *([run["note"]] if noted else []),
         )
         for run in document
     ]
-    return table(("NAME", "STATE", "STEP", "RANKS", "HOST", "STARTED", "WHY"), rows, right=(2,))
+    header = ("NAME", "STATE", "STEP", "RANKS", "HOST", "STARTED", "WHY", *(["NOTE"] if noted else []))
+    return table(header, rows, right=(2,))
 
 
 def _why(run: dict[str, Any]) -> str:

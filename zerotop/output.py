@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,18 @@ from typing import Any
 
 from zerotop.clean import clean
 
-"""What to do where torch is missing."""
+SERVED_VARIABLE = "ZEROTOP_SERVED"
+"""Set for the processes that draw the screen into a browser."""
+
+
+def is_served() -> bool:
+    """Whether the screen of this process is drawn into a browser (zerotop web)."""
+    return os.environ.get(SERVED_VARIABLE) == "1"
+
+
+def can_draw() -> bool:
+    """Whether there is something to draw a screen on: a terminal, or a browser."""
+    return is_served() or (sys.stdin.isatty() and sys.stdout.isatty())
 
 
 class CommandError(Exception):

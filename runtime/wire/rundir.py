@@ -64,6 +64,16 @@ def evidence_folder(logs: Path, number: int) -> Path:
     return logs / f"evidence-{number}"
 
 
+class BranchPoint(BaseModel):
+    """Where a run left another one: the checkpoint from which it started."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    run: str
+    step: int
+    path: str  # the other run's directory
+
+
 class RunFile(BaseModel):
     """The contents of run.json."""
 
@@ -87,6 +97,7 @@ class RunFile(BaseModel):
     as_deepspeed: bool = False  # whether `import deepspeed` gives our engine
     sockets: str
     version: str = ""
+    branch_of: BranchPoint | None = None  # None: it began at step 0
 
 
 class Sockets:

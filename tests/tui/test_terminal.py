@@ -14,6 +14,7 @@ import pytest
 from runtime.wire.messages import RunStatus
 from tests.harness.fakehub import FakeHub, hello, step_result
 from tests.harness.fakerun import write_run
+from tests.harness.longrun import SpokenRun, write
 from tests.harness.terminal import Terminal
 from tests.harness.waiting import patient
 from zerotop.hub.recorder import Recorder
@@ -96,3 +97,37 @@ def test_without_a_terminal_nothing_is_drawn(hub: FakeHub, tmp_path: Path) -> No
         finally:
             terminal.close()
     assert (tmp_path / "out").read_bytes() == b""
+
+
+def test_zerotop_alone_lists_the_runs_and_comes_back_from_one(hub: FakeHub) -> None:
+    terminal = Terminal([sys.executable, "-m", "zerotop"])
+    try:
+        terminal.read_until(lambda: "▶ running" in terminal.shown and "q1" in terminal.shown)
+        terminal.type("\r")
+        terminal.read_until(lambda: "step 77 of 200" in terminal.shown)
+        before = len(terminal.raw)
+        terminal.type("q")
+        terminal.read_until(lambda: b"Demo run" in terminal.raw[before:])
+        terminal.type("q")
+        assert terminal.read_to_the_end() == 0 and not terminal.in_alternate_screen
+        assert hub.commands == []
+    finally:
+        terminal.close()
+
+
+def test_a_replay_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    run = SpokenRun()
+    for _ in range(30):
+        run.second()
+    write(write_run(tmp_path, "old", tmp_path, RunStatus(name="old", state="finished", attempt=1)), run)
+    terminal = Terminal([sys.executable, "-m", "zerotop", "replay", "old", "--at", "12"])
+    try:
+        terminal.read_until(lambda: "frame 12/31" in terminal.shown)
+        terminal.type("]")
+        terminal.read_until(lambda: "step 13 of 200" in terminal.shown)
+        terminal.type("q")
+        assert terminal.read_to_the_end() == 0
+        assert "left the replay of old at step 13" in terminal.shown
+    finally:
+        terminal.close()

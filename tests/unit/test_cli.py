@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -15,7 +17,8 @@ from runtime.wire.messages import RunStatus
 from tests.harness import ROOT
 from tests.harness.fakerun import write_run
 from tests.harness.waiting import patient
-from zerotop.cli import COMMANDS, main
+from zerotop.cli import main
+from zerotop.commands.table import COMMANDS, command_parser
 
 FOR_PEOPLE = [name for name, (_, line) in COMMANDS.items() if line]
 
@@ -68,6 +71,22 @@ def test_every_command_of_the_help_has_its_own(command: str, capsys: pytest.Capt
         main([command, "--help"])
     assert exit.value.code == 0
     assert f"usage: zerotop {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["", *FOR_PEOPLE])
+def test_every_help_has_examples_that_the_command_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*([command] if command else []), "--help"])
+    _, mark, text = capsys.readouterr().out.partition("examples:\n")
+    examples = [line.strip() for line in text.splitlines() if line.strip().startswith("zerotop")]
+    assert mark and (examples or "zerotop completion" in text)
+    assert not command or any(example.split()[1:2] == [command] for example in examples) or command == "completion"
+    for example in examples:
+        words = re.split(r"\s{2,}| \| | && | > ", example)[0]  # what follows two blanks explains it
+        words = shlex.split(words.replace("[", "").replace("]", ""))[1:]
+        if command and words[0] == command:  # others may stand beside it
+            own, _, _ = " ".join(words).partition(" -- ")
+            command_parser(command).parse_args(shlex.split(own)[1:])
 
 
 def test_help_names_every_command_for_people(capsys: pytest.CaptureFixture[str]) -> None:

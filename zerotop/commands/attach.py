@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Open the screen."""
-    from zerotop.output import CommandError
+    from zerotop.output import CommandError, can_draw
     from zerotop.rundir.directory import find_any_run
     from zerotop.source.opening import open_source
     from zerotop.source.target import parse_target
@@ -38,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     target = parse_target(arguments.target)
     # First, because it is cheap: report a run that does not exist before a missing terminal.
     entry = None if target.host else find_any_run(target.run)
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not can_draw():
         raise CommandError("attach draws a screen and needs a terminal; without one: zerotop status, zerotop logs -f")
     source: Source
     if entry is not None:

@@ -86,9 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     plain = arguments.no_screen or arguments.json or not (sys.stdin.isatty() and sys.stdout.isatty())
     if arguments.detach or plain:
-        say(_first_words(entry))
+        say(first_words(entry))
     if arguments.detach:
-        return _detached(entry, arguments.json)
+        return detached(entry, arguments.json)
     if plain:
         from zerotop.commands.progress import follow
 
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     return show(open_source(entry))
 
 
-def _detached(entry: RunEntry, as_json: bool) -> int:
+def detached(entry: RunEntry, as_json: bool) -> int:
     """Return when the ranks train, with their error if they never did, or when some do not even report. Ctrl-C leaves
     the run alone, too."""
     from runtime.wire.messages import LIVE_STATES
@@ -169,7 +169,7 @@ class _Start:
         return lines
 
 
-def _first_words(entry: RunEntry) -> str:
+def first_words(entry: RunEntry) -> str:
     """What was started, and the notes on its config."""
     from zerotop.launch.start import read_notes
 

@@ -19,7 +19,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _DESCRIPTION = """\
 Write the steps, phases and collectives of every rank, and the events of the run, as one trace file that
 https://ui.perfetto.dev and chrome://tracing open. It comes from the recording, so the run may be live, have ended or
-have crashed. The last ten minutes are complete; of earlier steps there is one packet of each rank a second. What
+have crashed. The last ten minutes are complete; of earlier steps there are samples of each rank. What
 happens inside of the phases is shown by `zerotop profile`."""
 
 
@@ -113,9 +113,7 @@ def _check_steps(name: str, timeline: Any, window: Window) -> None:
 def _text(name: str, written: Exported) -> str:
     span = f"steps {written.first_step} to {written.last_step}" if written.first_step is not None else "no steps"
     ranks = f"{written.ranks} rank{'s' * (written.ranks != 1)}"
-    gaps = (
-        "" if written.complete else "; of the older steps there is one packet of each rank a second, so there are gaps"
-    )
+    gaps = "" if written.complete else "; of the older steps there are samples, so there are gaps"
     return f"{name}: {span} of {ranks}{gaps}. Open the file at https://ui.perfetto.dev:"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import sqlite3
 import threading
@@ -18,13 +19,12 @@ from runtime.wire.finetuning import Evaluation
 from runtime.wire.judgement import TimeReport
 from runtime.wire.messages import Collectives, Heartbeat, LogRecord, Memory, Phases, RunStatus, StepResult
 from runtime.wire.node import NodeStats
-from zerotop.hub import timeline
-from zerotop.hub.thinning import LIMIT_BYTES, thin, used_bytes
+from zerotop.hub import blocks, timeline
+from zerotop.hub.thinning import LIMIT_BYTES, thin, thin_steps, used_bytes
 
 COMMIT_S = 1.0
-DENSE_S = 3600.0
-"""Sampled kinds are kept once a second for this time, later once per elapsed/DENSE_S seconds: a week costs six times an
-hour."""
+SAMPLE_S = 1.0
+"""Sampled kinds are recorded once in this time, and thin out later (blocks.py)."""
 DENSE_STEPS = 10_000
 """The first steps of rank 0, which reports the figures of the run, are all kept; later ones are sampled too."""
 ROWS_KEPT = 20_000
@@ -41,10 +41,10 @@ CREATE TABLE IF NOT EXISTS messages(
     body BLOB NOT NULL)
 """
 
-
-_INSERT = "INSERT INTO messages(attempt, wall_s, source, kind, body) VALUES (?, ?, ?, ?, ?)"
+_INDEX = "CREATE INDEX IF NOT EXISTS by_kind ON messages(kind, source, id)"
+INSERT = "INSERT INTO messages(attempt, wall_s, source, kind, body) VALUES (?, ?, ?, ?, ?)"
 _EARLIER = "FROM messages WHERE kind = ? AND source = 'rank/0' AND attempt < ?"
-_SELECT = "SELECT attempt, wall_s, source, body FROM messages ORDER BY id"
+_SELECT = "SELECT id, attempt, wall_s, source, kind, body FROM messages ORDER BY id"
 
 _Row = tuple[int, float, str, str, bytes]
 
@@ -66,13 +66,13 @@ class Recorder:
         self.error: str = ""
         self._path = path
         self._attempt = attempt
-        self._start = time.monotonic()
         self._last: dict[tuple[str, str], float] = {}
         self._held: dict[tuple[str, str], Message] = {}
         self._dense_steps = 0
         self._status: RunStatus | None = None
         self._rows: deque[_Row] = deque()
         self._timeline = timeline.TimelineTable()
+        self._packer = blocks.Packer()
         self._bytes = 0
         self._dropped = 0
         self._standing_since: float | None = None
@@ -134,11 +134,10 @@ class Recorder:
             self._dense_steps += 1
             return True
         now = time.monotonic()
-        interval_s = max(1.0, (now - self._start) / DENSE_S)
         key = (source, message.kind)
         changed = isinstance(message, RunStatus) and self._is_change(message)
         # A tenth of slack: a 1 Hz source must not lose every second sample to jitter.
-        if not changed and now - self._last.get(key, -interval_s) < 0.9 * interval_s:
+        if not changed and now - self._last.get(key, -SAMPLE_S) < 0.9 * SAMPLE_S:
             self._held[key] = message
             return False
         self._last[key] = now
@@ -177,8 +176,7 @@ class Recorder:
             database.execute(f"PRAGMA journal_mode={journal}")
             database.execute("PRAGMA synchronous=NORMAL")
             database.execute(f"PRAGMA journal_size_limit={LIMIT_BYTES // 16}")
-            database.execute(_SCHEMA)
-            timeline.create(database)
+            create(database)
             database.commit()
         except BaseException:
             database.close()
@@ -193,7 +191,7 @@ class Recorder:
             dropped, self._dropped = self._dropped, 0
         try:
             with database:
-                database.executemany(_INSERT, [*rows, *self._gap(dropped)])
+                database.executemany(INSERT, [*rows, *self._gap(dropped)])
                 self._timeline.write(database)
         except BaseException:
             with self._lock:
@@ -204,6 +202,8 @@ class Recorder:
         if self._standing_since is not None:
             self._standing_since = None
             self._news.append("recording continues" + (f"; {_missing(dropped)}" if dropped else ""))
+        if self._packer.work(database, time.time()):  # one block at a time: what waits to be written goes first
+            thin_steps(database)
         if rows and used_bytes(database) > LIMIT_BYTES:
             thin(database, LIMIT_BYTES)
 
@@ -228,6 +228,14 @@ class Recorder:
             self._rows.clear()
 
 
+def create(database: sqlite3.Connection) -> None:
+    """Create the tables of a recording unless they are there."""
+    database.execute(_SCHEMA)
+    database.execute(_INDEX)
+    timeline.create(database)
+    blocks.create(database)
+
+
 def _missing(count: int) -> str:
     return f"{count:,} messages are missing from it"
 
@@ -245,13 +253,14 @@ def read_recording(run: Path) -> Iterator[Recorded]:
     try:
         if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'messages'").fetchone():
             return  # the recorder has only just made the file
-        for attempt, wall_s, source, body in database.execute(_SELECT):
+        rows = (blocks.Row(*values) for values in database.execute(_SELECT))
+        for row in heapq.merge(blocks.packed_rows(database), rows, key=lambda row: row.number):
             try:
-                message = decode_up(body)
+                message = decode_up(row.body)
             except ProtocolError:
                 continue
             if message is not None:
-                yield Recorded(attempt, wall_s, source, message)
+                yield Recorded(row.attempt, row.wall_s, row.source, message)
     finally:
         database.close()
 
@@ -275,7 +284,8 @@ def newest_row_wall_s(run: Path) -> float | None:
 
 
 def earlier_steps(run: Path, attempt: int, limit: int = 1000) -> list[StepResult]:
-    """Rank 0's steps of the attempts before `attempt`, evenly thinned to about `limit`: the history of a resumed run.
+    """Rank 0's steps of the attempts before `attempt`, evenly thinned to about `limit`: the history of a resumed run,
+    and of a branch.
 
     Empty if there is none, or if the recording is damaged.
     """
@@ -289,7 +299,7 @@ def earlier_evaluations(run: Path, attempt: int, limit: int = 1000) -> list[Eval
 
 def _earlier(run: Path, attempt: int, kind: str, limit: int) -> list[Message]:
     path = run / "recording.sqlite"
-    if attempt <= 1 or not path.exists():
+    if not path.exists():
         return []
     try:
         database = timeline.open_recording(run)

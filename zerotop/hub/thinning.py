@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 
-LIMIT_BYTES = 256 * 2**20
+from zerotop.hub import blocks
+
+LIMIT_BYTES = 192 * 2**20
+STEPS_KEPT = 20_000
+"""Steps of rank 0: with more, every second one of the older half goes, so that a run's whole curve stays."""
 ROOM = 0.75
 """Thinning brings the recording down to this share of its limit."""
 ROUNDS = 8
@@ -21,6 +26,10 @@ DELETE FROM messages WHERE id IN (
     SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY attempt, source, kind ORDER BY id DESC) AS number
                     FROM messages WHERE kind IN ({kinds}) AND {older}) WHERE number % 2 = 0)
 """
+_OLDEST_BLOCKS = """
+DELETE FROM blocks WHERE first_row <= (
+    SELECT first_row FROM blocks ORDER BY first_row LIMIT 1 OFFSET (SELECT count(*) / 4 FROM blocks))
+"""
 _DELETE = "DELETE FROM messages WHERE kind IN ({kinds}) AND {older}"
 
 
@@ -32,18 +41,40 @@ def used_bytes(database: sqlite3.Connection) -> int:
     return int(page * (count - free))
 
 
+def thin_steps(database: sqlite3.Connection, most: int = STEPS_KEPT) -> None:
+    """Halve the older half of rank 0's steps if there are too many."""
+    count = "SELECT count(*) FROM messages WHERE kind = 'step' AND source = 'rank/0'"
+    (steps,) = database.execute(count).fetchone()
+    if steps > most:
+        _run(database, _HALVE, ("step",))
+
+
 def thin(database: sqlite3.Connection, limit_bytes: int) -> None:
     """Bring the recording down to ROOM of its limit. First the older half of the log records goes (the log files
-    have them), then every second sample of the older half, and only if that is not enough the older half of events,
-    command records and evaluations. The hellos and the data reports stay."""
+    have them); then blocks are thinned before their time, oldest first, and every second sample of the older half; and
+    only if that is not enough the oldest blocks, and the older half of events, command records and evaluations. The
+    hellos and the data reports stay."""
     wanted = ROOM * limit_bytes
+    blocks.create(database)
+    _run(database, _DELETE, ("log",))
+    while used_bytes(database) > wanted:
+        with database:
+            if not blocks.thin_older(database, time.time(), early=True):
+                break
     for _ in range(ROUNDS):
         for statement, kinds in ((_DELETE, ("log",)), (_HALVE, _SAMPLED)):
             _run(database, statement, kinds)
             if used_bytes(database) <= wanted:
                 return
+    while used_bytes(database) > wanted and _drop_oldest_blocks(database):
+        pass
     while used_bytes(database) > wanted and _run(database, _DELETE, (*_RARE, *_SAMPLED, "log")):
         pass
+
+
+def _drop_oldest_blocks(database: sqlite3.Connection) -> int:
+    with database:
+        return database.execute(_OLDEST_BLOCKS).rowcount
 
 
 def _run(database: sqlite3.Connection, statement: str, kinds: tuple[str, ...]) -> int:

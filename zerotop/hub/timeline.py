@@ -98,6 +98,14 @@ def _packed(queued: list[_Queued]) -> bytes:
     return zlib.compress(b"\n".join(encode(one.message) for one in queued), 1)
 
 
+def unpacked(body: bytes) -> list[bytes]:
+    """The JSON of the messages in a row; none if it cannot be read."""
+    try:
+        return zlib.decompress(body).split(b"\n")
+    except zlib.error:
+        return []
+
+
 class TimelineRow(NamedTuple):
     """What the hub received from one rank within about a second: the bodies of its messages."""
 
@@ -126,8 +134,10 @@ def read_rows(database: sqlite3.Connection, source: str, since_wall_s: float = 0
     )
     for attempt, name, first, last, body in database.execute(query, (source, since_wall_s)):
         try:
-            messages = [json.loads(line) for line in zlib.decompress(body).split(b"\n")]
-        except (zlib.error, ValueError):
+            messages = [json.loads(line) for line in unpacked(body)]
+        except ValueError:
+            continue
+        if not messages:
             continue
         yield TimelineRow(attempt, name, first, last, [one for one in messages if isinstance(one, dict)])
 

@@ -19,12 +19,15 @@ from runtime.config import Config, ConfigError, Resolved, expand_files, load, re
 from runtime.config.vocab import count_tokens
 from runtime.wire.messages import RunStatus
 from runtime.wire.rundir import RunFile, boot_id, write_json
+from zerotop.launch.branching import Branch, share_checkpoint, share_trunk
 from zerotop.launch.devices import Device, choose
+from zerotop.launch.differences import differences, value_text
 from zerotop.launch.handshake import start_supervisor
 from zerotop.launch.outputs import check_outputs
 from zerotop.launch.preparation import prepare
 from zerotop.launch.wrapped import checked_command, has_gpus, refuse_trainer_keys
 from zerotop.output import say
+from zerotop.rundir.checkpoints import checkpoints_folder
 from zerotop.rundir.directory import (
     RunEntry,
     checkpoint_steps,
@@ -58,7 +61,9 @@ _FIXED: dict[str, tuple[str, Callable[[Resolved], Any]]] = {
 """What a resume must not change: name -> (config key, its value in a resolved config)."""
 
 
-_Asked = tuple[str | Path | None, int | None, str, str | None, Sequence[str], bool, Sequence[str] | None]  # see _check
+_Asked = tuple[
+    str | Path | None, int | None, str, str | None, Sequence[str], bool, Sequence[str] | None, Branch | None
+]  # see _check
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class _Plan:
     script: list[str] | None
     notes: list[dict[str, str]]
     previous: RunEntry | None
+    branch: Branch | None = None
     wrapped: list[str] | None = None
     as_deepspeed: bool = False
 
@@ -89,12 +95,15 @@ def start_run(
     script: Sequence[str] | None = None,
     command: Sequence[str] | None = None,
     as_deepspeed: bool = False,
+    branch: Branch | None = None,
 ) -> RunEntry:
     """Start a run, or with `resume` the next attempt of the run called `name`, and return when its supervisor is up.
 
-    `config_path` may be None with `resume`: the run's own config is used. `script` is SCRIPT.py and its arguments.
-    `command` is started in place of torchrun. as_deepspeed: `import deepspeed` in the script gives our engine. Raises
-    RunError or ConfigError with a message for the user; then nothing was started and nothing is left behind.
+    `config_path` may be None with `resume`: the run's own config is used. With `branch` a new run starts from that
+    checkpoint, with the config, the script, the ranks and the device of its run unless others are given. `script` is
+    SCRIPT.py and its arguments. `command` is started in place of torchrun. as_deepspeed: `import
+    deepspeed` in the script gives our engine. Raises RunError or ConfigError with a message for the user; then nothing
+    was started and nothing is left behind.
     """
     names = {
         "the config": str(config_path or ""),
@@ -105,7 +114,7 @@ def start_run(
     for what, text in names.items():
         check_utf8(what, text)
     try:
-        return _start((config_path, nproc, device, name, overrides, resume, script), command, as_deepspeed)
+        return _start((config_path, nproc, device, name, overrides, resume, script, branch), command, as_deepspeed)
     except OSError as error:  # a full disk, a folder that may not be read: anywhere on the way
         raise RunError(f"the run can't start: {error_text(error)}") from None
 
@@ -143,7 +152,19 @@ def start_wrapped(
         found = check_outputs(config, resolved.zerotop, on_gpu=device == "cuda")
         notes = [{"what": "note", "text": text} for text in found]
         with contextlib.ExitStack() as leaving:
-            plan = _Plan(config, resolved, origin, folder, device, nproc or 0, None, notes, None, words, as_deepspeed)
+            plan = _Plan(
+                config,
+                resolved,
+                origin,
+                folder,
+                device,
+                nproc=nproc or 0,
+                script=None,
+                notes=notes,
+                previous=None,
+                wrapped=words,
+                as_deepspeed=as_deepspeed,
+            )
             return _begin(plan, name, None, leaving)
     except OSError as error:
         raise RunError(f"the run can't start: {error_text(error)}") from None
@@ -186,7 +207,10 @@ def _begin(
         lock = take_new(path)
         leaving.callback(os.close, lock)
     run = _write_files(plan, path, attempt, command, undo)
-    start_supervisor(path, run, resume=plan.previous is not None, lock=lock)
+    if plan.branch is not None:
+        share_checkpoint(plan.branch, checkpoints_folder(path, run, plan.resolved.zerotop.checkpoint.folder))
+        share_trunk(plan.branch, path)
+    start_supervisor(path, run, resume=plan.previous is not None or plan.branch is not None, lock=lock)
     undo.pop_all()
     return read_entry(path)
 
@@ -209,6 +233,7 @@ def _check(
     overrides: Sequence[str],
     resume: bool,
     script: Sequence[str] | None,
+    branch: Branch | None = None,
     prepared: bool = False,
 ) -> _Plan:
     """prepared: model and data have been prepared by an earlier call."""
@@ -217,24 +242,25 @@ def _check(
     previous = _previous(name) if resume else None
     if previous is None and name is not None and (runs_home() / name).exists():
         raise RunError(existing_message(name))
-    if config_path is None and previous is None:
+    base = previous if branch is None else branch.parent
+    if config_path is None and base is None:
         raise RunError("launch needs a config file: zerotop launch CONFIG")
-    if previous is not None and script is None:
-        script = previous.run.script
+    if base is not None and script is None:
+        script = base.run.script
     chosen, count = choose(
-        device if device != "auto" or previous is None else previous.run.device,
-        nproc if nproc is not None or previous is None else previous.run.nproc,
+        device if device != "auto" or base is None else base.run.device,
+        nproc if nproc is not None or base is None else base.run.nproc,
     )
     if config_path is None:
-        assert previous is not None
-        config = load(previous.path / "config.json", overrides)
-        origin, folder = previous.run.config_path, previous.run.config_folder
+        assert base is not None
+        config = load(base.path / "config.json", overrides)
+        origin, folder = base.run.config_path, base.run.config_folder
     else:
         config = load(config_path, overrides)
         origin = os.path.abspath(config_path)
         folder = os.path.dirname(origin)
     fewer: list[str] = []
-    if nproc is None and previous is None and chosen == "cpu":
+    if nproc is None and base is None and chosen == "cpu":
         count = _ranks_on_cpu(config, count, bool(script), fewer)
     resolved = config.resolve(count, chosen, script=bool(script))
     try:
@@ -252,9 +278,13 @@ def _check(
     elif not prepared:
         say("preparing model and data")
         prepare(resolved, Path(folder), config.origin)
-    if previous is not None:
-        notes += _compare(previous, resolved)
-    return _Plan(config, resolved, origin, folder, chosen, count, list(script) if script else None, notes, previous)
+    if branch is not None:
+        text = f"branch of {branch.parent.name} at step {branch.step}"
+        notes.append({"what": "branch", "text": text})
+    if base is not None:
+        notes += _compare(base, resolved, "--resume can't continue" if branch is None else "branch can't continue")
+    words = list(script) if script else None
+    return _Plan(config, resolved, origin, folder, chosen, count, words, notes, previous, branch)
 
 
 def _check_data(config: Config, resolved: Resolved, folder: Path) -> None:
@@ -321,7 +351,7 @@ def _checked_script(script: Sequence[str]) -> list[str]:
     return [str(path.resolve()), *script[1:]]
 
 
-def _compare(previous: RunEntry, resolved: Resolved) -> list[dict[str, str]]:
+def _compare(previous: RunEntry, resolved: Resolved, refusal: str) -> list[dict[str, str]]:
     """What a resume changes, as notes. Raises RunError for what it must not change."""
     try:
         old = Resolved.from_json((previous.path / "resolved.json").read_bytes())
@@ -331,36 +361,24 @@ def _compare(previous: RunEntry, resolved: Resolved) -> list[dict[str, str]]:
     for words, (key, read) in _FIXED.items():
         before, now = read(old), read(resolved)
         if before != now:
-            broken.append(f"{words} ({key}): was {_shown(before)}, is {_shown(now)}")
+            broken.append(f"{words} ({key}): was {value_text(before)}, is {value_text(now)}")
     if broken:
         listed = "\n  - ".join(broken)
         raise RunError(
-            f"--resume can't continue {previous.name} with another\n  - {listed}\n"
+            f"{refusal} {previous.name} with another\n  - {listed}\n"
             "restore these, or start a new run under another --name"
         )
-    changes = _changes(
+    changes = differences(
         old.model_dump(mode="json", exclude={"notes"}), resolved.model_dump(mode="json", exclude={"notes"})
     )
     return [
         # The URL of a webhook is a secret, and notes become events.
-        {"what": "changed", "text": key if key == "zerotop.notify" else f"{key}: {_shown(before)} -> {_shown(now)}"}
+        {
+            "what": "changed",
+            "text": key if key == "zerotop.notify" else f"{key}: {value_text(before)} -> {value_text(now)}",
+        }
         for key, before, now in changes
     ]
-
-
-def _changes(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*old, *(name for name in new if name not in old)]
-        return [
-            change
-            for name in names
-            for change in _changes(old.get(name), new.get(name), f"{key}.{name}" if key else name)
-        ]
-    return [] if old == new else [(key, old, new)]
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value.model_dump(mode="json", exclude_none=True) if hasattr(value, "model_dump") else value)
 
 
 # ---- files and the supervisor ----------------------------------------------------------------------------------------
@@ -373,6 +391,7 @@ def _write_files(
         sockets = make_sockets_folder()
         undo.callback(remove_sockets, sockets)
         now = time.time()
+        base = plan.branch.parent if plan.branch is not None else plan.previous
         run = RunFile(
             name=path.name,
             created_wall_s=plan.previous.run.created_wall_s if plan.previous else now,
@@ -383,15 +402,18 @@ def _write_files(
             device=plan.device,
             config_path=plan.config_path,
             config_folder=plan.config_folder,
-            working_folder=plan.previous.run.working_folder if plan.previous else working_folder(),
+            working_folder=base.run.working_folder if base else working_folder(),
             script=plan.script,
             command=list(command) if command else None,
             wrapped=plan.wrapped,
             as_deepspeed=plan.as_deepspeed,
             sockets=str(sockets),
             version=_version(),
+            branch_of=plan.branch.point if plan.branch else plan.previous.run.branch_of if plan.previous else None,
         )
         status = RunStatus(name=run.name, state="starting", attempt=attempt, started_wall_s=now)
+        if plan.branch is not None:
+            status = status.model_copy(update={"last_checkpoint_step": plan.branch.step, "step": plan.branch.step})
         if plan.previous is not None:
             old = plan.previous.status
             status = status.model_copy(

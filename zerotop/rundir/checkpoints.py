@@ -8,6 +8,7 @@ from pathlib import Path
 
 from runtime.checkpoint.format.folder import newest, step_tag
 from runtime.checkpoint.format.manifest import CheckpointError, read_manifest
+from runtime.wire.rundir import RunFile
 from zerotop.rundir.directory import RunEntry, find_run, read_entry
 from zerotop.rundir.paths import RunError, runs_home
 
@@ -18,9 +19,14 @@ def checkpoints_of(entry: RunEntry) -> Path:
         chosen = json.loads((entry.path / "resolved.json").read_bytes())["zerotop"]["checkpoint"]["folder"]
     except (OSError, ValueError, KeyError, TypeError):
         chosen = None  # a launch that was interrupted has not written it
+    return checkpoints_folder(entry.path, entry.run, chosen)
+
+
+def checkpoints_folder(path: Path, run: RunFile, chosen: str | None) -> Path:
+    """The folder into which the run in `path` saves; chosen: zerotop.checkpoint.folder of its config."""
     if chosen:
-        return Path(entry.run.config_folder, Path(chosen).expanduser()) / entry.name
-    return entry.path / "checkpoints"
+        return Path(run.config_folder, Path(chosen).expanduser()) / run.name
+    return path / "checkpoints"
 
 
 def find_checkpoint(text: str) -> Path:

@@ -22,7 +22,7 @@ class Source(Protocol):
     @property
     def connection(self) -> str:
         """`connecting`, `live`, `lost: why` (it keeps trying), or `ended` (the run has ended; the state is its
-        last)."""
+        last), or `replay`."""
 
     @property
     def can_control(self) -> bool:

@@ -10,6 +10,9 @@ from runtime.wire.messages import Ack, Command, CommandRecord, RunStatus, Snapsh
 from zerotop.source.base import SourceError
 from zerotop.state.run import RunState
 
+FOLD_ROWS = 50_000
+"""A recording of more rows is not folded from its beginning, which would take seconds."""
+
 
 class EndedSource:
     """The last state of a run. `status` is the one in the run directory, which takes precedence."""
@@ -55,9 +58,17 @@ class RecordedSource(EndedSource):
 
     def start(self) -> None:
         from zerotop.hub.recorder import read_messages
+        from zerotop.recording.playback import Playback
 
         try:
-            self.state.apply_all(read_messages(self.run_path), 0)
+            with Playback(self.run_path) as playback:
+                long = playback.rows > FOLD_ROWS
+                if long:
+                    self.state = playback.state_at(playback.frames.count - 1)
+            if not long:
+                self.state.apply_all(read_messages(self.run_path), 0)
+        except FileNotFoundError:
+            pass  # a launch that was interrupted: the status alone is known
         except (sqlite3.Error, OSError) as error:
             raise SourceError(f"can't read the recording in {self.run_path}: {error}") from None
         super().start()

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from runtime.wire.base import Message
 from runtime.wire.codec import ProtocolError, decode_up
 from runtime.wire.messages import CheckpointSaved, CommandRecord, Event, Hello
+from zerotop.hub.blocks import packed_rows
 from zerotop.hub.timeline import extent, open_recording, read_rows
 
 _SAMPLES = (
-    "SELECT attempt, wall_s, body FROM messages WHERE source = ? AND kind IN ('phases', 'collectives') "
+    "SELECT attempt, body FROM messages WHERE source = ? AND kind IN ('phases', 'collectives') "
     "AND wall_s >= ? AND wall_s < ? ORDER BY id"
 )
 _MARKS = ("event", "checkpoint_saved", "command_record")
@@ -123,7 +124,10 @@ class RecordedTimeline:
     def _bodies(self, source: str, since_wall_s: float) -> Iterator[tuple[int, dict[str, Any], bool]]:
         """(attempt, message, whether it is a sample)."""
         dense = self._extent[0] if self._extent else float("inf")
-        for attempt, _wall_s, body in self._database.execute(_SAMPLES, (source, since_wall_s, dense)):
+        packed = packed_rows(self._database, ("phases", "collectives"), since_wall_s)
+        samples = [(row.attempt, row.body) for row in packed if row.source == source and row.wall_s < dense]
+        samples += self._database.execute(_SAMPLES, (source, since_wall_s, dense))
+        for attempt, body in samples:
             try:
                 found = json.loads(body)
             except ValueError:

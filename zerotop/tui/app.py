@@ -41,7 +41,7 @@ from zerotop.tui.screens.rank import RankScreen
 from zerotop.tui.screens.stacks import StacksScreen
 from zerotop.tui.screens.texts import TextScreen
 from zerotop.tui.screenshot import screenshot_path
-from zerotop.tui.terminal import TerminalDriver, leave_on_signals
+from zerotop.tui.terminal import driver_class, leave_on_signals
 from zerotop.tui.theme import DEFAULT, Palette, load_palettes
 from zerotop.tui.view import TICK_S, View, build_view
 from zerotop.tui.widgets.keybar import KeyBar
@@ -64,7 +64,7 @@ class ZerotopApp(KeyFlow[Outcome]):
     BINDINGS: ClassVar[list[BindingType]] = [key.binding() for key in KEYS]
 
     def __init__(self, source: Source, read_only: bool = False) -> None:
-        super().__init__(driver_class=TerminalDriver)
+        super().__init__(driver_class=driver_class())
         self.source = source
         self.read_only = read_only
         self.palettes, self._problems = load_palettes()
@@ -159,13 +159,21 @@ class ZerotopApp(KeyFlow[Outcome]):
         screen = next((s for s in reversed(self.screen_stack) if isinstance(s, LiveScreen)), None)
         if screen is not None:
             screen.show_view(self.make_view())
-            labels = {"pause_resume": "Resume"} if self.source.state.state_name == "paused" else {}
+            labels = self.key_labels()
             if isinstance(screen, DataScreen) and (role := screen.other_role()) is not None:
                 labels["data"] = ROLES[role].capitalize()
-            state = self.source.state
-            hidden = {name for name, there in (("data", state.data), ("texts", state.evaluations)) if not there}
+            hidden = self.hidden_keys()
             for bar in screen.query(KeyBar):  # none yet in a screen that has just been pushed
                 bar.relabel(labels, hidden)
+
+    def key_labels(self) -> dict[str, str]:
+        """Action -> what its key does now, where that differs from its usual label."""
+        return {"pause_resume": "Resume"} if self.source.state.state_name == "paused" else {}
+
+    def hidden_keys(self) -> set[str]:
+        """Actions whose keys take no room in the footer now."""
+        state = self.source.state
+        return {name for name, there in (("data", state.data), ("texts", state.evaluations)) if not there}
 
     def make_view(self) -> View:
         """Everything that panels may show at this tick."""
@@ -354,8 +362,11 @@ class ZerotopApp(KeyFlow[Outcome]):
 
     def action_help(self) -> None:
         """?: the help."""
-        keys = {key.id: self._keys_text(self._keymap_given.get(key.id, key.keys)) for key in KEYS}
-        self.push_screen(HelpScreen(self.palette, keys, self.can_steer, self.why_not_steer))
+        self.push_screen(HelpScreen(self.palette, self.shown_keys(), self.can_steer, self.why_not_steer))
+
+    def shown_keys(self) -> dict[str, str]:
+        """Key id -> the key that this user has set, as it is displayed."""
+        return {key.id: self._keys_text(self._keymap_given.get(key.id, key.keys)) for key in KEYS}
 
     def _keys_text(self, keys: str) -> str:
         return " ".join(self.get_key_display(Binding(key, "")) for key in keys.split(","))

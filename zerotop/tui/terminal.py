@@ -11,7 +11,12 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import Any
 
+from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
+
+from zerotop.output import SERVED_VARIABLE, is_served
+
+__all__ = ["LEAVING_SIGNALS", "SERVED_VARIABLE", "TerminalDriver", "driver_class", "leave_on_signals"]
 
 LEAVING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -39,6 +44,16 @@ class _Terminal(TextIOWrapper):
     def flush(self) -> None:
         with suppress(OSError):
             super().flush()
+
+
+def driver_class() -> type[Driver]:
+    """What the screen is drawn with: the page of a browser if `zerotop web` has started this process, else the
+    terminal."""
+    if is_served():
+        from textual.drivers.web_driver import WebDriver
+
+        return WebDriver
+    return TerminalDriver
 
 
 def leave_on_signals(leave: Callable[[int], None]) -> None:

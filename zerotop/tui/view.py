@@ -57,7 +57,7 @@ def build_view(
 ) -> View:
     """`live` is the current state if `state` is a copy."""
     ended = state.state_name in {"stopped", "finished", "aborted", "failed"}
-    stale = not ended and (age_s > stale_after_s(state) or connection not in {"live", "ended"})
+    stale = not ended and (age_s > stale_after_s(state) or connection not in {"live", "ended", "replay"})
     return View(
         state=state,
         palette=palette,

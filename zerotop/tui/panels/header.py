@@ -92,6 +92,8 @@ def _alerts(view: View, room: int) -> str:
 
 def _connection(view: View) -> tuple[str, Style]:
     palette = view.palette
+    if view.connection == "replay":
+        return "replay", palette.style("accent", bold=True)
     if view.connection == "ended" or view.condition.name not in {*LIVE_STATES, "stalled", "unknown"}:
         return "run ended", palette.style("muted")
     age = duration_text(view.age_s) if view.age_s >= 2 else ""

@@ -17,6 +17,8 @@ class LiveScreen(Screen[None]):
     PANELS: ClassVar[dict[str, str]] = {}
     """The name of a panel key (`panel.NAME` in keys.py) -> the id of what it goes to here."""
     view: View | None = None
+    lines_below = 0
+    """Lines that a bar above the footer takes."""
 
     def focus_panel(self, name: str) -> None:
         """Focus a panel; one for which this size has no room is shown alone."""

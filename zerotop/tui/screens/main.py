@@ -135,7 +135,7 @@ class MainScreen(LiveScreen):
         verdict.reserve(2 if height >= TALL else 1)
         strip.reserve(int(roomy))
         bands = verdict.lines_taken + strip.lines_taken
-        room = height - 3 - bands - int(field.display)  # 3: header and footer
+        room = height - 3 - self.lines_below - bands - int(field.display)  # 3: header and footer
         side = memory.rows_wanted + ROWS_LEAST + host.gutter.height
         heights = share_out(room, narrow, table.rows_wanted, 1 + table.gutter.height, side)
         if (heights, self.maximized) == self._fitted:
