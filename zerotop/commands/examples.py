@@ -21,6 +21,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "ls": ("zerotop ls", "zerotop ls user@gpu-box", "zerotop ls --json | jq '.[].name'"),
     "status": ("zerotop status", "zerotop status q1 --json"),
     "logs": ("zerotop logs q1 -f", "zerotop logs q1 --rank 1"),
+    "stream": ("zerotop stream q1", "zerotop stream q1 --from-start --kind step | jq .loss"),
     "pause": ("zerotop pause q1", "zerotop pause q1 --release    and give the GPU's memory back"),
     "resume": ("zerotop resume q1",),
     "checkpoint": ("zerotop checkpoint q1 --wait",),

@@ -372,12 +372,7 @@ def _compare(previous: RunEntry, resolved: Resolved, refusal: str) -> list[dict[
         old.model_dump(mode="json", exclude={"notes"}), resolved.model_dump(mode="json", exclude={"notes"})
     )
     return [
-        # The URL of a webhook is a secret, and notes become events.
-        {
-            "what": "changed",
-            "text": key if key == "zerotop.notify" else f"{key}: {value_text(before)} -> {value_text(now)}",
-        }
-        for key, before, now in changes
+        {"what": "changed", "text": f"{key}: {value_text(before)} -> {value_text(now)}"} for key, before, now in changes
     ]
 
 

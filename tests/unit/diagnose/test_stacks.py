@@ -225,7 +225,7 @@ async def test_the_command_is_answered_with_a_path_and_a_bounded_text(tmp_path: 
     assert identity == "c1" and result["path"] == "logs/3/stacks-1.txt"
     assert result["text"] == (tmp_path / result["path"]).read_text()
     assert "running at step 0; rank 0: gone" in result["text"]
-    taker._nproc = 2000
+    taker.nproc = 2000
     await taker.answer(Command(id="c2", name="stacks"))
     text = hub.completed[1][1]["text"]
     assert len(text) < ANSWER_BYTES + 100 and text.endswith("\n... the rest is in logs/3/stacks-2.txt\n")

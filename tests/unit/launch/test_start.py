@@ -81,7 +81,7 @@ def test_a_resume_names_no_webhook_among_what_it_changes(tmp_path: Path) -> None
     (tmp_path / "resolved.json").write_text(before.to_json())
     previous = SimpleNamespace(path=tmp_path, name="r1")
     after = resolved(notify=[{"webhook": "https://example.com/ANOTHER"}], log={"interval": 6})
-    assert [note["text"] for note in launching._compare(previous, after)] == [  # type: ignore[arg-type]
+    assert [note["text"] for note in launching._compare(previous, after, "no")] == [  # type: ignore[arg-type]
         "zerotop.log.interval: 5 -> 6",
-        "zerotop.notify",
+        'zerotop.notify: "(hidden)" -> "(hidden)"',
     ]
