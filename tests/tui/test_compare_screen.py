@@ -32,11 +32,11 @@ async def test_both_curves_the_verdict_and_the_branch(tmp_path: Path, size: tupl
     b, _ = record(tmp_path, "b", 1, branch_of=BranchPoint(run="a", step=30, path=str(a.path)))
     app = CompareApp(a, b)
     async with app.run_test(size=size) as pilot:
-        await until_async(lambda: "┊ the branch" in screen_text(app)[3])
+        await until_async(lambda: "│ the branch" in screen_text(app)[3])
         text = screen_text(app)
         assert "b beside a: " in text[0] and "≈ loss" in text[0] and "≈ speed" in text[0]
         assert "a  running" in text[1] and "branch of a at step 30" in text[2]
-        assert "loss by step, smoothed   ┊ the branch" in text[3]
+        assert "loss by step, smoothed   │ the branch" in text[3]
         plot = text[4 : app.screen.query_one("#compare-text").region.y]
         assert sum("⡂" in line for line in plot) >= len(plot) // 2 and "60" in plot[-1]
         styles = {

@@ -183,7 +183,7 @@ class CompareApp(KeyFlow[None]):
         heading = Row().gap().add(f"{title} by {axis}{smooth}", self.palette.style("primary", bold=True))
         mark = self._branch_mark(runs)
         if mark is not None:
-            heading.add("   ┊ the branch", muted)
+            heading.add("   │ the branch", muted)
         plot = overlay_rows(lines, width, height - 1, text, lambda x: place_text(axis, x), muted, mark)
         return [heading, *plot]
 

@@ -97,7 +97,7 @@ def _track(status: ReplayStatus, palette: Palette, width: int) -> Row:
             row.add("█", palette.style("accent", bold=True))
         elif cell in found:
             glyph, colour = _GLYPHS[found[cell]]
-            row.add("╪" if found[cell] == "info" else glyph, palette.style("muted" if colour == "primary" else colour))
+            row.add("│" if found[cell] == "info" else glyph, palette.style("muted" if colour == "primary" else colour))
         else:
             row.add("━" if cell < place else "─", palette.style("primary" if cell < place else "border"))
     return row
