@@ -19,6 +19,15 @@ left of the RSS. Of activations, the ledger counts what is offloaded to host mem
 LEDGER_CATEGORIES: tuple[str, ...] = tuple(name for name in get_args(Category) if name not in DERIVED_CATEGORIES)
 CATEGORIES = LEDGER_CATEGORIES + DERIVED_CATEGORIES
 _LABELS = {"snapshot": "checkpoint copy", "imports": "Python, data", "mapped_files": "mapped files"}
+SHORT_LABELS = {
+    "parameters": "params",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "communication": "comm",
+    "snapshot": "ckpt",
+    "activations": "activ",
+}
+"""Names of categories for one line of 80 columns."""
 _OF_RSS = {"allocator": "cache", "rest": "other"}
 """Names on the wire that differ from the category's."""
 

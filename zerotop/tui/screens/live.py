@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
+from textual import events
 from textual.screen import Screen
+from textual.widget import Widget
 
+from zerotop.tui.resize import PaneResizer
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
 
 class LiveScreen(Screen[None]):
-    """A screen whose panels show the run."""
+    """A screen whose panels show the run. Borders between panels can be dragged with the mouse."""
 
     ALLOW_IN_MAXIMIZED_VIEW = "Header,KeyBar,FilterField,.-textual-system"
-    PANELS: ClassVar[dict[str, str]] = {}
-    """The name of a panel key (`panel.NAME` in keys.py) -> the id of what it goes to here."""
     view: View | None = None
 
-    def focus_panel(self, name: str) -> None:
-        """Focus a panel; one for which this size has no room is shown alone."""
-        panel = self.query_one(f"#{self.PANELS[name]}")
-        if self.maximized is not None and self.maximized is not panel:
-            self.unzoom()
-        shown = panel.display and all(parent.display for parent in panel.ancestors if hasattr(parent, "display"))
-        if not shown:
-            self.zoom(panel)
-        self.set_focus(panel)
+    def __init__(self) -> None:
+        super().__init__()
+        self.resizer = PaneResizer(self)
 
     def show_view(self, view: View) -> None:
         """One batch of repaints for all panels. Only the topmost screen gets views."""
@@ -42,6 +35,7 @@ class LiveScreen(Screen[None]):
         if self.view is not None:
             self.show_view(self.view)
 
+    # ---- one panel alone, or none of it ----------------------------------------------------------------------------
     def zoom(self, panel: object) -> None:
         """Give the whole screen to a panel."""
         if isinstance(panel, Panel | ScrollPanel) and panel.allow_maximize:
@@ -55,3 +49,35 @@ class LiveScreen(Screen[None]):
         self.minimize()
         self.call_after_refresh(self.refresh_panels)
         return True
+
+    def hide_focused(self) -> None:
+        """Hide the focused panel, unless it is the last one."""
+        panel = self.focused
+        there = [one for one in self._panels() if one.region.area]
+        if not isinstance(panel, Panel | ScrollPanel) or len(there) < 2:
+            return
+        self.unzoom()
+        self.focus_next()
+        panel.add_class("-hidden")
+        self.call_after_refresh(self.refresh_panels)
+
+    def show_all(self) -> None:
+        """Show all panels, in their usual sizes."""
+        for panel in self.query(".-hidden"):
+            panel.remove_class("-hidden")
+        self.resizer.reset()
+        self.call_after_refresh(self.refresh_panels)
+
+    def _panels(self) -> list[Widget]:
+        return [panel for panel in self.query("*") if isinstance(panel, Panel | ScrollPanel) and panel.can_focus]
+
+    # ---- the mouse on borders --------------------------------------------------------------------------------------
+    def on_mouse_down(self, event: events.MouseDown) -> None:
+        self.resizer.take(event.screen_x, event.screen_y)
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        if self.resizer.move(event.screen_x, event.screen_y):
+            self.call_after_refresh(self.refresh_panels)
+
+    def on_mouse_up(self, event: events.MouseUp) -> None:
+        self.resizer.let_go()

@@ -174,7 +174,9 @@ class Timeline(Panel, can_focus=True):
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         state = view.state.ranks.get(self.rank)
-        return timeline_rows(state.spans if state else (), view.palette, width, height)
+        return timeline_rows(
+            state.spans if state else (), state.collectives if state else (), view.palette, width, height
+        )
 
 
 class CollectiveTable(Panel, can_focus=True):

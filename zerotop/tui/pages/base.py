@@ -1,0 +1,62 @@
+"""What the screens behind the number keys have in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol, runtime_checkable
+
+from textual.containers import Vertical
+from textual.widget import Widget
+
+from zerotop.tui.view import View
+
+
+@runtime_checkable
+class Filterable(Protocol):
+    """A panel whose lines can be filtered with `/`."""
+
+    FILTER_HINT: str
+    filter: str
+
+    def set_filter(self, text: str) -> None:
+        """Show only lines that match; an empty text shows all."""
+
+
+@runtime_checkable
+class Zoomable(Protocol):
+    """A panel with an axis: it can be zoomed, panned, and read at a cursor."""
+
+    def zoom_by(self, factor: float) -> None:
+        """Show less of the axis, or more."""
+
+    def pan_by(self, share: float) -> None:
+        """Move along the axis by a share of what is shown."""
+
+    def move_cursor(self, by: int) -> None:
+        """Move the cursor."""
+
+    def show_whole(self) -> None:
+        """Show everything, without a cursor."""
+
+
+class Page(Vertical):
+    """`KEY` opens it. A page fills the place between the header and the footer, or half of it in a wide terminal."""
+
+    KEY: ClassVar[str]
+    NAME: ClassVar[str]
+    COMPANION: ClassVar[str]
+    """The key of the page that a wide terminal shows beside it."""
+    view: View | None = None
+
+    def show_view(self, view: View) -> None:
+        """Called at every tick before the panels are drawn."""
+        self.view = view
+
+    def fit(self) -> None:
+        """Share the height among the panels. Called when the size or what the panels want has changed."""
+
+    def first_focus(self) -> Widget | None:
+        """The panel that has the focus when the page is opened."""
+        return next((child for child in self.query("*") if child.can_focus and child.display), None)
+
+    def on_resize(self) -> None:
+        self.fit()
