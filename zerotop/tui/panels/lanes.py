@@ -16,13 +16,16 @@ from zerotop.format import ms_text
 from zerotop.state.run import RankState, RunState
 from zerotop.tui.panels.phases import phase_legend
 from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.theme import Palette
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Row, ScrollPanel
 from zerotop.tui.widgets.scale import round_step
-from zerotop.tui.widgets.timeline import Record, lane_cells, paint
+from zerotop.tui.widgets.timeline import Cell, Record, lane_cells, paint
 
 Item = TypeVar("Item")
 LABEL = 7
+CHROME = 3
+"""Lines above and below the lanes: time, steps, signs."""
 STEPS_SHOWN = 3
 """Steps in sight at first."""
 LEAST_NS = 1_000_000
@@ -63,7 +66,7 @@ class LanePanel(ScrollPanel):
     def accept(self, view: View) -> None:
         super().accept(view)
         self._count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
-        size = Size(0, self._count + 2)
+        size = Size(0, self._count + CHROME)
         if size != self.virtual_size:
             self.virtual_size = size
         self._shifts = host_shifts(view.state)
@@ -109,26 +112,29 @@ class LanePanel(ScrollPanel):
             return [Row().add("no phase has ended yet", muted)]
         room = max(1, width - LABEL)
         start, end = self._window(state)
-        rows = [self._axis(view, start, end, room)]
+        rows = [self._axis(view, start, end, room), self._steps(view, start, end, room)]
         cursor = self._cell(self.cursor_ns, start, room)
-        first = self.scroll_offset.y
-        for number in range(first, min(self._count, first + height - 2)):
+        first, tall = self.scroll_offset.y, self._lane_lines(height)
+        for number in range(first, min(self._count, first + (height - CHROME) // tall)):
             rank = state.ranks.get(number) or RankState(number)
             shift = self._shift(rank)
             spans = list(_within(rank.spans, start - shift, lambda span: span[4]))
             records: list[Record] = list(_within(rank.collectives, start - shift, lambda record: record[4]))
             cells = lane_cells(spans, records, start - shift, end - start, room)
             chosen = number == self.selected
-            row = Row().add("▌" if chosen else " ", palette.style("primary" if self.has_focus else "muted"))
-            row.cell(str(number), LABEL - 3, Style(bold=chosen), right=True).gap(2)
-            if cursor is None:
-                row.extend(paint(cells, palette))
-            else:
-                row.extend(paint(cells[:cursor], palette)).add("│", palette.style("accent", bold=True))
-                row.extend(paint(cells[cursor + 1 :], palette))
-            rows.append(row)
+            label = palette.style("primary" if self.has_focus else "muted")
+            row = Row().add("▌" if chosen else " ", label).cell(str(number), LABEL - 3, Style(bold=chosen), right=True)
+            rows.append(_lane(row.gap(2), cells, cursor, palette))
+            if tall > 1:  # the names stand in the first line
+                blank = Row().add("▌" if chosen else " ", label).gap(LABEL - 1)
+                rows.append(_lane(blank, cells, cursor, palette, named=False))
+            rows += [Row() for _ in range(tall - 2)]
         rows += [Row() for _ in range(height - 1 - len(rows))]
         return [*rows, phase_legend(view, width)][:height]
+
+    def _lane_lines(self, height: int) -> int:
+        """Lines of a lane: one, two, or two and a blank one, as there is room."""
+        return max(1, min(3, (height - CHROME) // max(1, self._count)))
 
     def _cell(self, at_ns: int | None, start: int, room: int) -> int | None:
         if at_ns is None or not start <= at_ns < start + self.span_ns:
@@ -136,8 +142,8 @@ class LanePanel(ScrollPanel):
         return min(room - 1, int((at_ns - start) * room / self.span_ns))
 
     def _axis(self, view: View, start: int, end: int, room: int) -> Row:
-        """Round times from the newest back, and where the steps of the first rank begin."""
-        palette, muted = view.palette, view.palette.style("muted")
+        """Round times from the newest back."""
+        muted = view.palette.style("muted")
         cells: list[tuple[str, Style]] = [("─", muted)] * room
         step_ms = round_step(self.span_ns / 1e6, max(1, room // 16))
         _, newest = self._bounds(view.state)
@@ -152,26 +158,33 @@ class LanePanel(ScrollPanel):
             if cell <= room and place >= 0:
                 cells[place : place + len(text)] = [(character, muted) for character in text]
             number += 1
-        lane = view.state.ranks.get(self.selected)
-        if lane is not None:
-            shift, seen = self._shift(lane), set()
-            for _, step, _, begin, _ in lane.spans:
-                if step not in seen and start <= begin + shift < end:
-                    cell = int((begin + shift - start) * room / self.span_ns)
-                    text = f"▾{step:,}"
-                    if cell + len(text) <= room:
-                        cells[cell : cell + len(text)] = [(one, palette.style("primary")) for one in text]
-                seen.add(step)
         row = Row().gap(LABEL)
         for character, style in cells[:room]:
             row.add(character, style)
+        return row
+
+    def _steps(self, view: View, start: int, end: int, room: int) -> Row:
+        """Where the steps of the selected rank begin."""
+        row = Row().gap(LABEL)
+        lane = view.state.ranks.get(self.selected)
+        if lane is None:
+            return row
+        shift, seen = self._shift(lane), set()
+        for _, step, _, begin, _ in lane.spans:
+            if step not in seen and start <= begin + shift < end:
+                place = LABEL + int((begin + shift - start) * room / self.span_ns)
+                text = f"▾ step {step:,}"
+                if row.width <= place and place + len(text) <= LABEL + room:
+                    row.to(place).add(text, view.palette.style("primary"))
+            seen.add(step)
         return row
 
     # ---- keys and mouse --------------------------------------------------------------------------------------------
     def action_select(self, by: int) -> None:
         """Select another lane."""
         self.selected = max(0, min(self._count - 1, self.selected + by))
-        top, visible = self.scroll_offset.y, self.scrollable_content_region.height - 2
+        height = self.scrollable_content_region.height
+        top, visible = self.scroll_offset.y, (height - CHROME) // self._lane_lines(height)
         if self.selected < top or self.selected >= top + visible:
             place = self.selected if self.selected < top else self.selected - visible + 1
             self.scroll_to(y=place, animate=False, force=True)
@@ -232,8 +245,9 @@ class LanePanel(ScrollPanel):
         offset = event.get_content_offset(self)
         if offset is None or self.view is None or not self.span_ns:
             return
-        line = self.scroll_offset.y + offset.y - 1
-        if 0 <= line < self._count:
+        tall = self._lane_lines(self.scrollable_content_region.height)
+        line = self.scroll_offset.y + (offset.y - 2) // tall
+        if offset.y >= 2 and 0 <= line < self._count:
             if line == self.selected and event.chain > 1:
                 self.action_open()
                 return
@@ -250,6 +264,14 @@ class LanePanel(ScrollPanel):
 
     def on_blur(self) -> None:
         self.redraw()
+
+
+def _lane(row: Row, cells: list[Cell], cursor: int | None, palette: Palette, named: bool = True) -> Row:
+    """The cells of a lane, and the cursor over them."""
+    if cursor is None:
+        return row.extend(paint(cells, palette, named))
+    row.extend(paint(cells[:cursor], palette, named)).add("│", palette.style("accent", bold=True))
+    return row.extend(paint(cells[cursor + 1 :], palette, named))
 
 
 def _within(items: Reversible[Item], start: int, end_of: Callable[[Item], int]) -> Iterator[Item]:

@@ -19,7 +19,7 @@ from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import split_cells, stacked_bar
 from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
 
-NAME, USED = 15, 21
+NAME, USED = 15, 23
 NOTES_FROM = 120
 NOTES = 38
 PEAK, PLAN = "┃", "◇"

@@ -36,7 +36,7 @@ class EvaluationList(TextLines):
         return (view.state.evaluations.newest, len(view.state.evaluations), self.shown_step)
 
     def accept(self, view: View) -> None:
-        self.entitle(f"1 evaluations · {len(view.state.evaluations)}")
+        self.entitle(f"evaluations · {len(view.state.evaluations)}")
         super().accept(view)
         self._keep_in_sight()
 

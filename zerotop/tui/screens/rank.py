@@ -170,7 +170,7 @@ class Timeline(Panel, can_focus=True):
     def __init__(self, rank: int) -> None:
         super().__init__(id="timeline")
         self.rank = rank
-        self.entitle("1 phases of the last steps")
+        self.entitle("3 phases of the last steps")
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         state = view.state.ranks.get(self.rank)
@@ -185,7 +185,7 @@ class CollectiveTable(Panel, can_focus=True):
     def __init__(self, rank: int) -> None:
         super().__init__(id="collectives")
         self.rank = rank
-        self.entitle("2 collectives")
+        self.entitle("4 collectives")
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         muted = view.palette.style("muted")
@@ -222,12 +222,6 @@ class CollectiveTable(Panel, can_focus=True):
 class RankScreen(LiveScreen):
     """The page of one rank."""
 
-    PANELS: ClassVar[dict[str, str]] = {
-        "ranks": "timeline",
-        "learning": "collectives",
-        "memory": "memory",
-        "events": "events",
-    }
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "app.back", "Back", show=True),
         Binding("left_square_bracket", "other(-1)", "Previous rank", show=True),

@@ -203,7 +203,7 @@ def _below(look: Look, x: Axis, width: int, margin: int, count: int) -> list[Row
     for style, run in groupby(signs, lambda sign: sign[1]):
         axis.add("".join(text for text, _ in run), style)
     step = round_step(x.high - x.low, max(1, inner // 14))
-    end = f"{look.unit} {tick_text(x.high, max(1.0, step / 10) if x.high == int(x.high) else step / 10)}"
+    end = f"{look.unit} {tick_text(x.high, 1.0 if x.high == int(x.high) else step / 10)}"
     numbers = Row().add(" " * margin)
     for tick in whole:
         text = tick_text(tick, step)

@@ -80,8 +80,8 @@ def _overlaps(begin: int, end: int, start_ns: int, cell_ns: float, width: int) -
             yield cell, overlap
 
 
-def paint(cells: Sequence[Cell], palette: Palette) -> list[Segment]:
-    """The cells as blocks: the name of the phase and the micro-step where they fit, else the first letter."""
+def paint(cells: Sequence[Cell], palette: Palette, named: bool = True) -> list[Segment]:
+    """The cells as blocks: the name of the phase and the micro-step where they fit, else the first letter; or blank."""
     found = []
     for (phase, micro, waited), run in groupby(cells):
         size = sum(1 for _ in run)
@@ -90,7 +90,8 @@ def paint(cells: Sequence[Cell], palette: Palette) -> list[Segment]:
         elif waited:
             found.append(Segment(WAITING * size, palette.waiting(phase)))
         else:
-            found.append(Segment(block_text(phase, micro, size), palette.phase(phase)))
+            text = block_text(phase, micro, size) if named else " " * size
+            found.append(Segment(text, palette.phase(phase)))
     return found
 
 
