@@ -181,7 +181,7 @@ def tick_text(value: float, step: float) -> str:
         return "0"
     size = max(abs(number), apart)
     if size >= 1e15 or size < 1e-3:
-        return f"{number:.2g}".replace("e-0", "e-").replace("e+", "e")
+        return f"{number:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if size >= scale and (scale > 1e3 or size >= 1e5):
             return f"{number / scale:.{_digits(apart / scale)}f}{unit}"

@@ -15,10 +15,10 @@ from tests.tui.screen_reading import OpenApp, screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.state.run import RunState
 from zerotop.tui.app import ZerotopApp
+from zerotop.tui.pages.data import DataPage
+from zerotop.tui.pages.overview import OverviewPage
 from zerotop.tui.panels.data import ExamplePanel, why_no_report
 from zerotop.tui.panels.texts import why_no_texts
-from zerotop.tui.screens.data import DataScreen
-from zerotop.tui.screens.main import MainScreen
 from zerotop.tui.screens.texts import TextScreen
 from zerotop.tui.widgets.keybar import KeyBar
 from zerotop.tui.widgets.lines import Panel, ScrollPanel
@@ -60,35 +60,36 @@ async def test_d_shows_what_is_trained(open_app: OpenApp, size: tuple[int, int])
         assert " d Data " in screen_text(app)[-1]
         await pilot.press("d")
         await settle(app, pilot)
-        assert isinstance(app.screen, DataScreen) and run.sent == []
+        assert isinstance(app.page, DataPage) and run.sent == []
         text = text_of(app)
         for words in (
-            "1 training data", "468K of 1.31M tokens", "7,105 of 7,168 rows", "chats/part-0.jsonl, rows 1 and 2",
-            "2 lengths · cut at 2,048", "█", "≤ 2,048", "3 example 1 of 3 · 124 tokens, 33% trained",
+            "training data", "468K of 1.31M tokens", "7,105 of 7,168 rows", "chats/part-0.jsonl, rows 1 and 2",
+            "lengths · cut at 2,048", "█", "≤ 2,048", "example 1 of 3 · 124 tokens, 33% trained",
             "Mount Everest", "<|im_end|>↵", "next document", "trained counted by the loss",
         ):  # fmt: skip
             assert words in text, words
         await pilot.press("escape")
-        assert isinstance(app.screen, MainScreen)
+        await settle(app, pilot)
+        assert isinstance(app.page, OverviewPage)
 
 
 async def test_examples_and_data_sets_are_switched(open_app: OpenApp) -> None:
     async with open_app(finetuning(), size=(120, 40)) as (app, pilot, _):
         await pilot.press("d", "right_square_bracket")
         await settle(app, pilot)
-        assert "3 example 2 of 3" in text_of(app) and "… 17 tokens more" in text_of(app)
+        assert "example 2 of 3" in text_of(app) and "… 17 tokens more" in text_of(app)
         await pilot.press("left_square_bracket", "left_square_bracket")
         await settle(app, pilot)
-        assert "3 example 3 of 3" in text_of(app)
+        assert "example 3 of 3" in text_of(app)
         assert "d: evaluation data" in text_of(app)
         await pilot.press("d")
         await settle(app, pilot)
         text = text_of(app)
-        assert "1 evaluation data · d: training data" in text and "200 of 200 rows" in text and "example 1 of 2" in text
+        assert "evaluation data · d: training data" in text and "200 of 200 rows" in text and "example 1 of 2" in text
         assert "held-out.jsonl, row 0" in text
         await pilot.press("d")
         await settle(app, pilot)
-        assert "1 training data" in text_of(app) and len(app.screen_stack) == 2
+        assert "training data" in text_of(app) and len(app.screen_stack) == 1
 
 
 async def test_d_and_w_lead_from_one_to_the_other_and_back_to_the_run(open_app: OpenApp) -> None:
@@ -98,10 +99,10 @@ async def test_d_and_w_lead_from_one_to_the_other_and_back_to_the_run(open_app: 
         assert isinstance(app.screen, TextScreen) and len(app.screen_stack) == 2
         await pilot.press("question_mark", "d")
         await settle(app, pilot)
-        assert not isinstance(app.screen, DataScreen)  # the help is on top
-        await pilot.press("escape", "escape")
+        assert not isinstance(app.page, DataPage)  # the help is on top
+        await pilot.press("escape", "escape", "escape")
         await settle(app, pilot)
-        assert isinstance(app.screen, MainScreen)
+        assert isinstance(app.page, OverviewPage)
 
 
 @pytest.mark.parametrize(("theme", "mono"), [("light", False), ("colour-blind", True)])
@@ -130,7 +131,7 @@ async def test_a_report_that_comes_later_appears_and_the_place_in_an_example_sta
         assert "no data report yet" in text_of(app)
         run.say(data_report())
         await settle(app, pilot)
-        assert "1 training data" in text_of(app) and "d: evaluation data" not in text_of(app)
+        assert "training data" in text_of(app) and "d: evaluation data" not in text_of(app)
         panel = app.screen.query_one(ExamplePanel)
         await pilot.press("down", "down")
         run.steps(1)

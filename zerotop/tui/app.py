@@ -14,7 +14,6 @@ from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
 from textual.notifications import SeverityLevel
 from textual.screen import Screen
-from textual.widget import Widget
 
 from runtime.wire.messages import LIVE_STATES, CommandName
 from runtime.wire.profile import DEFAULT_STEPS
@@ -32,7 +31,6 @@ from zerotop.tui.keys import KEYS, STEERING, load_keymap
 from zerotop.tui.lens import Lens
 from zerotop.tui.pagekeys import FIRST, PageKeys, mode_of
 from zerotop.tui.pages.data import DataPage
-from zerotop.tui.pages.overview import OverviewPage
 from zerotop.tui.palette_commands import palette_commands
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.panels.settings import SettingTable
@@ -187,6 +185,8 @@ class ZerotopApp(PageKeys[Outcome]):
         if isinstance(page, DataPage):
             role = page.other_role()
             labels["data"] = ROLES[role].capitalize() if role is not None else "Data"
+        else:
+            labels["data"] = "Data"
         when = "now" if paused else f"after step {next_boundary(state):,}"
         long = {
             "pause_resume": "Resume" if paused else f"Pause {when}",
@@ -195,8 +195,7 @@ class ZerotopApp(PageKeys[Outcome]):
             "stop": f"Stop {when}",
             "abort": "Abort at once",
         }
-        data = {"data"} if not state.data or not isinstance(page, DataPage) else set()
-        hidden = data | ({"texts"} if not state.evaluations else set())
+        hidden = {name for name, there in (("data", state.data), ("texts", state.evaluations)) if not there}
         for bar in screen.query(KeyBar):  # none yet in a screen that has just been pushed
             bar.relabel(labels, hidden, {**labels, **long})
 
@@ -360,7 +359,8 @@ class ZerotopApp(PageKeys[Outcome]):
         if isinstance(screen, LiveScreen) and screen.unzoom():
             return
         if isinstance(screen, PageScreen):
-            screen.close_filter()
+            if not screen.close_filter():
+                self.action_page(FIRST)
         elif len(self.screen_stack) > 1:
             self.pop_screen()
             self.call_after_refresh(self.update_view)

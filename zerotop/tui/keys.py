@@ -13,7 +13,6 @@ from textual.keys import KEY_NAME_REPLACEMENTS, Keys, key_to_character
 from runtime.wire.profile import DEFAULT_STEPS
 from zerotop.rundir.paths import config_home
 
-
 Group = Literal["run", "screens", "view", "plots", "panels", "log"]
 GROUPS: dict[Group, str] = {
     "run": "the run",
@@ -153,7 +152,7 @@ YIELDS = {"abort": "texts"}
 STEERING = frozenset(key.action for key in KEYS if key.steers)
 OTHER_HELP = (
     ("Tab, Shift+Tab", "the next panel, the one before"),
-    ("Esc", "back from a rank, a dialog, a zoomed panel, a filter"),
+    ("Esc", "back from a rank, a dialog, a zoomed panel, a filter, and to the overview"),
     ("Ctrl+P", "all commands and themes by name"),
     ("mouse", "click focuses, twice opens a rank; the wheel zooms a plot; drag a panel's border to resize it"),
 )

@@ -148,9 +148,7 @@ class PageKeys(KeyFlow[ReturnType]):
         if action in {"page", "texts", "data"} or action in PANEL_ACTIONS:
             return isinstance(screen, LiveScreen)
         if not isinstance(screen, PageScreen):
-            return action not in (
-                LOG_ACTIONS | RANK_ACTIONS | AXIS_ACTIONS | LENS_ACTIONS | {"filter", "next_figure"}
-            )
+            return action not in (LOG_ACTIONS | RANK_ACTIONS | AXIS_ACTIONS | LENS_ACTIONS | {"filter", "next_figure"})
         if action == "filter":
             return screen.filter_target() is not None and not isinstance(self.focused, Input)
         page = screen.page

@@ -34,7 +34,7 @@ class PaneResizer:
 
     def take(self, x: int, y: int) -> bool:
         """Begin if there is a border between two panes at this place of the screen."""
-        self._drag = self._screen.maximized is None and self._found(x, y) or None
+        self._drag = (self._screen.maximized is None and self._found(x, y)) or None
         return self._drag is not None
 
     def _found(self, x: int, y: int) -> _Drag | None:
@@ -46,7 +46,9 @@ class PaneResizer:
             for before, after in zip(children, children[1:], strict=False):
                 edge = after.region.y if upright else after.region.x
                 place = y if upright else x
-                inside = after.region.x <= x < after.region.right if upright else after.region.y <= y < after.region.bottom
+                inside = (
+                    after.region.x <= x < after.region.right if upright else after.region.y <= y < after.region.bottom
+                )
                 if place in (edge, edge - 1) and inside and _bordered(before, after, place - edge, upright):
                     sizes = (
                         (before.outer_size.height, after.outer_size.height)

@@ -25,6 +25,8 @@ from zerotop.tui.view import View, stale_after_s
 from zerotop.tui.widgets.lines import Row, ScrollPanel
 from zerotop.tui.widgets.timeline import longest_last_step_ms
 
+PINNED_FROM = 16
+"""With more ranks, those that the verdict blames stand first."""
 MEDIAN_FROM = 9
 """From so many ranks on, a last line has the median of each column."""
 
@@ -47,7 +49,18 @@ class RankTable(ScrollPanel):
     class Selected(Message):
         """The selection moved to another rank."""
 
-        FILTER_HINT = "rank 3, cuda:1, a host, a phase, an alarm …"
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+            super().__init__()
+
+    class Opened(Message):
+        """The user opened a rank."""
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+            super().__init__()
+
+    FILTER_HINT = "rank 3, cuda:1, a host, a phase, an alarm …"
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
@@ -74,7 +87,7 @@ class RankTable(ScrollPanel):
         shown = [number for number in range(self._count) if self._passes(view, number)]
         if self.sort != "rank" or self.reverse:
             shown = sorted_ranks(self._drawing, shown, self.sort, self.reverse)
-        elif len(shown) + 1 > self.scrollable_content_region.height > 0:  # those in trouble stay in sight
+        elif len(shown) > PINNED_FROM:  # those in trouble stay in sight
             shown.sort(key=lambda number: (not view.blames(number), number))
         if shown != self._order:
             self._order = shown

@@ -82,8 +82,8 @@ def _facts(view: View) -> list[tuple[str, str, Style]]:
     state, status, palette = view.state, view.state.status, view.palette
     bold = Style(bold=True)
     facts: list[tuple[str, str, Style]] = []
-    if status is not None and status.reason and status.state != "finished":
-        facts.append(("why", status.reason, palette.style("error" if status.state == "failed" else "foreground")))
+    if status is not None and status.reason and status.state == "stopped":  # else the verdict says it
+        facts.append(("why", status.reason, PLAIN))
     took_s = None
     if status is not None and status.started_wall_s is not None and status.ended_wall_s is not None:
         took_s = status.ended_wall_s - status.started_wall_s

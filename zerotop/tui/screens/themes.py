@@ -71,7 +71,7 @@ class ThemeScreen(ModalScreen[None]):
         options.highlighted = names.index(self.host.theme) if self.host.theme in names else 0
         options.focus()
         self._note([])
-        self.set_interval(LOOK_S, self._look)
+        self.set_interval(LOOK_S, self.look)
 
     def _note(self, problems: list[str]) -> None:
         text = "\n".join(problems) or f"your own: {user_folder()}/NAME.toml, shown here as you save it"
@@ -79,7 +79,7 @@ class ThemeScreen(ModalScreen[None]):
         note.update(plain(text))
         note.set_class(bool(problems), "bad")
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Show a file of the user's as soon as it is saved."""
         files = user_files()
         if files == self._files:
