@@ -145,7 +145,7 @@ KEYS: tuple[Key, ...] = (
     Key("theme", "t", "themes", "Theme", "choose a theme; what is marked is shown at once", "view", show=True),
     Key("screenshot", "ctrl+s", "save_screenshot", "Save screenshot", "save the screen as an SVG picture", "view"),
 )
-TABS_FROM = 28
+TABS_FROM = 41
 """From this height of the terminal on, a line shows the screens of the number keys."""
 YIELDS = {"abort": "texts"}
 """Action -> the action that goes before it in a footer too narrow for both."""

@@ -150,7 +150,7 @@ class PageKeys(KeyFlow[ReturnType]):
         if not isinstance(screen, PageScreen):
             return action not in (LOG_ACTIONS | RANK_ACTIONS | AXIS_ACTIONS | LENS_ACTIONS | {"filter", "next_figure"})
         if action == "filter":
-            return screen.filter_target() is not None and not isinstance(self.focused, Input)
+            return screen.filter_target() is not None and not isinstance(screen.focused, Input)
         page = screen.page
         if action in LOG_ACTIONS:
             return isinstance(page, LogPage)

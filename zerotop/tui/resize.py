@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
@@ -43,12 +44,11 @@ class PaneResizer:
                 continue
             upright = isinstance(container, Vertical)
             children = [child for child in container.children if child.display and child.region.area]
-            for before, after in zip(children, children[1:], strict=False):
+            for before, after in pairwise(children):
                 edge = after.region.y if upright else after.region.x
                 place = y if upright else x
-                inside = (
-                    after.region.x <= x < after.region.right if upright else after.region.y <= y < after.region.bottom
-                )
+                region = after.region
+                inside = region.x <= x < region.right if upright else region.y <= y < region.bottom
                 if place in (edge, edge - 1) and inside and _bordered(before, after, place - edge, upright):
                     sizes = (
                         (before.outer_size.height, after.outer_size.height)

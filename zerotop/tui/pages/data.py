@@ -21,6 +21,7 @@ class DataPage(Page):
     NAME: ClassVar[str] = "Data"
     COMPANION: ClassVar[str] = "5"
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "app.back", "Back", show=True),
         Binding("left_square_bracket", "other(-1)", "Previous", show=True),
         Binding("right_square_bracket", "other(1)", "Next", show=True),
     ]

@@ -21,9 +21,11 @@ from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.panels.summary import SummaryPanel
 from zerotop.tui.view import View
 
-EVENTS_LEAST = 6
+EVENTS_LEAST = 5
 RANKS_FIRST = 8
 """This many ranks are visible before plots and events get more than their minimum."""
+LEGEND_FROM = 30
+"""Lines from which the letters of the strips are explained."""
 HOST_LINE_FROM = 22
 """Narrow: lines from which the host has one of them."""
 
@@ -101,7 +103,8 @@ class OverviewPage(Page):
             summary.display = view.ended
             self.set_class(view.ended, "-ended")
         phases = self.query_one(PhaseLegend)
-        phases.display = not view.ended and phases.wanted(view, self.size.width)
+        room = self.size.height >= LEGEND_FROM
+        phases.display = room and not view.ended and phases.wanted(view, self.size.width)
         self.fit()
 
     def fit(self) -> None:

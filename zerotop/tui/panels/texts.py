@@ -90,7 +90,7 @@ class TextPanel(TextLines):
 
     def accept(self, view: View) -> None:
         shown, evaluations = self.evaluation(view.state), view.state.evaluations
-        title = "2 texts"
+        title = "texts"
         if shown is not None:
             there = evaluations.with_texts
             number = next((at for at, point in enumerate(there, 1) if point.step == shown.step), 0)

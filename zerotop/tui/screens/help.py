@@ -73,9 +73,8 @@ class HelpScreen(ModalScreen[None]):
             locked = group == "run" and not self.can_steer
             self._head(table, GROUPS[group], f"⊘ {self.why_not}" if locked else "")
             for key in (key for key in KEYS if key.group == group):
-                table.add_row(
-                    Text(self.keys[key.id], muted if locked else accent), Text(key.help, muted if locked else "")
-                )
+                style = muted if locked else accent
+                table.add_row(Text(self.keys[key.id], style), Text(key.help, muted if locked else ""))
             if group == "view":
                 for name, text in OTHER_HELP:
                     table.add_row(Text(name, accent), Text(text))

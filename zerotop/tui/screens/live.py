@@ -11,6 +11,10 @@ from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
 
+BOXES_FROM = 28
+"""From this height on, panels have boxes around them."""
+
+
 class LiveScreen(Screen[None]):
     """A screen whose panels show the run. Borders between panels can be dragged with the mouse."""
 
@@ -20,6 +24,10 @@ class LiveScreen(Screen[None]):
     def __init__(self) -> None:
         super().__init__()
         self.resizer = PaneResizer(self)
+
+    def on_resize(self) -> None:
+        """Where lines are few, panels have a line above them instead of a box around them."""
+        self.set_class(self.has_class("-narrow") or self.size.height < BOXES_FROM, "-lined")
 
     def show_view(self, view: View) -> None:
         """One batch of repaints for all panels. Only the topmost screen gets views."""

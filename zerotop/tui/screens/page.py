@@ -78,6 +78,7 @@ class PageScreen(LiveScreen):
         self.fit()
 
     def on_resize(self) -> None:
+        super().on_resize()
         self._companion()
         self.fit()
 
