@@ -15,7 +15,7 @@ from textual.binding import Binding, BindingType
 from textual.notifications import SeverityLevel
 from textual.screen import Screen
 
-from runtime.wire.messages import LIVE_STATES, CommandName
+from runtime.wire.messages import LIVE_STATES, CommandName, Hello
 from runtime.wire.profile import DEFAULT_STEPS
 from zerotop.clean import clean
 from zerotop.source.base import Source
@@ -58,7 +58,7 @@ class ZerotopApp(PageKeys[Outcome]):
     "ended".
 
     Whoever opened the source closes it. The app reads the source in one thread, its own. `find_earlier` returns runs to
-    compare the loss with; it may take a while, and is called once in another thread.
+    compare the loss with, given the hello of a rank; it may take a while, and is called once in another thread.
     """
 
     TITLE = "zerotop"
@@ -72,7 +72,7 @@ class ZerotopApp(PageKeys[Outcome]):
         self,
         source: Source,
         read_only: bool = False,
-        find_earlier: Callable[[], tuple[EarlierRun, ...]] | None = None,
+        find_earlier: Callable[[Hello], tuple[EarlierRun, ...]] | None = None,
     ) -> None:
         super().__init__(driver_class=TerminalDriver)
         self.source = source
@@ -201,13 +201,14 @@ class ZerotopApp(PageKeys[Outcome]):
 
     def _look_for_earlier(self) -> None:
         """Once the run is known and drawn, look for others to compare it with."""
-        if self._find_earlier is None or self._looked_for_earlier or self.source.state.hello is None:
+        hello = self.source.state.hello
+        if self._find_earlier is None or self._looked_for_earlier or hello is None:
             return
         self._looked_for_earlier = True
-        self.run_worker(self._take_earlier(self._find_earlier), exclusive=False)
+        self.run_worker(self._take_earlier(self._find_earlier, hello), exclusive=False)
 
-    async def _take_earlier(self, find: Callable[[], tuple[EarlierRun, ...]]) -> None:
-        self.earlier = await asyncio.to_thread(find)
+    async def _take_earlier(self, find: Callable[[Hello], tuple[EarlierRun, ...]], hello: Hello) -> None:
+        self.earlier = await asyncio.to_thread(find, hello)
         self.update_view()
 
     def make_view(self) -> View:

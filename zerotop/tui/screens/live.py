@@ -10,7 +10,6 @@ from zerotop.tui.resize import PaneResizer
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
-
 BOXES_FROM = 28
 """From this height on, panels have boxes around them."""
 
