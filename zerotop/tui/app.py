@@ -184,9 +184,7 @@ class ZerotopApp(PageKeys[Outcome]):
         page = self.page
         if isinstance(page, DataPage):
             role = page.other_role()
-            labels["data"] = ROLES[role].capitalize() if role is not None else "Data"
-        else:
-            labels["data"] = "Data"
+            labels["data"] = ROLES[role].capitalize() if role is not None else ""
         when = "now" if paused else f"after step {next_boundary(state):,}"
         long = {
             "pause_resume": "Resume" if paused else f"Pause {when}",
@@ -195,7 +193,8 @@ class ZerotopApp(PageKeys[Outcome]):
             "stop": f"Stop {when}",
             "abort": "Abort at once",
         }
-        hidden = {name for name, there in (("data", state.data), ("texts", state.evaluations)) if not there}
+        hidden = set() if labels.get("data") else {"data"}
+        hidden |= set() if state.evaluations else {"texts"}
         for bar in screen.query(KeyBar):  # none yet in a screen that has just been pushed
             bar.relabel(labels, hidden, {**labels, **long})
 

@@ -59,4 +59,5 @@ class Page(Vertical):
         return next((child for child in self.query("*") if child.can_focus and child.display), None)
 
     def on_resize(self) -> None:
-        self.fit()
+        if self.is_mounted:
+            self.fit()

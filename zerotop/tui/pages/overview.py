@@ -24,7 +24,7 @@ from zerotop.tui.view import View
 EVENTS_LEAST = 5
 RANKS_FIRST = 8
 """This many ranks are visible before plots and events get more than their minimum."""
-LEGEND_FROM = 30
+LEGEND_FROM = 38
 """Lines from which the letters of the strips are explained."""
 HOST_LINE_FROM = 22
 """Narrow: lines from which the host has one of them."""

@@ -17,7 +17,7 @@ from zerotop.state.settings import SettingValue, setting_values
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row, ScrollPanel
 
-COLUMNS = (("setting", 20, 100), ("value", 16, 95), ("from", 44, 60), ("allowed", 34, 80))
+COLUMNS = (("setting", 20, 100), ("value", 16, 95), ("from", 52, 60), ("allowed", 34, 80))
 
 
 class SettingTable(ScrollPanel):

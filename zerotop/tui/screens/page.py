@@ -72,7 +72,7 @@ class PageScreen(LiveScreen):
 
     def show_view(self, view: View) -> None:
         for page in self.query(Page):
-            if page.display:
+            if page.display and page.is_mounted:
                 page.show_view(view)
         super().show_view(view)
         self.fit()
@@ -107,7 +107,8 @@ class PageScreen(LiveScreen):
         if tabs.display != (height >= TABS_FROM):
             tabs.display = height >= TABS_FROM
         for page in self.query(Page):
-            page.fit()
+            if page.is_mounted:
+                page.fit()
 
     # ---- the filter ------------------------------------------------------------------------------------------------
     def filter_target(self) -> Widget | None:
