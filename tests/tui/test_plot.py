@@ -13,7 +13,7 @@ from rich.style import Style
 from tests.harness.fakehub import step_result
 from zerotop.state.losstrend import EarlierRun, loss_trend
 from zerotop.state.series import Series
-from zerotop.state.smoothing import FEWEST, smooth
+from zerotop.state.smoothing import FEWEST, envelope, smooth
 from zerotop.tui.lens import LEAST_STEPS, Lens
 from zerotop.tui.widgets.lines import Row
 from zerotop.tui.widgets.plot import BEST_MARK, CLIPPED, MARK, AxisMark, Curve, Look, draw_plot
@@ -35,13 +35,18 @@ def points_of(values: list[float | None]) -> list[tuple[float, float | None]]:
     return [(float(at), value) for at, value in enumerate(values)]
 
 
+def band_of(values: list[float | None]) -> list[tuple[float, float | None, float | None]]:
+    edges = envelope(values, smooth(values))
+    return [(float(at), low, high) for at, (low, high) in enumerate(edges)]
+
+
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 @given(VALUES, st.integers(1, 100), st.integers(0, 20), st.booleans())
 @example([2.2e-309], 12, 2, False)
 @example([-1.7e308, 1.7e308], 40, 9, False)
 @example([0.0, -1.0, 1e-300, 1e299], 40, 9, True)
 def test_a_plot_of_anything_stays_in_its_box(values: list[float | None], width: int, height: int, log: bool) -> None:
-    curve = Curve(points_of(values), LINE, points_of(values), BAND)
+    curve = Curve(points_of(values), LINE, band_of(values), BAND)
     drawn = draw_plot([curve], width, height, look(log=log, cursor=3.0, marks=[AxisMark(2, "C", PLAIN)]))
     assert len(drawn.rows) == height
     if width >= 40:
@@ -68,7 +73,7 @@ def test_a_steep_line_has_no_holes() -> None:
 def test_the_line_lies_over_the_band_and_both_have_their_own_style() -> None:
     rng = random.Random(1)
     raw: list[float | None] = [math.sin(x / 20) + rng.uniform(-0.4, 0.4) for x in range(200)]
-    drawn = draw_plot([Curve(points_of(smooth(raw)), LINE, points_of(raw), BAND)], 60, 12, look())
+    drawn = draw_plot([Curve(points_of(smooth(raw)), LINE, band_of(raw), BAND)], 60, 12, look())
     styles = [[segment.style for segment in row.segments] for row in drawn.rows[:10]]
     cells = {style: sum(len(s.text) for row in drawn.rows[:10] for s in row.segments if s.style == style)
              for style in (LINE, BAND)}  # fmt: skip
@@ -157,6 +162,17 @@ def test_smoothing_removes_noise_and_moves_no_bend() -> None:
     assert sum(error) / len(error) < 0.1
     assert min(range(201), key=lambda at: found[at] or 0) in range(92, 109)
     assert smooth([1.0] * (FEWEST - 1) + [9.0])[-1] != 9.0 and smooth([1.0, 9.0]) == [1.0, 9.0]
+
+
+def test_the_envelope_holds_the_values_and_is_as_wide_as_the_noise() -> None:
+    rng = random.Random(4)
+    steep: list[float | None] = [100.0 - x + rng.uniform(-0.5, 0.5) for x in range(100)]
+    line = smooth(steep)
+    edges = envelope(steep, line)
+    for value, (low, high) in zip(steep[5:-5], edges[5:-5], strict=True):
+        assert low is not None and high is not None and value is not None
+        assert low <= value <= high and high - low < 2.5
+    assert envelope([1.0, None, math.nan], [1.0, None, None]) == [(1.0, 1.0), (None, None), (None, None)]
 
 
 def test_smoothing_leaves_gaps_open() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 SPANS_SHOWN = 24
@@ -39,3 +40,38 @@ def _one_way(values: Sequence[float | None], keep: float) -> list[tuple[float, f
             total, weight = total + value, weight + 1.0
         sums.append((total, weight))
     return sums
+
+
+def envelope(
+    values: Sequence[float | None], smoothed: Sequence[float | None]
+) -> list[tuple[float | None, float | None]]:
+    """(low, high) around each smoothed value: it, and how far the values of its neighbourhood lie below and above their
+    own smoothed ones. So the band is as wide as the noise, also where the line is steep."""
+    reach = max(1, len(values) // (4 * SPANS_SHOWN))
+    apart = [
+        value - line if value is not None and line is not None and math.isfinite(value) else None
+        for value, line in zip(values, smoothed, strict=True)
+    ]
+    lows, highs = _extreme(apart, reach, -1.0), _extreme(apart, reach, 1.0)
+    return [
+        (None, None) if line is None or low is None or high is None else (line + min(0.0, low), line + max(0.0, high))
+        for line, low, high in zip(smoothed, lows, highs, strict=True)
+    ]
+
+
+def _extreme(values: Sequence[float | None], reach: int, sign: float) -> list[float | None]:
+    """The largest (sign 1) or smallest (sign -1) of the values up to `reach` places away."""
+    best: deque[int] = deque()  # places whose values fall
+    signed = [-math.inf if value is None else sign * value for value in values]
+    found: list[float | None] = []
+    for place in range(len(values) + reach):
+        if place < len(values):
+            while best and signed[best[-1]] <= signed[place]:
+                best.pop()
+            best.append(place)
+        while best[0] < place - 2 * reach:
+            best.popleft()
+        if place >= reach:
+            top = signed[best[0]]
+            found.append(sign * top if math.isfinite(top) else None)
+    return found

@@ -34,7 +34,8 @@ class PeakPanel(Panel, can_focus=True):
         rank = view.state.ranks.get(self.rank)
         memory = rank.memory if rank is not None else None
         if rank is None or memory is None or not memory.peak_bytes:
-            return [Row().add("no peak yet: the first one comes with the first step", muted)]
+            text = "no peak yet: the first one comes with the first step"
+            return [Row().add(line, muted) for line in textwrap.wrap(text, max(20, width))]
         plan = rank.hello.planned if rank.hello is not None else None
         planned = planned_peak(memory, plan)
         scale = max([*memory.peak_bytes.values(), planned or 0])
@@ -46,11 +47,12 @@ class PeakPanel(Panel, can_focus=True):
             row = _bar(view, "plan", planned, scale, bar, palette.style("accent"))
             actual = max(size for phase, size in memory.peak_bytes.items() if phase != "init" or len(rows) == 1)
             rows.append(row)
-            rows.append(Row().add(f"the largest is {share_text(actual, planned)} of the planned peak", muted))
+            text = f"the largest is {share_text(actual, planned)} of the planned peak"
+            rows += [Row().add(line, muted) for line in textwrap.wrap(text, max(20, width))]
         if memory.activation_bytes:
             most = sorted(memory.activation_bytes.items(), key=lambda one: -one[1])
             text = " · ".join(f"{phase} {bytes_text(size)}" for phase, size in most if size)
-            rows.append(Row().add("activations ", muted).add(text))
+            rows += [Row().add(line, muted) for line in textwrap.wrap(f"activations: {text}", max(20, width))]
         return rows[:height]
 
 
@@ -81,7 +83,8 @@ class PlanPanel(Panel, can_focus=True):
             if plan.comparison:
                 rows += [Row().add(line, muted) for line in textwrap.wrap(plan.comparison, max(20, width))]
         else:
-            rows.append(Row().add("no plan: the run has a script of its own, or has not begun", muted))
+            text = "no plan: the run has a script of its own, or has not begun"
+            rows += [Row().add(line, muted) for line in textwrap.wrap(text, max(20, width))]
         needs = forecast(view.state)
         for need in needs:
             style = palette.style("warning", bold=True) if need.short else PLAIN if need.certain else muted
@@ -89,7 +92,8 @@ class PlanPanel(Panel, can_focus=True):
             for number, line in enumerate(textwrap.wrap(need.text, max(20, width - 2))):
                 rows.append(Row().add(f"{sign} " if not number else "  ", style).add(line, style))
         if not needs and not view.ended:
-            rows.append(Row().add("→ nothing that needs more memory is known to come", muted))
+            text = "→ nothing that needs more memory is known to come"
+            rows += [Row().add(line, muted) for line in textwrap.wrap(text, max(20, width))]
         return rows[:height]
 
 
@@ -98,6 +102,7 @@ def _compared(view: View, memory: Memory, plan: PlannedMemory) -> list[Row]:
     them."""
     muted = view.palette.style("muted")
     actual = dict(memory_use(memory).parts)
+    actual["buffers"] = actual.get("buffers", 0) + actual.pop("communication", 0)  # one category of the plan
     planned = {str(name): size for name, size in plan.device_bytes.items()}
     if plan.shape_known:
         extra = planned.pop("logits", 0) + planned.pop("temporary", 0)

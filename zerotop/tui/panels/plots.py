@@ -22,7 +22,7 @@ from zerotop.state.efficiency import efficiency_of
 from zerotop.state.evaluations import Evaluations, perplexity
 from zerotop.state.marks import step_marks
 from zerotop.state.run import RunState
-from zerotop.state.smoothing import smooth
+from zerotop.state.smoothing import envelope, smooth
 from zerotop.tui.lens import Lens, extent
 from zerotop.tui.panels.evaluation_rows import evaluation_rows
 from zerotop.tui.text import MARKS
@@ -92,7 +92,7 @@ class PlotPanel(Panel, can_focus=True):
         self._drawn = Drawn([])
         self._legend = 0
         self._drawn_key: tuple[object, ...] = ()
-        self._dragging = False
+        self._newest_step = -1
 
     @property
     def figure(self) -> Figure:
@@ -144,8 +144,7 @@ class PlotPanel(Panel, can_focus=True):
         evaluations = state.evaluations if self.figure.evaluated else Evaluations()
         marks = step_marks(state) if height >= 6 else []
         key = (
-            series[-1] if series else None,
-            len(series),
+            self._newest(series, view, width),
             evaluations.newest,
             len(evaluations),
             (width, height),
@@ -157,7 +156,7 @@ class PlotPanel(Panel, can_focus=True):
             view.earlier,
         )
         if key == self._drawn_key:
-            return self._drawn.rows  # between two steps there is nothing new to plot
+            return self._drawn.rows
         muted = palette.style("muted")
         legend = evaluation_rows(
             evaluations, width, muted if view.stale else palette.plot("evaluation"), 2 if height >= 10 else height >= 4
@@ -179,6 +178,16 @@ class PlotPanel(Panel, can_focus=True):
         self._drawn_key = key
         return self._drawn.rows
 
+    def _newest(self, series: list[StepResult], view: View, width: int) -> int:
+        """The newest step that is drawn: another one only if the plot has moved on by a dot since."""
+        if not series:
+            return -1
+        first, last = view.lens.window(extent(view.state))
+        dot = (last - first) / (2 * max(1, width))
+        if not 0 <= series[-1].step - self._newest_step < dot:
+            self._newest_step = series[-1].step
+        return self._newest_step
+
     def _curves(self, view: View, series: list[StepResult], evaluations: Evaluations) -> list[Curve]:
         state, palette, lens = view.state, view.palette, view.lens
         points = [(float(point.step), self.figure.value(point, state)) for point in series]
@@ -194,7 +203,9 @@ class PlotPanel(Panel, can_focus=True):
             inside = [(x, y) for x, y in points if window[0] <= x <= window[1]]
             values = smooth([y for _, y in inside])
             smoothed_points = [(x, value) for (x, _), value in zip(inside, values, strict=True)]
-            curves.append(Curve(smoothed_points, line, points, palette.plot_band(self.figure.color)))
+            edges = envelope([y for _, y in inside], values)
+            band = [(x, low, high) for (x, _), (low, high) in zip(inside, edges, strict=True)]
+            curves.append(Curve(smoothed_points, line, band, palette.plot_band(self.figure.color)))
         else:
             curves.append(Curve(points, line))
         marked = [(float(one.step), one.loss) for one in evaluations if one.loss is not None]
@@ -260,6 +271,16 @@ class PerplexityPanel(PlotPanel):
         newest = view.state.evaluations.newest
         text = f"  {perplexity_text(perplexity(newest.loss))}" if newest is not None else ""
         self.entitle(f"evaluation perplexity{text}" + ("  log" if view.lens.log else ""))
+
+    def _newest(self, series: list[StepResult], view: View, width: int) -> int:
+        """The newest step that is drawn: another one only if the plot has moved on by a dot since."""
+        if not series:
+            return -1
+        first, last = view.lens.window(extent(view.state))
+        dot = (last - first) / (2 * max(1, width))
+        if not 0 <= series[-1].step - self._newest_step < dot:
+            self._newest_step = series[-1].step
+        return self._newest_step
 
     def _curves(self, view: View, series: list[StepResult], evaluations: Evaluations) -> list[Curve]:
         there = view.state.evaluations

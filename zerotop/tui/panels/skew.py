@@ -18,6 +18,8 @@ from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Row, ScrollPanel
 
 LABEL = 6
+TALLEST = 3
+"""Lines of a rank, at most."""
 SHADES = " ░▒▓█"
 """From nothing to the most: the picture can be read without colour."""
 RAMP = ("border", "muted", "primary", "warning", "error")
@@ -91,16 +93,16 @@ class SkewMap(ScrollPanel):
         shades = {step: self._shade(step) for step in self._steps}
         styles = [palette.style(role) for role in RAMP]
         rows = []
-        first = self.scroll_offset.y
-        for rank in range(first, min(self._count, first + height - 2)):
-            row = Row().cell(f"{rank}", LABEL - 2, muted, right=True).gap(2)
-            for step in self._steps:
-                shade = shades[step].get(rank, 0)
-                style = styles[shade]
-                if step == view.lens.cursor:
-                    style = style + Style(bgcolor=palette.ui["panel"], underline=True)
-                row.add((SHADES[shade] if shade else "·") * size, style)
-            rows.append(row)
+        first, tall = self.scroll_offset.y, max(1, min(TALLEST, (height - 2) // max(1, self._count)))
+        cursor = Style(bgcolor=palette.ui["panel"], underline=True)
+        for rank in range(first, min(self._count, first + (height - 2) // tall)):
+            for line in range(tall):
+                row = Row().cell("" if line else f"{rank}", LABEL - 2, muted, right=True).gap(2)
+                for step in self._steps:
+                    shade = shades[step].get(rank, 0)
+                    style = styles[shade] + cursor if step == view.lens.cursor else styles[shade]
+                    row.add((SHADES[shade] if shade else "·") * size, style)
+                rows.append(row)
         rows += [Row() for _ in range(height - 2 - len(rows))]
         return [*rows, self._axis(view, size, width), self._legend(view, width)][:height]
 

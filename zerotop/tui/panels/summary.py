@@ -19,7 +19,7 @@ from zerotop.format import (
 from zerotop.state.efficiency import run_efficiency
 from zerotop.state.evaluations import perplexity
 from zerotop.state.memory import memory_use
-from zerotop.state.smoothing import smooth
+from zerotop.state.smoothing import envelope, smooth
 from zerotop.tui.text import STATES
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row, fit
@@ -67,7 +67,9 @@ def _plot(view: View, width: int, height: int) -> list[Row]:
     points = [(float(point.step), point.loss) for point in view.state.series]
     values = smooth([loss for _, loss in points])
     line = [(step, value) for (step, _), value in zip(points, values, strict=True)]
-    curves = [Curve(line, palette.plot("loss"), points, palette.plot_band("loss"))]
+    edges = envelope([loss for _, loss in points], values)
+    band = [(step, low, high) for (step, _), (low, high) in zip(points, edges, strict=True)]
+    curves = [Curve(line, palette.plot("loss"), band, palette.plot_band("loss"))]
     evaluations = [(float(one.step), one.loss) for one in view.state.evaluations if one.loss is not None]
     if evaluations:
         best = view.state.evaluations.best

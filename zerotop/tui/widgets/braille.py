@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 # Bits of a braille cell by (column, row): https://www.unicode.org/charts/PDF/U2800.pdf
 BITS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 BLANK = 0x2800
 Points = Sequence[tuple[float, float | None]]
 """(x, y) by rising x; None is a gap."""
+Band = Sequence[tuple[float, float | None, float | None]]
+"""(x, low, high) by rising x; None is a gap."""
 Place = Callable[[float], int]
 """Value -> dot, from the left or from the top."""
 
@@ -54,31 +57,24 @@ def draw_line(grid: Grid, points: Points, column: Place, row: Place) -> None:
         before = (at, leave)
 
 
-def draw_band(grid: Grid, points: Points, column: Place, row: Place) -> None:
-    """The range of the values around each dot column, from the lowest to the highest."""
-    ranges: dict[int, tuple[float, float]] = {}
-    broken: set[int] = set()
-    for x, y in points:
+def draw_band(grid: Grid, band: Band, column: Place, row: Place) -> None:
+    """Fill from the lowest to the highest in each dot column, and between the columns that have values."""
+    pieces: list[dict[int, tuple[float, float]]] = [{}]
+    for x, low, high in band:
+        if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+            pieces.append({})
+            continue
         at = column(x)
-        if y is None or not math.isfinite(y):
-            broken.add(at)
-            continue
-        low, high = ranges.get(at, (y, y))
-        ranges[at] = (min(low, y), max(high, y))
-    known = sorted(ranges)
-    for number, at in enumerate(known):
-        low, high = ranges[at]
-        grid.paint(at, row(high), row(low))
-        if number + 1 == len(known):
-            break
-        after = known[number + 1]
-        if any(at < gap <= after for gap in broken):
-            continue
-        next_low, next_high = ranges[after]
-        for between in range(at + 1, after):  # fewer values than columns
-            share = (between - at) / (after - at)
-            upper, lower = high + (next_high - high) * share, low + (next_low - low) * share
-            grid.paint(between, row(upper), row(lower))
+        lower, upper = pieces[-1].get(at, (low, high))
+        pieces[-1][at] = (min(low, lower), max(high, upper))
+    for ranges in pieces:
+        for at, (low, high) in ranges.items():
+            grid.paint(at, row(high), row(low))
+        for at, after in pairwise(sorted(ranges)):
+            (low, high), (next_low, next_high) = ranges[at], ranges[after]
+            for between in range(at + 1, after):
+                share = (between - at) / (after - at)
+                grid.paint(between, row(high + (next_high - high) * share), row(low + (next_low - low) * share))
 
 
 def _join(grid: Grid, x0: int, y0: int, x1: int, y1: int) -> None:

@@ -12,7 +12,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 from zerotop.format import tick_text
-from zerotop.tui.widgets.braille import Grid, Points, draw_band, draw_line
+from zerotop.tui.widgets.braille import Band, Grid, Points, draw_band, draw_line
 from zerotop.tui.widgets.lines import PLAIN, Row
 from zerotop.tui.widgets.scale import Axis, round_step, value_axis
 
@@ -25,12 +25,12 @@ GRID_FROM, AXIS_FROM, LABELS_FROM = 9, 6, 4
 
 @dataclass(frozen=True)
 class Curve:
-    """`points` in `style`. band: the values behind a smoothed line, and the style of their range; marked: each point
-    has a mark, and the one at `best` (an x) another one."""
+    """`points` in `style`. band: the range of the values around a smoothed line; marked: each point has a mark, and the
+    one at `best` (an x) another one."""
 
     points: Points
     style: Style
-    band: Points = ()
+    band: Band = ()
     band_style: Style = PLAIN
     marked: bool = False
     best: float | None = None
@@ -73,7 +73,8 @@ class Drawn:
 def draw_plot(curves: Sequence[Curve], width: int, height: int, look: Look) -> Drawn:
     """`height` rows of `width` cells. Says so if there is nothing to draw."""
     curves = [_drawable(curve, look.window) for curve in curves]
-    shown = [y for curve in curves for _, y in (*curve.points, *curve.band) if y is not None]
+    shown = [y for curve in curves for _, y in curve.points if y is not None]
+    shown += [y for curve in curves for _, low, high in curve.band for y in (low, high) if y is not None]
     if height < 2 or width < 12 or not shown:
         some = any(curve.points or curve.band for curve in curves)
         text = "no data yet" if not some else "no finite value yet" if not shown else ""
@@ -104,18 +105,19 @@ def draw_plot(curves: Sequence[Curve], width: int, height: int, look: Look) -> D
 def _drawable(curve: Curve, window: tuple[float, float] | None) -> Curve:
     """Without what can't be scaled or lies outside of the window."""
 
-    def kept(points: Points) -> list[tuple[float, float | None]]:
-        return [
-            (x, y if y is not None and math.isfinite(y) and abs(y) < BEYOND else None)
-            for x, y in points
-            if abs(x) < BEYOND and (window is None or window[0] <= x <= window[1])
-        ]
+    def usable(y: float | None) -> float | None:
+        return y if y is not None and math.isfinite(y) and abs(y) < BEYOND else None
 
-    return Curve(kept(curve.points), curve.style, kept(curve.band), curve.band_style, curve.marked, curve.best)
+    def inside(x: float) -> bool:
+        return abs(x) < BEYOND and (window is None or window[0] <= x <= window[1])
+
+    points = [(x, usable(y)) for x, y in curve.points if inside(x)]
+    band = [(x, usable(low), usable(high)) for x, low, high in curve.band if inside(x)]
+    return Curve(points, curve.style, band, curve.band_style, curve.marked, curve.best)
 
 
 def _extent(curves: Sequence[Curve]) -> tuple[float, float]:
-    xs = [x for curve in curves for x, _ in (*curve.points, *curve.band)]
+    xs = [x for curve in curves for x, _ in curve.points] + [one[0] for curve in curves for one in curve.band]
     return min(xs), max(xs)
 
 
@@ -144,27 +146,30 @@ class _Layers:
         def row(value: float) -> int:
             return y.dots - 1 - y.at(value)
 
-        def usable(points: Points) -> list[tuple[float, float | None]]:
-            return [(at, None if value is not None and y.log and value <= 0 else value) for at, value in points]
+        def placed(value: float | None) -> float | None:
+            return None if value is not None and y.log and value <= 0 else value
 
-        for points, style, draw in (
-            (usable(curve.band), curve.band_style, draw_band),
-            (usable(curve.points), curve.style, draw_line),
-        ):
-            if not points:
-                continue
+        if curve.band:
             grid = Grid(self.width, self.height)
-            draw(grid, points, x.at, row)
-            for cell_y, line in enumerate(grid.cells):
-                for cell_x, bits in enumerate(line):
-                    if bits:
-                        self.cells[cell_y][cell_x] = (grid.character(cell_x, cell_y), style)
-            self._clip(points, style, x, y)
+            draw_band(grid, [(at, placed(low), placed(high)) for at, low, high in curve.band], x.at, row)
+            self._put(grid, curve.band_style)
+            self._clip([(at, high) for at, _, high in curve.band], curve.band_style, x, y)
+        if curve.points:
+            grid = Grid(self.width, self.height)
+            draw_line(grid, [(at, placed(value)) for at, value in curve.points], x.at, row)
+            self._put(grid, curve.style)
+            self._clip(curve.points, curve.style, x, y)
         if curve.marked:
             for at, value in sorted(curve.points, key=lambda point: point[0] == curve.best):  # the best one last
                 if value is not None and not (y.log and value <= 0):
                     sign = BEST_MARK if at == curve.best else MARK
                     self.cells[row(value) // 4][x.at(at) // 2] = (sign, curve.style)
+
+    def _put(self, grid: Grid, style: Style) -> None:
+        for cell_y, line in enumerate(grid.cells):
+            for cell_x, bits in enumerate(line):
+                if bits:
+                    self.cells[cell_y][cell_x] = (grid.character(cell_x, cell_y), style)
 
     def _clip(self, points: Points, style: Style, x: Axis, y: Axis) -> None:
         """A sign at the upper edge where values are above it."""
