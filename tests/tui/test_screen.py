@@ -171,6 +171,7 @@ async def test_the_filter_narrows_the_events_and_escape_clears_it(open_app: Open
         run.log("overflow, scale halved", "warning", 1)
         run.log("all is well")
         await settle(app, pilot)
+        app.screen.query_one(EventPanel).focus()
         await pilot.press("slash", *"overfl")
         await settle(app, pilot)
         panel = app.screen.query_one(EventPanel)

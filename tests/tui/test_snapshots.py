@@ -47,10 +47,11 @@ def colours(app: ZerotopApp) -> str:
 
 
 async def taken(app: ZerotopApp, pilot: object) -> str:
-    """The text of the screen, and the digests of its colours in every theme."""
+    """The text of the screen, and the digests of its colours: at the middle size in every theme, at the others in a dark
+    and a light one."""
     lines = [line.rstrip() for line in screen_text(app)]
     found = []
-    for theme in app.palettes:
+    for theme in app.palettes if app.size.width == 120 else ("dark", "light"):
         app.theme = theme
         await settle(app, pilot)  # type: ignore[arg-type]
         found.append(f"{theme} {colours(app)}")

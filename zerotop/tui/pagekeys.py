@@ -11,10 +11,11 @@ from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Input
 
+from zerotop.tui.abilities import Zoomable, zoomable
 from zerotop.tui.keyflow import KeyFlow
 from zerotop.tui.keys import PAGE_NAMES
 from zerotop.tui.lens import Lens
-from zerotop.tui.pages.base import Page, Zoomable
+from zerotop.tui.pages.base import Page
 from zerotop.tui.pages.communication import CommunicationPage
 from zerotop.tui.pages.data import DataPage
 from zerotop.tui.pages.logs import LogPage
@@ -137,11 +138,10 @@ class PageKeys(KeyFlow[ReturnType]):
 
     def _axis(self) -> Zoomable | None:
         """What zoom, pan and cursor act on."""
-        if isinstance(self.focused, Zoomable):
-            return self.focused
-        page = self.page
-        there = [panel for panel in page.query("*") if isinstance(panel, Zoomable)] if page is not None else []
-        return next((panel for panel in there if isinstance(panel, Widget) and panel.display), None)
+        if (focused := zoomable(self.focused)) is not None:
+            return focused
+        there = self.page.query("*") if self.page is not None else ()
+        return next((zoomable(panel) for panel in there if zoomable(panel) is not None and panel.display), None)
 
     def page_may(self, action: str, screen: Screen[Any]) -> bool:
         """Whether an action on what the screen shows makes sense while `screen` is on top."""

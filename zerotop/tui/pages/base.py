@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar
 
 from textual.containers import Vertical
 from textual.widget import Widget
 
 from zerotop.tui.view import View
-
-
-@runtime_checkable
-class Filterable(Protocol):
-    """A panel whose lines can be filtered with `/`."""
-
-    FILTER_HINT: str
-    filter: str
-
-    def set_filter(self, text: str) -> None:
-        """Show only lines that match; an empty text shows all."""
-
-
-@runtime_checkable
-class Zoomable(Protocol):
-    """A panel with an axis: it can be zoomed, panned, and read at a cursor."""
-
-    def zoom_by(self, factor: float) -> None:
-        """Show less of the axis, or more."""
-
-    def pan_by(self, share: float) -> None:
-        """Move along the axis by a share of what is shown."""
-
-    def move_cursor(self, by: int) -> None:
-        """Move the cursor."""
-
-    def show_whole(self) -> None:
-        """Show everything, without a cursor."""
 
 
 class Page(Vertical):

@@ -12,6 +12,7 @@ from runtime.wire.messages import Event
 from zerotop.clean import clean
 from zerotop.format import clock_text
 from zerotop.state.events import Record, record_severity, record_text
+from zerotop.tui.abilities import Filterable
 from zerotop.tui.text import SEVERITIES, plain
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
@@ -31,7 +32,7 @@ class Line:
     record: Record | None
 
 
-class EventPanel(ScrollPanel):
+class EventPanel(ScrollPanel, Filterable):
     """The events of the run, or of one rank."""
 
     FILTER_HINT = "part of a line, a severity, rank 1 …"

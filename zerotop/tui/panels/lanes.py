@@ -14,6 +14,7 @@ from textual.message import Message
 
 from zerotop.format import ms_text
 from zerotop.state.run import RankState, RunState
+from zerotop.tui.abilities import Zoomable
 from zerotop.tui.panels.phases import phase_legend
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.theme import Palette
@@ -33,7 +34,7 @@ FEWEST_COMMON = 3
 """Fewer common collectives align no clocks."""
 
 
-class LanePanel(ScrollPanel):
+class LanePanel(ScrollPanel, Zoomable):
     """The newest steps of all ranks on one time axis. `+` `-` zoom, Shift with an arrow pans, arrows move a cursor."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

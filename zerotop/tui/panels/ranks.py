@@ -13,6 +13,7 @@ from zerotop.state.gpu import concerns
 from zerotop.state.memory import memory_use
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
+from zerotop.tui.abilities import Filterable
 from zerotop.tui.panels.rank_columns import (
     Column,
     Context,
@@ -31,7 +32,7 @@ MEDIAN_FROM = 9
 """From so many ranks on, a last line has the median of each column."""
 
 
-class RankTable(ScrollPanel):
+class RankTable(ScrollPanel, Filterable):
     """The ranks, one per line. Enter opens the selected one."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -13,8 +13,9 @@ from textual.css.query import NoMatches
 from textual.widget import Widget
 from textual.widgets import Input
 
+from zerotop.tui.abilities import filterable
 from zerotop.tui.keys import TABS_FROM
-from zerotop.tui.pages.base import Filterable, Page
+from zerotop.tui.pages.base import Page
 from zerotop.tui.panels.header import Header
 from zerotop.tui.panels.strip import CommandStrip
 from zerotop.tui.panels.tabs import TabLine
@@ -113,24 +114,23 @@ class PageScreen(LiveScreen):
     # ---- the filter ------------------------------------------------------------------------------------------------
     def filter_target(self) -> Widget | None:
         """The panel that `/` filters: the one with the focus, else the last one that can be filtered (the events)."""
-        focused = self.focused
-        if isinstance(focused, Filterable):
-            return focused
-        there = [panel for panel in self.page.query("*") if isinstance(panel, Filterable) and panel.display]
+        if filterable(self.focused) is not None:
+            return self.focused
+        there = [panel for panel in self.page.query("*") if filterable(panel) is not None and panel.display]
         return there[-1] if there else None
 
     def open_filter(self) -> None:
         """Show the filter field."""
         field, target = self.query_one(FilterField), self.filter_target()
-        if target is None:
+        panel = filterable(target)
+        if panel is None:
             return
-        assert isinstance(target, Filterable)
         self._filtered = target
         if self.maximized is not None and self.maximized is not target:
             self.unzoom()  # what is being filtered should be in sight
         with self.prevent(Input.Changed):
-            field.value = target.filter
-        field.placeholder = target.FILTER_HINT
+            field.value = panel.filter
+        field.placeholder = panel.FILTER_HINT
         field.display = True
         self.set_focus(field)
         self.fit()
@@ -138,21 +138,27 @@ class PageScreen(LiveScreen):
     def close_filter(self) -> bool:
         """Esc: True if there was a filter or its field to remove."""
         field = self.query_one(FilterField)
-        target = self._filtered or self.filter_target()
-        if not isinstance(target, Filterable) or (not field.display and not target.filter):
+        target = self._filtered if field.display else self._with_filter()
+        panel = filterable(target)
+        if panel is None:
             return False
         with self.prevent(Input.Changed):
             field.value = ""
         field.display = False
-        target.set_filter("")
+        panel.set_filter("")
         self.set_focus(target)
         self.fit()
         return True
 
+    def _with_filter(self) -> Widget | None:
+        """A panel that is filtered, the focused one first."""
+        there = [self.focused, *self.page.query("*")]
+        return next((one for one in there if (panel := filterable(one)) is not None and panel.filter), None)
+
     @on(Input.Changed, "#filter")
     def _filter_changed(self, message: Input.Changed) -> None:
-        if isinstance(self._filtered, Filterable):
-            self._filtered.set_filter(message.value)
+        if (panel := filterable(self._filtered)) is not None:
+            panel.set_filter(message.value)
 
     @on(Input.Submitted, "#filter")
     def _filter_kept(self) -> None:

@@ -124,7 +124,7 @@ def _extent(curves: Sequence[Curve]) -> tuple[float, float]:
 def _y_ticks(axis: Axis, body: int, look: Look) -> dict[int, str]:
     """Row of the body -> label. Where no round number falls into the range, its ends stand there."""
     most = max(2, min(6, body // 2))
-    values = next((found for more in range(4) if len(found := axis.ticks(most + more)) >= 2), [axis.low, axis.high])
+    values = next((ticks for more in range(4) if len(ticks := axis.ticks(most + more)) >= 2), [axis.low, axis.high])
     gap = min((abs(b - a) for a, b in pairwise(values)), default=1.0)
     found: dict[int, str] = {}
     for value in values:
