@@ -2,7 +2,7 @@
 
 python -m benchmarks.screen --ranks 8 --hz 5 --size 120x38 --seconds 20
 
-first paint   from the start of the process until the step stands on the terminal: wall time, and CPU time of the process
+first paint   from the start of the process until the step stands on the terminal: wall time, and CPU time
 cpu           CPU time of the process over the time that was watched, in % of one core
 bytes         what the terminal was sent per second
 ticks         CPU time of one tick of the app (poll and drawing of the changed lines), measured in this process

@@ -47,7 +47,7 @@ def colours(app: ZerotopApp) -> str:
 
 
 async def taken(app: ZerotopApp, pilot: object) -> str:
-    """The text of the screen, and the digests of its colours: at the middle size in every theme, at the others in a dark
+    """The text of the screen, and digests of its colours: at the middle size in every theme, at the others in a dark
     and a light one."""
     lines = [line.rstrip() for line in screen_text(app)]
     found = []

@@ -35,6 +35,19 @@ class Zoomable:
         raise NotImplementedError
 
 
+class Figured:
+    """A panel that shows one of several figures."""
+
+    def next_figure(self) -> None:
+        """Show the next one."""
+        raise NotImplementedError
+
+
+def figured(panel: object) -> Figured | None:
+    """The panel, if it has several figures."""
+    return panel if isinstance(panel, Figured) else None
+
+
 def filterable(panel: object) -> Filterable | None:
     """The panel, if it can be filtered."""
     return panel if isinstance(panel, Filterable) else None

@@ -30,7 +30,6 @@ from zerotop.tui.commands import CommandDesk
 from zerotop.tui.keys import KEYS, STEERING, load_keymap
 from zerotop.tui.lens import Lens
 from zerotop.tui.pagekeys import FIRST, PageKeys, mode_of
-from zerotop.tui.pages.data import DataPage
 from zerotop.tui.palette_commands import palette_commands
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.panels.settings import SettingTable
@@ -182,9 +181,9 @@ class ZerotopApp(PageKeys[Outcome]):
         paused = state.state_name == "paused"
         labels = {"pause_resume": "Resume"} if paused else {}
         page = self.page
-        if isinstance(page, DataPage):
-            role = page.other_role()
-            labels["data"] = ROLES[role].capitalize() if role is not None else ""
+        role = page.other_role() if page is not None else None
+        if role is not None:
+            labels["data"] = ROLES[role].capitalize()
         when = "now" if paused else f"after step {next_boundary(state):,}"
         long = {
             "pause_resume": "Resume" if paused else f"Pause {when}",

@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Input
 
-from zerotop.tui.abilities import Zoomable, zoomable
+from zerotop.tui.abilities import Figured, Zoomable, figured, zoomable
 from zerotop.tui.keyflow import KeyFlow
 from zerotop.tui.keys import PAGE_NAMES
 from zerotop.tui.lens import Lens
 from zerotop.tui.pages.base import Page
-from zerotop.tui.pages.communication import CommunicationPage
-from zerotop.tui.pages.data import DataPage
-from zerotop.tui.pages.logs import LogPage
-from zerotop.tui.pages.memory import MemoryPage
 from zerotop.tui.pages.overview import OverviewPage
-from zerotop.tui.pages.settings import SettingsPage
-from zerotop.tui.pages.timeline import TimelinePage
-from zerotop.tui.pages.training import TrainingPage
-from zerotop.tui.panels.log import LogPanel
 from zerotop.tui.panels.plots import PlotPanel
 from zerotop.tui.panels.ranks import RankTable
-from zerotop.tui.panels.skew import SkewMap
 from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.screens.page import PageScreen
 from zerotop.tui.screens.texts import TextScreen
 from zerotop.tui.theme import Palette
 
+if TYPE_CHECKING:
+    from zerotop.tui.panels.log import LogPanel
+
 ReturnType = TypeVar("ReturnType")
 Found = TypeVar("Found", bound=Widget)
-PAGES: Mapping[str, Callable[[], Page]] = {
-    page.KEY: page
-    for page in (
-        OverviewPage,
-        MemoryPage,
-        TimelinePage,
-        CommunicationPage,
-        TrainingPage,
-        LogPage,
-        SettingsPage,
-        DataPage,
-    )
+_MODULES = {
+    "2": ("memory", "MemoryPage"),
+    "3": ("timeline", "TimelinePage"),
+    "4": ("communication", "CommunicationPage"),
+    "5": ("training", "TrainingPage"),
+    "6": ("logs", "LogPage"),
+    "7": ("settings", "SettingsPage"),
+    "8": ("data", "DataPage"),
 }
+
+
+def _page(key: str) -> Page:
+    """A new page. Others than the first are imported when they are first opened: the first paint comes before."""
+    if key == OverviewPage.KEY:
+        return OverviewPage()
+    module, name = _MODULES[key]
+    page = getattr(importlib.import_module(f"zerotop.tui.pages.{module}"), name)()
+    assert isinstance(page, Page)
+    return page
+
+
+PAGES: Mapping[str, Callable[[], Page]] = {key: partial(_page, key) for key in PAGE_NAMES}
+OVERVIEW, TIMELINE, COMMUNICATION, TRAINING, LOGS, DATA = "1", "3", "4", "5", "6", "8"
 FIRST = "1"
 LOG_ACTIONS = frozenset({"level", "log_rank", "match", "matches", "wrap"})
 RANK_ACTIONS = frozenset({"sort", "reverse"})
@@ -103,11 +108,11 @@ class PageKeys(KeyFlow[ReturnType]):
     def action_data(self) -> None:
         """d: what is trained on; on that screen, switch between training and evaluation data."""
         page = self.page
-        if isinstance(page, DataPage):
+        if page is not None and page.KEY == DATA:
             page.next_role()
             self.update_view()
         else:
-            self.action_page(DataPage.KEY)
+            self.action_page(DATA)
 
     def action_texts(self) -> None:
         """w: what the model writes at evaluations."""
@@ -143,6 +148,18 @@ class PageKeys(KeyFlow[ReturnType]):
         there = self.page.query("*") if self.page is not None else ()
         return next((zoomable(panel) for panel in there if zoomable(panel) is not None and panel.display), None)
 
+    def _with_figures(self) -> Figured | None:
+        """The focused panel if it has several figures, else the first one of the page that has."""
+        if (focused := figured(self.focused)) is not None:
+            return focused
+        there = self.page.query("*") if self.page is not None else ()
+        return next((figured(panel) for panel in there if figured(panel) is not None and panel.display), None)
+
+    def _log_panel(self) -> LogPanel | None:
+        """The log of the page of logs."""
+        found = self.page.query("LogPanel") if self.page is not None and self.page.is_mounted else ()
+        return next((cast("LogPanel", panel) for panel in found), None)
+
     def page_may(self, action: str, screen: Screen[Any]) -> bool:
         """Whether an action on what the screen shows makes sense while `screen` is on top."""
         if action in {"page", "texts", "data"} or action in PANEL_ACTIONS:
@@ -151,15 +168,16 @@ class PageKeys(KeyFlow[ReturnType]):
             return action not in (LOG_ACTIONS | RANK_ACTIONS | AXIS_ACTIONS | LENS_ACTIONS | {"filter", "next_figure"})
         if action == "filter":
             return screen.filter_target() is not None and not isinstance(screen.focused, Input)
-        page = screen.page
+        key = screen.page.KEY
         if action in LOG_ACTIONS:
-            return isinstance(page, LogPage)
+            return key == LOGS
         if action in RANK_ACTIONS:
-            return isinstance(page, OverviewPage)
-        if action in AXIS_ACTIONS or action == "next_figure":
-            axes = (OverviewPage, TrainingPage, CommunicationPage)
-            return isinstance(page, axes if action == "next_figure" else (*axes, TimelinePage))
-        return action not in LENS_ACTIONS or isinstance(page, OverviewPage | TrainingPage)
+            return key == OVERVIEW
+        if action == "next_figure":
+            return key in {OVERVIEW, TRAINING, COMMUNICATION}
+        if action in AXIS_ACTIONS:
+            return key in {OVERVIEW, TRAINING, COMMUNICATION, TIMELINE}
+        return action not in LENS_ACTIONS or key in {OVERVIEW, TRAINING}
 
     # ---- panels ----------------------------------------------------------------------------------------------------
     def action_sort(self) -> None:
@@ -195,22 +213,18 @@ class PageKeys(KeyFlow[ReturnType]):
 
     def action_next_figure(self) -> None:
         """g: the next figure in a plot or heat map."""
-        heat = self._target(SkewMap)
-        plot = self._target(PlotPanel)
-        if heat is not None:
-            heat.next_figure()
-        elif plot is not None:
-            plot.next_figure()
+        if (panel := self._with_figures()) is not None:
+            panel.next_figure()
 
     # ---- log -------------------------------------------------------------------------------------------------------
     def action_level(self) -> None:
         """v: show the log from the next level on."""
-        if (log := self._target(LogPanel)) is not None:
+        if (log := self._log_panel()) is not None:
             log.next_level()
 
     def action_log_rank(self) -> None:
         """i: the records of the next rank."""
-        if (log := self._target(LogPanel)) is not None:
+        if (log := self._log_panel()) is not None:
             log.next_rank(1, self.rank_count)
 
     @property
@@ -220,17 +234,17 @@ class PageKeys(KeyFlow[ReturnType]):
 
     def action_match(self, by: int) -> None:
         """n and p: another match of the search."""
-        if (log := self._target(LogPanel)) is not None:
+        if (log := self._log_panel()) is not None:
             log.next_match(by)
 
     def action_matches(self) -> None:
         """m: only lines that match, or all."""
-        if (log := self._target(LogPanel)) is not None:
+        if (log := self._log_panel()) is not None:
             log.toggle_matches()
 
     def action_wrap(self) -> None:
         """b: wrap long lines, or cut them."""
-        if (log := self._target(LogPanel)) is not None:
+        if (log := self._log_panel()) is not None:
             log.toggle_wrap()
 
     # ---- plots -----------------------------------------------------------------------------------------------------
@@ -274,8 +288,3 @@ class PageKeys(KeyFlow[ReturnType]):
 
     def on_plot_panel_lens_changed(self, message: PlotPanel.LensChanged) -> None:
         self.set_lens(message.lens)
-
-
-def page_title(key: str) -> str:
-    """The name of the screen of a number key."""
-    return PAGE_NAMES[key]

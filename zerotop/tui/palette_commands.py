@@ -5,19 +5,23 @@ from __future__ import annotations
 from ast import literal_eval
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from textual.app import SystemCommand
 from textual.screen import Screen
 
 from zerotop.tui.keys import KEYS
-from zerotop.tui.pages.data import DataPage
 from zerotop.tui.pages.overview import OverviewPage
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.screens.page import PageScreen
 from zerotop.tui.screens.rank import RankScreen
 from zerotop.tui.screens.texts import TextScreen
 from zerotop.tui.theme import Palette
+
+if TYPE_CHECKING:
+    from zerotop.tui.pages.data import DataPage
+
+DATA = "8"
 
 
 class Actor(Protocol):
@@ -45,8 +49,8 @@ def palette_commands(app: Actor, screen: Screen[Any]) -> Iterable[SystemCommand]
     if isinstance(screen, RankScreen):
         yield SystemCommand("Previous rank", "the rank before this one", partial(screen.action_other, -1))
         yield SystemCommand("Next rank", "the rank after this one", partial(screen.action_other, 1))
-    if isinstance(screen, PageScreen) and isinstance(screen.page, DataPage):
-        page = screen.page
+    if isinstance(screen, PageScreen) and screen.page.KEY == DATA:
+        page = cast("DataPage", screen.page)
         yield SystemCommand("Previous example", "the example before this one", partial(page.action_other, -1))
         yield SystemCommand("Next example", "the example after this one", partial(page.action_other, 1))
     if isinstance(screen, TextScreen):

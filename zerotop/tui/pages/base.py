@@ -30,6 +30,13 @@ class Page(Vertical):
         """The panel that has the focus when the page is opened."""
         return next((child for child in self.query("*") if child.can_focus and child.display), None)
 
+    def other_role(self) -> str | None:
+        """Of the page of data: the data that `d` shows next."""
+        return None
+
+    def next_role(self) -> None:
+        """Of the page of data: switch to them."""
+
     def on_resize(self) -> None:
         if self.is_mounted:
             self.fit()

@@ -23,7 +23,7 @@ from zerotop.state.evaluations import Evaluations, perplexity
 from zerotop.state.marks import step_marks
 from zerotop.state.run import RunState
 from zerotop.state.smoothing import envelope, smooth
-from zerotop.tui.abilities import Zoomable
+from zerotop.tui.abilities import Figured, Zoomable
 from zerotop.tui.lens import Lens, extent
 from zerotop.tui.panels.evaluation_rows import evaluation_rows
 from zerotop.tui.text import MARKS
@@ -75,7 +75,7 @@ SPEED = (THROUGHPUT, STEP_TIME, WAIT, MFU)
 PERPLEXITY = "perplexity"
 
 
-class PlotPanel(Panel, Zoomable, can_focus=True):
+class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
     """Plots one of `figures` at a time. `key` is the number of the screen that has more of it."""
 
     class LensChanged(Message):

@@ -12,7 +12,7 @@ from textual.geometry import Size
 
 from zerotop.format import ms_text, tick_text
 from zerotop.state.run import RunState
-from zerotop.tui.abilities import Zoomable
+from zerotop.tui.abilities import Figured, Zoomable
 from zerotop.tui.lens import Lens
 from zerotop.tui.panels.plots import PlotPanel
 from zerotop.tui.view import View
@@ -43,7 +43,7 @@ FIGURES = (
 )
 
 
-class SkewMap(ScrollPanel, Zoomable):
+class SkewMap(ScrollPanel, Zoomable, Figured):
     """Ranks are lines, steps are columns. Shares the cursor with the plots."""
 
     def __init__(self, *, id: str) -> None:
