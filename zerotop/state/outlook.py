@@ -6,8 +6,7 @@ import statistics
 from dataclasses import dataclass
 from itertools import pairwise
 
-from zerotop.state.condition import condition_of
-from zerotop.state.progress import progress
+from zerotop.state.progress import Progress
 from zerotop.state.run import RunState
 from zerotop.state.settings import known_values
 
@@ -29,11 +28,8 @@ class Coming:
         return f"{self.what} in {self.steps:,} step{'s' if self.steps != 1 else ''}"
 
 
-def coming(state: RunState, connection: str = "live") -> list[Coming]:
-    """What comes by itself, the soonest first; empty while no steps are taken."""
-    if not condition_of(state, connection).moving:
-        return []
-    done = progress(state, connection)
+def coming(state: RunState, done: Progress) -> list[Coming]:
+    """What comes by itself, the soonest first. `done` is the progress of a run that takes steps."""
     last = state.hello.steps if state.hello is not None else None
 
     def at(what: str, step: int | None) -> Coming | None:

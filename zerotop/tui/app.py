@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from rich.console import RenderableType
 from textual import events, on
+from textual._compositor import ChopsUpdate
 from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
 from textual.notifications import SeverityLevel
@@ -29,6 +31,7 @@ from zerotop.tui import steering
 from zerotop.tui.commands import CommandDesk
 from zerotop.tui.keys import KEYS, STEERING, load_keymap
 from zerotop.tui.lens import Lens
+from zerotop.tui.narrow import NarrowUpdate
 from zerotop.tui.pagekeys import FIRST, PageKeys, mode_of
 from zerotop.tui.palette_commands import palette_commands
 from zerotop.tui.panels.ranks import RankTable
@@ -129,6 +132,11 @@ class ZerotopApp(PageKeys[Outcome]):
     ) -> None:
         """A toast. Its text may quote anything, so it is never markup, whatever a caller in Textual asks for."""
         super().notify(clean(message), title=clean(title), severity=severity, timeout=timeout, markup=False)
+
+    def _display(self, screen: Screen[Any], renderable: RenderableType | None) -> None:
+        # Textual's own hook for what goes to the terminal.
+        narrow = NarrowUpdate.of(renderable) if isinstance(renderable, ChopsUpdate) else renderable
+        super()._display(screen, narrow)
 
     def takes(self, event: events.Key | events.Paste) -> bool:
         return not isinstance(self.screen, ConfirmScreen) or self.screen.takes(event)

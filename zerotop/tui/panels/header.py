@@ -45,12 +45,31 @@ class Header(Panel):
 
     can_focus = False
     ALLOW_MAXIMIZE = False
+    _trend = LossTrend("too early")
+    _trend_key: object = None
 
     def natural_height(self, width: int) -> int:
         return LINES
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
-        return [_progress_row(view, width), _health_row(view, width), _next_row(view, width)][:height]
+        return [_progress_row(view, width), self._health_row(view, width), _next_row(view, width)][:height]
+
+    def _health_row(self, view: View, width: int) -> Row:
+        """Whether the loss is well, and what fills the fullest GPU."""
+        earlier = view.earlier[0] if view.earlier else None
+        points = view.state.series.messages()
+        key = (points[-1] if points else None, len(points), earlier)
+        if key != self._trend_key:  # between two steps the trend is the same
+            self._trend_key, self._trend = key, loss_trend(view.state.series, earlier)
+        memory = _memory(view)
+        least = sum(cell_len(text) for text, _ in memory[0]) if memory else 0
+        row = _put(Row().gap(), _loss(view, self._trend), width - (least + 3 if least else 0))
+        if memory:
+            row.add(" │ ", view.palette.style("border"))
+            for text, style in memory[0]:
+                row.add(text, style)
+            _put(row, memory[1:], width, " ")
+        return row
 
 
 def _put(row: Row, pieces: list[Piece], width: int, gap: str = "  ") -> Row:
@@ -129,20 +148,6 @@ def _connection(view: View, width: int) -> tuple[str, Style]:
 
 
 # ---- is the loss well, and what fills the fullest GPU ----------------------------------------------------------------
-def _health_row(view: View, width: int) -> Row:
-    earlier = view.earlier[0] if view.earlier else None
-    trend = loss_trend(view.state.series, earlier)
-    memory = _memory(view)
-    least = sum(cell_len(text) for text, _ in memory[0]) if memory else 0
-    row = _put(Row().gap(), _loss(view, trend), width - (least + 3 if least else 0))
-    if memory:
-        row.add(" │ ", view.palette.style("border"))
-        for text, style in memory[0]:
-            row.add(text, style)
-        _put(row, memory[1:], width, " ")
-    return row
-
-
 def _loss(view: View, trend: LossTrend) -> list[Piece]:
     palette = view.palette
     muted, plain = palette.style("muted"), (palette.style("muted") if view.stale else PLAIN)
@@ -212,14 +217,15 @@ def _next_row(view: View, width: int) -> Row:
     if why:
         row.add(fit(why, min(cell_len(why), width - 2)), plain)
     pieces: list[Piece] = []
-    next_ones = [] if view.stale or view.frozen else coming(view.state, view.connection)
+    live = view.condition.moving and not view.stale and not view.frozen
+    next_ones = coming(view.state, view.progress) if live else []
     for number, one in enumerate(next_ones):
         piece: Piece = [("next: ", muted)] if not number else []
         piece.append((one.text, plain))
         if one.seconds is not None:
             piece.append((f" ({finish_text(view.wall_s + one.seconds, view.wall_s)})", muted))
         pieces.append(piece)
-    if view.condition.moving and not next_ones and not view.stale and not view.frozen:
+    if live and not next_ones:
         pieces.append([("next: ", muted), ("nothing is scheduled", muted)])
     _put(row, pieces, width, " · " if not why else "  ")
     return _put(row, [[(text, muted if view.stale else PLAIN)] for text in _facts(view)], width)

@@ -15,6 +15,7 @@ from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.abilities import Filterable
 from zerotop.tui.panels.rank_columns import (
+    STRIPS_FROM,
     Column,
     Context,
     columns_for,
@@ -114,7 +115,7 @@ class RankTable(ScrollPanel, Filterable):
             view.state.waits.window(),
             stale_after_s(view.state),
             found,
-            longest_last_step_ms(view.state.ranks.values()),
+            longest_last_step_ms(view.state.ranks.values()) if self.size.width >= STRIPS_FROM else 0.0,
         )
 
     def _passes(self, view: View, number: int) -> bool:

@@ -23,6 +23,7 @@ class LiveScreen(Screen[None]):
     def __init__(self) -> None:
         super().__init__()
         self.resizer = PaneResizer(self)
+        self._drawn_panels: list[Panel | ScrollPanel] = []
 
     def on_resize(self) -> None:
         """Where lines are few, panels have a line above them instead of a box around them."""
@@ -32,10 +33,18 @@ class LiveScreen(Screen[None]):
         """One batch of repaints for all panels. Only the topmost screen gets views."""
         self.view = view
         with self.app.batch_update():
-            for panel in self.query(Panel):
+            for panel in self._drawn():
                 panel.show(view)
-            for scroller in self.query(ScrollPanel):
-                scroller.show(view)
+
+    def _drawn(self) -> list[Panel | ScrollPanel]:
+        """All panels, looked up once: a query walks through all widgets."""
+        if not self._drawn_panels:
+            self._drawn_panels = [one for one in self.query("*") if isinstance(one, Panel | ScrollPanel)]
+        return self._drawn_panels
+
+    def forget_panels(self) -> None:
+        """There are other panels than before."""
+        self._drawn_panels = []
 
     def refresh_panels(self) -> None:
         """Draw the last view again."""

@@ -89,11 +89,15 @@ class PageScreen(LiveScreen):
         wide = self.size.width >= TWO_FROM
         if wide and not there:
             self.query_one("#pages").mount(self.pages[self.page.COMPANION]())
-            self.call_after_refresh(self.refresh_panels)
+            self.call_after_refresh(self._companion_there)
         for page in there:
             if page.display != wide:
                 page.display = wide
                 self.call_after_refresh(self.refresh_panels)
+
+    def _companion_there(self) -> None:
+        self.forget_panels()
+        self.refresh_panels()
 
     def fit(self) -> None:
         """Give the bands above and below the pages their lines."""

@@ -53,8 +53,10 @@ class KeyBar(Widget):
         """labels: action -> what its key does now, where that differs from the binding's description; long: the same
         in more words, for a wide footer. hidden: actions that have nothing to show yet, whose keys take no room."""
         long = labels if long is None else long
-        if (labels, hidden, long) != (self._labels, self._hidden, self._long):
-            self._labels, self._hidden, self._long = labels, hidden, long
+        shown, before = (long, self._long) if self.size.width >= LONG_FROM else (labels, self._labels)
+        changed = (shown, hidden) != (before, self._hidden)
+        self._labels, self._hidden, self._long = labels, hidden, long
+        if changed:
             self.refresh()
 
     def note(self, text: str, seconds: float = 2.0) -> None:
