@@ -26,6 +26,9 @@ SHORT_LABELS = {
     "communication": "comm",
     "snapshot": "ckpt",
     "activations": "activ",
+    "imports": "Python",
+    "libraries": "libs",
+    "mapped_files": "mapped",
 }
 """Names of categories for one line of 80 columns."""
 _OF_RSS = {"allocator": "cache", "rest": "other"}

@@ -9,6 +9,7 @@ from runtime.wire.judgement import Verdict
 from runtime.wire.node import GpuStats
 from zerotop.state.condition import Condition, condition_of
 from zerotop.state.losstrend import EarlierRun
+from zerotop.state.memory import MemoryUse, memory_use
 from zerotop.state.progress import Progress, progress
 from zerotop.state.run import RankState, RunState
 from zerotop.state.stall import Stall, find_stall
@@ -51,6 +52,11 @@ class View:
         """The probe's sample of the rank's device."""
         hello = rank.hello
         return self._gpus.get((hello.host, hello.device_uuid.removeprefix("GPU-"))) if hello is not None else None
+
+    @cached_property
+    def memory_uses(self) -> dict[int, MemoryUse]:
+        """Rank -> its memory by use, for those that have reported it."""
+        return {number: memory_use(rank.memory) for number, rank in sorted(self.state.ranks.items()) if rank.memory}
 
     @cached_property
     def _gpus(self) -> dict[tuple[str, str], GpuStats]:

@@ -18,7 +18,7 @@ from zerotop.format import (
 )
 from zerotop.state.efficiency import run_efficiency
 from zerotop.state.losstrend import LossTrend, loss_trend
-from zerotop.state.memory import SHORT_LABELS, MemoryUse, category_label, memory_use
+from zerotop.state.memory import SHORT_LABELS, MemoryUse, category_label
 from zerotop.state.outlook import coming
 from zerotop.tui.text import STATES
 from zerotop.tui.view import View
@@ -57,10 +57,10 @@ class Header(Panel):
     def _health_row(self, view: View, width: int) -> Row:
         """Whether the loss is well, and what fills the fullest GPU."""
         earlier = view.earlier[0] if view.earlier else None
-        points = view.state.series.messages()
-        key = (points[-1] if points else None, len(points), earlier)
+        series = view.state.series
+        key = (series.newest, len(series), earlier)
         if key != self._trend_key:  # between two steps the trend is the same
-            self._trend_key, self._trend = key, loss_trend(view.state.series, earlier)
+            self._trend_key, self._trend = key, loss_trend(series, earlier)
         memory = _memory(view)
         least = sum(cell_len(text) for text, _ in memory[0]) if memory else 0
         row = _put(Row().gap(), _loss(view, self._trend), width - (least + 3 if least else 0))
@@ -68,7 +68,10 @@ class Header(Panel):
             row.add(" │ ", view.palette.style("border"))
             for text, style in memory[0]:
                 row.add(text, style)
-            _put(row, memory[1:], width, " ")
+            for piece in memory[1:]:  # the largest first, and none after one that does not fit
+                before = row.width
+                if _put(row, [piece], width, " ").width == before:
+                    break
         return row
 
 
@@ -177,10 +180,8 @@ def _loss(view: View, trend: LossTrend) -> list[Piece]:
 
 def fullest(view: View) -> tuple[int, MemoryUse] | None:
     """The rank whose device is fullest; on CPUs the one with the largest process."""
-    uses = [(number, memory_use(rank.memory)) for number, rank in sorted(view.state.ranks.items()) if rank.memory]
-    if not uses:
-        return None
-    return max(uses, key=lambda one: one[1].used_bytes / max(1, one[1].total_bytes))
+    uses = view.memory_uses
+    return max(uses.items(), key=lambda one: one[1].used_bytes / max(1, one[1].total_bytes), default=None)
 
 
 def _memory(view: View) -> list[Piece]:
@@ -245,9 +246,9 @@ def _facts(view: View) -> list[str]:
     facts.append(f"checkpoint: step {saved}" if saved is not None else "no checkpoint yet")
     if status is not None and status.restarts and status.state == "running":
         facts.append(f"restarted: {status.restart_reason}")
-    newest = list(state.series)[-1:]
-    if newest and newest[0].skipped_steps:
-        facts.append(f"skipped {newest[0].skipped_steps} steps")
+    newest = state.series.newest
+    if newest is not None and newest.skipped_steps:
+        facts.append(f"skipped {newest.skipped_steps} steps")
     if hello is not None:
         facts.append(f"batch {hello.global_batch} = {hello.world_size} × {hello.micro_batch} × {hello.accumulation}")
         facts += [f"seq {hello.seq_len}" if hello.seq_len else "", hello.backend]

@@ -12,7 +12,7 @@ from textual.geometry import Size
 
 from runtime.wire.node import NodeStats
 from zerotop.format import bytes_text, share_text, used_of
-from zerotop.state.memory import MemoryUse, memory_use, planned_peak
+from zerotop.state.memory import MemoryUse, planned_peak
 from zerotop.state.run import RankState
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.view import View
@@ -60,7 +60,7 @@ class MemoryBars(ScrollPanel):
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         muted = view.palette.style("muted")
-        uses = {number: memory_use(rank.memory) for number, rank in view.state.ranks.items() if rank.memory}
+        uses = view.memory_uses
         if not uses and not view.state.nodes:
             return [Row().add("no data yet", muted)]
         scale = self._scale(view, uses)

@@ -105,8 +105,8 @@ class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
         state = self.view.state if self.view is not None else None
         for _ in self.figures:
             self.chosen = (self.chosen + 1) % len(self.figures)
-            newest = list(state.series)[-1:] if state is not None else []
-            if state is None or not newest or self.figure.value(newest[0], state) is not None:
+            newest = state.series.newest if state is not None else None
+            if state is None or newest is None or self.figure.value(newest, state) is not None:
                 break
         self.redraw()
 
@@ -115,8 +115,8 @@ class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
 
     def accept(self, view: View) -> None:
         super().accept(view)
-        newest = list(view.state.series)[-1:]
-        value = self.figure.value(newest[0], view.state) if newest else None
+        newest = view.state.series.newest
+        value = self.figure.value(newest, view.state) if newest is not None else None
         title = " ".join(word for word in (self.key, self.figure.title) if word)
         title += f"  {self.figure.text(value)}" if value is not None else ""
         if len(self.figures) > 1 and self.has_focus:

@@ -11,7 +11,6 @@ from rich.style import Style
 from runtime.wire.node import GpuStats
 from zerotop.format import MISSING, bytes_text, count_text, ms_text, share_text, used_of
 from zerotop.state.gpu import Concern
-from zerotop.state.memory import memory_use
 from zerotop.state.run import RankState
 from zerotop.state.waits import WaitWindow
 from zerotop.tui.text import dots
@@ -94,7 +93,7 @@ def _memory(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, s
     if rank.memory is None:
         row.cell("no data yet", size, palette.style("muted"))
         return
-    use = memory_use(rank.memory)
+    use = context.view.memory_uses[rank.rank]
     total = use.total_bytes if use.on_gpu and use.total_bytes else context.largest_bytes
     parts = [(name, count, palette.category(name)) for name, count in use.parts]
     row.extend(stacked_bar(parts, total, size, palette.style("border")))
@@ -104,7 +103,7 @@ def _used(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, siz
     if rank.memory is None:
         row.gap(size)
         return
-    use = memory_use(rank.memory)
+    use = context.view.memory_uses[rank.rank]
     style = _dim(context, rank) or PLAIN
     if not use.on_gpu or not use.total_bytes:
         row.cell(bytes_text(use.used_bytes), size, style, right=True)
@@ -234,7 +233,7 @@ def _concern(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, 
 def _used_share(context: Context, rank: RankState, gpu: GpuStats | None) -> float | None:
     if rank.memory is None:
         return None
-    use = memory_use(rank.memory)
+    use = context.view.memory_uses[rank.rank]
     return float(use.used_bytes)
 
 

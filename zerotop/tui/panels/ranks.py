@@ -10,7 +10,6 @@ from textual.geometry import Size
 from textual.message import Message
 
 from zerotop.state.gpu import concerns
-from zerotop.state.memory import memory_use
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.abilities import Filterable
@@ -106,12 +105,11 @@ class RankTable(ScrollPanel, Filterable):
         self.entitle(title)
 
     def _make_drawing(self, view: View) -> Context:
-        uses = [memory_use(rank.memory) for rank in view.state.ranks.values() if rank.memory]
         found = concerns(view.state)
         self._concerned = self._concerned or bool(found)
         return Context(
             view,
-            max((use.used_bytes for use in uses), default=0),
+            max((use.used_bytes for use in view.memory_uses.values()), default=0),
             view.state.waits.window(),
             stale_after_s(view.state),
             found,

@@ -25,7 +25,7 @@ from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row, fit
 from zerotop.tui.widgets.plot import BEST_MARK, Curve, Look, draw_plot
 
-FACTS_WIDTH = 58
+FACTS_WIDTH = 66
 PLOT_FROM = 90
 """Narrower than this, there is no room for a curve beside the figures."""
 
