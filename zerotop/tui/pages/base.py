@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from textual.containers import Vertical
+from textual.message import Message
 from textual.widget import Widget
 
 from zerotop.tui.view import View
@@ -18,6 +19,12 @@ class Page(Vertical):
     COMPANION: ClassVar[str]
     """The key of the page that a wide terminal shows beside it."""
     view: View | None = None
+
+    class Ready(Message):
+        """The page has been mounted with its panels."""
+
+    def on_mount(self) -> None:
+        self.post_message(self.Ready())
 
     def show_view(self, view: View) -> None:
         """Called at every tick before the panels are drawn."""

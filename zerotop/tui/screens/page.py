@@ -89,13 +89,13 @@ class PageScreen(LiveScreen):
         wide = self.size.width >= TWO_FROM
         if wide and not there:
             self.query_one("#pages").mount(self.pages[self.page.COMPANION]())
-            self.call_after_refresh(self._companion_there)
         for page in there:
             if page.display != wide:
                 page.display = wide
                 self.call_after_refresh(self.refresh_panels)
 
-    def _companion_there(self) -> None:
+    def on_page_ready(self) -> None:
+        """A page has been mounted: its panels are drawn, too."""
         self.forget_panels()
         self.refresh_panels()
 
