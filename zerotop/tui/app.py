@@ -32,7 +32,7 @@ from zerotop.tui.commands import CommandDesk
 from zerotop.tui.keys import KEYS, STEERING, load_keymap
 from zerotop.tui.lens import Lens
 from zerotop.tui.narrow import NarrowUpdate
-from zerotop.tui.pagekeys import FIRST, PageKeys, mode_of
+from zerotop.tui.pagekeys import FIRST, PRELOAD_S, PageKeys, import_pages, mode_of
 from zerotop.tui.palette_commands import palette_commands
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.panels.settings import SettingTable
@@ -115,6 +115,10 @@ class ZerotopApp(PageKeys[Outcome]):
         self.theme_changed_signal.subscribe(self, lambda _: self._repaint())
         self.set_interval(TICK_S, self.tick)
         self.call_after_refresh(self.tick)
+        self.set_timer(PRELOAD_S, self._preload)
+
+    def _preload(self) -> None:
+        self.run_worker(asyncio.to_thread(import_pages), exclusive=False)
 
     def _leave(self, number: int) -> None:
         """A signal ends the screen. As with `q`, the run continues."""

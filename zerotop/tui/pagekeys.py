@@ -51,6 +51,14 @@ def _page(key: str) -> Page:
     return page
 
 
+def import_pages() -> None:
+    """Import all of them, so that opening one is quick. Call it in a thread, after the first paint."""
+    for module, _ in _MODULES.values():
+        importlib.import_module(f"zerotop.tui.pages.{module}")
+
+
+PRELOAD_S = 1.5
+"""So long after the start the pages are imported."""
 PAGES: Mapping[str, Callable[[], Page]] = {key: partial(_page, key) for key in PAGE_NAMES}
 OVERVIEW, TIMELINE, COMMUNICATION, TRAINING, LOGS, DATA = "1", "3", "4", "5", "6", "8"
 FIRST = "1"
