@@ -64,7 +64,7 @@ def _extreme(values: Sequence[float | None], reach: int, sign: float) -> list[fl
     best: deque[int] = deque()  # places whose values fall
     signed = [-math.inf if value is None else sign * value for value in values]
     found: list[float | None] = []
-    for place in range(len(values) + reach):
+    for place in range(len(values) + reach if values else 0):
         if place < len(values):
             while best and signed[best[-1]] <= signed[place]:
                 best.pop()

@@ -109,7 +109,7 @@ class LanePanel(ScrollPanel, Zoomable):
     # ---- drawing ---------------------------------------------------------------------------------------------------
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         state, palette, muted = view.state, view.palette, view.palette.style("muted")
-        if not self.span_ns:
+        if not self.span_ns or not any(rank.spans for rank in state.ranks.values()):
             return [Row().add("no phase has ended yet", muted)]
         room = max(1, width - LABEL)
         start, end = self._window(state)
