@@ -46,10 +46,22 @@ def colours(app: ZerotopApp) -> str:
     return digest.hexdigest()[:12]
 
 
+async def at_rest(app: ZerotopApp, pilot: object) -> list[str]:
+    """The text of the screen once it does not change any more: a scroll bar that comes makes lines wrap anew."""
+    lines: list[str] = []
+    for _ in range(10):
+        for _ in range(3):
+            await settle(app, pilot)  # type: ignore[arg-type]
+        before, lines = lines, [line.rstrip() for line in screen_text(app)]
+        if lines == before:
+            break
+    return lines
+
+
 async def taken(app: ZerotopApp, pilot: object) -> str:
     """The text of the screen, and digests of its colours: at the middle size in every theme, at the others in a dark
     and a light one."""
-    lines = [line.rstrip() for line in screen_text(app)]
+    lines = await at_rest(app, pilot)
     found = []
     for theme in app.palettes if app.size.width == 120 else ("dark", "light"):
         app.theme = theme
