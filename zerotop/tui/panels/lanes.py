@@ -188,7 +188,7 @@ class LanePanel(ScrollPanel, Zoomable):
         top, visible = self.scroll_offset.y, (height - CHROME) // self._lane_lines(height)
         if self.selected < top or self.selected >= top + visible:
             place = self.selected if self.selected < top else self.selected - visible + 1
-            self.scroll_to(y=place, animate=False, force=True)
+            self.scroll_to(y=place, animate=False, immediate=True, force=True)
         self.redraw()
 
     def action_open(self) -> None:

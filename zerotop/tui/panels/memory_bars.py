@@ -159,7 +159,7 @@ class MemoryBars(ScrollPanel):
         place, top = self._hosts + self.selected, self.scroll_offset.y
         visible = self.scrollable_content_region.height - 1
         if place < top or place >= top + visible:
-            self.scroll_to(y=place if place < top else place - visible + 1, animate=False, force=True)
+            self.scroll_to(y=place if place < top else place - visible + 1, animate=False, immediate=True, force=True)
         self.redraw()
         self.post_message(RankTable.Selected(self.selected))
 

@@ -198,9 +198,9 @@ class RankTable(ScrollPanel, Filterable):
         visible = self.scrollable_content_region.height - 1 - int(len(self._order) >= MEDIAN_FROM)
         top = self.scroll_offset.y
         if place < top:
-            self.scroll_to(y=place, animate=False)
+            self.scroll_to(y=place, animate=False, immediate=True, force=True)
         elif visible > 0 and place >= top + visible:
-            self.scroll_to(y=place - visible + 1, animate=False)
+            self.scroll_to(y=place - visible + 1, animate=False, immediate=True, force=True)
         self.redraw()
         self.post_message(self.Selected(number))
 
