@@ -92,7 +92,7 @@ class RankTable(ScrollPanel, Filterable):
             shown.sort(key=lambda number: (not view.blames(number), number))
         if shown != self._order:
             self._order = shown
-        size = Size(0, len(shown) + 1)
+        size = Size(0, len(shown) + 1 + int(len(shown) >= MEDIAN_FROM))
         if size != self.virtual_size:
             self.virtual_size = size
         on_gpu = any(r.memory is not None and r.memory.allocated_bytes is not None for r in view.state.ranks.values())
