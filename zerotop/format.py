@@ -63,6 +63,19 @@ def clock_text(wall_s: float) -> str:
         return MISSING
 
 
+def finish_text(wall_s: float, now_wall_s: float) -> str:
+    """When something will be done, as a clock shows it: 14:47, Tue 14:47, 3 Dec 14:47."""
+    try:
+        at, now = time.localtime(wall_s), time.localtime(now_wall_s)
+        if (at.tm_year, at.tm_yday) == (now.tm_year, now.tm_yday):
+            return time.strftime("%H:%M", at)
+        if 0 <= wall_s - now_wall_s < 6 * 86400:
+            return time.strftime("%a %H:%M", at)
+        return f"{at.tm_mday} {time.strftime('%b %H:%M' if at.tm_year == now.tm_year else '%b %Y', at)}"
+    except (ValueError, OverflowError, OSError):  # beyond the calendar
+        return MISSING
+
+
 def time_text(wall_s: float | None) -> str:
     """ISO 8601 in local time with its offset, to the second; empty when there is none."""
     if wall_s is None:
@@ -156,6 +169,43 @@ def figure_text(value: float | None) -> str:
     if value and (abs(value) < 1e-2 or abs(value) >= 1e6):
         return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.4g}" if abs(value) >= 9.99995 else f"{value:.4f}"
+
+
+def tick_text(value: float, step: float) -> str:
+    """A round number at an axis whose ticks are `step` apart, with as many digits as tell it from its neighbours: 0,
+    2.25, 12,500, 65.5K, 3e-4."""
+    number, apart = as_float(value), as_float(step)
+    if number is None or apart is None:
+        return MISSING
+    if abs(number) < 1e-9 * apart:
+        return "0"
+    size = max(abs(number), apart)
+    if size >= 1e15 or size < 1e-3:
+        return f"{number:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if size >= scale and (scale > 1e3 or size >= 1e5):
+            return f"{number / scale:.{_digits(apart / scale)}f}{unit}"
+    return f"{number:,.{_digits(apart)}f}"
+
+
+def _digits(step: float) -> int:
+    """Decimals that tell multiples of `step` apart."""
+    for digits in range(7):
+        if abs(round(step, digits) - step) < 1e-6 * step:
+            return digits
+    return 7
+
+
+def ms_tick_text(milliseconds: float, step: float) -> str:
+    """The same for times: 250 ms, 1.5 s."""
+    if max(abs(milliseconds), abs(step)) >= 1000:
+        return f"{tick_text(milliseconds / 1000, step / 1000)} s"
+    return f"{tick_text(milliseconds, step)} ms"
+
+
+def percent_tick_text(share: float, step: float) -> str:
+    """The same for shares: 41%."""
+    return f"{tick_text(100 * share, 100 * step)}%"
 
 
 def perplexity_text(value: float | None) -> str:

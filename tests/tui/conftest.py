@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 
+from runtime.wire.messages import RunStatus
+from tests.harness.fakehub import FakeHub, step_result
+from tests.harness.fakerun import write_run
 from tests.tui.screen_reading import OpenApp, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.app import Outcome, ZerotopApp
@@ -40,3 +45,17 @@ def open_app() -> OpenApp:
             yield app, pilot, run
 
     return open_
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """The hub of the live run q1 at step 77."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = Path(tempfile.mkdtemp(prefix="zt-", dir="/tmp"))
+    hub = FakeHub(folder)
+    hub.messages[0] = status = RunStatus(name="q1", state="running", attempt=1)
+    write_run(tmp_path, "q1", folder, status)
+    hub.publish(step_result(0, 77), step_result(1, 77))
+    yield hub
+    hub.close()
+    shutil.rmtree(folder)

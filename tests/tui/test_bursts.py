@@ -15,10 +15,10 @@ from tests.harness import ROOT
 from tests.tui.screen_reading import OpenApp, screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.app import ZerotopApp
-from zerotop.tui.panels.events import EventPanel
+from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.screens.confirm import ConfirmScreen
 from zerotop.tui.screens.knobs import KnobScreen
-from zerotop.tui.screens.main import FilterField, MainScreen
+from zerotop.tui.screens.page import FilterField, PageScreen
 from zerotop.tui.screens.palette import ActionPalette
 from zerotop.tui.screens.rank import RankScreen
 
@@ -39,12 +39,12 @@ async def test_a_filter_typed_in_one_burst_acts_on_nothing(open_app: OpenApp, te
     async with open_app() as (app, pilot, run):
         burst(app, "/", *text)
         await settle(app, pilot)
-        assert app.screen.query_one(FilterField).value == text == app.screen.query_one(EventPanel).filter
-        assert run.sent == [] and isinstance(app.screen, MainScreen) and app.theme == "dark"
+        assert app.screen.query_one(FilterField).value == text == app.screen.query_one(RankTable).filter
+        assert run.sent == [] and isinstance(app.screen, PageScreen) and app.theme == "dark"
         burst(app, "enter", "C", "/", *"P", "escape", "C")
         await settle(app, pilot)
         assert [command.name for command in run.sent] == ["checkpoint", "checkpoint"]
-        assert app.screen.query_one(EventPanel).filter == ""
+        assert app.screen.query_one(RankTable).filter == ""
 
 
 async def test_a_burst_means_what_slow_typing_means(open_app: OpenApp) -> None:
@@ -52,9 +52,9 @@ async def test_a_burst_means_what_slow_typing_means(open_app: OpenApp) -> None:
         burst(app, "E", "down", "enter", "5", "enter", "C")
         await settle(app, pilot)
         assert [(c.name, c.arguments) for c in run.sent] == [("set", {"log_interval": 5}), ("checkpoint", {})]
-        burst(app, "1", "down", "enter", "]", "escape", "2", "z")
+        burst(app, "1", "down", "enter", "]", "escape", "5", "z")
         await settle(app, pilot)
-        assert app.screen.maximized is app.screen.query_one("#learning")
+        assert app.screen.maximized is app.screen.query_one("#plot-loss")
 
 
 async def test_an_answer_typed_before_the_question_is_none(open_app: OpenApp) -> None:
@@ -73,8 +73,8 @@ async def test_pasted_text_goes_into_a_field_or_nowhere(open_app: OpenApp) -> No
         burst(app, "/")
         app.post_message(events.Paste("CUDA\x1b[31m \u202eerror"))
         await settle(app, pilot)
-        assert run.sent == [] and isinstance(app.screen, MainScreen)
-        assert app.screen.query_one(EventPanel).filter == "CUDA error"
+        assert run.sent == [] and isinstance(app.screen, PageScreen)
+        assert app.screen.query_one(RankTable).filter == "CUDA error"
 
 
 @pytest.mark.parametrize("keys", [("ctrl+p", "t", "pagedown"), ("ctrl+p", *"theme", "pageup", "pagedown", "down")])

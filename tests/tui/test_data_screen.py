@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 from rich.cells import cell_len
-from rich.style import Style
 
 from runtime.wire.messages import Hello, RunStatus
 from tests.harness.fakehub import hello
@@ -15,17 +14,16 @@ from tests.tui.screen_reading import OpenApp, screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.state.run import RunState
 from zerotop.tui.app import ZerotopApp
+from zerotop.tui.pages.data import DataPage
+from zerotop.tui.pages.overview import OverviewPage
 from zerotop.tui.panels.data import ExamplePanel, why_no_report
 from zerotop.tui.panels.texts import why_no_texts
-from zerotop.tui.screens.data import DataScreen
-from zerotop.tui.screens.main import MainScreen
 from zerotop.tui.screens.texts import TextScreen
 from zerotop.tui.widgets.keybar import KeyBar
 from zerotop.tui.widgets.lines import Panel, ScrollPanel
-from zerotop.tui.widgets.plot import BEST_MARK, MARK, Marked, plot_rows
+from zerotop.tui.widgets.plot import BEST_MARK, MARK
 
 SIZES = [(80, 24), (200, 50)]
-LINE, SECOND, FAINT = Style(color="#0000ff"), Style(color="#ff0000"), Style(color="#888888")
 
 
 def finetuning(steps: int = 180) -> ScriptedRun:
@@ -57,38 +55,39 @@ async def test_every_panel_lies_inside_the_terminal(open_app: OpenApp, key: str)
 @pytest.mark.parametrize("size", SIZES)
 async def test_d_shows_what_is_trained(open_app: OpenApp, size: tuple[int, int]) -> None:
     async with open_app(finetuning(), size=size) as (app, pilot, run):
-        assert " d Data " in screen_text(app)[-1]
+        assert "8 Data" in text_of(app) or "1-8 Screens" in screen_text(app)[-1]
         await pilot.press("d")
         await settle(app, pilot)
-        assert isinstance(app.screen, DataScreen) and run.sent == []
+        assert isinstance(app.page, DataPage) and run.sent == []
         text = text_of(app)
         for words in (
-            "1 training data", "468K of 1.31M tokens", "7,105 of 7,168 rows", "chats/part-0.jsonl, rows 1 and 2",
-            "2 lengths · cut at 2,048", "█", "≤ 2,048", "3 example 1 of 3 · 124 tokens, 33% trained",
+            "training data", "468K of 1.31M tokens", "7,105 of 7,168 rows", "chats/part-0.jsonl, rows 1 and 2",
+            "lengths · cut at 2,048", "█", "≤ 2,048", "example 1 of 3 · 124 tokens, 33% trained",
             "Mount Everest", "<|im_end|>↵", "next document", "trained counted by the loss",
         ):  # fmt: skip
             assert words in text, words
         await pilot.press("escape")
-        assert isinstance(app.screen, MainScreen)
+        await settle(app, pilot)
+        assert isinstance(app.page, OverviewPage)
 
 
 async def test_examples_and_data_sets_are_switched(open_app: OpenApp) -> None:
     async with open_app(finetuning(), size=(120, 40)) as (app, pilot, _):
         await pilot.press("d", "right_square_bracket")
         await settle(app, pilot)
-        assert "3 example 2 of 3" in text_of(app) and "… 17 tokens more" in text_of(app)
+        assert "example 2 of 3" in text_of(app) and "… 17 tokens more" in text_of(app)
         await pilot.press("left_square_bracket", "left_square_bracket")
         await settle(app, pilot)
-        assert "3 example 3 of 3" in text_of(app)
+        assert "example 3 of 3" in text_of(app)
         assert "d: evaluation data" in text_of(app)
         await pilot.press("d")
         await settle(app, pilot)
         text = text_of(app)
-        assert "1 evaluation data · d: training data" in text and "200 of 200 rows" in text and "example 1 of 2" in text
+        assert "evaluation data · d: training data" in text and "200 of 200 rows" in text and "example 1 of 2" in text
         assert "held-out.jsonl, row 0" in text
         await pilot.press("d")
         await settle(app, pilot)
-        assert "1 training data" in text_of(app) and len(app.screen_stack) == 2
+        assert "training data" in text_of(app) and len(app.screen_stack) == 1
 
 
 async def test_d_and_w_lead_from_one_to_the_other_and_back_to_the_run(open_app: OpenApp) -> None:
@@ -98,10 +97,10 @@ async def test_d_and_w_lead_from_one_to_the_other_and_back_to_the_run(open_app: 
         assert isinstance(app.screen, TextScreen) and len(app.screen_stack) == 2
         await pilot.press("question_mark", "d")
         await settle(app, pilot)
-        assert not isinstance(app.screen, DataScreen)  # the help is on top
-        await pilot.press("escape", "escape")
+        assert not isinstance(app.page, DataPage)  # the help is on top
+        await pilot.press("escape", "escape", "escape")
         await settle(app, pilot)
-        assert isinstance(app.screen, MainScreen)
+        assert isinstance(app.page, OverviewPage)
 
 
 @pytest.mark.parametrize(("theme", "mono"), [("light", False), ("colour-blind", True)])
@@ -130,7 +129,7 @@ async def test_a_report_that_comes_later_appears_and_the_place_in_an_example_sta
         assert "no data report yet" in text_of(app)
         run.say(data_report())
         await settle(app, pilot)
-        assert "1 training data" in text_of(app) and "d: evaluation data" not in text_of(app)
+        assert "training data" in text_of(app) and "d: evaluation data" not in text_of(app)
         panel = app.screen.query_one(ExamplePanel)
         await pilot.press("down", "down")
         run.steps(1)
@@ -190,53 +189,32 @@ async def test_the_loss_plot_has_the_evaluations(open_app: OpenApp, size: tuple[
         assert "gradient norm" in text_of(app) and f"{BEST_MARK} eval" not in text_of(app)
 
 
-def test_the_second_line_is_marked_and_shares_the_axes() -> None:
-    points = [(float(step), 1.0) for step in range(1, 101)]
-    marked = Marked([(0.0, 3.0), (50.0, 2.0), (100.0, 2.5)], SECOND, best=50.0)
-    rows = plot_rows(points, 46, 9, lambda y: f"{y:.1f}", LINE, FAINT, marked)
-    lines = ["".join(segment.text for segment in row.segments) for row in rows]
-    assert lines[0].startswith("3.0┤●") and lines[7].startswith("1.0┤") and lines[8].endswith("step 100")
-    assert lines[8].startswith("   └0") and "".join(lines).count(MARK) == 2
-    assert [line.index(BEST_MARK) for line in lines if BEST_MARK in line] == [4 + 21]
-    styles = {segment.style for row in rows for segment in row.segments if MARK in segment.text}
-    assert styles == {SECOND}
-    bottom = next(segment for segment in rows[7].segments if segment.style == LINE and segment.text.strip())
-    assert set(bottom.text.strip()) <= {"⣀", "⢀", "⡀"}
-
-
-def test_evaluations_without_steps_and_not_finite_ones_draw() -> None:
-    only = plot_rows([], 40, 6, lambda y: f"{y:.1f}", LINE, FAINT, Marked([(0.0, 2.0)], SECOND, best=0.0))
-    assert BEST_MARK in "".join(segment.text for row in only for segment in row.segments)
-    nothing = plot_rows([], 40, 6, lambda y: f"{y:.1f}", LINE, FAINT, Marked([(0.0, float("nan"))], SECOND))
-    assert "no finite value yet" in "".join(segment.text for row in nothing for segment in row.segments)
-
-
 @pytest.mark.parametrize("size", SIZES)
 async def test_w_shows_the_newest_texts_and_follows(open_app: OpenApp, size: tuple[int, int]) -> None:
     async with open_app(finetuning(), size=size) as (app, pilot, run):
         await pilot.press("w")
         await settle(app, pilot)
         text = text_of(app)
-        assert "2 texts 8 of 8 · step 175 · loss 2.1903, perplexity 8.938" in text
+        assert "texts 8 of 8 · step 175 · loss 2.1903, perplexity 8.938" in text
         assert "What is the capital of France?" in text and "The capital of France is Paris." in text
-        assert "1 evaluations · 8" in text and "8.804  ◆ best" in text
+        assert "evaluations · 8" in text and "8.804  ◆ best" in text
         run.say(evaluation(200, 1.25))
         await settle(app, pilot)
-        assert "2 texts 9 of 9 · step 200" in text_of(app) and "◆ best" in text_of(app).split("2 texts")[1]
+        assert "texts 9 of 9 · step 200" in text_of(app) and "◆ best" in text_of(app).split("texts")[1]
 
 
 async def test_earlier_texts_stay_while_new_ones_come(open_app: OpenApp) -> None:
     async with open_app(finetuning(), size=(120, 30)) as (app, pilot, run):
         await pilot.press("w", *["left_square_bracket"] * 20)
         await settle(app, pilot)
-        assert "2 texts 1 of 8 · step 0" in text_of(app) and "The The the of of the" in text_of(app)
+        assert "texts 1 of 8 · step 0" in text_of(app) and "The The the of of the" in text_of(app)
         run.say(evaluation(200))
         await settle(app, pilot)
-        assert "2 texts 1 of 9 · step 0" in text_of(app)
+        assert "texts 1 of 9 · step 0" in text_of(app)
         await pilot.press(*["right_square_bracket"] * 20)
         run.say(evaluation(225))
         await settle(app, pilot)
-        assert "2 texts 10 of 10 · step 225" in text_of(app)
+        assert "texts 10 of 10 · step 225" in text_of(app)
 
 
 async def test_the_list_keeps_the_shown_evaluation_in_sight(open_app: OpenApp) -> None:
@@ -263,11 +241,11 @@ async def test_the_footer_names_data_and_texts_once_there_are_some(open_app: Ope
     run = ScriptedRun()
     async with open_app(run, size=(80, 24)) as (app, pilot, _):
         await settle(app, pilot)
-        assert "A Abort" in footer() and "d Data" not in footer() and "w Texts" not in footer()
+        assert "A Abort" in footer() and "w Texts" not in footer()
         run.say(data_report(), evaluation(0))
         await settle(app, pilot)
         shown = footer()
-        assert "d Data" in shown and "w Texts" in shown and "S Stop" in shown and "A Abort" not in shown
+        assert "w Texts" in shown and "S Stop" in shown and "A Abort" not in shown
         await pilot.resize_terminal(100, 24)
         await settle(app, pilot)
         assert "A Abort" in footer() and footer().index("A Abort") < footer().index("w Texts")

@@ -96,5 +96,5 @@ async def test_the_rank_screen_says_what_binds_where_there_is_room(open_app: Ope
         async with open_app(a_run(), size=size) as (app, pilot, _):
             await pilot.press("enter")
             await settle(app, pilot)
-            head = "\n".join(screen_text(app)[:8])
+            head = "\n".join(screen_text(app)[:9])
             assert ("ceiling " in head) == shown, head

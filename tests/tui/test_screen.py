@@ -31,9 +31,10 @@ async def test_a_rank_shows_its_micro_step_as_dots_and_words(open_app: OpenApp) 
 
 async def test_selection_scrolls_through_many_ranks_and_moves_the_memory_panel(open_app: OpenApp) -> None:
     run = ScriptedRun(ranks=256, gpu=True)
+    run.slow_rank = -1  # one that the verdict blames would stand first
     run.steps(4)
     async with open_app(run, size=(200, 50)) as (app, pilot, _):
-        await pilot.press("1", "down", "down")
+        await pilot.press("down", "down")
         assert app.screen.query_one(RankTable).selected == 2
         await pilot.press("end")
         await pilot.pause()
@@ -112,7 +113,7 @@ async def test_the_memory_panel_names_every_part_the_peak_and_the_next_one(open_
         text = "\n".join(screen_text(app))
         assert "peaks: backward 333 MiB" in text and "ZeRO saves 1.00 MiB per rank" in text
     async with open_app(run, size=(80, 24)) as (app, pilot, _):
-        await pilot.press("4")
+        await pilot.press("2")
         await settle(app, pilot)
         text = "\n".join(screen_text(app))
         assert "peak 333 MiB in backward" in text and "next: the checkpoint at step 50" in text
@@ -173,7 +174,8 @@ async def test_events_follow_the_newest_unless_scrolled_up(open_app: OpenApp) ->
             run.log(f"line number {number}")
         await settle(app, pilot)
         assert "line number 39" in "\n".join(screen_text(app))
-        await pilot.press("6", "up", "up", "up")
+        app.screen.query_one(EventPanel).focus()
+        await pilot.press("up", "up", "up")
         await settle(app, pilot)
         run.log("line number 40")
         await settle(app, pilot)
@@ -190,6 +192,7 @@ async def test_the_filter_narrows_the_events_and_escape_clears_it(open_app: Open
         run.log("overflow, scale halved", "warning", 1)
         run.log("all is well")
         await settle(app, pilot)
+        app.screen.query_one(EventPanel).focus()
         await pilot.press("slash", *"overfl")
         await settle(app, pilot)
         panel = app.screen.query_one(EventPanel)
@@ -237,13 +240,14 @@ async def test_nothing_is_drawn_when_nothing_changed(open_app: OpenApp, monkeypa
 
 async def test_g_shows_the_next_figure(open_app: OpenApp) -> None:
     async with open_app() as (app, pilot, _):
-        assert "2 loss" in "\n".join(screen_text(app))
+        assert "5 loss" in "\n".join(screen_text(app))
         await pilot.press("g")
         await settle(app, pilot)
-        assert "2 gradient norm" in "\n".join(screen_text(app))
-        await pilot.press("3", "g")
+        assert "5 gradient norm" in "\n".join(screen_text(app))
+        app.screen.query_one("#speed").focus()
+        await pilot.press("g")
         await settle(app, pilot)
-        assert "3 step time" in "\n".join(screen_text(app))
+        assert "5 step time" in "\n".join(screen_text(app))
 
 
 async def test_a_loss_that_is_not_a_number_is_shown_as_such(open_app: OpenApp) -> None:
@@ -253,7 +257,7 @@ async def test_a_loss_that_is_not_a_number_is_shown_as_such(open_app: OpenApp) -
     assert last is not None
     run.say(last.model_copy(update={"step": 6, "loss": math.nan}))
     async with open_app(run) as (app, _, _):
-        assert "2 loss  NaN" in "\n".join(screen_text(app))
+        assert "5 loss  NaN" in "\n".join(screen_text(app))
 
 
 async def test_an_empty_run_draws_and_says_what_it_waits_for(open_app: OpenApp) -> None:
@@ -365,21 +369,22 @@ async def test_the_header_says_what_is_true_now(open_app: OpenApp) -> None:
             await settle(app, pilot)
             return head_text(app)
 
-        assert "▶ running" in await top() and "ETA" in await top()
+        assert "▶ running" in await top() and "done " in await top()
         for rank in range(2):
             run.beat(rank, "backward", 2, idle_ms=111_000)
         text = await top()
-        assert "▲ stalled" in text and "no progress for 1m 51s" in text and "running" not in text and "ETA" not in text
+        assert "▲ stalled" in text and "no progress for 1m 51s" in text
+        assert "running" not in text and "done " not in text
         for rank in range(2):
             run.beat(rank, "backward", 3)
         assert "▶ running" in await top()
         run.status("stopping")
         text = await top()
-        assert "◧ stopping" in text and "running" not in text and "ETA" not in text
+        assert "◧ stopping" in text and "running" not in text and "done " not in text
         run.status("running")
         run.connection = "lost: nothing heard for 9 s"
         text = await top()
-        assert "? unknown" in text and "▶" not in text and "ETA" not in text
+        assert "? unknown" in text and "▶" not in text and "done " not in text
 
 
 async def test_a_frozen_view_says_how_the_run_is_now(open_app: OpenApp) -> None:
@@ -389,7 +394,7 @@ async def test_a_frozen_view_says_how_the_run_is_now(open_app: OpenApp) -> None:
         await settle(app, pilot)
         top = head_text(app)
         assert "‖ paused" in top and "running" not in top and "VIEW FROZEN at step 20" in top
-        assert "ETA" not in top
+        assert "done " not in top
 
 
 async def test_a_new_record_has_only_itself_wrapped(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +426,7 @@ async def test_a_restart_is_followed_without_a_new_connection(open_app: OpenApp,
         run.status("restarting", reason=why, **more)
         await settle(app, pilot)
         top = head_text(app)
-        assert "↻ restarting" in top and why[:20] in top and ("…" in top) is (size[0] == 80)
+        assert "↻ restarting" in top and why in top
         for hello in hellos:
             run.say(hello.model_copy(update={"attempt": 2, "start_step": 15}))
         run.status("running", reason="", lost_steps=5)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,20 +17,6 @@ from tests.harness.waiting import patient
 from zerotop.hub.recorder import Recorder
 
 ATTACH = [sys.executable, "-m", "zerotop", "attach"]
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """The hub of the live run q1 at step 77."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    folder = Path(tempfile.mkdtemp(prefix="zt-", dir="/tmp"))
-    hub = FakeHub(folder)
-    hub.messages[0] = status = RunStatus(name="q1", state="running", attempt=1)
-    write_run(tmp_path, "q1", folder, status)
-    hub.publish(step_result(0, 77), step_result(1, 77))
-    yield hub
-    hub.close()
-    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

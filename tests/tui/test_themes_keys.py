@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +17,17 @@ from tests.tui.scripted_run import ScriptedRun
 from zerotop.state import material
 from zerotop.tui.app import ZerotopApp
 from zerotop.tui.keys import FIXED_KEYS, KEYS, key_named, read_keymap
+from zerotop.tui.pages.data import DataPage
+from zerotop.tui.pages.logs import LogPage
+from zerotop.tui.panels.lanes import LanePanel
+from zerotop.tui.panels.memory_bars import MemoryBars
 from zerotop.tui.panels.ranks import RankTable
-from zerotop.tui.screens.data import DataScreen
+from zerotop.tui.panels.settings import SettingTable
 from zerotop.tui.screens.help import HelpScreen
-from zerotop.tui.screens.main import MainScreen
+from zerotop.tui.screens.page import PageScreen
 from zerotop.tui.screens.rank import RankScreen
 from zerotop.tui.screens.texts import TextScreen
+from zerotop.tui.screens.themes import ThemeScreen
 from zerotop.tui.theme import Palette, ThemeError, load_palettes, read_palette
 from zerotop.tui.widgets.lines import ScrollPanel
 
@@ -61,17 +67,47 @@ def test_the_colour_blind_palette_tells_all_categories_apart_by_more_than_hue() 
         assert _contrast(first, second) >= 1.2, f"{one} and {other} stand side by side and are equally light"
 
 
-async def test_t_goes_round_the_themes(open_app: OpenApp) -> None:
+async def test_t_shows_each_theme_as_it_is_marked_and_escape_brings_back_the_one_before(open_app: OpenApp) -> None:
     async with open_app() as (app, pilot, _):
+        await pilot.press("t")
+        await settle(app, pilot)
         seen = [app.theme]
         for _ in PALETTES[1:]:
-            await pilot.press("t")
+            await pilot.press("down")
             await settle(app, pilot)
             seen.append(app.theme)
-            assert app.screen.styles.background == Color.parse(app.palette.ui["background"])
-        assert seen == ["dark", "light", "colour-blind"]
-        await pilot.press("t")
+            assert app.screen_stack[0].styles.background == Color.parse(app.palette.ui["background"])
+        assert seen == [palette.name for palette in PALETTES] and seen[:2] == ["dark", "light"]
+        await pilot.press("escape")
         assert app.theme == "dark"
+        await pilot.press("t", "down", "enter")
+        await settle(app, pilot)
+        assert app.theme == "light" and isinstance(app.screen, PageScreen)
+
+
+async def test_a_theme_file_is_shown_as_it_is_saved_and_its_mistakes_are_told(
+    open_app: OpenApp, no_user_files: Path
+) -> None:
+    async with open_app() as (app, pilot, _):
+        await pilot.press("t")
+        await settle(app, pilot)
+        dialog = app.screen
+        assert isinstance(dialog, ThemeScreen)
+        file = no_user_files / "themes" / "mine.toml"
+        file.write_text('label = "Mine"\n[ui]\nprimary = "#ff00ff"\n')
+        dialog.look()
+        await settle(app, pilot)
+        assert app.theme == "mine" and app.palette.ui["primary"] == "#ff00ff"
+        file.write_text('label = "Mine"\n[ui]\nprimary = "#00ffff"\n')
+        os.utime(file, ns=(1, 1))
+        dialog.look()
+        await settle(app, pilot)
+        assert app.palette.ui["primary"] == "#00ffff"
+        file.write_text('label = "Mine"\n[ui]\nprimery = "#00ffff"\n')
+        os.utime(file, ns=(2, 2))
+        dialog.look()
+        await settle(app, pilot)
+        assert "unknown key ui.primery" in "\n".join(screen_text(app)) and app.theme == "dark"
 
 
 async def test_a_theme_of_the_users_own_joins_and_a_broken_one_is_only_reported(
@@ -125,15 +161,15 @@ async def test_no_color_draws_only_greys(open_app: OpenApp, monkeypatch: pytest.
 
 
 async def test_keys_can_be_given_other_keys(open_app: OpenApp, no_user_files: Path) -> None:
-    (no_user_files / "keys.toml").write_text('checkpoint = "K"\n"panel.events" = "9"\n')
+    (no_user_files / "keys.toml").write_text('checkpoint = "K"\n"screen.logs" = "9"\n')
     async with open_app(size=(200, 50)) as (app, pilot, run):
         await pilot.press("C")
         assert run.sent == []
         await pilot.press("K")
         assert [c.name for c in run.sent] == ["checkpoint"]
-        await pilot.press("9")
-        assert app.focused is not None and app.focused.id == "events"
         assert "K Checkpoint" in "\n".join(screen_text(app))
+        await pilot.press("9")
+        assert isinstance(app.page, LogPage)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +179,7 @@ async def test_keys_can_be_given_other_keys(open_app: OpenApp, no_user_files: Pa
         ("F5", "f5"),
         ("Space", "space"),
         ("Alt+K", "alt+k"),
-        ("minus", "-"),
+        ("asterisk", "*"),
         ("K", "K"),
         ("K,F5", "f5"),
     ],
@@ -161,7 +197,17 @@ async def test_keys_are_written_as_people_write_them(
 def test_every_key_of_panels_and_screens_is_kept_from_the_key_file() -> None:
     bound = [
         key_named(key)
-        for owner in (RankTable, ScrollPanel, MainScreen, RankScreen, DataScreen, TextScreen)
+        for owner in (
+            RankTable,
+            ScrollPanel,
+            LanePanel,
+            MemoryBars,
+            SettingTable,
+            PageScreen,
+            RankScreen,
+            DataPage,
+            TextScreen,
+        )
         for binding in owner.BINDINGS
         if isinstance(binding, Binding)
         for key in binding.key.split(",")
@@ -200,7 +246,7 @@ def test_the_key_table_has_no_two_keys_alike(tmp_path: Path) -> None:
 
 
 async def test_help_lists_every_key_and_closes(open_app: OpenApp) -> None:
-    async with open_app(size=(200, 60)) as (app, pilot, _):
+    async with open_app(size=(200, 110)) as (app, pilot, _):
         await pilot.press("question_mark")
         await pilot.pause()
         assert isinstance(app.screen, HelpScreen)
@@ -228,18 +274,20 @@ async def test_the_palette_has_every_keys_action(open_app: OpenApp) -> None:
         main = app.screen_stack[0]
         names = [command.title for command in app.get_system_commands(main)]
         assert len(set(names)) == len(names)
-        assert {key.palette_title for key in KEYS} <= set(names)
-        assert {"Zoom", "Figure", "Filter", "Save screenshot", "Panel: Host", "Open rank", "Theme: Light"} <= set(names)
+        assert {key.palette_title for key in KEYS if key.group != "log"} <= set(names)
+        assert {"Zoom", "Figure", "Filter", "Save screenshot", "Screen: Logs", "Open rank", "Theme: Light"} <= set(
+            names
+        )
 
 
 @pytest.mark.parametrize(
     ("typed", "shows"),
     [
-        ("figure", "2 gradient norm"),
-        ("panel: events", "6 events"),
-        ("filter", "part of a line"),
-        ("zoom", "1 ranks"),
-        ("open rank", "1 phases of the last steps"),
+        ("figure", "5 gradient norm"),
+        ("screen: logs", "log and events"),
+        ("filter", "a phase, an alarm"),
+        ("zoom", "ranks · memory"),
+        ("open rank", "3 phases of the last steps"),
     ],
 )
 async def test_the_palette_does_what_it_offers(open_app: OpenApp, typed: str, shows: str) -> None:
@@ -258,18 +306,8 @@ async def test_the_palette_does_what_it_offers(open_app: OpenApp, typed: str, sh
             await pilot.press("enter")
         text = "\n".join(screen_text(app))
         assert shows in text
-        if typed.startswith("panel"):
-            assert app.focused is not None and app.focused.id == "events"
         if typed == "zoom":
             assert app.screen.maximized is not None and app.screen.query_one("#ranks").region.height > 30
-
-
-async def test_the_themes_name_covers_no_event(open_app: OpenApp) -> None:
-    async with open_app() as (app, pilot, _):
-        await pilot.press("t")
-        await settle(app, pilot)
-        text = screen_text(app)
-        assert text[-1].rstrip().endswith("theme: Light") and not app._notifications
 
 
 async def test_the_setting_dialog_is_whole_in_a_small_terminal(open_app: OpenApp) -> None:
@@ -290,10 +328,11 @@ async def test_the_setting_dialog_is_whole_in_a_small_terminal(open_app: OpenApp
 
 def test_every_sign_on_the_screen_is_in_fonts_that_people_have() -> None:
     """Looked up in DejaVu Sans Mono, the usual one on Linux (fc-query --format='%{charset}' DejaVuSansMono.ttf)."""
-    there = set("–“”…·×‖←↑→↓↵↻⏎≤─│├┤└═━╌░▌█▁▂▃▄▅▆▇▏▎▍▌▋▊▉╸■□▲▶◆●○◌◐◧✔✖❄°µé")
+    there = set("–“”…·×‖←↑→↓↵↻⏎≤─│├┤└═━╌░▌█▁▂▃▄▅▆▇▏▎▍▌▋▊▉╸■□▲▶▼▾◇⊘┃╱◆●○◌◐◧✔✖❄°µé┬▒▓")
     used = {
         character
         for path in (*Path(zerotop.tui.__file__).parent.rglob("*.py"), Path(material.__file__))
+        if path.name != "ascii.py"  # the table of what is replaced
         for character in path.read_text()
         if not character.isascii()
     }

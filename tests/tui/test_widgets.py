@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.style import Style
@@ -18,11 +18,15 @@ from zerotop.format import (
     count_text,
     duration_text,
     figure_text,
+    finish_text,
     flops_text,
     ms_text,
+    ms_tick_text,
+    percent_tick_text,
     rate_text,
     share_text,
     short_bytes_text,
+    tick_text,
     time_text,
     used_of,
 )
@@ -30,8 +34,7 @@ from zerotop.tui.text import dots
 from zerotop.tui.theme import load_palettes
 from zerotop.tui.widgets.bar import meter, split_cells, stacked_bar, thin_bar
 from zerotop.tui.widgets.lines import Row, fit
-from zerotop.tui.widgets.plot import plot_rows
-from zerotop.tui.widgets.timeline import phase_cells, timeline_rows
+from zerotop.tui.widgets.timeline import Cell, lane_cells, paint, timeline_rows
 
 PLAIN = Style()
 VALUES = st.lists(st.floats(0, 1e12, allow_nan=False), max_size=9)
@@ -74,51 +77,40 @@ def test_meters_keep_their_width(share: float, width: int) -> None:
         assert cell_len("".join(s.text for s in bar(share, width, PLAIN, PLAIN))) == width
 
 
-POINTS = st.lists(st.one_of(st.none(), st.floats()), max_size=60)
-
-
-@given(POINTS, st.integers(1, 100), st.integers(0, 20))
-@example([2.2e-309], 12, 2)
-@example([-1.7e308, 1.7e308], 40, 9)
-def test_a_plot_of_anything_stays_in_its_box(values: list[float | None], width: int, height: int) -> None:
-    points = [(float(i), value) for i, value in enumerate(values)]
-    rows = plot_rows(points, width, height, figure_text, PLAIN, PLAIN)
-    assert len(rows) == height
-    if width >= 40:
-        assert all(row.width <= width for row in rows)
-
-
-def test_a_plot_rises_where_its_values_rise_and_has_a_gap_where_they_are_nan() -> None:
-    points = [(float(x), None if 40 <= x < 60 else float(x)) for x in range(100)]
-    rows = plot_rows(points, 58, 11, lambda y: f"{y:.0f}", PLAIN, PLAIN)
-    lines = ["".join(s.text for s in row.segments) for row in rows]
-    assert lines[0].startswith("99┤") and lines[9].startswith(" 0┤") and lines[10].rstrip().endswith("step 99")
-    columns = [next((y for y in range(10) if lines[y][3 + x] != " "), None) for x in range(55)]
-    drawn = [y for y in columns if y is not None]
-    assert drawn == sorted(drawn, reverse=True) and columns[0] == 9 and columns[-1] == 0
-    assert all(y is None for y in columns[23:32]) and columns.count(None) >= 9
-
-
-def test_a_steep_line_has_no_holes() -> None:
-    rows = plot_rows([(0.0, 0.0), (1.0, 0.0), (2.0, 100.0), (3.0, 100.0)], 44, 10, figure_text, PLAIN, PLAIN)
-    body = ["".join(s.text for s in row.segments)[7:] for row in rows[:-1]]
-    assert all(line.strip() for line in body)
+def cells_of(*runs: tuple[str, int, bool, int]) -> list[Cell]:
+    return [(phase, micro, waited) for phase, micro, waited, count in runs for _ in range(count)]
 
 
 def test_a_timeline_shows_each_phase_where_most_of_its_cell_is() -> None:
     spans = [("forward", 7, 1, 1000, 4000), ("backward", 7, 1, 4000, 10000)]
-    assert phase_cells(spans, 1000, 9000, 9) == ["forward"] * 3 + ["backward"] * 6
-    assert phase_cells(spans, 1000, 18000, 6) == ["forward", "backward", "backward", "", "", ""]
+    assert lane_cells(spans, [], 1000, 9000, 9) == cells_of(("forward", 1, False, 3), ("backward", 1, False, 6))
+    expected = cells_of(("forward", 1, False, 1), ("backward", 1, False, 2), ("", 0, False, 3))
+    assert lane_cells(spans, [], 1000, 18000, 6) == expected
+
+
+def test_waiting_is_hatched_where_the_thread_was_blocked() -> None:
+    spans = [("reduce", 7, 0, 0, 10_000)]
+    records = [(1, "reduce", 4, 0, 10_000, 10, 4)]  # blocked for the last 4 of 10 us
+    cells = lane_cells(spans, records, 0, 10_000, 10)
+    assert cells == cells_of(("reduce", 0, False, 6), ("reduce", 0, True, 4))
+    assert "".join(segment.text for segment in paint(cells, load_palettes()[0]["dark"])).endswith("╱╱╱╱")
+
+
+def test_blocks_name_their_phase_and_micro_step_as_far_as_they_fit() -> None:
+    palette = load_palettes()[0]["dark"]
+    for size, expected in ((11, "forward 3"), (10, "forward"), (4, "F3"), (1, "F")):
+        cells = cells_of(("forward", 3, False, size))
+        assert "".join(segment.text for segment in paint(cells, palette)).strip() == expected
 
 
 def test_a_timeline_draws_the_newest_steps_on_one_scale() -> None:
     palette = load_palettes()[0]["dark"]
     spans = [("forward", step, 1, step * 100_000_000, step * 100_000_000 + step * 10_000_000) for step in range(1, 9)]
-    rows = timeline_rows(spans, palette, 60, 4)
+    rows = timeline_rows(spans, [], palette, 60, 4)
     lines = ["".join(s.text for s in row.segments) for row in rows]
     assert [line.split()[0] for line in lines] == ["5", "6", "7", "8"] and lines[-1].endswith("80.0 ms")
     assert all(row.width == 60 for row in rows)
-    assert len(timeline_rows([], palette, 60, 4)) == 1
+    assert len(timeline_rows([], [], palette, 60, 4)) == 1
 
 
 @pytest.mark.parametrize(
@@ -170,6 +162,20 @@ def test_a_timeline_draws_the_newest_steps_on_one_scale() -> None:
         (dots(1, 1), ""),
         (dots(64, 64), "●●●●●●●◐"),
         (dots(1, 64, 4), "◐○○○"),
+        (tick_text(0, 0.5), "0"),
+        (tick_text(2.5, 0.5), "2.5"),
+        (tick_text(2.0, 0.25), "2.00"),
+        (tick_text(12_500, 2500), "12,500"),
+        (tick_text(165_000, 5000), "165K"),
+        (tick_text(0.0003, 0.0001), "3e-4"),
+        (tick_text(2.5e6, 5e5), "2.5M"),
+        (tick_text(math.nan, 1), "n/a"),
+        (ms_tick_text(250, 50), "250 ms"),
+        (ms_tick_text(1500, 500), "1.5 s"),
+        (percent_tick_text(0.4, 0.05), "40%"),
+        (finish_text(1_790_000_000 + 60, 1_790_000_000)[2], ":"),
+        (finish_text(1_790_000_000 + 3 * 86_400, 1_790_000_000)[:3] in {"Thu", "Wed"} and "day", "day"),
+        (finish_text(math.inf, 0.0), "n/a"),
         (fit("abcdef", 4), "abc…"),
         (fit("ab", 4, right=True), "  ab"),
         (fit("漢字漢字", 5), "漢字…"),

@@ -7,6 +7,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zerotop.rundir.directory import RunEntry
     from zerotop.source.base import Source
 
 
@@ -48,12 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
         assert target.host is not None
         source = open_remote(target.host, target.run)
     ended_before = source.connection == "ended"
-    exit_code = show(source, read_only=arguments.read_only, host=target.host)
+    exit_code = show(source, read_only=arguments.read_only, host=target.host, entry=entry)
     return 0 if ended_before and exit_code == 1 else exit_code  # looking at a failure of the past is none
 
 
-def show(source: Source, *, read_only: bool = False, host: str | None = None) -> int:
-    """The screen on a started source until the user leaves it; closes the source. `host` is the machine of the run.
+def show(source: Source, *, read_only: bool = False, host: str | None = None, entry: RunEntry | None = None) -> int:
+    """The screen on a started source until the user leaves it; closes the source. `host` is the machine of the run,
+    `entry` its directory, if it is on this one.
 
     Returns 1 if the run failed or was aborted meanwhile, 128 plus the number of a signal that ended the screen, else 0.
     """
@@ -61,7 +63,12 @@ def show(source: Source, *, read_only: bool = False, host: str | None = None) ->
     from zerotop.output import say
     from zerotop.tui.app import ZerotopApp
 
-    app = ZerotopApp(source, read_only=read_only)
+    find_earlier = None
+    if entry is not None:
+        from zerotop.source.earlier import earlier_finder
+
+        find_earlier = earlier_finder(entry)
+    app = ZerotopApp(source, read_only=read_only, find_earlier=find_earlier)
     try:
         app.run()
     finally:

@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from zerotop.commands.attach import show
 
-    return show(open_source(entry))
+    return show(open_source(entry), entry=entry)
 
 
 def detached(entry: RunEntry, as_json: bool) -> int:

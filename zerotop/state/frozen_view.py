@@ -12,7 +12,7 @@ def freeze(state: RunState) -> RunState:
     still = copy.copy(state)
     still.ranks = {number: copy.copy(rank) for number, rank in state.ranks.items()}
     for rank in still.ranks.values():
-        rank.spans = copy.copy(rank.spans)
+        rank.spans, rank.collectives = copy.copy(rank.spans), copy.copy(rank.collectives)
     still.nodes = dict(state.nodes)
     still.energy = state.energy.copy()
     still.events = copy.copy(state.events)

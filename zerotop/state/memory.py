@@ -20,6 +20,18 @@ these is derived. Of activations, the ledger counts what is offloaded to host me
 LEDGER_CATEGORIES: tuple[str, ...] = tuple(name for name in get_args(Category) if name not in DERIVED_CATEGORIES)
 CATEGORIES = (*LEDGER_CATEGORIES, "logits", *DERIVED_CATEGORIES)
 _LABELS = {"snapshot": "checkpoint copy", "imports": "Python, data", "mapped_files": "mapped files"}
+SHORT_LABELS = {
+    "parameters": "params",
+    "gradients": "grads",
+    "optimizer": "optim",
+    "communication": "comm",
+    "snapshot": "ckpt",
+    "activations": "activ",
+    "imports": "Python",
+    "libraries": "libs",
+    "mapped_files": "mapped",
+}
+"""Names of categories for one line of 80 columns."""
 _OF_RSS = {"allocator": "cache", "rest": "other"}
 """Names on the wire that differ from the category's."""
 

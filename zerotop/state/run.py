@@ -60,6 +60,8 @@ class RankState:
     goodbye: Goodbye | None = None
     spans: deque[tuple[str, int, int, int, int]] = field(default_factory=lambda: deque(maxlen=256))
     """Newest phase intervals: (phase, step, micro_step, start_ns, end_ns)."""
+    collectives: deque[tuple[int, str, int, int, int, int, int]] = field(default_factory=lambda: deque(maxlen=256))
+    """Newest collectives: (seq, op, bytes, issue_ns, end_ns, duration_us, wait_us), as in `Collectives.records`."""
     heard_ns: int = 0
     """When the newest packet arrived at the hub, on its monotonic clock."""
     packets_lost: int = 0
@@ -183,6 +185,7 @@ class RunState:
             case Memory():
                 self.rank(message.rank).memory = message
             case Collectives():
+                self.rank(message.rank).collectives.extend(message.records)
                 self.waits.add(message, self.world_size)
             case Goodbye():
                 self.rank(message.rank).goodbye = message

@@ -57,11 +57,21 @@ class Series:
 
     def __iter__(self) -> Iterator[StepResult]:
         yield from self._points
-        if self._newest is not None and (not self._points or self._points[-1].step != self._newest.step):
+        if self._newest is not None and self._newest_is_extra:
             yield self._newest
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._points) + int(self._newest_is_extra)
+
+    @property
+    def _newest_is_extra(self) -> bool:
+        """Whether the newest step is not one of the points that are kept."""
+        return self._newest is not None and (not self._points or self._points[-1].step != self._newest.step)
+
+    @property
+    def newest(self) -> StepResult | None:
+        """The newest step."""
+        return self._newest if self._newest_is_extra else self._points[-1] if self._points else None
 
     def messages(self) -> list[StepResult]:
         """The points as a list."""

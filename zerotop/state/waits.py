@@ -12,6 +12,7 @@ a rank was late for, so both are compared over a step.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +28,9 @@ MIN_SKEW_US = 200
 WINDOW_STEPS = 20
 """All figures on waiting (table, banner, page of a rank) are over this many finished steps."""
 STEPS_KEPT = 2 * WINDOW_STEPS
+"""The longest window that a figure is over."""
+HISTORY_STEPS = 240
+"""Steps whose sums are kept for a picture of which rank came late when."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Meeting:
     transfer_us: int
     last_rank: int
     waited_us: dict[int, int]
+    exposed_us: float = 0.0
+    """For how long training threads were blocked by it: the mean over the ranks."""
 
     @property
     def skew_us(self) -> int:
@@ -174,7 +180,8 @@ class Waits:
             return
         usual_us = self.bandwidth.add(op, nbytes, transfer_us, group)
         waited = {rank: record.duration_us - transfer_us for rank, record in by_rank.items()}
-        meeting = Meeting(group, seq, op, nbytes, step, transfer_us, last_rank, waited)
+        exposed_us = sum(record.blocked_us for record in by_rank.values()) / len(by_rank)
+        meeting = Meeting(group, seq, op, nbytes, step, transfer_us, last_rank, waited, exposed_us)
         self.meetings.append(meeting)
         sums = self._sums(step)
         sums.add(last_rank, waited, {rank: record.blocked_us for rank, record in by_rank.items()})
@@ -186,7 +193,7 @@ class Waits:
 
     def _sums(self, step: int) -> _Step:
         sums = self._steps.setdefault(step, _Step())
-        while len(self._steps) > STEPS_KEPT:
+        while len(self._steps) > HISTORY_STEPS:
             del self._steps[min(self._steps)]
         return sums
 
@@ -233,6 +240,30 @@ class Waits:
             {rank: value / 1000 / count / others for rank, value in caused_us.items()},
             came_last,
         )
+
+    def lateness_ms(self, steps: int = HISTORY_STEPS) -> dict[int, dict[int, float]]:
+        """Step -> rank -> what each other rank waited for it in that step, on average, in ms; the newest `steps` steps
+        without the very newest, which is still being reported."""
+        return self._per_rank(steps, lambda sums: sums.costs_us()[1], shared=True)
+
+    def waiting_ms(self, steps: int = HISTORY_STEPS) -> dict[int, dict[int, float]]:
+        """The same: what the rank waited for others."""
+        return self._per_rank(steps, lambda sums: sums.costs_us()[0], shared=False)
+
+    def _per_rank(
+        self, steps: int, part: Callable[[_Step], dict[int, float]], shared: bool
+    ) -> dict[int, dict[int, float]]:
+        met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
+        found = {}
+        for step in met:
+            sums = self._steps[step]
+            others, of_step = max(1, len(sums.blocked_us) - 1) if shared else 1, part(sums)
+            found[step] = {rank: of_step.get(rank, 0.0) / 1000 / others for rank in sums.blocked_us}
+        return found
+
+    def step_ms(self) -> dict[int, float]:
+        """Step -> the time that it took on the slowest rank."""
+        return {step: sums.step_ms for step, sums in self._steps.items() if sums.step_ms}
 
     def net_cost_ms(self, steps: int = STEPS_KEPT) -> dict[int, list[float]]:
         """Rank -> for each of the newest `steps` steps, oldest first, without the very newest: what each other rank

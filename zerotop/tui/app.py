@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from ast import literal_eval
-from collections.abc import Iterable
-from functools import partial
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from textual import events
+from rich.console import RenderableType
+from textual import events, on
+from textual._compositor import ChopsUpdate
 from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
 from textual.notifications import SeverityLevel
 from textual.screen import Screen
-from textual.widgets import Input
 
-from runtime.wire.messages import LIVE_STATES, CommandName
+from runtime.wire.messages import LIVE_STATES, CommandName, Hello
 from runtime.wire.profile import DEFAULT_STEPS
 from zerotop.clean import clean
 from zerotop.source.base import Source
 from zerotop.state.frozen_view import freeze
+from zerotop.state.losstrend import EarlierRun
 from zerotop.state.material import ROLES
+from zerotop.state.outlook import next_boundary
 from zerotop.state.run import RunState
 from zerotop.state.settings import known_values
 from zerotop.tui import steering
 from zerotop.tui.commands import CommandDesk
-from zerotop.tui.keyflow import KeyFlow
 from zerotop.tui.keys import KEYS, STEERING, load_keymap
-from zerotop.tui.panels.plots import PlotPanel
+from zerotop.tui.lens import Lens
+from zerotop.tui.narrow import NarrowUpdate
+from zerotop.tui.pagekeys import FIRST, PRELOAD_S, PageKeys, import_pages, mode_of
+from zerotop.tui.palette_commands import palette_commands
 from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.panels.settings import SettingTable
 from zerotop.tui.screens.confirm import ConfirmScreen
-from zerotop.tui.screens.data import DataScreen
 from zerotop.tui.screens.help import HelpScreen
 from zerotop.tui.screens.knobs import KnobScreen, Setting
 from zerotop.tui.screens.live import LiveScreen
-from zerotop.tui.screens.main import MainScreen
+from zerotop.tui.screens.page import PageScreen
 from zerotop.tui.screens.palette import ActionPalette
 from zerotop.tui.screens.rank import RankScreen
 from zerotop.tui.screens.stacks import StacksScreen
-from zerotop.tui.screens.texts import TextScreen
+from zerotop.tui.screens.themes import ThemeScreen
 from zerotop.tui.screenshot import screenshot_path
 from zerotop.tui.terminal import driver_class, leave_on_signals
 from zerotop.tui.theme import DEFAULT, Palette, load_palettes
@@ -50,23 +55,35 @@ THEME_VARIABLE = "ZEROTOP_THEME"
 Outcome = Literal["detached", "ended"]
 
 
-class ZerotopApp(KeyFlow[Outcome]):
+class ZerotopApp(PageKeys[Outcome]):
     """Shows a started `source` until the user leaves. `run()` returns "detached" if the run is still live then, else
     "ended".
 
-    Whoever opened the source closes it. The app reads the source in one thread, its own.
+    Whoever opened the source closes it. The app reads the source in one thread, its own. `find_earlier` returns runs to
+    compare the loss with, given the hello of a rank; it may take a while, and is called once in another thread.
     """
 
     TITLE = "zerotop"
     CSS_PATH = "zerotop.tcss"
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]  # noqa: RUF012 (an instance variable in App)
+    DEFAULT_MODE = mode_of(FIRST)
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (110, "-wide")]  # noqa: RUF012 (an instance variable in App)
     VERTICAL_BREAKPOINTS = [(0, "-short"), (24, "-high")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [key.binding() for key in KEYS]
 
-    def __init__(self, source: Source, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        source: Source,
+        read_only: bool = False,
+        find_earlier: Callable[[Hello], tuple[EarlierRun, ...]] | None = None,
+    ) -> None:
         super().__init__(driver_class=driver_class())
         self.source = source
         self.read_only = read_only
+        self.clock: Callable[[], float] = time.time
+        self.lens = Lens()
+        self.earlier: tuple[EarlierRun, ...] = ()
+        self._find_earlier = find_earlier
+        self._looked_for_earlier = False
         self.palettes, self._problems = load_palettes()
         keymap, problems = load_keymap()
         self._problems += problems
@@ -77,6 +94,7 @@ class ZerotopApp(KeyFlow[Outcome]):
         self._can_steer: bool | None = None
         self.left_by: int | None = None
         """The signal that ended the screen, if one did."""
+        self.add_pages()
         for palette in self.palettes.values():
             self.register_theme(palette.theme())
         wanted = os.environ.get(THEME_VARIABLE, DEFAULT)
@@ -88,9 +106,6 @@ class ZerotopApp(KeyFlow[Outcome]):
             self.unregister_theme(name)
 
     # ---- life ------------------------------------------------------------------------------------------------------
-    def get_default_screen(self) -> Screen[Any]:
-        return MainScreen(self.palette)
-
     def on_mount(self) -> None:
         self.set_keymap(self._keymap_given)
         for problem in self._problems:
@@ -100,6 +115,10 @@ class ZerotopApp(KeyFlow[Outcome]):
         self.theme_changed_signal.subscribe(self, lambda _: self._repaint())
         self.set_interval(TICK_S, self.tick)
         self.call_after_refresh(self.tick)
+        self.set_timer(PRELOAD_S, self._preload)
+
+    def _preload(self) -> None:
+        self.run_worker(asyncio.to_thread(import_pages), exclusive=False)
 
     def _leave(self, number: int) -> None:
         """A signal ends the screen. As with `q`, the run continues."""
@@ -117,6 +136,11 @@ class ZerotopApp(KeyFlow[Outcome]):
     ) -> None:
         """A toast. Its text may quote anything, so it is never markup, whatever a caller in Textual asks for."""
         super().notify(clean(message), title=clean(title), severity=severity, timeout=timeout, markup=False)
+
+    def _display(self, screen: Screen[Any], renderable: RenderableType | None) -> None:
+        # Textual's own hook for what goes to the terminal.
+        narrow = NarrowUpdate.of(renderable) if isinstance(renderable, ChopsUpdate) else renderable
+        super()._display(screen, narrow)
 
     def takes(self, event: events.Key | events.Paste) -> bool:
         return not isinstance(self.screen, ConfirmScreen) or self.screen.takes(event)
@@ -157,14 +181,44 @@ class ZerotopApp(KeyFlow[Outcome]):
     def update_view(self) -> None:
         """Draw the current view."""
         screen = next((s for s in reversed(self.screen_stack) if isinstance(s, LiveScreen)), None)
-        if screen is not None:
-            screen.show_view(self.make_view())
-            labels = self.key_labels()
-            if isinstance(screen, DataScreen) and (role := screen.other_role()) is not None:
-                labels["data"] = ROLES[role].capitalize()
-            hidden = self.hidden_keys()
-            for bar in screen.query(KeyBar):  # none yet in a screen that has just been pushed
-                bar.relabel(labels, hidden)
+        if screen is None or not screen.is_mounted:
+            return
+        screen.show_view(self.make_view())
+        self._relabel(screen)
+        self._look_for_earlier()
+
+    def _relabel(self, screen: LiveScreen) -> None:
+        """What the keys in the footer do now, and at which step."""
+        state = self.source.state
+        paused = state.state_name == "paused"
+        labels = self.key_labels()
+        page = self.page
+        role = page.other_role() if page is not None else None
+        if role is not None:
+            labels["data"] = ROLES[role].capitalize()
+        when = "now" if paused else f"after step {next_boundary(state):,}"
+        long = {
+            "pause_resume": "Resume" if paused else f"Pause {when}",
+            "checkpoint": f"Checkpoint {when}",
+            "set": f"Set {when}",
+            "stop": f"Stop {when}",
+            "abort": "Abort at once",
+        }
+        hidden = self.hidden_keys() - ({"data"} if labels.get("data") else set())
+        for bar in screen.query(KeyBar):  # none yet in a screen that has just been pushed
+            bar.relabel(labels, hidden, {**labels, **long})
+
+    def _look_for_earlier(self) -> None:
+        """Once the run is known and drawn, look for others to compare it with."""
+        hello = self.source.state.hello
+        if self._find_earlier is None or self._looked_for_earlier or hello is None:
+            return
+        self._looked_for_earlier = True
+        self.run_worker(self._take_earlier(self._find_earlier, hello), exclusive=False)
+
+    async def _take_earlier(self, find: Callable[[Hello], tuple[EarlierRun, ...]], hello: Hello) -> None:
+        self.earlier = await asyncio.to_thread(find, hello)
+        self.update_view()
 
     def key_labels(self) -> dict[str, str]:
         """Action -> what its key does now, where that differs from its usual label."""
@@ -172,8 +226,7 @@ class ZerotopApp(KeyFlow[Outcome]):
 
     def hidden_keys(self) -> set[str]:
         """Actions whose keys take no room in the footer now."""
-        state = self.source.state
-        return {name for name, there in (("data", state.data), ("texts", state.evaluations)) if not there}
+        return {"data"} | (set() if self.source.state.evaluations else {"texts"})
 
     def make_view(self) -> View:
         """Everything that panels may show at this tick."""
@@ -188,13 +241,17 @@ class ZerotopApp(KeyFlow[Outcome]):
             # Commands stay live in a frozen view: an answer to a key must never be missed.
             commands=self.desk.lives(self.source.state, age_s),
             live=self.source.state,
+            wall_s=self.clock(),
+            lens=self.lens,
+            earlier=self.earlier,
         )
 
     def _repaint(self) -> None:
-        for screen in self.screen_stack:
-            for bar in screen.query(KeyBar):
-                bar.palette = self.palette
-                bar.refresh()
+        for stack in self._screen_stacks.values():
+            for screen in stack:
+                for bar in screen.query(KeyBar):
+                    bar.palette = self.palette
+                    bar.refresh()
         self.update_view()
 
     # ---- what may be done now --------------------------------------------------------------------------------------
@@ -214,19 +271,17 @@ class ZerotopApp(KeyFlow[Outcome]):
         return "" if self.source.can_control else "this source can't reach the run"
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        name = str(parameters[0]) if parameters else ""
-        return self._may(action, name, self.screen) and not (action == "filter" and isinstance(self.focused, Input))
+        return self.may(action, self.screen)
 
-    def _may(self, action: str, panel: str, screen: Screen[Any]) -> bool:
-        """Whether `action` (on `panel`, for one on panels) makes sense while `screen` is on top."""
+    def may(self, action: str, screen: Screen[Any]) -> bool:
+        """Whether `action` makes sense while `screen` is on top."""
         if action in STEERING and not self.can_steer:
             return False
-        if action in {"data", "texts"}:
-            return isinstance(screen, LiveScreen)
-        if action == "panel":
-            return isinstance(screen, LiveScreen) and panel in screen.PANELS
-        # Keys of the main screen's panels do nothing while a dialog or another screen is on top.
-        return action not in {"filter", "next_figure"} or isinstance(screen, MainScreen)
+        return self.page_may(action, screen)
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.frozen is not None
 
     # ---- steering --------------------------------------------------------------------------------------------------
     def send(self, name: CommandName, arguments: dict[str, Any] | None = None) -> None:
@@ -254,14 +309,14 @@ class ZerotopApp(KeyFlow[Outcome]):
         """A: abort, once confirmed."""
         self.push_screen(steering.abort_question(self.source.state), lambda yes: self.send("abort") if yes else None)
 
-    def action_set_knob(self) -> None:
+    def action_set_knob(self, name: str = "") -> None:
         """E: change a setting."""
 
         def send(setting: Setting | None) -> None:
             if setting is not None:
                 self.send("set", {setting[0]: setting[1]})
 
-        self.push_screen(KnobScreen(known_values(self.source.state)), send)
+        self.push_screen(KnobScreen(known_values(self.source.state), name), send)
 
     def action_stacks(self) -> None:
         """T: dump the stacks of all ranks."""
@@ -298,64 +353,32 @@ class ZerotopApp(KeyFlow[Outcome]):
             screen.set_class(self.frozen is not None, "-frozen")
         self.update_view()
 
-    def action_next_theme(self) -> None:
-        """t: the next theme."""
-        names = list(self.palettes)
-        self.theme = names[(names.index(self.theme) + 1) % len(names)] if self.theme in names else DEFAULT
-        for bar in self.screen.query(KeyBar):
-            bar.note(f"theme: {self.palette.label}")
+    def action_themes(self) -> None:
+        """t: choose a theme."""
+        self.push_screen(ThemeScreen(self))
 
-    def action_next_figure(self) -> None:
-        """g: the next figure in a plot."""
-        focused = self.focused
-        panel = focused if isinstance(focused, PlotPanel) else self.screen.query_one("#learning", PlotPanel)
-        panel.next_figure()
-
-    def action_panel(self, name: str) -> None:
-        """1 to 6: focus a panel."""
-        if isinstance(self.screen, LiveScreen):
-            self.screen.focus_panel(name)
-
-    def action_data(self) -> None:
-        """d: what is trained on; on that screen, switch between training and evaluation data."""
-        if isinstance(self.screen, DataScreen):
-            self.screen.next_role()
-            self.update_view()
-        else:
-            self._open(DataScreen(self.palette))
-
-    def action_texts(self) -> None:
-        """w: what the model writes at evaluations."""
-        if not isinstance(self.screen, TextScreen):
-            self._open(TextScreen(self.palette))
-
-    def _open(self, page: LiveScreen) -> None:
-        """Show a page over the main screen, instead of another one."""
-        if isinstance(self.screen, DataScreen | TextScreen):
-            self.switch_screen(page)
-        else:
-            self.push_screen(page)
-        page.set_class(self.frozen is not None, "-frozen")
-        self.call_after_refresh(self.update_view)
-
-    def action_filter(self) -> None:
-        """/: filter the events."""
-        if isinstance(self.screen, MainScreen):
-            self.screen.open_filter()
-
-    def action_zoom(self) -> None:
-        """z: the focused panel takes the whole screen, or gives it back."""
-        screen = self.screen
-        if isinstance(screen, LiveScreen) and not screen.unzoom() and self.focused is not None:
-            screen.zoom(self.focused)
+    def reload_palettes(self) -> list[str]:
+        """Read all palettes again. Returns a line for each file that cannot be used."""
+        palettes, problems = load_palettes()
+        changed = palettes.get(self.theme) != self.palettes.get(self.theme)
+        self.palettes = palettes
+        for palette in palettes.values():
+            self.register_theme(palette.theme())
+        if self.theme not in palettes:
+            self.theme = DEFAULT
+        elif changed:
+            self.refresh_css(animate=False)
+            self._repaint()
+        return problems
 
     async def action_back(self) -> None:
         """Esc: back from a zoomed panel, a filter or a screen."""
         screen = self.screen
         if isinstance(screen, LiveScreen) and screen.unzoom():
             return
-        if isinstance(screen, MainScreen):
-            screen.close_filter()
+        if isinstance(screen, PageScreen):
+            if not screen.close_filter():
+                self.action_page(FIRST)
         elif len(self.screen_stack) > 1:
             self.pop_screen()
             self.call_after_refresh(self.update_view)
@@ -396,7 +419,14 @@ class ZerotopApp(KeyFlow[Outcome]):
         return target
 
     def on_rank_table_opened(self, message: RankTable.Opened) -> None:
-        self._open(RankScreen(self.palette, message.rank))
+        self.open_over(RankScreen(self.palette, message.rank))
+
+    @on(SettingTable.Chosen)
+    def _setting_chosen(self, message: SettingTable.Chosen) -> None:
+        if self.can_steer:
+            self.action_set_knob(message.name)
+        else:
+            self.notify(self.why_not_steer, severity="warning")
 
     def action_command_palette(self) -> None:
         """Ctrl+P: all actions and themes by name."""
@@ -405,26 +435,4 @@ class ZerotopApp(KeyFlow[Outcome]):
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """The palette: what the keys do, as far as it is possible now."""
-        for key in KEYS:
-            name, _, rest = key.action.partition("(")
-            argument = literal_eval(rest[:-1]) if rest else ""
-            if self._may(name, argument, screen):
-                act = getattr(self, f"action_{name}")
-                yield SystemCommand(key.palette_title, key.help, partial(act, argument) if argument else act)
-        if isinstance(screen, MainScreen):
-            table = screen.query_one(RankTable)
-            yield SystemCommand("Open rank", "the selected rank in full", table.action_open)
-        if isinstance(screen, RankScreen):
-            yield SystemCommand("Previous rank", "the rank before this one", partial(screen.action_other, -1))
-            yield SystemCommand("Next rank", "the rank after this one", partial(screen.action_other, 1))
-        if isinstance(screen, DataScreen):
-            yield SystemCommand("Previous example", "the example before this one", partial(screen.action_other, -1))
-            yield SystemCommand("Next example", "the example after this one", partial(screen.action_other, 1))
-        if isinstance(screen, TextScreen):
-            yield SystemCommand("Earlier texts", "those of the evaluation before", partial(screen.action_other, -1))
-            yield SystemCommand("Later texts", "those of the evaluation after", partial(screen.action_other, 1))
-        yield SystemCommand("Back", "out of a rank, a zoomed panel, a filter", self.action_back)
-        for name, palette in self.palettes.items():
-            yield SystemCommand(
-                f"Theme: {palette.label}", f"use the theme {name}", lambda name=name: setattr(self, "theme", name)
-            )
+        yield from palette_commands(self, screen)

@@ -5,12 +5,35 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from textual.binding import Binding
 from textual.keys import KEY_NAME_REPLACEMENTS, Keys, key_to_character
 
 from runtime.wire.profile import DEFAULT_STEPS
 from zerotop.rundir.paths import config_home
+
+Group = Literal["run", "screens", "view", "plots", "panels", "log"]
+GROUPS: dict[Group, str] = {
+    "run": "the run",
+    "screens": "screens",
+    "view": "the view",
+    "panels": "panels",
+    "plots": "plots, timeline, heat map",
+    "log": "log",
+}
+"""Group of keys -> its heading in the help."""
+PAGE_NAMES = {
+    "1": "Overview",
+    "2": "Memory",
+    "3": "Timeline",
+    "4": "Communication",
+    "5": "Training",
+    "6": "Logs",
+    "7": "Settings",
+    "8": "Data",
+}
+"""Number key -> the name of its screen."""
 
 
 @dataclass(frozen=True)
@@ -22,41 +45,56 @@ class Key:
     action: str
     label: str
     help: str
+    group: Group
     show: bool = False
     steers: bool = False
 
     @property
     def palette_title(self) -> str:
         """Its name among the commands of the palette."""
-        return f"Panel: {self.label}" if self.id.startswith("panel.") else self.label
+        return f"Screen: {self.label}" if self.id.startswith("screen.") else self.label
 
     def binding(self) -> Binding:
         """The binding for Textual."""
         return Binding(self.keys, self.action, self.label, show=self.show, id=self.id)
 
 
+_PAGE_HELP = {
+    "1": "the run on one screen: ranks (↑ ↓ select, Enter opens one), loss, throughput, memory, host, events",
+    "2": "memory of every rank and host by use, peaks by phase, plan and actual, what comes next",
+    "3": "what every rank did when, in true time, with waiting hatched",
+    "4": "collectives: bytes, time, exposed, bandwidth; which rank came late in which step",
+    "5": "loss, evaluations, gradient norm, learning rate, speed over the steps",
+    "6": "log and events: levels, ranks, search; every command and who gave it",
+    "7": "every setting that can be changed now, its value, and where that came from",
+    "8": "what is trained on, with examples",
+}
 KEYS: tuple[Key, ...] = (
-    Key("help", "question_mark", "help", "Help", "this page: all keys, columns and signs", show=True),
+    Key("help", "question_mark", "help", "Help", "this page: all keys, columns and signs", "view", show=True),
     Key(
         "detach",
         "q",
         "detach",
         "Leave",
         "leave the screen; the run continues, `zerotop attach` opens it again",
+        "view",
         show=True,
     ),
-    Key("pause", "P", "pause_resume", "Pause", "pause at the next step boundary, or resume", True, True),
-    Key("checkpoint", "C", "checkpoint", "Checkpoint", "write a checkpoint at the next step boundary", True, True),
-    Key("set", "E,colon", "set_knob", "Set", "change a setting of the running run", True, True),
-    Key("stop", "S", "stop", "Stop", "checkpoint at the next step boundary, then end the run (asks first)", True, True),
-    Key("abort", "A", "abort", "Abort", "end the run now, without a checkpoint (asks first)", True, True),
-    Key("stacks", "T", "stacks", "Stacks", "dump the stacks of all ranks, also when the run is stuck", steers=True),
+    Key("pause", "P", "pause_resume", "Pause", "pause at the next step boundary, or resume", "run", True, True),
+    Key("checkpoint", "C", "checkpoint", "Checkpoint", "checkpoint at the next step boundary", "run", True, True),
+    Key("set", "E,colon", "set_knob", "Set", "change a setting of the running run", "run", True, True),
+    Key(
+        "stop", "S", "stop", "Stop", "checkpoint at the next boundary, then end the run (asks first)", "run", True, True
+    ),
+    Key("abort", "A", "abort", "Abort", "end the run now, without a checkpoint (asks first)", "run", True, True),
+    Key("stacks", "T", "stacks", "Stacks", "dump the stacks of all ranks, also of a stuck run", "run", steers=True),
     Key(
         "profile",
         "R",
         "profile",
         "Profile",
         f"profile the next {DEFAULT_STEPS} steps with torch.profiler; on a rank's page of that rank alone",
+        "run",
         steers=True,
     ),
     Key(
@@ -65,44 +103,58 @@ KEYS: tuple[Key, ...] = (
         "memory_snapshot",
         "Memory snapshot",
         "write what every rank's memory is used for: one step by category, unit and tensor",
+        "run",
         steers=True,
     ),
-    Key(
-        "data",
-        "d",
-        "data",
-        "Data",
-        "what is trained on, with examples; once more switches to evaluation data",
-        show=True,
+    *(
+        Key(f"screen.{name.lower()}", key, f"page('{key}')", name, _PAGE_HELP[key], "screens")
+        for key, name in PAGE_NAMES.items()
     ),
-    Key("texts", "w", "texts", "Texts", "what the model writes for the fixed prompts, and all evaluations", show=True),
-    Key("freeze", "f", "freeze", "Freeze", "freeze the view, not the run; once more follows again", show=True),
-    Key("zoom", "z", "zoom", "Zoom", "the focused panel takes the whole screen, and gives it back", show=True),
+    Key("data", "d", "data", "Switch data", "the data; once more switches to evaluation data", "screens", show=True),
+    Key("texts", "w", "texts", "Texts", "what the model writes for the prompts, and all evaluations", "screens", True),
+    Key("sort", "s", "sort", "Sort", "sort the ranks by the next column", "panels", show=True),
+    Key("reverse", "r", "reverse", "Reverse", "turn the order of the ranks round", "panels"),
     Key(
-        "figure",
-        "g",
-        "next_figure",
-        "Figure",
-        "the next figure in the focused plot: loss, gradient norm, learning rate",
-        show=True,
+        "filter", "slash", "filter", "Filter", "filter events or ranks, search the log; Esc clears", "panels", show=True
     ),
-    Key("filter", "slash", "filter", "Filter", "filter the events; Esc clears", show=True),
-    Key("theme", "t", "next_theme", "Theme", "the next theme", show=True),
-    Key("panel.ranks", "1", "panel('ranks')", "Ranks", "to the ranks: ↑ ↓ select, Enter opens one"),
-    Key("panel.learning", "2", "panel('learning')", "Loss", "to the loss"),
-    Key("panel.speed", "3", "panel('speed')", "Throughput", "to the throughput"),
-    Key("panel.memory", "4", "panel('memory')", "Memory", "to the selected rank's memory"),
-    Key("panel.host", "5", "panel('host')", "Host", "to the host"),
-    Key("panel.events", "6", "panel('events')", "Events", "to the events: ↑ ↓ scroll, End follows again"),
-    Key("screenshot", "ctrl+s", "save_screenshot", "Save screenshot", "save the screen as an SVG picture"),
+    Key("level", "v", "level", "Level", "show from the next level on: debug, info, warning, error", "log", show=True),
+    Key(
+        "log.rank", "i", "log_rank", "Rank", "the records of the next rank; of all after the last one", "log", show=True
+    ),
+    Key("match.next", "n", "match(1)", "Next match", "to the next match of the search", "log", show=True),
+    Key("match.previous", "p", "match(-1)", "Previous match", "to the match before", "log"),
+    Key("matches", "m", "matches", "Only matches", "only lines with a match, or all lines", "log"),
+    Key("wrap", "b", "wrap", "Wrap", "wrap long lines, or cut them", "log", show=True),
+    Key("figure", "g", "next_figure", "Figure", "the next figure in the focused plot or heat map", "plots", show=True),
+    Key("zoom.in", "plus,equals_sign", "zoom_axis(2.0)", "Zoom in", "show half of the steps, or of the time", "plots"),
+    Key("zoom.out", "minus", "zoom_axis(0.5)", "Zoom out", "show twice as many steps, or as much time", "plots"),
+    Key("zoom.all", "0", "zoom_all", "Whole run", "all steps without a cursor; the newest phases", "plots"),
+    Key("cursor.left", "left", "cursor(-1)", "Cursor left", "read values: the cursor is shared by all plots", "plots"),
+    Key("cursor.right", "right", "cursor(1)", "Cursor right", "the cursor to later steps", "plots"),
+    Key("pan.left", "shift+left,less_than_sign", "pan(-0.25)", "Pan left", "earlier steps, or phases", "plots"),
+    Key("pan.right", "shift+right,greater_than_sign", "pan(0.25)", "Pan right", "later steps, or phases", "plots"),
+    Key("log-scale", "l", "log_scale", "Log scale", "logarithmic values, or linear", "plots"),
+    Key("smooth", "a", "smooth", "Smoothing", "smoothed lines over the range of the values, or the values", "plots"),
+    Key("overlay", "o", "overlay", "Earlier runs", "the loss of earlier runs of this model, or not", "plots"),
+    Key(
+        "zoom", "z", "zoom", "Zoom", "the focused panel takes the whole screen, and gives it back", "panels", show=True
+    ),
+    Key("hide", "h", "hide", "Hide panel", "hide the focused panel", "panels"),
+    Key("unhide", "u", "unhide", "Show all panels", "show all panels, in their usual sizes", "panels"),
+    Key("freeze", "f", "freeze", "Freeze", "freeze the view, not the run; once more follows again", "view", show=True),
+    Key("theme", "t", "themes", "Theme", "choose a theme; what is marked is shown at once", "view", show=True),
+    Key("screenshot", "ctrl+s", "save_screenshot", "Save screenshot", "save the screen as an SVG picture", "view"),
 )
+TABS_FROM = 41
+"""From this height of the terminal on, a line shows the screens of the number keys."""
 YIELDS = {"abort": "texts"}
 """Action -> the action that goes before it in a footer too narrow for both."""
 STEERING = frozenset(key.action for key in KEYS if key.steers)
 OTHER_HELP = (
     ("Tab, Shift+Tab", "the next panel, the one before"),
-    ("Esc", "back from a rank, a dialog, a zoomed panel, a filter"),
+    ("Esc", "back from a rank, a dialog, a zoomed panel, a filter, and to the overview"),
     ("Ctrl+P", "all commands and themes by name"),
+    ("mouse", "click focuses, twice opens a rank; the wheel zooms a plot; drag a panel's border to resize it"),
 )
 FIXED_KEYS = frozenset(
     ("escape", "tab", "shift+tab", "enter", "up", "down", "pageup", "pagedown", "home", "end", "j", "k", "[", "]")

@@ -15,6 +15,7 @@ from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
 
 from zerotop.output import SERVED_VARIABLE, is_served
+from zerotop.tui.ascii import Plain, ascii_table, wants_ascii
 
 __all__ = ["LEAVING_SIGNALS", "SERVED_VARIABLE", "TerminalDriver", "driver_class", "leave_on_signals"]
 
@@ -35,10 +36,12 @@ class _Terminal(TextIOWrapper):
     def __init__(self, descriptor: int) -> None:
         encoding = sys.__stdout__.encoding if sys.__stdout__ else "utf-8"
         super().__init__(os.fdopen(descriptor, "wb", closefd=False), encoding=encoding, errors="replace")
+        self._plain = Plain(ascii_table()) if wants_ascii() else None
 
     def write(self, text: str) -> int:
+        shown = text if self._plain is None else text.translate(self._plain)
         with suppress(OSError):
-            super().write(text)
+            super().write(shown)
         return len(text)
 
     def flush(self) -> None:

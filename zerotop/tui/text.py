@@ -20,6 +20,14 @@ STATES: dict[str, tuple[str, str]] = {
     "unknown": ("?", "warning"),
 }
 """Condition of a run -> (glyph, colour of [ui]); its name is always beside the glyph."""
+MARKS: dict[str, tuple[str, str]] = {
+    "checkpoint": ("C", "success"),
+    "restart": ("↻", "warning"),
+    "pause": ("‖", "warning"),
+    "setting": ("E", "primary"),
+    "trouble": ("✖", "error"),
+}
+"""What happened at a step -> (sign on the axis of a plot, colour of [ui])."""
 SEVERITIES: dict[str, tuple[str, str, str]] = {
     "debug": ("·", "debug", "muted"),
     "info": ("●", "info", "muted"),

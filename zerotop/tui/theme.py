@@ -7,6 +7,7 @@ palette of the same brightness. A file that can't be used is reported and skippe
 from __future__ import annotations
 
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -21,6 +22,8 @@ from textual.theme import Theme
 from zerotop.rundir.paths import config_home
 
 DEFAULT = "dark"
+BAND = 0.55
+"""How far the band of a plot is from its line's colour to the background."""
 SECTIONS = ("ui", "categories", "phases", "plots")
 
 
@@ -71,6 +74,10 @@ class Palette:
         """A filled cell of a phase."""
         return _block(self.phases.get(name, self.phases["idle"]))
 
+    def waiting(self, name: str) -> Style:
+        """The hatching of the part of a phase in which the thread waited."""
+        return _hatched(self.phases.get(name, self.phases["idle"]), self.ui["background"])
+
     def phase_text(self, name: str) -> Style:
         """The colour of a phase as text. Its name is always beside it. Fills of quiet phases are too dim for text."""
         if name in {"paused", "init", "idle"}:
@@ -78,6 +85,10 @@ class Palette:
         return _style(
             self.phases[name] if self.dark and name in self.phases else self.ui["foreground"], None, False, False
         )
+
+    def plot_band(self, name: str) -> Style:
+        """The range of the values behind a plot's line: its colour, nearer to the background."""
+        return _style(_between(self.plots.get(name, self.ui["primary"]), self.ui["background"]), None, False, False)
 
     def plot(self, name: str) -> Style:
         """The line of a plot."""
@@ -87,6 +98,16 @@ class Palette:
 @cache
 def _style(color: str, other: str | None, bold: bool, reverse: bool) -> Style:
     return Style(color=other, bgcolor=color, bold=bold) if reverse else Style(color=color, bold=bold)
+
+
+@cache
+def _between(color: str, ground: str) -> str:
+    return Color.parse(color).blend(Color.parse(ground), BAND).hex6
+
+
+@cache
+def _hatched(color: str, ground: str) -> Style:
+    return Style(color=color, bgcolor=Color.parse(color).blend(Color.parse(ground), 0.8).hex6)
 
 
 @cache
@@ -105,12 +126,21 @@ def load_palettes() -> tuple[dict[str, Palette], list[str]]:
         palettes[palette.name] = palette
     problems: list[str] = []
     bases = {palette.dark: palette for palette in reversed(palettes.values())}
-    for path in sorted(user_folder().glob("*.toml")):
+    for path in user_files():
         try:
             palettes[path.stem] = read_palette(path, bases)
         except ThemeError as error:
             problems.append(str(error))
     return palettes, problems
+
+
+def user_files() -> dict[Path, int]:
+    """The user's palettes, and when each was written last (ns)."""
+    found = {}
+    for path in sorted(user_folder().glob("*.toml")):
+        with suppress(OSError):  # it is being replaced
+            found[path] = path.stat().st_mtime_ns
+    return found
 
 
 def user_folder() -> Path:

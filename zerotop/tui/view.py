@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from runtime.wire.judgement import Verdict
+from runtime.wire.node import GpuStats
 from zerotop.state.condition import Condition, condition_of
+from zerotop.state.losstrend import EarlierRun
+from zerotop.state.memory import MemoryUse, memory_use
 from zerotop.state.progress import Progress, progress
-from zerotop.state.run import RunState
+from zerotop.state.run import RankState, RunState
 from zerotop.state.stall import Stall, find_stall
 from zerotop.tui.commands import CommandLife
+from zerotop.tui.lens import Lens
 from zerotop.tui.theme import Palette
 
 TICK_S = 0.25
@@ -32,11 +37,35 @@ class View:
     frozen: bool
     read_only: bool
     commands: tuple[CommandLife, ...]
+    wall_s: float = 0.0
+    """The time of day."""
+    lens: Lens = field(default_factory=Lens)
+    earlier: tuple[EarlierRun, ...] = ()
+    """Runs to compare the loss with, the newest first."""
 
     def blames(self, rank: int) -> bool:
         """Whether the verdict is bad news and names this rank."""
         verdict = self.verdict
         return verdict is not None and verdict.severity != "info" and rank in verdict.ranks and not self.ended
+
+    def gpu_of(self, rank: RankState) -> GpuStats | None:
+        """The probe's sample of the rank's device."""
+        hello = rank.hello
+        return self._gpus.get((hello.host, hello.device_uuid.removeprefix("GPU-"))) if hello is not None else None
+
+    @cached_property
+    def memory_uses(self) -> dict[int, MemoryUse]:
+        """Rank -> its memory by use, for those that have reported it."""
+        return {number: memory_use(rank.memory) for number, rank in sorted(self.state.ranks.items()) if rank.memory}
+
+    @cached_property
+    def _gpus(self) -> dict[tuple[str, str], GpuStats]:
+        """(host, UUID) -> GPU, so that a table of 256 ranks does not search for each of them."""
+        return {
+            (host, gpu.uuid.removeprefix("GPU-")): gpu
+            for host, node in self.state.nodes.items()
+            for gpu in node.gpus or ()
+        }
 
     @property
     def ended(self) -> bool:
@@ -54,6 +83,9 @@ def build_view(
     read_only: bool,
     commands: tuple[CommandLife, ...],
     live: RunState | None = None,
+    wall_s: float = 0.0,
+    lens: Lens | None = None,
+    earlier: tuple[EarlierRun, ...] = (),
 ) -> View:
     """`live` is the current state if `state` is a copy."""
     ended = state.state_name in {"stopped", "finished", "aborted", "failed"}
@@ -71,6 +103,9 @@ def build_view(
         frozen=frozen,
         read_only=read_only,
         commands=commands,
+        wall_s=wall_s,
+        lens=lens or Lens(),
+        earlier=earlier,
     )
 
 

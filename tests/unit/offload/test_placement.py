@@ -11,8 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from runtime import native  # noqa: E402
-from runtime.config import ConfigError  # noqa: E402
-from runtime.config.load import load  # noqa: E402
+from runtime.config import ConfigError, load  # noqa: E402
 from runtime.host.ledger import zeros  # noqa: E402
 from runtime.offload import placement  # noqa: E402
 from runtime.plan.workload import workload_of  # noqa: E402

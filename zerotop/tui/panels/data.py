@@ -42,7 +42,7 @@ class DataFacts(TextLines):
     def accept(self, view: View) -> None:
         others = [f" · d: {text}" for role, text in ROLES.items() if role != self.role and role in view.state.data]
         report = view.state.data.get(self.role)
-        self.entitle(f"1 {title(report) if report is not None else ROLES[self.role]}{''.join(others)}")
+        self.entitle(f"{title(report) if report is not None else ROLES[self.role]}{''.join(others)}")
         super().accept(view)
 
     def make_rows(self, view: View, width: int) -> list[Row]:
@@ -72,7 +72,7 @@ class LengthPanel(Panel, can_focus=True):
         super().accept(view)
         report = view.state.data.get(self.role)
         longest = f" · cut at {report.seq_len:,}" if report is not None and report.truncated else ""
-        self.entitle(f"2 lengths{longest}")
+        self.entitle(f"lengths{longest}")
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         report = view.state.data.get(self.role)
@@ -110,10 +110,10 @@ class ExamplePanel(TextLines):
 
     def _heading(self, report: DataReport | None, sample: DataSample | None) -> str:
         if report is None or sample is None:
-            return "3 examples"
+            return "examples"
         number = min(self.number, len(report.examples) - 1) + 1
         trained = share_text(sample.trained, sample.tokens)
-        return f"3 example {number} of {len(report.examples)} · {sample.tokens:,} tokens, {trained} trained"
+        return f"example {number} of {len(report.examples)} · {sample.tokens:,} tokens, {trained} trained"
 
     def make_rows(self, view: View, width: int) -> list[Row]:
         sample = self.example(view.state)

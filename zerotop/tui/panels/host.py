@@ -24,7 +24,7 @@ class HostPanel(Panel, can_focus=True):
     def accept(self, view: View) -> None:
         super().accept(view)
         nodes = view.state.nodes
-        title = f"5 host {next(iter(nodes))}" if len(nodes) == 1 else f"5 hosts ({len(nodes)})" if nodes else "5 host"
+        title = f"host {next(iter(nodes))}" if len(nodes) == 1 else f"hosts ({len(nodes)})" if nodes else "host"
         self.entitle(title)
 
     def natural_height(self, width: int) -> int:

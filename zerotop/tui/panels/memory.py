@@ -7,7 +7,14 @@ import textwrap
 
 from zerotop.format import bytes_text, share_text, used_of
 from zerotop.state.forecast import most_pressing
-from zerotop.state.memory import DERIVED_CATEGORIES, category_label, memory_use, peak_text, phase_peaks_text
+from zerotop.state.memory import (
+    DERIVED_CATEGORIES,
+    SHORT_LABELS,
+    category_label,
+    memory_use,
+    peak_text,
+    phase_peaks_text,
+)
 from zerotop.state.run import RankState
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import category_letter
@@ -25,10 +32,15 @@ class MemoryPanel(Panel, can_focus=True):
     """Whether the peaks of every phase and the comparison with data parallelism are shown, too."""
     lines_wanted = 0
 
+    def __init__(self, key: str = "2", *, id: str) -> None:
+        super().__init__(id=id)
+        self.key = key
+        """The number of the screen that has more of it; empty on that screen itself."""
+
     def accept(self, view: View) -> None:
         super().accept(view)
         state = view.state.ranks.get(self.rank)
-        title = f"4 memory of rank {self.rank}"
+        title = f"{self.key} memory of rank {self.rank}".strip()
         if state is not None and state.memory is not None:
             use = memory_use(state.memory)
             title += f" · {used_of(use.used_bytes, use.total_bytes)}"
@@ -100,16 +112,6 @@ def _wrapped(text: str, width: int) -> list[str]:
     return [line.replace("\xa0", " ") for line in textwrap.wrap(kept_together, width)]
 
 
-SHORT = {
-    "parameters": "params",
-    "gradients": "grads",
-    "optimizer": "optim",
-    "communication": "comm",
-    "snapshot": "ckpt",
-    "activations": "activ",
-}
-
-
 class Legend(Panel):
     """The letters and names of the bars in one line, for screens too small for the memory panel."""
 
@@ -124,7 +126,7 @@ class Legend(Panel):
         row = Row().gap()
         spelled = sum(len(category_label(name)) + 3 for name in names) + 1 <= width
         for name in names:
-            word = category_label(name) if spelled else SHORT.get(name, name)
+            word = category_label(name) if spelled else SHORT_LABELS.get(name, name)
             if row.width + len(word) + 3 > width:
                 break
             row.add(category_letter(name), view.palette.category(name)).gap().add(

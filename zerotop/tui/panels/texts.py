@@ -36,7 +36,7 @@ class EvaluationList(TextLines):
         return (view.state.evaluations.newest, len(view.state.evaluations), self.shown_step)
 
     def accept(self, view: View) -> None:
-        self.entitle(f"1 evaluations · {len(view.state.evaluations)}")
+        self.entitle(f"evaluations · {len(view.state.evaluations)}")
         super().accept(view)
         self._keep_in_sight()
 
@@ -90,7 +90,7 @@ class TextPanel(TextLines):
 
     def accept(self, view: View) -> None:
         shown, evaluations = self.evaluation(view.state), view.state.evaluations
-        title = "2 texts"
+        title = "texts"
         if shown is not None:
             there = evaluations.with_texts
             number = next((at for at, point in enumerate(there, 1) if point.step == shown.step), 0)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
+from textual.containers import Horizontal, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
 from zerotop.rundir.paths import config_home
 from zerotop.state.waits import WINDOW_STEPS
-from zerotop.tui.keys import KEYS, OTHER_HELP
-from zerotop.tui.text import STATES, plain
+from zerotop.tui.keys import GROUPS, KEYS, OTHER_HELP
+from zerotop.tui.keys import Group as KeyGroup
+from zerotop.tui.text import MARKS, STATES, plain
 from zerotop.tui.theme import Palette
+
+TWO_COLUMNS_FROM = 170
+"""From this width of the terminal on, everything stands in two columns."""
 
 
 class HelpScreen(ModalScreen[None]):
@@ -33,39 +39,57 @@ class HelpScreen(ModalScreen[None]):
         self.why_not = why_not
 
     def compose(self) -> ComposeResult:
-        with VerticalScroll(classes="dialog help") as dialog:
+        wide = self.app.size.width >= TWO_COLUMNS_FROM
+        with VerticalScroll(classes="dialog help" + (" wide" if wide else "")) as dialog:
             dialog.border_title = plain("keys")
             dialog.border_subtitle = plain("Esc goes back")
-            yield Static(self._table())
+            if wide:
+                with Horizontal():
+                    yield Static(self._keys(("run", "screens", "view")))
+                    yield Static(self._both(self._keys(("panels", "plots", "log")), self._signs()))
+            else:
+                yield Static(self._both(self._keys(tuple(GROUPS)), self._signs()))
+
+    def _both(self, one: Table, other: Table) -> Group:
+        return Group(one, other)
 
     def _table(self) -> Table:
-        accent, muted = self.palette.style("accent", bold=True), self.palette.style("muted")
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
         table.add_column()
+        return table
 
-        def head(text: str) -> None:
+    def _head(self, table: Table, text: str, note: str = "") -> None:
+        if table.row_count:
             table.add_row("", "")
-            table.add_row(Text(text, self.palette.style("primary", bold=True)), "")
+        style = self.palette.style("primary", bold=True)
+        table.add_row(Text(text, style), Text(note, self.palette.style("muted")))
 
-        table.add_row(
-            Text("the run", self.palette.style("primary", bold=True)),
-            Text("" if self.can_steer else self.why_not, muted),
-        )
-        for key in (key for key in KEYS if key.steers):
-            table.add_row(
-                Text(self.keys[key.id], accent if self.can_steer else muted),
-                Text(key.help, "" if self.can_steer else muted),
-            )
-        head("the screen")
-        for key in (key for key in KEYS if not key.steers):
-            table.add_row(Text(self.keys[key.id], accent), Text(key.help))
-        for name, text in OTHER_HELP:
-            table.add_row(Text(name, accent), Text(text))
-        head("one rank")
+    def _keys(self, groups: Sequence[KeyGroup]) -> Table:
+        """The keys of these groups."""
+        accent, muted = self.palette.style("accent", bold=True), self.palette.style("muted")
+        table = self._table()
+        for group in groups:
+            locked = group == "run" and not self.can_steer
+            self._head(table, GROUPS[group], f"⊘ {self.why_not}" if locked else "")
+            for key in (key for key in KEYS if key.group == group):
+                style = muted if locked else accent
+                table.add_row(Text(self.keys[key.id], style), Text(key.help, muted if locked else ""))
+            if group == "view":
+                for name, text in OTHER_HELP:
+                    table.add_row(Text(name, accent), Text(text))
+        return table
+
+    def _signs(self) -> Table:
+        """Columns and signs, and the user's own files."""
+        accent, muted = self.palette.style("accent", bold=True), self.palette.style("muted")
+        table = self._table()
+        self._head(table, "")
+        self._head(table, "one rank")
         table.add_row(Text("[ ]", accent), Text("the rank before, the next one"))
-        head("columns and signs")
+        self._head(table, "columns and signs")
         table.add_row(Text("run"), Text("  ".join(f"{glyph} {name}" for name, (glyph, _) in STATES.items())))
+        table.add_row(Text("on an axis"), Text("  ".join(f"{sign} {name}" for name, (sign, _) in MARKS.items())))
         table.add_row(Text("micro-steps"), Text("● done  ◐ current  ○ to come"))
         table.add_row(
             Text("wait per step"),
@@ -85,7 +109,7 @@ class HelpScreen(ModalScreen[None]):
             Text("GPU alarm"),
             Text("once a GPU has been out of order: throttled, memory errors, a slow link, lost; figures: Enter"),
         )
-        head("your own")
+        self._head(table, "your own")
         table.add_row(Text("themes"), Text(f"{config_home() / 'themes'}/NAME.toml: a palette; see themes/dark.toml"))
         table.add_row(Text("keys"), Text(f'{config_home() / "keys.toml"}: lines like  freeze = "F"  with these names:'))
         table.add_row("", Text(", ".join(key.id for key in KEYS), muted))

@@ -40,10 +40,11 @@ class KnobScreen(ModalScreen[Setting | None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "leave", "Back")]
 
-    def __init__(self, values: Mapping[str, KnobValue]) -> None:
+    def __init__(self, values: Mapping[str, KnobValue], name: str = "") -> None:
         super().__init__()
         self.values = values
-        self.chosen = next(iter(KNOBS.values()))
+        self.chosen = KNOBS.get(name) or next(iter(KNOBS.values()))
+        self._typing = name in KNOBS
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog wide") as dialog:
@@ -65,8 +66,8 @@ class KnobScreen(ModalScreen[Setting | None]):
         return Text(f"{knob.name:<20} {now} {knob.unit if value is not None else ''}")
 
     def on_mount(self) -> None:
-        self.query_one(OptionList).highlighted = 0
-        self.query_one(OptionList).focus()
+        self.query_one(OptionList).highlighted = list(KNOBS).index(self.chosen.name)
+        (self.query_one(Input) if self._typing else self.query_one(OptionList)).focus()
 
     @on(OptionList.OptionHighlighted)
     def _about(self, message: OptionList.OptionHighlighted) -> None:

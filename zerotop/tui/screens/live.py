@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
+from textual import events
 from textual.screen import Screen
+from textual.widget import Widget
 
+from zerotop.tui.resize import PaneResizer
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
+BOXES_FROM = 28
+"""From this height on, panels have boxes around them."""
+
 
 class LiveScreen(Screen[None]):
-    """A screen whose panels show the run."""
+    """A screen whose panels show the run. Borders between panels can be dragged with the mouse."""
 
     ALLOW_IN_MAXIMIZED_VIEW = "Header,KeyBar,FilterField,.-textual-system"
-    PANELS: ClassVar[dict[str, str]] = {}
-    """The name of a panel key (`panel.NAME` in keys.py) -> the id of what it goes to here."""
     view: View | None = None
     lines_below = 0
     """Lines that a bar above the footer takes."""
 
-    def focus_panel(self, name: str) -> None:
-        """Focus a panel; one for which this size has no room is shown alone."""
-        panel = self.query_one(f"#{self.PANELS[name]}")
-        if self.maximized is not None and self.maximized is not panel:
-            self.unzoom()
-        shown = panel.display and all(parent.display for parent in panel.ancestors if hasattr(parent, "display"))
-        if not shown:
-            self.zoom(panel)
-        self.set_focus(panel)
+    def __init__(self) -> None:
+        super().__init__()
+        self.resizer = PaneResizer(self)
+        self._drawn_panels: list[Panel | ScrollPanel] = []
+
+    def on_resize(self) -> None:
+        """Where lines are few, panels have a line above them instead of a box around them."""
+        self.set_class(self.has_class("-narrow") or self.size.height < BOXES_FROM, "-lined")
 
     def show_view(self, view: View) -> None:
         """One batch of repaints for all panels. Only the topmost screen gets views."""
         self.view = view
         with self.app.batch_update():
-            for panel in self.query(Panel):
+            for panel in self._drawn():
                 panel.show(view)
-            for scroller in self.query(ScrollPanel):
-                scroller.show(view)
+
+    def _drawn(self) -> list[Panel | ScrollPanel]:
+        """All panels, looked up once: a query walks through all widgets."""
+        if not self._drawn_panels:
+            self._drawn_panels = [one for one in self.query("*") if isinstance(one, Panel | ScrollPanel)]
+        return self._drawn_panels
+
+    def forget_panels(self) -> None:
+        """There are other panels than before."""
+        self._drawn_panels = []
 
     def refresh_panels(self) -> None:
         """Draw the last view again."""
         if self.view is not None:
             self.show_view(self.view)
 
+    # ---- one panel alone, or none of it ----------------------------------------------------------------------------
     def zoom(self, panel: object) -> None:
         """Give the whole screen to a panel."""
         if isinstance(panel, Panel | ScrollPanel) and panel.allow_maximize:
@@ -57,3 +67,35 @@ class LiveScreen(Screen[None]):
         self.minimize()
         self.call_after_refresh(self.refresh_panels)
         return True
+
+    def hide_focused(self) -> None:
+        """Hide the focused panel, unless it is the last one."""
+        panel = self.focused
+        there = [one for one in self._panels() if one.region.area]
+        if not isinstance(panel, Panel | ScrollPanel) or len(there) < 2:
+            return
+        self.unzoom()
+        self.focus_next()
+        panel.add_class("-hidden")
+        self.call_after_refresh(self.refresh_panels)
+
+    def show_all(self) -> None:
+        """Show all panels, in their usual sizes."""
+        for panel in self.query(".-hidden"):
+            panel.remove_class("-hidden")
+        self.resizer.reset()
+        self.call_after_refresh(self.refresh_panels)
+
+    def _panels(self) -> list[Widget]:
+        return [panel for panel in self.query("*") if isinstance(panel, Panel | ScrollPanel) and panel.can_focus]
+
+    # ---- the mouse on borders --------------------------------------------------------------------------------------
+    def on_mouse_down(self, event: events.MouseDown) -> None:
+        self.resizer.take(event.screen_x, event.screen_y)
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        if self.resizer.move(event.screen_x, event.screen_y):
+            self.call_after_refresh(self.refresh_panels)
+
+    def on_mouse_up(self, event: events.MouseUp) -> None:
+        self.resizer.let_go()

@@ -170,11 +170,13 @@ class Timeline(Panel, can_focus=True):
     def __init__(self, rank: int) -> None:
         super().__init__(id="timeline")
         self.rank = rank
-        self.entitle("1 phases of the last steps")
+        self.entitle("3 phases of the last steps")
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         state = view.state.ranks.get(self.rank)
-        return timeline_rows(state.spans if state else (), view.palette, width, height)
+        return timeline_rows(
+            state.spans if state else (), state.collectives if state else (), view.palette, width, height
+        )
 
 
 class CollectiveTable(Panel, can_focus=True):
@@ -183,7 +185,7 @@ class CollectiveTable(Panel, can_focus=True):
     def __init__(self, rank: int) -> None:
         super().__init__(id="collectives")
         self.rank = rank
-        self.entitle("2 collectives")
+        self.entitle("4 collectives")
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         muted = view.palette.style("muted")
@@ -225,12 +227,6 @@ class CollectiveTable(Panel, can_focus=True):
 class RankScreen(LiveScreen):
     """The page of one rank."""
 
-    PANELS: ClassVar[dict[str, str]] = {
-        "ranks": "timeline",
-        "learning": "collectives",
-        "memory": "memory",
-        "events": "events",
-    }
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "app.back", "Back", show=True),
         Binding("left_square_bracket", "other(-1)", "Previous rank", show=True),

@@ -20,7 +20,6 @@ from zerotop.tui.widgets.keybar import KeyBar
 class TextScreen(LiveScreen):
     """The list of evaluations, and the generated texts of one of them. It follows the newest until one is chosen."""
 
-    PANELS: ClassVar[dict[str, str]] = {"ranks": "evaluations", "learning": "texts"}
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "app.back", "Back", show=True),
         Binding("left_square_bracket", "other(-1)", "Earlier", show=True),

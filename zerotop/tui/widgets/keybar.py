@@ -11,9 +11,12 @@ from textual.strip import Strip
 from textual.timer import Timer
 from textual.widget import Widget
 
-from zerotop.tui.keys import YIELDS
+from zerotop.tui.keys import PAGE_NAMES, TABS_FROM, YIELDS
 from zerotop.tui.theme import Palette
 from zerotop.tui.widgets.lines import PLAIN, Row
+
+LONG_FROM = 170
+"""From this width on, the keys that act on the run say at which step they do."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,21 @@ class KeyBar(Widget):
         super().__init__()
         self.palette = palette
         self._labels: Mapping[str, str] = {}
+        self._long: Mapping[str, str] = {}
         self._hidden: Set[str] = frozenset()
         self._note = ""
         self._note_timer: Timer | None = None
 
-    def relabel(self, labels: Mapping[str, str], hidden: Set[str] = frozenset()) -> None:
-        """labels: action -> what its key does now, where that differs from the binding's description. hidden: actions
-        that have nothing to show yet, whose keys take no room."""
-        if (labels, hidden) != (self._labels, self._hidden):
-            self._labels, self._hidden = labels, hidden
+    def relabel(
+        self, labels: Mapping[str, str], hidden: Set[str] = frozenset(), long: Mapping[str, str] | None = None
+    ) -> None:
+        """labels: action -> what its key does now, where that differs from the binding's description; long: the same
+        in more words, for a wide footer. hidden: actions that have nothing to show yet, whose keys take no room."""
+        long = labels if long is None else long
+        shown, before = (long, self._long) if self.size.width >= LONG_FROM else (labels, self._labels)
+        changed = (shown, hidden) != (before, self._hidden)
+        self._labels, self._hidden, self._long = labels, hidden, long
+        if changed:
             self.refresh()
 
     def note(self, text: str, seconds: float = 2.0) -> None:
@@ -83,8 +92,13 @@ class KeyBar(Widget):
             key = self.app.get_key_display(binding).replace("enter", "Enter").replace("esc", "Esc")
             owner = "app." if active.node is self.app else "screen." if active.node is self.screen else ""
             click = name if "." in name else owner + name
-            found[name] = _Entry(name, key, self._labels.get(name, binding.description), click)
-        return list(found.values())
+            labels = self._long if self.size.width >= LONG_FROM else self._labels
+            found[name] = _Entry(name, key, labels.get(name, binding.description), click)
+        entries = list(found.values())
+        if self.screen.size.height < TABS_FROM and "detach" in found:  # elsewhere a line of tabs shows them
+            pages = _Entry("page", f"1-{len(PAGE_NAMES)}", "Screens", "app.page('2')")
+            entries.insert(entries.index(found["detach"]) + 1, pages)
+        return entries
 
 
 def _fitting(entries: list[_Entry], width: int) -> list[_Entry]:

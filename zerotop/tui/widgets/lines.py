@@ -66,6 +66,31 @@ class Row:
         return line.apply_style(style) if style else line
 
 
+def changed_cells(old: Strip, new: Strip) -> tuple[int, int]:
+    """(first, end) of the cells in which two lines of one length differ; a part of the line at least as large."""
+    before, after = list(old), list(new)
+    start = _alike(before, after, backwards=False)
+    end = new.cell_length - _alike(before[::-1], after[::-1], backwards=True)
+    return (start, end) if start < end else (0, new.cell_length)
+
+
+def _alike(before: list[Segment], after: list[Segment], backwards: bool) -> int:
+    """The cells at one end in which both are the same. Only texts of single cells are compared inside a segment."""
+    cells = 0
+    for one, other in zip(before, after, strict=False):
+        if one == other:
+            cells += one.cell_length
+            continue
+        simple = one.cell_length == len(one.text) and other.cell_length == len(other.text)
+        if simple and one.style == other.style:
+            texts = (one.text[::-1], other.text[::-1]) if backwards else (one.text, other.text)
+            pairs = enumerate(zip(*texts, strict=False))
+            shorter = min(len(text) for text in texts)
+            cells += next((at for at, (a, b) in pairs if a != b), shorter)
+        break
+    return cells
+
+
 def fit(text: str, width: int, *, right: bool = False) -> str:
     """`text` in exactly `width` cells: padded, or cut with an ellipsis."""
     size = cell_len(text)
@@ -109,10 +134,10 @@ class _Drawn(Widget):
         if before is None or len(before) != len(after):
             self.refresh()
         else:
-            width = self.size.width
             for y, (old, new) in enumerate(zip(before, after, strict=True)):
                 if old != new:
-                    self.refresh(Region(0, y, width, 1))
+                    start, end = changed_cells(old, new)
+                    self.refresh(Region(start, y, max(1, end - start), 1))
 
     def redraw(self) -> None:
         """Draw the same view again: selection, scrolling or size has changed."""

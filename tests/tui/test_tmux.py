@@ -1,0 +1,79 @@
+"""The real program in tmux, which has ideas of its own about keys, colours and the alternate screen."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT
+from tests.harness.fakehub import FakeHub
+from tests.harness.waiting import until
+
+TMUX = shutil.which("tmux")
+pytestmark = pytest.mark.skipif(TMUX is None, reason="needs tmux")
+
+
+class Tmux:
+    """A tmux server of its own with one window."""
+
+    def __init__(self, folder: Path, size: tuple[int, int]) -> None:
+        self._socket = str(folder / "tmux")
+        command = [sys.executable, "-m", "zerotop", "attach", "q1"]
+        where = ["-x", str(size[0]), "-y", str(size[1]), "-c", str(ROOT)]
+        (folder / "tmux.conf").write_text("")
+        self.call("-f", str(folder / "tmux.conf"), "new-session", "-d", *where, *command)
+        self.call("set-option", "-g", "remain-on-exit", "on")
+
+    def call(self, *words: str) -> str:
+        environment = {**os.environ, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+        assert TMUX is not None
+        done = subprocess.run(
+            [TMUX, "-u", "-S", self._socket, *words], capture_output=True, text=True, env=environment, check=True
+        )
+        return done.stdout
+
+    @property
+    def shown(self) -> str:
+        return self.call("capture-pane", "-p")
+
+    def wait_for(self, text: str) -> None:
+        until(lambda: text in self.shown, lambda: self.shown)
+
+    def close(self) -> None:
+        self.call("kill-server")
+
+
+@pytest.fixture
+def tmux(hub: FakeHub) -> Iterator[Tmux]:
+    folder = Path(tempfile.mkdtemp(prefix="zt-tmux-", dir="/tmp"))
+    window = Tmux(folder, (120, 38))
+    yield window
+    window.close()
+    shutil.rmtree(folder)
+
+
+def test_the_screen_in_tmux_takes_keys_and_leaves_the_run_alone(tmux: Tmux, hub: FakeHub) -> None:
+    tmux.wait_for("step 77 of 200")
+    for key, words in (("3", "no phase has ended yet"), ("6", "log and events"), ("7", "lr_factor"), ("1", "6 events")):
+        tmux.call("send-keys", key)
+        tmux.wait_for(words)
+    tmux.call("send-keys", "t")
+    tmux.wait_for("as before")
+    tmux.call("send-keys", "Down", "Enter")
+    until(lambda: "as before" not in tmux.shown, lambda: tmux.shown)
+    tmux.call("resize-window", "-x", "80", "-y", "24")
+    tmux.wait_for("1-8 Screens")
+    assert "step 77 of 200" in tmux.shown
+    assert hub.commands == []
+    tmux.call("send-keys", "C")
+    until(lambda: [command.name for command in hub.commands] == ["checkpoint"], lambda: hub.commands)
+    tmux.wait_for("applied at step 7")
+    tmux.call("send-keys", "q")
+    tmux.wait_for("q1 continues (running)")

@@ -1,0 +1,147 @@
+"""1: the run on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from textual import on
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.widget import Widget
+
+from zerotop.tui.pages.base import Page
+from zerotop.tui.panels.events import EventPanel
+from zerotop.tui.panels.host import ROWS_LEAST, HostPanel
+from zerotop.tui.panels.memory import Legend, MemoryPanel
+from zerotop.tui.panels.phases import PhaseLegend
+from zerotop.tui.panels.plots import LEARNING, SPEED, PlotPanel
+from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.panels.summary import SummaryPanel
+from zerotop.tui.view import View
+
+EVENTS_LEAST = 5
+RANKS_FIRST = 8
+"""This many ranks are visible before plots and events get more than their minimum."""
+LEGEND_FROM = 38
+"""Lines from which the letters of the strips are explained."""
+HOST_LINE_FROM = 22
+"""Narrow: lines from which the host has one of them."""
+
+
+@dataclass(frozen=True)
+class Heights:
+    """Lines of each part; 0: not shown. Together they are never more than there are."""
+
+    table: int
+    legend: int
+    middle: int
+    host_line: int
+    events: int
+    low: bool = False
+
+
+def share_out(room: int, narrow: bool, wanted: int, title_lines: int, side: int) -> Heights:
+    """How `room` lines are shared. The rank table is as high as its ranks (`wanted`) while the rest stays readable;
+    then the memory panel is as high as its categories, and the host gets what is left of the `side`, at least its
+    first lines. `title_lines` are those of the table that show no rank."""
+    if narrow:
+        legend, host_line = int(room >= 14), int(room >= HOST_LINE_FROM)
+        table = max(min(room, 4), min(wanted, room - legend - host_line - 8))
+        rest = room - legend - host_line - table
+        middle = min(10, max(5, rest // 2)) if rest >= 8 else 0
+        return Heights(table, legend, middle, host_line, rest - middle)
+    eight = min(RANKS_FIRST + title_lines, room - 9)
+    table = max(min(room, 4), min(wanted, max(room - 13 - EVENTS_LEAST, eight)))
+    rest = room - table
+    if rest - EVENTS_LEAST >= side:
+        middle = max(rest * 3 // 5, side)
+        return Heights(table, 0, middle, 0, rest - middle)
+    host_line = 1 if rest >= 12 else 0
+    rest -= host_line
+    middle = max(rest * 3 // 5, min(11, rest - EVENTS_LEAST), 5) if rest >= 8 else 0
+    return Heights(table, 0, middle, host_line, rest - middle, low=True)
+
+
+class OverviewPage(Page):
+    """Ranks, loss, throughput, memory, host and events; of a run that has ended, its summary in place of the plots."""
+
+    KEY: ClassVar[str] = "1"
+    NAME: ClassVar[str] = "Overview"
+    COMPANION: ClassVar[str] = "5"
+
+    def __init__(self) -> None:
+        super().__init__(id="overview")
+        self._fitted: tuple[Heights, Widget | None, bool] | None = None
+
+    def compose(self) -> ComposeResult:
+        yield RankTable(id="ranks")
+        yield Legend(id="legend")
+        yield PhaseLegend(id="phases")
+        yield SummaryPanel(id="summary")
+        with Horizontal(id="middle"):
+            yield PlotPanel("5", LEARNING, id="learning")
+            yield PlotPanel("5", SPEED, id="speed")
+            with Vertical(id="side"):
+                yield MemoryPanel(id="memory")
+                yield HostPanel(id="host")
+        yield HostPanel(id="host-line")
+        yield EventPanel(id="events", title="6 events")
+
+    def on_mount(self) -> None:
+        self.query_one("#host-line").can_focus = False
+        self.query_one(SummaryPanel).display = False
+
+    def first_focus(self) -> Widget | None:
+        return self.query_one(RankTable)
+
+    def show_view(self, view: View) -> None:
+        super().show_view(view)
+        summary = self.query_one(SummaryPanel)
+        if summary.display != view.ended:
+            summary.display = view.ended
+            self.set_class(view.ended, "-ended")
+        phases = self.query_one(PhaseLegend)
+        room = self.size.height >= LEGEND_FROM
+        phases.display = room and not view.ended and phases.wanted(view, self.size.width)
+        self.fit()
+
+    def fit(self) -> None:
+        """Give each part its height. A zoomed panel has none of its own: that would limit it."""
+        children = self._nodes
+        if not children or not self.size.height or not self.is_attached or self.has_class("-resized"):
+            return
+        table, middle = self.query_one(RankTable), self.query_one("#middle")
+        events, memory = self.query_one("#events", EventPanel), self.query_one(MemoryPanel)
+        host, summary = self.query_one("#host", HostPanel), self.query_one(SummaryPanel)
+        ended, maximized = summary.display, self.screen.maximized
+        narrow = self.screen.has_class("-narrow")
+        room = self.size.height - int(self.query_one(PhaseLegend).display)
+        side = memory.rows_wanted + ROWS_LEAST + host.gutter.height
+        heights = share_out(room, narrow, table.rows_wanted, 1 + table.gutter.height, side)
+        if (heights, maximized, ended) == self._fitted:
+            return
+        self._fitted = (heights, maximized, ended)
+        self.set_class(heights.low, "-low")
+        for part, lines in (("legend", heights.legend), ("middle", heights.middle), ("host-line", heights.host_line)):
+            self.set_class(not lines, f"-no-{part}")
+        self.set_class(heights.events <= 0, "-no-events")
+        for panel, lines in self._lines(heights, ended, table, middle, summary, events):
+            panel.styles.height = None if maximized is panel else max(lines, 1)
+
+    def _lines(
+        self, heights: Heights, ended: bool, table: Widget, middle: Widget, summary: Widget, events: Widget
+    ) -> Iterable[tuple[Widget, int]]:
+        """The height of each panel. The summary stands where the plots, the memory and part of the events were."""
+        if not ended:
+            return ((table, heights.table), (middle, heights.middle), (events, heights.events))
+        room = heights.middle + heights.events + heights.host_line + heights.legend
+        shown = max(1, min(room - 3, max(heights.middle, room * 3 // 4)))
+        return ((table, heights.table), (summary, shown), (events, room - shown))
+
+    @on(RankTable.Selected)
+    def _rank_selected(self, message: RankTable.Selected) -> None:
+        memory = self.query_one(MemoryPanel)
+        memory.rank = message.rank
+        memory.redraw()
