@@ -1,6 +1,8 @@
-"""Pictures of the screen for the documentation, of real runs of the built-in model on two CPU ranks.
+"""Pictures of the screen for the documentation, of real runs of the built-in model on two CPU ranks, and of other
+trainers under `zerotop run`.
 
     python -m benchmarks.pictures docs
+    python -m benchmarks.pictures docs --watch           # those of docs/watch.md: trainers that are installed
 
 Each picture is of a run of its own: it is launched, trains some steps, is shown as `zerotop attach` shows it, and is
 aborted. Take them on a quiet machine: the first line says what other processes do to the run. Those of verdicts come
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import os
 import subprocess
@@ -50,6 +53,32 @@ PICTURES = {
     "memory-stage-3-offload": Picture(_OFFLOAD, _MEMORY, (124, 34)),
     "rank": Picture({"stage": 2}, ("enter",), (118, 32)),
 }
+
+
+SCRIPTS = ROOT / "tests" / "integrations" / "scripts"
+WATCHED = {
+    "ddp": ("torch", "ddp.py", 2),
+    "fsdp2": ("torch", "fsdp2.py", 2),
+    "transformers": ("transformers", "transformers_trainer.py", 2),
+    "accelerate": ("accelerate", "accelerate_loop.py", 2),
+    "lightning": ("pytorch_lightning", "lightning_trainer.py", 1),
+    "trl": ("trl", "trl_sft.py", 2),
+    "deepspeed": ("deepspeed", "deepspeed_engine.py", 2),
+}
+"""Picture in docs/watch -> package, script and number of ranks."""
+
+
+def take_watched(name: str, home: Path) -> str:
+    """The picture of another trainer, as SVG."""
+    _, script, nproc = WATCHED[name]
+    zerotop = [sys.executable, "-m", "zerotop"]
+    environment = {**os.environ, "STEPS": "100000", "SLOW_MS": "20", "OUT": str(home / name), "OMP_NUM_THREADS": "1"}
+    words = [*zerotop, "run", "--nproc", str(nproc), "--name", name, "--detach", str(SCRIPTS / script)]
+    subprocess.run(words, cwd=ROOT, check=True, env=environment)
+    try:
+        return asyncio.run(show(find_any_run(name), Picture({}, (), (124, 34))))
+    finally:
+        subprocess.run([*zerotop, "abort", name, "--yes"], cwd=ROOT, check=True)
 
 
 def take(name: str, picture: Picture, folder: Path) -> str:
@@ -102,9 +131,19 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path, help="where to save them")
     parser.add_argument("--only", choices=PICTURES, help="one of them")
+    parser.add_argument("--watch", action="store_true", help="those of other trainers, into FOLDER/watch")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="zerotop-pictures-") as home:
         os.environ["XDG_STATE_HOME"] = home
+        if options.watch:
+            for name, (package, _, _) in WATCHED.items():
+                if importlib.util.find_spec(package) is None:
+                    print(f"{name}: {package} is not installed", file=sys.stderr)
+                    continue
+                (options.folder / "watch").mkdir(exist_ok=True)
+                (options.folder / "watch" / f"{name}.svg").write_text(take_watched(name, Path(home)), encoding="utf-8")
+                print(f"{options.folder / 'watch' / name}.svg", file=sys.stderr)
+            return 0
         for name, picture in PICTURES.items():
             if options.only in (None, name):
                 (options.folder / f"{name}.svg").write_text(take(name, picture, Path(home)), encoding="utf-8")

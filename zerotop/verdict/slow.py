@@ -134,7 +134,7 @@ def find_data_starvation(figures: Figures) -> Finding | None:
     data_ms = statistics.median(b.data for b in figures.breakdowns.values())
     return Finding(
         "data starvation",
-        f"{ms_text(data_ms)} of each step ({share:.0%}) pass outside the engine, in data loading or the script's own "
+        f"{ms_text(data_ms)} of each step ({share:.0%}) pass outside forward, backward and step, in data loading or the script's own "
         "code, on all ranks",
         "warning",
         (),

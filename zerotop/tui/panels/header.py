@@ -267,7 +267,9 @@ def _facts(view: View) -> list[str]:
     if newest is not None and newest.skipped_steps:
         facts.append(f"skipped {newest.skipped_steps} steps")
     if hello is not None:
-        facts.append(f"batch {hello.global_batch} = {hello.world_size} × {hello.micro_batch} × {hello.accumulation}")
+        if hello.micro_batch:
+            parts = f"{hello.world_size} × {hello.micro_batch} × {hello.accumulation}"
+            facts.append(f"batch {hello.global_batch} = {parts}")
         facts += [f"seq {hello.seq_len}" if hello.seq_len else "", hello.backend]
     return [fact for fact in facts if fact]
 

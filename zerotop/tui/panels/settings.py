@@ -58,6 +58,8 @@ class SettingTable(ScrollPanel):
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         palette, muted = view.palette, view.palette.style("muted")
         values = setting_values(view.state)
+        hello = view.state.hello
+        absent = ("n/a", f"not possible with {hello.trainer}") if hello is not None and hello.trainer else ()
         columns = list(COLUMNS)
         while sum(size + 1 for _, size, _ in columns) + 1 > width and len(columns) > 2:
             columns.remove(min(columns, key=lambda column: column[2]))
@@ -70,12 +72,12 @@ class SettingTable(ScrollPanel):
             row = Row().add("▌" if chosen else " ", palette.style("primary" if self.has_focus else "muted"))
             value = values.get(knob.name)
             for title, size, _ in columns:
-                text, style = _cell(title, knob, value, palette.style("accent"), muted)
+                text, style = _cell(title, knob, value, palette.style("accent"), muted, absent)
                 row.cell(text, size, Style(bold=True) if title == "setting" and chosen else style).gap()
             rows.append(row)
         chosen_knob = list(KNOBS.values())[self.selected]
         notes = [f"{chosen_knob.name}: {chosen_knob.description}", f"allowed: {chosen_knob.allowed}"]
-        notes.append(origin_text(chosen_knob, values.get(chosen_knob.name)))
+        notes.append(origin_text(chosen_knob, values.get(chosen_knob.name), *absent[1:]))
         if len(rows) + len(notes) + 1 <= height:
             rows += [Row(), *(Row().gap().add(note, muted) for note in notes)]
         return rows[:height]
@@ -98,28 +100,30 @@ class SettingTable(ScrollPanel):
             self.redraw()
 
 
-def _cell(title: str, knob: Knob, value: SettingValue | None, changed: Style, muted: Style) -> tuple[str, Style]:
+def _cell(
+    title: str, knob: Knob, value: SettingValue | None, changed: Style, muted: Style, absent: tuple[str, ...]
+) -> tuple[str, Style]:
     if title == "setting":
         return knob.name, PLAIN
     if title == "value":
-        return value_text(knob, value), changed if value is not None and value.step is not None else PLAIN
+        return value_text(knob, value, *absent[:1]), changed if value is not None and value.step is not None else PLAIN
     if title == "from":
-        return origin_text(knob, value), muted
+        return origin_text(knob, value, *absent[1:]), muted
     return knob.allowed, muted
 
 
-def value_text(knob: Knob, value: SettingValue | None) -> str:
-    """The value with its unit."""
+def value_text(knob: Knob, value: SettingValue | None, absent: str = "not known yet") -> str:
+    """The value with its unit; `absent` if there is none."""
     if value is None:
-        return "not known yet"
+        return absent
     text = f"{value.value:g}" if isinstance(value.value, float) else str(value.value)
     return f"{text} {knob.unit}".strip()
 
 
-def origin_text(knob: Knob, value: SettingValue | None) -> str:
-    """Where the value came from."""
+def origin_text(knob: Knob, value: SettingValue | None, absent: str = "the ranks have not reported it") -> str:
+    """Where the value came from; `absent` if there is none."""
     if value is None:
-        return "the ranks have not reported it"
+        return absent
     if value.step is not None:
         at = f", {clock_text(value.wall_s)}" if value.wall_s else ""
         who = f" by {value.who}" if value.who else ""
@@ -140,16 +144,16 @@ class FixedSettings(Panel, can_focus=True):
             return [Row().add("waiting for ranks to connect", muted)]
         facts = [
             ("model", f"{hello.model_name or 'of the script'}, {hello.parameters:,} parameters"),
-            ("zero_optimization.stage", str(hello.stage)),
+            ("trainer", hello.trainer) if hello.trainer else ("zero_optimization.stage", str(hello.stage)),
             ("precision", hello.precision),
-            ("train_micro_batch_size_per_gpu", str(hello.micro_batch)),
+            ("train_micro_batch_size_per_gpu", str(hello.micro_batch) if hello.micro_batch else "of the script"),
             ("gradient_accumulation_steps", str(hello.accumulation)),
-            ("train_batch_size", str(hello.global_batch)),
+            ("train_batch_size", str(hello.global_batch) if hello.global_batch else "of the script"),
             ("zerotop.data.seq_len", str(hello.seq_len) if hello.seq_len else "of the script"),
             ("zerotop.train.steps", f"{hello.steps:,}" if hello.steps is not None else "of the script"),
             ("ranks", f"{hello.world_size}, {hello.backend}"),
             ("torch", hello.torch_version),
-            ("config digest", hello.config_digest),
+            *([("config digest", hello.config_digest)] if hello.config_digest else []),
             ("attempt", f"{hello.attempt}, from step {hello.start_step:,}"),
         ]
         return [Row().cell(name, 32, muted).add(text) for name, text in facts[:height]]
