@@ -134,8 +134,8 @@ def find_data_starvation(figures: Figures) -> Finding | None:
     data_ms = statistics.median(b.data for b in figures.breakdowns.values())
     return Finding(
         "data starvation",
-        f"{ms_text(data_ms)} of each step ({share:.0%}) pass outside forward, backward and step, in data loading or the "
-        "script's own code, on all ranks",
+        f"{ms_text(data_ms)} of each step ({share:.0%}) pass outside forward, backward and step, in data loading or "
+        "the script's own code, on all ranks",
         "warning",
         (),
         "Raise num_workers and prefetching, prepare the data beforehand, or move work out of the training loop.",
