@@ -108,8 +108,7 @@ def test_a_replay_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     try:
         terminal.read_until(lambda: "frame 12/31" in terminal.shown)
         terminal.type("]")
-        terminal.read_until(lambda: "step 13 of 200" in terminal.shown)
-        terminal.type("q")
+        terminal.type("q")  # only the cells that have changed are sent: what it says at the end tells the step
         assert terminal.read_to_the_end() == 0
         assert "left the replay of old at step 13" in terminal.shown
     finally:

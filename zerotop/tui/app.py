@@ -118,7 +118,7 @@ class ZerotopApp(PageKeys[Outcome]):
         self.set_timer(PRELOAD_S, self._preload)
 
     def _preload(self) -> None:
-        self.run_worker(asyncio.to_thread(import_pages), exclusive=False)
+        self.run_worker(import_pages, thread=True, exclusive=False)
 
     def _leave(self, number: int) -> None:
         """A signal ends the screen. As with `q`, the run continues."""

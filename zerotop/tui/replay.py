@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from textual.app import SystemCommand
@@ -59,16 +58,11 @@ _NAMES = frozenset(key.action.partition("(")[0] for key in REPLAY_KEYS)
 class ReplayHelp(HelpScreen):
     """The help, with the player's keys first."""
 
-    def _table(self) -> RenderableType:  # type: ignore[override]
+    def _first_rows(self, table: Table) -> None:
         accent = self.palette.style("accent", bold=True)
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True, min_width=16)
-        table.add_column()
-        table.add_row(Text("the replay", self.palette.style("primary", bold=True)), "")
+        self._head(table, "the replay")
         for key in REPLAY_KEYS:
             table.add_row(Text(self.app.get_key_display(Binding(key.keys.split(",")[0], "")), accent), Text(key.help))
-        table.add_row("", "")
-        return Group(table, super()._table())
 
 
 class ReplayApp(ZerotopApp):

@@ -112,18 +112,18 @@ def test_config_shows_settings_and_what_is_wrong_with_them(
 ) -> None:
     folder = home / "config" / "zerotop"
     folder.mkdir(parents=True)
-    (folder / "keys.toml").write_text('pause = "p"\nnonsense = "x"\n')
+    (folder / "keys.toml").write_text('pause = "f8"\nnonsense = "x"\n')
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
     monkeypatch.setenv("ZEROTOP_THEME", "pink")
     assert main(["config", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["keys"]["pause"] == "p" and document["changed_keys"] == ["pause"]
+    assert document["keys"]["pause"] == "f8" and document["changed_keys"] == ["pause"]
     assert document["runs"] == str(home / "zerotop" / "runs") and document["theme"] == "dark"
     assert any("pink: no such theme" in problem for problem in document["problems"])
     assert any("nonsense" in problem for problem in document["problems"])
     assert main(["config"]) == 0
     text = capsys.readouterr().out
-    assert "pause = p" in text and str(folder / "keys.toml") in text and "problem: " in text
+    assert "pause = f8" in text and str(folder / "keys.toml") in text and "problem: " in text
 
 
 def test_config_of_a_run(ended: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from runtime.wire.messages import Collectives, StepResult
 from tests.unit.state.test_stall import WORLD, a_run, hello
 from zerotop.state.run import RunState
-from zerotop.state.waits import STEPS_KEPT, WINDOW_STEPS
+from zerotop.state.waits import HISTORY_STEPS, WINDOW_STEPS
 from zerotop.verdict.figures import History
 from zerotop.verdict.finding import Finding
 from zerotop.verdict.straggler import find_straggler
@@ -113,7 +113,9 @@ def test_only_the_newest_steps_count_and_a_new_attempt_starts_anew() -> None:
     meet_in_turns(run, "0" * (WINDOW_STEPS + 1), {0: 40_000}, first_step=101)
     window = run.waits.window()
     assert window.steps == WINDOW_STEPS and window.came_last == {0: WINDOW_STEPS}
-    assert len(run.waits._steps) <= STEPS_KEPT
+    for step in range(122, 122 + HISTORY_STEPS):
+        run.waits.step_took(step, 100.0)
+    assert len(run.waits._steps) == HISTORY_STEPS
     run.apply(hello(0).model_copy(update={"attempt": 2}))
     assert run.waits.window().steps == 0 and slow_rank(run, named=0) is None
 

@@ -69,6 +69,8 @@ class HelpScreen(ModalScreen[None]):
         """The keys of these groups."""
         accent, muted = self.palette.style("accent", bold=True), self.palette.style("muted")
         table = self._table()
+        if "run" in groups:
+            self._first_rows(table)
         for group in groups:
             locked = group == "run" and not self.can_steer
             self._head(table, GROUPS[group], f"⊘ {self.why_not}" if locked else "")
@@ -79,6 +81,9 @@ class HelpScreen(ModalScreen[None]):
                 for name, text in OTHER_HELP:
                     table.add_row(Text(name, accent), Text(text))
         return table
+
+    def _first_rows(self, table: Table) -> None:
+        """Rows before all others; a screen with keys of its own adds them."""
 
     def _signs(self) -> Table:
         """Columns and signs, and the user's own files."""
