@@ -36,7 +36,8 @@ class LiveScreen(Screen[None]):
         self.view = view
         with self.app.batch_update():
             for panel in self._drawn():
-                panel.show(view)
+                if panel.is_attached:  # not while the page or the screen is being taken down
+                    panel.show(view)
 
     def _drawn(self) -> list[Panel | ScrollPanel]:
         """All panels, looked up once: a query walks through all widgets."""
