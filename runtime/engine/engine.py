@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from runtime import checkpoint
 from runtime.checkpoint.checkpointer import Checkpointer
@@ -31,7 +30,6 @@ from runtime.engine.autosave import Autosave
 from runtime.engine.batch import count_tokens, describe
 from runtime.engine.build import build_state
 from runtime.engine.control import Control, knobs_of
-from runtime.engine.loaders import loader_of
 from runtime.engine.nonfinite import NonFiniteSteps
 from runtime.engine.queries import EngineQueries
 from runtime.engine.release import DeviceMemoryRelease
@@ -248,42 +246,6 @@ class Engine(EngineQueries):
         )
         self.state.accumulation.start = self.micro_steps
         self.tput_timer.batch_size = total
-
-    def allreduce_gradients(self, bucket_size: int | None = None) -> None:
-        """Does nothing, for compatibility: engine.backward(loss) has reduced the gradients."""
-
-    def deepspeed_io(
-        self,
-        dataset: Dataset[Any],
-        batch_size: int | None = None,
-        route: str = "train",
-        pin_memory: bool = True,
-        data_sampler: Sampler[Any] | None = None,
-        collate_fn: Callable[[Any], Any] | None = None,
-        num_local_io_workers: int | None = None,
-    ) -> DataLoader[Any]:
-        """Make a loader of `dataset`. route "train": each rank's share in another order each epoch, continued after the
-        last trained batch if the script registers it (register_state(loader=loader)); "eval", "predict": all samples in
-        order, on every rank. data_sampler: yields the indices instead. batch_size: default: the micro-batch size.
-
-        Raises ConfigError for a data set without a length or samples, and for an unknown route."""
-        accumulation = self.state.accumulation
-        return loader_of(
-            dataset,
-            route,
-            collate_fn,
-            self.config,
-            self.comm,
-            lambda: accumulation.micro_steps,
-            batch_size,
-            data_sampler,
-            num_local_io_workers or 0,
-            pin_memory,
-        )
-
-    def _backward_epilogue(self) -> None:
-        """Does nothing, for compatibility: scripts call it after a loss.backward() that several engines share, and the
-        end of that backward has ended each engine's part."""
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
     def save_checkpoint(

@@ -1,18 +1,20 @@
-"""The read-only part of the engine's DeepSpeed API: settings, counters and the wrapped module."""
+"""The part of the engine's DeepSpeed API that changes nothing: settings, counters, the wrapped module, loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from runtime.checkpoint.registered import ScriptState
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.engine.deepspeed_config import DeepSpeedConfig
+from runtime.engine.loaders import loader_of
 from runtime.engine.monitor import ScriptMonitor
 from runtime.engine.session import Session
 from runtime.engine.step import OptimizerSteps
@@ -403,3 +405,40 @@ class EngineQueries(nn.Module):
                 raise AttributeError(
                     f"neither the engine nor its module ({type(self.module).__name__}) has an attribute {name!r}"
                 ) from None
+
+    # ---- loaders, and calls without effect ---------------------------------------------------------------------------
+    def allreduce_gradients(self, bucket_size: int | None = None) -> None:
+        """Does nothing, for compatibility: engine.backward(loss) has reduced the gradients."""
+
+    def deepspeed_io(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Sampler[Any] | None = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> DataLoader[Any]:
+        """Make a loader of `dataset`. route "train": each rank's share in another order each epoch, continued after the
+        last trained batch if the script registers it (register_state(loader=loader)); "eval", "predict": all samples in
+        order, on every rank. data_sampler: yields the indices instead. batch_size: default: the micro-batch size.
+
+        Raises ConfigError for a data set without a length or samples, and for an unknown route."""
+        accumulation = self.state.accumulation
+        return loader_of(
+            dataset,
+            route,
+            collate_fn,
+            self.config,
+            self.comm,
+            lambda: accumulation.micro_steps,
+            batch_size,
+            data_sampler,
+            num_local_io_workers or 0,
+            pin_memory,
+        )
+
+    def _backward_epilogue(self) -> None:
+        """Does nothing, for compatibility: scripts call it after a loss.backward() that several engines share, and the
+        end of that backward has ended each engine's part."""
