@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,12 +50,10 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Start the branch and follow it as asked."""
-    from zerotop.commands.launch import detached, first_words
+    from zerotop.commands.launch import accompany
     from zerotop.launch.branching import find_branch
     from zerotop.launch.start import start_run
-    from zerotop.output import say
     from zerotop.rundir.directory import find_run
-    from zerotop.source.opening import open_source
 
     name, step = _place(arguments.run)
     branch = find_branch(find_run(name), step)
@@ -68,16 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
         branch=branch,
     )
-    plain = arguments.no_screen or arguments.json or not (sys.stdin.isatty() and sys.stdout.isatty())
-    if arguments.detach or plain:
-        say(first_words(entry))
-    if arguments.detach:
-        return detached(entry, arguments.json)
-    if plain:
-        from zerotop.commands.progress import follow
-
-        return follow(open_source(entry), entry, as_json=arguments.json)
-    return _watch(branch.parent, entry)
+    return accompany(entry, arguments, lambda: _watch(branch.parent, entry))
 
 
 def _watch(parent: RunEntry, entry: RunEntry) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def register(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Start the run and follow it as asked."""
     from zerotop.launch.start import start_run
-    from zerotop.output import CommandError, say
+    from zerotop.output import CommandError
     from zerotop.source.opening import open_source
 
     if arguments.script == []:
@@ -84,22 +85,30 @@ def run(arguments: argparse.Namespace) -> int:
         script=arguments.script,
         as_deepspeed=arguments.as_deepspeed,
     )
+    from zerotop.commands.attach import show
+
+    return accompany(entry, arguments, lambda: show(open_source(entry), entry=entry))
+
+
+def accompany(entry: RunEntry, arguments: argparse.Namespace, draw: Callable[[], int]) -> int:
+    """Stay with a run that has just been started, as --detach, --no-screen and --json ask; `draw` opens the screen on
+    it. Returns the exit code."""
+    from zerotop.output import say
+    from zerotop.source.opening import open_source
+
     plain = arguments.no_screen or arguments.json or not (sys.stdin.isatty() and sys.stdout.isatty())
     if arguments.detach or plain:
         say(first_words(entry))
     if arguments.detach:
-        return detached(entry, arguments.json)
+        return _detached(entry, arguments.json)
     if plain:
         from zerotop.commands.progress import follow
 
         return follow(open_source(entry), entry, as_json=arguments.json)
-
-    from zerotop.commands.attach import show
-
-    return show(open_source(entry), entry=entry)
+    return draw()
 
 
-def detached(entry: RunEntry, as_json: bool) -> int:
+def _detached(entry: RunEntry, as_json: bool) -> int:
     """Return when the ranks train, with their error if they never did, or when some do not even report. Ctrl-C leaves
     the run alone, too."""
     from runtime.wire.messages import LIVE_STATES
