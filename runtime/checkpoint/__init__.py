@@ -12,14 +12,11 @@
     FOLDER/latest               TAG of the newest complete checkpoint
 
 format/            reads and writes these files; readers validate everything, as a checkpoint may come from anybody
-capture            lists the tensor slices that each rank writes or reads; buffers: which rank writes which buffer
-common             common.pt and rng-N.pt; groups: parameter groups and LR schedulers; describe: the files of model/;
-                   registered: the objects of engine.register_state()
-checkpointer       saves and loads for one engine; snapshot: the copy that is written while training continues
-writer             the process that writes a snapshot; writer_handle: its handle in the rank; job: its work order
-commit             all ranks write their slices, then rank 0 renames the folder
+content/           what stands in them, taken from a training state and put back into one
+saving/            writes them, by the ranks themselves or beside training by writer processes
+checkpointer       saves and loads for one engine
 load               reads a checkpoint into a training state; compatibility: the checks before that
-tag_validation     one tag for all ranks
+tag_validation     one folder and tag on all ranks, for checkpoints that a script saves
 optimizer_states   optimizer.state_dict(), which covers this rank's shards only
 
 All collectives of this package run on Gloo groups of their own.
@@ -44,7 +41,7 @@ from runtime.checkpoint.format.retention import prune
 from runtime.deepspeed_paths import attribute_of
 
 if TYPE_CHECKING:
-    from runtime.checkpoint.job import on_rank_0
+    from runtime.checkpoint.saving.job import on_rank_0
 
 __all__ = [
     "LOAD_EVERYTHING",
@@ -61,7 +58,7 @@ __all__ = [
     "step_tag",
 ]
 
-_LATER = {"on_rank_0": "job"}
+_LATER = {"on_rank_0": "saving.job"}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,9 +18,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoint.buffers import BufferOwners, find_buffer_owners
-from runtime.checkpoint.capture import Block, Part, blocks_of
-from runtime.checkpoint.describe import describe_model, describe_training
+from runtime.checkpoint.content.buffers import BufferOwners, find_buffer_owners
+from runtime.checkpoint.content.capture import Block, blocks_of
+from runtime.checkpoint.content.describe import describe_model, describe_training
+from runtime.checkpoint.content.registered import ScriptState
+from runtime.checkpoint.content.small_files import (
+    Scalars,
+    common_file,
+    manifest_of,
+    merge_scalars,
+    own_files,
+    own_scalars,
+)
 from runtime.checkpoint.format import folder as folders
 from runtime.checkpoint.format.manifest import (
     LOAD_EVERYTHING,
@@ -29,11 +38,10 @@ from runtime.checkpoint.format.manifest import (
     DamagedCheckpoint,
     LoadOptions,
 )
-from runtime.checkpoint.job import SAVE_DEFAULTS, Job, SaveOptions
-from runtime.checkpoint.registered import ScriptState
-from runtime.checkpoint.small_files import Scalars, common_file, manifest_of, merge_scalars, own_files, own_scalars
-from runtime.checkpoint.snapshot import SharedMemory, Snapshot, SnapshotGuard
-from runtime.checkpoint.writer_handle import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
+from runtime.checkpoint.format.slices import Part
+from runtime.checkpoint.saving.job import SAVE_DEFAULTS, Job, SaveOptions
+from runtime.checkpoint.saving.snapshot import SharedMemory, Snapshot, SnapshotGuard
+from runtime.checkpoint.saving.writer_handle import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
 from runtime.host.memory_limits import host_has_room
 from runtime.models.names import has_adapters
 from runtime.models.origin import origin_of
@@ -98,7 +106,7 @@ class Checkpointer:
         Raises CheckpointError on every rank if any rank fails to write; no partial checkpoint is left behind.
         """
         # torch.distributed.checkpoint takes 48 MiB: a rank whose writer process writes never imports it.
-        from runtime.checkpoint.commit import write
+        from runtime.checkpoint.saving.commit import write
 
         state = self._state
         state.synchronize()

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from runtime.checkpoint.buffers import buffer_key, buffer_key_for_rank, buffers_of
-from runtime.checkpoint.capture import frozen_names, pieces_of, shapes_of
+from runtime.checkpoint.content.buffers import buffer_key, buffer_key_for_rank, buffers_of
+from runtime.checkpoint.content.capture import frozen_names, pieces_of, shapes_of
 from runtime.checkpoint.format.manifest import CheckpointError, LoadOptions, Manifest
 from runtime.checkpoint.format.tensors import StoredTensor
 from runtime.models.origin import origin_of

@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from runtime.checkpoint.buffers import buffer_key_for_rank, buffers_of
-from runtime.checkpoint.capture import Piece, pieces_of
 from runtime.checkpoint.compatibility import check_manifest, check_tensors, load_warnings, rounding_warnings
+from runtime.checkpoint.content.buffers import buffer_key_for_rank, buffers_of
+from runtime.checkpoint.content.capture import pieces_of
+from runtime.checkpoint.content.groups import load_groups, load_scheduler
+from runtime.checkpoint.content.registered import Registered
+from runtime.checkpoint.content.small_files import read_common, read_random
 from runtime.checkpoint.format.index import read_index
 from runtime.checkpoint.format.manifest import (
     LOAD_EVERYTHING,
@@ -22,11 +25,9 @@ from runtime.checkpoint.format.manifest import (
     verify,
 )
 from runtime.checkpoint.format.shard_reader import read_pieces
+from runtime.checkpoint.format.slices import Piece
 from runtime.checkpoint.format.tensors import StoredTensor
-from runtime.checkpoint.groups import load_groups, load_scheduler
-from runtime.checkpoint.registered import Registered
-from runtime.checkpoint.small_files import read_common, read_random
-from runtime.checkpoint.snapshot import SnapshotGuard
+from runtime.checkpoint.saving.snapshot import SnapshotGuard
 from runtime.comm import Comm
 from runtime.host import rng
 from runtime.state.train_state import TrainState

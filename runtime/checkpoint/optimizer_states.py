@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.checkpoint.capture import pieces_of
-from runtime.checkpoint.snapshot import SnapshotGuard
+from runtime.checkpoint.content.capture import pieces_of
+from runtime.checkpoint.saving.snapshot import SnapshotGuard
 from runtime.optim.optimizer import plain_hyperparameters
 from runtime.state.train_state import TrainState
 

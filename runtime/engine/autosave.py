@@ -9,8 +9,8 @@ from typing import Any
 
 from runtime import checkpoint
 from runtime.checkpoint.checkpointer import Checkpointer
-from runtime.checkpoint.registered import ScriptState
-from runtime.checkpoint.writer_handle import Outcome
+from runtime.checkpoint.content.registered import ScriptState
+from runtime.checkpoint.saving.writer_handle import Outcome
 from runtime.engine.session import Session
 from runtime.state.train_state import TrainState
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from runtime.checkpoint.snapshot import SnapshotGuard
+from runtime.checkpoint.saving.snapshot import SnapshotGuard
 from runtime.comm import Comm
 from runtime.config import ADAM, ConfigError, Resolved, bf16_states_need_adam
 from runtime.diagnose import outofmemory

@@ -18,10 +18,10 @@ from torch import nn
 
 from runtime import checkpoint
 from runtime.checkpoint.checkpointer import Checkpointer
-from runtime.checkpoint.job import SaveOptions
+from runtime.checkpoint.content.registered import check_name
 from runtime.checkpoint.optimizer_states import load_optimizer_state, optimizer_state
-from runtime.checkpoint.registered import check_name
-from runtime.checkpoint.snapshot import SnapshotGuard
+from runtime.checkpoint.saving.job import SaveOptions
+from runtime.checkpoint.saving.snapshot import SnapshotGuard
 from runtime.checkpoint.tag_validation import validate_place
 from runtime.comm import Comm
 from runtime.config import Resolved

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from runtime.checkpoint.registered import DATA
+from runtime.checkpoint.content.registered import DATA
 from runtime.comm import Comm, init_distributed
 from runtime.config import ConfigError, Resolved, load, refuse_unsupported
 from runtime.diagnose.outofmemory import workload_of_engine

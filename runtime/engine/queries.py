@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from runtime.checkpoint.registered import ScriptState
+from runtime.checkpoint.content.registered import ScriptState
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.engine.deepspeed_config import DeepSpeedConfig

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from runtime.checkpoint.snapshot import SnapshotGuard
+from runtime.checkpoint.saving.snapshot import SnapshotGuard
 from runtime.state.train_state import TrainState
 from runtime.zero.full import full_model_of
 

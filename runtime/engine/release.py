@@ -8,7 +8,7 @@ from typing import get_args
 
 import torch
 
-from runtime.checkpoint.snapshot import SnapshotGuard
+from runtime.checkpoint.saving.snapshot import SnapshotGuard
 from runtime.state.train_state import TrainState
 from runtime.wire.messages import Category
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from runtime.checkpoint.describe import ADAPTER_CONFIG, ADAPTER_KEY
+from runtime.checkpoint.content.describe import ADAPTER_CONFIG, ADAPTER_KEY
 from runtime.checkpoint.format.manifest import CheckpointError
 from runtime.checkpoint.format.reader import CheckpointTensor
 from runtime.models.names import has_adapters

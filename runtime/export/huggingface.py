@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from runtime.checkpoint.describe import ADAPTER_CONFIG, KNOWN_FILES, PREFIX_KEY, TRAINING_FILE
+from runtime.checkpoint.content.describe import ADAPTER_CONFIG, KNOWN_FILES, PREFIX_KEY, TRAINING_FILE
 from runtime.checkpoint.format.manifest import MODEL_FILES, CheckpointError
 from runtime.checkpoint.format.reader import CheckpointReader
 from runtime.export.adapters import ADAPTER_FILE, find_adapters

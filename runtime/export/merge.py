@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from runtime.checkpoint.describe import ADAPTER_CONFIG, ADAPTER_KEY
+from runtime.checkpoint.content.describe import ADAPTER_CONFIG, ADAPTER_KEY
 from runtime.checkpoint.format.manifest import CheckpointError
 from runtime.checkpoint.format.reader import CheckpointReader, CheckpointTensor
 from runtime.config import ConfigError

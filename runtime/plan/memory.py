@@ -190,7 +190,7 @@ def stage_layout(workload: Workload, stage: int, offload: bool = False, paramete
 def _snapshot(workload: Workload, stage: int, offloaded: dict[str, int]) -> int:
     """Pinned bytes on one node for checkpoints: every rank copies the masters and optimizer states of its shard, at
     every stage; offloaded ones are read through slots instead. Buffers are not included, nor frozen parameters, which
-    the trainer's own checkpoints leave out. (runtime/checkpoint/snapshot.py)"""
+    the trainer's own checkpoints leave out. (runtime/checkpoint/saving/snapshot.py)"""
     if not workload.checkpoints:
         return 0
     world = workload.world_size

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from runtime.checkpoint.content.small_files import read_common
 from runtime.checkpoint.format.manifest import MANIFEST, read_manifest
-from runtime.checkpoint.small_files import read_common
 
 OPTIMIZER_FILES, MODEL_FILES = "*_optim_states.pt", "*_model_states.pt"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from runtime.checkpoint.snapshot import SnapshotGuard
+from runtime.checkpoint.saving.snapshot import SnapshotGuard
 from runtime.engine.registry import owner_of
 from runtime.optim.shard_optimizer import ShardOptimizer
 from runtime.plan.layout import Slot

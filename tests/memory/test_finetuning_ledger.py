@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runtime.checkpoint.capture import blocks_of
-from runtime.checkpoint.snapshot import Snapshot
+from runtime.checkpoint.content.capture import blocks_of
+from runtime.checkpoint.saving.snapshot import Snapshot
 from runtime.config import Resolved, load
 from runtime.engine.initialize import initialize
 from runtime.plan import Layout, stage_layout

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 import runtime.offload.placement
-from runtime.checkpoint.capture import blocks_of
-from runtime.checkpoint.snapshot import Snapshot
+from runtime.checkpoint.content.capture import blocks_of
+from runtime.checkpoint.saving.snapshot import Snapshot
 from runtime.config import load
 from runtime.config.presets import PRESETS, GPTConfig, unit_parameters
 from runtime.engine.initialize import initialize

@@ -142,7 +142,7 @@ class Run:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Whole masters, optimizer states, frozen parameters and buffers by name."""
-        from runtime.checkpoint.capture import blocks_of
+        from runtime.checkpoint.content.capture import blocks_of
 
         self.engine.synchronize()
         mine = [

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from runtime.checkpoint.capture import blocks_of
+from runtime.checkpoint.content.capture import blocks_of
 from tests.numerics.test_offload import offloaded
 from tests.numerics.training import advance, config, engine_for, parameters
 
@@ -140,7 +140,7 @@ def test_large_states_go_through_the_slots_in_pieces(ranks, tmp_path):
 
 def lose_a_writer(folder: str, number: int) -> list[str]:
     """Rank 1's writer is killed, or stopped, before it has written; then a save goes well, with new writers."""
-    from runtime.checkpoint import writer_handle as writer_process
+    from runtime.checkpoint.saving import writer_handle as writer_process
 
     with patch.object(writer_process, "PATIENCE_S", 2 * writer_process.ALIVE_S):
         return _lose_a_writer(folder, number)

@@ -73,7 +73,7 @@ class Run:
 
     def unsharded(self) -> dict[str, Any]:
         """All that a load could change on this rank."""
-        from runtime.checkpoint.capture import pieces_of, replicated_tensors
+        from runtime.checkpoint.content.capture import pieces_of, replicated_tensors
 
         engine = self.engine
         tensors = {name: piece.tensor.clone() for name, piece in pieces_of(engine.state).items()}

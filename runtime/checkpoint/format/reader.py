@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from runtime.checkpoint.capture import Piece
 from runtime.checkpoint.format.index import read_index
 from runtime.checkpoint.format.manifest import CheckpointError, Manifest, read_manifest
 from runtime.checkpoint.format.shard_reader import read_pieces
+from runtime.checkpoint.format.slices import Piece
 from runtime.checkpoint.format.tensors import StoredTensor
 from runtime.state.precision import DTYPES
 

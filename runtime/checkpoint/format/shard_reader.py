@@ -10,9 +10,9 @@ from typing import IO, Any
 
 import torch
 
-from runtime.checkpoint.capture import Piece
 from runtime.checkpoint.format.manifest import CheckpointError, root_cause
 from runtime.checkpoint.format.plain import load_stream
+from runtime.checkpoint.format.slices import Piece
 from runtime.checkpoint.format.tensors import StoredPart, StoredTensor
 
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from runtime.checkpoint.capture import Part
+from runtime.checkpoint.format.slices import Part
 from runtime.checkpoint.format.tensors import Row, StoredTensor
 
 

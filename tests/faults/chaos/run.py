@@ -20,7 +20,7 @@ from zerotop.launch.start import start_run
 from zerotop.rundir.directory import read_entry
 from zerotop.source.live import LiveSource
 
-WRITER = "runtime.checkpoint.writer"
+WRITER = "runtime.checkpoint.saving.writer"
 DEADLINE_S = 90.0
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.checkpoint import describe
-from runtime.checkpoint.describe import describe_model
+from runtime.checkpoint.content import describe
+from runtime.checkpoint.content.describe import describe_model
 from runtime.config.presets import GPTConfig
 from runtime.models.gpt import GPT
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from runtime.checkpoint.capture import Part
+from runtime.checkpoint.content.small_files import read_common, read_random
 from runtime.checkpoint.format.manifest import CheckpointError, Manifest, read_manifest, record_of, verify
 from runtime.checkpoint.format.plain import to_bytes
 from runtime.checkpoint.format.reader import CheckpointReader
-from runtime.checkpoint.job import Job
-from runtime.checkpoint.small_files import read_common, read_random
+from runtime.checkpoint.format.slices import Part
+from runtime.checkpoint.saving.job import Job
 
 WEIGHT, BUFFER = torch.arange(6.0), torch.tensor([True, False])
 
@@ -36,7 +36,7 @@ class Alone:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    from runtime.checkpoint.commit import write
+    from runtime.checkpoint.saving.commit import write
 
     manifest = Manifest(
         step=1, optimizer_step=1, world_size=1, stage=0, precision="fp32", optimizer="AdamW", groups=1,
@@ -236,7 +236,7 @@ def test_random_states_of_another_shape_are_refused_before_any_is_set(checkpoint
 
     import numpy as np
 
-    from runtime.checkpoint.registered import Registered
+    from runtime.checkpoint.content.registered import Registered
     from runtime.host import rng
 
     good = rng.get_state({"mine": np.random.default_rng(1)})

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from runtime.checkpoint import snapshot  # noqa: E402
+from runtime.checkpoint.saving import snapshot  # noqa: E402
 from runtime.host.resident import outside_malloc  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memfd is Linux's")

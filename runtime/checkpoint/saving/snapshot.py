@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 
 from runtime import native
-from runtime.checkpoint.capture import Block, Part
+from runtime.checkpoint.content.capture import Block
+from runtime.checkpoint.format.slices import Part
 from runtime.host.pinned import page_lock, page_unlock
 from runtime.host.resident import outside_malloc
 from runtime.plan.constants import SNAPSHOT_SLOT_BYTES, SNAPSHOT_SLOTS

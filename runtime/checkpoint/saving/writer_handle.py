@@ -1,6 +1,6 @@
 """The rank's handle on its writer process: sends jobs and pieces of streamed blocks, receives the outcome.
 
-rank                                             writer (python -m runtime.checkpoint.writer)
+rank                                             writer (python -m runtime.checkpoint.saving.writer)
 ("memory", nbytes) and a descriptor ───────────▶  maps the shared memory
 ("save", job, places, ...)          ───────────▶  writes, together with the other ranks' writers
                                     ◀───────────  ("copy_piece", index, slot)   requests a piece of a streamed block
@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from multiprocessing import reduction
 from typing import Any
 
-from runtime.checkpoint.job import Job
-from runtime.checkpoint.snapshot import SharedMemory, Snapshot
+from runtime.checkpoint.saving.job import Job
+from runtime.checkpoint.saving.snapshot import SharedMemory, Snapshot
 
 log = logging.getLogger("runtime.checkpoint")
 
@@ -78,7 +78,7 @@ class WriterProcess:
         process cannot be started."""
         ours, theirs = socket.socketpair()
         variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, "-m", "runtime.checkpoint.writer", str(theirs.fileno()), store]
+        command = [sys.executable, "-m", "runtime.checkpoint.saving.writer", str(theirs.fileno()), store]
         # Blocked until the writer, after its imports, can ignore them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:

@@ -1,4 +1,4 @@
-"""A writer process: `python -m runtime.checkpoint.writer DESCRIPTOR STORE RANK WORLD`, started by a rank
+"""A writer process: `python -m runtime.checkpoint.saving.writer DESCRIPTOR STORE RANK WORLD`, started by a rank
 (writer_handle.py).
 
 It runs at idle priority, so that training gets the CPU first. It is a process rather than a thread, so that training
@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.checkpoint.format.manifest import CheckpointError, root_cause
-from runtime.checkpoint.writer_handle import ALIVE_S, IGNORED, MEETING_FOLDER, PEER_LOST
+from runtime.checkpoint.saving.writer_handle import ALIVE_S, IGNORED, MEETING_FOLDER, PEER_LOST
 from runtime.plan.constants import SNAPSHOT_SLOTS
 from runtime.telemetry.orphan import die_with_parent
 
 if TYPE_CHECKING:
     import torch
 
-    from runtime.checkpoint.job import Job
-    from runtime.checkpoint.snapshot import Place
+    from runtime.checkpoint.saving.job import Job
+    from runtime.checkpoint.saving.snapshot import Place
 
 MEETING_S = 120.0
 """Timeout for the writers of all ranks to find each other."""
@@ -54,7 +54,7 @@ def main() -> None:
     while (message := link.receive()) is not None:
         match message:
             case ("memory", nbytes):
-                from runtime.checkpoint.snapshot import map_shared
+                from runtime.checkpoint.saving.snapshot import map_shared
 
                 handle = reduction.recv_handle(link.connection)  # type: ignore[arg-type]
                 pages = map_shared(handle, nbytes)
@@ -68,7 +68,7 @@ def main() -> None:
 
 def _save(job: Job, source: _Source, peers: _Peers) -> tuple[str, list[str]]:
     """Write the checkpoint. Returns (error, empty if it is complete; warnings)."""
-    from runtime.checkpoint.commit import write
+    from runtime.checkpoint.saving.commit import write
 
     try:
         return "", write(job, source.read, peers)
@@ -168,7 +168,7 @@ class _Source:
     def _slot(self, index: int) -> int:
         """Wait for a streamed piece and return its byte offset. The piece before it has been written, so its slot is
         free and the next piece is requested into it."""
-        from runtime.checkpoint.snapshot import slot_at
+        from runtime.checkpoint.saving.snapshot import slot_at
 
         turn = self._turn[index]
         self._request_up_to(turn)

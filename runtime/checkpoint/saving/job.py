@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime.checkpoint.capture import Part
 from runtime.checkpoint.format.manifest import CheckpointError, Manifest, root_cause
+from runtime.checkpoint.format.slices import Part
 
 
 class Peers(Protocol):

@@ -19,7 +19,7 @@ from runtime.checkpoint.format.manifest import MANIFEST, CheckpointError, FileRe
 from runtime.checkpoint.format.retention import prune
 from runtime.checkpoint.format.shard_writer import write_parts, write_torch_metadata
 from runtime.checkpoint.format.tensors import INDEX, Row, StoredTensor, index_of
-from runtime.checkpoint.job import Job, Peers, on_rank_0
+from runtime.checkpoint.saving.job import Job, Peers, on_rank_0
 
 Records = dict[str, tuple[int, str]]
 """File name -> size in bytes and SHA-256; plain types, as ranks send them to each other."""

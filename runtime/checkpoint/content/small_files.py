@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from runtime.checkpoint.buffers import BufferOwners, buffers_of
-from runtime.checkpoint.capture import dtypes_of, frozen_names, shapes_of, tied_names
+from runtime.checkpoint.content.buffers import BufferOwners, buffers_of
+from runtime.checkpoint.content.capture import dtypes_of, frozen_names, shapes_of, tied_names
+from runtime.checkpoint.content.groups import check_groups, saved_groups
+from runtime.checkpoint.content.registered import Registered
 from runtime.checkpoint.format.manifest import CheckpointError, Manifest
 from runtime.checkpoint.format.plain import load_file, load_stream, to_bytes
-from runtime.checkpoint.groups import check_groups, saved_groups
-from runtime.checkpoint.registered import Registered
 from runtime.host import rng
 from runtime.state.precision import DTYPES
 from runtime.state.train_state import TrainState
