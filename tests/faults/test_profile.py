@@ -97,7 +97,8 @@ def test_the_timeline_after_the_supervisor_was_killed(
     run = launch_real(LONG, name="crashed")
     run.see_step(3, deadline_s=START_DEADLINE_S)
     monkeypatch.chdir(tmp_path)
-    assert main(["trace", "crashed", "live.json.gz"]) == 0  # while it is being recorded
+    # While it is being recorded: what the hub has received is written once a second.
+    until(lambda: main(["trace", "crashed", "live.json.gz"]) == 0, "a time line of both ranks")
     live = Trace(tmp_path / "live.json.gz")
     os.kill(read_run(run.path).supervisor_pid, signal.SIGKILL)
     until(run.all_gone, "the end of every process")

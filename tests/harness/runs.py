@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
+from runtime.wire.filelock import try_lock
 from runtime.wire.messages import Command, CommandRecord, RunStatus
 from runtime.wire.rundir import read_status
 from tests.harness.waiting import DEADLINE_S, until
 from zerotop.rundir.directory import RunEntry, read_entry
+from zerotop.rundir.paths import LOCK_NAME
 from zerotop.source.live import LiveSource
 
 
@@ -106,7 +109,19 @@ class StartedRun:
         return [process for process in self._seen.values() if lives(process)]
 
     def all_gone(self) -> bool:
-        return not self.processes()
+        """Whether every process has ended, torchrun among them: it holds the lock of the sockets folder, in which its
+        rendezvous file is. If that was removed before, torchrun would wait for it for ten minutes."""
+        return not self.processes() and not self._sockets_in_use()
+
+    def _sockets_in_use(self) -> bool:
+        try:
+            descriptor = os.open(self.entry.sockets.folder / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            return not try_lock(descriptor)
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         for source in self._sources:
