@@ -19,16 +19,24 @@ def join_world(device: str = "auto") -> torch.device:
     """Join the process group that the launcher's environment describes (or a world of one), unless the script has done
     so already. Returns this rank's device.
 
-    device: "cpu" (Gloo), "cuda" (NCCL) or "auto": CUDA if there is a GPU.
+    device: "cpu" (Gloo), "cuda" (NCCL) or "auto": what `zerotop launch` has chosen, else CUDA if torch can use a GPU.
+
+    Raises ConfigError if the ranks are meant to be on GPUs and this one can use none: a run that was planned for them
+    would otherwise crawl along on the CPU.
     """
     raise_file_limit()
     account().note_baseline()
+    run = os.environ.get(RUN_VARIABLE)
+    if device == "auto" and run and not (known := read_run(Path(run))).wrapped:
+        device = known.device
     want_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device("cuda", local_rank) if want_cuda else torch.device("cpu")
     if dist.is_initialized() and dist.get_backend() == "gloo":
         return torch.device("cpu")  # the script has chosen Gloo
     if want_cuda:
+        if problem := _cuda_problem():
+            raise ConfigError(f"this run is on GPUs, but {problem}")
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
                 f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()} GPUs. Start as many "
@@ -37,7 +45,7 @@ def join_world(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
         backend = "nccl" if want_cuda and dist.is_nccl_available() else "gloo"
-        if run := os.environ.get(RUN_VARIABLE):
+        if run:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             dist.init_process_group(
                 backend,
@@ -52,6 +60,26 @@ def join_world(device: str = "auto") -> torch.device:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     return chosen
+
+
+def _cuda_problem() -> str:
+    """Why torch can use no GPU here, with the way out; "" if it can."""
+    if torch.cuda.is_available():
+        return ""
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is built without CUDA. Install a CUDA build of torch, or train on the CPU "
+            "(--device cpu)"
+        )
+    try:
+        torch.cuda.init()
+        reason = "it finds no device"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+    return (
+        f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can't use one: {reason}. Update the NVIDIA "
+        "driver or install a torch for an older CUDA, or train on the CPU (--device cpu)"
+    )
 
 
 def _store_file(run: str) -> str:

@@ -14,10 +14,12 @@ import pytest
 
 from runtime.wire.messages import Event
 from runtime.wire.node import GpuStats, NodeStats
+from tests.harness import ROOT
 from tests.harness.fake_nvml import NO_PERMISSION, FakeNvml
 from tests.harness.runs import StartedRun
 from tests.harness.waiting import patient
 from zerotop.hub.recorder import read_messages
+from zerotop.launch import devices
 from zerotop.source.live import LiveSource
 from zerotop.state.gpu import concerns
 from zerotop.state.memory import gpu_of
@@ -156,13 +158,31 @@ def test_doctor_on_a_box_without_a_driver_and_on_one_whose_driver_hangs(
 def test_launch_sees_the_gpus_and_says_that_torch_cannot_use_them(
     fake_nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    from zerotop.launch.devices import torch_has_cuda
-
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    if torch_has_cuda():
+    if devices.torch_has_cuda():
         pytest.skip("this torch is built for CUDA")
     config = tmp_path / "config.json"
     config.write_text("{}")
     answer = zerotop(fake_nvml, "launch", str(config), "--device", "cuda", "--detach")
     assert answer.returncode == 2 and "built without CUDA" in answer.stderr
     assert not list(tmp_path.glob("zerotop/runs/*/run.json"))
+
+
+def test_a_run_on_gpus_that_torch_cannot_use_ends_before_its_first_step_instead_of_training_on_the_cpu(
+    launch_real: Callable[..., StartedRun], fake_nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tutorial's config on a box with GPUs, up to the point where torch needs one."""
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("torch can use a GPU here")
+    for name, value in fake_nvml.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(devices, "torch_has_cuda", lambda: True)
+    monkeypatch.setattr(devices, "visible_gpus", lambda: (8, ""))
+    config = json.loads((ROOT / "examples/zero2_offload.json").read_text())
+    run = launch_real(config, device="auto", nproc=1)
+    assert run.entry.run.device == "cuda"
+    status = run.see_end("failed", deadline_s=patient(60))
+    assert "this run is on GPUs, but torch" in status.reason and "(--device cpu)" in status.reason
+    assert (status.step, status.attempt) == (0, 1)
