@@ -2,7 +2,8 @@
 #include "common.cuh"
 
 API int zt_abi() { return 3; }
-API int zt_device_count() { int n = 0; return cudaGetDeviceCount(&n) == cudaSuccess ? n : -1; }
+// How many GPUs there are, or the negated error.
+API int zt_device_count() { int n = 0; cudaError_t e = cudaGetDeviceCount(&n); return e == cudaSuccess ? n : -(int)e; }
 API const char* zt_error(int e) { return cudaGetErrorString((cudaError_t)e); }
 
 // Portable: every device of this process copies at full speed. The context it needs is made on `device`, not on GPU 0.

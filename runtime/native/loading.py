@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 ABI = {"libzt_cpu.so": 6, "libzt_cuda.so": 3, "libzt_term.so": 1}
 SUM_BLOCK = 8192  # elements; ZT_BLOCK of csrc/formula.h
 DTYPES = {"torch.float32": 1, "torch.bfloat16": 2, "torch.float16": 3}  # enum Dtype of csrc/cpu/kernels.h
+_NO_DEVICE = 100  # cudaErrorNoDevice
+INSUFFICIENT_DRIVER = 35
+"""cudaErrorInsufficientDriver: an old driver, or none."""
 _REBUILD = "build it with `make install` (it needs a C++ compiler)"
 
 u64, i64, i32, f32 = ctypes.c_uint64, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -176,7 +179,31 @@ def cuda_status() -> str:
         count = cuda().zt_device_count()
     except ImportError as error:
         return f"not available: {error}"
-    return "built, but no GPU or driver here" if count < 1 else f"built, {count} GPU{'s' if count > 1 else ''}"
+    if count > 0:
+        return f"built, {count} GPU{'s' if count > 1 else ''}"
+    code, text = cuda_problem()
+    return f"built, but CUDA doesn't start: error {code}, {text}" if code else "built, but no GPU or driver here"
+
+
+def cuda_problem() -> tuple[int, str]:
+    """The error with which CUDA refuses to start, as a cudaError_t and in CUDA's words; (0, "") if it starts, or where
+    there is no driver or no GPU.
+
+    Raises:
+        ImportError: the CUDA kernels are not built.
+    """
+    code = max(0, -int(cuda().zt_device_count()))
+    if code in (0, _NO_DEVICE) or (code == INSUFFICIENT_DRIVER and not _has_driver()):
+        return 0, ""
+    return code, cuda().zt_error(code).decode()
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def hyper(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from runtime.wire.messages import Event
 from runtime.wire.node import GpuStats, NodeStats
 from tests.harness import ROOT
+from tests.harness.fake_cuda import FakeCuda
 from tests.harness.fake_nvml import NO_PERMISSION, FakeNvml
 from tests.harness.runs import StartedRun
 from tests.harness.waiting import patient
@@ -27,16 +29,24 @@ from zerotop.state.memory import gpu_of
 Start = Callable[..., StartedRun]
 
 
-def zerotop(fake_nvml: FakeNvml, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command line, as a process of its own that finds the fake driver."""
-    environment = os.environ | fake_nvml.environment
+@pytest.fixture(scope="module")
+def fake_cuda(tmp_path_factory: pytest.TempPathFactory) -> FakeCuda:
+    return FakeCuda(tmp_path_factory.mktemp("fake-cuda"))
+
+
+def zerotop(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """The command line, as a process of its own that finds the fake libraries."""
     return subprocess.run(
-        [sys.executable, "-m", "zerotop", *words], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "zerotop", *words],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
-def doctor(fake_nvml: FakeNvml) -> dict[str, dict[str, Any]]:
-    answer = zerotop(fake_nvml, "doctor", "--json")
+def doctor(environment: dict[str, str]) -> dict[str, dict[str, Any]]:
+    answer = zerotop(environment, "doctor", "--json")
     return {finding["name"]: finding for finding in json.loads(answer.stdout)}
 
 
@@ -66,12 +76,12 @@ def test_a_run_on_eight_gpus_shows_and_records_what_the_driver_says(start: Start
     fake_nvml.set(1, lost=1)
     run.see(lambda source: (found := facts_of(source, 1)) is not None and found.lost, "the lost GPU")
 
-    document = json.loads(zerotop(fake_nvml, "status", run.entry.name, "--json").stdout)
+    document = json.loads(zerotop(fake_nvml.environment, "status", run.entry.name, "--json").stdout)
     assert [len(node["gpus"]) for node in document["nodes"]] == [8]
     assert document["ranks"][0]["gpu"]["sm_activity_percent"] == 81
     assert document["ranks"][1]["gpu"]["lost"] and "reboot" in document["ranks"][1]["gpu_concerns"][0]
     assert document["energy"] is None  # one of the two counters is gone
-    assert "GPU 1 (rank 1): the driver has lost it" in zerotop(fake_nvml, "status", run.entry.name).stdout
+    assert "GPU 1 (rank 1): the driver has lost it" in zerotop(fake_nvml.environment, "status", run.entry.name).stdout
 
     run.command("stop")
     run.see_end("stopped")
@@ -129,7 +139,7 @@ def test_doctor_names_what_is_wrong_with_each_gpu(
     fake_nvml.set(4, pcie_width=8)
     fake_nvml.set(6, lost=1)
     fake_nvml.fail("*", "nvmlDeviceGetTotalEccErrors", NO_PERMISSION)
-    found = doctor(fake_nvml)
+    found = doctor(fake_nvml.environment)
     assert found["NVML"]["text"].startswith("driver 570.00 (fake), 7 × NVIDIA H200")
     assert {name for name in found if name.startswith("GPU ") and found[name]["level"] == "warn"} == {
         "GPU 3", "GPU 4", "GPU 6",
@@ -137,6 +147,8 @@ def test_doctor_names_what_is_wrong_with_each_gpu(
     assert "SM 81%" in found["GPU 0"]["text"] and "650/700 W" in found["GPU 0"]["text"]
     assert "power cap" in found["GPU 3"]["fix"] and "8 of 16 lanes" in found["GPU 4"]["fix"]
     assert "reboot" in found["GPU 6"]["fix"]
+    if not devices.torch_has_cuda():
+        assert "built without CUDA" in found["torch on GPUs"]["text"]
     assert found["GPU figures"]["text"] == "no permission: ECC errors (GPU 0, 1, 2, 3, 4, 5, 7)"
 
 
@@ -145,14 +157,39 @@ def test_doctor_on_a_box_without_a_driver_and_on_one_whose_driver_hangs(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     fake_nvml.no_driver()
-    found = doctor(fake_nvml)
+    found = doctor(fake_nvml.environment)
     assert "no NVIDIA driver" in found["NVML"]["text"] and "GPU 0" not in found
     fake_nvml.reset()
     fake_nvml.hang(2, "nvmlDeviceGetName", patient(30))
     began = time.monotonic()
-    found = doctor(fake_nvml)
+    found = doctor(fake_nvml.environment)
     assert "has not answered" in found["NVML"]["text"] and found["NVML"]["level"] == "warn"
     assert time.monotonic() - began < patient(25)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="the loader's LD_LIBRARY_PATH is Linux's")
+@pytest.mark.parametrize(
+    ("start", "error", "fix"),
+    [
+        ({"version": 11040}, "error 35, CUDA driver version is insufficient", "update the NVIDIA driver"),
+        ({"init": 802}, "error 802, system not yet initialized", "nvidia-fabricmanager"),
+        ({"init": 803}, "error 803, system has unsupported display driver", "reboot"),
+        ({"init": 101}, "error 101, invalid device ordinal", "nvidia-smi"),
+    ],
+)
+def test_doctor_says_why_cuda_does_not_start(
+    start: dict[str, int], error: str, fix: str, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    found = doctor(fake_cuda.environment(**start))["CUDA kernels"]
+    if "not available" in found["text"]:
+        pytest.skip("no CUDA kernels (no nvcc at install time)")
+    assert found["level"] == "fail" and f"CUDA doesn't start: {error}" in found["text"] and fix in found["fix"]
+
+
+def test_no_device_is_no_error(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert doctor(fake_cuda.environment(init=100))["CUDA kernels"]["level"] == "ok"
 
 
 def test_launch_sees_the_gpus_and_says_that_torch_cannot_use_them(
@@ -163,7 +200,7 @@ def test_launch_sees_the_gpus_and_says_that_torch_cannot_use_them(
         pytest.skip("this torch is built for CUDA")
     config = tmp_path / "config.json"
     config.write_text("{}")
-    answer = zerotop(fake_nvml, "launch", str(config), "--device", "cuda", "--detach")
+    answer = zerotop(fake_nvml.environment, "launch", str(config), "--device", "cuda", "--detach")
     assert answer.returncode == 2 and "built without CUDA" in answer.stderr
     assert not list(tmp_path.glob("zerotop/runs/*/run.json"))
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from runtime.native.loading import INSUFFICIENT_DRIVER
 from runtime.process.extras import INSTALL_TRAINING
 from zerotop.diagnose.oomkill import SHARED_ENOUGH_BYTES
 from zerotop.format import bytes_text
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
     from runtime.wire.node import GpuStats
 
 GIB = 2**30
+_CUDA_FIXES = {
+    INSUFFICIENT_DRIVER: "update the NVIDIA driver, or build with an older CUDA: make install with its nvcc in PATH",
+    802: "start the service nvidia-fabricmanager: GPUs that are connected by NVSwitch wait for it",
+    803: "reboot: the driver was updated, and its old kernel module is still loaded",
+    804: "update the NVIDIA driver: CUDA's forward compatibility does not cover this GPU",
+}
+"""By cudaError_t."""
 _GPU_LABELS = ("util", "SM", "power", "SM clock", "limited by", "temp", "PCIe link")
 """What `doctor` shows of a GPU; the rest is on the rank screen."""
 
@@ -91,11 +99,11 @@ def _torch() -> Finding:
     try:
         major, minor = (int(part) for part in found.split(".")[:2])
     except ValueError:
-        return Finding("torch", "warn", f"{found}: not a version that zerotop knows", "tested with 2.11 to 2.13")
+        return Finding("torch", "warn", f"{found}: not a version that zerotop knows", "tested with 2.11 to 2.15")
     if (major, minor) < (2, 11):
         return Finding("torch", "fail", found, "training needs torch 2.11 or newer: pip install -U torch")
-    if (major, minor) > (2, 13):
-        return Finding("torch", "warn", f"{found}: newer than what zerotop was tested with", "2.11 to 2.13 are tested")
+    if (major, minor) > (2, 15):
+        return Finding("torch", "warn", f"{found}: newer than what zerotop was tested with", "2.11 to 2.15 are tested")
     return Finding("torch", "ok", found)
 
 
@@ -112,8 +120,14 @@ def _cuda_kernels() -> Finding:
     from runtime import native
 
     text = native.cuda_status()
-    if "not available" in text and shutil.which("nvidia-smi"):
-        return Finding("CUDA kernels", "warn", text, "this box has a GPU: install nvcc, then run make install")
+    try:
+        code, _ = native.cuda_problem()
+    except ImportError:
+        if shutil.which("nvidia-smi"):
+            return Finding("CUDA kernels", "warn", text, "this box has a GPU: install nvcc, then run make install")
+        return Finding("CUDA kernels", "ok", text)
+    if code:
+        return Finding("CUDA kernels", "fail", text, _CUDA_FIXES.get(code, "does nvidia-smi work?"))
     return Finding("CUDA kernels", "ok", text)
 
 
@@ -126,12 +140,28 @@ def _nvml() -> list[Finding]:
 
     gpus, driver, note = look_once(pynvml)
     if not note:
-        return [Finding("NVML", "ok", ", ".join([f"driver {driver}", _models(gpus)])), *_gpus(gpus)]
+        return [Finding("NVML", "ok", ", ".join([f"driver {driver}", _models(gpus)])), *_gpus(gpus), *_torch_on(gpus)]
     if shutil.which("nvidia-smi"):
         return [Finding("NVML", "warn", note, "does nvidia-smi work? GPU figures show as n/a until it does")]
     if note == "no NVIDIA driver":
         return [Finding("NVML", "ok", f"{note}: GPU figures show as n/a")]
     return [Finding("NVML", "warn", note, "GPU figures show as n/a until it answers")]
+
+
+def _torch_on(gpus: list[GpuStats]) -> list[Finding]:
+    """A finding if there are GPUs, and a torch that can't use them."""
+    from zerotop.launch.devices import torch_has_cuda
+
+    if not gpus or _version("torch") is None or torch_has_cuda():
+        return []
+    return [
+        Finding(
+            "torch on GPUs",
+            "warn",
+            "torch is built without CUDA: runs train on the CPU",
+            "install a CUDA build of torch",
+        )
+    ]
 
 
 def _models(gpus: list[GpuStats]) -> str:
