@@ -104,6 +104,21 @@ def test_output_that_a_script_reads_stays_its_own(logs: Path) -> None:
     assert (logs / "rank-0.log").read_text().split() == ["42"]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_ranks_that_srun_starts_have_logs_of_their_own_and_what_they_redirect_stays(logs: Path, tmp_path: Path) -> None:
+    """Slurm gives its tasks pipes, and mixes what comes out of them."""
+    mine, ranks = tmp_path / "mine.txt", f"{sys.executable} -c"
+    step = f"""
+import os, subprocess
+open("/proc/self/comm", "w").write("slurmstepd")
+for rank, task in enumerate(["{ranks} 'print(40)' && true", "exec {ranks} 'print(41)' > {mine}"]):
+    os.environ["SLURM_PROCID"] = str(rank)
+    print(subprocess.run(task, shell=True, stdout=subprocess.PIPE).stdout)
+"""
+    assert python(step, logs, logs / "launcher.log").split() == ["b''", "b''"]
+    assert (logs / "rank-0.log").read_text() == "40\n" and mine.read_text() == "41\n"
+
+
 def test_the_user_s_own_sitecustomize_still_runs(logs: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()

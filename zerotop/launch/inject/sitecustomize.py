@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.util
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -32,11 +33,39 @@ def _is_file(descriptor: int, path: str) -> bool:
         return False
 
 
+def _is_stream(descriptor: int) -> bool:
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _slurm_task() -> int | None:
+    """The process that Slurm has started for this rank: this one or an ancestor. None outside Slurm."""
+    process = os.getpid()
+    while process > 1:
+        try:
+            with open(f"/proc/{process}/stat") as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+            with open(f"/proc/{parent}/comm") as file:
+                if file.read().strip() == "slurmstepd":
+                    return process
+        except (OSError, ValueError, IndexError):
+            return None
+        process = parent
+    return None
+
+
 def _own_log(logs: str, rank: str) -> None:
-    """Move output that goes to the log of the whole command to a log of this rank. Output that somebody has redirected
-    (a script that reads what its child prints) stays where it is."""
+    """Move output that goes to the log of the whole command, or to srun, which mixes that of all tasks into it, to a
+    log of this rank. Output that somebody has redirected (a script that reads what its child prints) stays where it
+    is."""
     common = os.path.join(logs, "launcher.log")
-    ours = [descriptor for descriptor in (1, 2) if _is_file(descriptor, common)]
+    task = _slurm_task() if "SLURM_PROCID" in os.environ else None
+    ours = [
+        descriptor
+        for descriptor in (1, 2)
+        if _is_file(descriptor, common)
+        or (task and _is_stream(descriptor) and _is_file(descriptor, f"/proc/{task}/fd/{descriptor}"))
+    ]
     if ours:
         handle = os.open(os.path.join(logs, f"rank-{rank}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for descriptor in ours:
