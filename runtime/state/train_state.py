@@ -27,6 +27,7 @@ from runtime.zero.pool import BufferPool
 from runtime.zero.reduce import GradReducer
 from runtime.zero.script_changes import ScriptChanges
 from runtime.zero.stage import StagePolicy
+from runtime.zero.step_decision import StepDecision
 from runtime.zero.unit import Unit
 from runtime.zero.unshard import Unsharder
 
@@ -120,6 +121,11 @@ class TrainState:
         return ranks * self.predivision * self.scaler.scale
 
     @property
+    def sums_gradients_on_host(self) -> bool:
+        """Whether gradients are accumulated in host memory while they are computed on a device."""
+        return self.grad_offload is not None and self.policy.shards_gradients
+
+    @property
     def gradients_reduced(self) -> bool:
         """Whether the gradients since the last boundary are reduced over ranks, and not only accumulated on this
         one."""
@@ -130,12 +136,11 @@ class TrainState:
         if self.grad_offload is not None:
             self.grad_offload.drain()
 
-    def update(self, groups: Sequence[Hyper], scale: float | torch.Tensor, changed: torch.Tensor | None = None) -> None:
-        """Take an optimizer step with gradients multiplied by `scale`; with offload it may still be running on return.
-        scale and changed: see OptimizerStep."""
+    def update(self, groups: Sequence[Hyper], decision: StepDecision) -> None:
+        """Take an optimizer step, as if `decision` takes it; with offload it may still be running on return."""
         self.counters.optimizer_steps += 1
         self.unsharder.reshard_all()
-        self.updates.launch(groups, self.counters.optimizer_steps, scale, changed)
+        self.updates.launch(groups, self.counters.optimizer_steps, decision)
         if self.updates.under_way:
             _under_way[self.updates] = self
 
