@@ -3,8 +3,8 @@ report -> commands.
 
 [Note: a step that the host does not wait for]
 On a GPU the norm, the clip factor and whether a gradient overflowed stay on the device: the update kernel reads factor
-and skip flag there, and the training thread goes on. Where gradients are accumulated in host memory (offload at stages 2
-and 3), a thread of its own waits for their downloads and all-reduces the same numbers on the host. Either way they are a
+and skip flag there, and the training thread goes on. Where gradients are accumulated in host memory (offload at stages
+2 and 3), another thread waits for their downloads and all-reduces the same numbers on the host. Either way they are a
 StepDecision, for which the updates of offloaded states wait on their thread. What the training thread has to know of
 step N it reads at the boundary of step N + 1 (or when somebody asks), from a copy that has long arrived then:
 
@@ -20,8 +20,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-import torch
 
 from runtime import native
 from runtime.engine.control import Control
@@ -42,7 +40,6 @@ class _Unsettled(NamedTuple):
 
     stats: PendingStats
     lr: float
-    loss: torch.Tensor | float | None
     measured: Measured
     schedule_before: tuple[dict[str, Any], list[dict[str, Any]]] | None
     """State of the learning-rate scheduler and the parameter groups before it advanced."""
@@ -53,7 +50,6 @@ class _Settled(NamedTuple):
 
     stats: StepStats
     result: StepResult
-    loss: torch.Tensor | float | None
 
 
 class OptimizerSteps:
@@ -90,7 +86,7 @@ class OptimizerSteps:
         state.changes.check()
         self._telemetry.enter("step", state.counters.global_steps + 1, state.config.accumulation)
         ahead = self._can_run_ahead()
-        downloads = state.grad_offload.jobs if ahead and state.sums_gradients_on_host and state.grad_offload else None
+        downloads = state.gradient_downloads if ahead else None
         if downloads is None:
             state.settle_gradients()
         divisor, loss, changed = state.gradient_divisor, accumulation.loss, state.changes.detected()
@@ -113,7 +109,7 @@ class OptimizerSteps:
             state.update(groups, decision)
             before = self._schedule()
             self._finish(taken=True, lr_kwargs=lr_kwargs)
-            self._unsettled = _Unsettled(stats, groups[0]["lr"], loss, self._reporter.measure(), before)
+            self._unsettled = _Unsettled(stats, groups[0]["lr"], self._reporter.measure(), before)
         else:
             known = stats.read()
             if known.changed:
@@ -124,7 +120,7 @@ class OptimizerSteps:
             self._last = known
             self._finish(taken=not known.skipped, lr_kwargs=lr_kwargs)
             result = self._reporter.report(known, groups[0]["lr"], self._reporter.measure())
-            self._settled = _Settled(known, result, loss)
+            self._settled = _Settled(known, result)
             self._rescale(known.skipped)
             commands = self._tell()
         accumulation.end_step()
@@ -146,7 +142,7 @@ class OptimizerSteps:
         if stats.changed:
             state.changes.log_commit()
         result = self._reporter.report(stats, unsettled.lr, unsettled.measured)
-        self._settled = _Settled(stats, result, unsettled.loss)
+        self._settled = _Settled(stats, result)
         self._nonfinite.note(stats)
         self._rescale(stats.skipped)
 
@@ -162,7 +158,7 @@ class OptimizerSteps:
         if settled is None:
             return None
         self._nonfinite.note(settled.stats)
-        self._nonfinite.report(settled.result, settled.loss)
+        self._nonfinite.report(settled.result, settled.stats.own_loss)
         self._nonfinite.count(settled.result.step, settled.stats)
         return settled.stats
 

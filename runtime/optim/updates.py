@@ -5,9 +5,11 @@ training  | step() |    wait | forward embedding | wait, gather 0 | forward 0 | 
 
 The forward waits only for the unit it needs next, so most of the update hides behind it. New parameters are
 all-gathered in the order of updates, the same on every rank whatever its model runs first, and all of them before
-backward begins. Where the gradients are in host memory, the host does not know yet in step() how the ranks decide about
-the step (StepDecision): the thread waits for that, and a unit whose states stay on the device is updated by the training
-thread where it waits for the unit.
+backward begins.
+
+On a GPU the ranks may still be deciding about the step (StepDecision) when step() returns: the thread waits for that.
+If only the host will know the decision, a unit whose states stay on the device is updated by the training thread when it
+waits for the unit.
 
 [Note: parameters used outside their unit's forward]
 A pre-forward hook of each unit waits for its update. A model that reads a parameter outside that forward (a weight that

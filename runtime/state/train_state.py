@@ -4,6 +4,7 @@ as an argument."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -121,9 +122,11 @@ class TrainState:
         return ranks * self.predivision * self.scaler.scale
 
     @property
-    def sums_gradients_on_host(self) -> bool:
-        """Whether gradients are accumulated in host memory while they are computed on a device."""
-        return self.grad_offload is not None and self.policy.shards_gradients
+    def gradient_downloads(self) -> list[Future[float | None]] | None:
+        """Downloads of gradients to their accumulators in host memory, of which some may be under way; None: gradients
+        are accumulated on the device."""
+        offload = self.grad_offload
+        return offload.jobs if offload is not None and self.policy.shards_gradients else None
 
     @property
     def gradients_reduced(self) -> bool:

@@ -1,5 +1,5 @@
-"""What the sums over ranks decide about the update of one optimizer step: the factor on its gradients, and whether it is
-taken at all. Kernels on the device may read that before the host knows it; updates on the host wait for it."""
+"""What the sums over ranks decide about the update of one optimizer step: the factor on its gradients, and whether it
+is taken at all. Kernels on the device may read that before the host knows it; updates on the host wait for it."""
 
 from __future__ import annotations
 

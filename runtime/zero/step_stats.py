@@ -16,6 +16,9 @@ from runtime.comm.host_sums import HostSum
 from runtime.zero.flat import FlatParamGroup
 from runtime.zero.step_decision import Decided, StepDecision
 
+FIGURES = 7
+"""Numbers that the ranks sum at a boundary: see `sync_step_stats`."""
+
 
 class StepStats(NamedTuple):
     """What all ranks agree on at a boundary."""
@@ -31,6 +34,8 @@ class StepStats(NamedTuple):
     """Whether some rank must stop (its supervisor is gone)."""
     changed: bool = False
     """Whether on some rank the script has changed parameters since the last step."""
+    own_loss: float | None = None
+    """This rank's own part in `loss`: its mean over micro-steps."""
 
     @property
     def skipped(self) -> bool:
@@ -39,8 +44,8 @@ class StepStats(NamedTuple):
 
 
 class PendingStats:
-    """The sums over ranks of one boundary, under way: computed on the device and copied to page-locked memory, or summed
-    on the host by a thread of their own. So nobody has to wait for them in engine.step()."""
+    """The sums over ranks of one boundary, under way: computed on the device and copied to page-locked memory, or
+    summed on the host by a thread of their own. So nobody has to wait for them in engine.step()."""
 
     def __init__(
         self,
@@ -48,13 +53,16 @@ class PendingStats:
         divisor: float,
         world_size: int,
         loss_is_known: bool,
+        own_loss: Callable[[], float],
         figures: torch.Tensor | None,
         changed: torch.Tensor | bool,
     ) -> None:
-        """sums: the 7 numbers of `sync_step_stats`, on their way to the host. figures: the same on the device; None if
-        they are summed on the host. changed: whether the script has changed this rank's parameters."""
+        """sums: the 7 numbers of `sync_step_stats`, on their way to the host. own_loss: waits for this rank's loss.
+        figures: the sums on the device; None if they are summed on the host. changed: whether the script has changed
+        this rank's parameters."""
         self._sums, self._divisor, self._world_size = sums, divisor, world_size
-        self._loss_is_known, self._figures, self._changed = loss_is_known, figures, changed
+        self._loss_is_known, self._own_loss = loss_is_known, own_loss
+        self._figures, self._changed = figures, changed
 
     def decision(self, limit: float) -> StepDecision:
         """What these statistics decide about the update. limit: see `clip_coefficient`."""
@@ -71,7 +79,7 @@ class PendingStats:
         return torch.where(torch.isfinite(norm), coefficient / self._divisor, math.nan).to(torch.float32)
 
     def _decide(self, limit: float) -> Decided:
-        total, *_, changes = self._sums.wait()
+        total, *_, changes = self._sums.wait()[:FIGURES]
         norm = self._norm(total)
         scale = clip_coefficient(norm, limit) / self._divisor if math.isfinite(norm) else math.nan
         return Decided(scale, changes > 0)
@@ -82,7 +90,7 @@ class PendingStats:
     def read(self) -> StepStats:
         """The statistics, on the host, for the training thread. Waits for them. Raises RuntimeError on every rank when
         the ranks ran modules in different orders."""
-        total, loss_sum, waits, stops, hashes, squares, changes = self._sums.wait()
+        total, loss_sum, waits, stops, hashes, squares, changes = self._sums.wait()[:FIGURES]
         if isinstance(self._sums, HostSum):
             self._sums.report()
         # Equal only where all are (Cauchy-Schwarz); whole numbers, so exact.
@@ -94,7 +102,8 @@ class PendingStats:
             )
         norm = self._norm(total)
         mean = loss_sum / self._world_size if self._loss_is_known else None
-        return StepStats(norm, mean, waits > 0, stops > 0, changes > 0)
+        own_loss = self._own_loss() if self._loss_is_known else None
+        return StepStats(norm, mean, waits > 0, stops > 0, changes > 0, own_loss)
 
 
 class HostCopy(Protocol):
@@ -153,7 +162,7 @@ def sync_step_stats(
     is equal on ranks that unsharded their units in the same order. downloads: of gradients that are still on their way
     to host memory, where they are summed; None: all gradients are complete, or will be on the device.
     """
-    figures = torch.zeros(7, dtype=torch.float64, device=comm.device)
+    figures = torch.zeros(FIGURES, dtype=torch.float64, device=comm.device)
     if downloads is None:
         figures[0] = _squares(flats, comm)
     for index, number in enumerate((command_waits, stop_asked, execution_hash, execution_hash**2), 2):
@@ -164,11 +173,16 @@ def sync_step_stats(
         else:
             figures[index].fill_(float(value))
     if downloads is None:
+        own_loss = figures[1:2].clone()
         comm.all_reduce(figures).wait()
-        return PendingStats(copy_to_host(figures), divisor, comm.world_size, loss is not None, figures, changed)
-    own = functools.partial(_numbers_on_host, copy_to_host(figures), downloads, _parts_of_squares(flats, comm))
-    sums = comm.begin_host_sum(own, len(figures))
-    return PendingStats(sums, divisor, comm.world_size, loss is not None, None, changed)
+        copy = copy_to_host(torch.cat([figures, own_loss]))
+        return PendingStats(
+            copy, divisor, comm.world_size, loss is not None, lambda: copy.wait()[FIGURES], figures, changed
+        )
+    own = copy_to_host(figures)
+    numbers = functools.partial(_numbers_on_host, own, downloads, _parts_of_squares(flats, comm))
+    sums = comm.begin_host_sum(numbers, FIGURES)
+    return PendingStats(sums, divisor, comm.world_size, loss is not None, lambda: own.wait()[1], None, changed)
 
 
 def _numbers_on_host(
@@ -185,18 +199,23 @@ def _numbers_on_host(
 
 def _parts_of_squares(flats: Sequence[FlatParamGroup], comm: Comm) -> list[Callable[[], float]]:
     """For each group a function that waits for the sum of squares of this rank's shard, on any thread."""
-    parts: list[Callable[[], float]] = []
-    for flat in flats:
+    gradients = [own_gradient(flat, comm) for flat in flats]
+    on_gpu = [index for index, gradient in enumerate(gradients) if gradient.device.type == "cuda"]  # not offloaded
+    sums = copy_to_host(_on_gpu([gradients[index] for index in on_gpu])) if on_gpu else None
+    parts: list[Callable[[], Any]] = []
+    for index, flat in enumerate(flats):
         job = flat.gradients.sum_of_squares_job if flat.gradients is not None else None
-        gradient = own_gradient(flat, comm)
-        if gradient.device.type == "cuda":  # a group whose states are not offloaded
-            sums = copy_to_host(_on_gpu([gradient]))
-            parts.append(lambda sums=sums: sums.wait()[0])  # type: ignore[misc]
+        if sums is not None and index in on_gpu:
+            parts.append(functools.partial(_number, sums, on_gpu.index(index)))
         elif job is not None:
             parts.append(job.result)
-        else:  # it was changed since its download
-            parts.append(functools.partial(sum_of_squares, gradient))  # type: ignore[arg-type]
+        else:  # the script has changed it since its download
+            parts.append(functools.partial(sum_of_squares, gradients[index]))
     return parts
+
+
+def _number(numbers: HostCopy, index: int) -> float:
+    return numbers.wait()[index]
 
 
 def _squares(flats: Sequence[FlatParamGroup], comm: Comm) -> torch.Tensor | float:

@@ -69,8 +69,8 @@ def matches(
     events: bool = False,
     skips: bool = False,
 ) -> bool:
-    """Whether `steps` streamed steps in the order of `seed` show the bits of plain steps wherever somebody looks. skips:
-    the kernels write nothing, and so everything must stay as it is."""
+    """Whether `steps` streamed steps in the order of `seed` show the bits of plain steps wherever somebody looks.
+    skips: the kernels write nothing, and so everything must stay as it is."""
     gen = torch.Generator().manual_seed(seed)
     n = sum(lengths)
     p, m, v = torch.randn(n, generator=gen), torch.zeros(n), torch.zeros(n)
