@@ -8,7 +8,7 @@ all-gathered in the order of updates, the same on every rank whatever its model 
 backward begins.
 
 On a GPU the ranks may still be deciding about the step (StepDecision) when step() returns: the thread waits for that.
-If only the host will know the decision, a unit whose states stay on the device is updated by the training thread when it
+If only the host will know the decision, the training thread updates a unit whose states stay on the device when it
 waits for the unit.
 
 [Note: parameters used outside their unit's forward]

@@ -125,7 +125,7 @@ class _FromDevice:
     def __init__(self, figures: torch.Tensor) -> None:
         self._numbers = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
         self._numbers.copy_(figures, non_blocking=True)
-        self._arrived = torch.cuda.Event()
+        self._arrived = torch.cuda.Event(blocking=True)  # waiting threads sleep
         self._arrived.record(torch.cuda.current_stream(figures.device))
 
     def wait(self) -> list[float]:
