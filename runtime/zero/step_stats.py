@@ -53,13 +53,13 @@ class PendingStats:
         divisor: float,
         world_size: int,
         loss_is_known: bool,
-        own_loss: Callable[[], float],
+        own_loss: Callable[[list[float]], float],
         figures: torch.Tensor | None,
         changed: torch.Tensor | bool,
     ) -> None:
-        """sums: the 7 numbers of `sync_step_stats`, on their way to the host. own_loss: waits for this rank's loss.
-        figures: the sums on the device; None if they are summed on the host. changed: whether the script has changed
-        this rank's parameters."""
+        """sums: the 7 numbers of `sync_step_stats`, on their way to the host. own_loss: returns this rank's loss,
+        given what `sums` has returned. figures: the sums on the device; None if they are summed on the host. changed:
+        whether the script has changed this rank's parameters."""
         self._sums, self._divisor, self._world_size = sums, divisor, world_size
         self._loss_is_known, self._own_loss = loss_is_known, own_loss
         self._figures, self._changed = figures, changed
@@ -90,7 +90,8 @@ class PendingStats:
     def read(self) -> StepStats:
         """The statistics, on the host, for the training thread. Waits for them. Raises RuntimeError on every rank when
         the ranks ran modules in different orders."""
-        total, loss_sum, waits, stops, hashes, squares, changes = self._sums.wait()[:FIGURES]
+        numbers = self._sums.wait()
+        total, loss_sum, waits, stops, hashes, squares, changes = numbers[:FIGURES]
         if isinstance(self._sums, HostSum):
             self._sums.report()
         # Equal only where all are (Cauchy-Schwarz); whole numbers, so exact.
@@ -102,7 +103,7 @@ class PendingStats:
             )
         norm = self._norm(total)
         mean = loss_sum / self._world_size if self._loss_is_known else None
-        own_loss = self._own_loss() if self._loss_is_known else None
+        own_loss = self._own_loss(numbers) if self._loss_is_known else None
         return StepStats(norm, mean, waits > 0, stops > 0, changes > 0, own_loss)
 
 
@@ -177,12 +178,12 @@ def sync_step_stats(
         comm.all_reduce(figures).wait()
         copy = copy_to_host(torch.cat([figures, own_loss]))
         return PendingStats(
-            copy, divisor, comm.world_size, loss is not None, lambda: copy.wait()[FIGURES], figures, changed
+            copy, divisor, comm.world_size, loss is not None, lambda numbers: numbers[FIGURES], figures, changed
         )
     own = copy_to_host(figures)
     numbers = functools.partial(_numbers_on_host, own, downloads, _parts_of_squares(flats, comm))
     sums = comm.begin_host_sum(numbers, FIGURES)
-    return PendingStats(sums, divisor, comm.world_size, loss is not None, lambda: own.wait()[1], None, changed)
+    return PendingStats(sums, divisor, comm.world_size, loss is not None, lambda _numbers: own.wait()[1], None, changed)
 
 
 def _numbers_on_host(

@@ -2,8 +2,9 @@
 the same.
 
 The device is played by the host, and stands still during engine.step(): whatever it was given since the last step does
-not complete, neither a copy nor a sum. Updates beside the training thread wait until step() has returned. A training
-thread that waited for the device in step() would wait forever, so after a while that is counted and the device runs on.
+not complete, neither a copy nor a sum, nor the last download of backward. Updates beside the training thread wait until
+step() has returned. A training thread that waited for the device in step() would wait forever, so after a while that is
+counted and the device goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partialmethod
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +28,7 @@ import runtime.offload.placement
 from runtime.comm.group import SHARED_MEMORY_VARIABLE
 from runtime.config import Fp16Config, load
 from runtime.engine.initialize import initialize
+from runtime.offload.download import GradOffload
 from runtime.optim.updates import LEARNING_STEPS
 from runtime.wire.messages import Command
 from runtime.zero import step_stats
@@ -41,39 +44,48 @@ from tests.numerics.training import config, micro_batch
 STEPS = 20
 OVERFLOWS = (4, 5, 11)
 """Steps at which the last rank's gradient overflows, the first ones after updates have begun to overlap."""
-STUCK_S = 20.0
+STUCK_S = 10.0
 """Seconds after which a training thread that waits for the device in step() is let go."""
 
 
 class StandingDevice:
-    """Completes work, but while it stands still only what it was given before it last ran."""
+    """Completes work, but while it stands still only what it was given before it last went on."""
 
     def __init__(self, stuck_s: float) -> None:
         self._stuck_s = stuck_s
-        self._runs = threading.Event()
-        self._runs.set()
+        self._still = False
+        self._changed = threading.Condition()
         self.now = self.waits = 0
+        self.holds_downloads = False
+        """Whether it always stands still for downloads of gradients: it is as late as the training thread allows."""
 
     @contextlib.contextmanager
     def stands_still(self) -> Iterator[None]:
-        self._runs.clear()
+        self._still = not self.waits  # one wait is enough to fail
         released = threading.Timer(self._stuck_s, self._let_go)
         released.start()
         try:
             yield
         finally:
             released.cancel()
-            self.now += 1
-            self._runs.set()
+            self.go_on()
 
     def _let_go(self) -> None:
         self.waits += 1
-        self._runs.set()
+        self.go_on()
 
-    def reach(self, given: int) -> None:
-        """Called by whoever waits for work. given: `now` when the device was given it."""
-        if given == self.now:
-            self._runs.wait()
+    def go_on(self) -> None:
+        """Complete what it was given."""
+        with self._changed:
+            self._still = False
+            self.now += 1
+            self._changed.notify_all()
+
+    def reach(self, given: int, held: bool = False) -> None:
+        """Called by whoever waits for work. given: `now` when the device was given it. held: whether it stands still
+        for that anyway."""
+        with self._changed:
+            self._changed.wait_for(lambda: given < self.now or not (self._still or held))
 
 
 class StandingCopy:
@@ -81,12 +93,14 @@ class StandingCopy:
 
     def __init__(self, device: StandingDevice, copy: Any) -> None:
         self._device, self._copy, self._given = device, copy, device.now
+        self._held = device.holds_downloads
 
     def wait_host(self) -> None:
-        self._device.reach(self._given)
+        self._device.reach(self._given, self._held)
         self._copy.wait_host()
 
-    wait_device = wait_host
+    def wait_device(self) -> None:
+        self._copy.wait_device()  # the device orders its own work, and no thread waits
 
 
 class StandingFigures:
@@ -121,6 +135,27 @@ class StandingStreamer(LateStreamer):
         return StandingCopy(self._device, super().update(*arguments))
 
 
+def send_late(offload: GradOffload, send: Any, device: StandingDevice, *arguments: Any) -> Any:
+    """Send a gradient that does not arrive before the next one is sent, or step() is over."""
+    device.go_on()
+    device.holds_downloads = True
+    try:
+        return send(offload, *arguments)
+    finally:
+        device.holds_downloads = False
+
+
+@contextlib.contextmanager
+def step_of(engine: Any, device: StandingDevice, ahead: bool = True) -> Iterator[None]:
+    """Around engine.step(): the device stands still, unless the step is settled at once."""
+    if ahead and engine.state.updates.will_overlap:
+        with device.stands_still():
+            yield
+    else:
+        device.go_on()
+        yield
+
+
 @contextlib.contextmanager
 def standing(ahead: bool, share: float = 0.0, stuck_s: float = patient(STUCK_S)) -> Iterator[StandingDevice]:
     """Engines made and trained inside are on a device of their own, of which each updates `share` of the states. ahead:
@@ -134,6 +169,7 @@ def standing(ahead: bool, share: float = 0.0, stuck_s: float = patient(STUCK_S))
         ):
             stack.enter_context(patch.object(owner, name, value))
         if ahead:
+            stack.enter_context(patch.object(GradOffload, "send", partialmethod(send_late, GradOffload.send, device)))
             stack.enter_context(patch.object(step_stats, "arrive_late", lambda _device: True))
             stack.enter_context(patch.object(step_stats, "copy_to_host", lambda f: StandingFigures(device, f)))
             late = patch.object(FlatParamGroup, "changed_by_script", lambda flat: torch.as_tensor(changed(flat)))
@@ -183,7 +219,7 @@ def train(
                     loss = engine(*micro_batch(step, micro, rank, world))
                     overflows = step in OVERFLOWS and rank == world - 1 and micro == 0
                     engine.backward(loss * float("inf") if overflows else loss)
-                    with device.stands_still() if ahead and step >= LEARNING_STEPS else contextlib.nullcontext():
+                    with step_of(engine, device, ahead):
                         engine.step()
                         in_flight += engine.state.updates.under_way
                 losses.append(loss.item())
@@ -195,8 +231,12 @@ def train(
             found = {
                 "losses": losses,
                 "parameters": {name: value.clone() for name, value in engine.module.state_dict().items()},
-                "masters": [masters.clone() for masters in engine.masters()],
-                "states": [held.tensor.clone() for one in engine.state.shard_optimizers for held in one.states()],
+                "states": [
+                    tensor[segment.start : segment.end].clone()  # without padding, which nobody reads
+                    for one in engine.state.shard_optimizers
+                    for tensor in (one.flat.masters, *(held.tensor for held in one.states()))
+                    for segment in one.flat.segments
+                ],
                 "skipped": engine.skipped_steps,
                 "norm": engine.get_global_grad_norm(),
                 "lr": engine.get_lr(),
@@ -283,8 +323,7 @@ def steps_of(engine: Any, device: StandingDevice, count: int) -> None:
     for step in range(first, first + count):
         for micro in range(2):
             engine.backward(engine(*micro_batch(step, micro, dist.get_rank(), dist.get_world_size())))
-            still = device.stands_still() if step >= LEARNING_STEPS else contextlib.nullcontext()
-            with still:
+            with step_of(engine, device):
                 engine.step()
 
 
@@ -318,7 +357,7 @@ def save_at_once(ahead: bool, folder: str) -> dict[str, Any]:
             for micro in range(2):
                 loss = engine(*micro_batch(step, micro, dist.get_rank(), dist.get_world_size()))
                 engine.backward(loss * float("inf") if step == 4 else loss)
-                with device.stands_still() if ahead and step >= LEARNING_STEPS else contextlib.nullcontext():
+                with step_of(engine, device, ahead):
                     engine.step()
         assert ahead == engine.state.updates.under_way
         engine.save_checkpoint(folder)
@@ -350,7 +389,6 @@ def fail_beside() -> str:
         for micro in range(2):
             engine.backward(engine(*micro_batch(3, micro, 0, 1)))
             if micro == 1:
-                engine.state.grad_offload.jobs[-1].result()
                 engine.state.grad_offload._slots[-1].job = engine.state.grad_offload.executor.submit(broken)
             with device.stands_still():
                 engine.step()
@@ -375,6 +413,7 @@ def may_run_ahead(**settings: Any) -> bool:
         for step in range(LEARNING_STEPS + 1):
             for micro in range(2):
                 engine.backward(engine(*micro_batch(step, micro, dist.get_rank(), dist.get_world_size())))
+                device.go_on()
                 engine.step()
         engine.synchronize()
         ahead: bool = engine.steps._can_run_ahead()
