@@ -1,6 +1,6 @@
 // The streamed optimizer's schedule. States lie in host memory and pass through a ring of device slots:
 //
-//   in       | load 0 | load 1 | load 2 | . . . . | load 3 |            p, m, v (and the gradient, where it lies on the host)
+//   in       | load 0 | load 1 | load 2 | . . . . | load 3 |            p, m, v (and gradient and parameters that lie on the host)
 //   compute           | update 0 | update 1 | update 2 | . . . | update 3 |
 //   out                          | store 0  | store 1  | store 2  |     p, m, v (and the parameters that the host wants)
 //
@@ -66,12 +66,14 @@ struct Streamer {
   int wait(Wait which, Stream stream, const Event& event) { return DROP & which ? 0 : device.wait(stream, event); }
 
   // update(stream, ZtRange): enqueues the kernel; all addresses in its range are the device's. Sizes are bytes per element.
+  // load_out: outputs on the host pass through the slots in both directions, because the kernel may leave them as they are.
   template <class Update>
-  int run(const ZtRange* ranges, int64_t n_ranges, int64_t grad_size, int64_t out_size, const Order<Device>& order,
-          Update&& update) {
+  int run(const ZtRange* ranges, int64_t n_ranges, int64_t grad_size, int64_t out_size, bool load_out,
+          const Order<Device>& order, Update&& update) {
     ZT_TRY(begin(order));
     for (int64_t r = 0; r < n_ranges; ++r)
-      for (int64_t at = 0; at < ranges[r].n; at += ring.chunk) ZT_TRY(piece(ranges[r], at, grad_size, out_size, update));
+      for (int64_t at = 0; at < ranges[r].n; at += ring.chunk)
+        ZT_TRY(piece(ranges[r], at, grad_size, out_size, load_out, update));
     return end(order);
   }
 
@@ -91,7 +93,7 @@ struct Streamer {
   }
 
   template <class Update>
-  int piece(const ZtRange& range, int64_t at, int64_t grad_size, int64_t out_size, Update&& update) {
+  int piece(const ZtRange& range, int64_t at, int64_t grad_size, int64_t out_size, bool load_out, Update&& update) {
     const int slot = next;
     next = (next + 1) % ring.slots;
     const int64_t n = range.n - at < ring.chunk ? range.n - at : ring.chunk;
@@ -106,6 +108,7 @@ struct Streamer {
     ZT_TRY(wait(FREE, in, freed[slot]));
     for (int s = 0; s < 3; ++s) ZT_TRY(device.copy(in, states[s], (const void*)homes[s], 4 * n, true));
     if (load_g) ZT_TRY(device.copy(in, g, (const void*)g_home, grad_size * n, true));
+    if (load_out && store_out) ZT_TRY(device.copy(in, o, (const void*)o_home, out_size * n, true));
     ZT_TRY(device.record(loaded[slot], in));
 
     ZT_TRY(wait(LOADED, compute, loaded[slot]));

@@ -1,7 +1,7 @@
 // What concerns the host: the interface's number, devices, errors, and page-locking memory that is mapped already.
 #include "common.cuh"
 
-API int zt_abi() { return 3; }
+API int zt_abi() { return 4; }
 // How many GPUs there are, or the negated error.
 API int zt_device_count() { int n = 0; cudaError_t e = cudaGetDeviceCount(&n); return e == cudaSuccess ? n : -(int)e; }
 API const char* zt_error(int e) { return cudaGetErrorString((cudaError_t)e); }

@@ -84,10 +84,11 @@ API int zt_stream_free(uint64_t handle) {
 }
 
 // Ranges' p, m, v on the host; g and out where `place` says. wait_stream, signal_stream: NO_STREAM for none. wait_event,
-// signal_event: 0 for none. See ../stream.h for what they order.
+// signal_event: 0 for none. See ../stream.h for what they order. scale, changed: as zt_adamw's; where the scale is not finite,
+// what lies on the host comes back as it was.
 API int zt_stream_adamw(uint64_t handle, const ZtRange* ranges, int64_t n_ranges, const ZtHyper* hypers, int32_t grad_dtype,
-                        int32_t out_dtype, int32_t l2, uint64_t scale, uint64_t wait_stream, uint64_t wait_event,
-                        uint64_t signal_stream, uint64_t signal_event) {
+                        int32_t out_dtype, int32_t l2, uint64_t scale, uint64_t changed, uint64_t wait_stream,
+                        uint64_t wait_event, uint64_t signal_stream, uint64_t signal_event) {
   Handle* h = (Handle*)handle;
   const int64_t grad_size = zt::size_of(grad_dtype), out_size = zt::size_of(out_dtype);
   for (int64_t i = 0; i < n_ranges; ++i)
@@ -101,7 +102,7 @@ API int zt_stream_adamw(uint64_t handle, const ZtRange* ranges, int64_t n_ranges
   cudaEvent_t done_event = (cudaEvent_t)signal_event;
   const zt::Order<Cuda> order = {wait_stream == NO_STREAM ? nullptr : &after, wait_event ? &after_event : nullptr,
                                  signal_stream == NO_STREAM ? nullptr : &before, signal_event ? &done_event : nullptr};
-  const zt::AdamCall call = {hypers, grad_dtype, out_dtype, l2 != 0, (const float*)scale, nullptr, h->device};
-  return h->streamer.run(ranges, n_ranges, grad_size, out_size, order,
+  const zt::AdamCall call = {hypers, grad_dtype, out_dtype, l2 != 0, (const float*)scale, (const uint8_t*)changed, h->device};
+  return h->streamer.run(ranges, n_ranges, grad_size, out_size, scale || changed, order,
                          [&](cudaStream_t stream, const ZtRange& piece) { return zt::launch_adam(call, &piece, 1, stream); });
 }

@@ -5,6 +5,7 @@ group     `Comm`, the collectives of one group
 pending   collectives under way, on the host or on a GPU stream
 shared_memory   collectives between ranks of one host without GPUs
 objects   small values between ranks, as signed JSON
+host_sums sums over ranks that run beside the training thread
 transfer  copies between a GPU and its host
 profiling       ranges for profilers
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from runtime.comm import objects
+from runtime.comm.host_sums import HostSum
 from runtime.comm.pending import (
     CopyPending,
     DeviceClock,
@@ -35,17 +36,25 @@ SHARED_MEMORY_VARIABLE = "ZEROTOP_SHARED_MEMORY"
 
 _shared: tuple[Any, dist.ProcessGroup] | None = None
 """The world's process group and its control group."""
+_for_sums: tuple[Any, dist.ProcessGroup] | None = None
+"""The world's process group and the group of sums on the host."""
 
 
 def _leave_groups() -> None:
     """Destroy the process groups at exit, unless the script has: a Gloo group whose last reference is dropped by its
     own thread aborts the process."""
-    global _shared
-    shared, _shared = _shared, None
-    if shared is None or not dist.is_initialized() or dist.group.WORLD is not shared[0]:
+    global _shared, _for_sums
+    groups = [pair for pair in (_for_sums, _shared) if pair is not None]
+    _shared = _for_sums = None
+    if not dist.is_initialized() or not any(world is dist.group.WORLD for world, _ in groups):
         return
     gc.collect()  # engines, and the collectives that they remember
-    dist.destroy_process_group(None if dist.get_backend() == "gloo" else shared[1])
+    if dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+        return
+    for world, group in groups:
+        if world is dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 class Comm:
@@ -169,6 +178,22 @@ class Comm:
         if self._clock is not None:
             return DevicePending(self._clock, op, _nbytes(buffer), lambda: start(False), own, after)
         return HostPending(self.telemetry, op, _nbytes(buffer), lambda: start(True), own)
+
+    # ---- sums on the host that nobody waits for: see host_sums.py -------------------------------------------
+    def prepare_host_sums(self) -> None:
+        """Make what `begin_host_sum` needs. Collective."""
+        global _for_sums
+        world = dist.group.WORLD
+        if self.world_size > 1 and (_for_sums is None or _for_sums[0] is not world):
+            _ = self.control_group  # which is closed at exit
+            _for_sums = (world, dist.new_group(backend="gloo"))
+
+    def begin_host_sum(self, own: Callable[[], Sequence[float]], count: int) -> HostSum:
+        """Begin to sum `count` numbers over ranks. own: returns this rank's, on another thread, and may wait for them.
+        Every rank begins the same sums in the same order."""
+        assert self.world_size == 1 or _for_sums is not None
+        group = _for_sums[1] if _for_sums is not None and self.world_size > 1 else None
+        return HostSum(own, count, self.device, group, self.telemetry)
 
     # ---- small values between ranks, on the host -----------------------------------------------------------
     @property

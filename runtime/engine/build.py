@@ -108,6 +108,8 @@ def build_state(
     placement = choose_placement(
         config, parts.policy, comm, ledger, parts.gradients, sizes, adam, transfers, frozen_bytes
     )
+    if placement.grad_offload is not None and parts.policy.shards_gradients:
+        comm.prepare_host_sums()
     for index, spec in enumerate(specs):
         _make_flat(spec, parts, placement, placement.of(index))
         trim()

@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from runtime.comm import Comm
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.wire.messages import StepResult
@@ -71,7 +69,7 @@ class NonFiniteSteps:
             return f"; only the loss of rank {names} is not finite"
         return f"; the losses of ranks {names} are not finite"
 
-    def report(self, result: StepResult, own_loss: torch.Tensor | float | None) -> None:
+    def report(self, result: StepResult, own_loss: float | None) -> None:
         """Report a non-finite step as event and log line, from the first culprit, else from rank 0. own_loss: this
         rank's loss, of which result.loss is the mean; None if unknown."""
         if is_finite(result.grad_norm) and is_finite(result.loss):
@@ -126,15 +124,12 @@ class NonFiniteSteps:
             self.culprit,
         )
 
-    def _ranks_with(self, own_loss: torch.Tensor | float | None) -> tuple[int, ...]:
-        """The ranks whose own loss is not finite. Collective."""
-        comm = self._comm
-        flags = torch.zeros(comm.world_size, dtype=torch.float64, device=comm.device)
-        flags[comm.rank] = not is_finite(own_loss)
-        comm.all_reduce(flags).wait()
-        return tuple(rank for rank, flag in enumerate(flags.tolist()) if flag)
+    def _ranks_with(self, own_loss: float | None) -> tuple[int, ...]:
+        """The ranks whose own loss is not finite. Collective, but nothing of it waits for a device."""
+        flags = self._comm.gather_objects(not is_finite(own_loss))
+        return tuple(rank for rank, flag in enumerate(flags) if flag)
 
 
-def is_finite(value: torch.Tensor | float | None) -> bool:
+def is_finite(value: float | None) -> bool:
     """Whether `value` is finite; an unknown one (None) counts as finite."""
     return value is None or math.isfinite(value)

@@ -3,14 +3,16 @@ report -> commands.
 
 [Note: a step that the host does not wait for]
 On a GPU the norm, the clip factor and whether a gradient overflowed stay on the device: the update kernel reads factor
-and skip flag there, and the host goes on. What it has to know of step N it reads at the boundary of step N + 1 (or when
-somebody asks), from a copy that has long arrived then:
+and skip flag there, and the training thread goes on. Where gradients are accumulated in host memory (offload at stages
+2 and 3), another thread waits for their downloads and all-reduces the same numbers on the host. Either way they are a
+StepDecision, for which the updates of offloaded states wait on their thread. What the training thread has to know of
+step N it reads at the boundary of step N + 1 (or when somebody asks), from a copy that has long arrived then:
 
 boundary N    all-reduce N -> update N (assumed to be taken: counters, schedule)     copy of the statistics of N begins
 boundary N+1  settle N: result, loss scale, undo if it was skipped -> all-reduce N+1 -> update N+1 -> commands of N
 
-So the ranks obey commands one step later than they hear of them, all at the same one. Where an update needs the host
-(offloaded states, other optimizers than AdamW), and on CPUs, a step is settled at once.
+So the ranks obey commands one step later than they hear of them, all at the same one. A step is settled at once on
+CPUs, with other optimizers than AdamW, and where offloaded updates must be complete when step() returns.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-import torch
 
 from runtime import native
 from runtime.engine.control import Control
@@ -31,6 +31,7 @@ from runtime.state.train_state import TrainState
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.wire.messages import StepResult
 from runtime.zero import step_stats
+from runtime.zero.step_decision import StepDecision
 from runtime.zero.step_stats import PendingStats, StepStats, clip_coefficient, sync_step_stats
 
 
@@ -39,7 +40,6 @@ class _Unsettled(NamedTuple):
 
     stats: PendingStats
     lr: float
-    loss: torch.Tensor | float | None
     measured: Measured
     schedule_before: tuple[dict[str, Any], list[dict[str, Any]]] | None
     """State of the learning-rate scheduler and the parameter groups before it advanced."""
@@ -50,7 +50,6 @@ class _Settled(NamedTuple):
 
     stats: StepStats
     result: StepResult
-    loss: torch.Tensor | float | None
 
 
 class OptimizerSteps:
@@ -86,9 +85,11 @@ class OptimizerSteps:
         state.optimizer.check_groups()
         state.changes.check()
         self._telemetry.enter("step", state.counters.global_steps + 1, state.config.accumulation)
-        state.settle_gradients()
-        divisor, loss, changed = state.gradient_divisor, accumulation.loss, state.changes.detected()
         ahead = self._can_run_ahead()
+        downloads = state.gradient_downloads if ahead else None
+        if downloads is None:
+            state.settle_gradients()
+        divisor, loss, changed = state.gradient_divisor, accumulation.loss, state.changes.detected()
         stats = sync_step_stats(
             state.flats,
             state.comm,
@@ -98,28 +99,28 @@ class OptimizerSteps:
             stop_asked=self._control.stop_asked(),
             execution_hash=state.unsharder.take_execution_hash(),
             changed=changed,
+            downloads=downloads,
         )
         groups = state.optimizer.hyperparameters(state.counters.lr_factor)
         if ahead:
-            scale = stats.grad_scale(state.config.gradient_clipping)
-            on_device = changed if isinstance(changed, torch.Tensor) else None
-            if on_device is None and changed:
+            decision = stats.decision(state.config.gradient_clipping)
+            if decision.scale is not None and changed is True:
                 state.changes.commit()
-            state.update(groups, scale, on_device)
+            state.update(groups, decision)
             before = self._schedule()
             self._finish(taken=True, lr_kwargs=lr_kwargs)
-            self._unsettled = _Unsettled(stats, groups[0]["lr"], loss, self._reporter.measure(), before)
+            self._unsettled = _Unsettled(stats, groups[0]["lr"], self._reporter.measure(), before)
         else:
             known = stats.read()
             if known.changed:
                 state.changes.commit()
             if not known.skipped:
                 factor = clip_coefficient(known.grad_norm, state.config.gradient_clipping) / divisor
-                state.update(groups, factor)
+                state.update(groups, StepDecision.known(factor))
             self._last = known
             self._finish(taken=not known.skipped, lr_kwargs=lr_kwargs)
             result = self._reporter.report(known, groups[0]["lr"], self._reporter.measure())
-            self._settled = _Settled(known, result, loss)
+            self._settled = _Settled(known, result)
             self._rescale(known.skipped)
             commands = self._tell()
         accumulation.end_step()
@@ -141,7 +142,7 @@ class OptimizerSteps:
         if stats.changed:
             state.changes.log_commit()
         result = self._reporter.report(stats, unsettled.lr, unsettled.measured)
-        self._settled = _Settled(stats, result, unsettled.loss)
+        self._settled = _Settled(stats, result)
         self._nonfinite.note(stats)
         self._rescale(stats.skipped)
 
@@ -157,7 +158,7 @@ class OptimizerSteps:
         if settled is None:
             return None
         self._nonfinite.note(settled.stats)
-        self._nonfinite.report(settled.result, settled.loss)
+        self._nonfinite.report(settled.result, settled.stats.own_loss)
         self._nonfinite.count(settled.result.step, settled.stats)
         return settled.stats
 
@@ -178,15 +179,16 @@ class OptimizerSteps:
 
     # ---- running ahead of the device -------------------------------------------------------------------------------
     def _can_run_ahead(self) -> bool:
-        """Whether there is a device to run ahead of, and updates need nothing from the host: AdamW by our kernel, with
-        all states on the device."""
+        """Whether there is a device to run ahead of, and updates need nothing from the training thread: AdamW by our
+        kernels, with states on the device, or updated beside the next forward."""
         state, scheduler = self._state, self._state.lr_scheduler
         kernels = state.device.type != "cuda" or native.cuda_available()
+        offloads = any(flat.placement.offloaded for flat in state.flats)
         return (
             step_stats.arrive_late(state.device)
             and kernels
-            and state.transfers is None
-            and all(isinstance(one, ShardAdamW) and not one.flat.placement.offloaded for one in state.shard_optimizers)
+            and all(isinstance(one, ShardAdamW) for one in state.shard_optimizers)
+            and (state.updates.will_overlap and native.available() if offloads else state.transfers is None)
             and (scheduler is None or (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")))
         )
 

@@ -217,6 +217,7 @@ class StreamedAdamW:
         *,
         adamw: bool = True,
         scale: torch.Tensor | None = None,
+        changed: torch.Tensor | None = None,
         wait_stream: int | None = None,
         wait_event: int | None = None,
         signal_stream: int | None = None,
@@ -226,7 +227,8 @@ class StreamedAdamW:
 
         Args:
             ranges: p, m, v page-locked on the host; g and out each there or on the GPU.
-            hypers, scale: as `cuda_adamw_ranges`.
+            hypers, scale, changed: as `cuda_adamw_ranges`; a skipped step transfers everything and changes nothing. The
+                caller keeps both tensors until the step is done.
             wait_stream, wait_event: a CUDA stream (an int; 0 is the default stream) and a CUDA event. The step begins
                 after the work that is enqueued on the stream now, and after the event. One of them must cover the work
                 that makes the gradients, reads the outputs and uses the states.
@@ -259,6 +261,7 @@ class StreamedAdamW:
                 *_dtypes(ranges),
                 int(not adamw),
                 _scale_address(scale, device),
+                _flag_address(changed, device),
                 _NO_STREAM if wait_stream is None else wait_stream,
                 wait_event or 0,
                 _NO_STREAM if signal_stream is None else signal_stream,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ABI = {"libzt_cpu.so": 6, "libzt_cuda.so": 3, "libzt_term.so": 1}
+ABI = {"libzt_cpu.so": 6, "libzt_cuda.so": 4, "libzt_term.so": 1}
 SUM_BLOCK = 8192  # elements; ZT_BLOCK of csrc/formula.h
 DTYPES = {"torch.float32": 1, "torch.bfloat16": 2, "torch.float16": 3}  # enum Dtype of csrc/cpu/kernels.h
 _NO_DEVICE = 100  # cudaErrorNoDevice
@@ -125,7 +125,7 @@ def cuda() -> ctypes.CDLL:
     lib.zt_stream_bytes.argtypes, lib.zt_stream_bytes.restype = [i64, i32, i32, i32], i64
     lib.zt_stream_new.argtypes = [i32, u64, i64, i32, i32, i32, ctypes.POINTER(u64)]
     lib.zt_stream_free.argtypes = [u64]
-    lib.zt_stream_adamw.argtypes = [u64, ranges, i64, hypers, i32, i32, i32, *([u64] * 5)]
+    lib.zt_stream_adamw.argtypes = [u64, ranges, i64, hypers, i32, i32, i32, *([u64] * 6)]
     lib.zt_pin.argtypes = [u64, i64, i32]
     lib.zt_unpin.argtypes = [u64]
     return lib

@@ -79,6 +79,11 @@ class GradOffload:
         self.transfers.down(source, staged, after).wait_host()
         return staged
 
+    @property
+    def jobs(self) -> list[Future[float | None]]:
+        """The last downloads; all earlier ones are complete when these are."""
+        return [slot.job for slot in self._slots if slot.job is not None]
+
     def drain(self) -> None:
         """Wait until all gradients that were sent are accumulated. Raises the exceptions of failed downloads."""
         for slot in self._slots:

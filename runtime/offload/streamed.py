@@ -37,15 +37,23 @@ class GpuStreamer:
         self._streamed = native.StreamedAdamW(self.memory, chunk=chunk, slots=STREAM_SLOTS, **sizes)
 
     def update(
-        self, pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float, after: torch.cuda.Event
+        self,
+        pieces: Sequence[native.Range],
+        hypers: Sequence[dict[str, Any]],
+        scale: float | torch.Tensor,
+        after: torch.cuda.Event,
+        changed: torch.Tensor | None = None,
     ) -> Copy:
         """See upload.Streamer."""
+        number, on_device = (1.0, scale) if isinstance(scale, torch.Tensor) else (scale, None)
         done = torch.cuda.Event()
         done.record(self._idle)  # torch makes an event's handle when it is first recorded
         self._streamed.step(
             pieces,
-            [native.hyper(grad_scale=scale, **numbers) for numbers in hypers],
+            [native.hyper(grad_scale=number, **numbers) for numbers in hypers],
             adamw=bool(hypers[0]["adamw"]),
+            scale=on_device,
+            changed=changed,
             wait_event=after.cuda_event,
             signal_event=done.cuda_event,
         )

@@ -27,10 +27,16 @@ class Streamer(Protocol):
     """Updates states in host memory on the device, through which they stream."""
 
     def update(
-        self, pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float, after: Any
+        self,
+        pieces: Sequence[native.Range],
+        hypers: Sequence[dict[str, Any]],
+        scale: float | torch.Tensor,
+        after: Any,
+        changed: torch.Tensor | None = None,
     ) -> Copy:
         """Start AdamW on `pieces`, whose states are in host memory, gradients and outputs there or on the device.
-        Nothing is read or written before the mark `after`; the update is done when the copy is complete."""
+        Nothing is read or written before the mark `after`; the update is done when the copy is complete. scale: on the
+        gradients; a tensor, and `changed`, are read on the device as StepDecision has them."""
 
 
 @dataclass
@@ -62,18 +68,40 @@ class ParamUpload:
         flat, numel = optimizer.flat, optimizer.flat.state_numel
         split = self.split(numel)
         done: list[Copy] = []
+        scale: float | torch.Tensor | None = step.decision.scale
+        if scale is None:  # the device will not know it
+            decided = step.decision.read()
+            if decided.changed:
+                self._follow(flat, numel, step.after)
+            if not decided.taken:
+                return Copies([])
+            scale = decided.scale
         if split < numel:
             assert self.streamer is not None
             # offloaded fp32 parameters are their own masters
             out = None if flat.param_shard is flat.masters else flat.param_shard[split:]
             pieces = optimizer.pieces(split, numel, flat.gradient[split:], out)
-            done.append(self.streamer.update(pieces, hypers, step.known_scale, step.after))
+            done.append(self.streamer.update(pieces, hypers, scale, step.after, step.decision.changed))
+        if split > 0 and isinstance(scale, torch.Tensor):
+            decided = step.decision.read()
+            if decided.changed:
+                self._follow(flat, split, step.after)
+            if not decided.taken:
+                return Copies(done)
+            scale = decided.scale
         if split > 0:
             gradient = self.gradient(flat, step, split)
             out, send = self._outgoing(flat, split, step.after)
-            optimizer.update_range(0, split, gradient, out, hypers, step)
+            optimizer.update_range(0, split, gradient, out, hypers, step.step, scale)
             done += send()
         return Copies(done)
+
+    def _follow(self, flat: FlatParamGroup, end: int, after: Any) -> None:
+        """Copy the first `end` parameters to the masters where the script has changed them on the device."""
+        if flat.tracks_script_changes and flat.masters_in_other_memory:
+            _, staged = self._buffer(flat.param_shard[:end])
+            self.transfers.down(flat.param_shard[:end], staged, after).wait_host()
+            flat.masters_follow(staged)
 
     def gradient(self, flat: FlatParamGroup, step: OptimizerStep, end: int | None = None) -> torch.Tensor:
         """(end,) the first elements of the group's gradient in host memory. Unless gradients are sharded (stages 2, 3),
@@ -98,17 +126,21 @@ class ParamUpload:
             return (None if flat.param_shard is flat.masters else shard), list
         if shard.dtype == flat.masters.dtype:
             return None, lambda: [self._up(flat, flat.masters[:end], shard, after)]
-        slot = self._sent % len(self.buffers)
-        self._sent += 1
-        if (last := self._copies[slot]) is not None:
-            last.wait_host()
-        out = self.buffers[slot][: shard.numel() * shard.element_size()].view(shard.dtype)
+        slot, out = self._buffer(shard)
 
         def send() -> list[Copy]:
             copy = self._copies[slot] = self._up(flat, out, shard, after)
             return [copy]
 
         return out, send
+
+    def _buffer(self, shard: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """The number of a page-locked buffer that no copy reads any more, and memory in it of the size of `shard`."""
+        slot = self._sent % len(self.buffers)
+        self._sent += 1
+        if (last := self._copies[slot]) is not None:
+            last.wait_host()
+        return slot, self.buffers[slot][: shard.numel() * shard.element_size()].view(shard.dtype)
 
     def _up(self, flat: FlatParamGroup, source: torch.Tensor, target: torch.Tensor, after: Any) -> Copy:
         with profiler_range("upload", flat.policy.stage, flat.name):

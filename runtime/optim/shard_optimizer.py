@@ -20,6 +20,7 @@ from runtime.optim.adamw import adamw_reference
 from runtime.optim.rounding import CHUNK, round_moments, rounding_of
 from runtime.plan.layout import Segment
 from runtime.zero.flat import FlatParamGroup
+from runtime.zero.step_decision import StepDecision
 
 Hyper = Mapping[str, Any]
 """Hyperparameters of one optimizer parameter group: lr, betas, eps, weight_decay, ..."""
@@ -40,21 +41,11 @@ class OptimizerStep(NamedTuple):
     groups: Sequence[Hyper]
     step: int
     """Adam's step count, from 1."""
-    scale: float | torch.Tensor
-    """Factor on the gradients; () fp32 on the device where the host does not know it yet, NaN for a step that changes
-    nothing."""
+    decision: StepDecision
+    """The factor on the gradients, and whether the step is taken."""
     after: Any = None
     """With states offloaded from a GPU: mark in the compute stream (Transfers.mark) after which parameters may be
     overwritten."""
-    changed: torch.Tensor | None = None
-    """() bool on the device: whether the script has changed this rank's parameters since the last step, so that masters
-    follow them. None: the host has seen to it."""
-
-    @property
-    def known_scale(self) -> float:
-        """`scale`, for updates that need it on the host."""
-        assert not isinstance(self.scale, torch.Tensor)
-        return self.scale
 
 
 class OffloadedStates(Protocol):
@@ -120,9 +111,17 @@ class ShardAdamW:
         hypers = [self.kernel_arguments(group, step.step) for group in step.groups]
         if host is not None:
             return host.update(self, hypers, step)
+        scale: float | torch.Tensor | None = step.decision.scale
+        if scale is None:
+            decided = step.decision.read()
+            if decided.changed and flat.tracks_script_changes:
+                flat.parameters_to_masters()
+            if not decided.taken:
+                return None
+            scale = decided.scale
         in_place = flat.masters_in_other_memory or flat.param_shard is flat.masters
         out = None if in_place else flat.param_shard
-        self.update_range(0, flat.state_numel, flat.gradient, out, hypers, step)
+        self.update_range(0, flat.state_numel, flat.gradient, out, hypers, step.step, scale, step.decision.changed)
         if in_place:
             flat.masters_to_parameters()
         return None
@@ -134,18 +133,20 @@ class ShardAdamW:
         gradient: torch.Tensor,
         out: torch.Tensor | None,
         hypers: Sequence[dict[str, Any]],
-        step: OptimizerStep,
+        step: int,
+        scale: float | torch.Tensor,
+        changed: torch.Tensor | None = None,
     ) -> None:
-        """Update elements [low, high) of the state shard in the memory where they are. Arguments as of `pieces`.
-        hypers: `kernel_arguments` of every optimizer parameter group."""
+        """Update elements [low, high) of the state shard in the memory where they are. Arguments as of `pieces` and
+        `update_pieces`. step: Adam's step count."""
         pieces = self.pieces(low, high, gradient, out)
         if self.exp_avg.dtype == torch.float32:
-            update_pieces(pieces, hypers, step.scale, step.changed)
+            update_pieces(pieces, hypers, scale, changed)
             return
         flat = self.flat
         for piece, segment in zip(pieces, self._segments(low, high), strict=True):
-            rounding = rounding_of(flat.name, step.step, flat.start + segment.start)
-            update_rounded(piece, rounding, hypers, step.scale, step.changed)
+            rounding = rounding_of(flat.name, step, flat.start + segment.start)
+            update_rounded(piece, rounding, hypers, scale, changed)
 
     def _segments(self, low: int, high: int) -> Iterator[Segment]:
         """The parts of [low, high) of the state shard that have one optimizer parameter group each."""
@@ -216,7 +217,8 @@ def update_pieces(
 ) -> None:
     """Run AdamW on `pieces`, all on one device: with the fused kernels if they are built, else in plain torch.
 
-    hypers: `ShardAdamW.kernel_arguments` of every optimizer parameter group. scale and changed: see OptimizerStep.
+    hypers: `ShardAdamW.kernel_arguments` of every optimizer parameter group. scale: on the gradients; a tensor, and
+    `changed`, as StepDecision has them.
     """
     if not pieces:
         return
@@ -311,10 +313,10 @@ class ShardTorchOptimizer:
         """See ShardOptimizer."""
         flat, host = self.flat, self.host
         if host is None:
-            self.step(flat.gradient, step.groups, step.known_scale)
+            self.step(flat.gradient, step.groups, step.decision.read().scale)
             flat.masters_to_parameters()
             return None
-        self.step(host.gradient(flat, step), step.groups, step.known_scale)
+        self.step(host.gradient(flat, step), step.groups, step.decision.read().scale)
         return host.deliver(flat, step)
 
     @torch.no_grad()

@@ -7,6 +7,10 @@ The forward waits only for the unit it needs next, so most of the update hides b
 all-gathered in the order of updates, the same on every rank whatever its model runs first, and all of them before
 backward begins.
 
+On a GPU the ranks may still be deciding about the step (StepDecision) when step() returns: the thread waits for that.
+If only the host will know the decision, the training thread updates a unit whose states stay on the device when it
+waits for the unit.
+
 [Note: parameters used outside their unit's forward]
 A pre-forward hook of each unit waits for its update. A model that reads a parameter outside that forward (a weight that
 is passed to a function) would read it too early. So the first steps don't overlap, and find the units whose parameters
@@ -31,6 +35,7 @@ from runtime.optim.shard_optimizer import Hyper, OptimizerStep, ShardOptimizer
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.zero.flat import FlatParamGroup
 from runtime.zero.hooks import EngineHook
+from runtime.zero.step_decision import StepDecision
 from runtime.zero.unit import Unit
 from runtime.zero.unshard import owners
 
@@ -69,6 +74,10 @@ class Updates:
         """For each shard, its update on the executor; None: the training thread updates it."""
         self._copies: list[Copy | None] = []
         """For each shard that the training thread has updated, the copy of its new parameters to the device."""
+        self._step: OptimizerStep | None = None
+        """The step under way: kernels on other streams read its tensors until the last wait."""
+        self._undecided: set[int] = set()
+        """Shards that the training thread updates when it waits for them."""
         self._unfenced: list[Pending] = []
         """All-gathers for which other ranks may still be reading this rank's memory."""
         self._writes: list[int] = []
@@ -103,7 +112,8 @@ class Updates:
         the host."""
         position = self._positions.get(id(flat))
         if position is not None and position < len(self._jobs):
-            self._wait_for_update(position)
+            with self._on_training_stream():
+                self._wait_for_update(position)
 
     def detach(self) -> None:
         """Finish the update and remove the hooks: the engine gives the model up."""
@@ -115,32 +125,33 @@ class Updates:
             self._hooks.clear()
 
     # ---- the step --------------------------------------------------------------------------------------------------
-    def launch(
-        self,
-        groups: Sequence[Hyper],
-        step: int,
-        scale: float | torch.Tensor,
-        changed: torch.Tensor | None = None,
-    ) -> None:
-        """Begin optimizer step `step` with gradients multiplied by `scale`. `wait_for_unit` and `drain` finish it.
-        scale and changed: see OptimizerStep."""
+    @property
+    def will_overlap(self) -> bool:
+        """Whether the next launch() leaves the updates of offloaded states running."""
+        return self.overlap and self._launched >= LEARNING_STEPS
+
+    def launch(self, groups: Sequence[Hyper], step: int, decision: StepDecision) -> None:
+        """Begin optimizer step `step`, if `decision` takes it. `wait_for_unit` and `drain` finish it."""
         self.drain()
         device = self.shard_optimizers[0].flat.comm.device
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        optimizer_step = OptimizerStep(groups, step, scale, self._mark(), changed)
+        optimizer_step = self._step = OptimizerStep(groups, step, decision, self._mark())
         self._ran_units.clear()
         self._finished = 0
         self._writes = [optimizer.flat.in_place_writes() for optimizer in self.shard_optimizers]
         self._copies = [None] * len(self.shard_optimizers)
         self._jobs = [self._submit(optimizer, optimizer_step) for optimizer in self.shard_optimizers]
-        overlap = self.overlap and self._launched >= LEARNING_STEPS
+        overlap = self.will_overlap
         self._launched += 1
         if not overlap:
             self._finish_without_overlap(optimizer_step)
             return
-        for position, job in enumerate(self._jobs):
-            if job is None:
-                self._copies[position] = self._update(self.shard_optimizers[position], optimizer_step)
+        own = [position for position, job in enumerate(self._jobs) if job is None]
+        if decision.scale is None and not decision.is_known:
+            self._undecided = set(own)
+            return
+        for position in own:
+            self._copies[position] = self._update(self.shard_optimizers[position], optimizer_step)
 
     def _submit(self, optimizer: ShardOptimizer, optimizer_step: OptimizerStep) -> Future[Copy | None] | None:
         """Submit the update to the executor; None: the training thread has to do it."""
@@ -193,7 +204,8 @@ class Updates:
         for all_gather in self._unfenced:
             all_gather.fence()
         self._unfenced = []
-        self._jobs, self._copies = [], []
+        self._jobs, self._copies, self._step = [], [], None
+        self._undecided.clear()
         self._finished = 0
         self.on_idle(self)
 
@@ -226,7 +238,13 @@ class Updates:
             current.wait_stream(self._stream)
 
     def _wait_for_update(self, position: int) -> None:
-        job, copy = self._jobs[position], self._copies[position]
+        job = self._jobs[position]
+        if position in self._undecided:
+            assert self._step is not None
+            self._undecided.discard(position)
+            with self.telemetry.span("offload"):
+                self._copies[position] = self._update(self.shard_optimizers[position], self._step)
+        copy = self._copies[position]
         if job is not None and not job.done():
             with self.telemetry.span("offload"):
                 copy = job.result()

@@ -4,6 +4,7 @@ as an argument."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,7 @@ from runtime.zero.pool import BufferPool
 from runtime.zero.reduce import GradReducer
 from runtime.zero.script_changes import ScriptChanges
 from runtime.zero.stage import StagePolicy
+from runtime.zero.step_decision import StepDecision
 from runtime.zero.unit import Unit
 from runtime.zero.unshard import Unsharder
 
@@ -120,6 +122,13 @@ class TrainState:
         return ranks * self.predivision * self.scaler.scale
 
     @property
+    def gradient_downloads(self) -> list[Future[float | None]] | None:
+        """Downloads of gradients to their accumulators in host memory, of which some may be under way; None: gradients
+        are accumulated on the device."""
+        offload = self.grad_offload
+        return offload.jobs if offload is not None and self.policy.shards_gradients else None
+
+    @property
     def gradients_reduced(self) -> bool:
         """Whether the gradients since the last boundary are reduced over ranks, and not only accumulated on this
         one."""
@@ -130,12 +139,11 @@ class TrainState:
         if self.grad_offload is not None:
             self.grad_offload.drain()
 
-    def update(self, groups: Sequence[Hyper], scale: float | torch.Tensor, changed: torch.Tensor | None = None) -> None:
-        """Take an optimizer step with gradients multiplied by `scale`; with offload it may still be running on return.
-        scale and changed: see OptimizerStep."""
+    def update(self, groups: Sequence[Hyper], decision: StepDecision) -> None:
+        """Take an optimizer step, as if `decision` takes it; with offload it may still be running on return."""
         self.counters.optimizer_steps += 1
         self.unsharder.reshard_all()
-        self.updates.launch(groups, self.counters.optimizer_steps, scale, changed)
+        self.updates.launch(groups, self.counters.optimizer_steps, decision)
         if self.updates.under_way:
             _under_way[self.updates] = self
 

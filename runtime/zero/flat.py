@@ -181,14 +181,14 @@ class FlatParamGroup:
 
     # ---- changes from outside ----------------------------------------------------------------------------------------
     @property
-    def _tracks_script_changes(self) -> bool:
+    def tracks_script_changes(self) -> bool:
         """Whether a script can change parameters in place without updating the masters. Sharded groups can only be
         changed inside GatheredParameters, which updates them."""
         return self.trainable and not self.sharded and self.masters is not self.param_shard
 
     def record_fingerprint(self) -> None:
         """Remember the parameters' checksum: whatever differs from now on, a script has changed."""
-        if self._tracks_script_changes:
+        if self.tracks_script_changes:
             self._fingerprint = fingerprint(self.param_shard)
 
     def changed_by_script(self) -> torch.Tensor | bool:
@@ -201,7 +201,7 @@ class FlatParamGroup:
 
     def in_place_writes(self) -> int:
         """Number of in-place operations on the parameters so far (not counting those through `.data`)."""
-        return sum(parameter._version for parameter in self.members) if self._tracks_script_changes else 0
+        return sum(parameter._version for parameter in self.members) if self.tracks_script_changes else 0
 
     def masters_to_parameters(self) -> None:
         """Copy the masters, rounded, to `param_shard`: after a checkpoint or another optimizer has written them."""
@@ -215,10 +215,15 @@ class FlatParamGroup:
         if self.sharded:
             self.param_shard.copy_(self.full_param[self.start : self.end])
         if self.trainable and self.masters is not self.param_shard:
-            own = self.param_shard.to(self.masters.device)
-            same = own == self.masters.to(self.dtype)
-            self.masters.copy_(torch.where(same, self.masters, own.to(torch.float32)))
+            self.masters_follow(self.param_shard.to(self.masters.device))
         self.record_fingerprint()
+
+    @torch.no_grad()
+    def masters_follow(self, own: torch.Tensor) -> None:
+        """Copy to the first masters those elements of `own`, the first ones of `param_shard` in the masters' memory, to
+        which they do not round."""
+        masters = self.masters[: own.numel()]
+        masters.copy_(torch.where(own == masters.to(self.dtype), masters, own.to(torch.float32)))
 
     # ---- unshard and reshard -----------------------------------------------------------------------------------------
     def all_gather_updated(self) -> Pending:

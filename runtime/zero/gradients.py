@@ -281,6 +281,11 @@ class Gradients:
         """Discard the cached sum of squares: the reduced gradient has been changed since."""
         self._sum_of_squares = None
 
+    @property
+    def sum_of_squares_job(self) -> Future[float | None] | None:
+        """Computes the sum of squares of `reduced` with the download to host memory; None: nothing does."""
+        return self._sum_of_squares
+
     def sum_of_squares(self) -> float | None:
         """The sum of squares of `reduced` if the download to host memory has computed it, else None."""
         return self._sum_of_squares.result() if self._sum_of_squares is not None else None

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from runtime import native
 from runtime.comm import Comm
+from runtime.comm.host_sums import HostSum
 from runtime.zero.flat import FlatParamGroup
+from runtime.zero.step_decision import Decided, StepDecision
+
+FIGURES = 7
+"""Numbers that the ranks sum at a boundary: see `sync_step_stats`."""
 
 
 class StepStats(NamedTuple):
@@ -28,6 +34,8 @@ class StepStats(NamedTuple):
     """Whether some rank must stop (its supervisor is gone)."""
     changed: bool = False
     """Whether on some rank the script has changed parameters since the last step."""
+    own_loss: float | None = None
+    """This rank's own part in `loss`: its mean over micro-steps."""
 
     @property
     def skipped(self) -> bool:
@@ -36,26 +44,56 @@ class StepStats(NamedTuple):
 
 
 class PendingStats:
-    """The sums over ranks of one boundary: on a GPU they are still being computed, and copied to page-locked memory
-    when they are, so that nobody has to wait for them in engine.step()."""
+    """The sums over ranks of one boundary, under way: computed on the device and copied to page-locked memory, or
+    summed on the host by a thread of their own. So nobody has to wait for them in engine.step()."""
 
-    def __init__(self, figures: torch.Tensor, divisor: float, world_size: int, loss_is_known: bool) -> None:
-        """figures: (7,) fp64 of `sync_step_stats`."""
-        self._figures, self._divisor, self._world_size = figures, divisor, world_size
-        self._loss_is_known = loss_is_known
-        self._copy = copy_to_host(figures)
+    def __init__(
+        self,
+        sums: HostCopy | HostSum,
+        divisor: float,
+        world_size: int,
+        loss_is_known: bool,
+        own_loss: Callable[[list[float]], float],
+        figures: torch.Tensor | None,
+        changed: torch.Tensor | bool,
+    ) -> None:
+        """sums: the 7 numbers of `sync_step_stats`, on their way to the host. own_loss: returns this rank's loss,
+        given what `sums` has returned. figures: the sums on the device; None if they are summed on the host. changed:
+        whether the script has changed this rank's parameters."""
+        self._sums, self._divisor, self._world_size = sums, divisor, world_size
+        self._loss_is_known, self._own_loss = loss_is_known, own_loss
+        self._figures, self._changed = figures, changed
 
-    def grad_scale(self, limit: float) -> torch.Tensor:
-        """() fp32 on the device: the factor that unscales and clips the gradients; NaN where the step is skipped.
-        limit: see `clip_coefficient`, whose arithmetic this is."""
-        norm = torch.sqrt(self._figures[0]) / self._divisor
+    def decision(self, limit: float) -> StepDecision:
+        """What these statistics decide about the update. limit: see `clip_coefficient`."""
+        read = functools.partial(self._decide, limit)
+        if self._figures is None:
+            return StepDecision(read)
+        changed = self._changed if isinstance(self._changed, torch.Tensor) else None
+        return StepDecision(read, self._scale_on_device(self._figures[0], limit), changed)
+
+    def _scale_on_device(self, total: torch.Tensor, limit: float) -> torch.Tensor:
+        """() fp32: `Decided.scale`, by the arithmetic of `_decide` and `clip_coefficient`."""
+        norm = torch.sqrt(total) / self._divisor
         coefficient = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit > 0 else torch.ones_like(norm)
         return torch.where(torch.isfinite(norm), coefficient / self._divisor, math.nan).to(torch.float32)
 
+    def _decide(self, limit: float) -> Decided:
+        total, *_, changes = self._sums.wait()[:FIGURES]
+        norm = self._norm(total)
+        scale = clip_coefficient(norm, limit) / self._divisor if math.isfinite(norm) else math.nan
+        return Decided(scale, changes > 0)
+
+    def _norm(self, total: float) -> float:
+        return math.sqrt(total) / self._divisor if total >= 0 else math.nan
+
     def read(self) -> StepStats:
-        """The statistics, on the host. Waits for them. Raises RuntimeError on every rank when the ranks ran modules in
-        different orders."""
-        total, loss_sum, waits, stops, hashes, squares, changes = self._copy.wait()
+        """The statistics, on the host, for the training thread. Waits for them. Raises RuntimeError on every rank when
+        the ranks ran modules in different orders."""
+        numbers = self._sums.wait()
+        total, loss_sum, waits, stops, hashes, squares, changes = numbers[:FIGURES]
+        if isinstance(self._sums, HostSum):
+            self._sums.report()
         # Equal only where all are (Cauchy-Schwarz); whole numbers, so exact.
         if self._world_size * squares != hashes * hashes:
             raise RuntimeError(
@@ -63,9 +101,10 @@ class PendingStats:
                 "different units were mixed up. Modules that not every rank uses (experts) must be parts of one unit: "
                 "name the module around them in zerotop.units, or use zero_optimization.stage 2"
             )
-        norm = math.sqrt(total) / self._divisor if total >= 0 else math.nan
+        norm = self._norm(total)
         mean = loss_sum / self._world_size if self._loss_is_known else None
-        return StepStats(norm, mean, waits > 0, stops > 0, changes > 0)
+        own_loss = self._own_loss(numbers) if self._loss_is_known else None
+        return StepStats(norm, mean, waits > 0, stops > 0, changes > 0, own_loss)
 
 
 class HostCopy(Protocol):
@@ -87,7 +126,7 @@ class _FromDevice:
     def __init__(self, figures: torch.Tensor) -> None:
         self._numbers = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
         self._numbers.copy_(figures, non_blocking=True)
-        self._arrived = torch.cuda.Event()
+        self._arrived = torch.cuda.Event(blocking=True)  # waiting threads sleep
         self._arrived.record(torch.cuda.current_stream(figures.device))
 
     def wait(self) -> list[float]:
@@ -114,16 +153,19 @@ def sync_step_stats(
     stop_asked: bool,
     execution_hash: int = 0,
     changed: torch.Tensor | bool = False,
+    downloads: Sequence[Future[Any]] | None = None,
 ) -> PendingStats:
     """Begin one all-reduce of 7 fp64 numbers, the same at every stage and with or without clipping. On a GPU nothing
     here waits for it.
 
     divisor: turns the summed gradient into the mean (world size x loss scale). Each rank contributes the squares of its
     shard only, even if it has all gradients, so that no element counts twice. execution_hash: a number below 2**20 that
-    is equal on ranks that unsharded their units in the same order.
+    is equal on ranks that unsharded their units in the same order. downloads: of gradients that are still on their way
+    to host memory, where they are summed; None: all gradients are complete, or will be on the device.
     """
-    figures = torch.zeros(7, dtype=torch.float64, device=comm.device)
-    figures[0] = _squares(flats, comm)
+    figures = torch.zeros(FIGURES, dtype=torch.float64, device=comm.device)
+    if downloads is None:
+        figures[0] = _squares(flats, comm)
     for index, number in enumerate((command_waits, stop_asked, execution_hash, execution_hash**2), 2):
         figures[index].fill_(float(number))
     for index, value in ((1, 0.0 if loss is None else loss), (6, changed)):
@@ -131,8 +173,50 @@ def sync_step_stats(
             figures[index].copy_(value)
         else:
             figures[index].fill_(float(value))
-    comm.all_reduce(figures).wait()
-    return PendingStats(figures, divisor, comm.world_size, loss is not None)
+    if downloads is None:
+        own_loss = figures[1:2].clone()
+        comm.all_reduce(figures).wait()
+        copy = copy_to_host(torch.cat([figures, own_loss]))
+        return PendingStats(
+            copy, divisor, comm.world_size, loss is not None, lambda numbers: numbers[FIGURES], figures, changed
+        )
+    own = copy_to_host(figures)
+    numbers = functools.partial(_numbers_on_host, own, downloads, _parts_of_squares(flats, comm))
+    sums = comm.begin_host_sum(numbers, FIGURES)
+    return PendingStats(sums, divisor, comm.world_size, loss is not None, lambda _numbers: own.wait()[1], None, changed)
+
+
+def _numbers_on_host(
+    figures: HostCopy, downloads: Sequence[Future[Any]], parts: Sequence[Callable[[], float]]
+) -> list[float]:
+    """This rank's numbers, on the thread that sums them. parts: the sum of squares of each group, as `_squares` adds
+    them up."""
+    for download in downloads:
+        download.result()
+    numbers = figures.wait()
+    numbers[0] = functools.reduce(lambda total, part: total + part, [part() for part in parts])
+    return numbers
+
+
+def _parts_of_squares(flats: Sequence[FlatParamGroup], comm: Comm) -> list[Callable[[], float]]:
+    """For each group a function that waits for the sum of squares of this rank's shard, on any thread."""
+    gradients = [own_gradient(flat, comm) for flat in flats]
+    on_gpu = [index for index, gradient in enumerate(gradients) if gradient.device.type == "cuda"]  # not offloaded
+    sums = copy_to_host(_on_gpu([gradients[index] for index in on_gpu])) if on_gpu else None
+    parts: list[Callable[[], Any]] = []
+    for index, flat in enumerate(flats):
+        job = flat.gradients.sum_of_squares_job if flat.gradients is not None else None
+        if sums is not None and index in on_gpu:
+            parts.append(functools.partial(_number, sums, on_gpu.index(index)))
+        elif job is not None:
+            parts.append(job.result)
+        else:  # the script has changed it since its download
+            parts.append(functools.partial(sum_of_squares, gradients[index]))
+    return parts
+
+
+def _number(numbers: HostCopy, index: int) -> float:
+    return numbers.wait()[index]
 
 
 def _squares(flats: Sequence[FlatParamGroup], comm: Comm) -> torch.Tensor | float:

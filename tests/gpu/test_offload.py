@@ -1,5 +1,5 @@
-"""Offload on a GPU: the bits of a run without it, whoever updates, with shapes that expose missing waits; exact
-page-locked bytes; the GPU's memory given back in a pause."""
+"""Offload on a GPU: the bits of a run without it, whoever updates, with shapes that expose missing waits; a step that
+does not wait for the GPU; exact page-locked bytes; the GPU's memory given back in a pause."""
 
 from __future__ import annotations
 
@@ -93,6 +93,27 @@ for offload in (None, {{}}):
 print("good")
 """
 
+NO_WAIT = """
+engine = start({stage}, {precision!r}, offload={{"ratio": {ratio}}}, param={param}, update={update!r})
+checked = 0
+for step in range(24):
+    for micro in range(2):
+        loss = engine(*batch(2 * step + micro))
+        engine.backward(loss * float("inf") if step == 20 else loss)
+        ahead = micro == 1 and engine.state.updates.will_overlap
+        if ahead:
+            torch.cuda._sleep(300_000_000)
+        busy = torch.cuda.Event()
+        busy.record()
+        torch.cuda.set_sync_debug_mode("error" if ahead else "default")
+        engine.step()
+        torch.cuda.set_sync_debug_mode("default")
+        assert not ahead or not busy.query(), "step() waited for the GPU"
+        checked += ahead
+assert checked >= 8 and engine.skipped_steps >= 1 and engine.optimizer_steps + engine.skipped_steps == 24
+print("good")
+"""
+
 PINNED = """
 engine = start(2, offload={}, update="cpu")
 train(engine, steps=2)
@@ -123,6 +144,15 @@ def run(program: str, layers: int = 3, dim: int = 64) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_same_bits_whoever_updates(stage: int, precision: str, layers: int, dim: int) -> None:
     run(BITS.format(stage=stage, precision=precision), layers, dim)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("update", ["cpu", "gpu", "auto"])
+@pytest.mark.parametrize(
+    ("stage", "param", "ratio"), [(0, False, 1.0), (2, False, 1.0), (2, False, 0.5), (3, True, 1.0)]
+)
+def test_a_step_does_not_wait_for_the_gpu(stage: int, param: bool, ratio: float, update: str, precision: str) -> None:
+    run(NO_WAIT.format(stage=stage, precision=precision, ratio=ratio, param=param, update=update))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -124,6 +124,25 @@ def test_many_units_follow_one_another_with_a_scale_on_the_gpu() -> None:
             assert torch.equal(bits(one), bits(other))
 
 
+@pytest.mark.parametrize("places", ["cuda-cuda", "cpu-cuda", "cuda-cpu", "cpu-cpu"])
+def test_a_step_that_only_the_gpu_knows_to_be_skipped_changes_nothing(places: str) -> None:
+    g_at, out_at = places.split("-")
+    n, gen = 100_003, torch.Generator().manual_seed(3)
+    p, m, v = (torch.rand(n, generator=gen).pin_memory() for _ in range(3))
+    g, out = torch.randn(n, generator=gen).bfloat16(), p.bfloat16()
+    g = g.cuda() if g_at == "cuda" else g.pin_memory()
+    out = out.cuda() if out_at == "cuda" else out.pin_memory()
+    before = [t.clone() for t in (p, m, v, g, out)]
+    stream = torch.cuda.current_stream().cuda_stream
+    scale, changed = torch.tensor(float("nan"), device="cuda"), torch.tensor(False, device="cuda")
+    with ring(8192, 3, 2 if g_at == "cpu" else 0, 2 if out_at == "cpu" else 0) as streamed:
+        unit = native.Range(p, m, v, g, out)
+        streamed.step([unit], [hyper(1)], scale=scale, changed=changed, wait_stream=stream, signal_stream=stream)
+        torch.cuda.synchronize()
+    for one, other in zip((p, m, v, g, out), before, strict=True):
+        assert torch.equal(bits(one), bits(other))
+
+
 def test_what_cannot_stream_is_named() -> None:
     plain = torch.zeros(64)
     pinned = plain.pin_memory()

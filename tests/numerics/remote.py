@@ -17,6 +17,7 @@ import runtime.engine.build
 import runtime.offload.placement
 from runtime import native
 from runtime.comm.transfer import Copy
+from runtime.optim.shard_optimizer import update_pieces
 
 
 class LateCopy:
@@ -93,11 +94,20 @@ class LateStreamer:
         self._lock = threading.Lock()
 
     def update(
-        self, pieces: Sequence[native.Range], hypers: Sequence[dict[str, Any]], scale: float, after: Any
+        self,
+        pieces: Sequence[native.Range],
+        hypers: Sequence[dict[str, Any]],
+        scale: float | torch.Tensor,
+        after: Any,
+        changed: torch.Tensor | None = None,
     ) -> Copy:
+        old = [piece.out.clone() if piece.out is not None else None for piece in pieces]
+
         def call() -> None:
-            for p, m, v, g, out, group in pieces:
-                native.adamw(p, m, v, g, out, grad_scale=scale, **hypers[group])
+            for piece, out in zip(pieces, old, strict=True):
+                if piece.out is not None and out is not None:
+                    piece.out.copy_(out)
+            update_pieces(pieces, hypers, scale, changed)
 
         with self._lock:
             for piece in pieces:

@@ -27,7 +27,7 @@ int64_t zt_stream_bytes(int64_t, int32_t, int32_t, int32_t);
 int zt_stream_new(int32_t, uint64_t, int64_t, int32_t, int32_t, int32_t, uint64_t*);
 int zt_stream_free(uint64_t);
 int zt_stream_adamw(uint64_t, const ZtRange*, int64_t, const ZtHyper*, int32_t, int32_t, int32_t, uint64_t, uint64_t, uint64_t,
-                    uint64_t, uint64_t);
+                    uint64_t, uint64_t, uint64_t);
 int zt_pin(uint64_t, int64_t, int32_t);
 int zt_unpin(uint64_t);
 }
@@ -241,12 +241,14 @@ void sums() {
         for (int64_t shift : {0, 1}) sum(lengths, wild, multiprocessors, shift);
 }
 
-void stream() {
+// factor, changed: what the kernel finds on the device. Where the factor is not finite, states and outputs come back as they
+// were, wherever they live, but for masters that follow a changed output.
+void stream(const std::vector<int>& slot_counts, float factor, uint8_t changed) {
   const int64_t chunk = 64;
   const std::vector<int64_t> lengths = {1, 64, 300, 0, 777};
   for (int dtype : {F32, BF16, F16})
     for (int place : {0, ZT_GRAD_ON_HOST, ZT_OUT_ON_HOST, ZT_GRAD_ON_HOST | ZT_OUT_ON_HOST})
-      for (int slots : {1, 2, 3, 16})
+      for (int slots : slot_counts)
         for (bool events : {false, true}) {
           ++host_cuda_seed;
           const int32_t grad_size = place & ZT_GRAD_ON_HOST ? (int32_t)size_of(dtype) : 0;
@@ -274,13 +276,16 @@ void stream() {
             late.back().fill(1);
             seen.push_back(Array(lengths[i], dtype, 0));
             memcpy(wanted.back().g.data(), late.back().data(), (size_t)late.back().bytes());
-            wanted.back().reference(hypers, dtype, false, 0.37f, false);
+            wanted.back().reference(hypers, dtype, false, factor, changed);
             cudaMemcpyAsync(units.back().g.data(), late.back().data(), (size_t)late.back().bytes(), cudaMemcpyHostToDevice, before);
           }
-          const float factor = 0.37f;
+          float late_factor = -1;                       // whoever reads it now takes a wrong step
+          uint8_t late_changed = !changed;
+          cudaMemcpyAsync(&late_factor, &factor, 4, cudaMemcpyHostToDevice, before);
+          cudaMemcpyAsync(&late_changed, &changed, 1, cudaMemcpyHostToDevice, before);
           cudaEventRecord(begin, before);
-          expect(!zt_stream_adamw(handle, ranges.data(), (int64_t)ranges.size(), hypers.data(), dtype, dtype, 0, (uint64_t)&factor,
-                                  events ? NO_STREAM : (uint64_t)before, events ? (uint64_t)begin : 0,
+          expect(!zt_stream_adamw(handle, ranges.data(), (int64_t)ranges.size(), hypers.data(), dtype, dtype, 0,
+                                  (uint64_t)&late_factor, (uint64_t)&late_changed, events ? NO_STREAM : (uint64_t)before, events ? (uint64_t)begin : 0,
                                   events ? NO_STREAM : (uint64_t)after, events ? (uint64_t)done : 0), "zt_stream_adamw");
           if (events) cudaStreamWaitEvent(after, done, 0);
           for (size_t i = 0; i < units.size(); ++i)
@@ -294,6 +299,16 @@ void stream() {
           cudaStreamDestroy(before); cudaStreamDestroy(after); cudaEventDestroy(begin); cudaEventDestroy(done);
           expect(host_cuda_live == 0, "streams and events are left");
         }
+}
+
+void stream() {
+  stream({1, 2, 3, 16}, 0.37f, 0);
+  stream({3}, 0.37f, 1);
+}
+
+void stream_skip() {
+  for (float factor : {INFINITY, -INFINITY, NAN})
+    for (uint8_t changed : {0, 1}) stream({1, 3}, factor, changed);
 }
 
 void errors() {
@@ -314,7 +329,7 @@ void errors() {
   const std::vector<ZtHyper> hypers = hypers_of(1, false);
   for (int place : {ZT_GRAD_ON_HOST, ZT_OUT_ON_HOST}) {
     const ZtRange range = unit.range(F32, place);
-    expect(zt_stream_adamw(handle, &range, 1, hypers.data(), F32, F32, 0, 0, NO_STREAM, 0, NO_STREAM, 0) == cudaErrorInvalidValue,
+    expect(zt_stream_adamw(handle, &range, 1, hypers.data(), F32, F32, 0, 0, 0, NO_STREAM, 0, NO_STREAM, 0) == cudaErrorInvalidValue,
            "the slots have no room for what is on the host");
   }
   expect(!zt_stream_free(handle), "zt_stream_free");
@@ -333,7 +348,8 @@ int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
   if (argc > 2) block = atoi(argv[2]);
   const struct { const char* name; void (*run)(); } all[] = {
-      {"adamw", adamw}, {"skip", skip}, {"sums", sums}, {"stream", stream}, {"errors", errors}};
+      {"adamw", adamw}, {"skip", skip}, {"sums", sums}, {"stream", stream}, {"stream-skip", stream_skip},
+      {"errors", errors}};
   for (const auto& one : all)
     if (what == one.name) one.run();
   printf("%lld comparisons\n", (long long)comparisons);

@@ -79,7 +79,7 @@ struct Step {
 
 template <unsigned DROP>
 static int run(unsigned seed, int64_t chunk, int slots, const ZtRange* ranges, int n_ranges, const Step* steps, int n_steps,
-               int grad, int out, bool events) {
+               int grad, int out, bool events, bool skips) {
   Mock gpu;
   const int64_t gs = size_of(grad), os = size_of(out), staged = events ? 0 : 4;
   std::vector<char> memory((size_t)(chunk * (12 + 2 * staged) * slots), (char)0xff);   // NaN in every dtype
@@ -97,8 +97,9 @@ static int run(unsigned seed, int64_t chunk, int slots, const ZtRange* ranges, i
       gpu.record(begin, BEFORE);
       order = {nullptr, &begin, nullptr, &done};
     }
-    const int error = streamer.run(ranges, n_ranges, gs, os, order, [&](int stream, const ZtRange& x) {
+    const int error = streamer.run(ranges, n_ranges, gs, os, skips, order, [&](int stream, const ZtRange& x) {
       gpu.enqueue(stream, [=] {
+        if (skips) return;
         const zt::AdamArgs a = {(float*)x.p, (float*)x.m, (float*)x.v, (const void*)x.g, (void*)x.out, x.n, false};
         zt::generic::kernels.adam(a, (zt::Dtype)grad, (zt::Dtype)out, false, step.hyper[x.hyper]);
       });
@@ -126,9 +127,9 @@ static int run(unsigned seed, int64_t chunk, int slots, const ZtRange* ranges, i
 
 extern "C" __attribute__((visibility("default"))) int mock_run(unsigned seed, unsigned drop, int64_t chunk, int slots,
                                                                const ZtRange* ranges, int n_ranges, const Step* steps,
-                                                               int n_steps, int grad, int out, int events) {
+                                                               int n_steps, int grad, int out, int events, int skips) {
   const auto go = [&](auto run) {
-    return run(seed, chunk, slots, ranges, n_ranges, steps, n_steps, grad, out, events != 0);
+    return run(seed, chunk, slots, ranges, n_ranges, steps, n_steps, grad, out, events != 0, skips != 0);
   };
   switch (drop) {
     case 0: return go(run<0>);

@@ -47,7 +47,7 @@ def mock(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     subprocess.run([str(part) for part in command], check=True)
     lib = ctypes.CDLL(str(path))
     lib.mock_run.argtypes = [ctypes.c_uint, ctypes.c_uint, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
-    lib.mock_run.argtypes += [ctypes.c_void_p, *[ctypes.c_int] * 4]
+    lib.mock_run.argtypes += [ctypes.c_void_p, *[ctypes.c_int] * 5]
     return lib
 
 
@@ -67,14 +67,17 @@ def matches(
     out: torch.dtype = torch.bfloat16,
     place: int = 0,
     events: bool = False,
+    skips: bool = False,
 ) -> bool:
-    """Whether `steps` streamed steps in the order of `seed` show the bits of plain steps wherever somebody looks."""
+    """Whether `steps` streamed steps in the order of `seed` show the bits of plain steps wherever somebody looks.
+    skips: the kernels write nothing, and so everything must stay as it is."""
     gen = torch.Generator().manual_seed(seed)
     n = sum(lengths)
     p, m, v = torch.randn(n, generator=gen), torch.zeros(n), torch.zeros(n)
     q, a, b = p.clone(), m.clone(), v.clone()
     g = torch.full((n,), float("nan"), dtype=grad)  # arrives on the caller's stream
-    o = torch.full((n,), float("nan"), dtype=out)
+    o = torch.randn(n, generator=gen).to(out) if skips else torch.full((n,), float("nan"), dtype=out)
+    unchanged = o.clone()
     ranges, low = [], 0
     for index, length in enumerate(lengths):
         places = [t[low : low + length].data_ptr() if length else 0 for t in (p, m, v, g, o)]
@@ -89,8 +92,8 @@ def matches(
         seen_out.append(torch.full((n,), float("nan"), dtype=out))
         structs.append(Step(ctypes.addressof(array), gradient.data_ptr(), seen[-1].data_ptr(), seen_out[-1].data_ptr()))
         keep += [array, gradient]
-        want_out, low = torch.empty(n, dtype=out), 0
-        for index, length in enumerate(lengths):
+        want_out, low = unchanged.clone(), 0
+        for index, length in enumerate(lengths if not skips else ()):
             part = slice(low, low + length)
             native.adamw(
                 *(t[part] for t in (q, a, b, gradient, want_out)),
@@ -110,6 +113,7 @@ def matches(
         DTYPES[str(grad)],
         DTYPES[str(out)],
         int(events),
+        int(skips),
     )
     assert code == 0, "a deadlock" if code == -1 else code
     found = zip(seen, seen_out, strict=True)
@@ -143,6 +147,12 @@ def test_shapes_that_bring_races_to_light(mock: ctypes.CDLL, events: bool) -> No
     for lengths in ((63,), (64,), (65,), (192,), (193,), (64,) * 7, (1,) * 9, (0, 5, 0), (0,), ()):
         for seed in range(25):
             assert matches(mock, seed, lengths=lengths, events=events), (lengths, seed)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3], ids=["all-on-gpu", "grad-on-host", "out-on-host", "both-on-host"])
+def test_a_skipped_step_brings_everything_back_as_it_was(mock: ctypes.CDLL, place: int) -> None:
+    for seed in range(40):
+        assert matches(mock, seed, slots=1 + seed % 5, place=place, skips=True), seed
 
 
 @pytest.mark.parametrize("wait", WAITS)
