@@ -77,7 +77,7 @@ class StartedRun:
             lambda: f"state {name}, not {read_status(self.path)}",
             deadline_s,
         )
-        until(self.all_gone, "every process gone")
+        until(self.all_gone, "every process gone", deadline_s)
         return read_status(self.path)
 
     def command(self, name: str, identity: str | None = None, **arguments: object) -> CommandRecord:

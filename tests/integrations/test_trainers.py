@@ -7,6 +7,7 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,12 @@ def _phases(run: StartedRun) -> set[str]:
     return {span[0] for rank in run.source.state.ranks.values() for span in rank.spans}
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def _marked(case: Case) -> Any:
+    """Where time is short: transformers, Lightning and FSDP2."""
+    return pytest.param(case, marks=pytest.mark.slow) if case.script in ("ddp.py", "accelerate_loop.py") else case
+
+
+@pytest.mark.parametrize("case", map(_marked, CASES), ids=str)
 def test_what_is_seen_and_that_losses_stay(case: Case, run_script: RunScript) -> None:
     if importlib.util.find_spec(case.package) is None:
         pytest.skip(f"{case.package} is not installed")
@@ -178,7 +184,7 @@ def test_every_rank_has_a_log_of_its_own(run_script: RunScript) -> None:
     assert "LOSSES" not in (logs / "launcher.log").read_text()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_transformers_on_our_engine_by_the_name_deepspeed(stage: int, run_script: RunScript, tmp_path: Path) -> None:
     """Its DeepSpeed integration with --as-deepspeed: it trains, saves, and resumes with the losses of a run without a
     break. (accelerate checks that a package deepspeed is there, and which one.)"""
