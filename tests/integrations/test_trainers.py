@@ -58,7 +58,7 @@ def _marked(case: Case) -> Any:
     return pytest.param(case, marks=pytest.mark.slow) if case.script in ("ddp.py", "accelerate_loop.py") else case
 
 
-@pytest.mark.parametrize("case", map(_marked, CASES), ids=str)
+@pytest.mark.parametrize("case", [_marked(case) for case in CASES], ids=str)
 def test_what_is_seen_and_that_losses_stay(case: Case, run_script: RunScript) -> None:
     if importlib.util.find_spec(case.package) is None:
         pytest.skip(f"{case.package} is not installed")
