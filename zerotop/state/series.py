@@ -93,4 +93,10 @@ class Series:
 
     def recent_step_ms(self, count: int = 20) -> list[float]:
         """Times of the newest `count` points."""
-        return [point.step_ms for point in list(self)[-count:]]
+        return [point.step_ms for point in self.recent(count)]
+
+    def recent(self, count: int) -> list[StepResult]:
+        """The newest `count` points, oldest first, without a walk through the others."""
+        if self._newest is not None and self._newest_is_extra:
+            return [*self._points[len(self._points) - min(count - 1, len(self._points)) :], self._newest]
+        return self._points[-count:]
