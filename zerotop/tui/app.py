@@ -205,7 +205,7 @@ class ZerotopApp(PageKeys[Outcome]):
             "abort": "Abort at once",
         }
         hidden = self.hidden_keys() - ({"data"} if labels.get("data") else set())
-        for bar in screen.query(KeyBar):  # none yet in a screen that has just been pushed
+        for bar in screen.key_bars:  # none yet in a screen that has just been pushed
             bar.relabel(labels, hidden, {**labels, **long})
 
     def _look_for_earlier(self) -> None:
@@ -251,7 +251,7 @@ class ZerotopApp(PageKeys[Outcome]):
             for screen in stack:
                 for bar in screen.query(KeyBar):
                     bar.palette = self.palette
-                    bar.refresh()
+                    bar.renew()
         self.update_view()
 
     # ---- what may be done now --------------------------------------------------------------------------------------

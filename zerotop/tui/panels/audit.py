@@ -16,12 +16,13 @@ from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel, fit
 class CommandAudit(ScrollPanel):
     """The newest command first."""
 
+    READS = ("command_record",)
+
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
         self._records: list[CommandRecord] = []
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         self._records = list(reversed(view.state.commands.values()))
         size = Size(0, len(self._records))
         if size != self.virtual_size:

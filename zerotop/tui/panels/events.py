@@ -35,6 +35,7 @@ class Line:
 class EventPanel(ScrollPanel, Filterable):
     """The events of the run, or of one rank."""
 
+    READS = ("event", "log", "checkpoint_saved")
     FILTER_HINT = "part of a line, a severity, rank 1 …"
 
     def __init__(self, *, id: str, title: str = "6 events", rank: int | None = None) -> None:
@@ -49,8 +50,10 @@ class EventPanel(ScrollPanel, Filterable):
         self._key: tuple[object, ...] = ()
         self._follow = True
 
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), self.options()
+
     def accept(self, view: View) -> None:
-        super().accept(view)
         width = self.scrollable_content_region.width or 80
         events = view.state.events
         # The deque is full after a while, so its length no longer changes: compare the newest record.

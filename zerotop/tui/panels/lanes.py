@@ -37,6 +37,7 @@ FEWEST_COMMON = 3
 class LanePanel(ScrollPanel, Zoomable):
     """The newest steps of all ranks on one time axis. `+` `-` zoom, Shift with an arrow pans, arrows move a cursor."""
 
+    READS = ("phases", "collectives", "step")
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "select(-1)", "Previous rank", show=False),
         Binding("down", "select(1)", "Next rank", show=False),
@@ -65,7 +66,6 @@ class LanePanel(ScrollPanel, Zoomable):
         """Host -> what is added to its clock."""
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         self._count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
         size = Size(0, self._count + CHROME)
         if size != self.virtual_size:

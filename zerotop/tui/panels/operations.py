@@ -28,13 +28,14 @@ COLUMNS = (
 class OperationTable(ScrollPanel):
     """One line per operation and size, the one that costs most first."""
 
+    READS = ("collectives", "step", "time_report")
+
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
         self._kinds: list[Operation] = []
         self._key: object = None
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         meetings = view.state.waits.meetings
         key = (meetings[-1].seq if meetings else None, len(meetings), view.state.time_report)
         if key != self._key:

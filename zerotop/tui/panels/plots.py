@@ -78,6 +78,8 @@ PERPLEXITY = "perplexity"
 class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
     """Plots one of `figures` at a time. `key` is the number of the screen that has more of it."""
 
+    READS = ("step", "evaluation", "event", "checkpoint_saved", "command_record")
+
     class LensChanged(Message):
         """The user chose other steps, or another place for the cursor."""
 
@@ -113,8 +115,10 @@ class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
     def natural_height(self, width: int) -> int:
         return 8
 
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), view.lens, view.earlier
+
     def accept(self, view: View) -> None:
-        super().accept(view)
         newest = view.state.series.newest
         value = self.figure.value(newest, view.state) if newest is not None else None
         title = " ".join(word for word in (self.key, self.figure.title) if word)
@@ -196,8 +200,7 @@ class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
         curves = []
         if self.figure.evaluated and lens.overlay:
             for earlier in view.earlier:
-                smoothed = smooth([loss for _, loss in earlier.points])
-                there = [(step, loss) for (step, _), loss in zip(earlier.points, smoothed, strict=True)]
+                there = list(zip(earlier.steps, earlier.smoothed, strict=True))
                 curves.append(Curve(there, palette.style("muted")))
         if lens.smooth and not self.figure.stepped:
             window = lens.window(extent(state))

@@ -61,6 +61,7 @@ class RankTable(ScrollPanel, Filterable):
             self.rank = rank
             super().__init__()
 
+    READS = ("heartbeat", "memory", "step", "phases", "collectives", "node")
     FILTER_HINT = "rank 3, cuda:1, a host, a phase, an alarm …"
 
     def __init__(self, *, id: str) -> None:
@@ -81,9 +82,13 @@ class RankTable(ScrollPanel, Filterable):
         """Lines for all ranks, the column titles, the medians and the borders."""
         return max(1, self._count) + 1 + int(self._count >= MEDIAN_FROM) + self.gutter.height
 
-    def accept(self, view: View) -> None:
-        super().accept(view)
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), view.verdict, view.stall
+
+    def notice(self, view: View) -> None:
         self._count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
+
+    def accept(self, view: View) -> None:
         self._drawing = self._make_drawing(view)
         shown = [number for number in range(self._count) if self._passes(view, number)]
         if self.sort != "rank" or self.reverse:

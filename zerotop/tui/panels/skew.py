@@ -46,6 +46,8 @@ FIGURES = (
 class SkewMap(ScrollPanel, Zoomable, Figured):
     """Ranks are lines, steps are columns. Shares the cursor with the plots."""
 
+    READS = ("collectives", "step")
+
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
         self.chosen = 0
@@ -61,8 +63,10 @@ class SkewMap(ScrollPanel, Zoomable, Figured):
         self._key = None
         self.redraw()
 
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), view.lens
+
     def accept(self, view: View) -> None:
-        super().accept(view)
         meetings = view.state.waits.meetings
         key = (meetings[-1].seq if meetings else None, len(meetings), self.chosen)
         if key != self._key:

@@ -29,8 +29,10 @@ class TextLines(ScrollPanel):
         """All lines."""
         raise NotImplementedError
 
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), self.subject(view), self.details(view), self.app.no_color
+
     def accept(self, view: View) -> None:
-        super().accept(view)
         width = self.scrollable_content_region.width or 80
         key = (self.subject(view), self.details(view), view.palette.name, self.app.no_color, width)
         if key == self._key:
