@@ -310,8 +310,8 @@ def measure(given: argparse.Namespace, folders: dict[str, Path]) -> Iterator[Row
                 watch(run, screens, given.seconds, silent)
             for (name, size), screen in zip(places, screens, strict=True):
                 shown = "1, a silent hub" if silent else f"{page} {PAGE_NAMES[page]}"
-                row: Row = {"ranks": ranks, "page": shown, "size": size, "screen": name}
-                yield row | figures(screen, given.seconds)
+                place: Row = {"ranks": ranks, "page": shown, "size": size, "screen": name}
+                yield {**place, **figures(screen, given.seconds)}
 
 
 def markdown(rows: list[Row], paints: dict[str, float], names: list[str], command: str) -> str:
@@ -326,7 +326,11 @@ def markdown(rows: list[Row], paints: dict[str, float], names: list[str], comman
             those = {one["screen"]: one for one in rows if all(one[key] == row[key] for key in place)}
             cells = [str(those[name][key]) for key, _ in wanted for name in names]
             lines.append(f"| {row['ranks']} | {row['page']} | {row['size']} | {' | '.join(cells)} |")
-    lines += ["", "| first paint, CPU ms | all | beyond `import textual` | beyond a bare application |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| first paint, CPU ms | all | beyond `import textual` | beyond a bare application |",
+        "|---|---|---|---|",
+    ]
     for name, ms in paints.items():
         lines.append(f"| {name} | {ms:g} | {ms - paints['import']:g} | {ms - paints['bare']:g} |")
     return "\n".join(lines) + "\n"

@@ -69,6 +69,11 @@ class Series:
         return self._newest is not None and (not self._points or self._points[-1].step != self._newest.step)
 
     @property
+    def first(self) -> StepResult | None:
+        """The oldest step that is kept."""
+        return self._points[0] if self._points else self._newest
+
+    @property
     def newest(self) -> StepResult | None:
         """The newest step."""
         return self._newest if self._newest_is_extra else self._points[-1] if self._points else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.control import Control
-from textual._compositor import ChopsUpdate, Compositor, CompositorUpdate
+from textual._compositor import ChopsUpdate, Compositor
 from textual.geometry import Region
 from textual.strip import Strip
 
@@ -19,15 +19,18 @@ Cells = tuple[int, int]
 """The first cell, and the one after the last."""
 
 
-class NarrowUpdate(CompositorUpdate):
+class NarrowUpdate(ChopsUpdate):
     """The changed pieces of lines, and nothing else."""
 
     def __init__(self, pieces: list[Piece]) -> None:
+        super().__init__([], [], [])
         self.pieces = pieces
 
     @classmethod
     def of(cls, update: ChopsUpdate) -> NarrowUpdate:
-        """The update that Textual's own compositor has made, cropped on both sides."""
+        """The same update, cropped on both sides if it is one of Textual's own compositor."""
+        if isinstance(update, NarrowUpdate):
+            return update
         pieces: list[Piece] = []
         for y, first, last in update.spans:
             for end, (start, strip) in zip(update.chop_ends[y], update.chops[y].items(), strict=False):
@@ -59,7 +62,9 @@ class NarrowCompositor(Compositor):
             found = _take(missing, seen)
             if found:
                 top, bottom = found[0][0], found[-1][0] + 1
-                lines = widget.render_lines(seen.translate(-region.offset)._replace(y=top - region.y, height=bottom - top))
+                lines = widget.render_lines(
+                    seen.translate(-region.offset)._replace(y=top - region.y, height=bottom - top)
+                )
                 for y, first, end in found:
                     pieces.append((y, first, lines[y - top].crop(first - seen.x, end - seen.x)))
             if not missing:

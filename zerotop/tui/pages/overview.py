@@ -74,7 +74,11 @@ class OverviewPage(Page):
     def __init__(self) -> None:
         super().__init__(id="overview")
         self._fitted: tuple[Heights, Widget | None, bool] | None = None
-        self._ranks, self._phases, self._summary = RankTable(id="ranks"), PhaseLegend(id="phases"), SummaryPanel(id="summary")
+        self._ranks, self._phases, self._summary = (
+            RankTable(id="ranks"),
+            PhaseLegend(id="phases"),
+            SummaryPanel(id="summary"),
+        )
         self._middle, self._events = Horizontal(id="middle"), EventPanel(id="events", title="6 events")
         self._memory, self._host = MemoryPanel(id="memory"), HostPanel(id="host")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.style import Style
-from textual.geometry import Size
 
 from runtime.wire.messages import CommandRecord
 from zerotop.format import clock_text
@@ -24,9 +23,7 @@ class CommandAudit(ScrollPanel):
 
     def accept(self, view: View) -> None:
         self._records = list(reversed(view.state.commands.values()))
-        size = Size(0, len(self._records))
-        if size != self.virtual_size:
-            self.virtual_size = size
+        self.have_lines(len(self._records))
         self.entitle(f"commands · {len(self._records)}")
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:

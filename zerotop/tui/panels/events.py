@@ -6,7 +6,6 @@ import textwrap
 from dataclasses import dataclass
 
 from rich.style import Style
-from textual.geometry import Size
 
 from runtime.wire.messages import Event
 from zerotop.clean import clean
@@ -66,7 +65,7 @@ class EventPanel(ScrollPanel, Filterable):
         at_end = self._follow
         self._lines = self._wrap(view, width)
         self.lines_changed()
-        self.virtual_size = Size(0, len(self._lines))
+        self.have_lines(len(self._lines))
         self.entitle(self.heading())
         if at_end:
             self.scroll_end(animate=False, immediate=True, force=True)
@@ -98,8 +97,10 @@ class EventPanel(ScrollPanel, Filterable):
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
-        self._follow = new_value >= self.max_scroll_y
-        self.border_subtitle = plain("" if self._follow else "scrolled up · End follows again")
+        follow = new_value >= self.max_scroll_y
+        if follow != self._follow:
+            self._follow = follow
+            self.border_subtitle = plain("" if follow else "scrolled up · End follows again")
 
     def on_resize(self) -> None:
         if self.view is not None:

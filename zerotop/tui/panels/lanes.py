@@ -9,7 +9,6 @@ from typing import ClassVar, TypeVar
 from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.geometry import Size
 from textual.message import Message
 
 from zerotop.format import ms_text
@@ -67,9 +66,7 @@ class LanePanel(ScrollPanel, Zoomable):
 
     def accept(self, view: View) -> None:
         self._count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
-        size = Size(0, self._count + CHROME)
-        if size != self.virtual_size:
-            self.virtual_size = size
+        self.have_lines(self._count + CHROME)
         self._shifts = host_shifts(view.state)
         if not self.span_ns:
             self.span_ns = _steps_ns(view.state)

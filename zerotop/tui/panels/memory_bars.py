@@ -8,7 +8,6 @@ from rich.segment import Segment
 from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.geometry import Size
 
 from runtime.wire.node import NodeStats
 from zerotop.format import bytes_text, share_text, used_of
@@ -55,9 +54,7 @@ class MemoryBars(ScrollPanel):
         self._hosts = len(view.state.nodes)
 
     def accept(self, view: View) -> None:
-        size = Size(0, self._hosts + self._count + 1)
-        if size != self.virtual_size:
-            self.virtual_size = size
+        self.have_lines(self._hosts + self._count + 1)
         self.entitle(f"memory by use · {PEAK} peak  {PLAN} planned peak  · free")
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from textual.geometry import Size
-
 from zerotop.format import MISSING, byte_rate_text, bytes_text, ms_text, share_text
 from zerotop.state.operations import Operation, operations
 from zerotop.tui.view import View
@@ -41,7 +39,7 @@ class OperationTable(ScrollPanel):
         if key != self._key:
             self._key = key
             self._kinds = operations(view.state)
-            self.virtual_size = Size(0, len(self._kinds) + 1)
+            self.have_lines(len(self._kinds) + 1)
         step_ms = view.state.waits.window().step_ms
         exposed = sum(one.exposed_per_step_ms for one in self._kinds)
         share = f" · {ms_text(exposed)} of a step exposed, {share_text(exposed, step_ms)}" if step_ms else ""

@@ -6,10 +6,9 @@ from typing import ClassVar
 
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.geometry import Size
 from textual.message import Message
 
-from zerotop.state.gpu import concerns
+from zerotop.state.gpu import Concern, concerns
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.abilities import Filterable
@@ -74,6 +73,8 @@ class RankTable(ScrollPanel, Filterable):
         self._order: list[int] = []
         """The ranks that are shown, in the order of their lines."""
         self._drawing: Context | None = None
+        self._concerns: dict[int, tuple[Concern, ...]] = {}
+        self._looked_at: tuple[int, ...] = ()
         self._concerned = False
         """Whether a GPU has been out of order: from then on the table has a column for it, so that it does not jump."""
 
@@ -97,9 +98,7 @@ class RankTable(ScrollPanel, Filterable):
             shown.sort(key=lambda number: (not view.blames(number), number))
         if shown != self._order:
             self._order = shown
-        size = Size(0, len(shown) + 1 + int(len(shown) >= MEDIAN_FROM))
-        if size != self.virtual_size:
-            self.virtual_size = size
+        self.have_lines(len(shown) + 1 + int(len(shown) >= MEDIAN_FROM))
         on_gpu = any(r.memory is not None and r.memory.allocated_bytes is not None for r in view.state.ranks.values())
         kind = "VRAM" if on_gpu else "RSS, bars against the largest rank"
         title = f"ranks · memory: {kind} · waits: last {WINDOW_STEPS} steps"
@@ -110,7 +109,10 @@ class RankTable(ScrollPanel, Filterable):
         self.entitle(title)
 
     def _make_drawing(self, view: View) -> Context:
-        found = concerns(view.state)
+        nodes = view.state.revision(("node", "hello"))
+        if nodes != self._looked_at:
+            self._looked_at, self._concerns = nodes, concerns(view.state)
+        found = self._concerns
         self._concerned = self._concerned or bool(found)
         return Context(
             view,

@@ -7,7 +7,6 @@ from typing import ClassVar
 from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.geometry import Size
 from textual.message import Message
 
 from runtime.config.knobs import KNOBS, Knob
@@ -52,8 +51,7 @@ class SettingTable(ScrollPanel):
         return super().inputs(view), view.read_only
 
     def accept(self, view: View) -> None:
-        if self.virtual_size.height != len(KNOBS) + 1:
-            self.virtual_size = Size(0, len(KNOBS) + 1)
+        self.have_lines(len(KNOBS) + 1)
         lock = " · ⊘ locked: read-only" if view.read_only else ""
         when = f"Enter changes one, at the end of step {next_boundary(view.state):,}" if not view.ended else "run ended"
         self.entitle(f"settings · {when}{lock}")

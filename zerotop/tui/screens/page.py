@@ -53,7 +53,11 @@ class PageScreen(LiveScreen):
         self.pages = pages
         self.page = pages[key]()
         self._filtered: Widget | None = None
-        self._verdict, self._tabs, self._strip = VerdictLine(id="verdict"), TabLine(key, id="tabs"), CommandStrip(id="strip")
+        self._verdict, self._tabs, self._strip = (
+            VerdictLine(id="verdict"),
+            TabLine(key, id="tabs"),
+            CommandStrip(id="strip"),
+        )
         self._places = Horizontal(self.page, id="pages")
 
     def compose(self) -> ComposeResult:

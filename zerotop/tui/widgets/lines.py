@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import zip_longest
-from os.path import commonprefix
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.cells import cell_len, set_cell_size
@@ -49,8 +48,12 @@ class Row:
             self.width += len(text) if text.isascii() else cell_len(text)
         return self
 
-    def extend(self, segments: Iterable[Segment]) -> Row:
-        """Append segments."""
+    def extend(self, segments: Iterable[Segment], width: int | None = None) -> Row:
+        """Append segments. With their `width` they are taken as they are: they must be of our own making."""
+        if width is not None:
+            self.segments += segments
+            self.width += width
+            return self
         for segment in segments:
             self.add(segment.text, segment.style or PLAIN)
         return self
@@ -122,6 +125,7 @@ class _Drawn(Widget):
     _shown: list[Strip] | None = None
     _read: tuple[object, ...] | None = None
     """What the panel has read for its last lines; None if they are to be drawn again in any case."""
+    _base = PLAIN
     _behind = False
     """Whether the panel has only kept the newest view, because it was out of sight."""
     _title = ""
@@ -135,7 +139,8 @@ class _Drawn(Widget):
         self._border_title = plain(title)
         top = self.gutter.top
         if top:
-            same = cell_len(commonprefix([before, title]))
+            pairs = enumerate(zip(before, title, strict=False))
+            same = cell_len(title[: next((at for at, (old, new) in pairs if old != new), len(before))])
             width = max(cell_len(before), cell_len(title)) + TITLE_MARGIN - same
             line = Region(0, 0, self.outer_size.width, 1).intersection(Region(same, 0, width, 1))
             self.refresh(line.translate((-self.gutter.left, -top)))
@@ -163,13 +168,13 @@ class _Drawn(Widget):
         on screen. A panel out of sight only keeps the view."""
         self.view = view
         self.notice(view)
-        if not (in_sight and self.display and self.size.width and self.size.height):
+        if not (in_sight and self.display and self.outer_size):  # `size` would look up where the panel stands
             self._behind = True
             self._read = self._shown = None
             return
         self._behind = False
         inputs = self.inputs(view)
-        read = (self.size, view.palette, view.stale, view.frozen, view.ended, self.has_focus, inputs)
+        read = (self.outer_size, view.palette, view.stale, view.frozen, view.ended, self.has_focus, inputs)
         if inputs is not None and read == self._read:
             return
         self._read = read
@@ -209,13 +214,15 @@ class _Drawn(Widget):
         ]
         return self._shown
 
+    def render_lines(self, crop: Region) -> list[Strip]:
+        self._base = self.rich_style  # once for all lines: it is put together from all ancestors
+        return super().render_lines(crop)
+
     def render_line(self, y: int) -> Strip:
         lines = self._shown if self._shown is not None else self._make()
-        base = self.rich_style
-        width = self.size.width
         if y >= len(lines):
-            return Strip.blank(width, base)
-        return lines[y].adjust_cell_length(width).apply_style(base)
+            return Strip.blank(self.size.width, self._base)
+        return lines[y].apply_style(self._base)
 
     def on_resize(self) -> None:
         self._read = self._shown = None
@@ -284,6 +291,20 @@ class ScrollPanel(ScrollView, _Drawn, can_focus=True):  # the first base gives t
         Binding("home", "by(-100000)", "Top", show=False),
         Binding("end", "by(100000)", "Bottom", show=False),
     ]
+
+    def have_lines(self, count: int) -> None:
+        """Set the number of lines that can be scrolled through."""
+        size = Size(0, count)
+        if size == self.virtual_size:
+            return
+        higher = count > self.scrollable_content_region.height
+        if self.size and self.show_vertical_scrollbar == higher:
+            # Textual would lay out the whole screen, for a log line that was added. Only the scroll bar has changed.
+            self.set_reactive(ScrollPanel.virtual_size, size)
+            if higher:
+                self.vertical_scrollbar.window_virtual_size = count
+        else:
+            self.virtual_size = size
 
     def action_by(self, lines: int) -> None:
         """Scroll at once: an animation would repaint the panel many times over a slow line."""
