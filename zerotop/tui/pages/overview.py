@@ -73,6 +73,8 @@ class OverviewPage(Page):
 
     def __init__(self) -> None:
         super().__init__(id="overview")
+        self._asked: tuple[object, ...] = ()
+        """What `fit` has last seen."""
         self._fitted: tuple[Heights, Widget | None, bool] | None = None
         self._ranks, self._phases, self._summary = (
             RankTable(id="ranks"),
@@ -116,8 +118,17 @@ class OverviewPage(Page):
 
     def fit(self) -> None:
         """Give each part its height. A zoomed panel has none of its own: that would limit it."""
-        children = self._nodes
-        if not children or not self.size.height or not self.is_attached or self.has_class("-resized"):
+        asked: tuple[object, ...] = (
+            self.outer_size,
+            self.screen.outer_size,
+            self._ranks.count,
+            self._memory.lines_wanted,
+        )
+        asked += (self._phases.display, self._summary.display, self.screen.maximized, self.classes)
+        if asked == self._asked or not self._nodes or not self.size.height or not self.is_attached:
+            return
+        self._asked = asked
+        if self.has_class("-resized"):
             return
         table, middle, events, summary = self._ranks, self._middle, self._events, self._summary
         memory, host = self._memory, self._host

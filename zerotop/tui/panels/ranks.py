@@ -23,7 +23,7 @@ from zerotop.tui.panels.rank_columns import (
 )
 from zerotop.tui.view import View, stale_after_s
 from zerotop.tui.widgets.lines import Row, ScrollPanel
-from zerotop.tui.widgets.timeline import longest_last_step_ms
+from zerotop.tui.widgets.timeline import LastSteps
 
 PINNED_FROM = 16
 """With more ranks, those that the verdict blames stand first."""
@@ -69,10 +69,12 @@ class RankTable(ScrollPanel, Filterable):
         self.sort = "rank"
         self.reverse = False
         self.filter = ""
-        self._count = 0
+        self.count = 0
+        """The number of ranks."""
         self._order: list[int] = []
         """The ranks that are shown, in the order of their lines."""
         self._drawing: Context | None = None
+        self._last_steps = LastSteps()
         self._concerns: dict[int, tuple[Concern, ...]] = {}
         self._looked_at: tuple[int, ...] = ()
         self._concerned = False
@@ -81,17 +83,17 @@ class RankTable(ScrollPanel, Filterable):
     @property
     def rows_wanted(self) -> int:
         """Lines for all ranks, the column titles, the medians and the borders."""
-        return max(1, self._count) + 1 + int(self._count >= MEDIAN_FROM) + self.gutter.height
+        return max(1, self.count) + 1 + int(self.count >= MEDIAN_FROM) + self.gutter.height
 
     def inputs(self, view: View) -> object:
         return super().inputs(view), view.verdict, view.stall
 
     def notice(self, view: View) -> None:
-        self._count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
+        self.count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
 
     def accept(self, view: View) -> None:
         self._drawing = self._make_drawing(view)
-        shown = [number for number in range(self._count) if self._passes(view, number)]
+        shown = [number for number in range(self.count) if self._passes(view, number)]
         if self.sort != "rank" or self.reverse:
             shown = sorted_ranks(self._drawing, shown, self.sort, self.reverse)
         elif len(shown) > PINNED_FROM:  # those in trouble stay in sight
@@ -105,7 +107,7 @@ class RankTable(ScrollPanel, Filterable):
         if self.sort != "rank" or self.reverse:
             title += f" · sorted by {self.sort} {'▲' if self.reverse else '▼'}"
         if self.filter:
-            title += f" · filter “{self.filter}” · {len(shown)} of {self._count}"
+            title += f" · filter “{self.filter}” · {len(shown)} of {self.count}"
         self.entitle(title)
 
     def _make_drawing(self, view: View) -> Context:
@@ -113,6 +115,8 @@ class RankTable(ScrollPanel, Filterable):
         if nodes != self._looked_at:
             self._looked_at, self._concerns = nodes, concerns(view.state)
         found = self._concerns
+        if self.size.width >= STRIPS_FROM:
+            self._last_steps.look(view.state.ranks.values())
         self._concerned = self._concerned or bool(found)
         return Context(
             view,
@@ -120,7 +124,7 @@ class RankTable(ScrollPanel, Filterable):
             view.state.waits.window(),
             stale_after_s(view.state),
             found,
-            longest_last_step_ms(view.state.ranks.values()) if self.size.width >= STRIPS_FROM else 0.0,
+            self._last_steps,
         )
 
     def _passes(self, view: View, number: int) -> bool:

@@ -41,8 +41,7 @@ class LiveScreen(Screen[None]):
         with self.app.batch_update():
             in_sight = self._compositor.visible_widgets
             for panel in self._drawn():
-                if panel.is_attached:  # not while the page or the screen is being taken down
-                    panel.show(view, panel in in_sight)
+                panel.show(view, panel in in_sight)
 
     def _drawn(self) -> list[Panel | ScrollPanel]:
         """All panels, looked up once: a query walks through all widgets."""

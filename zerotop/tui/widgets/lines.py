@@ -168,14 +168,14 @@ class _Drawn(Widget):
         on screen. A panel out of sight only keeps the view."""
         self.view = view
         self.notice(view)
-        if not (in_sight and self.display and self.outer_size):  # `size` would look up where the panel stands
+        if not (in_sight and self.outer_size):  # `size` would look up where the panel stands
             self._behind = True
             self._read = self._shown = None
             return
         self._behind = False
         inputs = self.inputs(view)
         read = (self.outer_size, view.palette, view.stale, view.frozen, view.ended, self.has_focus, inputs)
-        if inputs is not None and read == self._read:
+        if (inputs is not None and read == self._read) or not self.is_attached:  # it is being taken down
             return
         self._read = read
         self.accept(view)
@@ -196,7 +196,7 @@ class _Drawn(Widget):
         """Draw the same view again: selection, scrolling or size has changed."""
         self.expire()
         if self.view is not None:
-            self.show(self.view)
+            self.show(self.view, self.display)
 
     def expire(self) -> None:
         """At the next view the lines are drawn again, whatever has changed."""
@@ -215,7 +215,7 @@ class _Drawn(Widget):
         return self._shown
 
     def render_lines(self, crop: Region) -> list[Strip]:
-        self._base = self.rich_style  # once for all lines: it is put together from all ancestors
+        self._base = self.visual_style.rich_style  # `rich_style` is put together from all ancestors for every line
         return super().render_lines(crop)
 
     def render_line(self, y: int) -> Strip:
