@@ -118,6 +118,8 @@ class OverviewPage(Page):
 
     def fit(self) -> None:
         """Give each part its height. A zoomed panel has none of its own: that would limit it."""
+        if not self._nodes or not self.is_attached or not self.size.height:
+            return
         asked: tuple[object, ...] = (
             self.outer_size,
             self.screen.outer_size,
@@ -125,7 +127,7 @@ class OverviewPage(Page):
             self._memory.lines_wanted,
         )
         asked += (self._phases.display, self._summary.display, self.screen.maximized, self.classes)
-        if asked == self._asked or not self._nodes or not self.size.height or not self.is_attached:
+        if asked == self._asked:
             return
         self._asked = asked
         if self.has_class("-resized"):

@@ -167,6 +167,8 @@ class _Drawn(Widget):
         """Draw `view` if something in it that the panel reads has changed, and repaint the cells that differ from those
         on screen. A panel out of sight only keeps the view."""
         self.view = view
+        if not self.is_attached:  # the page or the screen is being taken down
+            return
         self.notice(view)
         if not (in_sight and self.outer_size):  # `size` would look up where the panel stands
             self._behind = True
@@ -175,7 +177,7 @@ class _Drawn(Widget):
         self._behind = False
         inputs = self.inputs(view)
         read = (self.outer_size, view.palette, view.stale, view.frozen, view.ended, self.has_focus, inputs)
-        if (inputs is not None and read == self._read) or not self.is_attached:  # it is being taken down
+        if inputs is not None and read == self._read:
             return
         self._read = read
         self.accept(view)
