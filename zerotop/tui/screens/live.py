@@ -62,9 +62,9 @@ class LiveScreen(Screen[None]):
 
     def refresh_panels(self) -> None:
         """Draw the last view again: what the panels show has changed, and not the run."""
-        for panel in self._drawn():
-            panel.expire()
         if self.view is not None:
+            for panel in self._drawn():
+                panel.expire()
             self.show_view(self.view)
 
     # ---- one panel alone, or none of it ----------------------------------------------------------------------------
