@@ -115,10 +115,9 @@ class KeyBar(Widget):
             self._keys = self._working_keys()
         labels = self._long if self.size.width >= LONG_FROM else self._labels
         kept = [entry for entry in self._keys if entry.action not in self._hidden]
-        if self.screen.size.height < TABS_FROM:  # elsewhere a line of tabs shows them
-            pages = _Entry("page", f"1-{len(PAGE_NAMES)}", "Screens", "app.page('2')")
-            place = next((at for at, entry in enumerate(kept, 1) if entry.action == "detach"), None)
-            kept[place:place] = [pages] if place is not None else []
+        leave = next((at for at, entry in enumerate(kept) if entry.action == "detach"), None)
+        if self.screen.size.height < TABS_FROM and leave is not None:  # elsewhere a line of tabs shows them
+            kept.insert(leave + 1, _Entry("page", f"1-{len(PAGE_NAMES)}", "Screens", "app.page('2')"))
         return [replace(one, label=labels[one.action]) if one.action in labels else one for one in kept]
 
     def _working_keys(self) -> list[_Entry]:
