@@ -176,7 +176,16 @@ class _Drawn(Widget):
             return
         self._behind = False
         inputs = self.inputs(view)
-        read = (self.outer_size, view.palette, view.stale, view.frozen, view.ended, self.has_focus, inputs)
+        read = (
+            self.outer_size,
+            self.show_vertical_scrollbar,
+            view.palette,
+            view.stale,
+            view.frozen,
+            view.ended,
+            self.has_focus,
+            inputs,
+        )
         if inputs is not None and read == self._read:
             return
         self._read = read
@@ -311,6 +320,11 @@ class ScrollPanel(ScrollView, _Drawn, can_focus=True):  # the first base gives t
     def action_by(self, lines: int) -> None:
         """Scroll at once: an animation would repaint the panel many times over a slow line."""
         self.scroll_to(y=self.scroll_offset.y + lines, animate=False, force=True)
+
+    def watch_show_vertical_scrollbar(self) -> None:
+        """The bar takes a column from the lines, without a change of the panel's size."""
+        if self._shown is not None:
+            self.call_after_refresh(self.redraw)
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
