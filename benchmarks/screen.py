@@ -53,6 +53,16 @@ ROUNDS = 5
 SHOWN = "of 100000"
 """What stands on the terminal once the step does."""
 IMPORT = "import textual.app, textual.screen, textual.widgets, textual.containers; from textual.widgets import Input"
+ATTACH = """
+import sys
+folder = sys.argv.pop()
+sys.meta_path[:] = [one for one in sys.meta_path if not type(one).__module__.startswith("_editable")]
+sys.path[0] = folder
+import zerotop
+assert zerotop.__file__.startswith(folder + "/"), zerotop.__file__
+from zerotop.cli import main
+sys.exit(main(["attach", "q1"]))
+"""
 BARE = """
 from textual.app import App
 from textual.widgets import Static
@@ -145,6 +155,11 @@ def simulation(ranks: int, hz: float, step_ms: float) -> Iterator[Simulation]:
         run.close()
 
 
+def attach(folder: Path) -> list[str]:
+    """The command that opens the screen of a checkout. An editable install would put its own in front of it."""
+    return [sys.executable, "-c", ATTACH, str(folder)]
+
+
 @dataclass
 class Watched:
     """The screen of a checkout in a terminal, and what it has cost."""
@@ -158,8 +173,7 @@ class Watched:
 
     def start(self) -> None:
         """Open the screen and its page."""
-        command = ["env", "-C", str(self.folder), sys.executable, "-m", "zerotop", "attach", "q1"]
-        self.terminal = Terminal(command, size=self.size)
+        self.terminal = Terminal(attach(self.folder), size=self.size)
         self.process = psutil.Process(self.terminal.process.pid)
         self.terminal.read_until(lambda: SHOWN in self.terminal.shown)
         self.first_paint_ms = self._process_ms()
@@ -244,8 +258,7 @@ def first_paints(folders: dict[str, Path], ranks: int, size: tuple[int, int]) ->
             found.setdefault("import", []).append(_cpu_ms([sys.executable, "-c", IMPORT]))
             found.setdefault("bare", []).append(_paint_ms([sys.executable, "-c", BARE], size))
             for name, folder in folders.items():
-                command = ["env", "-C", str(folder), sys.executable, "-m", "zerotop", "attach", "q1"]
-                found.setdefault(name, []).append(_paint_ms(command, size))
+                found.setdefault(name, []).append(_paint_ms(attach(folder), size))
         assert run.hub.snapshots_sent
     return {name: round(statistics.median(times)) for name, times in found.items()}
 
