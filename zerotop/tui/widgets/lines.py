@@ -321,11 +321,6 @@ class ScrollPanel(ScrollView, _Drawn, can_focus=True):  # the first base gives t
         """Scroll at once: an animation would repaint the panel many times over a slow line."""
         self.scroll_to(y=self.scroll_offset.y + lines, animate=False, force=True)
 
-    def watch_show_vertical_scrollbar(self) -> None:
-        """The bar takes a column from the lines, without a change of the panel's size."""
-        if self._shown is not None:
-            self.call_after_refresh(self.redraw)
-
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
         if round(old_value) != round(new_value):
