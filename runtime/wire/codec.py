@@ -79,6 +79,19 @@ def read_packet(data: dict[str, Any]) -> Decoded[Packet]:
     return _read(data, Packet)
 
 
+def read_packet_frame(frame: bytes) -> tuple[Packet, list[str]]:
+    """The packet in a frame, and a line for each malformed message: for a reader that passes no JSON on. Raises
+    ProtocolError. A packet without fault is validated as it is parsed, which takes two thirds of the time."""
+    try:
+        packet = Packet.model_validate_json(frame)
+    except ValidationError:
+        packet = None
+    if packet is not None and packet.protocol == PROTOCOL:
+        return packet, []
+    decoded = read_packet(load(frame))
+    return decoded.shell, decoded.malformed
+
+
 def read_snapshot(data: dict[str, Any]) -> Decoded[Snapshot]:
     """`decode_snapshot` for a frame that `load` has parsed, with details about skipped messages."""
     return _read(data, Snapshot)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import zmq
 
-from runtime.wire.codec import ProtocolError, encode, load, read_packet, read_snapshot
+from runtime.wire.codec import ProtocolError, encode, load, read_packet_frame, read_snapshot
 from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandRecord, LogRecord, Packet, RunStatus
 from runtime.wire.rundir import LIVE_TOPIC, SNAPSHOT_TOPIC, Sockets
 from zerotop.format import duration_text
@@ -150,15 +150,14 @@ class LiveSource:
             return True
         if topic != LIVE_TOPIC:
             return False  # an answer to an earlier question of ours
-        received = read_packet(load(frame))
-        packet = received.shell
+        packet, malformed = read_packet_frame(frame)
         if not self._have_snapshot:
             self._held_back.append(packet)
             del self._held_back[:-HELD_BACK]
             return False
         hole = packet.hub_seq > self.state.hub_seq + 1
         changed = self._fold(packet)
-        self._tell_skipped(received.malformed)
+        self._tell_skipped(malformed)
         if hole and time.monotonic() - self._asked_at > ASK_AGAIN_S:
             self._ask_for_snapshot()
         return changed

@@ -99,19 +99,29 @@ class Breakdowns:
     """The newest steps of every rank."""
 
     def __init__(self) -> None:
-        self._steps: dict[int, deque[Breakdown]] = {}
+        self._broken_down: dict[int, deque[Breakdown]] = {}
+        self._new: dict[int, deque[StepResult]] = {}
+        """Steps that nobody has asked for yet: a screen takes all of them in, and asks for none."""
 
     def copy(self) -> Breakdowns:
         """An independent copy."""
         other = Breakdowns()
-        other._steps = {rank: steps.copy() for rank, steps in self._steps.items()}
+        other._broken_down = {rank: steps.copy() for rank, steps in self._steps.items()}
         return other
 
     def add(self, result: StepResult) -> None:
         """Take the result of one step of one rank."""
         if result.phase_ms:
-            kept = self._steps.setdefault(result.rank, deque(maxlen=EARLIER_STEPS + RECENT_STEPS))
-            kept.append(breakdown_of(result))
+            self._new.setdefault(result.rank, deque(maxlen=EARLIER_STEPS + RECENT_STEPS)).append(result)
+
+    @property
+    def _steps(self) -> dict[int, deque[Breakdown]]:
+        """Rank -> its newest steps."""
+        for rank, results in self._new.items():
+            kept = self._broken_down.setdefault(rank, deque(maxlen=EARLIER_STEPS + RECENT_STEPS))
+            kept.extend(map(breakdown_of, results))
+        self._new.clear()
+        return self._broken_down
 
     def steps(self, rank: int) -> int:
         """How many steps of the rank are known."""

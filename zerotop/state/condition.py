@@ -57,13 +57,13 @@ def silent_ranks(state: RunState) -> dict[int, float]:
     """Rank -> seconds since its last message, for ranks that have been silent for too long and have not left."""
     silent = {}
     trains = any(rank.step is not None for rank in state.ranks.values())
+    since_ns = state.hub_now_ns - int(SILENT_S * 1e9)
     for number, rank in sorted(state.ranks.items()):
-        begun = rank.heartbeat is not None or trains
-        if rank.hello is None or not begun or rank.goodbye is not None or not rank.heard_ns:
+        if rank.heard_ns >= since_ns or not rank.heard_ns:  # nearly always, and this is asked at every tick
             continue
-        seconds = silent_s(rank, state.hub_now_ns)
-        if seconds > SILENT_S:
-            silent[number] = seconds
+        begun = rank.heartbeat is not None or trains
+        if rank.hello is not None and begun and rank.goodbye is None:
+            silent[number] = silent_s(rank, state.hub_now_ns)
     return silent
 
 

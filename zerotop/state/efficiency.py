@@ -57,7 +57,7 @@ def rank_efficiency(state: RunState, rank: RankState) -> Efficiency:
     """Of one rank over its recent steps; over its newest one if only that is known."""
     speed = rank.step.tokens_per_s if rank.step is not None else None
     if rank.rank == min(state.ranks):  # the series has the steps of the lowest rank
-        recent = list(state.series)[-RECENT_STEPS:]
+        recent = state.series.recent(RECENT_STEPS)
         known = [point.tokens_per_s for point in recent if point.rank == rank.rank and point.tokens_per_s]
         speed = statistics.median(known) if known else speed
     return efficiency_of(rank.hello, speed)

@@ -13,6 +13,7 @@ def freeze(state: RunState) -> RunState:
     still.ranks = {number: copy.copy(rank) for number, rank in state.ranks.items()}
     for rank in still.ranks.values():
         rank.spans, rank.collectives = copy.copy(rank.spans), copy.copy(rank.collectives)
+    still._folded = dict(state._folded)
     still.nodes = dict(state.nodes)
     still.energy = state.energy.copy()
     still.events = copy.copy(state.events)

@@ -6,10 +6,11 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from zerotop.state.series import Series
-from zerotop.state.smoothing import smooth
+from zerotop.state.smoothing import smooth, smooth_last
 
 Direction = Literal["falling", "flat", "rising", "not a number", "too early"]
 FEWEST = 10
@@ -25,12 +26,21 @@ class EarlierRun:
     name: str
     points: tuple[tuple[float, float], ...]
 
+    @cached_property
+    def steps(self) -> list[float]:
+        """The steps of the points."""
+        return [step for step, _ in self.points]
+
+    @cached_property
+    def smoothed(self) -> list[float | None]:
+        """The losses of the points without their noise."""
+        return smooth([loss for _, loss in self.points])
+
     def loss_at(self, step: float) -> float | None:
         """The smoothed loss at a step, interpolated; None outside of the run's steps."""
-        steps = [at for at, _ in self.points]
+        steps, values = self.steps, self.smoothed
         if not steps or not steps[0] <= step <= steps[-1]:
             return None
-        values = smooth([loss for _, loss in self.points])
         place = bisect_left(steps, step)
         after = values[place]
         if after is None or steps[place] == step or not place:
@@ -69,7 +79,7 @@ def loss_trend(series: Series, earlier: EarlierRun | None = None) -> LossTrend:
     best, best_step = min((loss, step) for step, loss in finite)
     newest = points[-1][1]
     recent = finite[-max(2 * FEWEST, len(finite) // 10) :]
-    level = smooth([loss for _, loss in finite])[-1]
+    level = smooth_last([loss for _, loss in finite])
     against = earlier.loss_at(finite[-1][0]) if earlier is not None else None
     direction, slope = _direction(recent)
     if not math.isfinite(newest):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from zerotop.state.condition import condition_of
+from zerotop.state.condition import Condition, condition_of
 from zerotop.state.run import RunState
 
 
@@ -26,8 +26,9 @@ class Progress:
         return min(1.0, self.step / self.steps) if self.steps else None
 
 
-def progress(state: RunState, connection: str = "live") -> Progress:
-    """The ETA uses the median of recent steps, so that one slow step (a checkpoint, a hiccup) does not move it."""
+def progress(state: RunState, connection: str = "live", condition: Condition | None = None) -> Progress:
+    """The ETA uses the median of recent steps, so that one slow step (a checkpoint, a hiccup) does not move it.
+    condition: that of the state, if it is known already."""
     hello = state.hello
     steps = hello.steps if hello else None
     if steps is not None and state.step > steps:
@@ -37,7 +38,7 @@ def progress(state: RunState, connection: str = "live") -> Progress:
     done = state.step
     eta_s = (
         (steps - done) * step_ms / 1000
-        if steps and step_ms is not None and condition_of(state, connection).moving
+        if steps and step_ms is not None and (condition or condition_of(state, connection)).moving
         else None
     )
     # Ranks report their first step one after the other: the sum over some of them is not the speed of the run.

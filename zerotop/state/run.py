@@ -6,6 +6,7 @@ The hub, the screen and `zerotop status` fold the same messages, so they cannot 
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -111,6 +112,10 @@ class RunState:
     """The newest arrival stamp: the hub's clock as far as we know it."""
     restarted: bool = False
     """A new attempt has begun, and none of its ranks has reported yet from which step it continues."""
+    _folded: dict[str, int] = field(default_factory=dict, compare=False)
+    """Kind of message -> how many were folded in."""
+    _serial: int = field(default_factory=itertools.count().__next__, compare=False)
+    """Tells this state from every other."""
     _data_is_old: bool = False
     """A new attempt has begun, and the data reports are still those of the one before."""
     _lowest: int | None = None
@@ -153,6 +158,8 @@ class RunState:
 
     def apply(self, message: Message, arrival_ns: int = 0) -> None:
         """Fold one message. Kinds without a meaning for the state are ignored."""
+        kind = getattr(message, "kind", "")
+        self._folded[kind] = self._folded.get(kind, 0) + 1
         rank = getattr(message, "rank", None)
         if isinstance(rank, int):
             self.rank(rank).heard_ns = max(self.rank(rank).heard_ns, arrival_ns)
@@ -246,6 +253,11 @@ class RunState:
                 self.commands[identity] = old.model_copy(update={"ack": old.ack.model_copy(update={"result": rest})})
 
     # ---- reading ---------------------------------------------------------------------------------------------------
+    def revision(self, kinds: Iterable[str]) -> tuple[int, ...]:
+        """Compares equal to an earlier one while no message of these kinds has been folded in since: who shows
+        something reads it again only then."""
+        return (self._serial, *(self._folded.get(kind, 0) for kind in kinds))
+
     def rank(self, number: int) -> RankState:
         """The state of one rank, created if it is new."""
         if number not in self.ranks:
@@ -294,8 +306,8 @@ class RunState:
 
     def energy_use(self) -> EnergyUse | None:
         """What the GPUs of all ranks take per step and per token; None where one of them has no energy counter."""
-        newest = list(self.series)[-1:]
-        stamped = self.ranks.get(newest[0].rank) if newest else None
+        newest = self.series.newest
+        stamped = self.ranks.get(newest.rank) if newest is not None else None
         gpus: dict[str, set[str]] = {}
         tokens = 0.0
         for rank in self.ranks.values():

@@ -69,6 +69,11 @@ class Series:
         return self._newest is not None and (not self._points or self._points[-1].step != self._newest.step)
 
     @property
+    def first(self) -> StepResult | None:
+        """The oldest step that is kept."""
+        return self._points[0] if self._points else self._newest
+
+    @property
     def newest(self) -> StepResult | None:
         """The newest step."""
         return self._newest if self._newest_is_extra else self._points[-1] if self._points else None
@@ -93,4 +98,10 @@ class Series:
 
     def recent_step_ms(self, count: int = 20) -> list[float]:
         """Times of the newest `count` points."""
-        return [point.step_ms for point in list(self)[-count:]]
+        return [point.step_ms for point in self.recent(count)]
+
+    def recent(self, count: int) -> list[StepResult]:
+        """The newest `count` points, oldest first, without a walk through the others."""
+        if self._newest is not None and self._newest_is_extra:
+            return [*self._points[len(self._points) - min(count - 1, len(self._points)) :], self._newest]
+        return self._points[-count:]

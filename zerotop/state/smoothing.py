@@ -31,6 +31,17 @@ def smooth(values: Sequence[float | None], span: float | None = None) -> list[fl
     return result
 
 
+def smooth_last(values: Sequence[float]) -> float | None:
+    """The last of the smoothed values, which nothing comes after; all are finite. None without values."""
+    if len(values) < FEWEST:
+        return values[-1] if values else None
+    keep = math.exp(-2.0 / max(2.0, len(values) / SPANS_SHOWN))
+    total = weight = 0.0
+    for value in values:
+        total, weight = total * keep + value, weight * keep + 1.0
+    return total / weight
+
+
 def _one_way(values: Sequence[float | None], keep: float) -> list[tuple[float, float]]:
     total = weight = 0.0
     sums = []

@@ -75,8 +75,7 @@ def threshold_s(state: RunState) -> float:
     if not counts_steps(state):
         return UNCOUNTED_MIN_S
     start = state.hello.start_step if state.hello else 0
-    usual = [point.step_ms for point in state.series if point.step > start + FIRST_STEPS]
-    recent = sorted(usual[-100:])
+    recent = sorted(point.step_ms for point in state.series.recent(100) if point.step > start + FIRST_STEPS)
     p99_ms = recent[min(len(recent) - 1, int(len(recent) * 0.99))] if recent else 0.0
     return max(STALL_MIN_S, STALL_STEPS * p99_ms / 1000)
 
@@ -90,10 +89,9 @@ def find_stall(state: RunState) -> Stall | None:
         return None
     if not is_past(state, FIRST_STEPS):
         return None
-    limit = threshold_s(state)
     # The most recent progress decides: if one rank still moves (reading data, say), the run is slow, not stuck.
     idle = min(idle_s(rank, state.hub_now_ns) for rank in ranks)
-    if idle < limit:
+    if idle < STALL_MIN_S or idle < (limit := threshold_s(state)):
         return None
     stall = _blame(ranks, _finished(state), idle, state.hub_now_ns, limit)
     return stall if counts_steps(state) or stall.waiting or stall.ended else None

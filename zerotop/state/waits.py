@@ -149,6 +149,8 @@ class Waits:
         self._open: dict[tuple[str, int], dict[int, _Record]] = {}  # (group, seq) -> rank
         self._recent: dict[int, Collectives] = {}
         self._steps: dict[int, _Step] = {}
+        self._windows: dict[int, WaitWindow] = {}
+        """Steps -> what `window` has found, until something else is added."""
 
     def copy(self) -> Waits:
         """An independent copy."""
@@ -162,6 +164,7 @@ class Waits:
 
     def add(self, message: Collectives, world_size: int) -> None:
         """Take the finished collectives of one rank."""
+        self._windows.clear()
         self._recent[message.rank] = message
         for seq, op, nbytes, _issue_ns, _end_ns, duration_us, blocked_us in message.records:
             by_rank = self._open.setdefault((message.group, seq), {})
@@ -199,6 +202,7 @@ class Waits:
 
     def step_took(self, step: int, step_ms: float) -> None:
         """A rank's time for `step`: shares of waiting are relative to it."""
+        self._windows.clear()
         sums = self._sums(step)
         sums.step_ms = max(sums.step_ms, step_ms)
 
@@ -221,6 +225,11 @@ class Waits:
     def window(self, steps: int = WINDOW_STEPS) -> WaitWindow:
         """The newest `steps` steps with collectives, without the very newest: it is still being reported, and half
         of its collectives would look like half of the waiting."""
+        if steps not in self._windows:
+            self._windows[steps] = self._find_window(steps)
+        return self._windows[steps]
+
+    def _find_window(self, steps: int) -> WaitWindow:
         met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
         chosen = [self._steps[step] for step in met]
         waited_us: dict[int, float] = {}

@@ -16,6 +16,7 @@ from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
 from textual.notifications import SeverityLevel
 from textual.screen import Screen
+from textual.theme import Theme
 
 from runtime.wire.messages import LIVE_STATES, CommandName, Hello
 from runtime.wire.profile import DEFAULT_STEPS
@@ -47,7 +48,7 @@ from zerotop.tui.screens.stacks import StacksScreen
 from zerotop.tui.screens.themes import ThemeScreen
 from zerotop.tui.screenshot import screenshot_path
 from zerotop.tui.terminal import driver_class, leave_on_signals
-from zerotop.tui.theme import DEFAULT, Palette, load_palettes
+from zerotop.tui.theme import DEFAULT, Palette, SteadyStylesheet, load_palettes
 from zerotop.tui.view import TICK_S, View, build_view
 from zerotop.tui.widgets.keybar import KeyBar
 
@@ -77,6 +78,7 @@ class ZerotopApp(PageKeys[Outcome]):
         find_earlier: Callable[[Hello], tuple[EarlierRun, ...]] | None = None,
     ) -> None:
         super().__init__(driver_class=driver_class())
+        self.stylesheet = SteadyStylesheet(variables=self.get_css_variables())
         self.source = source
         self.read_only = read_only
         self.clock: Callable[[], float] = time.time
@@ -145,6 +147,11 @@ class ZerotopApp(PageKeys[Outcome]):
     def takes(self, event: events.Key | events.Paste) -> bool:
         return not isinstance(self.screen, ConfirmScreen) or self.screen.takes(event)
 
+    def get_theme(self, theme_name: str) -> Theme | None:
+        """The theme of that name. It is asked for whenever a widget is rendered, and Textual copies all themes for
+        that."""
+        return self._registered_themes.get(theme_name) or super().get_theme(theme_name)
+
     @property
     def palette(self) -> Palette:
         """The colours of the current theme."""
@@ -205,7 +212,7 @@ class ZerotopApp(PageKeys[Outcome]):
             "abort": "Abort at once",
         }
         hidden = self.hidden_keys() - ({"data"} if labels.get("data") else set())
-        for bar in screen.query(KeyBar):  # none yet in a screen that has just been pushed
+        for bar in screen.key_bars:  # none yet in a screen that has just been pushed
             bar.relabel(labels, hidden, {**labels, **long})
 
     def _look_for_earlier(self) -> None:
@@ -251,7 +258,7 @@ class ZerotopApp(PageKeys[Outcome]):
             for screen in stack:
                 for bar in screen.query(KeyBar):
                     bar.palette = self.palette
-                    bar.refresh()
+                    bar.renew()
         self.update_view()
 
     # ---- what may be done now --------------------------------------------------------------------------------------

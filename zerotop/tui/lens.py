@@ -81,5 +81,5 @@ class Lens:
 
 def extent(state: RunState) -> tuple[float, float]:
     """The first and the last step of the run that are known."""
-    points = list(state.series)
-    return (float(points[0].step), float(points[-1].step)) if points else (0.0, 1.0)
+    first, newest = state.series.first, state.series.newest
+    return (float(first.step), float(newest.step)) if first is not None and newest is not None else (0.0, 1.0)

@@ -83,6 +83,7 @@ class ReplayApp(ZerotopApp):
             bars = screen.query(TimeBar)
             if not bars:
                 screen.mount(TimeBar(self.status, screen.lines_below))
+                screen.forget_panels()
                 self.call_after_refresh(self.update_view)  # the bar takes its view once it is there
             for bar in bars:
                 bar.take(screen.lines_below)

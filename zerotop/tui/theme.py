@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.style import Style
 from textual.color import Color, ColorParseError
+from textual.css.stylesheet import Stylesheet
 from textual.theme import Theme
 
 from zerotop.rundir.paths import config_home
@@ -29,6 +30,20 @@ SECTIONS = ("ui", "categories", "phases", "plots")
 
 class ThemeError(ValueError):
     """A palette file that cannot be used; the message names the file, the problem and what is expected."""
+
+
+class SteadyStylesheet(Stylesheet):
+    """Keeps what it has parsed while the colours stay the same: Textual parses every rule again for each new screen and
+    once more at the start."""
+
+    def set_variables(self, variables: dict[str, str]) -> None:
+        if variables != self._variables:
+            super().set_variables(variables)
+            self._require_parse = True
+
+    def reparse(self) -> None:
+        if self._require_parse:
+            self.parse()
 
 
 @dataclass(frozen=True)

@@ -90,11 +90,12 @@ def build_view(
     """`live` is the current state if `state` is a copy."""
     ended = state.state_name in {"stopped", "finished", "aborted", "failed"}
     stale = not ended and (age_s > stale_after_s(state) or connection not in {"live", "ended", "replay"})
+    condition = condition_of(live or state, connection)
     return View(
         state=state,
         palette=palette,
-        progress=progress(state, connection),
-        condition=condition_of(live or state, connection),
+        progress=progress(state, connection, condition if live is None or live is state else None),
+        condition=condition,
         stall=None if stale else find_stall(state),
         verdict=(live or state).verdict,
         connection=connection,

@@ -30,6 +30,7 @@ from zerotop.state.memory import gpu_of, memory_use
 from zerotop.state.progress import progress, steps_at_risk
 from zerotop.state.run import COMMANDS_KEPT, EVENTS_KEPT, RunState
 from zerotop.state.series import POINTS_KEPT, Series
+from zerotop.state.smoothing import smooth, smooth_last
 from zerotop.state.waits import OPEN_KEPT, Waits
 
 
@@ -464,3 +465,34 @@ def test_a_number_that_is_no_gap_is_no_loss() -> None:
     assert run.ranks[0].packets_lost == 2
     run.apply_packet(Packet(source="rank/²", attempt=1, seq=1, sent_ns=0, messages=[]))
     assert run.ranks.keys() == {0}
+
+
+def test_a_revision_changes_with_messages_of_its_kinds_and_with_no_other() -> None:
+    state = RunState()
+    state.apply(result(1))
+    steps, events = state.revision(("step",)), state.revision(("event", "log"))
+    state.apply(LogRecord(rank=0, level="info", logger="x", text="t", wall_s=0))
+    assert state.revision(("step",)) == steps and state.revision(("event", "log")) != events
+    still = freeze(state)
+    state.apply(result(2))
+    assert still.revision(("step",)) == steps != state.revision(("step",))
+    other = RunState()
+    other.apply(result(1))
+    assert other.revision(("step",)) != steps  # a new snapshot is another state
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, POINTS_KEPT, 2 * POINTS_KEPT + 3])
+def test_the_newest_points_are_found_without_the_others(count: int) -> None:
+    series = Series()
+    for step in range(1, count + 1):
+        series.add(result(step))
+    for wanted in (1, 2, 20, 5000):
+        assert series.recent(wanted) == list(series)[-wanted:]
+    assert (series.first, series.newest) == (next(iter(series), None), next(iter(list(series)[::-1]), None))
+
+
+@pytest.mark.parametrize("count", [0, 1, 23, 24, 300])
+def test_the_last_smoothed_value_is_found_without_the_others(count: int) -> None:
+    values = [math.sin(at) + at / 50 for at in range(count)]
+    expected = smooth(values)[-1] if values else None
+    assert smooth_last(values) == (None if expected is None else pytest.approx(expected))

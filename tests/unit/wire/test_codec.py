@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from runtime.wire.codec import (
     encode,
     rank_of,
     read_packet,
+    read_packet_frame,
 )
 from runtime.wire.codec import (
     load as load_frame,
@@ -84,6 +86,16 @@ def test_a_reader_skips_what_it_does_not_know_and_tells_what_it_cannot_read() ->
     assert len(decode_snapshot(json.dumps(snapshot).encode()).messages) == 1
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, None])
+def test_a_frame_is_read_at_once_as_it_is_in_two_passes(loss: float | None) -> None:
+    good = json.loads(encode(step_result(step=3))) | {"loss": loss}
+    shell = json.loads(encode(Packet(source="rank/0", attempt=1, seq=1, sent_ns=0, messages=[])))
+    for items in ([good], [good, {"kind": "new in version 9"}], [good, {**good, "step": 10**30}], [5]):
+        packet, malformed = read_packet_frame(json.dumps({**shell, "messages": items}).encode())
+        decoded = read_packet({**shell, "messages": items})
+        assert repr(packet) == repr(decoded.shell) and malformed == decoded.malformed
+
+
 @pytest.mark.parametrize(
     "frame",
     [
@@ -128,6 +140,7 @@ def test_a_packet_reads_back_equal() -> None:
     said = [hello(), step_result(), Ack(id="a", state="applied", result={"path": "/x", "list": [1, [2.5, None]]})]
     packet = Packet(source="rank/0", attempt=1, seq=7, sent_ns=5, messages=said)
     assert decode_packet(encode(packet)) == packet
+    assert read_packet_frame(encode(packet)) == (packet, [])
     snapshot = Snapshot(hub_seq=1, now_ns=2, wall_s=3.0, heard_ns={0: 4}, messages=said)
     assert decode_snapshot(encode(snapshot)) == snapshot
 

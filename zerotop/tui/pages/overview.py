@@ -73,51 +73,70 @@ class OverviewPage(Page):
 
     def __init__(self) -> None:
         super().__init__(id="overview")
+        self._asked: tuple[object, ...] = ()
+        """What `fit` has last seen."""
         self._fitted: tuple[Heights, Widget | None, bool] | None = None
+        self._ranks, self._phases, self._summary = (
+            RankTable(id="ranks"),
+            PhaseLegend(id="phases"),
+            SummaryPanel(id="summary"),
+        )
+        self._middle, self._events = Horizontal(id="middle"), EventPanel(id="events", title="6 events")
+        self._memory, self._host = MemoryPanel(id="memory"), HostPanel(id="host")
 
     def compose(self) -> ComposeResult:
-        yield RankTable(id="ranks")
+        yield self._ranks
         yield Legend(id="legend")
-        yield PhaseLegend(id="phases")
-        yield SummaryPanel(id="summary")
-        with Horizontal(id="middle"):
+        yield self._phases
+        yield self._summary
+        with self._middle:
             yield PlotPanel("5", LEARNING, id="learning")
             yield PlotPanel("5", SPEED, id="speed")
             with Vertical(id="side"):
-                yield MemoryPanel(id="memory")
-                yield HostPanel(id="host")
+                yield self._memory
+                yield self._host
         yield HostPanel(id="host-line")
-        yield EventPanel(id="events", title="6 events")
+        yield self._events
 
     def on_mount(self) -> None:
         self.query_one("#host-line").can_focus = False
-        self.query_one(SummaryPanel).display = False
+        self._summary.display = False
 
     def first_focus(self) -> Widget | None:
-        return self.query_one(RankTable)
+        return self._ranks
 
     def show_view(self, view: View) -> None:
         super().show_view(view)
-        summary = self.query_one(SummaryPanel)
-        if summary.display != view.ended:
-            summary.display = view.ended
+        if self._summary.display != view.ended:
+            self._summary.display = view.ended
             self.set_class(view.ended, "-ended")
-        phases = self.query_one(PhaseLegend)
         room = self.size.height >= LEGEND_FROM
-        phases.display = room and not view.ended and phases.wanted(view, self.size.width)
+        legend = room and not view.ended and self._phases.wanted(view, self.size.width)
+        if self._phases.display != legend:
+            self._phases.display = legend
         self.fit()
 
     def fit(self) -> None:
         """Give each part its height. A zoomed panel has none of its own: that would limit it."""
-        children = self._nodes
-        if not children or not self.size.height or not self.is_attached or self.has_class("-resized"):
+        if not self._nodes or not self.is_attached or not self.size.height:
             return
-        table, middle = self.query_one(RankTable), self.query_one("#middle")
-        events, memory = self.query_one("#events", EventPanel), self.query_one(MemoryPanel)
-        host, summary = self.query_one("#host", HostPanel), self.query_one(SummaryPanel)
+        asked: tuple[object, ...] = (
+            self.outer_size,
+            self.screen.outer_size,
+            self._ranks.count,
+            self._memory.lines_wanted,
+        )
+        asked += (self._phases.display, self._summary.display, self.screen.maximized, self.classes)
+        if asked == self._asked:
+            return
+        self._asked = asked
+        if self.has_class("-resized"):
+            return
+        table, middle, events, summary = self._ranks, self._middle, self._events, self._summary
+        memory, host = self._memory, self._host
         ended, maximized = summary.display, self.screen.maximized
         narrow = self.screen.has_class("-narrow")
-        room = self.size.height - int(self.query_one(PhaseLegend).display)
+        room = self.size.height - int(self._phases.display)
         side = memory.rows_wanted + ROWS_LEAST + host.gutter.height
         heights = share_out(room, narrow, table.rows_wanted, 1 + table.gutter.height, side)
         if (heights, maximized, ended) == self._fitted:
@@ -142,6 +161,6 @@ class OverviewPage(Page):
 
     @on(RankTable.Selected)
     def _rank_selected(self, message: RankTable.Selected) -> None:
-        memory = self.query_one(MemoryPanel)
+        memory = self._memory
         memory.rank = message.rank
         memory.redraw()

@@ -64,11 +64,11 @@ class TrainingPage(Page):
     def show_view(self, view: View) -> None:
         """Figures that the run does not have take no room."""
         super().show_view(view)
-        newest = list(view.state.series)[-1:]
+        newest = view.state.series.newest
         wide = self.size.width >= NARROW
         shown = 0
         for number, (name, figure) in enumerate(PLOTS):
-            there = bool(newest) and figure.value(newest[0], view.state) is not None
+            there = newest is not None and figure.value(newest, view.state) is not None
             if number == 3:
                 shown = 0
             wanted = (there or figure in (NORM, RATE, THROUGHPUT, STEP_TIME)) and (wide or shown < 2)

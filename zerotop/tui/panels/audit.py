@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.style import Style
-from textual.geometry import Size
 
 from runtime.wire.messages import CommandRecord
 from zerotop.format import clock_text
@@ -16,16 +15,15 @@ from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel, fit
 class CommandAudit(ScrollPanel):
     """The newest command first."""
 
+    READS = ("command_record",)
+
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
         self._records: list[CommandRecord] = []
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         self._records = list(reversed(view.state.commands.values()))
-        size = Size(0, len(self._records))
-        if size != self.virtual_size:
-            self.virtual_size = size
+        self.have_lines(len(self._records))
         self.entitle(f"commands · {len(self._records)}")
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:

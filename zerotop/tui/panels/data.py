@@ -34,6 +34,7 @@ def why_no_report(state: RunState) -> str:
 class DataFacts(TextLines):
     """The figures of the report of `role`, and its notes."""
 
+    READS = ("data_report", "step")
     role = "train"
 
     def subject(self, view: View) -> object:
@@ -63,13 +64,13 @@ class DataFacts(TextLines):
 class LengthPanel(Panel, can_focus=True):
     """The histogram of the lengths of samples."""
 
+    READS = ("data_report", "step")
     role = "train"
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="framed")
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         report = view.state.data.get(self.role)
         longest = f" · cut at {report.seq_len:,}" if report is not None and report.truncated else ""
         self.entitle(f"lengths{longest}")
@@ -91,6 +92,7 @@ class LengthPanel(Panel, can_focus=True):
 class ExamplePanel(TextLines):
     """One example: what the model sees, with the tokens that the loss counts set off."""
 
+    READS = ("data_report", "step")
     role = "train"
     number = 0
 

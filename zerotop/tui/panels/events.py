@@ -6,7 +6,6 @@ import textwrap
 from dataclasses import dataclass
 
 from rich.style import Style
-from textual.geometry import Size
 
 from runtime.wire.messages import Event
 from zerotop.clean import clean
@@ -35,6 +34,7 @@ class Line:
 class EventPanel(ScrollPanel, Filterable):
     """The events of the run, or of one rank."""
 
+    READS = ("event", "log", "checkpoint_saved")
     FILTER_HINT = "part of a line, a severity, rank 1 …"
 
     def __init__(self, *, id: str, title: str = "6 events", rank: int | None = None) -> None:
@@ -49,8 +49,10 @@ class EventPanel(ScrollPanel, Filterable):
         self._key: tuple[object, ...] = ()
         self._follow = True
 
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), self.options()
+
     def accept(self, view: View) -> None:
-        super().accept(view)
         width = self.scrollable_content_region.width or 80
         events = view.state.events
         # The deque is full after a while, so its length no longer changes: compare the newest record.
@@ -63,7 +65,7 @@ class EventPanel(ScrollPanel, Filterable):
         at_end = self._follow
         self._lines = self._wrap(view, width)
         self.lines_changed()
-        self.virtual_size = Size(0, len(self._lines))
+        self.have_lines(len(self._lines))
         self.entitle(self.heading())
         if at_end:
             self.scroll_end(animate=False, immediate=True, force=True)
@@ -95,8 +97,10 @@ class EventPanel(ScrollPanel, Filterable):
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
-        self._follow = new_value >= self.max_scroll_y
-        self.border_subtitle = plain("" if self._follow else "scrolled up · End follows again")
+        follow = new_value >= self.max_scroll_y
+        if follow != self._follow:
+            self._follow = follow
+            self.border_subtitle = plain("" if follow else "scrolled up · End follows again")
 
     def on_resize(self) -> None:
         if self.view is not None:

@@ -46,11 +46,17 @@ class Header(Panel):
 
     can_focus = False
     ALLOW_MAXIMIZE = False
+    READS = ("step", "evaluation", "memory", "alert", "command_record")
     _trend = LossTrend("too early")
     _trend_key: object = None
 
     def natural_height(self, width: int) -> int:
         return LINES
+
+    def inputs(self, view: View) -> object:
+        age_s = int(view.age_s) if view.age_s >= 2 else 0
+        shown = (view.condition, view.connection, view.read_only, age_s, view.earlier, int(view.wall_s))
+        return super().inputs(view), shown
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         return [_progress_row(view, width), self._health_row(view, width), _next_row(view, width)][:height]

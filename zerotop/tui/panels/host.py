@@ -21,8 +21,13 @@ PRESSURE_SHOWN = 1.0
 class HostPanel(Panel, can_focus=True):
     """One block per node, as many as fit; one line per node where there is no room for blocks."""
 
+    READS = ("node",)
+
+    def inputs(self, view: View) -> object:
+        ranks = view.state.ranks.values()
+        return super().inputs(view), sum(rank.memory.pinned_bytes for rank in ranks if rank.memory is not None)
+
     def accept(self, view: View) -> None:
-        super().accept(view)
         nodes = view.state.nodes
         title = f"host {next(iter(nodes))}" if len(nodes) == 1 else f"hosts ({len(nodes)})" if nodes else "host"
         self.entitle(title)

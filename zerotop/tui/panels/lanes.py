@@ -9,7 +9,6 @@ from typing import ClassVar, TypeVar
 from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.geometry import Size
 from textual.message import Message
 
 from zerotop.format import ms_text
@@ -37,6 +36,7 @@ FEWEST_COMMON = 3
 class LanePanel(ScrollPanel, Zoomable):
     """The newest steps of all ranks on one time axis. `+` `-` zoom, Shift with an arrow pans, arrows move a cursor."""
 
+    READS = ("phases", "collectives", "step")
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "select(-1)", "Previous rank", show=False),
         Binding("down", "select(1)", "Next rank", show=False),
@@ -65,11 +65,8 @@ class LanePanel(ScrollPanel, Zoomable):
         """Host -> what is added to its clock."""
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         self._count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
-        size = Size(0, self._count + CHROME)
-        if size != self.virtual_size:
-            self.virtual_size = size
+        self.have_lines(self._count + CHROME)
         self._shifts = host_shifts(view.state)
         if not self.span_ns:
             self.span_ns = _steps_ns(view.state)

@@ -27,6 +27,7 @@ WIDTH = 42
 class MemoryPanel(Panel, can_focus=True):
     """The memory of one rank by category, in figures."""
 
+    READS = ("memory", "node", "step", "evaluation", "command_record")
     rank = 0
     full = False
     """Whether the peaks of every phase and the comparison with data parallelism are shown, too."""
@@ -38,7 +39,6 @@ class MemoryPanel(Panel, can_focus=True):
         """The number of the screen that has more of it; empty on that screen itself."""
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         state = view.state.ranks.get(self.rank)
         title = f"{self.key} memory of rank {self.rank}".strip()
         if state is not None and state.memory is not None:
@@ -116,6 +116,7 @@ class Legend(Panel):
     """The letters and names of the bars in one line, for screens too small for the memory panel."""
 
     ALLOW_MAXIMIZE = False
+    READS = ("memory",)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         names: list[str] = []

@@ -8,7 +8,6 @@ from rich.segment import Segment
 from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.geometry import Size
 
 from runtime.wire.node import NodeStats
 from zerotop.format import bytes_text, share_text, used_of
@@ -30,6 +29,7 @@ class MemoryBars(ScrollPanel):
     """Hosts first, then ranks. Those of GPUs are to the scale of the largest GPU; those of CPU ranks, which share the
     host's memory, to that of the largest rank."""
 
+    READS = ("memory", "node")
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "select(-1)", "Previous rank", show=False),
         Binding("down", "select(1)", "Next rank", show=False),
@@ -49,13 +49,12 @@ class MemoryBars(ScrollPanel):
         """Lines for all hosts, all ranks, the scale and the borders."""
         return self._hosts + max(1, self._count) + 1 + self.gutter.height
 
-    def accept(self, view: View) -> None:
-        super().accept(view)
+    def notice(self, view: View) -> None:
         self._count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
         self._hosts = len(view.state.nodes)
-        size = Size(0, self._hosts + self._count + 1)
-        if size != self.virtual_size:
-            self.virtual_size = size
+
+    def accept(self, view: View) -> None:
+        self.have_lines(self._hosts + self._count + 1)
         self.entitle(f"memory by use · {PEAK} peak  {PLAN} planned peak  · free")
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from textual.geometry import Size
-
 from zerotop.format import MISSING, byte_rate_text, bytes_text, ms_text, share_text
 from zerotop.state.operations import Operation, operations
 from zerotop.tui.view import View
@@ -28,19 +26,20 @@ COLUMNS = (
 class OperationTable(ScrollPanel):
     """One line per operation and size, the one that costs most first."""
 
+    READS = ("collectives", "step", "time_report")
+
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
         self._kinds: list[Operation] = []
         self._key: object = None
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         meetings = view.state.waits.meetings
         key = (meetings[-1].seq if meetings else None, len(meetings), view.state.time_report)
         if key != self._key:
             self._key = key
             self._kinds = operations(view.state)
-            self.virtual_size = Size(0, len(self._kinds) + 1)
+            self.have_lines(len(self._kinds) + 1)
         step_ms = view.state.waits.window().step_ms
         exposed = sum(one.exposed_per_step_ms for one in self._kinds)
         share = f" · {ms_text(exposed)} of a step exposed, {share_text(exposed, step_ms)}" if step_ms else ""

@@ -20,13 +20,13 @@ NAME, BYTES = 15, 10
 class PeakPanel(Panel, can_focus=True):
     """The largest memory in each phase, on one scale with the planned peak."""
 
+    READS = ("memory",)
     rank = 0
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="framed")
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         self.entitle(f"peaks of rank {self.rank} by phase")
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
@@ -64,13 +64,13 @@ def _bar(view: View, name: str, size: int, scale: int, width: int, style: Style)
 class PlanPanel(Panel, can_focus=True):
     """Each category as planned and as it is, and the next peaks of the run."""
 
+    READS = ("memory", "node", "step", "evaluation", "command_record")
     rank = 0
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="framed")
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         self.entitle(f"planned and actual, rank {self.rank} · what comes next")
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:

@@ -14,6 +14,7 @@ class PhaseLegend(Panel):
     """What the letters and colours of phases mean."""
 
     ALLOW_MAXIMIZE = False
+    READS = ("phases",)
 
     def wanted(self, view: View, width: int) -> bool:
         """Whether there are strips to explain."""

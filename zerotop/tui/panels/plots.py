@@ -28,10 +28,12 @@ from zerotop.tui.lens import Lens, extent
 from zerotop.tui.panels.evaluation_rows import evaluation_rows
 from zerotop.tui.text import MARKS
 from zerotop.tui.view import View
-from zerotop.tui.widgets.lines import Panel, Row
+from zerotop.tui.widgets.lines import RARE, Panel, Row
 from zerotop.tui.widgets.plot import AxisMark, Curve, Drawn, Look, draw_plot
 
 Value = Callable[[StepResult, RunState], float | None]
+BESIDE_STEPS = ("evaluation", "event", "checkpoint_saved", "command_record")
+"""Kinds of messages that draw a plot again at once; steps do so when it has moved on by a cell."""
 WHEEL = 1.25
 """The factor of one turn of the mouse wheel."""
 
@@ -78,6 +80,8 @@ PERPLEXITY = "perplexity"
 class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
     """Plots one of `figures` at a time. `key` is the number of the screen that has more of it."""
 
+    READS = ("step", *BESIDE_STEPS)
+
     class LensChanged(Message):
         """The user chose other steps, or another place for the cursor."""
 
@@ -113,8 +117,10 @@ class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
     def natural_height(self, width: int) -> int:
         return 8
 
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), view.lens, view.earlier
+
     def accept(self, view: View) -> None:
-        super().accept(view)
         newest = view.state.series.newest
         value = self.figure.value(newest, view.state) if newest is not None else None
         title = " ".join(word for word in (self.key, self.figure.title) if word)
@@ -141,23 +147,21 @@ class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         state, palette = view.state, view.palette
-        series = list(state.series)
-        evaluations = state.evaluations if self.figure.evaluated else Evaluations()
-        marks = step_marks(state) if height >= 6 else []
         key = (
-            self._newest(series, view, width),
-            evaluations.newest,
-            len(evaluations),
+            self._newest(view, width),
+            state.revision((*BESIDE_STEPS, *RARE)),
             (width, height),
             self.chosen,
-            palette.name,
+            palette,
             view.stale,
             view.lens,
-            len(marks),
             view.earlier,
         )
         if key == self._drawn_key:
             return self._drawn.rows
+        series = list(state.series)
+        evaluations = state.evaluations if self.figure.evaluated else Evaluations()
+        marks = step_marks(state) if height >= 6 else []
         muted = palette.style("muted")
         legend = evaluation_rows(
             evaluations, width, muted if view.stale else palette.plot("evaluation"), 2 if height >= 10 else height >= 4
@@ -179,14 +183,16 @@ class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
         self._drawn_key = key
         return self._drawn.rows
 
-    def _newest(self, series: list[StepResult], view: View, width: int) -> int:
-        """The newest step that is drawn: another one only if the plot has moved on by a dot since."""
-        if not series:
+    def _newest(self, view: View, width: int) -> int:
+        """The newest step that is drawn: another one only if the plot has moved on by a cell since. Until then the
+        title alone has the newest value."""
+        newest = view.state.series.newest
+        if newest is None:
             return -1
         first, last = view.lens.window(extent(view.state))
-        dot = (last - first) / (2 * max(1, width))
-        if not 0 <= series[-1].step - self._newest_step < dot:
-            self._newest_step = series[-1].step
+        cell = (last - first) / max(1, width)
+        if not 0 <= newest.step - self._newest_step < cell:
+            self._newest_step = newest.step
         return self._newest_step
 
     def _curves(self, view: View, series: list[StepResult], evaluations: Evaluations) -> list[Curve]:
@@ -196,8 +202,7 @@ class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
         curves = []
         if self.figure.evaluated and lens.overlay:
             for earlier in view.earlier:
-                smoothed = smooth([loss for _, loss in earlier.points])
-                there = [(step, loss) for (step, _), loss in zip(earlier.points, smoothed, strict=True)]
+                there = list(zip(earlier.steps, earlier.smoothed, strict=True))
                 curves.append(Curve(there, palette.style("muted")))
         if lens.smooth and not self.figure.stepped:
             window = lens.window(extent(state))
@@ -272,16 +277,6 @@ class PerplexityPanel(PlotPanel):
         newest = view.state.evaluations.newest
         text = f"  {perplexity_text(perplexity(newest.loss))}" if newest is not None else ""
         self.entitle(f"evaluation perplexity{text}" + ("  log" if view.lens.log else ""))
-
-    def _newest(self, series: list[StepResult], view: View, width: int) -> int:
-        """The newest step that is drawn: another one only if the plot has moved on by a dot since."""
-        if not series:
-            return -1
-        first, last = view.lens.window(extent(view.state))
-        dot = (last - first) / (2 * max(1, width))
-        if not 0 <= series[-1].step - self._newest_step < dot:
-            self._newest_step = series[-1].step
-        return self._newest_step
 
     def _curves(self, view: View, series: list[StepResult], evaluations: Evaluations) -> list[Curve]:
         there = view.state.evaluations

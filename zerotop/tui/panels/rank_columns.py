@@ -17,7 +17,7 @@ from zerotop.tui.text import dots
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import stacked_bar
 from zerotop.tui.widgets.lines import PLAIN, Row
-from zerotop.tui.widgets.timeline import last_step_strip
+from zerotop.tui.widgets.timeline import LastSteps
 
 AFTER_ACCUMULATION = frozenset({"reduce", "step", "offload", "gather", "checkpoint", "paused"})
 OUTCOMES = {
@@ -38,14 +38,14 @@ HOT_MARGIN_C = 5.0
 
 @dataclass(frozen=True)
 class Context:
-    """What every row of one drawing needs. strip_ms: what the whole width of the strips of the last step stands for."""
+    """What every row of one drawing needs. last_steps: their strips of the last step."""
 
     view: View
     largest_bytes: int
     waits: WaitWindow
     stale_s: float
     concerns: Mapping[int, tuple[Concern, ...]]
-    strip_ms: float = 0.0
+    last_steps: LastSteps
 
 
 Draw = Callable[[Row, Context, RankState, GpuStats | None, int], None]
@@ -117,7 +117,7 @@ def _used(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, siz
 
 
 def _strip(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
-    row.extend(last_step_strip(rank, context.view.palette, context.strip_ms, size))
+    row.extend(context.last_steps.strip(rank, context.view.palette, size), size)
 
 
 def _phase(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:

@@ -6,10 +6,9 @@ from typing import ClassVar
 
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.geometry import Size
 from textual.message import Message
 
-from zerotop.state.gpu import concerns
+from zerotop.state.gpu import Concern, concerns
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.abilities import Filterable
@@ -24,7 +23,7 @@ from zerotop.tui.panels.rank_columns import (
 )
 from zerotop.tui.view import View, stale_after_s
 from zerotop.tui.widgets.lines import Row, ScrollPanel
-from zerotop.tui.widgets.timeline import longest_last_step_ms
+from zerotop.tui.widgets.timeline import LastSteps
 
 PINNED_FROM = 16
 """With more ranks, those that the verdict blames stand first."""
@@ -61,6 +60,7 @@ class RankTable(ScrollPanel, Filterable):
             self.rank = rank
             super().__init__()
 
+    READS = ("heartbeat", "memory", "step", "phases", "collectives", "node")
     FILTER_HINT = "rank 3, cuda:1, a host, a phase, an alarm …"
 
     def __init__(self, *, id: str) -> None:
@@ -69,43 +69,54 @@ class RankTable(ScrollPanel, Filterable):
         self.sort = "rank"
         self.reverse = False
         self.filter = ""
-        self._count = 0
+        self.count = 0
+        """The number of ranks."""
         self._order: list[int] = []
         """The ranks that are shown, in the order of their lines."""
         self._drawing: Context | None = None
+        self._last_steps = LastSteps()
+        self._concerns: dict[int, tuple[Concern, ...]] = {}
+        self._looked_at: tuple[int, ...] = ()
         self._concerned = False
         """Whether a GPU has been out of order: from then on the table has a column for it, so that it does not jump."""
 
     @property
     def rows_wanted(self) -> int:
         """Lines for all ranks, the column titles, the medians and the borders."""
-        return max(1, self._count) + 1 + int(self._count >= MEDIAN_FROM) + self.gutter.height
+        return max(1, self.count) + 1 + int(self.count >= MEDIAN_FROM) + self.gutter.height
+
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), view.verdict, view.stall
+
+    def notice(self, view: View) -> None:
+        self.count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
 
     def accept(self, view: View) -> None:
-        super().accept(view)
-        self._count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
         self._drawing = self._make_drawing(view)
-        shown = [number for number in range(self._count) if self._passes(view, number)]
+        shown = [number for number in range(self.count) if self._passes(view, number)]
         if self.sort != "rank" or self.reverse:
             shown = sorted_ranks(self._drawing, shown, self.sort, self.reverse)
         elif len(shown) > PINNED_FROM:  # those in trouble stay in sight
             shown.sort(key=lambda number: (not view.blames(number), number))
         if shown != self._order:
             self._order = shown
-        size = Size(0, len(shown) + 1 + int(len(shown) >= MEDIAN_FROM))
-        if size != self.virtual_size:
-            self.virtual_size = size
+        self.have_lines(len(shown) + 1 + int(len(shown) >= MEDIAN_FROM))
         on_gpu = any(r.memory is not None and r.memory.allocated_bytes is not None for r in view.state.ranks.values())
         kind = "VRAM" if on_gpu else "RSS, bars against the largest rank"
         title = f"ranks · memory: {kind} · waits: last {WINDOW_STEPS} steps"
         if self.sort != "rank" or self.reverse:
             title += f" · sorted by {self.sort} {'▲' if self.reverse else '▼'}"
         if self.filter:
-            title += f" · filter “{self.filter}” · {len(shown)} of {self._count}"
+            title += f" · filter “{self.filter}” · {len(shown)} of {self.count}"
         self.entitle(title)
 
     def _make_drawing(self, view: View) -> Context:
-        found = concerns(view.state)
+        nodes = view.state.revision(("node", "hello"))
+        if nodes != self._looked_at:
+            self._looked_at, self._concerns = nodes, concerns(view.state)
+        found = self._concerns
+        if self.size.width >= STRIPS_FROM:
+            self._last_steps.look(view.state.ranks.values())
         self._concerned = self._concerned or bool(found)
         return Context(
             view,
@@ -113,7 +124,7 @@ class RankTable(ScrollPanel, Filterable):
             view.state.waits.window(),
             stale_after_s(view.state),
             found,
-            longest_last_step_ms(view.state.ranks.values()) if self.size.width >= STRIPS_FROM else 0.0,
+            self._last_steps,
         )
 
     def _passes(self, view: View, number: int) -> bool:

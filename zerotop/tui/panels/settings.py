@@ -7,7 +7,6 @@ from typing import ClassVar
 from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.geometry import Size
 from textual.message import Message
 
 from runtime.config.knobs import KNOBS, Knob
@@ -23,6 +22,7 @@ COLUMNS = (("setting", 20, 100), ("value", 16, 95), ("from", 52, 60), ("allowed"
 class SettingTable(ScrollPanel):
     """One line per setting; Enter changes the selected one."""
 
+    READS = ("command_record", "step")
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "select(-1)", "Previous setting", show=False),
         Binding("down", "select(1)", "Next setting", show=False),
@@ -47,10 +47,11 @@ class SettingTable(ScrollPanel):
         """Lines for all settings, the titles, the note on the selected one, and the borders."""
         return len(KNOBS) + 5 + self.gutter.height
 
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), view.read_only
+
     def accept(self, view: View) -> None:
-        super().accept(view)
-        if self.virtual_size.height != len(KNOBS) + 1:
-            self.virtual_size = Size(0, len(KNOBS) + 1)
+        self.have_lines(len(KNOBS) + 1)
         lock = " · ⊘ locked: read-only" if view.read_only else ""
         when = f"Enter changes one, at the end of step {next_boundary(view.state):,}" if not view.ended else "run ended"
         self.entitle(f"settings · {when}{lock}")
@@ -133,6 +134,8 @@ def origin_text(knob: Knob, value: SettingValue | None, absent: str = "the ranks
 
 class FixedSettings(Panel, can_focus=True):
     """What only another launch can change."""
+
+    READS = ()
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="framed")

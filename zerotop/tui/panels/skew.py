@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from rich.style import Style
 from textual import events
-from textual.geometry import Size
 
 from zerotop.format import ms_text, tick_text
 from zerotop.state.run import RunState
@@ -46,6 +45,8 @@ FIGURES = (
 class SkewMap(ScrollPanel, Zoomable, Figured):
     """Ranks are lines, steps are columns. Shares the cursor with the plots."""
 
+    READS = ("collectives", "step")
+
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
         self.chosen = 0
@@ -61,8 +62,10 @@ class SkewMap(ScrollPanel, Zoomable, Figured):
         self._key = None
         self.redraw()
 
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), view.lens
+
     def accept(self, view: View) -> None:
-        super().accept(view)
         meetings = view.state.waits.meetings
         key = (meetings[-1].seq if meetings else None, len(meetings), self.chosen)
         if key != self._key:
@@ -70,9 +73,7 @@ class SkewMap(ScrollPanel, Zoomable, Figured):
             self._values = FIGURES[self.chosen].values(view.state)
             self._step_ms = view.state.waits.step_ms()
         self._count = view.state.world_size
-        size = Size(0, self._count + 2)
-        if size != self.virtual_size:
-            self.virtual_size = size
+        self.have_lines(self._count + 2)
         self.entitle(f"skew · {FIGURES[self.chosen].title} · g: the other{self._readout(view)}")
 
     def _readout(self, view: View) -> str:

@@ -16,8 +16,10 @@ class CommandStrip(Band):
 
     shown: tuple[CommandLife, ...] = ()
 
-    def accept(self, view: View) -> None:
-        super().accept(view)
+    def inputs(self, view: View) -> object:
+        return self.shown
+
+    def notice(self, view: View) -> None:
         opened = [life for life in view.commands if life.open]
         answered = [life for life in view.commands if life.fresh and not life.open]
         self.shown = tuple(opened[-MOST_LINES:] or answered[-1:])

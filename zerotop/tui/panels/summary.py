@@ -33,11 +33,12 @@ PLOT_FROM = 90
 class SummaryPanel(Panel, can_focus=True):
     """A card worth a screenshot."""
 
+    READS = ("step", "evaluation", "memory", "node")
+
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="framed")
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         status = view.state.status
         name = status.name if status is not None else "the run"
         glyph, _ = STATES[view.state.state_name]

@@ -14,6 +14,7 @@ class TabLine(Panel):
     """The current screen is set off; a click opens another one."""
 
     ALLOW_MAXIMIZE = False
+    READS = ()
 
     def __init__(self, key: str, *, id: str) -> None:
         super().__init__(id=id)

@@ -25,6 +25,7 @@ def why_no_texts(state: RunState) -> str:
 class EvaluationList(TextLines):
     """Step, loss and perplexity of each evaluation, newest first."""
 
+    READS = ("evaluation",)
     shown_step: int | None = None
     """The step whose texts are shown."""
     _sought: int | None = None
@@ -75,6 +76,7 @@ class EvaluationList(TextLines):
 class TextPanel(TextLines):
     """The prompts, and what the model made of them, at one evaluation."""
 
+    READS = ("evaluation",)
     step: int | None = None
     """The step of the evaluation; None: the newest one that has texts."""
 

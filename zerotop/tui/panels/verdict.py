@@ -24,9 +24,21 @@ class VerdictLine(Band):
     """The verdicts, and the last lines of an error."""
 
     lines: tuple[tuple[str, str], ...] = ()
+    _of: object = None
+    """What the lines were made of."""
 
-    def accept(self, view: View) -> None:
-        super().accept(view)
+    def inputs(self, view: View) -> object:
+        return self.lines
+
+    def notice(self, view: View) -> None:
+        live = (view.verdict, view.condition, view.connection, view.stale, view.state.status)
+        result = view.state.revision(("status", "step", "evaluation")) if view.ended else None
+        of = (live, result, self.screen.size, self.lines_reserved)
+        if of != self._of:
+            self._of = of
+            self._take_lines(view)
+
+    def _take_lines(self, view: View) -> None:
         width = max(20, (self.screen.size.width or 80) - 3)
         lines: list[tuple[str, str]] = []
         for glyph, text, colour in verdicts(view):

@@ -6,8 +6,10 @@ from textual import events
 from textual.screen import Screen
 from textual.widget import Widget
 
+from zerotop.tui.narrow import NarrowCompositor
 from zerotop.tui.resize import PaneResizer
 from zerotop.tui.view import View
+from zerotop.tui.widgets.keybar import KeyBar
 from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
 BOXES_FROM = 28
@@ -24,8 +26,10 @@ class LiveScreen(Screen[None]):
 
     def __init__(self) -> None:
         super().__init__()
+        self._compositor = NarrowCompositor()
         self.resizer = PaneResizer(self)
         self._drawn_panels: list[Panel | ScrollPanel] = []
+        self._key_bars: list[KeyBar] = []
 
     def on_resize(self) -> None:
         """Where lines are few, panels have a line above them instead of a box around them."""
@@ -35,9 +39,9 @@ class LiveScreen(Screen[None]):
         """One batch of repaints for all panels. Only the topmost screen gets views."""
         self.view = view
         with self.app.batch_update():
+            in_sight = self._compositor.visible_widgets
             for panel in self._drawn():
-                if panel.is_attached:  # not while the page or the screen is being taken down
-                    panel.show(view)
+                panel.show(view, panel in in_sight)
 
     def _drawn(self) -> list[Panel | ScrollPanel]:
         """All panels, looked up once: a query walks through all widgets."""
@@ -45,13 +49,22 @@ class LiveScreen(Screen[None]):
             self._drawn_panels = [one for one in self.query("*") if isinstance(one, Panel | ScrollPanel)]
         return self._drawn_panels
 
+    @property
+    def key_bars(self) -> list[KeyBar]:
+        """The footer, once it is there."""
+        if not self._key_bars:
+            self._key_bars = list(self.query(KeyBar))
+        return self._key_bars
+
     def forget_panels(self) -> None:
         """There are other panels than before."""
         self._drawn_panels = []
 
     def refresh_panels(self) -> None:
-        """Draw the last view again."""
+        """Draw the last view again: what the panels show has changed, and not the run."""
         if self.view is not None:
+            for panel in self._drawn():
+                panel.expire()
             self.show_view(self.view)
 
     # ---- one panel alone, or none of it ----------------------------------------------------------------------------

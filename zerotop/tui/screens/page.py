@@ -9,7 +9,6 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
-from textual.css.query import NoMatches
 from textual.widget import Widget
 from textual.widgets import Input
 
@@ -54,16 +53,25 @@ class PageScreen(LiveScreen):
         self.pages = pages
         self.page = pages[key]()
         self._filtered: Widget | None = None
+        self._verdict, self._tabs, self._strip = (
+            VerdictLine(id="verdict"),
+            TabLine(key, id="tabs"),
+            CommandStrip(id="strip"),
+        )
+        self._places = Horizontal(self.page, id="pages")
 
     def compose(self) -> ComposeResult:
-        yield VerdictLine(id="verdict")
+        yield self._verdict
         yield Header(id="header")
-        yield TabLine(self.key, id="tabs")
-        with Horizontal(id="pages"):
-            yield self.page
+        yield self._tabs
+        yield self._places
         yield FilterField(id="filter")
-        yield CommandStrip(id="strip")
+        yield self._strip
         yield KeyBar(self.palette)
+
+    def _pages(self) -> list[Page]:
+        """The page, and in a wide terminal the one beside it."""
+        return [child for child in self._places.children if isinstance(child, Page) and child.is_mounted]
 
     def on_mount(self) -> None:
         self.query_one("#filter").display = False
@@ -72,8 +80,8 @@ class PageScreen(LiveScreen):
             first.focus()
 
     def show_view(self, view: View) -> None:
-        for page in self.query(Page):
-            if page.display and page.is_mounted:
+        for page in self._pages():
+            if page.display:
                 page.show_view(view)
         super().show_view(view)
         self.fit()
@@ -88,7 +96,7 @@ class PageScreen(LiveScreen):
         there = [page for page in self.query(Page) if page is not self.page]
         wide = self.size.width >= TWO_FROM
         if wide and not there:
-            self.query_one("#pages").mount(self.pages[self.page.COMPANION]())
+            self._places.mount(self.pages[self.page.COMPANION]())
         for page in there:
             if page.display != wide:
                 page.display = wide
@@ -101,19 +109,16 @@ class PageScreen(LiveScreen):
 
     def fit(self) -> None:
         """Give the bands above and below the pages their lines."""
-        try:
-            verdict, strip = self.query_one(VerdictLine), self.query_one(CommandStrip)
-            tabs = self.query_one(TabLine)
-        except NoMatches:
+        verdict, tabs, strip = self._verdict, self._tabs, self._strip
+        if not (verdict.is_attached and tabs.is_attached and strip.is_attached):
             return  # a last tick or resize, while the app takes its panels down one by one
         height, narrow = self.size.height, self.has_class("-narrow")
         verdict.reserve(2 if height >= TALL else 1)
         strip.reserve(int(not narrow and height >= ROOMY))
         if tabs.display != (height >= TABS_FROM):
             tabs.display = height >= TABS_FROM
-        for page in self.query(Page):
-            if page.is_mounted:
-                page.fit()
+        for page in self._pages():
+            page.fit()
 
     # ---- the filter ------------------------------------------------------------------------------------------------
     def filter_target(self) -> Widget | None:

@@ -39,6 +39,7 @@ class RankFacts(Panel):
     screen with room for them a line on where the time of a step goes, and one on MFU and the binding ceiling."""
 
     ALLOW_MAXIMIZE = False
+    READS = ("heartbeat", "step", "memory", "phases", "collectives", "node", "time_report")
     more_lines = 0
 
     def __init__(self, rank: int) -> None:
@@ -46,7 +47,6 @@ class RankFacts(Panel):
         self.rank = rank
 
     def accept(self, view: View) -> None:
-        super().accept(view)
         lines = len(self._more(view, self.size.width)) if self.size.width else 0
         if lines != self.more_lines:
             self.more_lines = lines
@@ -167,6 +167,8 @@ def _gpu_rows(view: View, number: int, width: int) -> list[Row]:
 class Timeline(Panel, can_focus=True):
     """The phases of the last steps."""
 
+    READS = ("phases", "collectives")
+
     def __init__(self, rank: int) -> None:
         super().__init__(id="timeline")
         self.rank = rank
@@ -181,6 +183,8 @@ class Timeline(Panel, can_focus=True):
 
 class CollectiveTable(Panel, can_focus=True):
     """The newest collectives that all ranks have reported: the transfer time, and which rank waited for which."""
+
+    READS = ("collectives",)
 
     def __init__(self, rank: int) -> None:
         super().__init__(id="collectives")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
 from rich.style import Style
+from textual.geometry import Region
 from textual.strip import Strip
 from textual.timer import Timer
 from textual.widget import Widget
 
 from zerotop.tui.keys import PAGE_NAMES, TABS_FROM, YIELDS
 from zerotop.tui.theme import Palette
-from zerotop.tui.widgets.lines import PLAIN, Row
+from zerotop.tui.widgets.lines import PLAIN, Row, changed_cells
 
 LONG_FROM = 170
 """From this width on, the keys that act on the run say at which step they do."""
@@ -46,6 +47,9 @@ class KeyBar(Widget):
         self._hidden: Set[str] = frozenset()
         self._note = ""
         self._note_timer: Timer | None = None
+        self._keys: list[_Entry] | None = None
+        """The keys that work now, with their usual labels; None: to be looked up."""
+        self._shown: Strip | None = None
 
     def relabel(
         self, labels: Mapping[str, str], hidden: Set[str] = frozenset(), long: Mapping[str, str] | None = None
@@ -57,7 +61,18 @@ class KeyBar(Widget):
         changed = (shown, hidden) != (before, self._hidden)
         self._labels, self._hidden, self._long = labels, hidden, long
         if changed:
+            self._repaint()
+
+    def _repaint(self) -> None:
+        """Draw the line again, and send what has changed in it: with every step that is most of the time a digit."""
+        before = self._shown
+        if before is None or not self.size.width:
             self.refresh()
+            return
+        after = self._make()
+        if after != before:
+            start, end = changed_cells(before, after)
+            self.refresh(Region(start, 0, max(1, end - start), 1))
 
     def note(self, text: str, seconds: float = 2.0) -> None:
         """Show a short text at the right end for a moment."""
@@ -65,12 +80,23 @@ class KeyBar(Widget):
             self._note_timer.stop()
         self._note = text
         self._note_timer = self.set_timer(seconds, lambda: self.note("")) if text else None
+        self.renew()
+
+    def renew(self) -> None:
+        """Draw everything again: other keys work now, or the palette is another one."""
+        self._keys = self._shown = None
         self.refresh()
 
     def on_mount(self) -> None:
-        self.screen.bindings_updated_signal.subscribe(self, lambda _: self.refresh())
+        self.screen.bindings_updated_signal.subscribe(self, lambda _: self.renew())
+
+    def on_resize(self) -> None:
+        self.renew()
 
     def render_line(self, y: int) -> Strip:
+        return self._make().apply_style(self.rich_style)
+
+    def _make(self) -> Strip:
         whole = self.size.width
         width = whole - (cell_len(self._note) + 2 if self._note else 0)
         row = Row()
@@ -80,25 +106,32 @@ class KeyBar(Widget):
             row.gap().add(entry.label, self.palette.style("muted") + click).gap()
         if self._note:
             row.to(width).gap().add(self._note, self.palette.style("primary"))
-        return row.strip(whole, PLAIN).apply_style(self.rich_style)
+        self._shown = row.strip(whole, PLAIN)
+        return self._shown
 
     def _entries(self) -> list[_Entry]:
+        """The keys to show, with what they do now."""
+        if self._keys is None:
+            self._keys = self._working_keys()
+        labels = self._long if self.size.width >= LONG_FROM else self._labels
+        kept = [entry for entry in self._keys if entry.action not in self._hidden]
+        leave = next((at for at, entry in enumerate(kept) if entry.action == "detach"), None)
+        if self.screen.size.height < TABS_FROM and leave is not None:  # elsewhere a line of tabs shows them
+            kept.insert(leave + 1, _Entry("page", f"1-{len(PAGE_NAMES)}", "Screens", "app.page('2')"))
+        return [replace(one, label=labels[one.action]) if one.action in labels else one for one in kept]
+
+    def _working_keys(self) -> list[_Entry]:
         found: dict[str, _Entry] = {}
         for active in self.screen.active_bindings.values():
             binding = active.binding
             name = binding.action
-            if not binding.show or not active.enabled or name in found or name in self._hidden:
+            if not binding.show or not active.enabled or name in found:
                 continue
             key = self.app.get_key_display(binding).replace("enter", "Enter").replace("esc", "Esc")
             owner = "app." if active.node is self.app else "screen." if active.node is self.screen else ""
             click = name if "." in name else owner + name
-            labels = self._long if self.size.width >= LONG_FROM else self._labels
-            found[name] = _Entry(name, key, labels.get(name, binding.description), click)
-        entries = list(found.values())
-        if self.screen.size.height < TABS_FROM and "detach" in found:  # elsewhere a line of tabs shows them
-            pages = _Entry("page", f"1-{len(PAGE_NAMES)}", "Screens", "app.page('2')")
-            entries.insert(entries.index(found["detach"]) + 1, pages)
-        return entries
+            found[name] = _Entry(name, key, binding.description, click)
+        return list(found.values())
 
 
 def _fitting(entries: list[_Entry], width: int) -> list[_Entry]:

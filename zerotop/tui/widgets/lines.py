@@ -1,12 +1,14 @@
 """Line-by-line drawing: a row builder, and a widget that repaints only the lines that changed.
 
-Over SSH every repainted cell costs, and most of a screen stays the same from one tick to the next. So a panel makes all
-its visible lines (cheap), compares them with the previous ones (cheaper), and repaints only those that differ.
+Over SSH every repainted cell costs, and most of a screen stays the same from one tick to the next. So a panel is drawn
+only if something that it reads has changed (`inputs`). Then it makes all its visible lines, compares them with the
+previous ones, and repaints only the cells that differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.cells import cell_len, set_cell_size
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from zerotop.tui.view import View
 
 PLAIN = Style()
+RARE = ("status", "hello", "goodbye")
+"""Kinds of messages that may change every panel."""
+TITLE_MARGIN = 4
+"""Cells of a border's corner and the blanks around its title."""
 
 
 class Row:
@@ -39,11 +45,15 @@ class Row:
         if text:
             text = clean_line(text)  # nothing that a rank says may reach the terminal as a command
             self.segments.append(Segment(text, style))
-            self.width += cell_len(text)
+            self.width += len(text) if text.isascii() else cell_len(text)
         return self
 
-    def extend(self, segments: Iterable[Segment]) -> Row:
-        """Append segments."""
+    def extend(self, segments: Iterable[Segment], width: int | None = None) -> Row:
+        """Append segments. With their `width` they are taken as they are: they must be of our own making."""
+        if width is not None:
+            self.segments += segments
+            self.width += width
+            return self
         for segment in segments:
             self.add(segment.text, segment.style or PLAIN)
         return self
@@ -62,7 +72,10 @@ class Row:
 
     def strip(self, width: int, style: Style = PLAIN) -> Strip:
         """The line in exactly `width` cells, with `style` under everything."""
-        line = Strip(self.segments, self.width).adjust_cell_length(width)
+        if self.width < width:  # a Strip is dear: one is made, and not another one to fill it up
+            line = Strip([*self.segments, Segment(" " * (width - self.width))], width)
+        else:
+            line = Strip(self.segments, self.width).adjust_cell_length(width)
         return line.apply_style(style) if style else line
 
 
@@ -93,7 +106,7 @@ def _alike(before: list[Segment], after: list[Segment], backwards: bool) -> int:
 
 def fit(text: str, width: int, *, right: bool = False) -> str:
     """`text` in exactly `width` cells: padded, or cut with an ellipsis."""
-    size = cell_len(text)
+    size = len(text) if text.isascii() else cell_len(text)
     if width <= 0:
         return ""
     if size > width:
@@ -104,63 +117,133 @@ def fit(text: str, width: int, *, right: bool = False) -> str:
 class _Drawn(Widget):
     """Common to fixed and scrolling panels: the view they show, and the lines they showed last."""
 
+    READS: ClassVar[tuple[str, ...] | None] = None
+    """Kinds of messages that the title and the lines depend on, beside those of RARE; None: draw at every tick."""
     view: View | None = None
+    _last: list[Row] = []  # noqa: RUF012 (replaced, never changed)
+    """What `draw` returned last; `_shown` are its lines."""
     _shown: list[Strip] | None = None
+    _read: tuple[object, ...] | None = None
+    """What the panel has read for its last lines; None if they are to be drawn again in any case."""
+    _base = PLAIN
+    _behind = False
+    """Whether the panel has only kept the newest view, because it was out of sight."""
     _title = ""
 
     def entitle(self, title: str) -> None:
         """Set the title of the border, without markup."""
-        if title != self._title:
-            self._title = title
-            self.border_title = plain(title)
+        if title == self._title:
+            return
+        before, self._title = self._title, title
+        # Setting `border_title` would repaint the whole panel, and the titles of plots change at every step.
+        self._border_title = plain(title)
+        top = self.gutter.top
+        if top:
+            pairs = enumerate(zip(before, title, strict=False))
+            same = cell_len(title[: next((at for at, (old, new) in pairs if old != new), len(before))])
+            width = max(cell_len(before), cell_len(title)) + TITLE_MARGIN - same
+            line = Region(0, 0, self.outer_size.width, 1).intersection(Region(same, 0, width, 1))
+            self.refresh(line.translate((-self.gutter.left, -top)))
+
+    def inputs(self, view: View) -> object:
+        """What the title and the lines depend on, as a value that compares equal while they stay the same; None: draw
+        at every tick. It is the revision of what the panel READS; a panel that shows more, such as the time of day or
+        options of its own, adds that. The size, the palette, the focus, and whether the data is old or frozen count
+        for every panel."""
+        return None if self.READS is None else view.state.revision((*self.READS, *RARE))
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         """The visible lines, at most `height` of them, each at most `width` cells. Must not keep a reference to the
         view."""
         raise NotImplementedError
 
-    def accept(self, view: View) -> None:
-        """Take the tick's view; subclasses update titles and virtual sizes here, before the lines are drawn."""
-        self.view = view
+    def notice(self, view: View) -> None:
+        """Take from each tick's view what matters even while the panel is out of sight."""
 
-    def show(self, view: View) -> None:
-        """Draw `view` and repaint the lines that differ from those on screen. Hidden panels only keep the view."""
+    def accept(self, view: View) -> None:
+        """Update titles and virtual sizes, before the lines are drawn."""
+
+    def show(self, view: View, in_sight: bool = True) -> None:
+        """Draw `view` if something in it that the panel reads has changed, and repaint the cells that differ from those
+        on screen. A panel out of sight only keeps the view."""
+        self.view = view
+        if not self.is_attached:  # the page or the screen is being taken down
+            return
+        self.notice(view)
+        if not (in_sight and self.outer_size):  # `size` would look up where the panel stands
+            self._behind = True
+            self._read = self._shown = None
+            return
+        self._behind = False
+        inputs = self.inputs(view)
+        read = (
+            self.outer_size,
+            self.show_vertical_scrollbar,
+            view.palette,
+            view.stale,
+            view.frozen,
+            view.ended,
+            self.has_focus,
+            inputs,
+        )
+        if inputs is not None and read == self._read:
+            return
+        self._read = read
         self.accept(view)
         before = self._shown
-        if not self.display or not self.size.width or not self.size.height:
-            self._shown = None
-            return
         after = self._make()
         if before is None or len(before) != len(after):
             self.refresh()
-        else:
-            for y, (old, new) in enumerate(zip(before, after, strict=True)):
-                if old != new:
-                    start, end = changed_cells(old, new)
-                    self.refresh(Region(start, y, max(1, end - start), 1))
+            return
+        changed = []
+        for y, (old, new) in enumerate(zip(before, after, strict=True)):
+            if old is not new:
+                start, end = changed_cells(old, new)
+                changed.append(Region(start, y, max(1, end - start), 1))
+        if changed:
+            self.refresh(*changed)
 
     def redraw(self) -> None:
         """Draw the same view again: selection, scrolling or size has changed."""
+        self.expire()
         if self.view is not None:
-            self.show(self.view)
+            self.show(self.view, self.display)
+
+    def expire(self) -> None:
+        """At the next view the lines are drawn again, whatever has changed."""
+        self._read = None
 
     def _make(self) -> list[Strip]:
         width, height = self.scrollable_content_region.size if isinstance(self, ScrollView) else self.size
-        rows = self.draw(self.view, width, height) if self.view is not None else []
-        self._shown = [row.strip(width) for row in rows[:height]]
+        before, lines = self._last, self._shown or []
+        rows = self.draw(self.view, width, height)[:height] if self.view is not None else []
+        self._last = rows
+        self._shown = [
+            old if old is not None and old.cell_length == width and row.segments == last.segments else row.strip(width)
+            for row, last, old in zip_longest(rows, before, lines)
+            if row is not None
+        ]
         return self._shown
+
+    def render_lines(self, crop: Region) -> list[Strip]:
+        self._base = self.visual_style.rich_style  # `rich_style` is put together from all ancestors for every line
+        return super().render_lines(crop)
 
     def render_line(self, y: int) -> Strip:
         lines = self._shown if self._shown is not None else self._make()
-        base = self.rich_style
-        width = self.size.width
         if y >= len(lines):
-            return Strip.blank(width, base)
-        return lines[y].adjust_cell_length(width).apply_style(base)
+            return Strip.blank(self.size.width, self._base)
+        return lines[y].apply_style(self._base)
 
     def on_resize(self) -> None:
-        self._shown = None
+        self._read = self._shown = None
+        self.on_show()
         self.refresh()
+
+    def on_show(self) -> None:
+        """The panel comes in sight."""
+        if self._behind:
+            self.redraw()
 
 
 class Panel(_Drawn):
@@ -197,7 +280,7 @@ class Band(Panel):
     def take(self, lines: int) -> None:
         """Set the number of lines."""
         self.lines_wanted = lines
-        self._shown = None
+        self._read = self._shown = None
         taken = self.lines_taken
         height = self.styles.height
         if self.display != bool(taken) or height is None or height.value != taken:
@@ -219,6 +302,20 @@ class ScrollPanel(ScrollView, _Drawn, can_focus=True):  # the first base gives t
         Binding("home", "by(-100000)", "Top", show=False),
         Binding("end", "by(100000)", "Bottom", show=False),
     ]
+
+    def have_lines(self, count: int) -> None:
+        """Set the number of lines that can be scrolled through."""
+        size = Size(0, count)
+        if size == self.virtual_size:
+            return
+        higher = count > self.scrollable_content_region.height
+        if self.size and self.show_vertical_scrollbar == higher:
+            # Textual would lay out the whole screen, for a log line that was added. Only the scroll bar has changed.
+            self.set_reactive(ScrollPanel.virtual_size, size)
+            if higher:
+                self.vertical_scrollbar.window_virtual_size = count
+        else:
+            self.virtual_size = size
 
     def action_by(self, lines: int) -> None:
         """Scroll at once: an animation would repaint the panel many times over a slow line."""

@@ -97,7 +97,7 @@ def draw_plot(curves: Sequence[Curve], width: int, height: int, look: Look) -> D
     for y, segments in enumerate(inner):
         text = ticks.get(y, "")
         row = Row().add(text.rjust(margin - 1), look.faint).add("┤" if text else "│", look.faint)
-        rows.append(row.extend(segments))
+        rows.append(row.extend(segments, width - margin))
     rows += _below(look, x_axis, width, margin, below)
     return Drawn(rows, margin, x_axis)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from textual.geometry import Size
-
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Row, ScrollPanel
 
@@ -29,8 +27,10 @@ class TextLines(ScrollPanel):
         """All lines."""
         raise NotImplementedError
 
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), self.subject(view), self.details(view), self.app.no_color
+
     def accept(self, view: View) -> None:
-        super().accept(view)
         width = self.scrollable_content_region.width or 80
         key = (self.subject(view), self.details(view), view.palette.name, self.app.no_color, width)
         if key == self._key:
@@ -38,7 +38,7 @@ class TextLines(ScrollPanel):
         other = self._key is None or key[0] != self._key[0]
         self._key = key
         self._rows = self.make_rows(view, width)
-        self.virtual_size = Size(0, len(self._rows))
+        self.have_lines(len(self._rows))
         if other:
             self.scroll_home(animate=False, immediate=True, force=True)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Reversible, Sequence
+from itertools import groupby, islice
+from typing import TypeVar
 
 from rich.segment import Segment
 
@@ -12,6 +13,7 @@ from zerotop.state.run import RankState
 from zerotop.tui.theme import Palette
 from zerotop.tui.widgets.lines import PLAIN, Row
 
+Item = TypeVar("Item")
 Span = tuple[str, int, int, int, int]  # (phase, step, micro_step, start_ns, end_ns)
 Record = tuple[int, str, int, int, int, int, int]  # of a collective, as in RankState.collectives
 Cell = tuple[str, int, bool]  # (phase, micro_step, whether most of it was waiting); "" where there is no phase
@@ -103,27 +105,55 @@ def block_text(phase: str, micro: int, size: int) -> str:
     return phase[:1].upper().center(size)
 
 
-def last_step_strip(rank: RankState, palette: Palette, scale_ms: float, width: int) -> list[Segment]:
-    """The newest whole step of a rank in `width` cells that stand for `scale_ms`."""
-    of_step = _last_step(rank.spans)
-    if not of_step or scale_ms <= 0:
-        return [Segment(" " * width)]
-    start = min(span[3] for span in of_step)
-    return paint(lane_cells(of_step, list(rank.collectives)[-NEWEST:], start, int(scale_ms * 1e6), width), palette)
+class LastSteps:
+    """The newest whole step of each rank as a strip, on a scale that all ranks share. A strip is made again only when
+    its rank has ended another phase, or with another scale, width or palette."""
+
+    def __init__(self) -> None:
+        self.scale_ms = 0.0
+        """What the whole width of a strip stands for: the longest of the steps."""
+        self._seen: dict[int, Span] = {}
+        """Rank -> its newest phase when it was looked at."""
+        self._spans: dict[int, list[Span]] = {}
+        self._strips: dict[int, tuple[tuple[object, ...], list[Segment]]] = {}
+
+    def look(self, ranks: Iterable[RankState]) -> None:
+        """Take what the ranks have reported since."""
+        longest = 0
+        for rank in ranks:
+            number = rank.rank
+            if not rank.spans:
+                self._spans[number] = []
+                continue
+            if self._seen.get(number) != rank.spans[-1]:
+                self._seen[number], self._spans[number] = rank.spans[-1], _last_step(rank.spans)
+            if of_step := self._spans[number]:
+                longest = max(longest, max(span[4] for span in of_step) - min(span[3] for span in of_step))
+        self.scale_ms = longest / 1e6
+
+    def strip(self, rank: RankState, palette: Palette, width: int) -> list[Segment]:
+        """The strip of a rank in `width` cells."""
+        of_step = self._spans.get(rank.rank)
+        if not of_step or self.scale_ms <= 0:
+            return [Segment(" " * width)]
+        known = rank.collectives[-1] if rank.collectives else None
+        key = (self._seen[rank.rank], known, self.scale_ms, palette, width)
+        made = self._strips.get(rank.rank)
+        if made is None or made[0] != key:
+            start = min(span[3] for span in of_step)
+            records = _newest(rank.collectives)
+            cells = lane_cells(of_step, records, start, int(self.scale_ms * 1e6), width)
+            made = self._strips[rank.rank] = key, paint(cells, palette)
+        return made[1]
 
 
-def longest_last_step_ms(ranks: Iterable[RankState]) -> float:
-    """The longest of the newest whole steps, for a scale that all strips share."""
-    longest = 0
-    for rank in ranks:
-        of_step = _last_step(rank.spans)
-        if of_step:
-            longest = max(longest, max(span[4] for span in of_step) - min(span[3] for span in of_step))
-    return longest / 1e6
+def _newest(items: Reversible[Item]) -> list[Item]:
+    """The NEWEST last items, in their order. An index into the middle of a deque is slow."""
+    return list(islice(reversed(items), NEWEST))[::-1]
 
 
-def _last_step(spans: Sequence[Span]) -> list[Span]:
+def _last_step(spans: Reversible[Span]) -> list[Span]:
     """The spans of the newest step but one: that one is complete."""
-    newest = [spans[at] for at in range(max(0, len(spans) - NEWEST), len(spans))]
+    newest = _newest(spans)
     steps = sorted({span[1] for span in newest})
     return [span for span in newest if span[1] == steps[-2]] if len(steps) >= 2 else []
