@@ -305,8 +305,8 @@ class ScriptedRun:
     ) -> None:
         self.say(Event(rank=rank, what=what, text=text, severity=severity, step=step, wall_s=self.wall_s))
 
-    def log(self, text: str, level: str = "info", rank: int | None = 0) -> None:
-        self.say(LogRecord(rank=rank, level=level, logger="runtime", text=text, wall_s=self.wall_s))
+    def log(self, text: str, level: str = "info", rank: int | None = 0, logger: str = "runtime") -> None:
+        self.say(LogRecord(rank=rank, level=level, logger=logger, text=text, wall_s=self.wall_s))
 
     def steps(self, count: int, step_ms: float = 400.0) -> None:
         for _ in range(count):

@@ -13,6 +13,7 @@ from zerotop.tui.app import ZerotopApp
 from zerotop.tui.keys import PAGE_NAMES
 from zerotop.tui.pages.overview import OverviewPage
 from zerotop.tui.panels.lanes import LanePanel
+from zerotop.tui.panels.events import EventPanel
 from zerotop.tui.panels.log import LogPanel
 from zerotop.tui.panels.memory_bars import PEAK, PLAN
 from zerotop.tui.panels.peaks import PeakPanel
@@ -204,6 +205,41 @@ async def test_training_zooms_reads_and_switches_scales(open_app: OpenApp) -> No
         assert app.screen.query_one("#plot-loss").region.height > 35
 
 
+async def test_progress_lines_are_hidden_until_they_are_asked_for(open_app: OpenApp) -> None:
+    async with open_app(size=(120, 40)) as (app, pilot, run):
+        run.log("step 21/100 · loss 2.5", logger="runtime.train")
+        run.log("step 22/100 was slow", "warning", logger="runtime.train")
+        run.log("step on it")
+        await settle(app, pilot)
+        assert "step on it" in text_of(app) and "was slow" in text_of(app) and "21/100" not in text_of(app)
+        await pilot.press("6")
+        await settle(app, pilot)
+        assert "progress lines hidden" in text_of(app) and "21/100" not in text_of(app)
+        await pilot.press("v")
+        await settle(app, pilot)
+        assert "progress lines hidden" not in text_of(app) and "21/100 · loss 2.5" in text_of(app)
+        await pilot.press("1")
+        await settle(app, pilot)
+        app.screen.query_one("#events", EventPanel).focus()
+        await pilot.press("slash", *"21/", "enter")
+        await settle(app, pilot)
+        assert "21/100 · loss 2.5" in text_of(app), "a filter finds them"
+
+
+async def test_a_line_of_the_log_is_copied_whole(open_app: OpenApp) -> None:
+    async with open_app(size=(80, 24)) as (app, pilot, run):
+        run.log("CUDA error: " + "far too long for a line of this screen " * 4, "error", 1)
+        run.log("the newest")
+        await pilot.press("6")
+        await settle(app, pilot)
+        await pilot.press("y")
+        assert app.clipboard == "the newest"
+        await pilot.press("slash", *"far", "enter")
+        await settle(app, pilot)
+        await pilot.press("p", "y")
+        assert app.clipboard.startswith("CUDA error: far") and app.clipboard.count("far") == 4
+
+
 async def test_logs_filter_by_level_and_rank_search_and_cut(open_app: OpenApp) -> None:
     async with open_app(size=(120, 40)) as (app, pilot, run):
         run.log("all quiet", "info", 0)
@@ -219,7 +255,7 @@ async def test_logs_filter_by_level_and_rank_search_and_cut(open_app: OpenApp) -
         assert (
             "all quiet" in text_of(app) and "checkpoint · applied at step 20" in text_of(app) and " by " in text_of(app)
         )
-        await pilot.press("v", "v")
+        await pilot.press("v", "v", "v")
         await settle(app, pilot)
         assert log.level == "warning" and "all quiet" not in text_of(app) and "loss scale halved" in text_of(app)
         await pilot.press("v", "v")

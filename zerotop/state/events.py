@@ -8,6 +8,17 @@ from zerotop.format import ms_text
 Record = Event | LogRecord | CheckpointSaved
 
 
+TRAINER_LOGGER = "runtime.train"
+"""Writes a line of figures every few steps, which the header and the plots have, too."""
+
+
+def is_progress(record: Record) -> bool:
+    """Whether it is such a line."""
+    if not isinstance(record, LogRecord) or record.logger != TRAINER_LOGGER:
+        return False
+    return record.level == "info" and record.text.startswith("step ")
+
+
 def record_text(record: Record) -> str:
     """What a record says, without who says it and when."""
     if isinstance(record, CheckpointSaved):

@@ -117,7 +117,9 @@ KEYS: tuple[Key, ...] = (
     Key(
         "filter", "slash", "filter", "Filter", "filter events or ranks, search the log; Esc clears", "panels", show=True
     ),
-    Key("level", "v", "level", "Level", "show from the next level on: debug, info, warning, error", "log", show=True),
+    Key(
+        "level", "v", "level", "Level", "all but progress lines, all lines, then each level and worse", "log", show=True
+    ),
     Key(
         "log.rank", "i", "log_rank", "Rank", "the records of the next rank; of all after the last one", "log", show=True
     ),
@@ -125,6 +127,7 @@ KEYS: tuple[Key, ...] = (
     Key("match.previous", "p", "match(-1)", "Previous match", "to the match before", "log"),
     Key("matches", "m", "matches", "Only matches", "only lines with a match, or all lines", "log"),
     Key("wrap", "b", "wrap", "Wrap", "wrap long lines, or cut them", "log", show=True),
+    Key("copy", "y", "copy_line", "Copy", "copy the marked line, or the newest in sight, through the terminal", "log"),
     Key("figure", "g", "next_figure", "Figure", "the next figure in the focused plot or heat map", "plots", show=True),
     Key("zoom.in", "plus,equals_sign", "zoom_axis(2.0)", "Zoom in", "show half of the steps, or of the time", "plots"),
     Key("zoom.out", "minus", "zoom_axis(0.5)", "Zoom out", "show twice as many steps, or as much time", "plots"),

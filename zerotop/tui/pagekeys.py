@@ -62,7 +62,7 @@ PRELOAD_S = 1.5
 PAGES: Mapping[str, Callable[[], Page]] = {key: partial(_page, key) for key in PAGE_NAMES}
 OVERVIEW, TIMELINE, COMMUNICATION, TRAINING, LOGS, DATA = "1", "3", "4", "5", "6", "8"
 FIRST = "1"
-LOG_ACTIONS = frozenset({"level", "log_rank", "match", "matches", "wrap"})
+LOG_ACTIONS = frozenset({"level", "log_rank", "match", "matches", "wrap", "copy_line"})
 RANK_ACTIONS = frozenset({"sort", "reverse"})
 AXIS_ACTIONS = frozenset({"zoom_axis", "zoom_all", "cursor", "pan"})
 LENS_ACTIONS = frozenset({"log_scale", "smooth", "overlay"})
@@ -226,7 +226,7 @@ class PageKeys(KeyFlow[ReturnType]):
 
     # ---- log -------------------------------------------------------------------------------------------------------
     def action_level(self) -> None:
-        """v: show the log from the next level on."""
+        """v: all lines but those of progress, all, or from the next level on."""
         if (log := self._log_panel()) is not None:
             log.next_level()
 
@@ -254,6 +254,12 @@ class PageKeys(KeyFlow[ReturnType]):
         """b: wrap long lines, or cut them."""
         if (log := self._log_panel()) is not None:
             log.toggle_wrap()
+
+    def action_copy_line(self) -> None:
+        """y: the marked line, or the newest in sight, to the clipboard of the terminal."""
+        if (log := self._log_panel()) is not None and (text := log.line_to_copy()):
+            self.copy_to_clipboard(text)
+            self.notify("copied, if the terminal allows it (OSC 52)", markup=False, timeout=3)
 
     # ---- plots -----------------------------------------------------------------------------------------------------
     def action_zoom_axis(self, factor: float) -> None:

@@ -10,7 +10,7 @@ from rich.style import Style
 from runtime.wire.messages import Event
 from zerotop.clean import clean
 from zerotop.format import clock_text
-from zerotop.state.events import Record, record_severity, record_text
+from zerotop.state.events import Record, is_progress, record_severity, record_text
 from zerotop.tui.abilities import Filterable
 from zerotop.tui.text import SEVERITIES, plain
 from zerotop.tui.view import View
@@ -84,6 +84,11 @@ class EventPanel(ScrollPanel, Filterable):
         """Whether a record is shown; `text` has its severity and rank in front."""
         return not self.filter or self.filter.lower() in text.lower()
 
+    @property
+    def hides_progress(self) -> bool:
+        """Whether the lines with a step's figures are left out; a filter finds them."""
+        return not self.filter
+
     def folded(self, text: str, room: int) -> list[str]:
         """The text in lines of at most `room` cells."""
         return [piece for line in text.splitlines() or [""] for piece in textwrap.wrap(line, room) or [""]]
@@ -123,7 +128,7 @@ class EventPanel(ScrollPanel, Filterable):
     def _wrap(self, view: View, width: int) -> list[Line]:
         wrapped: dict[int, tuple[Record, list[Line]]] = {}
         for record in view.state.events:
-            if self.rank is None or record.rank == self.rank:
+            if (self.rank is None or record.rank == self.rank) and not (self.hides_progress and is_progress(record)):
                 wrapped[id(record)] = self._wrapped.get(id(record)) or (record, self._wrap_record(record, width))
         self._wrapped = wrapped
         return [line for _, lines in wrapped.values() for line in lines]

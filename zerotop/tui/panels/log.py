@@ -5,15 +5,17 @@ from __future__ import annotations
 from rich.segment import Segment
 from rich.style import Style
 
-from zerotop.state.events import record_severity
+from zerotop.clean import clean
+from zerotop.state.events import record_severity, record_text
 from zerotop.tui.panels.events import EventPanel, Line
 from zerotop.tui.text import SEVERITIES
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Row
 
-LEVELS = ("debug", "info", "warning", "error")
-"""In the order of the key; each shows itself and what is worse."""
-ORDER = {"debug": 0, "info": 1, "warning": 2, "error": 3, "critical": 3}
+QUIET = "quiet"
+LEVELS = (QUIET, "debug", "info", "warning", "error")
+"""In the order of the key: all but progress lines, all, and then each level with what is worse."""
+ORDER = {QUIET: 0, "debug": 0, "info": 1, "warning": 2, "error": 3, "critical": 3}
 
 
 class LogPanel(EventPanel):
@@ -23,7 +25,7 @@ class LogPanel(EventPanel):
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, title="log and events")
-        self.level = "debug"
+        self.level = QUIET
         self.only_matches = False
         self.wrapped_lines = True
         self._matches: list[int] = []
@@ -35,13 +37,19 @@ class LogPanel(EventPanel):
 
     def heading(self) -> str:
         title = "log and events" if self.rank is None else f"log and events of rank {self.rank}"
-        if self.level != "debug":
+        if self.level == QUIET:
+            title += " · progress lines hidden"
+        elif self.level != "debug":
             title += f" · {self.level} and worse"
         title += "" if self.wrapped_lines else " · long lines cut"
         if self.filter:
             found = f"{self._match + 1} of {len(self._matches)}" if self._match >= 0 else str(len(self._matches))
             title += f" · “{self.filter}” {found}" + (" · only matching lines" if self.only_matches else "")
         return title
+
+    @property
+    def hides_progress(self) -> bool:
+        return self.level == QUIET
 
     def passes(self, severity: str, text: str) -> bool:
         if ORDER[severity] < ORDER[self.level]:
@@ -94,6 +102,16 @@ class LogPanel(EventPanel):
         self.rank = places[(at + by) % len(places)]
         self.forget()
         self.redraw()
+
+    def line_to_copy(self) -> str:
+        """The text of the record with the marked match, or of the newest one in sight; "" where there is none."""
+        top, height = int(self.scroll_offset.y), self.scrollable_content_region.height
+        last = min(top + height, len(self._lines)) - 1
+        at = self._matches[self._match] if 0 <= self._match < len(self._matches) else last
+        for line in reversed(self._lines[: at + 1]):
+            if line.record is not None:
+                return clean(record_text(line.record))
+        return ""
 
     def toggle_matches(self) -> None:
         """Show only lines that match, or all."""
