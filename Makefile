@@ -3,14 +3,14 @@
 #   VENV=.venv            where the environment goes
 #   TORCH=auto            auto: the torch PYTHON has, else the pinned one; or a pip requirement
 #   NET=1                 0: download nothing, say what is missing
-#   WORKERS=3             processes that run tests; 3 keep two cores busy, for many tests wait
+#   WORKERS=4             processes that run tests; 4 keep two cores busy, for many tests wait
 #   ZEROTOP_TEST_PATIENCE=2  all deadlines of tests, times this
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= auto
 NET    ?= 1
 ARGS   ?=
-WORKERS ?= 3
+WORKERS ?= 4
 N      ?= 20
 SEED   ?= 0
 FIRST  ?= 1

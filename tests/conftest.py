@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.harness.fake_nvml import FakeNvml
 from tests.harness.ranks import Ranks
+from tests.harness.spreading import spread
 from tests.harness.waiting import patient
 
 
@@ -26,6 +27,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         mark = item.get_closest_marker("timeout")
         seconds = float(mark.args[0]) if mark else usual
         item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    items[:] = spread([(item.nodeid, item) for item in items], workers)
 
 
 @pytest.fixture

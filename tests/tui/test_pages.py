@@ -12,8 +12,8 @@ from zerotop.state.losstrend import EarlierRun
 from zerotop.tui.app import ZerotopApp
 from zerotop.tui.keys import PAGE_NAMES
 from zerotop.tui.pages.overview import OverviewPage
-from zerotop.tui.panels.lanes import LanePanel
 from zerotop.tui.panels.events import EventPanel
+from zerotop.tui.panels.lanes import LanePanel
 from zerotop.tui.panels.log import LogPanel
 from zerotop.tui.panels.memory_bars import PEAK, PLAN
 from zerotop.tui.panels.peaks import PeakPanel
