@@ -305,11 +305,14 @@ class RunState:
         return sorted(those, key=lambda alert: alert.severity != "error")
 
     def energy_use(self) -> EnergyUse | None:
-        """What the GPUs of all ranks take per step and per token; None where one of them has no energy counter."""
+        """What the GPUs of all ranks take per step and per token; None where one of them has no energy counter, and
+        until all have reported."""
         newest = self.series.newest
         stamped = self.ranks.get(newest.rank) if newest is not None else None
         gpus: dict[str, set[str]] = {}
         tokens = 0.0
+        if len(self.ranks) < self.world_size:
+            return None
         for rank in self.ranks.values():
             if rank.hello is None or not rank.hello.device_uuid or rank.step is None:
                 return None

@@ -6,7 +6,7 @@ import json
 import string
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from zerotop.bugreport.redact import REMOVED, Redactor, is_secret_name
@@ -60,6 +60,7 @@ def test_secrets_of_a_known_form_go_wherever_they_stand(secret: tuple[str, str],
 def test_the_value_of_a_secret_name_goes_in_every_notation(name: str, value: str, form, before: str) -> None:  # type: ignore[no-untyped-def]
     before = before if not before or before[-1] in " \n" else f"{before} "
     text = before + form(name, value)
+    assume(value not in before + form(name, ""))  # a secret that is a piece of a name can't be told from it
     kept = Redactor().text(text)
     for part in (value, value.replace("&", "a").replace("#", "b"), json.dumps(value)[1:-1]):
         assert part not in kept, (text, kept)
