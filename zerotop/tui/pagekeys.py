@@ -259,7 +259,7 @@ class PageKeys(KeyFlow[ReturnType]):
         """y: the marked line, or the newest in sight, to the clipboard of the terminal."""
         if (log := self._log_panel()) is not None and (text := log.line_to_copy()):
             self.copy_to_clipboard(text)
-            self.notify("copied, if the terminal allows it (OSC 52)", markup=False, timeout=3)
+            self.notify("copied, if the terminal allows it (OSC 52)", timeout=3)
 
     # ---- plots -----------------------------------------------------------------------------------------------------
     def action_zoom_axis(self, factor: float) -> None:
