@@ -170,7 +170,9 @@ def test_a_restart_is_told_and_its_steps_are_printed_again(start: Start, capsys:
     victim = run.pid_of_rank(1)
 
     def kill() -> None:
+        # Fake ranks do not wait for each other: rank 0, which makes the checkpoints, may be behind.
         until(lambda: read_status(run.path).step >= 25, "step 25")
+        until(lambda: (read_status(run.path).last_checkpoint_step or 0) >= 20, "the checkpoint of step 20")
         os.kill(victim, signal.SIGKILL)
 
     thread = threading.Thread(target=kill, daemon=True)
