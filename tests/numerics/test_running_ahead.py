@@ -90,19 +90,26 @@ def train(stage: int, precision: str, ahead: bool, change: bool = False) -> dict
         found = {
             "parameters": {name: value.clone() for name, value in engine.module.state_dict().items()},
             "masters": [masters.clone() for masters in engine.masters()],
-            "skipped": engine.skipped_steps,
-            "norm": engine.get_global_grad_norm(),
-            "lr": engine.get_lr(),
-            "schedule": scheduler.state_dict(),
-            "scale": engine.loss_scale,
-            "results": [
-                {**result.model_dump(), **dict.fromkeys(("step_ms", "tokens_per_s", "samples_per_s", "end_ns"))}
-                for result in heard
-            ],
+            **figures_of(engine, scheduler, heard),
         }
         assert device.copies == (STEPS if ahead else 0)
         engine.destroy()
     return {"waits": waits, "found": found}
+
+
+def figures_of(engine: Any, scheduler: Any, heard: list[Any]) -> dict[str, Any]:
+    """What an engine says after its last step, and the results that it has reported, without their times."""
+    return {
+        "skipped": engine.skipped_steps,
+        "norm": engine.get_global_grad_norm(),
+        "lr": engine.get_lr(),
+        "schedule": scheduler.state_dict(),
+        "scale": engine.loss_scale,
+        "results": [
+            {**result.model_dump(), **dict.fromkeys(("step_ms", "tokens_per_s", "samples_per_s", "end_ns"))}
+            for result in heard
+        ],
+    }
 
 
 def equal(one: Any, other: Any) -> bool:

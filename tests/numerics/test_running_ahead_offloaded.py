@@ -38,7 +38,7 @@ from tests.harness.grids import pairwise
 from tests.harness.waiting import patient
 from tests.numerics.models import make
 from tests.numerics.remote import LateStreamer, LateTransfers
-from tests.numerics.test_running_ahead import equal
+from tests.numerics.test_running_ahead import equal, figures_of
 from tests.numerics.training import config, micro_batch
 
 STEPS = 20
@@ -237,15 +237,7 @@ def train(
                     for tensor in (one.flat.masters, *(held.tensor for held in one.states()))
                     for segment in one.flat.segments
                 ],
-                "skipped": engine.skipped_steps,
-                "norm": engine.get_global_grad_norm(),
-                "lr": engine.get_lr(),
-                "schedule": scheduler.state_dict(),
-                "scale": engine.loss_scale,
-                "results": [
-                    {**result.model_dump(), **dict.fromkeys(("step_ms", "tokens_per_s", "samples_per_s", "end_ns"))}
-                    for result in heard
-                ],
+                **figures_of(engine, scheduler, heard),
             }
             engine.destroy()
         return {"waits": device.waits, "in_flight": in_flight, "found": found}
