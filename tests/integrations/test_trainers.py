@@ -54,8 +54,8 @@ def _phases(run: StartedRun) -> set[str]:
 
 
 def _marked(case: Case) -> Any:
-    """Where time is short: transformers, Lightning and FSDP2."""
-    return pytest.param(case, marks=pytest.mark.slow) if case.script in ("ddp.py", "accelerate_loop.py") else case
+    """DDP is slow here, as the tests of commands, memory and hangs below train with it."""
+    return pytest.param(case, marks=pytest.mark.slow) if case.script == "ddp.py" else case
 
 
 @pytest.mark.parametrize("case", [_marked(case) for case in CASES], ids=str)
