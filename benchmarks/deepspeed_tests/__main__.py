@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file in unjudged(file for file in there if file not in FILES):
         print(f"{file}: neither run nor left out with a reason", file=sys.stderr)
     outcomes = Outcomes(arguments.results)
-    choice = Choice(arguments.sample, arguments.only)
+    choice = Choice(arguments.sample, arguments.cases, arguments.only)
     chosen = [file for file in FILES if any(part in file for part in arguments.files)]
     for file in (file for file in chosen if file not in there):
         print(f"{file}: not in this checkout", file=sys.stderr)
@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkout", type=Path, help="folder with DeepSpeed's sources")
     parser.add_argument(
         "--sample", type=int, default=0, metavar="N", help="at most N tests of each file, spread evenly"
+    )
+    parser.add_argument(
+        "--cases", type=int, default=0, metavar="N", help="at most N of each test function, which differ in parameters"
     )
     parser.add_argument("--files", nargs="*", default=[""], metavar="PART", help="files with one of PART in their name")
     parser.add_argument("--only", default="", metavar="PART", help="tests with PART in their name")

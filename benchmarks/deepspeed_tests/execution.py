@@ -26,16 +26,27 @@ class Choice:
     """Which tests of a file run."""
 
     sample: int = 0
-    """At most so many, spread evenly; 0: all."""
+    """At most so many of a file, spread evenly; 0: all."""
+    cases: int = 0
+    """At most so many of each test function, which pytest runs once per set of parameters; 0: all."""
     only: str = ""
     """Those with this in their name."""
 
     def of(self, names: list[str]) -> list[str]:
         """The chosen ones."""
         found = [name for name in names if self.only in name]
-        if 0 < self.sample < len(found):
-            return [found[at * len(found) // self.sample] for at in range(self.sample)]
-        return found
+        if self.cases:
+            functions: dict[str, list[str]] = {}
+            for name in found:
+                functions.setdefault(name.partition("[")[0], []).append(name)
+            found = [name for cases in functions.values() for name in _spread(cases, self.cases)]
+        return _spread(found, self.sample) if self.sample else found
+
+
+def _spread(names: list[str], number: int) -> list[str]:
+    """At most so many of them, at even distances."""
+    number = min(number, len(names))
+    return [names[at * len(names) // number] for at in range(number)]
 
 
 def collect(tests: Path, files: list[str]) -> dict[str, list[str]]:

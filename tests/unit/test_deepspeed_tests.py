@@ -31,6 +31,13 @@ def test_a_sample_is_spread_evenly() -> None:
     assert Choice(only="[7]").of(names) == ["test[7]"] and Choice(sample=99).of(names) == names
 
 
+def test_of_each_function_so_many_cases_are_chosen() -> None:
+    names = ["A::one[0]", "A::one[1]", "A::one[2]", "A::one[3]", "A::two[0]", "plain"]
+    assert Choice(cases=1).of(names) == ["A::one[0]", "A::two[0]", "plain"]
+    assert Choice(cases=2).of(names) == ["A::one[0]", "A::one[2]", "A::two[0]", "plain"]
+    assert Choice(cases=9).of(names) == names and Choice(sample=1, cases=1).of(names) == ["A::one[0]"]
+
+
 def test_what_the_message_says_comes_before_the_name() -> None:
     name = "TestNoSyncCtxt::test_zero_stage[2-dtype1]"
     assert reason_of(FILE, name, "E  Failed: DID NOT RAISE") == "works here, and DeepSpeed refuses it"
