@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from runtime.checkpoint.content.capture import pieces_of
 from runtime.checkpoint.saving.snapshot import SnapshotGuard
 from runtime.optim.optimizer import plain_hyperparameters
@@ -13,13 +15,19 @@ from runtime.state.train_state import TrainState
 
 
 def optimizer_state(state: TrainState) -> dict[str, Any]:
-    """Host copies of this rank's master weights and optimizer states, and the parameter groups."""
+    """Host copies of this rank's master weights and optimizer states, and the parameter groups. As in torch, "state"
+    maps each parameter to a dict of tensors; its keys are names, and the master weights are among the tensors:
+    {"head.weight": {"param": ..., "exp_avg": ..., "exp_avg_sq": ...}, ...}."""
     state.synchronize()
+    held: dict[str, dict[str, torch.Tensor]] = {}
+    for key, piece in _trained(state):
+        parameter, kind = _owner(key)
+        held.setdefault(parameter, {})[kind] = piece.tensor.detach().cpu().clone()
     return {
         **_place(state),
         "optimizer_steps": state.counters.optimizer_steps,
         "scalars": [optimizer.scalars() for optimizer in state.shard_optimizers],
-        "state": {name: piece.tensor.detach().cpu().clone() for name, piece in _trained(state)},
+        "state": held,
         "param_groups": [
             {**plain_hyperparameters(group), "params": list(range(len(group["params"])))}
             for group in state.optimizer.param_groups
@@ -37,16 +45,34 @@ def _trained(state: TrainState) -> list[tuple[str, Any]]:
     return [(name, piece) for name, piece in pieces_of(state).items() if name not in frozen]
 
 
+def _owner(key: str) -> tuple[str, str]:
+    """(parameter, "param" or the optimizer state's name) of a checkpoint's key, param.NAME or state.STATE.NAME."""
+    place, _, name = key.partition(".")
+    if place == "param":
+        return name, place
+    kind, _, parameter = name.partition(".")
+    return parameter, kind
+
+
+def _by_key(held: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors under the keys of a checkpoint."""
+    return {
+        f"param.{name}" if kind == "param" else f"state.{kind}.{name}": tensor
+        for name, tensors in held.items()
+        for kind, tensor in tensors.items()
+    }
+
+
 def load_optimizer_state(state: TrainState, guard: SnapshotGuard, saved: Mapping[str, Any]) -> None:
     """Load what `optimizer_state` returned on this rank. Raises ValueError if it is from another rank, world size,
     stage or model."""
     state.synchronize()
     guard.wait_for_all()
-    _check(state, saved)
+    tensors = _check(state, saved)
     for optimizer in state.shard_optimizers:
         optimizer.reset(to_read=saved["optimizer_steps"] > 0)
     pieces = dict(_trained(state))
-    for name, tensor in saved["state"].items():
+    for name, tensor in tensors.items():
         if name not in pieces or pieces[name].tensor.shape != tensor.shape:
             raise ValueError(f"optimizer.load_state_dict(): {name} of shape {list(tensor.shape)} does not belong to it")
         pieces[name].tensor.copy_(tensor)
@@ -60,8 +86,9 @@ def load_optimizer_state(state: TrainState, guard: SnapshotGuard, saved: Mapping
     counters.foreign_steps = counters.global_steps - skipped - counters.optimizer_steps
 
 
-def _check(state: TrainState, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError if `saved` does not fit, before anything is changed."""
+def _check(state: TrainState, saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of `saved` under the keys of a checkpoint. Raises ValueError if they do not fit, before anything is
+    changed."""
     expected = (*_place(state), "optimizer_steps", "scalars", "state", "param_groups")
     if missing := next((key for key in expected if key not in saved), ""):
         raise ValueError(
@@ -77,5 +104,7 @@ def _check(state: TrainState, saved: Mapping[str, Any]) -> None:
     if ours != [len(group["params"]) for group in saved["param_groups"]]:
         raise ValueError("optimizer.load_state_dict(): the parameter groups differ: make the same parameter groups")
     masters = {name: piece.tensor.shape for name, piece in _trained(state) if name.startswith("param.")}
-    if masters != {name: tensor.shape for name, tensor in saved["state"].items() if name.startswith("param.")}:
+    tensors = _by_key(saved["state"])
+    if masters != {name: tensor.shape for name, tensor in tensors.items() if name.startswith("param.")}:
         raise ValueError("optimizer.load_state_dict(): the states are from another model")
+    return tensors
