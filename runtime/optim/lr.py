@@ -250,6 +250,7 @@ class OneCycle(Schedule):
                 f"{cycle_first_step_size} and {cycle_second_step_size}"
             )
         self.total_size = self.first_step_size + self.second_step_size
+        self.step_ratio = self.first_step_size / self.total_size
         self.first_stair_count = cycle_first_stair_count
         self.second_stair_count = (
             cycle_first_stair_count if cycle_second_stair_count is None else cycle_second_stair_count
@@ -276,9 +277,7 @@ class OneCycle(Schedule):
         """Betas of each group at `last_batch_iteration`; None if the schedule leaves them alone."""
         if not self.cycle_momentum:
             return None
-        if self.last_batch_iteration < 0:  # DeepSpeed's first step has the lower bound
-            moms = self.min_moms
-        elif self.last_batch_iteration < self.total_size:
+        if self.last_batch_iteration < self.total_size:
             scale = self._scale()
             moms = [high - (high - low) * scale for low, high in zip(self.min_moms, self.max_moms, strict=True)]
         else:
@@ -286,15 +285,20 @@ class OneCycle(Schedule):
             moms = [high * factor for high in self.max_moms]
         return [(mom, SECOND_BETA) for mom in moms]
 
+    def _set(self) -> None:
+        super()._set()
+        if self.cycle_momentum and self.last_batch_iteration < 0:  # DeepSpeed's first step has the lower bound
+            for group, mom in zip(self.optimizer.param_groups, self.min_moms, strict=True):
+                group["betas"] = (mom, SECOND_BETA)
+
     def _scale(self) -> float:
         """Height of the next step on the cycle: 0 at cycle_min_lr, 1 at cycle_max_lr."""
         iteration = self.last_batch_iteration + 1
-        ratio = self.first_step_size / self.total_size
         within = 1.0 + iteration / self.total_size - math.floor(1 + iteration / self.total_size)
-        rising = within <= ratio
+        rising = within <= self.step_ratio
         stairs = self.first_stair_count if rising else self.second_stair_count
         if not stairs:
-            return within / ratio if rising else (within - 1) / (ratio - 1)
+            return within / self.step_ratio if rising else (within - 1) / (self.step_ratio - 1)
         # Whole steps: the fraction at the end of a half may be just below a stair.
         step = iteration % self.total_size
         if step <= self.first_step_size:

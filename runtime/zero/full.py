@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from runtime.zero.param_places import is_waiting, mark, unmark
 from runtime.zero.unit import Unit
 from runtime.zero.unshard import Unsharder, owners
 
+log = logging.getLogger("runtime.engine")
 _full_models: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameter -> (weak reference to its FullModel, index of its unit). A strong reference would keep the engine alive for
 ever; an attribute of the parameter would be pickled with it."""
@@ -50,6 +52,9 @@ class FullModel:
                     _full_models[parameter] = (weakref.ref(self), index)
                     if flat.policy.shards_parameters:
                         mark(parameter, flat, slot)
+        self._writes_seen: dict[nn.Parameter, int] = {}
+        """Version counters at the beginning of a GatheredParameters that keeps no changes."""
+        self._warned_of_lost_writes = False
         self._keeps_values = True
         self._loading_units: list[Unit] = []
         self._loading = ExitStack()
@@ -127,6 +132,8 @@ class FullModel:
         for unit in units:
             for flat in (*unit.flats, *unit.frozen):
                 flat.parameters_to_masters()
+                for parameter in flat.members:
+                    self._writes_seen.pop(parameter, None)  # kept, so there is nothing to warn of
 
     @contextmanager
     def unsharded(self, units: list[Unit], modifier_rank: int | None) -> Iterator[None]:
@@ -134,11 +141,46 @@ class FullModel:
         changes are not kept."""
         self.settle()
         with self.unsharder.unsharded(units):
+            watched = self._watch_writes(units) if modifier_rank is None else []
             yield
+            self._warn_of_lost_writes(watched)
             if modifier_rank is not None:
                 for flat in (flat for unit in units for flat in _flats(unit)):
                     self.comm.broadcast_bytes(flat.full_param, modifier_rank)
                 self.commit_changes(units)
+
+    def _watch_writes(self, units: Sequence[Unit]) -> list[tuple[str, nn.Parameter]]:
+        """Note the version counters of the sharded parameters, and return these with their names. A context that stands
+        around another one has noted them already."""
+        if self._warned_of_lost_writes:
+            return []
+        found = [
+            (slot.name, parameter)
+            for unit in units
+            for flat in unit.sharded
+            for slot, parameter in zip(flat.layout.slots, flat.members, strict=True)
+            if parameter not in self._writes_seen
+        ]
+        self._writes_seen.update((parameter, parameter._version) for _, parameter in found)
+        return found
+
+    def _warn_of_lost_writes(self, watched: Sequence[tuple[str, nn.Parameter]]) -> None:
+        """Say once which parameters a script has changed in place where nobody keeps the change. Not an error: scripts
+        merge adapters for a while."""
+        lost = [
+            name
+            for name, parameter in watched
+            if self._writes_seen.pop(parameter, parameter._version) != parameter._version
+        ]
+        if lost and not self._warned_of_lost_writes:
+            self._warned_of_lost_writes = True
+            others = f" and {len(lost) - 1} others" if len(lost) > 1 else ""
+            log.warning(
+                "GatheredParameters: %s%s changed in place inside it, and at stage 3 the change is lost on leaving. To "
+                "keep it, change the same parameters on every rank and pass modifier_rank=0",
+                lost[0],
+                others,
+            )
 
 
 def _flats(unit: Unit) -> list[FlatParamGroup]:

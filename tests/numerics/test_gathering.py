@@ -7,6 +7,8 @@ import copy
 import io
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,17 +37,24 @@ def step(engine: Any, number: int) -> float:
     return loss.item()
 
 
+@contextmanager
+def warnings_of_engine() -> Iterator[list[str]]:
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("runtime.engine")
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+
+
 # ---- models ---------------------------------------------------------------------------------------------
 def losses_of(kind: str, stage: int) -> tuple[list[float], dict[str, torch.Tensor], list[str]]:
-    warnings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("runtime.engine").addHandler(handler)
-    try:
+    with warnings_of_engine() as warnings:
         engine = started(kind, stage)
         losses = [step(engine, number) for number in range(8)]
-    finally:
-        logging.getLogger("runtime.engine").removeHandler(handler)
     return losses, {name: value.clone() for name, value in engine.module.state_dict().items()}, warnings
 
 
@@ -204,6 +213,27 @@ def masters_of(engine: Any, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_state_dict_and_gathered_parameters(ranks, stage, precision):
     ranks(2).run(ask_and_change, stage, precision)
+
+
+def write_where_nobody_keeps_it(stage: int) -> tuple[list[str], float]:
+    """The warnings, and what the weight is afterwards."""
+    engine = started(stage=stage)
+    weight = engine.module.head.weight
+    with warnings_of_engine() as said:
+        with zero.GatheredParameters(engine.module):
+            engine.module.load_state_dict(engine.module.state_dict())  # keeps what it writes
+        assert not said
+        for value in (0.5, 0.75):
+            with zero.GatheredParameters([weight]), torch.no_grad():
+                weight.fill_(value)
+    return said, float(engine.module.state_dict()["head.weight"].max())
+
+
+def test_a_change_that_gathered_parameters_does_not_keep_is_said_once(ranks):
+    for said, value in ranks(2).run(write_where_nobody_keeps_it, 3):
+        assert len(said) == 1 and "head.weight" in said[0] and "modifier_rank=0" in said[0] and value < 0.5
+    for said, value in ranks(2).run(write_where_nobody_keeps_it, 2):
+        assert not said and value == 0.75, "parameters that are not sharded keep what a script writes"
 
 
 def another_engine_takes_over() -> tuple[dict[str, torch.Tensor], float]:
