@@ -21,6 +21,7 @@ from tests.harness.spreading import spread
 from tests.harness.waiting import patient
 
 
+@pytest.hookimpl(trylast=True)  # when pytest has deselected tests: those that are left are spread
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     usual = float(config.getini("timeout"))
     for item in items:
