@@ -37,7 +37,9 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("v1/test_engine_log_level.py", "TestLogLevelConfig"),
         ("v1/zero/test_offload_states.py", ""),
         ("v1/zero/test_stage2_flatten_on_gpu.py", ""),
-        ("v1/zero/test_zero.py", "test_zero_grad|TestZero3ParamPartitioningLargeParam|TestZeroAdamOptimizerStepCount"),
+        ("v1/zero/test_zero.py", "TestBF16OptimizerGradReduction|TestPartitionNcclAlignment"),
+        ("v1/zero/test_zero.py", "TestZero3ParamPartitioning|TestZeroAdamOptimizerStepCount"),
+        ("v1/zero/test_zero_user_backward.py", "TestZeroUserBackwardLeafModule"),  # optimizer.leaf_parameters
         ("v1/zero/test_zero2_offload_multi_backward.py", "allocates_no_cpu_accumulator"),
         ("v1/zero/test_zero_activation_checkpoint_lifecycle.py", "(?<!clean_retry)$"),
         ("v1/zero/test_zero_cpu_offload_grad_accum.py", ""),
@@ -69,6 +71,8 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
         ("runtime/test_no_sync_ctxt.py", r"test_zero_stage\[[23]-"),
         ("runtime/zero/test_ignore_unused_parameters.py", "False"),
         ("v1/zero/test_zero_user_backward.py", "test_scale_validates_scalar_loss"),
+        ("v1/zero/test_zero.py", r"TestZeroOffloadOptim::test\[True\]"),
+        ("v1/zero/test_zero_torch_func.py", "test_direct_backward_raises_without_functorch"),
         ("runtime/zero/test_zero_context.py", "AllRanksErrorOnModification"),  # before the engine: rank 0's are kept
     ),
     CONFIG: (
@@ -92,15 +96,19 @@ REASONS: dict[str, tuple[tuple[str, str], ...]] = {
     "under zero.Init rank 0 keeps what it has built until the engine takes it": (
         ("runtime/zero/test_zero_context.py", "TestZeroGatheredParametersFree"),
         ("runtime/zero/test_zero_context_ancestry.py", "TestSerialParamInit"),
+        ("v1/zero/test_zero.py", "TestZero3InitForParentWeightInitialization|TestParamPartitioningSkipInit"),
     ),
+    "a sharded parameter keeps its shape, and so its numel()": (("v1/zero/test_zero.py", "TestZeroPartitionCache"),),
     "the root unit, all of so small a model, stays whole from a backward to the step": (
-        ("v1/zero/test_zero_user_backward.py", r"[\[-]3-.*nopersist"),
+        ("v1/zero/test_zero_user_backward.py", r"[\[-]3-.*nopersist|test_no_grad_input_accumulation.*nopersist"),
     ),
     "compared with weights that began rounded to bf16; masters begin as the model was built, in fp32": (
-        ("v1/zero/test_zero_user_backward.py", "test_checkpointed_multiple_backward"),
+        # With the model rounded before initialize(), and gradients accumulated in bf16, these and the next ones pass.
+        ("v1/zero/test_zero_user_backward.py", "test_checkpointed_multiple_backward|test_non_scalar_backward"),
+        ("v1/zero/test_zero_user_backward.py", "test_multiple_engines_combined_loss"),
     ),
     "compared with gradients that accumulate in bf16; here they do in fp32, unless the config says otherwise": (
-        ("v1/zero/test_zero_user_backward.py", "test_scale_with_gradient_accumulation"),
+        ("v1/zero/test_zero_user_backward.py", "test_scale_with_gradient_accumulation|test_grad_accumulation"),
     ),
     "saving in the middle of an accumulation is refused: a checkpoint holds no gradients": (
         ("checkpoint/test_zero_optimizer.py", "test_save_before_accum_grad_is_done|test_hybrid_optimizer_state"),

@@ -119,6 +119,10 @@ class ZeroOptimizer(torch.optim.Optimizer):
         """Whether the loss scale adapts to overflows."""
         return self._require_engine().dynamic_loss_scale()
 
+    def needs_scaler(self) -> bool:
+        """Whether a loss must be scaled before its backward: True with fp16."""
+        return self.dynamic_loss_scale or self.loss_scale != 1
+
     @property
     def overflow(self) -> bool:
         """Whether the last optimizer step was skipped, because a gradient was not finite."""

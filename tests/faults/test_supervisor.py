@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
 import stat
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -263,8 +265,23 @@ def test_sigterm_stops_the_run(start: Start) -> None:
     until(run.all_gone, "every process gone")
 
 
+def test_a_program_with_many_open_files_starts_a_run(start: Start) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip(f"at most {hard} files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    with ExitStack() as files:
+        for _ in range(1100):
+            files.enter_context(open(os.devnull))  # the descriptors of the run come after the 1,024 that select() takes
+        run = start(FAKE_STEPS=3)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        run.see_state("finished")
+    until(run.all_gone, "every process gone")
+
+
 def test_sigusr1_aborts_a_run_that_does_not_stop(start: Start) -> None:
     run = start(FAKE_HANG="0:3", ZEROTOP_STOP_DEADLINE_S="0.5")
+    run.see(lambda source: (beat := source.state.rank(0).heartbeat) and beat.step == 3, "rank 0 in the step that hangs")
     run.see(lambda source: source.state.rank(1).step and source.state.rank(1).step.step > 6, "rank 0 was left behind")
     os.kill(read_run(run.path).supervisor_pid, signal.SIGUSR1)
     run.see_state("aborted")

@@ -346,6 +346,7 @@ def call(stage: int, folder: str) -> dict[str, Any]:
     found["config"] = [kept.train_batch_size, kept.bfloat16_enabled, kept.optimizer_name]
     found["zero"] = (kept.zero_config.stage, kept.zero_config.param_persistence_threshold)
     found["batch"] = (engine.get_batch_info(), engine.global_steps, engine.get_lr(), engine.optimizer.loss_scale)
+    found["scaled"] = engine.optimizer.needs_scaler()
     timer = engine.tput_timer
     found["timer"] = (timer.global_step_count, timer.micro_step_count, timer.batch_size)
     timer.update_epoch_count()
@@ -376,7 +377,7 @@ def test_calls_of_the_engine(ranks, stage, tmp_path):
         assert found["ledger"] == (0, True) and found["same"] and found["zeroed"] and found["after it"]
         assert found["parked"].endswith("; call engine.reload_states() on every rank first")
         assert "expected some of optim_states" in found["unknown"]
-        assert found["batch"] == ((4, 2, 1), 3, [0.25], 1.0)
+        assert found["batch"] == ((4, 2, 1), 3, [0.25], 1.0) and not found["scaled"]
         assert found["config"] == [4, True, "adamw"] and found["zero"] == (stage, 0)
         assert found["timer"] == (3, 4, 4)
         assert "a multiple of 4" in found["no multiple"] and "no_sync() inside" in found["nested"]

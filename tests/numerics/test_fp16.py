@@ -44,6 +44,7 @@ def train(stage: int, folder: str | None = None) -> list[dict[str, Any]]:
         other.load_checkpoint(folder, "fp16")
         assert other.state.scaler.state_dict() == engine.state.scaler.state_dict()
         assert (other.optimizer_steps, other.skipped_steps) == (5, 3)
+    assert engine.optimizer.needs_scaler()
     return seen
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import selectors
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +44,9 @@ def start_supervisor(path: Path, run: RunFile, *, resume: bool, lock: int) -> No
     with starting, os.fdopen(read_end, "rb") as answers:
         assert starting.stderr is not None
         complaint = starting.stderr.read().decode(errors="replace")  # ends when it detaches
-        ready, _, _ = select.select([answers], [], [], UP_TIMEOUT_S)
+        with selectors.DefaultSelector() as waiting:  # select() fails where a program has over 1,024 files open
+            waiting.register(answers, selectors.EVENT_READ)
+            ready = waiting.select(UP_TIMEOUT_S)
         line = answers.readline() if ready else b""
     if line and "error" not in (answer := json.loads(line)):
         return
