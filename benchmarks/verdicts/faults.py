@@ -70,4 +70,6 @@ _ENDS_THE_RUN = {
 """A real run is ended then, by the engine or the supervisor."""
 LOADED = Fault("loaded machine", ("contention", "healthy"), "none", calm=True)
 """A run with which nothing is wrong, while other processes use all CPUs."""
-LIVE_FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*FAULTS, LOADED)} | _ENDS_THE_RUN
+COLD_FILE = Fault("cold file", ("data starvation", "memory-bound"))
+"""A rank reads a mapped file that does not stay in memory. Paging itself wants swap, which few machines have."""
+LIVE_FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*FAULTS, LOADED, COLD_FILE)} | _ENDS_THE_RUN

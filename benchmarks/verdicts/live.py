@@ -4,8 +4,8 @@
 
 Each round launches a run per fault (script.py), waits until it trains, injects the fault, and reads the verdicts that
 the hub publishes, as a screen does. With --pictures FOLDER the screen is saved as it is then; with --record FOLDER the
-messages are kept (recording.py), for the matrix to replay. "slow link" needs root, for a network namespace of its own
-and tc.
+messages are kept (recording.py), for the matrix to replay. "slow link" and "transfer hangs" need root, for a network
+namespace of their own and tc; so does "cold file", for a control group.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ POLL_S = 0.05
 QUIET_S = 3.0
 """The probe reports once a second: a hub of which nothing is heard for so long has ended."""
 HOGS = 3
+MEMORY_LIMIT = 48 * 2**20
+"""Bytes of the control group in which a rank reads from disk: less than the file that it has mapped."""
 RATE = "300mbit"
 PICTURE = (118, 16)
 """Columns and lines of a picture."""
@@ -56,6 +58,7 @@ class Injection:
 
     def __init__(self) -> None:
         self.children: list[subprocess.Popen[bytes]] = []
+        self._group: Path | None = None
 
     def stop(self, entry: RunEntry, pids: list[int]) -> None:
         os.kill(pids[FAULTY], signal.SIGSTOP)
@@ -76,19 +79,41 @@ class Injection:
 
     def link(self, entry: RunEntry, pids: list[int]) -> None:
         """Limit the loopback of the run's network namespace."""
+        self._shape(pids, "rate", RATE, "burst", "128kb", "latency", "100ms")
+
+    def cut(self, entry: RunEntry, pids: list[int]) -> None:
+        """Let so little through the loopback of the run's network namespace that no transfer ends."""
+        self._shape(pids, "rate", "256kbit", "burst", "128kb", "latency", "3s")
+
+    def _shape(self, pids: list[int], *how: str) -> None:
         words = ["nsenter", "-t", str(pids[0]), "-n", "tc", "qdisc", "add", "dev", "lo", "root", "tbf"]
-        subprocess.run([*words, "rate", RATE, "burst", "128kb", "latency", "100ms"], check=True)
+        subprocess.run([*words, *how], check=True)
+
+    def limit_memory(self, entry: RunEntry, pids: list[int]) -> None:
+        """Put the faulty rank into a control group (version 1 or 2) that holds less than it reads."""
+        first = Path("/sys/fs/cgroup/memory")
+        self._group = (first if first.is_dir() else first.parent) / f"zerotop-{entry.name}"
+        self._group.mkdir()
+        limit = "memory.limit_in_bytes" if first.is_dir() else "memory.high"
+        (self._group / limit).write_text(str(MEMORY_LIMIT))
+        (self._group / "cgroup.procs").write_text(str(pids[FAULTY]))
 
     def end(self) -> None:
         for child in self.children:
             child.kill()
             child.wait()
 
+    def end_after_run(self) -> None:
+        """What can only be undone when no process of the run is left."""
+        if self._group is not None:
+            self._group.rmdir()
+
 
 @dataclass(frozen=True)
 class LiveFault:
     """`script`: arguments of script.py; `inject`: the method of Injection that causes the fault; `namespace`: in a
-    network namespace of its own, with collectives over Gloo; `launch`: more arguments of zerotop launch."""
+    network namespace of its own, with collectives over Gloo; `launch`: more arguments of zerotop launch. Without
+    `script` and `inject` the fault is there from the start."""
 
     fault: Fault
     script: tuple[str, ...] = ()
@@ -102,6 +127,16 @@ class LiveFault:
         return self.fault.name.replace(" ", "-").lower()
 
 
+_EXPOSED_OFFLOAD = (
+    "--set",
+    "zero_optimization.offload_optimizer.device=cpu",
+    "--set",
+    "zerotop.offload.overlap=false",
+    "--set",
+    "train_micro_batch_size_per_gpu=1",
+    "--set",
+    "gradient_accumulation_steps=1",
+)
 _AT_STAGE_3 = (
     "--set",
     "zero_optimization.stage=3",
@@ -127,6 +162,9 @@ LIVE: tuple[LiveFault, ...] = tuple(
         "other order": (("--fault", "order"), "", False, _AT_STAGE_3),
         "killed": ((), "kill"),
         "ends early": (("--fault", "early"),),
+        "transfer hangs": ((), "cut", True),
+        "cold file": (("--fault", "cold-file"), "limit_memory"),
+        "offload waits": ((), "", False, _EXPOSED_OFFLOAD),
     }.items()
 )
 
@@ -176,6 +214,7 @@ def run(live: LiveFault, name: str, pictures: Path | None, record: Path | None =
         subprocess.run(
             [sys.executable, "-m", "zerotop", "abort", name, "--yes"], cwd=ROOT, capture_output=True, check=False
         )
+        injection.end_after_run()
 
 
 async def picture(entry: RunEntry) -> str:
@@ -224,7 +263,8 @@ def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | 
         began = time.monotonic()
         if live.inject:
             getattr(injection, live.inject)(entry, pids)
-        told: Verdict | None = source.state.verdict
+        from_start = not (live.script or live.inject or live.fault.calm)
+        told: Verdict | None = None if from_start else source.state.verdict
         limit_s = CALM_S if live.fault.calm else VERDICT_S
         while time.monotonic() - began < limit_s:
             poll()
@@ -233,7 +273,7 @@ def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | 
                 told, found = verdict, as_finding(verdict)
                 right = is_right(found, live.fault, FAULTY)
                 if right and not live.fault.calm:
-                    return Seen(after, True, verdict.text, seen.others)
+                    return Seen(None if from_start else after, True, verdict.text, seen.others)
                 if not right and verdict.severity != "info":
                     seen.others.append(f"{verdict.what} after {after:.0f} s")
             source.wait(POLL_S)

@@ -6,10 +6,13 @@ zerotop launch benchmarks/verdicts/config.json -- benchmarks/verdicts/script.py 
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
+import random
 import re
 import signal
 import sys
+import tempfile
 import time
 
 import torch
@@ -17,7 +20,9 @@ from torch import nn
 
 import runtime as deepspeed
 
-FAULTS = ("none", "slow", "loader", "all-loaders", "spin", "sleep", "order", "kill", "early")
+FAULTS = ("none", "slow", "loader", "all-loaders", "spin", "sleep", "order", "kill", "early", "cold-file")
+PAGES, PAGES_READ = 2**16, 500
+"""Pages of the file that a rank with the fault `cold-file` has mapped, and those that it reads in a micro-step."""
 
 
 class Net(nn.Module):
@@ -32,6 +37,19 @@ class Net(nn.Module):
         for layer in reversed(self.layers) if self.backwards else self.layers:
             x = x + torch.tanh(layer(x))
         return x
+
+
+def mapped_file() -> mmap.mmap:
+    """A file of PAGES pages that nothing has in memory."""
+    with tempfile.TemporaryFile() as file:
+        for _ in range(PAGES):
+            file.write(os.urandom(mmap.PAGESIZE))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        mapped = mmap.mmap(file.fileno(), PAGES * mmap.PAGESIZE, prot=mmap.PROT_READ)
+    mapped.madvise(mmap.MADV_RANDOM)
+    return mapped
 
 
 def main() -> None:
@@ -51,11 +69,15 @@ def main() -> None:
     mine = engine.global_rank == options.rank
     accumulation = engine.gradient_accumulation_steps()
     data = torch.randn(64, options.width)
+    mapped = mapped_file() if options.fault == "cold-file" and mine else None
     while engine.global_steps < options.steps:
         wrong = options.fault if engine.global_steps >= options.at_step else "none"
         for micro_step in range(accumulation):
             if (wrong == "loader" and mine) or wrong == "all-loaders":
                 time.sleep(options.ms / 1000)
+            if wrong == "cold-file" and mapped is not None:
+                for page in random.sample(range(PAGES), PAGES_READ):
+                    mapped[page * mmap.PAGESIZE]
             hook = net.layers[0].register_forward_hook(lambda *_: time.sleep(options.ms / 1000))
             if not (wrong == "slow" and mine):
                 hook.remove()

@@ -40,9 +40,17 @@ class MemoryProbe:
             "shared_memory_bytes": shared,
             # The kernel counts shared memory among what is cached, though it can't be dropped.
             "page_cache_bytes": None if cached is None else max(0, cached - (shared or 0)),
-            "memory_pressure_percent": _pressure(cgroup.read(self._root / "proc/pressure/memory")),
+            "memory_pressure_percent": self._pressure(),
             **self._swap_rates(),
         }
+
+    def _pressure(self) -> float | None:
+        """Of the machine or of this process's control groups (version 2), whichever is higher: in a container with a
+        memory limit the machine may have plenty."""
+        files = [self._root / "proc/pressure/memory"]
+        files += [folder / "memory.pressure" for folder in cgroup.folders("", self._root)]
+        found = [value for file in files if (value := _some_avg10(cgroup.read(file))) is not None]
+        return max(found, default=None)
 
     def _swap_rates(self) -> dict[str, float | None]:
         counters = _table(cgroup.read(self._root / "proc/vmstat"), 1)
@@ -69,7 +77,7 @@ def _table(text: str, unit: int) -> dict[str, int]:
     return found
 
 
-def _pressure(text: str) -> float | None:
+def _some_avg10(text: str) -> float | None:
     """The figure `some avg10` of a PSI file."""
     for line in text.splitlines():
         if line.startswith("some "):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from zerotop.format import bytes_text, ms_text
 from zerotop.state.gpu import Concern, concerns
 from zerotop.state.stall import ranks_text
-from zerotop.verdict.figures import Figures, MemorySample
+from zerotop.verdict.figures import FAULTS_PER_S, Figures
 from zerotop.verdict.finding import Finding, Severity, What
 
-PAGING_S = 5.0
-"""Page faults are counted over this time at least; once they are the verdict, over all that is remembered."""
-FAULTS_PER_S, KEPT_FAULTS_PER_S = 100.0, 20.0
-"""Page faults per second that had to read from disk or swap: a process that has its pages has none."""
+KEPT_FAULTS_PER_S = 20.0
+"""Page faults per second that keep the verdict; they are counted over all that is remembered then."""
 SWAP_BYTES_PER_S = 2.0**20
 PRESSURE_PERCENT = 10.0
 OFFLOAD_SHARE, KEPT_OFFLOAD_SHARE = 0.25, 0.18
@@ -41,7 +39,7 @@ def find_memory_bound(figures: Figures) -> Finding | None:
             {"alloc_retries": retried[worst], "seconds": round(span)},
         )
     least = KEPT_FAULTS_PER_S if was_bound else FAULTS_PER_S
-    paging = {rank: _faults_per_s(kept, was_bound) for rank, kept in figures.memory.items()}
+    paging = {rank: figures.page_faults_per_s(rank, over_all=was_bound) for rank in figures.memory}
     slow = tuple(rank for rank, per_s in sorted(paging.items()) if per_s >= least)
     if not slow:
         return None
@@ -62,14 +60,6 @@ def find_memory_bound(figures: Figures) -> Finding | None:
         "`zerotop plan` says what the run needs; offload less, or end what else uses memory.",
         {"major_faults_per_s": round(per_s, 1)},
     )
-
-
-def _faults_per_s(samples: Sequence[MemorySample], over_all: bool) -> float:
-    """Page faults per second over the newest PAGING_S, or over all samples if they show more; 0 with fewer samples."""
-    now = samples[-1]
-    before = [was for was in samples if now.at_s - was.at_s >= PAGING_S]
-    since = [before[-1], *(before[:1] if over_all else ())] if before else []
-    return max(((now.major_faults - was.major_faults) / (now.at_s - was.at_s) for was in since), default=0.0)
 
 
 def find_gpu_fault(figures: Figures) -> Finding | None:

@@ -18,6 +18,10 @@ from zerotop.verdict.finding import Finding
 SAMPLES_KEPT, SAMPLES_LONG = 5, 30
 """Samples of the probe, one a second, that a figure of the host is the mean of, now and in the longer run."""
 MEMORY_WINDOW_S = 30.0
+PAGING_S = 5.0
+"""Page faults are counted over this time at least."""
+FAULTS_PER_S = 100.0
+"""Page faults per second that had to read from disk or swap: a process that has its pages has none."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,18 @@ class Figures:
     """The same of all ranks over half a minute: other processes come and go."""
     memory: Mapping[int, tuple[MemorySample, ...]]
     """Rank -> its counters of the last MEMORY_WINDOW_S, oldest first."""
+
+    def page_faults_per_s(self, rank: int, over_all: bool = False) -> float:
+        """Pages per second that the rank had to read from disk or swap, over the newest PAGING_S; 0 with fewer samples.
+        over_all: over all samples, if they show more."""
+        samples = self.memory.get(rank, ())
+        before = [was for was in samples if samples[-1].at_s - was.at_s >= PAGING_S]
+        since = [before[-1], *(before[:1] if over_all else ())] if before else []
+        now = samples[-1] if samples else None
+        return max(
+            ((now.major_faults - was.major_faults) / (now.at_s - was.at_s) for was in since if now is not None),
+            default=0.0,
+        )
 
     def over(self, steps: int) -> Figures:
         """The same with the means of the newest `steps` steps."""

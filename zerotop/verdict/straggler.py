@@ -8,7 +8,7 @@ from typing import Any
 from zerotop.format import ms_text
 from zerotop.state.breakdown import Part
 from zerotop.verdict.certainty import KEPT_CERTAINTY, KEPT_SHARE, KEPT_STEPS, certain_window, costs_time
-from zerotop.verdict.figures import Figures
+from zerotop.verdict.figures import FAULTS_PER_S, Figures
 from zerotop.verdict.finding import Finding, What
 from zerotop.verdict.slow import DATA_SHARE, KEPT_CONTENTION_PERCENT, competitors, contended
 
@@ -119,6 +119,10 @@ def _straggler(figures: Figures, rank: int) -> Finding:
             facts["usual_ms"] = round(usual, 1)
     if counted:
         text += f"; it came last in {came_last} of {counted} collectives"
+    if part == "data" and (faults_per_s := figures.page_faults_per_s(rank)) >= FAULTS_PER_S:
+        text += f"; it reads {faults_per_s:,.0f} pages a second of mapped files from disk"
+        facts["major_faults_per_s"] = round(faults_per_s, 1)
+        advice = "Its data do not stay in memory: read them in order, from a faster disk, or give the job more memory."
     if clock := _slow_clock(figures, rank):
         text += f"; {clock[0]}"
         facts |= clock[1]

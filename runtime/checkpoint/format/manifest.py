@@ -163,7 +163,7 @@ def read_manifest(path: Path) -> Manifest:
         digest = body.pop(_DIGEST, None)
         manifest = Manifest.model_validate(body)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MANIFEST}") from None
+        raise CheckpointError(_absence(path)) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(key) for key in first["loc"])
@@ -177,6 +177,15 @@ def read_manifest(path: Path) -> Manifest:
     if (digest is None and manifest.files) or (digest is not None and digest != _digest(body)):
         raise DamagedCheckpoint(f"{path / MANIFEST} is damaged: its digest is not that of its content")
     return manifest.with_plain_names()
+
+
+def _absence(path: Path) -> str:
+    """Why there is no manifest, with the checkpoints that stand beside `path`."""
+    if path.is_dir():
+        return f"{path} is not a complete checkpoint: it has no {MANIFEST}"
+    beside = sorted((one.parent for one in path.parent.glob(f"[!.]*/{MANIFEST}")), key=lambda one: one.stat().st_mtime)
+    names = ", ".join(one.name for one in beside[-5:])
+    return f"{path} does not exist" + (f"; the newest checkpoints in {path.parent} are {names}" if names else "")
 
 
 def regular_size(path: Path, name: str) -> int:

@@ -146,6 +146,17 @@ def json_equal(first: bytes, second: bytes) -> bool:
         return False
 
 
+def test_what_is_no_checkpoint_says_what_there_is(tmp_path):
+    with pytest.raises(CheckpointError, match=r"step-9 does not exist$"):
+        read_manifest(tmp_path / "step-9")
+    path = put(tmp_path, 7)
+    with pytest.raises(CheckpointError, match=rf"step-9 does not exist; the newest checkpoints in .* are {path.name}$"):
+        read_manifest(tmp_path / "step-9")
+    (tmp_path / "step-9").mkdir()
+    with pytest.raises(CheckpointError, match=r"step-9 is not a complete checkpoint: it has no manifest.json"):
+        read_manifest(tmp_path / "step-9")
+
+
 def test_manifests_of_early_versions_are_read(tmp_path):
     path = tmp_path / "step-00000003"
     path.mkdir()

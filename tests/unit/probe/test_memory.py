@@ -45,6 +45,9 @@ def test_a_control_group_leaves_less(root: Path) -> None:
     found = MemoryProbe(root).sample()
     assert found["cgroup_limit_bytes"] == 500 * 1024 and found["cgroup_used_bytes"] == 300 * 1024
     assert found["ram_available_bytes"] == 200 * 1024
+    assert found["memory_pressure_percent"] == 12.34
+    (group / "memory.pressure").write_text("some avg10=40.00 avg60=0.00 total=5\n")
+    assert MemoryProbe(root).sample()["memory_pressure_percent"] == 40.0, "that of the group is higher"
 
 
 def test_without_these_files_every_figure_is_missing(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import pytest
 from runtime.wire.messages import Goodbye, Memory
 from runtime.wire.node import GpuStats
 from tests.unit.state.test_stall import WORLD, a_run, beat, hello
-from tests.unit.verdict.test_rules import MIB, USUAL, ask, node, trained
+from tests.unit.verdict.test_rules import MIB, USUAL, ask, met, node, trained
 from zerotop.state.run import RunState
 from zerotop.verdict.bound import find_gpu_fault, find_memory_bound, find_offload_bound, find_throttled
 from zerotop.verdict.calm import calm
 from zerotop.verdict.figures import SAMPLES_KEPT, History
 from zerotop.verdict.judge import Rule
 from zerotop.verdict.slow import find_contention, find_data_starvation
+from zerotop.verdict.straggler import find_straggler
 
 
 # ---- bound -------------------------------------------------------------------------------------------------------
@@ -47,6 +48,21 @@ def test_paging_is_memory_trouble_and_reading_a_file_is_not() -> None:
         and "1,000 pages a second" in found.text
         and "8.00 MiB/s" in found.text
     )
+
+
+def test_a_rank_that_waits_for_files_on_disk_has_slow_data_for_that_reason() -> None:
+    run, history = a_run(step_ms=400), History()
+    trained(run, {0: USUAL, 1: USUAL, 2: USUAL | {"reduce": 10.0, "data": 82.0}})
+    met(run, last=2, wait_us=80_000)
+    remember(run, 2, major_faults=0)
+    history.figures(run, None, 0.0)
+    remember(run, 2, major_faults=10_000)
+    found = find_straggler(history.figures(run, None, 10.0))
+    assert found is not None and found.what == "data starvation"
+    assert "it reads 1,000 pages a second of mapped files from disk" in found.text and "more memory" in found.advice
+    remember(run, 2, major_faults=10_001)
+    quiet = find_straggler(history.figures(run, None, 30.0))
+    assert quiet is not None and "pages" not in quiet.text
 
 
 def test_paging_is_told_within_seconds_and_outlives_a_pause_of_it() -> None:
