@@ -31,6 +31,7 @@ from runtime.wire.messages import (
 )
 from runtime.wire.node import GpuStats, NodeStats
 from tests.harness.finetuning import data_report, evaluation
+from zerotop.state.events import TRAINER_LOGGER
 from zerotop.state.run import RunState
 from zerotop.verdict.judge import Judge
 
@@ -364,7 +365,7 @@ class ScriptedRun:
             self.memory(rank)
             self.beat(rank, "forward", 1)
         if self.step % 10 == 0:
-            self.log(f"step {self.step}/{self.total} loss {loss:.3f} {step_ms:.0f} ms")
+            self.log(f"step {self.step}/{self.total} loss {loss:.3f} {step_ms:.0f} ms", logger=TRAINER_LOGGER)
         if self.finetune and self.step % 25 == 0:
             self.say(evaluation(self.step))
         if self.step % 50 == 0:

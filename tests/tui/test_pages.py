@@ -244,6 +244,7 @@ async def test_logs_filter_by_level_and_rank_search_and_cut(open_app: OpenApp) -
     async with open_app(size=(120, 40)) as (app, pilot, run):
         run.log("all quiet", "info", 0)
         run.log("loss scale halved", "warning", 1)
+        run.log("the loss is fine")
         run.log("CUDA error", "error", 1)
         run.log("long " * 60, "info", 0)
         await pilot.press("C")
