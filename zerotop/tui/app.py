@@ -34,7 +34,9 @@ from zerotop.tui.keys import KEYS, STEERING, load_keymap
 from zerotop.tui.lens import Lens
 from zerotop.tui.narrow import NarrowUpdate
 from zerotop.tui.pagekeys import FIRST, PRELOAD_S, PageKeys, import_pages, mode_of
+from zerotop.tui.pages.overview import OverviewPage
 from zerotop.tui.palette_commands import palette_commands
+from zerotop.tui.panels.rank_grid import RankGrid
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.panels.settings import SettingTable
 from zerotop.tui.screens.confirm import ConfirmScreen
@@ -53,6 +55,8 @@ from zerotop.tui.view import TICK_S, View, build_view
 from zerotop.tui.widgets.keybar import KeyBar
 
 THEME_VARIABLE = "ZEROTOP_THEME"
+FEW_RANKS = 8
+"""Up to so many, the table shows all: the key of the grid takes no room in the footer."""
 Outcome = Literal["detached", "ended"]
 
 
@@ -203,6 +207,8 @@ class ZerotopApp(PageKeys[Outcome]):
         role = page.other_role() if page is not None else None
         if role is not None:
             labels["data"] = ROLES[role].capitalize()
+        if isinstance(page, OverviewPage) and isinstance(page.ranks, RankGrid):
+            labels["grid"] = "Table"
         when = "now" if paused else f"after step {next_boundary(state):,}"
         long = {
             "pause_resume": "Resume" if paused else f"Pause {when}",
@@ -233,7 +239,8 @@ class ZerotopApp(PageKeys[Outcome]):
 
     def hidden_keys(self) -> set[str]:
         """Actions whose keys take no room in the footer now."""
-        return {"data"} | (set() if self.source.state.evaluations else {"texts"})
+        few = {"grid"} if self.rank_count <= FEW_RANKS else set()
+        return {"data"} | few | (set() if self.source.state.evaluations else {"texts"})
 
     def make_view(self) -> View:
         """Everything that panels may show at this tick."""

@@ -25,6 +25,8 @@ from zerotop.rundir.paths import config_home
 DEFAULT = "dark"
 BAND = 0.55
 """How far the band of a plot is from its line's colour to the background."""
+HEAT_LEVELS = 20
+"""Colours of a heat map, less one: fewer change less often."""
 SECTIONS = ("ui", "categories", "phases", "plots")
 
 
@@ -101,6 +103,11 @@ class Palette:
             self.phases[name] if self.dark and name in self.phases else self.ui["foreground"], None, False, False
         )
 
+    def heat(self, heat: float) -> Style:
+        """A filled cell between calm (0) and alarming (1), in one of HEAT_LEVELS + 1 colours."""
+        level = round(max(0.0, min(1.0, heat)) * HEAT_LEVELS)
+        return _heated(level, self.ui["panel"], self.ui["primary"], self.ui["warning"], self.ui["error"])
+
     def plot_band(self, name: str) -> Style:
         """The range of the values behind a plot's line: its colour, nearer to the background."""
         return _style(_between(self.plots.get(name, self.ui["primary"]), self.ui["background"]), None, False, False)
@@ -118,6 +125,16 @@ def _style(color: str, other: str | None, bold: bool, reverse: bool) -> Style:
 @cache
 def _between(color: str, ground: str) -> str:
     return Color.parse(color).blend(Color.parse(ground), BAND).hex6
+
+
+@cache
+def _heated(level: int, *colors: str) -> Style:
+    """`colors` at the ends of as many stretches as are between them: the last two are those of a warning, an error."""
+    share = level / HEAT_LEVELS
+    ends = (0.0, 0.45, 0.75, 1.0)
+    at = max(i for i, end in enumerate(ends[:-1]) if share >= end)
+    mixed = Color.parse(colors[at]).blend(Color.parse(colors[at + 1]), (share - ends[at]) / (ends[at + 1] - ends[at]))
+    return _block(mixed.hex6)
 
 
 @cache

@@ -12,6 +12,7 @@ from runtime.wire.node import GpuStats
 from zerotop.format import MISSING, bytes_text, count_text, ms_text, share_text, used_of
 from zerotop.state.gpu import Concern
 from zerotop.state.run import RankState
+from zerotop.state.thresholds import FULL, WAITS_LONG, is_capped, is_hot, is_idle
 from zerotop.state.waits import WaitWindow
 from zerotop.tui.text import dots
 from zerotop.tui.view import View
@@ -30,10 +31,6 @@ ROOMY = 110
 """From this width on, bars and dots get more than the minimum."""
 STRIPS_FROM = 150
 """From this width on, each rank has its last step as a strip."""
-FULL = 0.92
-"""From this share on, the memory of a device is nearly full."""
-HOT_MARGIN_C = 5.0
-"""So close to the temperature at which the hardware lowers the clocks, a GPU is hot."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,11 @@ class Context:
     stale_s: float
     concerns: Mapping[int, tuple[Concern, ...]]
     last_steps: LastSteps
+
+    @property
+    def trains(self) -> bool:
+        """Whether steps are being taken: before, while it is paused and after the run, GPUs have little to do."""
+        return self.view.state.state_name == "running" and self.waits.steps > 0
 
 
 Draw = Callable[[Row, Context, RankState, GpuStats | None, int], None]
@@ -153,7 +155,7 @@ def _wait(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, siz
         row.cell(MISSING, size, context.view.palette.style("muted"), right=True)
         return
     text = _per_step(wait_ms, step_ms)
-    high = wait_ms >= 0.25 * step_ms > 0
+    high = wait_ms >= WAITS_LONG * step_ms > 0
     row.cell(text, size, _dim(context, rank) or (context.view.palette.style("warning") if high else PLAIN), right=True)
 
 
@@ -190,25 +192,18 @@ def _rss(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, size
     row.cell(bytes_text(rank.memory.rss_bytes) if rank.memory else "", size, _dim(context, rank) or PLAIN, right=True)
 
 
-def _gpu_cell(
-    text: Callable[[GpuStats], str | None],
-) -> Callable[[Row, Context, RankState, GpuStats | None, int], None]:
+def _gpu_cell(text: Callable[[GpuStats], str | None], notable: Callable[[GpuStats], bool] | None = None) -> Draw:
+    """`notable`: whether the figure has the colour of a warning while the run trains."""
+
     def draw(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
+        palette = context.view.palette
         shown = text(gpu) if gpu is not None else None
-        style = _dim(context, rank) or (PLAIN if shown else context.view.palette.style("muted"))
-        row.cell(shown or MISSING, size, style, right=True)
+        style = PLAIN if shown else palette.style("muted")
+        if gpu is not None and notable is not None and context.trains and notable(gpu):
+            style = palette.style("warning", bold=True)
+        row.cell(shown or MISSING, size, _dim(context, rank) or style, right=True)
 
     return draw
-
-
-def _temperature(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
-    if gpu is None or gpu.temperature_c is None:
-        row.cell(MISSING, size, context.view.palette.style("muted"), right=True)
-        return
-    limit = gpu.slowdown_temperature_c
-    hot = limit is not None and gpu.temperature_c >= limit - HOT_MARGIN_C
-    style = _dim(context, rank) or (context.view.palette.style("warning", bold=True) if hot else PLAIN)
-    row.cell(f"{gpu.temperature_c:.0f}°C", size, style, right=True)
 
 
 def _rounded(value: float | None, unit: str) -> str | None:
@@ -279,7 +274,7 @@ COLUMNS = (
         "util",
         5,
         32,
-        _gpu_cell(lambda gpu: _rounded(gpu.utilization_percent, "%")),
+        _gpu_cell(lambda gpu: _rounded(gpu.utilization_percent, "%"), is_idle),
         right=True,
         gpu=True,
         value=lambda context, rank, gpu: gpu.utilization_percent if gpu is not None else None,
@@ -289,7 +284,7 @@ COLUMNS = (
         "power",
         9,
         31,
-        _gpu_cell(_power),
+        _gpu_cell(_power, is_capped),
         right=True,
         gpu=True,
         value=lambda context, rank, gpu: gpu.power_w if gpu is not None else None,
@@ -299,7 +294,7 @@ COLUMNS = (
         "temp",
         5,
         30,
-        _temperature,
+        _gpu_cell(lambda gpu: _rounded(gpu.temperature_c, "°C"), is_hot),
         right=True,
         gpu=True,
         value=lambda context, rank, gpu: gpu.temperature_c if gpu is not None else None,

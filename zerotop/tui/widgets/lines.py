@@ -190,7 +190,7 @@ class _Drawn(Widget):
             return
         self._read = read
         self.accept(view)
-        if self._read is None:  # the scroll bar has come or gone, and the lines have another width
+        if self.show_vertical_scrollbar != read[1]:  # it has come or gone, and the lines have another width
             self._read = (read[0], self.show_vertical_scrollbar, *read[2:])
             self.accept(view)
         before = self._shown
