@@ -121,12 +121,13 @@ class OverviewPage(Page):
         if self._summary.display != view.ended:
             self._summary.display = view.ended
             self.set_class(view.ended, "-ended")
+        self.fit()  # it chooses between table and grid
         room = self.size.height >= LEGEND_FROM
         strips = self.ranks is self._ranks and not view.ended
         legend = room and strips and self._phases.wanted(view, self.size.width)
         if self._phases.display != legend:
             self._phases.display = legend
-        self.fit()
+            self.fit()
 
     def fit(self) -> None:
         """Give each part its height. A zoomed panel has none of its own: that would limit it."""
@@ -171,6 +172,7 @@ class OverviewPage(Page):
     def switch_ranks(self) -> None:
         """Show the ranks as a grid instead of a table, or the reverse, from now on."""
         self._wants_grid = self.ranks is self._ranks
+        self._show_ranks(self._grid if self._wants_grid else self._ranks)
         self.fit()
 
     def _grid_is_better(self, most: int) -> bool:
