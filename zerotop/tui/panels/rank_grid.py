@@ -15,7 +15,7 @@ from zerotop.state.gpu import Concern, concerns
 from zerotop.state.run import RankState
 from zerotop.tui.abilities import Figured, Filterable
 from zerotop.tui.panels.grid_figures import Cell, GridFigure, read_figures
-from zerotop.tui.panels.rank_columns import OUTCOMES
+from zerotop.tui.panels.rank_cells import OUTCOMES
 from zerotop.tui.panels.ranks import RankTable, passes
 from zerotop.tui.view import View, stale_after_s
 from zerotop.tui.widgets.blocks import Blocks, Piece, arrange

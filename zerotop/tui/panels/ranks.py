@@ -13,10 +13,10 @@ from zerotop.state.gpu import Concern, concerns
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.abilities import Filterable
+from zerotop.tui.panels.rank_cells import Context
 from zerotop.tui.panels.rank_columns import (
     STRIPS_FROM,
     Column,
-    Context,
     columns_for,
     median_row,
     sorted_ranks,
