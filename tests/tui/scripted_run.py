@@ -10,6 +10,7 @@ import argparse
 import math
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 from runtime.wire.base import Message
@@ -69,6 +70,7 @@ class ScriptedRun:
     ) -> None:
         self.name = name
         self.state = RunState()
+        self.run_path: Path | None = None
         self.connection = "live"
         self.can_control = True
         self.sent: list[Command] = []

@@ -33,7 +33,8 @@ from zerotop.tui.commands import CommandDesk
 from zerotop.tui.keys import KEYS, STEERING, load_keymap
 from zerotop.tui.lens import Lens
 from zerotop.tui.narrow import NarrowUpdate
-from zerotop.tui.pagekeys import FIRST, PRELOAD_S, PageKeys, import_pages, mode_of
+from zerotop.tui.pagekeys import FIRST, PRELOAD_S, import_pages, mode_of
+from zerotop.tui.pager import LogOpener
 from zerotop.tui.pages.overview import OverviewPage
 from zerotop.tui.palette_commands import palette_commands
 from zerotop.tui.panels.rank_grid import RankGrid
@@ -60,12 +61,13 @@ FEW_RANKS = 8
 Outcome = Literal["detached", "ended"]
 
 
-class ZerotopApp(PageKeys[Outcome]):
+class ZerotopApp(LogOpener[Outcome]):
     """Shows a started `source` until the user leaves. `run()` returns "detached" if the run is still live then, else
     "ended".
 
     Whoever opened the source closes it. The app reads the source in one thread, its own. `find_earlier` returns runs to
-    compare the loss with, given the hello of a rank; it may take a while, and is called once in another thread.
+    compare the loss with, given the hello of a rank; it may take a while, and is called once in another thread. `host`
+    is the machine of a run that is watched over SSH.
     """
 
     TITLE = "zerotop"
@@ -80,11 +82,13 @@ class ZerotopApp(PageKeys[Outcome]):
         source: Source,
         read_only: bool = False,
         find_earlier: Callable[[Hello], tuple[EarlierRun, ...]] | None = None,
+        host: str | None = None,
     ) -> None:
         super().__init__(driver_class=driver_class())
         self.stylesheet = SteadyStylesheet(variables=self.get_css_variables())
         self.source = source
         self.read_only = read_only
+        self.host = host
         self.clock: Callable[[], float] = time.time
         self.lens = Lens()
         self.earlier: tuple[EarlierRun, ...] = ()
@@ -149,7 +153,7 @@ class ZerotopApp(PageKeys[Outcome]):
         super()._display(screen, narrow)
 
     def takes(self, event: events.Key | events.Paste) -> bool:
-        return not isinstance(self.screen, ConfirmScreen) or self.screen.takes(event)
+        return super().takes(event) and (not isinstance(self.screen, ConfirmScreen) or self.screen.takes(event))
 
     def get_theme(self, theme_name: str) -> Theme | None:
         """The theme of that name. It is asked for whenever a widget is rendered, and Textual copies all themes for

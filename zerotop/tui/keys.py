@@ -129,6 +129,7 @@ KEYS: tuple[Key, ...] = (
     Key("matches", "m", "matches", "Only matches", "only lines with a match, or all lines", "log"),
     Key("wrap", "b", "wrap", "Wrap", "wrap long lines, or cut them", "log", show=True),
     Key("copy", "y", "copy_line", "Copy", "copy the marked line, or the newest in sight, through the terminal", "log"),
+    Key("log.open", "e", "open_log", "Log file", "the rank's log file in $PAGER, from its end on", "log", show=True),
     Key("figure", "g", "next_figure", "Figure", "the next figure in the focused plot or heat map", "plots", show=True),
     Key("zoom.in", "plus,equals_sign", "zoom_axis(2.0)", "Zoom in", "show half of the steps, or of the time", "plots"),
     Key("zoom.out", "minus", "zoom_axis(0.5)", "Zoom out", "show twice as many steps, or as much time", "plots"),
