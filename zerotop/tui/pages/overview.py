@@ -24,6 +24,8 @@ from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.view import View
 
 EVENTS_LEAST = 5
+SUMMARY_LEAST = 3
+"""Lines of the summary of a run that has ended: the commands that it ends with."""
 MANY_LINES = 10_000
 GRID_FROM = 16
 """With more ranks than this, of which the table does not show all, they are a grid."""
@@ -45,6 +47,14 @@ class Heights:
     host_line: int
     events: int
     low: bool = False
+
+
+def share_out_ended(room: int, wanted: int, title_lines: int) -> Heights:
+    """The same for a run that has ended: beside the ranks, there are only its summary and its events."""
+    least = SUMMARY_LEAST + 2 + 2 * (title_lines - 1)
+    eight = min(RANKS_FIRST + title_lines, room - least)
+    table = max(min(room, 4), min(wanted, max(room - 13 - EVENTS_LEAST, eight)))
+    return Heights(table, 0, 0, 0, room - table)
 
 
 def share_out(room: int, narrow: bool, wanted: int, title_lines: int, side: int) -> Heights:
@@ -151,13 +161,20 @@ class OverviewPage(Page):
         narrow = self.screen.has_class("-narrow")
         room = self.size.height - int(self._phases.display)
         side = memory.rows_wanted + ROWS_LEAST + host.gutter.height
-        most = share_out(room, narrow, MANY_LINES, 1 + self._ranks.gutter.height, side).table
+        title_lines = 1 + self.ranks.gutter.height
+
+        def shared(wanted: int) -> Heights:
+            if ended:
+                return share_out_ended(room, wanted, title_lines)
+            return share_out(room, narrow, wanted, title_lines, side)
+
+        most = shared(MANY_LINES).table
         self._show_ranks(self._grid if self._grid_is_better(most) else self._ranks)
         if self.has_class("-resized"):
             return
         table = self.ranks
         wanted = self._ranks.rows_wanted if table is self._ranks else self._grid.rows_wanted(self.size.width, most)
-        heights = share_out(room, narrow, wanted, 1 + table.gutter.height, side)
+        heights = shared(wanted)
         if (heights, maximized, ended, table) == self._fitted:
             return
         self._fitted = (heights, maximized, ended, table)
