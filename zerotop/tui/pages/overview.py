@@ -57,12 +57,12 @@ def share_out_ended(room: int, wanted: int, title_lines: int) -> Heights:
     return Heights(table, 0, 0, 0, room - table)
 
 
-def share_out(room: int, narrow: bool, wanted: int, title_lines: int, side: int) -> Heights:
+def share_out(room: int, narrow: bool, wanted: int, title_lines: int, side: int, bars: bool = True) -> Heights:
     """How `room` lines are shared. The rank table is as high as its ranks (`wanted`) while the rest stays readable;
     then the memory panel is as high as its categories, and the host gets what is left of the `side`, at least its
-    first lines. `title_lines` are those of the table that show no rank."""
+    first lines. `title_lines` are those of the table that show no rank; `bars`: it has bars, and needs a legend."""
     if narrow:
-        legend, host_line = int(room >= 14), int(room >= HOST_LINE_FROM)
+        legend, host_line = int(bars and room >= 14), int(room >= HOST_LINE_FROM)
         table = max(min(room, 4), min(wanted, room - legend - host_line - 8))
         rest = room - legend - host_line - table
         middle = min(10, max(5, rest // 2)) if rest >= 8 else 0
@@ -163,10 +163,10 @@ class OverviewPage(Page):
         side = memory.rows_wanted + ROWS_LEAST + host.gutter.height
         title_lines = 1 + self.ranks.gutter.height
 
-        def shared(wanted: int) -> Heights:
+        def shared(wanted: int, bars: bool = True) -> Heights:
             if ended:
                 return share_out_ended(room, wanted, title_lines)
-            return share_out(room, narrow, wanted, title_lines, side)
+            return share_out(room, narrow, wanted, title_lines, side, bars)
 
         most = shared(MANY_LINES).table
         self._show_ranks(self._grid if self._grid_is_better(most) else self._ranks)
@@ -174,7 +174,7 @@ class OverviewPage(Page):
             return
         table = self.ranks
         wanted = self._ranks.rows_wanted if table is self._ranks else self._grid.rows_wanted(self.size.width, most)
-        heights = shared(wanted)
+        heights = shared(wanted, table is self._ranks)
         if (heights, maximized, ended, table) == self._fitted:
             return
         self._fitted = (heights, maximized, ended, table)
