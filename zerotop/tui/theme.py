@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,18 @@ def _between(color: str, ground: str) -> str:
 
 
 @cache
-def _heated(level: int, *colors: str) -> Style:
-    """`colors` at the ends of as many stretches as are between them: the last two are those of a warning, an error."""
+def _heated(level: int, ground: str, tint: str, warning: str, error: str) -> Style:
+    """Calm is a tint of the ground, so that a warning and an error stand out from it."""
+    calm = Color.parse(ground)
+    stops = (
+        (0.0, calm),
+        (0.6, calm.blend(Color.parse(tint), 0.6)),
+        (0.75, Color.parse(warning)),
+        (1.0, Color.parse(error)),
+    )
     share = level / HEAT_LEVELS
-    ends = (0.0, 0.45, 0.75, 1.0)
-    at = max(i for i, end in enumerate(ends[:-1]) if share >= end)
-    mixed = Color.parse(colors[at]).blend(Color.parse(colors[at + 1]), (share - ends[at]) / (ends[at + 1] - ends[at]))
-    return _block(mixed.hex6)
+    (start, low), (end, high) = next(pair for pair in pairwise(stops) if share <= pair[1][0])
+    return _block(low.blend(high, (share - start) / (end - start)).hex6)
 
 
 @cache

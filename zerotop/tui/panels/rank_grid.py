@@ -192,7 +192,8 @@ class RankGrid(ScrollPanel, Filterable, Figured):
         if sign and size < 2:
             text, style = sign, palette.style(colour, bold=True)
         if chosen:
-            style = palette.style("accent" if self.has_focus else "muted", bold=True, reverse=True)
+            # No colour of the scale, or it would look hot.
+            style = palette.style("foreground" if self.has_focus else "muted", bold=True, reverse=True)
         if size < 2:
             return [Segment(text, style)]
         room = size - 1
