@@ -169,11 +169,11 @@ def test_the_pager_is_opened_at_the_end_and_without_a_shell(tmp_path: Path, monk
     monkeypatch.setenv("PATH", str(tmp_path))
     log = Path("/r/logs/1/rank-0.log")
     for pager, words in (
-        ("less -R", ["less", "-R", "+G", str(log)]),
+        ("less -R", ["less", "-R", "-f", "+G", str(log)]),
         ("mine 'a b'; rm -rf /", ["mine", "a b;", "rm", "-rf", "/", str(log)]),
         ("vim -R", ["vim", "-R", "+", str(log)]),
-        ("", ["less", "+G", str(log)]),
-        ("cat", ["less", "+G", str(log)]),
+        ("", ["less", "-f", "+G", str(log)]),
+        ("cat", ["less", "-f", "+G", str(log)]),
     ):
         assert pager_command(log, {"PAGER": pager}) == words
     (tmp_path / "less").unlink()

@@ -124,12 +124,12 @@ KEYS: tuple[Key, ...] = (
     Key(
         "log.rank", "i", "log_rank", "Rank", "the records of the next rank; of all after the last one", "log", show=True
     ),
+    Key("log.open", "e", "open_log", "Log file", "the rank's log file in $PAGER, from its end on", "log", show=True),
     Key("match.next", "n", "match(1)", "Next match", "to the next match of the search", "log", show=True),
     Key("match.previous", "p", "match(-1)", "Previous match", "to the match before", "log"),
     Key("matches", "m", "matches", "Only matches", "only lines with a match, or all lines", "log"),
     Key("wrap", "b", "wrap", "Wrap", "wrap long lines, or cut them", "log", show=True),
     Key("copy", "y", "copy_line", "Copy", "copy the marked line, or the newest in sight, through the terminal", "log"),
-    Key("log.open", "e", "open_log", "Log file", "the rank's log file in $PAGER, from its end on", "log", show=True),
     Key("figure", "g", "next_figure", "Figure", "the next figure in the focused plot or heat map", "plots", show=True),
     Key("zoom.in", "plus,equals_sign", "zoom_axis(2.0)", "Zoom in", "show half of the steps, or of the time", "plots"),
     Key("zoom.out", "minus", "zoom_axis(0.5)", "Zoom out", "show twice as many steps, or as much time", "plots"),

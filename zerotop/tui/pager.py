@@ -25,8 +25,9 @@ from zerotop.tui.screens.page import PageScreen
 from zerotop.tui.screens.rank import RankScreen
 
 DEFAULT_PAGERS = ("less", "more")
-TO_THE_END = {"less": "+G", "vi": "+", "vim": "+", "nvim": "+", "view": "+"}
-"""Pager -> the argument that opens a file at its end."""
+TO_THE_END = {"less": ("-f", "+G"), **dict.fromkeys(("vi", "vim", "nvim", "view"), ("+",))}
+"""Pager -> the arguments that open a file at its end. Without -f, `less` asks first whether a log with colours in it is
+binary; it shows their escape sequences as text, and does not obey them."""
 NO_PAGERS = frozenset({"", "cat"})
 """What $PAGER is set to where nothing should page: the screen would be back before a line could be read."""
 
@@ -48,8 +49,8 @@ def pager_command(log: Path, environment: Mapping[str, str] = os.environ) -> lis
             raise PagerError("there is neither `less` nor `more`: set $PAGER")
     if shutil.which(words[0]) is None:
         raise PagerError(f"$PAGER is {given!r}: there is no command {words[0]!r}")
-    end = TO_THE_END.get(Path(words[0]).name)
-    return [*words, *([end] if end else []), str(log.absolute())]  # an absolute path is never taken for an option
+    end = TO_THE_END.get(Path(words[0]).name, ())
+    return [*words, *end, str(log.absolute())]  # an absolute path is never taken for an option
 
 
 class LogOpener(PageKeys[ReturnType]):
