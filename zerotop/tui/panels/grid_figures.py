@@ -20,6 +20,7 @@ from zerotop.state.thresholds import (
     WAITS_LONG,
 )
 from zerotop.tui.view import View
+from zerotop.tui.widgets.lines import RARE
 
 WARM = 0.75
 """The heat from which a figure has the colour of a warning; 1.0 is that of an error."""
@@ -46,6 +47,8 @@ class GridFigure:
     worst: str
     read: Callable[[View], dict[int, Cell]]
     write: Callable[[float], str]
+    reads: tuple[str, ...]
+    """Kinds of messages that it depends on, beside those of RARE."""
     low: bool = False
 
     def worst_of(self, cells: Mapping[int, Cell]) -> int | None:
@@ -65,13 +68,27 @@ def heat_of(value: float, calm: float, warm: float, hot: float) -> float:
     return min(1.0, WARM + (1 - WARM) * (value - warm) / (hot - warm))
 
 
-def read_figures(view: View) -> dict[GridFigure, dict[int, Cell]]:
-    """Each figure that this run has, in the order of the key, with its cells by rank; that of the memory always."""
-    on_gpu = any(use.on_gpu for use in view.memory_uses.values())
-    memory = VRAM if on_gpu else RSS
-    others = (*((UTILISATION, TEMPERATURE, POWER) if on_gpu else ()), COST, WAIT, STEP_TIME, TOKENS)
-    read = {memory: memory.read(view), **{figure: figure.read(view) for figure in others}}
-    return {figure: cells for figure, cells in read.items() if cells or figure is memory}
+class FigureReader:
+    """Reads the figures of a run; each again only after messages that it depends on, since heartbeats come all the
+    time."""
+
+    def __init__(self) -> None:
+        self._known: dict[GridFigure, tuple[tuple[int, ...], dict[int, Cell]]] = {}
+
+    def read(self, view: View) -> dict[GridFigure, dict[int, Cell]]:
+        """Each figure that this run has, in the order of the key, with its cells by rank; that of the memory always."""
+        on_gpu = any(use.on_gpu for use in view.memory_uses.values())
+        memory = VRAM if on_gpu else RSS
+        others = (*((UTILISATION, TEMPERATURE, POWER) if on_gpu else ()), COST, WAIT, STEP_TIME, TOKENS)
+        read = {figure: self._cells(view, figure) for figure in (memory, *others)}
+        return {figure: cells for figure, cells in read.items() if cells or figure is memory}
+
+    def _cells(self, view: View, figure: GridFigure) -> dict[int, Cell]:
+        revision = view.state.revision((*figure.reads, *RARE))
+        known = self._known.get(figure)
+        if known is None or known[0] != revision:
+            known = self._known[figure] = (revision, figure.read(view))
+        return known[1]
 
 
 def _number(share: float) -> str:
@@ -168,25 +185,42 @@ def _tokens(rank: RankState) -> float | None:
     return rank.step.tokens_per_s if rank.step is not None else None
 
 
-VRAM = GridFigure("VRAM, % of the device", "VRAM", "fullest", _vram, lambda value: f"{value:.0%}")
-RSS = GridFigure("RSS, % of the largest", "RSS", "largest", _rss, bytes_text)
+VRAM = GridFigure("VRAM, % of the device", "VRAM", "fullest", _vram, lambda value: f"{value:.0%}", ("memory",))
+RSS = GridFigure("RSS, % of the largest", "RSS", "largest", _rss, bytes_text, ("memory",))
 UTILISATION = GridFigure(
-    "utilisation, %", "util", "lowest", lambda view: _of_gpus(view, _utilisation), lambda value: f"{value:.0f}%", True
+    "utilisation, %",
+    "util",
+    "lowest",
+    lambda view: _of_gpus(view, _utilisation),
+    lambda value: f"{value:.0f}%",
+    ("node",),
+    True,
 )
 TEMPERATURE = GridFigure(
-    "temperature, °C", "temp", "hottest", lambda view: _of_gpus(view, _temperature), lambda value: f"{value:.0f}°C"
+    "temperature, °C",
+    "temp",
+    "hottest",
+    lambda view: _of_gpus(view, _temperature),
+    lambda value: f"{value:.0f}°C",
+    ("node",),
 )
 POWER = GridFigure(
-    "power, % of the limit", "power", "most", lambda view: _of_gpus(view, _power), lambda value: f"{value:.0f} W"
+    "power, % of the limit",
+    "power",
+    "most",
+    lambda view: _of_gpus(view, _power),
+    lambda value: f"{value:.0f} W",
+    ("node",),
 )
-COST = GridFigure("cost to others, % of a step", "cost", "costliest", _cost, ms_text)
-WAIT = GridFigure("waiting, % of a step", "wait", "longest", _wait, ms_text)
+COST = GridFigure("cost to others, % of a step", "cost", "costliest", _cost, ms_text, ("step", "collectives"))
+WAIT = GridFigure("waiting, % of a step", "wait", "longest", _wait, ms_text, ("step", "collectives"))
 STEP_TIME = GridFigure(
     "step time, % off the median",
     "step",
     "slowest",
     lambda view: _against_median(view, _step_ms, lambda value, middle: value / middle - 1),
     ms_text,
+    ("step",),
 )
 TOKENS = GridFigure(
     "tokens/s, % off the median",
@@ -194,5 +228,6 @@ TOKENS = GridFigure(
     "slowest",
     lambda view: _against_median(view, _tokens, lambda value, middle: 1 - value / middle),
     count_text,
+    ("step",),
     True,
 )

@@ -14,7 +14,7 @@ from textual.binding import Binding, BindingType
 from zerotop.state.gpu import Concern, concerns
 from zerotop.state.run import RankState
 from zerotop.tui.abilities import Figured, Filterable
-from zerotop.tui.panels.grid_figures import Cell, GridFigure, read_figures
+from zerotop.tui.panels.grid_figures import Cell, FigureReader, GridFigure
 from zerotop.tui.panels.rank_cells import OUTCOMES
 from zerotop.tui.panels.ranks import RankTable, passes
 from zerotop.tui.view import View, stale_after_s
@@ -68,6 +68,7 @@ class RankGrid(ScrollPanel, Filterable, Figured):
         self.figure: GridFigure | None = None
         """What shades the cells."""
         self.hosts: tuple[Group, ...] = ()
+        self._reader = FigureReader()
         self._read_figures: dict[GridFigure, dict[int, Cell]] = {}
         self._cells: dict[int, Cell] = {}
         self._groups: tuple[Group, ...] = ()
@@ -99,7 +100,7 @@ class RankGrid(ScrollPanel, Filterable, Figured):
         nodes = view.state.revision(("node", "hello"))
         if nodes != self._looked_at:
             self._looked_at, self._concerns = nodes, concerns(view.state)
-        self._read_figures = read_figures(view)
+        self._read_figures = self._reader.read(view)
         shown = self.figure if self.figure in self._read_figures else next(iter(self._read_figures))
         self.figure, self._cells = shown, self._read_figures[shown]
         everyone = [rank for _, ranks in self.hosts for rank in ranks]
