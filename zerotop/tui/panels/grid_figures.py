@@ -77,7 +77,8 @@ class FigureReader:
 
     def read(self, view: View) -> dict[GridFigure, dict[int, Cell]]:
         """Each figure that this run has, in the order of the key, with its cells by rank; that of the memory always."""
-        on_gpu = any(use.on_gpu for use in view.memory_uses.values())
+        ranks = view.state.ranks.values()
+        on_gpu = any(rank.memory is not None and rank.memory.allocated_bytes is not None for rank in ranks)
         memory = VRAM if on_gpu else RSS
         others = (*((UTILISATION, TEMPERATURE, POWER) if on_gpu else ()), COST, WAIT, STEP_TIME, TOKENS)
         read = {figure: self._cells(view, figure) for figure in (memory, *others)}
