@@ -45,6 +45,11 @@ def main() -> None:
     gpus = ScriptedRun(ranks=8, gpu=True, finetune=True, steps=400)
     gpus.steps(230)
     asyncio.run(draw(gpus, gpus.wall_s, {"1": "overview", "8": "data"}))
+    many = ScriptedRun(ranks=64, gpu=True, finetune=True, steps=400, nodes=8)
+    many.gpu_changes = {13: {"temperature_c": 84.0}, 42: {"temperature_c": 79.0, "utilization_percent": 61.0}}
+    many.steps(230)
+    many.node()
+    asyncio.run(draw(many, many.wall_s, {"g g right right": "grid"}))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import math
 import random
 import time
+from pathlib import Path
 from typing import Any
 
 from runtime.wire.base import Message
@@ -31,6 +32,7 @@ from runtime.wire.messages import (
 )
 from runtime.wire.node import GpuStats, NodeStats
 from tests.harness.finetuning import data_report, evaluation
+from zerotop.state.events import TRAINER_LOGGER
 from zerotop.state.run import RunState
 from zerotop.verdict.judge import Judge
 
@@ -64,9 +66,11 @@ class ScriptedRun:
         seed: int = 0,
         name: str = "q1",
         finetune: bool = False,
+        nodes: int = 1,
     ) -> None:
         self.name = name
         self.state = RunState()
+        self.run_path: Path | None = None
         self.connection = "live"
         self.can_control = True
         self.sent: list[Command] = []
@@ -74,6 +78,7 @@ class ScriptedRun:
         self.age: float | None = 0.1
         self.auto_answer = False
         self.ranks, self.gpu, self.accumulation, self.total = ranks, gpu, accumulation, steps
+        self.per_node = max(1, ranks // nodes)
         self.now_ns = 1_000_000_000_000
         self.wall_s = 1_790_000_000.0
         self.step = 0
@@ -139,14 +144,14 @@ class ScriptedRun:
                     run=self.name,
                     attempt=1,
                     rank=rank,
-                    local_rank=rank,
+                    local_rank=rank % self.per_node,
                     world_size=self.ranks,
-                    host="node-a",
+                    host=self._host(rank),
                     pid=4000 + rank,
                     boot_id="b",
                     wall_s=self.wall_s,
                     mono_ns=self.now_ns,
-                    device=f"cuda:{rank}" if self.gpu else "cpu",
+                    device=f"cuda:{rank % self.per_node}" if self.gpu else "cpu",
                     device_name="NVIDIA H200" if self.gpu else "",
                     device_uuid=f"GPU-{rank}" if self.gpu else "",
                     backend="nccl" if self.gpu else "gloo",
@@ -215,19 +220,24 @@ class ScriptedRun:
                 )
             )
 
+    def _host(self, rank: int) -> str:
+        return "node-a" if self.per_node == self.ranks else f"node-{rank // self.per_node}"
+
     def node(self) -> None:
-        gpus = None
-        if self.gpu:
-            gpus = [self._gpu(index) for index in range(self.ranks)]
+        for first in range(0, self.ranks, self.per_node):
+            self._node(range(first, min(self.ranks, first + self.per_node)))
+
+    def _node(self, ranks: range) -> None:
+        gpus = [self._gpu(rank) for rank in ranks] if self.gpu else None
         self.say(
             NodeStats(
-                host="node-a",
+                host=self._host(ranks[0]),
                 cpu_percent=87,
                 cpu_count=192 if self.gpu else 2,
                 load_1m=2.1,
                 ram_used_bytes=9 * GIB,
                 ram_total_bytes=(1024 if self.gpu else 24) * GIB,
-                rank_rss_bytes={r: (310 + 7 * r) * MIB for r in range(self.ranks)},
+                rank_rss_bytes={r: (310 + 7 * r) * MIB for r in ranks},
                 run_rss_bytes=900 * MIB,
                 gpus=gpus,
                 gpu_note="" if gpus else "NVML: no driver",
@@ -236,9 +246,10 @@ class ScriptedRun:
             )
         )
 
-    def _gpu(self, index: int) -> GpuStats:
-        who = {"index": index, "uuid": f"GPU-{index}", "name": "NVIDIA H200"}
-        changes = self.gpu_changes.get(index, {})
+    def _gpu(self, rank: int) -> GpuStats:
+        index = rank % min(8, self.per_node)
+        who = {"index": rank % self.per_node, "uuid": f"GPU-{rank}", "name": "NVIDIA H200"}
+        changes = self.gpu_changes.get(rank, {})
         if changes.get("lost"):
             return GpuStats(**who, lost=True)
         healthy: dict[str, Any] = {
@@ -265,7 +276,7 @@ class ScriptedRun:
             "pcie_rx_bytes_per_s": 1e9,
             "nvlink_tx_bytes_per_s": 4e10,
             "nvlink_rx_bytes_per_s": 4e10,
-            "links": ["X" if other == index else "NV18" for other in range(self.ranks)],
+            "links": ["X" if other == index else "NV18" for other in range(self.per_node)],
             "ecc_corrected": 0,
             "ecc_uncorrected": 0,
             "remapped_rows": 0,
@@ -364,7 +375,7 @@ class ScriptedRun:
             self.memory(rank)
             self.beat(rank, "forward", 1)
         if self.step % 10 == 0:
-            self.log(f"step {self.step}/{self.total} loss {loss:.3f} {step_ms:.0f} ms")
+            self.log(f"step {self.step}/{self.total} loss {loss:.3f} {step_ms:.0f} ms", logger=TRAINER_LOGGER)
         if self.finetune and self.step % 25 == 0:
             self.say(evaluation(self.step))
         if self.step % 50 == 0:
@@ -445,13 +456,16 @@ def main() -> None:
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--step-ms", type=float, default=1000)
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--finetune", action="store_true")
     parser.add_argument("--gpu-faults", action="store_true", help="with --gpu: GPUs that throttle, break and are lost")
     given = parser.parse_args()
-    run = LiveScriptedRun(ranks=given.ranks, gpu=given.gpu, step_ms=given.step_ms, steps=2000, finetune=given.finetune)
+    run = LiveScriptedRun(
+        ranks=given.ranks, gpu=given.gpu, step_ms=given.step_ms, steps=2000, finetune=given.finetune, nodes=given.nodes
+    )
     if given.gpu_faults:
         run.gpu_changes = GPU_FAULTS
     print(ZerotopApp(run, read_only=given.read_only).run())

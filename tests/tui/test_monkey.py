@@ -19,11 +19,15 @@ OTHERS = ["left_square_bracket", "right_square_bracket", "x", "y", "space", "ctr
 SIZES = [(80, 24), (120, 38), (60, 16), (200, 50), (300, 80), (20, 6)]
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
-async def test_random_keys_break_nothing_and_send_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seed", "nodes"), [(1, 1), (4, 5), *(pytest.param(seed, 1, marks=pytest.mark.slow) for seed in (2, 3))]
+)
+async def test_random_keys_break_nothing_and_send_nothing(
+    seed: int, nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`y` is among them: it would answer a question, but no question was asked for."""
     rng = random.Random(seed)
-    run = ScriptedRun(ranks=4, gpu=True, finetune=True, seed=seed)
+    run = ScriptedRun(ranks=4 if nodes == 1 else 8 * nodes, nodes=nodes, gpu=True, finetune=True, seed=seed)
     run.steps(30)
     app = ZerotopApp(run)
     async with app.run_test(size=(120, 38)) as pilot:

@@ -17,6 +17,7 @@ from zerotop.tui.panels.lanes import LanePanel
 from zerotop.tui.panels.log import LogPanel
 from zerotop.tui.panels.memory_bars import PEAK, PLAN
 from zerotop.tui.panels.peaks import PeakPanel
+from zerotop.tui.panels.rank_grid import RankGrid
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.panels.skew import SkewMap
 from zerotop.tui.screens.knobs import KnobScreen
@@ -244,6 +245,7 @@ async def test_logs_filter_by_level_and_rank_search_and_cut(open_app: OpenApp) -
     async with open_app(size=(120, 40)) as (app, pilot, run):
         run.log("all quiet", "info", 0)
         run.log("loss scale halved", "warning", 1)
+        run.log("the loss is fine")
         run.log("CUDA error", "error", 1)
         run.log("long " * 60, "info", 0)
         await pilot.press("C")
@@ -315,6 +317,8 @@ async def test_ranks_are_sorted_filtered_and_the_blamed_one_is_in_sight(open_app
     run = ScriptedRun(ranks=64, gpu=True)
     run.steps(30)
     async with open_app(run, size=(160, 40)) as (app, pilot, _):
+        await pilot.press("x")  # the grid is what opens
+        await settle(app, pilot)
         table = app.screen.query_one(RankTable)
         assert table._order[0] == 63 and any("  63 cuda:63" in line for line in screen_text(app))
         assert any(" med " in line for line in screen_text(app))
@@ -323,7 +327,7 @@ async def test_ranks_are_sorted_filtered_and_the_blamed_one_is_in_sight(open_app
         await pilot.press("s", "s", "s")
         assert table.sort == "tokens/s"
         await pilot.press("s", "r")
-        assert table.sort == "util" and table._order[0] == 63, "the lowest utilisation first"
+        assert table.sort == "util" and table._order[0] == 7, "the lowest utilisation first"
         await pilot.press("slash", *"cuda:4", "enter")
         assert table.filter == "cuda:4" and set(table._order) == {4, *range(40, 50)}
         await pilot.press("escape")
@@ -363,6 +367,9 @@ async def test_a_wide_terminal_shows_two_screens_side_by_side(open_app: OpenApp)
     async with open_app(run, size=(300, 80)) as (app, pilot, _):
         text = text_of(app)
         assert "5 loss" in text and "gradient norm" in text and "learning rate" in text
+        assert len(app.screen.query_one(RankGrid)._places) == 64
+        await pilot.press("x")
+        await settle(app, pilot)
         assert sum("cuda:" in line for line in screen_text(app)) >= 45
         await pilot.resize_terminal(200, 50)
         await settle(app, pilot)

@@ -34,7 +34,7 @@ async def test_selection_scrolls_through_many_ranks_and_moves_the_memory_panel(o
     run.slow_rank = -1  # one that the verdict blames would stand first
     run.steps(4)
     async with open_app(run, size=(200, 50)) as (app, pilot, _):
-        await pilot.press("down", "down")
+        await pilot.press("x", "down", "down")  # the grid is what opens
         assert app.screen.query_one(RankTable).selected == 2
         await pilot.press("end")
         await pilot.pause()

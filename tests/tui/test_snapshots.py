@@ -17,6 +17,7 @@ from rich.style import Style
 
 from tests.harness.recorded_run import RecordedRun
 from tests.tui.screen_reading import screen_text, settle
+from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.app import ZerotopApp
 from zerotop.tui.keys import PAGE_NAMES
 
@@ -72,25 +73,46 @@ async def taken(app: ZerotopApp, pilot: object) -> str:
     return "\n".join([*lines, "=" * 20, *found, ""])
 
 
+def differences(path: Path, now: str) -> list[str]:
+    """What is new against the file; or writes it, if that was asked for."""
+    if os.environ.get("ZEROTOP_SNAPSHOTS") == "write":
+        FOLDER.mkdir(exist_ok=True)
+        path.write_text(now)
+    elif not path.exists() or path.read_text() != now:
+        before = path.read_text().splitlines() if path.exists() else []
+        lines = [line for line in now.splitlines() if line not in before]
+        return [f"{path.name}:\n" + "\n".join(lines[:12])]
+    return []
+
+
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("state", ["live", "ended"])
 async def test_every_screen_is_as_it_was_looked_at(size: tuple[int, int], state: str) -> None:
     run = RecordedRun(RECORDING, STEP if state == "live" else None)
     app = ZerotopApp(run)
     app.clock = lambda: run.wall_s
-    different = []
+    different: list[str] = []
     async with app.run_test(size=size) as pilot:
         await settle(app, pilot)
         for key, name in PAGE_NAMES.items() if state == "live" else [("1", "Summary")]:
             await pilot.press(key)
             await settle(app, pilot)
             path = FOLDER / f"{name.lower()}-{size[0]}x{size[1]}.txt"
-            now = await taken(app, pilot)
-            if os.environ.get("ZEROTOP_SNAPSHOTS") == "write":
-                FOLDER.mkdir(exist_ok=True)
-                path.write_text(now)
-            elif not path.exists() or path.read_text() != now:
-                before = path.read_text().splitlines() if path.exists() else []
-                lines = [line for line in now.splitlines() if line not in before]
-                different.append(f"{path.name}:\n" + "\n".join(lines[:12]))
+            different += differences(path, await taken(app, pilot))
     assert not different, "\n\n".join(different)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+async def test_the_grid_is_as_it_was_looked_at(size: tuple[int, int]) -> None:
+    run = ScriptedRun(ranks=512 if size[0] == 200 else 64, nodes=64 if size[0] == 200 else 8, gpu=True)
+    run.gpu_changes = {13: {"temperature_c": 84.0}, 42: {"temperature_c": 79.0}}
+    run.steps(8)
+    run.node()
+    app = ZerotopApp(run)
+    app.clock = lambda: run.wall_s
+    async with app.run_test(size=size) as pilot:
+        await settle(app, pilot)
+        await pilot.press("g", "g", "down", "right")
+        await settle(app, pilot)
+        different = differences(FOLDER / f"grid-{size[0]}x{size[1]}.txt", await taken(app, pilot))
+    assert not different, different

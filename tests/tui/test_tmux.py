@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT
-from tests.harness.fakehub import FakeHub
+from tests.harness.fakehub import FakeHub, step_result
 from tests.harness.waiting import until
 
 TMUX = shutil.which("tmux")
@@ -77,3 +77,34 @@ def test_the_screen_in_tmux_takes_keys_and_leaves_the_run_alone(tmux: Tmux, hub:
     tmux.wait_for("applied at step 7")
     tmux.call("send-keys", "q")
     tmux.wait_for("q1 continues (running)")
+
+
+def test_the_log_file_opens_in_a_pager_at_its_end_and_the_screen_comes_back(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "zerotop" / "runs" / "q1" / "logs" / "1"
+    folder.mkdir(parents=True)
+    (folder / "rank-0.log").write_text("".join(f"line {number} of rank 0\n" for number in range(500)))
+    program = tmp_path / "mypager"  # less may be missing: this one shows the end of the file until Enter
+    program.write_text('#!/bin/sh\nclear\ntail -n 5 "$1"\necho "end of $1"\nread answer\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PAGER", str(program))
+    window = Tmux(tmp_path, (120, 38))
+    try:
+        window.wait_for("step 77 of 200")
+        window.call("send-keys", "6")
+        window.wait_for("log and events")
+        window.call("send-keys", "e")
+        window.wait_for("end of ")
+        assert "line 499 of rank 0" in window.shown and "log and events" not in window.shown
+        hub.publish(step_result(0, 78), step_result(1, 78))
+        window.call("send-keys", "q", "Enter")
+        window.wait_for("log and events")
+        window.wait_for("step 78 of 200")
+        assert "line 499" not in window.shown, "what was typed in the pager was not for the screen"
+        window.call("send-keys", "1")
+        window.wait_for("6 events")
+        window.call("send-keys", "q")
+        window.wait_for("q1 continues (running)")
+    finally:
+        window.close()

@@ -68,7 +68,7 @@ def show(source: Source, *, read_only: bool = False, host: str | None = None, en
         from zerotop.source.earlier import earlier_finder
 
         find_earlier = earlier_finder(entry)
-    app = ZerotopApp(source, read_only=read_only, find_earlier=find_earlier)
+    app = ZerotopApp(source, read_only=read_only, find_earlier=find_earlier, host=host)
     try:
         app.run()
     finally:

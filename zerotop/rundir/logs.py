@@ -66,6 +66,19 @@ def newest_attempt(entry: RunEntry) -> Path:
     return entry.logs(max(numbers)) if numbers else entry.logs()
 
 
+def find_log(run_path: Path, rank: int, attempt: int | None = None) -> Path | None:
+    """The log file of a rank in this attempt, else in the newest that has one; None if there is none. One that has just
+    been emptied for its size stands aside for its rolled part."""
+    folders = [folder for folder in (run_path / "logs").glob("*") if folder.name.isdecimal()]
+    folders.sort(key=lambda folder: (folder.name == str(attempt), int(folder.name)), reverse=True)
+    for folder in folders:
+        log = folder / f"rank-{rank}.log"
+        rolled = rolled_part(log)
+        if log.is_file():
+            return log if log.stat().st_size or not rolled.is_file() else rolled
+    return None
+
+
 class LogTail:
     """One rank's log including its rolled part, read on from where the last read ended."""
 

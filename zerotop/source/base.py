@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from runtime.wire.messages import Command
@@ -18,6 +19,10 @@ class Source(Protocol):
     @property
     def state(self) -> RunState:
         """The state so far. Only `poll` changes it. A reconnect replaces the object, so do not keep it."""
+
+    @property
+    def run_path(self) -> Path | None:
+        """The run directory; None if it is not on this machine."""
 
     @property
     def connection(self) -> str:

@@ -19,6 +19,7 @@ class EndedSource:
 
     connection = "ended"
     can_control = False
+    run_path: Path | None = None
 
     def __init__(self, state: RunState, status: RunStatus) -> None:
         self.state = state
@@ -51,6 +52,8 @@ class EndedSource:
 
 class RecordedSource(EndedSource):
     """The last state of a run, read from the recording in its directory."""
+
+    run_path: Path
 
     def __init__(self, run_path: Path, status: RunStatus) -> None:
         super().__init__(RunState(), status)

@@ -24,5 +24,6 @@ def freeze(state: RunState) -> RunState:
     still.evaluations = state.evaluations.copy()
     still.data = dict(state.data)
     still.waits = state.waits.copy()
+    still.histories = state.histories.copy()
     still.breakdowns = state.breakdowns.copy()
     return still

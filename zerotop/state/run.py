@@ -38,6 +38,7 @@ from zerotop.state.breakdown import Breakdowns
 from zerotop.state.energy import Energy, EnergyUse, energy_use
 from zerotop.state.evaluations import Evaluations
 from zerotop.state.events import Record
+from zerotop.state.histories import Histories
 from zerotop.state.series import Series
 from zerotop.state.waits import Waits
 
@@ -105,6 +106,7 @@ class RunState:
     """By role, "train" or "evaluation": what is trained and evaluated on."""
     waits: Waits = field(default_factory=Waits)
     breakdowns: Breakdowns = field(default_factory=Breakdowns)
+    histories: Histories = field(default_factory=Histories)
     answered_ns: dict[str, int] = field(default_factory=dict)
     """Command id -> arrival at the hub of its final state; one that is older than our snapshot has none."""
     hub_seq: int = 0
@@ -189,6 +191,7 @@ class RunState:
                 self.series.add(message)
                 self.waits.step_took(message.step, message.step_ms)
                 self.breakdowns.add(message)
+                self.histories.step_ended(message)
             case Memory():
                 self.rank(message.rank).memory = message
             case Collectives():
@@ -199,6 +202,7 @@ class RunState:
             case NodeStats():
                 self.nodes[message.host] = message
                 self.energy.add(message)
+                self.histories.node_said(message)
             case DataReport():
                 if self._data_is_old:
                     self._data_is_old = False
@@ -232,6 +236,7 @@ class RunState:
         """A new attempt numbers its collectives from 1, and its speed is another."""
         self.waits = Waits()
         self.breakdowns = Breakdowns()
+        self.histories.begin_attempt()
         self.time_report = None
 
     def _record(self, record: CommandRecord, arrival_ns: int) -> None:

@@ -33,8 +33,11 @@ from zerotop.tui.commands import CommandDesk
 from zerotop.tui.keys import KEYS, STEERING, load_keymap
 from zerotop.tui.lens import Lens
 from zerotop.tui.narrow import NarrowUpdate
-from zerotop.tui.pagekeys import FIRST, PRELOAD_S, PageKeys, import_pages, mode_of
+from zerotop.tui.pagekeys import FIRST, PRELOAD_S, import_pages, mode_of
+from zerotop.tui.pager import LogOpener
+from zerotop.tui.pages.overview import OverviewPage
 from zerotop.tui.palette_commands import palette_commands
+from zerotop.tui.panels.rank_grid import RankGrid
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.panels.settings import SettingTable
 from zerotop.tui.screens.confirm import ConfirmScreen
@@ -53,15 +56,18 @@ from zerotop.tui.view import TICK_S, View, build_view
 from zerotop.tui.widgets.keybar import KeyBar
 
 THEME_VARIABLE = "ZEROTOP_THEME"
+FEW_RANKS = 8
+"""Up to so many, the table shows all: the key of the grid takes no room in the footer."""
 Outcome = Literal["detached", "ended"]
 
 
-class ZerotopApp(PageKeys[Outcome]):
+class ZerotopApp(LogOpener[Outcome]):
     """Shows a started `source` until the user leaves. `run()` returns "detached" if the run is still live then, else
     "ended".
 
     Whoever opened the source closes it. The app reads the source in one thread, its own. `find_earlier` returns runs to
-    compare the loss with, given the hello of a rank; it may take a while, and is called once in another thread.
+    compare the loss with, given the hello of a rank; it may take a while, and is called once in another thread. `host`
+    is the machine of a run that is watched over SSH.
     """
 
     TITLE = "zerotop"
@@ -76,11 +82,13 @@ class ZerotopApp(PageKeys[Outcome]):
         source: Source,
         read_only: bool = False,
         find_earlier: Callable[[Hello], tuple[EarlierRun, ...]] | None = None,
+        host: str | None = None,
     ) -> None:
         super().__init__(driver_class=driver_class())
         self.stylesheet = SteadyStylesheet(variables=self.get_css_variables())
         self.source = source
         self.read_only = read_only
+        self.host = host
         self.clock: Callable[[], float] = time.time
         self.lens = Lens()
         self.earlier: tuple[EarlierRun, ...] = ()
@@ -145,7 +153,7 @@ class ZerotopApp(PageKeys[Outcome]):
         super()._display(screen, narrow)
 
     def takes(self, event: events.Key | events.Paste) -> bool:
-        return not isinstance(self.screen, ConfirmScreen) or self.screen.takes(event)
+        return super().takes(event) and (not isinstance(self.screen, ConfirmScreen) or self.screen.takes(event))
 
     def get_theme(self, theme_name: str) -> Theme | None:
         """The theme of that name. It is asked for whenever a widget is rendered, and Textual copies all themes for
@@ -203,6 +211,8 @@ class ZerotopApp(PageKeys[Outcome]):
         role = page.other_role() if page is not None else None
         if role is not None:
             labels["data"] = ROLES[role].capitalize()
+        if isinstance(page, OverviewPage) and isinstance(page.ranks, RankGrid):
+            labels["grid"] = "Table"
         when = "now" if paused else f"after step {next_boundary(state):,}"
         long = {
             "pause_resume": "Resume" if paused else f"Pause {when}",
@@ -233,7 +243,8 @@ class ZerotopApp(PageKeys[Outcome]):
 
     def hidden_keys(self) -> set[str]:
         """Actions whose keys take no room in the footer now."""
-        return {"data"} | (set() if self.source.state.evaluations else {"texts"})
+        few = {"grid"} if self.rank_count <= FEW_RANKS else set()
+        return {"data"} | few | (set() if self.source.state.evaluations else {"texts"})
 
     def make_view(self) -> View:
         """Everything that panels may show at this tick."""

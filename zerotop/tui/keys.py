@@ -113,6 +113,7 @@ KEYS: tuple[Key, ...] = (
     Key("data", "d", "data", "Switch data", "the data; once more switches to evaluation data", "screens", show=True),
     Key("texts", "w", "texts", "Texts", "what the model writes for the prompts, and all evaluations", "screens", True),
     Key("sort", "s", "sort", "Sort", "sort the ranks by the next column", "panels", show=True),
+    Key("grid", "x", "grid", "Grid", "the ranks as a grid, or as a table; g: the grid's next figure", "panels", True),
     Key("reverse", "r", "reverse", "Reverse", "turn the order of the ranks round", "panels"),
     Key(
         "filter", "slash", "filter", "Filter", "filter events or ranks, search the log; Esc clears", "panels", show=True
@@ -123,6 +124,7 @@ KEYS: tuple[Key, ...] = (
     Key(
         "log.rank", "i", "log_rank", "Rank", "the records of the next rank; of all after the last one", "log", show=True
     ),
+    Key("log.open", "e", "open_log", "Log file", "the rank's log file in $PAGER, from its end on", "log", show=True),
     Key("match.next", "n", "match(1)", "Next match", "to the next match of the search", "log", show=True),
     Key("match.previous", "p", "match(-1)", "Previous match", "to the match before", "log"),
     Key("matches", "m", "matches", "Only matches", "only lines with a match, or all lines", "log"),
@@ -155,6 +157,7 @@ YIELDS = {"abort": "texts"}
 STEERING = frozenset(key.action for key in KEYS if key.steers)
 OTHER_HELP = (
     ("Tab, Shift+Tab", "the next panel, the one before"),
+    ("h j k l", "in the grid of the ranks, as the arrows: to the next rank, the next line"),
     ("Esc", "back from a rank, a dialog, a zoomed panel, a filter, and to the overview"),
     ("Ctrl+P", "all commands and themes by name"),
     ("mouse", "click focuses, twice opens a rank; the wheel zooms a plot; drag a panel's border to resize it"),

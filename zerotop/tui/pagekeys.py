@@ -19,6 +19,7 @@ from zerotop.tui.lens import Lens
 from zerotop.tui.pages.base import Page
 from zerotop.tui.pages.overview import OverviewPage
 from zerotop.tui.panels.plots import PlotPanel
+from zerotop.tui.panels.rank_grid import RankGrid
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.screens.page import PageScreen
@@ -63,7 +64,7 @@ PAGES: Mapping[str, Callable[[], Page]] = {key: partial(_page, key) for key in P
 OVERVIEW, TIMELINE, COMMUNICATION, TRAINING, LOGS, DATA = "1", "3", "4", "5", "6", "8"
 FIRST = "1"
 LOG_ACTIONS = frozenset({"level", "log_rank", "match", "matches", "wrap", "copy_line"})
-RANK_ACTIONS = frozenset({"sort", "reverse"})
+RANK_ACTIONS = frozenset({"sort", "reverse", "grid"})
 AXIS_ACTIONS = frozenset({"zoom_axis", "zoom_all", "cursor", "pan"})
 LENS_ACTIONS = frozenset({"log_scale", "smooth", "overlay"})
 PANEL_ACTIONS = frozenset({"zoom", "hide", "unhide", "freeze"})
@@ -190,13 +191,23 @@ class PageKeys(KeyFlow[ReturnType]):
     # ---- panels ----------------------------------------------------------------------------------------------------
     def action_sort(self) -> None:
         """s: sort the ranks by the next column."""
-        if (table := self._target(RankTable)) is not None:
-            table.next_sort()
+        if (ranks := self._ranks()) is not None:
+            ranks.next_sort()
 
     def action_reverse(self) -> None:
         """r: turn the order of the ranks round."""
-        if (table := self._target(RankTable)) is not None:
-            table.reverse_sort()
+        if (ranks := self._ranks()) is not None:
+            ranks.reverse_sort()
+
+    def action_grid(self) -> None:
+        """x: the ranks as a grid, or as a table."""
+        if isinstance(self.page, OverviewPage):
+            self.page.switch_ranks()
+            self.update_view()
+
+    def _ranks(self) -> RankTable | RankGrid | None:
+        """What shows the ranks of the overview."""
+        return self.page.ranks if isinstance(self.page, OverviewPage) else None
 
     def action_filter(self) -> None:
         """/: filter events or ranks, search the log."""

@@ -12,7 +12,6 @@ from textual.screen import Screen
 
 from zerotop.tui.keys import KEYS
 from zerotop.tui.pages.overview import OverviewPage
-from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.screens.page import PageScreen
 from zerotop.tui.screens.rank import RankScreen
 from zerotop.tui.screens.texts import TextScreen
@@ -44,8 +43,7 @@ def palette_commands(app: Actor, screen: Screen[Any]) -> Iterable[SystemCommand]
         if app.may(name, screen):
             yield SystemCommand(key.palette_title, key.help, partial(_act(app, name), *arguments))
     if isinstance(screen, PageScreen) and isinstance(screen.page, OverviewPage):
-        table = screen.query_one(RankTable)
-        yield SystemCommand("Open rank", "the selected rank in full", table.action_open)
+        yield SystemCommand("Open rank", "the selected rank in full", screen.page.ranks.action_open)
     if isinstance(screen, RankScreen):
         yield SystemCommand("Previous rank", "the rank before this one", partial(screen.action_other, -1))
         yield SystemCommand("Next rank", "the rank after this one", partial(screen.action_other, 1))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from zerotop.rundir.paths import config_home
 DEFAULT = "dark"
 BAND = 0.55
 """How far the band of a plot is from its line's colour to the background."""
+HEAT_LEVELS = 20
+"""Colours of a heat map, less one: fewer change less often."""
 SECTIONS = ("ui", "categories", "phases", "plots")
 
 
@@ -101,6 +104,11 @@ class Palette:
             self.phases[name] if self.dark and name in self.phases else self.ui["foreground"], None, False, False
         )
 
+    def heat(self, heat: float) -> Style:
+        """A filled cell between calm (0) and alarming (1), in one of HEAT_LEVELS + 1 colours."""
+        level = round(max(0.0, min(1.0, heat)) * HEAT_LEVELS)
+        return _heated(level, self.ui["panel"], self.ui["primary"], self.ui["warning"], self.ui["error"])
+
     def plot_band(self, name: str) -> Style:
         """The range of the values behind a plot's line: its colour, nearer to the background."""
         return _style(_between(self.plots.get(name, self.ui["primary"]), self.ui["background"]), None, False, False)
@@ -118,6 +126,21 @@ def _style(color: str, other: str | None, bold: bool, reverse: bool) -> Style:
 @cache
 def _between(color: str, ground: str) -> str:
     return Color.parse(color).blend(Color.parse(ground), BAND).hex6
+
+
+@cache
+def _heated(level: int, ground: str, tint: str, warning: str, error: str) -> Style:
+    """Calm is a tint of the ground, so that a warning and an error stand out from it."""
+    calm = Color.parse(ground)
+    stops = (
+        (0.0, calm),
+        (0.6, calm.blend(Color.parse(tint), 0.6)),
+        (0.75, Color.parse(warning)),
+        (1.0, Color.parse(error)),
+    )
+    share = level / HEAT_LEVELS
+    (start, low), (end, high) = next(pair for pair in pairwise(stops) if share <= pair[1][0])
+    return _block(low.blend(high, (share - start) / (end - start)).hex6)
 
 
 @cache

@@ -21,7 +21,9 @@ from zerotop.source.recorded import RecordedSource
 class LeftAtOnce:
     """In the place of the screen: the user presses q as soon as it is there."""
 
-    def __init__(self, source: Source, read_only: bool = False, find_earlier: object = None) -> None:
+    def __init__(
+        self, source: Source, read_only: bool = False, find_earlier: object = None, host: str | None = None
+    ) -> None:
         self.source = source
         self.left_by = None
 

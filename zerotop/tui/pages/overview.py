@@ -17,11 +17,18 @@ from zerotop.tui.panels.host import ROWS_LEAST, HostPanel
 from zerotop.tui.panels.memory import Legend, MemoryPanel
 from zerotop.tui.panels.phases import PhaseLegend
 from zerotop.tui.panels.plots import LEARNING, SPEED, PlotPanel
+from zerotop.tui.panels.rank_grid import RankGrid
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.panels.summary import SummaryPanel
+from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.view import View
 
 EVENTS_LEAST = 5
+SUMMARY_LEAST = 3
+"""Lines of the summary of a run that has ended: the commands that it ends with."""
+MANY_LINES = 10_000
+GRID_FROM = 16
+"""With more ranks than this, of which the table does not show all, they are a grid."""
 RANKS_FIRST = 8
 """This many ranks are visible before plots and events get more than their minimum."""
 LEGEND_FROM = 38
@@ -42,12 +49,20 @@ class Heights:
     low: bool = False
 
 
-def share_out(room: int, narrow: bool, wanted: int, title_lines: int, side: int) -> Heights:
+def share_out_ended(room: int, wanted: int, title_lines: int) -> Heights:
+    """The same for a run that has ended: beside the ranks, there are only its summary and its events."""
+    least = SUMMARY_LEAST + 2 + 2 * (title_lines - 1)
+    eight = min(RANKS_FIRST + title_lines, room - least)
+    table = max(min(room, 4), min(wanted, max(room - 13 - EVENTS_LEAST, eight)))
+    return Heights(table, 0, 0, 0, room - table)
+
+
+def share_out(room: int, narrow: bool, wanted: int, title_lines: int, side: int, bars: bool = True) -> Heights:
     """How `room` lines are shared. The rank table is as high as its ranks (`wanted`) while the rest stays readable;
     then the memory panel is as high as its categories, and the host gets what is left of the `side`, at least its
-    first lines. `title_lines` are those of the table that show no rank."""
+    first lines. `title_lines` are those of the table that show no rank; `bars`: it has bars, and needs a legend."""
     if narrow:
-        legend, host_line = int(room >= 14), int(room >= HOST_LINE_FROM)
+        legend, host_line = int(bars and room >= 14), int(room >= HOST_LINE_FROM)
         table = max(min(room, 4), min(wanted, room - legend - host_line - 8))
         rest = room - legend - host_line - table
         middle = min(10, max(5, rest // 2)) if rest >= 8 else 0
@@ -75,17 +90,23 @@ class OverviewPage(Page):
         super().__init__(id="overview")
         self._asked: tuple[object, ...] = ()
         """What `fit` has last seen."""
-        self._fitted: tuple[Heights, Widget | None, bool] | None = None
+        self._fitted: tuple[Heights, Widget | None, bool, Widget] | None = None
         self._ranks, self._phases, self._summary = (
             RankTable(id="ranks"),
             PhaseLegend(id="phases"),
             SummaryPanel(id="summary"),
         )
         self._middle, self._events = Horizontal(id="middle"), EventPanel(id="events", title="6 events")
+        self._grid = RankGrid(id="grid")
+        self.ranks: RankTable | RankGrid = self._ranks
+        """What shows the ranks."""
+        self._wants_grid: bool | None = None
+        """What the user has chosen; None: the grid where the table would not show all of many ranks."""
         self._memory, self._host = MemoryPanel(id="memory"), HostPanel(id="host")
 
     def compose(self) -> ComposeResult:
         yield self._ranks
+        yield self._grid
         yield Legend(id="legend")
         yield self._phases
         yield self._summary
@@ -100,21 +121,23 @@ class OverviewPage(Page):
 
     def on_mount(self) -> None:
         self.query_one("#host-line").can_focus = False
-        self._summary.display = False
+        self._summary.display = self._grid.display = False
 
     def first_focus(self) -> Widget | None:
-        return self._ranks
+        return self.ranks
 
     def show_view(self, view: View) -> None:
         super().show_view(view)
         if self._summary.display != view.ended:
             self._summary.display = view.ended
             self.set_class(view.ended, "-ended")
+        self.fit()  # it chooses between table and grid
         room = self.size.height >= LEGEND_FROM
-        legend = room and not view.ended and self._phases.wanted(view, self.size.width)
+        strips = self.ranks is self._ranks and not view.ended
+        legend = room and strips and self._phases.wanted(view, self.size.width)
         if self._phases.display != legend:
             self._phases.display = legend
-        self.fit()
+            self.fit()
 
     def fit(self) -> None:
         """Give each part its height. A zoomed panel has none of its own: that would limit it."""
@@ -124,30 +147,75 @@ class OverviewPage(Page):
             self.outer_size,
             self.screen.outer_size,
             self._ranks.count,
+            self._grid.hosts,
+            self._wants_grid,
             self._memory.lines_wanted,
         )
         asked += (self._phases.display, self._summary.display, self.screen.maximized, self.classes)
         if asked == self._asked:
             return
         self._asked = asked
-        if self.has_class("-resized"):
-            return
-        table, middle, events, summary = self._ranks, self._middle, self._events, self._summary
+        middle, events, summary = self._middle, self._events, self._summary
         memory, host = self._memory, self._host
         ended, maximized = summary.display, self.screen.maximized
         narrow = self.screen.has_class("-narrow")
         room = self.size.height - int(self._phases.display)
         side = memory.rows_wanted + ROWS_LEAST + host.gutter.height
-        heights = share_out(room, narrow, table.rows_wanted, 1 + table.gutter.height, side)
-        if (heights, maximized, ended) == self._fitted:
+        title_lines = 1 + self.ranks.gutter.height
+
+        def shared(wanted: int, bars: bool = True) -> Heights:
+            if ended:
+                return share_out_ended(room, wanted, title_lines)
+            return share_out(room, narrow, wanted, title_lines, side, bars)
+
+        most = shared(MANY_LINES).table
+        self._show_ranks(self._grid if self._grid_is_better(most) else self._ranks)
+        if self.has_class("-resized"):
             return
-        self._fitted = (heights, maximized, ended)
+        table = self.ranks
+        wanted = self._ranks.rows_wanted if table is self._ranks else self._grid.rows_wanted(self.size.width, most)
+        heights = shared(wanted, table is self._ranks)
+        if (heights, maximized, ended, table) == self._fitted:
+            return
+        self._fitted = (heights, maximized, ended, table)
         self.set_class(heights.low, "-low")
         for part, lines in (("legend", heights.legend), ("middle", heights.middle), ("host-line", heights.host_line)):
             self.set_class(not lines, f"-no-{part}")
         self.set_class(heights.events <= 0, "-no-events")
         for panel, lines in self._lines(heights, ended, table, middle, summary, events):
             panel.styles.height = None if maximized is panel else max(lines, 1)
+
+    # ---- table or grid ---------------------------------------------------------------------------------------------
+    def switch_ranks(self) -> None:
+        """Show the ranks as a grid instead of a table, or the reverse, from now on."""
+        self._wants_grid = self.ranks is self._ranks
+        self._show_ranks(self._grid if self._wants_grid else self._ranks)
+        self.fit()
+
+    def _grid_is_better(self, most: int) -> bool:
+        """`most`: the lines that the ranks get at most."""
+        if self._wants_grid is not None:
+            return self._wants_grid
+        return self._ranks.count > GRID_FROM and self._ranks.rows_wanted > most
+
+    def _show_ranks(self, panel: RankTable | RankGrid) -> None:
+        """Show this one, with the selection, the filter, the focus and the size of the other."""
+        before, self.ranks = self.ranks, panel
+        if before is panel:
+            return
+        screen = self.screen
+        focused, zoomed = before.has_focus, screen.maximized is before
+        panel.display = True
+        panel.remove_class("-hidden")
+        panel.styles.height = before.styles.height
+        panel.selected = before.selected
+        panel.set_filter(before.filter)
+        if focused:
+            panel.focus()
+        before.display = False
+        if zoomed and isinstance(screen, LiveScreen):
+            screen.minimize()
+            screen.zoom(panel)
 
     def _lines(
         self, heights: Heights, ended: bool, table: Widget, middle: Widget, summary: Widget, events: Widget

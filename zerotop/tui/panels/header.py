@@ -21,6 +21,7 @@ from zerotop.state.efficiency import run_efficiency
 from zerotop.state.losstrend import LossTrend, loss_trend
 from zerotop.state.memory import SHORT_LABELS, MemoryUse, category_label
 from zerotop.state.outlook import coming
+from zerotop.state.thresholds import FULL
 from zerotop.tui.text import STATES
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import thin_bar
@@ -28,8 +29,6 @@ from zerotop.tui.widgets.lines import PLAIN, Panel, Row, fit
 
 LINES = 3
 BAR_LEAST, BAR_MOST = 6, 40
-FULL = 0.92
-"""From this share on, the memory of a device is nearly full."""
 DIRECTIONS: dict[str, tuple[str, str]] = {
     "falling": ("▼", "success"),
     "flat": ("→", "foreground"),

@@ -103,6 +103,13 @@ class LogPanel(EventPanel):
         self.forget()
         self.redraw()
 
+    def rank_in_view(self) -> int | None:
+        """The rank whose records are shown, or else that of the marked match; None if there is neither."""
+        if self.rank is not None or not 0 <= self._match < len(self._matches):
+            return self.rank
+        above = reversed(self._lines[: self._matches[self._match] + 1])
+        return next((line.record.rank for line in above if line.record is not None), None)
+
     def line_to_copy(self) -> str:
         """The text of the record with the marked match, or of the newest one in sight; "" where there is none."""
         top, height = int(self.scroll_offset.y), self.scrollable_content_region.height

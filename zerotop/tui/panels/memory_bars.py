@@ -13,6 +13,7 @@ from runtime.wire.node import NodeStats
 from zerotop.format import bytes_text, share_text, used_of
 from zerotop.state.memory import MemoryUse, planned_peak
 from zerotop.state.run import RankState
+from zerotop.state.thresholds import FULL
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import split_cells, stacked_bar
@@ -22,7 +23,6 @@ NAME, USED = 15, 23
 NOTES_FROM = 120
 NOTES = 38
 PEAK, PLAN = "┃", "◇"
-FULL = 0.92
 
 
 class MemoryBars(ScrollPanel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from textual import events
@@ -12,10 +13,10 @@ from zerotop.state.gpu import Concern, concerns
 from zerotop.state.run import RankState
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.abilities import Filterable
+from zerotop.tui.panels.rank_cells import Context
 from zerotop.tui.panels.rank_columns import (
     STRIPS_FROM,
     Column,
-    Context,
     columns_for,
     median_row,
     sorted_ranks,
@@ -29,6 +30,17 @@ PINNED_FROM = 16
 """With more ranks, those that the verdict blames stand first."""
 MEDIAN_FROM = 9
 """From so many ranks on, a last line has the median of each column."""
+
+
+def passes(view: View, number: int, wanted: str, alarms: Sequence[Concern]) -> bool:
+    """Whether a filter lets a rank through; an empty one lets all."""
+    if not wanted:
+        return True
+    rank = view.state.ranks.get(number) or RankState(number)
+    words = [f"rank {number}", rank.phase, *(one.word for one in alarms)]
+    if rank.hello is not None:
+        words += [rank.hello.device, rank.hello.host]
+    return wanted.lower() in " ".join(words).lower() or wanted == str(number)
 
 
 class RankTable(ScrollPanel, Filterable):
@@ -93,7 +105,8 @@ class RankTable(ScrollPanel, Filterable):
 
     def accept(self, view: View) -> None:
         self._drawing = self._make_drawing(view)
-        shown = [number for number in range(self.count) if self._passes(view, number)]
+        alarms = self._drawing.concerns
+        shown = [number for number in range(self.count) if passes(view, number, self.filter, alarms.get(number, ()))]
         if self.sort != "rank" or self.reverse:
             shown = sorted_ranks(self._drawing, shown, self.sort, self.reverse)
         elif len(shown) > PINNED_FROM:  # those in trouble stay in sight
@@ -126,17 +139,6 @@ class RankTable(ScrollPanel, Filterable):
             found,
             self._last_steps,
         )
-
-    def _passes(self, view: View, number: int) -> bool:
-        """Whether the filter lets a rank through."""
-        if not self.filter:
-            return True
-        rank = view.state.ranks.get(number) or RankState(number)
-        alarms = self._drawing.concerns.get(number, ()) if self._drawing is not None else ()
-        words = [f"rank {number}", rank.phase, *(one.word for one in alarms)]
-        if rank.hello is not None:
-            words += [rank.hello.device, rank.hello.host]
-        return self.filter.lower() in " ".join(words).lower() or self.filter == str(number)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         muted = view.palette.style("muted")

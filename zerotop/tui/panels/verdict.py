@@ -16,8 +16,11 @@ from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Band, Row
 
 ERROR_LINES, ERROR_CHARACTERS = 6, 4000
-ERROR_FROM = 22
-"""A screen must be higher than this to show lines of the error: the panels come first."""
+ERROR_FROM, ERROR_FROM_BOXED = 22, 25
+"""A screen must be higher than this to show lines of the error: eight ranks, the next commands and two events come
+first, without boxes and with them."""
+SUMMARY_FROM = 32
+"""Below this height a failure leaves out the result, which the header and the summary have, too."""
 
 
 class VerdictLine(Band):
@@ -41,16 +44,20 @@ class VerdictLine(Band):
     def _take_lines(self, view: View) -> None:
         width = max(20, (self.screen.size.width or 80) - 3)
         lines: list[tuple[str, str]] = []
-        for glyph, text, colour in verdicts(view):
+        height = self.screen.size.height
+        found = verdicts(view)
+        if view.ended and len(found) > 1 and height < SUMMARY_FROM:
+            del found[1:]
+        for glyph, text, colour in found:
             for i, piece in enumerate(textwrap.wrap(text, width - 2)[:2] or [""]):
                 lines.append((f"{glyph if not i else ' '} {piece}", colour))
         if not view.ended:
             lines = _cut(lines, self.lines_reserved, width)
         status = view.state.status
         if status is not None and status.error:
-            tail = clean(status.error[-ERROR_CHARACTERS:]).rstrip().splitlines()
-            room = min(ERROR_LINES, max(0, self.screen.size.height - ERROR_FROM))
-            lines += [(f"  {piece}", "error") for piece in tail[len(tail) - min(room, len(tail)) :]]
+            above = ERROR_FROM if self.screen.has_class("-lined") else ERROR_FROM_BOXED
+            room = min(ERROR_LINES, max(0, height - above - len(lines) + 1))
+            lines += [(f"  {piece}", "error") for piece in error_lines(status, room, width - 2)]
         if tuple(lines) != self.lines:
             self.lines = tuple(lines)
             self.take(len(lines))
@@ -59,6 +66,18 @@ class VerdictLine(Band):
         return [
             Row().gap().add(text, view.palette.style(colour, bold=not i)) for i, (text, colour) in enumerate(self.lines)
         ]
+
+
+def error_lines(status: RunStatus, room: int, width: int) -> list[str]:
+    """The last lines of the error, without what the verdict has said, and where the others are."""
+    lines = clean((status.error or "")[-ERROR_CHARACTERS:]).rstrip().splitlines()
+    if lines and lines[-1].strip() and lines[-1].strip() in clean(status.reason or ""):
+        lines.pop()
+    shown = lines[len(lines) - min(room, len(lines)) :]
+    hint = f"↑ {len(lines) - len(shown)} more: 6, then e opens the log"
+    if 0 < len(shown) < len(lines) and len(shown[0]) + 3 + len(hint) <= width:
+        shown[0] = f"{shown[0]:<{width - len(hint)}}{hint}"
+    return shown
 
 
 def _cut(lines: list[tuple[str, str]], room: int, width: int) -> list[tuple[str, str]]:

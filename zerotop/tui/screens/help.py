@@ -18,6 +18,7 @@ from zerotop.rundir.paths import config_home
 from zerotop.state.waits import WINDOW_STEPS
 from zerotop.tui.keys import GROUPS, KEYS, OTHER_HELP
 from zerotop.tui.keys import Group as KeyGroup
+from zerotop.tui.panels.rank_grid import SIGNS
 from zerotop.tui.text import MARKS, STATES, plain
 from zerotop.tui.theme import Palette
 
@@ -110,6 +111,8 @@ class HelpScreen(ModalScreen[None]):
             Text(""),
             Text("both also as a share of the step; the line that names a slow rank uses these steps", muted),
         )
+        table.add_row(Text("grid of ranks"), Text("  ".join(f"{sign} {meaning}" for sign, meaning in SIGNS)))
+        table.add_row(Text(""), Text("a digit in narrow cells: tenths of the way from calm to alarming", muted))
         table.add_row(
             Text("GPU alarm"),
             Text("once a GPU has been out of order: throttled, memory errors, a slow link, lost; figures: Enter"),

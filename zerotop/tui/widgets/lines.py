@@ -190,6 +190,9 @@ class _Drawn(Widget):
             return
         self._read = read
         self.accept(view)
+        if self.show_vertical_scrollbar != read[1]:  # it has come or gone, and the lines have another width
+            self._read = (read[0], self.show_vertical_scrollbar, *read[2:])
+            self.accept(view)
         before = self._shown
         after = self._make()
         if before is None or len(before) != len(after):
@@ -320,6 +323,13 @@ class ScrollPanel(ScrollView, _Drawn, can_focus=True):  # the first base gives t
     def action_by(self, lines: int) -> None:
         """Scroll at once: an animation would repaint the panel many times over a slow line."""
         self.scroll_to(y=self.scroll_offset.y + lines, animate=False, force=True)
+
+    def watch_show_vertical_scrollbar(self) -> None:
+        """The lines become narrower or wider. That is mostly found in `accept`, which then runs once more; a scroll bar
+        that comes with a new layout has the lines drawn again."""
+        self.expire()
+        if self.is_mounted:
+            self.call_after_refresh(self.redraw)
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
         super().watch_scroll_y(old_value, new_value)
