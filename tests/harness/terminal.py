@@ -14,6 +14,8 @@ import termios
 from collections.abc import Callable
 from typing import Any
 
+import pyte
+
 from tests.harness import ROOT
 from tests.harness.waiting import patient, until
 
@@ -21,7 +23,8 @@ ALTERNATE_SCREEN = (b"\x1b[?1049h", b"\x1b[?1049l")  # on, off
 
 
 class Terminal:
-    """`shown` is all that the program has written, without escape sequences; `raw` is all of it."""
+    """`shown` is all that the program has written, without escape sequences, and below it the screen as it stands: a
+    program that sends only changed cells writes no whole words. `raw` is all that came."""
 
     def __init__(self, words: list[str], size: tuple[int, int] = (120, 36), **streams: Any) -> None:
         self._ours, theirs = pty.openpty()
@@ -31,11 +34,14 @@ class Terminal:
         self.process = subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **streams)
         os.close(theirs)
         self.raw = b""
+        self._screen = pyte.Screen(*size)
+        self._stream = pyte.ByteStream(self._screen)
 
     @property
     def shown(self) -> str:
         text = self.raw.decode(errors="replace")
-        return re.sub(r"\x1b\[[0-9;?<>=]*[A-Za-z]|\x1b[()=>].?", "", text)
+        written = re.sub(r"\x1b\[[0-9;?<>=]*[A-Za-z]|\x1b[()=>].?", "", text)
+        return "\n".join([written, *self._screen.display])
 
     @property
     def in_alternate_screen(self) -> bool:
@@ -43,22 +49,26 @@ class Terminal:
         return on > off
 
     def read_until(self, condition: Callable[[], bool], within_s: float = 60.0) -> None:
-        until(condition, lambda: self.shown[-3000:], within_s, pause=self._read)
+        until(condition, lambda: self.shown[-6000:], within_s, pause=self._read)
 
     def _read(self, wait_s: float) -> None:
-        if select.select([self._ours], [], [], wait_s)[0]:
-            try:
-                self.raw += os.read(self._ours, 65536)
-            except OSError:  # EIO: the program has left its terminal
-                self.process.wait(patient(20))
+        if select.select([self._ours], [], [], wait_s)[0] and not self._take():
+            self.process.wait(patient(20))
+
+    def _take(self) -> bool:
+        """Read what is there. False: the program has left its terminal (EIO)."""
+        try:
+            came = os.read(self._ours, 65536)
+        except OSError:
+            return False
+        self.raw += came
+        self._stream.feed(came)
+        return True
 
     def read_to_the_end(self) -> int:
         self.read_until(lambda: self.process.poll() is not None)
-        while select.select([self._ours], [], [], 0)[0]:
-            try:
-                self.raw += os.read(self._ours, 65536)
-            except OSError:
-                break
+        while select.select([self._ours], [], [], 0)[0] and self._take():
+            pass
         return self.process.wait(patient(20))
 
     def type(self, keys: str) -> None:

@@ -62,7 +62,7 @@ def test_a_run_that_has_ended_opens_with_its_summary(hub: FakeHub, tmp_path: Pat
     recorder.close()
     terminal = Terminal([*ATTACH, "old"])
     try:
-        terminal.read_until(lambda: "ended after 11m 40s" in terminal.shown)
+        terminal.read_until(lambda: "11m 40s" in terminal.shown and "✖ old · failed" in terminal.shown)
         assert "the run failed: rank 1 was killed" in terminal.shown and "step 41 of 200" in terminal.shown
         terminal.type("PSAyq")
         assert terminal.read_to_the_end() == 0  # it failed in the past: looking at it did not
