@@ -8,11 +8,12 @@ python -m benchmarks.screen --ticks --ranks 8                    ticks of the ap
 cpu           CPU time of the process over the time that was watched, in % of one core
 frame         CPU time of the process in a quarter of a second, which holds one frame: median and 95th percentile
 bytes         what the terminal was sent per second
+key           milliseconds from a key to the first and to the last byte of what it changes, the hub being silent
 first paint   CPU time from the start of the process until the step stands on the terminal; of it `import` is what
               `import textual` alone takes, and `bare` what a Textual application with one line of text takes
 
 --against is another checkout. Its screens run on the same hub at the same time, so that whatever else uses the machine
-costs both the same. All times are CPU times of the processes.
+costs both the same. All times but those of keys are CPU times of the processes.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ SETTLE_S = 4.0
 """After this time on a page all has been drawn, and the other pages have been imported."""
 STEP_MS = {2: 250.0}
 """Ranks -> time of a step; a second for other numbers of ranks."""
+KEYS = "2345678" + "1jkzz"
+"""Every page, the selected rank, and a panel that fills the screen and goes back."""
+KEY_ROUNDS = 4
+QUIET_S = 0.15
+"""What a key changes has all been sent when nothing came for so long."""
 ROUNDS = 5
 """First paints of which the median is taken."""
 SHOWN = "of 100000"
@@ -229,7 +235,7 @@ def watch(run: Simulation, screens: Sequence[Watched], seconds: float, silent: b
                 for screen in screens:
                     screen.frame()
             for screen in screens:
-                screen.terminal._read(0.0)
+                screen.terminal.read(0.0)
             time.sleep(max(0.0, min(wake - time.monotonic(), 0.01)))
     finally:
         for screen in screens:
@@ -276,6 +282,49 @@ def _cpu_ms(command: list[str]) -> float:
     process = os.posix_spawn(command[0], command, os.environ)
     _, _, usage = os.wait4(process, 0)
     return 1000 * (usage.ru_utime + usage.ru_stime)
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+def key_latencies(folder: Path, ranks: int, size: tuple[int, int]) -> dict[str, float]:
+    """Milliseconds from a key to the first and the last byte of its effect: medians, and 95th percentiles. The first
+    time, when a page is imported and made, is left out."""
+    first_ms: list[float] = []
+    last_ms: list[float] = []
+    with simulation(ranks, 5.0, 1000.0):
+        terminal = Terminal(attach(folder), size=size)
+        try:
+            terminal.read_until(lambda: SHOWN in terminal.shown)
+            end = time.monotonic() + SETTLE_S
+            while time.monotonic() < end:
+                terminal.read(0.1)
+            for number in range(KEY_ROUNDS + 1):
+                for key in KEYS:
+                    pressed, before = time.perf_counter(), len(terminal.raw)
+                    terminal.type(key)
+                    while len(terminal.raw) == before and time.perf_counter() < pressed + 2:
+                        terminal.read(0.5)
+                    came = time.perf_counter()
+                    last = _until_quiet(terminal, QUIET_S) or came
+                    if number:
+                        first_ms.append(1000 * (came - pressed))
+                        last_ms.append(1000 * (last - pressed))
+        finally:
+            terminal.close()
+    found = {}
+    for name, times in (("first", sorted(first_ms)), ("last", sorted(last_ms))):
+        found |= {name: round(statistics.median(times), 1), f"{name}_p95": round(times[int(0.95 * len(times))], 1)}
+    return found
+
+
+def _until_quiet(terminal: Terminal, quiet_s: float) -> float | None:
+    """Read until nothing comes for `quiet_s`; returns when something came last, None if nothing did."""
+    last = None
+    while True:
+        before = len(terminal.raw)
+        terminal.read(quiet_s)
+        if len(terminal.raw) == before:
+            return last
+        last = time.perf_counter()
 
 
 # ---- ticks in this process -------------------------------------------------------------------------------------------
@@ -327,8 +376,10 @@ def measure(given: argparse.Namespace, folders: dict[str, Path]) -> Iterator[Row
                 yield {**place, **figures(screen, given.seconds)}
 
 
-def markdown(rows: list[Row], paints: dict[str, float], names: list[str], command: str) -> str:
-    """Both tables, with what each screen costs side by side."""
+def markdown(
+    rows: list[Row], keys: dict[str, dict[str, float]], paints: dict[str, float], names: list[str], command: str
+) -> str:
+    """All tables, with what each screen costs side by side."""
     wanted = (("cpu_percent", "CPU %"), ("frame_ms", "frame ms"), ("frame_p95_ms", "p95"), ("kB_per_s", "kB/s"))
     lines = ["# What the screen costs", f"`{command}`", "", "See [README.md](../README.md#the-screen).", ""]
     titles = [f"{title}, {name}" for _, title in wanted for name in names]
@@ -339,6 +390,9 @@ def markdown(rows: list[Row], paints: dict[str, float], names: list[str], comman
             those = {one["screen"]: one for one in rows if all(one[key] == row[key] for key in place)}
             cells = [str(those[name][key]) for key, _ in wanted for name in names]
             lines.append(f"| {row['ranks']} | {row['page']} | {row['size']} | {' | '.join(cells)} |")
+    lines += ["", "| from a key, ms | to the first byte | p95 | to the last byte | p95 |", "|---|---|---|---|---|"]
+    for name, of in keys.items():
+        lines.append(f"| {name} | {of['first']:g} | {of['first_p95']:g} | {of['last']:g} | {of['last_p95']:g} |")
     lines += [
         "",
         "| first paint, CPU ms | all | beyond `import textual` | beyond a bare application |",
@@ -363,6 +417,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, help="default: 250 for two ranks, else 1000")
     parser.add_argument("--seconds", type=float, default=30.0, help="for each page")
     parser.add_argument("--silent", action="store_true", help="also watch a hub that says nothing")
+    parser.add_argument("--keys", action="store_true", help="measure keys and first paints alone")
     parser.add_argument("--no-paint", action="store_true", help="leave out the first paint")
     parser.add_argument("--against", type=Path, help="another checkout, measured at the same time")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file")
@@ -373,15 +428,22 @@ def main() -> None:
         return
     folders = {"before": given.against.resolve()} if given.against else {}
     folders["now"] = ROOT
-    rows = []
-    for row in measure(given, folders):
+    rows: list[Row] = []
+    for row in () if given.keys else measure(given, folders):
         print(json.dumps(row), flush=True)
         rows.append(row)
+    keys = {
+        f"{ranks} ranks, {size}": key_latencies(ROOT, ranks, _size(size))
+        for ranks in given.ranks
+        for size in given.sizes
+        if given.keys or given.markdown is not None
+    }
+    print(json.dumps({"key_ms": keys}))
     paints = {} if given.no_paint else first_paints(folders, given.ranks[0], _size(given.sizes[-1]))
     print(json.dumps({"first_paint_cpu_ms": paints}))
     if given.markdown is not None:
         command = f"python -m benchmarks.screen {' '.join(sys.argv[1:])}".strip()
-        given.markdown.write_text(markdown(rows, paints, list(folders), command), encoding="utf-8")
+        given.markdown.write_text(markdown(rows, keys, paints, list(folders), command), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -36,11 +36,14 @@ class Terminal:
         self.raw = b""
         self._screen = pyte.Screen(*size)
         self._stream = pyte.ByteStream(self._screen)
+        self._fed = 0
 
     @property
     def shown(self) -> str:
         text = self.raw.decode(errors="replace")
         written = re.sub(r"\x1b\[[0-9;?<>=]*[A-Za-z]|\x1b[()=>].?", "", text)
+        self._stream.feed(self.raw[self._fed :])  # only now: it is slow, and `read` is also timed
+        self._fed = len(self.raw)
         return "\n".join([written, *self._screen.display])
 
     @property
@@ -49,9 +52,10 @@ class Terminal:
         return on > off
 
     def read_until(self, condition: Callable[[], bool], within_s: float = 60.0) -> None:
-        until(condition, lambda: self.shown[-6000:], within_s, pause=self._read)
+        until(condition, lambda: self.shown[-6000:], within_s, pause=self.read)
 
-    def _read(self, wait_s: float) -> None:
+    def read(self, wait_s: float) -> None:
+        """Read what comes within `wait_s`, once."""
         if select.select([self._ours], [], [], wait_s)[0] and not self._take():
             self.process.wait(patient(20))
 
@@ -62,7 +66,6 @@ class Terminal:
         except OSError:
             return False
         self.raw += came
-        self._stream.feed(came)
         return True
 
     def read_to_the_end(self) -> int:
