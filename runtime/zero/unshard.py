@@ -115,6 +115,8 @@ class Unsharder:
 
     def _before_forward(self, unit: Unit, _module: nn.Module, _inputs: Any) -> None:
         unit.running += 1
+        if unit.running == 1:
+            unit.first_node = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
         if unit.running > 1 and self._is_live(unit):
             return  # an outer forward of the same unit has unsharded it
         if not self._forward_depth:  # the script calls a part of the model directly
@@ -126,7 +128,7 @@ class Unsharder:
         if unit.running or not torch.is_grad_enabled():
             return
         before = EngineHook(self, Unsharder._before_backward, unit)
-        for tensor in results(output, module):
+        for tensor in results(output, module, unit.first_node):
             tensor.register_hook(before)
 
     def _before_backward(self, unit: Unit, _gradient: torch.Tensor) -> None:
@@ -323,9 +325,11 @@ class _UnitOnDemand:
         return unsharder is not None and unsharder.unshard_outside_forward(self._unit)
 
 
-def results(output: Any, module: nn.Module) -> Iterator[torch.Tensor]:
+def results(output: Any, module: nn.Module, first_node: int) -> Iterator[torch.Tensor]:
     """The tensors through which a backward can enter the forward of `module`: those in its `output`, however nested,
-    and those that it left in attributes (the auxiliary losses of experts)."""
+    and those that it left in attributes (the auxiliary losses of experts). first_node: torch's number of the autograd
+    node that followed when the forward began. Older nodes are of an input that was passed on (Identity, a bias that all
+    blocks share), which backward reaches only when it is in an earlier unit."""
     seen: set[int] = set()
     queue = [output, *(value for member in module.modules() for value in vars(member).values() if _may_hold(value))]
     while queue:
@@ -334,7 +338,7 @@ def results(output: Any, module: nn.Module) -> Iterator[torch.Tensor]:
             continue
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
-            if value.requires_grad and value.grad_fn is not None:
+            if value.grad_fn is not None and value.grad_fn._sequence_nr() >= first_node:
                 yield value
         elif isinstance(value, Mapping):
             queue += value.values()
