@@ -44,10 +44,11 @@ class Unsharder:
         telemetry: Telemetry | NullTelemetry,
         gather_objects: Callable[[Any], list[Any]],
         before_unshard: Callable[[FlatParamGroup], None] = lambda flat: None,
+        before_change: Callable[[FlatParamGroup], None] = lambda flat: None,
     ) -> None:
         """gather_objects: returns every rank's value on every rank. before_unshard: waits until this rank's shard of a
-        parameter group is up to date."""
-        self._before_unshard = before_unshard
+        parameter group is up to date. before_change: waits until it may be written."""
+        self._before_unshard, self._before_change = before_unshard, before_change
         self.units = [unit for unit in units if unit.sharded]
         self._gather_objects = gather_objects
         self.telemetry = telemetry
@@ -234,28 +235,32 @@ class Unsharder:
         found, self.execution_hash = self.execution_hash & 0xFFFFF, 0
         return found
 
-    def reshard_all(self) -> None:
-        """Reshard all units, whose unsharded values an update has made stale."""
+    def reshard_all(self, keep_writes: bool = True) -> None:
+        """Reshard all units, because their shards are about to change, or (keep_writes=False) have changed."""
         self._in_pass = self._in_training_pass = False
         for unit in list(self._live):
-            self._reshard(unit)
+            self._reshard(unit, keep_writes)
 
     @contextmanager
     def unsharded(self, units: Sequence[Unit] | None = None) -> Iterator[None]:
-        """Inside, the parameters of `units` (default: all) are unsharded. Every rank must enter."""
+        """Inside, the parameters of `units` (default: all) are unsharded. Every rank must enter. What is written into
+        them is not kept."""
         wanted = [unit for unit in (self.units if units is None else units) if unit.sharded]
         missing = [unit for unit in wanted if not self._is_live(unit)]
         for unit in wanted:  # also those whose all-gather is under way
             self._unshard(unit)
+            self._keep_writes(unit)
             unit.unshard_refs += 1
         try:
             yield
         finally:
             for unit in wanted:
                 unit.unshard_refs -= 1
+                for flat in unit.sharded:
+                    flat.forget_writes()
             for unit in missing:
                 if not unit.unshard_refs:
-                    self._reshard(unit)
+                    self._reshard(unit, keep_writes=False)
 
     def _expected(self) -> Unit | None:
         """The unit that comes next in the learned order, if this pass has followed it."""
@@ -303,9 +308,18 @@ class Unsharder:
         if issued:
             self.execution_hash = zlib.crc32(f"{self._pass_kind}/{unit.name}".encode(), self.execution_hash)
 
-    def _reshard(self, unit: Unit) -> None:
+    def _reshard(self, unit: Unit, keep_writes: bool = True) -> None:
+        if keep_writes:
+            self._keep_writes(unit)
         self._live = [live for live in self._live if live is not unit]
         unit.reshard()
+
+    def _keep_writes(self, unit: Unit) -> None:
+        """Keep what the model's forward wrote into the parameters of `unit`, the same on every rank."""
+        for flat in unit.sharded:
+            if flat.written_while_unsharded(compare=unit.keep_unsharded):
+                self._before_change(flat)
+                flat.keep_writes()
 
     def _reshard_live(self, but_root: bool) -> None:
         for unit in list(self._live):

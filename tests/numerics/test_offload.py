@@ -219,15 +219,9 @@ def test_parameters_used_outside_their_modules_forward(ranks):
     assert ranks(2).run(by_hand, offloaded(settings), 0) == ranks(2).run(by_hand, settings, 0)
 
 
-def later_is_an_error() -> str:
-    with pytest.raises(RuntimeError, match="outside its modules' forward") as caught:
-        by_hand(offloaded(config(2, 1, clip=0.0)), 4)
-    return str(caught.value)
-
-
 def test_parameters_used_outside_for_the_first_time_later(ranks):
-    for text in ranks(2).run(later_is_an_error):
-        assert text.startswith("parameters of blocks.1 ") and '"overlap": false' in text
+    settings = config(2, 1, clip=0.0)
+    assert ranks(2).run(by_hand, offloaded(settings), 4) == ranks(2).run(by_hand, settings, 4)
 
 
 def infinite_gradient(settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float]]:
