@@ -174,6 +174,8 @@ class ReshardedParameter(nn.Parameter):
         name, kwargs = _name(func), kwargs or {}
         if name == "grad.__get__":
             _notify_grad_read(args[0])
+        elif name == "data.__set__" and not isinstance(args[1], (ReshardedParameter, ReshardedValues)):
+            raise _refusal(_name_of(args[0]), "setting .data")
         elif _needs_values(name):
             for parameter in _instances_in([args, kwargs], ReshardedParameter):
                 if _unshard_for_use(parameter) or name in _ADDRESSES:
