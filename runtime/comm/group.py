@@ -137,7 +137,10 @@ class Comm:
         if (exchange := self._exchange_for(shard)) is not None:
             return self._shared("all_gather", full, lambda: exchange.all_gather(full, shard, name))
         return self._start(
-            "all_gather", full, lambda a: _all_gather(full, shard, group=self.group, async_op=a), after=after
+            "all_gather",
+            full,
+            lambda a: _all_gather(full.view(torch.uint8), shard.view(torch.uint8), group=self.group, async_op=a),
+            after=after,
         )
 
     def broadcast(self, buffer: torch.Tensor, source: int = 0) -> None:

@@ -127,7 +127,12 @@ def build_state(
     reducer = GradReducer(order, comm, script_begins)
     # Before `updates`, whose hooks must run first: the latest hook of a module is the first to run.
     unsharder = Unsharder(
-        module, parts.units, comm.telemetry, comm.gather_objects, lambda flat: updates.wait_for_shard(flat)
+        module,
+        parts.units,
+        comm.telemetry,
+        comm.gather_objects,
+        before_unshard=lambda flat: updates.wait_for_shard(flat),
+        before_change=guard.wait_for,
     )
     updates = Updates(
         module,
@@ -156,7 +161,9 @@ def build_state(
         reducer,
         unsharder,
         updates,
-        FullModel(module, parts.units, unsharder, comm, updates.drain, guard.wait_for_all),
+        FullModel(
+            module, parts.units, unsharder, comm, updates.drain, guard.wait_for_all, [p for _, p in parts.frozen]
+        ),
         ScriptChanges(module, flats, frozen_flats, parts.frozen, guard.wait_for_all, comm.rank == 0),
         parts.pool,
         parts.gradients.scale,

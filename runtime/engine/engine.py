@@ -52,6 +52,7 @@ class Engine(EngineQueries):
         self, module: nn.Module, config: Resolved, optimizer: ZeroOptimizer, comm: Comm, session: Session
     ) -> None:
         registry.detach_owner(module)  # detach an earlier engine on the same model
+        registry.check_unowned(module)
         trained_before = [p for p in module.parameters() if p.requires_grad and not optimizer.trains]
         for parameter in module.parameters():
             unmark(parameter)  # zero.Init marks parameters as sharded, which they are only at stage 3
@@ -129,8 +130,8 @@ class Engine(EngineQueries):
             if state.unsharder.units and "storage of size 0" in str(error):  # torch's message for freed storage
                 raise RuntimeError(
                     "stage 3: backward used parameters of a unit that had been resharded, because autograd reached the "
-                    "unit without passing its hooks (as a double backward with create_graph=True does). "
-                    "Use zero_optimization.stage 2 for this model, or run forward and backward inside "
+                    "unit without passing its hooks (as a double backward with create_graph=True and torch.func.vmap "
+                    "do). Use zero_optimization.stage 2 for this model, or run forward and backward inside "
                     "zero.GatheredParameters"
                 ) from error
             raise

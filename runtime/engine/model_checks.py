@@ -12,6 +12,7 @@ from runtime.config import ConfigError, Resolved
 from runtime.models.names import plain_name
 from runtime.optim.optimizer import ZeroOptimizer
 
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 TRAINABLE = (torch.float32, torch.bfloat16)
 
 
@@ -26,7 +27,8 @@ def check_complete(module: nn.Module) -> None:
 
 
 def check_parameters(module: nn.Module, config: Resolved, optimizer: ZeroOptimizer) -> None:
-    """Raise ConfigError for optimizer parameters outside the model, and for dtypes that cannot be trained."""
+    """Raise ConfigError for optimizer parameters outside the model, and for dtypes and modules that cannot be
+    trained."""
     names = {parameter: plain_name(name) for name, parameter in module.named_parameters()}
     foreign = sum(p not in names for group in optimizer.param_groups for p in group["params"])
     if foreign:
@@ -35,7 +37,20 @@ def check_parameters(module: nn.Module, config: Resolved, optimizer: ZeroOptimiz
             "model.parameters() after the last change to the model, and make modules with parameters of their own "
             "part of the model that initialize() gets"
         )
+    for path, part in module.named_modules() if config.world_size > 1 else ():
+        if isinstance(part, EMBEDDINGS) and part.max_norm is not None and part.weight.requires_grad:
+            name = plain_name(f"{path}.weight".lstrip("."))
+            raise ConfigError(
+                f"parameter {name}: max_norm changes those rows of a trained embedding that a rank looks up, so ranks "
+                "would have different weights. Create it without max_norm, and limit its rows after each step "
+                "(torch.renorm) inside zero.GatheredParameters(weight, modifier_rank=0)"
+            )
     for parameter, name in names.items():
+        if parameter.requires_grad and parameter.is_complex():
+            raise ConfigError(
+                f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}: expected real numbers. Make it a "
+                "parameter of real and imaginary parts, and call torch.view_as_complex on it in the forward"
+            )
         if config.precision == "fp32" and parameter.requires_grad and parameter.dtype not in TRAINABLE:
             raise ConfigError(
                 f"parameter {name} is {str(parameter.dtype).removeprefix('torch.')}: expected float32 or bfloat16; "

@@ -389,6 +389,12 @@ class EngineQueries(nn.Module):
         self.synchronize()
         return [flat.masters for flat in self.state.flats]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an engine can't be copied or pickled: copy or save engine.module instead (inside "
+            "zero.GatheredParameters(engine.module)), or call engine.save_checkpoint()"
+        )
+
     # ---- the module's attributes -------------------------------------------------------------------------------------
     if not TYPE_CHECKING:  # __getattr__ would hide misspelt attributes from type checkers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -9,6 +10,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from runtime.checkpoint.saving.snapshot import SnapshotGuard
+from runtime.config import ConfigError
+from runtime.models.names import plain_name
 from runtime.state.train_state import TrainState
 from runtime.zero.full import full_model_of
 
@@ -37,6 +40,19 @@ def detach_owner(module: nn.Module) -> None:
     engine = _owners.pop(module, lambda: None)()
     if engine is not None:
         engine.detach()
+
+
+def check_unowned(module: nn.Module) -> None:
+    """Raise ConfigError if a parameter of `module` is trained, or sharded, by the engine of another model."""
+    for name, parameter in module.named_parameters():
+        if owner_of(parameter) is not None:
+            gc.collect()  # an engine that the script has dropped may still wait for the collector
+        if (engine := owner_of(parameter)) is not None:
+            raise ConfigError(
+                f"parameter {plain_name(name)} is in the model of another engine "
+                f"({type(engine.state.module).__name__}), and two engines can't train the same parameter. Make both "
+                "models parts of one that one engine takes, or call destroy() on the other engine first"
+            )
 
 
 def owner_of(parameter: nn.Parameter) -> ModelOwner | None:

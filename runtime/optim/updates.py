@@ -13,13 +13,16 @@ waits for the unit.
 
 [Note: parameters used outside their unit's forward]
 A pre-forward hook of each unit waits for its update. A model that reads a parameter outside that forward (a weight that
-is passed to a function) would read it too early. So the first steps don't overlap, and find the units whose parameters
-receive gradients although none of their modules ran: the model's forward waits for these when it begins. If a unit does
-so later for the first time, that is an error instead of a wrong result.
+is passed to a function, an average of other weights) would read it too early. So inside the model's forward, parameters
+are LateParameters (zero/parameter.py) until their unit runs: computing with one waits for it. Compiled extensions don't
+look at a parameter's class. So the first steps don't overlap, and find the units whose parameters receive gradients
+although nobody has waited for them: the model's forward waits for these when it begins. If a unit does so later for the
+first time, that is an error instead of a wrong result.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -35,6 +38,7 @@ from runtime.optim.shard_optimizer import Hyper, OptimizerStep, ShardOptimizer
 from runtime.telemetry import NullTelemetry, Telemetry
 from runtime.zero.flat import FlatParamGroup
 from runtime.zero.hooks import EngineHook
+from runtime.zero.parameter import mark_late, mark_on_time
 from runtime.zero.step_decision import StepDecision
 from runtime.zero.unit import Unit
 from runtime.zero.unshard import owners
@@ -105,7 +109,10 @@ class Updates:
             for member in {module, *owners(module, unit.flats)} if before_model else unit.modules:
                 before = EngineHook(self, Updates._before_forward, unit)
                 self._hooks.append(member.register_forward_pre_hook(before, prepend=True))
-        self._hooks.append(module.register_forward_pre_hook(EngineHook(self, Updates._before_model), prepend=True))
+        self._hooks += [
+            module.register_forward_pre_hook(EngineHook(self, Updates._before_model), prepend=True),
+            module.register_forward_hook(EngineHook(self, Updates._after_model), always_call=True),
+        ]
 
     def wait_for_shard(self, flat: FlatParamGroup) -> None:
         """Wait until this rank's shard of `flat` has the last step's parameters. On a GPU the current stream waits, not
@@ -259,9 +266,19 @@ class Updates:
             if id(unit) in self._wait_before_model:
                 self.wait_for_unit(unit)
 
+        for unit in self.units:
+            if id(unit) not in self._ran_units | self._wait_before_model:
+                mark_late(_whole_parameters(unit), functools.partial(self._before_forward, unit))
+
+    def _after_model(self, *_given: Any) -> None:
+        """Between two forwards perhaps only one rank reads, but waiting takes all of them: engine.synchronize()."""
+        for unit in self.units:
+            mark_on_time(_whole_parameters(unit))
+
     def _before_forward(self, unit: Unit, *_given: Any) -> None:
         self._ran_units.add(id(unit))
         self.wait_for_unit(unit)
+        mark_on_time(_whole_parameters(unit))
 
     def check(self) -> None:
         """After a backward: find units whose parameters were used outside their forward, and raise RuntimeError if that
@@ -280,3 +297,8 @@ class Updates:
                     "every step"
                 )
             self._wait_before_model.add(id(unit))
+
+
+def _whole_parameters(unit: Unit) -> Iterator[nn.Parameter]:
+    """Those that every rank has at any time; the others wait when they are unsharded."""
+    return (parameter for flat in unit.flats if not flat.sharded for parameter in flat.members)

@@ -164,7 +164,7 @@ class TrainState:
         """Copy masters that were written from outside (a checkpoint) to the parameters on all ranks. Collective."""
         for flat in self.flats:
             flat.masters_to_parameters()
-        self.unsharder.reshard_all()
+        self.unsharder.reshard_all(keep_writes=False)
         for pending in [flat.all_gather_updated() for flat in self.flats if not flat.sharded]:
             pending.wait()
 

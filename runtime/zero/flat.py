@@ -21,6 +21,8 @@ from runtime.zero.parameter import reshard, unshard
 from runtime.zero.stage import StagePolicy
 from runtime.zero.state_placement import StatePlacement
 
+FIRST_PASSES = 4
+"""After how many times of being unsharded a group's values are no longer compared: see `written_while_unsharded`."""
 Member = tuple[str, nn.Parameter, int]
 """(name, parameter, index of its optimizer parameter group)"""
 
@@ -79,6 +81,10 @@ class FlatParamGroup:
         self._last_gather: Pending | None = None
         """The last all-gather, from which other ranks may still be reading this rank's shard."""
         self._fingerprint: torch.Tensor | None = None
+        self._writes = 0
+        """In-place operations on the parameters, as torch counts them, when they were unsharded."""
+        self._comparisons = FIRST_PASSES
+        """How often values are still compared for writes that torch does not count."""
         self._adopt(values)
         self.record_fingerprint()
 
@@ -182,8 +188,8 @@ class FlatParamGroup:
     # ---- changes from outside ----------------------------------------------------------------------------------------
     @property
     def tracks_script_changes(self) -> bool:
-        """Whether a script can change parameters in place without updating the masters. Sharded groups can only be
-        changed inside GatheredParameters, which updates them."""
+        """Whether a script can change parameters in place without updating the masters. Changes of sharded groups are
+        kept inside GatheredParameters and when they are resharded, which updates the masters."""
         return self.trainable and not self.sharded and self.masters is not self.param_shard
 
     def record_fingerprint(self) -> None:
@@ -201,7 +207,37 @@ class FlatParamGroup:
 
     def in_place_writes(self) -> int:
         """Number of in-place operations on the parameters so far (not counting those through `.data`)."""
-        return sum(parameter._version for parameter in self.members) if self.tracks_script_changes else 0
+        return self._count_writes() if self.tracks_script_changes else 0
+
+    def written_while_unsharded(self, compare: bool) -> bool:
+        """Whether the model's forward has written into the parameters in place (an average of other weights, a clamped
+        temperature) since they were unsharded. compare: find writes through `.data`, too, which torch does not count;
+        the first passes always do, and go on where they find one."""
+        if not (self.sharded and self.is_unsharded):
+            return False
+        if self._count_writes() != self._writes:
+            return True
+        if not (compare or self._comparisons):
+            return False
+        self._comparisons -= self._comparisons > 0
+        own = self.full_param[self.start : self.end]
+        different = not torch.equal(own.view(torch.uint8), self.param_shard.to(own.device).view(torch.uint8))
+        if different:
+            self._comparisons = -1
+        return different
+
+    def forget_writes(self) -> None:
+        """What was written into the unsharded parameters so far is kept already, or is to be lost."""
+        self._writes = self._count_writes()
+
+    def keep_writes(self) -> None:
+        """Copy what was written into the unsharded parameters to the shard and the masters."""
+        self.wait_for_readers()
+        self.parameters_to_masters()
+        self.forget_writes()
+
+    def _count_writes(self) -> int:
+        return sum(parameter._version for parameter in self.members)
 
     def masters_to_parameters(self) -> None:
         """Copy the masters, rounded, to `param_shard`: after a checkpoint or another optimizer has written them."""
@@ -260,6 +296,7 @@ class FlatParamGroup:
         self.is_unsharded = True
         for parameter, view in zip(self.members, self._views, strict=True):
             unshard(parameter, view)
+        self.forget_writes()
 
     def wait_for_readers(self) -> None:
         """Wait until no rank reads this rank's shard any more, so that it may be written between two steps."""

@@ -24,6 +24,8 @@ log = logging.getLogger("runtime.engine")
 _full_models: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Parameter -> (weak reference to its FullModel, index of its unit). A strong reference would keep the engine alive for
 ever; an attribute of the parameter would be pickled with it."""
+_whole_frozen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Frozen parameter that is in no unit, because it is not sharded -> weak reference to its FullModel."""
 
 
 class FullModel:
@@ -41,8 +43,10 @@ class FullModel:
         comm: Comm,
         settle: Callable[[], None] = lambda: None,
         before_change: Callable[[], None] = lambda: None,
+        frozen: Sequence[nn.Parameter] = (),
     ) -> None:
-        """settle: waits until no update is under way. before_change: waits until masters and shards may be written."""
+        """settle: waits until no update is under way. before_change: waits until masters and shards may be written.
+        frozen: frozen parameters that are in no unit."""
         self.module, self.units, self.unsharder = module, list(units), unsharder
         self.comm, self.settle = comm, settle
         self._before_change = before_change
@@ -52,6 +56,7 @@ class FullModel:
                     _full_models[parameter] = (weakref.ref(self), index)
                     if flat.policy.shards_parameters:
                         mark(parameter, flat, slot)
+        _whole_frozen.update((parameter, weakref.ref(self)) for parameter in frozen)
         self._writes_seen: dict[nn.Parameter, int] = {}
         """Version counters at the beginning of a GatheredParameters that keeps no changes."""
         self._warned_of_lost_writes = False
@@ -136,9 +141,11 @@ class FullModel:
                     self._writes_seen.pop(parameter, None)  # kept, so there is nothing to warn of
 
     @contextmanager
-    def unsharded(self, units: list[Unit], modifier_rank: int | None) -> Iterator[None]:
-        """Inside, `units` are unsharded. What `modifier_rank` changed in place is broadcast and kept on leaving; None:
-        changes are not kept."""
+    def unsharded(
+        self, units: list[Unit], modifier_rank: int | None, frozen: Sequence[nn.Parameter] = ()
+    ) -> Iterator[None]:
+        """Inside, `units` are unsharded. What `modifier_rank` changed in place, in these and in the `frozen` parameters
+        of no unit, is broadcast and kept on leaving; None: changes are not kept."""
         self.settle()
         with self.unsharder.unsharded(units):
             watched = self._watch_writes(units) if modifier_rank is None else []
@@ -147,6 +154,8 @@ class FullModel:
             if modifier_rank is not None:
                 for flat in (flat for unit in units for flat in _flats(unit)):
                     self.comm.broadcast_bytes(flat.full_param, modifier_rank)
+                for parameter in frozen:
+                    self.comm.broadcast_bytes(parameter.data, modifier_rank)
                 self.commit_changes(units)
 
     def _watch_writes(self, units: Sequence[Unit]) -> list[tuple[str, nn.Parameter]]:
@@ -219,16 +228,20 @@ def GatheredParameters(
     if isinstance(params, nn.Module):
         params = params.parameters()
     listed = [params] if isinstance(params, torch.Tensor) else list(params)
-    holders: dict[int, tuple[FullModel, list[Unit]]] = {}
+    holders: dict[FullModel, tuple[list[Unit], list[nn.Parameter]]] = {}
     for parameter in listed if enabled else []:
         if (found := full_model_of(parameter)) is not None:
             full, unit = found
-            units = holders.setdefault(id(full), (full, []))[1]
+            units, _ = holders.setdefault(full, ([], []))
             units += [unit] * (not any(unit is other for other in units))
+        elif (
+            isinstance(parameter, nn.Parameter) and (owner := _whole_frozen.get(parameter, lambda: None)()) is not None
+        ):
+            holders.setdefault(owner, ([], []))[1].append(parameter)
     waiting = [each for each in listed if enabled and isinstance(each, nn.Parameter) and is_waiting(each)]
     with ExitStack() as stack:
         if waiting:
             stack.enter_context(present(list(dict.fromkeys(waiting)), modifier_rank))
-        for full, units in holders.values():
-            stack.enter_context(full.unsharded(units, modifier_rank))
+        for full, (units, frozen) in holders.items():
+            stack.enter_context(full.unsharded(units, modifier_rank, frozen))
         yield

@@ -151,6 +151,11 @@ class Gradients:
         if grad.is_sparse:
             grad = grad.to_dense()
         slot = self.layout.slots[index]
+        if grad.shape != slot.shape:
+            raise RuntimeError(
+                f"parameter {slot.name} {[*slot.shape]} was changed to shape {[*grad.shape]} after initialize(). "
+                "Resize modules before initialize(), or call initialize() again on the changed model"
+            )
         full = self._full_to_fill()
         target = full[slot.offset : slot.end]
         if self._factor != 1.0:

@@ -1,4 +1,5 @@
-"""The classes of parameters that are resharded, or whose gradients are in the engine's buffers instead of `.grad`.
+"""The classes of parameters that are resharded, whose update is still running, or whose gradients are in the engine's
+buffers instead of `.grad`.
 
 [Note: parameters change their class]
 A script can reach a parameter in more ways than an engine can watch: as an attribute, in a closure, in another module's
@@ -173,6 +174,8 @@ class ReshardedParameter(nn.Parameter):
         name, kwargs = _name(func), kwargs or {}
         if name == "grad.__get__":
             _notify_grad_read(args[0])
+        elif name == "data.__set__" and not isinstance(args[1], (ReshardedParameter, ReshardedValues)):
+            raise _refusal(_name_of(args[0]), "setting .data")
         elif _needs_values(name):
             for parameter in _instances_in([args, kwargs], ReshardedParameter):
                 if _unshard_for_use(parameter) or name in _ADDRESSES:
@@ -186,6 +189,30 @@ class ReshardedParameter(nn.Parameter):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"resharded parameter {_name_of(self)}: {tuple(self.shape)}, {self.dtype}"
+
+
+_late: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""LateParameter -> what waits for its update."""
+
+
+def _wait_for_update(parameter: nn.Parameter) -> None:
+    if (wait := _late.get(parameter)) is not None:
+        wait()
+
+
+_wait_for_update._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+class LateParameter(nn.Parameter):
+    """A parameter whose offloaded update may still be running in the model's forward: computing with it waits."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = _name(func), kwargs or {}
+        if _needs_values(name):
+            for parameter in _instances_in([args, kwargs], LateParameter):
+                _wait_for_update(parameter)
+        return _call_plain(func, args, kwargs)
 
 
 _GRAD: Any = torch.Tensor.grad  # the property itself
@@ -235,3 +262,19 @@ def mark_reduced(parameters: Iterable[nn.Parameter], reduced: bool) -> None:
     for parameter in parameters:
         if type(parameter) is before:
             parameter.__class__ = after
+
+
+def mark_late(parameters: Iterable[nn.Parameter], wait: Callable[[], None]) -> None:
+    """Make `parameters` LateParameters, which call `wait` before something computes with them."""
+    for parameter in parameters:
+        if type(parameter) is nn.Parameter:
+            _late[parameter] = wait
+            parameter.__class__ = LateParameter
+
+
+def mark_on_time(parameters: Iterable[nn.Parameter]) -> None:
+    """Make LateParameters plain ones again."""
+    for parameter in parameters:
+        if type(parameter) is LateParameter:
+            parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+            del _late[parameter]

@@ -26,6 +26,8 @@ class Unit:
     """Groups of parameters that are not trained; stage 3 only."""
     running: int = 0
     """Number of forwards of its modules that are running."""
+    first_node: int = 0
+    """torch's number of the autograd node that followed when the outermost of them began."""
     unshard_refs: int = 0
     """Number of contexts that keep the unit unsharded: see GatheredParameters."""
     nested: bool = False

@@ -44,10 +44,11 @@ class Unsharder:
         telemetry: Telemetry | NullTelemetry,
         gather_objects: Callable[[Any], list[Any]],
         before_unshard: Callable[[FlatParamGroup], None] = lambda flat: None,
+        before_change: Callable[[FlatParamGroup], None] = lambda flat: None,
     ) -> None:
         """gather_objects: returns every rank's value on every rank. before_unshard: waits until this rank's shard of a
-        parameter group is up to date."""
-        self._before_unshard = before_unshard
+        parameter group is up to date. before_change: waits until it may be written."""
+        self._before_unshard, self._before_change = before_unshard, before_change
         self.units = [unit for unit in units if unit.sharded]
         self._gather_objects = gather_objects
         self.telemetry = telemetry
@@ -115,6 +116,8 @@ class Unsharder:
 
     def _before_forward(self, unit: Unit, _module: nn.Module, _inputs: Any) -> None:
         unit.running += 1
+        if unit.running == 1:
+            unit.first_node = torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
         if unit.running > 1 and self._is_live(unit):
             return  # an outer forward of the same unit has unsharded it
         if not self._forward_depth:  # the script calls a part of the model directly
@@ -126,7 +129,7 @@ class Unsharder:
         if unit.running or not torch.is_grad_enabled():
             return
         before = EngineHook(self, Unsharder._before_backward, unit)
-        for tensor in results(output, module):
+        for tensor in results(output, module, unit.first_node):
             tensor.register_hook(before)
 
     def _before_backward(self, unit: Unit, _gradient: torch.Tensor) -> None:
@@ -232,28 +235,32 @@ class Unsharder:
         found, self.execution_hash = self.execution_hash & 0xFFFFF, 0
         return found
 
-    def reshard_all(self) -> None:
-        """Reshard all units, whose unsharded values an update has made stale."""
+    def reshard_all(self, keep_writes: bool = True) -> None:
+        """Reshard all units, because their shards are about to change, or (keep_writes=False) have changed."""
         self._in_pass = self._in_training_pass = False
         for unit in list(self._live):
-            self._reshard(unit)
+            self._reshard(unit, keep_writes)
 
     @contextmanager
     def unsharded(self, units: Sequence[Unit] | None = None) -> Iterator[None]:
-        """Inside, the parameters of `units` (default: all) are unsharded. Every rank must enter."""
+        """Inside, the parameters of `units` (default: all) are unsharded. Every rank must enter. What is written into
+        them is not kept."""
         wanted = [unit for unit in (self.units if units is None else units) if unit.sharded]
         missing = [unit for unit in wanted if not self._is_live(unit)]
         for unit in wanted:  # also those whose all-gather is under way
             self._unshard(unit)
+            self._keep_writes(unit)
             unit.unshard_refs += 1
         try:
             yield
         finally:
             for unit in wanted:
                 unit.unshard_refs -= 1
+                for flat in unit.sharded:
+                    flat.forget_writes()
             for unit in missing:
                 if not unit.unshard_refs:
-                    self._reshard(unit)
+                    self._reshard(unit, keep_writes=False)
 
     def _expected(self) -> Unit | None:
         """The unit that comes next in the learned order, if this pass has followed it."""
@@ -301,9 +308,18 @@ class Unsharder:
         if issued:
             self.execution_hash = zlib.crc32(f"{self._pass_kind}/{unit.name}".encode(), self.execution_hash)
 
-    def _reshard(self, unit: Unit) -> None:
+    def _reshard(self, unit: Unit, keep_writes: bool = True) -> None:
+        if keep_writes:
+            self._keep_writes(unit)
         self._live = [live for live in self._live if live is not unit]
         unit.reshard()
+
+    def _keep_writes(self, unit: Unit) -> None:
+        """Keep what the model's forward wrote into the parameters of `unit`, the same on every rank."""
+        for flat in unit.sharded:
+            if flat.written_while_unsharded(compare=unit.keep_unsharded):
+                self._before_change(flat)
+                flat.keep_writes()
 
     def _reshard_live(self, but_root: bool) -> None:
         for unit in list(self._live):
@@ -323,9 +339,11 @@ class _UnitOnDemand:
         return unsharder is not None and unsharder.unshard_outside_forward(self._unit)
 
 
-def results(output: Any, module: nn.Module) -> Iterator[torch.Tensor]:
+def results(output: Any, module: nn.Module, first_node: int) -> Iterator[torch.Tensor]:
     """The tensors through which a backward can enter the forward of `module`: those in its `output`, however nested,
-    and those that it left in attributes (the auxiliary losses of experts)."""
+    and those that it left in attributes (the auxiliary losses of experts). first_node: torch's number of the autograd
+    node that followed when the forward began. Older nodes are of an input that was passed on (Identity, a bias that all
+    blocks share), which backward reaches only when it is in an earlier unit."""
     seen: set[int] = set()
     queue = [output, *(value for member in module.modules() for value in vars(member).values() if _may_hold(value))]
     while queue:
@@ -334,7 +352,7 @@ def results(output: Any, module: nn.Module) -> Iterator[torch.Tensor]:
             continue
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
-            if value.requires_grad and value.grad_fn is not None:
+            if value.grad_fn is not None and value.grad_fn._sequence_nr() >= first_node:
                 yield value
         elif isinstance(value, Mapping):
             queue += value.values()

@@ -343,6 +343,27 @@ def _packed(block: nn.Module, x: torch.Tensor) -> Packed:
     return out
 
 
+class PassedOn(Uneven):
+    """Its blocks hand on a bias that the first one has made, and what the last one returns goes through a module that
+    leaves it as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x, bias = self.embedding(tokens) * self.scale, None
+        for block in self.blocks:
+            block.forward = partial(_biased, block)  # type: ignore[method-assign]
+            x, bias = block(x, bias)
+        return F.cross_entropy(self.head(self.norm(self.dropout(x))).float().flatten(0, 1), targets.flatten())
+
+
+def _biased(block: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    bias = block.norm(x) if bias is None else bias
+    return type(block).forward(block, x) + bias, bias
+
+
 class Experts(nn.Module):
     """The largest list of modules holds experts, and which of them a rank uses depends on its data."""
 
@@ -367,6 +388,7 @@ UNUSUAL: dict[str, Any] = {
     "functional": Functional,
     "besides": Besides,
     "packed": PackedOutputs,
+    "passed on": PassedOn,
     "experts": Experts,
 }
 
