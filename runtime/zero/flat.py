@@ -21,7 +21,7 @@ from runtime.zero.parameter import reshard, unshard
 from runtime.zero.stage import StagePolicy
 from runtime.zero.state_placement import StatePlacement
 
-FIRST_PASSES = 4
+FIRST_PASSES = 3
 """After how many times of being unsharded a group's values are no longer compared: see `written_while_unsharded`."""
 Member = tuple[str, nn.Parameter, int]
 """(name, parameter, index of its optimizer parameter group)"""
@@ -209,15 +209,16 @@ class FlatParamGroup:
         """Number of in-place operations on the parameters so far (not counting those through `.data`)."""
         return self._count_writes() if self.tracks_script_changes else 0
 
-    def written_while_unsharded(self, compare: bool) -> bool:
+    def written_while_unsharded(self) -> bool:
         """Whether the model's forward has written into the parameters in place (an average of other weights, a clamped
-        temperature) since they were unsharded. compare: find writes through `.data`, too, which torch does not count;
-        the first passes always do, and go on where they find one."""
+        temperature) since they were unsharded. Writes through `.data`, which torch does not count, are found by
+        comparing values: in the first passes, and in the later ones too where these have found one. (A comparison
+        reads all values, and waits for the device.)"""
         if not (self.sharded and self.is_unsharded):
             return False
         if self._count_writes() != self._writes:
             return True
-        if not (compare or self._comparisons):
+        if not self._comparisons:
             return False
         self._comparisons -= self._comparisons > 0
         own = self.full_param[self.start : self.end]

@@ -317,7 +317,7 @@ class Unsharder:
     def _keep_writes(self, unit: Unit) -> None:
         """Keep what the model's forward wrote into the parameters of `unit`, the same on every rank."""
         for flat in unit.sharded:
-            if flat.written_while_unsharded(compare=unit.keep_unsharded):
+            if flat.written_while_unsharded():
                 self._before_change(flat)
                 flat.keep_writes()
 
