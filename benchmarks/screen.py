@@ -181,7 +181,7 @@ class Watched:
         """Open the screen and its page."""
         self.terminal = Terminal(attach(self.folder), size=self.size)
         self.process = psutil.Process(self.terminal.process.pid)
-        self.terminal.read_until(lambda: SHOWN in self.terminal.shown)
+        self.terminal.read_until(lambda: SHOWN.encode() in self.terminal.raw)
         self.first_paint_ms = self._process_ms()
         if self.page != "1":
             self.terminal.type(self.page)
@@ -272,7 +272,7 @@ def first_paints(folders: dict[str, Path], ranks: int, size: tuple[int, int]) ->
 def _paint_ms(command: list[str], size: tuple[int, int]) -> float:
     terminal = Terminal(command, size=size)
     try:
-        terminal.read_until(lambda: SHOWN in terminal.shown)
+        terminal.read_until(lambda: SHOWN.encode() in terminal.raw)
         return 1000 * sum(psutil.Process(terminal.process.pid).cpu_times()[:2])
     finally:
         terminal.close()
@@ -293,7 +293,7 @@ def key_latencies(folder: Path, ranks: int, size: tuple[int, int]) -> dict[str, 
     with simulation(ranks, 5.0, 1000.0):
         terminal = Terminal(attach(folder), size=size)
         try:
-            terminal.read_until(lambda: SHOWN in terminal.shown)
+            terminal.read_until(lambda: SHOWN.encode() in terminal.raw)
             end = time.monotonic() + SETTLE_S
             while time.monotonic() < end:
                 terminal.read(0.1)

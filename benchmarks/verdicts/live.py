@@ -112,8 +112,7 @@ class Injection:
 @dataclass(frozen=True)
 class LiveFault:
     """`script`: arguments of script.py; `inject`: the method of Injection that causes the fault; `namespace`: in a
-    network namespace of its own, with collectives over Gloo; `launch`: more arguments of zerotop launch. Without
-    `script` and `inject` the fault is there from the start."""
+    network namespace of its own, with collectives over Gloo; `launch`: more arguments of zerotop launch."""
 
     fault: Fault
     script: tuple[str, ...] = ()
@@ -127,16 +126,6 @@ class LiveFault:
         return self.fault.name.replace(" ", "-").lower()
 
 
-_EXPOSED_OFFLOAD = (
-    "--set",
-    "zero_optimization.offload_optimizer.device=cpu",
-    "--set",
-    "zerotop.offload.overlap=false",
-    "--set",
-    "train_micro_batch_size_per_gpu=1",
-    "--set",
-    "gradient_accumulation_steps=1",
-)
 _AT_STAGE_3 = (
     "--set",
     "zero_optimization.stage=3",
@@ -164,7 +153,6 @@ LIVE: tuple[LiveFault, ...] = tuple(
         "ends early": (("--fault", "early"),),
         "transfer hangs": ((), "cut", True),
         "cold file": (("--fault", "cold-file"), "limit_memory"),
-        "offload waits": ((), "", False, _EXPOSED_OFFLOAD),
     }.items()
 )
 
@@ -263,8 +251,7 @@ def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | 
         began = time.monotonic()
         if live.inject:
             getattr(injection, live.inject)(entry, pids)
-        from_start = not (live.script or live.inject or live.fault.calm)
-        told: Verdict | None = None if from_start else source.state.verdict
+        told: Verdict | None = source.state.verdict
         limit_s = CALM_S if live.fault.calm else VERDICT_S
         while time.monotonic() - began < limit_s:
             poll()
@@ -273,7 +260,7 @@ def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | 
                 told, found = verdict, as_finding(verdict)
                 right = is_right(found, live.fault, FAULTY)
                 if right and not live.fault.calm:
-                    return Seen(None if from_start else after, True, verdict.text, seen.others)
+                    return Seen(after, True, verdict.text, seen.others)
                 if not right and verdict.severity != "info":
                     seen.others.append(f"{verdict.what} after {after:.0f} s")
             source.wait(POLL_S)

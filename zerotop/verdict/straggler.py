@@ -115,7 +115,10 @@ def _straggler(figures: Figures, rank: int) -> Finding:
         facts |= {"part": part, "excess_ms": round(excess_ms, 1), "ratio": round(ratio, 3) if ratio else None}
         usual, now = figures.state.breakdowns.usual_ms(rank, part), getattr(figures.breakdowns[rank], part)
         if usual and now > 1.2 * usual:
-            text += f" and {now / usual:.2f} x what it took before"
+            times = now / usual
+            text += (
+                f" and {times:,.0f} x what it took before" if times >= 10 else f" and {times:.2f} x what it took before"
+            )
             facts["usual_ms"] = round(usual, 1)
     if counted:
         text += f"; it came last in {came_last} of {counted} collectives"
