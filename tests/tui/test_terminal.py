@@ -38,12 +38,14 @@ def test_the_screen_draws_on_its_terminal_and_leaves_it_tidy_on_a_signal(
     assert hub.commands == []
 
 
-def test_a_terminal_that_is_closed_ends_the_screen_and_nothing_else(hub: FakeHub) -> None:
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_terminal_that_is_closed_ends_the_screen_and_nothing_else(hub: FakeHub, signalled: bool) -> None:
     terminal = Terminal([*ATTACH, "q1"])
     try:
         terminal.read_until(lambda: "step 77 of 200" in terminal.shown)
         terminal.hang_up()
-        terminal.process.send_signal(signal.SIGHUP)  # what a shell's session gets; ours has no controlling terminal
+        if signalled:  # as a shell's session is; ours has no controlling terminal
+            terminal.process.send_signal(signal.SIGHUP)
         assert terminal.process.wait(patient(30)) == 128 + signal.SIGHUP
         assert hub.commands == []
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from zerotop.tui.ascii import Plain, ascii_table, wants_ascii
 __all__ = ["LEAVING_SIGNALS", "SERVED_VARIABLE", "TerminalDriver", "driver_class", "leave_on_signals"]
 
 LEAVING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+LOOK_S = 1.0
+"""How often the terminal is looked at."""
 
 
 class TerminalDriver(LinuxDriver):
@@ -60,13 +63,34 @@ def driver_class() -> type[Driver]:
 
 
 def leave_on_signals(leave: Callable[[int], None]) -> None:
-    """Call `leave` with the first SIGTERM or SIGHUP, in the running event loop; a second one ends the process."""
+    """Call `leave` with the first SIGTERM or SIGHUP, in the running event loop; a second one ends the process. A
+    terminal that has gone without a signal (nohup, a session of its own) counts as SIGHUP: Textual would read its end
+    over and over."""
     loop = asyncio.get_running_loop()
+    left = False
 
     def received(number: int) -> None:
+        nonlocal left
+        left = True
         for one in LEAVING_SIGNALS:
             loop.remove_signal_handler(one)
         leave(number)
 
+    def look() -> None:
+        if left:
+            return
+        if has_hung_up(0):
+            received(signal.SIGHUP)
+        else:
+            loop.call_later(LOOK_S, look)
+
     for number in LEAVING_SIGNALS:
         loop.add_signal_handler(number, received, number)
+    loop.call_later(LOOK_S, look)
+
+
+def has_hung_up(descriptor: int) -> bool:
+    """Whether the other end of the terminal or pipe `descriptor` is closed."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
