@@ -12,6 +12,7 @@ import contextlib
 import io
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class Ranks:
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
-                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                    ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
                     self.broken = True
                     raise RankError(f"rank {rank} died") from None
@@ -100,5 +101,6 @@ def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
             text = io.StringIO()
             traceback.print_exc(file=text)
             answer = (False, text.getvalue())
-        pipe.send(answer)
+        # By value: torch makes a tensor that multiprocessing pickles shared memory, and so an open file of the tests.
+        pipe.send_bytes(pickle.dumps(answer))
     dist.destroy_process_group()
