@@ -38,7 +38,7 @@ from zerotop.tui.pager import LogOpener
 from zerotop.tui.pages.overview import OverviewPage
 from zerotop.tui.palette_commands import palette_commands
 from zerotop.tui.panels.rank_grid import RankGrid
-from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.panels.rank_panel import RankPanel
 from zerotop.tui.panels.settings import SettingTable
 from zerotop.tui.screens.confirm import ConfirmScreen
 from zerotop.tui.screens.help import HelpScreen
@@ -436,7 +436,7 @@ class ZerotopApp(LogOpener[Outcome]):
         target.write_text(self.export_screenshot(title=f"{self.TITLE}"), encoding="utf-8")
         return target
 
-    def on_rank_table_opened(self, message: RankTable.Opened) -> None:
+    def on_rank_panel_opened(self, message: RankPanel.Opened) -> None:
         self.open_over(RankScreen(self.palette, message.rank))
 
     @on(SettingTable.Chosen)

@@ -13,7 +13,7 @@ from zerotop.tui.pages.base import Page
 from zerotop.tui.panels.memory import MemoryPanel
 from zerotop.tui.panels.memory_bars import MemoryBars
 from zerotop.tui.panels.peaks import PeakPanel, PlanPanel
-from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.panels.rank_panel import RankPanel
 
 DETAILS_LEAST = 9
 """Lines of the panels on one rank."""
@@ -47,8 +47,8 @@ class MemoryPage(Page):
         height = max(4, min(bars.rows_wanted, self.size.height - DETAILS_LEAST))
         bars.styles.height = None if self.screen.maximized is bars else height
 
-    @on(RankTable.Selected)
-    def _rank_selected(self, message: RankTable.Selected) -> None:
+    @on(RankPanel.Selected)
+    def _rank_selected(self, message: RankPanel.Selected) -> None:
         message.stop()
         for panel in (self.query_one(MemoryPanel), self.query_one(PeakPanel), self.query_one(PlanPanel)):
             panel.rank = message.rank

@@ -18,6 +18,7 @@ from zerotop.tui.panels.memory import Legend, MemoryPanel
 from zerotop.tui.panels.phases import PhaseLegend
 from zerotop.tui.panels.plots import LEARNING, SPEED, PlotPanel
 from zerotop.tui.panels.rank_grid import RankGrid
+from zerotop.tui.panels.rank_panel import RankPanel
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.panels.summary import SummaryPanel
 from zerotop.tui.screens.live import LiveScreen
@@ -227,8 +228,8 @@ class OverviewPage(Page):
         shown = max(1, min(room - 3, max(heights.middle, room * 3 // 4)))
         return ((table, heights.table), (summary, shown), (events, room - shown))
 
-    @on(RankTable.Selected)
-    def _rank_selected(self, message: RankTable.Selected) -> None:
+    @on(RankPanel.Selected)
+    def _rank_selected(self, message: RankPanel.Selected) -> None:
         memory = self._memory
         memory.rank = message.rank
         memory.redraw()

@@ -15,7 +15,7 @@ from zerotop.format import ms_text
 from zerotop.state.run import RankState, RunState
 from zerotop.tui.abilities import Zoomable
 from zerotop.tui.panels.phases import phase_legend
-from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.panels.rank_panel import RankPanel
 from zerotop.tui.theme import Palette
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import Row, ScrollPanel
@@ -190,7 +190,7 @@ class LanePanel(ScrollPanel, Zoomable):
 
     def action_open(self) -> None:
         """Open the selected rank."""
-        self.post_message(RankTable.Opened(self.selected))
+        self.post_message(RankPanel.Opened(self.selected))
 
     def zoom_by(self, factor: float) -> None:
         """Show less time, or more, around the cursor or the right edge."""

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
-from textual import events
 from textual.binding import Binding, BindingType
 
 from runtime.wire.node import NodeStats
@@ -14,10 +13,10 @@ from zerotop.format import bytes_text, share_text, used_of
 from zerotop.state.memory import MemoryUse, planned_peak
 from zerotop.state.run import RankState
 from zerotop.state.thresholds import FULL
-from zerotop.tui.panels.ranks import RankTable
+from zerotop.tui.panels.rank_panel import RankPanel
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import split_cells, stacked_bar
-from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel
+from zerotop.tui.widgets.lines import PLAIN, Row
 
 NAME, USED = 15, 23
 NOTES_FROM = 120
@@ -25,7 +24,7 @@ NOTES = 38
 PEAK, PLAN = "┃", "◇"
 
 
-class MemoryBars(ScrollPanel):
+class MemoryBars(RankPanel):
     """Hosts first, then ranks. Those of GPUs are to the scale of the largest GPU; those of CPU ranks, which share the
     host's memory, to that of the largest rank."""
 
@@ -151,34 +150,16 @@ class MemoryBars(ScrollPanel):
     # ---- keys and mouse --------------------------------------------------------------------------------------------
     def action_select(self, by: int) -> None:
         """Select another rank."""
-        self._select(self.selected + by)
+        self.select_rank(self.selected + by)
 
-    def _select(self, number: int) -> None:
+    def select_rank(self, number: int) -> None:
         self.selected = max(0, min(self._count - 1, number))
-        place, top = self._hosts + self.selected, self.scroll_offset.y
-        visible = self.scrollable_content_region.height - 1
-        if place < top or place >= top + visible:
-            self.scroll_to(y=place if place < top else place - visible + 1, animate=False, immediate=True, force=True)
-        self.redraw()
-        self.post_message(RankTable.Selected(self.selected))
+        self.scroll_line_into_view(self._hosts + self.selected, self.scrollable_content_region.height - 1)
+        self.tell_selected()
 
-    def action_open(self) -> None:
-        """Open the selected rank."""
-        self.post_message(RankTable.Opened(self.selected))
-
-    def on_click(self, event: events.Click) -> None:
-        number = self.scroll_offset.y + event.get_content_offset_capture(self).y - self._hosts
-        if 0 <= number < self._count:
-            if number == self.selected and event.chain > 1:
-                self.action_open()
-            else:
-                self._select(number)
-
-    def on_focus(self) -> None:
-        self.redraw()
-
-    def on_blur(self) -> None:
-        self.redraw()
+    def rank_at(self, column: int, line: int) -> int | None:
+        number = self.scroll_offset.y + line - self._hosts
+        return number if 0 <= number < self._count else None
 
 
 def _plan(rank: RankState) -> int | None:

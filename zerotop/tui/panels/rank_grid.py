@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from rich.segment import Segment
 from rich.style import Style
-from textual import events
 from textual.binding import Binding, BindingType
 
 from zerotop.state.gpu import Concern, concerns
@@ -16,10 +15,11 @@ from zerotop.state.run import RankState
 from zerotop.tui.abilities import Figured, Filterable
 from zerotop.tui.panels.grid_figures import Cell, FigureReader, GridFigure
 from zerotop.tui.panels.rank_cells import OUTCOMES
+from zerotop.tui.panels.rank_panel import RankPanel
 from zerotop.tui.panels.ranks import RankTable, passes
 from zerotop.tui.view import View, stale_after_s
 from zerotop.tui.widgets.blocks import Blocks, Piece, arrange
-from zerotop.tui.widgets.lines import PLAIN, Row, ScrollPanel, fit
+from zerotop.tui.widgets.lines import PLAIN, Row, fit
 
 NUMBERS_FROM = 3
 """Columns from which a cell holds a number; a narrower one has a digit, the tenth of its heat."""
@@ -41,7 +41,7 @@ SIGNS = (
 """The signs of cells, for the help."""
 
 
-class RankGrid(ScrollPanel, Filterable, Figured):
+class RankGrid(RankPanel, Filterable, Figured):
     """Every rank has its place, whatever the filter is. Enter opens the selected one."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -292,43 +292,20 @@ class RankGrid(ScrollPanel, Filterable, Figured):
         there = [rank for rank in self._chosen if self._places[rank][1] == line]
         self.select_rank(min(there, key=lambda rank: (abs(self._places[rank][0] - x), rank)))
 
-    def action_open(self) -> None:
-        """Open the selected rank."""
-        self.post_message(RankTable.Opened(self.selected))
-
     def select_rank(self, number: int) -> None:
-        """Select a rank and scroll it into view."""
         self.selected = number
         self._follow_selected()
-        self.redraw()
-        self.post_message(RankTable.Selected(number))
+        self.tell_selected()
 
     def _follow_selected(self) -> None:
-        if self.selected not in self._places:
-            return
-        line, top = self._places[self.selected][1], self.scroll_offset.y
-        visible = max(1, self.scrollable_content_region.height - 1)
-        if not top <= line < top + visible:
-            target = line if line < top else line - visible + 1
-            self.scroll_to(y=target, animate=False, immediate=True, force=True)
+        if self.selected in self._places:
+            line = self._places[self.selected][1]
+            self.scroll_line_into_view(line, max(1, self.scrollable_content_region.height - 1))
 
-    def on_click(self, event: events.Click) -> None:
-        offset = event.get_content_offset_capture(self)
-        if offset.y >= self.scrollable_content_region.height - 1:
-            return  # the line of the selected rank
-        number = self._blocks.item_at(offset.x, offset.y + self.scroll_offset.y)
-        if number is None:
-            return
-        if number == self.selected and event.chain > 1:
-            self.action_open()
-        else:
-            self.select_rank(number)
-
-    def on_focus(self) -> None:
-        self.redraw()
-
-    def on_blur(self) -> None:
-        self.redraw()
+    def rank_at(self, column: int, line: int) -> int | None:
+        if line >= self.scrollable_content_region.height - 1:
+            return None  # the line of the selected rank
+        return self._blocks.item_at(column, line + self.scroll_offset.y)
 
 
 def grouped(view: View) -> tuple[Group, ...]:

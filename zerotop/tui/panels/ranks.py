@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from textual import events
 from textual.binding import Binding, BindingType
-from textual.message import Message
 
 from zerotop.state.gpu import Concern, concerns
 from zerotop.state.run import RankState
@@ -22,8 +20,9 @@ from zerotop.tui.panels.rank_columns import (
     sorted_ranks,
     sorts_of,
 )
+from zerotop.tui.panels.rank_panel import RankPanel
 from zerotop.tui.view import View, stale_after_s
-from zerotop.tui.widgets.lines import Row, ScrollPanel
+from zerotop.tui.widgets.lines import Row
 from zerotop.tui.widgets.timeline import LastSteps
 
 PINNED_FROM = 16
@@ -43,7 +42,7 @@ def passes(view: View, number: int, wanted: str, alarms: Sequence[Concern]) -> b
     return wanted.lower() in " ".join(words).lower() or wanted == str(number)
 
 
-class RankTable(ScrollPanel, Filterable):
+class RankTable(RankPanel, Filterable):
     """The ranks, one per line. Enter opens the selected one."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -57,20 +56,6 @@ class RankTable(ScrollPanel, Filterable):
         Binding("end", "select(1000)", show=False),
         Binding("enter", "open", "Open rank", show=False, id="rank.open"),
     ]
-
-    class Selected(Message):
-        """The selection moved to another rank."""
-
-        def __init__(self, rank: int) -> None:
-            self.rank = rank
-            super().__init__()
-
-    class Opened(Message):
-        """The user opened a rank."""
-
-        def __init__(self, rank: int) -> None:
-            self.rank = rank
-            super().__init__()
 
     READS = ("heartbeat", "memory", "step", "phases", "collectives", "node")
     FILTER_HINT = "rank 3, cuda:1, a host, a phase, an alarm …"
@@ -200,35 +185,13 @@ class RankTable(ScrollPanel, Filterable):
             place = self._order.index(self.selected) if self.selected in self._order else 0
             self.select_rank(self._order[min(len(self._order) - 1, max(0, place + by))])
 
-    def action_open(self) -> None:
-        """Open the selected rank."""
-        self.post_message(self.Opened(self.selected))
-
     def select_rank(self, number: int) -> None:
-        """Select a rank and scroll it into view."""
         self.selected = number
         place = self._order.index(number) if number in self._order else 0
-        visible = self.scrollable_content_region.height - 1 - int(len(self._order) >= MEDIAN_FROM)
-        top = self.scroll_offset.y
-        if place < top:
-            self.scroll_to(y=place, animate=False, immediate=True, force=True)
-        elif visible > 0 and place >= top + visible:
-            self.scroll_to(y=place - visible + 1, animate=False, immediate=True, force=True)
-        self.redraw()
-        self.post_message(self.Selected(number))
+        below = int(len(self._order) >= MEDIAN_FROM)
+        self.scroll_line_into_view(place, self.scrollable_content_region.height - 1 - below)
+        self.tell_selected()
 
-    def on_click(self, event: events.Click) -> None:
-        line = event.get_content_offset_capture(self).y - 1
-        place = self.scroll_offset.y + line
-        if line >= 0 and place < len(self._order):
-            number = self._order[place]
-            if number == self.selected and event.chain > 1:
-                self.action_open()
-            else:
-                self.select_rank(number)
-
-    def on_focus(self) -> None:
-        self.redraw()
-
-    def on_blur(self) -> None:
-        self.redraw()
+    def rank_at(self, column: int, line: int) -> int | None:
+        place = self.scroll_offset.y + line - 1
+        return self._order[place] if line >= 1 and place < len(self._order) else None
