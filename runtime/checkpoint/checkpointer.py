@@ -163,7 +163,7 @@ class Checkpointer:
         job = self._job(
             folder, tag, parts, all_scalars, client_state, owners, options, keep=keep, keep_every=keep_every
         )
-        self._guard.protect(snapshot)
+        self._guard.protect(snapshot, self._writer.hurried)
         self._reports = on_done is not None
         self._writer.save(job, snapshot, self._memory, on_done or (lambda outcome: None), time.monotonic() - began)
         return job.final

@@ -2,6 +2,6 @@
 
 job            the work order for one rank's part
 snapshot       the copy in shared memory that is written while training continues
-writer_handle  the rank's handle on its writer process; writer: the process
+writer_handle  the rank's handle on its writer process; writer: the process; priority: its CPU priority
 commit         every rank writes its part, and a rename completes the checkpoint
 """

@@ -11,10 +11,11 @@ been copied. So the checkpoint is consistent without a second copy of the states
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ from runtime.plan.constants import SNAPSHOT_SLOT_BYTES, SNAPSHOT_SLOTS
 from runtime.zero.flat import FlatParamGroup
 
 _ALIGNMENT = 64
+
+Hurried = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class SharedMemory:
@@ -159,15 +162,16 @@ class Snapshot:
                 self._left[id(flat)] -= 1
                 self._changed.notify_all()
 
-    def wait_for(self, flat: FlatParamGroup) -> None:
-        """Wait until the snapshot no longer needs the states of `flat`. See [Note: streamed blocks]."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._left.get(id(flat), 0) <= 0)
+    def needs(self, flat: FlatParamGroup | None = None) -> bool:
+        """Whether the snapshot still has to read the states of `flat`; None: any states. See [Note: streamed
+        blocks]."""
+        lefts = [*self._left.values()] if flat is None else [self._left.get(id(flat), 0)]
+        return any(left > 0 for left in lefts)
 
-    def wait_for_all(self) -> None:
-        """Wait until the snapshot no longer needs any state."""
+    def wait_for(self, flat: FlatParamGroup | None = None) -> None:
+        """Wait until the snapshot no longer `needs` these states."""
         with self._changed:
-            self._changed.wait_for(lambda: all(left <= 0 for left in self._left.values()))
+            self._changed.wait_for(lambda: not self.needs(flat))
 
     def abandon(self) -> None:
         """The writer needs no more pieces: release everyone who waits."""
@@ -181,20 +185,25 @@ class SnapshotGuard:
 
     def __init__(self) -> None:
         self._snapshot: Snapshot | None = None
+        self._hurried: Hurried = contextlib.nullcontext
 
-    def protect(self, snapshot: Snapshot | None) -> None:
-        """Guard `snapshot` from now on, instead of the previous one; None: nothing."""
-        self._snapshot = snapshot
+    def protect(self, snapshot: Snapshot | None, hurried: Hurried = contextlib.nullcontext) -> None:
+        """Guard `snapshot` from now on, instead of the previous one; None: nothing. hurried: entered while training
+        waits for who reads the snapshot."""
+        self._snapshot, self._hurried = snapshot, hurried
 
     def wait_for(self, flat: FlatParamGroup) -> None:
         """Wait until the master weights and optimizer states of `flat` may change."""
-        if self._snapshot is not None:
-            self._snapshot.wait_for(flat)
+        self._wait(flat)
 
     def wait_for_all(self) -> None:
         """Wait until all states may change."""
-        if self._snapshot is not None:
-            self._snapshot.wait_for_all()
+        self._wait(None)
+
+    def _wait(self, flat: FlatParamGroup | None) -> None:
+        if self._snapshot is not None and self._snapshot.needs(flat):
+            with self._hurried():
+                self._snapshot.wait_for(flat)
 
 
 def slot_at(copied_bytes: int, slot: int) -> int:

@@ -1,13 +1,12 @@
 """A writer process: `python -m runtime.checkpoint.saving.writer DESCRIPTOR STORE RANK WORLD`, started by a rank
 (writer_handle.py).
 
-It runs at idle priority, so that training gets the CPU first. It is a process rather than a thread, so that training
+The rank runs it at idle priority, so that training gets the CPU first (priority.py). It is a process rather than a thread, so that training
 never waits for the GIL while the writer waits for the CPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import mmap
 import multiprocessing.connection as connections
@@ -44,11 +43,9 @@ def main() -> None:
     die_with_parent(signal.SIGKILL)
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    os.nice(10)
     link = _Link(connections.Connection(int(descriptor)))
     peers = _Peers(store, int(rank), int(world_size))
     link.send(("ready",))
-    _be_idle()  # inherited by threads that start later
     threading.Thread(target=link.beat, daemon=True).start()
     pages: mmap.mmap | None = None
     while (message := link.receive()) is not None:
@@ -62,7 +59,6 @@ def main() -> None:
             case ("save", job, places, copied_bytes):
                 assert pages is not None
                 link.send(("done", *_save(job, _Source(link, pages, places, copied_bytes), peers)))
-                _be_idle()  # undo WriterProcess._hurry
     os._exit(0)  # skips the teardown of process groups and stores, which would wait for peers
 
 
@@ -190,15 +186,6 @@ def _remove(store: Path) -> None:
     store.unlink(missing_ok=True)
     if store.parent.name.startswith(MEETING_FOLDER):
         store.parent.rmdir()
-
-
-def _be_idle() -> None:
-    """Switch to idle CPU and I/O scheduling, where the system has it (Linux)."""
-    import psutil
-
-    with contextlib.suppress(OSError, AttributeError, psutil.Error):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
 
 
 if __name__ == "__main__":

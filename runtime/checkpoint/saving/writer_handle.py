@@ -28,6 +28,7 @@ from multiprocessing import reduction
 from typing import Any
 
 from runtime.checkpoint.saving.job import Job
+from runtime.checkpoint.saving.priority import Priority
 from runtime.checkpoint.saving.snapshot import SharedMemory, Snapshot
 
 log = logging.getLogger("runtime.checkpoint")
@@ -104,6 +105,7 @@ class WriterProcess:
         """Whether it can take another job. False after any failure, as its peers may be gone: all ranks then start
         anew."""
         self._ready = False
+        self._priority = Priority(self._process.pid)
         for work in (self._send_all, self._receive_all):
             threading.Thread(target=work, name="zerotop-checkpoint", daemon=True).start()
 
@@ -141,11 +143,13 @@ class WriterProcess:
     def wait(self, patience_s: float | None = None) -> Outcome | None:
         """Wait for the last save and return its outcome; None if there was none, or after `patience_s` seconds. The
         writer runs at normal priority meanwhile."""
-        if self.busy:
-            self._hurry()
-        with self._changed:
+        with self.hurried() if self.busy else contextlib.nullcontext(), self._changed:
             self._changed.wait_for(lambda: self._running is None, patience_s)
             return self._outcome
+
+    def hurried(self) -> contextlib.AbstractContextManager[None]:
+        """Run the writer at normal priority while training waits for it."""
+        return self._priority.raised()
 
     def forget(self) -> None:
         """Drop the outcome of the last save, once it has been reported."""
@@ -163,12 +167,6 @@ class WriterProcess:
     def _kill(self) -> None:
         self._process.kill()
         self._process.wait()
-
-    def _hurry(self) -> None:
-        """Raise the writer from idle to normal CPU priority, because training waits for it."""
-        with contextlib.suppress(OSError):  # gone, or not permitted: then it stays slow
-            for task in os.listdir(f"/proc/{self.pid}/task"):
-                os.sched_setscheduler(int(task), os.SCHED_OTHER, os.sched_param(0))
 
     # ---- two threads, so that neither sending nor receiving blocks the other -----------------------------------------
     def _send_all(self) -> None:
@@ -200,7 +198,7 @@ class WriterProcess:
         try:
             while True:
                 patience_s = PATIENCE_S if self._ready else START_PATIENCE_S
-                if not self._connection.poll(patience_s):
+                if not (self._connection.poll(patience_s / 2) or self._heard_when_raised(patience_s / 2)):
                     reason = f"the writer process did not respond for {patience_s:g} s"
                     break
                 self._received(self._connection.recv())
@@ -214,10 +212,16 @@ class WriterProcess:
             self._end(_failed(running.job, f"{reason} (exit code {self._process.returncode})"))
         self._connection.close()
 
+    def _heard_when_raised(self, patience_s: float) -> bool:
+        """Whether a silent writer responds at normal priority: busy CPUs may have left it no time."""
+        with self.hurried():
+            return self._connection.poll(patience_s)
+
     def _received(self, message: Any) -> None:
         match message:
             case ("ready",):
                 self._ready = True
+                self._priority.lower()
             case ("copy_piece", index, slot):
                 running = self._running
                 assert running is not None
