@@ -1,8 +1,8 @@
 """A writer process: `python -m runtime.checkpoint.saving.writer DESCRIPTOR STORE RANK WORLD`, started by a rank
 (writer_handle.py).
 
-The rank runs it at idle priority, so that training gets the CPU first (priority.py). It is a process rather than a thread, so that training
-never waits for the GIL while the writer waits for the CPU.
+The rank runs it at idle priority, so that training gets the CPU first (priority.py). It is a process rather than a
+thread, so that training never waits for the GIL while the writer waits for the CPU.
 """
 
 from __future__ import annotations
