@@ -61,13 +61,17 @@ def resident(parameters: int, rounds: int) -> list[str]:
     g, out = (torch.zeros(parameters, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     source, target = (torch.zeros(RESIDENT_BYTES * parameters // 8, device="cuda") for _ in range(2))
     stream = torch.cuda.current_stream().cuda_stream
+
+    def copy() -> None:
+        target.copy_(source)
+
     return row(
         "resident",
         parameters,
         RESIDENT_BYTES,
         beside(
             lambda: native.cuda_adamw(p, m, v, g, out, step=2, stream=stream, **HYPER),
-            lambda: target.copy_(source) and None,
+            copy,
             rounds,
         ),
     )

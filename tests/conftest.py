@@ -27,7 +27,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         mark = item.get_closest_marker("timeout")
         seconds = float(mark.args[0]) if mark else usual
-        item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+        if config.getoption("timeout") is None:  # else the command line's holds
+            item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     items[:] = spread([(item.nodeid, item) for item in items], workers)
 

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-PTX = "80"
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+PTX = "75"
 """What is also compiled to PTX, as the oldest of them would be."""
 FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills"]
 FLAGS += ["-Xcompiler", "-Wall,-Wextra,-fPIC,-fvisibility=hidden"]

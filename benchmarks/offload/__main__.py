@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.context import ROOT, markdown, measured_on, table
 from benchmarks.offload.drawing import as_perfetto, as_svg
-from benchmarks.offload.modes import MODES, Trainer, job
+from benchmarks.offload.modes import MODES, Trainer, job, missing_package
 from runtime.config.presets import PRESETS
 from runtime.plan.peaks import peak_tflops
 
@@ -44,38 +44,54 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8, help="timed ones")
     parser.add_argument("--warm", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of torch; the update has as many of its own")
+    parser.add_argument("--threads", type=int, help="of torch and of the update (default 1; on a GPU all)")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw one step of `offload`")
     parser.add_argument("--perfetto", type=Path, metavar="FILE", help="its trace, for ui.perfetto.dev")
     parser.add_argument("--one", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.threads = options.threads or (len(os.sched_getaffinity(0)) if options.device == "cuda" else 1)
     options.modes = options.modes or list(DEFAULT)
     unknown = [mode for mode in options.modes if mode not in MODES]
     if unknown:
         parser.error(f"expected modes of {', '.join(MODES)}; got {', '.join(unknown)}")
     if options.one:
         return _one(options)
+    lacking = {mode: package for mode in options.modes if (package := missing_package(mode)) is not None}
+    for mode, package in lacking.items():
+        print(f"{mode} is left out: {package} is not installed", file=sys.stderr)
+    options.modes = [mode for mode in options.modes if mode not in lacking]
+    if not options.modes:
+        return 2
     rounds, failures = _all(options)
-    first = options.modes[0]
-    rows = [_row(mode, first, rounds, options) for mode in options.modes]
-    header = ["mode", "step ms", f"x {first}", "tokens/s", "TFLOPS", "MFU", "peak GiB"]
-    header += ["update ms", "exposed ms", "hidden", "loss"]
-    print(table(header, rows))
+    print(_table(rounds, options))
     for mode, reason in failures.items():
         print(f"{mode} failed: {reason}")
-    if options.markdown:
-        context = measured_on("benchmarks.offload", ("torch", "deepspeed", "torchao"))
-        notes = "".join(f"\n- {mode} failed: {reason}" for mode, reason in failures.items())
-        title = f"Offload, {options.preset}, bf16, one rank on {_device_name(options.device)}"
-        options.markdown.write_text(markdown(title, context, table(header, rows, pipes=True) + notes))
     return 1 if failures else 0
 
 
+def _table(rounds: list[dict[str, dict[str, Any]]], options: argparse.Namespace, pipes: bool = False) -> str:
+    first = options.modes[0]
+    header = ["mode", "step ms", f"x {first}", "tokens/s", "TFLOPS", "MFU", "peak GiB"]
+    header += ["update ms", "exposed ms", "hidden", "loss"]
+    seen = [mode for mode in options.modes if any(mode in records for records in rounds)]
+    return table(header, [_row(mode, first, rounds, options) for mode in seen], pipes=pipes)
+
+
+def _write(rounds: list[dict[str, dict[str, Any]]], failures: dict[str, str], options: argparse.Namespace) -> None:
+    """The file of --markdown, as far as it has come."""
+    context = measured_on("benchmarks.offload", ("torch", "deepspeed", "torchao"))
+    notes = "".join(f"\n- {mode} failed: {reason}" for mode, reason in failures.items())
+    title = f"Offload, {options.preset}, bf16, one rank on {_device_name(options.device)}"
+    options.markdown.write_text(markdown(title, context, _table(rounds, options, pipes=True) + notes))
+
+
 def _all(options: argparse.Namespace) -> tuple[list[dict[str, dict[str, Any]]], dict[str, str]]:
-    rounds, failures = [], {}
+    rounds: list[dict[str, dict[str, Any]]] = []
+    failures: dict[str, str] = {}
     for number in range(options.rounds):
         records: dict[str, dict[str, Any]] = {}
+        rounds.append(records)
         for mode in options.modes:
             with tempfile.TemporaryDirectory(prefix="zerotop-offload-") as folder:
                 out = Path(folder) / "record.json"
@@ -86,12 +102,12 @@ def _all(options: argparse.Namespace) -> tuple[list[dict[str, dict[str, Any]]], 
                 if done.returncode or not out.exists():
                     lines = done.stderr.decode(errors="replace").strip().splitlines()
                     failures[mode] = lines[-1] if lines else f"exit code {done.returncode}"
-                    continue
-                records[mode] = json.loads(out.read_text())
-            print(
-                f"round {number + 1}/{options.rounds} {mode}: {records[mode]['step_ms']:.0f} ms a step", file=sys.stderr
-            )
-        rounds.append(records)
+                else:
+                    records[mode] = json.loads(out.read_text())
+            if options.markdown:  # what a time-out leaves is kept
+                _write(rounds, failures, options)
+            seen = f"{records[mode]['step_ms']:.0f} ms a step" if mode in records else "failed"
+            print(f"round {number + 1}/{options.rounds} {mode}: {seen}", file=sys.stderr)
     return rounds, failures
 
 
@@ -105,6 +121,8 @@ def _one(options: argparse.Namespace) -> int:
     for number in range(options.warm + options.steps):
         if trainer.trace is not None:
             trainer.trace.clear()
+        if number == options.warm and options.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # that of building the model is not a step's
         began = time.perf_counter()
         loss = trainer.step(number)
         if options.device == "cuda":
@@ -124,7 +142,7 @@ def _one(options: argparse.Namespace) -> int:
 
 
 def _peak_bytes(device: str) -> int:
-    """The most that torch allocated on the GPU, or that this process held in memory, so far."""
+    """The most that torch allocated on the GPU in the timed steps, or that this process held in memory so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -156,8 +174,6 @@ def _keep(trainer: Trainer, options: argparse.Namespace, number: int) -> None:
 
 def _row(mode: str, first: str, rounds: list[dict[str, dict[str, Any]]], options: argparse.Namespace) -> list[str]:
     records = [records[mode] for records in rounds if mode in records]
-    if not records:
-        return [mode, "failed", *[""] * 9]
     ratios = [r[mode]["step_ms"] / r[first]["step_ms"] for r in rounds if mode in r and first in r]
     work = job(options.preset, options.mb, options.seq, options.device)
     step_ms = statistics.median(r["step_ms"] for r in records)

@@ -3,6 +3,7 @@ optimizer step."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 from collections.abc import Callable
@@ -29,7 +30,8 @@ class Job(NamedTuple):
 
     def model(self) -> GPT:
         torch.manual_seed(0)
-        return GPT(self.shape)
+        with self.device:  # the host has no room for the fp32 weights beside the offloaded states of a large model
+            return GPT(self.shape)
 
     def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(number)
@@ -48,6 +50,16 @@ class Job(NamedTuple):
         return flops_per_token(self.shape, gpt_weights(self.shape), self.seq).model * self.tokens
 
 
+PACKAGES = {"torchao": "torchao", "deepspeed": "deepspeed"}
+"""Mode -> the package that it needs."""
+
+
+def missing_package(mode: str) -> str | None:
+    """The package that a mode lacks here."""
+    package = PACKAGES.get(mode)
+    return package if package is not None and importlib.util.find_spec(package) is None else None
+
+
 class Trainer(NamedTuple):
     step: Callable[[int], float]  # number -> loss
     trace: Trace | None = None  # of ours
@@ -56,7 +68,7 @@ class Trainer(NamedTuple):
 def job(preset: str, micro_batch: int, seq: int, device: str) -> Job:
     full = PRESETS[preset]
     shape = GPTConfig(full.layers, full.heads, full.dim, full.vocab_size, max(seq, 1))
-    return Job(shape, micro_batch, seq, torch.device(device))
+    return Job(shape, micro_batch, seq, torch.device(device, 0) if device == "cuda" else torch.device(device))
 
 
 def _ours(job: Job, **zero: Any) -> Trainer:

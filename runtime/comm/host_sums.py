@@ -42,7 +42,7 @@ class HostSum:
         self._result: Future[list[float]] = _sums_thread(device).submit(self._sum)
 
     def _sum(self) -> list[float]:
-        numbers = torch.tensor(self._own(), dtype=torch.float64)
+        numbers = torch.tensor(self._own(), dtype=torch.float64, device="cpu")
         self._began_ns = time.monotonic_ns()
         if self._group is not None:
             with waiting_for_ranks(_OP):

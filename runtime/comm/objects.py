@@ -68,10 +68,10 @@ def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     place = _next_place(group)
     own = _tensor(_signed(pack(value), place, rank))
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
-    dist.all_gather(sizes, torch.tensor([own.numel()]), group=group)
+    sizes = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(world_size)]
+    dist.all_gather(sizes, torch.tensor([own.numel()], device="cpu"), group=group)
     lengths = [_length(size) for size in sizes]
-    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
     padded[: own.numel()] = own
     arrived = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(arrived, padded, group=group)
@@ -85,13 +85,13 @@ def broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
     """Rank 0's `value` on every rank; the values of other ranks are ignored. `group` is a Gloo group of the world."""
     first = dist.get_rank(group) == 0
     place = _next_place(group)
-    content = _tensor(_signed(pack(value), place, 0)) if first else torch.empty(0, dtype=torch.uint8)
-    size = torch.tensor([content.numel()])
+    content = _tensor(_signed(pack(value), place, 0)) if first else torch.empty(0, dtype=torch.uint8, device="cpu")
+    size = torch.tensor([content.numel()], device="cpu")
     dist.broadcast(size, 0, group=group)
     if first:
         dist.broadcast(content, 0, group=group)
         return value
-    content = torch.empty(_length(size), dtype=torch.uint8)
+    content = torch.empty(_length(size), dtype=torch.uint8, device="cpu")
     dist.broadcast(content, 0, group=group)
     return unpack(_checked(_bytes(content), place, 0))
 
@@ -171,7 +171,11 @@ def _from_json(plain: Any) -> Any:
     if kind == "tensor":
         name, shape, encoded = content
         content = bytearray(base64.b64decode(encoded, validate=True))
-        flat = torch.frombuffer(content, dtype=_DTYPES[name]) if content else torch.empty(0, dtype=_DTYPES[name])
+        flat = (
+            torch.frombuffer(content, dtype=_DTYPES[name])
+            if content
+            else torch.empty(0, dtype=_DTYPES[name], device="cpu")
+        )
         return flat.view(shape)
     raise ValueError(kind)
 

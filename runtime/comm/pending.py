@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -64,7 +64,7 @@ GLOO_DISCONNECTED = (
 """Parts of Gloo's error messages when another rank has ended."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def waiting_for_ranks(op: str) -> Iterator[None]:
     """Around a wait for Gloo: raises RankGone instead of Gloo's socket errors, whose cause is that another rank has
     ended."""
@@ -175,11 +175,15 @@ class DeviceClock:
         self._zero_ns = self._zeroed_ns = time.monotonic_ns()
         self._next_zero: torch.cuda.Event | None = None
         self._unreported: deque[DevicePending] = deque()
+        self._ended = 0
+        telemetry.completed_on_device = self.ended
 
     def _move_zero(self) -> None:
         """Move the reference event: CUDA measures in fp32 milliseconds, which after an hour are 0.25 ms apart."""
         if self._next_zero is not None and self._next_zero.query():
-            self._zero_ns, self._zero, self._next_zero = self.ns(self._next_zero), self._next_zero, None
+            # No earlier than it was recorded, no later than now: the GPU's timer and the host's drift apart.
+            reached_ns = min(max(self.ns(self._next_zero), self._zeroed_ns), time.monotonic_ns())
+            self._zero_ns, self._zero, self._next_zero = reached_ns, self._next_zero, None
         elif self._next_zero is None and time.monotonic_ns() - self._zeroed_ns > ZERO_INTERVAL_NS:
             self._zeroed_ns = time.monotonic_ns()
             self._next_zero = torch.cuda.Event(enable_timing=True)
@@ -200,11 +204,21 @@ class DeviceClock:
         while self._unreported and self._unreported[0].over():
             self._unreported.popleft().report()
 
+    def ended(self) -> int:
+        """Sequence number of the newest collective that has ended. For the telemetry thread, whose heartbeats go on
+        while no collective is issued; collectives are reported only when the next one is."""
+        with contextlib.suppress(RuntimeError):  # the training thread has changed the deque meanwhile
+            for pending in [*self._unreported]:
+                if not pending.ended():
+                    break
+                self._ended = max(self._ended, pending.seq)
+        return self._ended
+
 
 class DevicePending:
     """An NCCL collective on the stream of collectives, between two events."""
 
-    __slots__ = ("_clock", "_end", "_nbytes", "_op", "_own", "_phase", "_seq", "_start", "_wait_begun")
+    __slots__ = ("_clock", "_end", "_nbytes", "_op", "_own", "_phase", "_start", "_wait_begun", "seq")
 
     def __init__(
         self,
@@ -217,7 +231,7 @@ class DevicePending:
     ) -> None:
         """after: a copy that the collective's stream waits for first."""
         self._clock, self._op, self._nbytes, self._own = clock, op, nbytes, own
-        self._seq = clock.telemetry.issued(op, nbytes)
+        self.seq = clock.telemetry.issued(op, nbytes)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._wait_begun: torch.cuda.Event | None = None
         self._phase = clock.telemetry.phase
@@ -249,6 +263,10 @@ class DevicePending:
     def fence(self) -> None:
         """Return at once: the next write is on the stream that `wait` has ordered after the collective."""
 
+    def ended(self) -> bool:
+        """Whether the collective has ended."""
+        return self._end.query()
+
     def over(self) -> bool:
         """Whether the collective has ended and the compute stream has reached the wait for it."""
         return self._wait_begun is not None and self._end.query() and self._wait_begun.query()
@@ -260,7 +278,7 @@ class DevicePending:
         clock = self._clock
         start_ns, end_ns, reached_ns = clock.ns(self._start), clock.ns(self._end), clock.ns(self._wait_begun)
         wait_ns = max(0, end_ns - reached_ns)
-        clock.telemetry.completed(self._seq, self._op, self._nbytes, start_ns, end_ns, wait_ns, self._phase)
+        clock.telemetry.completed(self.seq, self._op, self._nbytes, start_ns, end_ns, wait_ns, self._phase)
 
 
 def combine(target: torch.Tensor, source: torch.Tensor, add: bool, threads: int | None = None) -> None:

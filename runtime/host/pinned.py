@@ -89,7 +89,7 @@ class Arena:
 
         nbytes = numel * dtype.itemsize
         if nbytes == 0:
-            return torch.zeros(0, dtype=dtype)
+            return torch.zeros(0, dtype=dtype, device="cpu")
         try:
             pages = _Pages.make(page_rounded([nbytes]))
         except OSError as error:

@@ -30,7 +30,7 @@ def get_state(generators: Mapping[str, Generator] | None = None) -> dict[str, An
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "generators": {name: state_of(generator) for name, generator in (generators or {}).items()},
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # a rank on the CPU makes no context on a GPU
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -41,7 +41,7 @@ def set_state(state: Mapping[str, Any]) -> None:
     _set_python(random, state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
 
 

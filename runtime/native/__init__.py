@@ -39,6 +39,7 @@ from runtime.native.loading import (
     cuda_status,
     hyper,
     isa,
+    too_old,
 )
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "sum_into",
     "sum_of_squares",
     "sums_work",
+    "too_old",
     "touch",
     "unpin",
     "wait",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ABI = {"libzt_cpu.so": 6, "libzt_cuda.so": 4, "libzt_term.so": 1}
+ABI = {"libzt_cpu.so": 6, "libzt_cuda.so": 5, "libzt_term.so": 1}
 SUM_BLOCK = 8192  # elements; ZT_BLOCK of csrc/formula.h
 DTYPES = {"torch.float32": 1, "torch.bfloat16": 2, "torch.float16": 3}  # enum Dtype of csrc/cpu/kernels.h
 _NO_DEVICE = 100  # cudaErrorNoDevice
@@ -126,6 +126,7 @@ def cuda() -> ctypes.CDLL:
     lib.zt_stream_new.argtypes = [i32, u64, i64, i32, i32, i32, ctypes.POINTER(u64)]
     lib.zt_stream_free.argtypes = [u64]
     lib.zt_stream_adamw.argtypes = [u64, ranges, i64, hypers, i32, i32, i32, *([u64] * 6)]
+    lib.zt_capability.argtypes = [i32]
     lib.zt_pin.argtypes = [u64, i64, i32]
     lib.zt_unpin.argtypes = [u64]
     return lib
@@ -142,11 +143,27 @@ def available() -> bool:
 
 @functools.cache
 def cuda_available() -> bool:
-    """Whether the CUDA kernels can be called."""
+    """Whether the CUDA kernels can be called: built, and for every GPU that this process sees. Makes no context."""
     try:
-        return int(cuda().zt_device_count()) > 0
+        return int(cuda().zt_device_count()) > 0 and not too_old()
     except ImportError:
         return False
+
+
+def too_old() -> dict[int, str]:
+    """The GPUs for which the CUDA kernels are not built, with their compute capabilities.
+
+    Raises:
+        ImportError: the CUDA kernels are not built.
+    """
+    lib = cuda()
+    found = {device: int(lib.zt_capability(device)) for device in range(max(0, int(lib.zt_device_count())))}
+    oldest = int(lib.zt_oldest_capability())
+    return {device: _capability(value) for device, value in found.items() if 0 < value < oldest}
+
+
+def _capability(value: int) -> str:
+    return f"{value // 10}.{value % 10}"
 
 
 def isa(force: str = "") -> str | None:
@@ -179,6 +196,10 @@ def cuda_status() -> str:
         count = cuda().zt_device_count()
     except ImportError as error:
         return f"not available: {error}"
+    if old := too_old():
+        named = ", ".join(f"cuda:{device} has {capability}" for device, capability in old.items())
+        oldest = _capability(int(cuda().zt_oldest_capability()))
+        return f"built for compute capability {oldest} and newer, but {named}: torch's own operations run instead"
     if count > 0:
         return f"built, {count} GPU{'s' if count > 1 else ''}"
     code, text = cuda_problem()

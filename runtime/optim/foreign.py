@@ -54,8 +54,8 @@ def check_elementwise(given: torch.optim.Optimizer) -> None:
     """Raises ConfigError if `given` trains flat shards differently from full matrices, or can't be tested."""
     kind = f"{type(given).__module__}.{type(given).__qualname__}"
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(SHAPE, generator=generator)
-    gradients = [torch.randn(SHAPE, generator=generator) for _ in range(STEPS)]
+    start = torch.randn(SHAPE, generator=generator, device="cpu")
+    gradients = [torch.randn(SHAPE, generator=generator, device="cpu") for _ in range(STEPS)]
     flat = [gradient.view(-1) for gradient in gradients]
     try:
         with torch.random.fork_rng(devices=[]):

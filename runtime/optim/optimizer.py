@@ -331,4 +331,4 @@ def _has_stepped(state: dict[str, Any]) -> bool:
 def _defaults(kind: str) -> dict[str, Any]:
     if kind in ("Adam", "AdamW"):
         return {}
-    return dict(getattr(torch.optim, kind)([nn.Parameter(torch.zeros(1))]).defaults)
+    return dict(getattr(torch.optim, kind)([nn.Parameter(torch.zeros(1, device="cpu"))]).defaults)

@@ -306,7 +306,7 @@ class ShardTorchOptimizer:
                 {"params": [part], **self._groups[s.group]}
                 for part, s in zip(self.parts, self.flat.segments, strict=True)
             ]
-            or [{"params": [nn.Parameter(torch.zeros(0))], **self._groups[0]}]
+            or [{"params": [nn.Parameter(torch.zeros(0, device="cpu"))], **self._groups[0]}]
         )
 
     def update(self, step: OptimizerStep) -> Copy | None:
@@ -340,7 +340,7 @@ class ShardTorchOptimizer:
     def state_names(self, group: int) -> list[str]:
         """See ShardOptimizer."""
         if group not in self._state_names:
-            part = nn.Parameter(torch.zeros(2))  # a state of shape [1] is none of an element
+            part = nn.Parameter(torch.zeros(2, device="cpu"))  # a state of shape [1] is none of an element
             optimizer = self._kind([{"params": [part], **self._groups[group]}])
             _step_with_zero_gradients(optimizer, [part])
             states = optimizer.state[part].items()

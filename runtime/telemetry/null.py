@@ -22,6 +22,7 @@ class NullTelemetry:
     """Has the methods of `Telemetry`, which do nothing. `Telemetry.from_environment` returns it outside a run."""
 
     memory_source: Callable[[], Memory] | None = None
+    completed_on_device: Callable[[], int] | None = None
     phase_ended: Callable[[PhaseName, int, int], None] | None = None
     hz: float = 0.0
     phase: PhaseName = "idle"

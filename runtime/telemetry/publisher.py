@@ -74,6 +74,9 @@ class Telemetry(Recorder):
         self.attempt = attempt
         self.inbox = Inbox()
         self.memory_source: Callable[[], Memory] | None = None
+        self.completed_on_device: Callable[[], int] | None = None
+        """Called by the publisher for the heartbeat: sequence number of the newest collective that has ended on the
+        device. `completed` is called later, with its times."""
         self.collective_position: Callable[[], CollectivePosition | None] | None = None
         """Called by the publisher for the heartbeat, where the collectives are not recorded here. `None` leaves what is
         recorded."""
@@ -359,8 +362,13 @@ class Telemetry(Recorder):
         for step, records in by_step.items():
             messages.append(Collectives.model_construct(rank=self.rank, step=step, records=records))
         messages += drained.steps
+        # Before the position: nothing shows as completed that has not been entered.
+        completed = self.completed_on_device() if self.completed_on_device is not None else 0
         at = self.position()
         if self.collective_position is not None and (seen := self.collective_position()) is not None:
+            at = self._with_collectives(at, seen)
+        elif completed > at.completed_seq:
+            seen = CollectivePosition(at.entered_seq, completed, at.entered_op, at.entered_bytes)
             at = self._with_collectives(at, seen)
         messages.append(
             Heartbeat.model_construct(

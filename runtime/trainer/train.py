@@ -50,7 +50,8 @@ def run(engine: Engine, batches: Batches, steps: int | None) -> None:
     engine.nonfinite.first_ends_run = True
     for step in range(engine.global_steps, steps):
         for batch in batches.micro_batches(step):
-            tokens, targets = batch.to(engine.device)
+            # Copies from memory that is not pinned may wait for all that the GPU has still to do.
+            tokens, targets = (batch.pin() if engine.device.type == "cuda" else batch).to(engine.device)
             loss = engine(tokens, targets)
             engine.backward(loss)
             engine.step()

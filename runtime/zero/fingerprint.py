@@ -29,4 +29,4 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
 @cache
 def _factors(device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(COLUMNS)
-    return (torch.randint(2**62, (COLUMNS,), generator=generator) * 2 + 1).to(device)
+    return (torch.randint(2**62, (COLUMNS,), generator=generator, device="cpu") * 2 + 1).to(device)

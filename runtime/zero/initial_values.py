@@ -150,7 +150,7 @@ class Values:
         parts = [weights.read(stored, start, min(stop, known))] if start < known else []
         if stop > known:
             if parameter not in self._mean_rows:
-                total = torch.zeros(row, dtype=torch.float64)
+                total = torch.zeros(row, dtype=torch.float64, device="cpu")
                 for first in range(0, shape[0], _ROWS_AT_ONCE):
                     last = min(first + _ROWS_AT_ONCE, shape[0])
                     total += weights.read(stored, first * row, last * row).view(-1, row).sum(0, dtype=torch.float64)

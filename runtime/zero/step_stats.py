@@ -74,9 +74,13 @@ class PendingStats:
 
     def _scale_on_device(self, total: torch.Tensor, limit: float) -> torch.Tensor:
         """() fp32: `Decided.scale`, by the arithmetic of `_decide` and `clip_coefficient`."""
-        norm = torch.sqrt(total) / self._divisor
-        coefficient = torch.clamp(limit / (norm + 1e-6), max=1.0) if limit > 0 else torch.ones_like(norm)
-        return torch.where(torch.isfinite(norm), coefficient / self._divisor, math.nan).to(torch.float32)
+        # On a GPU torch multiplies by the inverse of a Python number; it divides by a tensor.
+        divisor = torch.full_like(total, self._divisor)
+        norm = torch.sqrt(total) / divisor
+        coefficient = torch.ones_like(norm)
+        if limit > 0:
+            coefficient = torch.clamp(torch.full_like(norm, limit) / (norm + 1e-6), max=1.0)
+        return torch.where(torch.isfinite(norm), coefficient / divisor, math.nan).to(torch.float32)
 
     def _decide(self, limit: float) -> Decided:
         total, *_, changes = self._sums.wait()[:FIGURES]
@@ -124,7 +128,7 @@ class _OnHost:
 
 class _FromDevice:
     def __init__(self, figures: torch.Tensor) -> None:
-        self._numbers = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+        self._numbers = torch.empty(figures.shape, dtype=figures.dtype, device="cpu", pin_memory=True)
         self._numbers.copy_(figures, non_blocking=True)
         self._arrived = torch.cuda.Event(blocking=True)  # waiting threads sleep
         self._arrived.record(torch.cuda.current_stream(figures.device))

@@ -83,6 +83,10 @@ import torch
 from runtime.engine.initialize import initialize
 from runtime.models.gpt import GPT
 from runtime.config.presets import GPTConfig
+# cuBLAS's workspaces, of this thread and of autograd's, are torch's and not the ledger's.
+first = torch.nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)
+first(torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)).sum().backward()
+del first
 base = torch.cuda.memory_allocated()
 settings = {{"train_batch_size": 2, "zero_optimization": {{"stage": {stage}}}, "bf16": {{"enabled": True}},
             "optimizer": {{"type": "AdamW", "params": {{"lr": 1e-4}}}}}}

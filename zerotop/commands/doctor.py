@@ -128,6 +128,9 @@ def _cuda_kernels() -> Finding:
         return Finding("CUDA kernels", "ok", text)
     if code:
         return Finding("CUDA kernels", "fail", text, _CUDA_FIXES.get(code, "does nvidia-smi work?"))
+    if native.too_old():
+        fix = "offloaded states are updated on the CPU; ZT_CUDA_ARCHS (CONTRIBUTING.md) builds for other GPUs"
+        return Finding("CUDA kernels", "warn", text, fix)
     return Finding("CUDA kernels", "ok", text)
 
 

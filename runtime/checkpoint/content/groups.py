@@ -140,7 +140,11 @@ def _set(group: dict[str, Any], key: str, value: Any) -> None:
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return other is not None and one is not None and bool(torch.equal(torch.as_tensor(one), torch.as_tensor(other)))
+        return (
+            other is not None
+            and one is not None
+            and bool(torch.equal(torch.as_tensor(one, device="cpu"), torch.as_tensor(other, device="cpu")))
+        )
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return list(one) == list(other)
     return bool(one == other)

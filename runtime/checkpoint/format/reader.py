@@ -101,6 +101,6 @@ class CheckpointReader:
         self, stored: CheckpointTensor, start: int, stop: int, dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:
         """(stop - start,): elements [start, stop) of the flattened tensor, converted to `dtype`."""
-        piece = torch.empty(stop - start, dtype=dtype)
+        piece = torch.empty(stop - start, dtype=dtype, device="cpu")
         read_pieces(self.path, self._index, {stored.key: Piece(piece, start, stored.numel)})
         return piece

@@ -17,6 +17,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -120,6 +121,7 @@ class Snapshot:
                 self._left[id(flat)] = self._left.get(id(flat), 0) + 1
         self._changed = threading.Condition()
         self._event: torch.cuda.Event | None = None
+        self._device: torch.device | None = None
 
     def _add_streamed(self, block: Block) -> None:
         for first, whole in block.parts:
@@ -144,23 +146,30 @@ class Snapshot:
         sources = [*(block.tensor for block, _ in self._copied), *(piece for piece, _ in self._streamed.values())]
         cuda = next((source.device for source in sources if source.device.type == "cuda"), None)
         if cuda is not None:  # another thread reads pieces on its own stream, after this point
-            self._event = torch.cuda.Event()
+            self._device = cuda
+            self._event = torch.cuda.Event(blocking=True)  # a waiting thread sleeps
             self._event.record(torch.cuda.current_stream(cuda))
 
     def wait_copied(self) -> None:
         """Wait until the copies are in host memory and pieces may be read."""
         if self._event is not None:
-            self._event.synchronize()
+            with self._on_device():
+                self._event.synchronize()
 
     def copy_piece(self, index: int, memory: SharedMemory, slot: int) -> None:
         """Copy the piece of `places[index]` to a slot, for the writer."""
         piece, flat = self._streamed[index]
         target = memory.view(slot_at(self.copied_bytes, slot), piece.numel(), piece.dtype)
-        target.copy_(piece)
+        with self._on_device():
+            target.copy_(piece)
         if flat is not None:
             with self._changed:
                 self._left[id(flat)] -= 1
                 self._changed.notify_all()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """For threads that are not the training thread: they begin on GPU 0, and would make a context there."""
+        return contextlib.nullcontext() if self._device is None else torch.cuda.device(self._device)
 
     def needs(self, flat: FlatParamGroup | None = None) -> bool:
         """Whether the snapshot still has to read the states of `flat`; None: any states. See [Note: streamed

@@ -21,10 +21,10 @@ class LateNumber:
             self._number = float(value)
             return
         torch = sys.modules["torch"]
-        self._arriving = torch.empty((), dtype=torch.float32, pin_memory=True)
+        self._arriving = torch.empty((), dtype=torch.float32, device="cpu", pin_memory=True)
         self._arriving.copy_(value.float().reshape(()), non_blocking=True)
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(value.device))
 
     @property
     def arrived(self) -> bool:

@@ -302,6 +302,9 @@ cudaError_t cudaHostUnregister(void* address) {
 cudaError_t cudaGetDevice(int* to) { *to = device; return cudaSuccess; }
 cudaError_t cudaSetDevice(int to) { device = to; return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* n) { *n = 2; return cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { *value = host_cuda_multiprocessors; return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrMultiProcessorCount ? host_cuda_multiprocessors : which == cudaDevAttrComputeCapabilityMajor ? 7 : 5;
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an error"; }
