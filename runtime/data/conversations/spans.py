@@ -26,7 +26,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from runtime.data.conversations.template import TemplateFailed, literals
@@ -218,18 +217,14 @@ class TurnFinder:
         places: Sequence[_Places],
         wanted: Sequence[bool],
     ) -> list[Span]:
-        spans = []
+        spans: list[Span] = []
         for at, place in enumerate(places):
             if not wanted[at] or place.end is None:
                 continue
             start = self._start(text, messages, tools, places, at)
-            bound = next(
-                (edge for later in places[at + 1 :] for edge in (later.start, later.end) if edge is not None), len(text)
-            )
-            spans.append(Span(start, self._stop(text, messages[at], place.end, bound)))
-        for one, two in pairwise(spans):
-            if two.start < one.end:
+            if spans and start < spans[-1].end:
                 raise NotFound("turns overlap in the text that the template renders", text)
+            spans.append(Span(start, self._stop(text, messages[at], place.end, _next_edge(places, at + 1, len(text)))))
         return spans
 
     def _start(self, text: str, messages: Messages, tools: list[Any] | None, places: Sequence[_Places], at: int) -> int:
@@ -301,11 +296,11 @@ class _Marked:
     def __init__(self, messages: Messages, which: Sequence[int], wanted: Sequence[bool], reasons: bool) -> None:
         """which: the messages to mark. reasons: whether the template cuts off what stands before `</think>`."""
         self._reasons = reasons
-        self.said = "\0".join([text for message in messages for text in _texts(message)])
+        self.said = "\0".join([text for message in messages for text in _said(message)])
         """Everything that the messages say."""
         self.has_private = not self.said.isascii() and _PRIVATE.search(self.said) is not None
         self._base = _free(self.said if self.has_private else "", 2 * len(messages))
-        self._marks = re.compile(f"[{chr(self._base)}-{chr(self._base + 2 * len(messages) - 1)}]")
+        self._marks = re.compile(f"([{chr(self._base)}-{chr(self._base + 2 * len(messages) - 1)}])")
         self._set: set[int] = set()
         """Numbers of the marks in the messages: 2 * message for its start, + 1 for its end."""
         chosen = set(which)
@@ -316,6 +311,13 @@ class _Marked:
     def _mark(self, message: Mapping[str, Any], at: int, assistant: bool) -> Mapping[str, Any]:
         opened, closed = chr(self._base + 2 * at), chr(self._base + 2 * at + 1)
         content = message.get("content", "")
+        simple = len(message) == 2 and type(content) is str and content and not (assistant and self._reasons)
+        if simple and content.strip() is content:  # strip() returns what it leaves whole
+            self._set.add(2 * at + 1)
+            if not assistant:
+                return {"role": message["role"], "content": content + closed}
+            self._set.add(2 * at)
+            return {"role": message["role"], "content": opened + content + closed}
         calls = message.get("tool_calls") if assistant else None
         marked = dict(message)
         inner = content.strip() if isinstance(content, str) else ""
@@ -366,23 +368,20 @@ class _Marked:
     def read(self, text: str) -> tuple[str, list[_Places], bool]:
         """(the text without marks, the places of the messages, whether every mark is there exactly once, in order)."""
         places = [_Places() for _ in self.messages]
-        pieces: list[str] = []
+        pieces = self._marks.split(text)  # text, mark, text, mark, ..., text
         numbers: list[int] = []
-        last = 0
-        for removed, found in enumerate(self._marks.finditer(text)):
-            mark = ord(found.group()) - self._base
+        where = 0
+        for piece, found in zip(pieces[::2], pieces[1::2], strict=False):
+            mark = ord(found) - self._base
             numbers.append(mark)
-            pieces.append(text[last : found.start()])
-            last = found.end()
-            where = found.start() - removed
+            where += len(piece)
             place = places[mark >> 1]  # a function's name is repeated with its result: the first one is the call
-            if mark & 1 and place.end is None:
-                place.end = where
-            elif not mark & 1 and place.start is None:
+            if mark & 1:
+                if place.end is None:
+                    place.end = where
+            elif place.start is None:
                 place.start = where
-        pieces.append(text[last:])
-        complete = numbers == sorted(self._set)
-        return "".join(pieces), places, complete
+        return "".join(pieces[::2]), places, numbers == sorted(self._set)
 
 
 def _append(value: Any, mark: str) -> Any:
@@ -396,6 +395,13 @@ def _append(value: Any, mark: str) -> Any:
     if isinstance(value, list) and value and (last := _append(value[-1], mark)) is not None:
         return [*value[:-1], last]
     return None
+
+
+def _said(message: Mapping[str, Any]) -> list[str]:
+    """All texts in a message."""
+    if len(message) == 2 and type(message.get("content")) is str:  # and a role, as nearly all have
+        return [*message.values()]
+    return _texts(message)
 
 
 def _texts(value: Any) -> list[str]:
@@ -427,11 +433,24 @@ def _free(text: str, count: int) -> int:
     raise NotFound("too many messages, or too many private-use characters in them")
 
 
+def _next_edge(places: Sequence[_Places], first: int, end: int) -> int:
+    """Where the first message from `first` on begins or, if its start is not known, ends; `end` if there is none."""
+    for at in range(first, len(places)):
+        place = places[at]
+        if place.start is not None:
+            return place.start
+        if place.end is not None:
+            return place.end
+    return end
+
+
 def _gaps(text: str, at: int, message: Mapping[str, Any]) -> tuple[int, ...]:
     """Where the template's own text may go on after a message's mark: there, or after the whitespace at the message's
     end, if the template keeps it."""
     content = message.get("content", "")
-    trail = content[len(content.rstrip()) :] if isinstance(content, str) else ""
+    if not (isinstance(content, str) and content and content[-1].isspace()):
+        return (at,)
+    trail = content[len(content.rstrip()) :]
     return (at + len(trail), at) if trail and text.startswith(trail, at) else (at,)
 
 
