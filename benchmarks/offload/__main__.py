@@ -95,7 +95,7 @@ def _all(options: argparse.Namespace) -> tuple[list[dict[str, dict[str, Any]]], 
         for mode in options.modes:
             with tempfile.TemporaryDirectory(prefix="zerotop-offload-") as folder:
                 out = Path(folder) / "record.json"
-                given = [word for word in sys.argv[1:] if word not in options.modes]
+                given = [word for word in sys.argv[1:] if word not in MODES]
                 command = [sys.executable, "-m", "benchmarks.offload", *given, "--one", str(out), mode]
                 settings = {"OMP_NUM_THREADS": str(options.threads)}
                 done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, stderr=subprocess.PIPE)

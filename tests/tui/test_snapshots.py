@@ -10,6 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,16 @@ def greenwich(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def colours(app: ZerotopApp) -> str:
-    """A digest of the style of every cell."""
+    """A digest of the style of every cell, however the cells are cut into segments."""
     digest = hashlib.sha256()
     for strip in app.screen._compositor.render_strips():
-        for segment in strip:
-            style = segment.style or Style()
-            digest.update(f"{len(segment.text)}{style.color}{style.bgcolor}{style.bold}{style.underline}".encode())
+        for style, segments in groupby(strip, key=lambda segment: _looks(segment.style or Style())):
+            digest.update(f"{sum(len(segment.text) for segment in segments)}{style}".encode())
     return digest.hexdigest()[:12]
+
+
+def _looks(style: Style) -> str:
+    return f"{style.color}{style.bgcolor}{style.bold}{style.underline}"
 
 
 async def at_rest(app: ZerotopApp, pilot: object) -> list[str]:

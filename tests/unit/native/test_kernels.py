@@ -390,3 +390,33 @@ def test_hyper_is_the_struct_of_formula_h() -> None:
     h = native.hyper(step=2, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.5, grad_scale=3.0, adamw=True)
     want = [0.1 / (1 - 0.81), 0.1, 0.99, 0.01, 1e-8, 0.95, 0.0, 1 / math.sqrt(1 - 0.9801), 3.0]
     assert struct.unpack("9f", bytes(h)) == pytest.approx(want, rel=1e-6)
+
+
+class OldAndNew:
+    """The CUDA library on a box with a Volta and a Hopper, built for Turing and newer."""
+
+    def zt_device_count(self) -> int:
+        return 2
+
+    def zt_capability(self, device: int) -> int:
+        return (70, 90)[device]
+
+    def zt_oldest_capability(self) -> int:
+        return 75
+
+
+def test_a_gpu_that_is_too_old_for_the_kernels_runs_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from runtime.native import loading
+
+    monkeypatch.setattr(loading, "cuda", OldAndNew)
+    native.cuda_available.cache_clear()
+    try:
+        assert not native.cuda_available() and native.too_old() == {0: "7.0"}
+        assert native.cuda_status() == (
+            "built for compute capability 7.5 and newer, but cuda:0 has 7.0: torch's own operations run instead"
+        )
+        monkeypatch.setattr(OldAndNew, "zt_capability", lambda self, device: 90)
+        native.cuda_available.cache_clear()
+        assert native.cuda_available() and native.cuda_status() == "built, 2 GPUs"
+    finally:
+        native.cuda_available.cache_clear()
