@@ -75,7 +75,6 @@ class TurnFinder:
         self._reasons = any(_REASONED in text for text in found)
         self._mentions = _any_of(found)
         self._specials = _any_of(specials)
-        self._checked = 0
         self._seen = 0
         self._trusted = True
         self._tails: dict[str, list[str]] = {}
