@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import psutil
 import pytest
@@ -71,8 +70,7 @@ def test_a_wait_raises_all_threads_until_the_last_wait_ends(process: subprocess.
 @root_alone
 def test_a_process_that_gets_ready_during_a_wait_is_not_lowered(process: subprocess.Popen[bytes]) -> None:
     priority = Priority(process.pid)
-    with ExitStack() as wait:
-        wait.enter_context(priority.raised())
+    with priority.raised():
         lowering = threading.Thread(target=priority.lower)
         lowering.start()
         lowering.join()
