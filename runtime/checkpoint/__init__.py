@@ -19,9 +19,7 @@ load               reads a checkpoint into a training state; compatibility: the 
 tag_validation     one folder and tag on all ranks, for checkpoints that a script saves
 optimizer_states   optimizer.state_dict(), which covers this rank's shards only
 
-All collectives of this package run on Gloo groups of their own.
-
-The code that writes and reads is imported at first use: torch.distributed.checkpoint takes 48 MB of memory.
+All collectives of this package run on Gloo groups of their own. What a writer process imports is torch-free.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.checkpoint.content.buffers import BufferOwners, find_buffer_owners
-from runtime.checkpoint.content.capture import Block, blocks_of
+from runtime.checkpoint.content.capture import Block, blocks_of, bytes_of
 from runtime.checkpoint.content.describe import describe_model, describe_training
 from runtime.checkpoint.content.registered import ScriptState
 from runtime.checkpoint.content.small_files import (
@@ -39,13 +40,17 @@ from runtime.checkpoint.format.manifest import (
     LoadOptions,
 )
 from runtime.checkpoint.format.slices import Part
+from runtime.checkpoint.saving.commit import write
 from runtime.checkpoint.saving.job import SAVE_DEFAULTS, Job, SaveOptions
+from runtime.checkpoint.saving.protocol import PEER_LOST
 from runtime.checkpoint.saving.snapshot import SharedMemory, Snapshot, SnapshotGuard
-from runtime.checkpoint.saving.writer_handle import MEETING_FOLDER, PEER_LOST, Outcome, WriterProcess
+from runtime.checkpoint.saving.writer_group import MEETING_FOLDER, listen, listen_for_hosts
+from runtime.checkpoint.saving.writer_handle import Outcome, WriterProcess
 from runtime.host.memory_limits import host_has_room
 from runtime.models.names import has_adapters
 from runtime.models.origin import origin_of
 from runtime.process.forked import Owner, at_exit
+from runtime.process.host_id import host_id
 from runtime.state.train_state import TrainState
 from runtime.wire.rundir import RunFile
 from runtime.wire.sizes import format_size
@@ -105,9 +110,6 @@ class Checkpointer:
 
         Raises CheckpointError on every rank if any rank fails to write; no partial checkpoint is left behind.
         """
-        # torch.distributed.checkpoint takes 48 MiB: a rank whose writer process writes never imports it.
-        from runtime.checkpoint.saving.commit import write
-
         state = self._state
         state.synchronize()
         owners = find_buffer_owners(state)
@@ -115,7 +117,7 @@ class Checkpointer:
         views = [(part, block.view(at, part)) for block in blocks for at, part in block.parts]
         scalars = merge_scalars(state.comm.gather_objects(own_scalars(state)))
         job = self._job(folder, tag, [part for part, _ in views], scalars, client_state, owners, options)
-        write(job, lambda index: views[index][1], state.comm)
+        write(job, lambda index: bytes_of(views[index][1]), state.comm)
         return job.final
 
     def begin(
@@ -373,14 +375,34 @@ class Checkpointer:
             self._writer.close()
             self._writer = None
         self._generation = generation
-        store = Path(self._run.sockets) if self._run is not None else None
-        if store is None:  # the writers remove it when they have met
-            made = tempfile.mkdtemp(prefix=MEETING_FOLDER) if comm.rank == 0 else None
-            store = Path(comm.broadcast_object(made))
+        address, listener = self._meeting_place(generation)
         if not _open:
             at_exit(leave_all)
         _open.add(self)
-        self._writer = WriterProcess(str(store / f"{self._meeting}-{generation}"), comm.rank, comm.world_size)
+        self._writer = WriterProcess(address, comm.rank, comm.world_size, listener)
+
+    def _meeting_place(self, generation: int) -> tuple[str, socket.socket | None]:
+        """The address at which the writers meet, and on rank 0 the socket that listens there. Outside a run the ranks
+        agree on it, so all of them must call it."""
+        comm, listener = self._state.comm, None
+        if self._run is not None:
+            path = Path(self._run.sockets) / f"{self._meeting}-{generation}"
+            return str(path), listen(path) if comm.rank == 0 else None
+        one_host = len({tuple(found) for found in comm.gather_objects(_host())}) == 1
+        address = ""
+        if comm.rank == 0 and one_host:
+            path = Path(tempfile.mkdtemp(prefix=MEETING_FOLDER)) / "writers"  # they remove it when they have met
+            address, listener = str(path), listen(path)
+        elif comm.rank == 0:
+            address, listener = listen_for_hosts()
+        return comm.broadcast_object(address), listener
+
+
+def _host() -> tuple[str, ...]:
+    try:
+        return host_id()
+    except OSError:  # not Linux
+        return (socket.gethostname(),)
 
 
 def automatic_options(state: TrainState) -> SaveOptions:

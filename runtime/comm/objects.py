@@ -4,27 +4,20 @@ torch's own object collectives (all_gather_object, broadcast_object_list, ...) l
 sent, and a pickle is a program: a process that takes a rank's place in a Gloo group would run code as the run's owner.
 Nothing in runtime/ calls them. Values that arrive here are only data: plain values, and tensors of known dtypes.
 
-[Note: signed values]
-Gloo accepts the first process that connects to a rank's port, and on one node every local user can connect. The ranks
-of a run share a secret that the supervisor has put in their environment, which other users can't read. Every value is
-signed with it, together with its group, the number of the exchange and the rank, so it can't be forged or replayed.
-Without a supervisor (plain torchrun) there is no secret, and nothing is signed: SECURITY.md.
+They are signed: see [Note: signed values] in runtime/wire/signature.py.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import hmac
 import json
-import os
 import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from runtime.wire.rundir import GROUP_KEY_VARIABLE
+from runtime.wire.signature import checked, signed
 
 LARGEST_BYTES = 2**28
 """Largest value in bytes; a larger size was not sent by a rank."""
@@ -46,7 +39,7 @@ _DTYPES = {
 
 
 class ObjectError(RuntimeError):
-    """A value from another rank is malformed or was not signed by it."""
+    """A value from another rank is malformed."""
 
 
 def pack(value: Any) -> bytes:
@@ -67,7 +60,7 @@ def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank. `group` is a Gloo group."""
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     place = _next_place(group)
-    own = _tensor(_signed(pack(value), place, rank))
+    own = _tensor(signed(pack(value), place, rank))
     sizes = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(world_size)]
     dist.all_gather(sizes, torch.tensor([own.numel()], device="cpu"), group=group)
     lengths = [_length(size) for size in sizes]
@@ -76,7 +69,7 @@ def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     arrived = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(arrived, padded, group=group)
     return [
-        unpack(_checked(_bytes(tensor[:length]), place, sender))
+        unpack(checked(_bytes(tensor[:length]), place, sender))
         for sender, (tensor, length) in enumerate(zip(arrived, lengths, strict=True))
     ]
 
@@ -85,7 +78,7 @@ def broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
     """Rank 0's `value` on every rank; the values of other ranks are ignored. `group` is a Gloo group of the world."""
     first = dist.get_rank(group) == 0
     place = _next_place(group)
-    content = _tensor(_signed(pack(value), place, 0)) if first else torch.empty(0, dtype=torch.uint8, device="cpu")
+    content = _tensor(signed(pack(value), place, 0)) if first else torch.empty(0, dtype=torch.uint8, device="cpu")
     size = torch.tensor([content.numel()], device="cpu")
     dist.broadcast(size, 0, group=group)
     if first:
@@ -93,11 +86,9 @@ def broadcast(value: Any, group: dist.ProcessGroup | None) -> Any:
         return value
     content = torch.empty(_length(size), dtype=torch.uint8, device="cpu")
     dist.broadcast(content, 0, group=group)
-    return unpack(_checked(_bytes(content), place, 0))
+    return unpack(checked(_bytes(content), place, 0))
 
 
-# ---- signatures: see [Note: signed values] ---------------------------------------------------------------------------
-_SIGNATURE_BYTES = 32
 _exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 """Process group -> number of exchanges so far."""
 
@@ -108,29 +99,6 @@ def _next_place(group: dist.ProcessGroup | None) -> str:
     assert world is not None
     number = _exchanges[world] = _exchanges.get(world, 0) + 1
     return f"{world.group_name}/{dist.get_world_size(world)}/{number}"
-
-
-def _signed(content: bytes, place: str, rank: int) -> bytes:
-    key = os.environ.get(GROUP_KEY_VARIABLE)
-    return _signature(key, content, place, rank) + content if key else content
-
-
-def _checked(signed: bytes, place: str, rank: int) -> bytes:
-    """The content of `signed`. Raises ObjectError unless `rank` has signed it for `place`."""
-    key = os.environ.get(GROUP_KEY_VARIABLE)
-    if not key:
-        return signed
-    signature, content = signed[:_SIGNATURE_BYTES], signed[_SIGNATURE_BYTES:]
-    if not hmac.compare_digest(signature, _signature(key, content, place, rank)):
-        raise ObjectError(
-            f"a value received as rank {rank}'s has a wrong signature: another process has connected to a rank's port "
-            "(SECURITY.md)"
-        )
-    return content
-
-
-def _signature(key: str, content: bytes, place: str, rank: int) -> bytes:
-    return hmac.digest(key.encode(), f"{place}/{rank}/".encode() + content, hashlib.sha256)
 
 
 # ---- as JSON --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ import torch
 
 from runtime import native
 from runtime.host.resident import outside_malloc
+from runtime.process.host_id import host_id
 
 log = logging.getLogger("runtime.engine")
 
@@ -94,7 +94,7 @@ class Exchange:
         why, mine = "", dict[str, Any]()
         try:
             own, fd = _create_arena(RING * SLOT_BYTES + arena_bytes)
-            mine = {"host": _host_id(), "pid": os.getpid(), "fd": fd, "nbytes": len(own)}
+            mine = {"host": host_id(), "pid": os.getpid(), "fd": fd, "nbytes": len(own)}
         except (OSError, ImportError, AttributeError, ValueError) as error:
             why = f"rank {rank}: {error}"
         others = gather_objects((mine, why))
@@ -357,11 +357,6 @@ def _has_exited(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
-
-
-def _host_id() -> tuple[str, str]:
-    """Equal for processes that can open each other's descriptors: same kernel and PID namespace."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
 
 
 def _page_rounded(nbytes: int) -> int:

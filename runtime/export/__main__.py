@@ -18,7 +18,7 @@ from typing import Any
 
 from runtime.checkpoint.format.manifest import CheckpointError, FileRecord, read_manifest, verify
 from runtime.export.target import atomic_folder, check_space, check_target
-from runtime.telemetry.orphan import die_with_parent
+from runtime.process.parent import die_with_parent
 from runtime.wire.sizes import format_size
 
 # torch is imported after the signal handlers are installed: it takes seconds, and a signal must not give a traceback.

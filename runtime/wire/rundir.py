@@ -32,8 +32,6 @@ ATTEMPT_VARIABLE = "ZEROTOP_ATTEMPT"
 """Number of the attempt, from 1."""
 SUPERVISOR_VARIABLE = "ZEROTOP_SUPERVISOR_PID"
 """Process id of the supervisor."""
-GROUP_KEY_VARIABLE = "ZEROTOP_GROUP_KEY"
-"""Secret key with which the ranks of an attempt sign what they send each other (runtime/comm/objects.py)."""
 RESUME_VARIABLE = "ZEROTOP_RESUME"
 """"1": continue from the newest complete checkpoint."""
 

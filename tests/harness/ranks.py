@@ -23,7 +23,7 @@ from typing import Any
 from tests.harness.waiting import patient
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "runtime.engine.initialize"])
+_context.set_forkserver_preload(["torch", "runtime.engine.initialize"])
 
 
 class RankError(AssertionError):

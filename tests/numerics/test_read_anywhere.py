@@ -146,14 +146,14 @@ class Run:
 
         self.engine.synchronize()
         mine = [
-            (part.name, part.total, part.start, part.numel, str(part.dtype), block.view(at, part).clone())
+            (part.name, part.total, part.start, part.numel, part.dtype, block.view(at, part).clone())
             for block in blocks_of(self.engine.state)
             for at, part in block.parts
         ]
         whole: dict[str, torch.Tensor] = {}
         for name, total, start, numel, dtype, piece in itertools.chain(*self.engine.comm.gather_objects(mine)):
             found = whole.setdefault(name, torch.full((total,), torch.nan).to(piece.dtype))
-            assert str(found.dtype) == dtype
+            assert str(found.dtype) == f"torch.{dtype}"
             found[start : start + numel] = piece
         return whole
 

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from runtime.checkpoint import checkpointer
 from runtime.checkpoint.content.capture import blocks_of
+from tests.harness.waiting import patient
 from tests.numerics.test_offload import offloaded
 from tests.numerics.training import advance, config, engine_for, parameters
 
@@ -138,22 +140,40 @@ def test_large_states_go_through_the_slots_in_pieces(ranks, tmp_path):
     assert all(torch.equal(waited[name], beside[name]) for name in waited)
 
 
+def save_between_hosts(folder: str) -> list[str]:
+    """As if each rank were on a host of its own: the writers meet over TCP."""
+    engine = engine_for(config(2, 1, clip=0.0))
+    with (
+        patch.object(checkpointer, "host_id", lambda: (str(dist.get_rank()),)),
+        patch.dict(os.environ, {"MASTER_ADDR": "127.0.0.1"}),
+    ):
+        engine.save_checkpoint(folder, "far", wait=False)
+        engine.wait_for_checkpoint()
+    engine.checkpointer.close()
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_writers_on_several_hosts_meet(ranks, tmp_path):
+    assert ranks(2).run(save_between_hosts, str(tmp_path)) == [["far", "latest"]] * 2
+    assert contents(tmp_path / "far")
+
+
 def lose_a_writer(folder: str, number: int) -> list[str]:
     """Rank 1's writer is killed, or stopped, before it has written; then a save goes well, with new writers."""
     from runtime.checkpoint import CheckpointError
     from runtime.checkpoint.saving import writer_handle as writer_process
+    from runtime.checkpoint.saving.protocol import ALIVE_S
 
     engine = engine_for(config(2, 1, clip=0.0))
     advance(engine, 0, 1)
-    engine.save_checkpoint(folder, "first", wait=False)
-    engine.wait_for_checkpoint()
-    engine.save_checkpoint(folder, "second", wait=False)
-    lost = engine.checkpointer._writer
-    if dist.get_rank() == 1:
-        os.kill(lost.pid, number)
     seen = []
-    # Only of this save: a busy machine lets the writer of the next one wait for longer than that.
-    with patch.object(writer_process, "PATIENCE_S", 2 * writer_process.ALIVE_S):
+    # Not for the third save: a busy machine lets its writer wait for longer than that.
+    with patch.object(writer_process, "PATIENCE_S", patient(2 * ALIVE_S)):
+        engine.save_checkpoint(folder, "first", wait=False)
+        engine.wait_for_checkpoint()
+        engine.save_checkpoint(folder, "second", wait=False)
+        if dist.get_rank() == 1:
+            os.kill(engine.checkpointer._writer.pid, number)
         try:
             if number == signal.SIGSTOP:
                 engine.wait_for_checkpoint()

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from runtime.wire.rundir import (
     ATTEMPT_VARIABLE,
-    GROUP_KEY_VARIABLE,
     RESUME_VARIABLE,
     RUN_VARIABLE,
     SUPERVISOR_VARIABLE,
     RunFile,
 )
+from runtime.wire.signature import GROUP_KEY_VARIABLE
 
 AS_DEEPSPEED = Path(__file__).with_name("as_deepspeed")
 """The folder in which `deepspeed` is our engine."""

@@ -1,6 +1,4 @@
-"""The slices of parameters, optimizer states and buffers that each rank writes and reads.
-
-Does not import torch.distributed.checkpoint (48 MB): a rank whose writer process does the writing never needs it."""
+"""The slices of parameters, optimizer states and buffers that each rank writes and reads."""
 
 from __future__ import annotations
 
@@ -52,8 +50,8 @@ def blocks_of(state: TrainState, owners: BufferOwners | None = REPLICATED, with_
         for kind, tensor, first in held:
             at, until = max(low, first), min(high, first + tensor.numel())
             parts = [
-                (part.shard_start - (at - low), Part(f"{kind}.{part.name}", part.param_start, part.numel,
-                                                     part.param_numel, tensor.dtype))
+                (part.shard_start - (at - low), Part.of(tensor, f"{kind}.{part.name}", part.param_start, part.numel,
+                                                        part.param_numel))
                 for part in slices
                 if low + part.shard_start >= at and low + part.shard_start + part.numel <= until
             ]  # fmt: skip
@@ -63,7 +61,7 @@ def blocks_of(state: TrainState, owners: BufferOwners | None = REPLICATED, with_
         start, end = flat.layout.shard(rank)
         own = flat.param_shard[start - flat.start : end - flat.start]
         parts = [
-            (s.shard_start, Part(f"param.{s.name}", s.param_start, s.numel, s.param_numel, own.dtype))
+            (s.shard_start, Part.of(own, f"param.{s.name}", s.param_start, s.numel, s.param_numel))
             for s in flat.layout.slices(start, end)
         ]
         if parts:
@@ -71,9 +69,14 @@ def blocks_of(state: TrainState, owners: BufferOwners | None = REPLICATED, with_
     replicated = replicated_tensors(state, with_frozen) if rank == 0 else {}
     for name, tensor in {**replicated, **own_buffers(state, owners)}.items():
         whole = tensor.detach().reshape(-1)
-        part = Part(name, 0, whole.numel(), whole.numel(), whole.dtype)
+        part = Part.of(whole, name, 0, whole.numel(), whole.numel())
         found.append(Block(whole, [(0, part)], streamed=name.startswith("param."), replicated=rank == 0))
     return found
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a 1-D tensor, in host memory."""
+    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def pieces_of(state: TrainState) -> dict[str, Piece]:

@@ -1,98 +1,82 @@
-"""Writing the slices of one rank with torch.distributed.checkpoint's file writer. Not collective."""
+"""Writing the slices of one rank, in the file format of torch.distributed.checkpoint. Not collective.   (torch-free)
+
+A data file is a row of files as torch.save makes them, one for each slice: zip archives with the tensor's description
+(data.pkl) and its elements (data/0).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import io
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.serialization import get_crc32_options, set_crc32_options
-
+from runtime.checkpoint.format.legacy import METADATA
+from runtime.checkpoint.format.pickles import metadata_pickle, tensor_pickle
 from runtime.checkpoint.format.slices import Part
 from runtime.checkpoint.format.tensors import Row, StoredTensor
 
-
-class _Planner(DefaultSavePlanner):
-    """A planner that gets its write items from `parts`, where torch's asks distributed tensors for their shards, and
-    calls `read(index)` for a part's elements when it is written."""
-
-    def __init__(self, parts: Sequence[Part], read: Callable[[int], torch.Tensor]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.parts, self.read = list(parts), read
-        self._index = {(part.name, part.start): index for index, part in enumerate(self.parts)}
-
-    def create_local_plan(self) -> SavePlan:
-        return SavePlan([_item(part) for part in self.parts])
-
-    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
-        assert index.offset is not None
-        return self.read(self._index[index.fqn, index.offset[0]])
+_ALIGNMENT = 64
+"""torch.load maps files whose elements begin at a multiple of this."""
+_PADDING = 0x4246
+"""Kind of the zip header field that pads, the same as torch's ("FB")."""
+_HEADER_BYTES = 30
+"""Size of a zip member's header without name and extra fields."""
 
 
-def _item(part: Part) -> WriteItem:
-    chunk = ChunkStorageMetadata(offsets=torch.Size([part.start]), sizes=torch.Size([part.numel]))
-    data = TensorWriteData(chunk, TensorProperties(dtype=part.dtype), torch.Size([part.total]))
-    return WriteItem(MetadataIndex(part.name, [part.start]), WriteItemType.SHARD, tensor_data=data)
-
-
-def write_parts(folder: Path, rank: int, parts: Sequence[Part], read: Callable[[int], torch.Tensor]) -> list[Row]:
-    """Write this rank's parts to FOLDER/__RANK_N.distcp. read(index): the elements of `parts[index]`, called when it is
+def write_parts(folder: Path, rank: int, parts: Sequence[Part], read: Callable[[int], memoryview]) -> list[Row]:
+    """Write this rank's parts to FOLDER/__RANK_0.distcp. read(index): the bytes of `parts[index]`, called when it is
     written. Returns the file location of each part."""
-    planner = _Planner(parts, read)
-    writer = FileSystemWriter(folder, sync_files=False)
-    writer.set_up_storage_writer(is_coordinator=rank == 0)
-    plan = writer.prepare_local_plan(planner.create_local_plan())
-    plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[rank]  # the rank is the index in this list
-    with _no_checksums():
-        results = writer.write_data(plan, planner).wait()
-    kinds = {(part.name, part.start): part for part in parts}
     rows: list[Row] = []
-    for result in results:
-        assert result.index.offset is not None
-        part, place = kinds[result.index.fqn, result.index.offset[0]], result.storage_data
-        dtype = str(part.dtype).removeprefix("torch.")
-        rows.append(
-            (part.name, dtype, part.total, part.start, part.numel, place.relative_path, place.offset, place.length)
-        )
+    if not parts:
+        return rows
+    path = folder / f"__{rank}_0.distcp"
+    with path.open("wb") as out:
+        for index, part in enumerate(parts):
+            offset = out.tell()
+            _write_tensor(_FileTail(out), part, read(index))
+            rows.append(
+                (part.name, part.dtype, part.total, part.start, part.numel, path.name, offset, out.tell() - offset)
+            )
     return rows
 
 
 def write_torch_metadata(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Write .metadata, the pickled index that torch.distributed.checkpoint's tools read; zerotop reads tensors.json."""
-    described: dict[str, Any] = {}
-    results = []
-    for name, tensor in tensors.items():
-        described[name] = TensorStorageMetadata(
-            TensorProperties(dtype=getattr(torch, tensor.dtype)),
-            torch.Size([tensor.numel]),
-            [ChunkStorageMetadata(torch.Size([p.start]), torch.Size([p.numel])) for p in tensor.parts],
-        )
-        results += [
-            WriteResult(MetadataIndex(name, [p.start]), p.nbytes, _StorageInfo(p.file, p.offset, p.nbytes))
-            for p in tensor.parts
-        ]
-    FileSystemWriter(folder, sync_files=False).finish(Metadata(described), [results])
+    (folder / METADATA).write_bytes(metadata_pickle(tensors))
 
 
-@contextmanager
-def _no_checksums() -> Iterator[None]:
-    """Skip CRC-32 checksums, which would double the cost; the manifest has SHA-256 digests."""
-    before = get_crc32_options()
-    set_crc32_options(False)
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
+def _write_tensor(out: _FileTail, part: Part, content: memoryview) -> None:
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), tensor_pickle(part.dtype, part.numel, part.nbytes))
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), b"little")
+        elements = zipfile.ZipInfo("archive/data/0")
+        fields = len(elements.filename) + 4
+        padding = -(out.tell() + _HEADER_BYTES + fields) % _ALIGNMENT
+        elements.extra = _PADDING.to_bytes(2, "little") + padding.to_bytes(2, "little") + bytes(padding)
+        archive.writestr(elements, content)  # type: ignore[arg-type]  # any buffer will do
+        archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
+
+
+class _FileTail(io.RawIOBase):
+    """What follows the current position of an open file, as a file of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._start = file, file.tell()
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        return self._file.write(content)
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = offset + self._start if whence == io.SEEK_SET else offset
+        return self._file.seek(at, whence) - self._start

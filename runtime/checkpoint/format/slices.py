@@ -1,10 +1,15 @@
-"""Slices of flattened tensors: what a rank reads into, and what it writes."""
+"""Slices of flattened tensors: what a rank reads into, and what it writes.   (torch-free)"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
+from runtime.checkpoint.format.manifest import CheckpointError
+from runtime.checkpoint.format.tensors import ITEM_BYTES
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,26 @@ class Part:
     start: int
     numel: int
     total: int
-    dtype: torch.dtype
+    dtype: str
+    """torch's name of it."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, name: str, start: int, numel: int, total: int) -> Part:
+        """A part with the dtype of `tensor`. Raises CheckpointError for dtypes that a checkpoint can't hold."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in ITEM_BYTES:
+            raise CheckpointError(f"{name} has the dtype {dtype}, which a checkpoint cannot hold")
+        return cls(name, start, numel, total, dtype)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return ITEM_BYTES[self.dtype]
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.itemsize
 
     def split(self, most: int) -> list[Part]:
         """Consecutive parts of at most `most` elements each."""

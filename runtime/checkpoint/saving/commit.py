@@ -1,6 +1,7 @@
 """Writing a checkpoint: every rank writes its slices, rank 0 the index and manifest, and a rename completes it.
 
-Called by the ranks themselves for engine.save_checkpoint(), and by their writer processes for asynchronous saves.
+Called by the ranks themselves for engine.save_checkpoint(), and by their writer processes for asynchronous saves, which
+is why it is torch-free.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-
-import torch
 
 from runtime.checkpoint.format import folder as folders
 from runtime.checkpoint.format.legacy import METADATA
@@ -25,8 +24,8 @@ Records = dict[str, tuple[int, str]]
 """File name -> size in bytes and SHA-256; plain types, as ranks send them to each other."""
 
 
-def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers) -> list[str]:
-    """Write FOLDER/TAG. read(index): returns the elements of `job.parts[index]`, on any device. Collective.
+def write(job: Job, read: Callable[[int], memoryview], peers: Peers) -> list[str]:
+    """Write FOLDER/TAG. read(index): returns the bytes of `job.parts[index]`. Collective.
 
     Returns warnings about what failed after the checkpoint was complete (an old one could not be deleted). Raises
     CheckpointError on every rank if any rank fails to write; no partial checkpoint is left behind.
@@ -53,18 +52,28 @@ def write(job: Job, read: Callable[[int], torch.Tensor], peers: Peers) -> list[s
     return _prune(job) if peers.rank == 0 else []
 
 
-def _without_nan(job: Job, read: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor]:
+def _without_nan(job: Job, read: Callable[[int], memoryview]) -> Callable[[int], memoryview]:
     """`read`, which raises CheckpointError for a parameter with NaN."""
 
-    def checked(index: int) -> torch.Tensor:
-        values, part = read(index), job.parts[index]
-        if part.name.startswith("param.") and bool(values.isnan().any()):
+    def checked(index: int) -> memoryview:
+        content, part = read(index), job.parts[index]
+        if part.name.startswith("param.") and _holds_nan(content, part.dtype):
             raise CheckpointError(
                 f"parameter {part.name.removeprefix('param.')} holds NaN: the checkpoint would be of no use"
             )
-        return values
+        return content
 
     return checked
+
+
+def _holds_nan(content: memoryview, dtype: str) -> bool:
+    """Whether a tensor with these bytes holds NaN; 8-bit dtypes are not looked at."""
+    import numpy as np  # only adapters need it
+
+    if dtype == "bfloat16":
+        bits = np.frombuffer(content, np.uint16)
+        return bool(((bits & 0x7FFF) > 0x7F80).any())
+    return dtype in ("float16", "float32", "float64") and bool(np.isnan(np.frombuffer(content, dtype)).any())
 
 
 def _check_complete(manifest: Manifest, tensors: Mapping[str, StoredTensor]) -> None:

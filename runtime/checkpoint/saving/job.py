@@ -1,4 +1,4 @@
-"""The work order for one rank's part of a checkpoint. Does not import torch.distributed.checkpoint."""
+"""The work order for one rank's part of a checkpoint.   (torch-free)"""
 
 from __future__ import annotations
 
@@ -37,6 +37,14 @@ class SaveOptions:
 
 
 SAVE_DEFAULTS = SaveOptions()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the writer finds a part: at byte `at` of the shared memory, or (None) in a slot, on request."""
+
+    part: Part
+    at: int | None
 
 
 @dataclass(frozen=True)

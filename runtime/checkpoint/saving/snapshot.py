@@ -16,14 +16,13 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from runtime import native
 from runtime.checkpoint.content.capture import Block
-from runtime.checkpoint.format.slices import Part
+from runtime.checkpoint.saving.job import Place
 from runtime.host.pinned import page_lock, page_unlock
 from runtime.host.resident import outside_malloc
 from runtime.plan.constants import SNAPSHOT_SLOT_BYTES, SNAPSHOT_SLOTS
@@ -82,19 +81,6 @@ class SharedMemory:
         outside_malloc.add(-self.nbytes)
 
 
-def map_shared(descriptor: int, nbytes: int) -> mmap.mmap:
-    """Map a SharedMemory in the writer process; writable, because torch warns about tensors on read-only memory."""
-    return mmap.mmap(descriptor, nbytes)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the writer finds a part: at byte `at` of the shared memory, or (None) in a slot, on request."""
-
-    part: Part
-    at: int | None
-
-
 class Snapshot:
     """The state of the blocks at one step: `copy` copies most of them, `copy_piece` pieces of streamed blocks on
     request."""
@@ -111,7 +97,7 @@ class Snapshot:
                 self._add_streamed(block)
             else:
                 self._copied.append((block, at))
-                self.places += [Place(part, at + first * part.dtype.itemsize) for first, part in block.parts]
+                self.places += [Place(part, at + first * part.itemsize) for first, part in block.parts]
                 at = _aligned(at + block.nbytes, _ALIGNMENT)
         self.copied_bytes = at
         self._left: dict[int, int] = {}
@@ -125,7 +111,7 @@ class Snapshot:
 
     def _add_streamed(self, block: Block) -> None:
         for first, whole in block.parts:
-            for part in whole.split(max(1, SNAPSHOT_SLOT_BYTES // whole.dtype.itemsize)):
+            for part in whole.split(max(1, SNAPSHOT_SLOT_BYTES // whole.itemsize)):
                 piece = block.view(first + part.start - whole.start, part)
                 self._streamed[len(self.places)] = (piece, block.flat)
                 self.places.append(Place(part, None))
@@ -159,7 +145,7 @@ class Snapshot:
     def copy_piece(self, index: int, memory: SharedMemory, slot: int) -> None:
         """Copy the piece of `places[index]` to a slot, for the writer."""
         piece, flat = self._streamed[index]
-        target = memory.view(slot_at(self.copied_bytes, slot), piece.numel(), piece.dtype)
+        target = memory.view(self._slot_at(slot), piece.numel(), piece.dtype)
         with self._on_device():
             target.copy_(piece)
         if flat is not None:
@@ -170,6 +156,14 @@ class Snapshot:
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         """For threads that are not the training thread: they begin on GPU 0, and would make a context there."""
         return contextlib.nullcontext() if self._device is None else torch.cuda.device(self._device)
+
+    def _slot_at(self, slot: int) -> int:
+        return self.copied_bytes + slot * SNAPSHOT_SLOT_BYTES
+
+    @property
+    def slots(self) -> list[int]:
+        """Byte offset of each slot in the shared memory."""
+        return [self._slot_at(slot) for slot in range(SNAPSHOT_SLOTS)]
 
     def needs(self, flat: FlatParamGroup | None = None) -> bool:
         """Whether the snapshot still has to read the states of `flat`; None: any states. See [Note: streamed
@@ -213,11 +207,6 @@ class SnapshotGuard:
         if self._snapshot is not None and self._snapshot.needs(flat):
             with self._hurried():
                 self._snapshot.wait_for(flat)
-
-
-def slot_at(copied_bytes: int, slot: int) -> int:
-    """Byte offset of a slot in the shared memory, after `copied_bytes` of copies."""
-    return copied_bytes + slot * SNAPSHOT_SLOT_BYTES
 
 
 def _aligned(nbytes: int, step: int) -> int:

@@ -1,13 +1,5 @@
-"""The rank's handle on its writer process: sends jobs and pieces of streamed blocks, receives the outcome.
-
-rank                                             writer (python -m runtime.checkpoint.saving.writer)
-("memory", nbytes) and a descriptor ───────────▶  maps the shared memory
-("save", job, places, ...)          ───────────▶  writes, together with the other ranks' writers
-                                    ◀───────────  ("copy_piece", index, slot)   requests a piece of a streamed block
-("piece_ready", index)              ───────────▶
-                                    ◀───────────  ("alive",)                    every ALIVE_S
-                                    ◀───────────  ("done", problem, notes)
-"""
+"""The rank's handle on its writer process: sends jobs and pieces of streamed blocks, receives the outcome. Their
+messages: protocol.py."""
 
 from __future__ import annotations
 
@@ -29,24 +21,17 @@ from typing import Any
 
 from runtime.checkpoint.saving.job import Job
 from runtime.checkpoint.saving.priority import Priority
+from runtime.checkpoint.saving.protocol import IGNORED
 from runtime.checkpoint.saving.snapshot import SharedMemory, Snapshot
 
 log = logging.getLogger("runtime.checkpoint")
 
-ALIVE_S = 2.0
-"""Seconds between two heartbeats of a writer."""
 PATIENCE_S = float(os.environ.get("ZEROTOP_WRITER_PATIENCE_S", "30"))
 """Seconds of silence after which a writer counts as hung: it is killed, and its checkpoint fails."""
 START_PATIENCE_S = 300.0
 """Seconds of silence that are allowed while the writer starts."""
 CLOSE_S = 2.0
 """Seconds that an idle writer gets to exit by itself."""
-MEETING_FOLDER = "zerotop-writers-"
-"""Prefix of the temporary folder for the writers' FileStore, outside a run."""
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that writers ignore: the rank ends its writer, while batch systems and terminals signal every process."""
-PEER_LOST = "another rank's writer process is gone"
-"""Error of the other ranks' writers when one is gone: a consequence, not the cause."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +59,18 @@ class _Running:
 class WriterProcess:
     """One rank's writer process. `save` returns at once; `wait` returns the outcome of the last save."""
 
-    def __init__(self, store: str, rank: int, world_size: int) -> None:
-        """store: path of the FileStore through which the writers of all ranks find each other. Raises OSError if the
-        process cannot be started."""
+    def __init__(self, address: str, rank: int, world_size: int, listener: socket.socket | None = None) -> None:
+        """address, listener: where the writers of all ranks meet, see writer_group.py; on rank 0 the listening socket,
+        which the process takes over. Raises OSError if the process cannot be started."""
         ours, theirs = socket.socketpair()
-        variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, "-m", "runtime.checkpoint.saving.writer", str(theirs.fileno()), store]
+        inherited = [theirs.fileno(), *([listener.fileno()] if listener is not None else [])]
+        command = [sys.executable, "-m", "runtime.checkpoint.saving.writer", str(theirs.fileno()), address]
+        command += [str(rank), str(world_size), *map(str, inherited[1:])]
         # Blocked until the writer, after its imports, can ignore them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
         try:
             self._process = subprocess.Popen(
-                [*command, str(rank), str(world_size)],
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                command, env={**os.environ, "PYTHONSAFEPATH": "1"}, stdin=subprocess.DEVNULL, pass_fds=inherited
             )
         except OSError:
             ours.close()
@@ -95,6 +78,8 @@ class WriterProcess:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
+            if listener is not None:
+                listener.close()
         self._connection = connections.Connection(ours.detach())
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._changed = threading.Condition()
@@ -191,7 +176,7 @@ class WriterProcess:
             reduction.send_handle(self._connection, memory.descriptor, self.pid)  # type: ignore[arg-type]
             self._memory = memory
         snapshot.wait_copied()
-        self._connection.send(("save", running.job, snapshot.places, snapshot.copied_bytes))
+        self._connection.send(("save", running.job, snapshot.places, snapshot.slots))
 
     def _receive_all(self) -> None:
         reason = "the writer process exited"

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from runtime.checkpoint.content.capture import bytes_of
 from runtime.checkpoint.content.small_files import read_common, read_random
 from runtime.checkpoint.format.manifest import CheckpointError, Manifest, read_manifest, record_of, verify
 from runtime.checkpoint.format.plain import to_bytes
 from runtime.checkpoint.format.reader import CheckpointReader
 from runtime.checkpoint.format.slices import Part
+from runtime.checkpoint.saving.commit import write
 from runtime.checkpoint.saving.job import Job
 
 WEIGHT, BUFFER = torch.arange(6.0), torch.tensor([True, False])
@@ -36,20 +38,18 @@ class Alone:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    from runtime.checkpoint.saving.commit import write
-
     manifest = Manifest(
         step=1, optimizer_step=1, world_size=1, stage=0, precision="fp32", optimizer="AdamW", groups=1,
         config_digest="x", shapes={"w": [2, 3]}, buffers={"mask": [2]}, frozen=[],
     )  # fmt: skip
     parts = [
-        Part("param.w", 0, 4, 6, torch.float32), Part("param.w", 4, 2, 6, torch.float32),
-        Part("buffer.mask", 0, 2, 2, torch.bool),
+        Part("param.w", 0, 4, 6, "float32"), Part("param.w", 4, 2, 6, "float32"),
+        Part("buffer.mask", 0, 2, 2, "bool"),
     ]  # fmt: skip
     tensors = [WEIGHT[:4], WEIGHT[4:], BUFFER]
     common = {"scalars": {}, "lr": [0.1], "initial_lrs": [0.1], "scheduler": None, "loss_scale": {}}
     files = {"common.pt": to_bytes({**common, "registered": {}, "client_state": {"epoch": 3}})}
-    write(Job(tmp_path, "c", parts, files, manifest), tensors.__getitem__, Alone())
+    write(Job(tmp_path, "c", parts, files, manifest), lambda index: bytes_of(tensors[index]), Alone())
     return tmp_path / "c"
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from runtime.comm import objects
 from runtime.comm.objects import ObjectError, pack, unpack
 from runtime.host import rng
-from runtime.wire.rundir import GROUP_KEY_VARIABLE
+from runtime.wire.signature import GROUP_KEY_VARIABLE, SignatureError
 from tests.harness import ROOT
 from tests.harness.ranks import Ranks
 from tests.harness.waiting import patient
@@ -161,7 +161,7 @@ def speak_without_the_key(number: int) -> str:
         elif dist.get_rank() == 1 and number == 3:
             objects._next_place(None)
         return str(objects.gather("forged", None))
-    except ObjectError as error:
+    except (ObjectError, SignatureError) as error:
         return str(error)
     finally:
         os.environ.pop(GROUP_KEY_VARIABLE, None)
