@@ -60,6 +60,23 @@ class Copies:
             copy.wait_device()
 
 
+class HeldCopy:
+    """A copy that keeps its source until somebody has waited for it."""
+
+    def __init__(self, copy: Copy, source: torch.Tensor) -> None:
+        self._copy, self._source = copy, [source]
+
+    def wait_host(self) -> None:
+        """Block the calling thread until the copy is complete."""
+        self._copy.wait_host()
+        self._source.clear()
+
+    def wait_device(self) -> None:
+        """Make the current stream wait for the copy."""
+        self._copy.wait_device()
+        self._source.clear()
+
+
 class CudaCopy:
     """A copy that is complete when a CUDA event is."""
 

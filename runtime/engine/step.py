@@ -188,7 +188,7 @@ class OptimizerSteps:
             step_stats.arrive_late(state.device)
             and kernels
             and all(isinstance(one, ShardAdamW) for one in state.shard_optimizers)
-            and (state.updates.will_overlap and native.available() if offloads else state.transfers is None)
+            and (not offloads or (state.updates.will_overlap and native.available()))
             and (scheduler is None or (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")))
         )
 

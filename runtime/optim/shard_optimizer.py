@@ -122,9 +122,7 @@ class ShardAdamW:
         in_place = flat.masters_in_other_memory or flat.param_shard is flat.masters
         out = None if in_place else flat.param_shard
         self.update_range(0, flat.state_numel, flat.gradient, out, hypers, step.step, scale, step.decision.changed)
-        if in_place:
-            flat.masters_to_parameters()
-        return None
+        return flat.updated_masters_to_parameters() if in_place else None
 
     def update_range(
         self,

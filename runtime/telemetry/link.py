@@ -6,6 +6,7 @@ import errno
 import math
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any
@@ -39,7 +40,9 @@ class Link:
         self._report = report
         self._seq = 0
         self._context = zmq.Context()
-        self._publisher = self._connect(zmq.PUB, sockets, "telemetry", {zmq.SNDHWM: TELEMETRY_QUEUED})
+        self._publisher = self._connect(zmq.XPUB, sockets, "telemetry", {zmq.SNDHWM: TELEMETRY_QUEUED})
+        self._unheard: deque[bytes] | None = deque(maxlen=TELEMETRY_QUEUED)
+        """Packets from before the hub has subscribed, which would be lost; None: it has."""
         self._dealer = self._connect(
             zmq.DEALER,
             sockets,
@@ -53,6 +56,7 @@ class Link:
         self._wake_fd = self._wake_read.fileno()
         self._poller = zmq.Poller()
         self._poller.register(self._dealer, zmq.POLLIN)
+        self._poller.register(self._publisher, zmq.POLLIN)
         self._monitor = self._dealer.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._poller.register(self._monitor, zmq.POLLIN)
         self._connections = 0
@@ -86,6 +90,9 @@ class Link:
         ready = dict(self._poller.poll(_ceil_ms(timeout_s)))
         if self._wake_fd in ready:
             self._wake_read.recv(4096)
+        if self._publisher in ready:
+            self._publisher.recv_multipart()
+            self._send_unheard()
         arrived: list[Command | Resend | FlightRequest] = []
         if self._monitor in ready:
             self._monitor.recv_multipart()
@@ -113,7 +120,16 @@ class Link:
         packet = Packet.model_construct(
             source=self._source, attempt=self._attempt, seq=self._seq, sent_ns=monotonic_ns(), messages=messages
         )
-        self._publisher.send(encode(packet), zmq.NOBLOCK)
+        if self._unheard is not None:
+            self._unheard.append(encode(packet))
+        else:
+            self._publisher.send(encode(packet), zmq.NOBLOCK)
+
+    def _send_unheard(self) -> None:
+        """The hub has subscribed (or, later, gone): send what waited for it."""
+        unheard, self._unheard = self._unheard, None
+        for frame in unheard or ():
+            self._publisher.send(frame, zmq.NOBLOCK)
 
     def send_events(self, messages: list[Any]) -> None:
         """Queue `messages` and send as many packets as the hub takes now; the rest is sent in the next call."""
@@ -128,6 +144,8 @@ class Link:
     def close(self, timeout_s: float) -> None:
         """Flush for at most timeout_s seconds, then close the sockets."""
         deadline = time.monotonic() + timeout_s
+        if self._unheard and self._publisher.poll(_ceil_ms(timeout_s)):
+            self._send_unheard()
         while self.outbox.next_frame() is not None:
             remaining = deadline - time.monotonic()
             if remaining <= 0 or not self._dealer.poll(_ceil_ms(remaining), zmq.POLLOUT):

@@ -10,7 +10,7 @@ from torch import nn
 
 from runtime.comm import Comm, Done, Pending
 from runtime.comm.profiling import profiler_range
-from runtime.comm.transfer import Transfers
+from runtime.comm.transfer import Copy, HeldCopy, Transfers
 from runtime.host.heap import mapped
 from runtime.host.ledger import Ledger, zeros
 from runtime.plan.layout import Layout, Slot
@@ -244,6 +244,16 @@ class FlatParamGroup:
         """Copy the masters, rounded, to `param_shard`: after a checkpoint or another optimizer has written them."""
         if self.trainable and self.masters is not self.param_shard:
             self.param_shard.copy_(self.masters)
+
+    @torch.no_grad()
+    def updated_masters_to_parameters(self) -> Copy | None:
+        """`masters_to_parameters` after an update on the device. If the parameters are offloaded, the host does not
+        wait: returns the copy, for which the device must wait before the next update and before it reads them."""
+        if self._transfers is None or self.placement.remote or not self.masters_in_other_memory:
+            self.masters_to_parameters()
+            return None
+        rounded = self.masters.to(self.dtype)
+        return HeldCopy(self._transfers.down(rounded, self.param_shard, self._transfers.mark()), rounded)
 
     @torch.no_grad()
     def parameters_to_masters(self) -> None:

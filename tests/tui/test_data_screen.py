@@ -44,8 +44,9 @@ async def test_every_panel_lies_inside_the_terminal(open_app: OpenApp, key: str)
         for size in ((200, 50), (120, 36), (80, 24), (60, 16), (30, 8)):
             await pilot.resize_terminal(*size)
             await settle(app, pilot)
+            await until_async(lambda size=size: len(screen_text(app)) == size[1])
             lines = screen_text(app)
-            assert len(lines) == size[1] and all(cell_len(line) == size[0] for line in lines)
+            assert all(cell_len(line) == size[0] for line in lines)
             panels = [p for p in (*app.screen.query(Panel), *app.screen.query(ScrollPanel)) if p.region.area]
             for panel, other in itertools.combinations(panels, 2):
                 assert panel.region in app.screen.region and not panel.region.overlaps(other.region), (panel, other)

@@ -46,7 +46,7 @@ async def test_the_runs_with_their_curves_the_newest_first(home: Path, size: tup
         assert "✔ finished" in rows[1] and "✖ failed" in rows[2]
         if size[0] == 120:
             assert "the best so far" in rows[0] and "no GPU" in rows[2]
-        assert "⏎ Open" in text[-1] or "Enter Open" in text[-1]
+        await until_async(lambda: any(key in screen_text(app)[-1] for key in ("⏎ Open", "Enter Open")))
         await pilot.press("down", "down", "up", "enter")
     assert app.return_value == ("open", "old")
 

@@ -52,13 +52,15 @@ def _looks(style: Style) -> str:
 
 
 async def at_rest(app: ZerotopApp, pilot: object) -> list[str]:
-    """The text of the screen once it does not change any more: a scroll bar that comes makes lines wrap anew."""
+    """The text of the screen once it does not change any more: a scroll bar that comes makes lines wrap anew, and these
+    make it shorter."""
     lines: list[str] = []
+    looks = ""
     for _ in range(10):
         for _ in range(3):
             await settle(app, pilot)  # type: ignore[arg-type]
-        before, lines = lines, [line.rstrip() for line in screen_text(app)]
-        if lines == before:
+        before, lines, looks = (lines, looks), [line.rstrip() for line in screen_text(app)], colours(app)
+        if (lines, looks) == before:
             break
     return lines
 

@@ -77,6 +77,22 @@ def test_everything_the_training_thread_records_arrives(hub: RankHub, telemetry:
     assert heartbeat.entered_op == "reduce_scatter"
 
 
+def test_a_hub_that_is_late_hears_the_first_steps(short_folder: Path, telemetry: Telemetry) -> None:
+    """A publisher's messages are lost until the hub has subscribed."""
+    telemetry.start(hello())
+    for step in (1, 2):
+        telemetry.step(step_result(step=step))
+    until(lambda: telemetry._link._seq > 2, "packets that nobody hears")
+    hub = RankHub(short_folder)
+    try:
+        first = hub.packet()
+        assert first.seq == 1
+        packets = [first, *(hub.packet() for _ in range(2))]
+        assert [m.step for packet in packets for m in packet.messages if m.kind == "step"] == [1, 2]
+    finally:
+        hub.close()
+
+
 def test_collectives_come_in_one_message_per_step(hub: RankHub, telemetry: Telemetry) -> None:
     telemetry.start(hello())
     hub.packet()
