@@ -72,4 +72,8 @@ LOADED = Fault("loaded machine", ("contention", "healthy"), "none", calm=True)
 """A run with which nothing is wrong, while other processes use all CPUs."""
 COLD_FILE = Fault("cold file", ("data starvation", "memory-bound"))
 """A rank reads a mapped file that does not stay in memory. Paging itself wants swap, which few machines have."""
-LIVE_FAULTS: dict[str, Fault] = {fault.name: fault for fault in (*FAULTS, LOADED, COLD_FILE)} | _ENDS_THE_RUN
+COLD_WEIGHTS = Fault("cold weights", ("memory-bound",))
+"""It reads it in its forward, as if its weights did not fit into memory."""
+LIVE_FAULTS: dict[str, Fault] = {
+    fault.name: fault for fault in (*FAULTS, LOADED, COLD_FILE, COLD_WEIGHTS)
+} | _ENDS_THE_RUN

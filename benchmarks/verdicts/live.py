@@ -132,6 +132,16 @@ _AT_STAGE_3 = (
     "--set",
     "zero_optimization.stage3_param_persistence_threshold=0",
 )
+_OFFLOADED = (
+    "--set",
+    "zero_optimization.offload_optimizer.device=cpu",
+    "--set",
+    "gradient_accumulation_steps=1",
+    "--set",
+    "zero_optimization.stage=0",
+    "--set",
+    "optimizer.type=NAdam",
+)
 LIVE: tuple[LiveFault, ...] = tuple(
     LiveFault(LIVE_FAULTS[name], *how)
     for name, how in {
@@ -153,6 +163,9 @@ LIVE: tuple[LiveFault, ...] = tuple(
         "ends early": (("--fault", "early"),),
         "transfer hangs": ((), "cut", True),
         "cold file": (("--fault", "cold-file"), "limit_memory"),
+        "cold weights": (("--fault", "cold-weights"), "limit_memory"),
+        # Too little to compute for the update to hide behind.
+        "offload waits": (("--fault", "few-rows", "--width", "2048"), "", False, _OFFLOADED),
     }.items()
 )
 

@@ -20,9 +20,23 @@ from torch import nn
 
 import runtime as deepspeed
 
-FAULTS = ("none", "slow", "loader", "all-loaders", "spin", "sleep", "order", "kill", "early", "cold-file")
+FAULTS = (
+    "none",
+    "slow",
+    "loader",
+    "all-loaders",
+    "spin",
+    "sleep",
+    "order",
+    "kill",
+    "early",
+    "cold-file",
+    "cold-weights",
+    "few-rows",
+)
 PAGES, PAGES_READ = 2**16, 500
-"""Pages of the file that a rank with the fault `cold-file` has mapped, and those that it reads in a micro-step."""
+"""Pages of the file that a rank with the fault `cold-file` or `cold-weights` has mapped, and those that it reads in a
+micro-step: before it, or in its forward."""
 
 
 class Net(nn.Module):
@@ -69,18 +83,29 @@ def main() -> None:
     mine = engine.global_rank == options.rank
     accumulation = engine.gradient_accumulation_steps()
     data = torch.randn(64, options.width)
-    mapped = mapped_file() if options.fault == "cold-file" and mine else None
+    mapped = mapped_file() if options.fault.startswith("cold") and mine else None
+
+    def read_pages() -> None:
+        if mapped is not None:
+            for page in random.sample(range(PAGES), PAGES_READ):
+                mapped[page * mmap.PAGESIZE]
+
+    def in_forward(*_given: object) -> None:
+        if wrong == "slow":
+            time.sleep(options.ms / 1000)
+        elif wrong == "cold-weights":
+            read_pages()
+
+    wrong = "none"
+    if mine:
+        net.layers[0].register_forward_hook(in_forward)
     while engine.global_steps < options.steps:
         wrong = options.fault if engine.global_steps >= options.at_step else "none"
         for micro_step in range(accumulation):
             if (wrong == "loader" and mine) or wrong == "all-loaders":
                 time.sleep(options.ms / 1000)
-            if wrong == "cold-file" and mapped is not None:
-                for page in random.sample(range(PAGES), PAGES_READ):
-                    mapped[page * mmap.PAGESIZE]
-            hook = net.layers[0].register_forward_hook(lambda *_: time.sleep(options.ms / 1000))
-            if not (wrong == "slow" and mine):
-                hook.remove()
+            if wrong == "cold-file":
+                read_pages()
             if micro_step == 0 and mine:
                 if wrong == "spin":
                     re.match(r"(a+)+$", "a" * 60 + "b")  # C code that never lets go of the GIL
@@ -92,8 +117,7 @@ def main() -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 elif wrong == "early":
                     sys.exit(0)
-            loss = engine(data).square().mean()
-            hook.remove()
+            loss = engine(data[:1] if wrong == "few-rows" else data).square().mean()
             engine.backward(loss)
             engine.step()
 

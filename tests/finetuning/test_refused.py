@@ -11,9 +11,10 @@ import pytest
 
 from runtime.config import ConfigError, load
 from runtime.data import DataError
+from tests.harness.packages import needs
 from tests.harness.tiny_chat import save_chat_model, write_dialogues
 
-pytest.importorskip("transformers")
+needs("transformers")
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.harness.packages import needs
 from tests.harness.tiny_chat import prepared_in, save_chat_model, write_dialogues
 
-pytest.importorskip("transformers")
+needs("transformers")
 STEPS, SAVED = 9, 4
 
 

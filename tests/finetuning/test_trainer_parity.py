@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.harness.packages import needs
 from tests.harness.ranks import Ranks
 from tests.harness.tiny_chat import prepared_in, save_chat_model, write_dialogues
 
-pytest.importorskip("transformers")
+needs("transformers")
 STEPS, GLOBAL, LENGTH = 6, 8, 96
 ADAMW = {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT
+from tests.harness.packages import needs
 from tests.harness.tiny_chat import POSITIONS, save_chat_model, write_dialogues
 from tests.harness.waiting import patient
 
-pytest.importorskip("transformers")
+needs("transformers")
 pytestmark = pytest.mark.timeout(300)
 DOCUMENT = ROOT / "docs" / "finetune.md"
 EXAMPLE = ROOT / "examples" / "finetune.json"

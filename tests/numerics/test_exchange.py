@@ -214,19 +214,19 @@ def refused(reason: str) -> None:
 
     import runtime.comm.shared_memory as module
 
-    before = module._host_id
+    before = module.host_id
     if reason == "hosts":
-        module._host_id = lambda: (f"host {rank}", "")
+        module.host_id = lambda: (f"host {rank}", "")
     elif rank == 1:
 
         def fail() -> tuple[str, str]:
             raise OSError("no memory files here")
 
-        module._host_id = fail
+        module.host_id = fail
     try:
         assert Exchange.open(rank, world, 4096, gather) is None
     finally:
-        module._host_id = before
+        module.host_id = before
 
 
 @pytest.mark.parametrize("reason", ["hosts", "one rank cannot"])

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from runtime.checkpoint.format.manifest import CheckpointError, read_manifest
 from runtime.config.finetune import LoraConfig
 from runtime.wire.finetuning import DataReport, Evaluation
+from tests.harness.packages import needs
 from tests.numerics.test_lora import advance, built, engine_of, state_of
 from tests.numerics.tiny_models import TEMPLATE, Trained, batch, save_model, save_tokenizer
 from tests.numerics.training import message_of
 from zerotop.cli import main
 
-pytest.importorskip("peft")
+needs("peft")
 here = pytest.mark.usefixtures("export_here")
 
 

@@ -13,10 +13,11 @@ import torch.distributed as dist
 
 from runtime.config import ConfigError
 from runtime.config.finetune import LoraConfig
+from tests.harness.packages import needs
 from tests.numerics.tiny_models import Trained, batch, loss_of, save_model
 from tests.numerics.training import HYPER, assert_equal, config, message_of
 
-pytest.importorskip("peft")
+needs("peft")
 STEPS = 6
 
 

@@ -10,6 +10,7 @@ from rich.cells import cell_len
 from runtime.wire.messages import Hello, RunStatus
 from tests.harness.fakehub import hello
 from tests.harness.finetuning import data_report, evaluation
+from tests.harness.waiting import until_async
 from tests.tui.screen_reading import OpenApp, screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.state.run import RunState

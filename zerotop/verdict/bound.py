@@ -23,7 +23,8 @@ def find_memory_bound(figures: Figures) -> Finding | None:
     """Memory is so short that the allocator frees its cache again and again, or pages are read back from disk."""
     if figures.state.state_name != "running":
         return None
-    was_bound = figures.before is not None and figures.before.what == "memory-bound"
+    before = figures.before
+    was_bound = before is not None and before.what == "memory-bound" and "part" not in before.facts  # not a straggler's
     retried = {rank: kept[-1].alloc_retries - kept[0].alloc_retries for rank, kept in figures.memory.items()}
     worst = max(retried, key=lambda rank: retried[rank], default=None)
     if worst is not None and retried[worst] > 0:

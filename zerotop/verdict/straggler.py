@@ -45,6 +45,18 @@ _STRAGGLES: dict[Part, tuple[What, str, str]] = {
     "waiting": ("straggler", "it waits", ""),
 }
 
+_PAGING: dict[Part, tuple[What, str]] = {
+    "data": (
+        "data starvation",
+        "Its data do not stay in memory: read them in order, from a faster disk, or give the job more memory.",
+    ),
+    "compute": (
+        "memory-bound",
+        "What it computes with does not stay in memory: give the job more memory, or end what else uses it.",
+    ),
+}
+"""What it is if the rank reads pages back from disk meanwhile."""
+
 
 def find_straggler(figures: Figures) -> Finding | None:
     """The rank for which the others wait in the recent steps, and why; None if ranks take turns or the cost is small.
@@ -122,10 +134,10 @@ def _straggler(figures: Figures, rank: int) -> Finding:
             facts["usual_ms"] = round(usual, 1)
     if counted:
         text += f"; it came last in {came_last} of {counted} collectives"
-    if part == "data" and (faults_per_s := figures.page_faults_per_s(rank)) >= FAULTS_PER_S:
+    if part in _PAGING and (faults_per_s := figures.page_faults_per_s(rank)) >= FAULTS_PER_S:
         text += f"; it reads {faults_per_s:,.0f} pages a second of mapped files from disk"
         facts["major_faults_per_s"] = round(faults_per_s, 1)
-        advice = "Its data do not stay in memory: read them in order, from a faster disk, or give the job more memory."
+        what, advice = _PAGING[part]
     if clock := _slow_clock(figures, rank):
         text += f"; {clock[0]}"
         facts |= clock[1]

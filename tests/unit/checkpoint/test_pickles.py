@@ -13,15 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from runtime.checkpoint.format.index import read_index
 from runtime.checkpoint.format.manifest import CheckpointError, Manifest
@@ -73,6 +64,8 @@ def test_every_dtype_is_read_again(tmp_path, dtype):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torchs_own_tools_read_them(tmp_path):
+    from torch.distributed.checkpoint import FileSystemReader, load  # it takes a second to import
+
     first, second = values("float32", 300), values("bfloat16", 5)
     index = write(tmp_path, {"param.a": [first[:100], first[100:]], "state.exp_avg.a": [second]})
     write_torch_metadata(tmp_path, index.tensors)
@@ -82,6 +75,15 @@ def test_torchs_own_tools_read_them(tmp_path):
 
 
 def test_the_index_is_what_torch_would_write(tmp_path):
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     index = write(tmp_path, {"param.a": [values("float32")[:4], values("float32")[4:]]})
     tensor = index.tensors["param.a"]
     expected = Metadata(

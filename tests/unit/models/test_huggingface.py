@@ -10,8 +10,9 @@ import pytest
 
 from runtime.config import ConfigError, ModelConfig
 from runtime.models import hub, huggingface
+from tests.harness.packages import needs
 
-pytest.importorskip("transformers")
+needs("transformers")
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 16,

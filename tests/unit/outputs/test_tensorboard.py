@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from runtime.config.outputs import WriterConfig
+from tests.harness.packages import needs
 from zerotop.outputs.points import Point
 from zerotop.outputs.trackers.base import About
 from zerotop.outputs.trackers.tensorboard import TensorBoard
 
-pytest.importorskip("tensorboard")
+needs("tensorboard")
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

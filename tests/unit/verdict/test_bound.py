@@ -65,6 +65,21 @@ def test_a_rank_that_waits_for_files_on_disk_has_slow_data_for_that_reason() -> 
     assert quiet is not None and "pages" not in quiet.text
 
 
+def test_a_rank_that_waits_for_files_on_disk_while_it_computes_has_too_little_memory() -> None:
+    run, history = a_run(step_ms=400), History()
+    trained(run, {0: USUAL, 1: USUAL, 2: USUAL | {"reduce": 10.0, "forward": 180.0}})
+    met(run, last=2, wait_us=80_000)
+    remember(run, 2, major_faults=0)
+    history.figures(run, None, 0.0)
+    remember(run, 2, major_faults=10_000)
+    found = find_straggler(history.figures(run, None, 10.0))
+    assert found is not None and found.what == "memory-bound" and found.ranks == (2,)
+    assert "its forward and backward take 80.0 ms longer" in found.text
+    assert "it reads 1,000 pages a second of mapped files from disk" in found.text
+    # The host as a whole has memory: that rule must not take it over with another sentence.
+    assert find_memory_bound(history.figures(run, found, 10.5)) is None
+
+
 def test_paging_is_told_within_seconds_and_outlives_a_pause_of_it() -> None:
     run, history, faults = a_run(), History(), 0
     node(run, memory_pressure_percent=40.0)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.harness.packages import needs
 from tests.unit.data.conversations.templates import Format
 
-pytest.importorskip("transformers")
-pytest.importorskip("datasets")
+needs("transformers", "datasets")
 
 _TEXT = [
     "the quick brown fox jumps over the lazy dog",
