@@ -2,7 +2,8 @@
 
     python -m benchmarks.watching.cost --rounds 5 --steps 60
 
-Step: the script's own step times under `zerotop run`, with watch() against without, in turn (ABBA). Start: `zerotop run
+Step: the script's own step times under `zerotop run`, with watch() against without, in turn (ABBA); and the CPU time of
+all threads of its rank 0 a step, which other programs disturb less. Start: `zerotop run
 -- python -c pass` against `python -c pass`, wall time. Attach: from opening a screen's source on a live run to a state
 with all ranks.
 """
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.context import markdown, measured_on, table
 
@@ -47,17 +49,24 @@ def main() -> int:
     return 0
 
 
-def _round(number: int, steps: int, folder: Path) -> tuple[float, float]:
-    """Median step time with and without watch(), in ms."""
+class Steps(NamedTuple):
+    """Medians of a run, in ms."""
+
+    step: float
+    cpu: float
+
+
+def _round(number: int, steps: int, folder: Path) -> tuple[Steps, Steps]:
+    """A run with watch(), and one without."""
     found = {}
     for watched in (True, False) if number % 2 else (False, True):
-        found[watched] = _steps(watched, steps, folder)
+        one = found[watched] = _steps(watched, steps, folder)
         words = "with" if watched else "without"
-        print(f"round {number + 1}: {found[watched]:.1f} ms a step {words} watch()", file=sys.stderr, flush=True)
+        print(f"round {number + 1}: {one.step:.1f} ms a step, {one.cpu:.2f} of CPU, {words} watch()", file=sys.stderr)
     return found[True], found[False]
 
 
-def _steps(watched: bool, steps: int, folder: Path) -> float:
+def _steps(watched: bool, steps: int, folder: Path) -> Steps:
     out = folder / "times.json"
     environment = {**os.environ, "WATCH": str(int(watched)), "STEPS": str(steps), "OUT": str(out)}
     subprocess.run(
@@ -67,7 +76,7 @@ def _steps(watched: bool, steps: int, folder: Path) -> float:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    return statistics.median(json.loads(out.read_text())[DROPPED:])
+    return Steps(*map(statistics.median, zip(*json.loads(out.read_text())[DROPPED:], strict=True)))
 
 
 def _start() -> tuple[float, float]:
@@ -114,22 +123,31 @@ def _zerotop(*words: str) -> list[str]:
     return [sys.executable, "-m", "zerotop", *words]
 
 
-def _report(steps: list[tuple[float, float]], starts: list[tuple[float, float]], attaches: list[float]) -> str:
-    ratios = [on / off - 1 for on, off in steps]
+def _report(steps: list[tuple[Steps, Steps]], starts: list[tuple[float, float]], attaches: list[float]) -> str:
+    ratios = [on.step / off.step - 1 for on, off in steps]
+    cpu = [on.cpu / off.cpu - 1 for on, off in steps]
     extra = [wrapped - bare for wrapped, bare in starts]
     lines = [
         f"- Step time, with watch() against without: {statistics.median(ratios):+.2%} (median of {len(ratios)} rounds; "
         f"{min(ratios):+.2%} to {max(ratios):+.2%})",
+        f"- CPU time of a step, likewise: {statistics.median(cpu):+.2%} ({min(cpu):+.2%} to {max(cpu):+.2%})",
         f"- Start: {statistics.median(extra):.2f} s more than the bare command (median of {len(extra)})",
         f"- Attach to the full picture: {statistics.median(attaches):.0f} ms (median of {len(attaches)})",
         "",
         table(
-            ["round", "ms with", "ms without", "ratio - 1"],
-            [[str(n + 1), f"{on:.1f}", f"{off:.1f}", f"{on / off - 1:+.2%}"] for n, (on, off) in enumerate(steps)],
+            ["round", "ms with", "ms without", "ratio - 1", "CPU ms with", "CPU ms without", "ratio - 1"],
+            [
+                [str(number), *_cells(on.step, off.step), *_cells(on.cpu, off.cpu)]
+                for number, (on, off) in enumerate(steps, start=1)
+            ],
             pipes=True,
         ),
     ]
     return "\n".join(lines)
+
+
+def _cells(on_ms: float, off_ms: float) -> list[str]:
+    return [f"{on_ms:.1f}", f"{off_ms:.1f}", f"{on_ms / off_ms - 1:+.2%}"]
 
 
 if __name__ == "__main__":
