@@ -33,6 +33,7 @@ from runtime.wire.judgement import Verdict
 from runtime.wire.messages import LIVE_STATES
 from zerotop.rundir.directory import RunEntry, find_any_run, read_entry
 from zerotop.source.opening import open_source
+from zerotop.state.run import RunState
 from zerotop.tui.app import ZerotopApp
 from zerotop.verdict.finding import Finding
 
@@ -257,7 +258,7 @@ def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | 
             tape.drain()
 
     try:
-        wait_for(poll, source.wait, lambda: source.state.step >= AT_STEP - 1, TRAINS_S)
+        wait_for(poll, source.wait, lambda: _newest_step(source.state) >= AT_STEP, TRAINS_S)
         pids = [rank.hello.pid for _, rank in sorted(source.state.ranks.items()) if rank.hello is not None]
         if tape is not None:
             tape.mark_fault()
@@ -283,6 +284,11 @@ def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | 
         return seen
     finally:
         source.close()
+
+
+def _newest_step(state: RunState) -> int:
+    """The step that the rank works on which is furthest: of the faulty one nothing may be heard any more."""
+    return max((rank.current_step or 0 for rank in state.ranks.values()), default=0)
 
 
 def as_finding(verdict: Verdict) -> Finding:
