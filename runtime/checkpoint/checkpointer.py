@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import socket
-import tempfile
 import threading
 import time
 import weakref
@@ -44,7 +43,7 @@ from runtime.checkpoint.saving.commit import write
 from runtime.checkpoint.saving.job import SAVE_DEFAULTS, Job, SaveOptions
 from runtime.checkpoint.saving.protocol import PEER_LOST
 from runtime.checkpoint.saving.snapshot import SharedMemory, Snapshot, SnapshotGuard
-from runtime.checkpoint.saving.writer_group import MEETING_FOLDER, listen, listen_for_hosts
+from runtime.checkpoint.saving.writer_group import listen, listen_anywhere, listen_for_hosts
 from runtime.checkpoint.saving.writer_handle import Outcome, WriterProcess
 from runtime.host.memory_limits import host_has_room
 from runtime.models.names import has_adapters
@@ -389,13 +388,16 @@ class Checkpointer:
             path = Path(self._run.sockets) / f"{self._meeting}-{generation}"
             return str(path), listen(path) if comm.rank == 0 else None
         one_host = len({tuple(found) for found in comm.gather_objects(_host())}) == 1
-        address = ""
-        if comm.rank == 0 and one_host:
-            path = Path(tempfile.mkdtemp(prefix=MEETING_FOLDER)) / "writers"  # they remove it when they have met
-            address, listener = str(path), listen(path)
-        elif comm.rank == 0:
-            address, listener = listen_for_hosts()
-        return comm.broadcast_object(address), listener
+        address = problem = ""
+        if comm.rank == 0:
+            try:
+                address, listener = listen_anywhere() if one_host else listen_for_hosts()
+            except OSError as error:
+                problem = f"no writer processes: can't listen for them: {error.strerror or error}"
+        address, problem = comm.broadcast_object((address, problem))
+        if problem:
+            raise CheckpointError(problem)
+        return address, listener
 
 
 def _host() -> tuple[str, ...]:

@@ -1,8 +1,9 @@
-"""The folder of multiprocessing's sockets. Torch-free."""
+"""Folders for sockets: the path of a Unix socket has at most 107 characters, and TMPDIR may be long. Torch-free."""
 
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,3 +20,12 @@ def keep_socket_paths_short(folder: Path) -> None:
     # multiprocessing.util.get_temp_dir() keeps its folder here, and children inherit it.
     config = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     config["tempdir"] = tempfile.mkdtemp(prefix="pymp-", dir=folder)
+
+
+def make_sockets_folder(prefix: str, name: str) -> Path:
+    """A new private folder in which the path of a socket `name` is short enough: in TMPDIR, else in /tmp."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
+    if len(str(folder / name)) <= _SOCKET_PATH_LIMIT:
+        return folder
+    shutil.rmtree(folder)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from runtime.process.tempdir import make_sockets_folder
 from runtime.wire.signature import SignatureError, checked, signed
 
 MEETING_S = 120.0
@@ -27,6 +28,7 @@ LARGEST_BYTES = 2**28
 """Largest message in bytes; a larger size was not sent by a writer."""
 MEETING_FOLDER = "zerotop-writers-"
 """Prefix of the temporary folder for the socket, outside a run."""
+_SOCKET = "writers"
 _SIZE_BYTES = 8
 _SILENCE_S = 60
 """Seconds without a sign of life after which TCP asks whether the other host is still there."""
@@ -43,6 +45,13 @@ def listen(path: Path) -> socket.socket:
     listener.bind(str(path))
     listener.listen(socket.SOMAXCONN)
     return listener
+
+
+def listen_anywhere() -> tuple[str, socket.socket]:
+    """The address in a new folder, which the writers remove when they have met, and the socket for rank 0's writer.
+    Raises OSError."""
+    path = make_sockets_folder(MEETING_FOLDER, _SOCKET) / _SOCKET
+    return str(path), listen(path)
 
 
 def listen_for_hosts() -> tuple[str, socket.socket]:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime.checkpoint.saving import writer_group
-from runtime.checkpoint.saving.writer_group import PeerLost, WriterGroup, listen, listen_for_hosts
+from runtime.checkpoint.saving.writer_group import PeerLost, WriterGroup, listen_anywhere, listen_for_hosts
 from runtime.wire.signature import GROUP_KEY_VARIABLE, SignatureError
 
 WORLD = 3
 
 
 @pytest.fixture(params=["one host", "several hosts"])
-def place(request, short_folder, monkeypatch):
+def place(request, monkeypatch):
     """(address, listening socket)."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    if request.param == "several hosts":
-        return listen_for_hosts()
-    path = short_folder / "writers"
-    return str(path), listen(path)
+    place = listen_anywhere() if request.param == "one host" else listen_for_hosts()
+    yield place
+    if request.param == "one host":
+        shutil.rmtree(Path(place[0]).parent, ignore_errors=True)  # where they have not met
 
 
 def together(place: Any, act: Callable[[WriterGroup], Any], world: int = WORLD) -> list[Any]:
@@ -67,11 +70,19 @@ def test_one_rank_alone(place):
     assert together(place, lambda group: group.gather_objects(1), world=1) == [[1]]
 
 
-def test_the_socket_is_gone_when_all_have_met(short_folder):
-    folder = short_folder / f"{writer_group.MEETING_FOLDER}1"
-    folder.mkdir()
-    together((str(folder / "writers"), listen(folder / "writers")), lambda group: None)
-    assert not folder.exists()
+def test_the_socket_is_gone_when_all_have_met():
+    place = listen_anywhere()
+    assert Path(place[0]).parent.stat().st_mode & 0o077 == 0
+    together(place, lambda group: None)
+    assert not Path(place[0]).parent.exists()
+
+
+def test_a_folder_of_temporary_files_with_a_long_path(tmp_path, monkeypatch):
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert together(listen_anywhere(), lambda group: group.rank) == [0, 1, 2]
+    assert list(long.iterdir()) == []
 
 
 def test_a_writer_that_is_gone_is_noticed_by_all(place):
