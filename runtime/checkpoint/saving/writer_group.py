@@ -66,7 +66,9 @@ class WriterGroup:
 
     def __init__(self, address: str, rank: int, world_size: int, listener: socket.socket | None) -> None:
         """Meet the others. address: path of a Unix socket, or "HOST:PORT". listener: the listening socket, on rank 0.
-        Raises TimeoutError when not all have come within MEETING_S."""
+        Raises PeerLost if rank 0 has none, and TimeoutError when not all have come within MEETING_S."""
+        if rank == 0 and listener is None:
+            raise PeerLost(f"rank 0 does not listen at {address}")
         self.rank, self.world_size = rank, world_size
         self._number = 0
         """Of exchanges so far."""

@@ -119,6 +119,11 @@ def test_a_meeting_place_that_nobody_opens(short_folder, monkeypatch):
         WriterGroup(str(short_folder / "nowhere"), 1, WORLD, None)
 
 
+def test_rank_0_without_a_socket_gives_up_at_once():
+    with pytest.raises(PeerLost, match="rank 0 does not listen at /nowhere"):
+        WriterGroup("/nowhere", 0, WORLD, None)
+
+
 def test_strangers_are_left_outside(monkeypatch):
     """They speak no hello, or no sense, or name a rank that is taken or none."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
