@@ -1,5 +1,5 @@
-"""The pictures of docs/stalls.md for which a GPU would be needed: two fake ranks on fake GPUs, of which one gets hot and
-is then lost to the driver.
+"""The pictures of docs/stalls.md for which a GPU would be needed: two fake ranks on fake GPUs, of which one gets hot
+and is then lost to the driver.
 
 python -m tests.faults.pictures
 """
