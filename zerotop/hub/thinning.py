@@ -20,11 +20,12 @@ _OLDER_HALF = """
 id <= (SELECT id FROM messages WHERE kind IN ({kinds}) ORDER BY id
        LIMIT 1 OFFSET (SELECT count(*) / 2 FROM messages WHERE kind IN ({kinds})))
 """
-# Of every source and kind the newest stays, and from there backwards every second one.
+# Of every source and kind the newest stays, from there backwards every second one, and the first.
 _HALVE = """
 DELETE FROM messages WHERE id IN (
-    SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY attempt, source, kind ORDER BY id DESC) AS number
-                    FROM messages WHERE kind IN ({kinds}) AND {older}) WHERE number % 2 = 0)
+    SELECT id FROM (SELECT id, row_number() OVER (PARTITION BY attempt, source, kind ORDER BY id DESC) AS number,
+                           min(id) OVER (PARTITION BY attempt, source, kind) AS first
+                    FROM messages WHERE kind IN ({kinds}) AND {older}) WHERE number % 2 = 0 AND id <> first)
 """
 _OLDEST_BLOCKS = """
 DELETE FROM blocks WHERE first_row <= (

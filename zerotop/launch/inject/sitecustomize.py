@@ -17,6 +17,8 @@ import threading
 import time
 
 _LOOK_S = 0.5
+_IMPORTS_S = 20.0
+"""How long a script's imports are awaited: its training may be one of them."""
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _PR_SET_PTRACER = 0x59616D61
 
@@ -86,6 +88,16 @@ def _stacks(logs: str, rank: str) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(int(supervisor)), 0, 0, 0)
 
 
+def _imports(thread: int | None) -> bool:
+    """Whether the thread is importing something."""
+    frame = sys._current_frames().get(thread) if thread is not None else None
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _heartbeat() -> None:
     """Report to the run once torch.distributed is initialised, where this Python has zerotop."""
 
@@ -96,7 +108,13 @@ def _heartbeat() -> None:
             if is_initialized is not None and is_initialized():
                 break
             time.sleep(_LOOK_S)
+        # Two threads that import the same modules may each wait for what the other has begun. Python then gives one of
+        # them a module that is not complete, and the script may be importing our engine just now.
+        until = time.monotonic() + _IMPORTS_S
+        while _imports(threading.main_thread().ident) and time.monotonic() < until:
+            time.sleep(_LOOK_S / 5)
         with contextlib.suppress(ImportError):
+            importlib.import_module("runtime.telemetry")  # the package first: waits for one that has begun to import it
             from runtime.telemetry.watching.automatic import begin
 
             begin()
