@@ -116,8 +116,10 @@ class Telemetry(Recorder):
                 f"{RUN_VARIABLE}={folder} is not a run directory: {_first_line(error)}. `zerotop launch` sets this "
                 "variable; unset it to train without telemetry"
             ) from None
-        if (early := _adoptable.pop(rank, None)) is not None:
-            return early
+        with joining:
+            _joined.add(rank)
+            if (early := _adoptable.pop(rank, None)) is not None:
+                return early
         attempt = _number(ATTEMPT_VARIABLE, run.attempt)
         return cls(rank, attempt, Sockets(run.sockets), _number(SUPERVISOR_VARIABLE, None))
 
@@ -441,6 +443,16 @@ class Telemetry(Recorder):
         # Runs in the watch, which must not get stuck: logging, whose locks others hold, is left to the publisher.
         self.inbox.mark_orphaned()
         self._wake()
+
+
+joining = threading.RLock()
+"""Held while a thread of this process joins the run: the one of `zerotop run` may do so while the script does."""
+_joined: set[int] = set()
+
+
+def has_joined() -> bool:
+    """Whether this process has asked for telemetry of a run before."""
+    return bool(_joined)
 
 
 _adoptable: dict[int, Telemetry] = {}

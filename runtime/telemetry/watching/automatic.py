@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 
 from runtime.process.forked import at_exit
-from runtime.telemetry.publisher import Telemetry, TelemetryError
+from runtime.telemetry.publisher import Telemetry, TelemetryError, has_joined, joining
 from runtime.telemetry.watching.collectives import FlightPosition
 from runtime.telemetry.watching.control import Controls
 from runtime.telemetry.watching.introduction import Introduction, Trainer, last_error, process_memory
@@ -24,9 +24,15 @@ def begin() -> None:
 
 
 def _begin() -> None:
+    with joining:  # the script may call watch() just now
+        if not has_joined():
+            _join()
+
+
+def _join() -> None:
     place = find_place([])
     link, run = join(place.rank)
-    if not isinstance(link, Telemetry) or link.started:
+    if not isinstance(link, Telemetry):
         return
     controls = Controls(can_pause=False, reasons=dict.fromkeys(("checkpoint", "stop", "pause", "resume"), NO_LINE))
     trainer = Trainer(name="torch.distributed", controls=controls, counts_steps=False)
