@@ -11,6 +11,7 @@ import pytest
 
 from runtime.config import ConfigError
 from runtime.wire.rundir import RunFile
+from tests.harness import ROOT
 from zerotop.launch import wrapped
 from zerotop.rundir.paths import RunError
 
@@ -124,6 +125,35 @@ def test_the_user_s_own_sitecustomize_still_runs(logs: Path, tmp_path: Path) -> 
     own.mkdir()
     (own / "sitecustomize.py").write_text("import builtins\nbuiltins.from_mine = 'mine'\n")
     assert python("print(from_mine)", logs, logs / "launcher.log", PYTHONPATH=str(own)) == "mine\n"
+
+
+IMPORTS_FOR_LONG = """
+import sys, time
+deadline = time.monotonic() + 1.5  # three looks of the thread that waits for torch.distributed
+while time.monotonic() < deadline:
+    pass
+seen = "runtime.telemetry" in sys.modules
+"""
+INITIALIZED = """
+import os, sys, time, types
+sys.modules["torch"] = types.ModuleType("torch")
+sys.modules["torch.distributed"] = types.ModuleType("torch.distributed")
+sys.modules["torch.distributed"].is_initialized = lambda: True
+import imports_for_long
+deadline = time.monotonic() + 60
+while "runtime.telemetry" not in sys.modules and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(imports_for_long.seen, "runtime.telemetry" in sys.modules, flush=True)
+os._exit(0)
+"""
+
+
+def test_the_heartbeat_imports_nothing_while_the_script_does(logs: Path, tmp_path: Path) -> None:
+    """Both at once would give one of them a module that is not complete."""
+    (tmp_path / "imports_for_long.py").write_text(IMPORTS_FOR_LONG)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    python(INITIALIZED, logs, logs / "launcher.log", RANK="0", PYTHONPATH=paths)
+    assert "False True\n" in (logs / "rank-0.log").read_text()
 
 
 def test_stacks_come_on_the_signal(logs: Path) -> None:
