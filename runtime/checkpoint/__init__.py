@@ -19,7 +19,8 @@ load               reads a checkpoint into a training state; compatibility: the 
 tag_validation     one folder and tag on all ranks, for checkpoints that a script saves
 optimizer_states   optimizer.state_dict(), which covers this rank's shards only
 
-All collectives of this package run on Gloo groups of their own. What a writer process imports is torch-free.
+The ranks' collectives run on Gloo groups of their own; their writer processes exchange values over sockets, and what
+these processes import is torch-free.
 """
 
 from __future__ import annotations

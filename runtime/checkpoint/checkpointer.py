@@ -388,9 +388,7 @@ class Checkpointer:
             path = Path(self._run.sockets) / f"{self._meeting}-{generation}"
             try:
                 listener = listen(path) if comm.rank == 0 else None
-            except (
-                OSError
-            ) as error:  # the writers will say that they have not met, and the checkpoint fails on all ranks
+            except OSError as error:  # the writers will not meet, and the checkpoint fails on all ranks
                 log.warning(f"can't listen for writers at {path}: {error.strerror or error}")
             return str(path), listener
         one_host = len({tuple(found) for found in comm.gather_objects(_host())}) == 1

@@ -12,6 +12,7 @@ from zerotop.state.run import RunState
 from zerotop.verdict.bound import find_gpu_fault, find_memory_bound, find_offload_bound, find_throttled
 from zerotop.verdict.calm import calm
 from zerotop.verdict.figures import SAMPLES_KEPT, History
+from zerotop.verdict.finding import Finding
 from zerotop.verdict.judge import Rule
 from zerotop.verdict.slow import find_contention, find_data_starvation
 from zerotop.verdict.straggler import find_straggler
@@ -50,32 +51,31 @@ def test_paging_is_memory_trouble_and_reading_a_file_is_not() -> None:
     )
 
 
-def test_a_rank_that_waits_for_files_on_disk_has_slow_data_for_that_reason() -> None:
+def waits_for_files(phases: dict[str, float]) -> tuple[RunState, History, Finding]:
+    """Rank 2, whose phases take so long, reads a thousand pages a second, and what is found then."""
     run, history = a_run(step_ms=400), History()
-    trained(run, {0: USUAL, 1: USUAL, 2: USUAL | {"reduce": 10.0, "data": 82.0}})
+    trained(run, {0: USUAL, 1: USUAL, 2: USUAL | {"reduce": 10.0} | phases})
     met(run, last=2, wait_us=80_000)
     remember(run, 2, major_faults=0)
     history.figures(run, None, 0.0)
     remember(run, 2, major_faults=10_000)
     found = find_straggler(history.figures(run, None, 10.0))
-    assert found is not None and found.what == "data starvation"
-    assert "it reads 1,000 pages a second of mapped files from disk" in found.text and "more memory" in found.advice
+    assert found is not None and "it reads 1,000 pages a second of mapped files from disk" in found.text
+    return run, history, found
+
+
+def test_a_rank_that_waits_for_files_on_disk_has_slow_data_for_that_reason() -> None:
+    run, history, found = waits_for_files({"data": 82.0})
+    assert found.what == "data starvation" and "more memory" in found.advice
     remember(run, 2, major_faults=10_001)
     quiet = find_straggler(history.figures(run, None, 30.0))
     assert quiet is not None and "pages" not in quiet.text
 
 
 def test_a_rank_that_waits_for_files_on_disk_while_it_computes_has_too_little_memory() -> None:
-    run, history = a_run(step_ms=400), History()
-    trained(run, {0: USUAL, 1: USUAL, 2: USUAL | {"reduce": 10.0, "forward": 180.0}})
-    met(run, last=2, wait_us=80_000)
-    remember(run, 2, major_faults=0)
-    history.figures(run, None, 0.0)
-    remember(run, 2, major_faults=10_000)
-    found = find_straggler(history.figures(run, None, 10.0))
-    assert found is not None and found.what == "memory-bound" and found.ranks == (2,)
+    run, history, found = waits_for_files({"forward": 180.0})
+    assert found.what == "memory-bound" and found.ranks == (2,)
     assert "its forward and backward take 80.0 ms longer" in found.text
-    assert "it reads 1,000 pages a second of mapped files from disk" in found.text
     # The host as a whole has memory: that rule must not take it over with another sentence.
     assert find_memory_bound(history.figures(run, found, 10.5)) is None
 
