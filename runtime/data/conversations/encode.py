@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from runtime.data import DataError
 from runtime.data.conversations.formats import Completion, Conversation, Plain, Row, RowError, parse_row
 from runtime.data.conversations.spans import NotFound, Span, TurnFinder
 from runtime.data.conversations.template import Renderer, TemplateFailed
+from runtime.data.conversations.token_bytes import TokenBytes
 
 NO_TURN = "no assistant turn"
 CUT_AWAY = "all trained tokens beyond seq_len"
@@ -89,6 +90,7 @@ class Encoder:
         self._library = Tokenizer.from_str(recipe.tokenizer)
         self._library.no_padding()
         self._library.no_truncation()
+        self._bytes = TokenBytes.of(self._library)
         self._finder: TurnFinder | None = None
         self.render: Any = None
         if recipe.templates:
@@ -168,24 +170,61 @@ class Encoder:
         masks: list[np.ndarray] = []
         numbers: list[int] = []
         cut: list[int] = []
-        for plain in (False, True):
-            some = [text for text in texts if text.plain is plain]
-            encodings = self._library.encode_batch([text.text for text in some], add_special_tokens=plain)
-            for text, encoding in zip(some, encodings, strict=True):
-                tokens = np.array(encoding.ids, dtype=self.recipe.dtype)
-                if plain and self.recipe.eos is not None and (not len(tokens) or tokens[-1] != self.recipe.eos):
-                    tokens = np.append(tokens, self.recipe.dtype.type(self.recipe.eos))
-                mask = _mask(text, encoding, len(tokens))
-                for one, trained, lost in self._fit(text, tokens, mask, split, made):
-                    ids.append(one)
-                    masks.append(trained)
-                    numbers.append(text.number)
-                    cut.append(lost)
+        for text, tokens, mask in self._masked(texts):
+            for one, trained, lost in self._fit(text, tokens, mask, split, made):
+                ids.append(one)
+                masks.append(trained)
+                numbers.append(text.number)
+                cut.append(lost)
         made.tokens = np.concatenate(ids) if ids else np.empty(0, self.recipe.dtype)
         made.trained = np.concatenate(masks) if masks else np.empty(0, np.uint8)
         made.lengths = np.array([len(one) for one in ids], dtype=np.int32)
         made.numbers = np.array(numbers, dtype=np.int64)
         made.cut = np.array(cut, dtype=np.int32)
+
+    def _masked(self, texts: Sequence[_Text]) -> Iterator[tuple[_Text, np.ndarray, np.ndarray]]:
+        """(text, its tokens, which of them are trained): first those from a template, then the others."""
+        for plain in (False, True):
+            some = [text for text in texts if text.plain is plain]
+            quick = [text for text in some if text.spans is None or (self._bytes is not None and not plain)]
+            placed = {id(text) for text in some} - {id(text) for text in quick}
+            found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+            for text, encoding in self._encoded(quick, plain, places=False):
+                tokens = np.array(encoding.ids, dtype=self.recipe.dtype)
+                if (mask := self._mask_by_bytes(text, tokens)) is not None:
+                    found[id(text)] = self._ended(tokens, mask, plain)
+                else:
+                    placed.add(id(text))
+            for text, encoding in self._encoded([text for text in some if id(text) in placed], plain, places=True):
+                tokens = np.array(encoding.ids, dtype=self.recipe.dtype)
+                found[id(text)] = self._ended(tokens, _mask(text, encoding), plain)
+            for text in some:
+                yield text, *found[id(text)]
+
+    def _encoded(self, texts: Sequence[_Text], plain: bool, places: bool) -> Iterator[tuple[_Text, Any]]:
+        """Each text and what the library makes of it. places: whether that says where its tokens are."""
+        encode = self._library.encode_batch if places else self._library.encode_batch_fast
+        return zip(texts, encode([text.text for text in texts], add_special_tokens=plain), strict=True)
+
+    def _mask_by_bytes(self, text: _Text, tokens: np.ndarray) -> np.ndarray | None:
+        """Which tokens are trained; None if their lengths don't tell."""
+        if text.spans is None:
+            return np.ones(len(tokens), np.uint8)
+        assert self._bytes is not None
+        edges = self._bytes.indices(text.text, tokens, [edge for span in text.spans for edge in span])
+        if edges is None:
+            return None
+        mask = np.zeros(len(tokens), np.uint8)
+        for first, after in zip(edges[::2], edges[1::2], strict=True):
+            mask[first:after] = 1
+        return mask
+
+    def _ended(self, tokens: np.ndarray, mask: np.ndarray, plain: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Both with an end-of-text token, which is trained, after a text that comes from no template."""
+        eos = self.recipe.eos
+        if not plain or eos is None or (len(tokens) and tokens[-1] == eos):
+            return tokens, mask
+        return np.append(tokens, self.recipe.dtype.type(eos)), np.append(mask, np.uint8(1))
 
     def _fit(
         self, text: _Text, tokens: np.ndarray, mask: np.ndarray, split: bool, made: Encoded
@@ -230,15 +269,11 @@ def _speaks(message: Mapping[str, Any]) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
-def _mask(text: _Text, encoding: Any, count: int) -> np.ndarray:
-    """Which tokens are trained: those that overlap a span, and an end-of-text token that was appended."""
-    if text.spans is None:
-        mask = np.ones(count, np.uint8)
-        return mask
-    mask = np.zeros(count, np.uint8)
+def _mask(text: _Text, encoding: Any) -> np.ndarray:
+    """Which tokens are trained: those that overlap a span."""
     encoded = len(encoding)
-    mask[encoded:] = 1
-    for start, end in text.spans:
+    mask = np.zeros(encoded, np.uint8)
+    for start, end in text.spans or ():
         first = _token_from(encoding, start, end)
         if first is not None:
             after = _token_from(encoding, end, len(text.text))

@@ -11,6 +11,7 @@ import pytest
 from runtime.config.finetune import DataConfig
 from runtime.data.conversations.encode import Encoder
 from runtime.data.conversations.prepare import make_recipe
+from runtime.data.conversations.token_bytes import TokenBytes
 from tests.unit.data.conversations.templates import BY_NAME, FORMATS, Format
 
 Made = Callable[..., Any]
@@ -19,6 +20,14 @@ Made = Callable[..., Any]
 def encoder_of(tokenizer: Any, tmp_path: Any, **settings: Any) -> Encoder:
     config = DataConfig.model_validate({"files": ["x"], "seq_len": 4096, **settings})
     return Encoder(make_recipe(config, tokenizer, len(tokenizer), tmp_path)[0])
+
+
+@pytest.fixture(params=["lengths", "places"])
+def told_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What says which token a character is in: the tokens' lengths, or, as for tokenizers that are not byte-level, the
+    tokenizer itself."""
+    if request.param == "places":
+        monkeypatch.setattr(TokenBytes, "of", lambda _tokenizer: None)
 
 
 def encoded(encoder: Encoder, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
@@ -73,6 +82,7 @@ def form(request: pytest.FixtureRequest) -> Format:
     return found
 
 
+@pytest.mark.usefixtures("told_by")
 def test_turns_with_their_end_tokens_are_trained(form: Format, make_tokenizer: Made, tmp_path: Any) -> None:
     tokenizer = make_tokenizer(form)
     ids, mask = encoded(encoder_of(tokenizer, tmp_path), CHAT)
@@ -98,6 +108,7 @@ NASTY = [
 ]
 
 
+@pytest.mark.usefixtures("told_by")
 def test_text_that_looks_like_the_template(form: Format, make_tokenizer: Made, tmp_path: Any) -> None:
     tokenizer = make_tokenizer(form)
     encoder = encoder_of(tokenizer, tmp_path)
