@@ -9,8 +9,9 @@ cpu           CPU time of the process over the time that was watched, in % of on
 frame         CPU time of the process in a quarter of a second, which holds one frame: median and 95th percentile
 bytes         what the terminal was sent per second
 key           milliseconds from a key to the first and to the last byte of what it changes, the hub being silent
-first paint   CPU time from the start of the process until the step stands on the terminal; of it `import` is what
-              `import textual` alone takes, and `bare` what a Textual application with one line of text takes
+first frame   CPU time from the start of the process until the run's name and state stand on the terminal
+first paint   the same until the step does; of it `import` is what `import textual` alone takes, and `bare` what a
+              Textual application with one line of text takes
 
 --against is another checkout. Its screens run on the same hub at the same time, so that whatever else uses the machine
 costs both the same. All times but those of keys are CPU times of the processes.
@@ -58,6 +59,8 @@ ROUNDS = 5
 """First paints of which the median is taken."""
 SHOWN = "of 100000"
 """What stands on the terminal once the step does."""
+FRAME = "opening the screen"
+"""What stands there before."""
 IMPORT = "import textual.app, textual.screen, textual.widgets, textual.containers; from textual.widgets import Input"
 ATTACH = """
 import sys
@@ -264,15 +267,16 @@ def first_paints(folders: dict[str, Path], ranks: int, size: tuple[int, int]) ->
             found.setdefault("import", []).append(_cpu_ms([sys.executable, "-c", IMPORT]))
             found.setdefault("bare", []).append(_paint_ms([sys.executable, "-c", BARE], size))
             for name, folder in folders.items():
+                found.setdefault(f"{name}, first frame", []).append(_paint_ms(attach(folder), size, FRAME))
                 found.setdefault(name, []).append(_paint_ms(attach(folder), size))
         assert run.hub.snapshots_sent
     return {name: round(statistics.median(times)) for name, times in found.items()}
 
 
-def _paint_ms(command: list[str], size: tuple[int, int]) -> float:
+def _paint_ms(command: list[str], size: tuple[int, int], shown: str = SHOWN) -> float:
     terminal = Terminal(command, size=size)
     try:
-        terminal.read_until(lambda: SHOWN.encode() in terminal.raw)
+        terminal.read_until(lambda: shown.encode() in terminal.raw)
         return 1000 * sum(psutil.Process(terminal.process.pid).cpu_times()[:2])
     finally:
         terminal.close()

@@ -61,15 +61,18 @@ def show(source: Source, *, read_only: bool = False, host: str | None = None, en
     """
     from runtime.wire.messages import LIVE_STATES
     from zerotop.output import say
-    from zerotop.tui.app import ZerotopApp
+    from zerotop.tui.first_frame import first_frame
 
-    find_earlier = None
-    if entry is not None:
-        from zerotop.source.earlier import earlier_finder
-
-        find_earlier = earlier_finder(entry)
-    app = ZerotopApp(source, read_only=read_only, find_earlier=find_earlier, host=host)
     try:
+        with first_frame(entry.status if entry is not None else None):
+            from zerotop.tui.app import ZerotopApp
+
+            find_earlier = None
+            if entry is not None:
+                from zerotop.source.earlier import earlier_finder
+
+                find_earlier = earlier_finder(entry)
+            app = ZerotopApp(source, read_only=read_only, find_earlier=find_earlier, host=host)
         app.run()
     finally:
         source.close()
