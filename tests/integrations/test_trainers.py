@@ -54,8 +54,9 @@ def _phases(run: StartedRun) -> set[str]:
 
 
 def _marked(case: Case) -> Any:
-    """DDP is slow here, as the tests of commands, memory and hangs below train with it."""
-    return pytest.param(case, marks=pytest.mark.slow) if case.script == "ddp.py" else case
+    """DDP is slow here, as the tests of commands, memory and hangs below train with it, and Accelerate, whose loop is
+    DDP's and whose Accelerator the Trainer's has inside."""
+    return pytest.param(case, marks=pytest.mark.slow) if case.script in ("ddp.py", "accelerate_loop.py") else case
 
 
 @pytest.mark.parametrize("case", [_marked(case) for case in CASES], ids=str)

@@ -286,7 +286,11 @@ def back_to_the_start(folder: str, setup: Setup, optimizer: dict[str, Any]) -> A
     return run.train(HALF), run.tensors()
 
 
-@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+# Of torch's, two are enough: one with states from the start, one that makes them in its first step.
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind in ("SGD", "Adagrad") else pytest.mark.slow) for kind in OPTIMIZERS],
+)
 def test_states_of_every_optimizer(ranks, tmp_path, kind):
     optimizer = {"type": kind, "params": {"lr": 1e-3, **OPTIMIZERS[kind]}}
     writer = Setup(2, 2)
