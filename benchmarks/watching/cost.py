@@ -2,8 +2,9 @@
 
     python -m benchmarks.watching.cost --rounds 5 --steps 60
 
-Step: the script's own step times under `zerotop run`, with watch() against without, in turn (ABBA); and the CPU time of
-all threads of its rank 0 a step, which other programs disturb less. Start: `zerotop run
+Step: the script's own step times under `zerotop run`, with watch() against without, in turn (ABBA). Other programs
+disturb that more than watching does, so there is also what they don't disturb: the CPU time of the telemetry threads of
+rank 0 a step, and that of its training thread in what watch() has it call. Start: `zerotop run
 -- python -c pass` against `python -c pass`, wall time. Attach: from opening a screen's source on a live run to a state
 with all ranks.
 """
@@ -50,10 +51,19 @@ def main() -> int:
 
 
 class Steps(NamedTuple):
-    """Medians of a run, in ms."""
+    """A run in ms a step: medians, and means of what does not happen in every step."""
 
     step: float
     cpu: float
+    threads: float
+    """CPU time of the telemetry threads."""
+    calls: float
+    """CPU time of the training thread in what watch() has it call."""
+
+    @property
+    def own(self) -> float:
+        """What watching takes, as a share of the step."""
+        return (self.threads + self.calls) / self.step
 
 
 def _round(number: int, steps: int, folder: Path) -> tuple[Steps, Steps]:
@@ -61,8 +71,8 @@ def _round(number: int, steps: int, folder: Path) -> tuple[Steps, Steps]:
     found = {}
     for watched in (True, False) if number % 2 else (False, True):
         one = found[watched] = _steps(watched, steps, folder)
-        words = "with" if watched else "without"
-        print(f"round {number + 1}: {one.step:.1f} ms a step, {one.cpu:.2f} of CPU, {words} watch()", file=sys.stderr)
+        words = f"with watch(), which took {one.own:.2%}" if watched else "without watch()"
+        print(f"round {number + 1}: {one.step:.1f} ms a step, {one.cpu:.2f} of CPU, {words}", file=sys.stderr)
     return found[True], found[False]
 
 
@@ -76,7 +86,8 @@ def _steps(watched: bool, steps: int, folder: Path) -> Steps:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    return Steps(*map(statistics.median, zip(*json.loads(out.read_text())[DROPPED:], strict=True)))
+    step, cpu, threads, calls = zip(*json.loads(out.read_text())[DROPPED:], strict=True)
+    return Steps(statistics.median(step), statistics.median(cpu), statistics.mean(threads), statistics.mean(calls))
 
 
 def _start() -> tuple[float, float]:
@@ -126,18 +137,23 @@ def _zerotop(*words: str) -> list[str]:
 def _report(steps: list[tuple[Steps, Steps]], starts: list[tuple[float, float]], attaches: list[float]) -> str:
     ratios = [on.step / off.step - 1 for on, off in steps]
     cpu = [on.cpu / off.cpu - 1 for on, off in steps]
+    threads, calls, own = (
+        statistics.median(which) for which in zip(*((on.threads, on.calls, on.own) for on, _ in steps), strict=True)
+    )
     extra = [wrapped - bare for wrapped, bare in starts]
     lines = [
         f"- Step time, with watch() against without: {statistics.median(ratios):+.2%} (median of {len(ratios)} rounds; "
         f"{min(ratios):+.2%} to {max(ratios):+.2%})",
         f"- CPU time of a step, likewise: {statistics.median(cpu):+.2%} ({min(cpu):+.2%} to {max(cpu):+.2%})",
+        f"- What watching itself takes of a step: {own:.2%}, {threads:.2f} ms of CPU time in the telemetry threads and "
+        f"{calls:.2f} ms in what it has the training thread call (medians)",
         f"- Start: {statistics.median(extra):.2f} s more than the bare command (median of {len(extra)})",
         f"- Attach to the full picture: {statistics.median(attaches):.0f} ms (median of {len(attaches)})",
         "",
         table(
-            ["round", "ms with", "ms without", "ratio - 1", "CPU ms with", "CPU ms without", "ratio - 1"],
+            ["round", "ms with", "ms without", "ratio - 1", "CPU ms with", "CPU ms without", "ratio - 1", "own share"],
             [
-                [str(number), *_cells(on.step, off.step), *_cells(on.cpu, off.cpu)]
+                [str(number), *_cells(on.step, off.step), *_cells(on.cpu, off.cpu), f"{on.own:.2%}"]
                 for number, (on, off) in enumerate(steps, start=1)
             ],
             pipes=True,

@@ -1,12 +1,17 @@
 """Trains a small transformer under DistributedDataParallel and writes to OUT, as JSON, what each step took rank 0:
-[ms, ms of CPU time of all its threads]."""
+[ms, ms of CPU time of all its threads, of these those of telemetry's threads, and those of the training thread in what
+watch() has it call]."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +33,42 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, 1), input_ids.flatten())
 
 
+class Calls:
+    """Times the methods of Watcher that hooks call."""
+
+    METHODS = (
+        *("forward_begins", "forward_ended", "backward_begins", "gradients_computed", "backward_ended"),
+        *("step_begins", "step_ended"),
+    )
+
+    def __init__(self) -> None:
+        self.ms = 0.0
+
+    def time(self, watcher: type) -> None:
+        """Time those of `watcher` from now on."""
+        for name in self.METHODS:
+            setattr(watcher, name, self._timed(getattr(watcher, name)))
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def timed(*given: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return method(*given)
+            finally:
+                self.ms += 1e3 * (time.thread_time() - began)
+
+        return timed
+
+
+def telemetry_threads_ms() -> float:
+    """CPU time so far of the threads of telemetry, and of ZeroMQ's own."""
+    tasks = Path("/proc/self/task")
+    ours = {str(thread.native_id) for thread in threading.enumerate() if thread.name.startswith("zerotop-")}
+    ours |= {task.name for task in tasks.iterdir() if (task / "comm").read_text().startswith("ZMQbg")}
+    return sum(int((tasks / one / "schedstat").read_text().split()[0]) for one in ours) / 1e6
+
+
 def main() -> None:
     """One run."""
     torch.set_num_threads(1)
@@ -35,18 +76,25 @@ def main() -> None:
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(Model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    calls = Calls()
     if os.environ["WATCH"] == "1":
         from runtime.telemetry import watch
+        from runtime.telemetry.watching.watcher import Watcher
 
+        calls.time(Watcher)
         watch(model, optimizer, accumulation=MICRO_STEPS, steps=STEPS)
     times = []
+
+    def clocks() -> tuple[float, float, float, float]:
+        return 1e3 * time.perf_counter(), 1e3 * time.process_time(), telemetry_threads_ms(), calls.ms
+
     for _ in range(STEPS):
-        began, cpu_began = time.perf_counter(), time.process_time()
+        began = clocks()
         for _ in range(MICRO_STEPS):
             (model(torch.randint(0, 2048, (4, 64))) / MICRO_STEPS).backward()
         optimizer.step()
         optimizer.zero_grad()
-        times.append((1e3 * (time.perf_counter() - began), 1e3 * (time.process_time() - cpu_began)))
+        times.append([now - then for now, then in zip(clocks(), began, strict=True)])
     if dist.get_rank() == 0:
         Path(os.environ["OUT"]).write_text(json.dumps(times))
     dist.destroy_process_group()
