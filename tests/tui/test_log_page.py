@@ -41,6 +41,22 @@ async def test_no_line_loses_its_end_when_the_scroll_bar_comes(open_app: OpenApp
         assert log.show_vertical_scrollbar
 
 
+async def test_a_scroll_bar_that_comes_late_says_where_its_lines_are(open_app: OpenApp) -> None:
+    run = ScriptedRun()
+    async with open_app(run, size=(80, 24)) as (app, pilot, _):
+        await pilot.press("6")
+        for number in range(40):
+            run.log(f"line {number}", "warning")
+        await settle(app, pilot)
+        log = app.screen.query_one(LogPanel)
+        assert log.show_vertical_scrollbar and log.scroll_y == log.max_scroll_y > 0
+        log.show_vertical_scrollbar = False
+        log.vertical_scrollbar.position = 0  # a bar that is not shown hears nothing of scrolling
+        log.show_vertical_scrollbar = True
+        await settle(app, pilot)
+        assert log.vertical_scrollbar.position == log.scroll_y == log.max_scroll_y
+
+
 # ---- the file in a pager ---------------------------------------------------------------------------------------------
 @pytest.fixture
 def logs(tmp_path: Path) -> Path:

@@ -329,6 +329,8 @@ class ScrollPanel(ScrollView, _Drawn, can_focus=True):  # the first base gives t
         that comes with a new layout has the lines drawn again."""
         self.expire()
         if self.is_mounted:
+            if self.show_vertical_scrollbar:  # which heard nothing of scrolling before
+                self.vertical_scrollbar.position = self.scroll_y
             self.call_after_refresh(self.redraw)
 
     def watch_scroll_y(self, old_value: float, new_value: float) -> None:
