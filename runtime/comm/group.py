@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.comm import objects
+from runtime.comm.device_time import DeviceTime, StreamMarks
 from runtime.comm.host_sums import HostSum
 from runtime.comm.pending import (
     CopyPending,
@@ -71,7 +72,13 @@ class Comm:
         # A group made without naming a backend says "undefined" and has Gloo for CPUs.
         self.backend = "gloo" if device.type == "cpu" else str(dist.get_backend(group))
         self._exchange: Exchange | None = None
-        self._clock = DeviceClock(device, telemetry) if device.type == "cuda" and self.world_size > 1 else None
+        self._clock: DeviceClock | None = None
+        if device.type == "cuda":
+            stream = torch.cuda.Stream(device)
+            device_time = DeviceTime(stream)
+            telemetry.follow_device(StreamMarks(device, device_time))
+            if self.world_size > 1:
+                self._clock = DeviceClock(stream, device_time, telemetry)
 
     # ---- memory --------------------------------------------------------------------------------------------
     def share_memory(self, nbytes: int) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from runtime import native
+from runtime.comm.device_time import DeviceTime
 from runtime.comm.transfer import Copy
 from runtime.telemetry import NullTelemetry, Telemetry
 
@@ -159,44 +160,25 @@ class SharedPending:
         self._telemetry.completed(self._seq, self._op, self._nbytes, posted.issue_ns, posted.end_ns, posted.wait_ns)
 
 
-ZERO_INTERVAL_NS = 10_000_000_000
-"""After how long DeviceClock measures from a new reference event."""
-
-
 class DeviceClock:
-    """The GPU stream of collectives, and the conversion of its events to CLOCK_MONOTONIC."""
+    """The GPU stream of collectives, and their reports to telemetry."""
 
-    def __init__(self, device: torch.device, telemetry: Telemetry | NullTelemetry) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self.telemetry = telemetry
-        self._zero = torch.cuda.Event(enable_timing=True)
-        self._zero.record(self.stream)
-        self._zero.synchronize()
-        self._zero_ns = self._zeroed_ns = time.monotonic_ns()
-        self._next_zero: torch.cuda.Event | None = None
+    def __init__(
+        self, stream: torch.cuda.Stream, device_time: DeviceTime, telemetry: Telemetry | NullTelemetry
+    ) -> None:
+        self.stream, self._time, self.telemetry = stream, device_time, telemetry
         self._unreported: deque[DevicePending] = deque()
         self._ended = 0
         telemetry.completed_on_device = self.ended
 
-    def _move_zero(self) -> None:
-        """Move the reference event: CUDA measures in fp32 milliseconds, which after an hour are 0.25 ms apart."""
-        if self._next_zero is not None and self._next_zero.query():
-            # No earlier than it was recorded, no later than now: the GPU's timer and the host's drift apart.
-            reached_ns = min(max(self.ns(self._next_zero), self._zeroed_ns), time.monotonic_ns())
-            self._zero_ns, self._zero, self._next_zero = reached_ns, self._next_zero, None
-        elif self._next_zero is None and time.monotonic_ns() - self._zeroed_ns > ZERO_INTERVAL_NS:
-            self._zeroed_ns = time.monotonic_ns()
-            self._next_zero = torch.cuda.Event(enable_timing=True)
-            self._next_zero.record(self.stream)
-
     def ns(self, event: torch.cuda.Event) -> int:
         """Time of `event` on CLOCK_MONOTONIC, in nanoseconds."""
-        return self._zero_ns + int(self._zero.elapsed_time(event) * 1e6)
+        return self._time.ns(event)
 
     def watch(self, pending: DevicePending) -> None:
         """Report `pending` to telemetry when it has ended."""
         self.report()
-        self._move_zero()
+        self._time.keep_up()
         self._unreported.append(pending)
 
     def report(self) -> None:
@@ -218,7 +200,7 @@ class DeviceClock:
 class DevicePending:
     """An NCCL collective on the stream of collectives, between two events."""
 
-    __slots__ = ("_clock", "_end", "_nbytes", "_op", "_own", "_phase", "_start", "_wait_begun", "seq")
+    __slots__ = ("_clock", "_end", "_nbytes", "_op", "_own", "_place", "_start", "_wait_begun", "seq")
 
     def __init__(
         self,
@@ -234,7 +216,7 @@ class DevicePending:
         self.seq = clock.telemetry.issued(op, nbytes)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._wait_begun: torch.cuda.Event | None = None
-        self._phase = clock.telemetry.phase
+        self._place = clock.telemetry.place
         clock.stream.wait_stream(torch.cuda.current_stream(clock.stream.device))
         with torch.cuda.stream(clock.stream):
             if after is not None:
@@ -247,7 +229,7 @@ class DevicePending:
     def wait(self) -> None:
         """Make the current stream wait for the collective."""
         current = torch.cuda.current_stream(self._clock.stream.device)
-        self._phase = self._clock.telemetry.phase
+        self._place = self._clock.telemetry.place
         self._wait_begun = torch.cuda.Event(enable_timing=True)
         self._wait_begun.record(current)
         current.wait_event(self._end)
@@ -278,7 +260,7 @@ class DevicePending:
         clock = self._clock
         start_ns, end_ns, reached_ns = clock.ns(self._start), clock.ns(self._end), clock.ns(self._wait_begun)
         wait_ns = max(0, end_ns - reached_ns)
-        clock.telemetry.completed(self.seq, self._op, self._nbytes, start_ns, end_ns, wait_ns, self._phase)
+        clock.telemetry.completed(self.seq, self._op, self._nbytes, start_ns, end_ns, wait_ns, self._place)
 
 
 def combine(target: torch.Tensor, source: torch.Tensor, add: bool, threads: int | None = None) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+from runtime.telemetry.device_phases import Marks
 from runtime.telemetry.handler import LevelName
 from runtime.telemetry.inbox import Inbox
+from runtime.telemetry.recorder import Place
 from runtime.wire.finetuning import DataReport, Evaluation
 from runtime.wire.messages import Ack, Hello, Memory, PhaseName, StepResult
 
@@ -26,6 +28,7 @@ class NullTelemetry:
     phase_ended: Callable[[PhaseName, int, int], None] | None = None
     hz: float = 0.0
     phase: PhaseName = "idle"
+    place: Place = ("idle", 0)
 
     def __init__(self) -> None:
         self.inbox = Inbox()
@@ -35,6 +38,9 @@ class NullTelemetry:
         """Do nothing."""
 
     def enter(self, phase: PhaseName, step: int | None = None, micro_step: int | None = None) -> None:
+        """Do nothing."""
+
+    def follow_device(self, marks: Marks) -> None:
         """Do nothing."""
 
     def span(self, phase: PhaseName) -> AbstractContextManager[None]:
@@ -53,7 +59,7 @@ class NullTelemetry:
         issue_ns: int,
         end_ns: int,
         wait_ns: int,
-        phase: PhaseName | None = None,
+        place: Place | None = None,
     ) -> None:
         """Do nothing."""
 

@@ -330,7 +330,7 @@ class Telemetry(Recorder):
         assert self._link is not None and self._close_by is not None
         try:
             # Without memory, whose source may be shutting down.
-            self._link.publish(self._measured())
+            self._link.publish(self._measured(final=True))
             self._send_events()
         except Exception:
             print(f"zerotop: the last telemetry was lost: {traceback.format_exc()}", file=sys.stderr)
@@ -350,10 +350,10 @@ class Telemetry(Recorder):
                 self._report_once(f"memory can't be measured: {type(error).__name__}: {error}")
         return messages
 
-    def _measured(self) -> list[Any]:
+    def _measured(self, final: bool = False) -> list[Any]:
         """Messages of what the training thread has recorded since the last tick, and a heartbeat."""
         # model_construct: these figures need no validation, and this runs ten times a second during training.
-        drained = self.drain()
+        drained = self.drain(final)
         messages: list[Any] = []
         if drained.spans:
             spans = drained.spans[-SPANS_PER_PACKET:]

@@ -13,10 +13,11 @@ from time import monotonic_ns
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from runtime.telemetry.device_phases import DevicePhases, Marks, Span, Sums
 from runtime.wire.messages import PhaseName, StepResult
 
-Span = tuple[PhaseName, int, int, int, int]
-"""(phase, step, micro_step, start_ns, end_ns), as `Phases` carries it."""
+Place = tuple[PhaseName, int]
+"""A phase, and the step in which it was."""
 CollectiveRecord = tuple[int, str, int, int, int, int, int]
 """(seq, op, bytes, issue_ns, end_ns, duration_us, wait_us), as `Collectives` carries it."""
 
@@ -34,6 +35,19 @@ class Drained(NamedTuple):
     collectives: list[tuple[int, CollectiveRecord]]  # (step in which it was issued, record)
     steps: list[StepResult]
     dropped: int  # entries lost to full rings since the start
+
+
+class _Step(NamedTuple):
+    """An optimizer step with what the training thread has recorded since the last one."""
+
+    result: StepResult
+    phases: Sums
+    waits: Sums
+    comm_bytes: int
+
+    @property
+    def step(self) -> int:
+        return self.result.step
 
 
 class Position(NamedTuple):
@@ -113,6 +127,7 @@ class Recorder:
         self._phase_ns: dict[str, int] = {}
         self._wait_ns: dict[str, int] = {}  # by phase
         self._comm_bytes = 0
+        self._device: DevicePhases | None = None
         self.phase_ended: Callable[[PhaseName, int, int], None] | None = None
         """Called by the training thread with each finished phase, its start and its end (ns); must not raise."""
 
@@ -124,8 +139,10 @@ class Recorder:
         """
         now = monotonic_ns()
         old_phase, old_step, old_micro_step, since = self._now
-        self._append_span((old_phase, old_step, old_micro_step, since, now))
-        self._spans_put += 1
+        device = self._device
+        if device is None:
+            self._append_span((old_phase, old_step, old_micro_step, since, now))
+            self._spans_put += 1
         counted = self._counted_to_ns
         sums = self._phase_ns
         sums[old_phase] = sums.get(old_phase, 0) + now - (since if since > counted else counted)
@@ -135,8 +152,18 @@ class Recorder:
             micro_step = old_micro_step
         self._now = (phase, step, micro_step, now)
         self._progress_ns = now
+        if device is not None:
+            device.begin(phase, step, micro_step, self._entered[0])
         if self.phase_ended is not None:
             self.phase_ended(old_phase, since, now)
+
+    def follow_device(self, marks: Marks) -> None:
+        """From now on a phase lasts as long as the device takes for it (device_phases.py). `position` stays with the
+        training thread, which is what hangs."""
+        phase, step, micro_step, _ = self._now
+        device = DevicePhases(marks)
+        device.begin(phase, step, micro_step, self._entered[0])
+        self._device = device
 
     def span(self, phase: PhaseName) -> _SpanContext:
         """A context for a phase inside the current one, whose interval is interrupted so that no time counts twice."""
@@ -157,6 +184,11 @@ class Recorder:
         """The current phase of the training thread."""
         return self._now[0]
 
+    @property
+    def place(self) -> Place:
+        """Where the training thread is."""
+        return self._now[:2]
+
     def completed(
         self,
         seq: int,
@@ -165,10 +197,10 @@ class Recorder:
         issue_ns: int,
         end_ns: int,
         wait_ns: int,
-        phase: PhaseName | None = None,
+        place: Place | None = None,
     ) -> None:
-        """Record a completed collective, in the order of issue. wait_ns: how long the training thread has waited for
-        it. phase: in which it waited, if that is not the current one.
+        """Record a completed collective, in the order of issue. wait_ns: how long the training thread, or its device,
+        has waited for it. place: where that was, if not in the current phase.
 
         Its duration starts at the later of its issue and the previous completion, until which the group was busy.
         """
@@ -178,11 +210,12 @@ class Recorder:
             self._previous_end_ns = end_ns
         if seq > self._completed_seq:
             self._completed_seq = seq
-        waited = phase or self._now[0]
+        where = place or self._now[:2]
+        waited = where[0]
         self._wait_ns[waited] = self._wait_ns.get(waited, 0) + wait_ns
         # End times come from callbacks of the backend and may be out of order by microseconds.
         record = (seq, op, nbytes, issue_ns, end_ns, duration_ns // 1000 if duration_ns > 0 else 0, wait_ns // 1000)
-        self._append_collective((self._issued_in_step[seq & STEP_MASK], record))
+        self._append_collective((self._issued_in_step[seq & STEP_MASK], record, where))
         self._collectives_put += 1
         self._progress_ns = monotonic_ns()
 
@@ -196,18 +229,27 @@ class Recorder:
         sums[phase] = sums.get(phase, 0) + now - max(since, self._counted_to_ns)
         self._counted_to_ns = now
         waits, self._wait_ns = self._wait_ns, {}
-        self._steps.items.append((result, sums, waits, self._comm_bytes))
+        self._steps.items.append(_Step(result, sums, waits, self._comm_bytes))
         self._steps_put += 1
         self._comm_bytes = 0
         self._progress_ns = now
 
     # ---- the publisher ---------------------------------------------------------------------------------------------
-    def drain(self) -> Drained:
-        """Take everything recorded since the last drain."""
-        spans = self._spans.take(self._spans_put)
-        collectives = self._collectives.take(self._collectives_put)
-        steps = [_filled(*entry) for entry in self._steps.take(self._steps_put)]
-        return Drained(spans, collectives, steps, self._spans.lost + self._collectives.lost + self._steps.lost)
+    def drain(self, final: bool = False) -> Drained:
+        """Take everything recorded since the last drain. final: steps that the device has not finished, too."""
+        spans: list[Span] = self._spans.take(self._spans_put)
+        taken = self._collectives.take(self._collectives_put)
+        collectives = [(step, record) for step, record, _ in taken]
+        steps: list[_Step] = self._steps.take(self._steps_put)
+        lost = self._spans.lost + self._collectives.lost + self._steps.lost
+        device = self._device
+        if device is None:
+            return Drained(spans, collectives, [_filled(one, one.phases, one.waits) for one in steps], lost)
+        spans += device.spans()
+        for _, record, (phase, step) in taken:
+            device.waited(step, phase, 1000 * record[-1])
+        results = device.filled(steps, self._completed_seq, _filled, final)
+        return Drained(spans, collectives, results, lost + device.lost)
 
     def position(self) -> Position:
         """The current state of the training thread."""
@@ -220,8 +262,8 @@ class Recorder:
         )
 
 
-def _filled(result: StepResult, phase_ns: dict[str, int], wait_ns: dict[str, int], comm_bytes: int) -> StepResult:
-    update: dict[str, Any] = {}
+def _filled(step: _Step, phase_ns: Sums, wait_ns: Sums) -> StepResult:
+    result, update = step.result, dict[str, Any]()
     if not result.phase_ms:
         update["phase_ms"] = {phase: round(ns / 1e6, 3) for phase, ns in phase_ns.items()}
     if not result.wait_ms:
@@ -229,5 +271,5 @@ def _filled(result: StepResult, phase_ns: dict[str, int], wait_ns: dict[str, int
     if not result.phase_wait_ms:
         update["phase_wait_ms"] = {phase: round(ns / 1e6, 3) for phase, ns in wait_ns.items() if ns}
     if not result.comm_bytes:
-        update["comm_bytes"] = comm_bytes
+        update["comm_bytes"] = step.comm_bytes
     return result.model_copy(update=update)
