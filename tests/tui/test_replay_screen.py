@@ -15,6 +15,7 @@ from tests.harness.waiting import until_async
 from tests.tui.screen_reading import screen_text, settle
 from zerotop.source.replay import ReplaySource
 from zerotop.tui.app import Outcome
+from zerotop.tui.panels.plots import PlotPanel
 from zerotop.tui.panels.timebar import TimeBar
 from zerotop.tui.replay import ReplayApp
 from zerotop.tui.screens.goto import GoToScreen
@@ -100,6 +101,42 @@ async def test_the_keys_of_the_player(recorded: Path) -> None:
         clock.now_s += 10
         await settle(app, pilot)
         await see(lambda: app.source.state.step == 21 and "‖ REPLAY" in bar(app))
+
+
+async def test_a_panel_keeps_the_keys_that_it_has_a_use_for(recorded: Path) -> None:
+    async with open_replay(recorded) as (app, pilot, _):
+        await pilot.press("k", "k", "k", "5")
+        await settle(app, pilot)
+        await see(lambda: isinstance(app.focused, PlotPanel))
+        await pilot.press("+")
+        await settle(app, pilot)
+        assert not app.lens.whole and "1x" in bar(app)
+        await pilot.press("n")
+        await see(lambda: "now ● checkpoint at step 50" in bar(app))
+        await pilot.press("}")
+        await see(lambda: "2x" in bar(app))
+        await pilot.press("{")
+        await see(lambda: "1x" in bar(app))
+        await pilot.press("1")
+        await settle(app, pilot)
+        await pilot.press("+")
+        await see(lambda: "2x" in bar(app))
+
+
+async def test_n_goes_to_a_match_where_there_are_some(recorded: Path) -> None:
+    async with open_replay(recorded) as (app, pilot, _):
+        await pilot.press(".")
+        await see(lambda: "now ● checkpoint at step 50" in bar(app))
+        await pilot.press("6", "slash", *"step", "enter")
+        await settle(app, pilot)
+        step = app.source.state.step
+        await pilot.press("n")
+        await settle(app, pilot)
+        assert app.source.state.step == step
+        await pilot.press(".")
+        await see(lambda: app.source.state.step > step)
+        await pilot.press(",")
+        await see(lambda: app.source.state.step == step)
 
 
 async def test_from_event_to_event_and_what_happens_there(recorded: Path) -> None:

@@ -30,7 +30,7 @@ def show_runs() -> int:
             what = "open"
         entry = find_run(selected)
         try:
-            code = show(open_source(entry)) if what == "open" else play(entry)
+            code = show(open_source(entry), entry=entry) if what == "open" else play(entry)
         except SourceError as error:  # a run on another host, or without a recording: the list shows why
             say(str(error))
             continue

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Open the recording of a run on the same screen as `attach`, with a time bar: space plays, [ and ] go a frame back and
-on, - and + change the speed, j and k go ten seconds, g goes to a moment, n and N to the next and the previous event.
+on, { and } change the speed, j and k go ten seconds, g goes to a moment, . and , to the next and the previous event.
 
 A MOMENT is a step (1200), a time of day (14:03 or 14:03:20), a time from the beginning (5m, 2h30m) or before the end
 (-10m), a date and time (2026-11-30T14:03), a share (50%), start or end. One that begins with a dash: --at=-10m.

@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from zerotop.commands.attach import show
 
-    return show(open_source(entry))
+    return show(open_source(entry), entry=entry)
 
 
 def _exit_code(entry: RunEntry) -> int:

@@ -15,7 +15,9 @@ from textual.screen import Screen
 from textual.widgets import Input
 
 from zerotop.source.replay import SPEEDS, ReplaySource
+from zerotop.tui.abilities import Zoomable
 from zerotop.tui.app import ZerotopApp
+from zerotop.tui.panels.log import LogPanel
 from zerotop.tui.panels.timebar import ReplayStatus, TimeBar
 from zerotop.tui.screens.goto import GoToScreen
 from zerotop.tui.screens.help import HelpScreen
@@ -43,13 +45,21 @@ REPLAY_KEYS = (
     ReplayKey("space", "play", "Play", "play or pause; at the end, play from the beginning"),
     ReplayKey("left_square_bracket", "step(-1)", "Back", "pause, one frame back"),
     ReplayKey("right_square_bracket", "step(1)", "On", "pause, one frame on"),
-    ReplayKey("minus", "speed(-1)", "Slower", f"slower, down to {SPEEDS[0]:g}x"),
-    ReplayKey("plus,equals_sign", "speed(1)", "Faster", f"faster, up to {SPEEDS[-1]:g}x"),
+    ReplayKey("left_curly_bracket", "speed(-1)", "Slower", f"slower, down to {SPEEDS[0]:g}x; - does it, too"),
+    ReplayKey("right_curly_bracket", "speed(1)", "Faster", f"faster, up to {SPEEDS[-1]:g}x; + does it, too"),
+    ReplayKey(
+        "minus", "panel_first('zoom_axis(0.5)', 'speed(-1)')", "", "a plot or the timeline zooms with - and +", False
+    ),
+    ReplayKey("plus,equals_sign", "panel_first('zoom_axis(2.0)', 'speed(1)')", "", "", False),
     ReplayKey("j", f"skip(-{SKIP_S})", f"{SKIP_S} s back", f"{SKIP_S} s back", show=False),
     ReplayKey("k", f"skip({SKIP_S})", f"{SKIP_S} s on", f"{SKIP_S} s on", show=False),
     ReplayKey("g", "go_to", "Go to", "go to a step, a time of day, a time from the beginning or before the end"),
-    ReplayKey("n", "mark(1)", "Next event", "to the next event, warning, checkpoint or change of state"),
-    ReplayKey("N", "mark(-1)", "Previous event", "to the one before"),
+    ReplayKey("full_stop", "mark(1)", "Next event", "to the next event, warning, checkpoint or change of state; or n"),
+    ReplayKey("comma", "mark(-1)", "Previous event", "to the one before; or N"),
+    ReplayKey(
+        "n", "panel_first('match(1)', 'mark(1)')", "", "in a log that is searched, n goes to the next match", False
+    ),
+    ReplayKey("N", "mark(-1)", "", "", False),
     ReplayKey("G", "next_figure", "Figure", "the next figure in the focused plot", show=False),
 )
 _NAMES = frozenset(key.action.partition("(")[0] for key in REPLAY_KEYS)
@@ -61,7 +71,7 @@ class ReplayHelp(HelpScreen):
     def _first_rows(self, table: Table) -> None:
         accent = self.palette.style("accent", bold=True)
         self._head(table, "the replay")
-        for key in REPLAY_KEYS:
+        for key in (key for key in REPLAY_KEYS if key.help):
             table.add_row(Text(self.app.get_key_display(Binding(key.keys.split(",")[0], "")), accent), Text(key.help))
 
 
@@ -140,6 +150,15 @@ class ReplayApp(ZerotopApp):
         self.replay.change_speed(by)
         self.tick()
 
+    async def action_panel_first(self, panels: str, players: str) -> None:
+        """A key of the player's that the focused panel gets if it has a use for it."""
+        panel = self.focused
+        uses = {
+            "zoom_axis": isinstance(panel, Zoomable),
+            "match": isinstance(panel, LogPanel) and bool(panel.filter),
+        }
+        await self.run_action(panels if uses[panels.partition("(")[0]] else players)
+
     def action_skip(self, seconds: int) -> None:
         """j and k: ten seconds back or on."""
         self.replay.skip(seconds)
@@ -177,7 +196,7 @@ class ReplayApp(ZerotopApp):
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """The palette, with the player's keys first."""
         if isinstance(screen, LiveScreen):
-            for key in REPLAY_KEYS:
+            for key in (key for key in REPLAY_KEYS if key.label):
                 name, _, rest = key.action.partition("(")
                 act = getattr(self, f"action_{name}")
                 yield SystemCommand(key.label, key.help, partial(act, int(rest[:-1])) if rest else act)
