@@ -20,7 +20,9 @@ from runtime.process.forked import Owner
 from runtime.process.tempdir import keep_socket_paths_short
 from runtime.telemetry import allow_tracing, die_with_parent, register_stacks, stopsignal
 from runtime.telemetry.flight_recorder import write_flight
+from runtime.telemetry.handler import StartHandler
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIABLE
+from runtime.wire.startnote import begin_start, tell_start
 
 ERROR_LINES = 40
 """Lines of an error to send in the goodbye."""
@@ -50,6 +52,7 @@ def main() -> int:
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stdout
     )
     logging.getLogger("runtime").setLevel(logging.INFO)
+    logging.getLogger("runtime").addHandler(StartHandler(logging.INFO))
     try:
         _train(Path(run) if run else None, sys.argv[1:])
     except SystemExit as leaving:
@@ -66,6 +69,9 @@ def _train(run: Path | None, arguments: list[str]) -> None:
     launched = read_run(run) if run is not None else None
     if launched is not None:
         keep_socket_paths_short(Path(launched.sockets))
+        if os.environ.get("RANK", "0") == "0":
+            begin_start(Path(launched.sockets))
+        tell_start("importing torch")
     if launched is not None and launched.script:
         arguments = launched.script
     if arguments and arguments[0].endswith(".py"):
@@ -89,6 +95,7 @@ def _train(run: Path | None, arguments: list[str]) -> None:
 def _run_script(arguments: list[str]) -> None:
     """Run the user's script as `python SCRIPT.py ARGS...` does, with its folder first in sys.path."""
     script = Path(arguments[0]).resolve()
+    tell_start(f"running {script.name} up to initialize()")
     sys.argv = [str(script), *arguments[1:]]
     sys.path.insert(0, str(script.parent))
     runpy.run_path(str(script), run_name="__main__")

@@ -13,6 +13,7 @@ from runtime.config import ConfigError
 from runtime.host.rss_parts import account
 from runtime.process.file_limit import raise_file_limit
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, read_run
+from runtime.wire.startnote import tell_start
 
 
 def join_world(device: str = "auto") -> torch.device:
@@ -44,6 +45,7 @@ def join_world(device: str = "auto") -> torch.device:
             )
         torch.cuda.set_device(chosen)
     if not dist.is_initialized():
+        tell_start("waiting for the other ranks")
         backend = "nccl" if want_cuda and dist.is_nccl_available() else "gloo"
         if run:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -13,6 +13,7 @@ from runtime.checkpoint.content.registered import ScriptState
 from runtime.checkpoint.saving.writer_handle import Outcome
 from runtime.engine.session import Session
 from runtime.state.train_state import TrainState
+from runtime.wire.startnote import tell_start
 
 WAIT_S = 10.0
 """Seconds that training waits for the previous save when the next checkpoint is due."""
@@ -133,6 +134,7 @@ class Autosave:
         """Load the newest complete, undamaged checkpoint of the run. Returns its path, or None."""
         if self.folder is None:
             return None
+        tell_start("reading the newest checkpoint")
         path = self._checkpointer.load_newest(self.folder, tell=self._report_damaged)
         if path is not None:
             self._begun_step, self.path = self._state.counters.global_steps, path

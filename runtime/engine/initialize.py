@@ -29,6 +29,7 @@ from runtime.optim.lr import schedule_from_config
 from runtime.optim.optimizer import NoOptimizer, ZeroOptimizer, optimizer_from_config, optimizer_from_torch
 from runtime.wire.messages import PlannedMemory
 from runtime.wire.rundir import RUN_VARIABLE
+from runtime.wire.startnote import tell_start
 
 log = logging.getLogger("runtime.engine")
 
@@ -93,6 +94,7 @@ def initialize(
     if optimizer is None and resolved.optimizer is None:
         engine = _evaluation_engine(model, resolved, device, model_parameters, lr_scheduler)
         return engine, None, _make_loader(engine, training_data, collate_fn), None
+    tell_start("building the engine")
     session = Session.join(torch.distributed.get_rank(), resolved.zerotop.telemetry.enabled)
     comm = Comm(device, session.recorder)
     parameters = (

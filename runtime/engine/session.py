@@ -22,6 +22,7 @@ from runtime.telemetry import NullTelemetry, Telemetry, stopsignal
 from runtime.telemetry.watching.introduction import last_error
 from runtime.wire.messages import Hello
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RESUME_VARIABLE, RUN_VARIABLE, RunFile, boot_id, read_run
+from runtime.wire.startnote import end_start
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -78,6 +79,7 @@ class Session:
         run = os.environ.get(RUN_VARIABLE, "")
         if run:
             _begun[run] = _begun.get(run, 0) + 1
+        end_start()
         self.link.start(hello)
         if self.run is not None and self.run.wrapped and self.number == 1:
             at_exit(self._leave)  # after `zerotop launch`, runtime/__main__.py says goodbye

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Literal
 
+from runtime.wire.startnote import tell_start
+
 LevelName = Literal["debug", "info", "warning", "error", "critical"]
 TEXT_KEPT = 8000
 """Most characters of one record; the rank's log file has the rest."""
@@ -20,6 +22,17 @@ def level_name(number: int) -> LevelName:
     if number >= logging.WARNING:
         return "warning"
     return "info" if number >= logging.INFO else "debug"
+
+
+class StartHandler(logging.Handler):
+    """Tells the lines that are logged before the rank has introduced itself, such as how far a download is."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        try:
+            tell_start(record.getMessage())
+        except Exception:
+            self.handleError(record)
 
 
 class TelemetryHandler(logging.Handler):

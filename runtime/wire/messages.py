@@ -352,6 +352,8 @@ class RunStatus(Message):
     attempt: Count = 0
     step: Step = 0
     reason: Text = ""  # one line for people: why it is in this state
+    doing: Text = ""
+    """What rank 0 is doing while the run starts: "loading weights: 43%"."""
     exit_code: Int64 | None = None
     failed_rank: RankNumber | None = None
     error: Text = ""  # last lines of the failing rank's traceback

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 
 import torch
 from torch import nn
@@ -11,12 +12,15 @@ from torch import nn
 from runtime.config import ConfigError
 from runtime.models.names import plain_name
 from runtime.models.weights import ROWS_MARK, Weights
+from runtime.wire.startnote import tell_start
 from runtime.zero.absent import WEIGHTS_MARK
 
 log = logging.getLogger("runtime.setup")
 
 _ROWS_AT_ONCE = 4096
 """Rows of an embedding that are added up at once."""
+TELL_S = 0.5
+"""How often it is said how far the files are read."""
 
 
 class Values:
@@ -37,6 +41,9 @@ class Values:
         self._drawn: dict[nn.Parameter, torch.Tensor] = {}
         """Meta parameter -> its values, until they are read."""
         self._random_state: torch.Tensor | None = None
+        self._read: set[nn.Parameter] = set()
+        """Parameters of which something has been read from files."""
+        self._told_s = 0.0
 
     @classmethod
     def of(cls, module: nn.Module, rank: int) -> Values:
@@ -118,6 +125,7 @@ class Values:
         """(stop - start,) elements [start, stop) of the flattened parameter, on any device; None on ranks that don't
         have them."""
         if parameter in self._stored:
+            self._tell(parameter)
             weights, stored = self._stored[parameter]
             if parameter in self._stored_rows:
                 return self._read_grown(parameter, weights, stored, start, stop)
@@ -132,6 +140,16 @@ class Values:
         if stop == drawn.numel():
             del self._drawn[parameter]
         return drawn.reshape(-1)[start:stop]
+
+    def _tell(self, parameter: nn.Parameter) -> None:
+        """Say how far the files are read."""
+        if parameter in self._read:
+            return
+        self._read.add(parameter)
+        now = time.monotonic()
+        if now - self._told_s >= TELL_S:
+            self._told_s = now
+            tell_start(f"loading weights: {100 * len(self._read) // len(self._stored)}%")
 
     def _stored_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
         """Its shape in the files."""

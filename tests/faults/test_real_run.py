@@ -101,6 +101,7 @@ def test_a_run_that_is_steered_killed_stopped_and_resumed_repeats_itself_bit_for
     """Commands land at one step of all ranks; kill -9 of a rank, and of the torchrun of the attempt that follows, lose
     no step for good; a stop is resumed."""
     whole = launch(name="whole")
+    whole.see(lambda source: source.state.status.doing == "importing torch", "what the start is at")
     run = launch(name="broken", overrides=["zerotop.log.interval=3"])
     see_training(run)
     paused = run.command("pause").ack
@@ -135,6 +136,7 @@ def test_a_run_that_is_steered_killed_stopped_and_resumed_repeats_itself_bit_for
     assert found.items() <= expected.items()
     assert found.keys() == set(range(1, STEPS + 1))
     final = read_status(run.path)
+    assert final.doing == ""
     assert (final.step, final.attempt, final.last_checkpoint_step) == (STEPS, 4, stopped.step)
     hellos = [message for message in read_messages(run.path) if isinstance(message, Hello)]
     assert {(hello.attempt, hello.start_step) for hello in hellos} == set(enumerate([*starts, stopped.step], start=1))

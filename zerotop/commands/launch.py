@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 STUCK_S = 60.0
 """Ranks of one run report within seconds of each other: for one that is missing for so long after the last that did,
 --detach does not wait."""
-TOLD_FIRST_S, TOLD_AGAIN_S = 1.0, 30.0
-"""When --detach says where a start stands, unless that changes."""
+TOLD_FIRST_S, CHANGED_S, TOLD_AGAIN_S = 1.0, 5.0, 30.0
+"""Seconds after which --detach says where a start stands: at first, when that changes, and when it doesn't."""
 
 _DESCRIPTION = """\
 Start a run of a DeepSpeed-style JSON config and open the live screen on it. The run is detached from this terminal from
@@ -164,8 +164,8 @@ class _Start:
             self._reported, self._news_s = reported, now_s
         lines, verdict, took_s = [], state.verdict, now_s - self._began_s
         told = verdict.text if verdict is not None and verdict.what == "starting" else ""
-        due_s = TOLD_FIRST_S if not self._told else TOLD_AGAIN_S
-        if now_s - self._told_s >= due_s or (self._told and told not in ("", self._told)):
+        due_s = TOLD_FIRST_S if not self._told else CHANGED_S if told not in ("", self._told) else TOLD_AGAIN_S
+        if now_s - self._told_s >= due_s:
             what = told or "the ranks are starting"
             lines.append(f"{self._name}: {what} ({duration_text(took_s)})")
             self._told, self._told_s = what, now_s

@@ -39,6 +39,7 @@ from zerotop.supervise.outputs import Outputs
 from zerotop.supervise.processes import descendants, kill_descendants, reap, send
 from zerotop.supervise.profiles import ProfileCollector
 from zerotop.supervise.restarts import Failure, Restarts
+from zerotop.supervise.startwatch import StartWatch
 from zerotop.supervise.stopping import StopWatch
 
 TERM_PATIENCE_S = 5.0
@@ -98,6 +99,7 @@ class Supervisor:
         self._outputs = Outputs(self.path, self.run_file, hub, self._settings)
         self._taker = StackTaker(self.path, self.run_file.nproc, hub)
         self._stop_watch = StopWatch(hub, self._taker, self._abort)
+        self._start_watch = StartWatch(hub, Path(self.run_file.sockets))
         write_json(self.path / "run.json", self.run_file)
         gpus = GpuProbe()
         chores = self._background = BackgroundTasks(hub, lambda: self._attempt, gpus, self._status_file.disk)
@@ -113,6 +115,7 @@ class Supervisor:
             if self.run_file.wrapped:  # it runs; whether its ranks will report, only they know
                 self.hub.set_status(state="running")
             chores.start()
+            chores.add("the watch on the start", self._start_watch.watch())
             chores.add("the watch for hangs", self._watch_for_hangs())
             self._verdicts = VerdictWatch(hub)
             chores.add("the verdict", self._verdicts.watch())
@@ -381,6 +384,7 @@ class Supervisor:
             failed_rank=outcome.failed_rank,
             lost_steps=0,
         )
+        self._start_watch.forget()
         attempt.start(resume=True, keep=locks)
 
     def _tell_error(self, outcome: Outcome) -> None:

@@ -50,6 +50,9 @@ def _starting(figures: Figures) -> str:
     """Who has not reported yet, or where those that have are: a start that takes long wants a reason."""
     state = figures.state
     missing = unreported_ranks(state)
+    doing = state.status.doing if state.status is not None else ""
+    if doing and (not state.world_size or 0 in missing):
+        return f"the ranks are starting; rank 0: {doing}"
     if not state.world_size:
         return "the ranks are starting: none has reported yet"
     if missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.wire.messages import Goodbye, Memory
+from runtime.wire.messages import Goodbye, Memory, RunStatus
 from runtime.wire.node import GpuStats
 from tests.unit.state.test_stall import WORLD, a_run, beat, hello
 from tests.unit.verdict.test_rules import MIB, USUAL, ask, met, node, trained
@@ -170,6 +170,23 @@ def test_what_a_run_does_when_nothing_is_wrong(state: str, phase: str, what: str
     assert (found.what, found.severity) == (what, "info")
     if what == "healthy":
         assert found.text == "healthy: 400 ms a step, 75% compute, 20% waiting"
+
+
+@pytest.mark.parametrize(
+    ("reported", "text"),
+    [
+        ((), "the ranks are starting; rank 0: loading weights: 43%"),
+        ((1, 2), "the ranks are starting; rank 0: loading weights: 43%"),
+        ((0, 1), "the ranks are starting: rank 2 has not reported yet"),
+    ],
+)
+def test_a_start_says_what_it_is_at(reported: tuple[int, ...], text: str) -> None:
+    run = RunState()
+    run.apply(RunStatus(name="q1", state="starting", doing="loading weights: 43%"))
+    for rank in reported:
+        run.apply(hello(rank))
+    found = calm(History().figures(run, None, 0.0))
+    assert (found.what, found.text) == ("starting", text)
 
 
 def test_a_run_that_all_ranks_have_left_is_neither_starting_nor_short_of_cpus() -> None:
