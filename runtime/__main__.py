@@ -52,7 +52,8 @@ def main() -> int:
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s", level=logging.WARNING, stream=sys.stdout
     )
     logging.getLogger("runtime").setLevel(logging.INFO)
-    logging.getLogger("runtime").addHandler(StartHandler(logging.INFO))
+    for trainer in ("runtime.train", "runtime.trainer"):  # which log how far model and data are prepared
+        logging.getLogger(trainer).addHandler(StartHandler(logging.INFO))
     try:
         _train(Path(run) if run else None, sys.argv[1:])
     except SystemExit as leaving:

@@ -22,6 +22,7 @@ from runtime.models.origin import Origin
 from runtime.trainer.build import build_model
 from runtime.trainer.evaluation import Evaluator
 from runtime.trainer.prepare import Ready, prepare
+from runtime.wire.startnote import tell_start
 from runtime.zero.init import Init
 
 log = logging.getLogger("runtime.trainer")
@@ -33,7 +34,9 @@ def finetune(config: Resolved, folder: Path) -> None:
     """Fine-tune the model that `config` describes; relative paths in it start in `folder`."""
     device = init_distributed()
     torch.manual_seed(config.zerotop.train.seed)
+    tell_start("preparing model and data")
     ready = prepare(config.zerotop, folder, log.info)
+    tell_start("building the model")
     with Init(weights=ready.folder):
         model = CausalLM(build_model(config, ready.config, len(ready.tokenizer)), _method(config, device))
     model.origin = origin_of(config, folder, ready)

@@ -15,6 +15,7 @@ from runtime.data.order import Batches, Order
 from runtime.engine.engine import Engine
 from runtime.engine.initialize import initialize
 from runtime.models.gpt import build_model
+from runtime.wire.startnote import tell_start
 from runtime.zero.init import Init
 
 log = logging.getLogger("runtime.train")
@@ -31,9 +32,11 @@ def train(config: Resolved, folder: Path) -> None:
     section = config.zerotop
     torch.manual_seed(section.train.seed)
     data = section.data
+    tell_start("preparing data")
     tokenizer, text = load_text(data.files, data.tokenizer, data.seq_len, folder, log.info)
     order = Order(section.train.seed, len(text), config.global_batch)
     batches = Batches(text, order, config.micro_batch, config.accumulation, dist.get_rank(), dist.get_world_size())
+    tell_start("building the model")
     with Init():
         model = build_model(section.model, tokenizer.vocab_size, data.seq_len, "cpu")
     if (checkpointing := config.activation_checkpointing) is not None:

@@ -14,6 +14,8 @@ from zerotop.verdict.judge import Judge
 LOOK_S = 0.5
 REFRESH_S, CALM_REFRESH_S = 5.0, 30.0
 """How often the figures of a verdict that stays are published anew; of one that is no bad news more seldom."""
+START_REFRESH_S = 1.0
+"""How often what a start is at is published anew."""
 REPORT_S = 5.0
 """How often the hub says where the time of the steps goes."""
 
@@ -41,6 +43,8 @@ class VerdictWatch:
         self._report_time(now_s)
         changed = not found.same_as(before)
         refresh_s = CALM_REFRESH_S if found.severity == "info" else REFRESH_S
+        if found.what == "starting":
+            refresh_s = START_REFRESH_S
         if not changed and (found == before or now_s - self._told_s < refresh_s):
             return
         if changed:

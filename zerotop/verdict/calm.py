@@ -58,8 +58,9 @@ def _starting(figures: Figures) -> str:
     if missing:
         have = "has" if len(missing) == 1 else "have"
         return f"the ranks are starting: {ranks_text(missing)} {have} not reported yet"
-    places = sorted({place_text(rank.heartbeat) for rank in figures.present if rank.heartbeat is not None})
-    return "the ranks are starting" + (f": in {', '.join(places)}" if places else "")
+    beats = [rank.heartbeat for rank in figures.present if rank.heartbeat is not None]
+    places = sorted({"before the first step" if one.phase == "init" else f"in {place_text(one)}" for one in beats})
+    return "the ranks are starting" + (f": {', '.join(places)}" if places else "")
 
 
 def healthy(figures: Figures) -> Finding:
