@@ -12,6 +12,7 @@ NET    ?= 1
 ARGS   ?=
 WORKERS ?= 4
 N      ?= 20
+KEYS   ?= 100000
 SEED   ?= 0
 FIRST  ?= 1
 RECORD ?=
@@ -28,7 +29,7 @@ inputs := $(modules) pyproject.toml CMakeLists.txt tools/setup.sh $(wildcard csr
 spread := -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo finetune install test test-all test-integrations chaos gpu-check lint clean FORCE
+.PHONY: help demo finetune install test test-all test-integrations chaos monkey gpu-check lint clean FORCE
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -55,6 +56,8 @@ test-integrations:   ## run the tests of other trainers on this screen, DeepSpee
 	@.venv-integrations/bin/python -m pytest -q -rs tests/integrations $(ARGS)
 chaos: $(VENV)/.ok-dev  ## strike a training run N times at random, or N=each: once in every way; count what is resumed and lost (N=20, SEED=0, FIRST=1, RECORD=file)
 	@$(bin)/python -m tests.faults.chaos $(N) --seed $(SEED) --first $(FIRST) $(if $(RECORD),--record $(RECORD))
+monkey: $(VENV)/.ok-dev  ## press random keys on every kind of screen (KEYS=100000, SEED=0)
+	@$(bin)/python -m tests.tui.monkey $(KEYS) --seed $(SEED)
 gpu-check: $(VENV)/.ok-dev  ## run the tests that need an NVIDIA GPU
 	@$(bin)/python -m pytest -q -rs tests/gpu $(ARGS)
 lint: $(VENV)/.ok-dev  ## ruff, mypy and the import contracts

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ast
-import random
 from pathlib import Path
 
 import pytest
 from textual import events
-from textual.keys import _character_to_key
 
 from runtime.wire.messages import Ack, CommandRecord
 from tests.harness import ROOT
+from tests.tui.monkey import MARKUP, STEERING_TEXT, burst
 from tests.tui.screen_reading import OpenApp, screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
-from zerotop.tui.app import ZerotopApp
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.screens.confirm import ConfirmScreen
 from zerotop.tui.screens.knobs import KnobScreen
@@ -23,15 +21,6 @@ from zerotop.tui.screens.palette import ActionPalette
 from zerotop.tui.screens.rank import RankScreen
 
 TUI = ROOT / "zerotop" / "tui"
-MARKUP = ("[/", "[a=b", "[@click=app.abort]r[/] \\[b] [[")
-STEERING = "\x1b]0;owned\x07\x1b[31m\x9b2J\u202eevil\u200b\x00\ud800"
-
-
-def burst(app: ZerotopApp, *keys: str) -> None:
-    """All keys at once, as a terminal's one read brings them. A single character is typed as it is."""
-    for key in keys:
-        named = len(key) > 1
-        app.post_message(events.Key(key if named else _character_to_key(key), None if named else key))
 
 
 @pytest.mark.parametrize("text", ["CUDA", "Paused q", "SyAy[/t2z"])
@@ -102,31 +91,6 @@ async def test_a_palette_that_closes_looks_for_nothing_any_more(open_app: OpenAp
         assert app.screen is not palette and palette._no_matches_timer is None and palette._busy_timer is None
 
 
-@pytest.mark.parametrize("seed", range(2))
-async def test_a_monkey_ends_nothing_and_answers_no_question(
-    open_app: OpenApp, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Any keys and texts in bursts of any length; `y` never comes alone, so nothing that asks first may happen."""
-    monkeypatch.setenv("XDG_PICTURES_DIR", str(tmp_path))
-    monkeypatch.setattr(ZerotopApp, "action_detach", lambda self: None)  # the palette may be made to choose it
-    chance = random.Random(seed)
-    words = [*MARKUP, "CUDA", "Any", "Stop", "Ey", "rank 1", "漢字", "é"]
-    keys = ["/", "ctrl+p", "escape", "enter", "tab", "pagedown", "pageup", "up", "down", "home", "end", "backspace"]
-    keys += list("zfgtTE?ASPC1246[]j ")
-    async with open_app(size=chance.choice([(80, 24), (120, 38), (200, 24)])) as (app, pilot, run):
-        for _ in range(25):
-            if isinstance(app.screen, ConfirmScreen):
-                await pilot.press("n")
-            typed: list[str] = []
-            for _ in range(chance.randint(1, 5)):
-                typed += chance.choice(words) if chance.random() < 0.3 else [chance.choice(keys)]
-            burst(app, *typed)
-            run.steps(1)
-            await settle(app, pilot)
-            assert app.is_running
-        assert not {"stop", "abort"} & {command.name for command in run.sent}
-
-
 def hostile(text: str) -> ScriptedRun:
     """A run in which everything that is text says `text`."""
     run = ScriptedRun(name=text)
@@ -143,7 +107,7 @@ def hostile(text: str) -> ScriptedRun:
     return run
 
 
-@pytest.mark.parametrize("text", [*MARKUP, STEERING])
+@pytest.mark.parametrize("text", [*MARKUP, STEERING_TEXT])
 async def test_text_is_shown_as_it_is_wherever_it_comes_from(open_app: OpenApp, text: str) -> None:
     run = hostile(text)
     async with open_app(run, size=(160, 50)) as (app, pilot, _):
