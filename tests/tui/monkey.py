@@ -89,7 +89,7 @@ async def session(seed: int, presses: int, folder: Path) -> int:
         typed = list(chance.choice(ONCE_BROKE)) if kind in ("steer", "read-only", "hostile", "replay") else []
         while len(pressed) < presses:
             for _ in range(chance.randint(1, 16)):
-                text = kind != "view" and chance.random() < 0.1
+                text = kind not in ("view", "nodes") and chance.random() < 0.1  # letters may be commands
                 typed += ["slash", *chance.choice(WORDS)] if text else [chance.choice(keys)]
             if isinstance(app.screen, ConfirmScreen):
                 typed = ["n"]  # a question is never answered with yes

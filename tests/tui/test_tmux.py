@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.harness import ROOT
 from tests.harness.fakehub import FakeHub, step_result
-from tests.harness.waiting import until
+from tests.harness.runs import StartedRun
+from tests.harness.waiting import DEADLINE_S, until
+from zerotop.rundir.directory import find_run
 
 TMUX = shutil.which("tmux")
 pytestmark = pytest.mark.skipif(TMUX is None, reason="needs tmux")
@@ -23,9 +26,9 @@ pytestmark = pytest.mark.skipif(TMUX is None, reason="needs tmux")
 class Tmux:
     """A tmux server of its own with one window."""
 
-    def __init__(self, folder: Path, size: tuple[int, int]) -> None:
+    def __init__(self, folder: Path, size: tuple[int, int], words: Sequence[str] = ("attach", "q1")) -> None:
         self._socket = str(folder / "tmux")
-        command = [sys.executable, "-m", "zerotop", "attach", "q1"]
+        command = [sys.executable, "-m", "zerotop", *words]
         where = ["-x", str(size[0]), "-y", str(size[1]), "-c", str(ROOT)]
         (folder / "tmux.conf").write_text("")
         self.call("-f", str(folder / "tmux.conf"), "new-session", "-d", *where, *command)
@@ -43,8 +46,8 @@ class Tmux:
     def shown(self) -> str:
         return self.call("capture-pane", "-p")
 
-    def wait_for(self, text: str) -> None:
-        until(lambda: text in self.shown, lambda: self.shown)
+    def wait_for(self, text: str, deadline_s: float = DEADLINE_S) -> None:
+        until(lambda: text in self.shown, lambda: self.shown, deadline_s)
 
     def close(self) -> None:
         self.call("kill-server")
@@ -73,7 +76,7 @@ def test_the_screen_in_tmux_takes_keys_and_leaves_the_run_alone(tmux: Tmux, hub:
     assert "step 77 of 200" in tmux.shown
     assert hub.commands == []
     tmux.call("send-keys", "C")
-    until(lambda: [command.name for command in hub.commands] == ["checkpoint"], lambda: hub.commands)
+    until(lambda: [command.name for command in hub.commands] == ["checkpoint"], lambda: str(hub.commands))
     tmux.wait_for("applied at step 7")
     tmux.call("send-keys", "q")
     tmux.wait_for("q1 continues (running)")
@@ -108,3 +111,57 @@ def test_the_log_file_opens_in_a_pager_at_its_end_and_the_screen_comes_back(
         window.wait_for("q1 continues (running)")
     finally:
         window.close()
+
+
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 2,
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+    "zerotop": {
+        "model": {"preset": "gpt-tiny"},
+        "data": {"seq_len": 16, "files": ["text.txt"]},
+        "train": {"steps": 100_000},
+        "checkpoint": {"interval": 0},
+    },
+}
+
+
+@pytest.mark.timeout(240)
+def test_a_run_from_its_launch_to_its_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is played: two ranks, their supervisor, and every command by its key."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 200)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    words = ("launch", str(config), "--nproc", "2", "--device", "cpu", "--name", "real")
+    window = Tmux(tmp_path, (120, 38), words)
+    run: StartedRun | None = None
+    try:
+        window.wait_for("the ranks are starting; rank 0: importing torch", 60)
+        run = StartedRun(find_run("real"), tmp_path / "no-pids")
+        window.wait_for("▶ running", 60)
+        window.call("send-keys", "P")
+        window.wait_for("paused at step")
+        window.call("send-keys", "P")
+        window.wait_for("▶ running")
+        window.call("send-keys", "C")
+        window.wait_for("checkpoint at step", 60)
+        window.call("send-keys", "E")
+        window.wait_for("log_interval")
+        window.call("send-keys", "Escape")
+        until(lambda: "change a setting" not in window.shown, lambda: window.shown)  # or both would be Alt+S
+        window.call("send-keys", "S")
+        window.wait_for("stop real?")
+        window.call("send-keys", "y")
+        window.wait_for("■ real · stopped", 60)
+        window.call("send-keys", "q")
+        window.wait_for("real: stopped")
+        assert run.see_end("stopped").last_checkpoint_step is not None
+    finally:
+        window.close()
+        if run is not None:
+            if run.entry.live and not run.all_gone():
+                run.command("abort")
+            run.close()
