@@ -6,7 +6,7 @@ import pytest
 from textual.widgets import Input
 
 from runtime.wire.messages import PlannedMemory
-from tests.tui.screen_reading import OpenApp, screen_text, settle
+from tests.tui.screen_reading import OpenApp, head_text, screen_text, settle
 from tests.tui.scripted_run import GIB, ScriptedRun
 from zerotop.state.losstrend import EarlierRun
 from zerotop.tui.app import ZerotopApp
@@ -80,6 +80,19 @@ async def test_the_header_answers_five_questions_at_every_size(open_app: OpenApp
             assert "next: checkpoint in 20 steps" in head and "evaluation in 20 steps" in head, size
             if size[0] >= 120:
                 assert ("best 2." in head and "evaluation 2." in head) or size[0] == 120, size
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 50)])
+async def test_the_header_names_the_machine(size: tuple[int, int]) -> None:
+    run = ScriptedRun()
+    run.steps(8)
+    app = ZerotopApp(run, host="alice@gpu-box")
+    async with app.run_test(size=size) as pilot:
+        await settle(app, pilot)
+        head = head_text(app)
+        assert f"{'alice@gpu-box'[: max(8, size[0] // 6) - 1]}" in head and "● live" in head
+        host = run.state.ranks[0].hello.host  # type: ignore[union-attr]
+        assert (f"on {host}" in head) == (size[0] == 200)
 
 
 async def test_the_header_compares_the_loss_with_an_earlier_run(open_app: OpenApp) -> None:

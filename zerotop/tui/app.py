@@ -262,6 +262,7 @@ class ZerotopApp(LogOpener[Outcome]):
             wall_s=self.clock(),
             lens=self.lens,
             earlier=self.earlier,
+            host=self.host or "",
         )
 
     def _repaint(self) -> None:

@@ -42,6 +42,8 @@ class View:
     lens: Lens = field(default_factory=Lens)
     earlier: tuple[EarlierRun, ...] = ()
     """Runs to compare the loss with, the newest first."""
+    host: str = ""
+    """The machine of a run that is watched over SSH."""
 
     def blames(self, rank: int) -> bool:
         """Whether the verdict is bad news and names this rank."""
@@ -86,6 +88,7 @@ def build_view(
     wall_s: float = 0.0,
     lens: Lens | None = None,
     earlier: tuple[EarlierRun, ...] = (),
+    host: str = "",
 ) -> View:
     """`live` is the current state if `state` is a copy."""
     ended = state.state_name in {"stopped", "finished", "aborted", "failed"}
@@ -107,6 +110,7 @@ def build_view(
         wall_s=wall_s,
         lens=lens or Lens(),
         earlier=earlier,
+        host=host,
     )
 
 

@@ -142,6 +142,13 @@ def _speed(view: View, muted: Style, plain: Style) -> list[Piece]:
 
 
 def _connection(view: View, width: int) -> tuple[str, Style]:
+    """How the screen stands to the run, and over SSH on which machine that is."""
+    text, style = _state_of_connection(view, width)
+    where = fit(view.host, min(cell_len(view.host), max(8, width // 6))) if view.host else ""
+    return (f"{where} · {text}" if where else text), style
+
+
+def _state_of_connection(view: View, width: int) -> tuple[str, Style]:
     palette = view.palette
     if view.connection == "replay":
         return "replay", palette.style("accent", bold=True)
@@ -276,6 +283,8 @@ def _facts(view: View) -> list[str]:
             parts = f"{hello.world_size} × {hello.micro_batch} × {hello.accumulation}"
             facts.append(f"batch {hello.global_batch} = {parts}")
         facts += [f"seq {hello.seq_len}" if hello.seq_len else "", hello.backend]
+        if hosts := sorted({rank.hello.host for rank in state.ranks.values() if rank.hello is not None}):
+            facts.append(f"on {hosts[0]}" if len(hosts) == 1 else f"on {len(hosts)} hosts")
     return [fact for fact in facts if fact]
 
 
