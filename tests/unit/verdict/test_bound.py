@@ -6,14 +6,14 @@ import pytest
 
 from runtime.wire.messages import Goodbye, Memory, RunStatus
 from runtime.wire.node import GpuStats
-from tests.unit.state.test_stall import WORLD, a_run, beat, hello
+from tests.unit.state.test_stall import WORLD, a_run, beat, hello, stuck
 from tests.unit.verdict.test_rules import MIB, USUAL, ask, met, node, trained
 from zerotop.state.run import RunState
 from zerotop.verdict.bound import find_gpu_fault, find_memory_bound, find_offload_bound, find_throttled
 from zerotop.verdict.calm import calm
 from zerotop.verdict.figures import SAMPLES_KEPT, History
 from zerotop.verdict.finding import Finding
-from zerotop.verdict.judge import Rule
+from zerotop.verdict.judge import Judge, Rule
 from zerotop.verdict.slow import find_contention, find_data_starvation
 from zerotop.verdict.straggler import find_straggler
 
@@ -187,6 +187,28 @@ def test_a_start_says_what_it_is_at(reported: tuple[int, ...], text: str) -> Non
         run.apply(hello(rank))
     found = calm(History().figures(run, None, 0.0))
     assert (found.what, found.text) == ("starting", text)
+
+
+def test_a_recompilation_is_no_hang_and_is_told_with_its_rank() -> None:
+    run = a_run(steps=500)
+    trained(run, dict.fromkeys(range(WORLD), USUAL), first=501)
+    stuck(run, idle_s=14.0)
+    judge = Judge()
+    assert judge.look(run, 0.0).what == "hang"
+    beat(run, 1, 1531, 1531, 14.0, compiling=True)
+    assert judge.look(run, 0.5).what == "compiling"
+    found = calm(History().figures(run, None, 0.0))
+    assert (found.what, found.severity) == ("compiling", "info")
+    assert found.text == "torch.compile compiles on rank 1, for 14 s so far"
+
+
+def test_a_compilation_of_a_moment_is_not_worth_a_word() -> None:
+    run, judge = a_run(steps=500), Judge()
+    trained(run, dict.fromkeys(range(WORLD), USUAL), first=501)
+    for compiling, now_s, what in ((False, 0.0, "healthy"), (True, 1.0, "healthy"), (True, 3.5, "compiling")):
+        for rank in range(WORLD):
+            beat(run, rank, 1, 1, 0.5, compiling=compiling)
+        assert judge.look(run, now_s).what == what
 
 
 def test_a_run_that_all_ranks_have_left_is_neither_starting_nor_short_of_cpus() -> None:
