@@ -128,6 +128,18 @@ def test_a_throttled_gpu_is_named_with_its_reason() -> None:
     assert found is not None and found.ranks == (1,) and "the driver has lost it" in found.text
 
 
+def test_an_xid_after_which_a_gpu_is_not_to_be_trusted_is_a_gpu_fault() -> None:
+    run = a_run()
+    for rank in range(WORLD):
+        run.apply(hello(rank).model_copy(update={"device_uuid": f"GPU-{rank}"}))
+        beat(run, rank, 1, 1, 0.0)
+    xid = {"xid": 94, "xid_text": "XID 94: GPU memory lost data", "xid_wall_s": 5.0}
+    node(run, gpus=[GpuStats(index=r, uuid=f"GPU-{r}", name="H", **(xid if r == 1 else {})) for r in range(WORLD)])
+    found = ask(find_gpu_fault, run)
+    assert found is not None and (found.ranks, found.severity) == ((1,), "error")
+    assert found.text == "the GPU of rank 1: XID 94: GPU memory lost data" and found.facts == {"concern": "XID 94"}
+
+
 def test_steps_that_wait_for_the_host_are_offload_bound() -> None:
     run = a_run()
     trained(run, {rank: USUAL | {"offload": 300.0} for rank in range(WORLD)})
