@@ -127,6 +127,22 @@ def test_a_failure_is_told_in_the_supervisors_words() -> None:
     assert found is not None and found.ranks == (2,) and found.text == "the run failed: rank 2 raised ValueError"
 
 
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [
+        ({"state": "failed", "last_checkpoint_step": 40}, "Continue with: zerotop launch --resume --name q1."),
+        ({"state": "failed"}, "no checkpoint to continue from: fix what `zerotop logs q1` shows"),
+        ({"state": "failed", "failed_rank": 2}, "fix what `zerotop logs q1 --rank 2` shows"),
+        ({"state": "restarting", "failed_rank": 2, "attempt": 2}, "`zerotop logs q1 --rank 2 --attempt 1` has"),
+    ],
+)
+def test_a_failure_has_a_next_step_with_and_without_a_checkpoint(status: dict[str, Any], advice: str) -> None:
+    run = a_run()
+    run.apply(RunStatus.model_validate({"name": "q1", "reason": "x", "restart_reason": "x", **status}))
+    found = ask(find_failed, run)
+    assert found is not None and advice in found.advice
+
+
 # ---- stuck -------------------------------------------------------------------------------------------------------
 def test_a_hang_names_the_rank_that_is_missing() -> None:
     run = a_run()
