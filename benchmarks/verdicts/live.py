@@ -4,8 +4,9 @@
 
 Each round launches a run per fault (script.py), waits until it trains, injects the fault, and reads the verdicts that
 the hub publishes, as a screen does. With --pictures FOLDER the screen is saved as it is then; with --record FOLDER the
-messages are kept (recording.py), for the matrix to replay. "slow link" and "transfer hangs" need root, for a network
-namespace of their own and tc; so does "cold file", for a control group.
+messages are kept (recording.py), for the matrix to replay. With --calm-seconds 600 the runs with which nothing is wrong
+are watched for so long, and the changes of their verdicts are counted. "slow link" and "transfer hangs" need root, for
+a network namespace of their own and tc; so does "cold file", for a control group.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ POLL_S = 0.05
 QUIET_S = 3.0
 """The probe reports once a second: a hub of which nothing is heard for so long has ended."""
 HOGS = 3
+"""Busy processes on the CPU of one rank; of a loaded machine, on each CPU."""
+HOG = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+"""Computes until whoever started it has ended."""
 MEMORY_LIMIT = 48 * 2**20
 """Bytes of the control group in which a rank reads from disk: less than the file that it has mapped."""
 RATE = "300mbit"
@@ -74,9 +78,16 @@ class Injection:
             for thread in psutil.Process(pid).threads():
                 os.sched_setaffinity(thread.id, {cpus[rank % len(cpus)]})
         for _ in range(HOGS):
-            hog = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            os.sched_setaffinity(hog.pid, {cpus[FAULTY % len(cpus)]})
-            self.children.append(hog)
+            os.sched_setaffinity(self._start_hog(), {cpus[FAULTY % len(cpus)]})
+
+    def load(self) -> None:
+        """Processes that only compute, on whatever CPU the kernel gives them."""
+        for _ in range(HOGS * len(os.sched_getaffinity(0))):
+            self._start_hog()
+
+    def _start_hog(self) -> int:
+        self.children.append(subprocess.Popen([sys.executable, "-c", HOG]))
+        return self.children[-1].pid
 
     def link(self, entry: RunEntry, pids: list[int]) -> None:
         """Limit the loopback of the run's network namespace."""
@@ -113,13 +124,15 @@ class Injection:
 @dataclass(frozen=True)
 class LiveFault:
     """`script`: arguments of script.py; `inject`: the method of Injection that causes the fault; `namespace`: in a
-    network namespace of its own, with collectives over Gloo; `launch`: more arguments of zerotop launch."""
+    network namespace of its own, with collectives over Gloo; `launch`: more arguments of zerotop launch; `loaded`:
+    other processes compute on all CPUs from the start of the run."""
 
     fault: Fault
     script: tuple[str, ...] = ()
     inject: str = ""
     namespace: bool = False
     launch: tuple[str, ...] = ()
+    loaded: bool = False
 
     @property
     def file_name(self) -> str:
@@ -147,7 +160,7 @@ LIVE: tuple[LiveFault, ...] = tuple(
     LiveFault(LIVE_FAULTS[name], *how)
     for name, how in {
         "healthy": (),
-        "loaded machine": (),
+        "loaded machine": ((), "", False, (), True),
         "slowed by 20 ms": (("--fault", "slow", "--ms", "20"),),
         "slowed by 50 ms": (("--fault", "slow", "--ms", "50"),),
         "slowed by 200 ms": (("--fault", "slow", "--ms", "200"),),
@@ -180,9 +193,14 @@ class Seen:
     text: str = ""
     others: list[str] = field(default_factory=list)
     """Warnings that were not right, with the time after the fault."""
+    changes: int = 0
+    """Changes of the verdict from or to bad news, and from one kind or rank of bad news to another."""
+    watched_s: float = 0.0
+    load: float = 0.0
+    """The load average of the last minute at the end."""
 
 
-def run(live: LiveFault, name: str, pictures: Path | None, record: Path | None = None) -> Seen:
+def run(live: LiveFault, name: str, pictures: Path | None, record: Path | None = None, calm_s: float = CALM_S) -> Seen:
     """Launch, inject, watch, take a picture, end."""
     at_step = ("--at-step", str(AT_STEP)) if live.script else ()
     command = [sys.executable, "-m", "zerotop", "launch", "benchmarks/verdicts/config.json", "--nproc", "2"]
@@ -198,9 +216,11 @@ def run(live: LiveFault, name: str, pictures: Path | None, record: Path | None =
     injection, entry = Injection(), find_any_run(name)
     tape = Tape(entry.sockets) if record is not None else None
     try:
+        if live.loaded:
+            injection.load()
         if tape is not None:
             tape.begin()
-        seen = _watch(live, entry, injection, tape)
+        seen = _watch(live, entry, injection, tape, calm_s if live.fault.calm else VERDICT_S)
         if pictures is not None and seen.right:
             (pictures / f"{live.file_name}.svg").write_text(asyncio.run(picture(entry)), encoding="utf-8")
         if tape is not None and record is not None:
@@ -249,7 +269,7 @@ def _record_on(live: LiveFault, entry: RunEntry, tape: Tape) -> None:
         tape.end(status)
 
 
-def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | None) -> Seen:
+def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | None, limit_s: float) -> Seen:
     source, seen = open_source(entry), Seen()
 
     def poll() -> None:
@@ -265,22 +285,26 @@ def _watch(live: LiveFault, entry: RunEntry, injection: Injection, tape: Tape | 
         began = time.monotonic()
         if live.inject:
             getattr(injection, live.inject)(entry, pids)
-        told: Verdict | None = source.state.verdict
-        limit_s = CALM_S if live.fault.calm else VERDICT_S
+        # What is said at the start has nothing to do with a fault that begins only now.
+        told: Verdict | None = None if live.fault.calm else source.state.verdict
         while time.monotonic() - began < limit_s:
             poll()
             verdict, after = source.state.verdict, time.monotonic() - began
             if verdict is not None and verdict is not told:
-                told, found = verdict, as_finding(verdict)
+                before, told, found = told, verdict, as_finding(verdict)
+                changed = before is None or not found.same_as(as_finding(before))
+                if changed and before is not None and {before.severity, found.severity} != {"info"}:
+                    seen.changes += 1
                 right = is_right(found, live.fault, FAULTY)
                 if right and not live.fault.calm:
                     return Seen(after, True, verdict.text, seen.others)
-                if not right and verdict.severity != "info":
+                if changed and not right and verdict.severity != "info":
                     seen.others.append(f"{verdict.what} after {after:.0f} s")
             source.wait(POLL_S)
         verdict = source.state.verdict
         seen.text = verdict.text if verdict is not None else ""
         seen.right = live.fault.calm and not seen.others
+        seen.watched_s, seen.load = time.monotonic() - began, os.getloadavg()[0]
         return seen
     finally:
         source.close()
@@ -325,6 +349,11 @@ def report(seen: dict[str, list[Seen]], pipes: bool) -> str:
         )
     lines = [table(["fault", "right", "median", "worst", "other warnings"], rows, pipes=pipes), ""]
     lines += [f"- {name}: {runs[-1].text}" for name, runs in seen.items()]
+    calm = {name: [one for one in runs if one.watched_s] for name, runs in seen.items() if LIVE_FAULTS[name].calm}
+    for name, runs in calm.items():
+        for one in runs:
+            changes = f"{one.changes} change{'' if one.changes == 1 else 's'} of the verdict from or to bad news"
+            lines.append(f"- {name}: {changes} in {one.watched_s:.0f} s; load average {one.load:.1f}")
     return "\n".join(lines)
 
 
@@ -337,6 +366,13 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--record", type=Path, metavar="FOLDER", help="keep the messages of the first round's runs")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="save the screen at the first round's verdicts")
+    parser.add_argument(
+        "--calm-seconds",
+        type=float,
+        default=CALM_S,
+        metavar="S",
+        help="how long to watch the runs with which nothing is wrong",
+    )
     options = parser.parse_args()
     seen: dict[str, list[Seen]] = {}
     with tempfile.TemporaryDirectory(prefix="zerotop-verdicts-") as home:
@@ -347,7 +383,7 @@ def main() -> int:
                 if options.only and name not in options.only:
                     continue
                 pictures, record = (options.pictures, options.record) if number == 1 else (None, None)
-                one = run(live, f"{live.file_name}-{number}", pictures, record)
+                one = run(live, f"{live.file_name}-{number}", pictures, record, options.calm_seconds)
                 seen.setdefault(name, []).append(one)
                 took = f"{one.seconds:.1f} s" if one.seconds is not None else "-"
                 print(f"{name}: {'right' if one.right else 'WRONG'} {took}: {one.text} {one.others}", file=sys.stderr)

@@ -60,6 +60,8 @@ class SimulatedRun:
         """0..1: how bad the fault is, within its kind."""
         self.quiet_at_s = rng.uniform(10, 50) if fault.name == "healthy" and rng.random() < 0.5 else math.inf
         self.quiet_phase, self.quiet_s = rng.choice(("checkpoint", "eval")), rng.uniform(0.5, 12.0)
+        self.hidden_at_s = self.fault_s if fault.name == "healthy" and self.seed % 2 else math.inf
+        """From when on transfers take longer that computing hides: of no consequence."""
         self.positions: dict[int, list[Position]] = {rank: [] for rank in range(self.world)}
         self.reports: dict[int, list[Report]] = {rank: [] for rank in range(self.world)}
         self.results: dict[int, list[tuple[float, StepResult]]] = {rank: [] for rank in range(self.world)}
@@ -209,6 +211,9 @@ class SimulatedRun:
         transfer_ms = self.noisy(self.transfer_ms * (1.0 if nbytes >= MIB else 0.1), self.machine.transfer_noise)
         if self._on and self.fault.name == "slow link":
             transfer_ms *= 2.5 + 4 * self.strength
+        if not block and min(issued.values()) >= self.hidden_at_s:
+            # The next unit's transfer is issued after this time, and does not wait for this one.
+            transfer_ms = max(transfer_ms, self.noisy(0.7 * self.compute_ms * 2 / 3 / UNITS, 0.1))
         free_s = self._group_free_s
         end_s = self._group_free_s = max(*issued.values(), free_s) + transfer_ms / 1000
         for rank, issue_s in issued.items():

@@ -16,11 +16,11 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 WriterType = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Severity = Literal["warning", "error"]
-NOTICES = ("failed", "finished", "stopped", "aborted", "restarted", "hang", "stalled", "nan", "alert")
+NOTICES = ("failed", "finished", "stopped", "aborted", "restarted", "hang", "stalled", "nan", "verdict", "alert")
 """What zerotop.notify can name without a rule. stalled: no rank makes progress, or one sends nothing. hang: a stall
-that has lasted long enough for the stacks to be taken. nan: loss or gradient norm is not finite. alert: any of
-zerotop.alerts."""
-DEFAULT_NOTICES = ("failed", "finished", "hang", "nan", "alert")
+that has lasted long enough for the stacks to be taken. nan: loss or gradient norm is not finite. verdict: the verdict
+is bad news. alert: any of zerotop.alerts."""
+DEFAULT_NOTICES = ("failed", "finished", "hang", "nan", "verdict", "alert")
 
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)?\s*")
 _SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -155,7 +155,8 @@ class NotifyConfig(Section):
     replaced; the JSON document comes on stdin."""
 
     on: Annotated[tuple[str, ...], BeforeValidator(_names)] = DEFAULT_NOTICES
-    """Conditions (failed, finished, stopped, aborted, restarted, hang, stalled, nan, alert), and names of alerts."""
+    """Conditions (failed, finished, stopped, aborted, restarted, hang, stalled, nan, verdict, alert), and names of
+    alerts."""
 
     every: Duration = 600.0
     """Seconds, or "10m": the least time between two notifications about the same thing. The end of the run is always

@@ -25,6 +25,7 @@ from runtime.process.forked import Owner, at_exit
 from runtime.telemetry import stopsignal
 from runtime.telemetry.bounds import ERROR_KEPT, shortened, shortened_error
 from runtime.telemetry.clipping import clipped_evaluation, clipped_report
+from runtime.telemetry.compiling import Compilations
 from runtime.telemetry.flight_recorder import FlightWriter
 from runtime.telemetry.handler import LevelName, TelemetryHandler
 from runtime.telemetry.inbox import Inbox
@@ -102,6 +103,7 @@ class Telemetry(Recorder):
         self._close_by: float | None = None
         self._reported: set[str] = set()
         self._flight = FlightWriter(rank, attempt)
+        self._compilations = Compilations()
 
     @classmethod
     def from_environment(cls, rank: int) -> Telemetry | NullTelemetry:
@@ -372,6 +374,7 @@ class Telemetry(Recorder):
         elif completed > at.completed_seq:
             seen = CollectivePosition(at.entered_seq, completed, at.entered_op, at.entered_bytes)
             at = self._with_collectives(at, seen)
+        self._compilations.look()
         messages.append(
             Heartbeat.model_construct(
                 rank=self.rank,
@@ -384,7 +387,8 @@ class Telemetry(Recorder):
                 completed_seq=at.completed_seq,
                 entered_op=at.entered_op,
                 entered_bytes=at.entered_bytes,
-                progress_ns=at.progress_ns,
+                progress_ns=max(at.progress_ns, self._compilations.changed_ns),
+                compiling=self._compilations.active,
                 dropped=drained.dropped,
                 now_ns=time.monotonic_ns(),
             )

@@ -251,6 +251,8 @@ class Heartbeat(Message):
     entered_op: Name = ""
     entered_bytes: Count | None = None
     progress_ns: Int64  # when the training thread last did anything that telemetry sees
+    compiling: bool = False
+    """Whether torch.compile compiles just now."""
     dropped: Count = 0  # messages lost to a full ring since the start
     now_ns: Int64
 

@@ -66,6 +66,12 @@ class GpuStats(Message):
     row_remap_pending: bool = False
     """A row waits for a reset of the GPU to be replaced."""
     row_remap_failed: bool = False
+    xid: Count | None = None
+    """The newest XID error since the run's start after which the GPU is not to be trusted."""
+    xid_text: Text = ""
+    """What it means, and what to do."""
+    xid_wall_s: WallSeconds = 0.0
+    """When the driver reported it."""
     no_permission: list[Name] = Field(default_factory=list)
     """Fields that the user of the run may not read."""
     stale_fields: list[Name] = Field(default_factory=list)

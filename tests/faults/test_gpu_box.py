@@ -94,6 +94,22 @@ def test_a_run_on_eight_gpus_shows_and_records_what_the_driver_says(start: Start
     assert any(node.gpus and node.gpus[0].links[1:2] == ["NV18"] for node in recorded)
 
 
+def test_a_fatal_xid_is_the_verdict_on_the_run(start: Start, fake_nvml: FakeNvml) -> None:
+    run = start(FAKE_GPU=1, FAKE_STEP_S=0.3, **fake_nvml.environment)
+    run.see(lambda source: (found := facts_of(source, 1)) is not None and found.power_w, "the GPUs")
+    fake_nvml.xid(1, 31)  # an error of a program
+    run.see(lambda source: events(source, "xid"), "its event")
+    fake_nvml.xid(1, 95)
+
+    def at_fault(source: LiveSource) -> bool:
+        return source.state.verdict is not None and source.state.verdict.what == "GPU fault"
+
+    run.see(at_fault, "the verdict")
+    verdict = run.source.state.verdict
+    assert verdict is not None and verdict.ranks == [1]
+    assert verdict.text.startswith("the GPU of rank 1: XID 95: GPU memory lost data of any program")
+
+
 def test_a_driver_that_hangs_in_a_slow_call_stops_neither_the_probe_nor_the_run(
     start: Start, fake_nvml: FakeNvml
 ) -> None:

@@ -38,7 +38,10 @@ class GpuAlarms:
         """Check once."""
         now = self._clock()
         seen: dict[tuple[int, str], Concern] = {
-            (rank, concern.word): concern for rank, those in concerns(self._hub.state).items() for concern in those
+            (rank, concern.word): concern
+            for rank, those in concerns(self._hub.state).items()
+            for concern in those
+            if not concern.word.startswith("XID ")  # has an event of its own
         }
         self._since = {key: self._since.get(key, now) for key in seen}
         for key, concern in seen.items():

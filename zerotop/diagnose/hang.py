@@ -22,7 +22,7 @@ from zerotop.format import duration_text
 from zerotop.hub.hub import Hub
 from zerotop.state.condition import silent_ranks
 from zerotop.state.run import RunState
-from zerotop.state.stall import QUIET_PHASES, counts_steps, explain, is_past, ranks_text
+from zerotop.state.stall import counts_steps, explain, is_past, is_quiet, ranks_text
 
 HANG_VARIABLE = "ZEROTOP_HANG_S"
 HANG_S = 60.0
@@ -80,7 +80,7 @@ def should_move(state: RunState) -> bool:
         return False
     if not counts_steps(state) and not any(beat.entered_seq > beat.completed_seq for beat in beats):
         return False  # a script that is outside any collective may do what it likes
-    return not any(rank.phase in QUIET_PHASES for rank in ranks) or bool(silent_ranks(state))
+    return not any(is_quiet(rank) for rank in ranks) or bool(silent_ranks(state))
 
 
 def limit_s(state: RunState) -> float:

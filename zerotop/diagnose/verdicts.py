@@ -55,7 +55,7 @@ class VerdictWatch:
             return
         if found.severity != "info" and found.what != "failed":  # a failure has events of its own
             self._hub.event("verdict", found.text, found.severity, verdict=found.what, ranks=list(found.ranks))
-        elif before is not None and before.severity != "info" and found.what == "healthy":
+        elif before is not None and before.severity != "info" and found.severity == "info":
             self._hub.event("verdict", f"over: {before.what}; {found.text}", verdict=found.what)
 
     def _report_time(self, now_s: float) -> None:

@@ -7,7 +7,7 @@ drop them, and then gets the whole state again.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from runtime.wire.messages import LIVE_STATES, Event, StepResult
@@ -24,8 +24,8 @@ _HANG = "hang: "
 
 @dataclass(frozen=True)
 class Notice:
-    """One thing to tell. `what` is a built-in condition or the name of an alert; `over`: it has ended. One of an alert
-    has `is_alert`."""
+    """One thing to tell. `what` is a built-in condition, "verdict" and what that says, or the name of an alert; `over`:
+    it has ended. One of an alert has `is_alert`, one of a verdict `is_verdict`."""
 
     what: str
     text: str
@@ -34,6 +34,7 @@ class Notice:
     step: int = 0
     over: bool = False
     is_alert: bool = False
+    is_verdict: bool = False
     since_wall_s: float = 0.0
     """Another value: it has begun again."""
 
@@ -98,6 +99,18 @@ class Conditions:
         if reason.startswith(_HANG):
             text = reason.removeprefix(_HANG).partition("; stacks: ")[0]
             found["hang"] = Notice("hang", text, "error", tuple(verdict.ranks) if verdict else (), state.step)
+        if verdict is not None and verdict.severity != "info" and verdict.what != "failed":
+            # Each kind under a name of its own: a hang must not be held back because a straggler was told.
+            notice = Notice(
+                f"verdict {verdict.what}",
+                verdict.text,
+                verdict.severity,
+                tuple(verdict.ranks),
+                state.step,
+                is_verdict=True,
+                since_wall_s=verdict.since_wall_s,
+            )
+            found[notice.what] = notice
         if (bad := self._not_finite(state)) is not None:
             found["nan"] = bad
         for alert in state.alerts.values():
@@ -139,7 +152,9 @@ def _over(notice: Notice, state: RunState) -> Notice:
     text = f"over at step {state.step}"
     if notice.is_alert and (alert := state.alerts.get(notice.what)) is not None and alert.text:
         text = f"{text}; {alert.text}"
-    return Notice(notice.what, text, "info", notice.ranks, state.step, over=True, is_alert=notice.is_alert)
+    if notice.is_verdict and state.verdict is not None:
+        text = f"{text}; {state.verdict.text}"
+    return replace(notice, text=text, severity="info", step=state.step, over=True)
 
 
 def _end(state: RunState) -> Notice:

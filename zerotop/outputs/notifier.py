@@ -82,7 +82,8 @@ class Notifier:
                 self._consider(notice)
 
     def _wants(self, notice: Notice) -> bool:
-        return notice.what in self._config.on or (notice.is_alert and "alert" in self._config.on)
+        on = self._config.on
+        return notice.what in on or (notice.is_alert and "alert" in on) or (notice.is_verdict and "verdict" in on)
 
     def _consider(self, notice: Notice) -> None:
         told = self._told.setdefault(notice.what, _Told())

@@ -96,7 +96,14 @@ class GpuProbe:
             seen = [(device, *self._samples[device]) for device in self._devices]
         if any(sample is None and now - answered_s <= STALE_S for _, answered_s, sample in seen):
             return None, "waiting for the driver"
-        return [self._current(device, answered_s, sample, now) for device, answered_s, sample in seen], ""
+        samples = [self._current(device, answered_s, sample, now) for device, answered_s, sample in seen]
+        return [self._with_fault(sample) for sample in samples], ""
+
+    def _with_fault(self, sample: GpuStats) -> GpuStats:
+        xid = self._xids.faults.get(sample.uuid)
+        if xid is None:
+            return sample
+        return sample.model_copy(update={"xid": xid.number, "xid_text": xid.fault, "xid_wall_s": xid.wall_s})
 
     def _current(self, device: Device, answered_s: float, sample: GpuStats | None, now: float) -> GpuStats:
         if sample is not None and now - answered_s <= self._interval_s + STALE_S:

@@ -54,6 +54,9 @@ _WORDS: dict[int, tuple[str, str]] = {
     143: ("the GPU could not be initialized", "reboot"),
     154: ("the driver says that the GPU needs a recovery", "nvidia-smi -q names it, under GPU Recovery Action"),
 }
+FATAL = frozenset({46, 48, 62, 64, 74, 79, 92, 94, 95, 119, 120, 140, 143})
+"""After these a GPU is not to be trusted until it has been reset or checked. The others are errors of the program,
+follow from an earlier one, or are dealt with by the driver."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,20 @@ class Xid:
     wall_s: float
 
     @property
-    def name(self) -> str:
-        """Such as "GPU 0: XID 79: the GPU has fallen off the bus"."""
-        where = "a GPU" if self.gpu is None else f"GPU {self.gpu}"
-        what = _WORDS.get(self.number)
-        return f"{where}: XID {self.number}" + (f": {what[0]}" if what else "")
+    def fatal(self) -> bool:
+        """Whether the GPU is at fault."""
+        return self.number in FATAL
+
+    @property
+    def fault(self) -> str:
+        """What happened and what to do, without the GPU: "XID 79: the GPU has fallen off the bus; reboot; if ..."."""
+        what, way_out = _WORDS.get(self.number, ("", "see NVIDIA's list of XID errors and the kernel's log (dmesg)"))
+        return f"XID {self.number}" + (f": {what}" if what else "") + f"; {way_out}"
 
     @property
     def text(self) -> str:
-        """The name, and what to do about it."""
-        way_out = _WORDS.get(self.number, ("", "see NVIDIA's list of XID errors and the kernel's log (dmesg)"))[1]
-        return f"{self.name}; {way_out}"
+        """The same with the GPU."""
+        return f"{'a GPU' if self.gpu is None else f'GPU {self.gpu}'}: {self.fault}"
 
 
 class XidWatch:
@@ -87,6 +93,8 @@ class XidWatch:
     def __init__(self, nvml: Any = pynvml) -> None:
         self._nvml = nvml
         self._heard: deque[Xid] = deque(maxlen=_KEPT)
+        self.faults: dict[str, Xid] = {}
+        """UUID -> the newest fatal error of that GPU."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="xid", daemon=True)
 
@@ -145,7 +153,10 @@ class XidWatch:
             # Looked up beforehand: a GPU that has fallen off the bus does not answer.
             known = gpus.get(_key(event.device))
             gpu, uuid = known if known is not None else (None, "")
-            self._heard.append(Xid(int(event.eventData), gpu, uuid, time.time()))
+            xid = Xid(int(event.eventData), gpu, uuid, time.time())
+            if xid.fatal and uuid:
+                self.faults[uuid] = xid
+            self._heard.append(xid)
 
 
 def _key(handle: Any) -> Any:

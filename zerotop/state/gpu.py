@@ -45,16 +45,18 @@ def concerns(state: RunState) -> dict[int, tuple[Concern, ...]]:
         if gpu.sm_clock_mhz is not None:
             clocks.setdefault(gpu.name, []).append(gpu.sm_clock_mhz)
     typical = {name: statistics.median(all_of_them) for name, all_of_them in clocks.items() if len(all_of_them) > 1}
-    found = {number: gpu_concerns(gpu, typical.get(gpu.name)) for number, gpu in gpus.items()}
+    found = {number: gpu_concerns(gpu, typical.get(gpu.name), hellos[number].wall_s) for number, gpu in gpus.items()}
     return {number: those for number, those in found.items() if those}
 
 
-def gpu_concerns(gpu: GpuStats, typical_mhz: float | None = None) -> tuple[Concern, ...]:
+def gpu_concerns(gpu: GpuStats, typical_mhz: float | None = None, since_wall_s: float = 0.0) -> tuple[Concern, ...]:
     """What is out of order about one GPU, the worst first. `typical_mhz`: the median SM clock of the GPUs of this
-    model that do the same work; None if there is no other."""
+    model that do the same work; None if there is no other. `since_wall_s`: when its rank began; an error before that
+    has not kept the rank from running."""
+    xids = [Concern(f"XID {gpu.xid}", gpu.xid_text, "error")] if gpu.xid and gpu.xid_wall_s >= since_wall_s else []
     if gpu.lost:
-        return (Concern("lost", "the driver has lost it: reboot; check power, cooling, seating", "error"),)
-    return (*_silence(gpu), *_memory_errors(gpu), *_throttling(gpu, typical_mhz), *_pcie(gpu))
+        return (Concern("lost", "the driver has lost it: reboot; check power, cooling, seating", "error"), *xids)
+    return (*xids, *_silence(gpu), *_memory_errors(gpu), *_throttling(gpu, typical_mhz), *_pcie(gpu))
 
 
 def _silence(gpu: GpuStats) -> list[Concern]:

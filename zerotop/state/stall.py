@@ -20,8 +20,6 @@ FIRST_STEPS = 3
 """The first steps of an attempt compile, warm up and allocate: no verdict yet."""
 QUIET_PHASES = frozenset({"checkpoint", "paused", "eval", "init"})
 """While any rank is in one of these, the others may rightly stand still."""
-
-
 UNCOUNTED_MIN_S = 30.0
 """The same where ranks do not report their steps: they may rightly be doing something else for a while."""
 FIRST_COLLECTIVES = 20
@@ -57,6 +55,16 @@ def idle_s(rank: RankState, hub_now_ns: int) -> float:
     return (max(0, beat.now_ns - beat.progress_ns) + since_heard_ns) / 1e9
 
 
+def is_compiling(rank: RankState) -> bool:
+    """Whether torch.compile compiles on the rank, also long after its first steps."""
+    return rank.heartbeat is not None and rank.heartbeat.compiling
+
+
+def is_quiet(rank: RankState) -> bool:
+    """Whether the others may rightly stand still because of what the rank does."""
+    return rank.phase in QUIET_PHASES or is_compiling(rank)
+
+
 def counts_steps(state: RunState) -> bool:
     """Whether the run's trainer reports its steps."""
     return state.hello is None or state.hello.counts_steps
@@ -85,7 +93,7 @@ def find_stall(state: RunState) -> Stall | None:
     ranks = [rank for _, rank in sorted(state.ranks.items()) if rank.heartbeat is not None and rank.goodbye is None]
     if state.state_name not in {"running", "stopping"} or not ranks:
         return None
-    if any(rank.phase in QUIET_PHASES for rank in ranks):
+    if any(is_quiet(rank) for rank in ranks):
         return None
     if not is_past(state, FIRST_STEPS):
         return None

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 from runtime.wire.messages import Collectives
-from zerotop.state.bandwidth import Bandwidth, bus_factor
+from zerotop.state.bandwidth import Bandwidth, Transfers, bus_factor
 
 OPEN_KEPT = 512
 VERDICTS_KEPT = 1024
@@ -114,6 +114,13 @@ class _Step:
         _add(self.blocked_us, blocked_us)
         self._costs_us = None
 
+    def exposed_transfer_us(self) -> float:
+        """For how long training threads were blocked by transfers, without waiting for peers: the mean over the
+        ranks."""
+        waited = self.costs_us()[0]
+        exposed = [max(0.0, blocked - waited.get(rank, 0.0)) for rank, blocked in self.blocked_us.items()]
+        return sum(exposed) / len(exposed) if exposed else 0.0
+
     def _find_costs_us(self) -> tuple[dict[int, float], dict[int, float]]:
         total: dict[int, int] = {}
         for waits in self.waited_us.values():
@@ -151,6 +158,8 @@ class Waits:
         self._steps: dict[int, _Step] = {}
         self._windows: dict[int, WaitWindow] = {}
         """Steps -> what `window` has found, until something else is added."""
+        self._exposed = Transfers("step", 0, "")
+        """The exposed transfer of the steps whose sums are no longer kept: each step counts as one transfer."""
 
     def copy(self) -> Waits:
         """An independent copy."""
@@ -159,6 +168,7 @@ class Waits:
         other.bandwidth, other.mismatch = self.bandwidth.copy(), self.mismatch
         other._open = {key: dict(by_rank) for key, by_rank in self._open.items()}
         other._recent = dict(self._recent)
+        other._exposed = self._exposed.copy()
         other._steps = {step: sums.copy() for step, sums in self._steps.items()}
         return other
 
@@ -197,7 +207,9 @@ class Waits:
     def _sums(self, step: int) -> _Step:
         sums = self._steps.setdefault(step, _Step())
         while len(self._steps) > HISTORY_STEPS:
-            del self._steps[min(self._steps)]
+            oldest = self._steps.pop(min(self._steps))
+            if oldest.meetings:
+                self._exposed.add(round(oldest.exposed_transfer_us()))
         return sums
 
     def step_took(self, step: int, step_ms: float) -> None:
@@ -292,10 +304,20 @@ class Waits:
 
     def transfer_excess_ms(self, steps: int = STEPS_KEPT) -> list[float]:
         """For each of the newest `steps` steps, oldest first, without the very newest: how much longer the transfers
-        took than those of the same kind did at first. Steps of which too little is known are left out."""
-        met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1][-steps:]
-        known = [self._steps[step] for step in met]
-        return [sums.excess_us / 1000 for sums in known if sums.compared * 2 >= sums.meetings]
+        took than those of the same kind did at first. What computing hides of that costs a step nothing: it is at most
+        the time for which the training threads are blocked by transfers longer than they were at first. Steps of which
+        too little is known are left out."""
+        met = sorted(step for step, sums in self._steps.items() if sums.meetings)[:-1]
+        usual_us = self._usual_exposed_us(met)
+        known = [sums for step in met[-steps:] if (sums := self._steps[step]).compared * 2 >= sums.meetings]
+        return [min(sums.excess_us, max(0.0, sums.exposed_transfer_us() - usual_us)) / 1000 for sums in known]
+
+    def _usual_exposed_us(self, met: list[int]) -> float:
+        """The exposed transfer that a step had at first; 0 while too few steps are known."""
+        exposed = self._exposed.copy()
+        for step in met:
+            exposed.add(round(self._steps[step].exposed_transfer_us()))
+        return exposed.usual_us or 0.0
 
 
 _Number = TypeVar("_Number", int, float)

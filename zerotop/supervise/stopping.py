@@ -15,7 +15,7 @@ from zerotop.diagnose.stacks_report import StackTaker, blame
 from zerotop.format import duration_text
 from zerotop.hub.hub import Hub
 from zerotop.state.run import RunState
-from zerotop.state.stall import QUIET_PHASES, explain, idle_s, place_text, ranks_text
+from zerotop.state.stall import explain, idle_s, is_compiling, is_quiet, place_text, ranks_text
 
 SLOW_S = 10.0
 """After this time the status says what holds up the stop."""
@@ -101,10 +101,12 @@ def hindrance(state: RunState, ranks: Mapping[int, RankStacks], stands_s: float 
     if saving:
         return f"{ranks_text(saving)} still {'writes' if len(saving) == 1 else 'write'} the checkpoint"
     idle = min(idle_s(there[number], state.hub_now_ns) for number in beats)
-    if idle >= stands_s and not any(beat.phase in QUIET_PHASES for beat in beats.values()):
+    if idle >= stands_s and not any(is_quiet(there[number]) for number in beats):
         stall = explain(state, idle, stands_s)
         if stall is not None:
             return blame(stall, ranks, state)
+    if compiling := tuple(number for number in beats if is_compiling(there[number])):
+        return f"no step boundary was reached; torch.compile compiles on {ranks_text(compiling)}"
     slowest = min(beats, key=lambda number: (beats[number].step, beats[number].micro_step))
     beat = beats[slowest]
     return f"no step boundary was reached; rank {slowest} is in {place_text(beat)} of step {beat.step}"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 
-from zerotop.format import ms_text
+from zerotop.format import duration_text, ms_text
 from zerotop.state.breakdown import PARTS
 from zerotop.state.condition import unreported_ranks
-from zerotop.state.stall import counts_steps, place_text, ranks_text
+from zerotop.state.stall import counts_steps, idle_s, is_compiling, place_text, ranks_text
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding
 
@@ -40,6 +40,10 @@ def calm(figures: Figures) -> Finding:
         return Finding("evaluation", "evaluating on held-out data", "info")
     if figures.warming_up:
         return Finding("starting", "the first steps, which are slower: no verdict yet", "info")
+    if compiling := [rank for rank in figures.present if is_compiling(rank)]:
+        who = ranks_text(tuple(rank.rank for rank in compiling))
+        since = duration_text(max(idle_s(rank, state.hub_now_ns) for rank in compiling))
+        return Finding("compiling", f"torch.compile compiles on {who}, for {since} so far", "info")
     if not counts_steps(state):
         done = max(rank.heartbeat.completed_seq for rank in figures.present if rank.heartbeat is not None)
         return Finding("unwatched", f"the ranks run, {done:,} collectives so far; {UNSEEN}", "info", advice=ONE_LINE)

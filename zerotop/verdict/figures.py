@@ -11,7 +11,7 @@ from runtime.wire.node import GpuStats, NodeStats
 from zerotop.state.breakdown import Breakdown, Part
 from zerotop.state.memory import gpu_of
 from zerotop.state.run import RankState, RunState
-from zerotop.state.stall import FIRST_STEPS, QUIET_PHASES, is_past
+from zerotop.state.stall import FIRST_STEPS, is_past, is_quiet
 from zerotop.state.waits import WaitWindow
 from zerotop.verdict.finding import Finding
 
@@ -88,8 +88,8 @@ class Figures:
 
     @property
     def quiet(self) -> bool:
-        """Whether a rank is in a phase in which the others may rightly stand still."""
-        return any(rank.phase in QUIET_PHASES for rank in self.present)
+        """Whether a rank does something for which the others may rightly stand still."""
+        return any(is_quiet(rank) for rank in self.present)
 
     @property
     def step_ms(self) -> float:

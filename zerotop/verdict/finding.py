@@ -28,6 +28,7 @@ What = Literal[
     "paused",
     "checkpoint",
     "evaluation",
+    "compiling",
     "ended",
     "unwatched",
     "healthy",
@@ -45,7 +46,9 @@ STANDSTILL: frozenset[str] = frozenset(
     {"failed", "dead", "wedged", "desync", "ended early", "hang", "hang in transfer", "no progress"}
 )
 """No steps are being taken."""
-CALM: frozenset[str] = frozenset({"starting", "paused", "checkpoint", "evaluation", "ended", "unwatched", "healthy"})
+PASSING: frozenset[str] = frozenset({"checkpoint", "evaluation", "compiling"})
+"""Steps wait for a while, and go on by themselves."""
+CALM: frozenset[str] = PASSING | {"starting", "paused", "ended", "unwatched", "healthy"}
 """Nothing is wrong."""
 
 

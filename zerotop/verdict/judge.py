@@ -8,7 +8,7 @@ from zerotop.state.run import RunState
 from zerotop.verdict.bound import find_gpu_fault, find_memory_bound, find_offload_bound, find_throttled
 from zerotop.verdict.calm import calm
 from zerotop.verdict.figures import Figures, History
-from zerotop.verdict.finding import CALM, STANDSTILL, Finding
+from zerotop.verdict.finding import CALM, PASSING, STANDSTILL, Finding
 from zerotop.verdict.slow import find_contention, find_data_starvation, find_slow_link
 from zerotop.verdict.stopped import find_dead, find_failed, find_wedged
 from zerotop.verdict.straggler import find_straggler
@@ -36,7 +36,7 @@ CONFIRM_S = 1.0
 CLEAR_S = 8.0
 """A warning that is not found any more stays for this long. Windows empty step by step, and noise comes back."""
 CALM_S = 2.0
-"""A checkpoint or an evaluation shorter than this is not worth a word."""
+"""A checkpoint, an evaluation or a compilation shorter than this is not worth a word."""
 
 
 class Judge:
@@ -75,8 +75,8 @@ class Judge:
             self._coming, self._last_seen_s = None, now_s
             return found
         if before.severity == "warning" and found.severity == "info":
-            # While ranks evaluate or save, nobody can tell whether the old trouble is over.
-            if found.what in ("checkpoint", "evaluation"):
+            # While ranks evaluate, save or compile, nobody can tell whether the old trouble is over.
+            if found.what in PASSING:
                 self._last_seen_s = now_s
                 return before
             if found.what in ("healthy", "offload-bound") and now_s - self._last_seen_s < CLEAR_S:
@@ -85,9 +85,9 @@ class Judge:
             return self._take(found, now_s)
         if before.what in STANDSTILL and found.severity == "info":
             return self._take(found, now_s)
-        if found.what in CALM and found.what not in ("checkpoint", "evaluation"):
+        if found.what in CALM - PASSING:
             return self._take(found, now_s)
-        wait_s = CALM_S if found.what in ("checkpoint", "evaluation") else CONFIRM_S
+        wait_s = CALM_S if found.what in PASSING else CONFIRM_S
         if not found.same_as(self._coming):
             self._coming_since_s = now_s
         self._coming = found

@@ -73,7 +73,8 @@ def competitors(figures: Figures, rank: int) -> str:
 
 # ---- the link ----------------------------------------------------------------------------------------------------
 def find_slow_link(figures: Figures) -> Finding | None:
-    """Transfers that take longer than the same ones did before, while the ranks arrive together."""
+    """Transfers that take longer than the same ones did before, while the ranks arrive together, and that computing
+    does not hide."""
     if figures.state.state_name != "running" or figures.warming_up or not figures.breakdowns:
         return None
     kept = _was(figures, "slow link")
@@ -96,9 +97,12 @@ def find_slow_link(figures: Figures) -> Finding | None:
     usual, now = kind.usual_us or 0.0, kind.now_us or 0.0
     cost = statistics.fmean(costs[-LEAST_STEPS:])
     rate, best = kind.bus_bytes_per_s(now, world), kind.bus_bytes_per_s(kind.best_us, world)
+    # The name of the only group would say nothing.
+    group = kind.group if len(figures.state.waits.groups) > 1 else ""
     text = (
         f"transfers take {ms_text(cost)} a step ({cost / step_ms:.0%}) more than they did: {kind.op} of "
-        f"{bytes_text(kind.bytes)} {ms_text(now / 1000)}, before {ms_text(usual / 1000)}"
+        f"{bytes_text(kind.bytes)}{f' in group {group}' if group else ''} {ms_text(now / 1000)}, "
+        f"before {ms_text(usual / 1000)}"
     )
     if rate and best:
         text += f" ({bytes_text(rate)}/s, best {bytes_text(best)}/s)"
@@ -111,6 +115,7 @@ def find_slow_link(figures: Figures) -> Finding | None:
         {
             "op": kind.op,
             "bytes": kind.bytes,
+            **({"group": group} if group else {}),
             "usual_us": round(usual),
             "now_us": round(now),
             "cost_ms": round(cost, 1),

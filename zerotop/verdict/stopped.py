@@ -24,9 +24,16 @@ def find_failed(figures: Figures) -> Finding | None:
     if status is None or status.state not in ("failed", "restarting"):
         return None
     ranks = (status.failed_rank,) if status.failed_rank is not None else ()
+    logs = f"zerotop logs {status.name}" + (f" --rank {ranks[0]}" if ranks else "")
     if status.state == "restarting":
-        return Finding("failed", f"restarting after a failure: {status.restart_reason}", "error", ranks)
-    advice = f"Continue with: zerotop launch --resume --name {status.name}." if status.last_checkpoint_step else ""
+        text = f"restarting after a failure: {status.restart_reason}"
+        failed = f" --attempt {status.attempt - 1}" if status.attempt > 1 else ""  # the ranks of the next one start
+        advice = f"Wait for the ranks to start again; `{logs}{failed}` has the last lines before the failure."
+        return Finding("failed", text, "error", ranks, advice)
+    if status.last_checkpoint_step:
+        advice = f"Continue with: zerotop launch --resume --name {status.name}."
+    else:
+        advice = f"There is no checkpoint to continue from: fix what `{logs}` shows, and start the run again."
     return Finding("failed", f"the run failed: {status.reason or 'no reason given'}", "error", ranks, advice)
 
 

@@ -44,6 +44,10 @@ def test_an_error_is_reported_at_once_and_only_once() -> None:
     assert run.hub.events[0].what == "gpu" and run.hub.events[0].data == {"gpu_rank": 1, "concern": "ECC errors"}
 
 
+def test_an_xid_has_an_event_of_its_own() -> None:
+    assert Played().seconds(60, xid=79, xid_text="XID 79") == []
+
+
 def test_a_warning_must_last_and_its_end_must_last_too() -> None:
     run = Played()
     assert run.seconds(BEGINS_S, **HOT) == []

@@ -40,13 +40,20 @@ def hello(rank: int, start: int = 0) -> Hello:
     )  # fmt: skip
 
 
-def beat(run: RunState, rank: int, entered: int = 8, progress_ns: int = 5, phase: str = "backward") -> None:
+def beat(
+    run: RunState,
+    rank: int,
+    entered: int = 8,
+    progress_ns: int = 5,
+    phase: str = "backward",
+    compiling: bool = False,
+) -> None:
     run.apply(
         Heartbeat.model_validate(
             {
                 "rank": rank, "phase": phase, "phase_since_ns": 0, "step": 11, "micro_step": 3, "micro_steps": 4,
                 "entered_seq": entered, "completed_seq": 7, "entered_op": "all_reduce", "progress_ns": progress_ns,
-                "now_ns": 6,
+                "compiling": compiling, "now_ns": 6,
             }
         ),
         run.hub_now_ns,
@@ -99,6 +106,14 @@ def test_a_rank_with_a_good_reason_excuses_all(phase: str) -> None:
     run = a_run()
     beat(run, 1, phase=phase)
     assert still(run, 100) is None
+
+
+def test_a_rank_that_compiles_excuses_all_until_it_has_compiled() -> None:
+    run, watch = a_run(steps=500), Stillness()
+    beat(run, 1, compiling=True)
+    assert still(run, 600, watch) is None
+    beat(run, 1, progress_ns=9)
+    assert still(run, 20, watch, begin=601) == 20
 
 
 def test_a_rank_that_is_not_heard_from_has_no_reason() -> None:

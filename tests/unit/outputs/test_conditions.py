@@ -51,11 +51,30 @@ def test_a_hang_is_told_without_the_path_of_its_stacks() -> None:
     run = Played()
     run.state.apply(Verdict(what="hang", severity="error", ranks=[1], text="x"))
     run.status("running", reason="hang: rank 1 has not entered all_reduce; stacks: /home/somebody/stacks-1.txt")
-    (notice,) = run.conditions.look(run.state)
+    notice, verdict = run.conditions.look(run.state)
     assert (notice.what, notice.text, notice.ranks) == ("hang", "rank 1 has not entered all_reduce", (1,))
+    assert verdict.is_verdict and not notice.is_verdict
     assert notice.severity == "error"
     run.status("running")
     assert run.look() == [("hang", "over at step 0", "over")]
+
+
+def test_a_verdict_is_told_when_it_is_bad_news_and_when_that_is_over() -> None:
+    run = Played()
+
+    def judged(what: str, severity: str, ranks: tuple[int, ...] = (), since: float = 1.0) -> list[tuple[str, str, str]]:
+        message = {"what": what, "severity": severity, "text": f"{what} it is", "ranks": ranks, "since_wall_s": since}
+        run.state.apply(Verdict.model_validate(message))
+        return run.look()
+
+    assert judged("healthy", "info") == judged("checkpoint", "info") == []
+    assert judged("straggler", "warning", (1,)) == [("verdict straggler", "straggler it is", "")]
+    assert judged("straggler", "warning", (1,)) == []
+    assert judged("straggler", "warning", (0,), since=2.0) == [("verdict straggler", "straggler it is", "")]
+    told = [("verdict hang", "hang it is", ""), ("verdict straggler", "over at step 0; hang it is", "over")]
+    assert judged("hang", "error", (1,), since=3.0) == told
+    assert judged("offload-bound", "info") == [("verdict hang", "over at step 0; offload-bound it is", "over")]
+    assert judged("failed", "error") == []  # the end of the run, or its restart, is told anyway
 
 
 def test_a_loss_that_is_not_finite_is_told_also_when_other_steps_have_come_since() -> None:

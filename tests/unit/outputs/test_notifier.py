@@ -40,6 +40,8 @@ def test_only_what_is_asked_for_is_told() -> None:
     assert run.tell("nan") == []
     assert run.tell("memory", is_alert=True) == ["firing memory"]
     assert run.tell("other", is_alert=True) == []
+    assert run.tell("verdict hang", is_verdict=True) == []
+    assert Played().tell("verdict hang", is_verdict=True) == ["firing verdict hang"]
     every = Played(on=["alert"])
     assert every.tell("other", is_alert=True) == ["firing other"]
     assert every.tell("hang") == []

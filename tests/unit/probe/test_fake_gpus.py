@@ -120,6 +120,21 @@ def test_an_xid_is_heard_and_the_gpu_that_is_lost_keeps_its_name(
     seen(probe, 5, lambda gpu: gpu.power_w)
 
 
+def test_a_fatal_xid_stays_with_its_gpu_and_an_error_of_the_program_does_not(
+    fake_nvml: FakeNvml, probe_of: Callable[..., GpuProbe]
+) -> None:
+    probe = probe_of()
+    seen(probe, 3, lambda gpu: gpu.power_w)
+    for number in (13, 119, 45):
+        fake_nvml.xid(3, number)
+    gpu = seen(probe, 3, lambda gpu: gpu.xid)
+    until(lambda: any(xid.number == 45 for xid in probe.take_xids()), "the last XID")
+    assert seen(probe, 3, lambda gpu: gpu.xid) is not None and not seen(probe, 4, lambda gpu: gpu.power_w).xid
+    assert gpu.xid == 119 and gpu.xid_text.startswith("XID 119: the GPU's system processor (GSP) does not answer")
+    assert "; reset the GPU, or reboot" in gpu.xid_text and time.time() - gpu.xid_wall_s < patient(60)
+    assert probe.latest()[0][3].xid == 119  # type: ignore[index]
+
+
 def test_what_needs_a_permission_is_named_and_the_rest_is_there(
     fake_nvml: FakeNvml, probe_of: Callable[..., GpuProbe]
 ) -> None:

@@ -71,6 +71,7 @@ def test_a_power_cap_that_holds_one_gpu_below_the_others_is_named_with_figures()
         ({"lost": True}, "lost", "error", "reboot"),
         ({"stale_fields": ["power_w"], "stale_s": 9.0}, "no answer", "warning", "dmesg"),
         ({"ecc_uncorrected": 2}, "ECC errors", "error", "2 ECC errors"),
+        ({"xid": 119, "xid_text": "XID 119: no answer; reset it"}, "XID 119", "error", "no answer; reset it"),
         ({"row_remap_failed": True}, "bad memory", "error", "out of use"),
         ({"row_remap_pending": True}, "reset pending", "warning", "reset the GPU"),
         ({"clock_reasons": ["hot (hardware)"], "temperature_c": 88}, "hot", "warning", "88 °C (slows down at 87 °C)"),
@@ -86,6 +87,14 @@ def test_each_fault_has_a_word_a_text_and_a_severity(
     (found,) = gpu_concerns(gpu(**changes))
     assert (found.word, found.severity) == (word, severity)
     assert part in found.text and len(found.word) <= 14
+
+
+def test_an_xid_from_before_the_rank_began_has_not_kept_it_from_running() -> None:
+    for wall_s, found in ((99.0, {}), (101.0, {0: ["XID 94"]})):
+        state = a_run(gpu(0, xid=94, xid_text="XID 94", xid_wall_s=wall_s))
+        state.apply(hello(0, world_size=1, device="cuda:0", device_uuid="GPU-0", wall_s=100.0))
+        assert words(state) == found
+    assert [one.word for one in gpu_concerns(gpu(xid=79, lost=True))] == ["lost", "XID 79"]
 
 
 def test_an_idle_gpu_may_lower_the_generation_of_its_link_but_not_its_width() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runtime.wire.messages import Goodbye, Heartbeat, Hello, RunStatus, StepResult
+from zerotop.state.condition import condition_of
 from zerotop.state.run import RunState
 from zerotop.state.stall import find_stall, threshold_s
 
@@ -50,7 +51,14 @@ def hello(rank: int, world: int = WORLD, start_step: int = 0) -> Hello:
 
 
 def beat(
-    run: RunState, rank: int, entered: int, completed: int, idle_s: float, phase: str = "backward", op: str = "reduce"
+    run: RunState,
+    rank: int,
+    entered: int,
+    completed: int,
+    idle_s: float,
+    phase: str = "backward",
+    op: str = "reduce",
+    compiling: bool = False,
 ) -> None:
     """The rank's own clock runs an hour ahead of the hub's: verdicts must not mind."""
     now_ns = run.hub_now_ns + 3600 * S
@@ -66,6 +74,7 @@ def beat(
             entered_seq=entered,
             completed_seq=completed,
             entered_op=op,
+            compiling=compiling,
             progress_ns=now_ns - idle_ns,
             now_ns=now_ns,
         ),
@@ -181,6 +190,14 @@ def test_no_verdict_while_a_rank_is_in_a_quiet_phase(phase: str) -> None:
     stuck(run)
     beat(run, 1, 1531, 1531, 14, phase=phase)
     assert find_stall(run) is None
+
+
+def test_no_verdict_while_a_rank_compiles_long_after_its_first_steps() -> None:
+    run = a_run(steps=500)
+    stuck(run)
+    assert condition_of(run).name == "stalled"
+    beat(run, 1, 1531, 1531, 14, compiling=True)
+    assert find_stall(run) is None and condition_of(run).name == "running"
 
 
 def test_no_verdict_in_the_first_steps_of_an_attempt() -> None:

@@ -34,6 +34,11 @@ def saving(run: RunState) -> None:
     beat(run, 2, 1532, 1531, 5, phase="checkpoint")
 
 
+def compiling(run: RunState) -> None:
+    stuck(run)
+    beat(run, 1, 1531, 1531, 14, compiling=True)
+
+
 def slow(run: RunState) -> None:
     for rank in range(3):
         beat(run, rank, 7, 6 + (rank != 1), 0.1)
@@ -51,11 +56,12 @@ def gone(run: RunState) -> None:
         (stuck, IN_THE_WAY),
         (silent, IN_THE_WAY),
         (saving, "rank 2 still writes the checkpoint"),
+        (compiling, "no step boundary was reached; torch.compile compiles on rank 1"),
         (slow, "no step boundary was reached; rank 0 is in backward 3/4 of step 11"),
         (gone, "the ranks have ended their training"),
         (lambda run: None, "no rank has reported its position"),
     ],
-    ids=["stuck", "silent", "saving", "slow", "gone", "nothing known"],
+    ids=["stuck", "silent", "saving", "compiling", "slow", "gone", "nothing known"],
 )
 def test_what_is_in_the_way_of_a_stop_is_told(place: Callable[[RunState], None], told: str) -> None:
     assert hindrance(stopping(place), {}) == told

@@ -6,14 +6,14 @@ import pytest
 
 from runtime.wire.messages import Goodbye, Memory, RunStatus
 from runtime.wire.node import GpuStats
-from tests.unit.state.test_stall import WORLD, a_run, beat, hello
+from tests.unit.state.test_stall import WORLD, a_run, beat, hello, stuck
 from tests.unit.verdict.test_rules import MIB, USUAL, ask, met, node, trained
 from zerotop.state.run import RunState
 from zerotop.verdict.bound import find_gpu_fault, find_memory_bound, find_offload_bound, find_throttled
 from zerotop.verdict.calm import calm
 from zerotop.verdict.figures import SAMPLES_KEPT, History
 from zerotop.verdict.finding import Finding
-from zerotop.verdict.judge import Rule
+from zerotop.verdict.judge import Judge, Rule
 from zerotop.verdict.slow import find_contention, find_data_starvation
 from zerotop.verdict.straggler import find_straggler
 
@@ -128,6 +128,18 @@ def test_a_throttled_gpu_is_named_with_its_reason() -> None:
     assert found is not None and found.ranks == (1,) and "the driver has lost it" in found.text
 
 
+def test_an_xid_after_which_a_gpu_is_not_to_be_trusted_is_a_gpu_fault() -> None:
+    run = a_run()
+    for rank in range(WORLD):
+        run.apply(hello(rank).model_copy(update={"device_uuid": f"GPU-{rank}"}))
+        beat(run, rank, 1, 1, 0.0)
+    xid = {"xid": 94, "xid_text": "XID 94: GPU memory lost data", "xid_wall_s": 5.0}
+    node(run, gpus=[GpuStats(index=r, uuid=f"GPU-{r}", name="H", **(xid if r == 1 else {})) for r in range(WORLD)])
+    found = ask(find_gpu_fault, run)
+    assert found is not None and (found.ranks, found.severity) == ((1,), "error")
+    assert found.text == "the GPU of rank 1: XID 94: GPU memory lost data" and found.facts == {"concern": "XID 94"}
+
+
 def test_steps_that_wait_for_the_host_are_offload_bound() -> None:
     run = a_run()
     trained(run, {rank: USUAL | {"offload": 300.0} for rank in range(WORLD)})
@@ -187,6 +199,28 @@ def test_a_start_says_what_it_is_at(reported: tuple[int, ...], text: str) -> Non
         run.apply(hello(rank))
     found = calm(History().figures(run, None, 0.0))
     assert (found.what, found.text) == ("starting", text)
+
+
+def test_a_recompilation_is_no_hang_and_is_told_with_its_rank() -> None:
+    run = a_run(steps=500)
+    trained(run, dict.fromkeys(range(WORLD), USUAL), first=501)
+    stuck(run, idle_s=14.0)
+    judge = Judge()
+    assert judge.look(run, 0.0).what == "hang"
+    beat(run, 1, 1531, 1531, 14.0, compiling=True)
+    assert judge.look(run, 0.5).what == "compiling"
+    found = calm(History().figures(run, None, 0.0))
+    assert (found.what, found.severity) == ("compiling", "info")
+    assert found.text == "torch.compile compiles on rank 1, for 14 s so far"
+
+
+def test_a_compilation_of_a_moment_is_not_worth_a_word() -> None:
+    run, judge = a_run(steps=500), Judge()
+    trained(run, dict.fromkeys(range(WORLD), USUAL), first=501)
+    for compiling, now_s, what in ((False, 0.0, "healthy"), (True, 1.0, "healthy"), (True, 3.5, "compiling")):
+        for rank in range(WORLD):
+            beat(run, rank, 1, 1, 0.5, compiling=compiling)
+        assert judge.look(run, now_s).what == what
 
 
 def test_a_run_that_all_ranks_have_left_is_neither_starting_nor_short_of_cpus() -> None:

@@ -13,7 +13,7 @@ from zerotop.documents import status_document, status_text
 from zerotop.state.run import RunState
 from zerotop.verdict import judge as module
 from zerotop.verdict.figures import Figures
-from zerotop.verdict.finding import Finding
+from zerotop.verdict.finding import Finding, What
 from zerotop.verdict.judge import CALM_S, CLEAR_S, CONFIRM_S, URGENT, Judge, Rule
 
 SLOW = Finding("straggler", "rank 1 is slow", ranks=(1,))
@@ -131,6 +131,17 @@ def test_the_hub_publishes_a_change_once_and_figures_now_and_then() -> None:
         beat(hub.state, rank, 1533, 1533, 0.0)
     watch.look(9.0)
     assert hub.events[-1].text.startswith("over: hang; healthy")
+
+
+@pytest.mark.parametrize("what", ["healthy", "offload-bound", "paused", "checkpoint", "compiling", "starting", "ended"])
+def test_that_bad_news_is_over_is_an_event_whatever_comes_next(monkeypatch: pytest.MonkeyPatch, what: What) -> None:
+    hub = PlayedHub(a_run())
+    watch = VerdictWatch(hub)  # type: ignore[arg-type]
+    found = iter([HUNG, Finding(what, "and now this", "info"), Finding("healthy", "healthy", "info")])
+    monkeypatch.setattr(watch._judge, "look", lambda state, now_s: next(found))
+    for second in range(3):
+        watch.look(float(second))
+    assert [event.text for event in hub.events] == ["rank 1 is missing", "over: hang; and now this"]
 
 
 def test_status_begins_with_the_verdict_and_what_to_do() -> None:

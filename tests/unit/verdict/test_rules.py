@@ -10,6 +10,7 @@ from runtime.wire.messages import Collectives, Event, Goodbye, RunStatus, StepRe
 from runtime.wire.node import BusyProcess, GpuStats, NodeStats
 from tests.unit.state.test_stall import WORLD, S, a_run, beat, hello, stuck
 from zerotop.state.run import RunState
+from zerotop.state.waits import HISTORY_STEPS, Waits
 from zerotop.verdict.figures import SAMPLES_KEPT, SAMPLES_LONG, History
 from zerotop.verdict.finding import Finding
 from zerotop.verdict.judge import Rule
@@ -124,6 +125,22 @@ def test_a_failure_is_told_in_the_supervisors_words() -> None:
     run.apply(RunStatus(name="q1", state="failed", reason="rank 2 raised ValueError", failed_rank=2))
     found = ask(find_failed, run)
     assert found is not None and found.ranks == (2,) and found.text == "the run failed: rank 2 raised ValueError"
+
+
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [
+        ({"state": "failed", "last_checkpoint_step": 40}, "Continue with: zerotop launch --resume --name q1."),
+        ({"state": "failed"}, "no checkpoint to continue from: fix what `zerotop logs q1` shows"),
+        ({"state": "failed", "failed_rank": 2}, "fix what `zerotop logs q1 --rank 2` shows"),
+        ({"state": "restarting", "failed_rank": 2, "attempt": 2}, "`zerotop logs q1 --rank 2 --attempt 1` has"),
+    ],
+)
+def test_a_failure_has_a_next_step_with_and_without_a_checkpoint(status: dict[str, Any], advice: str) -> None:
+    run = a_run()
+    run.apply(RunStatus.model_validate({"name": "q1", "reason": "x", "restart_reason": "x", **status}))
+    found = ask(find_failed, run)
+    assert found is not None and advice in found.advice
 
 
 # ---- stuck -------------------------------------------------------------------------------------------------------
@@ -335,30 +352,57 @@ def test_where_all_wait_for_cpus_only_a_rank_that_takes_far_longer_is_to_blame()
         assert (find_straggler(figures) is not None) is named
 
 
+def transferred(run: RunState, first: int, steps: int, transfer_us: int, blocked_us: int, group: str = "world") -> None:
+    """Steps with eight transfers each, by each of which the training threads are blocked for `blocked_us`."""
+    for step in range(first, first + steps):
+        for rank in range(WORLD):
+            records = [(8 * step + k, "all_gather", 8 * MIB, 0, 0, transfer_us + rank, blocked_us) for k in range(1, 9)]
+            run.apply(Collectives(rank=rank, step=step, group=group, records=records))
+    trained(run, {rank: {"forward": 300.0, "gather": 100.0} for rank in range(WORLD)}, steps, first)
+
+
 def test_a_slow_link_is_measured_against_its_own_past() -> None:
     run = a_run(step_ms=400)
-    seq = 0
-
-    def transfers(first: int, steps: int, transfer_us: int) -> None:
-        nonlocal seq
-        for step in range(first, first + steps):
-            for rank in range(WORLD):
-                records = [(seq + k, "all_gather", 8 * MIB, 0, 0, transfer_us + k, transfer_us) for k in range(1, 9)]
-                run.apply(Collectives(rank=rank, step=step, records=records))
-                phases = {"forward": 300.0, "gather": 100.0}
-                run.apply(
-                    StepResult(
-                        rank=rank, step=step, loss=1.0, lr=1e-3, grad_norm=1.0, step_ms=400, phase_ms=phases, end_ns=0
-                    )
-                )
-            seq += 8
-
-    transfers(11, 30, 4_000)
+    transferred(run, 11, 30, 4_000, blocked_us=4_000)
     assert ask(find_slow_link, run) is None
-    transfers(41, 12, 14_000)
+    transferred(run, 41, 12, 14_000, blocked_us=14_000)
     found = ask(find_slow_link, run)
     assert found is not None and (found.what, found.ranks) == ("slow link", ())
+    assert "transfers take 80.0 ms a step (20%) more" in found.text and "group" not in found.facts
     assert "all_gather of 8.00 MiB 14.0 ms, before 4.0 ms" in found.text and "MiB/s, best" in found.text
+
+
+@pytest.mark.parametrize("exposed_us", [0, 8_000])
+def test_slow_transfers_that_computing_hides_are_no_slow_link(exposed_us: int) -> None:
+    run = a_run(step_ms=400)
+    transferred(run, 11, 30, 4_000, exposed_us)
+    transferred(run, 41, 12, 14_000, exposed_us)
+    assert ask(find_slow_link, run) is None
+    # They take 800 ms a step now, of 400 ms: all ranks wait for 100 ms longer than at first.
+    transferred(run, 53, 12, 100_000, exposed_us + 12_500)
+    found = ask(find_slow_link, run)
+    assert found is not None and "transfers take 100 ms a step (25%) more" in found.text
+
+
+def test_what_transfers_cost_at_first_is_known_in_long_runs_too() -> None:
+    waits = Waits()
+    for step in range(1, 3 * HISTORY_STEPS):
+        slow_us = 0 if step < 2 * HISTORY_STEPS else 10_000
+        for rank in range(WORLD):
+            records = [(step, "all_gather", 8 * MIB, 0, 0, 20_000 + 2 * slow_us, 4_000 + slow_us)]
+            waits.add(Collectives(rank=rank, step=step, records=records), WORLD)
+    for known in (waits, waits.copy()):
+        assert known.transfer_excess_ms(10) == [10.0] * 10
+
+
+def test_a_slow_link_of_one_of_several_groups_names_the_group() -> None:
+    run = a_run(step_ms=400)
+    for group, slow_us in (("world", 4_000), ("replicas", 14_000)):
+        transferred(run, 11, 30, 4_000, blocked_us=4_000, group=group)
+        transferred(run, 41, 12, slow_us, blocked_us=slow_us, group=group)
+    found = ask(find_slow_link, run)
+    assert found is not None and "all_gather of 8.00 MiB in group replicas 14.0 ms" in found.text
+    assert found.facts["group"] == "replicas"
 
 
 def test_data_starvation_of_all_ranks() -> None:
