@@ -123,6 +123,7 @@ _SIGNS = {
     "paused": STATES["paused"],
     "checkpoint": ("◧", "primary"),
     "evaluation": ("◧", "primary"),
+    "compiling": ("◧", "primary"),
     "offload-bound": ("●", "success"),
 }
 _SEVERITY_SIGNS = {"info": ("●", "foreground"), "warning": ("▲", "warning"), "error": ("✖", "error")}
