@@ -23,6 +23,8 @@ class GpuStats(Message):
     """Partitioned into MIG instances: most figures do not exist for the whole GPU."""
     used_bytes: Count | None = None
     total_bytes: Count | None = None
+    driver_bytes: Count | None = None
+    """What the driver keeps for itself, not part of `used_bytes`. None: part of it, as older drivers count."""
     utilization_percent: Finite | None = None
     """Share of the time in which a kernel ran: 100 also for one that keeps a single SM busy, or waits for a peer."""
     sm_activity_percent: Finite | None = None

@@ -191,9 +191,18 @@ def _stats(device: Device, quick: dict[str, Any], slow: SlowValues) -> GpuStats:
     return GpuStats(index=device.index, uuid=device.uuid, name=device.name or _UNKNOWN, **values)
 
 
+def _memory(device: Device) -> Any:
+    """The memory of a device. The newer structure leaves out of `used` what the driver keeps for itself, some 600 MiB
+    on an H200, which CUDA does not count either; the older one, which is all that drivers before 510 have, does not."""
+    found = None
+    if (version := getattr(device.nvml, "nvmlMemory_v2", None)) is not None:
+        found = device.ask("driver_bytes", "nvmlDeviceGetMemoryInfo", device.handle, version)
+    return device.ask("used_bytes", "nvmlDeviceGetMemoryInfo", device.handle) if found is None else found
+
+
 def _quick(device: Device) -> dict[str, Any]:
     nvml, handle = device.nvml, device.handle
-    memory = device.ask("used_bytes", "nvmlDeviceGetMemoryInfo", handle)
+    memory = _memory(device)
     rates = device.ask("utilization_percent", "nvmlDeviceGetUtilizationRates", handle)
     reasons = device.ask("clock_reasons", "nvmlDeviceGetCurrentClocksEventReasons", handle)
     if reasons is None:  # the name before driver 535
@@ -202,6 +211,7 @@ def _quick(device: Device) -> dict[str, Any]:
     return {
         "used_bytes": memory.used if has_memory and memory.used <= memory.total else None,
         "total_bytes": memory.total if has_memory else None,
+        "driver_bytes": getattr(memory, "reserved", None) if has_memory else None,
         "utilization_percent": percent(rates.gpu) if rates is not None else None,
         "power_w": device.number("power_w", "nvmlDeviceGetPowerUsage", handle, scale=1 / 1000),
         "power_limit_w": device.number("power_limit_w", "nvmlDeviceGetEnforcedPowerLimit", handle, scale=1 / 1000),

@@ -39,7 +39,7 @@ typedef struct {
         max_memory_clock, reasons, sm_activity, tensor_activity, dram_activity, pcie_gen, max_pcie_gen, pcie_width,
         max_pcie_width, pcie_tx, pcie_rx, pcie_tx_rate, pcie_rx_rate, pcie_bits, nvlink_tx, nvlink_rx, nvlink_tx_rate,
         nvlink_rx_rate, nvlinks, nvswitch, ecc_corrected, ecc_uncorrected, remapped, remap_pending, remap_failed,
-        energy, mig, lost, gpm, unified;
+        energy, mig, lost, gpm, unified, reserved, old_memory_info;
     Rule fails[MAX_RULES], hangs[MAX_RULES];
     int fail_count, hang_count;
     XidEvent xids[MAX_XIDS];
@@ -55,7 +55,8 @@ static const struct { const char *name; size_t offset; double start; } keys[] = 
     KEY(pcie_tx, 1e14), KEY(pcie_rx, 1e14), KEY(pcie_tx_rate, 2e9), KEY(pcie_rx_rate, 1e9), KEY(pcie_bits, 64),
     KEY(nvlink_tx, 1e15), KEY(nvlink_rx, 1e15), KEY(nvlink_tx_rate, 4e10), KEY(nvlink_rx_rate, 4e10), KEY(nvlinks, 18),
     KEY(nvswitch, 1), KEY(ecc_corrected, 0), KEY(ecc_uncorrected, 0), KEY(remapped, 0), KEY(remap_pending, 0),
-    KEY(remap_failed, 0), KEY(energy, 1e6), KEY(mig, 0), KEY(lost, 0), KEY(gpm, 1), KEY(unified, 0),
+    KEY(remap_failed, 0), KEY(energy, 1e6), KEY(mig, 0), KEY(lost, 0), KEY(gpm, 1), KEY(unified, 0), KEY(reserved, 0),
+    KEY(old_memory_info, 0),
 #undef KEY
 };
 
@@ -223,6 +224,16 @@ int nvmlDeviceGetMemoryInfo(Gpu *handle, MemoryInfo *memory) {
     memory->total = (unsigned long long)gpu.total;
     memory->used = (unsigned long long)gpu.used;
     memory->free = memory->total - memory->used;
+    return SUCCESS;
+}
+typedef struct { unsigned version; unsigned long long total, reserved, free, used; } MemoryInfoV2;
+int nvmlDeviceGetMemoryInfo_v2(Gpu *handle, MemoryInfoV2 *memory) {
+    BEGIN(handle);
+    if (gpu.unified != 0 || gpu.old_memory_info != 0) return NOT_SUPPORTED;
+    memory->total = (unsigned long long)gpu.total;
+    memory->reserved = (unsigned long long)gpu.reserved;
+    memory->used = (unsigned long long)gpu.used - memory->reserved;
+    memory->free = memory->total - (unsigned long long)gpu.used;
     return SUCCESS;
 }
 typedef struct { unsigned gpu, memory; } Utilization;

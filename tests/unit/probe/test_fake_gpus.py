@@ -171,6 +171,16 @@ def test_a_partitioned_gpu_has_no_utilization_and_no_activity(
     assert not gpu.no_permission and not gpu.stale_fields
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_what_the_driver_keeps_is_not_used_by_anybody(
+    fake_nvml: FakeNvml, probe_of: Callable[..., GpuProbe], old: bool
+) -> None:
+    fake_nvml.set(0, used=2_000_000_000, reserved=600_000_000, old_memory_info=int(old))
+    gpu = seen(probe_of(), 0, lambda gpu: gpu.total_bytes)
+    assert (gpu.used_bytes, gpu.driver_bytes) == ((2_000_000_000, None) if old else (1_400_000_000, 600_000_000))
+    assert not gpu.no_permission
+
+
 def test_unified_memory_has_no_memory_of_its_own(fake_nvml: FakeNvml, probe_of: Callable[..., GpuProbe]) -> None:
     fake_nvml.set("*", unified=1, gpm=0, nvlinks=0)
     for function in ("nvmlDeviceGetTotalEccErrors", "nvmlDeviceGetRemappedRows", "nvmlDeviceGetEnforcedPowerLimit",

@@ -51,7 +51,7 @@ FULL = {
     "nvmlDeviceGetHandleByIndex": lambda index: index,
     "nvmlDeviceGetUUID": lambda handle: b"GPU-%d" % handle,
     "nvmlDeviceGetName": lambda handle: "NVIDIA H200",
-    "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=3, total=10),
+    "nvmlDeviceGetMemoryInfo": lambda handle, version=None: SimpleNamespace(used=3, total=10),
     "nvmlDeviceGetUtilizationRates": lambda handle: SimpleNamespace(gpu=97),
     "nvmlDeviceGetPowerUsage": lambda handle: 650_500,
     "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 700_000,
