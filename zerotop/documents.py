@@ -96,7 +96,7 @@ def status_document(state: RunState, entry: RunEntry | None = None, *, connectio
             }
             for number, rank in sorted(state.ranks.items())
         ],
-        "nodes": [_node_document(node) for _, node in sorted(state.nodes.items())],
+        "nodes": [_node_document(state, node) for _, node in sorted(state.nodes.items())],
         "commands": [command_document(record) for record in state.commands.values()],
     }
 
@@ -158,9 +158,28 @@ def _newest_step(state: RunState) -> StepResult | None:
     return max((rank.step for rank in state.ranks.values() if rank.step), key=lambda step: step.step, default=None)
 
 
-def _node_document(node: NodeStats) -> dict[str, Any]:
-    gpus = None if node.gpus is None else [gpu.model_dump() for gpu in node.gpus]
-    return {"host": node.host, "gpu_note": node.gpu_note, "gpus": gpus}
+_NODE_FIGURES = (
+    *("cpu_percent", "cpu_count", "load_1m", "ram_used_bytes", "ram_total_bytes", "ram_available_bytes"),
+    *("cgroup_limit_bytes", "cgroup_used_bytes", "page_cache_bytes", "shared_memory_bytes"),
+    *("memory_pressure_percent", "swap_used_bytes", "swap_in_bytes_per_s", "swap_out_bytes_per_s", "run_rss_bytes"),
+)
+
+
+def _node_document(state: RunState, node: NodeStats) -> dict[str, Any]:
+    """A node's figures, and what its ranks hold of page-locked memory: as requested, and as it was really taken."""
+    memories = [
+        rank.memory
+        for rank in state.ranks.values()
+        if rank.memory is not None and rank.hello is not None and rank.hello.host == node.host
+    ]
+    return {
+        "host": node.host,
+        **{name: getattr(node, name) for name in _NODE_FIGURES},
+        "pinned_requested_bytes": sum(memory.pinned_requested_bytes for memory in memories),
+        "pinned_bytes": sum(memory.pinned_bytes for memory in memories),
+        "gpu_note": node.gpu_note,
+        "gpus": None if node.gpus is None else [gpu.model_dump() for gpu in node.gpus],
+    }
 
 
 def _rank_document(state: RunState, rank: RankState, found: Sequence[Concern]) -> dict[str, Any]:
