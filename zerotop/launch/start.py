@@ -25,7 +25,7 @@ from zerotop.launch.differences import differences, value_text
 from zerotop.launch.handshake import start_supervisor
 from zerotop.launch.outputs import check_outputs
 from zerotop.launch.preparation import prepare
-from zerotop.launch.wrapped import checked_command, has_gpus, refuse_trainer_keys
+from zerotop.launch.wrapped import checked_command, has_gpus, refuse_trainer_keys, without_restarts
 from zerotop.output import say
 from zerotop.rundir.checkpoints import checkpoints_folder
 from zerotop.rundir.directory import (
@@ -144,7 +144,7 @@ def start_wrapped(
                 raise RunError(existing_message(name))
         config = load(config_path if config_path is not None else {}, overrides)
         refuse_trainer_keys(config.raw, config.origin)
-        resolved = config.resolve(1, "cpu", script=True)
+        resolved = without_restarts(config.resolve(1, "cpu", script=True))
         words = checked_command(wrapped, nproc)
         origin = os.path.abspath(config_path) if config_path is not None else ""
         folder = os.path.dirname(origin) if origin else working_folder()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.config import ConfigError
+from runtime.config import ConfigError, Resolved
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIABLE, RunFile
 from zerotop.launch.torchrun import AS_DEEPSPEED, with_import_path, with_path_in_front
 from zerotop.probe.nvml import count_devices
@@ -80,6 +80,16 @@ def refuse_trainer_keys(raw: Mapping[str, Any], origin: str) -> None:
             "configures its own training. zerotop launch trains with a DeepSpeed config",
             origin,
         )
+
+
+def without_restarts(resolved: Resolved) -> Resolved:
+    """The settings with no restarts, unless the config says how many: a command of the user's starts from its beginning
+    each time, perhaps over its own output."""
+    zerotop = resolved.zerotop
+    if "limit" in zerotop.restarts.model_fields_set:
+        return resolved
+    restarts = zerotop.restarts.model_copy(update={"limit": 0})
+    return resolved.model_copy(update={"zerotop": zerotop.model_copy(update={"restarts": restarts})})
 
 
 def has_gpus() -> bool:

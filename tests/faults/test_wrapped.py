@@ -1,0 +1,74 @@
+"""A command under `zerotop run` that fails: started again only if the config says so."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.wire.rundir import read_status
+from tests.harness.runs import StartedRun
+from zerotop.commands.run import OutputPrinter
+from zerotop.launch.start import start_wrapped
+from zerotop.rundir.directory import read_entry
+from zerotop.rundir.paths import remove_sockets
+
+FAILS = """
+import os
+from runtime.telemetry import watch
+watcher = watch()
+attempt = os.environ["ZEROTOP_ATTEMPT"]
+for step in range(1, 4):
+    watcher.step_ended()
+    print("attempt", attempt, "step", step, flush=True)
+if attempt == "1":
+    raise ValueError("a bad batch")
+print("attempt 2 ends")
+"""
+StartWrapped = Callable[..., StartedRun]
+
+
+@pytest.fixture
+def start_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartWrapped]:
+    """`start_script(text, "zerotop.restarts.limit=1")`: a wrapped run of a script without ranks."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    runs: list[StartedRun] = []
+
+    def begin(text: str, *overrides: str) -> StartedRun:
+        script = tmp_path / "train.py"
+        script.write_text(text)
+        entry = start_wrapped([sys.executable, str(script)], overrides=overrides)
+        runs.append(StartedRun(entry, tmp_path / "no-pids"))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if read_entry(run.path).live:
+            run.command("abort")
+        run.close()
+        remove_sockets(run.entry.sockets.folder)
+
+
+def test_a_command_that_fails_is_not_started_again(start_script: StartWrapped) -> None:
+    run = start_script(FAILS)
+    run.see_end("failed")
+    status = read_status(run.path)
+    assert (status.attempt, status.restarts, status.step) == (1, 0, 3)
+    assert "a bad batch" in status.reason and "restarted" not in status.reason
+    assert not run.entry.logs(2).exists()
+
+
+def test_with_a_limit_it_is_and_all_its_output_is_printed_in_order(
+    start_script: StartWrapped, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start_script(FAILS, "zerotop.restarts.limit=1")
+    printer = OutputPrinter(run.entry)
+    printer(at_end=False)
+    run.see_end("finished")  # both attempts, between two looks
+    printer(at_end=True)
+    lines = capsys.readouterr().out.splitlines()
+    steps = [line for line in lines if line.startswith("attempt")]
+    assert steps == [f"attempt {attempt} step {step}" for attempt in (1, 2) for step in (1, 2, 3)] + ["attempt 2 ends"]
+    assert any("ValueError: a bad batch" in line for line in lines[: lines.index("attempt 2 step 1")])
