@@ -1,4 +1,5 @@
-"""A command under `zerotop run` that fails: started again only if the config says so."""
+"""Commands under `zerotop run`: one that fails is started again only if the config says so, and one that trains several
+times is seen each time."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.wire.messages import Event
 from runtime.wire.rundir import read_status
 from tests.harness.runs import StartedRun
 from zerotop.commands.run import OutputPrinter
@@ -26,6 +28,24 @@ for step in range(1, 4):
 if attempt == "1":
     raise ValueError("a bad batch")
 print("attempt 2 ends")
+"""
+TRAINS_AGAIN = """
+import math
+from runtime.telemetry import watch
+from runtime.telemetry.watching import Trainer, start_watching
+first = start_watching(Trainer("a"), replaces=True)
+first.step_ended()
+again = start_watching(Trainer("b", start_step=4), replaces=True)  # the first one failed, and was not closed
+assert first.closed
+again.step_ended()
+again.close()
+last = watch(start_step=8)  # the explicit line, after a training that has ended
+last.log(loss=math.nan)
+last.step_ended()
+try:
+    watch()
+except TypeError as error:
+    print(error)
 """
 StartWrapped = Callable[..., StartedRun]
 
@@ -72,3 +92,15 @@ def test_with_a_limit_it_is_and_all_its_output_is_printed_in_order(
     steps = [line for line in lines if line.startswith("attempt")]
     assert steps == [f"attempt {attempt} step {step}" for attempt in (1, 2) for step in (1, 2, 3)] + ["attempt 2 ends"]
     assert any("ValueError: a bad batch" in line for line in lines[: lines.index("attempt 2 step 1")])
+
+
+def test_a_process_that_trains_again_is_seen_to_its_end(start_script: StartWrapped) -> None:
+    """The hub knows one connection of a rank: each watch takes over that of the one before."""
+    run = start_script(TRAINS_AGAIN)
+    run.see(lambda source: source.connection == "ended", "the end")
+    run.see_end("finished")
+    state = run.source.state
+    assert state.hello is not None and state.hello.trainer.startswith("torch") and state.hello.start_step == 8
+    assert state.ranks[0].goodbye is not None and state.ranks[0].goodbye.step == 9
+    assert ("not finite", 0, 9) in [(e.what, e.rank, e.step) for e in state.events if isinstance(e, Event)]
+    assert "this process is watched already" in (run.entry.logs() / "launcher.log").read_text()

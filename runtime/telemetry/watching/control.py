@@ -202,9 +202,10 @@ class WatcherControl:
         self._link.enter("checkpoint", step, 0)
         try:
             path = self.controls.save()
-        except CheckpointFailed as error:
+        except Exception as error:  # the training goes on without this checkpoint
             self._saving = None
-            self._answer(command, "rejected", step, str(error))
+            text = str(error) if isinstance(error, CheckpointFailed) else f"{type(error).__name__}: {error}"
+            self._answer(command, "rejected", step, text)
         else:
             if path is not None:
                 self.saved(path, step)
