@@ -120,12 +120,8 @@ class ZerotopCallback(lightning.Callback):  # type: ignore[misc]  # whichever of
         of_callback = getattr(trainer.checkpoint_callback, "dirpath", None)
         folder = Path(of_callback or Path(trainer.default_root_dir, "checkpoints"))
         path = str(folder / f"step={trainer.global_step}.ckpt")
-        began = time.monotonic()
         trainer.save_checkpoint(path)
-        if self.watcher is not None:
-            self.watcher.announce_checkpoint(path, seconds=time.monotonic() - began)
         return path
 
     def _stop(self) -> None:
-        self._save()
         self._trainer.should_stop = True

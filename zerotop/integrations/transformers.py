@@ -52,7 +52,7 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             accumulation=args.gradient_accumulation_steps,
             steps=state.max_steps,
             start_step=state.global_step,
-            controls=Controls(save=self._ask_to_save, stop=self._ask_to_stop, optimizers=optimizers),
+            controls=Controls(save=self._ask_to_save, stop=self._ask_to_stop, stop_saves=True, optimizers=optimizers),
             late_results=True,
         )
         watcher = self.watcher = start_watching(trainer, replaces=True)

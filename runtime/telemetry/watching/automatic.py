@@ -34,7 +34,8 @@ def _join() -> None:
     link, run = join(place.rank)
     if not isinstance(link, Telemetry):
         return
-    controls = Controls(can_pause=False, reasons=dict.fromkeys(("checkpoint", "stop", "pause", "resume"), NO_LINE))
+    unseen = ("checkpoint", "stop", "pause", "resume", "set")
+    controls = Controls(can_pause=False, can_set=False, reasons=dict.fromkeys(unseen, NO_LINE))
     trainer = Trainer(name="torch.distributed", controls=controls, counts_steps=False)
     link.memory_source = lambda: process_memory(place)
     link.collective_position = FlightPosition()

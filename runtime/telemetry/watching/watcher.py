@@ -111,16 +111,8 @@ class Watcher:
 
     def saved(self, path: str | os.PathLike[str], *, seconds: float = 0.0, blocked_ms: float | None = None) -> None:
         """A checkpoint of the last step is complete at `path`; rank 0 tells the run."""
-        self.announce_checkpoint(path, seconds=seconds, blocked_ms=blocked_ms)
+        self.control.announce(str(path), self.step, seconds, blocked_ms)
         self.control.saved(str(path), self.step)
-
-    def announce_checkpoint(
-        self, path: str | os.PathLike[str], *, seconds: float = 0.0, blocked_ms: float | None = None
-    ) -> None:
-        """As `saved`, from within a function that saves because a command has asked for it."""
-        if self.place.rank == 0:
-            waited = seconds * 1e3 if blocked_ms is None else blocked_ms
-            self.link.checkpoint_saved(self.step, str(path), seconds=seconds, blocked_ms=waited)
 
     def evaluated(self, loss: float, *, tokens: int = 0, samples: int = 0, seconds: float = 0.0) -> None:
         """An evaluation after the last step has given this mean loss over so many tokens or samples; rank 0 tells the
