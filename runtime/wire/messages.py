@@ -351,6 +351,8 @@ class RunStatus(Message):
     kind: Literal["status"] = "status"
     name: Name
     state: RunStateName
+    wrapped: bool = False
+    """Whether the run is a command of the user's own, started by `zerotop run`."""
     attempt: Count = 0
     step: Step = 0
     reason: Text = ""  # one line for people: why it is in this state

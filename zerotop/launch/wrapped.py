@@ -4,6 +4,7 @@ screen needs."""
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,10 @@ from typing import Any
 
 from runtime.config import ConfigError, Resolved
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIABLE, RunFile
+from zerotop.clean import clean
 from zerotop.launch.torchrun import AS_DEEPSPEED, with_import_path, with_path_in_front
 from zerotop.probe.nvml import count_devices
+from zerotop.rundir.directory import RunEntry
 from zerotop.rundir.paths import RunError
 
 INJECTED = Path(__file__).with_name("inject")
@@ -79,6 +82,16 @@ def refuse_trainer_keys(raw: Mapping[str, Any], origin: str) -> None:
             f'{", ".join(others)}: zerotop run takes only the section "zerotop" (restarts, telemetry): the command '
             "configures its own training. zerotop launch trains with a DeepSpeed config",
             origin,
+        )
+
+
+def refuse_wrapped(entry: RunEntry, what: str) -> None:
+    """A command of the user's own can't be continued from a checkpoint: zerotop knows neither its config nor how its
+    script loads. what: what was asked for. Raises RunError."""
+    if entry.run.wrapped:
+        raise RunError(
+            f"{what} can't continue {entry.name}, which is a command of your own: start it again, and let its script "
+            f"load the checkpoint: zerotop run -- {clean(shlex.join(entry.run.wrapped))}"
         )
 
 
