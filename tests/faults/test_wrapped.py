@@ -47,6 +47,20 @@ try:
 except TypeError as error:
     print(error)
 """
+STOPS = """
+import time
+from pathlib import Path
+from runtime.telemetry import watch
+
+def save():
+    Path("saved").write_text(str(watcher.step))
+    return Path("saved").resolve()
+
+watcher = watch(save=save)
+while not watcher.should_stop:
+    watcher.step_ended()
+    time.sleep(0.02)
+"""
 StartWrapped = Callable[..., StartedRun]
 
 
@@ -104,3 +118,14 @@ def test_a_process_that_trains_again_is_seen_to_its_end(start_script: StartWrapp
     assert state.ranks[0].goodbye is not None and state.ranks[0].goodbye.step == 9
     assert ("not finite", 0, 9) in [(e.what, e.rank, e.step) for e in state.events if isinstance(e, Event)]
     assert "this process is watched already" in (run.entry.logs() / "launcher.log").read_text()
+
+
+def test_a_stop_saves_before_the_loop_ends(
+    start_script: StartWrapped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = start_script(STOPS)
+    run.see(lambda source: source.state.step > 2, "steps")
+    assert run.command("stop").ack.state == "applied"
+    status = run.see_end("stopped")
+    assert status.wrapped and status.step == status.last_checkpoint_step == int((tmp_path / "saved").read_text())

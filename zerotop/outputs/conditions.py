@@ -14,6 +14,7 @@ from runtime.wire.messages import LIVE_STATES, Event, StepResult
 from zerotop.alerts.metrics import newest_step
 from zerotop.format import figure_text
 from zerotop.output import with_exit_code
+from zerotop.state.abilities import is_wrapped
 from zerotop.state.condition import condition_of
 from zerotop.state.run import RunState
 
@@ -76,7 +77,9 @@ class Conditions:
         if self._ended:
             return []
         self._ended = True
-        text = f"the supervisor was killed at step {state.step}; launch --resume continues from the newest checkpoint"
+        text = f"the supervisor was killed at step {state.step}"
+        if not is_wrapped(state):
+            text += "; launch --resume continues from the newest checkpoint"
         return [Notice("failed", text, "error", step=state.step)]
 
     def _restarted(self, state: RunState) -> list[Notice]:
