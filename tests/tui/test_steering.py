@@ -6,6 +6,7 @@ import pytest
 from textual.widgets import Input, Static
 
 from runtime.wire.messages import Ack, Command, CommandRecord
+from runtime.wire.watchlines import WATCH_LINE, WATCH_LINES
 from tests.tui.screen_reading import OpenApp, head_text, screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.panels.strip import CommandStrip
@@ -356,3 +357,21 @@ async def test_the_end_of_a_wrapped_run_offers_neither_resume_nor_export(open_ap
         text = "\n".join(screen_text(app))
         assert "zerotop status q1" in text
         assert "--resume" not in text and "zerotop export" not in text
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 50)], ids=str)
+@pytest.mark.parametrize("of_trainer", [False, True])
+async def test_a_run_whose_script_never_calls_watch_shows_the_line_itself(
+    open_app: OpenApp, of_trainer: bool, size: tuple[int, int]
+) -> None:
+    """A user of the installed package has no docs folder."""
+    run, line = wrapped_run(none=""), WATCH_LINE
+    if of_trainer:
+        run, line = ScriptedRun(ranks=1), WATCH_LINES["PyTorch Lightning"][0]
+        run.steps(20)
+        hello = run.state.ranks[0].hello
+        assert hello is not None
+        run.say(hello.model_copy(update={"counts_steps": False, "trainer": "torch.distributed", "watch_line": line}))
+    async with open_app(run, size=size) as (app, _, _):
+        text = " ".join(" ".join(screen_text(app)[:5]).split())
+        assert "steps, phases and loss are not visible" in text and line in text and "docs/" not in text

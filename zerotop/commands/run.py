@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from runtime.wire.watchlines import WATCH_LINES
 from zerotop.clean import clean
 from zerotop.rundir.logs import LogTail
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Run a training command (torchrun, accelerate launch, deepspeed, srun, python) as a run of zerotop: with its screen, logs
 by rank, GPU and host memory, stacks on demand and verdicts on hangs. Nothing in the script has to change for that. With
-one line in it (docs/watch.md) the screen also shows steps, phases, loss and memory by use, and the run obeys pause,
+one line in it (below) the screen also shows steps, phases, loss and memory by use, and the run obeys pause,
 checkpoint and stop.
 
 The run is detached from this terminal from its first moment: leaving the screen (q) or losing the connection never
@@ -24,7 +25,7 @@ touches it. Without a terminal, or with --no-screen, the command's own output is
 command's. There Ctrl-C and SIGTERM ask the run to stop: its trainer if it can, else the command by SIGTERM.
 
 A command that fails is not started again, unless zerotop.restarts.limit says how often: it starts from its beginning,
-and what it continues from is its own business."""
+and its script decides from which checkpoint it continues."""
 _EPILOG = """\
 examples:
   zerotop run python train.py --lr 3e-4
@@ -32,6 +33,9 @@ examples:
   zerotop run accelerate launch train.py
   zerotop run --nproc 8 train.py          torchrun with 8 ranks of train.py
   zerotop run --set zerotop.restarts.limit=3 -- deepspeed train.py"""
+_LINES = "the line, which does nothing outside a run:\n" + "\n".join(
+    f"  {trainer}:\n    {line}" for trainer, (line, _) in WATCH_LINES.items()
+)
 
 
 def register(subparsers: Any) -> None:
@@ -41,7 +45,7 @@ def register(subparsers: Any) -> None:
         help="run any training command and watch it",
         usage="%(prog)s [options] [--] COMMAND...",
         description=_DESCRIPTION,
-        epilog=_EPILOG,
+        epilog=f"{_LINES}\n\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks of a Python script with torchrun")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from runtime.wire.watchlines import WATCH_LINE
 from zerotop.state.run import RunState
 
-NO_RANK = "no rank of the command has reported to the run: its script has not called watch() (docs/watch.md)"
+NO_RANK = f"no rank of the command has reported to the run: its script has not called watch(): add {WATCH_LINE}"
 StopWay = Literal["saves", "stops", "signal"]
 """What a stop does: a checkpoint and then the end; the end alone; SIGTERM to the command."""
 

@@ -52,7 +52,8 @@ class VerdictLine(Band):
         for glyph, text, colour in found:
             for i, piece in enumerate(textwrap.wrap(text, width - 2)[:2] or [""]):
                 lines.append((f"{glyph if not i else ' '} {piece}", colour))
-        if not view.ended:
+        unwatched = view.verdict is not None and view.verdict.what == "unwatched"  # it stays, and little else is shown
+        if not view.ended and not unwatched:
             lines = _cut(lines, self.lines_reserved, width)
         status = view.state.status
         if status is not None and status.error:
