@@ -137,6 +137,20 @@ def test_commands_apply_at_one_step_of_all_ranks(run_script: RunScript, tmp_path
     assert run.see_end("stopped").reason == "stopped on request"
 
 
+def test_lightning_saves_and_stops_after_a_save(run_script: RunScript) -> None:
+    if importlib.util.find_spec("pytorch_lightning") is None:
+        pytest.skip("pytorch_lightning is not installed")
+    run = run_script("lightning_trainer.py", None, STEPS=100_000, SLOW_MS=5)
+    run.see(lambda source: source.state.step > 2, "steps", deadline_s=60)
+    saved = run.command("checkpoint")
+    assert saved.ack.state == "applied"
+    path = Path(saved.ack.result["path"])
+    assert path.is_file() and path.name == f"step={saved.ack.step}.ckpt"
+    assert run.command("stop").ack.state == "applied"
+    status = run.see_end("stopped", deadline_s=40)
+    assert status.last_checkpoint_step == status.step and (path.parent / f"step={status.step}.ckpt").is_file()
+
+
 def test_a_trainer_saves_and_stops(run_script: RunScript) -> None:
     """transformers' Trainer writes its own checkpoints, when it is asked and before it stops."""
     run = run_script("transformers_trainer.py", STEPS=100_000, SLOW_MS=5)
