@@ -59,7 +59,8 @@ class RestartsConfig(Section):
     checkpoint."""
 
     limit: Annotated[Int, Field(ge=0, le=1000)] = 3
-    """Restarts within the window, after which the run has failed; 0: the first failure ends it."""
+    """Restarts within the window, after which the run has failed; 0: the first failure ends it, as under `zerotop run`
+    unless this is set."""
 
     window_minutes: Annotated[Num, Field(gt=0)] = 60.0
     """Minutes that a restart counts against the limit."""

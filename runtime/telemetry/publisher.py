@@ -132,7 +132,7 @@ class Telemetry(Recorder):
 
     def offer(self) -> None:
         """Let the next `from_environment` and `start` in this process take over this telemetry, which has begun without
-        a trainer: the hub knows one connection of a rank."""
+        a trainer, or whose trainer is done: the hub knows one connection of a rank."""
         self.adoptable = True
         _adoptable[self.rank] = self
 
@@ -140,8 +140,9 @@ class Telemetry(Recorder):
     def start(self, hello: Hello) -> None:
         """Open the sockets, start the threads, send `hello` and, from now on, log records. Raises TelemetryError."""
         if self._link is not None and self.adoptable:
-            self.adoptable = False
+            self.adoptable = self._said_goodbye = False
             self.hz = hello.telemetry_hz
+            self.enter(self.phase, hello.start_step + 1, 0)
             self.introduce(hello)
             return
         if self._link is not None:

@@ -141,6 +141,8 @@ class Hello(Message):
     """Whether it reports steps and phases; else only that it lives, and how far its collectives have come."""
     impossible: dict[Word, Text] = Field(default_factory=dict)
     """Command -> why this trainer can't obey it."""
+    watch_line: Text = ""
+    """The line of code that would show its steps; empty: it shows them, or this is not known."""
 
 
 class Phases(Message):
@@ -351,6 +353,8 @@ class RunStatus(Message):
     kind: Literal["status"] = "status"
     name: Name
     state: RunStateName
+    wrapped: bool = False
+    """Whether the run is a command of the user's own, started by `zerotop run`."""
     attempt: Count = 0
     step: Step = 0
     reason: Text = ""  # one line for people: why it is in this state

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,20 @@ def test_commands_apply_at_one_step_of_all_ranks(run_script: RunScript, tmp_path
     assert run.see_end("stopped").reason == "stopped on request"
 
 
+def test_lightning_saves_and_stops_after_a_save(run_script: RunScript) -> None:
+    if importlib.util.find_spec("pytorch_lightning") is None:
+        pytest.skip("pytorch_lightning is not installed")
+    run = run_script("lightning_trainer.py", None, STEPS=100_000, SLOW_MS=5)
+    run.see(lambda source: source.state.step > 2, "steps", deadline_s=60)
+    saved = run.command("checkpoint")
+    assert saved.ack.state == "applied"
+    path = Path(saved.ack.result["path"])
+    assert path.is_file() and path.name == f"step={saved.ack.step}.ckpt"
+    assert run.command("stop").ack.state == "applied"
+    status = run.see_end("stopped", deadline_s=40)
+    assert status.last_checkpoint_step == status.step and (path.parent / f"step={status.step}.ckpt").is_file()
+
+
 def test_a_trainer_saves_and_stops(run_script: RunScript) -> None:
     """transformers' Trainer writes its own checkpoints, when it is asked and before it stops."""
     run = run_script("transformers_trainer.py", STEPS=100_000, SLOW_MS=5)
@@ -148,6 +163,24 @@ def test_a_trainer_saves_and_stops(run_script: RunScript) -> None:
     assert run.command("stop").ack.state == "applied"
     status = run.see_end("stopped", deadline_s=40)
     assert status.last_checkpoint_step == status.step
+
+
+def test_a_trainer_that_tries_again_is_watched_on_and_its_nan_is_told(run_script: RunScript) -> None:
+    """`auto_find_batch_size` begins the training again in the same process; and a Trainer's log hides a NaN."""
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    run = run_script("transformers_trainer.py", None, STEPS=STEPS, OOM=2, NAN=4, SLOW_MS=25)
+    run.see(lambda source: source.connection == "ended", "the end", deadline_s=80)
+    run.see_end("finished")
+    state = run.source.state
+    told = [event for event in state.events if isinstance(event, Event) and event.what == "not finite"]
+    assert [(event.rank, event.step) for event in told] == [(0, 4)] and "the loss is nan" in told[0].text
+    points = {point.step: point.loss for point in state.series}
+    assert points[3] is not None and math.isfinite(points[3])
+    assert points[4] is not None and math.isnan(points[4])
+    assert state.hello is not None and state.hello.micro_batch == 1  # half of the first one
+    goodbye = state.ranks[0].goodbye
+    assert goodbye is not None and (goodbye.outcome, goodbye.step) == ("finished", STEPS)
 
 
 def test_a_hang_is_named_without_a_line(run_script: RunScript, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 from textual.widgets import Input, Static
 
 from runtime.wire.messages import Ack, Command, CommandRecord
+from runtime.wire.watchlines import WATCH_LINE, WATCH_LINES
 from tests.tui.screen_reading import OpenApp, head_text, screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.panels.strip import CommandStrip
@@ -259,3 +260,118 @@ async def test_r_profiles_all_ranks_and_on_a_rank_s_page_this_one(open_app: Open
         assert isinstance(app.screen, RankScreen)
         await pilot.press("R")
         assert run.sent[1].arguments == {"steps": 3, "ranks": [app.screen.rank]}
+
+
+# ---- runs of other trainers ------------------------------------------------------------------------------------------
+NO_SAVE = (
+    "not possible with this trainer: give watch() a function that saves: watch(model, optimizer, save=lambda: ...)"
+)
+NO_LOOP = "not possible with this trainer: let the loop end when watcher.should_stop is true"
+
+
+def wrapped_run(**impossible: str) -> ScriptedRun:
+    """A run of `zerotop run` whose trainer can't obey these commands; without a rank's hello if `none` is given."""
+    run = ScriptedRun()
+    run.steps(20)
+    if "none" in impossible:
+        run.state.ranks.clear()
+        run.state._lowest = None
+    else:
+        for rank in (0, 1):
+            hello = run.state.ranks[rank].hello
+            assert hello is not None
+            run.say(hello.model_copy(update={"trainer": "torch 2.13 DDP", "impossible": impossible}))
+    run.status("running", wrapped=True)
+    return run
+
+
+def question(app) -> str:  # type: ignore[no-untyped-def]
+    return " ".join(str(static.content) for static in app.screen.query(Static))
+
+
+@pytest.mark.parametrize(
+    ("impossible", "says", "yes", "instead"),
+    [
+        ({}, "It writes a checkpoint", "checkpoint, then stop", "S stops the run after a checkpoint"),
+        ({"checkpoint": NO_SAVE}, "zerotop can't make it save", "stop", "saves nothing either"),
+        (
+            {"checkpoint": NO_SAVE, "stop": NO_LOOP},
+            "is sent SIGTERM now",
+            "send SIGTERM",
+            "the command SIGTERM instead",
+        ),
+        ({"none": ""}, "its script has not called watch()", "send SIGTERM", "the command SIGTERM instead"),
+    ],
+    ids=["saves", "stops", "signal", "no line"],
+)
+async def test_stop_and_abort_of_a_wrapped_run_say_what_will_happen(
+    open_app: OpenApp, impossible: dict[str, str], says: str, yes: str, instead: str
+) -> None:
+    async with open_app(wrapped_run(**impossible)) as (app, pilot, run):
+        await pilot.press("S")
+        text = question(app)
+        assert says in text and "--resume" not in text and f"y {yes} " in text
+        assert ("Nothing is lost" in text) == (not impossible)
+        await pilot.press("n", "A")
+        text = question(app)
+        assert instead in text and "what the command has not saved by itself" in text
+        await pilot.press("n", "S", "y")
+        await pilot.pause()
+        assert [command.name for command in run.sent] == ["stop"]  # it is never impossible
+
+
+@pytest.mark.parametrize("without_hello", [False, True])
+async def test_keys_of_what_a_trainer_cannot_do_are_grey_and_say_why(open_app: OpenApp, without_hello: bool) -> None:
+    run = wrapped_run(none="") if without_hello else wrapped_run(checkpoint=NO_SAVE, profile="not possible")
+    why = "no rank of the command has reported" if without_hello else "give watch() a function that saves"
+    async with open_app(run, size=(200, 50)) as (app, pilot, _):
+        bar = app.screen.query_one(KeyBar)
+        styles = {segment.text.split()[0]: segment.style for segment in bar.render_line(0) if segment.text.strip()}
+        assert styles["Checkpoint"].color != styles["Leave"].color == styles["Abort"].color
+        await pilot.press("C")
+        assert run.sent == [] and any(why in str(note.message) for note in app._notifications)
+        offered = {command.title: command.help for command in app.get_system_commands(app.screen)}
+        assert why in offered["Checkpoint"] and "⊘" not in offered["Abort"] and "⊘" not in offered["Stop"]
+        await pilot.press("question_mark")
+        await pilot.pause()
+        assert any("⊘" in line and why in line for line in screen_text(app))
+        await pilot.press("escape")
+        await pilot.press("P")
+        assert [command.name for command in run.sent] == ([] if without_hello else ["pause"])
+
+
+async def test_a_trainer_that_learns_to_save_gets_its_key_back(open_app: OpenApp) -> None:
+    async with open_app(wrapped_run(checkpoint=NO_SAVE)) as (app, pilot, run):
+        hello = run.state.ranks[0].hello
+        assert hello is not None
+        run.say(hello.model_copy(update={"impossible": {}}))
+        await settle(app, pilot)
+        await pilot.press("C")
+        assert [command.name for command in run.sent] == ["checkpoint"]
+
+
+async def test_the_end_of_a_wrapped_run_offers_neither_resume_nor_export(open_app: OpenApp) -> None:
+    run = wrapped_run()
+    run.status("failed", last_checkpoint_step=10, reason="a bad batch")
+    async with open_app(run) as (app, _, _):
+        text = "\n".join(screen_text(app))
+        assert "zerotop status q1" in text
+        assert "--resume" not in text and "zerotop export" not in text
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 50)], ids=str)
+@pytest.mark.parametrize("of_trainer", [False, True])
+async def test_a_run_whose_script_never_calls_watch_shows_the_line_itself(
+    open_app: OpenApp, of_trainer: bool, size: tuple[int, int]
+) -> None:
+    """A user of the installed package has no docs folder."""
+    run, line = wrapped_run(none=""), WATCH_LINE
+    if of_trainer:
+        run, line = ScriptedRun(ranks=1), WATCH_LINES["PyTorch Lightning"][0]
+        run.steps(20)
+        hello = run.state.ranks[0].hello
+        assert hello is not None
+        run.say(hello.model_copy(update={"counts_steps": False, "trainer": "torch.distributed", "watch_line": line}))
+    async with open_app(run, size=size) as (app, _, _):
+        text = " ".join(" ".join(screen_text(app)[:5]).split())
+        assert "steps, phases and loss are not visible" in text and line in text and "docs/" not in text

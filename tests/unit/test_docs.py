@@ -1,4 +1,4 @@
-"""What the documents name exists: files, functions, tests, and the layers in their order."""
+"""What the documents name exists: files, functions, tests, keys of the config, and the layers in their order."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from runtime.config import load
+from zerotop.commands.examples import add_examples
+from zerotop.commands.table import COMMANDS, command_parser
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"], key=lambda path: path.name
@@ -21,6 +25,7 @@ TOPS = "runtime|zerotop|tests|docs|benchmarks|csrc|examples|themes|tools"
 PATH = re.compile(rf"(?<![\w./-])(?<!--markdown )(?:{TOPS})/[\w./*-]*[\w/*]")
 FUNCTION = re.compile(r"([\w/]+\.py):([A-Za-z_][\w.]*\w)")
 TEST = re.compile(r"([\w/]*\btest_\w+\.py)(?:::(test_\w+))?|`(test_\w+)`")
+OVERRIDE = re.compile(r"(?:--set|such as) ([a-z_]\w*(?:\.\w+)+=[^\s`;,]+)")
 LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
 
 
@@ -87,6 +92,32 @@ def test_every_test_that_a_promise_names_exists(document: Path) -> None:
         if alone and not any(alone in _tests_of(path) for path in everywhere):
             wrong.append(alone)
     assert not wrong or document.name in HISTORY
+
+
+def overrides_in_help() -> list[tuple[str, str]]:
+    """(command, KEY=VALUE) of every `--set` in the help of a command."""
+    found = []
+    for command in COMMANDS:
+        parser = command_parser(command)
+        add_examples(parser, command)
+        found += [(command, one) for one in OVERRIDE.findall(" ".join(parser.format_help().split()))]
+    return found
+
+
+def overrides_in_documents() -> list[tuple[str, str]]:
+    return [
+        (document.name, one)
+        for document in DOCUMENTS
+        if document.name not in HISTORY
+        for one in OVERRIDE.findall(document.read_text(encoding="utf-8"))
+    ]
+
+
+def test_every_key_that_set_is_said_to_take_is_one_of_the_config() -> None:
+    found = overrides_in_help() + overrides_in_documents()
+    assert {"run", "launch", "branch", "watch.md", "README.md"} <= {where for where, _ in found}
+    for _, override in found:
+        load({"optimizer": {"type": "AdamW"}}, [override])  # raises ConfigError, which names the key
 
 
 def test_the_architecture_lists_the_layers_of_the_contracts() -> None:

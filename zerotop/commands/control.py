@@ -23,7 +23,8 @@ _DOES = {
     "resume": "Resume a paused run.",
     "checkpoint": "Write a checkpoint at the next step boundary.",
     "set": "Change a setting of the running run at the next step boundary.",
-    "stop": "End the run after the current step and a last checkpoint; launch --resume continues it.",
+    "stop": "End the run after the current step and a last checkpoint; launch --resume continues it. A command of "
+    "`zerotop run` ends as its trainer can, with a checkpoint if that can save; else it is sent SIGTERM.",
     "abort": "End the run at once, without a checkpoint: steps since the last checkpoint are lost.",
     "stacks": "Dump the Python stacks of all ranks, also of a run that is stuck or paused, with a verdict on what they "
     "wait for. The run is not disturbed.",

@@ -43,6 +43,7 @@ def follow(
     everything in it once this process has exited, so it stays until the run has ended. With `as_json` the lines go to
     stderr, and at the end the state of the run goes to stdout. Closes the source.
     """
+    stopping = "asked to stop" if entry.run.wrapped else "stopping after a checkpoint"
     lines = _Lines(entry, to_stderr=as_json or output is not None)
     try:
         with _signals() as count:
@@ -58,7 +59,7 @@ def follow(
                 while interrupts < min(2, count[signal.SIGINT]):
                     interrupts += 1
                     if interrupts == 1:
-                        _ask(source, "stop", "stopping after a checkpoint; Ctrl-C again aborts at once", "Ctrl-C")
+                        _ask(source, "stop", f"{stopping}; Ctrl-C again aborts at once", "Ctrl-C")
                     else:
                         _ask(source, "abort", "aborting", "Ctrl-C")
                 come = [number for number in _STOP_SIGNALS if count[number]]
@@ -66,7 +67,7 @@ def follow(
                     told = True
                     command = stop_by_signal(come[0].name)
                     limit_s = command.arguments["deadline_s"]
-                    say(f"{command.who}: stopping after a checkpoint, or aborting in {duration_text(limit_s)}")
+                    say(f"{command.who}: {stopping}, or aborting in {duration_text(limit_s)}")
                     source.send(command)
                     leave_s = time.monotonic() + limit_s + OVERDUE_S
                 if time.monotonic() > leave_s:

@@ -12,6 +12,7 @@ from runtime.config.knobs import KnobError, get_knob, parse_knob
 from runtime.wire.bounds import MAX_RANKS, MOST_SNAPSHOT_STEPS
 from runtime.wire.messages import LIVE_STATES, Ack, Command, CommandName, CommandRecord, RunStateName
 from runtime.wire.profile import check_profile, ranks_text
+from zerotop.state.abilities import NO_RANK
 from zerotop.state.run import RunState
 
 REMEMBERED = 1000
@@ -21,7 +22,6 @@ IDS_REMEMBERED = 20_000
 would neither act on such a command nor answer it.)"""
 OPEN_AT_MOST = 64
 """Limit on commands that wait for a step boundary."""
-NO_RANK = "no rank of the command has reported to the run: its script has not called watch() (docs/watch.md)"
 LONGEST_DEADLINE_S = 7 * 86400
 
 _OUTLIVE_RANKS = frozenset({"checkpoint", "set", "stop", "abort"})

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate.tracking import GeneralTracker, on_main_process
 
 from runtime.telemetry.watching import current_watcher
+from runtime.telemetry.watching.guard import never_raises
 
 _NAMES = {
     "loss": "loss",
@@ -47,6 +48,7 @@ class ZerotopTracker(GeneralTracker):  # type: ignore[misc]  # accelerate is not
         """The run directory has the configuration already."""
 
     @on_main_process  # type: ignore[untyped-decorator]
+    @never_raises
     def log(self, values: dict[str, Any], step: int | None = None, **_given: Any) -> None:
         """Take over the figures that have a place on the screen."""
         watcher = current_watcher()

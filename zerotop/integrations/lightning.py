@@ -16,6 +16,7 @@ except ModuleNotFoundError:
 
 from runtime.telemetry import Controls, Watcher
 from runtime.telemetry.watching import Trainer, inner_optimizer, start_watching
+from runtime.telemetry.watching.guard import never_raises
 from runtime.telemetry.watching.hooks import batch_size
 
 _PRECISIONS = {"32": "fp32", "32-true": "fp32", "64": "fp64", "64-true": "fp64", "bf16": "bf16", "16": "fp16"}
@@ -32,8 +33,10 @@ class ZerotopCallback(lightning.Callback):  # type: ignore[misc]  # whichever of
         self._evaluation_began = 0.0
 
     # ---- the loop --------------------------------------------------------------------------------------------------
+    @never_raises
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to watch."""
+        """Begin to watch; a later fit of this process begins anew."""
+        self.watcher = None
         optimizers = [one for one in map(inner_optimizer, trainer.optimizers) if hasattr(one, "param_groups")]
         self._trainer, self._steps_seen = trainer, trainer.global_step
         steps = trainer.estimated_stepping_batches
@@ -47,41 +50,48 @@ class ZerotopCallback(lightning.Callback):  # type: ignore[misc]  # whichever of
             start_step=trainer.global_step,
             controls=Controls(save=self._save, stop=self._stop, optimizers=optimizers),
         )
-        self.watcher = start_watching(watched)
+        self.watcher = start_watching(watched, replaces=True)
 
+    @never_raises
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """A micro-step begins."""
         if self.watcher is not None:
             self.watcher.forward_begins(*batch_size(batch))
 
+    @never_raises
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         """Its loss is known; Lightning has divided it by the accumulation."""
         if self.watcher is not None:
             self.watcher.forward_ended(loss.detach() * trainer.accumulate_grad_batches)
             self.watcher.backward_begins()
 
+    @never_raises
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Gradients are computed and reduced."""
         if self.watcher is not None:
             self.watcher.backward_ended()
 
+    @never_raises
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """The optimizer is about to step."""
         if self.watcher is not None:
             self.watcher.step_begins()
 
+    @never_raises
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A micro-step, and perhaps a step, has ended."""
         if self.watcher is not None and trainer.global_step > self._steps_seen:
             self._steps_seen = trainer.global_step
             self.watcher.step_ended()
 
+    @never_raises
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """An evaluation begins."""
         self._evaluation_began = time.monotonic()
         if self.watcher is not None and not trainer.sanity_checking:
             self.watcher.evaluation_begins()
 
+    @never_raises
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """It has ended: its loss is the metric that has a name for one."""
         if self.watcher is None or trainer.sanity_checking:
@@ -91,12 +101,14 @@ class ZerotopCallback(lightning.Callback):  # type: ignore[misc]  # whichever of
         if found is not None:
             self.watcher.evaluated(float(found), seconds=time.monotonic() - self._evaluation_began)
 
+    @never_raises
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Training ends with an error, or with Ctrl-C."""
         if self.watcher is not None:
             how = "stopped" if isinstance(exception, KeyboardInterrupt) else "failed"
             self.watcher.close(how, f"{type(exception).__name__}: {exception}")
 
+    @never_raises
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The end of the watch."""
         if self.watcher is not None:
@@ -108,12 +120,8 @@ class ZerotopCallback(lightning.Callback):  # type: ignore[misc]  # whichever of
         of_callback = getattr(trainer.checkpoint_callback, "dirpath", None)
         folder = Path(of_callback or Path(trainer.default_root_dir, "checkpoints"))
         path = str(folder / f"step={trainer.global_step}.ckpt")
-        began = time.monotonic()
         trainer.save_checkpoint(path)
-        if self.watcher is not None:
-            self.watcher.announce_checkpoint(path, seconds=time.monotonic() - began)
         return path
 
     def _stop(self) -> None:
-        self._save()
         self._trainer.should_stop = True

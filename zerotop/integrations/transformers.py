@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from runtime.telemetry import Controls, Watcher
 from runtime.telemetry.watching import Trainer, inner_optimizer, precision_of, start_watching
+from runtime.telemetry.watching.guard import never_raises
 from runtime.telemetry.watching.hooks import attach_model, attach_optimizer
 
 
@@ -23,7 +24,8 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
     save), stop (after such a save) and `set lr_factor`.
 
     The loss of a step is the Trainer's own figure where it logs one (`logging_steps`), else none: what the Trainer
-    would log for a single step is not known to a callback.
+    would log for a single step is not known to a callback. A step in which the model returned NaN or infinity shows
+    that, logged or not.
     """
 
     def __init__(self) -> None:
@@ -33,10 +35,12 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._evaluation_began = 0.0
 
     # ---- the loop --------------------------------------------------------------------------------------------------
+    @never_raises
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Begin to watch."""
+        """Begin to watch. A training that is tried again in this process (`auto_find_batch_size`) begins anew."""
+        self.watcher = None
         model, optimizer = given.get("model"), inner_optimizer(given.get("optimizer"))
         optimizers = [optimizer] if hasattr(optimizer, "register_step_post_hook") else []
         trainer = Trainer(
@@ -44,14 +48,14 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             modules=[model] if model is not None else [],
             optimizers=optimizers,
             precision="bf16" if args.bf16 else "fp16" if args.fp16 else precision_of(model),
-            micro_batch=args.train_batch_size,
+            micro_batch=getattr(state, "train_batch_size", None) or args.train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             steps=state.max_steps,
             start_step=state.global_step,
-            controls=Controls(save=self._ask_to_save, stop=self._ask_to_stop, optimizers=optimizers),
+            controls=Controls(save=self._ask_to_save, stop=self._ask_to_stop, stop_saves=True, optimizers=optimizers),
             late_results=True,
         )
-        watcher = self.watcher = start_watching(trainer)
+        watcher = self.watcher = start_watching(trainer, replaces=True)
         if not watcher.active:
             return
         if model is not None:
@@ -59,6 +63,7 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         for one in optimizers:
             watcher.on_close(attach_optimizer(one, _Phases(watcher)))
 
+    @never_raises
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any
     ) -> TrainerControl:
@@ -70,6 +75,7 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             self._control = None
         return control
 
+    @never_raises
     def on_log(
         self,
         args: TrainingArguments,
@@ -84,12 +90,14 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         names = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr"}
         self.watcher.log(**{ours: logs[theirs] for theirs, ours in names.items() if theirs in logs})
 
+    @never_raises
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any
     ) -> None:
         """A batch of an evaluation."""
         self._evaluation_began = self._evaluation_began or time.monotonic()
 
+    @never_raises
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -104,6 +112,7 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             seconds = metrics.get("eval_runtime", time.monotonic() - began if began else 0.0)
             self.watcher.evaluated(float(metrics["eval_loss"]), seconds=float(seconds))
 
+    @never_raises
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any) -> None:
         """The Trainer has written a checkpoint."""
         if self.watcher is not None:
@@ -111,6 +120,7 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             self.watcher.saved(path, seconds=time.monotonic() - self._save_began if self._save_began else 0.0)
             self._save_began = 0.0
 
+    @never_raises
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_given: Any
     ) -> None:
@@ -132,8 +142,8 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
 
 
 class _Phases:
-    """What the hooks tell, except the boundary, of which the callback itself is told, and the losses of micro-steps:
-    the Trainer has its own rule for their sum."""
+    """What the hooks tell, except the boundary, of which the callback itself is told. The losses of micro-steps only
+    tell whether they are finite: the Trainer has its own rule for their sum."""
 
     def __init__(self, watcher: Watcher) -> None:
         self.forward_begins = watcher.forward_begins
@@ -143,9 +153,8 @@ class _Phases:
         self.evaluation_begins = watcher.evaluation_begins
         self.evaluation_ended = watcher.evaluation_ended
         self.step_begins = watcher.step_begins
-
-    def forward_ended(self, loss: Any) -> None:
-        """Not used."""
+        self.forward_ended = watcher.check_loss
+        """The Trainer leaves a NaN out of the mean that it logs."""
 
     def step_ended(self) -> None:
         """Not used."""

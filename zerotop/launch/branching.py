@@ -17,6 +17,7 @@ from runtime.wire.finetuning import Evaluation
 from runtime.wire.messages import StepResult
 from runtime.wire.rundir import BranchPoint
 from zerotop.hub import recorder, timeline
+from zerotop.launch.wrapped import refuse_wrapped
 from zerotop.rundir.checkpoints import checkpoints_of
 from zerotop.rundir.directory import RunEntry
 from zerotop.rundir.paths import RunError
@@ -40,7 +41,9 @@ class Branch:
 
 
 def find_branch(parent: RunEntry, step: int | None) -> Branch:
-    """The newest complete checkpoint of `parent`, or that of `step`. Raises RunError with the steps that there are."""
+    """The newest complete checkpoint of `parent`, or that of `step`. Raises RunError with the steps that there are,
+    or for a command of the user's own."""
+    refuse_wrapped(parent, "branch")
     folder = checkpoints_of(parent)
     found = complete_checkpoints(folder)
     steps = sorted({one.step for one in found})

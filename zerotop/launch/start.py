@@ -25,7 +25,13 @@ from zerotop.launch.differences import differences, value_text
 from zerotop.launch.handshake import start_supervisor
 from zerotop.launch.outputs import check_outputs
 from zerotop.launch.preparation import prepare
-from zerotop.launch.wrapped import checked_command, has_gpus, refuse_trainer_keys
+from zerotop.launch.wrapped import (
+    checked_command,
+    has_gpus,
+    refuse_trainer_keys,
+    refuse_wrapped,
+    without_restarts,
+)
 from zerotop.output import say
 from zerotop.rundir.checkpoints import checkpoints_folder
 from zerotop.rundir.directory import (
@@ -144,7 +150,7 @@ def start_wrapped(
                 raise RunError(existing_message(name))
         config = load(config_path if config_path is not None else {}, overrides)
         refuse_trainer_keys(config.raw, config.origin)
-        resolved = config.resolve(1, "cpu", script=True)
+        resolved = without_restarts(config.resolve(1, "cpu", script=True))
         words = checked_command(wrapped, nproc)
         origin = os.path.abspath(config_path) if config_path is not None else ""
         folder = os.path.dirname(origin) if origin else working_folder()
@@ -243,6 +249,8 @@ def _check(
     if previous is None and name is not None and (runs_home() / name).exists():
         raise RunError(existing_message(name))
     base = previous if branch is None else branch.parent
+    if base is not None:
+        refuse_wrapped(base, "--resume" if branch is None else "branch")
     if config_path is None and base is None:
         raise RunError("launch needs a config file: zerotop launch CONFIG")
     if base is not None and script is None:
@@ -406,7 +414,8 @@ def _write_files(
             version=_version(),
             branch_of=plan.branch.point if plan.branch else plan.previous.run.branch_of if plan.previous else None,
         )
-        status = RunStatus(name=run.name, state="starting", attempt=attempt, started_wall_s=now)
+        wrapped = plan.wrapped is not None
+        status = RunStatus(name=run.name, state="starting", wrapped=wrapped, attempt=attempt, started_wall_s=now)
         if plan.branch is not None:
             status = status.model_copy(update={"last_checkpoint_step": plan.branch.step, "step": plan.branch.step})
         if plan.previous is not None:

@@ -4,16 +4,19 @@ screen needs."""
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.config import ConfigError
+from runtime.config import ConfigError, Resolved
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RUN_VARIABLE, SUPERVISOR_VARIABLE, RunFile
+from zerotop.clean import clean
 from zerotop.launch.torchrun import AS_DEEPSPEED, with_import_path, with_path_in_front
 from zerotop.probe.nvml import count_devices
+from zerotop.rundir.directory import RunEntry
 from zerotop.rundir.paths import RunError
 
 INJECTED = Path(__file__).with_name("inject")
@@ -80,6 +83,26 @@ def refuse_trainer_keys(raw: Mapping[str, Any], origin: str) -> None:
             "configures its own training. zerotop launch trains with a DeepSpeed config",
             origin,
         )
+
+
+def refuse_wrapped(entry: RunEntry, what: str) -> None:
+    """A command of the user's own can't be continued from a checkpoint: zerotop knows neither its config nor how its
+    script loads. what: what was asked for. Raises RunError."""
+    if entry.run.wrapped:
+        raise RunError(
+            f"{what} can't continue {entry.name}, which is a command of your own: start it again, and let its script "
+            f"load the checkpoint: zerotop run -- {clean(shlex.join(entry.run.wrapped))}"
+        )
+
+
+def without_restarts(resolved: Resolved) -> Resolved:
+    """The settings with no restarts, unless the config says how many: a command of the user's starts from its beginning
+    each time, perhaps over its own output."""
+    zerotop = resolved.zerotop
+    if "limit" in zerotop.restarts.model_fields_set:
+        return resolved
+    restarts = zerotop.restarts.model_copy(update={"limit": 0})
+    return resolved.model_copy(update={"zerotop": zerotop.model_copy(update={"restarts": restarts})})
 
 
 def has_gpus() -> bool:

@@ -14,6 +14,7 @@ from runtime.wire.messages import LIVE_STATES, Event, StepResult
 from zerotop.alerts.metrics import newest_step
 from zerotop.format import figure_text
 from zerotop.output import with_exit_code
+from zerotop.state.abilities import is_wrapped
 from zerotop.state.condition import condition_of
 from zerotop.state.run import RunState
 
@@ -76,7 +77,9 @@ class Conditions:
         if self._ended:
             return []
         self._ended = True
-        text = f"the supervisor was killed at step {state.step}; launch --resume continues from the newest checkpoint"
+        text = f"the supervisor was killed at step {state.step}"
+        if not is_wrapped(state):
+            text += "; launch --resume continues from the newest checkpoint"
         return [Notice("failed", text, "error", step=state.step)]
 
     def _restarted(self, state: RunState) -> list[Notice]:
@@ -127,13 +130,14 @@ class Conditions:
         return found
 
     def _not_finite(self, state: RunState) -> Notice | None:
-        """The newest step, or an event about one since the last look: further steps may have come meanwhile."""
+        """The newest step, or the first event about one since the last look: further steps may have come meanwhile."""
         told = [event for event in state.events if isinstance(event, Event) and event.what == "not finite"]
         new = [event for event in told if event.wall_s > self._bad_step_wall_s]
         if new:
             self._bad_step_wall_s = new[-1].wall_s
-            ranks = () if new[-1].rank is None else (new[-1].rank,)
-            return Notice("nan", new[-1].text, "error", ranks, new[-1].step or state.step)
+            first = min(new, key=lambda event: event.step or 0)  # NaN spreads to the other ranks in a step
+            ranks = () if first.rank is None else (first.rank,)
+            return Notice("nan", first.text, "error", ranks, first.step or state.step)
         step = newest_step(state)
         if step is not None and _is_bad(step):
             text = f"step {step.step}: loss {figure_text(step.loss)}, gradient norm {figure_text(step.grad_norm)}"

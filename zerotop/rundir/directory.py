@@ -81,12 +81,14 @@ def make_run_folder(name: str) -> Path:
 def existing_message(name: str) -> str:
     """Why the name is taken, and what to do."""
     try:
-        state = read_entry(runs_home() / name).status.state
+        entry = read_entry(runs_home() / name)
     except RunError:
         return f"{runs_home() / name} exists and is not a run: choose another --name"
+    state = entry.status.state
     if state in LIVE_STATES:
         return f"run {name} exists ({state}): zerotop attach {name} opens it, or choose another --name"
-    return f"run {name} exists ({state}): --resume continues it, or choose another --name"
+    way_out = "choose another --name" if entry.run.wrapped else "--resume continues it, or choose another --name"
+    return f"run {name} exists ({state}): {way_out}"
 
 
 def read_entry(path: Path) -> RunEntry:

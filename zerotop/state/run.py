@@ -177,6 +177,7 @@ class RunState:
                     self.series.cut(message.start_step)
                     self.evaluations.cut(message.start_step)
                 fresh.hello = message
+                fresh.goodbye = None  # its process goes on with another training
                 if self._lowest is None or message.rank < self._lowest:
                     self._lowest = message.rank
             case Heartbeat():

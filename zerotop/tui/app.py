@@ -22,10 +22,10 @@ from runtime.wire.messages import LIVE_STATES, CommandName, Hello
 from runtime.wire.profile import DEFAULT_STEPS
 from zerotop.clean import clean
 from zerotop.source.base import Source
+from zerotop.state import abilities
 from zerotop.state.frozen_view import freeze
 from zerotop.state.losstrend import EarlierRun
 from zerotop.state.material import ROLES
-from zerotop.state.outlook import next_boundary
 from zerotop.state.run import RunState
 from zerotop.state.settings import known_values
 from zerotop.tui import steering
@@ -205,7 +205,6 @@ class ZerotopApp(LogOpener[Outcome]):
     def _relabel(self, screen: LiveScreen) -> None:
         """What the keys in the footer do now, and at which step."""
         state = self.source.state
-        paused = state.state_name == "paused"
         labels = self.key_labels()
         page = self.page
         role = page.other_role() if page is not None else None
@@ -213,17 +212,10 @@ class ZerotopApp(LogOpener[Outcome]):
             labels["data"] = ROLES[role].capitalize()
         if isinstance(page, OverviewPage) and isinstance(page.ranks, RankGrid):
             labels["grid"] = "Table"
-        when = "now" if paused else f"after step {next_boundary(state):,}"
-        long = {
-            "pause_resume": "Resume" if paused else f"Pause {when}",
-            "checkpoint": f"Checkpoint {when}",
-            "set": f"Set {when}",
-            "stop": f"Stop {when}",
-            "abort": "Abort at once",
-        }
+        long, greyed = steering.long_labels(state), frozenset(steering.impossible_actions(state))
         hidden = self.hidden_keys() - ({"data"} if labels.get("data") else set())
         for bar in screen.key_bars:  # none yet in a screen that has just been pushed
-            bar.relabel(labels, hidden, {**labels, **long})
+            bar.relabel(labels, hidden, {**labels, **long}, greyed)
 
     def _look_for_earlier(self) -> None:
         """Once the run is known and drawn, look for others to compare it with."""
@@ -298,13 +290,21 @@ class ZerotopApp(LogOpener[Outcome]):
             return False
         return self.page_may(action, screen)
 
+    def why_impossible(self, action: str) -> str:
+        """Why the run's trainer can't do what `action` asks for; empty if it can."""
+        return steering.why_impossible(self.source.state, action)
+
     @property
     def is_frozen(self) -> bool:
         return self.frozen is not None
 
     # ---- steering --------------------------------------------------------------------------------------------------
     def send(self, name: CommandName, arguments: dict[str, Any] | None = None) -> None:
-        """Send one command to the run; the command strip shows its state from now on."""
+        """Send one command to the run; the command strip shows its state from now on. One that the run's trainer can't
+        obey is not sent, and the reason is shown."""
+        if why := abilities.why_impossible(self.source.state, name):
+            self.notify(why, title=name, severity="warning")
+            return
         self.source.send(self.desk.make(name, arguments))
         self.update_view()
 
@@ -330,6 +330,9 @@ class ZerotopApp(LogOpener[Outcome]):
 
     def action_set_knob(self, name: str = "") -> None:
         """E: change a setting."""
+        if why := abilities.why_impossible(self.source.state, "set"):
+            self.notify(why, title="set", severity="warning")
+            return
 
         def send(setting: Setting | None) -> None:
             if setting is not None:
@@ -362,7 +365,7 @@ class ZerotopApp(LogOpener[Outcome]):
     def action_help_quit(self) -> None:
         """Ctrl+C: explain how to leave and how to stop."""
         self.notify(
-            "q leaves the screen, and the run continues; S stops the run after a checkpoint", title="the run continues"
+            "q leaves the screen, and the run continues; S asks, and then stops the run", title="the run continues"
         )
 
     def action_freeze(self) -> None:
@@ -404,7 +407,8 @@ class ZerotopApp(LogOpener[Outcome]):
 
     def action_help(self) -> None:
         """?: the help."""
-        self.push_screen(HelpScreen(self.palette, self.shown_keys(), self.can_steer, self.why_not_steer))
+        impossible = steering.impossible_actions(self.source.state)
+        self.push_screen(HelpScreen(self.palette, self.shown_keys(), self.can_steer, self.why_not_steer, impossible))
 
     def shown_keys(self) -> dict[str, str]:
         """Key id -> the key that this user has set, as it is displayed."""

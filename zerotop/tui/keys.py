@@ -84,7 +84,14 @@ KEYS: tuple[Key, ...] = (
     Key("checkpoint", "C", "checkpoint", "Checkpoint", "checkpoint at the next step boundary", "run", True, True),
     Key("set", "E,colon", "set_knob", "Set", "change a setting of the running run", "run", True, True),
     Key(
-        "stop", "S", "stop", "Stop", "checkpoint at the next boundary, then end the run (asks first)", "run", True, True
+        "stop",
+        "S",
+        "stop",
+        "Stop",
+        "end the run at the next boundary, after a checkpoint (asks first, and says what it will do)",
+        "run",
+        True,
+        True,
     ),
     Key("abort", "A", "abort", "Abort", "end the run now, without a checkpoint (asks first)", "run", True, True),
     Key("stacks", "T", "stacks", "Stacks", "dump the stacks of all ranks, also of a stuck run", "run", steers=True),

@@ -32,6 +32,9 @@ class Actor(Protocol):
     def may(self, action: str, screen: Screen[Any]) -> bool:
         """Whether an action makes sense while `screen` is on top."""
 
+    def why_impossible(self, action: str) -> str:
+        """Why the run's trainer can't do it; empty if it can."""
+
     async def action_back(self) -> None:
         """Esc."""
 
@@ -41,7 +44,9 @@ def palette_commands(app: Actor, screen: Screen[Any]) -> Iterable[SystemCommand]
     for key in KEYS:
         name, arguments = parsed(key.action)
         if app.may(name, screen):
-            yield SystemCommand(key.palette_title, key.help, partial(_act(app, name), *arguments))
+            why = app.why_impossible(name)  # choosing it says so, too
+            text = f"⊘ {why}" if why else key.help
+            yield SystemCommand(key.palette_title, text, partial(_act(app, name), *arguments))
     if isinstance(screen, PageScreen) and isinstance(screen.page, OverviewPage):
         yield SystemCommand("Open rank", "the selected rank in full", screen.page.ranks.action_open)
     if isinstance(screen, RankScreen):

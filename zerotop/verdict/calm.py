@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import statistics
 
+from runtime.wire.watchlines import WATCH_LINE
 from zerotop.format import duration_text, ms_text
 from zerotop.state.breakdown import PARTS
 from zerotop.state.condition import unreported_ranks
+from zerotop.state.run import RunState
 from zerotop.state.stall import counts_steps, idle_s, is_compiling, place_text, ranks_text
 from zerotop.verdict.figures import Figures
 from zerotop.verdict.finding import Finding
 
 UNSEEN = "steps, phases and loss are not visible: the script does not call watch()"
-ONE_LINE = "One line in the script shows them: docs/watch.md."
+ONE_LINE = "One line in the script shows them: {}"
+LINE_UNKNOWN = f"{WATCH_LINE} (of a Trainer: zerotop run --help)"
 WORTH_SAYING = 0.05
 """Parts of the step below this share are left out."""
 
@@ -25,7 +28,7 @@ def calm(figures: Figures) -> Finding:
         reason = state.status.reason if state.status is not None else ""
         return Finding("ended", f"the run has ended: {reason or name}", "info")
     if name == "running" and not state.ranks:
-        return Finding("unwatched", f"the command runs; {UNSEEN}", "info", advice=ONE_LINE)
+        return Finding("unwatched", f"the command runs; {UNSEEN}", "info", advice=_one_line(state))
     left = [rank.goodbye for rank in state.ranks.values() if rank.goodbye is not None]
     if left and len(left) == len(state.ranks) and name != "starting":
         return Finding("ended", "all ranks have left; the supervisor is finding out why", "info")
@@ -46,8 +49,16 @@ def calm(figures: Figures) -> Finding:
         return Finding("compiling", f"torch.compile compiles on {who}, for {since} so far", "info")
     if not counts_steps(state):
         done = max(rank.heartbeat.completed_seq for rank in figures.present if rank.heartbeat is not None)
-        return Finding("unwatched", f"the ranks run, {done:,} collectives so far; {UNSEEN}", "info", advice=ONE_LINE)
+        return Finding(
+            "unwatched", f"the ranks run, {done:,} collectives so far; {UNSEEN}", "info", advice=_one_line(state)
+        )
     return healthy(figures)
+
+
+def _one_line(state: RunState) -> str:
+    """The line for the trainer that the ranks have loaded, as far as they have said so."""
+    hello = state.hello
+    return ONE_LINE.format(hello.watch_line if hello is not None and hello.watch_line else LINE_UNKNOWN)
 
 
 def _starting(figures: Figures) -> str:

@@ -4,6 +4,7 @@ that a hang is noticed and named. `zerotop run` begins it in each rank of torch.
 from __future__ import annotations
 
 import logging
+import sys
 
 from runtime.process.forked import at_exit
 from runtime.telemetry.publisher import Telemetry, TelemetryError, has_joined, joining
@@ -11,8 +12,9 @@ from runtime.telemetry.watching.collectives import FlightPosition
 from runtime.telemetry.watching.control import Controls
 from runtime.telemetry.watching.introduction import Introduction, Trainer, last_error, process_memory
 from runtime.telemetry.watching.joining import find_place, join
+from runtime.wire.watchlines import watch_line
 
-NO_LINE = "the script does not call watch() (docs/watch.md)"
+NO_LINE = "the script does not call watch()"
 
 
 def begin() -> None:
@@ -34,12 +36,14 @@ def _join() -> None:
     link, run = join(place.rank)
     if not isinstance(link, Telemetry):
         return
-    controls = Controls(can_pause=False, reasons=dict.fromkeys(("checkpoint", "stop", "pause", "resume"), NO_LINE))
+    line = watch_line(sys.modules)
+    unseen = ("checkpoint", "stop", "pause", "resume", "set")
+    controls = Controls(can_pause=False, can_set=False, reasons=dict.fromkeys(unseen, f"{NO_LINE}: add {line}"))
     trainer = Trainer(name="torch.distributed", controls=controls, counts_steps=False)
     link.memory_source = lambda: process_memory(place)
     link.collective_position = FlightPosition()
     link.enter("idle")
-    link.start(Introduction(place, trainer, run).hello())
+    link.start(Introduction(place, trainer, run).hello().model_copy(update={"watch_line": line}))
     link.offer()
 
     def leave() -> None:

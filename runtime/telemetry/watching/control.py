@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,9 @@ class Controls:
     optimizers: Sequence[Any] = ()
     """Those whose learning rate `set lr_factor` changes."""
     can_pause: bool = True
+    can_set: bool = True
+    stop_saves: bool = False
+    """Whether `stop` lets the trainer save by itself; otherwise `save` is called before it."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Command -> why it is not possible, and what would make it so."""
 
@@ -61,6 +65,7 @@ class Controls:
             "stop": self.stop is None,
             "pause": not self.can_pause,
             "resume": not self.can_pause,
+            "set": not self.can_set,
             "profile": True,
             "memory-snapshot": True,
         }
@@ -125,6 +130,8 @@ class WatcherControl:
         self._link, self._rank, self._agreement, self.controls = link, rank, agreement, controls
         self.lr_factor = 1.0
         self._saving: Command | None = None
+        self._announced = -1
+        """The step of the newest checkpoint of which the run was told."""
         self.stop_asked = False
         """Whether the loop has been asked to end."""
         self._unsubscribe: list[Callable[[], None]] = []
@@ -148,7 +155,7 @@ class WatcherControl:
                 self._apply(command, step)
         if inbox.orphaned and not self.stop_asked and self.controls.stop is not None:
             log.warning(f"the supervisor is gone: the trainer is asked to stop after step {step}")
-            self._stop()
+            self._stop(step)
 
     def _apply(self, command: Command, step: int) -> None:
         if why := self.controls.impossible().get(command.name):
@@ -163,7 +170,7 @@ class WatcherControl:
                 self._checkpoint(command, step)
             case "stop":
                 self._answer(command, "accepted", step, "the trainer has been asked to stop")
-                self._stop()
+                self._stop(step)
             case "set":
                 self._set(command, step)
             case _:
@@ -198,17 +205,34 @@ class WatcherControl:
             return
         self._answer(command, "accepted", step, f"the checkpoint of step {step} is being written")
         self._saving = command
+        if problem := self._save(step):
+            self._saving = None
+            self._answer(command, "rejected", step, problem)
+
+    def _save(self, step: int) -> str:
+        """Save now; why that failed, or empty."""
+        assert self.controls.save is not None
         phase = self._link.phase
         self._link.enter("checkpoint", step, 0)
+        began = time.monotonic()
         try:
             path = self.controls.save()
-        except CheckpointFailed as error:
-            self._saving = None
-            self._answer(command, "rejected", step, str(error))
-        else:
-            if path is not None:
-                self.saved(path, step)
-        self._link.enter(phase, step + 1, 0)
+        except Exception as error:  # the training goes on without this checkpoint
+            return str(error) if isinstance(error, CheckpointFailed) else f"{type(error).__name__}: {error}"
+        finally:
+            self._link.enter(phase, step + 1, 0)
+        if path is not None:
+            if self._announced != step:  # by the function itself
+                self.announce(path, step, time.monotonic() - began)
+            self.saved(path, step)
+        return ""
+
+    def announce(self, path: str, step: int, seconds: float, blocked_ms: float | None = None) -> None:
+        """Rank 0 tells the run of a complete checkpoint."""
+        self._announced = step
+        if self._rank == 0:
+            waited = seconds * 1e3 if blocked_ms is None else blocked_ms
+            self._link.checkpoint_saved(step, path, seconds=seconds, blocked_ms=waited)
 
     def saved(self, path: str, step: int) -> None:
         """The trainer has saved a checkpoint, asked for or not."""
@@ -216,9 +240,14 @@ class WatcherControl:
         if command is not None:
             self._answer(command, "applied", step, result={"path": path, "step": step})
 
-    def _stop(self) -> None:
+    def _stop(self, step: int) -> None:
+        """Save, if that is possible and the trainer does not do it itself, and let the loop end: on all ranks alike,
+        also if one of them could not save."""
         assert self.controls.stop is not None
         self.stop_asked = True
+        if self.controls.save is not None and not self.controls.stop_saves and (problem := self._save(step)):
+            text = f"stopping at step {step} without a checkpoint: {problem}"
+            self._link.event("checkpoint", text, severity="warning", step=step)
         self.controls.stop()
 
     def _set(self, command: Command, step: int) -> None:

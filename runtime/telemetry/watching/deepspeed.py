@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from runtime.telemetry.watching.control import CheckpointFailed, Controls
+from runtime.telemetry.watching.guard import attribute, never_raises
 from runtime.telemetry.watching.hooks import PhaseListener, attach_model
 from runtime.telemetry.watching.introduction import Trainer
 from runtime.telemetry.watching.joining import start_watching
@@ -25,17 +26,18 @@ def is_engine(model: Any) -> bool:
 
 def watch_engine(engine: Any, save: Callable[[], Any] | None) -> Watcher:
     """As `watch`. Without `save`, `zerotop checkpoint` calls the engine's save_checkpoint() on a folder of the run."""
-    candidates: list[Any] = [getattr(engine.optimizer, "optimizer", None), engine.optimizer]
+    optimizer = getattr(engine, "optimizer", None)
+    candidates: list[Any] = [getattr(optimizer, "optimizer", None), optimizer]
     inner = [one for one in candidates if _has_hooks(one)][:1]
     trainer = Trainer(
         name=f"DeepSpeed {getattr(sys.modules.get('deepspeed'), '__version__', '')}".strip(),
         modules=[engine.module],
-        optimizers=[engine.optimizer] if engine.optimizer is not None else [],
-        stage=int(engine.zero_optimization_stage()),
+        optimizers=[optimizer] if optimizer is not None else [],
+        stage=int(attribute(engine, "zero_optimization_stage", 0) or 0),
         precision=_precision(engine),
-        micro_batch=int(engine.train_micro_batch_size_per_gpu()),
-        accumulation=int(engine.gradient_accumulation_steps()),
-        start_step=int(engine.global_steps),
+        micro_batch=int(attribute(engine, "train_micro_batch_size_per_gpu", 0) or 0),
+        accumulation=int(attribute(engine, "gradient_accumulation_steps", 1) or 1),
+        start_step=int(attribute(engine, "global_steps", 0) or 0),
         controls=Controls(save=_saver(engine, save), optimizers=inner, reasons={"stop": _STOP}),
     )
     watcher = start_watching(trainer)
@@ -44,10 +46,10 @@ def watch_engine(engine: Any, save: Callable[[], Any] | None) -> Watcher:
     listener = _EngineListener(watcher, engine)
     watcher.on_close(attach_model(engine, cast(PhaseListener, listener)))
     watcher.on_close(listener.catch_up)
-    for optimizer in inner:
+    for one in inner:
         handles = (
-            optimizer.register_step_pre_hook(lambda *_given: watcher.step_begins()),
-            optimizer.register_step_post_hook(lambda *_given: watcher.link.enter("data")),
+            one.register_step_pre_hook(never_raises(lambda *_given: watcher.step_begins())),
+            one.register_step_post_hook(never_raises(lambda *_given: watcher.link.enter("data"))),
         )
         for handle in handles:
             watcher.on_close(handle.remove)
@@ -78,8 +80,8 @@ class _EngineListener:
 
     def catch_up(self) -> None:
         """Tell of the step that the engine has taken since."""
-        if self._engine.global_steps > self._watcher.step:
-            norm = self._engine.get_global_grad_norm()
+        if attribute(self._engine, "global_steps", 0) > self._watcher.step:
+            norm = attribute(self._engine, "get_global_grad_norm", None)
             if norm is not None:
                 self._watcher.log(grad_norm=norm)
             self._watcher.step_ended()
@@ -105,6 +107,6 @@ def _saver(engine: Any, save: Callable[[], Any] | None) -> Callable[[], str]:
 
 
 def _precision(engine: Any) -> str:
-    if engine.fp16_enabled():
+    if attribute(engine, "fp16_enabled", False):
         return "fp16"
-    return "bf16" if engine.bfloat16_enabled() else "fp32"
+    return "bf16" if attribute(engine, "bfloat16_enabled", False) else "fp32"

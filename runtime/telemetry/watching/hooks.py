@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
+from runtime.telemetry.watching.guard import never_raises
+
 _OUTPUTS_LOOKED_AT = 32
 _TOKEN_NAMES = ("input_ids", "tokens", "inputs_embeds")
 
@@ -54,12 +56,14 @@ def attach_model(model: Any, listener: PhaseListener) -> Callable[[], None]:
 
     grad_bytes = _GradBytes(model)
 
+    @never_raises
     def before(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if module.training:
             listener.forward_begins(*_sizes(arguments, named))
         else:
             listener.evaluation_begins()
 
+    @never_raises
     def after(module: Any, _arguments: tuple[Any, ...], output: Any) -> None:
         if not module.training:
             listener.evaluation_ended()
@@ -67,6 +71,7 @@ def attach_model(model: Any, listener: PhaseListener) -> Callable[[], None]:
         listener.forward_ended(_loss_of(output))
         begun: list[bool] = []
 
+        @never_raises
         def backward(_gradient: Any) -> None:
             if begun:
                 return
@@ -93,8 +98,8 @@ def attach_model(model: Any, listener: PhaseListener) -> Callable[[], None]:
 def attach_optimizer(optimizer: Any, listener: PhaseListener) -> Callable[[], None]:
     """Tell `listener` of the steps of `optimizer`; returns what removes the hooks."""
     handles = (
-        optimizer.register_step_pre_hook(lambda *_given: listener.step_begins()),
-        optimizer.register_step_post_hook(lambda *_given: listener.step_ended()),
+        optimizer.register_step_pre_hook(never_raises(lambda *_given: listener.step_begins())),
+        optimizer.register_step_post_hook(never_raises(lambda *_given: listener.step_ended())),
     )
 
     def remove() -> None:
@@ -110,9 +115,11 @@ def _when_backward_ends(listener: PhaseListener, grad_bytes: Callable[[], int]) 
     if engine is None:
         return
 
+    @never_raises
     def reduced() -> None:
         listener.backward_ended(grad_bytes())
 
+    @never_raises
     def computed() -> None:
         listener.gradients_computed()
         engine.queue_callback(reduced)

@@ -19,9 +19,12 @@ class WatchError(TypeError):
     """watch() was called with something that it can't watch. The message says what it takes."""
 
 
-def start_watching(trainer: Trainer) -> Watcher:
-    """The watcher of this process; `watch` and the integrations call it. Raises WatchError if there is one."""
+def start_watching(trainer: Trainer, *, replaces: bool = False) -> Watcher:
+    """The watcher of this process; `watch` and the integrations call it. replaces: it takes the place of one that was
+    not closed, because its training failed and is tried again; otherwise that one raises WatchError."""
     global _current
+    if replaces and _current is not None:
+        _current.hand_over()
     if _current is not None and not _current.closed:
         raise WatchError(
             f"this process is watched already (as {_current.trainer.name}): call watch() once, or close() the first "

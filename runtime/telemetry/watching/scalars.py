@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
@@ -32,8 +31,8 @@ class LateNumber:
         return self._event is None or bool(self._event.query())
 
     def read(self) -> float | None:
-        """The number; None if there is none or it is not finite. Waits for the device if it must."""
+        """The number, which may be NaN or infinite; None if there is none. Waits for the device if it must."""
         if self._event is not None:
             self._event.synchronize()
             self._number, self._event = float(self._arriving), None
-        return self._number if self._number is not None and math.isfinite(self._number) else None
+        return self._number

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,6 +16,7 @@ from runtime.telemetry.null import NullTelemetry
 from runtime.telemetry.publisher import Telemetry
 from runtime.telemetry.watching.collectives import FlightPosition
 from runtime.telemetry.watching.control import Agreement, WatcherControl
+from runtime.telemetry.watching.guard import never_raises
 from runtime.telemetry.watching.held import Held, held_by
 from runtime.telemetry.watching.introduction import Introduction, Place, Trainer, attempt, last_error, process_memory
 from runtime.telemetry.watching.scalars import LateNumber
@@ -49,6 +52,13 @@ class Watcher:
         self._best: tuple[float, int] | None = None
         self._losses: list[LateNumber] = []
         """Of the micro-steps of the waiting result."""
+        self._micro_checked: list[LateNumber] = []
+        """Losses of the micro-steps so far that only tell whether the step's loss is finite."""
+        self._checked: list[LateNumber] = []
+        """The same of the waiting result."""
+        self._scales_loss = trainer.precision == "fp16"
+        """Under fp16 an infinite gradient norm is part of finding the loss scale: the scaler skips that step."""
+        self._last_is_finite = True
         self._reduce_began_ns = 0
         self._held = Held(place.device.split(":")[0])
         self._counted_at = 0.0
@@ -101,26 +111,17 @@ class Watcher:
 
     def saved(self, path: str | os.PathLike[str], *, seconds: float = 0.0, blocked_ms: float | None = None) -> None:
         """A checkpoint of the last step is complete at `path`; rank 0 tells the run."""
-        self.announce_checkpoint(path, seconds=seconds, blocked_ms=blocked_ms)
+        self.control.announce(str(path), self.step, seconds, blocked_ms)
         self.control.saved(str(path), self.step)
-
-    def announce_checkpoint(
-        self, path: str | os.PathLike[str], *, seconds: float = 0.0, blocked_ms: float | None = None
-    ) -> None:
-        """As `saved`, from within a function that saves because a command has asked for it."""
-        if self.place.rank == 0:
-            waited = seconds * 1e3 if blocked_ms is None else blocked_ms
-            self.link.checkpoint_saved(self.step, str(path), seconds=seconds, blocked_ms=waited)
 
     def evaluated(self, loss: float, *, tokens: int = 0, samples: int = 0, seconds: float = 0.0) -> None:
         """An evaluation after the last step has given this mean loss over so many tokens or samples; rank 0 tells the
         run."""
         if self.place.rank != 0:
             return
-        best = self._best is None or loss < self._best[0]
+        best = math.isfinite(loss) and (self._best is None or loss < self._best[0])
         if best:
             self._best = (loss, self.step)
-        assert self._best is not None
         self.link.evaluation(
             Evaluation(
                 rank=0,
@@ -130,7 +131,7 @@ class Watcher:
                 samples=samples,
                 seconds=seconds,
                 best=best,
-                best_step=self._best[1],
+                best_step=self._best[1] if self._best else None,
                 wall_s=time.time(),
             )
         )
@@ -141,17 +142,29 @@ class Watcher:
             self.link.introduce(self._introduction.hello(self.control.lr_factor))
 
     def close(self, outcome: str = "", error: str = "") -> None:
-        """End the watch: hooks are removed and the last figures sent. Called at exit, too."""
+        """End the watch: hooks are removed and the last figures sent. Called at exit, too. A later watch of this
+        process may follow."""
         if self.closed:
             return
-        self.closed = True
-        self._flush()
-        for detach in self._detach:
-            detach()
-        self.control.close()
+        self._end()
         how = outcome or ("stopped" if self.control.stop_asked else "finished")
         self.link.goodbye(how, self.step, error)  # type: ignore[arg-type]
-        self.link.close()
+
+    def hand_over(self) -> None:
+        """End the watch without a goodbye: another one of this process follows at once."""
+        if not self.closed:
+            self._end()
+
+    def _end(self) -> None:
+        self.closed = True
+        for work in (self._flush, *self._detach, self.control.close):
+            never_raises(work)()  # after an error in training, a device may not give its numbers any more
+        self._detach.clear()
+        # A training that is tried again after it ran out of memory must find free what the first one held.
+        self.trainer.modules, self.trainer.optimizers, self.trainer.controls.optimizers = (), (), ()
+        self._losses, self._micro_losses, self._figures = [], [], {}
+        if isinstance(self.link, Telemetry):
+            self.link.offer()  # it stays open until the process exits: the hub knows one connection of a rank
 
     def on_close(self, detach: Callable[[], None]) -> None:
         """Call `detach` when the watch ends."""
@@ -164,12 +177,19 @@ class Watcher:
         self._micro_step += 1
         self._samples += samples or 0
         self._tokens += tokens or 0
+        self._scales_loss = self._scales_loss or self._autocasts_to_fp16()
         self.link.enter("forward", self.step + 1, self._micro_step)
 
     def forward_ended(self, loss: Any = None) -> None:
         """Its forward has returned. The mean of its losses is the step's, unless `log` says another one."""
         if loss is not None:
             self._micro_losses.append(LateNumber(loss))
+
+    def check_loss(self, loss: Any) -> None:
+        """For trainers with a rule of their own for the loss of a step: the loss of a micro-step, of which only NaN or
+        infinity is taken over."""
+        if loss is not None:
+            self._micro_checked.append(LateNumber(loss))
 
     def backward_begins(self) -> None:
         """Autograd has begun."""
@@ -209,7 +229,7 @@ class Watcher:
         self.step += 1
         self._result()
         self._micro_step = self._tokens = self._samples = 0
-        self._micro_losses = []
+        self._micro_losses, self._micro_checked = [], []
         if not self.trainer.late_results:
             self._flush()
             self.control.at_boundary(self.step)
@@ -238,7 +258,7 @@ class Watcher:
             samples_per_s=round(samples / seconds, 3) if samples else None,
             end_ns=now,
         )
-        self._losses = self._micro_losses
+        self._losses, self._checked = self._micro_losses, self._micro_checked
 
     def _flush(self) -> None:
         """Send the waiting result, with the figures that came for it."""
@@ -252,10 +272,38 @@ class Watcher:
         else:
             read = [one for one in (late.read() for late in self._losses) if one is not None]
             value = sum(read) / len(read) if read and len(read) == len(self._losses) else None
-        changes: dict[str, Any] = {"loss": value, "grad_norm": norm.read() if norm is not None else None}
+        for checked in (late.read() for late in self._checked):
+            if checked is not None and not math.isfinite(checked):
+                value = checked  # a trainer may log the mean of the others
+        grad_norm = norm.read() if norm is not None else None
+        if self._scales_loss and not _is_finite(grad_norm):
+            grad_norm = None
+        changes: dict[str, Any] = {"loss": value, "grad_norm": grad_norm}
         if figures.get("lr") is not None:
             changes["lr"] = float(figures["lr"]) * self.control.lr_factor
         self.link.step(result.model_copy(update=changes))
+        self._report_nonfinite(result.step, value, grad_norm)
+
+    def _report_nonfinite(self, step: int, loss: float | None, grad_norm: float | None) -> None:
+        """Report the first of several steps in a row that are not finite: each rank whose loss it is, and rank 0 where
+        it is only the gradients'."""
+        was_finite, self._last_is_finite = self._last_is_finite, _is_finite(loss) and _is_finite(grad_norm)
+        if self._last_is_finite or not was_finite:
+            return
+        of_gradients = f"the gradient norm is {grad_norm}"
+        if not _is_finite(loss):
+            text = f"step {step}: the loss is {loss}" + ("" if _is_finite(grad_norm) else f", {of_gradients}")
+            self.link.event("not finite", text, severity="error", step=step)
+        elif self.place.rank == 0:
+            self.link.event("not finite", f"step {step}: {of_gradients}", severity="error", step=step, of_run=True)
+
+    def _autocasts_to_fp16(self) -> bool:
+        torch, device = sys.modules.get("torch"), self.place.device.split(":")[0]
+        return (
+            torch is not None
+            and torch.is_autocast_enabled(device)
+            and torch.get_autocast_dtype(device) is torch.float16
+        )
 
     def _learning_rate(self) -> float:
         for optimizer in self.trainer.optimizers:
@@ -276,3 +324,8 @@ class Watcher:
     def _exit(self) -> None:
         error = last_error()
         self.close("failed" if error else "", error)
+
+
+def _is_finite(value: float | None) -> bool:
+    """Whether `value` is finite; an unknown one (None) counts as finite."""
+    return value is None or math.isfinite(value)

@@ -1,7 +1,13 @@
-"""transformers' Trainer."""
+"""transformers' Trainer. OOM=STEP: once, after that step, the GPU's memory runs out, and the Trainer tries a smaller
+batch. NAN=STEP: the loss of that step is NaN."""
+
+import os
+from typing import Any
 
 import common
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+OOM, NAN = int(os.environ.get("OOM", "0")), int(os.environ.get("NAN", "0"))
 
 set_seed(0)
 config = LlamaConfig(
@@ -12,7 +18,26 @@ config = LlamaConfig(
     num_attention_heads=2,
     num_key_value_heads=2,
 )
-callbacks = []
+
+
+class OutOfMemory(TrainerCallback):
+    """Runs out of memory once."""
+
+    raised = False
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_given: Any) -> None:
+        if state.global_step == OOM and not self.raised:
+            self.raised = True
+            raise RuntimeError("CUDA out of memory.")
+
+
+def poison(module: Any, arguments: Any, output: Any) -> None:
+    """A forward hook."""
+    if trainer.state.global_step + 1 == NAN and module.training:
+        output.loss = output.loss * float("nan")
+
+
+callbacks: list[TrainerCallback] = [OutOfMemory()]
 if common.WATCH:
     from zerotop.integrations.transformers import ZerotopCallback
 
@@ -30,10 +55,13 @@ arguments = TrainingArguments(
     report_to=[],
     use_cpu=True,
     disable_tqdm=True,
+    auto_find_batch_size=bool(OOM),
 )
 evaluated = [common.Samples()[index] for index in range(4)]
+model = LlamaForCausalLM(config)
+model.register_forward_hook(poison)
 trainer = Trainer(
-    LlamaForCausalLM(config),
+    model,
     arguments,
     train_dataset=common.Samples(),
     eval_dataset=evaluated,

@@ -11,7 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 from runtime.config import ConfigError, Resolved, load
+from runtime.wire.messages import RunStatus
+from tests.harness.fakerun import write_run
 from zerotop.launch import start as launching
+from zerotop.launch.branching import find_branch
+from zerotop.rundir.directory import find_run
 from zerotop.rundir.paths import RunError, runs_home
 
 
@@ -85,3 +89,21 @@ def test_a_resume_names_no_webhook_among_what_it_changes(tmp_path: Path) -> None
         "zerotop.log.interval: 5 -> 6",
         'zerotop.notify: "(hidden)" -> "(hidden)"',
     ]
+
+
+@pytest.mark.parametrize("what", ["--resume", "branch"])
+def test_a_command_of_the_user_s_own_is_neither_resumed_nor_branched(what: str, tmp_path: Path) -> None:
+    """In one line that says what to do; its config is empty, so that a resume would train zerotop's own small GPT."""
+    words = ["torchrun", "train.py", "--name", "a b"]
+    status = RunStatus(name="q1", state="failed", last_checkpoint_step=10)
+    write_run(tmp_path / "state", "q1", tmp_path, status, wrapped=words, supervisor_pid=0)
+    with pytest.raises(RunError) as refused:
+        if what == "branch":
+            find_branch(find_run("q1"), None)
+        else:
+            launching.start_run(None, name="q1", resume=True)
+    text = str(refused.value)
+    assert text.startswith(f"{what} can't continue q1, which is a command of your own")
+    assert text.endswith("zerotop run -- torchrun train.py --name 'a b'") and "\n" not in text
+    with pytest.raises(RunError, match=r"q1 exists \(failed\): choose another --name"):
+        launching.start_run(None, name="q1")

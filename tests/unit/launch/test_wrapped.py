@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.config import ConfigError
+from runtime.config import ConfigError, Resolved, load
 from runtime.wire.rundir import RunFile
 from tests.harness import ROOT
 from zerotop.launch import wrapped
@@ -174,3 +174,12 @@ def test_a_command_that_is_not_there_ends_as_in_a_shell(tmp_path: Path) -> None:
     )
     assert ended.returncode == 127
     assert ended.stderr == "zerotop: no-such-command-here: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"), [([], 0), (["zerotop.restarts.window_minutes=5"], 0), (["zerotop.restarts.limit=3"], 3)]
+)
+def test_a_command_is_restarted_only_if_the_config_says_so(given: list[str], limit: int) -> None:
+    resolved = wrapped.without_restarts(load({}, given).resolve(1, "cpu", script=True))
+    assert resolved.zerotop.restarts.limit == limit
+    assert Resolved.from_json(resolved.model_dump_json()).zerotop.restarts.limit == limit

@@ -89,6 +89,14 @@ def test_a_loss_that_is_not_finite_is_told_also_when_other_steps_have_come_since
     assert run.look() == []
 
 
+def test_of_ranks_that_tell_of_nan_the_first_is_named() -> None:
+    """It spreads to the others in a step, and they may be heard first."""
+    run = Played()
+    for rank, step in ((0, 7), (1, 6), (2, 7)):
+        run.state.apply(Event(rank=rank, what="not finite", text=f"step {step}", step=step, wall_s=5.0 + rank))
+    assert run.look() == [("nan", "step 6", "")]
+
+
 def test_an_overflow_under_fp16_is_no_nan() -> None:
     run = Played()
     run.state.apply(step_result(grad_norm=math.inf, loss_scale=65536.0, skipped=True))

@@ -14,6 +14,7 @@ from runtime.wire.messages import (
     Command,
     CommandRecord,
     Event,
+    Goodbye,
     Heartbeat,
     Hello,
     LogRecord,
@@ -496,3 +497,13 @@ def test_the_last_smoothed_value_is_found_without_the_others(count: int) -> None
     values = [math.sin(at) + at / 50 for at in range(count)]
     expected = smooth(values)[-1] if values else None
     assert smooth_last(values) == (None if expected is None else pytest.approx(expected))
+
+
+def test_a_rank_that_has_left_and_introduces_itself_again_is_there() -> None:
+    """A process that trains a second time, after its first training has ended."""
+    state = RunState()
+    state.apply(hello(0))
+    state.apply(Goodbye(rank=0, outcome="finished", step=9, wall_s=0))
+    assert state.ranks[0].phase == "finished"
+    state.apply(hello(0))
+    assert state.ranks[0].goodbye is None and state.ranks[0].phase != "finished"

@@ -16,6 +16,7 @@ from zerotop.format import (
     perplexity_text,
     rate_text,
 )
+from zerotop.state.abilities import has_our_checkpoints, is_wrapped
 from zerotop.state.efficiency import run_efficiency
 from zerotop.state.evaluations import perplexity
 from zerotop.state.memory import memory_use
@@ -137,9 +138,9 @@ def _commands(view: View) -> list[str]:
         return []
     name, saved = status.name, status.last_checkpoint_step
     found = []
-    if status.state != "finished" and saved is not None:
+    if status.state != "finished" and saved is not None and not is_wrapped(view.state):
         found.append(f"zerotop launch --resume --name {name}     continue from step {saved:,}")
-    if saved is not None:
+    if saved is not None and has_our_checkpoints(view.state):
         found.append(f"zerotop export {name} out/     the weights as Hugging Face safetensors")
     if status.state == "failed":
         found += [

@@ -10,6 +10,7 @@ from runtime.wire.messages import RunStatus
 from zerotop.clean import clean
 from zerotop.format import duration_text, figure_text, perplexity_text, rate_text
 from zerotop.output import with_exit_code
+from zerotop.state.abilities import is_wrapped
 from zerotop.state.evaluations import perplexity
 from zerotop.tui.text import STATES
 from zerotop.tui.view import View
@@ -51,7 +52,8 @@ class VerdictLine(Band):
         for glyph, text, colour in found:
             for i, piece in enumerate(textwrap.wrap(text, width - 2)[:2] or [""]):
                 lines.append((f"{glyph if not i else ' '} {piece}", colour))
-        if not view.ended:
+        unwatched = view.verdict is not None and view.verdict.what == "unwatched"  # it stays, and little else is shown
+        if not view.ended and not unwatched:
             lines = _cut(lines, self.lines_reserved, width)
         status = view.state.status
         if status is not None and status.error:
@@ -153,7 +155,7 @@ def summary(view: View) -> str:
         facts.append(f"{rate_text(tokens_ms / took_ms * max(1, state.world_size))} on average")
     saved = status.last_checkpoint_step if status else None
     facts.append(f"newest checkpoint: step {saved}" if saved is not None else "no checkpoint")
-    if status is not None and status.state != "finished" and saved is not None:
+    if status is not None and status.state != "finished" and saved is not None and not is_wrapped(state):
         facts.append(f"continue with: zerotop launch --resume --name {status.name}")
     return " · ".join(facts)
 

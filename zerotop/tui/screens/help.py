@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from rich.console import Group
@@ -27,17 +27,26 @@ TWO_COLUMNS_FROM = 170
 
 
 class HelpScreen(ModalScreen[None]):
-    """The help. `why_not` says why the keys that act on the run do not work now."""
+    """The help. `why_not` says why the keys that act on the run do not work now; `impossible`, by action, why the run's
+    trainer can't do what some of them ask for."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "leave", "Back")]
 
-    def __init__(self, palette: Palette, keys: dict[str, str], can_steer: bool, why_not: str) -> None:
+    def __init__(
+        self,
+        palette: Palette,
+        keys: dict[str, str],
+        can_steer: bool,
+        why_not: str,
+        impossible: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
         self.palette = palette
         self.keys = keys
         """Key id -> the key that this user has set."""
         self.can_steer = can_steer
         self.why_not = why_not
+        self.impossible = impossible or {}
 
     def compose(self) -> ComposeResult:
         wide = self.app.size.width >= TWO_COLUMNS_FROM
@@ -76,8 +85,11 @@ class HelpScreen(ModalScreen[None]):
             locked = group == "run" and not self.can_steer
             self._head(table, GROUPS[group], f"⊘ {self.why_not}" if locked else "")
             for key in (key for key in KEYS if key.group == group):
-                style = muted if locked else accent
-                table.add_row(Text(self.keys[key.id], style), Text(key.help, muted if locked else ""))
+                why = "" if locked else self.impossible.get(key.action, "")
+                grey = locked or bool(why)
+                table.add_row(Text(self.keys[key.id], muted if grey else accent), Text(key.help, muted if grey else ""))
+                if why:
+                    table.add_row("", Text(f"⊘ {why}", muted))
             if group == "view":
                 for name, text in OTHER_HELP:
                     table.add_row(Text(name, accent), Text(text))

@@ -45,6 +45,7 @@ class KeyBar(Widget):
         self._labels: Mapping[str, str] = {}
         self._long: Mapping[str, str] = {}
         self._hidden: Set[str] = frozenset()
+        self._greyed: Set[str] = frozenset()
         self._note = ""
         self._note_timer: Timer | None = None
         self._keys: list[_Entry] | None = None
@@ -52,14 +53,19 @@ class KeyBar(Widget):
         self._shown: Strip | None = None
 
     def relabel(
-        self, labels: Mapping[str, str], hidden: Set[str] = frozenset(), long: Mapping[str, str] | None = None
+        self,
+        labels: Mapping[str, str],
+        hidden: Set[str] = frozenset(),
+        long: Mapping[str, str] | None = None,
+        greyed: Set[str] = frozenset(),
     ) -> None:
         """labels: action -> what its key does now, where that differs from the binding's description; long: the same
-        in more words, for a wide footer. hidden: actions that have nothing to show yet, whose keys take no room."""
+        in more words, for a wide footer. hidden: actions that have nothing to show yet, whose keys take no room.
+        greyed: those that the run can't do; their keys say why."""
         long = labels if long is None else long
         shown, before = (long, self._long) if self.size.width >= LONG_FROM else (labels, self._labels)
-        changed = (shown, hidden) != (before, self._hidden)
-        self._labels, self._hidden, self._long = labels, hidden, long
+        changed = (shown, hidden, greyed) != (before, self._hidden, self._greyed)
+        self._labels, self._hidden, self._long, self._greyed = labels, hidden, long, greyed
         if changed:
             self._repaint()
 
@@ -102,8 +108,10 @@ class KeyBar(Widget):
         row = Row()
         for entry in _fitting(self._entries(), width):
             click = Style(meta={"@click": entry.click})
-            row.gap().add(entry.key, self.palette.style("accent", bold=True) + click)
-            row.gap().add(entry.label, self.palette.style("muted") + click).gap()
+            grey = entry.action in self._greyed
+            key, label = ("border", "border") if grey else ("accent", "muted")
+            row.gap().add(entry.key, self.palette.style(key, bold=not grey) + click)
+            row.gap().add(entry.label, self.palette.style(label) + click).gap()
         if self._note:
             row.to(width).gap().add(self._note, self.palette.style("primary"))
         self._shown = row.strip(whole, PLAIN)

@@ -23,6 +23,14 @@ class Link(NullTelemetry):
         self.inbox = Inbox()
         self.acks: list[Ack] = []
         self.entered: list[str] = []
+        self.saved: list[tuple[int, str]] = []
+        self.events: list[str] = []
+
+    def checkpoint_saved(self, step: int, path: str, **_given: Any) -> None:
+        self.saved.append((step, path))
+
+    def event(self, what: str, text: str, **_given: Any) -> None:
+        self.events.append(text)
 
     def ack(self, ack: Ack) -> None:
         self.acks.append(ack)
@@ -166,6 +174,53 @@ def test_a_setting_of_our_engine_is_refused_with_those_that_exist(tmp_path: Path
     assert [ack.state for ack in rank.link.acks] == ["rejected", "rejected", "applied"]
     assert "lr_factor, telemetry_hz, log_level are" in rank.link.acks[0].reason
     assert "no optimizer" in rank.link.acks[1].reason
+
+
+def test_a_stop_saves_first_where_the_trainer_does_not_itself(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def save() -> str:
+        done.append("save")
+        return "/out/5"
+
+    for saves_itself, expected in ((False, ["save", "stop"]), (True, ["stop"])):
+        done.clear()
+        controls = Controls(save=save, stop=lambda: done.append("stop"), stop_saves=saves_itself)
+        rank = Rank(tmp_path, 0, 1, controls)
+        rank.give(1, "stop")
+        rank.control.at_boundary(5)
+        assert done == expected
+        assert rank.link.saved == ([(5, "/out/5")] if not saves_itself else [])
+    rank = Rank(tmp_path, 0, 1, Controls(stop=lambda: done.append("stop")))
+    rank.give(1, "stop")
+    rank.control.at_boundary(5)
+    assert done == ["stop", "stop"] and rank.link.saved == []
+
+
+def test_a_stop_whose_checkpoint_fails_stops_and_says_so(tmp_path: Path) -> None:
+    stopped = []
+
+    def save() -> str:
+        raise OSError("the disk is full")
+
+    rank = Rank(tmp_path, 0, 1, Controls(save=save, stop=lambda: stopped.append(1)))
+    rank.give(1, "stop")
+    rank.control.at_boundary(5)
+    assert stopped == [1]
+    assert rank.link.events == ["stopping at step 5 without a checkpoint: OSError: the disk is full"]
+
+
+def test_a_save_that_tells_of_its_checkpoint_itself_is_told_once(tmp_path: Path) -> None:
+    def save() -> str:
+        rank.control.announce("/out/own", 5, 0.1)
+        rank.control.saved("/out/own", 5)
+        return "/out/own"
+
+    rank = Rank(tmp_path, 0, 1, Controls(save=save))
+    rank.give(1, "checkpoint")
+    rank.control.at_boundary(5)
+    assert rank.link.saved == [(5, "/out/own")]
+    assert rank.link.answers == [("checkpoint-1", "accepted"), ("checkpoint-1", "applied")]
 
 
 def test_a_rank_without_supervisor_stops_where_it_can(tmp_path: Path) -> None:
