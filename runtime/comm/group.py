@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from runtime.comm import objects
-from runtime.comm.device_time import DeviceTime, StreamMarks
 from runtime.comm.host_sums import HostSum
 from runtime.comm.pending import (
     CopyPending,
@@ -27,6 +26,7 @@ from runtime.comm.shared_memory import DTYPES, Exchange
 from runtime.comm.transfer import Copy
 from runtime.process.forked import at_exit
 from runtime.telemetry import NullTelemetry, Telemetry
+from runtime.telemetry.device_time import DeviceTime, StreamMarks
 
 # torch 2.13 renames both; 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from runtime import native
-from runtime.comm.device_time import DeviceTime
 from runtime.comm.transfer import Copy
 from runtime.telemetry import NullTelemetry, Telemetry
+from runtime.telemetry.device_time import DeviceTime
 
 if TYPE_CHECKING:
     from runtime.comm.shared_memory import Posted

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from runtime.comm.device_time import DeviceTime, StreamMarks
+from runtime.telemetry.device_time import DeviceTime, StreamMarks
 from runtime.telemetry.recorder import Recorder
 from runtime.wire.messages import StepResult
 

@@ -30,7 +30,7 @@ def find_failed(figures: Figures) -> Finding | None:
         failed = f" --attempt {status.attempt - 1}" if status.attempt > 1 else ""  # the ranks of the next one start
         advice = f"Wait for the ranks to start again; `{logs}{failed}` has the last lines before the failure."
         return Finding("failed", text, "error", ranks, advice)
-    if status.last_checkpoint_step:
+    if status.last_checkpoint_step and not status.wrapped:
         advice = f"Continue with: zerotop launch --resume --name {status.name}."
     else:
         advice = f"There is no checkpoint to continue from: fix what `{logs}` shows, and start the run again."

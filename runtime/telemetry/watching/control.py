@@ -6,7 +6,9 @@ collective of our own would change what it does. But its ranks are in step, beca
 is at the boundary of step s, no other rank can be past the boundary of step s + 1, since that takes rank 0's gradients
 of step s + 1. So rank 0 writes "commands up to number n apply at step s + 2" into a file in the run's private folder
 before it goes on. Whoever comes to the boundary of step s + 2 has reduced gradients with rank 0 since, and finds the
-note. A rank that finds it too late (ranks that never synchronise) applies the commands at once.
+note. The hosts of GPUs launch steps before they are computed, so there "at the boundary" means no more than that the
+device has finished the step RUN_AHEAD steps before (scalars.Pace sees to it), and commands apply so many steps later.
+A rank that finds the note too late (ranks that never synchronise) applies the commands at once.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from runtime.wire.messages import Ack, Command
 log = logging.getLogger("runtime.watch")
 
 AHEAD = 2
-"""Steps from the one at which rank 0 reads a command to the one at which all ranks apply it. See the note."""
+"""Steps from the one at which rank 0 reads a command to the one at which all ranks apply it, where no host runs ahead
+of its device. See the note."""
 PAUSED_POLL_S = 5.0
 KNOBS_OF_WATCHERS = ("lr_factor", "telemetry_hz", "log_level")
 """The settings of zerotop.config.knobs that mean something to a trainer that is not ours."""
@@ -79,15 +82,17 @@ class Controls:
 class Agreement:
     """The note that rank 0 leaves for the others: see [Note: how foreign ranks agree]."""
 
-    def __init__(self, folder: Path, attempt: int, world_size: int) -> None:
+    def __init__(self, folder: Path, attempt: int, world_size: int, run_ahead: int = 0) -> None:
+        """run_ahead: steps that a rank's host may be ahead of its device."""
         self._path = folder / f"commands-at-{attempt}.json"
+        self._ahead = AHEAD + run_ahead
         self._alone = world_size == 1
         self._stamp = 0
         self._number, self._step = 0, 0
 
     def propose(self, number: int, step: int) -> None:
-        """Rank 0, at the end of `step`: commands up to `number` apply AHEAD steps later."""
-        self._number, self._step = number, step if self._alone else step + AHEAD
+        """Rank 0, at the end of `step`: commands up to `number` apply some steps later."""
+        self._number, self._step = number, step if self._alone else step + self._ahead
         if not self._alone:
             replace_text(self._path, json.dumps({"number": self._number, "step": self._step}))
 

@@ -6,12 +6,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.process.forked import at_exit
+from runtime.telemetry.device_phases import Marks
 from runtime.telemetry.null import NullTelemetry
 from runtime.telemetry.publisher import Telemetry
 from runtime.telemetry.watching.collectives import FlightPosition
@@ -19,7 +21,7 @@ from runtime.telemetry.watching.control import Agreement, WatcherControl
 from runtime.telemetry.watching.guard import never_raises
 from runtime.telemetry.watching.held import Held, held_by
 from runtime.telemetry.watching.introduction import Introduction, Place, Trainer, attempt, last_error, process_memory
-from runtime.telemetry.watching.scalars import LateNumber
+from runtime.telemetry.watching.scalars import LateNumber, Pace
 from runtime.wire.finetuning import Evaluation
 from runtime.wire.messages import Memory, PhaseName, StepResult
 from runtime.wire.rundir import RunFile
@@ -28,6 +30,22 @@ FIRST_STEPS = 3
 """Optimizers make their states in the first steps, so memory by category is counted in each of them."""
 COUNTED_EVERY_S = 15.0
 """And later at this interval."""
+
+
+class _Late(NamedTuple):
+    """The result of a step, with figures that may still be on their way from the device."""
+
+    result: StepResult
+    figures: dict[str, Any]
+    losses: list[LateNumber]
+    checked: list[LateNumber]
+    lr_factor: float
+
+    def numbers(self) -> Iterator[LateNumber]:
+        """All that may be on their way."""
+        yield from (figure for figure in self.figures.values() if isinstance(figure, LateNumber))
+        yield from self.losses
+        yield from self.checked
 
 
 class Watcher:
@@ -48,6 +66,9 @@ class Watcher:
         self._tokens = self._samples = 0
         self._figures: dict[str, Any] = {}
         self._waiting: StepResult | None = None
+        self._late: deque[_Late] = deque()
+        """Results whose figures have not arrived from the device yet."""
+        self._pace = Pace.of(place.device)
         self._step_began_ns = time.monotonic_ns()
         self._best: tuple[float, int] | None = None
         self._losses: list[LateNumber] = []
@@ -68,7 +89,7 @@ class Watcher:
         self._introduction = Introduction(place, trainer, run)
         folder = Path(run.sockets) if run is not None else Path()
         self.control = WatcherControl(
-            link, place.rank, Agreement(folder, attempt(), place.world_size), trainer.controls
+            link, place.rank, Agreement(folder, attempt(), place.world_size, self._pace.ahead), trainer.controls
         )
         if not isinstance(link, Telemetry):
             return
@@ -76,6 +97,8 @@ class Watcher:
         link.memory_source = self._memory
         if place.world_size > 1:
             link.collective_position = FlightPosition()
+        if place.device.startswith("cuda"):
+            link.follow_device(_marks(place.device))
         link.start(self._introduction.hello())
         at_exit(self._exit)
 
@@ -157,12 +180,14 @@ class Watcher:
 
     def _end(self) -> None:
         self.closed = True
-        for work in (self._flush, *self._detach, self.control.close):
-            never_raises(work)()  # after an error in training, a device may not give its numbers any more
+        never_raises(self._flush)(final=True)  # after an error in training, a device may not give its numbers any more
+        for work in (*self._detach, self.control.close):
+            never_raises(work)()
         self._detach.clear()
         # A training that is tried again after it ran out of memory must find free what the first one held.
         self.trainer.modules, self.trainer.optimizers, self.trainer.controls.optimizers = (), (), ()
         self._losses, self._micro_losses, self._figures = [], [], {}
+        self._late.clear()
         if isinstance(self.link, Telemetry):
             self.link.offer()  # it stays open until the process exits: the hub knows one connection of a rank
 
@@ -227,6 +252,7 @@ class Watcher:
     def step_ended(self) -> None:
         """The optimizer has stepped: the boundary. Commands apply here."""
         self.step += 1
+        self._pace.step()
         self._result()
         self._micro_step = self._tokens = self._samples = 0
         self._micro_losses, self._micro_checked = [], []
@@ -260,29 +286,34 @@ class Watcher:
         )
         self._losses, self._checked = self._micro_losses, self._micro_checked
 
-    def _flush(self) -> None:
-        """Send the waiting result, with the figures that came for it."""
+    def _flush(self, final: bool = False) -> None:
+        """The waiting result has all its figures: send it, and those before it, as far as they have arrived from the
+        device. final: wait for the device."""
         result, self._waiting = self._waiting, None
-        if result is None:
-            return
-        figures, self._figures = self._figures, {}
-        loss, norm = figures.get("loss"), figures.get("grad_norm")
+        if result is not None:
+            figures, self._figures = self._figures, {}
+            self._late.append(_Late(result, figures, self._losses, self._checked, self.control.lr_factor))
+        while self._late and (final or all(number.arrived for number in self._late[0].numbers())):
+            self._send(self._late.popleft())
+
+    def _send(self, late: _Late) -> None:
+        loss, norm = late.figures.get("loss"), late.figures.get("grad_norm")
         if loss is not None:
             value = loss.read()
         else:
-            read = [one for one in (late.read() for late in self._losses) if one is not None]
-            value = sum(read) / len(read) if read and len(read) == len(self._losses) else None
-        for checked in (late.read() for late in self._checked):
+            read = [one for one in (number.read() for number in late.losses) if one is not None]
+            value = sum(read) / len(read) if read and len(read) == len(late.losses) else None
+        for checked in (number.read() for number in late.checked):
             if checked is not None and not math.isfinite(checked):
                 value = checked  # a trainer may log the mean of the others
         grad_norm = norm.read() if norm is not None else None
         if self._scales_loss and not _is_finite(grad_norm):
             grad_norm = None
         changes: dict[str, Any] = {"loss": value, "grad_norm": grad_norm}
-        if figures.get("lr") is not None:
-            changes["lr"] = float(figures["lr"]) * self.control.lr_factor
-        self.link.step(result.model_copy(update=changes))
-        self._report_nonfinite(result.step, value, grad_norm)
+        if late.figures.get("lr") is not None:
+            changes["lr"] = float(late.figures["lr"]) * late.lr_factor
+        self.link.step(late.result.model_copy(update=changes))
+        self._report_nonfinite(late.result.step, value, grad_norm)
 
     def _report_nonfinite(self, step: int, loss: float | None, grad_norm: float | None) -> None:
         """Report the first of several steps in a row that are not finite: each rank whose loss it is, and rank 0 where
@@ -324,6 +355,15 @@ class Watcher:
     def _exit(self) -> None:
         error = last_error()
         self.close("failed" if error else "", error)
+
+
+def _marks(device: str) -> Marks:
+    """Marks in the compute stream of a GPU."""
+    from runtime.telemetry.device_time import DeviceTime, StreamMarks
+
+    torch = sys.modules["torch"]
+    on = torch.device(device)
+    return StreamMarks(on, DeviceTime(torch.cuda.Stream(on)))
 
 
 def _is_finite(value: float | None) -> bool:

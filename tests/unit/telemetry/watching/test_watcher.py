@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from torch import nn
 
 from runtime.telemetry import NullTelemetry
 from runtime.telemetry.watching import Trainer, Watcher, guard
+from runtime.telemetry.watching.control import AHEAD, Agreement
 from runtime.telemetry.watching.deepspeed import watch_engine
 from runtime.telemetry.watching.guard import attribute, never_raises
 from runtime.telemetry.watching.hooks import attach_model, attach_optimizer
 from runtime.telemetry.watching.introduction import Place
+from runtime.telemetry.watching.scalars import RUN_AHEAD, Pace
 from runtime.wire.messages import StepResult
 
 
@@ -179,3 +182,71 @@ def test_an_engine_of_another_version_is_watched_as_far_as_it_tells(
     assert (trainer.stage, trainer.accumulation, trainer.start_step, trainer.micro_batch) == (0, 2, 3, 0)
     assert any("zero_optimization_stage can't be read: NotImplementedError" in text for text in caplog.messages)
     assert attribute(Engine(), "no_such_thing", 7) == 7
+
+
+# ---- a device that is behind its host --------------------------------------------------------------------------------
+class Mark:
+    """An event in a device's stream."""
+
+    def __init__(self, number: int, waited: list[int]) -> None:
+        self._number, self._waited = number, waited
+
+    def synchronize(self) -> None:
+        self._waited.append(self._number)
+
+
+class Late:
+    """A loss that the device computes."""
+
+    def __init__(self, value: float) -> None:
+        self.value, self.arrived, self.waited = value, False, False
+
+    def read(self) -> float:
+        self.waited |= not self.arrived
+        return self.value
+
+
+def test_the_host_is_kept_near_its_device_and_waits_for_nothing_else() -> None:
+    waited: list[int] = []
+    numbers = iter(range(1, 10))
+    pace = Pace(lambda: Mark(next(numbers), waited))
+    for _ in range(5):
+        pace.step()
+    assert waited == [1, 2, 3] and pace.ahead == RUN_AHEAD == 2
+    assert Pace.of("cpu").ahead == 0
+    Pace.of("cpu").step()
+
+
+def launch(watcher: Watcher, monkeypatch: pytest.MonkeyPatch, losses: list[Late]) -> None:
+    """Steps whose losses are not there yet."""
+    monkeypatch.setattr("runtime.telemetry.watching.watcher.LateNumber", Late)
+    for loss in losses:
+        watcher.forward_begins()
+        watcher._micro_losses.append(loss)  # type: ignore[arg-type]
+        watcher.step_begins()
+        watcher.step_ended()
+
+
+def test_a_result_is_sent_when_its_loss_has_arrived_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    link = Link()
+    watcher = watcher_of(link)
+    losses = [Late(4.0), Late(3.0), Late(2.0)]
+    launch(watcher, monkeypatch, losses)
+    assert link.results == []
+    losses[1].arrived = True
+    watcher.forward_begins()
+    assert link.results == []
+    losses[0].arrived = True
+    watcher.forward_begins()
+    assert [(one.step, one.loss) for one in link.results] == [(1, 4.0), (2, 3.0)]
+    assert not any(loss.waited for loss in losses)
+    watcher.close()
+    assert [one.loss for one in link.results] == [4.0, 3.0, 2.0] and losses[2].waited
+
+
+def test_commands_of_hosts_that_run_ahead_apply_later(tmp_path: Path) -> None:
+    on_cpu, on_gpu = Agreement(tmp_path, 1, 2), Agreement(tmp_path, 2, 2, RUN_AHEAD)
+    for agreement in (on_cpu, on_gpu):
+        agreement.propose(1, step=10)
+    assert next(step for step in range(10, 20) if on_cpu.due(step)) == 10 + AHEAD
+    assert next(step for step in range(10, 20) if on_gpu.due(step)) == 10 + AHEAD + RUN_AHEAD

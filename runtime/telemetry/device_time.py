@@ -1,4 +1,5 @@
-"""The time of CUDA events on the host's clock, and the marks that telemetry sets in the compute stream."""
+"""The time of CUDA events on the host's clock, and the marks that telemetry sets in the compute stream. It imports
+torch, so import it only where there is a GPU."""
 
 from __future__ import annotations
 
