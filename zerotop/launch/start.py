@@ -23,6 +23,7 @@ from zerotop.launch.branching import Branch, share_checkpoint, share_trunk
 from zerotop.launch.devices import Device, choose
 from zerotop.launch.differences import differences, value_text
 from zerotop.launch.handshake import start_supervisor
+from zerotop.launch.memory_check import memory_warnings
 from zerotop.launch.outputs import check_outputs
 from zerotop.launch.preparation import prepare
 from zerotop.launch.wrapped import (
@@ -286,6 +287,9 @@ def _check(
     elif not prepared:
         say("preparing model and data")
         prepare(resolved, Path(folder), config.origin)
+    if not script:
+        warnings = memory_warnings(resolved, Path(folder))
+        notes += [{"what": "memory", "text": text, "severity": "warning"} for text in warnings]
     if branch is not None:
         text = f"branch of {branch.parent.name} at step {branch.step}"
         notes.append({"what": "branch", "text": text})

@@ -170,7 +170,12 @@ class Supervisor:
         except FileNotFoundError:
             return
         now = time.time()
-        self.hub.say(*(Event(rank=None, what=note["what"], text=note["text"], wall_s=now) for note in notes))
+        self.hub.say(
+            *(
+                Event(rank=None, what=n["what"], text=n["text"], severity=n.get("severity", "info"), wall_s=now)
+                for n in notes
+            )
+        )
 
     # ---- while it runs ---------------------------------------------------------------------------------------------
     def _collect(self) -> None:
