@@ -17,6 +17,7 @@ from tests.harness.fakerun import write_run
 from tests.tui.screen_reading import OpenApp, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.app import Outcome, ZerotopApp
+from zerotop.tui.widgets import lines
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,12 @@ def no_user_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("NO_COLOR", raising=False)
     (folder / "zerotop" / "themes").mkdir(parents=True)
     return folder / "zerotop"
+
+
+@pytest.fixture(autouse=True)
+def every_change_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What flickers is drawn at every tick."""
+    monkeypatch.setattr(lines, "FLICKER_S", 0.0)
 
 
 @pytest.fixture

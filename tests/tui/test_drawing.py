@@ -12,7 +12,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from tests.tui.conftest import settle
-from tests.tui.screen_reading import OpenApp
+from tests.tui.screen_reading import OpenApp, screen_text
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.app import ZerotopApp
 from zerotop.tui.keys import PAGE_NAMES
@@ -20,6 +20,7 @@ from zerotop.tui.narrow import NarrowCompositor, NarrowUpdate
 from zerotop.tui.pagekeys import import_pages
 from zerotop.tui.panels.memory import MemoryPanel
 from zerotop.tui.screens.live import LiveScreen
+from zerotop.tui.widgets import lines
 from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
 
@@ -230,3 +231,32 @@ async def test_a_panel_behind_another_one_is_not_asked_for_lines(
         app.tick()
         await pilot.pause()
         assert table not in asked
+
+
+async def test_what_flickers_waits_but_not_for_a_step(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(lines, "FLICKER_S", 0.5)
+    monkeypatch.setattr(lines, "monotonic", lambda: now_s)
+    async with open_app(size=(120, 38)) as (app, pilot, run):
+
+        def shown() -> str:
+            return "\n".join(screen_text(app))
+
+        now_s += 1.0
+        run.beat(0, "checkpoint", 3)
+        await settle(app, pilot)
+        assert "checkpoint" in shown()
+        run.beat(0, "offload", 2)
+        await settle(app, pilot)
+        assert "2/4 offload" not in shown()
+        now_s += 0.5
+        run.beat(0, "offload", 2)
+        await settle(app, pilot)
+        assert "2/4 offload" in shown()
+        run.beat(0, "gather", 3)
+        await settle(app, pilot)
+        assert "3/4 gather" not in shown()
+        run.steps(1)
+        run.beat(0, "gather", 3)
+        await settle(app, pilot)
+        assert "3/4 gather" in shown()

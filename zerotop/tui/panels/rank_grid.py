@@ -56,6 +56,7 @@ class RankGrid(RankPanel, Filterable, Figured):
         Binding("enter", "open", "Open rank", show=False),
     ]
     READS = RankTable.READS
+    FLICKERS = RankTable.FLICKERS
     FILTER_HINT = RankTable.FILTER_HINT
 
     def __init__(self, *, id: str) -> None:

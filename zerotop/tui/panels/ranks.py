@@ -57,7 +57,8 @@ class RankTable(RankPanel, Filterable):
         Binding("enter", "open", "Open rank", show=False, id="rank.open"),
     ]
 
-    READS = ("heartbeat", "memory", "step", "phases", "collectives", "node")
+    READS = ("memory", "step", "node")
+    FLICKERS = ("heartbeat", "phases", "collectives")
     FILTER_HINT = "rank 3, cuda:1, a host, a phase, an alarm …"
 
     def __init__(self, *, id: str) -> None:

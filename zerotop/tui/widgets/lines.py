@@ -7,8 +7,10 @@ previous ones, and repaints only the cells that differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import zip_longest
+from time import monotonic
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.cells import cell_len, set_cell_size
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 PLAIN = Style()
 RARE = ("status", "hello", "goodbye")
 """Kinds of messages that may change every panel."""
+FLICKER_S = 0.5
+"""Phases change many times a second. Nobody can follow more of it, and drawing it takes most of a tick."""
 TITLE_MARGIN = 4
 """Cells of a border's corner and the blanks around its title."""
 
@@ -119,6 +123,13 @@ class _Drawn(Widget):
 
     READS: ClassVar[tuple[str, ...] | None] = None
     """Kinds of messages that the title and the lines depend on, beside those of RARE; None: draw at every tick."""
+    FLICKERS: ClassVar[tuple[str, ...]] = ()
+    """More such kinds, which change many times a second: what they change is drawn at most every FLICKER_S, or with
+    something else."""
+    _drawn_s = -math.inf
+    _steady: object = None
+    _flickered: object = None
+    """When it was drawn last, and the revisions of both kinds then."""
     view: View | None = None
     _last: list[Row] = []  # noqa: RUF012 (replaced, never changed)
     """What `draw` returned last; `_shown` are its lines."""
@@ -150,7 +161,17 @@ class _Drawn(Widget):
         at every tick. It is the revision of what the panel READS; a panel that shows more, such as the time of day or
         options of its own, adds that. The size, the palette, the focus, and whether the data is old or frozen count
         for every panel."""
-        return None if self.READS is None else view.state.revision((*self.READS, *RARE))
+        if self.READS is None:
+            return None
+        steady = view.state.revision((*self.READS, *RARE))
+        if not self.FLICKERS:
+            return steady
+        now = monotonic()
+        if steady != self._steady or now - self._drawn_s >= FLICKER_S:
+            flickers = view.state.revision(self.FLICKERS)
+            if (steady, flickers) != (self._steady, self._flickered):
+                self._steady, self._flickered, self._drawn_s = steady, flickers, now
+        return self._steady, self._flickered
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         """The visible lines, at most `height` of them, each at most `width` cells. Must not keep a reference to the
