@@ -30,6 +30,20 @@ class LiveScreen(Screen[None]):
         self.resizer = PaneResizer(self)
         self._drawn_panels: list[Panel | ScrollPanel] = []
         self._key_bars: list[KeyBar] = []
+        self._styled_for: object = None
+        """What the styles of this screen depend on, when it was left."""
+
+    def _looks(self) -> object:
+        """What may change its styles while another screen is on top."""
+        return self.app.theme, self.app.size, self.app.app_focus, self.app.no_color, self.app.classes
+
+    def _on_screen_resume(self, event: events.ScreenResume) -> None:
+        """Textual applies every rule to every widget anew, a third of the time of a key that opens a screen."""
+        if self._styled_for is not None and self._looks() == self._styled_for:
+            event.refresh_styles = False
+
+    def _on_screen_suspend(self) -> None:
+        self._styled_for = self._looks()
 
     def on_resize(self) -> None:
         """Where lines are few, panels have a line above them instead of a box around them."""
