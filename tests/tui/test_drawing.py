@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from rich.segment import Segment
+from textual.app import App
 from textual.geometry import Region, Size
 from textual.screen import Screen
 from textual.strip import Strip
@@ -17,7 +18,7 @@ from tests.tui.scripted_run import ScriptedRun
 from zerotop.tui.app import ZerotopApp
 from zerotop.tui.keys import PAGE_NAMES
 from zerotop.tui.narrow import NarrowCompositor, NarrowUpdate
-from zerotop.tui.pagekeys import import_pages
+from zerotop.tui.pagekeys import HOLD_S, import_pages
 from zerotop.tui.panels.memory import MemoryPanel
 from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.widgets import lines
@@ -260,3 +261,29 @@ async def test_what_flickers_waits_but_not_for_a_step(open_app: OpenApp, monkeyp
         run.beat(0, "gather", 3)
         await settle(app, pilot)
         assert "3/4 gather" in shown()
+
+
+async def test_only_a_new_screen_is_given_time_to_settle(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[float] = []
+    hold = App.delay_update
+    monkeypatch.setattr(App, "delay_update", lambda app, delay=0.05: (held.append(delay), hold(app, delay))[1])
+    async with open_app(size=(120, 38)) as (app, pilot, _):
+        for key in "2121":
+            await pilot.press(key)
+            await settle(app, pilot)
+        assert held == [0.05, HOLD_S, HOLD_S, HOLD_S]
+
+
+async def test_a_screen_that_was_away_has_the_styles_of_the_theme_that_was_chosen_meanwhile(open_app: OpenApp) -> None:
+    async with open_app(size=(120, 38)) as (app, pilot, _):
+        await pilot.press("2", "1")
+        await settle(app, pilot)
+        header = app.screen.query_one("#header")
+        before = header.background_colors
+        await pilot.press("2")
+        app.theme = "light"
+        await settle(app, pilot)
+        await pilot.press("1")
+        await settle(app, pilot)
+        assert app.screen.query_one("#header") is header
+        assert all(now != then for now, then in zip(header.background_colors, before, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -60,6 +61,8 @@ def import_pages() -> None:
 
 PRELOAD_S = 1.5
 """So long after the start the pages are imported."""
+HOLD_S = 0.005
+"""For so long a switch to a screen that is there draws nothing."""
 PAGES: Mapping[str, Callable[[], Page]] = {key: partial(_page, key) for key in PAGE_NAMES}
 OVERVIEW, TIMELINE, COMMUNICATION, TRAINING, LOGS, DATA = "1", "3", "4", "5", "6", "8"
 FIRST = "1"
@@ -79,6 +82,8 @@ class PageKeys(KeyFlow[ReturnType]):
     """The number keys, and the keys that act on what a screen shows."""
 
     lens: Lens
+    _hold_s = math.inf
+    """The longest time for which a switch of screens may draw nothing."""
 
     @property
     def palette(self) -> Palette:
@@ -99,13 +104,20 @@ class PageKeys(KeyFlow[ReturnType]):
         return PageScreen(self.palette, key, PAGES)
 
     # ---- screens ---------------------------------------------------------------------------------------------------
+    def delay_update(self, delay: float = 0.05) -> None:
+        """Textual holds back what a switch of screens draws, so that a new one can settle. One that is there already
+        needs only the messages that the switch has caused."""
+        super().delay_update(min(delay, self._hold_s))
+
     def action_page(self, key: str) -> None:
         """1 to 8: open a screen."""
         if self.current_mode == mode_of(key):
             while len(self.screen_stack) > 1:
                 self.pop_screen()
         else:
+            self._hold_s = HOLD_S if mode_of(key) in self._screen_stacks else math.inf
             self.switch_mode(mode_of(key))
+            self._hold_s = math.inf
         self.screen.set_class(self.is_frozen, "-frozen")
         self.call_after_refresh(self.update_view)
 
