@@ -40,7 +40,7 @@ class Case:
 LOOP = frozenset({"data", "forward", "backward", "step"})
 CASES = (
     Case("ddp.py", "torch", "torch", LOOP | {"reduce"}),
-    Case("fsdp2.py", "torch", "torch", LOOP),
+    Case("fsdp2.py", "torch", "torch", LOOP | {"reduce"}),
     Case("transformers_trainer.py", "transformers", "transformers", LOOP | {"reduce", "eval"}, logs_norm=True),
     Case("accelerate_loop.py", "accelerate", "torch", LOOP | {"reduce"}),
     Case("lightning_trainer.py", "pytorch_lightning", "Lightning", LOOP | {"eval"}, nproc=1),
@@ -89,6 +89,41 @@ def test_what_is_seen_and_that_losses_stay(case: Case, run_script: RunScript) ->
     assert "optimizer" in held | ({"optimizer"} if case.script == "deepspeed_engine.py" else set())
     goodbye = state.ranks[0].goodbye
     assert goodbye is not None and goodbye.outcome == "finished"
+
+
+def test_collectives_are_those_that_a_rank_issues(run_script: RunScript) -> None:
+    """Under no_sync nothing is reduced in the first micro-step, and nothing waits there."""
+    run = run_script("ddp.py", STEPS=STEPS, SLOW_MS=25, NO_SYNC=1)
+    run.see(lambda source: source.connection == "ended", "the end", deadline_s=80)
+    run.see_end("finished")
+    state = run.source.state
+    assert state.hello is not None
+    for rank in state.ranks.values():
+        assert rank.counted == [("all_reduce", 4 * state.hello.parameters, 1, None)]
+        assert {span[2] for span in rank.spans if span[0] == "reduce"} == {2}
+    assert [(one.op, one.bytes) for one in state.waits.meetings] == [("end of backward", 0)] * STEPS
+    assert {meeting.step for meeting in state.waits.meetings} == set(range(1, STEPS + 1))
+
+
+def test_collectives_and_waits_of_fsdp2(run_script: RunScript) -> None:
+    """Shards are gathered in forward and again in backward, of the root in forward only. Gloo has no reduce-scatter:
+    FSDP2 all-reduces whole gradients with it."""
+    run = run_script("fsdp2.py", STEPS=STEPS, SLOW_MS=25)
+    run.see(lambda source: source.connection == "ended", "the end", deadline_s=80)
+    run.see_end("finished")
+    state = run.source.state
+    block = 32 * 64 + 64 + 64 * 32 + 32
+    root = 64 * 32 + 64 * 32 + 64
+    expected = {
+        ("all_gather", 2 * block, 8, None),  # bytes of what a rank gives: half of the elements, 4 bytes each
+        ("all_gather", 2 * root, 2, None),
+        ("all_reduce", 4 * block, 4, None),
+        ("all_reduce", 4 * root, 2, None),
+    }
+    for rank in state.ranks.values():
+        assert set(rank.counted) == expected
+        assert {span[2] for span in rank.spans if span[0] == "reduce"} == {1, 2}
+    assert [one.op for one in state.waits.meetings] == ["end of backward"] * 2 * STEPS
 
 
 def test_memory_of_data_parallel_ranks_is_what_they_hold(run_script: RunScript) -> None:

@@ -64,7 +64,6 @@ class _EngineListener:
         for name in (
             "forward_ended",
             "backward_begins",
-            "gradients_computed",
             "backward_ended",
             "evaluation_begins",
             "evaluation_ended",
@@ -77,6 +76,9 @@ class _EngineListener:
         """The next micro-step, perhaps after a step."""
         self.catch_up()
         self._watcher.forward_begins(samples, tokens)
+
+    def gradients_computed(self) -> None:
+        """It waits for its communication within backward."""
 
     def catch_up(self) -> None:
         """Tell of the step that the engine has taken since."""
