@@ -43,7 +43,7 @@ CASES = (
     Case("fsdp2.py", "torch", "torch", LOOP | {"reduce"}),
     Case("transformers_trainer.py", "transformers", "transformers", LOOP | {"reduce", "eval"}, logs_norm=True),
     Case("accelerate_loop.py", "accelerate", "torch", LOOP | {"reduce"}),
-    Case("lightning_trainer.py", "pytorch_lightning", "Lightning", LOOP | {"eval"}, nproc=1),
+    Case("lightning_trainer.py", "pytorch_lightning", "Lightning", LOOP | {"eval"}),
     Case("trl_sft.py", "trl", "transformers", LOOP | {"reduce"}, logs_norm=True),
     Case("deepspeed_engine.py", "deepspeed", "DeepSpeed", LOOP, environment=(("STAGE", "2"),), logs_norm=True),
     Case("deepspeed_engine.py", "deepspeed", "DeepSpeed", LOOP, environment=(("STAGE", "3"),), logs_norm=True),
@@ -145,6 +145,29 @@ def test_memory_of_data_parallel_ranks_is_what_they_hold(run_script: RunScript) 
         assert ledger["optimizer"] == pytest.approx(8 * parameters, rel=0.01)  # and a step counter per parameter
 
 
+def test_memory_of_sharded_ranks_is_their_part(run_script: RunScript) -> None:
+    """Under FSDP2, of whose DTensors the local part counts: half of everything on each of two ranks."""
+    run = run_script("fsdp2.py", STEPS=100_000, SLOW_MS=20)
+    run.see(
+        lambda source: (
+            len(source.state.ranks) == 2
+            and all(r.memory and r.memory.ledger.get("optimizer", 0) for r in source.state.ranks.values())
+        ),
+        "optimizer states in memory",
+        deadline_s=60,
+    )
+    run.command("pause")
+    hello = run.source.state.hello
+    assert hello is not None
+    tensors = 2 + 2 * 4 + 1  # embedding and head with its bias, and the two linear layers of each block
+    for rank in run.source.state.ranks.values():
+        assert rank.memory is not None
+        ledger = rank.memory.ledger
+        assert ledger["parameters"] == 4 * hello.parameters // 2
+        assert ledger["gradients"] == 4 * hello.parameters // 2
+        assert ledger["optimizer"] == 8 * hello.parameters // 2 + 4 * tensors  # and a step counter per parameter
+
+
 def test_commands_apply_at_one_step_of_all_ranks(run_script: RunScript, tmp_path: object) -> None:
     run = run_script("ddp.py", STEPS=100_000, SLOW_MS=5)
     run.see_step(2, deadline_s=60)
@@ -170,6 +193,49 @@ def test_commands_apply_at_one_step_of_all_ranks(run_script: RunScript, tmp_path
     assert bounds.ack.state == "rejected" and "lr_factor" in bounds.ack.reason
     assert run.command("stop").ack.state == "applied"
     assert run.see_end("stopped").reason == "stopped on request"
+
+
+OBEYING = (
+    Case("fsdp2.py", "torch", "torch", LOOP),
+    Case("lightning_trainer.py", "pytorch_lightning", "Lightning", LOOP),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+        if case.script in ("accelerate_loop.py", "trl_sft.py") or ("STAGE", "2") in case.environment
+    ),
+)
+
+
+@pytest.mark.parametrize("case", OBEYING, ids=str)
+def test_commands_of_each_trainer(case: Case, run_script: RunScript) -> None:
+    """On two ranks: it stands still while it is paused, trains with another learning rate, saves, and stops after a
+    save."""
+    if importlib.util.find_spec(case.package) is None:
+        pytest.skip(f"{case.package} is not installed")
+    run = run_script(case.script, STEPS=100_000, SLOW_MS=5, **dict(case.environment))
+    run.see_step(2, deadline_s=90)
+    paused = run.command("pause")
+    assert paused.ack.state == "applied"
+    ranks = run.source.state.ranks.values()
+    run.see(lambda source: len(ranks) == 2 and all(rank.phase == "paused" for rank in ranks), "both ranks paused")
+    since_ns = max(rank.heard_ns for rank in ranks)
+    run.see(lambda source: all(rank.heard_ns > since_ns + 1_000_000_000 for rank in ranks), "a second of the pause")
+    assert {(rank.phase, rank.current_step) for rank in ranks} == {("paused", paused.ack.step)}
+    assert run.command("resume").ack.state == "applied"
+
+    before = run.source.state.ranks[0].step
+    assert before is not None
+    factor = run.command("set", lr_factor=0.5)
+    assert factor.ack.state == "applied" and factor.ack.step is not None
+    run.see_step(factor.ack.step + 2)
+    after = run.source.state.ranks[0].step
+    assert after is not None and after.lr == pytest.approx(before.lr / 2, rel=0.05)  # a schedule may lower it, too
+
+    saved = run.command("checkpoint")
+    assert saved.ack.state == "applied" and Path(saved.ack.result["path"]).exists()
+    assert run.command("stop").ack.state == "applied"
+    status = run.see_end("stopped", deadline_s=40)
+    assert status.reason == "stopped on request" and status.last_checkpoint_step == status.step
 
 
 def test_lightning_saves_and_stops_after_a_save(run_script: RunScript) -> None:

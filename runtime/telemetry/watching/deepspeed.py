@@ -46,6 +46,7 @@ def watch_engine(engine: Any, save: Callable[[], Any] | None) -> Watcher:
     listener = _EngineListener(watcher, engine)
     watcher.on_close(attach_model(engine, cast(PhaseListener, listener)))
     watcher.on_close(listener.catch_up)
+    watcher.catch_up = never_raises(listener.catch_up)
     for one in inner:
         handles = (
             one.register_step_pre_hook(never_raises(lambda *_given: watcher.step_begins())),
@@ -57,7 +58,8 @@ def watch_engine(engine: Any, save: Callable[[], Any] | None) -> Watcher:
 
 
 class _EngineListener:
-    """The phases of an engine. It tells nobody when a step has ended, but counts them: the next forward finds out."""
+    """The phases of an engine. It tells nobody when a step has ended, but counts them: the next forward finds out, or
+    before it a loop that asks whether it should stop."""
 
     def __init__(self, watcher: Watcher, engine: Any) -> None:
         self._watcher, self._engine = watcher, engine

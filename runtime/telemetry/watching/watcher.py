@@ -91,6 +91,8 @@ class Watcher:
         self._held = Held(place.device.split(":")[0])
         self._counted_at = 0.0
         self._looked_for_stop = False
+        self.catch_up: Callable[[], object] = lambda: None
+        """Tells of a step that has ended unnoticed, for trainers that tell nobody."""
         self._detach: list[Callable[[], None]] = []
         self.closed = False
         self._introduction = Introduction(place, trainer, run)
@@ -134,6 +136,7 @@ class Watcher:
             if self.trainer.controls.stop is None:
                 self.trainer.controls.stop = lambda: None
                 self.renew()
+        self.catch_up()
         return self.control.stop_asked
 
     @property
