@@ -231,6 +231,9 @@ def test_commands_of_each_trainer(case: Case, run_script: RunScript) -> None:
     after = run.source.state.ranks[0].step
     assert after is not None and after.lr == pytest.approx(before.lr / 2, rel=0.05)  # a schedule may lower it, too
 
+    interval = run.command("set", log_interval=3)
+    possible = case.trainer in ("Lightning", "transformers")
+    assert (interval.ack.state == "applied") == possible, interval.ack.reason
     saved = run.command("checkpoint")
     assert saved.ack.state == "applied" and Path(saved.ack.result["path"]).exists()
     assert run.command("stop").ack.state == "applied"
@@ -256,6 +259,12 @@ def test_a_trainer_saves_and_stops(run_script: RunScript) -> None:
     """transformers' Trainer writes its own checkpoints, when it is asked and before it stops."""
     run = run_script("transformers_trainer.py", STEPS=100_000, SLOW_MS=5)
     run.see_step(2, deadline_s=90)
+    interval = run.command("set", log_interval=20)
+    assert interval.ack.state == "applied" and interval.ack.step is not None
+    first = interval.ack.step
+    run.see_step(first + 25)
+    points = {point.step: point.loss for point in run.source.state.series}
+    assert [step for step in range(first + 1, first + 21) if points[step] is not None] == [(first // 20 + 1) * 20]
     saved = run.command("checkpoint")
     assert saved.ack.state == "applied"
     path = saved.ack.result["path"]
