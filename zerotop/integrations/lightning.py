@@ -43,6 +43,7 @@ class ZerotopCallback(lightning.Callback):  # type: ignore[misc]  # whichever of
         steps = trainer.estimated_stepping_batches
         watched = Trainer(
             name=f"Lightning {lightning.__version__}",
+            packages=("torch", lightning.__name__.split(".")[0]),
             modules=[pl_module],
             optimizers=optimizers,
             precision=next((p for k, p in _PRECISIONS.items() if str(trainer.precision).startswith(k)), ""),

@@ -46,6 +46,7 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         optimizers = [optimizer] if hasattr(optimizer, "register_step_post_hook") else []
         trainer = Trainer(
             name=f"transformers {transformers.__version__}",
+            packages=("torch", "transformers", "accelerate", "trl"),  # of those, the loaded ones
             modules=[model] if model is not None else [],
             optimizers=optimizers,
             precision="bf16" if args.bf16 else "fp16" if args.fp16 else precision_of(model),

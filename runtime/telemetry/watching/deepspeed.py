@@ -31,6 +31,7 @@ def watch_engine(engine: Any, save: Callable[[], Any] | None) -> Watcher:
     inner = [one for one in candidates if _has_hooks(one)][:1]
     trainer = Trainer(
         name=f"DeepSpeed {getattr(sys.modules.get('deepspeed'), '__version__', '')}".strip(),
+        packages=("torch", "deepspeed"),
         modules=[engine.module],
         optimizers=[optimizer] if optimizer is not None else [],
         stage=int(attribute(engine, "zero_optimization_stage", 0) or 0),

@@ -41,6 +41,8 @@ class Trainer:
 
     name: str
     """Its name and version, such as "transformers 5.24 Trainer"."""
+    packages: Sequence[str] = ("torch",)
+    """The modules whose versions matter to the watch; those of versions.SUPPORTED."""
     modules: Sequence[Any] = ()
     optimizers: Sequence[Any] = ()
     stage: int = 0

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from runtime.telemetry.watching.guard import never_raises
 from runtime.telemetry.watching.held import Held, held_by
 from runtime.telemetry.watching.introduction import Introduction, Place, Trainer, attempt, last_error, process_memory
 from runtime.telemetry.watching.scalars import LateNumber, Pace
+from runtime.telemetry.watching.versions import unsupported
 from runtime.wire.finetuning import Evaluation
 from runtime.wire.messages import Memory, PhaseName, StepResult
 from runtime.wire.rundir import RunFile
@@ -93,6 +94,7 @@ class Watcher:
         self._looked_for_stop = False
         self.catch_up: Callable[[], object] = lambda: None
         """Tells of a step that has ended unnoticed, for trainers that tell nobody."""
+        self._checked_packages: set[str] = set()
         self._detach: list[Callable[[], None]] = []
         self.closed = False
         self._introduction = Introduction(place, trainer, run)
@@ -111,6 +113,7 @@ class Watcher:
         if place.device.startswith("cuda"):
             link.follow_device(_marks(place.device))
         link.start(self._introduction.hello())
+        self.warn_of_versions(trainer.packages)
         at_exit(self._exit)
 
     # ---- what a script may call ------------------------------------------------------------------------------------
@@ -170,6 +173,13 @@ class Watcher:
                 wall_s=time.time(),
             )
         )
+
+    def warn_of_versions(self, packages: Iterable[str]) -> None:
+        """Warn the run, once each, of loaded packages whose version is not supported."""
+        for text in unsupported(one for one in packages if one not in self._checked_packages):
+            if self.place.rank == 0:
+                self.link.event("unsupported version", text, severity="warning", of_run=True)
+        self._checked_packages.update(packages)
 
     def renew(self) -> None:
         """Introduce this rank again, because what is known of its trainer has changed."""
