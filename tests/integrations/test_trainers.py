@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,39 @@ def test_commands_of_each_trainer(case: Case, run_script: RunScript) -> None:
     assert run.command("stop").ack.state == "applied"
     status = run.see_end("stopped", deadline_s=40)
     assert status.reason == "stopped on request" and status.last_checkpoint_step == status.step
+
+
+LAUNCHERS = {
+    "torchrun": ("ddp.py", "torch", "torch.distributed.run --standalone --nproc-per-node 2"),
+    # --multi_gpu stands for several processes here: with --cpu accelerate starts one, unless there is MPI.
+    "accelerate launch": (
+        "accelerate_loop.py",
+        "accelerate",
+        "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+        " --dynamo_backend no --main_process_port 0",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_ranks_of_the_command_s_own_launcher(name: str, run_script: RunScript) -> None:
+    """Under `zerotop run` without --nproc: each rank reports, has a log, and obeys; the launcher's output is kept."""
+    script, package, words = LAUNCHERS[name]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    run = run_script(script, None, launcher=(sys.executable, "-m", *words.split()), STEPS=100_000, SLOW_MS=5)
+    run.see_step(2, deadline_s=90)
+    state = run.source.state
+    assert sorted(state.ranks) == [0, 1] and state.hello is not None and state.hello.world_size == 2
+    saved = run.command("checkpoint")
+    assert saved.ack.state == "applied" and Path(saved.ack.result["path"]).exists()
+    assert run.command("stop").ack.state == "applied"
+    status = run.see_end("stopped", deadline_s=40)
+    assert status.reason == "stopped on request" and status.last_checkpoint_step == status.step
+    logs = run.entry.logs()
+    assert all("LOSSES" in (logs / f"rank-{rank}.log").read_text() for rank in range(2))
+    assert (logs / "launcher.log").exists()
 
 
 def test_lightning_saves_and_stops_after_a_save(run_script: RunScript) -> None:
