@@ -67,6 +67,7 @@ class RankState:
     """Newest collectives: (seq, op, bytes, issue_ns, end_ns, duration_us, wait_us), as in `Collectives.records`."""
     counted: list[CountedCollectives] = field(default_factory=list)
     """All collectives of a recent step of a trainer that is not ours: as in `Collectives.counted`."""
+    counted_step: int = 0
     heard_ns: int = 0
     """When the newest packet arrived at the hub, on its monotonic clock."""
     packets_lost: int = 0
@@ -208,6 +209,7 @@ class RunState:
             case Collectives():
                 if message.counted:
                     self.rank(message.rank).counted = message.counted
+                    self.rank(message.rank).counted_step = message.step
                 if message.records:
                     self.rank(message.rank).collectives.extend(message.records)
                     self.waits.add(message, self.world_size)
@@ -371,6 +373,11 @@ class RunState:
                 spans: Any = list(state.spans)
                 messages.append(Phases(rank=state.rank, micro_steps=state.heartbeat.micro_steps, spans=spans))
         messages += self.waits.messages()
+        messages += [
+            Collectives(rank=rank.rank, step=rank.counted_step, records=[], counted=rank.counted)
+            for rank in self.ranks.values()
+            if rank.counted
+        ]
         messages += self.energy.messages()
         messages += list(self.nodes.values())
         messages += [one for one in (self.verdict, self.time_report) if one is not None]

@@ -5,7 +5,9 @@ assumed.
 [Note: what the Flight Recorder costs]
 How many collectives were issued is known in 20 us. Their operations and sizes come only with all of the recorder's
 entries, while Python's lock is held: 1 ms with 100 entries, 20 ms with the 2000 that `zerotop run` asks for. So they
-are read seldom enough to take SHARE of the time. That shows some of the steps, each of them in full.
+are read when a step has another number of collectives than the one that was read last, or AGAIN_S later, and seldom
+enough to take SHARE of the time. That shows some of the steps, each of them in full; in most runs the first ones, when
+the recorder has few entries.
 
 Gloo's entries have the time of issue, never that of completion; NCCL's have a duration where TORCH_NCCL_ENABLE_TIMING
 is set. For how long a rank has waited in a single collective is in neither.
@@ -33,6 +35,8 @@ STANDS_S = 2.0
 
 SHARE = 0.002
 """Of the time that may go into reading all entries."""
+AGAIN_S = 60.0
+"""After so long all entries are read again, although nothing seems to have changed."""
 STEPS_KEPT = 64
 """Newest steps whose collectives are looked for."""
 
@@ -65,20 +69,28 @@ class StepCollectives:
 
     def __init__(self, rank: int, start_step: int) -> None:
         self._rank = rank
-        self._ends: deque[tuple[int, int]] = deque([(start_step, time.monotonic_ns())], maxlen=STEPS_KEPT)
+        begun = (start_step, time.monotonic_ns(), collectives_entered() or 0)
+        self._ends: deque[tuple[int, int, int]] = deque([begun], maxlen=STEPS_KEPT)
+        """(step, its end, how many collectives there were by then)."""
+        self._usual, self._again_at = -1, 0.0
+        """How many the newest step had that was read."""
         self._taken = start_step
         """The newest step that was looked at."""
         self._not_before = 0.0
 
     def step_ended(self, step: int) -> None:
         """What is issued from now on belongs to the next step."""
-        self._ends.append((step, time.monotonic_ns()))
+        self._ends.append((step, time.monotonic_ns(), collectives_entered() or 0))
 
     def take(self, final: bool = False) -> list[Collectives]:
         """The collectives of the steps since the last call, of those that the recorder still has in full; see the note.
         final: there is no later call."""
         ends, now = list(self._ends), time.monotonic()
         if ends[-1][0] <= self._taken or (now < self._not_before and not final):
+            return []
+        issued = [b[2] - a[2] for a, b in itertools.pairwise(ends) if b[0] > self._taken]
+        if now < self._again_at and all(number == self._usual for number in issued):
+            self._taken = ends[-1][0]
             return []
         wall_ns = time.time_ns() - time.monotonic_ns()  # entries have wall time
         found: dict[int, dict[tuple[str, int], list[float | None]]] = {}
@@ -93,8 +105,11 @@ class StepCollectives:
                     found.setdefault(step, {}).setdefault(_kind(entry), []).append(entry.get("duration_ms"))
         took = time.monotonic() - now
         self._not_before = now + took / SHARE
-        whole = {step for (_, begin), (step, _) in itertools.pairwise(ends) if begin > oldest_ns}
+        whole = {step for (_, begin, _), (step, _, _) in itertools.pairwise(ends) if begin > oldest_ns}
         self._taken = ends[-1][0]
+        if self._taken in found and self._taken in whole:
+            self._usual = sum(len(durations) for durations in found[self._taken].values())
+            self._again_at = now + AGAIN_S
         return [
             Collectives.model_construct(rank=self._rank, step=step, records=[], counted=_counted(kinds))
             for step, kinds in sorted(found.items())
@@ -119,11 +134,11 @@ def _entered_and_completed() -> tuple[int, int] | None:
     return (entered, completed) if found else None
 
 
-def _step_at(ends: list[tuple[int, int]], at_ns: int) -> int:
+def _step_at(ends: list[tuple[int, int, int]], at_ns: int) -> int:
     """The step in which something happened; 0 if that was before the first one or after the last."""
     if at_ns <= ends[0][1]:
         return 0
-    return next((step for step, end_ns in ends if at_ns <= end_ns), 0)
+    return next((step for step, end_ns, _ in ends if at_ns <= end_ns), 0)
 
 
 def _counted(kinds: Mapping[tuple[str, int], list[float | None]]) -> list[CountedCollectives]:

@@ -10,6 +10,7 @@ from zerotop.state.marks import step_marks
 from zerotop.state.operations import operations
 from zerotop.state.outlook import coming, next_boundary
 from zerotop.state.progress import progress
+from zerotop.state.run import RunState
 from zerotop.state.settings import known_values, setting_values
 
 
@@ -94,6 +95,10 @@ def test_collectives_that_are_only_counted_have_no_times() -> None:
     assert (found[400].per_step, found[400].transfer_ms, found[400].exposed_ms) == (3, None, None)
     assert found[400].bus_bytes_per_s is None and found[400].exposed_per_step_ms == 0
     assert found[80].transfer_ms == 1.0 and found[80].bus_bytes_per_s == pytest.approx(80e3)
+    late = RunState()
+    for message in run.state.snapshot_messages():
+        late.apply(message)
+    assert operations(late) == operations(run.state)  # a screen that comes later has them, too
     assert not run.state.waits.meetings and run.state.ranks[0].comm_bytes == 1280
 
 

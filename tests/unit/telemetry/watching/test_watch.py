@@ -135,6 +135,29 @@ def test_a_step_has_the_collectives_that_were_issued_in_it(monkeypatch: pytest.M
     assert [one.step for one in steps.take(final=True)] == [6] and recorder.with_entries == 2
 
 
+def test_steps_like_the_last_one_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(monkeypatch)
+    steps = StepCollectives(rank=0, start_step=0)
+
+    def step(number: int, collectives: int) -> None:
+        for _ in range(collectives):
+            time.sleep(0.001)
+            entry = {"record_id": len(recorder.entries), "profiling_name": "gloo:all_reduce"}
+            recorder.entries.append({**entry, "time_created_ns": time.time_ns()})
+        recorder.status = {"0": {"last_enqueued_collective": len(recorder.entries), "last_completed_collective": 0}}
+        steps.step_ended(number)
+
+    step(1, 3)
+    assert [one.counted for one in steps.take()] == [[("all_reduce", 0, 3, None)]]
+    step(2, 3)
+    step(3, 3)
+    assert steps.take(final=True) == [] and recorder.with_entries == 1
+    step(4, 3)
+    step(5, 2)
+    assert [(one.step, one.counted[0][2]) for one in steps.take(final=True)] == [(4, 3), (5, 2)]
+    assert recorder.with_entries == 2
+
+
 def test_reading_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     recorder.slow_s = 0.02
