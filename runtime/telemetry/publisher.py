@@ -81,6 +81,9 @@ class Telemetry(Recorder):
         self.collective_position: Callable[[], CollectivePosition | None] | None = None
         """Called by the publisher for the heartbeat, where the collectives are not recorded here. `None` leaves what is
         recorded."""
+        self.counted_collectives: Callable[[bool], list[Collectives]] | None = None
+        """Called by the publisher for those of whole steps, where single ones are not recorded here; True: for the last
+        time."""
         self.log_handler = TelemetryHandler(self.log)
         self._logger = logging.getLogger("runtime")
         self.adoptable = False
@@ -366,6 +369,8 @@ class Telemetry(Recorder):
             by_step.setdefault(step, []).append(record)
         for step, records in by_step.items():
             messages.append(Collectives.model_construct(rank=self.rank, step=step, records=records))
+        if self.counted_collectives is not None:
+            messages += self.counted_collectives(final)
         messages += drained.steps
         # Before the position: nothing shows as completed that has not been entered.
         completed = self.completed_on_device() if self.completed_on_device is not None else 0

@@ -223,12 +223,18 @@ class Memory(Message):
     at_ns: Int64
 
 
+CountedCollectives = tuple[Word, Count, Count, Finite | None]
+"""(op, input bytes of one, how many, their mean duration in ms if torch has measured it)."""
+
+
 class Collectives(Message):
     """Finished collectives, in issue order: (seq, op, bytes, issue_ns, end_ns, duration_us, wait_us).
 
     seq counts a rank's collectives from 1; all ranks issue in one order, so equal seq means the same collective.
     duration runs from the later of its issue and the previous completion, to its completion; wait is the part for which
     the training thread was blocked. `group` names the process group; seq counts per group.
+
+    A trainer that is not ours has `counted` instead: all collectives of the step, without the times of single ones.
     """
 
     kind: Literal["collectives"] = "collectives"
@@ -236,6 +242,7 @@ class Collectives(Message):
     step: Step
     group: Name = "world"
     records: list[tuple[Count, Word, Count, Int64, Int64, Int64, Int64]]
+    counted: list[CountedCollectives] = Field(default_factory=list)
 
 
 class Heartbeat(Message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,17 +21,24 @@ RunScript = Callable[..., StartedRun]
 
 @pytest.fixture
 def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunScript]:
-    """`run_script("ddp.py", nproc=2, STEPS=40)`: a run of the script with this environment."""
+    """`run_script("ddp.py", nproc=2, STEPS=40)`: a run of the script with this environment. launcher: the command that
+    starts its ranks, before the script."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "out").mkdir()
     runs: list[StartedRun] = []
 
-    def begin(script: str, nproc: int | None = 2, as_deepspeed: bool = False, **environment: object) -> StartedRun:
+    def begin(
+        script: str,
+        nproc: int | None = 2,
+        as_deepspeed: bool = False,
+        launcher: Sequence[str] = (sys.executable,),
+        **environment: object,
+    ) -> StartedRun:
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
-        entry = start_wrapped([sys.executable, str(SCRIPTS / script)], nproc=nproc, as_deepspeed=as_deepspeed)
+        entry = start_wrapped([*launcher, str(SCRIPTS / script)], nproc=nproc, as_deepspeed=as_deepspeed)
         for name in environment:
             monkeypatch.delenv(name)
         runs.append(StartedRun(entry, tmp_path / "no-pids"))

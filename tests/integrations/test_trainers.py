@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,10 @@ class Case:
 LOOP = frozenset({"data", "forward", "backward", "step"})
 CASES = (
     Case("ddp.py", "torch", "torch", LOOP | {"reduce"}),
-    Case("fsdp2.py", "torch", "torch", LOOP),
+    Case("fsdp2.py", "torch", "torch", LOOP | {"reduce"}),
     Case("transformers_trainer.py", "transformers", "transformers", LOOP | {"reduce", "eval"}, logs_norm=True),
     Case("accelerate_loop.py", "accelerate", "torch", LOOP | {"reduce"}),
-    Case("lightning_trainer.py", "pytorch_lightning", "Lightning", LOOP | {"eval"}, nproc=1),
+    Case("lightning_trainer.py", "pytorch_lightning", "Lightning", LOOP | {"eval"}),
     Case("trl_sft.py", "trl", "transformers", LOOP | {"reduce"}, logs_norm=True),
     Case("deepspeed_engine.py", "deepspeed", "DeepSpeed", LOOP, environment=(("STAGE", "2"),), logs_norm=True),
     Case("deepspeed_engine.py", "deepspeed", "DeepSpeed", LOOP, environment=(("STAGE", "3"),), logs_norm=True),
@@ -91,6 +92,41 @@ def test_what_is_seen_and_that_losses_stay(case: Case, run_script: RunScript) ->
     assert goodbye is not None and goodbye.outcome == "finished"
 
 
+def test_collectives_are_those_that_a_rank_issues(run_script: RunScript) -> None:
+    """Under no_sync nothing is reduced in the first micro-step, and nothing waits there."""
+    run = run_script("ddp.py", STEPS=STEPS, SLOW_MS=25, NO_SYNC=1)
+    run.see(lambda source: source.connection == "ended", "the end", deadline_s=80)
+    run.see_end("finished")
+    state = run.source.state
+    assert state.hello is not None
+    for rank in state.ranks.values():
+        assert rank.counted == [("all_reduce", 4 * state.hello.parameters, 1, None)]
+        assert {span[2] for span in rank.spans if span[0] == "reduce"} == {2}
+    assert [(one.op, one.bytes) for one in state.waits.meetings] == [("end of backward", 0)] * STEPS
+    assert {meeting.step for meeting in state.waits.meetings} == set(range(1, STEPS + 1))
+
+
+def test_collectives_and_waits_of_fsdp2(run_script: RunScript) -> None:
+    """Shards are gathered in forward and again in backward, of the root in forward only. Gloo has no reduce-scatter:
+    FSDP2 all-reduces whole gradients with it."""
+    run = run_script("fsdp2.py", STEPS=STEPS, SLOW_MS=25)
+    run.see(lambda source: source.connection == "ended", "the end", deadline_s=80)
+    run.see_end("finished")
+    state = run.source.state
+    block = 32 * 64 + 64 + 64 * 32 + 32
+    root = 64 * 32 + 64 * 32 + 64
+    expected = {
+        ("all_gather", 2 * block, 8, None),  # bytes of what a rank gives: half of the elements, 4 bytes each
+        ("all_gather", 2 * root, 2, None),
+        ("all_reduce", 4 * block, 4, None),
+        ("all_reduce", 4 * root, 2, None),
+    }
+    for rank in state.ranks.values():
+        assert set(rank.counted) == expected
+        assert {span[2] for span in rank.spans if span[0] == "reduce"} == {1, 2}
+    assert [one.op for one in state.waits.meetings] == ["end of backward"] * 2 * STEPS
+
+
 def test_memory_of_data_parallel_ranks_is_what_they_hold(run_script: RunScript) -> None:
     run = run_script("ddp.py", STEPS=40, SLOW_MS=20)
     run.see(
@@ -108,6 +144,29 @@ def test_memory_of_data_parallel_ranks_is_what_they_hold(run_script: RunScript) 
         assert ledger["parameters"] == 4 * parameters
         assert ledger["gradients"] == pytest.approx(4 * parameters, rel=0.01)  # buckets are padded
         assert ledger["optimizer"] == pytest.approx(8 * parameters, rel=0.01)  # and a step counter per parameter
+
+
+def test_memory_of_sharded_ranks_is_their_part(run_script: RunScript) -> None:
+    """Under FSDP2, of whose DTensors the local part counts: half of everything on each of two ranks."""
+    run = run_script("fsdp2.py", STEPS=100_000, SLOW_MS=20)
+    run.see(
+        lambda source: (
+            len(source.state.ranks) == 2
+            and all(r.memory and r.memory.ledger.get("optimizer", 0) for r in source.state.ranks.values())
+        ),
+        "optimizer states in memory",
+        deadline_s=60,
+    )
+    run.command("pause")
+    hello = run.source.state.hello
+    assert hello is not None
+    tensors = 2 + 2 * 4 + 1  # embedding and head with its bias, and the two linear layers of each block
+    for rank in run.source.state.ranks.values():
+        assert rank.memory is not None
+        ledger = rank.memory.ledger
+        assert ledger["parameters"] == 4 * hello.parameters // 2
+        assert ledger["gradients"] == 4 * hello.parameters // 2
+        assert ledger["optimizer"] == 8 * hello.parameters // 2 + 4 * tensors  # and a step counter per parameter
 
 
 def test_commands_apply_at_one_step_of_all_ranks(run_script: RunScript, tmp_path: object) -> None:
@@ -137,6 +196,85 @@ def test_commands_apply_at_one_step_of_all_ranks(run_script: RunScript, tmp_path
     assert run.see_end("stopped").reason == "stopped on request"
 
 
+OBEYING = (
+    Case("fsdp2.py", "torch", "torch", LOOP),
+    Case("lightning_trainer.py", "pytorch_lightning", "Lightning", LOOP),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+        if case.script in ("accelerate_loop.py", "trl_sft.py") or ("STAGE", "2") in case.environment
+    ),
+)
+
+
+@pytest.mark.parametrize("case", OBEYING, ids=str)
+def test_commands_of_each_trainer(case: Case, run_script: RunScript) -> None:
+    """On two ranks: it stands still while it is paused, trains with another learning rate, saves, and stops after a
+    save."""
+    if importlib.util.find_spec(case.package) is None:
+        pytest.skip(f"{case.package} is not installed")
+    run = run_script(case.script, STEPS=100_000, SLOW_MS=5, **dict(case.environment))
+    run.see_step(2, deadline_s=90)
+    paused = run.command("pause")
+    assert paused.ack.state == "applied"
+    ranks = run.source.state.ranks.values()
+    run.see(lambda source: len(ranks) == 2 and all(rank.phase == "paused" for rank in ranks), "both ranks paused")
+    since_ns = max(rank.heard_ns for rank in ranks)
+    run.see(lambda source: all(rank.heard_ns > since_ns + 1_000_000_000 for rank in ranks), "a second of the pause")
+    assert {(rank.phase, rank.current_step) for rank in ranks} == {("paused", paused.ack.step)}
+    assert run.command("resume").ack.state == "applied"
+
+    before = run.source.state.ranks[0].step
+    assert before is not None
+    factor = run.command("set", lr_factor=0.5)
+    assert factor.ack.state == "applied" and factor.ack.step is not None
+    run.see_step(factor.ack.step + 2)
+    after = run.source.state.ranks[0].step
+    assert after is not None and after.lr == pytest.approx(before.lr / 2, rel=0.05)  # a schedule may lower it, too
+
+    interval = run.command("set", log_interval=3)
+    possible = case.trainer in ("Lightning", "transformers")
+    assert (interval.ack.state == "applied") == possible, interval.ack.reason
+    saved = run.command("checkpoint")
+    assert saved.ack.state == "applied" and Path(saved.ack.result["path"]).exists()
+    assert run.command("stop").ack.state == "applied"
+    status = run.see_end("stopped", deadline_s=40)
+    assert status.reason == "stopped on request" and status.last_checkpoint_step == status.step
+
+
+LAUNCHERS = {
+    "torchrun": ("ddp.py", "torch", "torch.distributed.run --standalone --nproc-per-node 2"),
+    # --multi_gpu stands for several processes here: with --cpu accelerate starts one, unless there is MPI.
+    "accelerate launch": (
+        "accelerate_loop.py",
+        "accelerate",
+        "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+        " --dynamo_backend no --main_process_port 0",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_ranks_of_the_command_s_own_launcher(name: str, run_script: RunScript) -> None:
+    """Under `zerotop run` without --nproc: each rank reports, has a log, and obeys; the launcher's output is kept."""
+    script, package, words = LAUNCHERS[name]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    run = run_script(script, None, launcher=(sys.executable, "-m", *words.split()), STEPS=100_000, SLOW_MS=5)
+    run.see_step(2, deadline_s=90)
+    state = run.source.state
+    assert sorted(state.ranks) == [0, 1] and state.hello is not None and state.hello.world_size == 2
+    saved = run.command("checkpoint")
+    assert saved.ack.state == "applied" and Path(saved.ack.result["path"]).exists()
+    assert run.command("stop").ack.state == "applied"
+    status = run.see_end("stopped", deadline_s=40)
+    assert status.reason == "stopped on request" and status.last_checkpoint_step == status.step
+    logs = run.entry.logs()
+    assert all("LOSSES" in (logs / f"rank-{rank}.log").read_text() for rank in range(2))
+    assert (logs / "launcher.log").exists()
+
+
 def test_lightning_saves_and_stops_after_a_save(run_script: RunScript) -> None:
     if importlib.util.find_spec("pytorch_lightning") is None:
         pytest.skip("pytorch_lightning is not installed")
@@ -155,6 +293,12 @@ def test_a_trainer_saves_and_stops(run_script: RunScript) -> None:
     """transformers' Trainer writes its own checkpoints, when it is asked and before it stops."""
     run = run_script("transformers_trainer.py", STEPS=100_000, SLOW_MS=5)
     run.see_step(2, deadline_s=90)
+    interval = run.command("set", log_interval=20)
+    assert interval.ack.state == "applied" and interval.ack.step is not None
+    first = interval.ack.step
+    run.see_step(first + 25)
+    points = {point.step: point.loss for point in run.source.state.series}
+    assert [step for step in range(first + 1, first + 21) if points[step] is not None] == [(first // 20 + 1) * 20]
     saved = run.command("checkpoint")
     assert saved.ack.state == "applied"
     path = saved.ack.result["path"]

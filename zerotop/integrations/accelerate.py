@@ -54,6 +54,7 @@ class ZerotopTracker(GeneralTracker):  # type: ignore[misc]  # accelerate is not
         watcher = current_watcher()
         if watcher is None:
             return
+        watcher.warn_of_versions(("accelerate",))
         watcher.log(**{ours: values[theirs] for theirs, ours in _NAMES.items() if theirs in values})
         for name in _EVALUATIONS:
             if name in values:

@@ -24,7 +24,8 @@ _PRECISIONS = {"32": "fp32", "32-true": "fp32", "64": "fp64", "64-true": "fp64",
 
 class ZerotopCallback(lightning.Callback):  # type: ignore[misc]  # whichever of the two packages is there
     """Shows the phases, steps, losses, memory and evaluations of a Trainer; obeys pause, checkpoint
-    (`trainer.save_checkpoint` into the folder of its checkpoints), stop (after such a save) and `set lr_factor`."""
+    (`trainer.save_checkpoint` into the folder of its checkpoints), stop (after such a save), `set lr_factor` and
+    `set log_interval`."""
 
     def __init__(self) -> None:
         self.watcher: Watcher | None = None
@@ -42,13 +43,20 @@ class ZerotopCallback(lightning.Callback):  # type: ignore[misc]  # whichever of
         steps = trainer.estimated_stepping_batches
         watched = Trainer(
             name=f"Lightning {lightning.__version__}",
+            packages=("torch", lightning.__name__.split(".")[0]),
             modules=[pl_module],
             optimizers=optimizers,
             precision=next((p for k, p in _PRECISIONS.items() if str(trainer.precision).startswith(k)), ""),
             accumulation=trainer.accumulate_grad_batches,
             steps=int(steps) if steps not in (float("inf"), -1) else None,
             start_step=trainer.global_step,
-            controls=Controls(save=self._save, stop=self._stop, optimizers=optimizers),
+            controls=Controls(
+                save=self._save,
+                stop=self._stop,
+                optimizers=optimizers,
+                log_interval=trainer.log_every_n_steps or None,
+                set_log_interval=self._set_log_interval if trainer.log_every_n_steps else None,
+            ),
         )
         self.watcher = start_watching(watched, replaces=True)
 
@@ -125,3 +133,6 @@ class ZerotopCallback(lightning.Callback):  # type: ignore[misc]  # whichever of
 
     def _stop(self) -> None:
         self._trainer.should_stop = True
+
+    def _set_log_interval(self, steps: int) -> None:
+        self._trainer.log_every_n_steps = steps

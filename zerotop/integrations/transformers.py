@@ -6,12 +6,13 @@ Trainer(..., callbacks=[ZerotopCallback()])
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from runtime.telemetry import Controls, Watcher
 from runtime.telemetry.watching import Trainer, inner_optimizer, precision_of, start_watching
@@ -21,7 +22,7 @@ from runtime.telemetry.watching.hooks import attach_model, attach_optimizer
 
 class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
     """Shows the phases, steps, losses, memory and evaluations of a Trainer; obeys pause, checkpoint (the Trainer's own
-    save), stop (after such a save) and `set lr_factor`.
+    save), stop (after such a save), `set lr_factor` and, if it logs by steps, `set log_interval`.
 
     The loss of a step is the Trainer's own figure where it logs one (`logging_steps`), else none: what the Trainer
     would log for a single step is not known to a callback. A step in which the model returned NaN or infinity shows
@@ -45,6 +46,7 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         optimizers = [optimizer] if hasattr(optimizer, "register_step_post_hook") else []
         trainer = Trainer(
             name=f"transformers {transformers.__version__}",
+            packages=("torch", "transformers", "accelerate", "trl"),  # of those, the loaded ones
             modules=[model] if model is not None else [],
             optimizers=optimizers,
             precision="bf16" if args.bf16 else "fp16" if args.fp16 else precision_of(model),
@@ -52,7 +54,14 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             accumulation=args.gradient_accumulation_steps,
             steps=state.max_steps,
             start_step=state.global_step,
-            controls=Controls(save=self._ask_to_save, stop=self._ask_to_stop, stop_saves=True, optimizers=optimizers),
+            controls=Controls(
+                save=self._ask_to_save,
+                stop=self._ask_to_stop,
+                stop_saves=True,
+                optimizers=optimizers,
+                log_interval=int(state.logging_steps),
+                set_log_interval=_log_interval_of(args, state),
+            ),
             late_results=True,
         )
         watcher = self.watcher = start_watching(trainer, replaces=True)
@@ -139,6 +148,17 @@ class ZerotopCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
         self._control.should_save = True
         self._control.should_training_stop = True
         self._save_began = time.monotonic()
+
+
+def _log_interval_of(args: TrainingArguments, state: TrainerState) -> Callable[[int], None] | None:
+    """What changes the Trainer's `logging_steps`; None if it does not log by steps."""
+    if args.logging_strategy != IntervalStrategy.STEPS:
+        return None
+
+    def change(steps: int) -> None:
+        args.logging_steps = state.logging_steps = steps  # the Trainer looks at the second one
+
+    return change
 
 
 class _Phases:

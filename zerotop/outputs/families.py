@@ -219,7 +219,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("rank_wait_seconds", "For how long the rank stood still for communication in its newest step.",
            _rank_step(lambda step: step.wait_ms / 1000), ("rank",)),
     Family("rank_communication_bytes", "Bytes that the rank sent and received in its newest step.",
-           _rank_step(lambda step: step.comm_bytes), ("rank",)),
+           _ranks(lambda rank: rank.comm_bytes), ("rank",)),
     Family("rank_tokens_per_second", "Tokens per second of the rank.", _rank_step(lambda step: step.tokens_per_s),
            ("rank",)),
     Family("rank_mfu_ratio", "Model FLOPs utilization of the rank's device.", _rank_mfu, ("rank",)),

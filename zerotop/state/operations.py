@@ -22,11 +22,11 @@ class Operation:
     """How many of them a step has."""
     count: int
     """How many the times are over."""
-    transfer_ms: float
-    """What the last rank to arrive needed."""
-    exposed_ms: float
+    transfer_ms: float | None
+    """What the last rank to arrive needed; None if that is not known, as the next two."""
+    exposed_ms: float | None
     """For how long training threads were blocked, mean over the ranks."""
-    skew_ms: float
+    skew_ms: float | None
     """From the first rank to the last."""
     bus_bytes_per_s: float | None
     best_bus_bytes_per_s: float | None = None
@@ -34,11 +34,12 @@ class Operation:
     @property
     def exposed_per_step_ms(self) -> float:
         """What it costs a step."""
-        return self.exposed_ms * self.per_step
+        return (self.exposed_ms or 0.0) * self.per_step
 
 
 def operations(state: RunState) -> list[Operation]:
-    """All kinds of the newest collectives that every rank has reported, the one that costs most first."""
+    """All kinds of the newest collectives that every rank has reported, the one that costs most first; and those that a
+    trainer that is not ours has counted."""
     kinds: dict[tuple[str, int], list[Meeting]] = {}
     for meeting in state.waits.meetings:
         kinds.setdefault((meeting.op, meeting.bytes), []).append(meeting)
@@ -48,6 +49,7 @@ def operations(state: RunState) -> list[Operation]:
     found = [_operation(key, those, world, best.get(key), told.get(key)) for key, those in kinds.items()]
     known = {(one.op, one.bytes) for one in found}
     found += [_from_report(kind) for key, kind in told.items() if key not in known]
+    found += _counted(state)
     return sorted(found, key=lambda one: (-one.exposed_per_step_ms, -one.bytes, one.op))
 
 
@@ -71,6 +73,22 @@ def _operation(
         crossed / (transfer_us / 1e6) if transfer_us and crossed else None,
         best,
     )
+
+
+def _counted(state: RunState) -> list[Operation]:
+    """Of rank 0's newest such step. Times of single collectives are not known, but for their durations where torch has
+    measured them on every rank: that of the rank that came last is the shortest."""
+    ranks = [rank.counted for rank in state.ranks.values() if rank.counted]
+    first = state.ranks.get(0)
+    found = []
+    for op, nbytes, count, _ in first.counted if first is not None else ():
+        means = [mean for counted in ranks for other, size, _, mean in counted if (other, size) == (op, nbytes)]
+        known = [mean for mean in means if mean is not None]
+        transfer_ms = min(known) if len(known) == len(state.ranks) else None
+        crossed = nbytes * bus_factor(op, state.world_size) if op == "all_reduce" else 0.0  # others' buffers are larger
+        rate = crossed / (transfer_ms / 1000) if transfer_ms and crossed else None
+        found.append(Operation(op, nbytes, count, count, transfer_ms, None, None, rate))
+    return found
 
 
 def _steps(meetings: Iterable[Meeting]) -> int:

@@ -21,6 +21,7 @@ from runtime.wire.messages import (
     Collectives,
     Command,
     CommandRecord,
+    CountedCollectives,
     Event,
     Goodbye,
     Heartbeat,
@@ -64,10 +65,20 @@ class RankState:
     """Newest phase intervals: (phase, step, micro_step, start_ns, end_ns)."""
     collectives: deque[tuple[int, str, int, int, int, int, int]] = field(default_factory=lambda: deque(maxlen=256))
     """Newest collectives: (seq, op, bytes, issue_ns, end_ns, duration_us, wait_us), as in `Collectives.records`."""
+    counted: list[CountedCollectives] = field(default_factory=list)
+    """All collectives of a recent step of a trainer that is not ours: as in `Collectives.counted`."""
+    counted_step: int = 0
     heard_ns: int = 0
     """When the newest packet arrived at the hub, on its monotonic clock."""
     packets_lost: int = 0
     last_seq: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def comm_bytes(self) -> int | None:
+        """Bytes of the collectives of a recent step; None before the first."""
+        if self.counted:
+            return sum(nbytes * count for _, nbytes, count, _ in self.counted)
+        return self.step.comm_bytes if self.step is not None else None
 
     @property
     def phase(self) -> str:
@@ -196,8 +207,12 @@ class RunState:
             case Memory():
                 self.rank(message.rank).memory = message
             case Collectives():
-                self.rank(message.rank).collectives.extend(message.records)
-                self.waits.add(message, self.world_size)
+                if message.counted:
+                    self.rank(message.rank).counted = message.counted
+                    self.rank(message.rank).counted_step = message.step
+                if message.records:
+                    self.rank(message.rank).collectives.extend(message.records)
+                    self.waits.add(message, self.world_size)
             case Goodbye():
                 self.rank(message.rank).goodbye = message
             case NodeStats():
@@ -358,6 +373,11 @@ class RunState:
                 spans: Any = list(state.spans)
                 messages.append(Phases(rank=state.rank, micro_steps=state.heartbeat.micro_steps, spans=spans))
         messages += self.waits.messages()
+        messages += [
+            Collectives(rank=rank.rank, step=rank.counted_step, records=[], counted=rank.counted)
+            for rank in self.ranks.values()
+            if rank.counted
+        ]
         messages += self.energy.messages()
         messages += list(self.nodes.values())
         messages += [one for one in (self.verdict, self.time_report) if one is not None]

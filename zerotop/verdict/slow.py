@@ -99,9 +99,10 @@ def find_slow_link(figures: Figures) -> Finding | None:
     rate, best = kind.bus_bytes_per_s(now, world), kind.bus_bytes_per_s(kind.best_us, world)
     # The name of the only group would say nothing.
     group = kind.group if len(figures.state.waits.groups) > 1 else ""
+    size = f" of {bytes_text(kind.bytes)}" if kind.bytes else ""
     text = (
-        f"transfers take {ms_text(cost)} a step ({cost / step_ms:.0%}) more than they did: {kind.op} of "
-        f"{bytes_text(kind.bytes)}{f' in group {group}' if group else ''} {ms_text(now / 1000)}, "
+        f"transfers take {ms_text(cost)} a step ({cost / step_ms:.0%}) more than they did: {kind.op}"
+        f"{size}{f' in group {group}' if group else ''} {ms_text(now / 1000)}, "
         f"before {ms_text(usual / 1000)}"
     )
     if rate and best:

@@ -3,7 +3,8 @@ itself.
 
 watch.py has the one line that a script calls; joining.py connects the process to its run; watcher.py counts steps and
 phases; control.py obeys commands; the others look at what torch and DeepSpeed hold: hooks.py (phases), held.py (memory
-by category), collectives.py (torch's Flight Recorder), deepspeed.py (the parts of its engine).
+by category), collectives.py (torch's Flight Recorder), deepspeed.py (the parts of its engine). versions.py
+has the versions that are supported.
 """
 
 from runtime.telemetry.watching.control import Controls

@@ -35,7 +35,8 @@ AHEAD = 2
 of its device. See the note."""
 PAUSED_POLL_S = 5.0
 KNOBS_OF_WATCHERS = ("lr_factor", "telemetry_hz", "log_level")
-"""The settings of zerotop.config.knobs that mean something to a trainer that is not ours."""
+"""The settings of runtime.config.knobs that mean something to every trainer that is not ours; log_interval does to
+some."""
 NOT_HERE = "not possible with this trainer"
 
 
@@ -56,10 +57,19 @@ class Controls:
     """Those whose learning rate `set lr_factor` changes."""
     can_pause: bool = True
     can_set: bool = True
+    log_interval: int | None = None
+    """Steps between two logs of the trainer's own."""
+    set_log_interval: Callable[[int], None] | None = None
+    """Changes it."""
     stop_saves: bool = False
     """Whether `stop` lets the trainer save by itself; otherwise `save` is called before it."""
     reasons: dict[str, str] = field(default_factory=dict)
     """Command -> why it is not possible, and what would make it so."""
+
+    @property
+    def knobs(self) -> tuple[str, ...]:
+        """The settings that this trainer obeys."""
+        return KNOBS_OF_WATCHERS + (("log_interval",) if self.set_log_interval is not None else ())
 
     def impossible(self) -> dict[str, str]:
         """Command -> why this trainer can't obey it, for those that it can't."""
@@ -264,8 +274,8 @@ class WatcherControl:
             except KnobError as error:
                 self._answer(command, "rejected", step, str(error))
                 return
-            if name not in KNOBS_OF_WATCHERS:
-                reason = f"{name} is {NOT_HERE}; {', '.join(KNOBS_OF_WATCHERS)} are"
+            if name not in self.controls.knobs:
+                reason = f"{name} is {NOT_HERE}; {', '.join(self.controls.knobs)} are"
                 self._answer(command, "rejected", step, reason)
                 return
             if name == "lr_factor" and not self.controls.optimizers:
@@ -277,6 +287,9 @@ class WatcherControl:
             self._link.hz = float(values["telemetry_hz"])
         if "log_level" in values:
             self._link.log_handler.setLevel(str(values["log_level"]).upper())
+        if "log_interval" in values and self.controls.set_log_interval is not None:
+            self.controls.log_interval = int(values["log_interval"])
+            self.controls.set_log_interval(self.controls.log_interval)
         self._answer(command, "applied", step, result=values)
 
     def _answer(

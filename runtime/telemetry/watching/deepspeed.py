@@ -31,6 +31,7 @@ def watch_engine(engine: Any, save: Callable[[], Any] | None) -> Watcher:
     inner = [one for one in candidates if _has_hooks(one)][:1]
     trainer = Trainer(
         name=f"DeepSpeed {getattr(sys.modules.get('deepspeed'), '__version__', '')}".strip(),
+        packages=("torch", "deepspeed"),
         modules=[engine.module],
         optimizers=[optimizer] if optimizer is not None else [],
         stage=int(attribute(engine, "zero_optimization_stage", 0) or 0),
@@ -46,6 +47,7 @@ def watch_engine(engine: Any, save: Callable[[], Any] | None) -> Watcher:
     listener = _EngineListener(watcher, engine)
     watcher.on_close(attach_model(engine, cast(PhaseListener, listener)))
     watcher.on_close(listener.catch_up)
+    watcher.catch_up = never_raises(listener.catch_up)
     for one in inner:
         handles = (
             one.register_step_pre_hook(never_raises(lambda *_given: watcher.step_begins())),
@@ -57,14 +59,14 @@ def watch_engine(engine: Any, save: Callable[[], Any] | None) -> Watcher:
 
 
 class _EngineListener:
-    """The phases of an engine. It tells nobody when a step has ended, but counts them: the next forward finds out."""
+    """The phases of an engine. It tells nobody when a step has ended, but counts them: the next forward finds out, or
+    before it a loop that asks whether it should stop."""
 
     def __init__(self, watcher: Watcher, engine: Any) -> None:
         self._watcher, self._engine = watcher, engine
         for name in (
             "forward_ended",
             "backward_begins",
-            "gradients_computed",
             "backward_ended",
             "evaluation_begins",
             "evaluation_ended",
@@ -77,6 +79,9 @@ class _EngineListener:
         """The next micro-step, perhaps after a step."""
         self.catch_up()
         self._watcher.forward_begins(samples, tokens)
+
+    def gradients_computed(self) -> None:
+        """It waits for its communication within backward."""
 
     def catch_up(self) -> None:
         """Tell of the step that the engine has taken since."""

@@ -2,10 +2,11 @@
 gradient, and step hooks of the optimizer. Nothing is replaced, and no hook changes a value.
 
 [Note: the end of backward]
-Autograd has no hook for it, but runs callbacks that were queued while it computed (DistributedDataParallel and FSDP
+Autograd has no hook for it, but runs callbacks that were queued while it computed (DistributedDataParallel and FSDP2
 wait for their communication in such ones). Ours is queued when backward begins, so it runs first: gradients are
 computed. It queues a second one, which runs after all others: what lies between is time for which the training thread
-was blocked in communication.
+was blocked in communication. FSDP2 queues its callback when backward begins, too, by a hook on the outputs that it adds
+in a forward hook. So the forward hook that adds ours comes before all other ones.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class PhaseListener(Protocol):
     def gradients_computed(self) -> None:
         """Of all parameters; they may still have to be reduced."""
 
-    def backward_ended(self, grad_bytes: int) -> None:
-        """They are reduced, as far as the training thread waits for it. grad_bytes: their size."""
+    def backward_ended(self) -> None:
+        """They are reduced, as far as the training thread waits for it."""
 
     def evaluation_begins(self) -> None:
         """The model is called in evaluation mode."""
@@ -54,8 +55,6 @@ class PhaseListener(Protocol):
 def attach_model(model: Any, listener: PhaseListener) -> Callable[[], None]:
     """Tell `listener` of the passes through `model`; returns what removes the hooks."""
 
-    grad_bytes = _GradBytes(model)
-
     @never_raises
     def before(module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if module.training:
@@ -64,11 +63,9 @@ def attach_model(model: Any, listener: PhaseListener) -> Callable[[], None]:
             listener.evaluation_begins()
 
     @never_raises
-    def after(module: Any, _arguments: tuple[Any, ...], output: Any) -> None:
+    def watch_backward(module: Any, _arguments: tuple[Any, ...], output: Any) -> None:
         if not module.training:
-            listener.evaluation_ended()
             return
-        listener.forward_ended(_loss_of(output))
         begun: list[bool] = []
 
         @never_raises
@@ -77,14 +74,22 @@ def attach_model(model: Any, listener: PhaseListener) -> Callable[[], None]:
                 return
             begun.append(True)
             listener.backward_begins()
-            _when_backward_ends(listener, grad_bytes)
+            _when_backward_ends(listener)
 
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(backward)
 
+    @never_raises
+    def after(module: Any, _arguments: tuple[Any, ...], output: Any) -> None:
+        if module.training:
+            listener.forward_ended(_loss_of(output))
+        else:
+            listener.evaluation_ended()
+
     handles = (
         model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(watch_backward, prepend=True),
         model.register_forward_hook(after),
     )
 
@@ -109,7 +114,7 @@ def attach_optimizer(optimizer: Any, listener: PhaseListener) -> Callable[[], No
     return remove
 
 
-def _when_backward_ends(listener: PhaseListener, grad_bytes: Callable[[], int]) -> None:
+def _when_backward_ends(listener: PhaseListener) -> None:
     """See the note. Without the callbacks (another torch) backward ends with whatever follows it."""
     engine = getattr(sys.modules["torch"].autograd.Variable, "_execution_engine", None)
     if engine is None:
@@ -117,7 +122,7 @@ def _when_backward_ends(listener: PhaseListener, grad_bytes: Callable[[], int]) 
 
     @never_raises
     def reduced() -> None:
-        listener.backward_ended(grad_bytes())
+        listener.backward_ended()
 
     @never_raises
     def computed() -> None:
@@ -125,20 +130,6 @@ def _when_backward_ends(listener: PhaseListener, grad_bytes: Callable[[], int]) 
         engine.queue_callback(reduced)
 
     engine.queue_callback(computed)
-
-
-class _GradBytes:
-    """The size of a model's gradients, counted once: they change in value only."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._bytes = 0
-
-    def __call__(self) -> int:
-        if not self._bytes:
-            gradients = (parameter.grad for parameter in self._model.parameters())
-            self._bytes = sum(grad.numel() * grad.element_size() for grad in gradients if grad is not None)
-        return self._bytes
 
 
 def batch_size(batch: Any) -> tuple[int | None, int | None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from runtime.telemetry.watching.control import KNOBS_OF_WATCHERS, Controls
+from runtime.telemetry.watching.control import Controls
 from runtime.telemetry.watching.held import Held
 from runtime.wire.messages import Hello, Memory
 from runtime.wire.rundir import ATTEMPT_VARIABLE, RunFile, boot_id
@@ -41,6 +41,8 @@ class Trainer:
 
     name: str
     """Its name and version, such as "transformers 5.24 Trainer"."""
+    packages: Sequence[str] = ("torch",)
+    """The modules whose versions matter to the watch; those of versions.SUPPORTED."""
     modules: Sequence[Any] = ()
     optimizers: Sequence[Any] = ()
     stage: int = 0
@@ -67,7 +69,8 @@ class Introduction:
         """The message that introduces this rank to the hub."""
         trainer, place = self._trainer, self._place
         knobs: dict[str, Any] = {"lr_factor": lr_factor, "telemetry_hz": 5.0, "log_level": "info"}
-        assert knobs.keys() == set(KNOBS_OF_WATCHERS)
+        if trainer.controls.set_log_interval is not None and trainer.controls.log_interval is not None:
+            knobs["log_interval"] = trainer.controls.log_interval
         accumulation = max(1, trainer.accumulation)
         return Hello(
             run=self._run.name if self._run else "",

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,18 +16,22 @@ from runtime.process.forked import at_exit
 from runtime.telemetry.device_phases import Marks
 from runtime.telemetry.null import NullTelemetry
 from runtime.telemetry.publisher import Telemetry
-from runtime.telemetry.watching.collectives import FlightPosition
+from runtime.telemetry.watching.collectives import FlightPosition, StepCollectives, collectives_entered
 from runtime.telemetry.watching.control import Agreement, WatcherControl
 from runtime.telemetry.watching.guard import never_raises
 from runtime.telemetry.watching.held import Held, held_by
 from runtime.telemetry.watching.introduction import Introduction, Place, Trainer, attempt, last_error, process_memory
 from runtime.telemetry.watching.scalars import LateNumber, Pace
+from runtime.telemetry.watching.versions import unsupported
 from runtime.wire.finetuning import Evaluation
 from runtime.wire.messages import Memory, PhaseName, StepResult
 from runtime.wire.rundir import RunFile
 
 FIRST_STEPS = 3
 """Optimizers make their states in the first steps, so memory by category is counted in each of them."""
+END_OF_BACKWARD = "end of backward"
+"""The waits there are of one or several collectives, whose own times are not known. As one without bytes they tell
+which rank comes last."""
 COUNTED_EVERY_S = 15.0
 """And later at this interval."""
 
@@ -80,10 +84,17 @@ class Watcher:
         self._scales_loss = trainer.precision == "fp16"
         """Under fp16 an infinite gradient norm is part of finding the loss scale: the scaler skips that step."""
         self._last_is_finite = True
+        self._collectives: StepCollectives | None = None
+        self._entered_before: int | None = None
+        """Collectives issued when the reduction of gradients could begin; None: not known."""
+        self._reduces = True
         self._reduce_began_ns = 0
         self._held = Held(place.device.split(":")[0])
         self._counted_at = 0.0
         self._looked_for_stop = False
+        self.catch_up: Callable[[], object] = lambda: None
+        """Tells of a step that has ended unnoticed, for trainers that tell nobody."""
+        self._checked_packages: set[str] = set()
         self._detach: list[Callable[[], None]] = []
         self.closed = False
         self._introduction = Introduction(place, trainer, run)
@@ -97,9 +108,12 @@ class Watcher:
         link.memory_source = self._memory
         if place.world_size > 1:
             link.collective_position = FlightPosition()
+            self._collectives = StepCollectives(place.rank, trainer.start_step)
+            link.counted_collectives = self._collectives.take
         if place.device.startswith("cuda"):
             link.follow_device(_marks(place.device))
         link.start(self._introduction.hello())
+        self.warn_of_versions(trainer.packages)
         at_exit(self._exit)
 
     # ---- what a script may call ------------------------------------------------------------------------------------
@@ -125,6 +139,7 @@ class Watcher:
             if self.trainer.controls.stop is None:
                 self.trainer.controls.stop = lambda: None
                 self.renew()
+        self.catch_up()
         return self.control.stop_asked
 
     @property
@@ -158,6 +173,13 @@ class Watcher:
                 wall_s=time.time(),
             )
         )
+
+    def warn_of_versions(self, packages: Iterable[str]) -> None:
+        """Warn the run, once each, of loaded packages whose version is not supported."""
+        for text in unsupported(one for one in packages if one not in self._checked_packages):
+            if self.place.rank == 0:
+                self.link.event("unsupported version", text, severity="warning", of_run=True)
+        self._checked_packages.update(packages)
 
     def renew(self) -> None:
         """Introduce this rank again, because what is known of its trainer has changed."""
@@ -218,22 +240,36 @@ class Watcher:
 
     def backward_begins(self) -> None:
         """Autograd has begun."""
+        # False under DistributedDataParallel.no_sync(): gradients are only accumulated.
+        self._reduces = self.place.world_size > 1 and all(
+            getattr(module, "require_backward_grad_sync", True) for module in self.trainer.modules
+        )
+        if self._reduces:
+            self._entered_before = self._entered()
         self.link.enter("backward")
 
     def gradients_computed(self) -> None:
         """What follows is waiting for communication."""
-        if self.place.world_size > 1:
-            self._reduce_began_ns = time.monotonic_ns()
-            self.link.enter("reduce")
+        if not self._reduces:
+            return
+        if self.trainer.stage == 3:  # parameters are gathered until here, whether or not gradients are reduced
+            self._entered_before = self._entered()
+        self._reduce_began_ns = time.monotonic_ns()
+        self.link.enter("reduce")
 
-    def backward_ended(self, grad_bytes: int = 0) -> None:
-        """The micro-step is over. The wait for communication counts as one collective of all gradients."""
+    def backward_ended(self) -> None:
+        """The micro-step is over. If something was reduced, the ranks have met: who waited least came last."""
         began, self._reduce_began_ns = self._reduce_began_ns, 0
-        if began and isinstance(self.link, Telemetry):
-            now = time.monotonic_ns()
-            seq = self.link.issued("all_reduce", grad_bytes)
-            self.link.completed(seq, "all_reduce", grad_bytes, began, now, now - began)
+        if began and self.place.device == "cpu" and isinstance(self.link, Telemetry):  # GPUs' hosts do not wait here
+            now, entered, before = time.monotonic_ns(), self._entered(), self._entered_before
+            if entered is None or before is None or entered > before:
+                seq = self.link.issued(END_OF_BACKWARD, 0)
+                self.link.completed(seq, END_OF_BACKWARD, 0, began, now, now - began)
         self.link.enter("data")
+
+    def _entered(self) -> int | None:
+        """Collectives issued so far, where it matters."""
+        return collectives_entered() if self.place.device == "cpu" and self.active else None
 
     def evaluation_begins(self) -> None:
         """The model is called in evaluation mode."""
@@ -253,6 +289,8 @@ class Watcher:
         """The optimizer has stepped: the boundary. Commands apply here."""
         self.step += 1
         self._pace.step()
+        if self._collectives is not None:
+            self._collectives.step_ended(self.step)
         self._result()
         self._micro_step = self._tokens = self._samples = 0
         self._micro_losses, self._micro_checked = [], []

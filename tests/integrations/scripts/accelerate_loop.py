@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 
 trackers = []
+watcher = None
 if common.WATCH:
     from zerotop.integrations import watch
     from zerotop.integrations.accelerate import ZerotopTracker
@@ -16,7 +17,12 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 model, optimizer = accelerator.prepare(model, optimizer)
 accelerator.init_trackers("test")
 if common.WATCH:
-    watch(model, optimizer, accumulation=common.MICRO_STEPS, steps=common.STEPS)
+
+    def save() -> str:
+        accelerator.save_state(f"{common.OUT}/state")
+        return f"{common.OUT}/state"
+
+    watcher = watch(model, optimizer, accumulation=common.MICRO_STEPS, steps=common.STEPS, save=save)
 losses = []
 for step in range(common.STEPS):
     for micro_step in range(common.MICRO_STEPS):
@@ -28,5 +34,7 @@ for step in range(common.STEPS):
             optimizer.zero_grad()
     accelerator.log({"train_loss": loss.item() / 2}, step=step)
     losses.append(loss.item())
+    if watcher is not None and watcher.should_stop:
+        break
 common.tell(losses)
 accelerator.end_training()

@@ -1,4 +1,7 @@
-"""A loop of plain torch under DistributedDataParallel."""
+"""A loop of plain torch under DistributedDataParallel. NO_SYNC=1: it reduces in the last micro-step only."""
+
+import contextlib
+import os
 
 import common
 import torch
@@ -23,8 +26,10 @@ losses = []
 for step in range(common.STEPS):
     for micro_step in range(common.MICRO_STEPS):
         ids = common.batch(step, micro_step)
-        loss = model(ids, labels=ids)
-        (loss / common.MICRO_STEPS).backward()
+        accumulates = "NO_SYNC" in os.environ and micro_step < common.MICRO_STEPS - 1
+        with model.no_sync() if accumulates else contextlib.nullcontext():
+            loss = model(ids, labels=ids)
+            (loss / common.MICRO_STEPS).backward()
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())

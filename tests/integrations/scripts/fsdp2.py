@@ -12,10 +12,15 @@ for block in model.blocks:
     fully_shard(block, mesh=mesh)
 fully_shard(model, mesh=mesh)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+watcher = None
 if common.WATCH:
     from runtime.telemetry import watch
 
-    watch(model, optimizer, accumulation=common.MICRO_STEPS, steps=common.STEPS)
+    def save() -> str:
+        torch.save({name: p.to_local() for name, p in model.state_dict().items()}, f"{common.OUT}/{common.RANK}.pt")
+        return f"{common.OUT}/{common.RANK}.pt"
+
+    watcher = watch(model, optimizer, accumulation=common.MICRO_STEPS, steps=common.STEPS, save=save)
 losses = []
 for step in range(common.STEPS):
     for micro_step in range(common.MICRO_STEPS):
@@ -25,5 +30,7 @@ for step in range(common.STEPS):
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())
+    if watcher is not None and watcher.should_stop:
+        break
 common.tell(losses)
 dist.destroy_process_group()

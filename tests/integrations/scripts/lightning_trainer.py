@@ -1,4 +1,6 @@
-"""PyTorch Lightning's Trainer on one process."""
+"""PyTorch Lightning's Trainer on one process, or on the ranks that torchrun has started."""
+
+import os
 
 import common
 import pytorch_lightning as lightning
@@ -28,12 +30,14 @@ if common.WATCH:
     from zerotop.integrations.lightning import ZerotopCallback
 
     callbacks.append(ZerotopCallback())
+ranks = int(os.environ.get("WORLD_SIZE", "1"))
 module = Module()
 loader = torch.utils.data.DataLoader(common.Samples(), common.BATCH)
 held_out = torch.utils.data.DataLoader([common.Samples()[index] for index in range(4)], 2)
 lightning.Trainer(
     accelerator="cpu",
-    devices=1,
+    devices=ranks,
+    strategy="ddp" if ranks > 1 else "auto",
     max_steps=common.STEPS,
     accumulate_grad_batches=common.MICRO_STEPS,
     val_check_interval=4,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.wire.messages import Ack, Command, CommandRecord
+from runtime.wire.messages import Ack, Collectives, Command, CommandRecord
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.state.marks import step_marks
 from zerotop.state.operations import operations
 from zerotop.state.outlook import coming, next_boundary
 from zerotop.state.progress import progress
+from zerotop.state.run import RunState
 from zerotop.state.settings import known_values, setting_values
 
 
@@ -82,6 +83,23 @@ def test_operations_sum_what_a_step_costs() -> None:
         assert one.bus_bytes_per_s is not None and one.best_bus_bytes_per_s is not None
         assert one.bus_bytes_per_s <= one.best_bus_bytes_per_s * 1.5
     assert [one.exposed_per_step_ms for one in found] == sorted((o.exposed_per_step_ms for o in found), reverse=True)
+
+
+def test_collectives_that_are_only_counted_have_no_times() -> None:
+    """Those of trainers that are not ours."""
+    run = ScriptedRun(ranks=2)
+    for rank in range(2):
+        counted = [("all_reduce", 400, 3, None), ("all_reduce", 80, 1, 2.0 - rank)]
+        run.say(Collectives(rank=rank, step=1, records=[], counted=counted))
+    found = {one.bytes: one for one in operations(run.state)}
+    assert (found[400].per_step, found[400].transfer_ms, found[400].exposed_ms) == (3, None, None)
+    assert found[400].bus_bytes_per_s is None and found[400].exposed_per_step_ms == 0
+    assert found[80].transfer_ms == 1.0 and found[80].bus_bytes_per_s == pytest.approx(80e3)
+    late = RunState()
+    for message in run.state.snapshot_messages():
+        late.apply(message)
+    assert operations(late) == operations(run.state)  # a screen that comes later has them, too
+    assert not run.state.waits.meetings and run.state.ranks[0].comm_bytes == 1280
 
 
 def test_the_late_rank_is_late_in_every_step_and_the_others_wait() -> None:

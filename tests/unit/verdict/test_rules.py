@@ -405,6 +405,19 @@ def test_a_slow_link_of_one_of_several_groups_names_the_group() -> None:
     assert found.facts["group"] == "replicas"
 
 
+def test_waits_without_bytes_are_not_called_a_transfer_of_0_bytes() -> None:
+    """Those of trainers that are not ours at the end of backward."""
+    run = a_run(step_ms=400)
+    for first, steps, took_us in ((11, 30, 4_000), (41, 12, 14_000)):
+        for step in range(first, first + steps):
+            for rank in range(WORLD):
+                records = [(8 * step + k, "end of backward", 0, 0, 0, took_us + rank, took_us) for k in range(8)]
+                run.apply(Collectives(rank=rank, step=step, records=records))
+        trained(run, {rank: {"forward": 300.0, "reduce": 100.0} for rank in range(WORLD)}, steps, first)
+    found = ask(find_slow_link, run)
+    assert found is not None and "than they did: end of backward 14.0 ms, before 4.0 ms" in found.text
+
+
 def test_data_starvation_of_all_ranks() -> None:
     run = a_run(step_ms=400)
     trained(run, {rank: USUAL | {"data": 150.0} for rank in range(WORLD)})

@@ -11,6 +11,7 @@ import torch
 
 from runtime.telemetry import Inbox, NullTelemetry
 from runtime.telemetry.watching.control import AHEAD, Agreement, CheckpointFailed, Controls, WatcherControl
+from runtime.telemetry.watching.introduction import Introduction, Place, Trainer
 from runtime.wire.messages import Ack, Command
 from tests.harness.waiting import until
 
@@ -117,6 +118,20 @@ def test_what_a_trainer_cannot_do_is_refused_with_the_way_out(tmp_path: Path) ->
     rank.control.at_boundary(1)
     assert [state for _, state in rank.link.answers] == ["rejected"] * 4
     assert rank.link.acks[0].reason == "not possible with this trainer: give watch() a function that saves"
+
+
+def test_the_log_interval_is_set_where_a_trainer_has_one(tmp_path: Path) -> None:
+    intervals: list[int] = []
+    controls = (Controls(), Controls(log_interval=10, set_log_interval=intervals.append))
+    plain, logs = (Rank(tmp_path, 0, 1, one) for one in controls)
+    for rank in (plain, logs):
+        rank.give(1, "set", log_interval=7)
+        rank.control.at_boundary(1)
+    reason = "log_interval is not possible with this trainer; lr_factor, telemetry_hz, log_level are"
+    assert [(ack.state, ack.reason) for ack in plain.link.acks] == [("rejected", reason)]
+    assert [ack.state for ack in logs.link.acks] == ["applied"] and intervals == [7]
+    hellos = [Introduction(Place(), Trainer("t", controls=one), None).hello() for one in controls]
+    assert "log_interval" not in hellos[0].knobs and hellos[1].knobs["log_interval"] == 7
 
 
 def test_a_save_that_fails_is_rejected_and_the_next_one_may_work(tmp_path: Path) -> None:

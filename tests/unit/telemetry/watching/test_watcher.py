@@ -184,6 +184,17 @@ def test_an_engine_of_another_version_is_watched_as_far_as_it_tells(
     assert attribute(Engine(), "no_such_thing", 7) == 7
 
 
+def test_a_loop_that_asks_whether_to_stop_is_told_at_the_step_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine tells nobody of its step: without the question, the next forward finds out."""
+    monkeypatch.delenv("ZEROTOP_RUN", raising=False)
+    monkeypatch.setattr(Watcher, "active", True)
+    engine = Engine()
+    watcher = watch_engine(engine, None)
+    engine.global_steps = 4
+    assert watcher.step == 3 and not watcher.should_stop
+    assert watcher.step == 4
+
+
 # ---- a device that is behind its host --------------------------------------------------------------------------------
 class Mark:
     """An event in a device's stream."""
