@@ -35,7 +35,8 @@ class OperationTable(ScrollPanel):
 
     def accept(self, view: View) -> None:
         meetings = view.state.waits.meetings
-        key = (meetings[-1].seq if meetings else None, len(meetings), view.state.time_report)
+        counted = tuple(rank.counted_step for rank in view.state.ranks.values())  # of watched trainers
+        key = (meetings[-1].seq if meetings else None, len(meetings), view.state.time_report, counted)
         if key != self._key:
             self._key = key
             self._kinds = operations(view.state)
