@@ -21,6 +21,7 @@ from zerotop.state.efficiency import run_efficiency
 from zerotop.state.losstrend import LossTrend, loss_trend
 from zerotop.state.memory import SHORT_LABELS, MemoryUse, category_label
 from zerotop.state.outlook import coming
+from zerotop.state.progress import overdue_s
 from zerotop.state.thresholds import FULL
 from zerotop.tui.text import STATES
 from zerotop.tui.view import View
@@ -55,7 +56,7 @@ class Header(Panel):
     def inputs(self, view: View) -> object:
         age_s = int(view.age_s) if view.age_s >= 2 else 0
         shown = (view.condition, view.connection, view.read_only, age_s, view.earlier, int(view.wall_s))
-        return super().inputs(view), shown
+        return super().inputs(view), shown, duration_text(_overdue_s(view) or 0.0)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         return [_progress_row(view, width), self._health_row(view, width), _next_row(view, width)][:height]
@@ -96,7 +97,7 @@ def _put(row: Row, pieces: list[Piece], width: int, gap: str = "  ") -> Row:
 def _progress_row(view: View, width: int) -> Row:
     palette, done = view.palette, view.progress
     muted, plain = palette.style("muted"), (palette.style("muted") if view.stale else PLAIN)
-    now = view.condition.name
+    now = "saving" if view.condition.saving else view.condition.name
     glyph, colour = STATES[now]
     right, right_style = _connection(view, width)
     state = view.state
@@ -116,6 +117,8 @@ def _progress_row(view: View, width: int) -> Row:
     elif view.condition.moving and not view.stale and done.steps is not None:
         finish = [("done ", muted), ("not known yet", muted)]
     _put(row, [step], room)
+    if (overdue_s := _overdue_s(view)) is not None:
+        _put(row, [[(f"last step {duration_text(overdue_s)} ago", palette.style("warning"))]], room)
     rest = room - row.width - 2 - sum(cell_len(text) for text, _ in finish) - 2
     if done.share is not None and rest >= BAR_LEAST + 6:
         bar = min(BAR_MOST, rest - 6, max(BAR_LEAST, width // 5))
@@ -124,6 +127,14 @@ def _progress_row(view: View, width: int) -> Row:
     _put(row, [finish], room)
     _put(row, _speed(view, muted, plain), room)
     return row.to(width - cell_len(right) - 1).add(right, right_style)
+
+
+def _overdue_s(view: View) -> float | None:
+    """Since when the newest step is overdue. While the data are old, that is what is told instead; a paused run takes no
+    steps."""
+    if view.stale or view.frozen or view.state.state_name != "running":
+        return None
+    return overdue_s(view.state, view.progress.step_ms)
 
 
 def _speed(view: View, muted: Style, plain: Style) -> list[Piece]:
