@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from textual.containers import VerticalScroll
 from textual.widgets import Input
 
 from runtime.wire.messages import PlannedMemory
@@ -324,6 +325,40 @@ async def test_a_read_only_screen_shows_a_lock_and_changes_nothing(open_app: Ope
         assert "⊘ locked: read-only" in text_of(app) and not isinstance(app.screen, KnobScreen)
         await pilot.press("P", "C", "E", "S", "A", "T", "R", "M")
         assert run.sent == [] and isinstance(app.screen, PageScreen)
+
+
+async def test_enter_opens_the_screen_that_a_panel_names_and_j_and_k_are_down_and_up(open_app: OpenApp) -> None:
+    run = ScriptedRun()
+    run.steps(60)
+    async with open_app(run) as (app, pilot, _):
+        for panel, page in (("speed", "5"), ("memory", "2"), ("events", "6")):
+            await pilot.press("1")
+            app.screen.query_one(f"#{panel}").focus()
+            await pilot.press("enter")
+            await settle(app, pilot)
+            assert app.page is not None and page == app.page.KEY
+        log = app.screen.query_one("#log", LogPanel)
+        for _ in range(60):
+            run.log("one more line", "warning")
+        await settle(app, pilot)
+        log.focus()
+        at = log.scroll_offset.y
+        await pilot.press("k", "k", "j")
+        assert log.scroll_offset.y == at - 1
+        await pilot.press("1")
+        app.screen.query_one(RankTable).focus()
+        await pilot.press("enter")
+        await settle(app, pilot)
+        app.screen.query_one("#collectives").focus()
+        await pilot.press("enter")
+        assert app.page is not None and app.page.KEY == "4"
+        await pilot.press("question_mark", "j", "j", "k")
+        await pilot.pause()
+        assert app.screen.query_one(VerticalScroll).scroll_y == 1
+        await pilot.press("escape", "t", "j")
+        assert app.theme != "dark"
+        await pilot.press("k")
+        assert app.theme == "dark"
 
 
 async def test_ranks_are_sorted_filtered_and_the_blamed_one_is_in_sight(open_app: OpenApp) -> None:

@@ -26,6 +26,7 @@ from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.screens.page import PageScreen
 from zerotop.tui.screens.texts import TextScreen
 from zerotop.tui.theme import Palette
+from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
 if TYPE_CHECKING:
     from zerotop.tui.panels.log import LogPanel
@@ -120,6 +121,11 @@ class PageKeys(KeyFlow[ReturnType]):
             self._hold_s = math.inf
         self.screen.set_class(self.is_frozen, "-frozen")
         self.call_after_refresh(self.update_view)
+
+    def action_open_panel(self) -> None:
+        """Enter, in a panel without lines to open: the screen that its title names."""
+        if isinstance(self.focused, Panel | ScrollPanel) and (key := self.focused.opens):
+            self.action_page(key)
 
     @property
     def is_frozen(self) -> bool:

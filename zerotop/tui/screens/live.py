@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual import events
+from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widget import Widget
 
@@ -19,6 +22,7 @@ BOXES_FROM = 28
 class LiveScreen(Screen[None]):
     """A screen whose panels show the run. Borders between panels can be dragged with the mouse."""
 
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "app.open_panel", "More", show=False)]
     ALLOW_IN_MAXIMIZED_VIEW = "Header,KeyBar,FilterField,.-textual-system"
     view: View | None = None
     lines_below = 0
