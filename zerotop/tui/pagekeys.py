@@ -190,7 +190,7 @@ class PageKeys(KeyFlow[ReturnType]):
     def page_may(self, action: str, screen: Screen[Any]) -> bool:
         """Whether an action on what the screen shows makes sense while `screen` is on top."""
         if action in {"page", "texts", "data"} or action in PANEL_ACTIONS:
-            return isinstance(screen, LiveScreen)
+            return isinstance(screen, LiveScreen) and not (action == "texts" and isinstance(screen, TextScreen))
         if not isinstance(screen, PageScreen):
             return action not in (LOG_ACTIONS | RANK_ACTIONS | AXIS_ACTIONS | LENS_ACTIONS | {"filter", "next_figure"})
         if action == "filter":
@@ -201,7 +201,7 @@ class PageKeys(KeyFlow[ReturnType]):
         if action in RANK_ACTIONS:
             return key == OVERVIEW
         if action == "next_figure":
-            return key in {OVERVIEW, TRAINING, COMMUNICATION}
+            return self._with_figures() is not None
         if action in AXIS_ACTIONS:
             return key in {OVERVIEW, TRAINING, COMMUNICATION, TIMELINE}
         return action not in LENS_ACTIONS or key in {OVERVIEW, TRAINING}
@@ -240,13 +240,13 @@ class PageKeys(KeyFlow[ReturnType]):
 
     def action_hide(self) -> None:
         """h: hide the focused panel."""
-        if isinstance(self.screen, LiveScreen):
-            self.screen.hide_focused()
+        if isinstance(self.screen, LiveScreen) and not self.screen.hide_focused():
+            self.notify("the last panel of a screen stays", timeout=3)
 
     def action_unhide(self) -> None:
         """u: show all panels, in their usual sizes."""
-        if isinstance(self.screen, LiveScreen):
-            self.screen.show_all()
+        if isinstance(self.screen, LiveScreen) and not self.screen.show_all():
+            self.notify("no panel is hidden", timeout=3)
 
     def action_next_figure(self) -> None:
         """g: the next figure in a plot or heat map."""
@@ -273,6 +273,8 @@ class PageKeys(KeyFlow[ReturnType]):
         """n and p: another match of the search."""
         if (log := self._log_panel()) is not None:
             log.next_match(by)
+            if not log.filter:
+                self.notify("nothing is searched for: / searches", timeout=3)
 
     def action_matches(self) -> None:
         """m: only lines that match, or all."""
