@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 from rich.cells import cell_len
@@ -234,6 +235,39 @@ async def test_the_summary_of_an_ended_run_names_the_best_evaluation(open_app: O
     run.status("finished", ended_wall_s=run.wall_s)
     async with open_app(run, size=(200, 50)) as (app, _, _):
         assert "evaluation 2.1903, best 2.1753 (perplexity 8.804) at step 150" in text_of(app)
+
+
+async def test_the_summary_names_the_checkpoint_nearest_the_best_evaluation(open_app: OpenApp) -> None:
+    run = finetuning()  # evaluations every 25 steps, the best at step 150; checkpoints every 50
+    run.steps(200 - run.step)
+    run.say(evaluation(125, 1.5))
+    run.status("finished", ended_wall_s=run.wall_s)
+    async with open_app(run, size=(120, 38)) as (app, pilot, _):
+        assert "step 200, nearest the best evaluation: step 150" in text_of(app)
+        assert "zerotop export q1/step-150 out/" in text_of(app)
+        hello = run.state.hello
+        assert hello is not None
+        run.say(hello.model_copy(update={"knobs": {"checkpoints_kept": 1}}))
+        await settle(app, pilot)
+        assert "step 200, nearest the best evaluation" in text_of(app) and ": step 150" not in text_of(app)
+
+
+async def test_the_summary_of_a_run_without_evaluations_and_of_an_unknown_length_of_sequences(
+    open_app: OpenApp,
+) -> None:
+    run = ScriptedRun(ranks=2)
+    for rank in run.state.ranks.values():
+        assert rank.hello is not None
+        run.say(rank.hello.model_copy(update={"seq_len": 0}))
+    run.steps(55, step_ms=500.0)
+    newest = run.state.series.newest
+    assert newest is not None
+    run.say(newest.model_copy(update={"step": 56, "loss": 1.0}))
+    run.status("stopped", ended_wall_s=run.wall_s)
+    async with open_app(run, size=(120, 38)) as (app, _, _):
+        told = re.search(r"55 of 200 steps, about (\d+)K tokens", text_of(app))
+        assert told and 0.98 < int(told[1]) * 1000 / (56 * 16_384) < 1.02, "the steps differ in their times"
+        assert "step 50, nearest the lowest loss" in text_of(app)
 
 
 async def test_the_footer_names_data_and_texts_once_there_are_some(open_app: OpenApp) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from textual.containers import VerticalScroll
 from textual.widgets import Input
 
 from runtime.wire.messages import PlannedMemory
@@ -11,6 +12,7 @@ from tests.tui.scripted_run import GIB, ScriptedRun
 from zerotop.state.losstrend import EarlierRun
 from zerotop.tui.app import ZerotopApp
 from zerotop.tui.keys import PAGE_NAMES
+from zerotop.tui.lens import Lens
 from zerotop.tui.pages.overview import OverviewPage
 from zerotop.tui.panels.events import EventPanel
 from zerotop.tui.panels.lanes import LanePanel
@@ -178,7 +180,7 @@ async def test_communication_names_the_late_rank_and_the_costs(open_app: OpenApp
         assert "reduce" in text and "6.00 MiB" in text and "GiB/s" in text and "exposed per step" in text
         rows = {
             line.split()[1]: line
-            for line in screen_text(app)
+            for line in text_of(app).replace("▌", " ").splitlines()
             if (line.startswith("│    ") and "·" in line) or "▓" in line
         }
         assert "▓" in rows["3"] and "▓" not in rows["0"]
@@ -191,6 +193,56 @@ async def test_communication_names_the_late_rank_and_the_costs(open_app: OpenApp
         await pilot.press("5")
         await settle(app, pilot)
         assert "step 38: 2." in text_of(app) or "step 38: 3." in text_of(app), "the cursor is shared"
+
+
+async def test_the_timeline_and_the_heat_map_share_the_cursor_and_the_range_with_the_plots(open_app: OpenApp) -> None:
+    run = ScriptedRun(ranks=4)
+    run.steps(12)
+    async with open_app(run, size=(140, 40)) as (app, pilot, _):
+        await pilot.press("3")
+        await settle(app, pilot)
+        lanes = app.screen.query_one(LanePanel)
+        await pilot.press("left")
+        await settle(app, pilot)
+        assert app.lens.cursor == 12 and "of step 12" in str(lanes.border_title)
+        for _ in range(50):
+            await pilot.press("left")
+        await settle(app, pilot)
+        assert app.lens.cursor == 11 and "of step 11" in str(lanes.border_title), "it followed the cursor"
+        await pilot.press("5", "left", "left", "left", "left", "left")
+        await settle(app, pilot)
+        assert app.lens.cursor == 6
+        await pilot.press("3")
+        await settle(app, pilot)
+        assert "of step 6" in str(lanes.border_title), "and it goes where the cursor of the plots has gone"
+        assert lanes.cursor_ns is not None and any("▾ step 6" in line for line in screen_text(app))
+        await pilot.press("0")
+        await settle(app, pilot)
+        assert app.lens.cursor is None and lanes.cursor_ns is None and lanes.end_ns is None
+
+        run.steps(40)
+        await pilot.press("4")
+        await settle(app, pilot)
+        skew = app.screen.query_one(SkewMap)
+        whole = len(skew._steps)
+        skew.focus()
+        await pilot.press("plus", "plus")
+        await settle(app, pilot)
+        shown = skew._steps
+        assert len(shown) < whole / 3 and shown[-1] >= 51 and app.lens.window((1, 52))[0] <= shown[0]
+        await pilot.press("shift+left")
+        await settle(app, pilot)
+        assert skew._steps[-1] < 50
+        await pilot.press("j", "j", "enter")
+        await settle(app, pilot)
+        assert isinstance(app.screen, RankScreen) and app.screen.rank == 2
+        await pilot.press("escape", "0")
+        await settle(app, pilot)
+        assert app.lens.whole and len(skew._steps) == whole
+        app.set_lens(Lens(first=1.0, last=3.0))
+        run.steps(400)
+        await settle(app, pilot)
+        assert "none of the steps 1 to 3 is here: the map has" in text_of(app)
 
 
 async def test_training_zooms_reads_and_switches_scales(open_app: OpenApp) -> None:
@@ -324,6 +376,40 @@ async def test_a_read_only_screen_shows_a_lock_and_changes_nothing(open_app: Ope
         assert "⊘ locked: read-only" in text_of(app) and not isinstance(app.screen, KnobScreen)
         await pilot.press("P", "C", "E", "S", "A", "T", "R", "M")
         assert run.sent == [] and isinstance(app.screen, PageScreen)
+
+
+async def test_enter_opens_the_screen_that_a_panel_names_and_j_and_k_are_down_and_up(open_app: OpenApp) -> None:
+    run = ScriptedRun()
+    run.steps(60)
+    async with open_app(run) as (app, pilot, _):
+        for panel, page in (("speed", "5"), ("memory", "2"), ("events", "6")):
+            await pilot.press("1")
+            app.screen.query_one(f"#{panel}").focus()
+            await pilot.press("enter")
+            await settle(app, pilot)
+            assert app.page is not None and page == app.page.KEY
+        log = app.screen.query_one("#log", LogPanel)
+        for _ in range(60):
+            run.log("one more line", "warning")
+        await settle(app, pilot)
+        log.focus()
+        at = log.scroll_offset.y
+        await pilot.press("k", "k", "j")
+        assert log.scroll_offset.y == at - 1
+        await pilot.press("1")
+        app.screen.query_one(RankTable).focus()
+        await pilot.press("enter")
+        await settle(app, pilot)
+        app.screen.query_one("#collectives").focus()
+        await pilot.press("enter")
+        assert app.page is not None and app.page.KEY == "4"
+        await pilot.press("question_mark", "j", "j", "k")
+        await pilot.pause()
+        assert app.screen.query_one(VerticalScroll).scroll_y == 1
+        await pilot.press("escape", "t", "j")
+        assert app.theme != "dark"
+        await pilot.press("k")
+        assert app.theme == "dark"
 
 
 async def test_ranks_are_sorted_filtered_and_the_blamed_one_is_in_sight(open_app: OpenApp) -> None:

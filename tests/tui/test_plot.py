@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from rich.style import Style
 
 from tests.harness.fakehub import step_result
+from tests.tui.screen_reading import OpenApp, head_text, settle
+from tests.tui.scripted_run import ScriptedRun
 from zerotop.state.losstrend import EarlierRun, loss_trend
 from zerotop.state.series import Series
 from zerotop.state.smoothing import FEWEST, envelope, smooth
@@ -202,6 +204,36 @@ def test_the_trend_is_that_of_the_last_tenth_and_knows_noise() -> None:
 def test_a_loss_that_is_not_a_number_is_said_and_counted() -> None:
     trend = loss_trend(series_of([3.0] * 30 + [math.nan] * 2))
     assert trend.direction == "not a number" and trend.not_finite == 2 and trend.best == 3.0 and trend.best_step == 1
+
+
+def test_spikes_of_the_gradient_norm_are_counted_once_there_is_a_usual_norm() -> None:
+    series = Series()
+    norms = [50.0, 1.0, 9.0, *[1.0 + step % 5 / 10 for step in range(40)], 7.0, 1.1, math.inf, 1.2]
+    for step, norm in enumerate(norms, 1):
+        series.add(step_result(0, step, grad_norm=norm))
+    assert series.spikes == 2, "the first steps are restless"
+    assert series.norms[-3:] == [7.0, 1.1, 1.2] and series.copy().spikes == 2
+    series.add(step_result(0, 47, grad_norm=math.inf, skipped=True, skipped_steps=3))
+    trend = loss_trend(series)
+    assert (trend.spikes, trend.skipped, trend.norm) == (2, 3, math.inf)
+    series.add(step_result(0, 45, grad_norm=1.0))  # a restart takes the steps again
+    assert series.spikes == 1 and series.norms[-2:] == [7.0, 1.0]
+
+
+async def test_the_loss_line_has_skipped_steps_and_spikes_and_where_there_is_room_the_norm(open_app: OpenApp) -> None:
+    run = ScriptedRun()
+    run.steps(30)
+    async with open_app(run, size=(200, 40)) as (app, pilot, _):
+        assert "norm 1." in head_text(app) and "spike" not in head_text(app) and "skipped" not in head_text(app)
+        last = run.state.series.newest
+        assert last is not None
+        run.say(last.model_copy(update={"step": 31, "grad_norm": 99.0, "skipped_steps": 2}))
+        await settle(app, pilot)
+        assert "2 skipped, 1 norm spike" in head_text(app) and "norm 99 " in head_text(app)
+        assert "▁█ │" in head_text(app), "the newest norm is at the right"
+        await pilot.resize_terminal(120, 38)
+        await settle(app, pilot)
+        assert "2 skipped, 1 norm spike" in head_text(app) and "norm 99" not in head_text(app)
 
 
 def test_the_loss_is_compared_with_an_earlier_run_at_the_same_step() -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.tui.screen_reading import OpenApp, screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.state.frozen_view import freeze
-from zerotop.state.histories import KEPT
+from zerotop.state.histories import GPU_FIELDS, KEPT
 from zerotop.tui.ascii import Plain, ascii_table
 from zerotop.tui.panels.ranks import RankTable
 from zerotop.tui.widgets.spark import LEVELS, relative_range, spark
@@ -35,15 +35,16 @@ def test_histories_are_bounded_and_those_of_another_attempt_and_of_a_gpu_that_is
         run.steps(1)
         run.node()
     histories = run.state.histories
-    assert len(histories.step_ms(1)) == KEPT == len(histories.utilisation("node-a", "GPU-1"))
+    assert len(histories.step_ms(1)) == KEPT == len(histories.of_gpu("node-a", "GPU-1", "power_w"))
     still = freeze(run.state)
     run.steps(1, step_ms=9000.0)
     assert histories.step_ms(0)[-1] > 8000 > max(still.histories.step_ms(0))
     run.status("running", attempt=2)
-    assert not histories.step_ms(0) and histories.utilisation("node-a", "1")
+    assert not histories.step_ms(0) and histories.of_gpu("node-a", "1", "utilization_percent")
     run.ranks = run.per_node = 1
     run.node()
-    assert not histories.utilisation("node-a", "GPU-1") and histories.utilisation("node-a", "GPU-0")
+    for field in GPU_FIELDS:
+        assert not histories.of_gpu("node-a", "GPU-1", field) and histories.of_gpu("node-a", "GPU-0", field)
 
 
 @pytest.mark.parametrize(("gpu", "title"), [(True, "util history"), (False, "step times")])
@@ -64,6 +65,37 @@ async def test_the_table_has_a_curve_where_it_is_wide(open_app: OpenApp, gpu: bo
         await pilot.resize_terminal(120, 38)
         await settle(app, pilot)
         assert not any(title in line for line in screen_text(app))
+
+
+async def test_power_and_temperature_have_curves_where_there_is_room(open_app: OpenApp) -> None:
+    run = ScriptedRun(ranks=2, gpu=True)
+    for power, temperature in ((0.0, 30.0), (350.0, 58.0), (700.0, 87.0)):
+        run.gpu_changes[0] = {"power_w": power, "temperature_c": temperature}
+        run.node()
+    run.steps(5)
+    async with open_app(run, size=(230, 50)) as (app, pilot, _):
+        text = screen_text(app)
+        assert any("power trend" in line and "temp trend" in line for line in text)
+        row = next(line for line in text if "▌   0" in line)
+        assert row.count("▁▄█") + row.count("▁▅█") == 2, row
+        await pilot.resize_terminal(160, 50)
+        await settle(app, pilot)
+        text = screen_text(app)
+        assert not any("power trend" in line for line in text) and any("phase" in line for line in text)
+
+
+async def test_below_the_ranks_stand_the_smallest_median_and_largest_value(open_app: OpenApp) -> None:
+    run = ScriptedRun(ranks=12, gpu=True)
+    run.gpu_changes = {3: {"temperature_c": 41.0}, 5: {"temperature_c": 84.0}}
+    run.steps(5)
+    run.node()
+    async with open_app(run, size=(200, 50)) as (app, pilot, _):
+        rows = {line.split()[1]: line for line in screen_text(app) if line[2:6].strip() in ("min", "med", "max")}
+        assert "41°C" in rows["min"] and "63°C" in rows["med"] and "84°C" in rows["max"], rows
+        await pilot.resize_terminal(120, 28)  # the ranks go first
+        await settle(app, pilot)
+        text = screen_text(app)
+        assert any(" med " in line for line in text) and not any(" min " in line for line in text)
 
 
 async def test_figures_worth_a_look_have_the_colour_of_a_warning(open_app: OpenApp) -> None:

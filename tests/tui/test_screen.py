@@ -362,6 +362,29 @@ async def test_log_lines_with_escapes_and_several_lines_are_shown_plain(open_app
         assert "✖ error rank 1 loud first" in text and "second  line" in text and "\x1b" not in text
 
 
+async def test_the_header_says_that_training_waits_for_a_checkpoint_and_how_old_the_newest_step_is(
+    open_app: OpenApp,
+) -> None:
+    async with open_app() as (app, pilot, run):
+        assert "▶ running" in head_text(app) and "last step" not in head_text(app)
+        for seconds, shown in ((2.0, ""), (10.0, "last step 12 s ago")):
+            run.now_ns += int(seconds * 1e9)
+            for rank in range(2):
+                run.beat(rank, "checkpoint", 0)
+            await settle(app, pilot)
+            assert "◧ saving" in head_text(app) and ("last step" in head_text(app)) == bool(shown)
+            assert shown in head_text(app)
+        run.steps(1)
+        await settle(app, pilot)
+        assert "▶ running" in head_text(app) and "last step" not in head_text(app)
+        run.status("paused")
+        run.now_ns += 60 * 10**9
+        for rank in range(2):
+            run.beat(rank, "paused", 0)
+        await settle(app, pilot)
+        assert "‖ paused" in head_text(app) and "last step" not in head_text(app)
+
+
 async def test_the_header_says_what_is_true_now(open_app: OpenApp) -> None:
     async with open_app() as (app, pilot, run):
 

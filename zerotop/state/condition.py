@@ -26,6 +26,8 @@ class Condition:
     """Why it differs from the state of the status, in one line."""
     moving: bool = False
     """Steps are being taken, so that an ETA makes sense."""
+    saving: bool = False
+    """Training waits for a checkpoint."""
 
 
 def condition_of(state: RunState, connection: str = "live") -> Condition:
@@ -45,7 +47,8 @@ def condition_of(state: RunState, connection: str = "live") -> Condition:
             )
         if (stall := find_stall(state)) is not None:
             return Condition("stalled", stall.text)
-    return Condition(name, moving=name == "running")
+    saving = name == "running" and any(rank.phase == "checkpoint" for rank in state.ranks.values())
+    return Condition(name, moving=name == "running", saving=saving)
 
 
 def unreported_ranks(state: RunState) -> tuple[int, ...]:

@@ -11,16 +11,18 @@ from runtime.wire.node import NodeStats
 
 KEPT = 32
 """Values of each, however long the run is."""
+GPU_FIELDS = ("utilization_percent", "power_w", "temperature_c")
+"""Fields of GpuStats that are kept."""
 
 
 class Histories:
-    """The step times of each rank, and the utilisation of each GPU that nodes report. A screen that comes late has them
-    from then on."""
+    """The step times of each rank, and GPU_FIELDS of each GPU that nodes report. A screen that comes late has them from
+    then on."""
 
     def __init__(self) -> None:
         self._steps: dict[int, deque[float]] = {}
-        self._gpus: dict[tuple[str, str], deque[float]] = {}
-        """By (host, UUID)."""
+        self._gpus: dict[tuple[str, str, str], deque[float]] = {}
+        """By (host, UUID, field)."""
 
     def copy(self) -> Histories:
         """An independent copy."""
@@ -35,12 +37,14 @@ class Histories:
 
     def node_said(self, node: NodeStats) -> None:
         """Take what a node says of its GPUs; those that it has no longer are forgotten."""
-        there = {(node.host, _plain(gpu.uuid)): gpu.utilization_percent for gpu in node.gpus or ()}
-        for gone in [key for key in self._gpus if key[0] == node.host and key not in there]:
+        there = {_plain(gpu.uuid): gpu for gpu in node.gpus or ()}
+        for gone in [key for key in self._gpus if key[0] == node.host and key[1] not in there]:
             del self._gpus[gone]
-        for key, percent in there.items():
-            if percent is not None:
-                self._gpus.setdefault(key, deque(maxlen=KEPT)).append(percent)
+        for uuid, gpu in there.items():
+            for field in GPU_FIELDS:
+                value = getattr(gpu, field)
+                if value is not None:
+                    self._gpus.setdefault((node.host, uuid, field), deque(maxlen=KEPT)).append(value)
 
     def begin_attempt(self) -> None:
         """All ranks are new processes."""
@@ -50,9 +54,9 @@ class Histories:
         """The times of the rank's newest steps, oldest first."""
         return self._steps.get(rank, ())
 
-    def utilisation(self, host: str, uuid: str) -> Sequence[float]:
-        """The newest utilisations of a GPU in percent, oldest first."""
-        return self._gpus.get((host, _plain(uuid)), ())
+    def of_gpu(self, host: str, uuid: str, field: str) -> Sequence[float]:
+        """The newest values of one of GPU_FIELDS, oldest first."""
+        return self._gpus.get((host, _plain(uuid), field), ())
 
 
 def _plain(uuid: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -67,6 +67,14 @@ class LossTrend:
     """Steps whose loss was NaN or infinite, of those that are kept."""
     against: float | None = None
     against_name: str = ""
+    norm: float | None = None
+    """The newest gradient norm."""
+    norms: tuple[float, ...] = ()
+    """Those of the newest steps, oldest first."""
+    spikes: int = 0
+    """Steps at which the norm was many times what it was before."""
+    skipped: int = 0
+    """Steps that changed nothing, because of an overflow or a norm that was not finite."""
 
 
 def loss_trend(series: Series, earlier: EarlierRun | None = None) -> LossTrend:
@@ -74,8 +82,11 @@ def loss_trend(series: Series, earlier: EarlierRun | None = None) -> LossTrend:
     points = [(float(point.step), point.loss) for point in series if point.loss is not None]
     finite = [(step, loss) for step, loss in points if math.isfinite(loss)]
     bad = len(points) - len(finite)
+    last = series.newest
+    norm, skipped = (last.grad_norm, last.skipped_steps) if last is not None else (None, 0)
     if not finite:
-        return LossTrend("not a number" if bad else "too early", points[-1][1] if points else None, not_finite=bad)
+        none = LossTrend("not a number" if bad else "too early", points[-1][1] if points else None, not_finite=bad)
+        return replace(none, norm=norm, skipped=skipped)
     best, best_step = min((loss, step) for step, loss in finite)
     newest = points[-1][1]
     recent = finite[-max(2 * FEWEST, len(finite) // 10) :]
@@ -94,6 +105,10 @@ def loss_trend(series: Series, earlier: EarlierRun | None = None) -> LossTrend:
         bad,
         level - against if against is not None and level is not None else None,
         earlier.name if earlier is not None else "",
+        norm,
+        tuple(series.norms),
+        series.spikes,
+        skipped,
     )
 
 

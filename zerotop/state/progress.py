@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from zerotop.state.condition import Condition, condition_of
+from zerotop.state.condition import Condition, condition_of, silent_s
 from zerotop.state.run import RunState
 
 
@@ -44,6 +44,21 @@ def progress(state: RunState, connection: str = "live", condition: Condition | N
     # Ranks report their first step one after the other: the sum over some of them is not the speed of the run.
     whole = state.series.ranks_reporting >= state.world_size
     return Progress(done, steps, step_ms, eta_s, state.series.tokens_per_s if whole else None)
+
+
+OVERDUE_STEPS, OVERDUE_S = 3, 3.0
+"""The newest step is old after so many usual steps, and so many seconds at least."""
+
+
+def overdue_s(state: RunState, step_ms: float | None) -> float | None:
+    """Seconds since the newest step ended, if that is long ago for steps of `step_ms`. Measured by the clock of the
+    rank that took it, plus the hub's since that rank's last packet: clocks of two machines are never compared."""
+    newest = state.series.newest
+    rank = state.ranks.get(newest.rank) if newest is not None else None
+    if newest is None or step_ms is None or rank is None or rank.step is None or rank.heartbeat is None:
+        return None
+    since_s = (rank.heartbeat.now_ns - newest.end_ns) / 1e9 + silent_s(rank, state.hub_now_ns)
+    return since_s if since_s >= max(OVERDUE_S, OVERDUE_STEPS * step_ms / 1000) else None
 
 
 def steps_at_risk(state: RunState) -> int:

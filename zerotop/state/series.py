@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 from runtime.wire.messages import StepResult
 
 POINTS_KEPT = 1024
+SPIKE = 4.0
+"""A gradient norm that is so many times the median of those before it is a spike."""
+NORMS_BEFORE, NORMS_LEAST = 64, 16
+"""Of how many norms that is the median, and without how many there is none: the first steps are restless."""
 
 
 class Series:
@@ -21,6 +28,10 @@ class Series:
         self._points: list[StepResult] = []
         self._newest: StepResult | None = None
         self._tokens: dict[int, float] = {}
+        self._norms: deque[tuple[int, float]] = deque(maxlen=NORMS_BEFORE)
+        """(step, gradient norm) of the newest steps, whichever points are kept."""
+        self._spikes: deque[int] = deque(maxlen=POINTS_KEPT)
+        """The steps at which the norm was a spike."""
 
     def add(self, result: StepResult) -> None:
         """Take the result of one step of one rank."""
@@ -32,14 +43,37 @@ class Series:
         if self._newest and result.step <= self._newest.step:
             self.cut(result.step - 1)
         self._newest = result
+        self._take_norm(result)
         if result.step % self.stride == 0 or not self._points:
             self._points.append(result)
         if len(self._points) > POINTS_KEPT:
             self.stride *= 2
             self._points = [point for point in self._points if point.step % self.stride == 0]
 
+    def _take_norm(self, result: StepResult) -> None:
+        norm = result.grad_norm
+        if norm is None or result.skipped:
+            return
+        before = [value for _, value in self._norms]
+        if not math.isfinite(norm) or (len(before) >= NORMS_LEAST and norm > SPIKE * statistics.median(before)):
+            self._spikes.append(result.step)
+        if math.isfinite(norm):
+            self._norms.append((result.step, norm))
+
+    @property
+    def spikes(self) -> int:
+        """How many steps, of those that have been seen, had a spike of the gradient norm."""
+        return len(self._spikes)
+
+    @property
+    def norms(self) -> Sequence[float]:
+        """The finite gradient norms of the newest steps, oldest first."""
+        return [norm for _, norm in self._norms]
+
     def cut(self, step: int) -> None:
         """Drop the steps after `step`: a new attempt continues from there."""
+        self._norms = deque((one for one in self._norms if one[0] <= step), NORMS_BEFORE)
+        self._spikes = deque((at for at in self._spikes if at <= step), POINTS_KEPT)
         self._points = [point for point in self._points if point.step <= step]
         if self._newest is not None and self._newest.step > step:
             self._newest = self._points[-1] if self._points else None
@@ -53,6 +87,7 @@ class Series:
             self._newest,
             dict(self._tokens),
         )
+        other._norms, other._spikes = self._norms.copy(), self._spikes.copy()
         return other
 
     def __iter__(self) -> Iterator[StepResult]:

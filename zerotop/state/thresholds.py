@@ -10,6 +10,8 @@ HOT_MARGIN_C = 5.0
 """So close to the temperature at which the hardware lowers the clocks, a GPU is hot."""
 USUAL_LIMIT_C = 90.0
 """Where a GPU does not say at which temperature that is."""
+COOL_C = 30.0
+"""A GPU without work, in a cool room."""
 IDLE_PERCENT = 50.0
 """Below this utilisation, a GPU that trains stands still half of the time."""
 AT_CAP = 0.98
@@ -24,6 +26,11 @@ def is_hot(gpu: GpuStats) -> bool:
     """Whether the GPU is about to lower its clocks, as far as it says when it does."""
     limit, now = gpu.slowdown_temperature_c, gpu.temperature_c
     return limit is not None and now is not None and now >= limit - HOT_MARGIN_C
+
+
+def hottest_c(gpu: GpuStats) -> float:
+    """The upper end of a scale of temperatures: where the hardware lowers the clocks."""
+    return max(COOL_C + 2 * HOT_MARGIN_C, gpu.slowdown_temperature_c or USUAL_LIMIT_C)
 
 
 def is_idle(gpu: GpuStats) -> bool:

@@ -38,6 +38,11 @@ class Zoomable:
 class Figured:
     """A panel that shows one of several figures."""
 
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one."""
+        return True
+
     def next_figure(self) -> None:
         """Show the next one."""
         raise NotImplementedError
@@ -45,7 +50,7 @@ class Figured:
 
 def figured(panel: object) -> Figured | None:
     """The panel, if it has several figures."""
-    return panel if isinstance(panel, Figured) else None
+    return panel if isinstance(panel, Figured) and panel.several else None
 
 
 def filterable(panel: object) -> Filterable | None:

@@ -164,7 +164,8 @@ YIELDS = {"abort": "texts"}
 STEERING = frozenset(key.action for key in KEYS if key.steers)
 OTHER_HELP = (
     ("Tab, Shift+Tab", "the next panel, the one before"),
-    ("h j k l", "in the grid of the ranks, as the arrows: to the next rank, the next line"),
+    ("Enter", "opens the selected rank or setting; elsewhere the screen whose number the panel's title has"),
+    ("j k", "down and up, as the arrows; in the grid of the ranks also h and l"),
     ("Esc", "back from a rank, a dialog, a zoomed panel, a filter, and to the overview"),
     ("Ctrl+P", "all commands and themes by name"),
     ("mouse", "click focuses, twice opens a rank; the wheel zooms a plot; drag a panel's border to resize it"),

@@ -26,6 +26,7 @@ from zerotop.tui.screens.live import LiveScreen
 from zerotop.tui.screens.page import PageScreen
 from zerotop.tui.screens.texts import TextScreen
 from zerotop.tui.theme import Palette
+from zerotop.tui.widgets.lines import Panel, ScrollPanel
 
 if TYPE_CHECKING:
     from zerotop.tui.panels.log import LogPanel
@@ -121,6 +122,11 @@ class PageKeys(KeyFlow[ReturnType]):
         self.screen.set_class(self.is_frozen, "-frozen")
         self.call_after_refresh(self.update_view)
 
+    def action_open_panel(self) -> None:
+        """Enter, in a panel without lines to open: the screen that its title names."""
+        if isinstance(self.focused, Panel | ScrollPanel) and (key := self.focused.opens):
+            self.action_page(key)
+
     @property
     def is_frozen(self) -> bool:
         """Whether the view is frozen."""
@@ -184,7 +190,7 @@ class PageKeys(KeyFlow[ReturnType]):
     def page_may(self, action: str, screen: Screen[Any]) -> bool:
         """Whether an action on what the screen shows makes sense while `screen` is on top."""
         if action in {"page", "texts", "data"} or action in PANEL_ACTIONS:
-            return isinstance(screen, LiveScreen)
+            return isinstance(screen, LiveScreen) and not (action == "texts" and isinstance(screen, TextScreen))
         if not isinstance(screen, PageScreen):
             return action not in (LOG_ACTIONS | RANK_ACTIONS | AXIS_ACTIONS | LENS_ACTIONS | {"filter", "next_figure"})
         if action == "filter":
@@ -195,7 +201,7 @@ class PageKeys(KeyFlow[ReturnType]):
         if action in RANK_ACTIONS:
             return key == OVERVIEW
         if action == "next_figure":
-            return key in {OVERVIEW, TRAINING, COMMUNICATION}
+            return self._with_figures() is not None
         if action in AXIS_ACTIONS:
             return key in {OVERVIEW, TRAINING, COMMUNICATION, TIMELINE}
         return action not in LENS_ACTIONS or key in {OVERVIEW, TRAINING}
@@ -234,13 +240,13 @@ class PageKeys(KeyFlow[ReturnType]):
 
     def action_hide(self) -> None:
         """h: hide the focused panel."""
-        if isinstance(self.screen, LiveScreen):
-            self.screen.hide_focused()
+        if isinstance(self.screen, LiveScreen) and not self.screen.hide_focused():
+            self.notify("the last panel of a screen stays", timeout=3)
 
     def action_unhide(self) -> None:
         """u: show all panels, in their usual sizes."""
-        if isinstance(self.screen, LiveScreen):
-            self.screen.show_all()
+        if isinstance(self.screen, LiveScreen) and not self.screen.show_all():
+            self.notify("no panel is hidden", timeout=3)
 
     def action_next_figure(self) -> None:
         """g: the next figure in a plot or heat map."""
@@ -267,6 +273,8 @@ class PageKeys(KeyFlow[ReturnType]):
         """n and p: another match of the search."""
         if (log := self._log_panel()) is not None:
             log.next_match(by)
+            if not log.filter:
+                self.notify("nothing is searched for: / searches", timeout=3)
 
     def action_matches(self) -> None:
         """m: only lines that match, or all."""

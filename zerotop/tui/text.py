@@ -9,6 +9,7 @@ from zerotop.clean import clean
 STATES: dict[str, tuple[str, str]] = {
     "starting": ("◌", "primary"),
     "running": ("▶", "success"),
+    "saving": ("◧", "primary"),
     "paused": ("‖", "warning"),
     "restarting": ("↻", "warning"),
     "stopping": ("◧", "warning"),

@@ -197,7 +197,7 @@ class OverviewPage(Page):
         """`most`: the lines that the ranks get at most."""
         if self._wants_grid is not None:
             return self._wants_grid
-        return self._ranks.count > GRID_FROM and self._ranks.rows_wanted > most
+        return self._ranks.count > GRID_FROM and self._ranks.rows_least > most
 
     def _show_ranks(self, panel: RankTable | RankGrid) -> None:
         """Show this one, with the selection, the filter, the focus and the size of the other."""

@@ -34,7 +34,7 @@ PLOTS: tuple[tuple[str, Figure], ...] = (
     ("plot-mfu", MFU),
 )
 LOW, NARROW = 30, 110
-"""A page lower or narrower than this shows fewer plots at a time; `g` and `z` reach the others."""
+"""A page lower or narrower than this shows fewer plots."""
 
 
 class TrainingPage(Page):

@@ -12,12 +12,13 @@ from zerotop.format import bytes_text, count_text, ms_text
 from zerotop.state.run import RankState
 from zerotop.state.thresholds import (
     AT_CAP,
+    COOL_C,
     COSTS_MUCH,
     FULL,
     HOT_MARGIN_C,
     IDLE_PERCENT,
-    USUAL_LIMIT_C,
     WAITS_LONG,
+    hottest_c,
 )
 from zerotop.tui.view import View
 from zerotop.tui.widgets.lines import RARE
@@ -26,7 +27,6 @@ WARM = 0.75
 """The heat from which a figure has the colour of a warning; 1.0 is that of an error."""
 UNIFORM = 0.5
 """The heat of the largest rank where there is no limit that it could come near to."""
-COOL_C = 30.0
 
 
 class Cell(NamedTuple):
@@ -133,7 +133,7 @@ def _utilisation(gpu: GpuStats) -> Cell | None:
 
 def _temperature(gpu: GpuStats) -> Cell | None:
     now = gpu.temperature_c
-    limit = max(COOL_C + 2 * HOT_MARGIN_C, gpu.slowdown_temperature_c or USUAL_LIMIT_C)
+    limit = hottest_c(gpu)
     return None if now is None else Cell(now, heat_of(now, COOL_C, limit - HOT_MARGIN_C, limit), f"{now:.0f}")
 
 

@@ -21,14 +21,18 @@ from zerotop.state.efficiency import run_efficiency
 from zerotop.state.losstrend import LossTrend, loss_trend
 from zerotop.state.memory import SHORT_LABELS, MemoryUse, category_label
 from zerotop.state.outlook import coming
+from zerotop.state.progress import overdue_s
 from zerotop.state.thresholds import FULL
 from zerotop.tui.text import STATES
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import thin_bar
 from zerotop.tui.widgets.lines import PLAIN, Panel, Row, fit
+from zerotop.tui.widgets.spark import relative_range, spark
 
 LINES = 3
 BAR_LEAST, BAR_MOST = 6, 40
+NORM_FROM, NORM_CELLS = 150, 16
+"""From this width on, the gradient norm stands beside the loss, with its newest values as a curve."""
 DIRECTIONS: dict[str, tuple[str, str]] = {
     "falling": ("▼", "success"),
     "flat": ("→", "foreground"),
@@ -55,7 +59,7 @@ class Header(Panel):
     def inputs(self, view: View) -> object:
         age_s = int(view.age_s) if view.age_s >= 2 else 0
         shown = (view.condition, view.connection, view.read_only, age_s, view.earlier, int(view.wall_s))
-        return super().inputs(view), shown
+        return super().inputs(view), shown, duration_text(_overdue_s(view) or 0.0)
 
     def draw(self, view: View, width: int, height: int) -> list[Row]:
         return [_progress_row(view, width), self._health_row(view, width), _next_row(view, width)][:height]
@@ -69,7 +73,7 @@ class Header(Panel):
             self._trend_key, self._trend = key, loss_trend(series, earlier)
         memory = _memory(view)
         least = sum(cell_len(text) for text, _ in memory[0]) if memory else 0
-        row = _put(Row().gap(), _loss(view, self._trend), width - (least + 3 if least else 0))
+        row = _put(Row().gap(), _loss(view, self._trend, width), width - (least + 3 if least else 0))
         if memory:
             row.add(" │ ", view.palette.style("border"))
             for text, style in memory[0]:
@@ -96,7 +100,7 @@ def _put(row: Row, pieces: list[Piece], width: int, gap: str = "  ") -> Row:
 def _progress_row(view: View, width: int) -> Row:
     palette, done = view.palette, view.progress
     muted, plain = palette.style("muted"), (palette.style("muted") if view.stale else PLAIN)
-    now = view.condition.name
+    now = "saving" if view.condition.saving else view.condition.name
     glyph, colour = STATES[now]
     right, right_style = _connection(view, width)
     state = view.state
@@ -116,6 +120,8 @@ def _progress_row(view: View, width: int) -> Row:
     elif view.condition.moving and not view.stale and done.steps is not None:
         finish = [("done ", muted), ("not known yet", muted)]
     _put(row, [step], room)
+    if (overdue_s := _overdue_s(view)) is not None:
+        _put(row, [[(f"last step {duration_text(overdue_s)} ago", palette.style("warning"))]], room)
     rest = room - row.width - 2 - sum(cell_len(text) for text, _ in finish) - 2
     if done.share is not None and rest >= BAR_LEAST + 6:
         bar = min(BAR_MOST, rest - 6, max(BAR_LEAST, width // 5))
@@ -124,6 +130,14 @@ def _progress_row(view: View, width: int) -> Row:
     _put(row, [finish], room)
     _put(row, _speed(view, muted, plain), room)
     return row.to(width - cell_len(right) - 1).add(right, right_style)
+
+
+def _overdue_s(view: View) -> float | None:
+    """Since when the newest step is overdue. While the data are old, that is what is told instead; a paused run takes
+    no steps."""
+    if view.stale or view.frozen or view.state.state_name != "running":
+        return None
+    return overdue_s(view.state, view.progress.step_ms)
 
 
 def _speed(view: View, muted: Style, plain: Style) -> list[Piece]:
@@ -166,7 +180,7 @@ def _state_of_connection(view: View, width: int) -> tuple[str, Style]:
 
 
 # ---- is the loss well, and what fills the fullest GPU ----------------------------------------------------------------
-def _loss(view: View, trend: LossTrend) -> list[Piece]:
+def _loss(view: View, trend: LossTrend, width: int) -> list[Piece]:
     palette = view.palette
     muted, plain = palette.style("muted"), (palette.style("muted") if view.stale else PLAIN)
     if trend.newest is None:
@@ -183,6 +197,8 @@ def _loss(view: View, trend: LossTrend) -> list[Piece]:
         pieces[0].append((f" {abs(trend.per_1000):.2g}/1000 steps", plain))
     if trend.not_finite:
         pieces.insert(1, [(f"✖ {trend.not_finite} steps not a number", palette.style("error", bold=True))])
+    if accidents := _accidents(trend):
+        pieces.append([(accidents, plain)])
     if trend.against is not None:
         word, tone = ("below", "success") if trend.against < 0 else ("above", "warning")
         text = f"{figure_text(abs(trend.against))} {word} {trend.against_name}"
@@ -190,7 +206,20 @@ def _loss(view: View, trend: LossTrend) -> list[Piece]:
     evaluation = view.state.evaluations.newest
     if evaluation is not None and evaluation.loss is not None:
         pieces.append([("evaluation ", muted), (figure_text(evaluation.loss), plain)])
+    if trend.norm is not None and width >= NORM_FROM:
+        pieces.append([("norm ", muted), (figure_text(trend.norm), plain)])
+        if len(trend.norms) > 1:
+            newest_norms = trend.norms[-NORM_CELLS:]
+            pieces[-1].append((f" {spark(newest_norms, NORM_CELLS, *relative_range(newest_norms))}", plain))
     return pieces
+
+
+def _accidents(trend: LossTrend) -> str:
+    """How many steps were skipped, and at how many the gradient norm jumped; "" if there were none. Short, so that it
+    fits at 120 columns."""
+    spikes = f"{trend.spikes} norm spike{'s' * (trend.spikes > 1)}" if trend.spikes else ""
+    skipped = f"{trend.skipped} skipped" if trend.skipped else ""
+    return ", ".join(text for text in (skipped, spikes) if text)
 
 
 def fullest(view: View) -> tuple[int, MemoryUse] | None:
@@ -275,9 +304,6 @@ def _facts(view: View) -> list[str]:
     facts.append(f"checkpoint: step {saved}" if saved is not None else "no checkpoint yet")
     if status is not None and status.restarts and status.state == "running":
         facts.append(f"restarted: {status.restart_reason}")
-    newest = state.series.newest
-    if newest is not None and newest.skipped_steps:
-        facts.append(f"skipped {newest.skipped_steps} steps")
     if hello is not None:
         if hello.micro_batch:
             parts = f"{hello.world_size} × {hello.micro_batch} × {hello.accumulation}"

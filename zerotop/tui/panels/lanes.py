@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Reversible
+from dataclasses import replace
 from typing import ClassVar, TypeVar
 
 from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.message import Message
 
 from zerotop.format import ms_text
 from zerotop.state.run import RankState, RunState
 from zerotop.tui.abilities import Zoomable
 from zerotop.tui.panels.phases import phase_legend
+from zerotop.tui.panels.plots import PlotPanel
 from zerotop.tui.panels.rank_panel import RankPanel
 from zerotop.tui.theme import Palette
 from zerotop.tui.view import View
@@ -45,13 +46,6 @@ class LanePanel(ScrollPanel, Zoomable):
         Binding("enter", "open", "Open rank", show=False),
     ]
 
-    class CursorMoved(Message):
-        """The cursor stands in another step."""
-
-        def __init__(self, step: int | None) -> None:
-            self.step = step
-            super().__init__()
-
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
         self.selected = 0
@@ -60,9 +54,19 @@ class LanePanel(ScrollPanel, Zoomable):
         self.end_ns: int | None = None
         """The right edge; None while the newest phase is followed."""
         self.cursor_ns: int | None = None
+        """The place of the cursor; its step is that of all plots."""
+        self._cursor_step: int | None = None
+        """The step in which it stands."""
+        self._lens_cursor: int | None = None
+        """The step of the plots' cursor when it was last looked at."""
+        self._told: set[int | None] = set()
+        """Steps that the plots have been told, and that have not come back from there yet."""
         self._count = 0
         self._shifts: dict[str, int] = {}
         """Host -> what is added to its clock."""
+
+    def inputs(self, view: View) -> object:
+        return super().inputs(view), view.lens.cursor
 
     def accept(self, view: View) -> None:
         self._count = max(max(view.state.ranks, default=-1) + 1, view.state.world_size)
@@ -70,6 +74,12 @@ class LanePanel(ScrollPanel, Zoomable):
         self._shifts = host_shifts(view.state)
         if not self.span_ns:
             self.span_ns = _steps_ns(view.state)
+        if view.lens.cursor != self._lens_cursor and self.span_ns:
+            self._lens_cursor = view.lens.cursor
+            if view.lens.cursor not in self._told:
+                self._take_cursor(view.lens.cursor, view.state)
+            if view.lens.cursor == self._cursor_step:
+                self._told.clear()
         where = "" if self.end_ns is None else " · scrolled back, 0 follows again"
         width = f" · {ms_text(self.span_ns / 1e6)} wide" if self.span_ns else ""
         self.entitle(f"timeline{width}{where}{self._readout(view.state)}")
@@ -92,8 +102,57 @@ class LanePanel(ScrollPanel, Zoomable):
         end = newest if self.end_ns is None else self.end_ns
         return end - self.span_ns, end
 
+    # ---- the cursor, which all plots share -------------------------------------------------------------------------
+    def _times_of(self, step: int, state: RunState) -> tuple[int, int] | None:
+        """When the selected rank, or else the first that has it, began and ended a step; None if none has it."""
+        lanes = [state.ranks[number] for number in sorted(state.ranks, key=lambda one: (one != self.selected, one))]
+        for rank in lanes:
+            times = [(span[3], span[4]) for span in rank.spans if span[1] == step]
+            if times:
+                shift = self._shift(rank)
+                return min(begin for begin, _ in times) + shift, max(end for _, end in times) + shift
+        return None
+
+    def _step_at(self, at_ns: int, state: RunState) -> int | None:
+        """The step of the selected rank at a time: of its newest phase that had begun by then."""
+        rank = state.ranks.get(self.selected)
+        if rank is None:
+            return None
+        at = at_ns - self._shift(rank)
+        return next((span[1] for span in reversed(rank.spans) if span[3] <= at), None)
+
+    def _take_cursor(self, step: int | None, state: RunState) -> None:
+        """Go to the step in which the cursor of the plots stands."""
+        self._cursor_step = step
+        times = self._times_of(step, state) if step is not None else None
+        if times is None:
+            self.cursor_ns = None
+            return
+        begin, end = times
+        left, right = self._window(state)
+        if self.cursor_ns is None or not begin <= self.cursor_ns < end:
+            self.cursor_ns = begin
+        if not left <= self.cursor_ns < right:
+            oldest, newest = self._bounds(state)
+            self._go_to((begin + end + self.span_ns) // 2, oldest + self.span_ns, newest)
+        if self.end_ns is None:
+            self.end_ns = self._window(state)[1]  # what is read should stand still
+
+    def _share_cursor(self) -> None:
+        """Tell the plots in which step the cursor stands."""
+        if self.view is None:
+            return
+        state, lens = self.view.state, self.view.lens
+        step = self._step_at(self.cursor_ns, state) if self.cursor_ns is not None else None
+        if step != self._cursor_step or step != lens.cursor:
+            self._cursor_step = step
+            self._told.add(step)
+            self.post_message(PlotPanel.LensChanged(replace(lens, cursor=step)))
+
     def _readout(self, state: RunState) -> str:
         rank = state.ranks.get(self.selected)
+        if self.cursor_ns is None and self._cursor_step is not None:
+            return f" │ step {self._cursor_step:,} is not among the phases that are kept"
         if self.cursor_ns is None or rank is None:
             return ""
         at = self.cursor_ns - self._shift(rank)
@@ -231,12 +290,14 @@ class LanePanel(ScrollPanel, Zoomable):
             self.cursor_ns = end - cell
         else:
             self.cursor_ns = max(start, min(end - 1, self.cursor_ns + by * cell))
+        self._share_cursor()
         self.redraw()
 
     def show_whole(self) -> None:
         """Follow the newest phase again, as wide as at first."""
         self.end_ns = self.cursor_ns = None
         self.span_ns = _steps_ns(self.view.state) if self.view is not None else 0
+        self._share_cursor()
         self.redraw()
 
     def on_click(self, event: events.Click) -> None:
@@ -255,6 +316,7 @@ class LanePanel(ScrollPanel, Zoomable):
             self.end_ns = end
             room = max(1, self.scrollable_content_region.width - LABEL)
             self.cursor_ns = start + int((offset.x - LABEL + 0.5) * self.span_ns / room)
+            self._share_cursor()
         self.redraw()
 
     def on_focus(self) -> None:

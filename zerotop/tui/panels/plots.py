@@ -104,6 +104,10 @@ class PlotPanel(Panel, Zoomable, Figured, can_focus=True):
         """The one that is shown."""
         return self.figures[self.chosen % len(self.figures)]
 
+    @property
+    def several(self) -> bool:
+        return len(self.figures) > 1
+
     def next_figure(self) -> None:
         """Switch to the next one that the run has."""
         state = self.view.state if self.view is not None else None

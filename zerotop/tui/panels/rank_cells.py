@@ -11,7 +11,7 @@ from runtime.wire.node import GpuStats
 from zerotop.format import MISSING, bytes_text, count_text, ms_text, share_text, used_of
 from zerotop.state.gpu import Concern
 from zerotop.state.run import RankState
-from zerotop.state.thresholds import FULL, WAITS_LONG, is_idle
+from zerotop.state.thresholds import COOL_C, FULL, WAITS_LONG, hottest_c, is_capped, is_hot, is_idle
 from zerotop.state.waits import WaitWindow
 from zerotop.tui.text import dots
 from zerotop.tui.view import View
@@ -195,13 +195,28 @@ def power_text(gpu: GpuStats) -> str | None:
     return f"{gpu.power_w:.0f}/{gpu.power_limit_w:.0f} W" if gpu.power_limit_w else f"{gpu.power_w:.0f} W"
 
 
-def draw_util_history(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
-    hello = rank.hello
-    histories = context.view.state.histories
-    values = histories.utilisation(hello.host, hello.device_uuid) if hello is not None else ()
-    notable = gpu is not None and context.trains and is_idle(gpu)
-    style = context.view.palette.style("warning" if notable else "primary")
-    row.cell(spark(values, size, 0.0, 100.0), size, _dim(context, rank) or style, right=True)
+def history_cell(
+    field: str, top: Callable[[GpuStats], float | None], notable: Callable[[GpuStats], bool], bottom: float = 0.0
+) -> Draw:
+    """The curve of a field of GpuStats up to `top`, so that the curves of equal GPUs have one scale; where a GPU does
+    not say what that is, up to its largest value."""
+
+    def draw(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:
+        hello, palette = rank.hello, context.view.palette
+        if hello is None or gpu is None:
+            row.gap(size)
+            return
+        values = context.view.state.histories.of_gpu(hello.host, hello.device_uuid, field)
+        style = palette.style("warning" if context.trains and notable(gpu) else "primary")
+        high = top(gpu) or max(values, default=0.0)
+        row.cell(spark(values, size, bottom, high), size, _dim(context, rank) or style, right=True)
+
+    return draw
+
+
+draw_util_history = history_cell("utilization_percent", lambda gpu: 100.0, is_idle)
+draw_power_history = history_cell("power_w", lambda gpu: gpu.power_limit_w, is_capped)
+draw_temperature_history = history_cell("temperature_c", hottest_c, is_hot, COOL_C)
 
 
 def draw_step_history(row: Row, context: Context, rank: RankState, gpu: GpuStats | None, size: int) -> None:

@@ -16,18 +16,20 @@ from zerotop.tui.widgets.lines import Row
 
 ROOMY = 110
 """From this width on, bars and dots get more than the minimum."""
-HISTORIES = ("util history", "step times")
-"""Titles of the columns with a curve: of GPUs, of CPUs."""
+HISTORIES = ("util history", "step times", "power trend", "temp trend")
+"""Titles of the columns with a curve, one of which always gets room before the memory does."""
 HISTORY_FROM = 130
 """From this width on, each rank has a curve of its newest values, where more important columns leave room for it."""
 HISTORY_LEAST, HISTORY_MOST = 12, 24
+TREND = 11
+"""The width of curves that do not grow."""
 STRIPS_FROM = 150
 """From this width on, each rank has its last step as a strip."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """`value` is what is sorted by and of which the last row has the median, written by `write`."""
+    """`value` is what is sorted by and what the last rows sum up, written by `write`."""
 
     title: str
     width: int
@@ -46,8 +48,8 @@ COLUMNS = (
     Column("device", 8, 40, cells.draw_device),
     Column("memory", 12, 90, cells.draw_memory_bar, value=cells.used_bytes, write=bytes_text),
     Column("used", 15, 80, cells.draw_used, right=True, value=cells.used_bytes, write=bytes_text),
-    Column("RSS", 9, 20, cells.draw_rss, right=True, gpu=True),
-    Column("pinned", 9, 25, cells.draw_pinned, right=True),
+    Column("RSS", 9, 18, cells.draw_rss, right=True, gpu=True),
+    Column("pinned", 9, 19, cells.draw_pinned, right=True),
     Column("phase", 19, 95, cells.draw_phase),
     Column("last step, ╱ waiting", 24, 34, cells.draw_last_step),
     Column(
@@ -91,6 +93,7 @@ COLUMNS = (
         value=lambda context, rank, gpu: gpu.utilization_percent if gpu is not None else None,
         write=lambda value: f"{value:.0f}%",
     ),
+    Column(HISTORIES[2], TREND, 21, cells.draw_power_history, right=True, gpu=True),
     Column(
         "power",
         9,
@@ -101,6 +104,7 @@ COLUMNS = (
         value=lambda context, rank, gpu: gpu.power_w if gpu is not None else None,
         write=lambda value: f"{value:.0f} W",
     ),
+    Column(HISTORIES[3], TREND, 20, cells.draw_temperature_history, right=True, gpu=True),
     Column(
         "temp",
         5,
@@ -116,6 +120,8 @@ COLUMNS = (
 )
 SORTS = ("rank", "cost to others", "wait per step", "memory", "tokens/s", "util", "power", "temp")
 """Titles of the columns that the table can be sorted by, in the order of the key."""
+SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {"min": min, "med": statistics.median, "max": max}
+"""Name of a row below the ranks -> what it has of each column."""
 
 
 def sorts_of(view: View) -> list[str]:
@@ -142,21 +148,22 @@ def sorted_ranks(context: Context, numbers: Sequence[int], title: str, reverse: 
     return [number for _, number in known] + unknown
 
 
-def median_row(context: Context, numbers: Sequence[int], columns: Sequence[Column], sizes: Sequence[int]) -> Row:
-    """The median of each column that has figures."""
+def summary_rows(
+    context: Context, numbers: Sequence[int], columns: Sequence[Column], sizes: Sequence[int], names: Sequence[str]
+) -> list[Row]:
+    """A row for each of `names`, keys of SUMMARIES, with that of each column that has figures."""
     view, muted = context.view, context.view.palette.style("muted")
-    row = Row()
+    ranks = [view.state.ranks.get(number) or RankState(number) for number in numbers]
+    rows = [Row() for _ in names]
     for column, size in zip(columns, sizes, strict=True):
-        start = row.width
-        if column.title == "rank":
-            row.cell("med", size, muted, right=True)
-        elif column.value is not None and column.title != "memory":
-            ranks = [view.state.ranks.get(number) or RankState(number) for number in numbers]
-            values = [column.value(context, rank, view.gpu_of(rank)) for rank in ranks]
+        start, known = rows[0].width, []
+        if column.value is not None and column.title not in ("rank", "memory"):
+            values = (column.value(context, rank, view.gpu_of(rank)) for rank in ranks)
             known = [value for value in values if value is not None]
-            row.cell(column.write(statistics.median(known)) if known else "", size, muted, right=column.right)
-        row.to(start + size + 1)
-    return row
+        for row, name in zip(rows, names, strict=True):
+            text = name if column.title == "rank" else column.write(SUMMARIES[name](known)) if known else ""
+            row.cell(text, size, muted, right=column.right).to(start + size + 1)
+    return rows
 
 
 def columns_for(view: View, width: int, concerned: bool) -> list[Column]:
@@ -189,11 +196,11 @@ def columns_for(view: View, width: int, concerned: bool) -> list[Column]:
 
 
 def _with_long_history(columns: list[Column], width: int) -> list[Column]:
-    """The curve of the newest values grows before the bar of the memory does."""
+    """The first curve of newest values grows before the bar of the memory does."""
     left = width - sum(column.width + 1 for column in columns)
     return [
         replace(column, width=column.width + min(left, HISTORY_MOST - column.width))
-        if column.title in HISTORIES and left > 0
+        if column.title in HISTORIES[:2] and left > 0
         else column
         for column in columns
     ]

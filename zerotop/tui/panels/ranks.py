@@ -14,11 +14,12 @@ from zerotop.tui.abilities import Filterable
 from zerotop.tui.panels.rank_cells import Context
 from zerotop.tui.panels.rank_columns import (
     STRIPS_FROM,
+    SUMMARIES,
     Column,
     columns_for,
-    median_row,
     sorted_ranks,
     sorts_of,
+    summary_rows,
 )
 from zerotop.tui.panels.rank_panel import RankPanel
 from zerotop.tui.view import View, stale_after_s
@@ -28,7 +29,8 @@ from zerotop.tui.widgets.timeline import LastSteps
 PINNED_FROM = 16
 """With more ranks, those that the verdict blames stand first."""
 MEDIAN_FROM = 9
-"""From so many ranks on, a last line has the median of each column."""
+"""From so many ranks on, a last line has the median of each column; where all ranks are in sight, others have the
+smallest and the largest value."""
 
 
 def passes(view: View, number: int, wanted: str, alarms: Sequence[Concern]) -> bool:
@@ -80,8 +82,20 @@ class RankTable(RankPanel, Filterable):
 
     @property
     def rows_wanted(self) -> int:
-        """Lines for all ranks, the column titles, the medians and the borders."""
+        """Lines for all ranks, the column titles, the smallest, median and largest values, and the borders."""
+        return self.rows_least + (len(SUMMARIES) - 1 if self.count >= MEDIAN_FROM else 0)
+
+    @property
+    def rows_least(self) -> int:
+        """The same with the medians alone."""
         return max(1, self.count) + 1 + int(self.count >= MEDIAN_FROM) + self.gutter.height
+
+    def _summaries(self, height: int) -> list[str]:
+        """The names of the rows below the ranks, in `height` lines."""
+        ranks = len(self._order)
+        if ranks < MEDIAN_FROM or height < 6:
+            return []
+        return list(SUMMARIES) if ranks + 1 + len(SUMMARIES) <= height else ["med"]
 
     def inputs(self, view: View) -> object:
         return super().inputs(view), view.verdict, view.stall
@@ -141,12 +155,12 @@ class RankTable(RankPanel, Filterable):
             head.cell(column.title, size, style, right=column.right).gap()
         rows = [head]
         first, last = self.scroll_offset.y, self.scroll_offset.y + height - 1
-        medians = len(self._order) >= MEDIAN_FROM and height >= 6
-        for number in self._order[first : last - int(medians)]:
+        summaries = self._summaries(height)
+        for number in self._order[first : last - len(summaries)]:
             rows.append(self._rank(self._drawing, number, columns, sizes))
-        if medians:
-            rows += [Row()] * (height - 1 - len(rows))
-            rows.append(median_row(self._drawing, self._order, columns, sizes))
+        if summaries:
+            rows += [Row()] * (height - len(summaries) - len(rows))
+            rows += summary_rows(self._drawing, self._order, columns, sizes, summaries)
         return rows
 
     def _rank(self, context: Context, number: int, columns: list[Column], sizes: list[int]) -> Row:
@@ -189,8 +203,8 @@ class RankTable(RankPanel, Filterable):
     def select_rank(self, number: int) -> None:
         self.selected = number
         place = self._order.index(number) if number in self._order else 0
-        below = int(len(self._order) >= MEDIAN_FROM)
-        self.scroll_line_into_view(place, self.scrollable_content_region.height - 1 - below)
+        height = self.scrollable_content_region.height
+        self.scroll_line_into_view(place, height - 1 - len(self._summaries(height)))
         self.tell_selected()
 
     def rank_at(self, column: int, line: int) -> int | None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from rich.style import Style
 from textual import events
+from textual.binding import Binding, BindingType
 
 from zerotop.format import ms_text, tick_text
 from zerotop.state.run import RunState
 from zerotop.tui.abilities import Figured, Zoomable
-from zerotop.tui.lens import Lens
+from zerotop.tui.lens import Lens, extent
 from zerotop.tui.panels.plots import PlotPanel
+from zerotop.tui.panels.rank_panel import RankPanel
 from zerotop.tui.view import View
-from zerotop.tui.widgets.lines import Row, ScrollPanel
+from zerotop.tui.widgets.lines import Row, fit
 
 LABEL = 6
-TALLEST = 3
-"""Lines of a rank, at most."""
+TALLEST, WIDEST = 3, 3
+"""Lines of a rank, and cells of a step while none is zoomed, at most."""
 SHADES = " ░▒▓█"
 """From nothing to the most: the picture can be read without colour."""
 RAMP = ("border", "muted", "primary", "warning", "error")
@@ -42,10 +45,16 @@ FIGURES = (
 )
 
 
-class SkewMap(ScrollPanel, Zoomable, Figured):
-    """Ranks are lines, steps are columns. Shares the cursor with the plots."""
+class SkewMap(RankPanel, Zoomable, Figured):
+    """Ranks are lines, steps are columns. Shares the range of steps and the cursor with the plots; Enter opens the
+    selected rank."""
 
     READS = ("collectives", "step")
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "select(-1)", "Previous rank", show=False),
+        Binding("down,j", "select(1)", "Next rank", show=False),
+        Binding("enter", "open", "Open rank", show=False),
+    ]
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
@@ -55,6 +64,9 @@ class SkewMap(ScrollPanel, Zoomable, Figured):
         self._step_ms: dict[int, float] = {}
         self._key: object = None
         self._steps: list[int] = []
+        """Those that are drawn."""
+        self._step_cells = 1
+        """Cells of a step."""
 
     def next_figure(self) -> None:
         """Switch between lateness and waiting."""
@@ -89,17 +101,26 @@ class SkewMap(ScrollPanel, Zoomable, Figured):
         if not self._values:
             return [Row().add("no step whose collectives all ranks have reported yet", muted)]
         room = max(1, width - LABEL)
-        known = sorted(self._values)
-        size = max(1, min(3, room // len(known)))
+        left, right = view.lens.window(extent(view.state))
+        known = [step for step in sorted(self._values) if view.lens.whole or left <= step <= right]
+        if not known:
+            self._steps = []
+            first, last = min(self._values), max(self._values)
+            text = f"none of the steps {left:,.0f} to {right:,.0f} is here: the map has {first:,} to {last:,}"
+            return [Row().add(fit(f"{text} · 0 shows them", width).rstrip(), muted)]
+        size = self._step_cells = max(1, min(WIDEST if view.lens.whole else room, room // len(known)))
         self._steps = known[-(room // size) :]
         shades = {step: self._shade(step) for step in self._steps}
         styles = [palette.style(role) for role in RAMP]
         rows = []
-        first, tall = self.scroll_offset.y, max(1, min(TALLEST, (height - 2) // max(1, self._count)))
+        first, tall = self.scroll_offset.y, self._tall(height)
         cursor = Style(bgcolor=palette.ui["panel"], underline=True)
         for rank in range(first, min(self._count, first + (height - 2) // tall)):
             for line in range(tall):
-                row = Row().cell("" if line else f"{rank}", LABEL - 2, muted, right=True).gap(2)
+                chosen = rank == self.selected
+                row = Row().add("▌" if chosen else " ", palette.style("primary" if self.has_focus else "muted"))
+                label = Style(bold=True) if chosen else muted
+                row.cell("" if line else f"{rank}", LABEL - 3, label, right=True).gap(2)
                 for step in self._steps:
                     shade = shades[step].get(rank, 0)
                     style = styles[shade] + cursor if step == view.lens.cursor else styles[shade]
@@ -107,6 +128,10 @@ class SkewMap(ScrollPanel, Zoomable, Figured):
                 rows.append(row)
         rows += [Row() for _ in range(height - 2 - len(rows))]
         return [*rows, self._axis(view, size, width), self._legend(view, width)][:height]
+
+    def _tall(self, height: int) -> int:
+        """Lines of a rank."""
+        return max(1, min(TALLEST, (height - 2) // max(1, self._count)))
 
     def _shade(self, step: int) -> dict[int, int]:
         """Rank -> 0..4 by its share of the step's time: 1, 3, 10 and 30%."""
@@ -141,26 +166,49 @@ class SkewMap(ScrollPanel, Zoomable, Figured):
         self.post_message(PlotPanel.LensChanged(lens))
 
     def zoom_by(self, factor: float) -> None:
-        """One cell is one step at least: there is nothing to zoom."""
+        """Show fewer steps, or more, here and in all plots."""
+        if self.view is not None:
+            self._send(self.view.lens.zoomed(factor, extent(self.view.state)))
 
     def pan_by(self, share: float) -> None:
-        """Move the cursor by a tenth of what is shown."""
-        self.move_cursor(round(math.copysign(max(1, len(self._steps) // 10), share)))
+        """Show earlier or later steps; with all of them in sight, move the cursor by a tenth of them."""
+        if self.view is None:
+            return
+        if self.view.lens.whole:
+            self.move_cursor(round(math.copysign(max(1, len(self._steps) // 10), share)))
+        else:
+            self._send(self.view.lens.panned(share, extent(self.view.state)))
 
     def move_cursor(self, by: int) -> None:
-        """Move the cursor along the steps that are shown."""
-        if self.view is not None and self._steps:
-            self._send(self.view.lens.moved(by, self._steps))
+        """Move the cursor along the steps that the map has."""
+        if self.view is not None and self._values:
+            self._send(self.view.lens.moved(by, sorted(self._values)))
 
     def show_whole(self) -> None:
-        """Remove the cursor."""
+        """Show all steps, without a cursor."""
         if self.view is not None:
-            self._send(replace(self.view.lens, cursor=None))
+            self._send(replace(self.view.lens, cursor=None, first=None, last=None))
+
+    # ---- the selected rank -----------------------------------------------------------------------------------------
+    def action_select(self, by: int) -> None:
+        """Select another rank."""
+        self.select_rank(max(0, min(self._count - 1, self.selected + by)))
+
+    def select_rank(self, number: int) -> None:
+        self.selected = number
+        height = self.scrollable_content_region.height
+        self.scroll_line_into_view(number, (height - 2) // self._tall(height))
+        self.redraw()
+
+    def rank_at(self, column: int, line: int) -> int | None:
+        height = self.scrollable_content_region.height
+        number = self.scroll_offset.y + line // self._tall(height)
+        return number if 0 <= line < height - 2 and number < self._count else None
 
     def on_click(self, event: events.Click) -> None:
+        super().on_click(event)
         offset = event.get_content_offset(self)
         if offset is None or self.view is None or not self._steps or offset.x < LABEL:
             return
-        size = max(1, min(3, (self.scrollable_content_region.width - LABEL) // len(self._values)))
-        at = min(len(self._steps) - 1, (offset.x - LABEL) // size)
+        at = min(len(self._steps) - 1, (offset.x - LABEL) // self._step_cells)
         self._send(replace(self.view.lens, cursor=self._steps[at]))

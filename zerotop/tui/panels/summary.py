@@ -17,9 +17,11 @@ from zerotop.format import (
     rate_text,
 )
 from zerotop.state.abilities import has_our_checkpoints, is_wrapped
+from zerotop.state.checkpoints import best_checkpoint
 from zerotop.state.efficiency import run_efficiency
 from zerotop.state.evaluations import perplexity
 from zerotop.state.memory import memory_use
+from zerotop.state.run import RunState
 from zerotop.state.smoothing import envelope, smooth
 from zerotop.tui.text import STATES
 from zerotop.tui.view import View
@@ -34,7 +36,7 @@ PLOT_FROM = 90
 class SummaryPanel(Panel, can_focus=True):
     """A card worth a screenshot."""
 
-    READS = ("step", "evaluation", "memory", "node")
+    READS = ("step", "evaluation", "memory", "node", "checkpoint_saved")
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="framed")
@@ -92,11 +94,9 @@ def _facts(view: View) -> list[tuple[str, str, Style]]:
     if status is not None and status.started_wall_s is not None and status.ended_wall_s is not None:
         took_s = status.ended_wall_s - status.started_wall_s
         facts.append(("time", duration_text(took_s), bold))
-    done, hello = view.progress, state.hello
+    done = view.progress
     of = f" of {done.steps:,}" if done.steps is not None else ""
-    tokens = done.step * hello.global_batch * hello.seq_len if hello is not None and hello.seq_len else None
-    trained = f", {count_text(tokens)} tokens" if tokens else ""
-    facts.append(("trained", f"{done.step:,}{of} steps{trained}", PLAIN))
+    facts.append(("trained", f"{done.step:,}{of} steps{_tokens_text(state, done.step)}", PLAIN))
     points = list(state.series)
     losses = [(point.loss, point.step) for point in points if point.loss is not None and math.isfinite(point.loss)]
     if losses:
@@ -125,10 +125,34 @@ def _facts(view: View) -> list[tuple[str, str, Style]]:
         peak = max(max(peaks), max(use.used_bytes for use in uses))
         facts.append(("memory", f"at most {bytes_text(peak)} of {bytes_text(uses[0].total_bytes)} on a rank", PLAIN))
     saved = status.last_checkpoint_step if status is not None else None
-    facts.append(("checkpoint", f"step {saved:,}" if saved is not None else "none", PLAIN))
+    facts.append(("checkpoint", _checkpoint_text(state, saved), PLAIN))
     if status is not None and status.restarts:
         facts.append(("restarts", f"{status.restarts}, the last because {status.restart_reason}", PLAIN))
     return facts
+
+
+def _checkpoint_text(state: RunState, saved: int | None) -> str:
+    """The newest checkpoint, and the one that is worth most."""
+    best = best_checkpoint(state)
+    newest = f"step {saved:,}" if saved is not None else "none"
+    if best is None:
+        return newest
+    return f"{newest}, nearest {best.of}" + (f": step {best.step:,}" if best.step != saved else "")
+
+
+def _tokens_text(state: RunState, steps: int) -> str:
+    """How many tokens were trained on: as many as a batch has in every step, where that is known, else as the speed of
+    the steps adds up to."""
+    hello = state.hello
+    if hello is not None and hello.seq_len and hello.global_batch:
+        return f", {count_text(steps * hello.global_batch * hello.seq_len)} tokens"
+    tokens, before = 0.0, None
+    for point in state.series:  # a thinned series: each point stands for the steps since the one before
+        if point.tokens_per_s is not None:
+            taken = point.step - before if before is not None else 1
+            tokens += point.tokens_per_s * point.step_ms / 1000 * taken
+        before = point.step
+    return f", about {count_text(tokens * max(1, state.world_size))} tokens" if tokens else ""
 
 
 def _commands(view: View) -> list[str]:
@@ -141,7 +165,9 @@ def _commands(view: View) -> list[str]:
     if status.state != "finished" and saved is not None and not is_wrapped(view.state):
         found.append(f"zerotop launch --resume --name {name}     continue from step {saved:,}")
     if saved is not None and has_our_checkpoints(view.state):
-        found.append(f"zerotop export {name} out/     the weights as Hugging Face safetensors")
+        best = best_checkpoint(view.state)
+        which = f"{name}/step-{best.step}" if best is not None and best.step != saved else name
+        found.append(f"zerotop export {which} out/     the weights as Hugging Face safetensors")
     if status.state == "failed":
         found += [
             f"zerotop logs {name} --rank {status.failed_rank or 0}",

@@ -30,7 +30,11 @@ class HelpScreen(ModalScreen[None]):
     """The help. `why_not` says why the keys that act on the run do not work now; `impossible`, by action, why the run's
     trainer can't do what some of them ask for."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,question_mark", "leave", "Back")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q,question_mark", "leave", "Back"),
+        Binding("k", "scroll_by(-1)", show=False),
+        Binding("j", "scroll_by(1)", show=False),
+    ]
 
     def __init__(
         self,
@@ -134,6 +138,10 @@ class HelpScreen(ModalScreen[None]):
         table.add_row(Text("keys"), Text(f'{config_home() / "keys.toml"}: lines like  freeze = "F"  with these names:'))
         table.add_row("", Text(", ".join(key.id for key in KEYS), muted))
         return table
+
+    def action_scroll_by(self, lines: int) -> None:
+        """k and j: as the arrows."""
+        self.query_one(VerticalScroll).scroll_relative(y=lines, animate=False)
 
     def action_leave(self) -> None:
         """Go back."""

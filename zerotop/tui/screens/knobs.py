@@ -26,6 +26,8 @@ class KnobList(OptionList):
     """The settings and their values."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("k", "cursor_up", show=False),
+        Binding("j", "cursor_down", show=False),
         Binding("pageup", "turn_page(-1)", show=False),
         Binding("pagedown", "turn_page(1)", show=False),
     ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from textual import events
+from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widget import Widget
 
@@ -19,6 +22,7 @@ BOXES_FROM = 28
 class LiveScreen(Screen[None]):
     """A screen whose panels show the run. Borders between panels can be dragged with the mouse."""
 
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "app.open_panel", "More", show=False)]
     ALLOW_IN_MAXIMIZED_VIEW = "Header,KeyBar,FilterField,.-textual-system"
     view: View | None = None
     lines_below = 0
@@ -96,23 +100,26 @@ class LiveScreen(Screen[None]):
         self.call_after_refresh(self.refresh_panels)
         return True
 
-    def hide_focused(self) -> None:
-        """Hide the focused panel, unless it is the last one."""
+    def hide_focused(self) -> bool:
+        """Hide the focused panel; False if it is the last one."""
         panel = self.focused
         there = [one for one in self._panels() if one.region.area]
         if not isinstance(panel, Panel | ScrollPanel) or len(there) < 2:
-            return
+            return False
         self.unzoom()
         self.focus_next()
         panel.add_class("-hidden")
         self.call_after_refresh(self.refresh_panels)
+        return True
 
-    def show_all(self) -> None:
-        """Show all panels, in their usual sizes."""
-        for panel in self.query(".-hidden"):
+    def show_all(self) -> bool:
+        """Show all panels, in their usual sizes; False if none was hidden."""
+        hidden = list(self.query(".-hidden"))
+        for panel in hidden:
             panel.remove_class("-hidden")
         self.resizer.reset()
         self.call_after_refresh(self.refresh_panels)
+        return bool(hidden)
 
     def _panels(self) -> list[Widget]:
         return [panel for panel in self.query("*") if isinstance(panel, Panel | ScrollPanel) and panel.can_focus]

@@ -35,6 +35,8 @@ class StacksScreen(ModalScreen[None]):
         Binding("escape,q", "leave", "Back"),
         Binding("home", "to_top", "Top", show=False),
         Binding("end", "to_end", "Bottom", show=False),
+        Binding("k", "scroll_by(-1)", show=False),
+        Binding("j", "scroll_by(1)", show=False),
     ]
 
     def __init__(self, palette: Palette, run: str, answer: Callable[[], CommandRecord | None]) -> None:
@@ -68,6 +70,10 @@ class StacksScreen(ModalScreen[None]):
             path = ack.result.get("path")
             self.query_one(VerticalScroll).border_subtitle = plain(f"{path} · {BACK}" if path else BACK)
         self.query_one(Static).update(text)
+
+    def action_scroll_by(self, lines: int) -> None:
+        """k and j: as the arrows."""
+        self.query_one(VerticalScroll).scroll_relative(y=lines, animate=False)
 
     def action_to_top(self) -> None:
         """Home: to the top."""

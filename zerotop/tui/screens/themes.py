@@ -31,6 +31,15 @@ class HasThemes(Protocol):
         """Read all palettes again. Returns a line for each file that cannot be used."""
 
 
+class ThemeList(OptionList):
+    """The themes by name."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("k", "cursor_up", show=False),
+        Binding("j", "cursor_down", show=False),
+    ]
+
+
 class ThemeScreen(ModalScreen[None]):
     """Enter keeps the marked theme, Esc goes back to the one before."""
 
@@ -45,7 +54,7 @@ class ThemeScreen(ModalScreen[None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog themes") as dialog:
             dialog.border_title = plain("theme")
-            yield OptionList(*self._options(), id="themes")
+            yield ThemeList(*self._options(), id="themes")
             yield Static(id="theme-note")
             yield Static(
                 Content.from_markup("[b $accent]↑ ↓[/] try   [b $accent]Enter[/] keep   [b $accent]Esc[/] as before"),

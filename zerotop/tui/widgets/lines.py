@@ -23,6 +23,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from zerotop.clean import clean_line
+from zerotop.tui.keys import PAGE_NAMES
 from zerotop.tui.text import plain
 
 if TYPE_CHECKING:
@@ -155,6 +156,12 @@ class _Drawn(Widget):
             width = max(cell_len(before), cell_len(title)) + TITLE_MARGIN - same
             line = Region(0, 0, self.outer_size.width, 1).intersection(Region(same, 0, width, 1))
             self.refresh(line.translate((-self.gutter.left, -top)))
+
+    @property
+    def opens(self) -> str:
+        """The number key that the title names, of the screen that Enter opens; "" if it names none."""
+        number, _, rest = self._title.partition(" ")
+        return number if rest and number in PAGE_NAMES else ""
 
     def inputs(self, view: View) -> object:
         """What the title and the lines depend on, as a value that compares equal while they stay the same; None: draw
@@ -319,8 +326,8 @@ class ScrollPanel(ScrollView, _Drawn, can_focus=True):  # the first base gives t
     """A panel whose lines scroll. `draw` makes only the visible lines, from `self.scroll_offset.y` on."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "by(-1)", "Up", show=False),
-        Binding("down", "by(1)", "Down", show=False),
+        Binding("up,k", "by(-1)", "Up", show=False),
+        Binding("down,j", "by(1)", "Down", show=False),
         Binding("pageup", "by(-10)", "Ten up", show=False),
         Binding("pagedown", "by(10)", "Ten down", show=False),
         Binding("home", "by(-100000)", "Top", show=False),
