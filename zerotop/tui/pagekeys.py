@@ -201,7 +201,7 @@ class PageKeys(KeyFlow[ReturnType]):
         if action in RANK_ACTIONS:
             return key == OVERVIEW
         if action == "next_figure":
-            return self._with_figures() is not None
+            return key in {OVERVIEW, COMMUNICATION}
         if action in AXIS_ACTIONS:
             return key in {OVERVIEW, TRAINING, COMMUNICATION, TIMELINE}
         return action not in LENS_ACTIONS or key in {OVERVIEW, TRAINING}
