@@ -9,6 +9,7 @@ meanwhile costs nothing. A stream that has nothing to do counts for the phase th
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
@@ -65,10 +66,12 @@ class DevicePhases:
 
     def begin(self, phase: PhaseName, step: int, micro_step: int, issued: int) -> None:
         """The training thread enters a phase. issued: number of the newest collective."""
-        if len(self._begun) < MARKS_KEPT:
-            self._begun.append(_Begun(phase, step, micro_step, self._marks.mark(), issued))
-        else:
+        if len(self._begun) >= MARKS_KEPT:
             self.lost += 1
+            return
+        # After an error of the device every call fails, also those on the way out of the error, which says more.
+        with contextlib.suppress(RuntimeError):
+            self._begun.append(_Begun(phase, step, micro_step, self._marks.mark(), issued))
 
     def spans(self) -> list[Span]:
         """The phases that have ended since the last call, oldest first."""

@@ -182,3 +182,14 @@ def test_the_position_is_the_training_threads(recorder: Recorder, device: Played
     at = recorder.position()
     assert (at.phase, at.step) == ("data", 2)
     assert not {"forward", "backward", "step"} & {span[0] for span in recorder.drain().spans}
+
+
+def test_the_error_of_a_device_stays_the_one_that_is_raised(recorder: Recorder, device: PlayedDevice) -> None:
+    def lost() -> float:
+        raise RuntimeError("CUDA error: device-side assert triggered, once more")
+
+    recorder.enter("forward", 1, 1)
+    with pytest.raises(ZeroDivisionError), recorder.span("reduce"):
+        device.mark = lost  # type: ignore[method-assign]
+        raise ZeroDivisionError
+    assert recorder.position().phase == "forward"
