@@ -134,7 +134,11 @@ def steps(key: Key) -> tuple[str, tuple[object, ...]]:
     return name, (rest[:-1].strip("'"),) if rest else ()
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    # Tables and texts have no keys of their own.
+    [pytest.param(place, marks=pytest.mark.slow if place in ("2", "4", "7", "8", "texts") else ()) for place in PLACES],
+)
 async def test_every_key_does_something_or_is_refused(place: str, tmp_path: Path) -> None:
     wrong: list[str] = []
     async with open_place(place, tmp_path) as (app, pilot, sent):
