@@ -124,7 +124,7 @@ as_shell device 30 describe
 as_shell build 240 build_kernels
 
 # ---- (a) tests -------------------------------------------------------------------------------------------------------------
-for file in cuda_adamw arena streamed engine offload two_ranks activations cross_entropy; do
+for file in cuda_adamw arena phases streamed engine offload two_ranks activations cross_entropy; do
   beside=()
   if [ "$file" = offload ] && "$python" -c 'import xdist' 2> /dev/null; then beside=(-n 4); fi # 64 processes
   on_gpu "test-$file" 150 "$python" -m pytest -q -rs --timeout=140 "${beside[@]}" "tests/gpu/test_$file.py"
