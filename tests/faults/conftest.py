@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT
-from tests.harness.runs import StartedRun
+from tests.harness.runs import StartedRun, end_runs
 from zerotop.launch.start import start_run
 from zerotop.rundir.directory import read_entry
 from zerotop.rundir.paths import remove_sockets
@@ -73,8 +73,4 @@ def launch_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         return runs[-1]
 
     yield begin
-    for run in runs:
-        if read_entry(run.path).live:
-            run.command("abort")
-        run.close()
-        remove_sockets(run.entry.sockets.folder)
+    end_runs(runs)

@@ -11,11 +11,9 @@ import pytest
 
 from runtime.wire.messages import Event
 from runtime.wire.rundir import read_status
-from tests.harness.runs import StartedRun
+from tests.harness.runs import StartedRun, end_runs
 from zerotop.commands.run import OutputPrinter
 from zerotop.launch.start import start_wrapped
-from zerotop.rundir.directory import read_entry
-from zerotop.rundir.paths import remove_sockets
 
 FAILS = """
 import os
@@ -78,11 +76,7 @@ def start_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
         return runs[-1]
 
     yield begin
-    for run in runs:
-        if read_entry(run.path).live:
-            run.command("abort")
-        run.close()
-        remove_sockets(run.entry.sockets.folder)
+    end_runs(runs)
 
 
 def test_a_command_that_fails_is_not_started_again(start_script: StartWrapped) -> None:

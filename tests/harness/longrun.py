@@ -18,6 +18,16 @@ BEGIN_S = 1_790_000_040.0
 """Wall time at which the runs begin: a whole minute."""
 
 
+def two_minutes(folder: Path) -> Path:
+    """A recording of two ranks in `folder`, with a verdict in it; returns the folder."""
+    run = SpokenRun(ranks=2)
+    for number in range(120):
+        run.second()
+        if number == 70:
+            run.event("verdict", "rank 1 is slow in data loading", "warning")
+    return write(folder, run)
+
+
 class SpokenRun(ScriptedRun):
     """A scripted run that keeps what it says, with the time and the sender."""
 

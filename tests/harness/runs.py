@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -14,7 +14,7 @@ from runtime.wire.messages import Command, CommandRecord, RunStatus
 from runtime.wire.rundir import read_status
 from tests.harness.waiting import DEADLINE_S, until
 from zerotop.rundir.directory import RunEntry, read_entry
-from zerotop.rundir.paths import LOCK_NAME
+from zerotop.rundir.paths import LOCK_NAME, remove_sockets
 from zerotop.source.live import LiveSource
 
 
@@ -130,6 +130,15 @@ class StartedRun:
             for process in self.processes():
                 process.kill()
         until(self.all_gone, "the end of every process")
+
+
+def end_runs(runs: Iterable[StartedRun]) -> None:
+    """Abort those that live, wait until their processes are gone, and remove what a killed supervisor left."""
+    for run in runs:
+        if read_entry(run.path).live:
+            run.command("abort")
+        run.close()
+        remove_sockets(run.entry.sockets.folder)
 
 
 def _final(record: CommandRecord | None) -> bool:

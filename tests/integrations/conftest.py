@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT
-from tests.harness.runs import StartedRun
+from tests.harness.runs import StartedRun, end_runs
 from zerotop.launch.start import start_wrapped
-from zerotop.rundir.directory import read_entry
-from zerotop.rundir.paths import remove_sockets
 
 SCRIPTS = ROOT / "tests" / "integrations" / "scripts"
 RunScript = Callable[..., StartedRun]
@@ -45,11 +43,7 @@ def run_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunS
         return runs[-1]
 
     yield begin
-    for run in runs:
-        if read_entry(run.path).live:
-            run.command("abort")
-        run.close()
-        remove_sockets(run.entry.sockets.folder)
+    end_runs(runs)
 
 
 def losses(run: StartedRun) -> list[str]:

@@ -127,8 +127,8 @@ def test_collectives_and_waits_of_fsdp2(run_script: RunScript) -> None:
     assert [one.op for one in state.waits.meetings] == ["end of backward"] * 2 * STEPS
 
 
-def test_memory_of_data_parallel_ranks_is_what_they_hold(run_script: RunScript) -> None:
-    run = run_script("ddp.py", STEPS=40, SLOW_MS=20)
+def see_optimizer_states(run: StartedRun) -> None:
+    """Wait until both ranks have them."""
     run.see(
         lambda source: (
             len(source.state.ranks) == 2
@@ -137,6 +137,11 @@ def test_memory_of_data_parallel_ranks_is_what_they_hold(run_script: RunScript) 
         "optimizer states in memory",
         deadline_s=60,
     )
+
+
+def test_memory_of_data_parallel_ranks_is_what_they_hold(run_script: RunScript) -> None:
+    run = run_script("ddp.py", STEPS=40, SLOW_MS=20)
+    see_optimizer_states(run)
     parameters = run.source.state.hello.parameters  # type: ignore[union-attr]
     for rank in run.source.state.ranks.values():
         assert rank.memory is not None
@@ -149,14 +154,7 @@ def test_memory_of_data_parallel_ranks_is_what_they_hold(run_script: RunScript) 
 def test_memory_of_sharded_ranks_is_their_part(run_script: RunScript) -> None:
     """Under FSDP2, of whose DTensors the local part counts: half of everything on each of two ranks."""
     run = run_script("fsdp2.py", STEPS=100_000, SLOW_MS=20)
-    run.see(
-        lambda source: (
-            len(source.state.ranks) == 2
-            and all(r.memory and r.memory.ledger.get("optimizer", 0) for r in source.state.ranks.values())
-        ),
-        "optimizer states in memory",
-        deadline_s=60,
-    )
+    see_optimizer_states(run)
     run.command("pause")
     hello = run.source.state.hello
     assert hello is not None

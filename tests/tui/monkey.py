@@ -23,7 +23,7 @@ from textual import events
 from textual.app import App
 from textual.keys import _character_to_key
 
-from tests.harness.longrun import SpokenRun, write
+from tests.harness.longrun import two_minutes
 from tests.tui.screen_reading import screen_text, settle
 from tests.tui.scripted_run import ScriptedRun
 from zerotop.source.replay import ReplaySource
@@ -78,7 +78,7 @@ async def session(seed: int, presses: int, folder: Path) -> int:
     run.steps(30)
     source: ReplaySource | None = None
     if kind == "replay":
-        source = ReplaySource(recorded(folder / str(seed)), "q1")
+        source = ReplaySource(two_minutes(folder / str(seed)), "q1")
         source.start()
     app = ReplayApp(source) if source is not None else ZerotopApp(run, read_only=kind == "read-only")
     app.action_detach = lambda: None  # type: ignore[method-assign]  # the palette may be made to choose it
@@ -112,16 +112,6 @@ async def session(seed: int, presses: int, folder: Path) -> int:
     sent = {command.name for command in run.sent}
     assert not sent & ({"stop", "abort"} if kind in ("steer", "hostile") else sent), (sent, told(seed, pressed))
     return len(pressed)
-
-
-def recorded(folder: Path) -> Path:
-    """The recording of two minutes."""
-    run = SpokenRun(ranks=2)
-    for number in range(120):
-        run.second()
-        if number == 70:
-            run.event("verdict", "rank 1 is slow in data loading", "warning")
-    return write(folder, run)
 
 
 def told(seed: int, pressed: list[str]) -> str:

@@ -10,7 +10,7 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input
 
-from tests.harness.longrun import SpokenRun, write
+from tests.harness.longrun import two_minutes
 from tests.harness.waiting import until_async
 from tests.tui.screen_reading import screen_text, settle
 from zerotop.source.replay import ReplaySource
@@ -31,12 +31,7 @@ class Clock:
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
-    run = SpokenRun(ranks=2)
-    for number in range(120):
-        run.second()
-        if number == 70:
-            run.event("verdict", "rank 1 is slow in data loading", "warning")
-    return write(tmp_path / "run", run)
+    return two_minutes(tmp_path / "run")
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ import pytest
 
 from tests.harness import ROOT
 from tests.harness.fakehub import FakeHub, step_result
-from tests.harness.runs import StartedRun
+from tests.harness.runs import StartedRun, end_runs
 from tests.harness.waiting import DEADLINE_S, until
 from zerotop.rundir.directory import find_run
 
@@ -161,7 +161,4 @@ def test_a_run_from_its_launch_to_its_stop(tmp_path: Path, monkeypatch: pytest.M
         assert run.see_end("stopped").last_checkpoint_step is not None
     finally:
         window.close()
-        if run is not None:
-            if run.entry.live and not run.all_gone():
-                run.command("abort")
-            run.close()
+        end_runs([run] if run is not None else [])

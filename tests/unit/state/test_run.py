@@ -30,8 +30,7 @@ from zerotop.state.frozen_view import freeze
 from zerotop.state.memory import gpu_of, memory_use
 from zerotop.state.progress import progress, steps_at_risk
 from zerotop.state.run import COMMANDS_KEPT, EVENTS_KEPT, RunState
-from zerotop.state.series import POINTS_KEPT, Series
-from zerotop.state.smoothing import smooth, smooth_last
+from zerotop.state.series import Series
 from zerotop.state.waits import OPEN_KEPT, Waits
 
 
@@ -178,32 +177,6 @@ def test_the_step_of_a_run_is_what_every_rank_has_finished() -> None:
     run.apply(result(43, 0))
     run.apply(result(42, 1))
     assert run.step == 42
-
-
-# ---- series --------------------------------------------------------------------------------------------------------
-def test_a_long_series_keeps_the_whole_run_in_bounded_memory() -> None:
-    series = Series()
-    for step in range(1, 20_001):
-        series.add(result(step))
-        assert len(series) <= POINTS_KEPT + 1
-    steps = [point.step for point in series]
-    assert steps == sorted(set(steps)) and steps[-1] == 20_000 and steps[0] <= 2 * series.stride
-    assert len(steps) > POINTS_KEPT // 3
-
-
-def test_a_resumed_attempt_takes_back_what_never_happened() -> None:
-    series = Series()
-    for step in range(1, 31):
-        series.add(result(step))
-    series.add(result(21, loss=9.0))
-    assert [point.step for point in series] == list(range(1, 22)) and list(series)[-1].loss == 9.0
-
-
-def test_throughput_is_the_sum_over_ranks_and_points_are_one_ranks() -> None:
-    series = Series()
-    for rank in (0, 1, 2):
-        series.add(result(1, rank))
-    assert len(series) == 1 and series.tokens_per_s == 150.0
 
 
 # ---- waits ---------------------------------------------------------------------------------------------------------
@@ -480,23 +453,6 @@ def test_a_revision_changes_with_messages_of_its_kinds_and_with_no_other() -> No
     other = RunState()
     other.apply(result(1))
     assert other.revision(("step",)) != steps  # a new snapshot is another state
-
-
-@pytest.mark.parametrize("count", [0, 1, 5, POINTS_KEPT, 2 * POINTS_KEPT + 3])
-def test_the_newest_points_are_found_without_the_others(count: int) -> None:
-    series = Series()
-    for step in range(1, count + 1):
-        series.add(result(step))
-    for wanted in (1, 2, 20, 5000):
-        assert series.recent(wanted) == list(series)[-wanted:]
-    assert (series.first, series.newest) == (next(iter(series), None), next(iter(list(series)[::-1]), None))
-
-
-@pytest.mark.parametrize("count", [0, 1, 23, 24, 300])
-def test_the_last_smoothed_value_is_found_without_the_others(count: int) -> None:
-    values = [math.sin(at) + at / 50 for at in range(count)]
-    expected = smooth(values)[-1] if values else None
-    assert smooth_last(values) == (None if expected is None else pytest.approx(expected))
 
 
 def test_a_rank_that_has_left_and_introduces_itself_again_is_there() -> None:
