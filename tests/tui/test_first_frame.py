@@ -35,6 +35,13 @@ def test_the_name_the_state_and_the_step():
     assert lines(RunStatus(name="q1", state="starting"), 80)[0] == " q1    starting"
 
 
+def test_a_long_name_is_cut_as_in_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZEROTOP_ASCII", "0")
+    assert lines(RunStatus(name="solid-birch-17", state="running"), 80)[0].startswith(" solid-bir…    running")
+    monkeypatch.setenv("ZEROTOP_ASCII", "1")
+    assert lines(RunStatus(name="solid-birch-17", state="running"), 80)[0].startswith(" solid-bir~    running")
+
+
 @pytest.mark.parametrize("width", [1, 8, 20, 40])
 def test_a_frame_is_no_wider_than_its_terminal(width):
     shown = lines(RunStatus(name="n" * 64, state="running", step=10**9), width)

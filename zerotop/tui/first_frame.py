@@ -14,6 +14,7 @@ from types import FrameType
 from runtime.wire.messages import RunStatus
 from zerotop.clean import clean_line
 from zerotop.output import is_served
+from zerotop.tui.ascii import wants_ascii
 
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l\x1b[2J\x1b[H", "\x1b[?25h\x1b[?1049l"
 _BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
@@ -41,7 +42,9 @@ def first_frame(status: RunStatus | None) -> Iterator[None]:
 
 def frame_text(status: RunStatus, width: int) -> str:
     """The frame's lines, with the name and the state where the header will have them."""
-    name, state = clean_line(status.name)[: max(8, width // 8)], status.state
+    name, state, most = clean_line(status.name), status.state, max(8, width // 8)
+    if len(name) > most:
+        name = name[: most - 1] + ("~" if wants_ascii() else "…")
     step = f"  step {status.step}" if status.step else ""
     room = max(0, width - len(name) - 3)
     return f" {_BOLD}{name}{_PLAIN}  {f'  {state}{step}'[:room]}\r\n {_DIM}{'opening the screen'[: width - 1]}{_PLAIN}"
