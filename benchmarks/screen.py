@@ -70,7 +70,8 @@ sys.path[0] = folder
 import zerotop
 assert zerotop.__file__.startswith(folder + "/"), zerotop.__file__
 from zerotop.cli import main
-sys.exit(main(["attach", "q1"]))
+sys.argv[1:] = ["attach", "q1"]
+sys.exit(main())
 """
 BARE = """
 from textual.app import App

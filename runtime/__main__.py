@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 
 from runtime.process.forked import Owner
+from runtime.process.garbage import importing
 from runtime.process.tempdir import keep_socket_paths_short
 from runtime.telemetry import allow_tracing, die_with_parent, register_stacks, stopsignal
 from runtime.telemetry.flight_recorder import write_flight
@@ -78,8 +79,9 @@ def _train(run: Path | None, arguments: list[str]) -> None:
     if arguments and arguments[0].endswith(".py"):
         _run_script(arguments)
         return
-    from runtime.comm import join_world
-    from runtime.trainer.train import train
+    with importing():
+        from runtime.comm import join_world
+        from runtime.trainer.train import train
 
     if run is not None and launched is not None:
         train(Resolved.from_json((run / "resolved.json").read_bytes()), Path(launched.config_folder))

@@ -15,6 +15,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from runtime.process.garbage import collect_less_often, keep_all_objects
 from tests.harness.fake_nvml import FakeNvml
 from tests.harness.ranks import Ranks
 from tests.harness.spreading import spread
@@ -31,6 +32,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     items[:] = spread([(item.nodeid, item) for item in items], workers)
+
+
+def pytest_collection_finish() -> None:
+    collect_less_often()
+    keep_all_objects()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from runtime.process.garbage import collect_less_often, keep_all_objects
 from tests.harness.waiting import patient
 
 _context = multiprocessing.get_context("forkserver")
@@ -89,6 +90,8 @@ def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
+    collect_less_often()
+    keep_all_objects()
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)

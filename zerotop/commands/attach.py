@@ -30,10 +30,13 @@ def register(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Open the screen."""
-    from zerotop.output import CommandError, can_draw
-    from zerotop.rundir.directory import find_any_run
-    from zerotop.source.opening import open_source
-    from zerotop.source.target import parse_target
+    from runtime.process.garbage import importing
+
+    with importing():
+        from zerotop.output import CommandError, can_draw
+        from zerotop.rundir.directory import find_any_run
+        from zerotop.source.opening import open_source
+        from zerotop.source.target import parse_target
 
     target = parse_target(arguments.target)
     # First, because it is cheap: report a run that does not exist before a missing terminal.
@@ -59,13 +62,15 @@ def show(source: Source, *, read_only: bool = False, host: str | None = None, en
 
     Returns 1 if the run failed or was aborted meanwhile, 128 plus the number of a signal that ended the screen, else 0.
     """
+    from runtime.process.garbage import importing
     from runtime.wire.messages import LIVE_STATES
     from zerotop.output import say
     from zerotop.tui.first_frame import first_frame
 
     try:
-        with first_frame(entry.status if entry is not None else None):
+        with first_frame(entry.status if entry is not None else None), importing():
             from zerotop.tui.app import ZerotopApp
+            from zerotop.tui.terminal import run_app
 
             find_earlier = None
             if entry is not None:
@@ -73,7 +78,7 @@ def show(source: Source, *, read_only: bool = False, host: str | None = None, en
 
                 find_earlier = earlier_finder(entry)
             app = ZerotopApp(source, read_only=read_only, find_earlier=find_earlier, host=host)
-        app.run()
+        run_app(app)
     finally:
         source.close()
     if app.left_by == signal.SIGHUP:

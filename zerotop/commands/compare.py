@@ -81,9 +81,10 @@ def watch(a: RunEntry, b: RunEntry) -> int:
     from zerotop.output import say
     from zerotop.rundir.directory import read_entry
     from zerotop.tui.compare import CompareApp
+    from zerotop.tui.terminal import run_app
 
     app = CompareApp(a, b)
-    app.run()
+    run_app(app)
     if app.left_by is not None:
         return 128 + app.left_by
     entry = read_entry(b.path)

@@ -15,11 +15,12 @@ def show_runs() -> int:
     from zerotop.source.base import SourceError
     from zerotop.source.opening import open_source
     from zerotop.tui.runs import RunsApp
+    from zerotop.tui.terminal import run_app
 
     selected = ""
     while True:
         app = RunsApp(demo_problem(), selected)
-        choice = app.run()
+        choice = run_app(app)
         if app.left_by is not None:
             return 128 + app.left_by
         if choice is None:

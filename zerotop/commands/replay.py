@@ -102,18 +102,20 @@ def play(entry: RunEntry) -> int:
     """The replay of a run from its beginning, until the user leaves it. Raises SourceError."""
     from zerotop.source.replay import ReplaySource
     from zerotop.tui.replay import ReplayApp
+    from zerotop.tui.terminal import run_app
 
     source = ReplaySource(entry.path, entry.name)
     with contextlib.closing(source):
         source.start()
         app = ReplayApp(source)
-        app.run()
+        run_app(app)
     return 0 if app.left_by is None else 128 + app.left_by
 
 
 def _play(source: ReplaySource, at_s: float, arguments: argparse.Namespace) -> int:
     from zerotop.output import say
     from zerotop.tui.replay import ReplayApp
+    from zerotop.tui.terminal import run_app
 
     source.go_to(at_s)
     if arguments.speed is not None:
@@ -121,7 +123,7 @@ def _play(source: ReplaySource, at_s: float, arguments: argparse.Namespace) -> i
     if arguments.play:
         source.toggle()
     app = ReplayApp(source)
-    app.run()
+    run_app(app)
     if app.left_by is not None:
         return 128 + app.left_by
     say(f"left the replay of {source.name} at step {source.state.step}")

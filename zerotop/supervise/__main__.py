@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from runtime.process.file_limit import raise_file_limit
+from runtime.process.garbage import collect_less_often, keep_all_objects
 from runtime.wire.rundir import RunFile, read_run, read_status
 from zerotop.diagnose.outcome import Outcome
 from zerotop.launch.handshake import Ready
@@ -35,6 +36,8 @@ def main() -> int:
     parser.add_argument("--lock-fd", type=int, required=True, help="file descriptor that holds the run's lock")
     parser.add_argument("--ready-fd", type=int, help="file descriptor to write to when it is up, or can't be")
     arguments = parser.parse_args()
+    collect_less_often()
+    keep_all_objects()
     os.umask(0o077)  # sockets, logs and the recording are the user's alone
     os.set_inheritable(arguments.lock_fd, False)  # torchrun is given it by name
     ready = Ready(arguments.ready_fd)

@@ -10,17 +10,20 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, TypeVar
 
+from textual.app import App
 from textual.driver import Driver
 from textual.drivers.linux_driver import LinuxDriver
 
+from runtime.process.garbage import keep_all_objects
 from zerotop.output import SERVED_VARIABLE, is_served
 from zerotop.tui.ascii import Plain, ascii_table, wants_ascii
 
-__all__ = ["LEAVING_SIGNALS", "SERVED_VARIABLE", "TerminalDriver", "driver_class", "leave_on_signals"]
+__all__ = ["LEAVING_SIGNALS", "SERVED_VARIABLE", "TerminalDriver", "driver_class", "leave_on_signals", "run_app"]
 
 LEAVING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+Result = TypeVar("Result")
 LOOK_S = 1.0
 """How often the terminal is looked at."""
 
@@ -60,6 +63,12 @@ def driver_class() -> type[Driver]:
 
         return WebDriver
     return TerminalDriver
+
+
+def run_app(app: App[Result]) -> Result | None:
+    """Run the application until the user leaves it, in a process that draws nothing else; returns its result."""
+    keep_all_objects()  # what has been imported for it
+    return app.run()
 
 
 def leave_on_signals(leave: Callable[[int], None]) -> None:
