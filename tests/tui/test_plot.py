@@ -45,6 +45,7 @@ def band_of(values: list[float | None]) -> list[tuple[float, float | None, float
 # ---- drawing ---------------------------------------------------------------------------------------------------------
 @given(VALUES, st.integers(1, 100), st.integers(0, 20), st.booleans())
 @example([2.2e-309], 12, 2, False)
+@example([2.225073858507e-311], 12, 2, True)
 @example([-1.7e308, 1.7e308], 40, 9, False)
 @example([0.0, -1.0, 1e-300, 1e299], 40, 9, True)
 def test_a_plot_of_anything_stays_in_its_box(values: list[float | None], width: int, height: int, log: bool) -> None:

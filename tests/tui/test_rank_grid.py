@@ -53,6 +53,18 @@ async def test_the_grid_shows_every_rank_at_once(
         assert all(cell_len(line) == size[0] for line in screen_text(app))
 
 
+async def test_the_table_can_be_hidden_after_it_came_back(open_app: OpenApp) -> None:
+    async with open_app(many(8, 1), size=(120, 38)) as (app, pilot, _):
+        table = app.screen.query_one(RankTable)
+        for key in ("x", "x", "h"):
+            await pilot.press(key)
+            await settle(app, pilot)
+        assert not table.display and not grid_of(app).display
+        await pilot.press("u")
+        await settle(app, pilot)
+        assert table.display and not grid_of(app).display
+
+
 @pytest.mark.parametrize(("ranks", "size"), [(16, (80, 24)), (8, (80, 24)), (32, (300, 80))])
 async def test_a_table_that_is_short_or_shows_all_ranks_stays(
     open_app: OpenApp, ranks: int, size: tuple[int, int]

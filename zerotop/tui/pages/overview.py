@@ -122,15 +122,16 @@ class OverviewPage(Page):
 
     def on_mount(self) -> None:
         self.query_one("#host-line").can_focus = False
-        self._summary.display = self._grid.display = False
+        self._summary.add_class("-absent")
+        self._grid.add_class("-absent")
 
     def first_focus(self) -> Widget | None:
         return self.ranks
 
     def show_view(self, view: View) -> None:
         super().show_view(view)
-        if self._summary.display != view.ended:
-            self._summary.display = view.ended
+        if self.has_class("-ended") != view.ended:
+            self._summary.set_class(not view.ended, "-absent")
             self.set_class(view.ended, "-ended")
         self.fit()  # it chooses between table and grid
         room = self.size.height >= LEGEND_FROM
@@ -152,13 +153,13 @@ class OverviewPage(Page):
             self._wants_grid,
             self._memory.lines_wanted,
         )
-        asked += (self._phases.display, self._summary.display, self.screen.maximized, self.classes)
+        asked += (self._phases.display, self.screen.maximized, self.classes)
         if asked == self._asked:
             return
         self._asked = asked
         middle, events, summary = self._middle, self._events, self._summary
         memory, host = self._memory, self._host
-        ended, maximized = summary.display, self.screen.maximized
+        ended, maximized = self.has_class("-ended"), self.screen.maximized
         narrow = self.screen.has_class("-narrow")
         room = self.size.height - int(self._phases.display)
         side = memory.rows_wanted + ROWS_LEAST + host.gutter.height
@@ -206,14 +207,13 @@ class OverviewPage(Page):
             return
         screen = self.screen
         focused, zoomed = before.has_focus, screen.maximized is before
-        panel.display = True
-        panel.remove_class("-hidden")
+        panel.remove_class("-hidden", "-absent")
         panel.styles.height = before.styles.height
         panel.selected = before.selected
         panel.set_filter(before.filter)
         if focused:
             panel.focus()
-        before.display = False
+        before.add_class("-absent")
         if zoomed and isinstance(screen, LiveScreen):
             screen.minimize()
             screen.zoom(panel)

@@ -78,6 +78,4 @@ class TrainingPage(Page):
         self._show("training-speed", self.size.height >= LOW or not self.size.height)
 
     def _show(self, name: str, wanted: bool) -> None:
-        widget = self.query_one(f"#{name}")
-        if widget.display != wanted:
-            widget.display = wanted
+        self.query_one(f"#{name}").set_class(not wanted, "-absent")

@@ -65,6 +65,10 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
     return ticks[:: max(1, len(ticks) // max(1, most))]
 
 
+_LOGARITHMS = (-700.0, 690.0)
+"""Of the least and the largest value that a logarithmic axis goes to: beyond them numbers lose digits, then end."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """Values between `low` and `high`, spread over `dots` positions."""
@@ -102,5 +106,6 @@ def value_axis(values: Iterable[float], dots: int, log: bool) -> Axis:
     positive = [value for value in kept if value > 0]
     if log and positive:
         low, high = robust_range([math.log(value) for value in positive])
-        return Axis(math.exp(low), math.exp(min(high, 690.0)), dots, True)
+        low, high = (math.exp(min(max(edge, _LOGARITHMS[0]), _LOGARITHMS[1])) for edge in (low, high))
+        return Axis(low, high, dots, True)
     return Axis(*robust_range(kept), dots)
