@@ -24,7 +24,7 @@ from zerotop.rundir.directory import read_entry
 from zerotop.supervise.restarts import AGAIN_THE_SAME
 
 pytestmark = pytest.mark.timeout(240)
-STEPS = 160
+STEPS = 110
 START_DEADLINE_S = 60.0
 
 CONFIG = {
