@@ -205,6 +205,9 @@ def _rank_document(state: RunState, rank: RankState, found: Sequence[Concern]) -
             "inactive_split_bytes": memory.inactive_split_bytes,
             "peak_bytes": {str(phase): size for phase, size in memory.peak_bytes.items()},
             "activation_peak_bytes": {str(phase): size for phase, size in memory.activation_bytes.items()},
+            "unit_activations": {
+                kind: {"units": count, "bytes": size} for kind, (count, size) in memory.unit_activations.items()
+            },
             "planned_peak_bytes": planned_peak(memory, hello.planned if hello is not None else None),
             "pinned_bytes": memory.pinned_bytes,
             "pinned_requested_bytes": memory.pinned_requested_bytes,

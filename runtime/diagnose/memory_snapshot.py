@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from runtime.diagnose.unit_activations import UnitActivations
 from runtime.process.atomic_file import replace_text
 from runtime.wire.messages import Memory
 
@@ -29,49 +28,24 @@ class MemorySnapshot:
 
     def __init__(
         self,
-        units: Iterable[tuple[str, list[nn.Module]]],
+        units: UnitActivations,
         device: torch.device,
-        activations: Callable[[], int | None],
         memory: Callable[[], Memory],
     ) -> None:
-        """units: name and modules of each. activations: bytes beyond the ledger now; None if not known. memory: makes
-        the telemetry message."""
-        self._units, self._device = list(units), device
-        self._activations, self._memory = activations, memory
-        self._hooks: list[RemovableHandle] = []
-        self._before: dict[str, int] = {}
-        self.kept: dict[str, int] = {}
-        """Most activations that a forward of each unit has left for backward, in bytes."""
+        """units: what their forwards leave for backward. memory: makes the telemetry message."""
+        self._units, self._device, self._memory = units, device, memory
         self._history = False
 
     def begin(self) -> None:
         """Record from now on."""
-        for name, modules in self._units:
-            for module in modules:
-                self._hooks.append(module.register_forward_pre_hook(self._enter(name)))
-                self._hooks.append(module.register_forward_hook(self._leave(name)))
+        self._units.begin()
         if self._device.type == "cuda":
             torch.cuda.memory._record_memory_history(max_entries=HISTORY_ENTRIES)
             self._history = True
 
-    def _enter(self, name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self._before[name] = self._activations() or 0
-
-        return hook
-
-    def _leave(self, name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            kept = (self._activations() or 0) - self._before.pop(name, 0)
-            self.kept[name] = max(self.kept.get(name, 0), kept)
-
-        return hook
-
     def stop(self) -> None:
         """Record no more."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._units.stop()
 
     def write(self, folder: Path, rank: int, step: int) -> list[Path]:
         """Stop, and write this rank's files. Raises OSError."""
@@ -95,7 +69,7 @@ class MemorySnapshot:
             "step": step,
             "device": str(self._device),
             "memory": self._memory().model_dump(mode="json"),
-            "activations_kept_by_unit": self.kept,
+            "activations_kept_by_unit": self._units.kept,
             "tensor_bytes": sum(tensor["bytes"] for tensor in tensors),
             "largest_tensors": tensors[:TENSORS_LISTED],
         }

@@ -26,6 +26,7 @@ from runtime.checkpoint.tag_validation import validate_place
 from runtime.comm import Comm
 from runtime.config import Resolved
 from runtime.engine import model_io, registry
+from runtime.engine.activation_samples import ActivationSamples
 from runtime.engine.autosave import Autosave
 from runtime.engine.batch import count_tokens, describe
 from runtime.engine.build import build_state
@@ -72,7 +73,8 @@ class Engine(EngineQueries):
         self.nonfinite = NonFiniteSteps(comm, session.link, config.precision == "fp16", self.autosave.newest)
         self.control = Control(state, session, knobs, self.autosave, self.nonfinite, self.memory)
         reporter = Reporter(state, session.recorder, knobs)
-        self.steps = OptimizerSteps(state, session.recorder, self.control, self.nonfinite, reporter)
+        samples = ActivationSamples(state, session.recorder)
+        self.steps = OptimizerSteps(state, session.recorder, self.control, self.nonfinite, reporter, samples)
         registry.register(module, self)
         if state.policy.shards_parameters:
             install_attributes()

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from runtime.diagnose.memory_snapshot import MemorySnapshot
+from runtime.engine.activation_samples import unit_activations
 from runtime.engine.session import Session
-from runtime.host.ledger import host_ledger_bytes, memory_message
-from runtime.host.rss_parts import account
-from runtime.plan.inflight import ALWAYS_OPEN
+from runtime.host.ledger import memory_message
 from runtime.state.train_state import TrainState
 from runtime.wire.messages import Command, Memory
 
@@ -42,11 +39,7 @@ class MemorySnapshots:
             return "a memory snapshot is being recorded already"
         state, session = self._state, self._session
         self._recording = MemorySnapshot(
-            # The others have modules that contain those of these.
-            [(unit.name, unit.modules) for unit in state.units if unit.name not in ALWAYS_OPEN],
-            state.device,
-            _activations(state),
-            _memory(state, session),
+            unit_activations(state, session.recorder), state.device, _memory(state, session)
         )
         self.command, self._due_step = command, state.counters.global_steps + steps
         if steps:
@@ -67,13 +60,6 @@ class MemorySnapshots:
             problem = f"rank {rank}: {error}"
         problems = [found for found in self._state.comm.gather_objects(problem) if found]
         return folder, problems[0] if problems else ""
-
-
-def _activations(state: TrainState) -> Callable[[], int | None]:
-    ledger, device = state.ledger, state.device
-    if device.type == "cuda":
-        return lambda: torch.cuda.memory_allocated(device) - sum(ledger.totals().values())
-    return lambda: account().heap_activations(host_ledger_bytes(ledger, device))
 
 
 def _memory(state: TrainState, session: Session) -> Callable[[], Memory]:

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from runtime import native
+from runtime.engine.activation_samples import ActivationSamples
 from runtime.engine.control import Control
 from runtime.engine.nonfinite import NonFiniteSteps, TrainingError
 from runtime.engine.report import Measured, Reporter
@@ -62,9 +63,10 @@ class OptimizerSteps:
         control: Control,
         nonfinite: NonFiniteSteps,
         reporter: Reporter,
+        samples: ActivationSamples,
     ) -> None:
         self._state, self._telemetry, self._control = state, telemetry, control
-        self._nonfinite, self._reporter = nonfinite, reporter
+        self._nonfinite, self._reporter, self._samples = nonfinite, reporter, samples
         self._unsettled: _Unsettled | None = None
         self._settled: _Settled | None = None
         self._last: StepStats | None = None
@@ -125,6 +127,7 @@ class OptimizerSteps:
             commands = self._tell()
         accumulation.end_step()
         self._control.at_boundary(commands)
+        self._samples.at_boundary()
         self._telemetry.enter("data", state.counters.global_steps + 1, 0)
         self._reporter.begin_step()
 

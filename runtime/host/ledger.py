@@ -31,6 +31,9 @@ class Ledger:
         """Categories that a pause has moved to host memory."""
         self.pinned: Callable[[], tuple[int, int]] = lambda: (0, 0)
         """Returns the bytes of pinned memory: requested, and allocated in whole pages."""
+        self.unit_activations: dict[str, tuple[int, int]] = {}
+        """Not counted but measured in a step now and then, and replaced as a whole: kind of unit -> how many, and the
+        bytes that their forwards leave for backward."""
 
     def hold(self, category: Category, tensor: torch.Tensor, offloaded: bool = False) -> torch.Tensor:
         """Count `tensor`'s elements and return it, for `x = ledger.hold("optimizer", torch.zeros(n))`. offloaded:
@@ -130,6 +133,7 @@ def memory_message(rank: int, ledger: Ledger, device: torch.device, peaks: Phase
         device_total_bytes=total,
         peak_bytes=dict(peaks.peaks) if peaks is not None else {},
         activation_bytes=dict(peaks.activations) if peaks is not None else {},
+        unit_activations=ledger.unit_activations,
         host_total_bytes=psutil.virtual_memory().total,
         at_ns=time.monotonic_ns(),
     )

@@ -206,6 +206,9 @@ class Memory(Message):
     activation_bytes: dict[PhaseName, Count] = Field(default_factory=dict)
     """Most memory beyond the ledger since the start of the attempt, by phase: on a GPU at any time of it, on a CPU at
     its end."""
+    unit_activations: dict[Name, tuple[Count, Count]] = Field(default_factory=dict)
+    """Kind of unit (its name with `*` for numbers) -> how many units, and the bytes that their forwards in one
+    micro-step left for backward, in the newest step in which that was measured."""
     logits_bytes: Count = 0
     """Of the activations: logits and what cross-entropy makes of them, as the losses of the built-in models count
     them."""

@@ -56,6 +56,13 @@ def test_the_parts_of_a_rank_are_its_rss_and_all_have_names(launch_real: Callabl
     hello = run.source.state.hello
     assert hello is not None and hello.planned is not None and hello.planned.shape_known
 
+    ranks = run.source.state.ranks.values()
+    run.see(lambda _: all(rank.memory and rank.memory.unit_activations for rank in ranks), "activations by unit")
+    for rank_state in ranks:
+        assert rank_state.memory is not None
+        count, nbytes = rank_state.memory.unit_activations["blocks.*"]
+        assert count == 4 and 0 < nbytes <= max(rank_state.memory.activation_bytes.values())
+
     record = run.command("memory-snapshot", steps=1)
     assert record.ack.state == "applied", record.ack
     folder = Path(record.ack.result["path"])

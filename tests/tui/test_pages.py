@@ -42,7 +42,11 @@ def planned(run: ScriptedRun) -> None:
         run.say(
             rank.hello.model_copy(update={"planned": plan, "knobs": {"checkpoint_interval": 50, "log_interval": 5}})
         )
-        peaks = {"peak_bytes": {"backward": 44 * GIB, "forward": 30 * GIB}, "activation_bytes": {"backward": 18 * GIB}}
+        peaks = {
+            "peak_bytes": {"backward": 44 * GIB, "forward": 30 * GIB},
+            "activation_bytes": {"backward": 18 * GIB},
+            "unit_activations": {"blocks.*": (24, 12 * GIB), "head": (1, 3 * GIB)},
+        }
         run.say(rank.memory.model_copy(update=peaks))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from rich.cells import cell_len
 from rich.style import Style
 
 from runtime.wire.messages import Memory, PlannedMemory
@@ -53,11 +54,30 @@ class PeakPanel(Panel, can_focus=True):
             most = sorted(memory.activation_bytes.items(), key=lambda one: -one[1])
             text = " · ".join(f"{phase} {bytes_text(size)}" for phase, size in most if size)
             rows += [Row().add(line, muted) for line in textwrap.wrap(f"activations: {text}", max(20, width))]
-        return rows[:height]
+        return (rows + _units(view, memory, width))[:height]
 
 
-def _bar(view: View, name: str, size: int, scale: int, width: int, style: Style) -> Row:
-    row = Row().cell(name, NAME, PLAIN).extend(meter(size / max(1, scale), width, style, view.palette.style("border")))
+def _units(view: View, memory: Memory, width: int) -> list[Row]:
+    """The activations that each kind of unit keeps for backward, on a scale of their own."""
+    kinds = sorted(((size, kind, count) for kind, (count, size) in memory.unit_activations.items()), reverse=True)
+    if not kinds:
+        return []
+    style = view.palette.phase_text("forward")
+    rows = [Row().add("activations of a micro-step by unit:", view.palette.style("muted"))]
+    names = [f"{count} {kind}" if count > 1 else kind for _, kind, count in kinds]
+    longest = min(max(NAME, *(cell_len(name) + 1 for name in names)), width // 2)
+    bar = max(6, width - longest - BYTES - 8)
+    for name, (size, _, _) in zip(names, kinds, strict=True):
+        rows.append(_bar(view, name, size, kinds[0][0], bar, style, longest))
+    return rows
+
+
+def _bar(view: View, name: str, size: int, scale: int, width: int, style: Style, name_width: int = NAME) -> Row:
+    row = (
+        Row()
+        .cell(name, name_width, PLAIN)
+        .extend(meter(size / max(1, scale), width, style, view.palette.style("border")))
+    )
     return row.cell(bytes_text(size), BYTES, PLAIN, right=True)
 
 
