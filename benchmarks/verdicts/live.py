@@ -54,7 +54,7 @@ HOG = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
 MEMORY_LIMIT = 48 * 2**20
 """Bytes of the control group in which a rank reads from disk: less than the file that it has mapped."""
 RATE = "300mbit"
-PICTURE = (118, 16)
+PICTURE = (150, 16)
 """Columns and lines of a picture."""
 
 

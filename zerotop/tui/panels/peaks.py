@@ -40,7 +40,7 @@ class PeakPanel(Panel, can_focus=True):
         plan = rank.hello.planned if rank.hello is not None else None
         planned = planned_peak(memory, plan)
         scale = max([*memory.peak_bytes.values(), planned or 0])
-        bar = max(6, width - NAME - BYTES - 8)
+        bar = max(6, width - NAME - BYTES)
         rows = []
         for phase, size in sorted(memory.peak_bytes.items(), key=lambda one: -one[1]):
             rows.append(_bar(view, phase, size, scale, bar, palette.phase_text(phase)))
@@ -66,7 +66,7 @@ def _units(view: View, memory: Memory, width: int) -> list[Row]:
     rows = [Row().add("activations of a micro-step by unit:", view.palette.style("muted"))]
     names = [f"{count} {kind}" if count > 1 else kind for _, kind, count in kinds]
     longest = min(max(NAME, *(cell_len(name) + 1 for name in names)), width // 2)
-    bar = max(6, width - longest - BYTES - 8)
+    bar = max(6, width - longest - BYTES)
     for name, (size, _, _) in zip(names, kinds, strict=True):
         rows.append(_bar(view, name, size, kinds[0][0], bar, style, longest))
     return rows
