@@ -38,7 +38,7 @@ def pid_of(run: StartedRun, rank: int) -> int:
     return hello.pid
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_parts_of_a_rank_are_its_rss_and_all_have_names(launch_real: Callable[..., StartedRun], stage: int) -> None:
     config = CONFIG | {"zero_optimization": {"stage": stage}}
     run = launch_real(config, overrides=["zerotop.train.steps=1000000", "zerotop.data.seq_len=64"])

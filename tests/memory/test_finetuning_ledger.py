@@ -148,7 +148,7 @@ def _trained(case: Case) -> Any:
     return engine
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 @pytest.mark.parametrize(
     ("world_size", "thorough"),
     [(2, False), pytest.param(1, True, marks=pytest.mark.slow), pytest.param(2, True, marks=pytest.mark.slow)],

@@ -173,7 +173,7 @@ INDUCTOR = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile
 @pytest.mark.parametrize(
     ("stage", "backend"),
     [
-        pytest.param(2, "aot_eager"),
+        pytest.param(2, "aot_eager", marks=pytest.mark.slow),
         pytest.param(3, "aot_eager"),
         pytest.param(2, "inductor", marks=(INDUCTOR, pytest.mark.slow, pytest.mark.timeout(600))),
         pytest.param(3, "inductor", marks=(INDUCTOR, pytest.mark.slow, pytest.mark.timeout(600))),
