@@ -3,14 +3,14 @@
 #   VENV=.venv            where the environment goes
 #   TORCH=auto            auto: the torch PYTHON has, else the pinned one; or a pip requirement
 #   NET=1                 0: download nothing, say what is missing
-#   WORKERS=4             processes that run tests; 4 keep two cores busy, for many tests wait
+#   WORKERS=5             processes that run tests; 5 keep two cores busy, for many tests wait
 #   ZEROTOP_TEST_PATIENCE=2  all deadlines of tests, times this
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= auto
 NET    ?= 1
 ARGS   ?=
-WORKERS ?= 4
+WORKERS ?= 5
 N      ?= 20
 KEYS   ?= 100000
 SEED   ?= 0

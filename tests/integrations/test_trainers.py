@@ -350,3 +350,18 @@ def test_transformers_on_our_engine_by_the_name_deepspeed(
         resumed = run_script(script, as_deepspeed=True, STEPS=STEPS, STAGE=stage, RESUME=saved)
         resumed.see_end("finished", deadline_s=80)
         assert losses(resumed)[-2:] == losses(whole)[-2:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerates_deepspeed_plugin_on_our_engine(stage: int, run_script: RunScript, tmp_path: Path) -> None:
+    """It trains as accelerate's loop does without a plugin, and saves its state."""
+    plain = run_script("accelerate_loop.py", WATCH=0, STEPS=STEPS)
+    plain.see_end("finished", deadline_s=80)
+    run = run_script("accelerate_deepspeed.py", as_deepspeed=True, STEPS=STEPS, STAGE=stage)
+    assert run.see_end("finished", deadline_s=80).reason == "all ranks finished"
+    assert "/runtime/__init__.py" in (run.entry.logs() / "rank-0.log").read_text()
+    assert [float.fromhex(one) for one in losses(run)] == pytest.approx(
+        [float.fromhex(one) for one in losses(plain)], rel=1e-5
+    )
+    assert any((tmp_path / "out" / "state").iterdir())
