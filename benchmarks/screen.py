@@ -55,7 +55,7 @@ KEYS = "2345678" + "1jkzz"
 KEY_ROUNDS = 4
 QUIET_S = 0.15
 """What a key changes has all been sent when nothing came for so long."""
-ROUNDS = 5
+ROUNDS = 9
 """First paints of which the median is taken."""
 SHOWN = "of 100000"
 """What stands on the terminal once the step does."""

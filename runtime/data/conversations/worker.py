@@ -21,7 +21,6 @@ import numpy as np
 from runtime.data import DataError
 from runtime.data.conversations.chunks import Chunk
 from runtime.data.conversations.encode import Encoder, Recipe
-from runtime.process.garbage import collect_less_often, keep_all_objects
 
 _LENGTH = struct.Struct("<Q")
 ARRAYS = ("tokens", "trained", "lengths", "numbers", "counted", "cut")
@@ -99,8 +98,6 @@ def receive(stream: BinaryIO) -> Any:
 def main() -> None:
     """Encode chunks until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that started this one
-    collect_less_often()
-    keep_all_objects()
     folder = Path(sys.argv[1])
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not end up between messages
