@@ -51,6 +51,7 @@ _MEMORY = ("enter",)
 PICTURES = {
     "memory-stage-2": Picture({"stage": 2}, _MEMORY, (124, 34)),
     "memory-stage-3-offload": Picture(_OFFLOAD, _MEMORY, (124, 34)),
+    "memory-peaks": Picture({"stage": 2}, ("2",), (150, 34)),
     "rank": Picture({"stage": 2}, ("enter",), (118, 32)),
 }
 

@@ -160,6 +160,11 @@ def energy_text(joules: float | None) -> str:
     return f"{number:.{digits}f} {unit}"
 
 
+def digits_text(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits; one that has more before the point, with all of those."""
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
 def figure_text(value: float | None) -> str:
     """A loss, a norm, a learning rate: four decimals below 10, four digits from there, powers of ten for the rest."""
     if value is None:

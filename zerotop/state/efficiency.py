@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.wire.messages import Hello
-from zerotop.format import MISSING
+from zerotop.format import MISSING, digits_text
 from zerotop.state.run import RankState, RunState
 
 RECENT_STEPS = 20
@@ -32,7 +32,7 @@ class Efficiency:
     @property
     def text(self) -> str:
         """In a few words: "41.2% MFU, 408 TFLOPS", or why it is not known."""
-        achieved = "" if self.tflops is None else f"{self.tflops:.3g} TFLOPS"
+        achieved = "" if self.tflops is None else f"{digits_text(self.tflops)} TFLOPS"
         if self.mfu is None:
             return f"{achieved}, MFU {MISSING}: {self.note}" if achieved else f"MFU {MISSING}: {self.note}"
         again = f" ({self.hfu:.1%} HFU)" if self.hfu is not None and self.hfu > self.mfu else ""

@@ -10,6 +10,7 @@ from runtime.wire.messages import LIVE_STATES
 from zerotop.clean import clean_line
 from zerotop.format import (
     count_text,
+    digits_text,
     duration_text,
     figure_text,
     finish_text,
@@ -194,7 +195,7 @@ def _loss(view: View, trend: LossTrend, width: int) -> list[Piece]:
         at = " now" if newest else f" at {trend.best_step:,}"
         pieces.append([("best ", muted), (figure_text(trend.best), plain), (at, muted)])
     if trend.per_1000 is not None and trend.direction in ("falling", "rising"):
-        pieces[0].append((f" {abs(trend.per_1000):.2g}/1000 steps", plain))
+        pieces[0].append((f" {digits_text(abs(trend.per_1000), 2)}/1000 steps", plain))
     if trend.not_finite:
         pieces.insert(1, [(f"✖ {trend.not_finite} steps not a number", palette.style("error", bold=True))])
     if accidents := _accidents(trend):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zerotop.format import MISSING, byte_rate_text, bytes_text, ms_text, share_text
+from zerotop.format import MISSING, byte_rate_text, bytes_text, digits_text, ms_text, share_text
 from zerotop.state.operations import Operation, operations
 from zerotop.tui.view import View
 from zerotop.tui.widgets.bar import meter
@@ -81,7 +81,7 @@ def _cell(one: Operation, title: str) -> str:
     return {
         "operation": one.op,
         "bytes": bytes_text(one.bytes),
-        "per step": f"{one.per_step:.3g}" if one.per_step else MISSING,
+        "per step": digits_text(one.per_step) if one.per_step else MISSING,
         "time": ms_text(one.transfer_ms),
         "exposed": ms_text(one.exposed_ms),
         "skew": ms_text(one.skew_ms),

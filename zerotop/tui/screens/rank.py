@@ -10,7 +10,7 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal
 
-from zerotop.format import MISSING, bytes_text, count_text, energy_text, ms_text
+from zerotop.format import MISSING, bytes_text, count_text, digits_text, energy_text, ms_text
 from zerotop.state.bandwidth import bus_factor
 from zerotop.state.efficiency import rank_efficiency
 from zerotop.state.gpu import concerns
@@ -116,10 +116,12 @@ def _speed_row(view: View, number: int, width: int) -> Row | None:
         return None
     efficiency, ceiling = rank_efficiency(view.state, rank), rank_ceiling(view.state, number)
     row, muted = Row().gap(), view.palette.style("muted")
-    text = efficiency.text if efficiency.tflops is not None else ""
+    tflops = efficiency.tflops
+    text = efficiency.text if tflops is not None else ""
     sentence = ceiling.text if ceiling is not None else ""
-    if text and sentence and len(text) + len(sentence) + 12 > width:  # why there is no MFU is the lesser news
-        text = f"{efficiency.tflops:.3g} TFLOPS" if efficiency.mfu is None else f"{efficiency.mfu:.1%} MFU"
+    if tflops is not None and sentence and len(text) + len(sentence) + 12 > width:
+        # Why there is no MFU is the lesser news.
+        text = f"{digits_text(tflops)} TFLOPS" if efficiency.mfu is None else f"{efficiency.mfu:.1%} MFU"
     if text and len(text) + 1 <= width:
         row.add(text)
     if sentence and row.width + len(sentence) + 11 <= width:
