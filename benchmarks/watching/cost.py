@@ -79,13 +79,10 @@ def _round(number: int, steps: int, folder: Path) -> tuple[Steps, Steps]:
 def _steps(watched: bool, steps: int, folder: Path) -> Steps:
     out = folder / "times.json"
     environment = {**os.environ, "WATCH": str(int(watched)), "STEPS": str(steps), "OUT": str(out)}
-    subprocess.run(
-        [*_zerotop("run", "--nproc", "2", "--no-screen"), str(SCRIPT)],
-        env=environment,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    words = [*_zerotop("run", "--nproc", "2", "--no-screen"), str(SCRIPT)]
+    ended = subprocess.run(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if ended.returncode:
+        sys.exit(f"the run failed with exit code {ended.returncode}; its last output:\n{ended.stdout[-4000:]}")
     step, cpu, threads, calls = zip(*json.loads(out.read_text())[DROPPED:], strict=True)
     return Steps(statistics.median(step), statistics.median(cpu), statistics.mean(threads), statistics.mean(calls))
 

@@ -4,6 +4,7 @@ watch() has it call]."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -66,7 +67,11 @@ def telemetry_threads_ms() -> float:
     tasks = Path("/proc/self/task")
     ours = {str(thread.native_id) for thread in threading.enumerate() if thread.name.startswith("zerotop-")}
     ours |= {task.name for task in tasks.iterdir() if (task / "comm").read_text().startswith("ZMQbg")}
-    return sum(int((tasks / one / "schedstat").read_text().split()[0]) for one in ours) / 1e6
+    used = 0
+    for one in ours:
+        with contextlib.suppress(FileNotFoundError):  # a thread that has ended since
+            used += int((tasks / one / "schedstat").read_text().split()[0])
+    return used / 1e6
 
 
 def main() -> None:
