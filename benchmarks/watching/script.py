@@ -4,7 +4,6 @@ watch() has it call]."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -66,12 +65,16 @@ def telemetry_threads_ms() -> float:
     """CPU time so far of the threads of telemetry, and of ZeroMQ's own."""
     tasks = Path("/proc/self/task")
     ours = {str(thread.native_id) for thread in threading.enumerate() if thread.name.startswith("zerotop-")}
-    ours |= {task.name for task in tasks.iterdir() if (task / "comm").read_text().startswith("ZMQbg")}
-    used = 0
-    for one in ours:
-        with contextlib.suppress(FileNotFoundError):  # a thread that has ended since
-            used += int((tasks / one / "schedstat").read_text().split()[0])
-    return used / 1e6
+    ours |= {task.name for task in tasks.iterdir() if read(task / "comm").startswith("ZMQbg")}
+    return sum(int((read(tasks / one / "schedstat") or "0").split()[0]) for one in ours) / 1e6
+
+
+def read(path: Path) -> str:
+    """The text of a thread's file; empty if the thread has ended."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def main() -> None:
