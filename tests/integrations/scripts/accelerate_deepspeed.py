@@ -13,11 +13,12 @@ plugin = DeepSpeedPlugin(
     hf_ds_config={
         "train_micro_batch_size_per_gpu": common.BATCH,
         "gradient_accumulation_steps": common.MICRO_STEPS,
+        "gradient_clipping": 0.0,  # else accelerate sets 1.0
         "zero_optimization": {"stage": int(os.environ.get("STAGE", "2"))},
         "zero_allow_untested_optimizer": True,
     }
 )
-accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
+accelerator = Accelerator(gradient_accumulation_steps=common.MICRO_STEPS, deepspeed_plugin=plugin)
 model = common.Model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 model, optimizer = accelerator.prepare(model, optimizer)
