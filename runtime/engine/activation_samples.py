@@ -31,14 +31,19 @@ class ActivationSamples:
         """End a measured step, and begin one that is to be measured. Call it after each step. Blocks that torch.compile
         has compiled are not measured: hooks would have it compile them again."""
         if self._measured is not None:
-            self._measured.stop()
             self._state.ledger.unit_activations = by_kind(self._measured.kept)
-            self._measured = None
+            self.detach()
         following = self._state.counters.global_steps + 1
         watched, compiled = not isinstance(self._telemetry, NullTelemetry), self._state.config.zerotop.model.compile
         if following % INTERVAL == FIRST_STEP and watched and not compiled:
             self._measured = unit_activations(self._state, self._telemetry)
             self._measured.begin()
+
+    def detach(self) -> None:
+        """Remove the hooks of a measured step."""
+        if self._measured is not None:
+            self._measured.stop()
+            self._measured = None
 
 
 def unit_activations(state: TrainState, telemetry: Telemetry | NullTelemetry) -> UnitActivations:

@@ -73,8 +73,8 @@ class Engine(EngineQueries):
         self.nonfinite = NonFiniteSteps(comm, session.link, config.precision == "fp16", self.autosave.newest)
         self.control = Control(state, session, knobs, self.autosave, self.nonfinite, self.memory)
         reporter = Reporter(state, session.recorder, knobs)
-        samples = ActivationSamples(state, session.recorder)
-        self.steps = OptimizerSteps(state, session.recorder, self.control, self.nonfinite, reporter, samples)
+        self._samples = ActivationSamples(state, session.recorder)
+        self.steps = OptimizerSteps(state, session.recorder, self.control, self.nonfinite, reporter, self._samples)
         registry.register(module, self)
         if state.policy.shards_parameters:
             install_attributes()
@@ -471,6 +471,7 @@ class Engine(EngineQueries):
         """Remove all hooks and unshard the model; called by `destroy` and when another engine takes the model."""
         state = self.state
         self.checkpointer.leave()
+        self._samples.detach()
         state.updates.detach()
         state.reducer.detach()
         state.unsharder.detach()

@@ -358,7 +358,7 @@ def test_accelerates_deepspeed_plugin_on_our_engine(stage: int, run_script: RunS
     """It trains as accelerate's loop does without a plugin, and saves its state."""
     plain = run_script("accelerate_loop.py", WATCH=0, STEPS=STEPS)
     plain.see_end("finished", deadline_s=80)
-    run = run_script("accelerate_deepspeed.py", as_deepspeed=True, STEPS=STEPS, STAGE=stage)
+    run = run_script("accelerate_loop.py", as_deepspeed=True, WATCH=0, STEPS=STEPS, STAGE=stage)
     assert run.see_end("finished", deadline_s=80).reason == "all ranks finished"
     assert "/runtime/__init__.py" in (run.entry.logs() / "rank-0.log").read_text()
     assert [float.fromhex(one) for one in losses(run)] == pytest.approx(

@@ -1,8 +1,13 @@
-"""A loop of accelerate's with its tracker."""
+"""A loop of accelerate's with its tracker. STAGE=N: with a DeepSpeedPlugin, ZeRO stage N, which under --as-deepspeed is
+zerotop's engine."""
+
+import os
+import sys
 
 import common
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
 
 trackers = []
 watcher = None
@@ -11,7 +16,23 @@ if common.WATCH:
     from zerotop.integrations.accelerate import ZerotopTracker
 
     trackers.append(ZerotopTracker())
-accelerator = Accelerator(cpu=True, gradient_accumulation_steps=common.MICRO_STEPS, log_with=trackers or None)
+plugin = None
+if stage := os.environ.get("STAGE"):
+    plugin = DeepSpeedPlugin(
+        hf_ds_config={
+            "train_micro_batch_size_per_gpu": common.BATCH,
+            "gradient_accumulation_steps": common.MICRO_STEPS,
+            "gradient_clipping": 0.0,  # else accelerate sets 1.0
+            "zero_optimization": {"stage": int(stage)},
+            "zero_allow_untested_optimizer": True,
+        }
+    )
+accelerator = Accelerator(
+    cpu=plugin is None,  # which would leave the plugin out
+    gradient_accumulation_steps=common.MICRO_STEPS,
+    deepspeed_plugin=plugin,
+    log_with=trackers or None,
+)
 model = common.Model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 model, optimizer = accelerator.prepare(model, optimizer)
@@ -36,5 +57,8 @@ for step in range(common.STEPS):
     losses.append(loss.item())
     if watcher is not None and watcher.should_stop:
         break
+if plugin is not None:
+    accelerator.save_state(f"{common.OUT}/state")
+    print("DEEPSPEED", sys.modules["deepspeed"].__file__)
 common.tell(losses)
 accelerator.end_training()
