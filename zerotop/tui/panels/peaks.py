@@ -58,7 +58,7 @@ class PeakPanel(Panel, can_focus=True):
 
 
 def _units(view: View, memory: Memory, width: int) -> list[Row]:
-    """The activations that each kind of unit keeps for backward, on a scale of their own."""
+    """The activations that each kind of unit keeps for backward, against the most of all."""
     kinds = sorted(((size, kind, count) for kind, (count, size) in memory.unit_activations.items()), reverse=True)
     if not kinds:
         return []
@@ -67,8 +67,9 @@ def _units(view: View, memory: Memory, width: int) -> list[Row]:
     names = [f"{count} {kind}" if count > 1 else kind for _, kind, count in kinds]
     longest = min(max(NAME, *(cell_len(name) + 1 for name in names)), width // 2)
     bar = max(6, width - longest - BYTES)
+    most = max([kinds[0][0], *memory.activation_bytes.values()])
     for name, (size, _, _) in zip(names, kinds, strict=True):
-        rows.append(_bar(view, name, size, kinds[0][0], bar, style, longest))
+        rows.append(_bar(view, name, size, most, bar, style, longest))
     return rows
 
 
