@@ -93,6 +93,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
     collect_less_often()
     keep_all_objects()
     os.environ["LOCAL_RANK"] = str(rank)
+    tempfile.tempdir = str(Path(store).parent)  # a process of multiprocessing ends without removing its own
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     while (job := pipe.recv()) is not None:

@@ -10,6 +10,7 @@ import itertools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,7 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @functools.cache
 def saved(kind: str) -> Path:
-    """A folder with the model, which lives as long as this process."""
+    """A folder with the model, which is there as long as this module's tests."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name, sizes = MODELS[kind]
@@ -52,6 +53,14 @@ def saved(kind: str) -> Path:
 
 
 _folders: list[Any] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_folder_is_left() -> Iterator[None]:
+    yield
+    saved.cache_clear()
+    while _folders:
+        _folders.pop().cleanup()
 
 
 def micro_batch(step: int, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,13 +65,17 @@ def train(folder: str, lora: dict[str, Any], stage: int, checkpointing: bool) ->
     return first, state_of(engine), dict(engine.state.ledger.peaks())
 
 
-@functools.cache
-def folder_of(kind: str) -> str:
-    import tempfile
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """`folder_of(kind)`: a folder with the model."""
 
-    folder = tempfile.mkdtemp(prefix=f"zerotop-{kind}-")
-    save_model(kind, folder)
-    return folder
+    @functools.cache
+    def of(kind: str) -> str:
+        folder = str(tmp_path_factory.mktemp(kind))
+        save_model(kind, folder)
+        return folder
+
+    return of
 
 
 def plainly(folder: str, lora: LoraConfig, first: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -123,7 +128,7 @@ CASES = {
         ("head", 1, False),
     ],
 )  # fmt: skip
-def test_as_plain_peft_trains_them_and_frozen_weights_hold_no_states(ranks, case, stage, checkpointing):
+def test_as_plain_peft_trains_them_and_frozen_weights_hold_no_states(ranks, folder_of, case, stage, checkpointing):
     kind, lora = CASES[case]
     folder = folder_of(kind)
     first, last, peaks = ranks(2).run(train, folder, lora, stage, checkpointing)[0]
@@ -150,7 +155,7 @@ def misuse(folder: str) -> dict[str, str]:
     return {name: message_of(ConfigError, lambda given=given: built(folder, given)) for name, given in cases.items()}
 
 
-def test_a_name_that_matches_nothing_is_an_error_with_the_nearest_names(ranks):
+def test_a_name_that_matches_nothing_is_an_error_with_the_nearest_names(ranks, folder_of):
     found = ranks(1).run(misuse, folder_of("llama"))[0]
     assert found["porj"].startswith(
         "zerotop.lora.target_modules: LlamaForCausalLM has no linear module named 'q_porj': expected some of q_proj, "
@@ -168,7 +173,7 @@ def tied(folder: str) -> tuple[str, dict[str, torch.Tensor]]:
     return refused, state_of(engine)
 
 
-def test_tied_embeddings_are_trained_as_one_or_not_at_all(ranks):
+def test_tied_embeddings_are_trained_as_one_or_not_at_all(ranks, folder_of):
     refused, state = ranks(2).run(tied, folder_of("tied"))[0]
     assert "model.embed_tokens shares its weight with another module" in refused
     inner = "model.base_model.model."
